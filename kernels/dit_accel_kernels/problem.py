@@ -79,6 +79,11 @@ class Problem:
         """Whether the call's tiles vote for the next call."""
         return self.selection is not None and self.selection.vote is not None
 
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Memory for a [B, H, S, D] like x, laid out like the call's output."""
+        batch, heads, tokens, dim = x.shape
+        return x.new_empty(x.shape) if self.heads_first else x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
     def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
         valid, decay, order = self.key_mask, self.decay, self.token_order

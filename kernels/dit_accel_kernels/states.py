@@ -73,11 +73,14 @@ def routing_scores(problem: Problem, routing: Routing, pinned: Tensor | None) ->
     return scores, mean + routing.beta * (variance + 1e-6).sqrt()
 
 
-def resolved(problem: Problem) -> tuple[Problem, Tensor]:
+def resolved(problem: Problem) -> tuple[Problem, Tensor | None]:
     """A call in tiled order with its selection turned into lists of every batch and head, and the exact tiles as bits.
 
-    Bits int32 [B, H, NQ, W]. Reads the counts back from the device: backends that must not sync select by themselves.
+    Bits int32 [B, H, NQ, W]; a call without a selection as it is, and None. Reads the counts back from the device:
+    backends that must not sync select by themselves.
     """
+    if problem.selection is None:
+        return problem, None
     batch, heads = problem.q.shape[:2]
     states = selected_states(problem).expand(batch, heads, -1, -1)
     sizes = dict(block_q=problem.block_q, block_k=problem.block_k, num_q=problem.q.shape[2], num_k=problem.k.shape[2])

@@ -68,9 +68,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     The problem is in tiled order. A selection is turned into lists, which reads their length from the device.
     """
     check(problem)
-    exact = None
-    if problem.selection is not None:
-        problem, exact = resolved(problem)
+    problem, exact = resolved(problem)
     pools = problem.pooled_indices is not None
     out, lse = _exact_tiles(problem, need_lse=need_lse or pools)
     if pools:

@@ -34,9 +34,8 @@ WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
-    exact, tally, selects = None, Tally(problem) if problem.votes else None, problem.selection is not None
-    if selects:
-        problem, exact = resolved(problem)
+    tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
+    problem, exact = resolved(problem)
     loop = fused.runs(problem)
     tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
     if loop:

@@ -48,9 +48,9 @@ def check(problem: Problem) -> None:
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output, LSE, exact tiles and the bits that a vote keeps of one call, without a device sync.
 
-    Output [B, H, S_q, D], laid out like q, and natural-log LSE float32 [B, H, S_q] (empty where not needed), both in
-    the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32 [B, H,
-    NQ, W], None without a selection and without a vote. Tensors are copied only where the head dim is not contiguous.
+    Output [B, H, S_q, D] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
+    in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32
+    [B, H, NQ, W], None without a selection and without a vote. Only a head dim that is not contiguous costs a copy.
     """
     check(problem)
     cuts = slices(problem)
@@ -61,7 +61,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
     out, lse, exact, kept = (list(found) for found in zip(*parts, strict=True))
     return (
-        joined(_like(problem.q), out, cuts),
+        joined(problem.empty_like(problem.q), out, cuts),
         joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
         joined(exact[0].new_empty(words), exact, cuts),
         None if kept[0] is None else joined(kept[0].new_empty(words), kept, cuts),
@@ -149,7 +149,7 @@ def _launch(
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
     if start is None:
-        out, lse = _like(q), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
+        out, lse = problem.empty_like(q), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
     else:
         out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)
@@ -215,14 +215,6 @@ def _mean_descriptors(
         return None, None
     shape = [1, 1, block, dim]
     return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), shape) for x in means[:2])  # pyright: ignore
-
-
-def _like(q: Tensor) -> Tensor:
-    """An empty [B, H, S, D] whose memory has q's order of heads and tokens."""
-    batch, heads, tokens, dim = q.shape
-    if q.stride(1) >= q.stride(2):
-        return q.new_empty(batch, heads, tokens, dim)
-    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
