@@ -44,6 +44,7 @@ class Blocks(NamedTuple):
     empty: Tensor | None
 
 
+MODIFIERS = "dit_accel_kernels.backends.fa4.modifiers"  # which needs flash-attn-4
 _BLOCKS: StorageCache[Blocks] = StorageCache()
 _NOTHING_EXACT: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
@@ -118,11 +119,11 @@ def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
     modifiers: dict[str, Any] = {}
     tensors: list[Tensor] = []
     if seen is not None:
-        modifiers["mask_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
+        modifiers["mask_mod"] = importlib.import_module(MODIFIERS).mask_of(problem.block_q)
         tensors += _mask_tensors(problem, seen)
     scales, decays = problem.head_scale is not None, problem.decay is not None
     if scales or decays:
-        modifiers["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.score").SCORES[scales, decays]
+        modifiers["score_mod"] = importlib.import_module(MODIFIERS).SCORES[scales, decays]
     if problem.head_scale is not None:
         tensors.append(problem.head_scale.float().expand(problem.q.shape[:2]).contiguous())
     if problem.decay is not None:
