@@ -155,7 +155,8 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
     if problem.q.device.type != "cpu":
         return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
     timed = timed and not (problem.return_lse or problem.votes or problem.decay)
-    return cpu.choice(problem.q.dtype, problem)[0] if timed else "torch"
+    tokens = min(problem.q.shape[2], problem.k.shape[2])
+    return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
 
 
 def resolve_backend(
@@ -176,7 +177,7 @@ def resolve_backend(
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        return "torch" if lists is None else cpu.choice(dtype, lists)[0]
+        return "torch" if lists is None else cpu.choice(dtype, lists, min(lists.num_q, lists.num_k))[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 

@@ -50,16 +50,6 @@ class Problem:
     backend: str = "auto"
 
     @property
-    def num_q(self) -> int:
-        """Queries, S_q."""
-        return self.q.shape[2]
-
-    @property
-    def num_k(self) -> int:
-        """Keys, S_k."""
-        return self.k.shape[2]
-
-    @property
     def query_tiles(self) -> int:
         """Number of query tiles, NQ."""
         return -(-self.q.shape[2] // self.block_q)
@@ -113,6 +103,11 @@ class Problem:
 def _frames_in_order(q_frames: Tensor, k_frames: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """The frames in tiled order, the same tensors in every call, since what is derived from them is kept with them."""
     return _FRAMES.get((q_frames, k_frames), (), lambda: (q_frames[order], k_frames[order]), loose=[order])
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[B or 1, H or 1, ...] of what list sets hold, [G, ...]."""
+    return x[None] if x.shape[0] in (1, heads) else x.unflatten(0, (-1, heads))
 
 
 def lists_of(problem: Problem) -> TileLists:

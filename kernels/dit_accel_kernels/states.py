@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import tile_means, wide_dtype
-from dit_accel_kernels.problem import Problem, lists_of
+from dit_accel_kernels.problem import Problem, by_head, lists_of
 from dit_accel_kernels.sections import sections_of
 from dit_accel_kernels.selection import LOG2_E, Routing, pack_bits, unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
@@ -16,9 +16,7 @@ from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
 
 def list_states(problem: Problem) -> Tensor:
     """Tile states of the lists alone, uint8 [B or 1, H or 1, NQ, NK]."""
-    states = lists_of(problem).states()
-    heads = problem.q.shape[1]
-    return states[None] if states.shape[0] in (1, heads) else states.unflatten(0, (-1, heads))
+    return by_head(lists_of(problem).states(), problem.q.shape[1])
 
 
 def selected_states(problem: Problem) -> Tensor:

@@ -219,6 +219,17 @@ def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts, output_size=entries)
 
 
+def padded_rows(chosen: Tensor, read: bool = False) -> tuple[Tensor, Tensor]:
+    """Bool [.., NK] as counts int32 [..] and ascending indices int32 [.., N], which come before what pads them.
+
+    N is NK, or if `read` the longest row's count, which is read from the device.
+    """
+    counts = chosen.sum(-1, dtype=torch.int32)
+    width = max(1, int(counts.max())) if read else chosen.shape[-1]
+    indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
+    return counts, indices.to(torch.int32).contiguous()
+
+
 def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
     """Shapes, dtypes and devices of one CSR, without reading values."""
     for part, tensor in (("offsets", offsets), ("indices", indices)):

@@ -29,7 +29,7 @@ from dit_accel_kernels.features import decay_by_frame, tile_means
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.states import list_states, resolved
-from dit_accel_kernels.tiles import EXACT, POOLED
+from dit_accel_kernels.tiles import EXACT, POOLED, padded_rows
 
 
 class Blocks(NamedTuple):
@@ -227,16 +227,7 @@ def _blocks(problem: Problem, pooled: int) -> Blocks:
     partial = torch.cat([mean_blocks, exact & ~whole], -1)
     full = torch.cat([torch.zeros_like(mean_blocks), whole], -1)
     seen = None if pooled == 0 and problem.key_valid is None else torch.cat([means, exact], -1)
-    return Blocks(*_padded_rows(partial), *_padded_rows(full), seen)
-
-
-def _padded_rows(listed: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [.., NQ, N] as counts int32 [.., NQ] and, from each row's start, the listed numbers, int32 [.., NQ, N]."""
-    counts = listed.sum(-1, dtype=torch.int32)
-    indices = torch.zeros_like(listed, dtype=torch.int32)
-    filled = torch.arange(listed.shape[-1], device=listed.device) < counts[..., None]
-    indices[filled] = listed.nonzero()[:, -1].to(torch.int32)
-    return counts, indices
+    return Blocks(*padded_rows(partial), *padded_rows(full), seen)
 
 
 def _columns(problem: Problem, pooled: int) -> Columns:

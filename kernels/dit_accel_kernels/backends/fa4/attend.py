@@ -25,7 +25,7 @@ from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.selection import pack_bits
 from dit_accel_kernels.states import list_states, resolved
-from dit_accel_kernels.tiles import EXACT
+from dit_accel_kernels.tiles import EXACT, padded_rows
 
 
 class Blocks(NamedTuple):
@@ -119,7 +119,7 @@ def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
     modifiers: dict[str, Any] = {}
     tensors: list[Tensor] = []
     if seen is not None:
-        modifiers["mask_mod"] = importlib.import_module(MODIFIERS).mask_of(problem.block_q)
+        modifiers["mask_mod"] = importlib.import_module(MODIFIERS).MASKS[problem.block_q]
         tensors += _mask_tensors(problem, seen)
     scales, decays = problem.head_scale is not None, problem.decay is not None
     if scales or decays:
@@ -179,19 +179,11 @@ def _blocks(problem: Problem) -> Blocks:
     masked = joined > 1 or problem.key_valid is not None
     read = problem.key_valid is None and not capturing(empty.device)  # once for lists, never for masks
     return Blocks(
-        *_rows(some & ~every, read),
-        *_rows(every, read),
+        *padded_rows(some & ~every, read),
+        *padded_rows(every, read),
         seen=pack_bits(exact) if masked else None,
         empty=None if read and not bool(empty.any()) else empty,
     )
-
-
-def _rows(chosen: Tensor, read: bool) -> tuple[Tensor, Tensor]:
-    """Counts int32 [..] and ascending indices int32 [.., N] of bool [.., NK]; N is NK, or the longest row if `read`."""
-    counts = chosen.sum(-1, dtype=torch.int32)
-    width = max(1, int(counts.max())) if read else chosen.shape[-1]
-    indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-    return counts, indices.to(torch.int32).contiguous()
 
 
 def _without_exact(problem: Problem) -> Problem:

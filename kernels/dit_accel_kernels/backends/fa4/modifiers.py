@@ -16,15 +16,9 @@ from dit_accel_kernels.backends.fa4.support import TILE
 WORD = 32 * TILE  # keys of a word of bits
 
 
-def mask_of(block_q: int):
-    """The mask of calls with tiles of so many queries; one function each, since kernels are remembered by it.
-
-    It reads `seen`, int32 [B, H, NQ, W], the tiles of a row as bits, and `valid`, uint8 [B, S_k].
-    """
-    return _MASKS[block_q]
-
-
 def _mask(block_q):
+    """The mask of tiles of so many queries, of `seen`, bits int32 [B, H, NQ, W], and `valid`, uint8 [B, S_k]."""
+
     @cute.jit
     def seen_and_valid(batch, head, query, key, sizes, aux_tensors):
         seen, valid = aux_tensors[0], aux_tensors[1]
@@ -36,7 +30,7 @@ def _mask(block_q):
     return seen_and_valid
 
 
-_MASKS = {TILE: _mask(TILE), 2 * TILE: _mask(2 * TILE)}
+MASKS = {TILE: _mask(TILE), 2 * TILE: _mask(2 * TILE)}  # by queries of a tile; kernels are remembered by the function
 
 
 @cute.jit

@@ -101,7 +101,7 @@ def _attend_chunk(
     if x.dtype != wide and (pools or tally is not None or tiled.t is not None):
         x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
     weights = weights_of(tiled, chunk)
-    _transform(x, tiled, chunk, columns, weights if tally is None or weights is None else weights * LOG2_E, buffers)
+    transform(x, tiled, chunk, columns, weights if tally is None or weights is None else weights * LOG2_E, buffers)
     if tally is None:
         row_lse, total = _softmax(x, lse is not None), None
     else:
@@ -127,10 +127,10 @@ def _attend_chunk(
         lse.index_copy_(0, chunk.q_tiles, row_lse.to(lse.dtype))
 
 
-def _transform(
+def transform(
     x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, weights: Tensor | None, buffers: dict[str, Tensor]
-) -> None:
-    """Decay logits, mask what is absent and add a pooled tile's length, in place."""
+) -> Tensor | None:
+    """Decay logits, mask what is absent and add a pooled tile's length, in place; returns the decay t."""
     t = decay_of(tiled, chunk, columns, buffers)
     if t is not None:
         torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
@@ -139,6 +139,7 @@ def _transform(
         x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
+    return t
 
 
 def _softmax(x: Tensor, need_lse: bool) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares, taken, weights_of, without_keys
+from dit_accel_kernels.backends.torch.attend import shares, taken, transform, weights_of, without_keys
 from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
@@ -55,14 +55,8 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
         return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
 
     raw = product(q, k, "logits").mul_(tiled.scale)
-    t = decay_of(tiled, chunk, columns, buffers)
-    x = buffer(buffers, "weights", q, shape, wide)
-    torch.minimum(raw, torch.mul(raw, t, out=x), out=x) if t is not None else x.copy_(raw)
-    absent, start = absent_of(tiled, chunk, columns)
-    if absent is not None:
-        x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
-    if weights is not None:
-        x[:, :, columns:].add_(weights[:, None])
+    x = buffer(buffers, "weights", q, shape, wide).copy_(raw)
+    t = transform(x, tiled, chunk, columns, weights, buffers)
     p = torch.softmax(x, -1, out=x)
     empty = without_keys(tiled, chunk, weights)
     if empty is not None:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, may_pool, static_lists
-from dit_accel_kernels.backends.triton.fitting import fitting
 from dit_accel_kernels.backends.triton.forward import _fwd_kernel
 from dit_accel_kernels.backends.triton.launch import (
     Launch,
@@ -24,6 +25,7 @@ from dit_accel_kernels.backends.triton.launch import (
     key_block,
     launch_of,
     query_block,
+    row_of,
     warps,
     with_order,
 )
@@ -225,3 +227,22 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it this one."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+@contextmanager
+def fitting(kernel: str, problem: Problem, features: Iterable[str], tile: int = 128) -> Iterator[None]:
+    """Within it a launch of a kernel by the launch table runs, or raises BackendUnavailableError with its row.
+
+    Every row fits the cards that it was compiled for (bench/aot.py); others may have less.
+    """
+    try:
+        yield
+    except OutOfResources as error:
+        q = problem.q
+        arch = architecture(q.device)
+        row = row_of(arch, q.dtype, q.shape[-1], tile, kernel, features)
+        named = ", ".join(f"{name} {value!r}" for name, value in row._asdict().items())
+        raise BackendUnavailableError(
+            f"backend 'triton' needs {error.required} of {error.name} for the row of launch_table.json with {named} "
+            f"(found {error.limit} on {arch}): use backend='torch'"
+        ) from error

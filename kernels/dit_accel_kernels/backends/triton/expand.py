@@ -22,7 +22,7 @@ from torch import Tensor
 from dit_accel_kernels.backends.triton.plan import RowPlan
 from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bits_of
 from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.problem import Problem, by_head
 from dit_accel_kernels.selection import words_of
 
 BLOCK = 512  # list entries that are looked at together
@@ -178,14 +178,9 @@ def _pooled_bits(problem: Problem) -> Tensor | None:
 
 def bits_of_lists(problem: Problem) -> Tensor:
     """A copy of the exact lists as bits of every batch and head, int32 [B, H, NQ, W]."""
-    return _of_every_head(problem, static_bits(problem)).clone(memory_format=torch.contiguous_format)
-
-
-def _of_every_head(problem: Problem, bits: Tensor) -> Tensor:
-    """Bits of list sets [G, NQ, W] as a view [B, H, NQ, W]."""
     batch, heads = problem.q.shape[:2]
-    bits = bits[None] if bits.shape[0] in (1, heads) else bits.unflatten(0, (batch, heads))
-    return bits.expand(batch, heads, -1, -1)
+    bits = by_head(static_bits(problem), heads).expand(batch, heads, -1, -1)
+    return bits.clone(memory_format=torch.contiguous_format)
 
 
 def may_pool(problem: Problem) -> bool:
