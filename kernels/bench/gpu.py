@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import multiprocessing
 import os
 import sys
@@ -30,11 +29,12 @@ import calls
 import grid
 import torch
 import triton
+from calls import DTYPES
+from inputs import append
 from predictions import CANDIDATES, SHAPES, Card, Shape, card_of, predict
 from recorded import Recorded, launches_of
 from timed import Timed, calls_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ORDER = ("wan-720p", "128k", "hunyuan-720p", "cogvideox1.5", "wan-480p", "mochi")
 COMPILING = 0.5  # most of the budget that compiling ahead may take
 GRACE = 25  # seconds after the budget at which the process ends, whatever hangs
@@ -238,9 +238,7 @@ def main() -> None:
     records: list[Record] = []
     for record in {"check": check, "time": timed}[args.command](args, deadline, left_out):
         records.append(record)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps({**setting, "dtype": args.dtype, **record}) + "\n")
+        append(args.out, {**setting, "dtype": args.dtype, **record})
         if line(record):
             print(line(record), flush=True)
     summary(records, left_out, device)
