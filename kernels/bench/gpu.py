@@ -31,7 +31,7 @@ import torch
 import triton
 from calls import DTYPES
 from inputs import append
-from predictions import CANDIDATES, SHAPES, Card, Shape, card_of, predict
+from predictions import CANDIDATES, SHAPES, Shape, card_of, pick, predict
 from recorded import Recorded, launches_of
 from timed import Timed, calls_of
 
@@ -99,7 +99,7 @@ def check(args: argparse.Namespace, deadline: float, left_out: list[str]) -> Ite
 
 def timed(args: argparse.Namespace, deadline: float, left_out: list[str]) -> Iterator[Record]:
     """Compile what is timed, then time it, shape by shape."""
-    shapes = [SHAPES[name] for name in args.shape.split(",")]
+    shapes: list[Shape] = args.shape
     if args.tiny:
         shapes = [replace(shape, heads=2, tokens=120, dim=16, block=32) for shape in shapes]
     if args.device != "cpu":
@@ -145,16 +145,11 @@ def seconds_of(call: Timed, device: str) -> tuple[float, float, float]:
 
 def prediction(shape: Shape, candidate: str, density: float, args: argparse.Namespace) -> Record:
     """The least seconds that the call can take and its slowest engine, if predictions.py knows this card and call."""
-    card = card_at_hand(args)
+    card = None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
     if card is None or candidate not in CANDIDATES:
         return {}
     predicted = predict(shape, candidate, density, card)
     return {"predicted_bound": predicted["bound"], "predicted_limit": predicted["limit"]}
-
-
-def card_at_hand(args: argparse.Namespace) -> Card | None:
-    """This card's figures, if it is one that predictions.py knows."""
-    return None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
 
 
 def line(r: Record) -> str:
@@ -219,9 +214,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a CUDA or ROCm GPU, found none: --device cpu --tiny tests the script")
-    unknown = [name for name in args.shape.split(",") if name not in SHAPES]
-    if unknown:
-        raise SystemExit(f"--shape takes {', '.join(SHAPES)}: found {', '.join(unknown)}")
+    args.shape = pick(args.shape, SHAPES, "shape")
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     return args
 

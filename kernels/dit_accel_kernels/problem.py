@@ -69,6 +69,15 @@ class Problem:
         """Whether the call's tiles vote for the next call."""
         return self.selection is not None and self.selection.vote is not None
 
+    @property
+    def may_pool(self) -> bool:
+        """Whether the call can have pooled tiles: those of its lists, or what its selection may make of exact ones."""
+        selection = self.selection
+        if self.pooled_indices is not None or selection is None:
+            return self.pooled_indices is not None
+        routes = selection.routing is not None or selection.routed is not None
+        return routes or (selection.keep is not None and selection.rest == "pooled")
+
     def empty_like(self, x: Tensor) -> Tensor:
         """Memory for a [B, H, S, D] like x, laid out like the call's output."""
         batch, heads, tokens, dim = x.shape

@@ -11,7 +11,7 @@ from dit_accel_kernels.features import tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem, by_head, lists_of
 from dit_accel_kernels.sections import sections_of
 from dit_accel_kernels.selection import LOG2_E, Routing, pack_bits, unpack_bits
-from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
+from dit_accel_kernels.tiles import EXACT, PARTS, POOLED, SKIPPED, TileLists
 
 
 def list_states(problem: Problem) -> Tensor:
@@ -83,15 +83,8 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor | None]:
     states = selected_states(problem).expand(batch, heads, -1, -1)
     sizes = dict(block_q=problem.block_q, block_k=problem.block_k, num_q=problem.q.shape[2], num_k=problem.k.shape[2])
     lists = TileLists.from_states(states.flatten(0, 1), **sizes)
-    narrowed = replace(
-        problem,
-        exact_offsets=lists.exact_offsets,
-        exact_indices=lists.exact_indices,
-        pooled_offsets=lists.pooled_offsets,
-        pooled_indices=lists.pooled_indices,
-        selection=None,
-    )
-    return narrowed, pack_bits(states == EXACT)
+    parts = {name: getattr(lists, name) for name in PARTS}
+    return replace(problem, selection=None, **parts), pack_bits(states == EXACT)
 
 
 def visiting_order(problem: Problem, reverse: bool) -> Tensor:

@@ -18,7 +18,7 @@ from dit_accel_kernels.cache import StorageCache, changed, count_writes
 SKIPPED, POOLED, EXACT = 0, 1, 2
 
 _INT32_MAX = 2**31 - 1
-_PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
+PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
 
 
 def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class TileLists:
     pooled_indices: Tensor | None = None
 
     def __post_init__(self) -> None:
-        count_writes(self, _PARTS)
+        count_writes(self, PARTS)
         for name in ("block_q", "block_k", "num_q", "num_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -157,7 +157,7 @@ class TileLists:
             device = torch.empty(0, device=device).device  # "cuda" is the current one of them
         if device == self.device:
             return self
-        parts = {name: getattr(self, name) for name in _PARTS}
+        parts = {name: getattr(self, name) for name in PARTS}
 
         def copy() -> TileLists:
             return replace(self, **{name: None if x is None else x.to(device) for name, x in parts.items()})
@@ -177,7 +177,7 @@ class TileLists:
 
     def changed(self) -> None:
         """Tell that the lists were written to by a kernel that torch knows nothing of; see above."""
-        changed(getattr(self, name) for name in _PARTS)
+        changed(getattr(self, name) for name in PARTS)
 
     def validate(self) -> TileLists:
         """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self.

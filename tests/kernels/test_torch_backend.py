@@ -158,6 +158,8 @@ def test_chunks_are_made_once_for_a_list():
     assert chunks_of(problem, 40, 1, remember=True) is found
     alias = replace(problem, exact_offsets=problem.exact_offsets.view(1, -1))
     assert chunks_of(replace(alias, exact_indices=problem.exact_indices.detach()), 40, 1, remember=True) is found
+    wider = replace(problem, q=torch.randn(1, 3, 100, 16), k=torch.randn(1, 1, 100, 16))
+    assert chunks_of(wider, 40, 1, remember=True) is found
     problem.exact_indices[-1] = problem.exact_indices[-1]
     assert chunks_of(problem, 40, 1, remember=True) is not found
 

@@ -114,9 +114,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes."""
     check(problem, need_lse=need_lse)
     selection = problem.selection
-    pools = problem.pooled_indices is not None  # or may: one graph whether or not this call happens to
-    if selection is not None:
-        pools = pools or selection.routing is not None or (selection.keep is not None and selection.rest == "pooled")
+    pools = problem.may_pool  # one graph whether or not this call happens to
     problem, exact = resolved(problem)
     q = problem.q.detach()  # FlexAttention on a CPU refuses what requires a gradient
     if problem.head_scale is not None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.torch.attend import shares, taken, transform, weights_of, without_keys
 from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, tiles_of
 from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
-from dit_accel_kernels.features import split_tiles, wide_dtype
+from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 
 TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
@@ -25,18 +25,13 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
         for name in ("q", "k", "v", "k_mean", "v_mean")
         if (x := getattr(tiled, name)) is not None
     }
-    grad_out = _by_tile(grad_out.to(tiled.q.dtype), problem.block_q)
-    grad_lse = None if grad_lse is None else _by_tile(grad_lse[..., None], problem.block_q)
+    grad_out = tiles_of(grad_out.to(tiled.q.dtype), problem.block_q)
+    grad_lse = None if grad_lse is None else tiles_of(grad_lse[..., None], problem.block_q)
     _, columns, multiple = shares(problem)
     for chunk in chunks_of(problem, columns // TEMPORARIES, multiple, remember=True):
         of_lse = None if grad_lse is None else grad_lse[chunk.q_tiles]
         _add_chunk(tiled, chunk, grad_out[chunk.q_tiles], of_lse, sums)
     return _uncut(problem, tiled, sums)
-
-
-def _by_tile(x: Tensor, block: int) -> Tensor:
-    """[B, H, S_q, D] laid out like the tiled queries, [B * H * NQ, block_q, D], zero in padding."""
-    return split_tiles(x, 2, block).reshape(-1, block, x.shape[-1])
 
 
 def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ class Lists:
     tiles: Tensor
 
     def padded(self, q_tiles: Tensor, length: int) -> Tensor:
-        """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last; all have one."""
+        """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last, where it has one."""
         column = torch.arange(length, device=self.tiles.device)
         positions = torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
         return self.tiles[positions].long()

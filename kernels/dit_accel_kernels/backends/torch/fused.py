@@ -144,14 +144,13 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
 
 def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor) -> None:
     """Settle the votes of a run of query tiles, on lists padded to one length."""
-    counts, starts = lists.counts[first:last], lists.starts[first:last]
+    rows, counts = torch.arange(first, last), lists.counts[first:last]
     longest = int(counts.max())
     if longest == 0:
         return
     column = torch.arange(longest)
     beyond = column >= counts[:, None]
-    positions = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
-    tiles = lists.tiles[positions].long().masked_fill_(beyond, tally.none)
+    tiles = lists.padded(rows, longest).masked_fill_(beyond, tally.none)
     entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
     by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
-    tally.settle(torch.arange(first, last), tiles, by_tile)
+    tally.settle(rows, tiles, by_tile)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.triton.attend import check, fitting, on_device
 from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
-from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
+from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, static_lists
 from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
 from dit_accel_kernels.backends.triton.loads import _load_part
 from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
@@ -124,7 +124,8 @@ def _attend_backward(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` of batches and heads that are computed together."""
-    q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
+    tensors = (problem.q, problem.k, problem.v, out, grad_out)
+    q, k, v, out, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     features = features_of(problem)
     dq, dkdv, pooled = (  # fp32 is full fp32, without tensor cores: splitting its operands would spill
@@ -137,7 +138,7 @@ def _attend_backward(
         rows = row_plan(problem)
         lists = static_lists(problem, rows)
         means: tuple[Tensor | None, ...] = (None, None, None)
-        if may_pool(problem):
+        if problem.may_pool:
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)
         norm = torch.empty_like(base) if q.dtype == torch.float32 else None
         shared = (q, k, v, grad_out, base, delta, norm)
@@ -153,11 +154,6 @@ def _attend_backward(
         with fitting("dkdv", problem, features):
             _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
     return grads[0], grads[1], grads[2]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor with contiguous rows, copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _delta(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:

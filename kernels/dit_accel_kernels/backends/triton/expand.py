@@ -21,14 +21,12 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.triton.plan import RowPlan
 from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bits_of
-from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem, by_head
 from dit_accel_kernels.selection import words_of
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere
 NUM_WARPS = 4
-_BITS: StorageCache[Tensor] = StorageCache()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -162,34 +160,21 @@ def static_lists(problem: Problem, plan: RowPlan) -> Lists:
     )
 
 
-def static_bits(problem: Problem) -> Tensor:
-    """The exact lists as bits int32 [G, NQ, W], remembered as long as they live; not to be written to."""
-    offsets, indices, tiles = problem.exact_offsets, problem.exact_indices, problem.key_tiles
-    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
-
-
 def _pooled_bits(problem: Problem) -> Tensor | None:
-    """The pooled lists as bits int32 [G, NQ, W], remembered like the exact ones; None without any."""
-    offsets, indices, tiles = problem.pooled_offsets, problem.pooled_indices, problem.key_tiles
-    if offsets is None or indices is None:
-        return None
-    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
+    """The pooled lists as bits int32 [G, NQ, W]; None without any."""
+    offsets, indices = problem.pooled_offsets, problem.pooled_indices
+    return None if offsets is None or indices is None else bits_of(offsets, indices, problem.key_tiles)
+
+
+def _exact_bits(problem: Problem) -> Tensor:
+    return bits_of(problem.exact_offsets, problem.exact_indices, problem.key_tiles)
 
 
 def bits_of_lists(problem: Problem) -> Tensor:
     """A copy of the exact lists as bits of every batch and head, int32 [B, H, NQ, W]."""
     batch, heads = problem.q.shape[:2]
-    bits = by_head(static_bits(problem), heads).expand(batch, heads, -1, -1)
+    bits = by_head(_exact_bits(problem), heads).expand(batch, heads, -1, -1)
     return bits.clone(memory_format=torch.contiguous_format)
-
-
-def may_pool(problem: Problem) -> bool:
-    """Whether a call can have pooled tiles."""
-    selection = problem.selection
-    if problem.pooled_indices is not None or selection is None:
-        return problem.pooled_indices is not None
-    routes = selection.routing is not None or selection.routed is not None
-    return routes or (selection.keep is not None and selection.rest == "pooled")
 
 
 def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[Lists, Tensor]:
@@ -211,9 +196,9 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     strides = (stride_b * entries, stride_h * entries)
     bounds = plan.bounds.new_empty(batch * heads, q_tiles, 6)
     exact = indices.new_empty(batch, heads, q_tiles, words)
-    pooled = torch.empty_like(exact) if may_pool(problem) else None
+    pooled = torch.empty_like(exact) if problem.may_pool else None
     _expand_kernel[(batch * heads * q_tiles,)](
-        plan.indices, plan.bounds, plan.entry_t, static_bits(problem), _pooled_bits(problem), keep, pinned, routed,
+        plan.indices, plan.bounds, plan.entry_t, _exact_bits(problem), _pooled_bits(problem), keep, pinned, routed,
         indices, bounds, entry_t, pooled, exact, *plan.strides, *own, *strides, heads, q_tiles, words,
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

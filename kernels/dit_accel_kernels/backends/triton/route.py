@@ -5,7 +5,7 @@ approximation, and their column means as scores. The column mean of Q mean(K)^T 
 mean(Q) . mean(K), so this pre-pass needs the mean queries only, 1 / block_q of those products; the attention loops stay
 free of branches and of an order, block_q may be anything, and keep bits, masks and decay compose. Three kernels: mean
 queries, statistics of the mean keys' channels, and scores, which never leave the program. `routing_scores` in
-selection.py is the specification; sums are float32.
+states.py is the specification; sums are float32.
 """
 
 # Device code is typed by Triton's compiler:

@@ -42,6 +42,7 @@ class ColumnPlan:
 
 
 _CACHE: StorageCache[ColumnPlan] = StorageCache()
+_BITS: StorageCache[Tensor] = StorageCache()
 
 
 def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
@@ -83,8 +84,15 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
 
 
 def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
-    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j."""
-    sets, rows = offsets.shape[0], offsets.shape[1] - 1
-    chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
-    chosen[row_of_entry(offsets.long(), indices.numel()), indices.long()] = True
-    return pack_bits(chosen).view(sets, rows, -1)
+    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j.
+
+    They are remembered as long as the lists live, and not to be written to.
+    """
+
+    def build() -> Tensor:
+        sets, rows = offsets.shape[0], offsets.shape[1] - 1
+        chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
+        chosen[row_of_entry(offsets, indices.numel()), indices.long()] = True
+        return pack_bits(chosen).view(sets, rows, -1)
+
+    return _BITS.get([offsets, indices], (tiles,), build)
