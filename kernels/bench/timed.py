@@ -39,7 +39,7 @@ SDPA = {
 }
 RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
 BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
-Errors = tuple[float, float]  # found and allowed
+Errors = tuple[float, float]  # measured and allowed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

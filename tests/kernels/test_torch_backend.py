@@ -307,7 +307,7 @@ def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, maske
 @pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize(("tiles", "settled"), [(100, [7]), (28, [4, 3]), (27, [2, 2, 3])])
 def test_chunks_are_settled_together_as_long_as_their_padded_tiles_fit(monkeypatch, tiles, settled):
-    monkeypatch.setattr(torch_attend, "shares", lambda problem: (1, 224, 1))  # two query tiles of seven key tiles
+    monkeypatch.setattr(torch_attend, "chunk_sizes", lambda problem: (1, 224, 1))  # two query tiles of seven key tiles
     monkeypatch.setattr(votes, "VOTE_BYTES", tiles * 16 * 4)
     found, real = [], votes.Tally.settle
     monkeypatch.setattr(

@@ -54,7 +54,7 @@ def _by_chunks(
     """Output and LSE of all query tiles, [B * H * NQ, block_q, D] and [B * H * NQ, block_q]."""
     out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    workers, columns, multiple = shares(problem)
+    workers, columns, multiple = chunk_sizes(problem)
 
     def work(chunk: Chunk, buffers: dict[str, Tensor]) -> None:
         _attend_chunk(tiled, chunk, out, lse if need_lse else None, tally, buffers)
@@ -63,7 +63,7 @@ def _by_chunks(
     return out, lse
 
 
-def shares(problem: Problem) -> tuple[int, int, int]:
+def chunk_sizes(problem: Problem) -> tuple[int, int, int]:
     """How many workers a call is shared by; most columns of a chunk, and what its query tiles are a multiple of."""
     block_q, threads = problem.block_q, torch.get_num_threads()
     itemsize = product_dtype(problem.q.dtype, problem.q.device.type).itemsize

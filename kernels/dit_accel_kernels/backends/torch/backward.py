@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.attend import shares, taken, transform, weights_of, without_keys
+from dit_accel_kernels.backends.torch.attend import chunk_sizes, taken, transform, weights_of, without_keys
 from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut, tiles_of
-from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
+from dit_accel_kernels.backends.torch.workers import buffer, thread_buffers
 from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 
@@ -27,7 +27,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
     }
     grad_out = tiles_of(grad_out.to(tiled.q.dtype), problem.block_q)
     grad_lse = None if grad_lse is None else tiles_of(grad_lse[..., None], problem.block_q)
-    _, columns, multiple = shares(problem)
+    _, columns, multiple = chunk_sizes(problem)
     for chunk in chunks_of(problem, columns // TEMPORARIES, multiple, remember=True):
         of_lse = None if grad_lse is None else grad_lse[chunk.q_tiles]
         _add_chunk(tiled, chunk, grad_out[chunk.q_tiles], of_lse, sums)
@@ -36,7 +36,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
 
 def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:
     """Add the gradients of one chunk into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
-    columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], own_buffers()
+    columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], thread_buffers()
     exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), weights_of(tiled, chunk)
     q = tiled.q[chunk.q_tiles]
     k, v = (
@@ -89,8 +89,8 @@ def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Ten
     for name in ("k", "v"):
         grad = sums[name]
         if f"{name}_mean" in sums and tiled.log_length is not None:
-            share = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
-            grad = grad + share[:, None]
+            of_each_token = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
+            grad = grad + of_each_token[:, None]
         grad = grad.reshape(*k.shape[:2], -1, k.shape[3])[:, :, : k.shape[2]]
         if valid is not None:
             grad = grad.masked_fill(~valid[:, None, :, None], 0)

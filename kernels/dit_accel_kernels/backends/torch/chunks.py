@@ -92,8 +92,8 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
     counts = torch.stack([exact.counts, pooled.counts, tokens])[:, order]
     first = (torch.tensor(key_heads(problem), device=order.device) * tiles).repeat_interleave(problem.query_tiles)
     chunks = []
-    exact_counts, pooled_counts, own_tokens = counts.tolist()
-    cuts = _cuts(exact_counts, pooled_counts, own_tokens, columns, multiple, block)
+    exact_counts, pooled_counts, token_counts = counts.tolist()
+    cuts = _cuts(exact_counts, pooled_counts, token_counts, columns, multiple, block)
     for start, stop, longest, most_pooled, least, most in cuts:
         q_tiles, part = order[start:stop], counts[:, start:stop]
         shift = first[q_tiles, None]

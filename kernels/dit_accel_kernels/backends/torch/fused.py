@@ -82,8 +82,8 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
     if tiled.t is not None and tiled.t_mean is not None and tiled.frames is not None:
         shared |= {"decay": tiled.t, "mean_decay": tiled.t_mean, "frames": tiled.frames}
-    for first, last, evidence in _ranges(problem, keys, tally):
-        call = _call(shared | evidence)
+    for first, last, of_votes in _ranges(problem, keys, tally):
+        call = _call(shared | of_votes)
         step = max(1, -(-(last - first) // (PIECES * workers)))
 
         def work(start: int, _buffers: Any, call: Call = call, step: int = step, last: int = last) -> None:
@@ -91,7 +91,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
 
         run_all(work, range(first, last, step), workers)
         if tally is not None:
-            _settle(tally, keys, first, last, evidence["found"])
+            _settle(tally, keys, first, last, of_votes["evidence"])
     return out, lse
 
 
@@ -138,7 +138,8 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
         before = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(torch.searchsorted(ends, before + most, right=True)))
         starts = ends - lists.counts - before
-        yield first, last, {"found": torch.empty(int(ends[last - 1]) - before, problem.block_q), "found_starts": starts}
+        evidence = torch.empty(int(ends[last - 1]) - before, problem.block_q)
+        yield first, last, {"evidence": evidence, "evidence_starts": starts}
         first = last
 
 

@@ -61,7 +61,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     batch, heads, num_q, _ = problem.q.shape
     words = (batch, heads, problem.query_tiles, words_of(problem.key_tiles))
     parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
-    out, lse, exact, kept = (list(found) for found in zip(*parts, strict=True))
+    out, lse, exact, kept = (list(part) for part in zip(*parts, strict=True))
     return (
         joined(problem.empty_like(problem.q), out, cuts),
         joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
