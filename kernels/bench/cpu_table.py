@@ -1,4 +1,4 @@
-"""Write the table by which "auto" decides on a CPU, from results/cpu.jsonl and what was told of other processors."""
+"""Write the table by which "auto" decides on a CPU, from results/cpu.jsonl and reports of other processors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = ("processor", "dtype", "tokens", "tile", "backend")
 
 
 def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table's rows: of one setting those of the last make that was measured; a measured one replaces a told one."""
+    """The table's rows: of one setting those of the last make that was measured, which replace a reported one."""
     shares_of = {row[:5]: (REPORT, dict(row[5])) for row in REPORTED}
     measured: dict[tuple, tuple[str, dict[float, float]]] = {}
     for record in records:

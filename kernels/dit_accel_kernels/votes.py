@@ -45,7 +45,7 @@ class Tally:
         assert selection.vote is not None
         self.problem, self.selection, self.vote = problem, selection, selection.vote
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
-        tiles, rows, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
+        tiles, q_tiles, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
         self.none = tiles  # stands for no tile where lists are padded to one length
         self.visit: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
         ragged, self.backwards = problem.k.shape[2] % problem.block_k > 0, False
@@ -59,9 +59,9 @@ class Tally:
         if valid is not None:
             absent = ~valid_tiles(valid, problem.block_k)[1]
             absent = pad(absent, (0, 1), value=True)
-            self.absent = absent.repeat_interleave(heads * rows, 0)
-        self.rows, self.last = rows, queries - (rows - 1) * problem.block_q  # queries of the last query tile
-        self.down = torch.zeros(batch * heads * rows, tiles + 1, dtype=torch.bool, device=problem.q.device)
+            self.absent = absent.repeat_interleave(heads * q_tiles, 0)
+        self.q_tiles, self.last = q_tiles, queries - (q_tiles - 1) * problem.block_q  # queries of the last query tile
+        self.down = torch.zeros(batch * heads * q_tiles, tiles + 1, dtype=torch.bool, device=problem.q.device)
 
     @property
     def by_mass(self) -> bool:
@@ -71,23 +71,23 @@ class Tally:
         """
         return self.vote.criterion != "maxgap"
 
-    def settle(self, rows: Tensor, tiles: Tensor, evidence: Tensor) -> None:
+    def settle(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:
         """Vote of query tiles [R] on their exact key tiles [R, n], ascending, padded with `none`.
 
         `evidence` [n, R, block_q] as `by_mass` says, -inf or 0 in padding; it may be written to.
         """
         if self.last < evidence.shape[2]:  # what is no query votes as the last one does
-            far = (rows % self.rows == self.rows - 1).nonzero()[:, 0]
+            far = (q_tiles % self.q_tiles == self.q_tiles - 1).nonzero()[:, 0]
             evidence[:, far, self.last :] = evidence[:, far, self.last - 1, None]
         if self.visit is not None:
-            order = self.visit[rows].gather(-1, tiles).argsort(-1)
+            order = self.visit[q_tiles].gather(-1, tiles).argsort(-1)
             tiles, evidence = tiles.gather(-1, order), evidence.gather(0, order.mT[..., None].expand(evidence.shape))
         by_tile = evidence.unbind(0)
         if self.backwards:
             tiles, by_tile = tiles.flip(1), by_tile[::-1]
         down = ~(self._largest(by_tile) > self.vote.threshold).mT & ((tiles != self.none).cumsum(1) > 1)
-        rows = rows[:, None]
-        self.down[rows, tiles] = down if self.absent is None else down & ~self.absent[rows, tiles]
+        q_tiles = q_tiles[:, None]
+        self.down[q_tiles, tiles] = down if self.absent is None else down & ~self.absent[q_tiles, tiles]
 
     def _largest(self, evidence: Sequence[Tensor]) -> Tensor:
         """What must exceed the threshold for a tile to be kept, [n, R]; the first one's means nothing."""
@@ -105,29 +105,29 @@ class Tally:
             largest.append(margin.amax(1))
         return torch.stack(largest)
 
-    def hold(self, rows: Tensor, tiles: Tensor, evidence: Tensor) -> None:
+    def hold(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:
         """`settle`, but with as many others as `VOTE_BYTES` hold, since it takes an operation or more for each tile."""
         with _HOLDING:
             longest = max([len(evidence), *(len(x) for _, _, x in self.held)])
-            count = len(rows) + sum(len(x) for x, _, _ in self.held)
+            count = len(q_tiles) + sum(len(x) for x, _, _ in self.held)
             if longest * count * evidence.shape[2] * evidence.element_size() > VOTE_BYTES:
                 self._settle_held()
-            self.held.append((rows, tiles, evidence))
+            self.held.append((q_tiles, tiles, evidence))
 
     def _settle_held(self) -> None:
         if not self.held:
             return
-        all_rows, all_tiles, all_evidence = zip(*self.held, strict=True)
+        all_q_tiles, all_tiles, all_evidence = zip(*self.held, strict=True)
         longest, filling = max(map(len, all_evidence)), 0.0 if self.by_mass else -torch.inf
         tiles = [pad(x, (0, longest - x.shape[1]), value=self.none) for x in all_tiles]
         evidence = [pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=filling) for x in all_evidence]
         self.held.clear()
-        self.settle(torch.cat(all_rows), torch.cat(tiles), torch.cat(evidence, 1))
+        self.settle(torch.cat(all_q_tiles), torch.cat(tiles), torch.cat(evidence, 1))
 
     def kept(self) -> Tensor:
         """The bits of the next call, int32 [B, H, NQ, W]."""
         self._settle_held()
-        shape = (*self.problem.q.shape[:2], self.rows, self.none + 1)
+        shape = (*self.problem.q.shape[:2], self.q_tiles, self.none + 1)
         down, pinned = self.down.view(shape)[..., : self.none], self.selection.pinned
         if pinned is not None:
             down = down & ~unpack_bits(pinned, self.none)

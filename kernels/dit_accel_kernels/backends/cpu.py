@@ -56,7 +56,7 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
     """How many times as fast as dense SDPA a call by these lists alone is, with backend "auto"; None: it is not known.
 
     Known on processors and from the sizes on that backends/cpu_table.json has. `block_sparse_attention` computes what
-    it is told to, whatever this says.
+    it is asked for, whatever this says.
     """
     return choice(dtype, lists, min(lists.num_q, lists.num_k))[1] if device.type == "cpu" else None
 

@@ -145,13 +145,13 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
 
 def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor) -> None:
     """Settle the votes of a run of query tiles, on lists padded to one length."""
-    rows, counts = torch.arange(first, last), lists.counts[first:last]
+    q_tiles, counts = torch.arange(first, last), lists.counts[first:last]
     longest = int(counts.max())
     if longest == 0:
         return
     column = torch.arange(longest)
     beyond = column >= counts[:, None]
-    tiles = lists.padded(rows, longest).masked_fill_(beyond, tally.none)
+    tiles = lists.padded(q_tiles, longest).masked_fill_(beyond, tally.none)
     entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
     by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
-    tally.settle(rows, tiles, by_tile)
+    tally.settle(q_tiles, tiles, by_tile)
