@@ -125,6 +125,7 @@ class Handler:
     def __init__(self, config: Any, model: Model) -> None:
         self.settings: Any = config.filled(self.recipe(config, model))
         self.model = model
+        self._most_held = 0
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
@@ -166,7 +167,11 @@ class Handler:
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from step to step since attach, in bytes."""
-        return 0
+        return self._most_held
+
+    def note_held(self, size: int) -> None:
+        """Note how many bytes are held from step to step now, for `state_bytes`."""
+        self._most_held = max(self._most_held, size)
 
     def report(self) -> Section | None:
         """Return what the method did in the last generation, besides what the core counts; None: nothing to tell."""

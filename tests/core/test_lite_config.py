@@ -23,7 +23,7 @@ from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.tiling import Tiling
+from dit_accel.plan.tiling import Tiling, bitmap_bytes
 from dit_accel.report import heat_map
 from dit_accel.report.report import CallReport, Report, StepReport
 
@@ -106,12 +106,12 @@ def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
 
 def test_memory_is_a_small_part_of_the_original_s_lists():
     wan = TokenLayout(frames=21, height=45, width=80)
-    bits = LiteAttention().filled().carried_bytes(wan, layers=40, heads=40)
+    bits = 40 * 2 * bitmap_bytes(LiteAttention().filled().tiling.tiles(wan.tokens), 40, 1)
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
     lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
     assert 0.10e9 < bits < 0.16e9
     assert lists / bits > 20  # with tiles as many as ours, 30: tests/pipelines/test_lite_memory.py
-    assert LiteAttention(block_size=64).filled().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
+    assert bitmap_bytes(LiteAttention(block_size=64).filled().tiling.tiles(wan.tokens), 1, 1) == 4 * 1182 * 37
 
 
 @pytest.mark.parametrize(("radial", "lite", "size"), [(32, None, 32), (32, 32, 32), (None, 64, 64), (None, None, 128)])

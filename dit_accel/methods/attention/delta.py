@@ -14,7 +14,7 @@ difference, cancels it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
@@ -95,29 +95,6 @@ def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> G
     of = frames * len(starts) + torch.arange(s) // stride
     with torch.inference_mode(False):
         return Groups(rows=rows.flatten().to(device).clone(), of=of.flatten().to(device).clone())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredError:
-    """What the planned part of one attention call was off by at its probe rows, before any correction.
-
-    Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
-        layer: the attention module's index in its transformer.
-        rows: share of the call's query rows that were probed, each by dense attention besides what the plan computes.
-        by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
-        first_head: the first of these heads: those of one process, where several share a layer's.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    layer: int
-    rows: float
-    by_head: tuple[float, ...]
-    first_head: int = 0
 
 
 class DeltaHandler(AttentionHandler):
@@ -209,34 +186,34 @@ class DeltaHandler(AttentionHandler):
         self._measured.clear()
 
     def report(self) -> Section | None:
-        """Return the errors at probe rows, before correction, and the work that they cost."""
-        probed_calls = tuple(
-            MeasuredError(
-                transformer=context.transformer,
-                step_index=context.step_index,
-                branch=context.branch,
-                layer=context.layer,
-                rows=self.probe_share(context.layout),
-                by_head=tuple(error.tolist()),
-                first_head=0 if context.heads is None else context.heads.start,
-            )
+        """Return the errors at probe rows, before correction, and the work that they cost.
+
+        An entry of ``measured`` is one probed call: ``rows`` is the share of its query rows that were computed densely
+        besides, ``by_head`` the norm of (planned - dense) over that of dense, over probe rows and batch, from
+        ``first_head`` on: several processes may share a layer's heads.
+        """
+        measured: list[dict[str, Any]] = [
+            {
+                **{name: getattr(context, name) for name in ("transformer", "step_index", "branch", "layer")},
+                "rows": self.probe_share(context.layout),
+                "by_head": tuple(error.tolist()),
+                "first_head": 0 if context.heads is None else context.heads.start,
+            }
             for context, error in self._measured
-        )
-        if not probed_calls:
+        ]
+        if not measured:
             return None
-        errors = [(error, one, head) for one in probed_calls for head, error in enumerate(one.by_head, one.first_head)]
+        errors = [(x, one, head) for one in measured for head, x in enumerate(one["by_head"], one["first_head"])]
         worst, one, head = max(errors, key=lambda entry: entry[0])
         mean = sum(error for error, *_ in errors) / len(errors)
-        probed: dict[tuple[Any, ...], float] = {}
-        for entry in probed_calls:
-            probed[entry.transformer, entry.step_index, entry.branch, entry.layer] = entry.rows
-        where = f"step {one.step_index}, layer {one.layer}, head {head}"
+        probed = {tuple(entry.values())[:4]: entry["rows"] for entry in measured}
+        where = f"step {one['step_index']}, layer {one['layer']}, head {head}"
         lines = (
             f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})",
-            f"{len(probed_calls)} calls probed; their rows are dense, besides the tiles: {one.rows:.3f} of a call",
+            f"{len(measured)} calls probed; their rows are dense, besides the tiles: {one['rows']:.3f} of a call",
         )
-        data = {"mean": mean, "worst": worst, "measured": [asdict(entry) for entry in probed_calls]}
-        return Section(method=self.name, title="delta", lines=lines, data={**data, "probed_rows": sum(probed.values())})
+        data = {"mean": mean, "worst": worst, "measured": measured, "probed_rows": sum(probed.values())}
+        return Section(method=self.name, title="delta", lines=lines, data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what the probe rows cost."""

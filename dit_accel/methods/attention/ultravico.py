@@ -25,9 +25,6 @@ from ..config import MethodConfig
 from ..options import ge, gt, le
 from ..saving import Saving
 
-DEFAULTS: Mapping[str, Any] = {"first_frame": False, "period": None, "gamma": None}
-"""What an option is where neither the user nor the model's recipe sets it."""
-
 BY_RATIO: ByRatio = ((2.0, 0.9, None),)
 """The paper's safe strengths, no bands: where a recipe has no ``by_ratio``.
 
@@ -65,7 +62,7 @@ class UltraViCo(MethodConfig):
     """
 
     name: ClassVar[str] = "ultravico"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {"first_frame": False, "period": None, "gamma": None}
 
     alpha: Strength | None = None
     beta: Strength | None = None

@@ -26,9 +26,6 @@ from .engine import Decider
 from .ranks import ratio
 from .spans import SpanHandler, versions_of
 
-DEFAULTS: Mapping[str, Any] = {"threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1}
-"""What an option is where neither the user nor the model's recipe sets it: the threshold is DBCache's."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstBlockCache(MeasuredCacheConfig):
@@ -43,7 +40,7 @@ class FirstBlockCache(MeasuredCacheConfig):
     """
 
     name: ClassVar[str] = "firstblockcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {"threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1}
 
     first_blocks: ClassVar[int] = 1
     last_blocks: ClassVar[int] = 0
@@ -62,7 +59,7 @@ class DBCache(MeasuredCacheConfig):
     """
 
     name: ClassVar[str] = "dbcache"
-    defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "first_blocks": 8, "last_blocks": 0}
+    defaults: ClassVar[Mapping[str, Any]] = {**FirstBlockCache.defaults, "first_blocks": 8, "last_blocks": 0}
 
     first_blocks: Count | None = None
     last_blocks: Annotated[int, ge(0)] | None = None

@@ -19,13 +19,6 @@ from ..site import ForwardContext
 from .calibrated import CalibratedConfig, CalibratedHandler
 from .engine import Decider
 
-DEFAULTS: Mapping[str, Any] = {
-    "threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None, "compute_at": None,
-    "warmup_of": "run", "switch": None,
-}  # fmt: skip
-"""What an option is where neither the user nor the model's recipe sets it: the paper's for video."""
-
-
 Ratio = Annotated[float, gt(0), "measure them again"]
 
 
@@ -45,7 +38,11 @@ class MagCache(CalibratedConfig):
     """
 
     name: ClassVar[str] = "magcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # the paper's for video
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None, "compute_at": None,
+        "warmup_of": "run", "switch": None,
+    }  # fmt: skip
     numbers: ClassVar[str] = "ratios"
 
     ratios: Annotated[tuple[Ratio, ...], begins_with(1)] | None = None

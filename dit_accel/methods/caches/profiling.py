@@ -31,8 +31,6 @@ from .spans import Pass, Span, SpanHandler
 
 BLOCKS = ("blocks", "blocks_2", "refresh_2")
 SCHEDULE = ("every", "every_last", "refresh", "refresh_2", "measured_steps")
-DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE))}
-"""What an option is where neither the user nor the model's recipe sets it."""
 Rising = Annotated[
     tuple[int, ...], Rule("a list of steps from 0 on, rising", lambda at: at and at[0] >= 0 and [*at] == sorted({*at}))
 ]
@@ -63,7 +61,9 @@ class ProfilingCache(StepCacheConfig):
     """
 
     name: ClassVar[str] = "profilingcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE)),
+    }  # fmt: skip
 
     blocks: str | tuple[int, ...] | None = None
     every: Count | None = None

@@ -21,11 +21,6 @@ from .engine import Decider
 from .ranks import ratio
 from .spans import Pass, Span, SpanHandler
 
-DEFAULTS: Mapping[str, Any] = {
-    "threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1, "first_blocks": 1, "last_blocks": 0,
-}  # fmt: skip
-"""What an option is where neither the user nor the model's recipe sets it."""
-
 RELAXED = 1.25
 """A threshold that follows the changes over their mean in the last step, as cache-dit has it."""
 
@@ -49,7 +44,9 @@ class DBPrune(MeasuredCacheConfig):
     """
 
     name: ClassVar[str] = "dbprune"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1, "first_blocks": 1, "last_blocks": 0,
+    }  # fmt: skip
 
     max_threshold: float | None = None
     first_blocks: Annotated[int, ge(0)] | None = None

@@ -11,9 +11,6 @@ from ..saving import Saving
 from .config import ALONE, StepCacheConfig, Turn
 from .engine import StepCacheHandler
 
-DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
-"""What an option is where neither the user nor the model's recipe sets it; with ``steps`` the list alone decides."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticCache(StepCacheConfig):
@@ -24,7 +21,8 @@ class StaticCache(StepCacheConfig):
     """
 
     name: ClassVar[str] = "staticcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # with ``steps`` the list alone decides
+    defaults: ClassVar[Mapping[str, Any]] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
 
     every: Count | None = None
 

@@ -22,12 +22,6 @@ from .easy import mean_change, mean_size
 from .engine import Decider
 from .ranks import ratio
 
-DEFAULTS: Mapping[str, Any] = {
-    "threshold": 0.1, "warmup_steps": 1, "last_steps": 1, "polynomial": None, "polynomial_2": None,
-}  # fmt: skip
-"""What an option is where neither the user nor the model's recipe sets it."""
-
-
 Polynomial = Annotated[tuple[float, ...], Rule("a list of one coefficient or more", bool)]
 
 
@@ -49,7 +43,9 @@ class TeaCache(CalibratedConfig):
     """
 
     name: ClassVar[str] = "teacache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threshold": 0.1, "warmup_steps": 1, "last_steps": 1, "polynomial": None, "polynomial_2": None,
+    }  # fmt: skip
     numbers: ClassVar[str] = "polynomial"
 
     polynomial: Polynomial | None = None

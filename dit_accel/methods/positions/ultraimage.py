@@ -38,9 +38,6 @@ from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 AXES = ("height", "width")
 
-DEFAULTS: Mapping[str, Any] = {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
-"""What an option is where neither the user nor the model's recipe sets it: the paper's."""
-
 Calls = tuple[str, str, int, int]
 """(transformer, branch, row, batch): the calls whose heads are compared with each other."""
 
@@ -76,7 +73,10 @@ class UltraImage(MethodConfig):
     """
 
     name: ClassVar[str] = "ultraimage"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # the paper's
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None,
+    }  # fmt: skip
 
     correct: bool = True
     focus_min: Annotated[float, ge(1)] | None = None

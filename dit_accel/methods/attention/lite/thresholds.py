@@ -26,14 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiteThresholds:
-    """Thresholds of one model and one number of steps.
-
-    Attributes:
-        model: `Model.name` of the model that they were tuned on.
-        criterion: what they are thresholds of: ``maxgap`` (log2 units) or ``mass`` (shares of a row's softmax mass).
-        num_inference_steps: steps of the run.
-        thresholds: component name -> [layers][steps]; -inf drops nothing.
-        target_error: what the tuner aimed at, or None.
+    """Thresholds of one model and one number of steps: the content of a file, as the module's text shows it.
 
     Raises:
         ConfigError: for a table that is empty or ragged, or a threshold out of range.
