@@ -154,7 +154,8 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
                 share = torch.zeros(heads)
                 share[list(named)] = self.u
                 if rows is not None:
-                    share = torch.stack([share * _within(rows, row) for row in _rows_of_call(context, rows[1])])
+                    chosen, called = range(rows[0].start, rows[0].stop), _rows_of_call(context, rows[1])
+                    share = torch.stack([share * (row in chosen) for row in called])
                 share = share if context.heads is None else share[..., context.heads.own]
                 self._mixes[key] = share.to(context.device)
         return self._mixes[key]
@@ -233,10 +234,6 @@ def image_rows(layout: TokenLayout, device: str) -> Tensor:
         rows = torch.zeros(layout.tokens, dtype=torch.bool, device=device)
         rows[layout.visual] = True
         return rows
-
-
-def _within(rows: tuple[slice, int], row: int) -> bool:
-    return rows[0].start <= row < rows[0].stop
 
 
 def _rows_of_call(context: CallContext, batch: int) -> range:
