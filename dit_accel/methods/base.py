@@ -76,11 +76,7 @@ class Model:
         return f"{self.adapter.name}, {self.layers} layers, {self.heads} heads"
 
     def trained_frames(self, config: Any) -> int:
-        """Return the latent frames of the clips that the model was trained on: a config's own, or the released model's.
-
-        Raises:
-            ConfigError: if neither tells.
-        """
+        """Return the latent frames of training clips, by config or family; raise `ConfigError` if neither tells."""
         frames = config.trained_frames or (self.family.trained_frames if self.family else None)
         if frames is None:
             name = self.family.name if self.family else f"{self.adapter.name}, with sizes of no released model,"

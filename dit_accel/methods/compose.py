@@ -53,11 +53,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
 
 
 def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
-    """Return the tiles of an attachment: the size and order that a user set, else what the first method takes.
-
-    Raises:
-        ConfigError: if two methods are set to different ones.
-    """
+    """Return the tiles of an attachment: as a user set them, else as the first method does; refuse two that differ."""
     requested: dict[str, int] = {}
     usual: list[int] = []
     orders: dict[str, str] = {}

@@ -355,7 +355,7 @@ def test_the_estimate_is_what_runs(transformer):
         (dict(blocks="1", every=0), r"profilingcache\.every must .*got 0"),
         (
             dict(blocks="1", every=2, refresh=(3,)),
-            r"profilingcache\.every = 2 and profilingcache\.refresh = \[3\] both",
+            r"profilingcache\.every = 2 and profilingcache\.refresh = \(3,\) both",
         ),
         (dict(blocks="1", every_last=2), r"every_last = 2 must be at most profilingcache\.every, which is unset"),
         (dict(blocks="1", every=2, every_last=3), r"every_last = 3 must be at most profilingcache\.every, which is 2"),

@@ -269,7 +269,7 @@ def test_steps_at_points_of_the_run():
         assert driven.handler.settings.skipped_steps(steps) == computed.count(".")
     with pytest.raises(
         ConfigError,
-        match=r"^staticcache\.compute_at needs the number of steps, which is not known here; attach to",
+        match=r"^staticcache\.compute_at = \(0.5,\) needs the number of steps, which is not known here; attach to",
     ):
         Driven(cache(compute_at=(0.5,)), line).forward(0, still(0), steps=None)
 

@@ -133,11 +133,7 @@ class DeltaHandler(AttentionHandler):
         return False
 
     def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
-        """Add each group's correction; on probed calls measure the error and let tiles be taken back.
-
-        Raises:
-            ConfigError: if a backward may follow: the correction would be left out of it.
-        """
+        """Add each group's correction, measure the error in probed calls; refuse calls that a backward may follow."""
         if plan.is_dense:
             return out
         if context.differentiate:

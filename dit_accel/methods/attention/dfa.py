@@ -57,25 +57,12 @@ class DFA(MethodConfig):
     last_steps: Steps = 1
 
     def at_an_end(self, index: int, count: int | None) -> bool:
-        """Tell whether a step of a run of ``count`` is one of the first or last ones, which are full.
-
-        Raises:
-            ConfigError: if that needs the number of steps, which is not known.
-        """
+        """Tell whether a step is one of a run's first or last ones, which are full; errors as of `end_steps`."""
         first, last = end_steps(self, "warmup_steps", "last_steps", count)
         return index < first or (count is not None and index >= count - last)
 
     def is_full(self, index: int, count: int | None, since: int) -> bool:
-        """Tell whether a step is full by the schedule alone.
-
-        Args:
-            index: the step's, from 0.
-            count: steps of the run; None: not known.
-            since: computed steps since the last full one.
-
-        Raises:
-            ConfigError: if that needs the number of steps, which is not known.
-        """
+        """Tell whether a step is full by the schedule alone, ``since`` computed steps after the last full one."""
         return self.at_an_end(index, count) or since >= self.every - 1
 
     def reusing(self, count: int) -> frozenset[int]:

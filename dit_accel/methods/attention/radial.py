@@ -106,11 +106,7 @@ class RadialAttention(SparseConfig):
         return float(self.kept(layout).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about radial on this layout, or None where it fits well.
-
-        Raises:
-            ConfigError: if it keeps no visual tile at all.
-        """
+        """Return what the user should know about radial here, or None; raise `ConfigError` if it keeps no tile."""
         kept = self.kept(layout)
         empty, tokens = int((~kept.any(axis=1)).sum()), layout.visual_tokens
         if empty == len(kept):

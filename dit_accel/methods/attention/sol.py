@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from dit_accel_kernels import Routing, unpack_bits
 
-from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
@@ -22,6 +21,7 @@ from ...plan.plan import AttentionPlan
 from ...plan.tiling import pinned_bits
 from ..base import Phase
 from ..saving import Saving
+from ..steps import unknown_steps
 from .sparse import SparseConfig, SparseHandler
 
 DIAGONAL = 1
@@ -70,19 +70,12 @@ class SolAttention(SparseConfig):
         return full if full.beta_last is not None else replace(full, beta_last=full.beta)
 
     def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
-        """Return beta at a step (0-based) of the run.
-
-        Raises:
-            ConfigError: if beta changes over steps whose number is not known.
-        """
+        """Return beta at a step, 0-based; raise `ConfigError` if it changes over an unknown number of steps."""
         at_first, at_last = self.beta or 0.0, self.beta_last or 0.0
         if at_last == at_first:
             return at_first
         if num_inference_steps is None:
-            raise ConfigError(
-                f"sol.beta_last = {self.beta_last} needs the number of steps, which is not known here; attach to the "
-                "pipeline, or leave beta_last unset"
-            )
+            raise unknown_steps(self, "beta_last", "leave beta_last unset")
         first, last = _sparse_steps(self, num_inference_steps)
         share = (step_index - first) / (last - first) if last > first else 0.0
         return at_first + (at_last - at_first) * share

@@ -74,11 +74,7 @@ class SparseConfig(MethodConfig):
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about the method on this layout, or None where it fits well.
-
-        Raises:
-            ConfigError: if the method makes no sense on it.
-        """
+        """Return what the user should know about the method on a layout, or None; raise `ConfigError` to refuse it."""
         return self.advice_on_size(layout)
 
     def advice_on_size(self, layout: TokenLayout, keeps_all: int = 0) -> str | None:

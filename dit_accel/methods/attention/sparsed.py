@@ -128,11 +128,7 @@ class SparseDHandler(SparseHandler):
         self.bits.clear()
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the pattern leaves where ``density`` says how many, and what is carried.
-
-        Raises:
-            ConfigError: with ``mass``, where the data decide.
-        """
+        """Return the tiles that the pattern leaves, and what is carried; raise `ConfigError` with ``mass``."""
         settings = self.settings
         if settings.mass is not None:
             raise ConfigError(

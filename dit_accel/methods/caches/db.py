@@ -100,11 +100,7 @@ class DBHandler(SpanHandler):
             decider.added = self._passes[context.transformer].added
 
     def install(self, site: Site) -> None:
-        """Run around the forward, its first blocks, and those in the middle.
-
-        Raises:
-            ConfigError: if another cache is active on the transformer, or no block is left to skip.
-        """
+        """Run around the forward and its blocks but the last; raise `ConfigError` if none is left to skip."""
         self.require_free(site)
         first, last, count = self._first_blocks, self._last_blocks, len(site.blocks)
         if first + last >= count:

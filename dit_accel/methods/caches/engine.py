@@ -135,11 +135,7 @@ class StepCacheHandler(Handler):
         return agreed(list(values), groups_of(self.transformer_of(context)))
 
     def install(self, site: Site) -> None:
-        """Run around every forward of the transformer.
-
-        Raises:
-            ConfigError: if another cache is active on it.
-        """
+        """Run around every forward of the transformer; raise `ConfigError` if another cache is active on it."""
         require_no_cache(site.name, site.transformer, self.settings.requested_name)
         latents, name = site.adapter.latents, site.name
         self._transformers[name] = site.transformer
@@ -357,11 +353,7 @@ class StepCacheHandler(Handler):
 
 
 def is_unconditional(branch: str, method: str) -> bool:
-    """Tell whether a branch is the unconditional one by the name that the pipeline gave it.
-
-    Raises:
-        ConfigError: where the names don't tell the branches apart.
-    """
+    """Tell by its name whether a branch is the unconditional one; raise `ConfigError` where names don't tell."""
     own = branch.rsplit("/", 1)[-1]
     if own == "cond_uncond":
         raise ConfigError(

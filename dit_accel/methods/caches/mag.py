@@ -57,11 +57,7 @@ class MagHandler(CalibratedHandler):
     """Steps of the last run."""
 
     def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included.
-
-        Raises:
-            ConfigError: if the run's number of steps is not known.
-        """
+        """Return what the steps since the last computed one add up to, this one included."""
         count = self._steps = context.num_inference_steps
         if count is None:
             raise ConfigError(

@@ -76,11 +76,7 @@ class NativeHandler(Handler):
         return super().config_for(given)
 
     def install(self, site: Site) -> None:
-        """Enable the cache on one transformer.
-
-        Raises:
-            ConfigError: if another cache is active, or this one can't work on the model.
-        """
+        """Enable the cache on one transformer; raise `ConfigError` if another is active, or it can't work there."""
         name, config, transformer = site.name, self.settings.config, site.transformer
         check_model(self._kind, config, name, transformer, further=bool(self._enabled))
         require_no_cache(name, transformer, self._kind)

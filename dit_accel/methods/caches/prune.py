@@ -89,11 +89,7 @@ class PruneHandler(SpanHandler):
     settings: DBPrune  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def install(self, site: Site) -> None:
-        """Run around the forward and the blocks that may be skipped.
-
-        Raises:
-            ConfigError: if another cache is active on the transformer, or no block is left to skip.
-        """
+        """Run around the forward and what may be skipped of it; raise `ConfigError` if no block is left to skip."""
         self.require_free(site)
         settings, count = self.settings, len(site.blocks)
         kept = read_numbers(settings.keep, "dbprune.keep") if settings.keep is not None else ()

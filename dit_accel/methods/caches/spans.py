@@ -79,11 +79,7 @@ class Pass:
 
     @cached_property
     def added(self) -> Tensor | None:
-        """What the first blocks added to the visual stream.
-
-        Raises:
-            ConfigError: if what they took and gave differs in shape.
-        """
+        """What the first blocks added to the visual stream; raise `ConfigError` if they changed its shape."""
         if self._start is None or self._end is None:
             return None
         if self._start.shape != self._end.shape:
@@ -103,11 +99,7 @@ class Pass:
             )
 
     def begins_span(self, streams: Streams) -> bool:
-        """Tell whether a block takes other tensors than the last one gave.
-
-        Raises:
-            ConfigError: if the model wrote into those that the last one gave.
-        """
+        """Tell whether a block takes other tensors than the last gave; refuse models that write into these."""
         alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
         if self.apart or not alike:
             return True
@@ -124,11 +116,7 @@ class Pass:
         self.taken, self._taken_versions = taken, versions_of(taken)
 
     def note(self, given: Streams) -> None:
-        """Note what a block gave.
-
-        Raises:
-            ConfigError: if the span's first block, or one after it, wrote into what that one took.
-        """
+        """Note what a block gave; raise `ConfigError` if the span wrote into what its first block took."""
         self.require_unwritten(self.taken, self._taken_versions, self.spans[-1][0])
         self.given, self._versions = given, versions_of(given)
 

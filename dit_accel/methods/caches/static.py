@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ..options import Count
 from ..saving import Saving
@@ -28,11 +27,7 @@ class StaticCache(StepCacheConfig):
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
-        if self.every is not None and self.steps is not None:
-            raise ConfigError(
-                f"staticcache.steps = {self.steps} and staticcache.every = {self.every} both say what is computed; "
-                "give one of them"
-            )
+        self.require_one_of("steps", "every", of="what is computed")
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with unset options filled in; beside ``steps`` nothing else decides unless it is set."""

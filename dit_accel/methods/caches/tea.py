@@ -89,11 +89,7 @@ class TeaHandler(CalibratedHandler):
         self._signal_of = model.adapter.signal
 
     def install(self, site: Site) -> None:
-        """Run around every forward of the transformer.
-
-        Raises:
-            ConfigError: if another cache is active on it, or there is no polynomial for it.
-        """
+        """Run around every forward of the transformer; raise `ConfigError` if there is no polynomial for it."""
         if self._polynomial(site.name) is None:
             raise ConfigError(
                 f"teacache has one polynomial, and the model has a second transformer, {site.name}; set "

@@ -61,11 +61,7 @@ class CrossAttentionNAG:
         return run(*args, **kwargs)
 
     def _beside(self, context: Tensor) -> Tensor:
-        """Return what a cross-attention attends to, [B, tokens, C], with the negative text in the prompt's place.
-
-        Raises:
-            ConfigError: if the projection did not run, or pictures' tokens in front fix the text's length at another.
-        """
+        """Return what a cross-attention attends to, [B, tokens, C], with the negative text in the prompt's place."""
         text = self._ready
         if text is None:
             raise ConfigError(

@@ -31,17 +31,7 @@ _OPEN = "open transformer.cache_context(name) with the name 'cond', 'uncond' or 
 
 
 def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> Part:
-    """Return what a forward holds.
-
-    Args:
-        method: the method that must know it, for errors.
-        site: the transformer.
-        context: the forward.
-        latents: its latents, a row for each prompt.
-
-    Raises:
-        ConfigError: if nothing says it.
-    """
+    """Return what a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
     guidance, pipe, call = site.adapter.guidance, site.running, call_of(site.running)
     if (why := guidance.why_own(call)) is not None:
         raise ConfigError(

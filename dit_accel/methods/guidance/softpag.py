@@ -209,11 +209,7 @@ def mixed_with_values(
 
 
 def stacks_of(site: Site, model: Model) -> Stacks:
-    """Return the attention layers of a transformer, as specs name them.
-
-    Raises:
-        ConfigError: if an ``attach(layers=...)`` leaves some of them out.
-    """
+    """Return a transformer's attention layers, as specs name them; raise `ConfigError` if ``attach`` left some out."""
     names = site.attention
     if sorted(names) != list(range(len(names))):
         missing = next(index for index in range(max(names) + 1) if index not in names)

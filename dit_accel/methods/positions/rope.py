@@ -23,11 +23,7 @@ Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 
 
 def check_axes(method: str, axes: tuple[str, ...] | None) -> None:
-    """Check the names of axes.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest, or none.
-    """
+    """Raise `ConfigError` for an unknown name of an axis, with the nearest, or for none."""
     if axes is not None and not axes:
         raise ConfigError(f"{method}.axes names no axis; leave it out for all of {', '.join(VISUAL_AXES)}")
     for axis in axes or ():

@@ -23,11 +23,7 @@ Edit = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 def trained_lengths(method: str, given: Mapping[str, int | None], family: Family | None) -> dict[str, int]:
-    """Return axis -> tokens that a model was trained on: what was given, else what is known of the released model.
-
-    Raises:
-        ConfigError: if nothing is known of any axis.
-    """
+    """Return axis -> tokens that a model was trained on, as given or released; raise `ConfigError` if none is known."""
     known = {**(family.trained if family else {}), **{axis: n for axis, n in given.items() if n is not None}}
     if not known:
         model = family.name if family else "a model with sizes of no released one"

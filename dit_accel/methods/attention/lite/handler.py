@@ -103,11 +103,7 @@ class LiteHandler(SparseHandler):
         return super().check_layout(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Active outside the dense steps and layers; not in training, where one forward says nothing about the next.
-
-        Raises:
-            ConfigError: if the thresholds file is for another number of steps, or the options need what is not known.
-        """
+        """Active outside the dense steps and layers, never in training; refuse a thresholds file of other steps."""
         if step.training:
             return False
         table, path = self._table, self.settings.thresholds_file

@@ -54,11 +54,7 @@ class LiteThresholds:
             raise ConfigError("lite thresholds need a list for every layer of every transformer, got none; tune again")
 
     def at(self, transformer: str, layer: int, step_index: int) -> float:
-        """Return the threshold of one layer at one step, 0-based.
-
-        Raises:
-            ConfigError: for a transformer or layer that the table does not have.
-        """
+        """Return a layer's threshold at a step, 0-based; raise `ConfigError` for layers that the table lacks."""
         layers = self.thresholds.get(transformer, ())
         if layer >= len(layers):
             known = ", ".join(f"{len(rows)} layers of {name}" for name, rows in self.thresholds.items())
@@ -70,11 +66,7 @@ class LiteThresholds:
 
 
 def check_threshold(where: str, criterion: str, value: float, allow_positive: bool = False) -> None:
-    """Refuse a threshold out of range; ``where`` names it in the error.
-
-    Raises:
-        ConfigError: for maxgap at 0 or above unless ``allow_positive``, for a share outside (0, 1), for NaN.
-    """
+    """Raise `ConfigError` for a maxgap at 0 or above unless ``allow_positive``, a share outside (0, 1), or NaN."""
     if criterion == "maxgap":
         if math.isnan(value) or (value >= 0 and not allow_positive):
             raise ConfigError(
