@@ -93,7 +93,6 @@ class DFAHandler(AttentionHandler):
         self._transformer = ""
         self._reuse = False
         self._since = 0
-        self._peak = 0
         self._shares: list[dict[str, Any]] = []
 
     def check_with(self, others: Sequence[Handler]) -> None:
@@ -220,7 +219,7 @@ class DFAHandler(AttentionHandler):
         if self._reuse or context.differentiate or context.training or not self._held_from(context):
             return
         self._outputs[context.key] = out.detach().clone()
-        self._peak = max(self._peak, sum(one.nbytes for one in self._outputs.values()))
+        self.note_held(sum(one.nbytes for one in self._outputs.values()))
 
     def reset(self) -> None:
         """Free what is held."""
@@ -232,10 +231,6 @@ class DFAHandler(AttentionHandler):
     def begin_run(self) -> None:
         """Forget what was done."""
         self._shares.clear()
-
-    def state_bytes(self) -> int:
-        """Return the most memory that was held at once since attach."""
-        return self._peak
 
     def report(self) -> Section | None:
         """Return the foreground's share at the full steps that others followed."""

@@ -115,7 +115,7 @@ class DBHandler(SpanHandler):
                     "blocks gave besides its streams, and those are skipped; use last_blocks = 0"
                 )
         site.around_blocks(self._run_first, site.blocks[:first])
-        self.cover(site, site.blocks[first : count - last])
+        self.cover_blocks(site, site.blocks[first : count - last])
 
     def _run_first(
         self, step: StepContext, block: Block, run: Callable[[Streams], Streams], streams: Streams

@@ -214,7 +214,7 @@ class ProfilingHandler(SpanHandler):
                 "its streams, are skipped; cache all such blocks together, or use a cache of whole forwards, such as "
                 "EasyCache"
             )
-        self.cover(site, chosen)
+        self.cover_blocks(site, chosen)
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
         """Tell whether a block's group does not run at this step."""

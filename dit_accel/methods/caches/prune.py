@@ -101,7 +101,7 @@ class PruneHandler(SpanHandler):
                 f"dbprune always runs {first} first, {count - last} last and {len(kept)} kept blocks, and {site.name} "
                 f"has {count}: none is left to skip; ask for fewer"
             )
-        self.cover(site, left)
+        self.cover_blocks(site, left)
 
     def _measured(self, context: ForwardContext, decider: Decider) -> tuple[bool, str]:
         """Return that blocks may be skipped in a step: each is measured when it is called."""

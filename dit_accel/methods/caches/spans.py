@@ -20,7 +20,6 @@ from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
-from .active import require_no_cache
 from .config import StepCacheConfig
 from .engine import Decider, StepCacheHandler, requires_grad
 from .history import History, shapes_of
@@ -151,15 +150,11 @@ class SpanHandler(StepCacheHandler):
 
     # What all of them share.
 
-    def cover(self, site: Site, blocks: tuple[Block, ...]) -> None:
+    def cover_blocks(self, site: Site, blocks: tuple[Block, ...]) -> None:
         """Run around the forwards of a transformer, and around the blocks that may be skipped."""
-        self._transformers[site.name], self._counts[site.name] = site.transformer, len(site.blocks)
-        site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
+        self._counts[site.name] = len(site.blocks)
+        self.cover(site)
         site.around_blocks(self._run_cached, blocks)
-
-    def require_free(self, site: Site) -> None:
-        """Raise `ConfigError` if another cache is active on a transformer."""
-        require_no_cache(site.name, site.transformer, self.settings.requested_name)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
         if self.is_trained(context, context.inputs[name]):
@@ -179,7 +174,7 @@ class SpanHandler(StepCacheHandler):
             self._keep(context, [*now.spans, *skipped])
         count = self._counts[transformer]
         self._ran.append((count - len(now.skipped), count))
-        self._peak = max(self._peak, self._held())
+        self.note_held(self._held())
         return output
 
     def _run_cached(

@@ -23,7 +23,7 @@ from .guiders import GUIDERS, guided_by, require_own
 from .heads import first_layer, split_specs
 from .log import PerturbedForward, WindowedHandler, note_of
 from .perturbed_blocks import PerturbedBlocks, Rows
-from .prompt_branches import Part, call_of, part_of, rows_of_prompt
+from .prompt_branches import call_of, part_of, rows_of_prompt
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
 
@@ -138,7 +138,8 @@ class PerturbedHandler(WindowedHandler):
             return run()
         part = part_of(self.name, site, context, latents)
         if self.settings.mode == "free":
-            return self._perturbed(site, passes, context, run, part, len(latents))
+            rows = rows_of_prompt(site, part, len(latents), "uncond")
+            return run() if part in ("cond", "perturbed") else self._perturbed(passes, context, run, rows)
         if part in ("uncond", "perturbed"):
             return self._add_to_uncond(site, context, run)
         return self._perturbed_forward(site, passes, context, run, rows_of_prompt(site, part, len(latents), "cond"))
@@ -208,19 +209,9 @@ class PerturbedHandler(WindowedHandler):
             )
         return with_sample(output, plus(sample, further))
 
-    def _perturbed(
-        self,
-        site: Site,
-        passes: PerturbedBlocks,
-        context: ForwardContext,
-        run: Callable[..., Any],
-        part: Part,
-        batch: int,
-    ) -> Any:
-        """Run a forward, its unconditional rows perturbed."""
-        if part in ("cond", "perturbed"):
-            return run()
-        with passes.perturbing(rows=rows_of_prompt(site, part, batch, "uncond")):
+    def _perturbed(self, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
+        """Run a forward, its unconditional rows (None: all) perturbed."""
+        with passes.perturbing(rows=rows):
             output = run()
         self._log.append(PerturbedForward(context.transformer, context.step_index, context.branch, extra=False))
         return output

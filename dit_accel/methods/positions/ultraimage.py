@@ -140,7 +140,6 @@ class UltraImageHandler(AttentionHandler):
         self._trained = {axis: known[axis] for axis in AXES}
         self._heads: dict[Calls, _Heads] = {}
         self._told: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-        self._most_bytes = 0
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse another method that changes the positions, unless this one leaves them."""
@@ -218,7 +217,7 @@ class UltraImageHandler(AttentionHandler):
         heads.factors = dict(zip(heads.entropy, own.float(), strict=True))
         self._told[key[:2]] = entropy, factors
         held = [x for one in self._heads.values() for part in (one.entropy, one.factors) for x in part.values()]
-        self._most_bytes = max(self._most_bytes, sum(x.numel() * x.element_size() for x in held))
+        self.note_held(sum(x.nbytes for x in held))
 
     def reset(self) -> None:
         """Forget the heads: another generation has other ones."""
@@ -227,10 +226,6 @@ class UltraImageHandler(AttentionHandler):
     def begin_run(self) -> None:
         """Forget what the report tells."""
         self._told.clear()
-
-    def state_bytes(self) -> int:
-        """Return the bytes of entropies and factors: two numbers a head, layer and batch row."""
-        return self._most_bytes
 
     def report(self) -> Section | None:
         """Return the range of the entropies and of the factors, by transformer and branch."""

@@ -8,7 +8,7 @@ from ....errors import ConfigError
 from ....plan.layout import TokenLayout
 from ...options import Count, ge, gt, lt
 from ..sparse import SparseConfig
-from .ranges import check_ranges
+from .ranges import Ranges
 from .thresholds import check_threshold
 
 THRESHOLDS: Mapping[str, float] = {"maxgap": -10.0, "mass": 2.0**-10, "budget": 0.01}
@@ -63,8 +63,8 @@ class LiteAttention(SparseConfig):
     refresh_every: Annotated[int, ge(2), "the call that starts afresh is dense"] | None = None
     bidirectional: bool = True
     protect_text: bool = True
-    must_keep: tuple[int, ...] = ()
-    must_skip: tuple[int, ...] = ()
+    must_keep: Ranges = ()
+    must_skip: Ranges = ()
     rest: Literal["skip", "pooled"] = "skip"
     allow_positive_threshold: bool = False
 
@@ -83,8 +83,6 @@ class LiteAttention(SparseConfig):
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
-        check_ranges("lite.must_keep", self.must_keep)
-        check_ranges("lite.must_skip", self.must_skip)
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; the criterion's usual threshold where none is set."""

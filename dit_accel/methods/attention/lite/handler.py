@@ -23,7 +23,7 @@ from ...base import Model, Phase
 from ...saving import Saving
 from ..sparse import SparseHandler
 from .config import LiteAttention
-from .ranges import FixedBits, check_ranges, fixed_bits, split_list
+from .ranges import FixedBits, fixed_bits, split_list
 from .scores import DensityCalibrator, recorded_scores
 from .thresholds import LiteThresholds, read_thresholds
 
@@ -98,8 +98,11 @@ class LiteHandler(SparseHandler):
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Refuse ranges beyond the video; remark on a sequence where lite gains nothing."""
-        check_ranges("lite.must_keep", self.settings.must_keep, layout.visual_tokens)
-        check_ranges("lite.must_skip", self.settings.must_skip, layout.visual_tokens)
+        for name in ("must_keep", "must_skip"):
+            if (end := max(getattr(self.settings, name), default=0)) > layout.visual_tokens:
+                raise ConfigError(
+                    f"lite.{name} ends at visual token {end}, the video has {layout.visual_tokens}; end it there"
+                )
         return super().check_layout(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
