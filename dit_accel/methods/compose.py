@@ -92,16 +92,10 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
             f"{name} changes rotary positions, and {adapter.name} has none to change: {why}; attach it to a model with "
             "rotary positions"
         )
-    if Place.TEXT in handler_type.places and not _tells_text(model):
-        cross = adapter.cross_attention if isinstance(adapter.cross_attention, str) else None
-        why = adapter.joined_text or cross or "its adapter describes neither"
+    cross, joined = adapter.cross_attention, adapter.joined_text
+    if Place.TEXT in handler_type.places and not (isinstance(cross, CrossAttention) or isinstance(joined, JoinedText)):
+        why = joined or cross or "its adapter describes neither"
         raise ConfigError(
             f"{name} lays a negative text beside the prompt, in cross-attention or in joined attention, and on "
             f"{adapter.name} it can't: {why}; attach it to another model, such as Wan or FLUX.1"
         )
-
-
-def _tells_text(model: Model) -> bool:
-    """Tell whether the adapter describes where the model's attention gets its text."""
-    adapter = model.adapter
-    return isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)

@@ -78,13 +78,9 @@ class Groups:
 
 @lru_cache(maxsize=16)
 def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> Groups:
-    """Cut each frame's tokens into raster runs of ``stride``; text is in no group.
+    """Cut each frame's tokens into raster runs of ``stride``, of which the last may have fewer; text is in no group.
 
-    Args:
-        layout: the sequence.
-        stride: tokens of a group; the last of a frame may have fewer.
-        device: where the groups are wanted.
-        turn: 0 makes the centre the representative; each further turn moves it by a golden section of the group.
+    The representative is the centre; each ``turn`` moves it by a golden section of the group.
     """
     s = layout.tokens_per_frame
     starts = torch.arange(0, s, stride)

@@ -6,13 +6,7 @@ from ...errors import ConfigError
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:
-    """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active on a transformer.
-
-    Args:
-        name: the transformer's component name.
-        transformer: the transformer.
-        requested: the cache that is to be attached, by the name that the user gave.
-    """
+    """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where ``requested`` is to be."""
     found = None
     if getattr(transformer, "is_cache_enabled", False):
         enabled = type(transformer._cache_config).__name__

@@ -81,12 +81,7 @@ class StepCacheConfig(MethodConfig):
         return {"hold": 1, "taylor": self.order + 1, "heun": 2, "chebyshev": 2 * self.order + 2}[self.predictor]
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
-        """Return why a step is computed whatever is measured, or None.
-
-        Args:
-            index: the step's, from 0.
-            count: steps of the run; None: not known.
-            turn: of the transformer that makes it.
+        """Return why a step, 0-based, of a run of ``count`` (None: unknown) is computed whatever is measured, or None.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known, or are for another number of them.

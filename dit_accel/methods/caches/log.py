@@ -28,13 +28,7 @@ class CachedForward:
 
 
 def section_of(method: str, forwards: list[CachedForward], threshold: float | None) -> Section | None:
-    """Return the report's section: what was computed and reused by branch, and why; None where nothing ran.
-
-    Args:
-        method: the method's name.
-        forwards: in the order of the run.
-        threshold: of the indicator; None: there is none.
-    """
+    """Return the report's section: what was computed and reused by branch, and why; None where nothing ran."""
     if not forwards:
         return None
     reused = sum(entry.reused for entry in forwards)

@@ -143,6 +143,13 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         whole = len(named) == count and rows is None
         return self.perturb(plan, self._share(named, count, context, rows), whole, context)
 
+    def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Return a plan with V mixed into the output of its heads, in all rows or, by an option, in the image's."""
+        layout, rows = context.layout, getattr(self.settings, "rows", "all")
+        some = rows == "image" and layout.tokens > layout.visual_tokens
+        image = image_rows(layout, str(context.device)) if some else None
+        return plan.mix(share, image, only_values=whole and image is None)
+
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext, rows: Any) -> Tensor:
         """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed.
 
@@ -182,7 +189,7 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         """Mix V into the output of the layer's perturbed heads, or scale their logits."""
         if self.settings.target == "temperature":
             return plan.scale(1 - share)
-        return mixed_with_values(plan, share, whole and self.u == 1, context.layout, self.settings.rows, context.device)
+        return self.mix_values(plan, share, whole and self.u == 1, context)
 
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
@@ -197,15 +204,7 @@ class PAGHandler(PerturbedHeadsHandler):
 
     def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Put V in the place of the output of the layer's perturbed heads."""
-        return mixed_with_values(plan, share, whole, context.layout, self.settings.rows, context.device)
-
-
-def mixed_with_values(
-    plan: AttentionPlan, share: Tensor, whole: bool, layout: TokenLayout, rows: str, device: torch.device
-) -> AttentionPlan:
-    """Return a plan with V mixed into the output of its heads, in all rows or in the image's alone."""
-    image = image_rows(layout, str(device)) if rows == "image" and layout.tokens > layout.visual_tokens else None
-    return plan.mix(share, image, only_values=whole and image is None)
+        return self.mix_values(plan, share, whole, context)
 
 
 def stacks_of(site: Site, model: Model) -> Stacks:

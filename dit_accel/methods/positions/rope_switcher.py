@@ -36,17 +36,10 @@ def trained_lengths(method: str, given: Mapping[str, int | None], family: Family
 
 
 def require_kind(model: Model, kind: str, requested: Sequence[str] = ()) -> None:
-    """Refuse a model whose positions can't be changed, and a kind of frequencies that makes no sense on it.
+    """Raise `ConfigError` for a model whose positions can't be changed, or not by a kind or along axes that were asked.
 
-    Of a model that is not there yet this is checked as far as its family's sizes tell.
-
-    Args:
-        model: the model.
-        kind: one of `dit_accel.rules.rope.KINDS`.
-        requested: axes that are to change; empty: all that can.
-
-    Raises:
-        ConfigError: with the adapter's reason, and the axes or kinds that do.
+    Of a model that is not there yet this is checked as far as its family's sizes tell. ``requested``: the axes; empty:
+    all that can change.
     """
     name, rope, config = model.adapter.name, model.adapter.rope, model.config
     if isinstance(rope, Rope) and rope.kinds is not None and kind not in rope.kinds:

@@ -221,8 +221,10 @@ class LiteHandler(SparseHandler):
         state.given = chosen if context.differentiate else None
         state.votes += vote is not None
         state.calls += 1
-        if left == 1 and not context.differentiate and self._is_last(context):
-            self._free(context)
+        if left == 1 and not context.differentiate and context.step_index == self._last_step(context):
+            # no later call of this generation reads this key, nor those of transformers whose steps are over
+            for key in [key for key in self._states if key == context.key or key[0] != context.transformer]:
+                del self._states[key]
         return chosen
 
     def _vote(self, state: CallState, left: int | None, context: CallContext) -> Vote | None:
@@ -281,14 +283,6 @@ class LiteHandler(SparseHandler):
         if refresh is not None:
             counts.append(refresh - state.calls)
         return min(counts, default=None)
-
-    def _is_last(self, context: CallContext) -> bool:
-        return context.step_index == self._last_step(context)
-
-    def _free(self, context: CallContext) -> None:
-        """Forget what no later call of this generation reads: this key, and transformers whose steps are over."""
-        for key in [key for key in self._states if key == context.key or key[0] != context.transformer]:
-            del self._states[key]
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what is carried from step to step; what is dropped is known only while it runs."""
