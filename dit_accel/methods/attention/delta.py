@@ -102,7 +102,7 @@ class DeltaHandler(AttentionHandler):
 
     def __init__(self, config: DeltaAttention, model: Model) -> None:
         super().__init__(config, model)
-        self.takers: tuple[RestoresTiles, ...] = ()
+        self.restorers: tuple[RestoresTiles, ...] = ()
         self.held: dict[Key, tuple[Tensor, int]] = {}
         self._measured: list[tuple[CallContext, Tensor]] = []
 
@@ -113,7 +113,7 @@ class DeltaHandler(AttentionHandler):
                 "delta corrects what a sparse method leaves out, but none is attached; add one, such as "
                 "RadialAttention() or --radial"
             )
-        self.takers = tuple(other for other in others if isinstance(other, RestoresTiles))
+        self.restorers = tuple(other for other in others if isinstance(other, RestoresTiles))
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Remark on groups that are smaller than asked for."""
@@ -213,10 +213,10 @@ class DeltaHandler(AttentionHandler):
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
 
     def _restore_tiles(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:
-        takers = [one for one in self.takers if self.settings.reactivate and one.wants_gaps(plan, context)]
-        if takers:
+        restorers = [one for one in self.restorers if self.settings.reactivate and one.wants_gaps(plan, context)]
+        if restorers:
             gaps, shares = probe_gaps(plan, call, rows)
-            for one in takers:
+            for one in restorers:
                 one.restore_tiles(plan, context, gaps, shares, self.settings.margin)
 
 

@@ -18,7 +18,6 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
-from .active import require_no_cache
 from .config import MeasuredCacheConfig, StepCacheConfig, Turn
 from .history import History, own_copies, shapes_of
 from .log import CachedForward, section_of
@@ -368,3 +367,15 @@ def is_recorded(value: Any) -> bool:
 def requires_grad(value: Any) -> bool:
     """Tell whether something is a tensor that asks for gradients."""
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def require_no_cache(name: str, transformer: Any, requested: str) -> None:
+    """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where ``requested`` is to be."""
+    found = None
+    if getattr(transformer, "is_cache_enabled", False):
+        enabled = type(transformer._cache_config).__name__
+        found = f"diffusers' {enabled} is enabled on it already; call pipe.{name}.disable_cache() first"
+    elif getattr(transformer, "_is_cached", False) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
+        found = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
+    if found:
+        raise ConfigError(f"{requested} can't be attached to {name}, which takes one cache: {found}")

@@ -17,7 +17,7 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..site import ForwardContext, Site
-from .active import require_no_cache
+from .engine import require_no_cache
 from .native_limits import CONFIGS, FIRST_BLOCK, MAG, check_call, check_config, check_hooked, check_model
 
 

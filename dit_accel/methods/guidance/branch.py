@@ -20,7 +20,7 @@ from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
-from .heads import first_layer, split_specs
+from .head_specs import first_layer, split_specs
 from .log import PerturbedForward, WindowedHandler, note_of
 from .perturbed_blocks import PerturbedBlocks, Rows
 from .prompt_branches import call_of, part_of, rows_of_prompt

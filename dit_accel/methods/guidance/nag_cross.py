@@ -107,7 +107,7 @@ class CrossAttentionNAG:
                 outputs.append(args[0])
                 return args[0]
 
-            def lead(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            def guide(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
                 return run(self._guided(args[0], outputs[0], rows), *args[1:], **kwargs)
 
             site = self._site
@@ -119,7 +119,7 @@ class CrossAttentionNAG:
                     "output; detach it, or take the model's own attention processor"
                 )
             self.calls += 1
-            with site.stand_in(module.to_q, reuse), site.stand_in(module.to_out[0], lead):
+            with site.stand_in(module.to_q, reuse), site.stand_in(module.to_out[0], guide):
                 return run(*args, **kwargs)
 
         return around

@@ -20,7 +20,7 @@ from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .config import PerturbedConfig
-from .heads import Heads, Stacks, read_heads
+from .head_specs import Heads, Stacks, read_heads
 
 Target = Literal["identity", "temperature"]
 
