@@ -34,7 +34,7 @@ def tiny(name, number=0, **config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(kind="rilfex"), r"rope\.kind: there is no 'rilfex'; did you mean 'riflex'\?"),
+        (dict(kind="rilfex"), r"rope\.kind must .*'riflex'.*got 'rilfex'"),
         (dict(axes=()), r"rope\.axes must .*frames, height, width, got \[\]"),
         (dict(axes=("frames", "hieght")), r"rope\.axes must .*, height, .*got \['frames', 'hieght'\]"),
         (dict(axes=("text",)), r"rope\.axes must .*got \['text'\]"),

@@ -24,6 +24,7 @@ Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 Axes = Annotated[
     tuple[str, ...],
     Rule(f"a list of one or more of {', '.join(VISUAL_AXES)}", lambda axes: axes and {*axes} <= {*VISUAL_AXES}),
+    "leave it unset for all that the model has",
 ]
 """Axes of the patch grid."""
 
