@@ -118,10 +118,11 @@ class Handler:
     objects: ClassVar[tuple[str, ...]] = ()
     """Config types of another library that ask for it; it has no switch and no TOML table then."""
 
+    _most_held = 0
+
     def __init__(self, config: Any, model: Model) -> None:
         self.settings: Any = config.filled(self.recipe(config, model))
         self.model = model
-        self._most_held = 0
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:

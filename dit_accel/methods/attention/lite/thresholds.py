@@ -14,7 +14,7 @@ transformer = [[-10.0, -9.5], [-8.0, -8.25]]
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,16 +111,6 @@ def write_thresholds(path: str | Path, thresholds: LiteThresholds) -> None:
     """Write a thresholds file, whole or not at all; the inverse of `read_thresholds`."""
     import tomli_w
 
-    table: dict[str, Any] = {
-        "version": VERSION,
-        "model": thresholds.model,
-        "criterion": thresholds.criterion,
-        "num_inference_steps": thresholds.num_inference_steps,
-    }
-    if thresholds.target_error is not None:
-        table["target_error"] = thresholds.target_error
-    table["thresholds"] = {
-        name: [[float(value) for value in row] for row in layers] for name, layers in thresholds.thresholds.items()
-    }
+    fields = {name: value for name, value in asdict(thresholds).items() if value is not None}
     with written_whole(path) as temporary:
-        temporary.write_text(tomli_w.dumps(table), encoding="utf-8")
+        temporary.write_text(tomli_w.dumps({"version": VERSION, **fields}), encoding="utf-8")
