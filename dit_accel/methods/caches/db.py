@@ -34,9 +34,6 @@ class FirstBlockCache(MeasuredCacheConfig):
     With r what the first block adds to the visual stream, a step is skipped while |r - r'| / |r'| is below the
     threshold, r' of the last computed step. |.| is the mean of the absolute values. What the skipped blocks add is
     forecast.
-
-    Attributes:
-        threshold: 0 skips nothing.
     """
 
     name: ClassVar[str] = "firstblockcache"
@@ -55,7 +52,6 @@ class DBCache(MeasuredCacheConfig):
     Attributes:
         first_blocks: blocks that run at every step before it is decided; Fn. More tell more, and save less.
         last_blocks: blocks that run at every step after the forecast, and mend it; Bn.
-        threshold: 0 skips nothing.
     """
 
     name: ClassVar[str] = "dbcache"

@@ -280,11 +280,11 @@ class ProfilingHandler(SpanHandler):
     def _skipped(self, groups: tuple[tuple[int, ...], ...], steps: int) -> int:
         """Return how many blocks the lists of one transformer skip over a run."""
         settings = self.settings
-        skipped = in_a_row = skips = 0
-        for index in range(steps):
-            must = index == 0 or settings.always_computed(index, steps) or settings.most_skipped(in_a_row, skips)
-            blocks = sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps))
-            reused = not must and blocks > 0
-            skipped += blocks if reused else 0
-            in_a_row, skips = (in_a_row + 1, skips + 1) if reused else (0, skips)
-        return skipped
+        skipped: list[int] = []
+
+        def skips(index: int, in_a_row: int) -> bool:
+            skipped.append(sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps)))
+            return skipped[-1] > 0
+
+        settings.skipped_steps(steps, skips)
+        return sum(skipped)

@@ -35,7 +35,6 @@ class DBPrune(MeasuredCacheConfig):
     may be skipped.
 
     Attributes:
-        threshold: 0 skips nothing.
         max_threshold: up to this the threshold rises, to 1.25 times the mean change of the blocks in the last step;
             unset: it stays.
         first_blocks: first blocks that always run.
