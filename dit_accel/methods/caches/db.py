@@ -7,7 +7,7 @@ model may change its streams between two blocks.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..site import Block, ForwardContext, Site
 from .config import MeasuredCacheConfig, StepCacheConfig
 from .easy import mean_size
 from .engine import Decider
+from .log import extended
 from .ranks import ratio
 from .spans import SpanHandler, versions_of
 
@@ -125,12 +126,9 @@ class DBHandler(SpanHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and how many blocks a reused forward runs."""
-        section = super().report()
-        if section is None:
-            return None
         always = self._first_blocks + self._last_blocks
         lines = [f"{name}: a reused forward runs {always} of {count} blocks" for name, count in self._counts.items()]
-        return replace(section, lines=(*section.lines, *lines), data={**section.data, "blocks_always_run": always})
+        return extended(super().report(), lines, blocks_always_run=always)
 
 
 class FirstBlockHandler(DBHandler):

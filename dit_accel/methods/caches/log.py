@@ -1,6 +1,7 @@
 """What a step cache did: one entry a forward, and the report's section made of them."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...report.sections import Section, Strip
@@ -25,6 +26,11 @@ class CachedForward:
     reused: bool
     reason: str
     value: float | None = None
+
+
+def extended(section: Section | None, lines: Iterable[str], **data: Any) -> Section | None:
+    """Return a section with further lines and data; None stays None."""
+    return section and replace(section, lines=(*section.lines, *lines), data={**section.data, **data})
 
 
 def section_of(method: str, forwards: list[CachedForward], threshold: float | None) -> Section | None:

@@ -6,7 +6,7 @@ logarithm, not by the nearest step; the conditional branch's ratios decide for t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from ...errors import ConfigError
@@ -18,6 +18,7 @@ from ..saving import Saving
 from ..site import ForwardContext
 from .calibrated import CalibratedConfig, CalibratedHandler
 from .engine import Decider
+from .log import extended
 
 Ratio = Annotated[float, gt(0), "measure them again"]
 
@@ -67,9 +68,7 @@ class MagHandler(CalibratedHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused, and whether the curve was interpolated."""
-        section = super().report()
-        notes = self._notes(self._steps) if self._steps else ()
-        return section and replace(section, lines=(*section.lines, *notes))
+        return extended(super().report(), self._notes(self._steps) if self._steps else ())
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the forwards that the curve skips."""

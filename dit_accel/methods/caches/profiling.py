@@ -6,7 +6,7 @@ schedules are rescaled to the run's steps; what a model adds between two blocks 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -27,6 +27,7 @@ from .block_numbers import kinds_of, read_numbers, require_there, spell_numbers
 from .config import StepCacheConfig
 from .db import takes_skips
 from .history import History
+from .log import extended
 from .profile_file import cached_in, read_profile, require_weights
 from .spans import Pass, Span, SpanHandler
 
@@ -250,12 +251,9 @@ class ProfilingHandler(SpanHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and which blocks are cached."""
-        section = super().report()
-        if section is None:
-            return None
         cached = {name: spell_numbers(groups) for name, groups in self._groups.items()}
         lines = [f"{name}: blocks {blocks} of {self._counts[name]} are cached" for name, blocks in cached.items()]
-        return replace(section, lines=(*section.lines, *lines), data={**section.data, "cached": cached})
+        return extended(super().report(), lines, cached=cached)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the blocks that the lists skip, and what is stored of a model of known sizes."""

@@ -7,7 +7,6 @@ blocks, and what it adds there, such as a control branch's hints, is always this
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..site import Block, ForwardContext, Site
 from .config import StepCacheConfig
 from .engine import Decider, StepCacheHandler, requires_grad
 from .history import History, shapes_of
+from .log import extended
 
 Span = tuple[int, ...]
 """The blocks of a span, in the order in which they were called."""
@@ -266,14 +266,10 @@ class SpanHandler(StepCacheHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, by forwards and by blocks."""
-        section = super().report()
-        if section is None:
-            return None
         ran, count = (sum(numbers) for numbers in zip(*self._ran, strict=True)) if self._ran else (0, 0)
         share = ran / count if count else 1.0
         line = f"blocks computed: {share:.3f} of the run's ({ran} of {count})"
-        data = {**section.data, "blocks": dict(self._counts), "computed_blocks": share}
-        return replace(section, lines=(*section.lines, line), data=data)
+        return extended(super().report(), [line], blocks=dict(self._counts), computed_blocks=share)
 
 
 def versions_of(streams: Streams) -> list[int]:
