@@ -169,7 +169,7 @@ def test_bad_options_are_refused(request_of, tmp_path, options, text):
 def test_heads_that_are_named_and_other_outputs_are_refused(request_of, tmp_path):
     with pytest.raises(ConfigError, match=r"finds the heads itself, got softpag\.heads = 'L1'; leave them out"):
         tune_heads(request_of(methods=(SoftPAG(heads="L1"),)), tmp_path / "heads.json")
-    with pytest.raises(ConfigError, match=r"writes a \.json in a folder that exists"):
+    with pytest.raises(ConfigError, match=r"must be a \.json in a folder that exists"):
         tune_heads(request_of(), tmp_path / "heads.toml")
     with pytest.raises(ConfigError, match="'checker' knows the embedded models alone"):
         objective_of("checker", None)

@@ -1,4 +1,4 @@
-"""Where the videos to be measured come from, and which dimensions can be measured of them; all told beforehand."""
+"""Where the videos to be measured come from, and which dimensions can be measured of them; all known beforehand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from . import prompts as of_prompts
 from .dimensions import DIMENSIONS, dimension
 from .long import BACKGROUND, SUBJECT
 from .measures import missing_reason
-from .prompts import FLICKERING, Prompt, Wanted
+from .prompts import FLICKERING, Wanted
 from .run import Job, already_filtered, check_job, filtered, no_filter
 
 
@@ -38,7 +38,7 @@ class Source:
     subset: int | None
 
     def wanted(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
-        """Return dimension -> its videos; all that is missing is told before anything is measured.
+        """Return dimension -> its videos; names all that is missing before anything is measured.
 
         Raises:
             ConfigError: for unknown dimensions, asked ones that can't be measured, and missing videos, by name.
@@ -68,22 +68,15 @@ class Source:
         }
         check_job(job)
         if skipped in names:
-            wanted[FLICKERING] = self._still(job, prompts)
+            wanted[FLICKERING] = (already_filtered if self.filtered else filtered)(job, prompts, self.videos)
         strays = of_prompts.unused(every, self.videos, self.samples)
         if strays:
             job.warn(f"{len(strays)} videos belong to no prompt, or lie beyond the samples, such as {strays[0]!r}")
         return {name: wanted[name] for name in names}
 
-    def _still(self, job: Job, prompts: Sequence[Prompt]) -> list[Wanted]:
-        return (already_filtered if self.filtered else filtered)(job, prompts, self.videos)
-
 
 def known_names(requested: Sequence[str]) -> list[str]:
-    """Return dimensions by their official names.
-
-    Raises:
-        ConfigError: for unknown ones, and ones given twice.
-    """
+    """Return dimensions by their official names; refuses unknown ones, and ones given twice."""
     names = [dimension(name).name for name in requested]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
