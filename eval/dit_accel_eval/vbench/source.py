@@ -12,7 +12,7 @@ from .dimensions import DIMENSIONS, dimension
 from .long import BACKGROUND, SUBJECT
 from .measures import missing_reason
 from .prompts import FLICKERING, Wanted
-from .run import Job, already_filtered, check_job, filtered, no_filter
+from .run import Job, already_filtered, check_results, filtered, no_filter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Source:
         if FLICKERING in names and still:
             job.warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
         own = of_prompts.custom_videos(self.videos, self.prompts_file, names)
-        check_job(job)
+        check_results(job.output, job.lines, job.results, *job.others)
         return dict.fromkeys(names, own)
 
     def _official(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
@@ -66,7 +66,7 @@ class Source:
         wanted = {
             name: of_prompts.videos_of(prompts, self.videos, name, self.samples) for name in names if name != skipped
         }
-        check_job(job)
+        check_results(job.output, job.lines, job.results, *job.others)
         if skipped in names:
             wanted[FLICKERING] = (already_filtered if self.filtered else filtered)(job, prompts, self.videos)
         strays = of_prompts.unused(every, self.videos, self.samples)
