@@ -136,9 +136,7 @@ def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, t
     assert found.sheet.stat().st_size > 1000
     assert found.to_dict()["heads"] == best
     assert SoftPAG(heads=str(output)).heads == str(output)
-    with pytest.raises(
-        ConfigError, match=r"heads\.jsonl holds clips of a search with objective = .*finish that search"
-    ):
+    with pytest.raises(ConfigError, match=r"heads\.jsonl holds clips of a run with objective = .*finish that run"):
         tune_heads(request_of(), output, **{**options, "objective": "sharpness"})
 
 

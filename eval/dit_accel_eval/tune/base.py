@@ -86,13 +86,18 @@ class Progress(Generic[Part]):
             raise ConfigError(
                 f"{self._path} is not tuning progress that this release can read ({error}); delete it"
             ) from None
-        for name, value in self._settings.items():
-            if known.get(name) != value:
-                raise ConfigError(
-                    f"{self._path} holds progress of a run with {name} = {known.get(name)!r}, this one has {value!r}; "
-                    "finish that run, or delete the file to start again"
-                )
+        check_settings(self._path, "progress", known, self._settings)
         return done
+
+
+def check_settings(path: Path, what: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a file's progress, which errors call ``what``, if its run had other settings."""
+    for name, value in settings.items():
+        if known.get(name) != value:
+            raise ConfigError(
+                f"{path} holds {what} of a run with {name} = {known.get(name)!r}, this one has {value!r}; finish that "
+                "run, or delete the file to start again"
+            )
 
 
 def run_settings(request: Request, **further: Any) -> dict[str, Any]:

@@ -21,12 +21,7 @@ Job = tuple[tuple[Head, ...], int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One judgement of all heads that are left.
-
-    Attributes:
-        prompts: how many prompts, from the first on.
-        steps: denoising steps.
-    """
+    """One judgement of all heads that are left: on how many prompts, from the first on, and denoising steps."""
 
     prompts: int
     steps: int
@@ -43,11 +38,7 @@ class Round:
 def rungs_of(prompts: int, steps: int, halvings: int, least_steps: int = 4) -> tuple[Rung, ...]:
     """Return the rungs of a round: each has twice the prompts and steps of the one before, the last one all.
 
-    Args:
-        prompts: all prompts.
-        steps: all steps.
-        halvings: rungs before the last.
-        least_steps: no rung has fewer.
+    Before the last come ``halvings`` others, none with fewer than ``least_steps``.
     """
     return tuple(
         Rung(prompts=max(1, prompts >> back), steps=max(min(steps, least_steps), steps >> back))

@@ -27,7 +27,7 @@ from dit_accel.methods.guidance.softpag import SoftPAG
 from ..metrics.metric import Clip
 from ..runs.request import FIRST_PROMPT, embedded_prompts
 from ..runs.results import Line, append_line, read_lines, write_lines
-from .base import Table, Tuned, check_output, run_settings
+from .base import Table, Tuned, check_output, check_settings, run_settings
 from .head_search import Job, Round, Rung, cost, rungs_of, search
 from .objectives import objective_of
 
@@ -217,12 +217,7 @@ def _lines(path: Path, settings: dict[str, Any]) -> list[Line]:
     """Return the lines of a search that goes on, or begins; a last line that was cut off is taken out of the file."""
     check_writable(path, "tune's lines")
     lines = read_lines(path) or [settings]
-    for name, value in settings.items():
-        if lines[0].get(name) != value:
-            raise ConfigError(
-                f"{path} holds clips of a search with {name} = {lines[0].get(name)!r}, this one has {value!r}; finish "
-                "that search, or delete the file to start again"
-            )
+    check_settings(path, "clips", lines[0], settings)
     write_lines(path, lines)
     return lines
 

@@ -104,12 +104,7 @@ def tune_lite(
 ) -> TunedLite:
     """Tune on every prompt of a request, which may hold a `LiteAttention` without thresholds; write their TOML file.
 
-    Args:
-        request: what to generate.
-        output: the file.
-        target_error: error that one vote may add to the next call, in the metric's units.
-        metric: a name of `METRICS`.
-        stages: progress bars; None shows none.
+    One vote may add an error of ``target_error`` to the next call, by a metric of `METRICS` and in its units.
     """
     config, others = _lite_of(request)
     if metric not in METRICS:
@@ -187,13 +182,7 @@ def _read_prompt(saved: dict[str, Any]) -> TunedPrompt:
 
 
 def _check_something_votes(settings: SparseConfig, steps: int | None, layers: int) -> None:
-    """Refuse a run in which fewer than two steps are not dense, where that is known: the last one's votes aren't read.
-
-    Args:
-        settings: LiteAttention's on this model.
-        steps: denoising steps; None: as many as the pipeline makes by itself.
-        layers: attention layers.
-    """
+    """Refuse a run in which fewer than two steps are not dense, where known: the last one's votes aren't read."""
     if steps is None or settings.dense_above_sigma is not None:  # noise levels are known only while it runs
         return
     if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):

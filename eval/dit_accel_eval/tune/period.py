@@ -148,7 +148,11 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
         )
     picture = output.with_suffix(".png")
     check_output(output, ".toml", picture)
-    request = _lengthened(request)
+    settled, family, *_ = settle(request)
+    if family is not None and family.trained_frames is not None and request.num_frames is None:
+        frames = extended_frames(family.trained_frames, 2, family.vae[0])
+        settled, *_ = settle(dataclasses.replace(request, num_frames=frames))
+    request = settled
     progress: Progress[dict[str, Any]] = Progress(output, run_settings(request))
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
@@ -170,14 +174,6 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
     _write(measured, family, len(request.prompts))
     progress.finish()
     return measured
-
-
-def _lengthened(request: Request) -> Request:
-    settled, family, *_ = settle(request)
-    if family is None or family.trained_frames is None or request.num_frames is not None:
-        return settled
-    frames = extended_frames(family.trained_frames, 2, family.vae[0])
-    return settle(dataclasses.replace(request, num_frames=frames))[0]
 
 
 def _frequencies(adapter: Adapter, config: Any) -> np.ndarray:

@@ -147,13 +147,7 @@ def _is_made(piece: Piece, request: Request) -> bool:
 
 
 def cost(request: Request, made: int, total: int) -> str:
-    """Return what making the videos takes, as far as it is known before a model is loaded.
-
-    Args:
-        request: what to generate.
-        made: videos that are there.
-        total: videos in all.
-    """
+    """Return what making the videos takes, of which some are made, as far as it is known before a model is loaded."""
     settled, family, *_ = settle(request)
     sizes = {name: getattr(settled, name) for name in SIZES}
     message = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None) or "the model's sizes"
@@ -170,11 +164,7 @@ def cost(request: Request, made: int, total: int) -> str:
 def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()) -> None:
     """Make videos, each with its side-car, whole or not at all; after the first one, tell how long the rest takes.
 
-    Args:
-        work: those to be made.
-        request: model, sizes and methods; its prompts are checked before anything is loaded.
-        tell: is given lines of progress.
-        command: the command line, for the side-cars.
+    The prompts are checked before anything is loaded; the side-cars hold the command line.
     """
     if request.embedded:
         for piece in work:

@@ -28,17 +28,9 @@ FEW = {"fid@inception": (2048, "frames"), "fvd@i3d": (256, "clips")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A clip or a folder of clips, and what they should be, by the same names.
+    """A clip or a folder of clips and what they should be, by the same names, and where the result goes.
 
-    Attributes:
-        protocol: by which they are compared.
-        videos: the clips.
-        reference: what they should be.
-        output: folder of the result.
-        name: what the result begins with.
-        networks: for distances between the two folders.
-        warn: is given what should be known of the figures.
-        tell: is given a line of progress.
+    The networks are for distances between the two folders.
     """
 
     protocol: Protocol

@@ -27,15 +27,7 @@ BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What a code base's tables were generated with.
-
-    Attributes:
-        model: word in the model's name by which it is known.
-        height: in pixels.
-        width: in pixels.
-        num_frames: frames; None: a picture.
-        num_inference_steps: denoising steps.
-    """
+    """What tables were generated with: a word in the model's name, pixels, frames (None: a picture) and steps."""
 
     model: str
     height: int

@@ -85,16 +85,9 @@ def known_names(requested: Sequence[str]) -> list[str]:
 
 
 def _measurable(job: Job, requested: Sequence[str], usual: Callable[[str], bool], *, still: bool) -> list[str]:
-    """Return the dimensions to measure: those asked for, or all usual ones that can be; tell which can't.
+    """Return the dimensions to measure: those asked for, or all usual ones that can be, warning of the others.
 
-    Args:
-        job: the run.
-        requested: by name.
-        usual: whether a dimension is measured without being asked for.
-        still: whether temporal flickering needs no filter.
-
-    Raises:
-        ConfigError: where one that is asked for, or every one, can't be measured.
+    Refused are those asked for that can't be measured, and all if none can. ``still``: flickering needs no filter.
     """
     names = known_names(requested) or [name for name in DIMENSIONS if usual(name)]
     found = {name: _no_long(name, job) or missing_reason(name, job.means) for name in names}

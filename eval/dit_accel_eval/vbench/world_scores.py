@@ -1,8 +1,8 @@
-"""VBench's names on the embedded models' world, where what a clip shows can be told by its pixels without a network.
+"""VBench's names on the embedded models' world, where what a clip shows can be read off its pixels without a network.
 
 The scene that a clip was asked to show is known, and colours, shapes and places can be read off; VBench's own rules
 then say what they say of detections. What they stand for here is in `WORDS`; scores are ``name@world``, no figures of
-VBench's. Aesthetics can't be told; imaging quality only of a clip whose undamaged drawing is at hand.
+VBench's. Aesthetics can't be judged; imaging quality only of a clip whose undamaged drawing is at hand.
 """
 
 import itertools
@@ -66,12 +66,7 @@ class Found:
 
 
 class Shown:
-    """What a clip [F, height, width, 3], uint8, shows of a scene; each part is worked out when first asked for.
-
-    Args:
-        frames: the clip.
-        scene: what it was asked to show.
-    """
+    """What a clip [F, height, width, 3], uint8, shows of a scene; each part is worked out when first asked for."""
 
     def __init__(self, frames: Frames, scene: Scene) -> None:
         self.frames, self.scene = frames, scene

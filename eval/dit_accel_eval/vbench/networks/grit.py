@@ -55,25 +55,14 @@ TEXT = "roi_heads.text_decoder.textual"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Things:
-    """What was found in a picture.
-
-    Attributes:
-        boxes: [N, 4], in pixels, the surest first.
-        features: what texts look at, [N, 196, D].
-    """
+    """What was found: boxes [N, 4] in pixels, the surest first, and what texts look at, [N, 196, D]."""
 
     boxes: Tensor
     features: Tensor
 
 
 def things(picture: Tensor, weights: Weights, tower: Any) -> Things:
-    """Return what is in a picture.
-
-    Args:
-        picture: normalized [3, height, width].
-        weights: of the checkpoint.
-        tower: its `ported.vitdet`.
-    """
+    """Return what is in a picture, normalized [3, height, width]; the tower is `ported.vitdet` of the weights."""
     height, width = picture.shape[1:]
     padded = F.pad(picture[None], (0, -width % MULTIPLE, 0, -height % MULTIPLE))
     levels = _pyramid(tower(padded).last_hidden_state, weights)
@@ -124,10 +113,9 @@ def _proposals(levels: list[Tensor], weights: Weights) -> tuple[Tensor, Tensor]:
 def _of_level(level: Tensor, weights: Weights, stride: int, number: int) -> tuple[Tensor, Tensor]:
     """Return the boxes and scores around those places of a level that may be things' middles."""
     at = "proposal_generator.centernet_head"
-    x = level
-    for conv in range(0, 3 * len(_convolutions(weights, at)), 3):
-        x = _convolved(x, weights, f"{at}.bbox_tower.{conv}")
-        norm = f"{at}.bbox_tower.{conv + 1}"
+    x, parts = level, _blocks(weights, f"{at}.bbox_tower")
+    for conv, norm in zip(parts[::2], parts[1::2], strict=True):
+        x = _convolved(x, weights, conv)
         x = F.relu(F.group_norm(x, GROUPS, weights[f"{norm}.weight"], weights[f"{norm}.bias"]))
     likely = _convolved(x, weights, f"{at}.agn_hm").sigmoid().flatten()
     reach = F.relu(_convolved(x, weights, f"{at}.bbox_pred") * weights[f"{at}.scales.{number}.scale"])
@@ -139,10 +127,6 @@ def _of_level(level: Tensor, weights: Weights, stride: int, number: int) -> tupl
     middle = torch.stack([chosen % width, chosen // width], 1) * stride + stride // 2
     low, high = middle - reach[chosen, :2], middle + reach[chosen, 2:]
     return torch.cat([low, torch.maximum(high, low + 0.01)], 1), likely[chosen].sqrt()
-
-
-def _convolutions(weights: Weights, at: str) -> list[str]:
-    return [name for name in weights if name.startswith(f"{at}.bbox_tower.") and weights[name].ndim == 4]
 
 
 def _refined(levels: list[Tensor], found: Tensor, scores: Tensor, size: tuple[int, int], weights: Weights) -> Tensor:
@@ -166,10 +150,7 @@ def _refined(levels: list[Tensor], found: Tensor, scores: Tensor, size: tuple[in
 def texts(seen: Tensor, begin: int, weights: Weights) -> Tensor:
     """Return the tokens of texts about things, [N, T], without the one that begins, with those that end.
 
-    Args:
-        seen: of things, [N, 196, D].
-        begin: `NAME` or `SENTENCE`.
-        weights: of the checkpoint.
+    Things are seen [N, 196, D]; a text begins with `NAME` or `SENTENCE`.
     """
     tokens = torch.full((len(seen), 1), begin, device=seen.device)
     if not len(seen):

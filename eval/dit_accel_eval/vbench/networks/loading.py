@@ -98,35 +98,33 @@ class Networks:
             self._towers[name] = make(self._weights(name), *options)
         return self._towers[name]
 
+    def _unit(self, name: str, given: Tensor, function: Callable[..., Tensor], *options: Any) -> Tensor:
+        """Return what a function of `vit` gives of frames, clips or tokens, brought to unit length."""
+        return F.normalize(self._ask(name, given, lambda x, held: function(x, held, *options, self.head)), dim=1)
+
     def dino(self, frames: Tensor) -> Tensor:
         """Return DINO's features [F, D] of unit length, of frames as `sampling.for_dino` gives them."""
-        return F.normalize(self._ask("dino", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+        return self._unit("dino", frames, vit.dino)
 
     def dinov2(self, frames: Tensor) -> Tensor:
         """Return DINOv2's features [F, D] of unit length, of frames as `sampling.for_dinov2` gives them."""
-        return F.normalize(self._ask("dinov2", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+        return self._unit("dinov2", frames, vit.dino)
 
     def clip(self, name: str, frames: Tensor) -> Tensor:
         """Return CLIP's embeddings [F, D] of unit length, of frames as `sampling.for_clip` gives them."""
-        found = self._ask(name, frames, lambda x, held: vit.clip_video(x[:, :, None], held, "visual.", self.head))
-        return F.normalize(found, dim=1)
+        return self._unit(name, frames[:, :, None], vit.clip_video, "visual.")
 
     def clip_words(self, name: str, text: str) -> Tensor:
         """Return CLIP's embedding [1, D] of unit length of a text, of which more than 77 tokens are refused."""
-        tokens = self._tokens(text, CONTEXT, cut=False)
-        return F.normalize(self._ask(name, tokens, lambda x, held: vit.clip_text(x, held, "", self.head)), dim=1)
+        return self._unit(name, self._tokens(text, CONTEXT, cut=False), vit.clip_text, "")
 
     def viclip(self, frames: Tensor) -> Tensor:
         """Return ViCLIP's embedding [1, D] of unit length of 8 frames."""
-        clips = frames.transpose(0, 1)[None]
-        found = self._ask("viclip", clips, lambda x, held: vit.clip_video(x, held, "vision_encoder.", self.head))
-        return F.normalize(found, dim=1)
+        return self._unit("viclip", frames.transpose(0, 1)[None], vit.clip_video, "vision_encoder.")
 
     def viclip_words(self, text: str) -> Tensor:
         """Return ViCLIP's embedding [1, D] of unit length of a text, of which it reads 32 tokens."""
-        tokens = self._tokens(text, SHORT, cut=True)
-        found = self._ask("viclip", tokens, lambda x, held: vit.clip_text(x, held, "text_encoder.", self.head))
-        return F.normalize(found, dim=1)
+        return self._unit("viclip", self._tokens(text, SHORT, cut=True), vit.clip_text, "text_encoder.")
 
     def aesthetic(self, embeddings: Tensor) -> Tensor:
         """Return LAION's score, about 0 to 10, of CLIP L/14's embeddings [F, D] of unit length: [F]."""

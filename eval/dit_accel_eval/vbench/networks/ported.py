@@ -38,9 +38,7 @@ WINDOW, WHOLE = 14, 3
 def swin(weights: Weights, at: str) -> Any:
     """Return Tag2Text's tower: ``last_hidden_state`` [B, tokens, D] of normalized pictures [B, 3, side, side].
 
-    Args:
-        weights: of the checkpoint.
-        at: what the tower's names begin with, such as ``visual_encoder.``.
+    Its names begin with ``at``, such as ``visual_encoder.``.
     """
     from transformers import SwinConfig, SwinModel
 
@@ -57,9 +55,7 @@ def swin(weights: Weights, at: str) -> Any:
 def vitdet(weights: Weights, head: int) -> Any:
     """Return GRiT's tower: ``last_hidden_state`` [1, D, Y, X] of a normalized picture, in patches.
 
-    Args:
-        weights: of the checkpoint.
-        head: width of a head.
+    ``head`` is the width of a head.
     """
     from transformers import VitDetConfig, VitDetModel
 

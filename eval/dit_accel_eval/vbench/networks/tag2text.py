@@ -46,14 +46,7 @@ def features(pictures: Tensor, tower: Any) -> Tensor:
 
 
 def captions(seen: Tensor, weights: Weights, words: list[str], tags: list[str]) -> list[str]:
-    """Return a caption of each picture.
-
-    Args:
-        seen: `features` of the pictures.
-        weights: of the checkpoint.
-        words: BERT's vocabulary.
-        tags: by class.
-    """
+    """Return a caption of each picture, of which `features` are seen, by BERT's vocabulary and the tags by class."""
     tokenizer = bert.tokenizer(words)
     return [
         _caption(one[None], names, weights, tokenizer, words)
