@@ -4,7 +4,6 @@ All are held against the converged run of the same seed. The settings were chose
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +44,6 @@ ACCELERATED = Arm(
 
 The demo's prompt is none of the suite's.
 """
-
-RESULTS = Path("eval/results/demo.json")
-"""The committed run, of which the README tells: a copy of its ``comparison.json``."""
 
 SCALE, AMPLIFIED = 3, 5
 """How large a pixel is in the pictures, and how many times larger the differences in the strip."""
@@ -183,22 +179,6 @@ def _data(model: EmbeddedModel, references: Sequence[Reference], outcomes: Seque
         "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
         "threads": torch.get_num_threads(), "references": found, "arms": arms,
     }  # fmt: skip
-
-
-def page_text(root: Path) -> str:
-    """Return in words what the committed run below the project's root folder showed."""
-    run = json.loads((root / RESULTS).read_text(encoding="utf-8"))
-    _, fewer, ours = run["arms"]
-    against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
-    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
-    seconds, rival = (f"{np.median(one['seconds']):.1f} s" for one in (ours, fewer))
-    verdict = ", which is open," if against.low <= 0 <= against.high else ""
-    compared = f"than {fewer['num_inference_steps']} dense steps did in {rival}"
-    return (
-        f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
-        f"nearer to the converged run{verdict} in {seconds} {compared} "
-        f"({threads}, {run['device']}; [the run]({RESULTS}))."
-    )
 
 
 def _print(prompt: str, references: Sequence[Reference], outcomes: Sequence[Outcome]) -> None:
