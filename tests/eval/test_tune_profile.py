@@ -314,7 +314,7 @@ def test_options_that_make_no_sense(options, text, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^tune profile's output must be a \.json in a folder that exists, got"):
+    with pytest.raises(ConfigError, match=r"^tune's output must be a \.json in a folder that exists, got"):
         tune_profile(request(), tmp_path / "own.toml")
     with pytest.raises(ConfigError, match=r"^tune profile watches every block at every step, and easycache skips some"):
         tune_profile(request(EasyCache()), tmp_path / "own.json")

@@ -54,9 +54,7 @@ class Progress(Generic[Part]):
         ConfigError: for progress of other settings, or that can't be read or written.
     """
 
-    def __init__(
-        self, output: Path, settings: Mapping[str, Any], from_plain: Callable[[Any], Part] = lambda part: part
-    ) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, Any], from_plain: Callable[[Any], Part]) -> None:
         self._path = output.with_name(f"{output.name}.progress.json")
         check_writable(self._path, "tune's progress file")
         self._settings = json.loads(json.dumps(settings))

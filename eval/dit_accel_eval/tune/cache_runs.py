@@ -58,7 +58,7 @@ def watched_runs(
     check_output(output, ".toml")
     others = [method for method in request.methods if not isinstance(method, type(config))]
     request, *_ = settle(dataclasses.replace(request, methods=(config, *others)))
-    progress: Progress[list[Note]] = Progress(output, run_settings(request))
+    progress: Progress[list[Note]] = Progress(output, run_settings(request), list)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)

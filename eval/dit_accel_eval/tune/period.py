@@ -153,7 +153,7 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
         frames = extended_frames(family.trained_frames, 2, family.vae[0])
         settled, *_ = settle(dataclasses.replace(request, num_frames=frames))
     request = settled
-    progress: Progress[dict[str, Any]] = Progress(output, run_settings(request))
+    progress: Progress[dict[str, Any]] = Progress(output, run_settings(request), dict)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)

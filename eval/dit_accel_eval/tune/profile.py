@@ -123,7 +123,7 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
         settings["mask_pixels"] = hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()[:12]
     for name in ("threshold", "cached", "criterion"):  # all criteria are measured, and the split is made at the end
         settings.pop(name)
-    progress: Progress[Part] = Progress(output, settings)
+    progress: Progress[Part] = Progress(output, settings, dict)
     stages = stages or Stages(quiet=True)
     stages.note(_cost(request, family, how))
     described = _watch_all(request, how, mask, progress, stages)
@@ -201,16 +201,12 @@ def _content(
     }
     packages = ("dit-accel", "torch", "diffusers")
     return {
-        "profile": VERSION,
-        "model": described["model"],
-        "criterion": how.criterion,
-        "threshold": how.threshold,
-        "cached": how.cached,
-        "settings": dict(settings),
+        "profile": VERSION, "model": described["model"], "criterion": how.criterion, "threshold": how.threshold,
+        "cached": how.cached, "settings": dict(settings),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "runs": [{key: part[key] for key in ("prompt", "seed", "foreground")} for part in parts],
         "transformers": entries,
-    }
+    }  # fmt: skip
 
 
 def _entry(name: str, blocks: int, parts: Sequence[Part], how: ProfileOptions) -> dict[str, Any]:

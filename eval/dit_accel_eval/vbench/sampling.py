@@ -5,7 +5,7 @@ pictures, Pillow's filters hold. Source: vbench 0.1.5, utils.py and the dimensio
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,9 @@ def resized(frames: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return F.interpolate(frames, size=list(size), mode=mode, align_corners=False)
 
 
-def centre(frames: Tensor, side: int = SIDE) -> Tensor:
-    """Return the middle square of frames, its upper left corner rounded to even."""
-    top, left = (round((length - side) / 2) for length in frames.shape[2:])
+def centre(frames: Tensor, side: int = SIDE, to_whole: Callable[[float], int] = round) -> Tensor:
+    """Return the middle square of frames, its upper left corner rounded to even, or brought to whole pixels so."""
+    top, left = (to_whole((length - side) / 2) for length in frames.shape[2:])
     return frames[:, :, top : top + side, left : left + side]
 
 
@@ -175,9 +175,7 @@ def for_pickscore(frames: Frames) -> Tensor:
 
     Its corner is cut off to a whole number, where VBench's is rounded.
     """
-    sized = _pictures(frames, short_side(frames, SIDE))
-    top, left = ((length - SIDE) // 2 for length in sized.shape[2:])
-    return scaled(sized[:, :, top : top + SIDE, left : left + SIDE], CLIP)
+    return scaled(centre(_pictures(frames, short_side(frames, SIDE)), to_whole=int), CLIP)
 
 
 def for_hps(frames: Frames) -> Tensor:
