@@ -135,7 +135,10 @@ def tune_heads(
         clips=len(memory.lines) - 1, steps=sum(line["steps"] for line in memory.lines[1:]),
     )  # fmt: skip
     if ranks.first:
-        _write(found, selected)
+        scores = [score for one in found.rounds for score in one.scores]
+        about = {"heads": found.heads, "objective": objective, "model": found.model, "scores": scores}
+        with written_whole(output) as temporary:
+            temporary.write_text(json_text(about) + "\n", encoding="utf-8")
         _show(found, generator, request, model, rungs[-1])
     return found
 
@@ -150,14 +153,6 @@ def _settled(request: Request) -> tuple[Request, SoftPAG]:
     if request.guidance_scale is None:
         request = dataclasses.replace(request, **NO_GUIDANCE)
     return settle(request)[0], config
-
-
-def _write(found: FoundHeads, selected: Sequence[Round]) -> None:
-    """Write the file for ``softpag.heads``."""
-    with written_whole(found.output) as temporary:
-        about = {"heads": list(found.heads), "objective": found.objective, "model": found.model}
-        scores = [score for one in selected for score in one.scores]
-        temporary.write_text(json_text({**about, "scores": scores}) + "\n", encoding="utf-8")
 
 
 class _Generator:

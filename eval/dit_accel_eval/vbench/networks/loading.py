@@ -154,23 +154,24 @@ class Networks:
     def detections(self, frames: Tensor) -> list[list[tuple[str, list[int]]]]:
         """Return the names and boxes of what GRiT finds in each frame, as `sampling.for_grit` gives them."""
         found = []
-        for frame in frames:
-            with self._complete("grit") as weights:
-                seen = grit.things(frame.to(self.device), weights, self._tower("grit", ported.vitdet, self.head))
+        with self._complete("grit") as weights:
+            for seen in self._things(frames, weights):
                 names = self._said(grit.texts(seen.features, grit.NAME, weights))
-            found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
+                found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
         return found
 
     def sentences(self, frames: Tensor) -> list[list[tuple[str, str]]]:
         """Return GRiT's sentences about each frame's things, each with the name of the frame's surest thing."""
         found = []
-        for frame in frames:
-            with self._complete("grit") as weights:
-                seen = grit.things(frame.to(self.device), weights, self._tower("grit", ported.vitdet, self.head))
+        with self._complete("grit") as weights:
+            for seen in self._things(frames, weights):
                 names = self._said(grit.texts(seen.features[:1], grit.NAME, weights))
-                message = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
-            found.append([(one, names[0]) for one in message])
+                found.append([(one, names[0]) for one in self._said(grit.texts(seen.features, grit.SENTENCE, weights))])
         return found
+
+    def _things(self, frames: Tensor, weights: Mapping[str, Tensor]) -> Iterator[grit.Things]:
+        tower = self._tower("grit", ported.vitdet, self.head)
+        return (grit.things(frame.to(self.device), weights, tower) for frame in frames)
 
     def _said(self, tokens: Tensor) -> list[str]:
         return [bert.text(one, self._words) for one in tokens.tolist()]
