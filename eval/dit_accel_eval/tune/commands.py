@@ -32,7 +32,9 @@ from dit_accel.files import held
 if TYPE_CHECKING:
     from dit_accel_pipelines.processes.ranks import Ranks
 
-tune_app = typer.Typer(name="tune", help="Find a method's numbers, or a whole setting, on a model's own generations.")
+_HELP = "Find a method's numbers, or a whole setting, on a model's own generations. A run that was stopped goes on."
+
+tune_app = typer.Typer(name="tune", help=_HELP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,8 +234,6 @@ def lite(
 ) -> None:
     """Search LiteAttention's thresholds by layer and step for a target error, at every attention call.
 
-    A run that was stopped goes on after the last whole prompt.
-
     Examples:
 
     dit-accel tune lite --target-error 0.02 -o lite.toml
@@ -246,8 +246,6 @@ def lite(
 def magcache() -> None:
     """Measure for MagCache how the size of what it stores changes from step to step.
 
-    A run that was stopped goes on after the last whole prompt.
-
     Examples:
 
     dit-accel tune magcache -o mag.toml
@@ -259,8 +257,6 @@ def magcache() -> None:
 @_command(prompts=2)
 def period() -> None:
     """Measure for UltraViCo whether attention over frames repeats, with a picture beside the file.
-
-    A run that was stopped goes on after the last whole prompt.
 
     Examples:
 
@@ -314,8 +310,6 @@ def profile(
 ) -> None:
     """Tell which blocks ProfilingCache may cache, with a heat map and the masks beside the file.
 
-    A run that was stopped goes on after the last whole generation.
-
     Examples:
 
     dit-accel tune profile --cached 3 -o profile.json
@@ -327,8 +321,6 @@ def profile(
 @_command(prompts=4)
 def teacache() -> None:
     """Fit TeaCache's polynomial from the change of the first block's input to that of the output.
-
-    A run that was stopped goes on after the last whole prompt.
 
     Examples:
 
