@@ -264,7 +264,7 @@ def test_a_plan_kept_for_a_backward_keeps_its_bits_and_a_repeat_gets_the_same():
     assert all(kept is None or torch.equal(plan.selection.keep, kept) for plan, kept in plans)
     plan, _ = calls.plan()
     calls.finish(plan, *x)
-    with pytest.raises(ConfigError, match=r"repeat transformer layer 0 at step 3, which ran without gradients.*False"):
+    with pytest.raises(ConfigError, match=r"layer 0.*step 3.*gradients.*False"):
         calls.plan(repeated=True, step=3)
 
 
@@ -346,7 +346,7 @@ def test_what_must_be_skipped_is_gone_from_the_first_call_rounded_inward():
     calls.run(*x)
     assert calls.exact()[0, 0].all(0).tolist() == [True, False, True, True, True]
     every = Calls(LiteAttention(must_skip=(0, 80)))
-    with pytest.raises(ConfigError, match=r"lite\.must_skip = \(0, 80\) leaves some queries no key at all"):
+    with pytest.raises(ConfigError, match=r"lite\.must_skip = \(0, 80\).*no key"):
         every.plan()
     every = Calls(LiteAttention(must_skip=(0, 80), rest="pooled"))
     assert torch.isfinite(every.run(*x)).all()
