@@ -29,13 +29,7 @@ ASKED = (*SIZES, "guidance_scale", "solver")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One video to be made.
-
-    Attributes:
-        prompt: its prompt.
-        path: where it goes, ``{prompt}-{i}.mp4``.
-        seed: of its noise, another for each video.
-    """
+    """One video to be made: its prompt, where it goes, and the seed of its noise, another for each video."""
 
     prompt: str
     path: Path
@@ -46,15 +40,9 @@ def pieces(
     every: Sequence[Prompt], wanted: Sequence[Prompt], names: Sequence[str], folder: Path, samples: int | None,
     seed: int,
 ) -> list[Piece]:  # fmt: skip
-    """Return the videos to be made.
+    """Return the videos of wanted prompts: so many samples, else 5 of each, and 25 for the static filter's dimension.
 
-    Args:
-        every: all prompts of the file: a video's seed does not depend on which of them are wanted.
-        wanted: those to be made.
-        names: the dimensions.
-        folder: of the videos.
-        samples: videos of each prompt; None: 5, and 25 for the static filter of temporal flickering.
-        seed: of the first prompt's first video.
+    A video's seed does not depend on which of all prompts are wanted; the first prompt's first one has ``seed``.
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(one.text for one in every))}
     found = []
@@ -91,12 +79,7 @@ def protocol_pieces(
 ) -> list[Piece]:
     """Return the videos to be made as a protocol's are called and seeded; refuses several of one prompt and seed.
 
-    Args:
-        protocol: whose.
-        texts: its prompts, each once.
-        folder: of the videos.
-        samples: videos of each prompt; None: the protocol's.
-        seed: what is added to the protocol's seeds.
+    There are as many samples of each text as the protocol's, unless given; ``seed`` is added to the protocol's.
     """
     count = samples or protocol.samples
     if protocol.seed == "0" and count > 1:

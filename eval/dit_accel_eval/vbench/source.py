@@ -17,17 +17,7 @@ from .run import Job, already_filtered, check_results, filtered, no_filter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where the videos to be measured come from.
-
-    Attributes:
-        videos: their folder.
-        custom: whether they are of prompts of one's own.
-        prompts_file: file of those prompts.
-        full_info: file of the official prompts; None: the package's.
-        samples: videos of each prompt.
-        filtered: whether temporal flickering's have passed its filter.
-        subset: how many prompts of each dimension; None: all.
-    """
+    """Where the videos to be measured come from, as the options of these names in `options` have it."""
 
     videos: Path
     custom: bool
