@@ -169,8 +169,7 @@ def test_votes_come_every_so_often_turn_round_each_time_and_end_with_the_run():
         calls.finish(plan, q, k, v)
     assert voted == [True, False, True, False, True, False, False]  # nobody would read the last
     assert [turn for turn, vote in zip(turned, voted, strict=True) if vote] == [False, True, False]
-    assert not calls.handler._states.by_key
-    assert calls.handler._states.held == 0
+    assert not calls.handler._states
     assert calls.handler.state_bytes() == 4 * 2 * calls.tiles
 
 
@@ -239,7 +238,6 @@ def test_another_batch_or_layout_and_a_reset_begin_anew(change):
     assert not calls.exact().all()
     if change == "reset":
         calls.handler.reset()
-        assert calls.handler._states.held == 0
     batch, tokens = (2, 80) if change == "batch" else (1, 96 if change == "layout" else 80)
     calls.resize(tokens)
     (x,) = drifting(tokens, 1, batch=batch)
@@ -425,19 +423,18 @@ def test_a_reset_frees_all_that_is_held(options):
     with dit_accel.attach(transformer, config) as attachment:
         (handler,) = attachment._execution.handlers
         denoise(transformer, until=3)  # the last step frees some by itself
-        assert handler._states.by_key
+        assert handler._states
         assert handler._fixed
         assert bool(handler._calibrators) == ("target_density" in options)
-        held = [state.bits for state in handler._states.by_key.values()]
+        held = [state.bits for state in handler._states.values()]
         held += [bits for _, fixed in handler._fixed.values() for bits in fixed]
         freed = [weakref.ref(bits) for bits in held]
         del held
         attachment.reset()
         gc.collect()
-        assert not handler._states.by_key
+        assert not handler._states
         assert not handler._fixed
         assert not handler._calibrators
-        assert handler._states.held == 0
         assert not any(ref() is not None for ref in freed)
         assert attachment.report().state_bytes["lite"] > 0  # the most that it held
         assert attachment.report().steps  # the report stays

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit_accel import ConfigError
-from dit_accel.methods.guidance.heads import Stacks, first_layer, read_heads, split_specs
+from dit_accel.methods.guidance.head_specs import Stacks, first_layer, read_heads, split_specs
 
 NAMES = [f"transformer_blocks.{i}.attn" for i in range(3)] + [f"single_transformer_blocks.{i}.attn" for i in range(12)]
 STACKS = Stacks(names=NAMES, heads=4, others={"transformer_blocks.0.cross", "refiner.attn"})

@@ -353,7 +353,7 @@ def test_the_estimate_is_what_runs(transformer):
         (dict(blocks="1", every=0), r"profilingcache\.every.*got 0"),
         (
             dict(blocks="1", every=2, refresh=(3,)),
-            r"profilingcache\.every = 2 and profilingcache\.refresh = \[3\]",
+            r"profilingcache\.every = 2 and profilingcache\.refresh = \(3,\)",
         ),
         (dict(blocks="1", every_last=2), r"every_last = 2.*profilingcache\.every"),
         (dict(blocks="1", every=2, every_last=3), r"every_last = 3.*profilingcache\.every.*2"),

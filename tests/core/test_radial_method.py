@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods.attention import radial
-from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention
+from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.plan import tiling
 from dit_accel.plan.layout import TokenLayout
 
@@ -76,7 +76,7 @@ def test_unset_options_take_the_recipe_then_the_method_s_value():
         dense_steps=0.24, dense_last_steps=0, dense_layers=1, dense_above_sigma=None,
     )  # fmt: skip
     assert RadialAttention(**resolved.to_dict()).filled() == resolved
-    assert RadialAttention().filled().to_dict().items() >= dict(DEFAULTS).items()
+    assert RadialAttention().filled().to_dict().items() >= dict(RadialAttention.defaults).items()
 
 
 def test_a_false_or_zero_set_by_the_user_beats_the_recipe():

@@ -34,10 +34,10 @@ def tiny(name, number=0, **config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(kind="rilfex"), r"rope\.kind.*'rilfex'.*'riflex'\?"),
-        (dict(axes=()), r"rope\.axes.*no axis"),
-        (dict(axes=("frames", "hieght")), r"rope\.axes.*'hieght'.*'height'\?"),
-        (dict(axes=("text",)), r"rope\.axes.*'text'.*frames, height, width"),
+        (dict(kind="rilfex"), r"rope\.kind.*'riflex'.*got 'rilfex'"),
+        (dict(axes=()), r"rope\.axes.*got \[\]"),
+        (dict(axes=("frames", "hieght")), r"rope\.axes.*height.*'hieght'"),
+        (dict(axes=("text",)), r"rope\.axes.*frames, height, width.*'text'"),
         (dict(factor=0.5), r"rope\.factor.*got 0\.5"),
         (dict(kind="pi", period=3.0), r"'pi'.*got period=3\.0"),
         (dict(turn=2.0), r"turn.*0.*1, got 2\.0"),

@@ -17,7 +17,6 @@ import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
 from dit_accel.adapters.registry import family
 from dit_accel.estimate.estimate import estimate
-from dit_accel.methods.attention.sol import DEFAULTS
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
@@ -82,7 +81,8 @@ def test_bad_options_are_refused_with_the_value(options, text):
 def test_toml_and_recipes():
     config = SolAttention(beta=-0.5, beta_last=1, threshold="exact", sink="first_frame", dense_above_sigma=0.9)
     assert from_toml(to_toml([config])) == [config]
-    assert SolAttention().filled().to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
+    usual = {key: value for key, value in SolAttention.defaults.items() if value is not None}
+    assert SolAttention().filled().to_dict().items() >= usual.items()
     assert SolAttention(beta=0.0).filled({"beta": 2.0, "dense_layers": 2}).beta == 0.0
     assert SolAttention().filled(WAN.recipe("sol", WAN_PLAIN)).block_size == 16
     with pytest.raises(ConfigError, match=r"recipe.*sol.*'sink'"):

@@ -15,7 +15,7 @@ from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
-from dit_accel.methods.attention.sparsed import DEFAULTS, SparseDHandler, heaviest
+from dit_accel.methods.attention.sparsed import SparseDHandler, heaviest
 from dit_accel.methods.compose import make_handlers
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
@@ -421,7 +421,7 @@ def test_bad_options_are_refused_with_the_value(options, text):
 
 
 def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives_way_to_mass():
-    assert SparseD().filled().to_dict().items() >= dict(DEFAULTS).items()
+    assert SparseD().filled().to_dict().items() >= dict(SparseD.defaults).items()
     assert SparseD().filled({"density": 0.5}).density == 0.5
     recipe = {"density": 0.5, "block_size": 64}
     by_mass = SparseD(mass=0.9).filled(recipe)

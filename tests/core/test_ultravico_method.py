@@ -114,7 +114,7 @@ def test_recipes_fill_what_is_unset():
 
 def test_it_says_what_it_does_to_a_length():
     def said(frames: int, config: UltraViCo = ACTIVE) -> str:
-        return on(config, ADAPTER, FAMILY).remark(dataclasses.replace(LAYOUT, frames=frames))
+        return on(config, ADAPTER, FAMILY).check_layout(dataclasses.replace(LAYOUT, frames=frames))
 
     plain = UltraViCo()
     assert said(3, plain) == "ultravico changes nothing: 3 latent frames, trained on 3 (9 output frames)"
@@ -181,7 +181,7 @@ def test_centring_has_its_gradient():
 
 def test_a_second_decay_is_refused():
     made = handler()
-    decaying = AttentionPlan().decay(frame_decay(made._rule(LAYOUT), LAYOUT, "cpu"))
+    decaying = AttentionPlan().decay(frame_decay(made.rule(LAYOUT.frames), LAYOUT, "cpu"))
     with pytest.raises(ConfigError, match="frame decay"):
         made.plan(decaying, call_of(), context())
 
@@ -300,7 +300,7 @@ def decayed(q, k, v, frames: torch.Tensor, alpha: float, **arguments) -> torch.T
 
 def test_a_constant_added_to_all_keys_changes_nothing_once_they_are_centred():
     call, shift = call_of("bhsd", scale=1.0), torch.randn(8, dtype=torch.float64)
-    frames = frame_decay(handler()._rule(LAYOUT), LAYOUT, "cpu").q_frames
+    frames = frame_decay(handler().rule(LAYOUT.frames), LAYOUT, "cpu").q_frames
     v = torch.randn(2, 2, LAYOUT.tokens, 8, dtype=torch.float64)
 
     def result(k: torch.Tensor, alpha: float, centred: bool) -> torch.Tensor:

@@ -219,7 +219,7 @@ def test_who_works_with_lite_works_with_the_tuner():
         handlers = attachment._execution.handlers
         assert [handler.name for handler in handlers] == ["lite", "delta"]
         assert handlers[0] is tuner
-        assert handlers[1].takers == (tuner,)
+        assert handlers[1].restorers == (tuner,)
 
 
 # Bad input
