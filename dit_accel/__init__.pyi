@@ -1,4 +1,4 @@
-"""The public names of `dit_accel`, as type checkers see them; `dit_accel.public` loads each when it is asked for."""
+"""The public names of `dit_accel`, as type checkers see them; `dit_accel.public` reads them here."""
 
 from .attachment.attachment import Attachment as Attachment
 from .attachment.attachment import attach as attach

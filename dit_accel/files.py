@@ -74,11 +74,7 @@ def no_space(path: Path, reason: object) -> ConfigError:
 
 @contextlib.contextmanager
 def _full_disk_told(path: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full on which the block writes ``path``; other errors pass.
-
-    Raises:
-        ConfigError: if it is full.
-    """
+    """Raise `ConfigError` in place of an error of a full disk on which the block writes ``path``; others pass."""
     try:
         yield
     except Exception as error:
@@ -103,11 +99,7 @@ def _no_room_left(folder: Path, error: Exception) -> bool:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[None]:
-    """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again.
-
-    Raises:
-        ConfigError: if it can't be made.
-    """
+    """Make a folder, with those above it, for the block; if the block fails, what was made and is empty goes again."""
     path = Path(path)
     made = [one for one in (path, *path.parents) if not one.exists()]
     try:
@@ -125,14 +117,10 @@ def new_folder(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(path: str | Path, what: str = "output") -> Iterator[None]:
-    """Keep other runs from writing the same output while the block runs.
+    """Keep other runs from writing the same output, which need not exist, while the block runs.
 
     A file ``.NAME.lock`` lies beside the output meanwhile. The system frees it when the process ends, however it does.
     On a file system without locks nothing is held.
-
-    Args:
-        path: the output, which need not exist.
-        what: what it is called in the error.
 
     Raises:
         Busy: if another run holds it, with that run's process.
@@ -189,11 +177,7 @@ def _is_open(path: Path, handle: int) -> bool:
 
 
 def check_writable(path: str | Path, what: str = "output") -> None:
-    """Refuse a path at which `written_whole` could not put a file, before anything is computed.
-
-    Args:
-        path: the file to be written; nothing is created.
-        what: what the file is called in the error.
+    """Refuse a path at which `written_whole` could not put a file, before anything is computed; nothing is created.
 
     Raises:
         ConfigError: for a folder that is missing or not writable, a name that is too long, or something in the file's

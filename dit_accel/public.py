@@ -1,46 +1,14 @@
-"""The public names of `dit_accel` and the modules they live in, so that `import dit_accel` loads none of them."""
+"""The public names of `dit_accel`, loaded when they are asked for from the modules that ``__init__.pyi`` names."""
 
+import ast
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-HOMES: dict[str, str] = {
-    "Attachment": "attachment.attachment",
-    "attach": "attachment.attachment",
-    "attachment_of": "attachment.attachment",
-    "Description": "estimate.describe",
-    "describe": "estimate.describe",
-    "AttachError": "errors",
-    "ConfigError": "errors",
-    "DitAccelError": "errors",
-    "MissingBackend": "errors",
-    "ProcessLost": "errors",
-    "UnsupportedModel": "errors",
-    "DFA": "methods.attention.dfa",
-    "DeltaAttention": "methods.attention.delta",
-    "LVSA": "methods.attention.lvsa",
-    "LiteAttention": "methods.attention.lite.config",
-    "RadialAttention": "methods.attention.radial",
-    "RoPE": "methods.positions.rope",
-    "SolAttention": "methods.attention.sol",
-    "SparseD": "methods.attention.sparsed",
-    "UltraImage": "methods.positions.ultraimage",
-    "UltraViCo": "methods.attention.ultravico",
-    "DBCache": "methods.caches.db",
-    "DBPrune": "methods.caches.prune",
-    "EasyCache": "methods.caches.easy",
-    "FirstBlockCache": "methods.caches.db",
-    "MagCache": "methods.caches.mag",
-    "ProfilingCache": "methods.caches.profiling",
-    "StaticCache": "methods.caches.static",
-    "TeaCache": "methods.caches.tea",
-    "NAG": "methods.guidance.nag",
-    "PAG": "methods.guidance.softpag",
-    "SLG": "methods.guidance.slg",
-    "SoftPAG": "methods.guidance.softpag",
-    "Report": "report.report",
-    "TokenLayout": "plan.layout",
-}
+_STUB = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
+
+HOMES = {name.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
 """Name -> its module, below `dit_accel`."""
 
 

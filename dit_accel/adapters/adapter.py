@@ -16,14 +16,13 @@ from .sizes import Sizes, patch_sizes, read_sizes
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"
 """Why a method that thins out over frames is refused for image models: it is degenerate, not wrong."""
 
-NO_LONGER = "an image has no frames of which there could be more than the model was trained on"
-"""Why a method for longer clips is refused for image models."""
+_NO_LONGER = "an image has no frames of which there could be more than the model was trained on"
 
 IMAGE_REFUSED: Mapping[str, str] = {
     "dfa": "an image does not move, which is how the foreground is recognised",
     "radial": ONE_FRAME,
-    "lvsa": NO_LONGER,
-    "ultravico": NO_LONGER,
+    "lvsa": _NO_LONGER,
+    "ultravico": _NO_LONGER,
 }
 """Method name -> why it makes no sense on a model that makes single images; what image adapters refuse."""
 
@@ -234,40 +233,27 @@ class Adapter:
                 raise ConfigError(
                     f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
                 )
-        functions: dict[str, Any] = {"grid(config, inputs)": self.grid, "sizes(config)": self.sizes}
-        if self.always_dense is not None:
-            functions["always_dense(config)"] = self.always_dense
-        if self.signal is not None:
-            functions["signal(transformer, inputs)"] = self.signal
-        if not isinstance(self.rope, (Rope, str, type(None))):
-            raise ConfigError(
-                f"adapter {self.name!r}: rope must be a Rope, or a sentence that says why there is none, got "
-                f"{self.rope!r}; give one of them"
-            )
-        if not isinstance(self.cross_attention, (CrossAttention, str, type(None))):
-            raise ConfigError(
-                f"adapter {self.name!r}: cross_attention must be a CrossAttention, or a sentence that says why there "
-                f"is none, got {self.cross_attention!r}; give one of them"
-            )
-        if not isinstance(self.joined_text, (JoinedText, str, type(None))):
-            raise ConfigError(
-                f"adapter {self.name!r}: joined_text must be a JoinedText, or a sentence that says why there is none, "
-                f"got {self.joined_text!r}; give one of them"
-            )
-        for name, value in functions.items():
-            if not callable(value):
+        for name, kind in (("rope", Rope), ("cross_attention", CrossAttention), ("joined_text", JoinedText)):
+            if not isinstance(value := getattr(self, name), (kind, str, type(None))):
                 raise ConfigError(
-                    f"adapter {self.name!r}: {name} must be a function, got {value!r}; give the function or a partial"
+                    f"adapter {self.name!r}: {name} must be a {kind.__name__}, or a sentence that says why there is "
+                    f"none, got {value!r}; give one of them"
+                )
+        for call, value, optional in (
+            ("grid(config, inputs)", self.grid, False),
+            ("sizes(config)", self.sizes, False),
+            ("always_dense(config)", self.always_dense, True),
+            ("signal(transformer, inputs)", self.signal, True),
+        ):
+            if not callable(value) and not (optional and value is None):
+                raise ConfigError(
+                    f"adapter {self.name!r}: {call} must be a function, got {value!r}; give the function or a partial"
                 )
 
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
-        """Return the released model that a transformer config has the sizes of, or None.
+        """Return the released model of so many ``experts`` that a transformer config has the sizes of, or None.
 
         Of several, the first whose patches and input channels are the config's, where one is.
-
-        Args:
-            config: the transformer's config, with diffusers' names.
-            experts: how many such transformers the pipeline holds.
         """
         try:
             sizes = self.sizes(config)

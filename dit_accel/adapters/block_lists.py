@@ -30,11 +30,7 @@ def blocks_of(listed: BlockList, adapter: Adapter, transformer: "nn.Module") -> 
 
 
 def block_lists(adapter: Adapter, transformer: "nn.Module") -> tuple[BlockList, ...]:
-    """Return the block lists that a model has, in the adapter's order.
-
-    Raises:
-        UnsupportedModel: if the adapter describes no blocks, or others than the model has.
-    """
+    """Return the block lists that a model has, in the adapter's order; `UnsupportedModel` if it has none of them."""
     model = type(transformer).__name__
     if adapter.blocks is None:
         return _registered(adapter, transformer)
@@ -70,11 +66,7 @@ def _registered(adapter: Adapter, transformer: "nn.Module") -> tuple[BlockList, 
 
 
 def registered_blocks(pattern: str, block: type, adapter: str) -> BlockList:
-    """Return what diffusers' registry knows about a block class, as a block list.
-
-    Raises:
-        UnsupportedModel: if the registry does not know the class.
-    """
+    """Return what diffusers' registry knows about a block class, as a block list; `UnsupportedModel` if nothing."""
     from diffusers.hooks._helpers import TransformerBlockRegistry  # private to diffusers: used here and nowhere else
 
     try:

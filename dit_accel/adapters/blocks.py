@@ -109,11 +109,7 @@ class BlockSignature:
         return tuple(positional), named
 
     def read_result(self, result: Any) -> Streams:
-        """Return the streams of a block's result.
-
-        Raises:
-            UnsupportedModel: for a result of another form than the adapter describes.
-        """
+        """Return the streams of a block's result; `UnsupportedModel` for one of another form than described."""
         elements = self._elements(result)
         return tuple(elements[self.gives.index(stream)] for stream in range(len(self.places)))
 
@@ -123,10 +119,6 @@ class BlockSignature:
         Args:
             streams: the streams, the visual one first.
             like: an earlier result of the block; None: the block never ran.
-
-        Raises:
-            ConfigError: if the block gives more than streams and there is no earlier result to take that from.
-            UnsupportedModel: for an earlier result of another form than the adapter describes.
         """
         if like is None and None in self.gives:
             raise ConfigError(
@@ -150,11 +142,7 @@ class BlockSignature:
 
 @cache
 def block_signature(blocks: BlockList, block: "type[nn.Module]") -> BlockSignature:
-    """Return where the streams of a list stand in the calls of one block class; bound once per class.
-
-    Raises:
-        UnsupportedModel: if the class's forward has no argument of a stream's name.
-    """
+    """Return where a list's streams stand in a block class's calls, bound once; `UnsupportedModel` if it lacks one."""
     parameters = list(inspect.signature(block.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     places = []

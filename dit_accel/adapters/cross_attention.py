@@ -33,11 +33,7 @@ class CrossAttention:
             raise ConfigError(f"modules must be a tuple of names, got {self.modules!r}; one entry is (entry,)")
 
     def found(self, transformer: Any) -> dict[str, Any]:
-        """Return name -> module of a transformer's cross-attention.
-
-        Raises:
-            ConfigError: if there is none.
-        """
+        """Return name -> module of a transformer's cross-attention; `ConfigError` if there is none."""
         known = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
         found = {
             name: module

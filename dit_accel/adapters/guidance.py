@@ -80,16 +80,14 @@ class Guidance:
         named = [*self.alone, *self.in_turn, *self.together, *self.own]
         if twice := next((name for name in named if named.count(name) > 1), None):
             raise ConfigError(f"guidance names {twice} twice; leave it in the one field that is true of it")
-        choices = {"first_rows": ("uncond", "cond"), "uncond_tokens": ("all", "last")}
-        for option, allowed in choices.items():
-            if (value := getattr(self, option)) not in allowed:
-                one, other = allowed
+        choices = [
+            ("first_rows", self.first_rows, "uncond", "cond"),
+            ("uncond_tokens", self.uncond_tokens, "all", "last"),
+        ]
+        choices += [(f"branch_of[{name!r}]", prompt, "cond", "uncond") for name, prompt in self.branch_of.items()]
+        for option, value, one, other in choices:
+            if value not in (one, other):
                 raise ConfigError(f"{option} must be {one!r} or {other!r}, got {value!r}; use one of them")
-        for component, prompt in self.branch_of.items():
-            if prompt not in ("cond", "uncond"):
-                raise ConfigError(
-                    f"branch_of[{component!r}] must be 'cond' or 'uncond', got {prompt!r}; use one of them"
-                )
         for name, axis in self.rows.items():
             if axis is not None and axis != "each" and not (isinstance(axis, int) and axis >= 0):
                 raise ConfigError(

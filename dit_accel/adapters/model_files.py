@@ -1,4 +1,4 @@
-"""A model's config files, from a local folder or the hub: what a plan needs of a model without its weights."""
+"""What a user may call a model by, and its config files, local or on the hub: all that a plan needs of a model."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModel
+import dit_accel_assets
+
+from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .adapter import Adapter, Family
 from .registry import adapter_for
 
 INDEX = "model_index.json"
+
+
+def model_source(name: str) -> str:
+    """Return what diffusers loads for a model's name: a folder or a hub id.
+
+    Raises:
+        ConfigError: for what is neither an embedded model, a folder nor a hub id.
+    """
+    known = dit_accel_assets.model_names()
+    if name in known:
+        return str(dit_accel_assets.model_path(name))
+    if "/" not in name and not Path(name).is_dir():
+        raise ConfigError(
+            f"{name!r} is no embedded model; {did_you_mean(name, known)}; or name a folder of a diffusers pipeline, or "
+            "a hub id (owner/name)"
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +54,7 @@ class ModelFiles:
         return isinstance(entry, (list, tuple)) and entry[0] is not None
 
     def identify(self) -> tuple[Adapter, Family]:
-        """Return the model's adapter and its sizes: those of a released family, or read off the configs.
-
-        Raises:
-            UnsupportedModel: if no adapter covers the transformer's class, or its config lacks a size.
-        """
+        """Return the adapter and the sizes, a released family's or the configs'; `UnsupportedModel` without either."""
         adapter = adapter_for(str(self.transformer.get("_class_name")))
         experts = 1 + self.has("transformer_2")
         family = next((known for known in adapter.families if known.repo == self.name), None)
@@ -70,11 +85,7 @@ class ModelFiles:
 
 
 def read_model_files(model: str) -> ModelFiles:
-    """Read the configs of a diffusers pipeline, a local folder or a hub id; downloads no weights.
-
-    Raises:
-        UnsupportedModel: if there is no such model, or it holds no transformer.
-    """
+    """Read the configs of a pipeline, a folder or a hub id, no weights; `UnsupportedModel` without a transformer."""
     index = read_config(model, INDEX)
     if not isinstance(index.get("transformer"), list):
         parts = ", ".join(name for name, entry in index.items() if isinstance(entry, list)) or "no component"
@@ -88,11 +99,7 @@ def read_model_files(model: str) -> ModelFiles:
 
 
 def read_config(model: str, file: str) -> dict[str, Any]:
-    """Read one JSON file of a model, such as ``transformer/config.json``.
-
-    Raises:
-        UnsupportedModel: if there is no such model or file.
-    """
+    """Read one JSON file of a model, such as ``transformer/config.json``; `UnsupportedModel` if it is not there."""
     path = Path(model) / file
     if not path.is_file():
         if Path(model).exists() or not _is_hub_id(model):

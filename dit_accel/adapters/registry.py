@@ -70,11 +70,7 @@ def families() -> dict[str, Family]:
 
 
 def family(name: str) -> Family:
-    """Return one model family.
-
-    Raises:
-        UnsupportedModel: for an unknown name, with the nearest known one.
-    """
+    """Return one model family; an unknown name is refused with the nearest known one."""
     known = families()
     if name not in known:
         raise UnsupportedModel(f"no model family is called {name!r}; {did_you_mean(name, known)}")

@@ -53,18 +53,14 @@ class Axis:
     exponents: tuple[float, ...] | None = None
 
     def frequencies(self) -> "np.ndarray":
-        """Return the model's own frequencies by their formula, float64 [channels / 2].
-
-        Raises:
-            ConfigError: if they are learned.
-        """
+        """Return the model's frequencies by their formula, float64 [channels / 2]; `ConfigError` for learned ones."""
         if self.theta is None:
             raise ConfigError(
                 f"the frequencies along {self.name} are learned, different in each head; give functions of them"
             )
         from ..rules.rope import frequencies as spectrum  # numpy, which a help text does without
 
-        return spectrum("none", self.channels, self.theta, exponents=self.exponents)
+        return spectrum(self.channels, self.theta, self.exponents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +117,7 @@ class Rope:
             )
 
     def find_owner(self, transformer: Any) -> Any:
-        """Return what makes the positions of a transformer.
-
-        Raises:
-            ConfigError: if it is not there.
-        """
+        """Return what makes the positions of a transformer; `ConfigError` if it is not there."""
         owner = transformer
         for name in self.owner.split(".") if self.owner else ():
             owner = getattr(owner, name, None)
@@ -153,12 +145,7 @@ class RopeChange(NamedTuple):
 
 
 def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> Rope:
-    """Return the rotary positions of a model.
-
-    Args:
-        name: the adapter's name, for the error.
-        rope: `Adapter.rope`.
-        config: the transformer's config.
+    """Return a model's rotary positions, of its `Adapter.rope` and config; the adapter's name is for the error.
 
     Raises:
         ConfigError: if the model has none, with the reason.
@@ -172,13 +159,7 @@ def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> 
 
 
 def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], asked: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the names of the axes whose frequencies may be changed: those asked for, or all.
-
-    Args:
-        name: the adapter's name, for the error.
-        rope: the model's rotary positions.
-        config: the transformer's config.
-        asked: names of axes; empty: all that can be changed.
+    """Return the names of the axes whose frequencies may be changed: those asked for, or all where none is.
 
     Raises:
         ConfigError: for an axis that the model does not have, or fits to the trained size; if there is none.
@@ -202,17 +183,7 @@ def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], asked: Seq
 
 
 def check_lengths(name: str, rope: "Rope | str | None", config: Mapping[str, Any], lengths: Mapping[str, int]) -> None:
-    """Refuse a grid that is longer than the model's tables of positions.
-
-    Args:
-        name: the adapter's name, for the error.
-        rope: `Adapter.rope`.
-        config: the transformer's config.
-        lengths: tokens along each axis.
-
-    Raises:
-        ConfigError: with the axis, its tokens and the most that fit.
-    """
+    """Raise `ConfigError` for a grid of more tokens along an axis than the model's tables of positions hold."""
     if not isinstance(rope, Rope) or rope.max_positions is None:
         return
     for axis, most in rope.max_positions(config).items():

@@ -55,29 +55,6 @@ def scaled_thirds(config: Mapping[str, Any]) -> tuple[Axis, ...]:
     )
 
 
-def eighths(config: Mapping[str, Any]) -> tuple[Axis, ...]:
-    """Return CogVideoX's axes: a quarter of the head for frames, three eighths for height and for width."""
-    head = config["attention_head_dim"]
-    channels = zip(VISUAL_AXES, (head // 4, head // 8 * 3, head // 8 * 3), strict=True)
-    return tuple(Axis(name=name, channels=width, theta=10000.0) for name, width in channels)
-
-
-def fractions(config: Mapping[str, Any]) -> tuple[Axis, ...]:
-    """Return LTX's axes, of coordinates in quarter turns that run from -1 to 1 over 20 seconds or 2,048 pixels.
-
-    Frequency j of n is theta^(j / (n - 1)); they are laid over all heads together.
-    """
-    count = config["num_attention_heads"] * config["attention_head_dim"] // 6
-    exponents = tuple(-j / (count - 1) for j in range(count))
-    theta = float(config.get("rope_theta", 10000.0))
-    return tuple(Axis(name=name, channels=2 * count, theta=theta, exponents=exponents) for name in VISUAL_AXES)
-
-
-def learned(config: Mapping[str, Any]) -> tuple[Axis, ...]:
-    """Return Mochi's axes: each rotates all channels, their angles add up."""
-    return tuple(Axis(name=name, channels=config["attention_head_dim"], theta=None) for name in VISUAL_AXES)
-
-
 def interleaved(sections: Sequence[int], dim: int, theta: float) -> tuple[Axis, ...]:
     """Return axes that take turns over the frequencies of one, until height and width have theirs.
 
@@ -104,32 +81,10 @@ def same_length(key: str, default: int) -> Lengths:
 
 
 def lengths_of_image(key: str, default: tuple[int, int]) -> Lengths:
-    """Return ``max_positions`` for configs that tell each axis's length, text's first.
-
-    Args:
-        key: the config's name of the lengths.
-        default: the class's own of height and width.
-    """
+    """Return ``max_positions`` for configs that tell all axes' lengths, text's first, or else the class's own."""
     return lambda config: dict(zip(("height", "width"), config.get(key, default)[-2:], strict=True))
 
 
 def fixed_lengths(**lengths: int) -> Lengths:
     """Return ``max_positions`` for lengths that the model's code fixes."""
     return lambda config: lengths
-
-
-def cosmos_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
-    """Return the sizes of Cosmos 1's learned table; without one, the longest for all, as one range serves them."""
-    most, patches = config.get("max_size", (128, 240, 240)), config.get("patch_size", (1, 2, 2))
-    sizes = [size // patch for size, patch in zip(most, patches, strict=True)]
-    if not config.get("extra_pos_embed_type", "learnable"):
-        sizes = [max(sizes)] * 3
-    return dict(zip(VISUAL_AXES, sizes, strict=True))
-
-
-def cogvideox_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
-    """Return CogVideoX 1.5's limits: its positions are cut out of the trained grid; version 1's are scaled to it."""
-    if config.get("patch_size_t") is None:
-        return {}
-    sizes = {axis: config.get(f"sample_{axis}", own) for axis, own in (("height", 60), ("width", 90))}
-    return {axis: size // config.get("patch_size", 2) for axis, size in sizes.items()}

@@ -33,15 +33,8 @@ def changed(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChang
     """Return what to set on one transformer, so that its positions are made from other frequencies.
 
     Position ids, offsets and scaling stay the model's; text does not move. Nothing is changed on classes and modules.
-
-    Args:
-        rope: of the transformer's adapter, from `rope_of`.
-        transformer: the transformer; it is left as it is.
-        frequencies: for each axis that changes.
-
-    Raises:
-        ConfigError: for an axis that the model does not have or that can't be changed, and for frequencies of another
-            number; those of a function when they are first used.
+    `ConfigError` is raised for axes that can't be changed and for another number of frequencies; for those of a
+    function when they are first used.
     """
     axes = rope.axes(transformer.config)
     names = [axis.name for axis in axes]

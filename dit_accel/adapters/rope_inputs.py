@@ -58,11 +58,7 @@ def _turned(values: Tensor, axis: Axis, index: int, resolve: Resolve) -> Tensor:
 
 
 def _read_positions(values: Tensor, own: Tensor, axis: Axis) -> Tensor:
-    """Return the positions [n] that cos + i sin [n, frequencies] are made from, from the slowest frequency on.
-
-    Raises:
-        ConfigError: if they are made from no positions.
-    """
+    """Return the positions [n] that cos + i sin [n, frequencies] are made from, from the slowest frequency on."""
     angles, turn = values.angle(), 2 * torch.pi
     places = angles[:, -1] / own[-1]
     for j in reversed(range(len(own) - 1)):

@@ -167,7 +167,12 @@ def attach(
                 f"methods are attached to {name} already; call detach() on that attachment first "
                 "(dit_accel.attachment_of gives it)"
             )
-    handlers, described = _make_handlers(transformers, methods)
+    models = {name: resolve_model(name, transformers) for name in transformers}
+    handlers = make_handlers(methods, list(models.values())[-1])
+    described = {
+        name: f"{one.adapter.name}, {one.family.name if one.family else 'sizes of no released model'}"
+        for name, one in models.items()
+    }
     _check_backend(backend, handlers)
     pipe = model if parts.get("transformer") is not model else None
     attachment = Attachment(Execution(handlers, backend, pipe), described)
@@ -202,30 +207,13 @@ def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
     # the model may still wait in main memory: ask the device it will run on
-    device, missing = torch.accelerator.current_accelerator() or torch.device("cpu"), None
-    if backend == "triton":
-        missing = triton_requirement(device)
-    elif backend == "fa4":
-        missing = fa4_requirement(device)
-    elif backend == "flex":
-        missing = flex_requirement(device.type)
-    if missing:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
+    if backend in requirements and (missing := requirements[backend](device)):
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
     voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
     if backend in ("flex", "fa4") and voting:
         raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
-
-
-def _make_handlers(
-    transformers: dict[str, Any], methods: tuple[MethodConfig, ...]
-) -> tuple[list[Handler], dict[str, str]]:
-    """Return the handlers, and component name -> adapter and family in words."""
-    models = {name: resolve_model(name, transformers) for name in transformers}
-    described = {
-        name: f"{model.adapter.name}, {model.family.name if model.family else 'sizes of no released model'}"
-        for name, model in models.items()
-    }
-    return make_handlers(methods, list(models.values())[-1]), described
 
 
 def _install_processors(

@@ -54,11 +54,7 @@ class BackwardStore:
         return ticket
 
     def get(self, ticket: Tensor) -> Differentiated:
-        """Return the call of a ticket.
-
-        Raises:
-            AttachError: if it is gone.
-        """
+        """Return the call of a ticket; `AttachError` if it is gone."""
         entry = self._plans.get(int(ticket))
         if entry is None:
             raise AttachError(
@@ -74,11 +70,7 @@ class BackwardStore:
 def dense_gradients(
     plan: AttentionPlan, call: Call, layer: AttentionLayer, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v through the user's own attention.
-
-    Raises:
-        ConfigError: if its backend can't be differentiated inside an operator, where autograd records nothing.
-    """
+    """Return the gradients of q, k and v through the user's own attention; `ConfigError` if it has none."""
     try:
         of_call = torch.func.vjp(
             lambda q, k, v: run_dense(plan, replace(call, q=q, k=k, v=v), layer), call.q, call.k, call.v

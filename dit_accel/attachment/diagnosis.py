@@ -23,23 +23,15 @@ def replaced_transformers(execution: Execution) -> str | None:
         compiled_since = state.part is state.transformer and getattr(current, "_orig_mod", None) is state.transformer
         if current is not None and current is not state.part and not compiled_since:
             replaced.append(f"{state.name} was replaced after attach by another {type(current).__name__}")
-    if not replaced:
-        return None
-    return (
-        f"{'; '.join(replaced)}, to which nothing is attached: what it runs is plain and not in the report; detach, "
-        "and attach again"
-    )
+    why = "to which nothing is attached: what it runs is plain and not in the report; detach, and attach again"
+    return f"{'; '.join(replaced)}, {why}" if replaced else None
 
 
 def replaced_processors(execution: Execution) -> str | None:
     """Tell how many of our processors were replaced since attach, or None."""
     replaced = sum(layer.module.processor is not layer.processor for layer in execution.layers)
-    if not replaced:
-        return None
-    return (
-        f"{replaced} of {len(execution.layers)} attention processors were replaced after attach, so that no method "
-        "acts there; detach and attach again"
-    )
+    why = "attention processors were replaced after attach, so that no method acts there; detach and attach again"
+    return f"{replaced} of {len(execution.layers)} {why}" if replaced else None
 
 
 def unplanned_reason(execution: Execution) -> str | None:

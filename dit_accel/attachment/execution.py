@@ -23,7 +23,7 @@ from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, Stor
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout, with_valid_text
-from ..plan.masks import is_key_padding, visible_row
+from ..plan.masks import visible_row
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
@@ -39,11 +39,7 @@ _NUMBERS = itertools.count()
 
 
 def get(number: int) -> "Execution":
-    """Return the execution that a compiled graph or processor refers to.
-
-    Raises:
-        AttachError: if its attachment is gone.
-    """
+    """Return the execution that a compiled graph or processor refers to; `AttachError` if it is detached."""
     if number not in _EXECUTIONS:
         raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
     return _EXECUTIONS[number]
@@ -140,9 +136,6 @@ class Execution:
             call: q, k and v as the model has them; fewer queries than keys where only some tokens have any.
             sizes: the grid of the sequence.
             differentiate: a backward follows.
-
-        Raises:
-            ConfigError: if the tensors do not have the layout's length, or a method refuses the call.
         """
         layer, forward = self.layers[number], self.forward
         if sizes != forward.noted:
@@ -179,7 +172,8 @@ class Execution:
         """Return the gradients of q, k and v under the plan of a ticket, as they lie, contiguous."""
         forward = self.backward.get(ticket)
         layer, plan = self.layers[forward.layer], forward.plan
-        plan.require_gradient()
+        if plan.guidance is not None:
+            raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
         call = call_of(q, k, v, mask, forward.scale, self.backend, forward.tokens_first)
         call, given = self._completed(layer, call, forward.sizes)
         grad = call.heads_first(grad)
@@ -225,11 +219,7 @@ class Execution:
         return replace(call, q=F.pad(call.q, (0, 0, start, missing - start))), slice(start, start + queries)
 
     def _shortened(self, layer: AttentionLayer, tokens: int) -> TokenLayout:
-        """Return the layout of a call that leaves out the text that pads its row.
-
-        Raises:
-            ConfigError: if the call's length is not that of any.
-        """
+        """Return the layout of a call that leaves out the text that pads its row."""
         state, adapter, layout = layer.state, layer.state.adapter, self.forward.layout
         assert layout is not None
         if adapter.variable_text_length:
@@ -371,9 +361,9 @@ class Execution:
     def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
         """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
         mask = call.mask
-        if not handlers or not all(handler.dense_under_masks for handler in handlers):
+        if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
             return False
-        if mask is None or is_key_padding(mask, call.q, call.k):
+        if call.hides_keys:
             return False
         self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
         self.recorder.note(

@@ -20,10 +20,7 @@ LayerFilter = str | Callable[[str, nn.Module], bool]
 def find_transformers(model: Any) -> dict[str, Any]:
     """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
 
-    For a compiled one (``torch.compile``) it is the module inside.
-
-    Raises:
-        UnsupportedModel: if there is none; names the nearest supported classes.
+    For a compiled one (``torch.compile``) it is the module inside. `UnsupportedModel` is raised if there is none.
     """
     supported = {name for adapter in adapters().values() for name in adapter.transformers}
     parts = components_of(model)
@@ -45,11 +42,7 @@ def components_of(model: Any) -> dict[str, Any]:
 
 
 def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, int]]:
-    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order.
-
-    Raises:
-        UnsupportedModel: if the adapter's patterns match nothing.
-    """
+    """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order."""
     names = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
 
     def matching(patterns: tuple[str, ...]) -> list[str]:
@@ -87,11 +80,7 @@ def heads_of(module: Any, config: Any) -> int:
 def chosen_layers(
     modules: list[tuple[str, nn.Module, int]], layers: LayerFilter | None
 ) -> dict[int, tuple[str, nn.Module, int]]:
-    """Return layer index -> (name, module, depth) of the attention modules that a filter leaves.
-
-    Raises:
-        ConfigError: for a filter that can't be read, names layers that are not there, or leaves none.
-    """
+    """Return layer index -> (name, module, depth) of what a filter leaves; `ConfigError` if it leaves none."""
     if layers is None:
         return dict(enumerate(modules))
     if isinstance(layers, str):

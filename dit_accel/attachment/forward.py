@@ -66,12 +66,7 @@ class Forward:
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
 
     def __call__(self, run_model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the forward of a call.
-
-        Raises:
-            ConfigError: inside compiled code of the whole transformer, where methods could not do what they should.
-            AttachError: if another thread runs the attachment.
-        """
+        """Run the forward of a call."""
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if torch.compiler.is_compiling():
             return self._traced(run_model, args, kwargs, inputs)
@@ -255,11 +250,7 @@ def count_dense(execution: Execution, state: TransformerState) -> None:
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
-    """Return the grid of a forward, or in words why it has none, as the adapter gives it.
-
-    Raises:
-        ConfigError: if it asks for an input that is not there, or gives something else.
-    """
+    """Return the grid of a forward, or in words why it has none, as the adapter gives it."""
     what = f"the grid of the adapter {adapter.name!r}"
     try:
         grid = adapter.grid(config, inputs)

@@ -52,11 +52,7 @@ class ForwardState:
         self.begin(None)
 
     def lay(self, sizes: Grid) -> None:
-        """Lay the forward's tokens on a grid.
-
-        Raises:
-            ConfigError: if there is no such grid.
-        """
+        """Lay the forward's tokens on a grid; `ConfigError` for sizes that are none."""
         if sizes != self.sizes:
             self.layout: TokenLayout | None = None if sizes == NO_GRID else layout_of(sizes)
             self.sizes, self.grid = sizes, as_tensors(sizes)

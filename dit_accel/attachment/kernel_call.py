@@ -46,10 +46,7 @@ def followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
 def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[AttentionPlan, Call]]:
     """Yield the plan and call of the rows of the batch that follow one list of computed tokens, list by list.
 
-    Args:
-        plan: of the whole batch.
-        call: likewise.
-        out: [B, H, S, D], what is reused, to be written to; each plan holds its own rows of it.
+    Each plan holds its own rows of ``out`` [B, H, S, D], what is reused, to be written to.
     """
     reused, count = plan.reused, len(call.q)
     assert reused is not None

@@ -29,10 +29,8 @@ class AttentionLayer:
     """
 
     def __init__(self, state: "TransformerState", module: nn.Module, index: int, depth: int) -> None:
-        self.state = state
+        self.state, self.index, self.depth = state, index, depth
         self.module: Any = module
-        self.index = index
-        self.depth = depth
         self.heads = heads_of(module, getattr(state.transformer, "config", None))
         self.processor: Any = None
         self.dense: DenseAttention | None = None

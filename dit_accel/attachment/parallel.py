@@ -24,11 +24,7 @@ def context_parallel(transformer: Any) -> Any:
 
 
 def require_parallel(execution: Execution, state: TransformerState, config: Any) -> None:
-    """Refuse context parallelism under which the attached methods would be wrong; alike on every process.
-
-    Raises:
-        ConfigError: for ring attention, heads that can't be shared, or a model whose tokens can't be distinguished.
-    """
+    """Raise `ConfigError` for context parallelism under which the attached methods would be wrong, on every process."""
     native = [handler.name for handler in execution.handlers if handler.objects]
     if native:
         raise ConfigError(
@@ -73,11 +69,7 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
 
 
 def require_agreement(execution: Execution, state: TransformerState, config: Any, latents: Tensor) -> None:
-    """Compare what the processes of a transformer are about to run; called as a run begins.
-
-    Raises:
-        ConfigError: on every process, if their methods, settings, sizes or first latents differ.
-    """
+    """Raise `ConfigError` on all processes if their methods, sizes or first latents differ as a run begins."""
     import torch.distributed as dist
 
     group = config._flattened_mesh.get_group()
@@ -145,11 +137,7 @@ def tells_of_loss(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def naming_lost(state: TransformerState, config: Any) -> Iterator[None]:
-    """Say in plain words if what runs inside fails because another process of the transformer is gone.
-
-    Raises:
-        ProcessLost: in place of the error of the communication.
-    """
+    """Raise `ProcessLost` in place of the communication's error if another process of the transformer is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -34,9 +34,6 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], execut
         layer: the layer's number.
         classes: the attachment's processor class -> subclass, filled here.
         execution: the attachment's; it lives as long as its processors do.
-
-    Raises:
-        UnsupportedModel: if the processor calls neither attention function that we can replace.
     """
     cls = type(processor)
     if cls not in classes:
@@ -225,11 +222,7 @@ def planned(
 
 
 def require_plain(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
-    """Refuse what a planned call can't do.
-
-    Raises:
-        ConfigError: for a causal call, dropout, or parallelism of which the forward knows nothing.
-    """
+    """Raise `ConfigError` for a causal call, dropout, or parallelism of which the forward knows nothing."""
     if is_causal:
         raise ConfigError("sparse attention can't follow is_causal=True; detach it from this model")
     if dropout_p:

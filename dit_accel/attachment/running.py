@@ -57,9 +57,7 @@ def current_run(transformer: nn.Module) -> PipelineRun | None:
 
     diffusers does not tell a transformer who calls it, and any number of pipelines may share one
     (``Other(**pipe.components)``, ``from_pipe``), each with numbers of its own.
-
-    Args:
-        transformer: the module itself, not what ``torch.compile`` made of it.
+    The transformer is the module itself, not what ``torch.compile`` made of it.
     """
     kinds = tuple(
         kind for module, name in _PIPELINES if (kind := getattr(sys.modules.get(module), name, None)) is not None

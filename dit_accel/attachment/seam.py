@@ -20,14 +20,9 @@ Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 
 
 def wrap_call(module: nn.Module, around: Around, owner: Any = None) -> Callable[[], None]:
-    """Let ``around`` run in place of a module's call, and return what undoes that.
+    """Let ``around`` run in place of a module's call, compiled or not, and return what undoes that.
 
-    Compiling the module afterwards compiles what lies inside.
-
-    Args:
-        module: the module; it may be compiled already.
-        around: what runs instead.
-        owner: what `owner_of` returns for the module.
+    Compiling the module afterwards compiles what lies inside. `owner_of` gives the ``owner``.
     """
     inner, module_compile = module.__dict__.get(_NAME), module.compile
 

@@ -70,11 +70,7 @@ class SequenceShards:
             )
 
     def whole_mask(self, mask: Any) -> Any:
-        """Return a mask over all keys in the sequence's order, of such a one or of one over this process's keys.
-
-        Raises:
-            ConfigError: for one that does not hide keys alone.
-        """
+        """Return a mask over all keys in the sequence's order, of such a one or of one over this process's keys."""
         if not isinstance(mask, Tensor):
             return mask
         hides_keys = mask.ndim == 2 or mask.shape[-2] == 1
@@ -109,21 +105,13 @@ class Ulysses(SequenceShards):
         return HeadShare(start=start, count=min(most, total - start), total=total, group=self.group)
 
     def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all tokens of this process's heads; as `gather`.
-
-        Raises:
-            ConfigError: if a gradient is wanted that the exchange does not have.
-        """
+        """Return all tokens of this process's heads."""
         if self.anything and torch.is_grad_enabled() and q.requires_grad:
             raise ConfigError("diffusers' ulysses_anything has no gradient; generate under torch.no_grad()")
         return self.gather(q), self.gather(k), self.gather(v)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return all tokens of this process's heads, [B, S, H', D] in the sequence's order, of [B, S', H, D].
-
-        Raises:
-            ConfigError: if these are not this process's tokens, or the heads can't be shared.
-        """
+        """Return all tokens of this process's heads, [B, S, H', D] in the sequence's order, of [B, S', H, D]."""
         from diffusers.models import attention_dispatch as theirs
 
         self.require_local(x)
@@ -195,14 +183,9 @@ def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, devic
 def split_tokens(
     degree: int, adapter: Adapter, grid: Grid, text: int | None, device: torch.device
 ) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-    """Return ``counts``, ``gathered`` and ``positions`` of `SequenceShards`.
+    """Return ``counts``, ``gathered`` and ``positions`` of `SequenceShards` for so many processes.
 
-    Args:
-        degree: how many processes there are.
-        adapter: the model's.
-        grid: the forward's.
-        text: tokens of the stream of text; None: as the grid says.
-        device: where the order is wanted.
+    ``text`` is how many tokens the stream of text has; None: as the grid says.
     """
     frames, height, width, before, after = grid
     total = before + frames * height * width + after

@@ -49,6 +49,7 @@ class TransformerSite(Site):
         context: Callable[[str], Any] | None,
         compiled_whole: bool,
     ) -> None:
+        self.name, self.transformer, self.adapter = state.name, state.transformer, state.adapter
         self._execution = execution
         self._state = state
         self._undo = undo
@@ -58,21 +59,6 @@ class TransformerSite(Site):
         self._uncompiled: set[int] = set()
         self.forwards: list[AroundForward] = []
         self.around: dict[int, list[AroundBlock]] = {}
-
-    @property
-    def name(self) -> str:
-        """The component's name."""
-        return self._state.name
-
-    @property
-    def transformer(self) -> nn.Module:
-        """The transformer."""
-        return self._state.transformer
-
-    @property
-    def adapter(self) -> Adapter:
-        """Its adapter."""
-        return self._state.adapter
 
     @property
     def pipe(self) -> Any:
@@ -102,11 +88,7 @@ class TransformerSite(Site):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The transformer's blocks, in running order.
-
-        Raises:
-            UnsupportedModel: if the adapter describes none.
-        """
+        """The transformer's blocks, in running order."""
         if self._blocks is None:
             self._blocks = find_blocks(self.adapter, self.transformer)
         return self._blocks
@@ -121,11 +103,7 @@ class TransformerSite(Site):
             self.around.setdefault(block.index, []).append(function)
 
     def around_module(self, module: nn.Module, function: AroundCall) -> None:
-        """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then.
-
-        Raises:
-            ConfigError: if what holds it is compiled.
-        """
+        """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then."""
         path = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
         for depth in range(len(path) + 1):
             name = ".".join(path[:depth])
@@ -135,7 +113,7 @@ class TransformerSite(Site):
             if is_compiled(holder) or self._compiled_whole:
                 raise ConfigError(f"{'.'.join(filter(None, (self.name, name)))} is compiled. {COMPILED_MODULE}")
             self._uncompiled.add(id(holder))
-            self._undo.append(shadow(holder, "compile", _refuse_compiled))
+            self._undo.append(shadow(holder, "compile", functools.partial(_refuse, COMPILED_MODULE)))
         self._undo.append(wrap_call(module, function))
 
     @contextlib.contextmanager
@@ -149,14 +127,8 @@ class TransformerSite(Site):
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
-        holder = next(
-            (
-                table
-                for table in (getattr(owner, "_buffers", {}), getattr(owner, "_parameters", {}), owner.__dict__)
-                if name in table
-            ),
-            owner.__dict__,
-        )
+        tables = getattr(owner, "_buffers", {}), getattr(owner, "_parameters", {})
+        holder = next((table for table in tables if name in table), owner.__dict__)
         old = holder.get(name, _MISSING)
         holder[name] = value
 
@@ -187,30 +159,21 @@ class TransformerSite(Site):
     def branch(self, name: str) -> Iterator[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
         state = self._state
-        with self._execution.forward.nested(), self._execution.state.nested(state, name) as full:
-            if self._context is None:
-                yield
-                return
-            with self._context(full):
-                yield
+        with self._execution.forward.nested(), self._execution.state.nested(state, name) as full, self._opened(full):
+            yield
         if state.branches and self._context is not None:  # diffusers forgets the outer one with the inner
             state.branches[-1].reopened.enter_context(self._context(state.branches[-1].name))
 
-    def install_blocks(self) -> None:
-        """Wrap the blocks that methods asked for.
+    def _opened(self, branch: str) -> Any:
+        return contextlib.nullcontext() if self._context is None else self._context(branch)
 
-        Raises:
-            ConfigError: if the transformer is compiled whole, where nothing can run between its blocks.
-        """
+    def install_blocks(self) -> None:
+        """Wrap the blocks that methods asked for; `ConfigError` in a transformer that is compiled whole."""
         if not self.around:
             return
         if self.compiled:
             raise ConfigError(f"{self.name} is compiled whole. {COMPILED_WHOLE}")
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise ConfigError(COMPILED_WHOLE)
-
-        self._undo.append(shadow(self.transformer, "compile", refuse))
+        self._undo.append(shadow(self.transformer, "compile", functools.partial(_refuse, COMPILED_WHOLE)))
         for block in self.blocks:
             functions = self.around.get(block.index)
             around = self._around_block(block, functions) if functions else _fetched(block.module)
@@ -247,8 +210,8 @@ class TransformerSite(Site):
         return around
 
 
-def _refuse_compiled(*args: Any, **kwargs: Any) -> None:
-    raise ConfigError(COMPILED_MODULE)
+def _refuse(why: str, *args: Any, **kwargs: Any) -> None:
+    raise ConfigError(why)
 
 
 def _fetched(module: nn.Module) -> AroundCall:
@@ -262,11 +225,7 @@ def _fetched(module: nn.Module) -> AroundCall:
 
 
 def find_blocks(adapter: Adapter, transformer: nn.Module) -> tuple[Block, ...]:
-    """Return a transformer's blocks in running order, as its adapter describes them; not those beside the main ones.
-
-    Raises:
-        UnsupportedModel: if the adapter describes none.
-    """
+    """Return a transformer's blocks in running order, as its adapter describes them; not those beside the main ones."""
     listed = [
         (blocks, name, module)
         for blocks in block_lists(adapter, transformer)

@@ -96,14 +96,7 @@ class DenoisingState:
     def forward(
         self, state: TransformerState, inputs: Mapping[str, Any], training: bool, run: PipelineRun | None
     ) -> None:
-        """Note that a forward begins, and infer of its step what no context states.
-
-        Args:
-            state: the transformer's.
-            inputs: the forward's, by name.
-            training: it belongs to no generation.
-            run: the call of a pipeline in which it runs, or None.
-        """
+        """Note that a forward begins, in ``training`` of no generation, and infer of its step what no context says."""
         if state.nested:
             return
         stated = state.branches[-1].stated if state.branches else {}

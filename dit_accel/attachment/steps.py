@@ -53,9 +53,6 @@ class Schedule:
 
     Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
     trained on, or one of these two counted from the other end.
-
-    Args:
-        scheduler: the scheduler, or None.
     """
 
     def __init__(self, scheduler: Any) -> None:

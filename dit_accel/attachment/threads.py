@@ -28,21 +28,13 @@ class OneThread:
         self._threads.clear()
 
     def require(self, state: TransformerState, run: PipelineRun | None) -> None:
-        """Note that a denoising call begins in this thread.
-
-        Raises:
-            AttachError: if another thread is in the middle of one, or of a pipeline's run.
-        """
+        """Raise `AttachError` if a denoising call begins while another thread is in one, or in a pipeline's run."""
         with self._lock:
             self._require(state, run)
 
     @contextmanager
     def forward(self, state: TransformerState, run: PipelineRun | None) -> Iterator[None]:
-        """Hold the attachment while a forward runs in this thread.
-
-        Raises:
-            AttachError: as `require`; after the forward too, if another thread has run one in the same run meanwhile.
-        """
+        """Hold the attachment while a forward runs in this thread; raise `AttachError` if another thread is in one."""
         me = threading.get_ident()
         with self._lock:
             self._require(state, run)

@@ -61,11 +61,7 @@ class SubGroup(TyperGroup):
     """A group of commands below `dit-accel`, such as `eval`."""
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """Return a command of the group.
-
-        Raises:
-            ConfigError: for an unknown command, with the nearest known one.
-        """
+        """Return a command of the group; refuse an unknown one with the nearest known name."""
         names = self.list_commands(ctx)  # type: ignore[arg-type]
         if args[0] not in names:
             raise ConfigError(f"{ctx.info_name} has no command {args[0]!r}; {did_you_mean(args[0], names)}")
@@ -86,11 +82,7 @@ class CommandGroup(TyperGroup):
         return _listed(cmd_name)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """Return the whole command for a run.
-
-        Raises:
-            ConfigError: for an unknown command, with the nearest known one.
-        """
+        """Return the whole command for a run; refuse an unknown one with the nearest known name."""
         if args[0] not in _names():
             raise ConfigError(f"there is no command {args[0]!r}; {did_you_mean(args[0], _names())}")
         name, _, rest = super().resolve_command(ctx, args)  # type: ignore[misc]
@@ -182,20 +174,13 @@ def _wrapped(name: str, group: typer.Typer) -> typer.Typer:
     made.registered_callback = group.registered_callback
     for command in group.registered_commands:
         assert command.callback is not None
-        callback = _with_traceback(with_method_options(command.callback))
-        made.registered_commands.append(_changed(command, callback=callback))
+        whole = copy.copy(command)  # the original stays as its owner made it
+        whole.callback = _with_traceback(with_method_options(command.callback))
+        made.registered_commands.append(whole)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         inner_name = str(inner.name or inner.typer_instance.info.name)
         made.add_typer(_wrapped(inner_name, inner.typer_instance))
-    return made
-
-
-def _changed(info: Any, **values: Any) -> Any:
-    """Return a copy of one of Typer's records; the original stays as its owner made it."""
-    made = copy.copy(info)
-    for name, value in values.items():
-        setattr(made, name, value)
     return made
 
 

@@ -135,18 +135,12 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
     frames = rounded_frames(family, family.num_frames)
     layout = token_layout(family, height=family.height, width=family.width, num_frames=frames)
     attachable = bool(adapter.transformers)
+    sizes = ("layers", "heads", "head_dim", "experts", "height", "width", "num_frames", "num_inference_steps")
     return {
         "name": family.name,
         "repo": family.repo,
         "adapter": adapter.name,
-        "layers": family.layers,
-        "heads": family.heads,
-        "head_dim": family.head_dim,
-        "experts": family.experts,
-        "height": family.height,
-        "width": family.width,
-        "num_frames": family.num_frames,
-        "num_inference_steps": family.num_inference_steps,
+        **{name: getattr(family, name) for name in sizes},
         "tokens": layout.visual_tokens,
         "text_tokens": family.text_tokens,
         "embedded": family.name in dit_accel_assets.model_names(),

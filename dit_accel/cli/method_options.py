@@ -44,14 +44,18 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     if not taking:
         return command
     asking = [name for name, parameter in signature.parameters.items() if parameter.annotation is RunTable]
-    names = _switch_names()
+    from ..methods import registry
+
+    names = list(registry.methods())
 
     @functools.wraps(command)
     def run(**arguments: Any) -> Any:
+        from ..methods.toml import run_table
+
         switched = [name for name in names if arguments.pop(name)]
         config = arguments.pop("method_config")
         methods = select_methods(switched, config, arguments.pop("method_set") or ())
-        table = _read_run(config) if config else {}
+        table = run_table(_text(config), f"--config {config}") if config else {}
         if table and not asking:
             note(f"the [run] table of {config} is for generate, and is left out here")
         return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
@@ -61,22 +65,13 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _switch_names() -> list[str]:
-    from ..methods import registry
-
-    return list(registry.methods())
-
-
 def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> "list[MethodConfig]":
-    """Turn switches, a config file and ``method.option=value`` settings into method configs.
-
-    Raises:
-        ConfigError: for an unreadable file, an unknown method or option (with the nearest known), or a refused value.
-    """
+    """Turn switches, a config file and ``method.option=value`` settings into configs; `ConfigError` for wrong ones."""
     from ..methods import registry
+    from ..methods.toml import from_toml
 
     values: dict[str, dict[str, Any]] = {}
-    for method in _read_config(config) if config else []:
+    for method in from_toml(_text(config), f"--config {config}") if config else []:
         values[method.name] = method.to_dict()
     for name in switched:
         values.setdefault(name, {})
@@ -84,18 +79,6 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
         name, option, value = _parse_setting(setting)
         values.setdefault(name, {})[option] = value
     return [registry.method(name)(**options) for name, options in values.items()]
-
-
-def _read_config(path: Path) -> "list[MethodConfig]":
-    from ..methods.toml import from_toml
-
-    return from_toml(_text(path), f"--config {path}")
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    from ..methods.toml import run_table
-
-    return run_table(_text(path), f"--config {path}")
 
 
 def _text(path: Path) -> str:
@@ -125,29 +108,13 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
 def _parameters(names: Sequence[str]) -> list[inspect.Parameter]:
     from ..methods import registry
 
+    def option(name: str, kind: Any, default: Any, flag: str, **info: Any) -> inspect.Parameter:
+        hint = Annotated[kind, typer.Option(flag, rich_help_panel=PANEL, **info)]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
     methods = registry.methods()
-    switches = [(name, f"--{name.replace('_', '-')}", first_line(methods[name])) for name in names]
-    options: list[tuple[str, Any, Any]] = [
-        (name, Annotated[bool, typer.Option(flag, help=help_text, rich_help_panel=PANEL)], False)
-        for name, flag, help_text in switches
+    return [
+        *(option(name, bool, False, f"--{name.replace('_', '-')}", help=first_line(methods[name])) for name in names),
+        option("method_config", Path | None, None, "--config", help=CONFIG_HELP, metavar="FILE"),
+        option("method_set", list[str] | None, None, "--set", help=SET_HELP, metavar="METHOD.OPTION=VALUE"),
     ]
-    options += [
-        (
-            "method_config",
-            Annotated[
-                Path | None,
-                typer.Option("--config", help=CONFIG_HELP, metavar="FILE", rich_help_panel=PANEL),
-            ],
-            None,
-        ),
-        (
-            "method_set",
-            Annotated[
-                list[str] | None,
-                typer.Option("--set", help=SET_HELP, metavar="METHOD.OPTION=VALUE", rich_help_panel=PANEL),
-            ],
-            None,
-        ),
-    ]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [inspect.Parameter(name, kind, default=default, annotation=hint) for name, hint, default in options]

@@ -8,8 +8,7 @@ from rich.table import Table
 
 from ..adapters import registry
 from ..adapters.adapter import Adapter, Family
-from ..adapters.model_files import read_model_files
-from ..adapters.model_names import model_source
+from ..adapters.model_files import model_source, read_model_files
 from ..errors import ConfigError
 from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
@@ -53,17 +52,8 @@ def plan(
     dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
     """
     adapter, sizes, config = _find(family, model)
-    estimated = estimate(
-        adapter,
-        sizes,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        num_inference_steps=num_inference_steps,
-        methods=methods,
-        kernel_cost=kernel_cost,
-        config=config,
-    )
+    asked = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
+    estimated = estimate(adapter, sizes, **asked, methods=methods, kernel_cost=kernel_cost, config=config)
     if num_frames is not None and estimated.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
     for text in estimated.notes:
@@ -134,11 +124,8 @@ def _flops_table(estimated: Estimate) -> Table:
     table = plain_table("FLOPs of the run", "attention", "total", right=("attention", "total"))
     table.add_row("dense", _flops(estimated.attention_flops), _flops(estimated.total_flops))
     if estimated.tiles or estimated.forward_share != 1:
-        table.add_row(
-            " + ".join(estimated.methods),
-            _flops(estimated.planned_attention_flops),
-            _flops(estimated.planned_total_flops),
-        )
+        planned = estimated.planned_attention_flops, estimated.planned_total_flops
+        table.add_row(" + ".join(estimated.methods), *map(_flops, planned))
     return table
 
 

@@ -11,11 +11,7 @@ COMMAND_GROUP = "dit_accel.commands"
 
 @cache
 def commands() -> dict[str, Any]:
-    """Return every command, or group of commands (a `typer.Typer`), that an entry point of ``dit_accel.commands`` adds.
-
-    Raises:
-        ConfigError: if two packages add a command of the same name.
-    """
+    """Return the commands, or groups of commands (`typer.Typer`), that entry points of ``dit_accel.commands`` add."""
     added: dict[str, Any] = {}
     for entry in entry_points(group=COMMAND_GROUP):
         for name, command in entry.load().items():

@@ -40,14 +40,7 @@ def methods_for_axis(adapter: Adapter, family: Family, axis: str) -> list[str]:
 
 
 def advice(adapter: Adapter, family: Family, layout: TokenLayout, attached: Sequence[MethodConfig]) -> list[str]:
-    """Return what a user should know who makes more than the model was trained on without a method for that.
-
-    Args:
-        adapter: the model's adapter.
-        family: its sizes, and the trained ones.
-        layout: what is to be made.
-        attached: the methods that are attached.
-    """
+    """Return what a user should know who makes more than the model was trained on without a method for that."""
     served = {axis for config in attached for axis in handler_of(config).extends}
     texts = []
     for axis, (tokens, trained) in beyond_trained(family, layout).items():

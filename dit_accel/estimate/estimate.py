@@ -266,16 +266,8 @@ def estimate(
 ) -> Estimate:
     """Estimate a run of a model with methods attached; what is left out takes the family's default.
 
-    Args:
-        adapter: the model's adapter.
-        family: its sizes.
-        height: output height in pixels.
-        width: output width in pixels.
-        num_frames: output frames.
-        num_inference_steps: denoising steps.
-        methods: the methods.
-        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
-        config: the transformer's config, which tells how long its tables of positions are; None: the family's.
+    Sizes are those of `Estimate`. The transformer's ``config`` tells how long its tables of positions are; None: the
+    family's.
 
     Raises:
         ConfigError: for sizes the model can't make or has no positions for, methods it can't take or that can't be

@@ -1,7 +1,6 @@
 """From an output's size in pixels and frames to its token layout, by a family's sizes alone."""
 
 import math
-import os
 
 from ..adapters.adapter import Family
 from ..errors import ConfigError
@@ -52,45 +51,15 @@ def token_layout(family: Family, *, height: int, width: int, num_frames: int) ->
 
 
 def check_steps(count: int) -> None:
-    """Refuse a number of denoising steps that no run can have.
-
-    Raises:
-        ConfigError: for one below 1 or above `MOST_STEPS`.
-    """
+    """Raise `ConfigError` for a number of denoising steps that no run can have: below 1 or above `MOST_STEPS`."""
     if count < 1:
         raise ConfigError(f"num_inference_steps must be >= 1, got {count}")
     if count > MOST_STEPS:
         raise ConfigError(f"num_inference_steps must be at most {MOST_STEPS:,}, got {count:,}")
 
 
-def check_fits(*, height: int, width: int, num_frames: int) -> None:
-    """Refuse an output whose pixels alone, as 32-bit numbers, are more than this machine's memory.
-
-    Raises:
-        ConfigError: with what it would take, and what there is.
-    """
-    taken, there = 12 * height * width * num_frames, _memory()
-    if there is not None and taken > there:
-        raise ConfigError(
-            f"an output of {num_frames:,} frames, {height:,} x {width:,}, takes {taken / 2**30:,.0f} GiB for its "
-            f"pixels alone, and this machine has {there / 2**30:,.0f} GiB of memory; ask for a smaller one"
-        )
-
-
-def _memory() -> int | None:
-    """Return the machine's main memory in bytes, None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
 def check_multiple(name: str, value: int, multiple: int, model: str) -> None:
-    """Refuse a size in pixels that is not a positive multiple of ``multiple``.
-
-    Raises:
-        ConfigError: with the nearest legal size.
-    """
+    """Raise `ConfigError` for a size in pixels that is no positive multiple of ``multiple``, with the nearest one."""
     if value < multiple or value % multiple:
         nearest = max(multiple, (value + multiple // 2) // multiple * multiple)
         raise ConfigError(f"{name} must be a multiple of {multiple} for {model}, got {value}; the nearest is {nearest}")

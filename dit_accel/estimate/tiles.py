@@ -19,7 +19,6 @@ class TilesLeft:
         total: tiles in all.
         dense_share: share of the attention calls (steps x layers) that stay dense, w.
         pools: tiles that are not exact enter as one key each.
-        methods: the methods that thin out, in the order in which they act.
         rows_alone: all that is left out are whole rows, which needs no sparse kernel.
     """
 
@@ -27,7 +26,6 @@ class TilesLeft:
     total: int
     dense_share: float
     pools: bool
-    methods: tuple[str, ...]
     rows_alone: bool = False
 
     @property
@@ -44,9 +42,6 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         steps: denoising steps.
         layers: attention layers.
         usual: tiles along each side where no method cuts any.
-
-    Raises:
-        ConfigError: for methods that count different tiles.
     """
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}
     if not parts:
@@ -72,6 +67,5 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         total=size * size,
         dense_share=1 - planned / (steps * layers),
         pools=any(part.pools for part in parts.values()),
-        methods=tuple(parts),
         rows_alone=not sizes,
     )

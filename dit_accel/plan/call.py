@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import key_padding
+from ..errors import ConfigError
+from .masks import key_validity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,9 +56,7 @@ class Call:
         return self.as_held(self.as_held(queries)[0].contiguous())[0]
 
     def for_planning(self) -> "Call":
-        """Return the call with a query for every token, zeros where q holds some alone: plans follow from positions."""
-        if self.rows is None:
-            return self
+        """Return a call of some rows with a query for every token, zeros for others: plans follow from positions."""
         return replace(self, q=self.q.new_zeros(()).expand(*self.q.shape[:2], self.tokens, self.q.shape[3]), rows=None)
 
     def key_mask(self) -> Tensor | None:
@@ -66,7 +65,17 @@ class Call:
         Raises:
             ConfigError: for a mask that is not key padding, which our kernels can't follow.
         """
-        return None if self.mask is None else key_padding(self.mask, self.q, self.k)
+        q, k = self.q.shape, self.k.shape
+        return None if self.mask is None else key_validity(self.mask, q[0], q[2], k[2])
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether the mask, if there is one, hides keys alone, so that our kernels can follow it."""
+        try:
+            self.key_mask()
+        except ConfigError:
+            return False
+        return True
 
     def with_keys(self, k: Tensor) -> "Call":
         """Return the call with other keys."""

@@ -41,14 +41,9 @@ def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
 def gradients_of_rows(
     plan: AttentionPlan, call: Call, grad: Tensor, rows: Tensor, keys: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, whole, from those of the rows that `dense_rows` returns.
+    """Return the gradients of q, k and v, whole, from those of the rows that `dense_rows` computes.
 
-    Args:
-        plan: as in `dense_rows`; so are the others.
-        call: the call.
-        grad: the gradient of the whole call's output [B, H, S, D], of which the rows' is a part.
-        rows: int64 [G], token indices.
-        keys: bool [S].
+    ``grad`` is the gradient of the whole call's output [B, H, S, D]; the other arguments are those of `dense_rows`.
     """
     grad = grad.index_select(2, rows)
     weight, mixed = plan.value_share(call.q.shape[1], call.q.dtype, rows), None

@@ -58,17 +58,3 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
             "queries and valid keys); detach the sparse methods from this model"
         )
     return valid.reshape(-1, keys).expand(batch, keys)
-
-
-def key_padding(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Return `key_validity` of the mask of one attention call, its tensors [B, H, S, D]."""
-    return key_validity(mask, q.shape[0], q.shape[2], k.shape[2])
-
-
-def is_key_padding(mask: Tensor, q: Tensor, k: Tensor) -> bool:
-    """Tell whether `key_padding` can read a mask."""
-    try:
-        key_padding(mask, q, k)
-    except ConfigError:
-        return False
-    return True

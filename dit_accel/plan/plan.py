@@ -50,7 +50,8 @@ class ReusedRows:
 class AttentionPlan:
     """What one attention call computes; the default is plain dense attention. Methods fill it by its verbs alone.
 
-    A verb returns a new plan, and raises `ConfigError` for what one call can't hold together.
+    A verb returns a new plan, and raises `ConfigError` for what one call can't hold together: lists of other tiles or
+    in another token order, a second one of what it takes once, or a choice among tiles where it has none yet.
 
     Attributes:
         key_mean: subtracted from every key before all else, float32 [B, H, 1, D] (float64 for float64). Alone it
@@ -113,17 +114,10 @@ class AttentionPlan:
         return full and (self.selection is None or (self.selection.keep is None and self.selection.routing is None))
 
     def with_tiles(self, tiles: TileLists, token_order: Tensor | None = None) -> "AttentionPlan":
-        """Return the plan with tile lists, intersected with those it has.
+        """Return the plan with tile lists, which count the tokens in this order, intersected with those it has.
 
         A tile is exact where both lists have it exact; else it is pooled where either list pools it, and skipped where
         none does.
-
-        Args:
-            tiles: the lists.
-            token_order: the order of the tokens that they count in.
-
-        Raises:
-            ConfigError: if the plan's own lists are of other tiles or count tokens in another order.
         """
         if self.tiles is None:
             return replace(self, tiles=tiles, token_order=token_order)
@@ -158,9 +152,6 @@ class AttentionPlan:
             keep: bits int32 [B, H, NQ, W] of the tiles that stay exact; None: all.
             pinned: bits int32 [NQ, W] of the tiles that nothing drops; None: no further ones.
             rest: what becomes of a tile that is not kept.
-
-        Raises:
-            ConfigError: if the plan has no tiles yet.
         """
         self._require_tiles("narrowed")
         known = self.selection or Selection()
@@ -174,22 +165,14 @@ class AttentionPlan:
         return replace(self, selection=replace(known, keep=keep, pinned=pinned, rest=rest))
 
     def route(self, routing: Routing) -> "AttentionPlan":
-        """Return the plan with its exact tiles routed by their pooled scores.
-
-        Raises:
-            ConfigError: if the plan has no tiles yet, or routes already.
-        """
+        """Return the plan with its exact tiles routed by their pooled scores."""
         self._require_tiles("routed")
         known = self.selection or Selection()
         self._require_free("routing", known.routing)
         return replace(self, selection=replace(known, routing=routing))
 
     def vote(self, vote: Vote | None, *, reverse: bool = False) -> "AttentionPlan":
-        """Return the plan with a vote for the bits of the next call, and the direction in which tiles are visited.
-
-        Raises:
-            ConfigError: if the plan has no tiles yet, or another vote.
-        """
+        """Return the plan with a vote for the bits of the next call, and the direction in which tiles are visited."""
         self._require_tiles("voted on")
         known = self.selection or Selection()
         self._require_free("vote", known.vote)
@@ -211,9 +194,6 @@ class AttentionPlan:
             identity_mix: [H] or [B, H] in [0, 1].
             rows: bool [S], the tokens that are mixed; None: all.
             only_values: the share is 1 for every head and token.
-
-        Raises:
-            ConfigError: if the plan mixes other tokens already.
         """
         if self.identity_mix is None:
             return replace(self, identity_mix=identity_mix, identity_rows=rows, only_values=only_values)
@@ -236,38 +216,22 @@ class AttentionPlan:
         return share if mixed is None else share * (mixed if rows is None else mixed[rows])[:, None]
 
     def decay(self, frame_decay: FrameDecay) -> "AttentionPlan":
-        """Return the plan with a decay of logits by frame distance.
-
-        Raises:
-            ConfigError: if it has one.
-        """
+        """Return the plan with a decay of logits by frame distance."""
         self._require_free("frame decay", self.frame_decay)
         return replace(self, frame_decay=frame_decay)
 
     def centre_keys(self, key_mean: Tensor) -> "AttentionPlan":
-        """Return the plan with a mean subtracted from all keys first, [B, H, 1, D].
-
-        Raises:
-            ConfigError: if it has one.
-        """
+        """Return the plan with a mean subtracted from all keys first, [B, H, 1, D]."""
         self._require_free("mean of the keys", self.key_mean)
         return replace(self, key_mean=key_mean)
 
     def override_rows(self, rows: RowOverride) -> "AttentionPlan":
-        """Return the plan with a rule of their own for some query rows.
-
-        Raises:
-            ConfigError: if it has such a rule.
-        """
+        """Return the plan with a rule of their own for some query rows."""
         self._require_free("row override", self.row_override)
         return replace(self, row_override=rows)
 
     def reuse_rows(self, reused: ReusedRows) -> "AttentionPlan":
-        """Return the plan with rows that are not computed.
-
-        Raises:
-            ConfigError: if it has such rows, or asks for what is made of all of them: votes, probes, a mix of V.
-        """
+        """Return the plan with rows that are not computed."""
         self._require_free("set of reused rows", self.reused)
         vote = None if self.selection is None else self.selection.vote
         parts = {"votes": vote, "rows of their own": self.row_override, "a mix of V": self.identity_mix}
@@ -279,13 +243,7 @@ class AttentionPlan:
         return replace(self, reused=reused)
 
     def of_rows(self, rows: slice, batch: int, heads: int) -> "AttentionPlan":
-        """Return the plan of some rows of the batch, without what it reuses or guides.
-
-        Args:
-            rows: which.
-            batch: B, rows of the call that the plan is for.
-            heads: H.
-        """
+        """Return the plan of some rows of a call's batch of B, of H heads, without what it reuses or guides."""
         tiles, selection, parts = self.tiles, self.selection, {}
         if tiles is not None and batch > 1 and tiles.groups == batch * heads:
             states = tiles.states().unflatten(0, (batch, heads))[rows].flatten(0, 1)
@@ -303,29 +261,18 @@ class AttentionPlan:
         return replace(self, **parts, reused=None, guidance=None)
 
     def guide(self, guidance: NormalizedGuidance) -> "AttentionPlan":
-        """Return the plan with rows of the batch guided away from others.
-
-        Raises:
-            ConfigError: if it guides some already.
-        """
+        """Return the plan with rows of the batch guided away from others."""
         self._require_free("set of guided rows", self.guidance)
         return replace(self, guidance=guidance)
-
-    def require_gradient(self) -> None:
-        """Raise `ConfigError` if the plan's output has no gradient: if it guides rows away from others."""
-        if self.guidance is not None:
-            raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
 
     def centred(self, k: Tensor) -> Tensor:
         """Return the keys less their mean, in their own dtype; the keys themselves where the plan has none."""
         return k if self.key_mean is None else (k - self.key_mean).to(k.dtype)
 
     def gradient_before_centring(self, grad: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the gradient of the keys as the model gave them, from that of the centred ones, [B, H, S, D].
+        """Return the gradient of the keys as the model gave them, [B, H, S, D], from that of the centred ones.
 
-        Args:
-            grad: of the centred keys.
-            mask: key validity [B, S]; None: all are valid.
+        The mask is their validity [B, S]; None: all are valid.
         """
         if self.key_mean is None:
             return grad
@@ -356,11 +303,7 @@ def is_full(tiles: TileLists) -> bool:
 
 @lru_cache(maxsize=16)
 def intersection(one: TileLists, other: TileLists) -> TileLists:
-    """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time.
-
-    Raises:
-        ConfigError: for lists of different numbers of heads.
-    """
+    """Return lists that are exact where both are, pooled where either pools, and skip the rest; kept for next time."""
     heads = max(one.groups, other.groups)
     if {one.groups, other.groups} - {1, heads}:
         raise ConfigError(

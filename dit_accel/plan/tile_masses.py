@@ -3,8 +3,6 @@
 Every logit is computed once more, some query tiles at a time: memory is linear in S, on any device, no gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
@@ -21,11 +19,9 @@ def tile_masses(
     *,
     block_q: int,
     block_k: int,
-    layout: str = "bshd",
     scale: float | None = None,
     token_order: Tensor | None = None,
     key_mask: Tensor | None = None,
-    row_lse: Tensor | None = None,
 ) -> Tensor:
     """Softmax mass of each key tile under dense attention, mean over the queries of a query tile, [B, H, NQ, NK].
 
@@ -33,29 +29,23 @@ def tile_masses(
     averages over the cells of the last tiles whether or not they are full.
 
     Args:
-        q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), after positions.
+        q: [B, H, S_q, D], after positions.
         k: like q with S_k tokens and any number of heads that divides H.
         block_q: queries a query tile.
         block_k: keys a tile.
-        layout: "bshd" or "bhsd".
         scale: logit scale; 1 / sqrt(D) by default.
         token_order: int64 [S], position in the tiled order -> token index (S_q = S_k).
         key_mask: bool [B, S_k], True where a key is valid, in the caller's order.
-        row_lse: natural-log LSE [B, H, S_q] of dense attention in the caller's order, where it is known already.
 
     Returns:
         float32 [B, H, NQ, NK] (float64 for float64).
-
-    Raises:
-        ValueError: shapes that don't fit.
     """
-    q, k, key_mask, row_lse = _tiled(q, k, layout, token_order, key_mask, row_lse)
+    if token_order is not None:
+        q, k = q.index_select(2, token_order), k.index_select(2, token_order)
+        key_mask = None if key_mask is None else key_mask.index_select(1, token_order)
     parts = []
-    for start, x in _logits(q, k, scale, block_q, key_mask):
-        if row_lse is None:
-            lse = torch.logsumexp(x, -1, keepdim=True)
-        else:
-            lse = row_lse[:, :, start : start + x.shape[2], None].to(x.dtype)
+    for x in _logits(q, k, scale, block_q, key_mask):
+        lse = torch.logsumexp(x, -1, keepdim=True)
         p = (x - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
         of_rows = split_tiles(p, 3, block_k, 0.0).sum(-1)
         rows = split_tiles(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
@@ -63,35 +53,8 @@ def tile_masses(
     return torch.cat(parts, 2)
 
 
-def _tiled(
-    q: Tensor, k: Tensor, layout: str, order: Tensor | None, key_mask: Tensor | None, row_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Checked arguments as [B, H, S, D] and in tiled order."""
-    if layout not in ("bshd", "bhsd"):
-        raise ValueError(f"layout must be 'bshd' or 'bhsd', found {layout!r}")
-    if layout == "bshd":
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k does not fit q: found q {list(q.shape)} and k {list(k.shape)} as [B, H, S, D] ({layout})")
-    if order is not None and q.shape[2] != k.shape[2]:
-        raise ValueError(f"token_order needs S_q = S_k, found {q.shape[2]} queries and {k.shape[2]} keys")
-    for name, tensor, shape in (
-        ("key_mask", key_mask, [k.shape[0], k.shape[2]]),
-        ("row_lse", row_lse, list(q.shape[:3])),
-    ):
-        if tensor is not None and list(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, found {list(tensor.shape)}")
-    if order is not None:
-        q, k = q.index_select(2, order), k.index_select(2, order)
-        key_mask = None if key_mask is None else key_mask.index_select(1, order)
-        row_lse = None if row_lse is None else row_lse.index_select(2, order)
-    return q, k, key_mask, row_lse
-
-
-def _logits(
-    q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: Tensor | None
-) -> Iterator[tuple[int, Tensor]]:
-    """Natural logits of some whole query tiles at a time, [B, H, rows, S_k] in float32, and their first query."""
+def _logits(q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: Tensor | None) -> Iterator[Tensor]:
+    """Natural logits of some whole query tiles at a time, [B, H, rows, S_k] in float32."""
     wide, multiplied = wide_dtype(q.dtype), product_dtype(q.dtype, q.device.type)
     k = k.to(multiplied).repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     size = q.shape[0] * q.shape[1] * k.shape[3] * block_q
@@ -101,4 +64,4 @@ def _logits(
         x = (rows @ k).to(wide) * (q.shape[3] ** -0.5 if scale is None else scale)
         if key_mask is not None:
             x = x.masked_fill(~key_mask[:, None, None], -torch.inf)
-        yield start, x
+        yield x

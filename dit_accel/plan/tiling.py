@@ -33,10 +33,7 @@ class Tiling:
     order: Order = "raster"
 
     def token_order(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor | None:
-        """Return int64 [S], position in the tiles' order -> token index; None where that is the sequence's own order.
-
-        Visual tokens come first (by patches with ``order="tiles"``), then the text before them, then the text after.
-        """
+        """Return `visual_first`, by patches with ``order="tiles"``."""
         patches = self.order == "tiles" and layout.tokens_per_frame > self.block_size
         return visual_first(layout, self.block_size if patches else None, device)
 
@@ -109,10 +106,8 @@ def _visual_states(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: i
     count = -(-layout.tokens // block)
     states = np.full((count, count), EXACT, np.uint8)
     states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)
-    if layout.tokens > layout.visual_tokens:
-        text = layout.visual_tokens // block
-        states[text:] = EXACT
-        states[:, text:] = EXACT
+    text = layout.visual_tokens // block if layout.tokens > layout.visual_tokens else count
+    states[text:] = states[:, text:] = EXACT
     return states
 
 

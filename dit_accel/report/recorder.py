@@ -78,13 +78,9 @@ class Recorder:
     def planned_call(
         self, context: CallContext, plan: AttentionPlan, exact: Tensor | None = None, rows: float = 1.0
     ) -> None:
-        """Count one attention call that follows a plan.
+        """Count one attention call that follows a plan, over a share ``rows`` of the pairs.
 
-        Args:
-            context: when it ran.
-            plan: what it followed.
-            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: it has none.
-            rows: share of the pairs that it is over.
+        ``exact`` are the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: it has none.
         """
         tiles, selection = plan.tiles, plan.selection
         if exact is None or tiles is None or selection is None:

@@ -1,12 +1,14 @@
 """The report: what really ran in the last generation, by step and layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import MissingBackend
 from .recorder import CallShares, Recorder
 from .sections import Section
 
@@ -36,12 +38,9 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
-    """What the planned attention of one layer computed in one denoising call, mean over batch rows.
+    """What the planned attention of one layer computed in one denoising call (see `StepReport`), mean over batch rows.
 
     Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
         layer: the attention module's index in its transformer.
         density: exact tiles over all tiles.
         pooled: pooled tiles over all tiles.
@@ -105,12 +104,13 @@ class Report:
 
         Raises:
             ConfigError: if nothing followed a plan and no step was a cache's to skip, or the path is not a .png in
-            an existing folder.
-            MissingBackend: without matplotlib.
+                an existing folder.
+            MissingBackend: without matplotlib, or a package that draws reports.
         """
-        from .heat_map import write_heat_map
-
-        write_heat_map(self, Path(path))
+        draw = _drawing("plot")
+        if draw is None:
+            raise MissingBackend("report().plot needs a package that draws reports, found none; reinstall dit-accel")
+        draw(self, Path(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
@@ -132,10 +132,9 @@ class Report:
             f"<Report: {', '.join(self.methods) or 'no method'}; {len(self.steps)} calls, density {self.density:.3f}>"
         )
 
-    def _repr_html_(self) -> str:
-        from .html import report_html
-
-        return report_html(self)
+    def _repr_html_(self) -> str | None:
+        draw = _drawing("html")
+        return None if draw is None else draw(self)
 
     def __str__(self) -> str:
         lines = [f"{name}: {_spell(options)}" for name, options in self.methods.items()] or ["no method attached"]
@@ -152,6 +151,12 @@ class Report:
         lines += [f"{name} held {size / 2**20:.3g} MiB from step to step" for name, size in self.state_bytes.items()]
         lines += [str(section) for section in self.sections]
         return "\n".join([*lines, *self.notes])
+
+
+def _drawing(kind: str) -> Callable[..., Any] | None:
+    """Return what draws reports as a ``plot`` or as ``html``: that entry point of ``dit_accel.drawings``, or None."""
+    entry = next(iter(entry_points(group="dit_accel.drawings", name=kind)), None)
+    return None if entry is None else entry.load()
 
 
 def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:

@@ -4,13 +4,7 @@ from collections.abc import Sequence
 
 
 def fixed(first: int, every: int, steps: int) -> tuple[int, ...]:
-    """Return every n-th step from ``first`` on.
-
-    Args:
-        first: the first of them.
-        every: n.
-        steps: steps of the run.
-    """
+    """Return each ``every``-th step of a run of ``steps``, from ``first`` on."""
     return tuple(range(first, steps, every))
 
 

@@ -37,33 +37,16 @@ RAMP = (1.0, 32.0)
 """Turns within the trained length between which YaRN's ramp lies."""
 
 
-def frequencies(
-    kind: str,
-    dim: int,
-    theta: float,
-    *,
-    trained: float | None = None,
-    length: float | None = None,
-    period: float | None = None,
-    turn: float | None = None,
-    indices: Sequence[int] | None = None,
-    exponents: Sequence[float] | None = None,
-) -> np.ndarray:
-    """Return the frequencies of one axis, float64 [dim / 2]; the model's own are theta^(-2 j / dim).
+def frequencies(dim: int, theta: float, exponents: Sequence[float] | None = None) -> np.ndarray:
+    """Return a model's own frequencies of one axis, float64 [dim / 2]: theta^(-2 j / dim).
 
     Args:
-        kind: one of `KINDS`.
         dim: channels that the axis rotates, two per frequency.
         theta: the base.
-        trained: positions that the model was trained on; as the next five, as `edited` takes it.
-        length: positions that are wanted.
-        period: as `edited`.
-        turn: as `edited`.
-        indices: as `edited`.
         exponents: e with theta^(-e) for each frequency, where a model has others than 2 j / dim.
 
     Raises:
-        ConfigError: for an odd or empty ``dim``, a base of 1 or less, exponents of another number; as `edited`.
+        ConfigError: for an odd or empty ``dim``, a base of 1 or less, exponents of another number.
     """
     if dim < 2 or dim % 2:
         raise ConfigError(f"rotary channels come in pairs, got dim={dim!r}; give an even number from 2 on")
@@ -72,14 +55,7 @@ def frequencies(
     powers = np.arange(0, dim, 2, dtype=np.float64) / dim if exponents is None else np.asarray(exponents, np.float64)
     if powers.shape != (dim // 2,):
         raise ConfigError(f"dim={dim} has {dim // 2} frequencies, got {powers.size} exponents; give one for each")
-    own = theta**-powers
-    check_kind(kind, period=period, turn=turn, indices=indices)
-    if kind == "none":
-        return own
-    for name, value in (("trained", trained), ("length", length)):
-        if value is None or not value > 0:
-            raise ConfigError(f"rotary frequencies of kind {kind!r} need {name} > 0, got {name}={value!r}; give it")
-    return edited(kind, own, trained=trained or 0, length=length or 0, period=period, turn=turn, indices=indices)
+    return theta**-powers
 
 
 def check_kind(
@@ -138,9 +114,6 @@ def edited(
         turn: of kinds ``riflex`` and ``ultraimage``: turns that a changed frequency makes over the length; None:
             `TURN`.
         indices: of kind ``ultraimage``: the frequencies that change, by place, fastest first; None: `corrections`.
-
-    Raises:
-        ConfigError: as `check_kind`, and for a model that has no such frequency.
     """
     check_kind(kind, period=period, turn=turn, indices=indices)
     own = np.asarray(own, np.float64)
@@ -173,11 +146,7 @@ def edited(
 
 
 def dominant(own: np.ndarray, extent: float) -> int:
-    """Return the place of the frequency that makes an extent repeat: of the smallest period of `NEAR` x it and more.
-
-    Raises:
-        ConfigError: if every period is shorter.
-    """
+    """Return the place of the frequency that makes an extent repeat: of the smallest period of `NEAR` x it and more."""
     periods = 2 * np.pi / np.asarray(own, np.float64)
     fits = np.flatnonzero(periods >= NEAR * extent)
     if fits.size == 0:
@@ -193,9 +162,6 @@ def corrections(own: np.ndarray, trained: float, length: float) -> tuple[int, ..
 
     The paper looks at a picture after each correction for the period that still repeats. Ours goes on to the next
     longer period while it fits twice into the length, which gives the published lists of FLUX.1 and Qwen-Image.
-
-    Raises:
-        ConfigError: as `dominant`.
     """
     periods = 2 * np.pi / np.asarray(own, np.float64)
     order = np.argsort(periods, kind="stable")

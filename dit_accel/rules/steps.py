@@ -4,13 +4,9 @@ import math
 
 
 def steps_of(share: int | float, count: int) -> int:
-    """Return how many steps of a run of ``count`` a share comes to, rounded up.
+    """Return how many steps of a run of ``count`` a share, from 0 to 1, comes to, rounded up.
 
     The share is taken as the decimal that was written: .28 of 25 is 7, though in binary .28 x 25 lies a little above.
-
-    Args:
-        share: from 0 to 1.
-        count: steps of the run.
     """
     return math.ceil(round(share * count, 9))
 
@@ -21,15 +17,10 @@ def whole_steps(steps: int | float, count: int) -> int:
 
 
 def window(start: float, stop: float, count: int) -> range:
-    """Return the steps of a run from one share of it to another, never none.
+    """Return the steps of a run of ``count`` from one share of it to another, never none.
 
     Step i of n is in where start <= i / n < stop. Where no step is, it is the first one from ``start`` on, or the last
     of the run.
-
-    Args:
-        start: share of the run at which the window begins.
-        stop: share at which it ends, above ``start``.
-        count: steps of the run.
     """
     first = min(steps_of(start, count), count - 1)
     return range(first, max(steps_of(stop, count), first + 1))

@@ -38,12 +38,9 @@ class DecayRule:
         return self.alpha < 1 or (self.beta is not None and self.beta < 1)
 
     def table(self, frames: int) -> np.ndarray:
-        """Return t by frame distance, float32 [F]: a logit x becomes min(x, t x).
+        """Return t by frame distance in a clip of F token frames, float32 [F]: a logit x becomes min(x, t x).
 
         Inside the window t is 1, in the bands around multiples of T it is beta, elsewhere alpha; in this order.
-
-        Args:
-            frames: F, token frames of the clip.
         """
         distance = np.arange(frames, dtype=np.float64)
         t = np.full(frames, self.alpha)

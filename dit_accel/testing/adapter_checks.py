@@ -11,9 +11,7 @@ from . import method_checks, model_checks
 from .block_cache_checks import check_block_caches
 from .block_checks import check_blocks
 from .cache_checks import check_caches
-from .everything import planned as planned
 from .guidance_checks import check_guidance
-from .method_cases import METHOD_CASES as METHOD_CASES
 from .recording import require
 from .rope_checks import check_rope
 from .tiny_models import Case, TinyModel, require_patterns_match
@@ -82,4 +80,4 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "refused": model_checks.check_refused,
     "compile": model_checks.check_compile,
 }
-"""Name -> check, in the order in which they run."""
+"""Name -> check, in the order in which they run; each raises `AssertionError`, or tells why it does not apply."""

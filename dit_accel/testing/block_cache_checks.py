@@ -1,20 +1,18 @@
 """Checks of caches of blocks on a model: neutral ones change no bit, listed blocks are skipped and no others."""
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.block_lists import block_lists, blocks_of
 from ..attachment.attachment import attach
+from ..attachment.site import find_blocks
 from ..errors import ConfigError
 from ..methods.caches.config import StepCacheConfig
 from ..methods.caches.profiling import ProfilingCache
 from ..methods.caches.prune import DBPrune
-from .recording import require
+from .recording import counted, require
 from .tiny_models import Case
 
 FROM_STEP_1: dict[str, Any] = {"every": 100, "warmup_steps": 0}
@@ -33,39 +31,37 @@ def check_block_caches(case: Case) -> str | None:
     Where nothing may be skipped no bit changes and every block runs; a run of blocks from the first one on, one in the
     middle and all of them are skipped alone, and give on an unchanged input what they gave, but for rounding; the step
     that is computed and the run that follows keep every bit.
-
-    Returns:
-        Why it does not apply: the adapter describes no blocks.
     """
     if case.adapter.blocks == ():
         return "the adapter describes no blocks"
-    names = [
-        name
-        for listed in block_lists(case.adapter, case.transformer)
-        if not listed.beside
-        for name, _ in blocks_of(listed, case.adapter, case.transformer)
-    ]
+    names = [block.name for block in find_blocks(case.adapter, case.transformer)]
     inputs, count = case.inputs(2), len(names)
     plain = [case.run(inputs, step) for step in range(2)]
     for config in (
         ProfilingCache(blocks=(*range(count),), every=1, warmup_steps=0),
         DBPrune(**{**ALWAYS, "threshold": 0.0}),
     ):
-        with attach(case.transformer, config), _counted(case) as ran:
+        with attach(case.transformer, config), counted(case.transformer, names) as ran:
             require(
                 all(torch.equal(case.run(inputs, step), plain[step]) for step in range(2)), f"{config} changed bits"
             )
-        require([name for name in ran if name in names] == names * 2, f"{config} ran {ran}")
+        require(ran == names * 2, f"{config} ran {ran}")
     everything = tuple(range(count))
     for cached in {everything[:-1], everything[1:2], everything}:
         config = ProfilingCache(blocks=cached, **FROM_STEP_1)
-        _require_skipped(case, config, inputs, plain, [name for at, name in enumerate(names) if at not in cached])
-    _require_skipped(case, DBPrune(**ALWAYS), inputs, plain, [])
+        left = [name for at, name in enumerate(names) if at not in cached]
+        _require_skipped(case, config, inputs, plain, names, left)
+    _require_skipped(case, DBPrune(**ALWAYS), inputs, plain, names, [])
     return None
 
 
 def _require_skipped(
-    case: Case, config: StepCacheConfig, inputs: dict[str, Any], plain: list[Tensor], left: list[str]
+    case: Case,
+    config: StepCacheConfig,
+    inputs: dict[str, Any],
+    plain: list[Tensor],
+    names: list[str],
+    left: list[str],
 ) -> None:
     """Run two steps and again the first, on inputs that differ by the time alone."""
     with contextlib.ExitStack() as stack:
@@ -76,26 +72,10 @@ def _require_skipped(
                 return
             raise
         require(torch.equal(case.run(inputs), plain[0]), f"{config} changed the step that is computed")
-        with _counted(case) as ran:
+        with counted(case.transformer, names) as ran:
             reused = case.run(inputs, 1)
         require(ran == left, f"{config} ran {ran} in a step that is reused, not {left}")
         # where the time alone tells the steps apart, the two differ; what is reused may be off by some such steps
         allowed = STEPS_OFF * (plain[0] - plain[1]).abs().max() + ROUNDING * plain[1].abs().max()
         require(bool((reused - plain[1]).abs().max() <= allowed), f"{config} is off by more than {STEPS_OFF} steps")
         require(torch.equal(case.run(inputs), plain[0]), f"a run differs from the first under {config}")
-
-
-@contextlib.contextmanager
-def _counted(case: Case) -> Iterator[list[str]]:
-    """Note the names of the blocks that run, but for those beside the main ones."""
-    ran: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for listed in block_lists(case.adapter, case.transformer):
-            for name, module in () if listed.beside else blocks_of(listed, case.adapter, case.transformer):
-                hook = module.register_forward_hook(partial(_note, ran, name))
-                stack.callback(hook.remove)
-        yield ran
-
-
-def _note(ran: list[str], name: str, *_: Any) -> None:
-    ran.append(name)

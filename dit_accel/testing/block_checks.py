@@ -36,17 +36,10 @@ def check_blocks(case: Case) -> str | None:
     Every block that holds an attention of the adapter is in a list, and runs once, in the lists' order; its streams
     are tensors that keep their shapes; taking them out and putting them back changes nothing, bit for bit; and
     skipped blocks hand the streams that they were given on to the next, stream by stream.
-
-    Returns:
-        Why it does not apply: the adapter describes no blocks.
     """
     if case.adapter.blocks == ():
         return "the adapter describes no blocks"
-    blocks = [
-        Block(name, module, listed, block_signature(listed, type(module)))
-        for listed in block_lists(case.adapter, case.transformer)
-        for name, module in blocks_of(listed, case.adapter, case.transformer)
-    ]
+    blocks = blocks_in(case)
     _require_covered(case, blocks)
     inputs = case.inputs(2)
     plain = case.run(inputs)
@@ -55,11 +48,20 @@ def check_blocks(case: Case) -> str | None:
         require(torch.equal(case.run(inputs), plain), "putting copies of the streams back changes the output")
     _require_handed_on(case, inputs, blocks, results)
     lasts = list({block.blocks: block for block in blocks}.values())
-    with replaced(lasts, lambda block, run, args, kwargs: _skipped(block, args, kwargs, results)):
+    with replaced(lasts, partial(skipped, results)):
         out = case.run(inputs)
     description = f"without {', '.join(block.name for block in lasts)} the output is not finite"
     require(out.shape == plain.shape and bool(out.isfinite().all()), description)
     return None
+
+
+def blocks_in(case: Case) -> list[Block]:
+    """Return the blocks of a model that its adapter lists, in the lists' order."""
+    return [
+        Block(name, module, listed, block_signature(listed, type(module)))
+        for listed in block_lists(case.adapter, case.transformer)
+        for name, module in blocks_of(listed, case.adapter, case.transformer)
+    ]
 
 
 @contextlib.contextmanager
@@ -82,9 +84,14 @@ def _copied(streams: Streams) -> Streams:
     return tuple(None if stream is None else stream.clone() for stream in streams)
 
 
-def _skipped(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: dict[str, Any]) -> Any:
+def skipped(results: dict[str, Any], block: Block, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Hand on the streams that a block is given; what it gives besides is taken from its earlier result."""
+    return _handed_on(results, block, block.signature.read_call(args, kwargs))
+
+
+def _handed_on(results: dict[str, Any], block: Block, streams: Sequence[Tensor | None]) -> Any:
     like = None if block.blocks.gives_streams_only else results[block.name]
-    return block.signature.write_result(block.signature.read_call(args, kwargs), like=like)
+    return block.signature.write_result(streams, like=like)
 
 
 def _require_covered(case: Case, blocks: Sequence[Block]) -> None:
@@ -162,8 +169,7 @@ def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Bloc
             given[block.name] = tuple(stream for stream in streams if stream is not None)
             require(len(given[block.name]) == len(streams), f"{block.name} lacks a stream where all are skipped")
             moved = [stream + (at == shifted) for at, stream in enumerate(given[block.name])]
-            like = None if block.blocks.gives_streams_only else results[block.name]
-            return block.signature.write_result(moved if shifted is not None else streams, like=like)
+            return _handed_on(results, block, moved if shifted is not None else streams)
 
         with replaced(blocks, skip):
             out = case.run(inputs)

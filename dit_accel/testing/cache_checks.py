@@ -1,7 +1,5 @@
 """Check step and block caches on a model: what never skips changes nothing; a skipped step runs what the cache says."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from ..methods.caches.mag import MagCache
 from ..methods.caches.static import StaticCache
 from ..methods.caches.tea import TeaCache
 from .method_cases import MethodCase, configs_of
-from .recording import require, require_same
+from .recording import counted, require, require_same
 from .tiny_models import STEPS, Case, wide_inputs
 
 ALWAYS = 1e9
@@ -92,12 +90,12 @@ def check_cache(case: Case, name: str, tried: CacheCase) -> None:
     inputs = case.inputs(1)
     plain = [case.run(_at(case, inputs, step), step) for step in range(tried.warm + 1)]
     places = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
-    with _counted(case, places) as ran, attach(case.transformer, *configs_of(tried.neutral)):
+    with counted(case.transformer, places) as ran, attach(case.transformer, *configs_of(tried.neutral)):
         for step in range(tried.warm + 1):
             out = case.run(_at(case, inputs, step), step)
             require(torch.equal(out, plain[step]), f"{name} that skips nothing changed step {step}")
         require(len(ran) == (tried.warm + 1) * len(places), f"{name} that skips nothing skipped attention calls")
-    with _counted(case, places) as ran, attach(case.transformer, *configs_of(tried.active)):
+    with counted(case.transformer, places) as ran, attach(case.transformer, *configs_of(tried.active)):
         first = _generation(case, inputs, tried, plain, name)
         expected = tried.warm * len(places) + _still_run(case, places, tried)
         require(len(ran) == expected, f"{name}: {len(ran)} attention calls ran, the cache says {expected}")
@@ -158,14 +156,3 @@ def _still_run(case: Case, places: list[str], tried: CacheCase) -> int:
     names = [block.name for block in find_blocks(case.adapter, case.transformer)]
     skipped = names[tried.runs_first :]
     return sum(not any(place.startswith(f"{name}.") for name in skipped) for place in places)
-
-
-@contextlib.contextmanager
-def _counted(case: Case, places: list[str]) -> Iterator[list[str]]:
-    """Give the attention modules that ran, by name, each time they did."""
-    ran: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for name in places:
-            module = case.transformer.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)).remove)
-        yield ran

@@ -1,13 +1,12 @@
 """Checks of guidance by a perturbed branch: what is perturbed, what is not, and what is added to the prediction."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.block_lists import block_lists, blocks_of
-from ..adapters.blocks import block_signature
 from ..adapters.cross_attention import CrossAttention
 from ..adapters.joined_text import JoinedText
 from ..attachment.attachment import attach
@@ -16,7 +15,7 @@ from ..methods.config import MethodConfig
 from ..methods.guidance.nag import NAG
 from ..methods.guidance.slg import SLG
 from ..methods.guidance.softpag import SoftPAG
-from .block_checks import Block, replaced
+from .block_checks import Block, blocks_in, replaced, skipped
 from .method_cases import MethodCase, configs_of
 from .recording import WIDE, RecordedCall, recorded, require, require_same, require_within_rounding
 from .reference import attention
@@ -84,17 +83,9 @@ def _require_negative_text(case: Case) -> None:
         require(torch.equal(case.run(inputs, branch="uncond", transformer=wide), plain), "a negative text moves uncond")
     require(not torch.allclose(moved, plain, rtol=1e-6) and bool(moved.isfinite().all()), f"{away} changes nothing")
     require(torch.equal(case.run(inputs, transformer=wide), plain), "a negative text is left behind")
-    if case.model.max_batch < 2:
-        return
-    both = wide_inputs(case.inputs(2))
-    at = 0 if case.adapter.guidance.first_rows == "cond" else 1
-    untouched = case.run(both, branch="cond_uncond", transformer=wide)
-    with attach(wide, away, backend="reference"):
-        together = case.run(both, branch="cond_uncond", transformer=wide)
-    with attach(wide, away, backend="reference"):
-        alone = case.run(case.row(both, at), transformer=wide)
-    require_same(together[at : at + 1], alone, "a negative text in one call and in two differ")
-    require_same(together[1 - at : 2 - at], untouched[1 - at : 2 - at], "a negative text moves unconditional rows")
+    if case.model.max_batch > 1:
+        _, _, untouched, uncond = _batched(case, away)
+        require_same(uncond, untouched, "a negative text moves unconditional rows")
 
 
 def _run(
@@ -151,27 +142,17 @@ def _require_mixed(call: RecordedCall) -> None:
 def _require_blocks(case: Case, inputs: Mapping[str, Any], plain: Tensor, layer: str) -> None:
     if case.adapter.blocks == ():
         return
-    main = [listed for listed in block_lists(case.adapter, case.transformer) if not listed.beside]
-    found = [
-        Block(name, module, listed, block_signature(listed, type(module)))
-        for listed in main
-        for name, module in blocks_of(listed, case.adapter, case.transformer)
-        if layer.startswith(f"{name}.")
-    ]
+    found = [one for one in blocks_in(case) if not one.blocks.beside and layer.startswith(f"{one.name}.")]
     results: dict[str, Any] = {}
 
     def kept(block: Block, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         results[block.name] = run(*args, **kwargs)
         return results[block.name]
 
-    def skip(block: Block, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        like = None if block.blocks.gives_streams_only else results[block.name]
-        return block.signature.write_result(block.signature.read_call(args, kwargs), like=like)
-
     if not all(block.blocks.gives_streams_only for block in found):
         with replaced(found, kept):
             case.run(inputs)
-    with replaced(found, skip):
+    with replaced(found, partial(skipped, results)):
         without = case.run(inputs)
     guided, _ = _run(case, inputs, SLG(layers=f"L{LAYER}", scale=2.0, start=0.0, stop=1.0), forwards=2)
     expected = (plain.double() + 2.0 * (plain.double() - without.double())).to(plain.dtype)
@@ -182,6 +163,12 @@ def _require_batches(case: Case, config: MethodConfig) -> None:
     """The rows of one call that holds both prompts get what the conditional row alone gets."""
     if case.model.max_batch < 2:
         return
+    plain, guided, untouched, uncond = _batched(case, config)
+    require_same(plain + (uncond - untouched), guided, "the unconditional rows get something else than the conditional")
+
+
+def _batched(case: Case, config: MethodConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the conditional row of one call for both prompts, plain and guided, then the unconditional one's."""
     both = wide_inputs(case.inputs(2))
     wide, at = case.wide(), 0 if case.adapter.guidance.first_rows == "cond" else 1
     plain = case.run(both, branch="cond_uncond", transformer=wide)
@@ -189,6 +176,5 @@ def _require_batches(case: Case, config: MethodConfig) -> None:
         together = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, config, backend="reference"):
         alone = case.run(case.row(both, at), transformer=wide)
-    require_same(together[at : at + 1], alone, "guidance in one call and in two differ")
-    other = together[1 - at : 2 - at] - plain[1 - at : 2 - at]
-    require_same(plain[at : at + 1] + other, alone, "the unconditional rows get something else than the conditional")
+    require_same(together[at : at + 1], alone, f"{config.name} in one call and in two differ")
+    return plain[at : at + 1], alone, plain[1 - at : 2 - at], together[1 - at : 2 - at]

@@ -53,10 +53,8 @@ def check_neutral(case: Case, cases: Mapping[str, MethodCase] | None = None) -> 
     plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
     keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
     processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
-    for methods in (
-        (),
-        *(configs_of(tried.neutral) for tried in (cases_for(case) if cases is None else cases).values()),
-    ):
+    tried = (cases_for(case) if cases is None else cases).values()
+    for methods in ((), *(configs_of(one.neutral) for one in tried)):
         with attach(case.transformer, *methods) as attachment:
             for (inputs, branch), expected in zip(calls, plain, strict=True):
                 require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
@@ -148,16 +146,11 @@ def check_signal(case: Case) -> str | None:
     def see_input(module: Any, args: Any, kwargs: Any) -> None:
         seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
-    hooks = [first.register_forward_pre_hook(see_input, with_kwargs=True)]
-    hooks += [
-        module.register_forward_hook(lambda module, args, output: seen.append(output))
-        for module in case.transformer.modules()
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(first.register_forward_pre_hook(see_input, with_kwargs=True).remove)
+        for module in case.transformer.modules():
+            stack.callback(module.register_forward_hook(lambda module, args, output: seen.append(output)).remove)
         case.run(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     with torch.no_grad():
         signal = case.adapter.signal(case.transformer, inputs)
     same = any(isinstance(one, Tensor) and one.shape == signal.shape and torch.equal(one, signal) for one in seen)

@@ -26,13 +26,22 @@ def silenced(transformer: nn.Module) -> Iterator[None]:
     def zeros(module: nn.Module, inputs: Any, out: Any) -> Any:
         return torch.zeros_like(out) if isinstance(out, Tensor) else type(out)(torch.zeros_like(x) for x in out)
 
-    modules = [module for module in transformer.modules() if hasattr(module, "processor")]
-    handles = [module.register_forward_hook(zeros) for module in modules]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in transformer.modules():
+            if hasattr(module, "processor"):
+                stack.callback(module.register_forward_hook(zeros).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextlib.contextmanager
+def counted(transformer: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+    """Give the modules of these names that ran, by name, each time they did."""
+    ran: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module = transformer.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)).remove)
+        yield ran
 
 
 def require(condition: bool, text: str) -> None:
@@ -76,21 +85,14 @@ def recorded(attachment: Attachment) -> Iterator[list[RecordedCall]]:
     calls: list[RecordedCall] = []
 
     def keep(seen: PlannedCall) -> None:
-        call, planned = seen.call, seen.planned
+        call, plan, planned = seen.call, seen.plan, seen.planned
         calls.append(
             RecordedCall(
-                plan=seen.plan,
-                context=seen.context,
-                q=call.q.clone(),
-                k=seen.plan.centred(call.k).clone(),
-                v=call.v.clone(),
-                mask=call.mask,
-                scale=call.scale,
-                out=seen.out.clone(),
-                exact=seen.exact,
+                plan=plan, context=seen.context, q=call.q.clone(), k=plan.centred(call.k).clone(), v=call.v.clone(),
+                mask=call.mask, scale=call.scale, out=seen.out.clone(), exact=seen.exact,
                 planned=None if planned is None else planned.clone(),
             )
-        )
+        )  # fmt: skip
 
     with attachment.observe(keep):
         yield calls
@@ -117,10 +119,8 @@ def stopped_at(attachment: Attachment, tokens: int) -> Iterator[list[Tensor]]:
 
 def require_same(result: Tensor, expected: Tensor, what: str) -> None:
     """Two float64 results differ by less than one rounding step of float32, which some models round to inside."""
-    error, allowed = (
-        float((result - expected).abs().max()),
-        torch.finfo(torch.float32).eps * float(expected.abs().max()),
-    )
+    error = float((result - expected).abs().max())
+    allowed = torch.finfo(torch.float32).eps * float(expected.abs().max())
     require(error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}")
 
 

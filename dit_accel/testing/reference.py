@@ -44,8 +44,6 @@ def attention(
         plan: the call's plan.
         states: of `tile_states`.
         q: [B, H, S, D]; so are k and v, whose heads may be fewer.
-        k: keys.
-        v: values.
         valid: bool [B, S], the keys that count; None: all.
         scale: factor on the logits; None: 1 / sqrt(D).
     """
@@ -71,13 +69,8 @@ def attention(
     by_row = states[:, :, row]
     exact = torch.where(apart[:, None], seen, (by_row == EXACT)[..., column]) & valid[:, None, None]
     pooled = (by_row == POOLED) & (length > 0)[:, None, None] & ~apart[:, None]
-    bias = torch.cat(
-        [
-            torch.zeros(exact.shape).masked_fill(~exact, -torch.inf),
-            length.log()[:, None, None].masked_fill(~pooled, -torch.inf),
-        ],
-        -1,
-    )
+    of_tokens = torch.zeros(exact.shape).masked_fill(~exact, -torch.inf)
+    bias = torch.cat([of_tokens, length.log()[:, None, None].masked_fill(~pooled, -torch.inf)], -1)
     keys, values = torch.cat([k, k_mean], 2), torch.cat([v, v_mean], 2)
     if plan.frame_decay is None or frames is None:
         out = F.scaled_dot_product_attention(q, keys, values, bias.to(q.dtype), scale=scale)

@@ -14,7 +14,7 @@ from ..adapters.rope import GIVEN, VISUAL_AXES, Axis, Frequencies, Rope, RopeCha
 from ..adapters.rope_forms import changed, input_hook
 from ..errors import ConfigError
 from .recording import require
-from .tiny_models import Case
+from .tiny_models import Case, spread
 
 ROUNDING = 1e-5
 """Allowed difference of products of cos and sin in float32; Mochi adds up angles of some hundred radians."""
@@ -30,12 +30,6 @@ def check_rope(case: Case) -> str | None:
     - With one axis's frequencies halved, each token's angle along that axis is halved and no other; angles along an
       axis differ from token to token along it and along no other. Text does not move.
     - Undone, everything is as before, bit for bit. Classes and modules stay untouched.
-
-    Returns:
-        None, or why the model has no rotary positions to check.
-
-    Raises:
-        AssertionError: with what is wrong.
     """
     adapter, transformer = case.adapter, case.transformer
     if adapter.rope is None:
@@ -146,12 +140,7 @@ def _require_text_still(samples: "_Samples", still: Tensor, visual: slice) -> No
 
 
 class _Samples:
-    """What a model's rotary positions are made from in one forward, and the positions, as cos + i sin [rows, channels].
-
-    Args:
-        case: the tiny model.
-        rope: its rotary positions.
-    """
+    """A model's rotary positions in one forward, as cos + i sin [rows, channels], and what they are made from."""
 
     def __init__(self, case: Case, rope: Rope) -> None:
         self.rope, self.transformer = rope, case.transformer
@@ -205,7 +194,8 @@ class _Samples:
         if rope.form == "plane":
             value = value[: self.grid[1], : self.grid[2]].flatten(0, 1)
         elif rope.form == "tables of axes":
-            return [_spread([torch.complex(*table) for table in value[0]], self.grid)]
+            tables = {axis.name: torch.complex(*table) for axis, table in zip(self.axes, value[0], strict=True)}
+            return [spread(tables, self.grid)]
         parts = _leaves(value)
         if rope.values == "cos sin":
             points = [torch.complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
@@ -259,16 +249,6 @@ def _recorded(case: Case, rope: Rope, inputs: Mapping[str, Any]) -> list[Callabl
     with replaced(transformer, RopeChange([(transformer, name, Recorder())], None)):
         case.run(inputs)
     return calls
-
-
-def _spread(tables: list[Tensor], grid: Grid) -> Tensor:
-    """Lay a table for each axis [positions, channels] over the grid's tokens."""
-    shapes = [[-1 if dim == axis else 1 for dim in range(3)] for axis in range(3)]
-    spread = [
-        table.reshape(*shape, table.shape[-1]).expand(*grid[:3], -1)
-        for table, shape in zip(tables, shapes, strict=True)
-    ]
-    return torch.cat(spread, -1).flatten(0, 2)
 
 
 @contextlib.contextmanager

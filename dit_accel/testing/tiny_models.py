@@ -42,12 +42,7 @@ class TinyModel:
 
 
 class Case:
-    """One tiny model under check.
-
-    Args:
-        adapter: the adapter that covers it.
-        model: the tiny model.
-    """
+    """One tiny model under check, and the adapter that covers it."""
 
     def __init__(self, adapter: Adapter, model: TinyModel) -> None:
         self.adapter = adapter
@@ -61,11 +56,8 @@ class Case:
     def inputs(self, batch: int = 1) -> dict[str, Any]:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
         torch.manual_seed(1)
-        inputs, rope, config = (
-            dict(self.model.inputs(min(batch, self.model.max_batch))),
-            self.rope,
-            self.transformer.config,
-        )
+        inputs = dict(self.model.inputs(min(batch, self.model.max_batch)))
+        rope, config = self.rope, self.transformer.config
         if rope is not None and rope.form in GIVEN:
             grid = self.adapter.grid(config, inputs)
             require(not isinstance(grid, str), f"the tiny model's inputs have no grid: {grid}")
@@ -193,10 +185,12 @@ def given_positions(rope: Rope, axes: tuple[Axis, ...], grid: Grid, value: Any) 
         height, width = (tables[axis.name] for axis in axes)
         pair = (height[:, None].expand(-1, len(width), -1), width[None].expand(len(height), -1, -1))
         return torch.stack(pair, -1).flatten(-2)
-    shapes = {name: [size if name == other else 1 for other in VISUAL_AXES] for name, size in sizes.items()}
-    spread = [
-        tables[axis.name].reshape(*shapes[axis.name], -1).expand(*grid[:3], -1).repeat_interleave(2, -1)
-        for axis in axes
-    ]
-    z = torch.cat(spread, -1).flatten(0, 2)
+    z = spread({name: table.repeat_interleave(2, -1) for name, table in tables.items()}, grid)
     return z.real.clone(), z.imag.clone()
+
+
+def spread(tables: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    """Lay a table [positions, channels] of each axis over the grid's tokens, their channels side by side."""
+    shapes = {name: [-1 if name == other else 1 for other in VISUAL_AXES] for name in tables}
+    parts = [table.reshape(*shapes[name], table.shape[-1]).expand(*grid[:3], -1) for name, table in tables.items()]
+    return torch.cat(parts, -1).flatten(0, 2)

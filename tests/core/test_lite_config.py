@@ -1,10 +1,8 @@
-"""LiteAttention's config, thresholds files, memory and picture: what is refused, in which words, and round trips."""
+"""LiteAttention's config, thresholds files and memory: what is refused, in which words, and round trips."""
 
 import itertools
 import math
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from dit_accel_kernels import unpack_bits
@@ -14,18 +12,15 @@ from lite_calls import MODEL, Calls, drifting
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention
-from dit_accel.errors import ConfigError, MissingBackend
+from dit_accel.errors import ConfigError
 from dit_accel.methods.attention.lite.config import THRESHOLDS
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.ranges import range_tiles
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, read_thresholds, write_thresholds
-from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.tiling import Tiling, bitmap_bytes
-from dit_accel.report import heat_map
-from dit_accel.report.report import CallReport, Report, StepReport
 
 BAD = [
     (
@@ -185,80 +180,6 @@ class TestThresholdsFile:
             path.write_text(text)
         with pytest.raises(ConfigError, match=error):
             read_thresholds(path)
-
-
-class TestPicture:
-    STEPS = tuple(
-        StepReport(
-            transformer="transformer", step_index=step, branch=branch, dense_layers=1 if step else 3,
-            sparse_layers=2 if step else 0, density=0.5, pooled=0.0,
-        )
-        for step in (0, 1, 3) for branch in ("cond", "uncond")
-    )  # fmt: skip
-    CALLS = tuple(
-        CallReport(
-            transformer="transformer", step_index=step, branch=branch, layer=layer, density=0.5, pooled=0.0,
-            by_head=(0.25, 0.75),
-        )
-        for step in (1, 3) for branch in ("cond", "uncond") for layer in (1, 2)
-    )  # fmt: skip
-    REPORT = Report(methods={"lite": {}}, backend="torch", model={}, steps=STEPS, calls=CALLS)
-
-    def test_shares_by_layer_head_and_step(self):
-        shares, dense = heat_map.kept_shares(self.REPORT, "transformer", "cond")
-        assert shares.shape == (6, 4)
-        assert shares[2:, [1, 3]].tolist() == [[0.25] * 2, [0.75] * 2] * 2
-        assert dense.tolist() == [[True, True, False, True]] * 2 + [[True, False, False, False]] * 4
-
-    def test_it_is_a_png_written_whole(self, tmp_path):
-        from PIL import Image
-
-        path = tmp_path / "map.png"
-        self.REPORT.plot(path)
-        with Image.open(path) as image:
-            assert image.format == "PNG"
-            colours = {pixel[:3] for _, pixel in image.convert("RGB").getcolors(1 << 20)}
-        assert (209, 209, 209) in colours  # dense calls, grey
-        assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
-
-    def test_skipped_steps_stand_below_and_alone(self, tmp_path):
-        from PIL import Image
-
-        forwards = [
-            CachedForward(
-                transformer="transformer", step_index=step, branch="cond", reused=step == 2, reason="", value=value
-            )
-            for step, value in enumerate([None, 0.3, 0.05, math.nan])
-        ]
-        section = section_of("easycache", forwards, 0.1)
-        (strip,) = section.strips
-        assert (strip.steps, strip.reused, strip.threshold) == ((0, 1, 2, 3), (False, False, True, False), 0.1)
-        for name, report in (
-            ("alone.png", replace(self.REPORT, calls=(), sections=(section,))),
-            ("below.png", replace(self.REPORT, sections=(section,))),
-        ):
-            report.plot(tmp_path / name)
-            with Image.open(tmp_path / name) as image:
-                drawn = np.asarray(image.convert("RGB"))
-            assert (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()  # what decided
-            # three steps ran, the third did not: the bars along the bottom of the strip
-            bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
-            line = bars[bars.any(1)][-1]
-            starts = np.flatnonzero(line[1:] & ~line[:-1])
-            assert len(starts) == 3
-            assert starts[2] - starts[1] == pytest.approx(2 * (starts[1] - starts[0]), abs=2)
-
-    def test_what_can_t_be_drawn(self, tmp_path, monkeypatch):
-        with pytest.raises(ConfigError, match=r"PNG, got .*map\.pdf"):
-            self.REPORT.plot(tmp_path / "map.pdf")
-        with pytest.raises(ConfigError, match=r"nowhere.*folder"):
-            self.REPORT.plot(tmp_path / "nowhere" / "map.png")
-        with pytest.raises(ConfigError, match=r"nothing.*no cache"):
-            Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")
-        monkeypatch.setattr(heat_map.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(MissingBackend, match=r"plot.*matplotlib.*'matplotlib>=3\.8'"):
-            self.REPORT.plot(tmp_path / "map.png")
-        assert not list(tmp_path.iterdir())
 
 
 def test_the_method_is_public_and_its_bits_are_bits():

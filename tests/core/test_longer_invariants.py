@@ -94,7 +94,7 @@ def test_attention_repeats_after_the_models_period_and_bands_end_that(name):
 @pytest.mark.parametrize(("axis", "repeats"), [((16, 256.0), True), ((44, 1e4), False)], ids=["hunyuan", "wan"])
 def test_harmonic_frequencies_repeat_and_bands_end_that(axis, repeats):
     """Tests a and c: queries and keys that differ by position alone; only harmonics all come round at once."""
-    own = frequencies("none", *axis)[:4]
+    own = frequencies(*axis)[:4]
     period, frames = 2 * np.pi / own[3], 200
     assert all((np.cos(m * period * own).sum() > 4 - 1e-9) == repeats for m in (1, 2, 3))
     distance = np.abs(np.subtract.outer(np.arange(frames), np.arange(frames)))

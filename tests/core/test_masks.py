@@ -1,6 +1,7 @@
 """Masks as models pass them: what is read as key validity, what is refused."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from dit_accel import ConfigError
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.processor import planned
-from dit_accel.plan.masks import HIDDEN, is_key_padding, key_padding, key_validity, visible_row
+from dit_accel.plan.call import Call
+from dit_accel.plan.masks import HIDDEN, key_validity, visible_row
 
 KEYS = torch.tensor([[True, False, True, True, False, True], [True, True, True, False, True, False]])
 QUERIES = torch.tensor([[True, True, False, True], [True, False, True, True]])
@@ -79,10 +81,12 @@ def test_other_masks_are_refused(mask, message):
 
 def test_sizes_are_read_off_tensors_with_heads_first():
     q, k = torch.zeros(2, 3, 4, 8), torch.zeros(2, 1, 6, 8)
-    assert torch.equal(key_padding(PAIRS, q, k), KEYS)
-    assert is_key_padding(PAIRS, q, k)
-    assert not is_key_padding(PAIRS.float(), q, k)
-    assert not is_key_padding(PAIRS, q.transpose(1, 2), k.transpose(1, 2))
+    call = Call(q=q, k=k, v=k, mask=PAIRS)
+    assert torch.equal(call.key_mask(), KEYS)
+    assert call.hides_keys
+    assert replace(call, mask=None).hides_keys
+    assert not replace(call, mask=PAIRS.float()).hides_keys
+    assert not replace(call, q=q.transpose(1, 2), k=k.transpose(1, 2)).hides_keys
 
 
 def test_a_block_mask_is_refused():

@@ -9,7 +9,7 @@ import pytest
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.attention.sparsed import SparseD
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.rules.rope import frequencies
+from dit_accel.rules.rope import edited, frequencies
 
 PAGE = (Path(__file__).parents[2] / "docs" / "published.md").read_text()
 SIDES = {3840: (48, 80), 3600: (45, 80), 1560: (30, 52)}
@@ -58,8 +58,8 @@ def test_sparsed_keeps_a_share_rounded_up(tiles, density, kept):
 
 def test_qwen_images_periods_under_ultraimage():
     """Our rule is the paper's; the released code's is what the page says of it."""
-    own = frequencies("none", 56, 10000.0)
-    new = frequencies("ultraimage", 56, 10000.0, trained=83, length=256, indices=(8, 9))
+    own = frequencies(56, 10000.0)
+    new = edited("ultraimage", own, trained=83, length=256, indices=(8, 9))
     periods = 2 * np.pi / new[[8, 9]]
     released = 2 * np.pi / own[[8, 9]] * 4096 / 1328
     assert periods.round().tolist() == [256, 256]

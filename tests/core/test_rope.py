@@ -18,20 +18,19 @@ from dit_accel.testing.rope_checks import replaced
 
 
 def test_frequencies_fall_from_one_by_equal_ratios():
-    found = frequencies("none", 16, 256.0)
+    found = frequencies(16, 256.0)
     assert found.dtype == np.float64
     assert 2 * np.pi / found[:5] == pytest.approx([6.28, 12.57, 25.13, 50.27, 100.53], abs=0.01)  # HunyuanVideo's
-    assert (2 * np.pi / frequencies("none", 56, 10000.0))[9] == pytest.approx(121.3, abs=0.05)  # FLUX.1's
-    assert frequencies("none", 4, 100.0, exponents=(0.0, -1.0)).tolist() == [1.0, 100.0]
+    assert (2 * np.pi / frequencies(56, 10000.0))[9] == pytest.approx(121.3, abs=0.05)  # FLUX.1's
+    assert frequencies(4, 100.0, exponents=(0.0, -1.0)).tolist() == [1.0, 100.0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yran", 16, 256.0), r"'yran'.*'yarn'\?"),
-        (("none", 15, 256.0), "got dim=15"),
-        (("none", 0, 256.0), "got dim=0"),
-        (("none", 16, 1.0), r"above 1, got theta=1.0"),
+        ((15, 256.0), "got dim=15"),
+        ((0, 256.0), "got dim=0"),
+        ((16, 1.0), r"above 1, got theta=1.0"),
     ],
 )
 def test_frequencies_refuse(arguments, message):
@@ -41,7 +40,7 @@ def test_frequencies_refuse(arguments, message):
 
 def test_exponents_are_one_for_each_frequency():
     with pytest.raises(ConfigError, match=r"dim=8.*4 frequencies, got 3 exponents"):
-        frequencies("none", 8, 256.0, exponents=(0, 0.1, 0.2))
+        frequencies(8, 256.0, exponents=(0, 0.1, 0.2))
 
 
 def test_axes_share_the_channels_as_the_config_says():
@@ -62,7 +61,7 @@ def test_interleaved_axes_share_out_one_axis_frequencies():
     assert [axis.channels for axis in axes] == [48, 40, 40]
     assert axes[1].frequencies()[:2] == pytest.approx([5e6 ** (-2 / 128), 5e6 ** (-8 / 128)])
     whole = np.sort(np.concatenate([axis.frequencies() for axis in axes]))[::-1]
-    assert whole == pytest.approx(frequencies("none", 128, 5e6))
+    assert whole == pytest.approx(frequencies(128, 5e6))
 
 
 class Turns(nn.Module):
@@ -116,7 +115,7 @@ def test_a_function_is_given_the_own_frequencies_once():
     with replaced(model, change):
         first = model(IDS)
         model(IDS)
-    assert [own.tolist() for own in seen] == [frequencies("none", 4, 100.0).tolist()]
+    assert [own.tolist() for own in seen] == [frequencies(4, 100.0).tolist()]
     assert seen[0].dtype == torch.float64
     assert torch.equal(first[0][24, :4], Model()(IDS)[0][6, :4])  # row 4, column 0; row 1, column 0
 
@@ -243,7 +242,7 @@ def pairs(places, turns):
 
 
 def test_given_positions_are_read_off_and_turned():
-    own = torch.from_numpy(frequencies("none", 16, 10000.0))
+    own = torch.from_numpy(frequencies(16, 10000.0))
     places = torch.rand(2, 300, dtype=torch.float64) * 900 - 300  # neither whole nor from 0 on
     model = Given()
     value, new = pairs(places, (own, own)), own * torch.tensor([1, 0.5, 1, 1, 2, 1, 1, 0.3], dtype=torch.float64)

@@ -18,7 +18,7 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.methods.base import Model
 from dit_accel.methods.positions.rope import RoPEHandler
 from dit_accel.methods.positions.rope_switcher import KEPT_SIZES, inside_hooks
-from dit_accel.rules.rope import frequencies
+from dit_accel.rules.rope import edited, frequencies
 from dit_accel.testing.tiny_models import Case
 
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}
@@ -120,14 +120,14 @@ def wan_angles(transformer, frames):
 @pytest.mark.parametrize("kind", ["pi", "ntk", "yarn", "riflex", "ultraimage"])
 def test_positions_are_those_of_the_rule_at_every_length(kind):
     transformer, dim = tiny_transformer(rope_max_seq_len=64, attention_head_dim=24), 8
-    own = frequencies("none", dim, 10000.0)
+    own = frequencies(dim, 10000.0)
     assert wan_angles(transformer, 7).numpy() == pytest.approx(own, rel=1e-5)
     inside = []
     transformer.blocks[0].register_forward_pre_hook(lambda *_: inside.append(wan_angles(transformer, 7).numpy()))
     with dit_accel.attach(transformer, RoPE(kind=kind, trained_frames=4)):
         for frames in (9, 4, 33, 9, 3):
             denoise(transformer, 1, frames=frames)
-            expected = frequencies(kind, dim, 10000.0, trained=4, length=frames)
+            expected = edited(kind, own, trained=4, length=frames)
             assert inside[-1] == pytest.approx(expected, rel=1e-4)
             assert (frames <= 4) == bool(np.array_equal(expected, own))
             assert wan_angles(transformer, 7).numpy() == pytest.approx(own, rel=1e-5)  # of what is no step

@@ -16,20 +16,20 @@ def curve_of(own, amplitudes, frames):
 
 
 def test_families_of_the_published_models():
-    assert harmonics(frequencies("none", *HUNYUAN[0]), 3) == (0, 1, 2, 3)  # 50.3 and its halves
-    assert harmonics(frequencies("none", *COGVIDEOX[0]), 1) == (0, 1)  # 3.16 counts as 3
-    assert harmonics(frequencies("none", *WAN[0]), 3) == (3,)  # 22.1 alone
+    assert harmonics(frequencies(*HUNYUAN[0]), 3) == (0, 1, 2, 3)  # 50.3 and its halves
+    assert harmonics(frequencies(*COGVIDEOX[0]), 1) == (0, 1)  # 3.16 counts as 3
+    assert harmonics(frequencies(*WAN[0]), 3) == (3,)  # 22.1 alone
 
 
 def test_a_harmonic_model_repeats_and_an_inharmonic_one_does_not():
-    own = frequencies("none", *HUNYUAN[0])
+    own = frequencies(*HUNYUAN[0])
     found = spectrum(curve_of(own, np.array([0.2, 0.2, 0.3, 0.5, 0.1, 0.1, 0.0, 0.0]), 100), own)
     assert (found.period, found.gamma) == (pytest.approx(50.27, abs=0.01), 4.0)
     assert found.share > 0.75
-    cog = frequencies("none", *COGVIDEOX[0])
+    cog = frequencies(*COGVIDEOX[0])
     found = spectrum(curve_of(cog, np.array([0.3, 0.5, 0.1, 0.1, 0, 0, 0, 0]), 52), cog)
     assert (found.period, found.gamma) == (pytest.approx(19.87, abs=0.01), 1.0)
-    wan = frequencies("none", *WAN[0])
+    wan = frequencies(*WAN[0])
     found = spectrum(curve_of(wan, np.array([0.3, 0.25, 0.25, 0.32, 0.2] + [0.0] * 17), 63), wan)
     assert found.period is None
     assert found.gamma is None
@@ -40,7 +40,7 @@ def test_a_harmonic_model_repeats_and_an_inharmonic_one_does_not():
     frames=st.integers(60, 120),
 )  # fmt: skip
 def test_the_fit_finds_what_a_curve_is_made_of(amplitudes, constant, frames):
-    own = frequencies("none", 16, 256.0)[:4]
+    own = frequencies(16, 256.0)[:4]
     found = spectrum(constant + curve_of(own, np.array(amplitudes), frames), own)
     assert np.array(found.amplitudes) == pytest.approx(np.array(amplitudes) / sum(amplitudes), abs=1e-3)
     assert found.error < 1e-2
@@ -49,7 +49,7 @@ def test_the_fit_finds_what_a_curve_is_made_of(amplitudes, constant, frames):
 
 def test_what_is_too_slow_to_be_told_from_a_constant_is_no_part():
     """Amplitudes such as those of wan-tiny: of 18 frames seven of its twelve frequencies see less than a quarter."""
-    own = frequencies("none", 24, 1e4)
+    own = frequencies(24, 1e4)
     amplitudes = np.array([0.56, 1.05, 0.08, 0.08, 0.05, 0.03, 0.02, 0.06, 0.03, 0.03, 0.02, 0.07])
     found = spectrum(curve_of(own, amplitudes, 18), own)
     assert (found.period, found.gamma) == (pytest.approx(13.54, abs=0.01), 1.0)
@@ -62,7 +62,7 @@ def test_a_multiple_is_near_a_whole_number_whatever_its_size():
 
 
 def test_a_constant_curve_has_no_period():
-    found = spectrum(np.full(30, 0.7), frequencies("none", 16, 256.0))
+    found = spectrum(np.full(30, 0.7), frequencies(16, 256.0))
     assert found.period is None
     assert set(found.amplitudes) == {0.0}
 
@@ -70,7 +70,7 @@ def test_a_constant_curve_has_no_period():
 def test_the_maximum_comes_back_only_if_all_are_multiples():
     """UltraViCo's proposition: a sum of cosines reaches its value at 0 again only at a common period."""
     for axis, returns in ((HUNYUAN[0], True), (WAN[0], False)):
-        own = frequencies("none", *axis)[:4]
+        own = frequencies(*axis)[:4]
         period = 2 * np.pi / own[3]
         distance = np.arange(0.5 * period, 3 * period, 0.01)
         highest = np.cos(np.outer(distance, own)).sum(1).max()
@@ -109,7 +109,7 @@ def test_a_period_of_four_times_the_longest_distance_is_told():
 
 def test_far_distances_weigh_less_since_fewer_frames_are_so_far_apart():
     """What stands at the longest distance alone moves the fit less than the same at the shortest."""
-    own = frequencies("none", 16, 256.0)[:4]
+    own = frequencies(16, 256.0)[:4]
     curve, errors = curve_of(own, np.array([0.2, 0.3, 0.4, 0.1]), 40), []
     for place in (1, 39):
         changed = curve.copy()
@@ -119,7 +119,7 @@ def test_far_distances_weigh_less_since_fewer_frames_are_so_far_apart():
 
 
 def test_the_error_is_what_the_fit_leaves():
-    own = frequencies("none", 16, 256.0)[:2]
+    own = frequencies(16, 256.0)[:2]
     noise = np.random.default_rng(0).normal(size=200)
     found = spectrum(curve_of(own, np.array([0.0, 0.0]), 200) + noise, own)
     assert 0.9 < found.error <= 1

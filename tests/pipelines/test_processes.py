@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dit_accel_pipelines.generation.generation import Generation
 from dit_accel_pipelines.generation.request import Request
+from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.generation.timing import Timings
 from dit_accel_pipelines.processes.processes import Process, started_process
 from parallel_ranks import processes

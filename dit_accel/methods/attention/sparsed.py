@@ -155,9 +155,8 @@ class SparseDHandler(SparseHandler):
         mask = call.key_mask()
         scale = plan.head_scale
         q = call.q if scale is None else call.q * scale.reshape(-1, call.q.shape[1])[:, :, None, None].to(call.q.dtype)
-        q, k = call.as_held(q, call.k)
         masses = tile_masses(
-            q, k, block_q=tiles.block_q, block_k=tiles.block_k, **call.kernel_layout, scale=call.scale,
+            q, call.k, block_q=tiles.block_q, block_k=tiles.block_k, scale=call.scale,
             token_order=plan.token_order, key_mask=valid if mask is None else valid & mask,
         )  # fmt: skip
         text = unpack_bits(self._text(context), tiles.key_tiles).all(0)

@@ -15,8 +15,7 @@ from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.model_files import ModelFiles, read_model_files
-from dit_accel.adapters.model_names import model_source
+from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
 from .clips import OwnClips

@@ -166,7 +166,7 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
     """Return what to show: what was given in one of the two ways, else prompts that an embedded model knows."""
     from dit_accel_pipelines.generation.request import EMBEDDED, embedded_name, read_prompts
 
-    from dit_accel.adapters.model_names import model_source
+    from dit_accel.adapters.model_files import model_source
 
     from ..runs.request import embedded_prompts
 

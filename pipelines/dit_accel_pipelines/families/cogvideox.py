@@ -12,8 +12,7 @@ from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import cogvideox_lengths, eighths
+from dit_accel.adapters.rope import VISUAL_AXES, Axis, Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .perturbation import with_perturbation
@@ -81,6 +80,21 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     joined = transformer.patch_embed(text, latents)
     length = text.shape[1]
     return transformer.transformer_blocks[0].norm1(joined[:, length:], joined[:, :length], time)[0]
+
+
+def eighths(config: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """Return CogVideoX's axes: a quarter of the head for frames, three eighths for height and for width."""
+    head = config["attention_head_dim"]
+    channels = zip(VISUAL_AXES, (head // 4, head // 8 * 3, head // 8 * 3), strict=True)
+    return tuple(Axis(name=name, channels=width, theta=10000.0) for name, width in channels)
+
+
+def cogvideox_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return CogVideoX 1.5's limits: its positions are cut out of the trained grid; version 1's are scaled to it."""
+    if config.get("patch_size_t") is None:
+        return {}
+    sizes = {axis: config.get(f"sample_{axis}", own) for axis, own in (("height", 60), ("width", 90))}
+    return {axis: size // config.get("patch_size", 2) for axis, size in sizes.items()}
 
 
 COGVIDEOX = Adapter(

@@ -3,14 +3,16 @@
 Given frames keep a timestep of their own, near none; the noisiest frame tells the step.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import cosmos_lengths, scaled_thirds
+from dit_accel.adapters.rope import VISUAL_AXES, Rope
+from dit_accel.adapters.rope_axes import scaled_thirds
 
 COSMOS_7B = Family(
     name="cosmos-1-7b",
@@ -49,6 +51,16 @@ COSMOS_PREDICT2_2B = replace(
     num_inference_steps=35,
     config={"attention_head_dim": 128, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None},
 )
+
+
+def cosmos_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return the sizes of Cosmos 1's learned table; without one, the longest for all, as one range serves them."""
+    most, patches = config.get("max_size", (128, 240, 240)), config.get("patch_size", (1, 2, 2))
+    sizes = [size // patch for size, patch in zip(most, patches, strict=True)]
+    if not config.get("extra_pos_embed_type", "learnable"):
+        sizes = [max(sizes)] * 3
+    return dict(zip(VISUAL_AXES, sizes, strict=True))
+
 
 COSMOS = Adapter(
     name="cosmos",

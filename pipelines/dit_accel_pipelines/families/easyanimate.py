@@ -6,8 +6,9 @@ from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import eighths
 from dit_accel.adapters.sizes import read_sizes
+
+from .cogvideox import eighths
 
 EASYANIMATE_12B = Family(
     name="easyanimate-5.1-12b",

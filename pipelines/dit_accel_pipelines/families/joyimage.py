@@ -1,6 +1,7 @@
 """JoyImage Edit and Edit Plus: the image, then reference images, padding and text."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -34,44 +35,31 @@ def first_of_list(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 joy_sizes = partial(read_sizes, head_dim=None, width="hidden_size", mlp_ratio="mlp_width_ratio")
 """Reads the sizes, by the names of the published code."""
 
+RESCALES = {"JoyImage*": "it rescales the guided prediction to the conditional one's norm"}
+ROPE = Rope(
+    method="get_rotary_pos_embed",
+    form="theta",
+    parts=("theta",),
+    axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
+)
+
 JOY_IMAGE_EDIT = Adapter(
     name="joyimage-edit",
     transformers=("JoyImageEditTransformer3DModel",),
-    guidance=Guidance(
-        in_turn=("JoyImageEditPipeline",),
-        rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"},
-    ),
+    guidance=Guidance(in_turn=("JoyImageEditPipeline",), rescales=RESCALES),
     self_attention=("double_blocks.*.attn",),
     blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=joy_sizes,
     grid=items_grid,
     joined_text="text is packed behind references and padding for the prompt",
     refused=IMAGE_REFUSED,
-    rope=Rope(
-        method="get_rotary_pos_embed",
-        form="theta",
-        parts=("theta",),
-        axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
-    ),
+    rope=ROPE,
 )
-JOY_IMAGE_EDIT_PLUS = Adapter(
+JOY_IMAGE_EDIT_PLUS = replace(
+    JOY_IMAGE_EDIT,
     name="joyimage-edit-plus",
     transformers=("JoyImageEditPlusTransformer3DModel",),
-    guidance=Guidance(
-        together=("JoyImageEditPlusPipeline",),
-        rows={"shape_list": "each"},
-        rescales={"JoyImage*": "it rescales the guided prediction to the conditional one's norm"},
-    ),
-    self_attention=("double_blocks.*.attn",),
-    blocks=(BlockList(pattern="double_blocks.*", takes=JOINT, gives=(0, 1)),),
-    sizes=joy_sizes,
+    guidance=Guidance(together=("JoyImageEditPlusPipeline",), rows={"shape_list": "each"}, rescales=RESCALES),
     grid=first_of_list,
-    joined_text="text is packed behind references and padding for the prompt",
-    refused=IMAGE_REFUSED,
-    rope=Rope(
-        method="_get_rotary_pos_embed_for_range",
-        form="theta",
-        parts=("config.theta",),
-        axes=by_config("rope_dim_list", ("image", "height", "width"), 256.0, theta_key="theta"),
-    ),
+    rope=replace(ROPE, method="_get_rotary_pos_embed_for_range", parts=("config.theta",)),
 )

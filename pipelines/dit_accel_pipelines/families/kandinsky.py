@@ -60,6 +60,15 @@ kandinsky_sizes = partial(
 )
 """Reads the sizes, by the names of the published code."""
 
+ROPE = Rope(
+    owner="visual_rope_embeddings",
+    form="angles",
+    values="matrix",
+    parts=("args_0", "args_1", "args_2"),
+    axes=by_config("axes_dims", VISUAL_AXES, 10000.0),
+    max_positions=fixed_lengths(frames=128, height=128, width=128),
+)
+
 KANDINSKY5 = Adapter(
     name="kandinsky-5",
     transformers=("Kandinsky5Transformer3DModel",),
@@ -70,14 +79,7 @@ KANDINSKY5 = Adapter(
     self_attention=("visual_transformer_blocks.*.self_attention",),
     sizes=kandinsky_sizes,
     grid=partial(latents_grid, frames_axis=1, channels_last=True),
-    rope=Rope(
-        owner="visual_rope_embeddings",
-        form="angles",
-        values="matrix",
-        parts=("args_0", "args_1", "args_2"),
-        axes=by_config("axes_dims", VISUAL_AXES, 10000.0),
-        max_positions=fixed_lengths(frames=128, height=128, width=128),
-    ),
+    rope=ROPE,
     families=(KANDINSKY5_LITE, KANDINSKY5_PRO),
 )
 KANDINSKY6 = Adapter(
@@ -88,13 +90,6 @@ KANDINSKY6 = Adapter(
     blocks=(BlockList(pattern="visual_transformer_blocks.*", takes=("vis", "aud"), gives=(0, 1), joined=True),),
     sizes=kandinsky_sizes,
     grid=frames_before_reference,
-    rope=Rope(
-        owner="visual_rope_embeddings",
-        form="angles",
-        values="matrix",
-        parts=("angles_0", "angles_1", "angles_2"),
-        axes=by_config("axes_dims", VISUAL_AXES, 10000.0),
-        max_positions=fixed_lengths(frames=128, height=128, width=128),
-    ),
+    rope=replace(ROPE, parts=("angles_0", "angles_1", "angles_2")),
     families=(KANDINSKY6_PRO,),
 )

@@ -9,8 +9,7 @@ from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.position_ids import last_video, read_once
-from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import fractions
+from dit_accel.adapters.rope import VISUAL_AXES, Axis, Rope
 from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
@@ -86,6 +85,17 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     time = time.view(len(video), -1, len(block.scale_shift_table), video.shape[-1])
     shift, scale = (block.scale_shift_table + time).unbind(2)[:2]
     return block.norm1(video) * (1 + scale) + shift
+
+
+def fractions(config: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """Return LTX's axes, of coordinates in quarter turns that run from -1 to 1 over 20 seconds or 2,048 pixels.
+
+    Frequency j of n is theta^(j / (n - 1)); they are laid over all heads together.
+    """
+    count = config["num_attention_heads"] * config["attention_head_dim"] // 6
+    exponents = tuple(-j / (count - 1) for j in range(count))
+    theta = float(config.get("rope_theta", 10000.0))
+    return tuple(Axis(name=name, channels=2 * count, theta=theta, exponents=exponents) for name in VISUAL_AXES)
 
 
 LTX = Adapter(

@@ -10,10 +10,9 @@ from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import fractions
 from dit_accel.adapters.sizes import read_sizes
 
-from .ltx import packed_grid
+from .ltx import fractions, packed_grid
 from .perturbation import with_perturbation
 
 LTX2_19B = Family(

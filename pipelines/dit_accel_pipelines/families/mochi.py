@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
-from dit_accel.adapters.rope import Rope
-from dit_accel.adapters.rope_axes import learned
+from dit_accel.adapters.rope import VISUAL_AXES, Axis, Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .perturbation import with_perturbation
@@ -38,6 +37,11 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     time, _ = transformer.time_embed(inputs["timestep"], text, mask, hidden_dtype=latents.dtype)
     frames = transformer.patch_embed(latents.transpose(1, 2).flatten(0, 1))
     return transformer.transformer_blocks[0].norm1(frames.unflatten(0, (len(latents), -1)).flatten(1, 2), time)[0]
+
+
+def learned(config: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """Return Mochi's axes: each rotates all channels, their angles add up."""
+    return tuple(Axis(name=name, channels=config["attention_head_dim"], theta=None) for name in VISUAL_AXES)
 
 
 MOCHI = Adapter(

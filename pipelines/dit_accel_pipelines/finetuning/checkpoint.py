@@ -68,11 +68,7 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
 
 
 def check_output(recipe: FineTuning) -> None:
-    """Refuse an output folder that another training has been written to, or that holds none to go on from.
-
-    Raises:
-        ConfigError: as told.
-    """
+    """Raise `ConfigError` for an output that another training was written to, or that holds none to go on from."""
     output = recipe.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder")

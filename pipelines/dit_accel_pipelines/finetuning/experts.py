@@ -16,11 +16,7 @@ EXPERTS = {"high": "transformer", "low": SECOND}
 
 
 def check_expert(expert: Expert | None, files: ModelFiles) -> None:
-    """Refuse an expert where the model has one transformer, and none where it has two.
-
-    Raises:
-        ConfigError: as told.
-    """
+    """Raise `ConfigError` for an expert where the model has one transformer, and for none where it has two."""
     boundary = files.index.get("boundary_ratio")
     if not files.has(SECOND):
         if expert is not None:

@@ -14,11 +14,12 @@ from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, did_you_mean
-from dit_accel.estimate.sizes import check_fits, check_multiple, pixel_multiples, rounded_frames, token_layout
+from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames, token_layout
 from dit_accel.methods.base import Place
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import handler_of
 
+from ..generation.memory import check_fits
 from ..generation.request import EMBEDDED, Dtype, NamesModel
 from .experts import EXPERTS, Expert, check_expert
 

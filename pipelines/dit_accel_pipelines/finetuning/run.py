@@ -183,11 +183,7 @@ def _existing(recipe: FineTuning) -> Path | None:
 
 
 def _spread(transformer: Any, degree: int) -> None:
-    """Let each group of processes, which are neighbours, share its clips' tokens and heads.
-
-    Raises:
-        ConfigError: if diffusers can't do that here.
-    """
+    """Let each group of processes, which are neighbours, share its clips' tokens and heads."""
     try:
         enable_ulysses(transformer, degree)
     except (RuntimeError, ValueError) as error:

@@ -37,13 +37,7 @@ class Sampler:
         self._texts = [trainable.text(pipe, prompt) for prompt in (NO_CAPTION, *self._prompts)]
 
     def write(self, step: int, stages: Stages, *, first: bool) -> None:
-        """Make the sheet of a step; of several processes that run it together the first one writes.
-
-        Args:
-            step: steps done, the sheet's name.
-            stages: progress bars.
-            first: whether this process writes.
-        """
+        """Make the sheet of so many steps done; of several processes that run it together the first one writes."""
         stages.stage(f"samples of step {step}", len(self._prompts))
         videos = []
         for number in range(len(self._prompts)):

@@ -165,11 +165,7 @@ class Trainer:
             gradient.copy_(part.view_as(gradient))
 
     def _look(self, attachment: Any) -> None:
-        """Note how dense attention is in the first forward, and refuse methods that leave it as it is in training.
-
-        Raises:
-            ConfigError: as told.
-        """
+        """Note how dense attention is in the first forward, and refuse methods that leave it as it is in training."""
         report: dit_accel.Report | None = attachment.report() if attachment is not None else None
         self.density = 1.0 if report is None else report.density
         names = [one.name for one in self.recipe.methods if Place.ATTENTION in handler_of(one).places]

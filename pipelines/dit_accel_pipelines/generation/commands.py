@@ -1,8 +1,9 @@
 """The commands `generate` and `describe` of the command line."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,58 +12,76 @@ from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
 
-from .options import RUN, Backend, Device, Dtype, Guidance, Json, Model, Offload, Pixels, Quiet, Seed
+from .options import (
+    RUN,
+    Backend,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Model,
+    Offload,
+    Pixels,
+    Quiet,
+    Seed,
+    fields_of,
+    require_one_document,
+    with_option_fields,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from .generate import Written
 
 
-def generate_video(
-    prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """What `generate` is given; most are the request's own fields."""
+
+    prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None,
-    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None,
+    ] = None
+    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None
+    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write: .mp4, .gif or .png.", metavar="FILE")
-    ] = Path("out.mp4"),
-    model: Model = None,
-    height: Pixels = None,
-    width: Pixels = None,
-    num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    ] = Path("out.mp4")
+    model: Model = None
+    height: Pixels = None
+    width: Pixels = None
+    num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     solver: Annotated[
         str | None, typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME")
-    ] = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
-    same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False,
+    ] = None
+    guidance_scale: Guidance = None
+    seed: Seed = 0
+    same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep outputs that an earlier run of the same request wrote.")
-    ] = False,
+    ] = False
     fps: Annotated[
         float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
-    ] = None,
-    scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1,
+    ] = None
+    scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1
     lora: Annotated[
         str | None, typer.Option(help="A LoRA: a file, its folder, or a hub id.", metavar="FILE|FOLDER|ID")
-    ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    offload: Offload = "none",
+    ] = None
+    dtype: Dtype = None
+    device: Device = None
+    offload: Offload = "none"
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
-    ] = False,
-    ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1,
-    backend: Backend = "auto",
-    quiet: Quiet = False,
-    json: Json = False,
-    *,
-    methods: MethodList,
-    run: RunTable,
-) -> None:
+    ] = False
+    ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1
+    backend: Backend = "auto"
+    quiet: Quiet = False
+    json: Json = False
+
+
+@with_option_fields
+def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTable) -> None:
     """Generate a video (or image), with methods attached.
 
     Writes the file, and FILE.json beside it: all that is needed to repeat
@@ -94,53 +113,29 @@ def generate_video(
     from .progress import Stages
     from .request import Request, read_prompts
 
-    if (prompt is None) == (prompt_file is None):
+    prompt, file = options.prompt, options.prompt_file
+    if (prompt is None) == (file is None):
         got = "neither" if prompt is None else "both"
         raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
-    process = started_process(together=ulysses)
+    process = started_process(together=options.ulysses)
     many = process.count > 1
-    if many and json:
-        raise ConfigError(
-            f"--json prints one document, and {process.count} processes would print as many; leave it out, and read "
-            "the side-cars that lie beside the outputs"
-        )
-    request = Request(
-        prompts=(prompt,) if prompt is not None else read_prompts(cast(Path, prompt_file)),
-        output=output,
-        negative_prompt=negative_prompt,
-        image=image,
-        video=video,
-        model=model,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        num_inference_steps=run.get("num_inference_steps") if num_inference_steps is None else num_inference_steps,
-        solver=solver or run.get("solver"),
-        flow_shift=None if solver else run.get("flow_shift"),
-        guidance_scale=run.get("guidance_scale") if guidance_scale is None else guidance_scale,
-        seed=seed,
-        same_seed=same_seed,
-        dtype=cast(Any, dtype),
-        device=device,
-        offload=cast(Any, offload),
-        compile=compile,
-        fps=fps,
-        scale=scale,
-        lora=lora,
-        methods=tuple(methods),
-        backend=cast(Any, backend),
-    )
+    require_one_document(options.json, process.count)
+    given = fields_of(Request, options)
+    given |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if given[name] is None}
+    given |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
+    prompts = (prompt,) if prompt is not None else read_prompts(cast(Path, file))
+    request = Request(prompts=prompts, methods=tuple(methods), **given)
     if len(request.prompts) > 1:
         keeps("outputs that were made are whole, and the same command with --resume makes the others")
-    with Stages(quiet=quiet, silent=process.rank > 0) as stages:
+    with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
-        written = generate(request, stages=stages, command=sys.argv, process=process, resume=resume, **shown)
-    if json:
+        written = generate(request, stages=stages, command=sys.argv, process=process, resume=options.resume, **shown)
+    if options.json:
         print_json([one.record for one in written])
         return
     for one in () if many else written:
         print(one.record["output"])
-        if not quiet:
+        if not options.quiet:
             _print_written(one)
 
 

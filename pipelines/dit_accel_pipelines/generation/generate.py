@@ -20,7 +20,6 @@ from dit_accel.methods.config import MethodConfig
 
 from ..processes.parallel import ALONE, Group, check_transformer, joined
 from ..processes.processes import Process
-from .generation import Generation
 from .larger import prepare_larger
 from .loading import compile_blocks, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, write_media
@@ -29,7 +28,7 @@ from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Backend, Request, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
-from .side_car import side_car
+from .side_car import Generation, side_car
 from .solvers import make_scheduler
 from .threads import one_thread
 from .timing import timed_steps
@@ -136,11 +135,7 @@ def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
 
 
 def _check_spread(request: Request, family: Family | None, degree: int) -> None:
-    """Refuse a settled request whose model or sizes so many processes can't share, before its weights are loaded.
-
-    Raises:
-        ConfigError: if the model can't be split, or its output has tokens that can't be dealt out evenly.
-    """
+    """Refuse a settled request whose model or sizes so many processes can't share, before its weights are loaded."""
     import diffusers
 
     config = read_model_files(request.source).transformer
@@ -256,12 +251,8 @@ def run(
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
         frames = frames_of(pipe(**arguments, generator=generator, output_type="np"))
-    return Generation(
-        prompt=prompt,
-        frames=frames,
-        timings=timings,
-        report=attachment.report() if attachment is not None else None,
-    )
+    report = attachment.report() if attachment is not None else None
+    return Generation(prompt=prompt, frames=frames, timings=timings, report=report)
 
 
 def _resolved(request: Request, pipe: Any) -> Request:

@@ -15,11 +15,7 @@ SECOND = "transformer_2"
 
 
 def require_peft() -> None:
-    """Refuse to go on without peft.
-
-    Raises:
-        MissingBackend: if it is not installed.
-    """
+    """Raise `MissingBackend` without peft."""
     try:
         import peft  # noqa: F401
     except ImportError:
@@ -83,11 +79,9 @@ def load_lora(pipe: Any, name: str) -> None:
         found |= {f"{component}.{module}" for module, layer in named if getattr(layer, "lora_A", None)}
     lost = sorted(requested - found)
     if lost or not found:
-        what = (
-            f"{len(lost)} of its {len(requested)} layers, such as {lost[0]}, are not there"
-            if lost
-            else "it has no layer"
-        )
+        what = "it has no layer"
+        if lost:
+            what = f"{len(lost)} of its {len(requested)} layers, such as {lost[0]}, are not there"
         raise ConfigError(f"the LoRA {name} does not fit {type(pipe).__name__}: {what}; give another")
 
 

@@ -1,8 +1,11 @@
-"""The most memory that a run took, on the host and on the accelerator."""
+"""The most memory that a run took, on the host and on the accelerator, and outputs that no memory holds."""
 
+import os
 import platform
 import resource
 from pathlib import Path
+
+from dit_accel.errors import ConfigError
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _PEAK = "5"
@@ -43,3 +46,21 @@ def _resident() -> int:
             return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_fits(*, height: int, width: int, num_frames: int) -> None:
+    """Raise `ConfigError` for an output whose pixels alone, as 32-bit numbers, are more than this machine's memory."""
+    taken, there = 12 * height * width * num_frames, _memory()
+    if there is not None and taken > there:
+        raise ConfigError(
+            f"an output of {num_frames:,} frames, {height:,} x {width:,}, takes {taken / 2**30:,.0f} GiB for its "
+            f"pixels alone, and this machine has {there / 2**30:,.0f} GiB of memory; ask for a smaller one"
+        )
+
+
+def _memory() -> int | None:
+    """Return the machine's main memory in bytes, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,8 +1,15 @@
 """Options shared by the commands that run a model: what to run, and where."""
 
-from typing import Annotated
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+from dit_accel.errors import ConfigError
 
 RUN = "Running"
 Model = Annotated[
@@ -40,3 +47,34 @@ Offload = Annotated[
 Backend = Annotated[str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or report.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command whose first parameter is a dataclass of options as one that has an option for each field."""
+    signature = inspect.signature(command, eval_str=True)
+    taken, *others = signature.parameters.values()
+    hints, fields = typing.get_type_hints(taken.annotation, include_extras=True), dataclasses.fields(taken.annotation)
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> Any:
+        options = taken.annotation(**{field.name: arguments.pop(field.name) for field in fields})
+        return command(options, **arguments)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(one.name, kind, default=one.default, annotation=hints[one.name]) for one in fields]
+    run.__signature__ = signature.replace(parameters=[*options, *others])  # type: ignore[attr-defined]
+    return run
+
+
+def require_one_document(json: bool, count: int) -> None:
+    """Raise `ConfigError` if several processes would print JSON."""
+    if json and count > 1:
+        raise ConfigError(
+            f"--json prints one document, and {count} processes would print as many; leave it out, and read what lies "
+            "beside the outputs"
+        )
+
+
+def fields_of(target: type[Any], options: Any) -> dict[str, Any]:
+    """Return the options of whose names a dataclass has fields."""
+    return {one.name: getattr(options, one.name) for one in dataclasses.fields(target) if hasattr(options, one.name)}

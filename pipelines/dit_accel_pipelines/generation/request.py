@@ -10,26 +10,19 @@ import dit_accel_assets
 from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Family
-from dit_accel.adapters.model_files import ModelFiles, read_model_files
-from dit_accel.adapters.model_names import model_source
+from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.adapters.rope import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
-from dit_accel.estimate.sizes import (
-    check_fits,
-    check_multiple,
-    check_steps,
-    pixel_multiples,
-    rounded_frames,
-    token_layout,
-)
+from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.config import MethodConfig
 
 from .lora import check_lora
 from .media import check_output, read_image, read_video
+from .memory import check_fits
 from .pipeline_call import PICTURES, PipelineCall, pipeline_class
 from .solvers import check_solver
 
@@ -266,11 +259,7 @@ def settle(request: Request) -> Settled:
 
 
 def read_pictures(request: Request) -> dict[str, Any]:
-    """Read the files that a request starts from: ``image``, a PIL image; ``video``, a list of them.
-
-    Raises:
-        ConfigError: if a file can't be read.
-    """
+    """Read the files that a request starts from: ``image``, a PIL image; ``video``, a list of them."""
     pictures: dict[str, Any] = {}
     if request.image is not None:
         pictures["image"] = read_image(request.image)
@@ -313,11 +302,7 @@ def check_words(prompt: str, embedded: str) -> None:
 
 
 def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
-    """Return warnings of a size beyond the trained one.
-
-    Raises:
-        ConfigError: for a size beyond the model's tables of positions.
-    """
+    """Return warnings of a size beyond the trained one."""
     frames = family.num_frames if request.num_frames is None else request.num_frames
     layout = token_layout(
         family, height=request.height or family.height, width=request.width or family.width, num_frames=frames

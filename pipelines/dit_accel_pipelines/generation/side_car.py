@@ -2,15 +2,35 @@
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .generation import Generation
+import dit_accel
+
+from .media import Frames
 from .memory import peak_memory
 from .request import EMBEDDED, Request
+from .timing import Timings
 
 LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
+
+AS_ASKED = (
+    "solver", "flow_shift", "guidance_scale", "seed", "dtype", "device", "offload", "compile", "scale", "lora",
+    "backend",
+)  # fmt: skip
+"""What a side-car says as the settled request does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One generated video: frames uint8 [F, height, width, 3], how long it took, and the attachment's report."""
+
+    prompt: str
+    frames: Frames
+    timings: Timings
+    report: dit_accel.Report | None
 
 
 def side_car(
@@ -38,19 +58,9 @@ def side_car(
         "width": width,
         "num_frames": frames,
         "num_inference_steps": len(timings.steps),
-        "solver": request.solver,
-        "flow_shift": request.flow_shift,
-        "guidance_scale": request.guidance_scale,
-        "seed": request.seed,
-        "dtype": request.dtype,
-        "device": request.device,
-        "offload": request.offload,
-        "compile": request.compile,
+        **{name: getattr(request, name) for name in AS_ASKED},
         "fps": request.output_fps,
-        "scale": request.scale,
-        "lora": request.lora,
         "methods": {method.name: method.to_dict() for method in request.methods},
-        "backend": request.backend,
         "command": list(command),
         "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
         "seconds": {

@@ -28,11 +28,7 @@ LEAST_SIGNAL = 2.0**-24
 
 
 def check_solver(solver: str) -> None:
-    """Refuse an unknown solver, with the nearest that is known.
-
-    Raises:
-        ConfigError: for one that is not in `SOLVERS`.
-    """
+    """Raise `ConfigError` for an unknown solver, with the nearest that is known."""
     if solver not in SOLVERS:
         raise ConfigError(f"there is no solver {solver!r}; {did_you_mean(solver, SOLVERS)}")
 
@@ -108,13 +104,8 @@ def _schedule(shipped: Any, name: str) -> dict[str, Any]:
     if is_flow(config):
         shift = shift_of(shipped)
         kept = {key: config[key] for key in DYNAMIC if key in config}
-        return {
-            **kept,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": shift,
-            "shift": shift,
-        }
+        kept |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        return {**kept, "flow_shift": shift, "shift": shift}
     if not is_of_betas(config):
         raise ConfigError(
             f"{type(shipped).__name__} has neither a noise shift nor betas, so {name} can't take its place; leave it "

@@ -66,9 +66,8 @@ def ulysses_mesh(degree: int) -> Any:
             f"them with torchrun --nproc-per-node {degree}"
         )
     check_processes(dist.get_world_size(), degree)
-    kind = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
-        "cpu"
-    )
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = there or torch.device("cpu")
     shape = (dist.get_world_size() // degree, 1, degree)
     mesh = dist.device_mesh.init_device_mesh(kind.type, shape, mesh_dim_names=("groups", "ring", "ulysses"))
     mesh["ring", "ulysses"]._flatten()  # else diffusers does, in each group when it comes to it, and waits for all
@@ -76,19 +75,12 @@ def ulysses_mesh(degree: int) -> Any:
 
 
 def check_processes(count: int, degree: int) -> None:
-    """Refuse a number of processes that a degree does not divide into groups.
-
-    Raises:
-        ConfigError: for such a number, or a degree below 1.
-    """
+    """Raise `ConfigError` for a number of processes that a degree does not divide into groups, or a degree below 1."""
     if degree < 1:
         raise ConfigError(f"ulysses must be 1 or more processes, got {degree}")
     if count % degree:
-        text = (
-            f"does not divide the {count} processes that were started"
-            if count > 1
-            else "takes as many processes, got 1"
-        )
+        started = f"does not divide the {count} processes that were started"
+        text = started if count > 1 else "takes as many processes, got 1"
         raise ConfigError(
             f"ulysses = {degree} {text}; start a multiple of it, such as torchrun --nproc-per-node {degree}, or choose "
             "another"

@@ -15,7 +15,6 @@ from ....errors import ConfigError
 from ....plan.call import Call
 from ....plan.context import CallContext, Key, StepContext
 from ....plan.layout import TokenLayout
-from ....plan.masks import is_key_padding
 from ....plan.plan import AttentionPlan
 from ....plan.tiling import full_lists_bytes, pinned_bytes
 from ....rules.steps import whole_steps
@@ -129,11 +128,11 @@ class LiteHandler(SparseHandler):
 
     def _record(self, plan: AttentionPlan, tiles: TileLists, call: Call, context: CallContext) -> None:
         """With a target density, record the scores of a call that begins anew, and choose the tiles of the next."""
-        settings, mask, order = self.settings, call.mask, plan.token_order
+        settings, order = self.settings, plan.token_order
         if settings.target_density is None or context.repeated:
             return
         state = self._state(tiles, order, context)
-        if state.calls > 1 or (mask is not None and not is_key_padding(mask, call.q, call.k)):
+        if state.calls > 1 or not call.hides_keys:
             return
         assert state.calibrator is not None
         scores = recorded_scores(plan, call)

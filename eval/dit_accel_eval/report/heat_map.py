@@ -1,34 +1,35 @@
-"""The report's picture: kept share of every step, layer and head, and which steps ran. Loads matplotlib when called.
+"""A generation's report drawn: kept share of every step, layer and head, and which steps ran; a PNG or HTML.
 
-Reports are read by their fields alone, so that the report may import this file.
+`Report.plot` and notebooks find it by the entry points of ``dit_accel.drawings``. It loads matplotlib when called.
 """
 
+import base64
 import importlib.util
 import io
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, MissingBackend
-from ..files import written_whole
+from dit_accel.errors import ConfigError, MissingBackend
+from dit_accel.files import written_whole
+from dit_accel.report.report import Report
+from dit_accel.report.sections import Section, Strip
 
 DENSE, NOT_RUN = "0.82", "1.0"
 """Greys of attention calls that stayed dense and of steps that did not run."""
+
+_COLUMNS = ("transformer", "step", "branch", "dense", "planned", "density", "pooled")
 
 RAN, VALUE = "#3b528b", "#d95f02"
 """Colours of steps that a cache computed, and of what decided."""
 
 
-def write_heat_map(report: Any, path: Path) -> None:
+def write_heat_map(report: Report, path: Path) -> None:
     """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch.
 
     Below it, or alone where all attention was dense, the steps that a cache computed and those it skipped.
-
-    Raises:
-        ConfigError: if nothing followed a plan and no step was a cache's to skip, or the path is not a .png in
-            an existing folder.
-        MissingBackend: without matplotlib.
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report().plot writes a PNG, got {path}; end the name in .png")
@@ -46,7 +47,7 @@ def write_heat_map(report: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=110)
 
 
-def heat_map_png(report: Any, dpi: int = 80) -> bytes | None:
+def heat_map_png(report: Report, dpi: int = 80) -> bytes | None:
     """Return the heat map as the bytes of a PNG; None where there is nothing to show, or no matplotlib."""
     if not _has_content(report) or importlib.util.find_spec("matplotlib") is None:
         return None
@@ -55,11 +56,11 @@ def heat_map_png(report: Any, dpi: int = 80) -> bytes | None:
     return image.getvalue()
 
 
-def _has_content(report: Any) -> bool:
+def _has_content(report: Report) -> bool:
     return bool(report.calls) or any(section.strips for section in report.sections)
 
 
-def kept_shares(report: Any, transformer: str, branch: str) -> tuple[np.ndarray, np.ndarray]:
+def kept_shares(report: Report, transformer: str, branch: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the kept share [layers x heads, steps] of one transformer and branch, and which calls were dense.
 
     Shares are NaN where nothing followed a plan; the second array is bool, of the same shape. Where no selection chose
@@ -79,13 +80,13 @@ def kept_shares(report: Any, transformer: str, branch: str) -> tuple[np.ndarray,
     return shares.reshape(layers * heads, steps), dense.reshape(layers * heads, steps)
 
 
-def _steps(report: Any) -> int:
+def _steps(report: Report) -> int:
     """Return the steps of the run, skipped ones included."""
     skipped = [step for section in report.sections for strip in section.strips for step in strip.steps]
     return max([*skipped, *(step.step_index for step in report.steps)]) + 1
 
 
-def _draw(report: Any) -> Any:
+def _draw(report: Report) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,12 +116,12 @@ def _draw(report: Any) -> Any:
     return figure
 
 
-def _forwards(report: Any, sections: list[Any]) -> list[Any]:
+def _forwards(report: Report, sections: list[Section]) -> list[Any]:
     """Return all that has a transformer and a branch of its own."""
     return [*report.steps, *(strip for section in sections for strip in section.strips)]
 
 
-def _draw_maps(figure: Any, axes: Any, report: Any, panels: list[Any], maps: list[Any]) -> None:
+def _draw_maps(figure: Any, axes: Any, report: Report, panels: list[Any], maps: list[Any]) -> None:
     images, by_head = [], False
     for axis, panel, (shares, dense) in zip(axes, panels, maps, strict=True):
         own = [s.dense_layers + s.sparse_layers for s in report.steps if (s.transformer, s.branch) == panel]
@@ -131,7 +132,7 @@ def _draw_maps(figure: Any, axes: Any, report: Any, panels: list[Any], maps: lis
     figure.colorbar(images[-1], ax=list(axes), label="kept share of the tiles (grey: dense)")
 
 
-def _strip(axis: Any, strip: Any) -> None:
+def _strip(axis: Any, strip: Strip) -> None:
     """Draw the steps that ran as bars, and what decided over its threshold as a line."""
     ran = [step for step, reused in zip(strip.steps, strip.reused, strict=True) if not reused]
     axis.set_facecolor(NOT_RUN)
@@ -164,3 +165,30 @@ def _panel(axis: Any, shares: np.ndarray, dense: np.ndarray, layers: int) -> Any
             axis.axhline(layer - 0.5, color="white", linewidth=0.6)
     axis.yaxis.get_major_locator().set_params(integer=True)
     return image
+
+
+def report_html(report: Report) -> str:
+    """Return a report as one piece of HTML that needs nothing else."""
+    lines = "<br>".join(escape(line) for line in str(report).splitlines())
+    return f"<div><p>{lines}</p>{_table(report)}{_picture(report)}</div>"
+
+
+def _table(report: Report) -> str:
+    if not report.steps:
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    rows = "".join(
+        f"<tr><td>{escape(step.transformer)}</td><td>{step.step_index}</td><td>{escape(step.branch)}</td>"
+        f"<td>{step.dense_layers}</td><td>{step.sparse_layers}</td><td>{step.density:.3f}</td>"
+        f"<td>{step.pooled:.3f}</td></tr>"
+        for step in report.steps
+    )
+    return f"<details><summary>steps</summary><table><tr>{head}</tr>{rows}</table></details>"
+
+
+def _picture(report: Report) -> str:
+    image = heat_map_png(report)
+    if image is None:
+        return ""
+    data = base64.b64encode(image).decode()
+    return f'<img alt="kept share by step and layer" src="data:image/png;base64,{data}">'
