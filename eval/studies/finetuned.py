@@ -21,8 +21,9 @@ from dit_accel_eval.metrics.loops import loop
 from dit_accel_eval.metrics.motion import motion
 from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
-from dit_accel_eval.runs.results import Line, append_line, check_lines, latest, read_lines, write_lines
+from dit_accel_eval.runs.results import Line, append_line, latest, read_lines, write_lines
 from dit_accel_eval.statistics import paired_cell
+from dit_accel_eval.suites.job import check_lines
 from dit_accel_pipelines.finetuning.checkpoint import latest as latest_checkpoint
 from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune

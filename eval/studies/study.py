@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.conditions import processor
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 
 RESULTS = Path(__file__).parents[1] / "results"

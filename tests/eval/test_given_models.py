@@ -13,12 +13,10 @@ from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.report.reproduce import tokens_of
 from dit_accel_eval.runs import given
-from dit_accel_eval.runs.clips import OwnClips
+from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor
 from dit_accel_eval.runs.embedded import EmbeddedModel, settled_call
 from dit_accel_eval.runs.given import GivenModel, check_given, given_weights, local_folder
-from dit_accel_eval.runs.kept import read_kept, run_of
-from dit_accel_eval.runs.machine import Machine, device_name, processor
-from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.runs.results import read_kept, read_lines, run_of
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import read_suite

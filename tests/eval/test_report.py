@@ -18,8 +18,7 @@ from dit_accel_eval.report.lines import read_minimums, read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.players import difference, players_of
 from dit_accel_eval.report.reproduce import suite_text
-from dit_accel_eval.runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
-from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import holm
 from dit_accel_eval.suites.comparison import figures, is_rival, table
 from dit_accel_eval.suites.suite import read_suite

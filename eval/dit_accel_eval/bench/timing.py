@@ -28,8 +28,8 @@ from dit_accel.estimate.estimate import Estimate, estimate
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
+from ..runs.conditions import processor
 from ..runs.counting import Counter, Counts, attended, work
-from ..runs.machine import processor
 from ..runs.results import Line
 from .real_shapes import Inputs, make_model, to_device
 

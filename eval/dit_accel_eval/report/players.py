@@ -10,8 +10,7 @@ from dit_accel_pipelines.generation.media import Frames
 
 from dit_accel import ConfigError
 
-from ..runs.kept import read_kept, reference_of, run_of
-from ..runs.results import Line
+from ..runs.results import Line, read_kept, reference_of, run_of
 from .figures import Report, judged, quantile_clips
 
 AMPLIFIED = 5

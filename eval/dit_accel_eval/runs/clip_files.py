@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.metric import Clip
-from .kept import strip_frames
+from .results import strip_frames
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")

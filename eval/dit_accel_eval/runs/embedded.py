@@ -1,4 +1,4 @@
-"""The embedded models as the suites run them, with their held-out prompts."""
+"""The embedded models as the suites run them, by their names."""
 
 import functools
 import hashlib
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from dit_accel_assets import model_defaults, model_names, model_path
+from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import check_words
@@ -15,8 +15,11 @@ from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.errors import did_you_mean
 
-from .clips import HeldOutClips, OwnClips
+from .conditions import HeldOutClips, OwnClips
 from .model import SuiteModel
+
+FIRST_PROMPT = 64
+"""Number of the first held-out prompt that tuning may look at; the suites evaluate those below it."""
 
 
 class EmbeddedModel(SuiteModel):
@@ -83,3 +86,8 @@ def settled_call(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"a suite's call of {name} takes no {key!r}; {did_you_mean(key, known)}")
     defaults = {key: value for key, value in model_defaults(name).items() if key in known}
     return {**defaults, **given}
+
+
+def embedded_prompts(name: str, count: int = 2) -> tuple[str, ...]:
+    """Return prompts that an embedded model knows, none of those that the suites evaluate."""
+    return tuple(held_out_prompts(name, FIRST_PROMPT + count)[FIRST_PROMPT:])

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from dit_accel_pipelines.generation.loading import load_pipeline, pick_device
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from dit_accel_pipelines.generation.request import Dtype
+from dit_accel_pipelines.generation.request import Dtype, Request
 from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
@@ -19,11 +20,8 @@ from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.model_names import model_source
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
-from .clips import OwnClips
-from .machine import Machine
-from .model import SuiteModel
-from .request import tuning_request
-from .schedulers import shipped_scheduler
+from .conditions import Machine, OwnClips
+from .model import SuiteModel, shipped_scheduler
 
 SIZES = ("height", "width", "num_frames")
 GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")
@@ -155,3 +153,12 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
+
+
+def tuning_request(**options: Any) -> Request:
+    """Return a generation request that writes nothing; the options are `Request`'s.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+    return Request(output=Path(tempfile.gettempdir()) / "unused.mp4", **options)

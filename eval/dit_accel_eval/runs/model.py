@@ -1,8 +1,9 @@
-"""A model as the suites run it: its pipeline, the call of a clip, and what a run made and cost."""
+"""A model as the suites run it: its pipeline and schedulers, the call of a clip, and what a run made and cost."""
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,25 @@ from dit_accel_pipelines.generation.generate import attached
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
+from dit_accel_pipelines.generation.solvers import SOLVERS, make_scheduler, scheduler_like
 from dit_accel_pipelines.generation.timing import Timings, timed_steps
 
-from dit_accel import ConfigError
+from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.model_files import read_config
+from dit_accel.errors import did_you_mean
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
-from .clips import Clips
+from .conditions import HeldOutClips, OwnClips
 from .counting import Counter, Counts, attended, density_map, own_share
-from .schedulers import scheduler_of
 
 DIGITS = 4
 """Digits behind the point of seconds."""
+
+OWN = "own"
+"""The solver that stands for the scheduler which a model ships with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +106,7 @@ class SuiteModel:
 
     def __init__(
         self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family,
-        clips: Clips,
+        clips: HeldOutClips | OwnClips,
     ) -> None:  # fmt: skip
         self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
@@ -197,8 +203,6 @@ def check_guided(pipeline: type) -> None:
     Raises:
         ConfigError: with those that do.
     """
-    import inspect
-
     if "guider" not in inspect.signature(pipeline).parameters:
         raise ConfigError(
             f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
@@ -229,3 +233,86 @@ def _frames(out: Any) -> Clip:
     while pictures.ndim > 4:
         pictures = pictures[0]
     return pictures[:1] if name in ("images", "image") else pictures
+
+
+def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not.
+
+    Raises:
+        ConfigError: with the nearest that is known.
+    """
+    taken = check_options("scheduler", name, ())
+    if not {"use_flow_sigmas", "shift", "trained_betas"} & {*taken}:
+        raise ConfigError(
+            f"{name} takes no noise schedule but its own; take, say, UniPCMultistepScheduler or "
+            "FlowMatchHeunDiscreteScheduler"
+        )
+    check_options("scheduler", name, options)
+
+
+def check_options(kind: str, name: str, options: Iterable[str], known: Collection[str] | None = None) -> list[str]:
+    """Refuse a name that is no class of diffusers' of a kind, and an option that the class has not.
+
+    Args:
+        kind: ``scheduler``, ``guider`` or ``cache``, for the message.
+        name: of the class.
+        options: their names.
+        known: what there is; None: all schedulers.
+
+    Returns:
+        The options that the class takes.
+
+    Raises:
+        ConfigError: with the nearest that is known.
+    """
+    import diffusers
+
+    known = [one for one in dir(diffusers) if one.endswith("Scheduler")] if known is None else known
+    if name not in known:
+        raise ConfigError(f"diffusers has no {kind} {name!r}; {did_you_mean(name, known)}")
+    taken = [*inspect.signature(getattr(diffusers, name)).parameters]
+    for option in options:
+        if option not in taken:
+            raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, taken)}")
+    return taken
+
+
+def shipped_scheduler(source: str) -> Any:
+    """Return the scheduler that a model ships with, from its config alone.
+
+    Args:
+        source: folder or hub id.
+
+    Raises:
+        UnsupportedModel: if the config is not found, or diffusers has no such scheduler.
+    """
+    import diffusers
+
+    config = read_config(source, "scheduler/scheduler_config.json")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        raise UnsupportedModel(f"{source} ships with {config.get('_class_name')!r}, which diffusers does not have")
+    return cls.from_config(config)
+
+
+def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
+    """Return a fresh scheduler of the model's own noise schedule.
+
+    Args:
+        shipped: the scheduler that the model ships with.
+        solver: a name of `SOLVERS`, `OWN`, or the class of one of diffusers' schedulers.
+        options: of that class; what is not among them is as in the shipped one's config.
+        flow_shift: another noise shift, of a solver; None: the model's own.
+
+    Raises:
+        ConfigError: for a scheduler that can't take the shipped one's place.
+    """
+    if solver in SOLVERS:
+        return make_scheduler(shipped, solver, flow_shift)
+    if solver != OWN:
+        return scheduler_like(shipped, solver, **options)
+    if flow_shift is not None:
+        raise ConfigError(
+            f"the model's own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out"
+        )
+    return type(shipped).from_config(shipped.config)

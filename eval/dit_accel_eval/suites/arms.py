@@ -1,7 +1,5 @@
 """The arms of a suite: what is attached, how many steps of which solver or scheduler, and which guider."""
 
-import dataclasses
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from dit_accel.methods.caches.native_limits import CONFIGS
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 
-from ..runs.schedulers import OWN, check_scheduler
+from ..runs.model import OWN, check_options, check_scheduler
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
@@ -193,12 +191,7 @@ def _check_guider(table: Mapping[str, Any]) -> None:
 
     name, options = _one_class(table, "guider", "ClassifierFreeGuidance")
     known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != BaseGuidance.__name__]
-    if name not in known:
-        raise ConfigError(f"diffusers has no guider {name!r}; {did_you_mean(name, known)}")
-    taken = [one for one in inspect.signature(getattr(diffusers, name)).parameters]
-    for option in options:
-        if option not in taken:
-            raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, taken)}")
+    check_options("guider", name, options, known)
 
 
 def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
@@ -207,14 +200,10 @@ def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
 
     made = []
     for name, options in tables.items():
-        if name not in CONFIGS:
-            raise ConfigError(f"diffusers has no cache {name!r}; {did_you_mean(name, CONFIGS)}")
+        check_options("cache", name, (), CONFIGS)
         if not isinstance(options, dict):
             raise ConfigError(f"{name} = {options!r} is no table; write {name} = {{}} or options in the braces")
-        known = [one.name for one in dataclasses.fields(getattr(diffusers, name))]
-        for option in options:
-            if option not in known:
-                raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, known)}")
+        check_options("cache", name, options, CONFIGS)
         made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
     return made
 

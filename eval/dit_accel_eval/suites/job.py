@@ -16,12 +16,11 @@ from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
 
+from ..runs.conditions import Machine, OwnClips
 from ..runs.embedded import check_name, settled_call, weights_hash
 from ..runs.given import check_given, given_call, given_weights
-from ..runs.machine import Machine
-from ..runs.model import check_guided
-from ..runs.results import Line, check_clips, check_lines, read_lines, write_lines
-from ..runs.schedulers import scheduler_of, shipped_scheduler
+from ..runs.model import check_guided, scheduler_of, shipped_scheduler
+from ..runs.results import Line, read_lines, write_lines
 from .arms import Arm
 from .comparison import table
 from .judges import JUDGES, Judge
@@ -187,3 +186,57 @@ def _check_kind(job: Job) -> None:
         )
     if check := JUDGES[suite.judge].check:
         check(suite)
+
+
+def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+    """Refuse lines of another model, call, reference or arm than the suite's, by name.
+
+    Args:
+        path: the lines' file.
+        lines: what it holds.
+        expected: key -> what every line must say.
+        arms: arm -> what it runs; lines of other arms are not looked at.
+
+    Raises:
+        ConfigError: for the first line that differs.
+    """
+    for line in lines:
+        for name, value in expected.items():
+            if line.get(name) != value:
+                raise ConfigError(
+                    f"{path} holds results of {name} {line.get(name)!r}, this suite has {value!r}; delete it and run "
+                    "again"
+                )
+        for name, value in arms.get(line["arm"], {}).items():
+            if line.get(name) != value:
+                raise ConfigError(
+                    f"{path} holds results of arm {line['arm']!r} with {name} {line.get(name)!r}, this suite has "
+                    f"{value!r}; rename the arm, or delete its lines"
+                )
+
+
+def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:
+    """Refuse lines of another prompt or seed than their clip has in the suite.
+
+    Args:
+        path: the lines' file.
+        lines: what it holds.
+        own: the suite's own prompts and seeds; None: clips are held-out ones.
+
+    Raises:
+        ConfigError: for the first line that differs.
+    """
+    for line in lines:
+        _check_clip(path, line, own)
+
+
+def _check_clip(path: Path, line: Line, own: OwnClips | None) -> None:
+    clip = line["clip"]
+    here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
+    if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
+        return
+    text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
+    raise ConfigError(
+        f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
+        f"{text}; write its results to another file"
+    )

@@ -17,11 +17,10 @@ from dit_accel import ConfigError
 
 from ..metrics.metric import Clip, Sample
 from ..metrics.registered import metric, scores
+from ..runs.conditions import device_name, processor
 from ..runs.counting import Counts, tokens_of, work, works
-from ..runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
-from ..runs.machine import device_name, processor
 from ..runs.model import Run, SuiteModel
-from ..runs.results import Line
+from ..runs.results import REFERENCE, Line, keep, kept_path, read_kept, reference_of, run_of
 from .arms import Arm
 from .job import Job
 from .reference import Reference

@@ -13,8 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
-from ..runs.budget import Budget, read_budget
-from ..runs.clips import OwnClips
+from ..runs.conditions import Budget, OwnClips, read_budget
 from .arms import Arm, check_kinds, read_arms
 
 SUITE_VERSION = 2

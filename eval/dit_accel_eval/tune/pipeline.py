@@ -21,11 +21,10 @@ from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.toml import to_toml
 
-from ..runs.clips import OwnClips
+from ..runs.conditions import Machine, OwnClips
+from ..runs.embedded import embedded_prompts
 from ..runs.given import check_given
-from ..runs.machine import Machine
-from ..runs.request import embedded_prompts
-from ..runs.schedulers import OWN
+from ..runs.model import OWN
 from ..suites.arms import Arm
 from ..suites.comparison import figures_of
 from ..suites.job import SCALES, Job, call_of
