@@ -85,11 +85,7 @@ def run_suite(
 
 
 def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
-    """Run what a job's file does not hold yet, and show all.
-
-    Raises:
-        Exit: with code 1, where the budget did not hold all.
-    """
+    """Run what a job's file does not hold yet, and show all."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.results import read_lines

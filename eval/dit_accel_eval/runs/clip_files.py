@@ -59,11 +59,7 @@ class ClipFile:
 
 
 def _check_whole(path: Path) -> None:
-    """Refuse a video of which some frames could not be read: the others would be measured as if they were all.
-
-    Raises:
-        ConfigError: with what ffmpeg says of it.
-    """
+    """Refuse a video of which some frames could not be read: the others would be measured as if they were all."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(path), "-f", "null", "-"]

@@ -91,9 +91,6 @@ class Machine:
     Attributes:
         device: torch device; None: the accelerator if there is one.
         offload: which weights wait in main memory, one of `OFFLOADS`.
-
-    Raises:
-        ConfigError: for another offload.
     """
 
     device: str | None = None

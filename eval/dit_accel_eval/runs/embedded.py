@@ -54,11 +54,7 @@ class EmbeddedModel(SuiteModel):
 
 
 def check_name(name: str) -> None:
-    """Refuse a model that is not embedded, with the nearest that is.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
+    """Refuse a model that is not embedded, with the nearest that is."""
     if name not in model_names():
         raise ConfigError(f"{name!r} is no embedded model; {did_you_mean(name, model_names())}")
 

@@ -198,11 +198,7 @@ def guided(pipe: Any, guider: Mapping[str, Mapping[str, Any]]) -> Iterator[None]
 
 
 def check_guided(pipeline: type) -> None:
-    """Refuse a class of pipelines that takes no guider.
-
-    Raises:
-        ConfigError: with those that do.
-    """
+    """Refuse a class of pipelines that takes no guider."""
     if "guider" not in inspect.signature(pipeline).parameters:
         raise ConfigError(
             f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
@@ -236,11 +232,7 @@ def _frames(out: Any) -> Clip:
 
 
 def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not.
-
-    Raises:
-        ConfigError: with the nearest that is known.
-    """
+    """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not."""
     taken = check_options("scheduler", name, ())
     if not {"use_flow_sigmas", "shift", "trained_betas"} & {*taken}:
         raise ConfigError(
@@ -261,9 +253,6 @@ def check_options(kind: str, name: str, options: Iterable[str], known: Collectio
 
     Returns:
         The options that the class takes.
-
-    Raises:
-        ConfigError: with the nearest that is known.
     """
     import diffusers
 

@@ -74,11 +74,7 @@ def _take_off(path: Path, part: bytes) -> None:
 
 @contextlib.contextmanager
 def explained_disk_errors(path: Path) -> Iterator[None]:
-    """Say in one line that a file can't be written.
-
-    Raises:
-        ConfigError: with the system's reason, and what to do.
-    """
+    """Say in one line that a file can't be written."""
     try:
         yield
     except OSError as error:

@@ -94,11 +94,7 @@ def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...
 
 
 def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that are not known, and values of another kind.
-
-    Raises:
-        ConfigError: with the key, and the nearest that is known.
-    """
+    """Refuse keys that are not known, and values of another kind."""
     for key, value in values.items():
         if key not in kinds:
             raise ConfigError(f"{where} has an unknown key {key!r}; {did_you_mean(key, kinds)}")

@@ -135,12 +135,7 @@ def checked(job: Job) -> Iterator[None]:
 
 
 def _check_model(suite: Suite) -> None:
-    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take.
-
-    Raises:
-        ConfigError: for the first of them.
-        UnsupportedModel: for a model that is not found or that no adapter covers.
-    """
+    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take."""
     if suite.embedded:
         check_name(suite.model)
         for prompt in suite.own.prompts if suite.own else ():
@@ -196,9 +191,6 @@ def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping
         lines: what it holds.
         expected: key -> what every line must say.
         arms: arm -> what it runs; lines of other arms are not looked at.
-
-    Raises:
-        ConfigError: for the first line that differs.
     """
     for line in lines:
         for name, value in expected.items():
@@ -222,9 +214,6 @@ def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None
         path: the lines' file.
         lines: what it holds.
         own: the suite's own prompts and seeds; None: clips are held-out ones.
-
-    Raises:
-        ConfigError: for the first line that differs.
     """
     for line in lines:
         _check_clip(path, line, own)

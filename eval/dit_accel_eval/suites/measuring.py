@@ -156,9 +156,6 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
 
     ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about
     this clip, and ``unavailable`` why it could not be measured on this machine.
-
-    Raises:
-        ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
     held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None

@@ -1,52 +1,21 @@
-"""Draws a suite: PSNR over work, dense runs of the best solver as a line.
+"""Draws a suite: PSNR over work, dense runs of the best solver as a line."""
 
-Written by `python -m dit_accel_eval.suites.plots SUITE`.
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_accel_pipelines.generation.solvers import BEST
 
-from dit_accel import ConfigError, DitAccelError
+from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
-from ..runs.results import read_lines
-from .comparison import WORKS, ArmFigures, figures
-from .suite import Suite, read_suite
+from .comparison import WORKS, ArmFigures
 
 MARKS = "osv^"
 """Marks of groups beyond the ten colours."""
 
 DOTS = 80
 """Dots an inch; the pictures are committed, and stay small."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw a suite's results as a PNG; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--results", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suites")
-    parser.add_argument("--out", type=Path, help="PNG; default: docs/<suite>.png")
-    options = parser.parse_args(arguments)
-    try:
-        suite = read_suite(options.suite)
-        lines = options.results or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        arms = figures(suite, read_lines(lines))
-        clips = max((arm.clips for arm in arms), default=suite.clips)
-        draw(arms, title(suite, clips), options.out or Path("docs") / f"{suite.name}.png")
-    except DitAccelError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def title(suite: Suite, clips: int) -> str:
-    """Return what a suite's picture of so many clips is called."""
-    return f"{suite.name}: {suite.model}, {clips} held-out clips"
 
 
 def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
@@ -69,11 +38,7 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
 
 
 def picture(arms: Sequence[ArmFigures], title: str) -> Any:
-    """Return what `draw` writes, as a figure of matplotlib.
-
-    Raises:
-        ConfigError: if there are no arms.
-    """
+    """Return what `draw` writes, as a figure of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -135,7 +100,3 @@ def _series(arm: ArmFigures) -> str:
 
 def _same_work(arm: ArmFigures) -> bool:
     return abs(arm.means["work"] - arm.means["work_real"]) < 1e-6
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -131,11 +131,7 @@ def read_suite(path: Path) -> Suite:
 
 
 def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
-    """Take the prompts and seeds out of a suite's keys; None where there are none of one's own.
-
-    Raises:
-        ConfigError: for two ways of giving prompts, what counts held-out ones beside them, or seeds alone.
-    """
+    """Take the prompts and seeds out of a suite's keys; None where there are none of one's own."""
     file, prompts, seeds = data.pop("prompt_file", None), data.pop("prompts", None), data.pop("seeds", None)
     if file is None and prompts is None:
         if seeds is not None:
