@@ -17,7 +17,7 @@ from ..metrics.sharpness import sharpness
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, markdown_table
 from ..statistics import paired_cell
-from .suite import Suite
+from .suite import Suite, held_arms
 
 STRETCHES = "closeness_by_stretch"
 """What a line calls how near each stretch comes to the prompt."""
@@ -56,17 +56,16 @@ def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's two Markdown tables: a row per arm, and each against the plain arm of its length and steps."""
-    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     heads = (
         "arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
         "repetition RMS | loop | pairs computed | denoising, s"
     )
-    rows = ((name, *_cells(list(clips.values()))) for name, clips in by_arm.items() if clips)
+    rows = ((arm.name, *_cells([*clips.values()])) for arm, clips, _, _ in held_arms(suite, lines, suite.plain))
     against = (
         "arm | against | paired difference of the score, points | of the loop | of the path error, px | "
         "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising"
     )
-    return f"{markdown_table(heads, rows)}\n\n{markdown_table(against, _differences(suite, by_arm))}"
+    return f"{markdown_table(heads, rows)}\n\n{markdown_table(against, _differences(suite, lines))}"
 
 
 def _cells(lines: list[Line]) -> tuple[str, ...]:
@@ -93,13 +92,12 @@ def _cells(lines: list[Line]) -> tuple[str, ...]:
     )
 
 
-def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[Sequence[object]]:
-    for arm in suite.arms:
-        own, plain = by_arm[arm.name], suite.plain(arm)
-        if not own or plain is None:
+def _differences(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
+    for arm, own, plain, others in held_arms(suite, lines, suite.plain):
+        if plain is None:
             continue
 
-        def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = by_arm[plain.name]) -> str:
+        def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = others) -> str:
             return paired_cell(own, others, name, scale=scale, ratio=name == "loop_seconds")
 
         yield (

@@ -1,7 +1,7 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import Budget, OwnClips, read_budget
+from ..runs.results import Line
 from .arms import Arm, check_kinds, read_arms
 
 SUITE_VERSION = 2
@@ -93,6 +94,17 @@ class Suite:
         """Return the arm that differs from another only in having no methods."""
         without = {**arm.to_dict(), "methods": {}}
         return next((other for other in self.arms if other is not arm and other.to_dict() == without), None)
+
+
+def held_arms(
+    suite: Suite, lines: Sequence[Line], rival_of: Callable[[Arm], Arm | None]
+) -> Iterator[tuple[Arm, dict[int, Line], Arm | None, dict[int, Line]]]:
+    """Give each arm that ran with its lines by clip, then the arm that it is held against, if any, with its lines."""
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    for arm in suite.arms:
+        if by_arm[arm.name]:
+            rival = rival_of(arm)
+            yield arm, by_arm[arm.name], rival, by_arm[rival.name] if rival else {}
 
 
 def read_suite(path: Path) -> Suite:
