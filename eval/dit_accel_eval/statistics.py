@@ -29,8 +29,9 @@ class Interval:
     def __str__(self) -> str:
         return f"{self:}"
 
-    def __format__(self, sign: str) -> str:
-        return f"{self.mean:{sign}.2f} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
+    def __format__(self, spec: str) -> str:
+        spec = spec if "." in spec else f"{spec}.2f"  # a sign alone: two digits behind the point
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:

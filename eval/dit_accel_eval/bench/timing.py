@@ -22,14 +22,12 @@ from torch import nn
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.block_lists import block_lists, blocks_of
-from dit_accel.attachment.find import attention_modules
 from dit_accel.estimate.estimate import Estimate, estimate
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..runs.conditions import processor
-from ..runs.counting import Counter, Counts, attended, work
+from ..runs.counting import Counter, Counts, attended, counted_modules, work
 from ..runs.results import Line
 from .real_shapes import Inputs, make_model, to_device
 
@@ -104,11 +102,8 @@ class Clock:
         self._device = device
         self.blocks: list[float] = []
         self.attention: list[float] = []
-        for listed in block_lists(adapter, transformer):
-            for _, block in blocks_of(listed, adapter, transformer):
-                self._watch(block, self.blocks)
-        for _, module, _ in attention_modules(transformer, adapter):
-            self._watch(module, self.attention)
+        for kind, module in counted_modules(transformer, adapter):
+            self._watch(module, getattr(self, kind))
 
     def now(self) -> float:
         """Return the time in seconds, after all that the device has to do."""
@@ -223,10 +218,18 @@ def _warmed(bench: Bench, arm: BenchArm) -> str | None:
 
 
 def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
     bench.counter.take()
     bench.clock.blocks.clear()
     bench.clock.attention.clear()
-    with _silent(), _backend(arm.backend), _attached(bench.transformer, arm.methods) as attachment:
+    nothing = contextlib.nullcontext()
+    backend = attention_backend(arm.backend) if arm.backend else nothing  # not set_attention_backend, which would last
+    with (
+        _silent(),
+        backend,
+        dit_accel.attach(bench.transformer, *arm.methods) if arm.methods else nothing as attachment,
+    ):
         arm.steps += list(_denoise(bench, steps))
         report = attachment.report() if attachment is not None else None
     sizes = dict(height=bench.planned.height, width=bench.planned.width, num_frames=bench.planned.num_frames)
@@ -239,22 +242,17 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
 @torch.no_grad()
 def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     """Run steps as a pipeline without guidance does, and give the seconds of each."""
-    name = bench.adapter.latents
+    name, none = bench.adapter.latents, lambda *args, **kwargs: contextlib.nullcontext()
+    context = getattr(bench.transformer, "cache_context", none)  # a few have none, and timesteps tell
     x, timestep = bench.inputs[name], bench.inputs[bench.adapter.timestep]
     for step in range(steps):
         inputs = {**bench.inputs, name: x, bench.adapter.timestep: timestep * 2 * (1 - step / steps)}
         started = bench.clock.now()
-        with _with_step(bench.transformer, step, steps):
+        with context("cond", step_index=step, num_inference_steps=steps):
             out = bench.transformer(**inputs, return_dict=False)[0]
         yield bench.clock.now() - started
         if out.shape == x.shape:
             x = x - out / steps
-
-
-def _with_step(transformer: Any, step: int, steps: int) -> Any:
-    """Return the context in which a pipeline makes a step; a few transformers have none, and timesteps tell."""
-    context = getattr(transformer, "cache_context", None)
-    return context("cond", step_index=step, num_inference_steps=steps) if context else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -263,26 +261,6 @@ def _silent() -> Iterator[None]:
     with quiet_diffusers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _backend(name: str | None) -> Iterator[None]:
-    if name is None:
-        yield
-        return
-    from diffusers.models.attention_dispatch import attention_backend
-
-    with attention_backend(name):  # set_attention_backend would be the whole process's choice from then on
-        yield
-
-
-@contextlib.contextmanager
-def _attached(transformer: Any, methods: Sequence[MethodConfig]) -> Iterator[Any]:
-    if not methods:
-        yield None
-        return
-    with dit_accel.attach(transformer, *methods) as attachment:
-        yield attachment
 
 
 def _line(bench: Bench, arm: BenchArm, dense: BenchArm, rounds: int) -> Line:

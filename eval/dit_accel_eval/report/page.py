@@ -55,7 +55,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
     from markupsafe import Markup
 
     shown, references, failed = players_of(report, players)
-    first = report.results.lines[0]
+    first, scored = report.results.lines[0], any("score" in arm.means for arm in report.arms)
     about = {
         "prefix": prefix,
         "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
@@ -79,7 +79,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
             for metric, least in report.minimums.items()
         ),
         groups=_groups(report),
-        metrics=_shown(report),
+        metrics={key: words for key, words in ALWAYS.items() if key != "score" or scored},
         further=[name for name in report.further if not name.endswith(WORLD)],
         words_of=words_of,
         better_of=better_of,
@@ -89,7 +89,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         density=density_figure(report),
         verdict=verdict,
         reached=lambda arm: _reached(report, arm),
-        plot=_plot(report),
+        plot=svg_uri(lambda: picture(report.arms, "")),
         frontiers=_frontiers(report),
         heat=_heat(report),
         amplified=AMPLIFIED,
@@ -102,12 +102,6 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         tokens=tokens_of(first),
     )
     return {**about, "text": Markup(text)}  # its values were escaped
-
-
-def _shown(report: Report) -> dict[str, str]:
-    """Return `ALWAYS`, without the score where no arm has one."""
-    scored = any("score" in arm.means for arm in report.arms)
-    return {key: words for key, words in ALWAYS.items() if key != "score" or scored}
 
 
 def _summary(report: Report) -> str:
@@ -138,11 +132,6 @@ def _reached(report: Report, arm: ArmFigures) -> str:
         return "not judged"
     low = [metric for metric in report.minimums if not report.reaches(arm, metric)]
     return f"misses {', '.join(low)}" if low else "reached"
-
-
-def _plot(report: Report) -> str:
-    """Return the plot of PSNR over work as a data URI."""
-    return svg_uri(lambda: picture(report.arms, ""))
 
 
 def _frontiers(report: Report) -> list[str]:

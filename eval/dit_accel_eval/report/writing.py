@@ -143,9 +143,5 @@ def markdown_text(report: Report) -> str:
     parts += [names] if (names := markdown(by_names(report))) else []
     for head, texts in (("Warnings", report.warnings), ("Missed", misses(report))):
         if texts:
-            parts.append("\n".join([f"{head}:", "", *_listed(texts)]))
+            parts.append("\n".join([f"{head}:", "", *(f"- {text}" for text in texts)]))
     return "\n\n".join(parts)
-
-
-def _listed(texts: Sequence[str]) -> list[str]:
-    return [f"- {text}" for text in texts]

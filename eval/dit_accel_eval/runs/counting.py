@@ -5,7 +5,7 @@ counted, whoever skips it.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,8 @@ class Counter:
     def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
         self._ran: dict[str, int] = {"blocks": 0, "attention": 0}
         for transformer in transformers:
-            for listed in block_lists(adapter, transformer):
-                for _, block in blocks_of(listed, adapter, transformer):
-                    self._watch(block, "blocks")
-            for _, module, _ in attention_modules(transformer, adapter):
-                self._watch(module, "attention")
+            for kind, module in counted_modules(transformer, adapter):
+                self._watch(module, kind)
 
     def take(self) -> Counts:
         """Return what ran since the last call of this, and begin anew."""
@@ -68,6 +65,13 @@ class Counter:
             return forward(*args, **kwargs)
 
         module.forward = counted
+
+
+def counted_modules(transformer: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
+    """Give ``blocks`` with each block of a transformer, then ``attention`` with each self-attention."""
+    for listed in block_lists(adapter, transformer):
+        yield from (("blocks", block) for _, block in blocks_of(listed, adapter, transformer))
+    yield from (("attention", module) for _, module, _ in attention_modules(transformer, adapter))
 
 
 def own_share(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> float:
@@ -106,12 +110,9 @@ def attended(
         if calls := step.dense_layers + step.sparse_layers:
             computed = step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes)
             by_step.setdefault(step.step_index, []).append((calls, computed))
+    share = lambda pairs: sum(computed for _, computed in pairs) / sum(calls for calls, _ in pairs)  # noqa: E731
     every = [pairs for step in by_step.values() for pairs in step]
-    return _share(every), {step: _share(pairs) for step, pairs in by_step.items()}
-
-
-def _share(pairs: Sequence[tuple[int, float]]) -> float:
-    return sum(computed for _, computed in pairs) / sum(calls for calls, _ in pairs)
+    return share(every), {step: share(pairs) for step, pairs in by_step.items()}
 
 
 def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, ...], ...]:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")
 """Arguments of a pipeline's call that a suite sets by itself."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 2**24
 
 
 class GivenModel(SuiteModel):
@@ -143,16 +142,8 @@ def _file_hash(path: Path) -> str:
     real = path.resolve()
     if path.is_symlink() and real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
         return real.name
-    found = hashlib.sha256()
-    for chunk in _chunks(real):
-        found.update(chunk)
-    return found.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    with real.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tuning_request(**options: Any) -> Request:

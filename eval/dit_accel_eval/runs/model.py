@@ -14,7 +14,7 @@ from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.solvers import SOLVERS, make_scheduler, scheduler_like
-from dit_accel_pipelines.generation.timing import Timings, timed_steps
+from dit_accel_pipelines.generation.timing import timed_steps
 
 from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters.adapter import Adapter, Family
@@ -165,7 +165,13 @@ class SuiteModel:
             counts=sum(counts, self._counter.take()),
             attended=share,
             seconds=timings.denoise,
-            times=_times(timings),
+            times=Times(
+                threads=torch.get_num_threads(),
+                text=timings.text,
+                denoise=timings.denoise,
+                decode=timings.decode,
+                steps=tuple(timings.steps),
+            ),
             by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
             density=density_map(report, len(counts)),
             memory=peak_memory() if counted else None,
@@ -204,13 +210,6 @@ def check_guided(pipeline: type) -> None:
             f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
             "leave it out, or set guidance_scale in the suite's call"
         )
-
-
-def _times(timings: Timings) -> Times:
-    return Times(
-        threads=torch.get_num_threads(), text=timings.text, denoise=timings.denoise, decode=timings.decode,
-        steps=tuple(timings.steps),
-    )  # fmt: skip
 
 
 def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:

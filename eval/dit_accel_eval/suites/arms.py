@@ -147,7 +147,8 @@ def _check_name(full: str, arm: Arm, where: str) -> None:
             f"are compared with and that is found by its name; call it {dense!r}, or leave it out: what is needed of "
             "them is made by itself"
         )
-    if not arm.is_dense and _is_dense_name(full):
+    solver, _, steps = full.rpartition(" ")
+    if not arm.is_dense and solver == BEST and steps.isdigit():
         raise ConfigError(
             f"{where} is called {full!r}, a name for runs of {BEST} without a method, which other arms are compared "
             "with; give it another name"
@@ -202,8 +203,3 @@ def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
         check_options("cache", name, options, CONFIGS)
         made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
     return made
-
-
-def _is_dense_name(name: str) -> bool:
-    solver, _, steps = name.rpartition(" ")
-    return solver == BEST and steps.isdigit()

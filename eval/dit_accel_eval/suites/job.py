@@ -216,16 +216,12 @@ def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None
         own: the suite's own prompts and seeds; None: clips are held-out ones.
     """
     for line in lines:
-        _check_clip(path, line, own)
-
-
-def _check_clip(path: Path, line: Line, own: OwnClips | None) -> None:
-    clip = line["clip"]
-    here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
-    if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
-        return
-    text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
-    raise ConfigError(
-        f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
-        f"{text}; write its results to another file"
-    )
+        clip = line["clip"]
+        here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
+        if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
+            continue
+        text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
+        raise ConfigError(
+            f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
+            f"{text}; write its results to another file"
+        )

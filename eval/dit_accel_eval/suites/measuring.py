@@ -67,7 +67,20 @@ def line_of(sampled: Sampled) -> Line:
     ``repeated`` has all with their quartiles.
     """
     job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
-    line = {**_about(sampled), **(_judged(sampled, made) if reference is None else _held(sampled, made, reference))}
+    share = sampled.model.own_share
+    line = _about(sampled)
+    if reference is None:
+        assert job.judge is not None
+        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, share)}
+    else:
+        line |= {
+            "reference_steps": reference.steps,
+            "reference_agreement": reference.agreement,
+            **_measured(sampled, made, reference),
+            **works(made.counts, reference.step, made.attended, share),
+            "forwards": made.counts.blocks / reference.step.blocks,
+            **_cost(made, reference.step, share),
+        }
     if len(sampled.runs) > 1:
         line["repeated"] = repeated(sampled.runs)
     if job.frames is not None and reference is not None:
@@ -90,26 +103,6 @@ def repeated(runs: Sequence[Run]) -> dict[str, Any]:
     seconds = [run.seconds for run in runs]
     low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
     return {"seconds": [round(one, DIGITS) for one in seconds], "median": middle, "quartiles": [low, high]}
-
-
-def _held(sampled: Sampled, made: Run, reference: Reference) -> Line:
-    """Return what is said of a run beside its converged one."""
-    share = sampled.model.own_share
-    return {
-        "reference_steps": reference.steps,
-        "reference_agreement": reference.agreement,
-        **_measured(sampled, made, reference),
-        **works(made.counts, reference.step, made.attended, share),
-        "forwards": made.counts.blocks / reference.step.blocks,
-        **_cost(made, reference.step, share),
-    }
-
-
-def _judged(sampled: Sampled, made: Run) -> Line:
-    """Return what is said of a run by itself."""
-    judge = sampled.job.judge
-    assert judge is not None
-    return {**judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
 
 
 def _about(sampled: Sampled) -> Line:

@@ -46,7 +46,8 @@ def picture(arms: Sequence[ArmFigures], title: str) -> Any:
         raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")
     whole = max(arm.clips for arm in arms)
     arms = [arm for arm in arms if arm.clips == whole]  # dense runs that only some clips needed as rivals are left out
-    works = [key for key in WORKS if key == "work_real" or any(not _same_work(arm) for arm in arms)]
+    differ = any(abs(arm.means["work"] - arm.means["work_real"]) >= 1e-6 for arm in arms)
+    works = [key for key in WORKS if key == "work_real" or differ]
     figure = Figure(figsize=(3.5 + 5.5 * len(works), 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -96,7 +97,3 @@ def _series(arm: ArmFigures) -> str:
     """Return an arm's name without its steps."""
     name, _, steps = arm.name.rpartition(" ")
     return name if steps.isdigit() else arm.name
-
-
-def _same_work(arm: ArmFigures) -> bool:
-    return abs(arm.means["work"] - arm.means["work_real"]) < 1e-6

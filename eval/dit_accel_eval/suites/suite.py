@@ -130,12 +130,20 @@ def read_suite(path: Path) -> Suite:
     if missing or not arms:
         or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
         raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}{or_prompts}; add what is missing")
-    _check_numbers(data, path)
+    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
+        if data.get(key, least) < least:
+            raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
+    if data.get("first_clip", 0) < 0:
+        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
     if data.get("judge", "") not in ("", *JUDGES):
         raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
     budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
+    try:
+        metrics = check_names([str(name) for name in data.pop("metrics", [])])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     suite = Suite(
-        **{**data, "metrics": _metrics(data.get("metrics", []), path)}, arms=read_arms(arms, path), own=own,
+        **data, metrics=metrics, arms=read_arms(arms, path), own=own,
         budget=budget, folder=path.parent,
     )  # fmt: skip
     _check_model(suite, path)
@@ -165,14 +173,6 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
         raise ConfigError(f"{path}: {str(error).replace('--prompt-file', 'prompt_file')}") from None
 
 
-def _check_numbers(data: Mapping[str, Any], path: Path) -> None:
-    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
-        if data.get(key, least) < least:
-            raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
-    if data.get("first_clip", 0) < 0:
-        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
-
-
 def _check_model(suite: Suite, path: Path) -> None:
     """Refuse what only embedded models have, and what they have not."""
     if suite.dtype is not None and suite.dtype not in DTYPES:
@@ -183,11 +183,3 @@ def _check_model(suite: Suite, path: Path) -> None:
         raise ConfigError(
             f"{path} has judge = {suite.judge!r}, which knows held-out clips of embedded models alone; leave it out"
         )
-
-
-def _metrics(names: list[Any], path: Path) -> tuple[str, ...]:
-    """Return a suite's metrics, by name."""
-    try:
-        return check_names([str(name) for name in names])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
