@@ -3,11 +3,10 @@
 import math
 import os
 import platform
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from dit_accel_assets import held_out_prompts
@@ -15,9 +14,7 @@ from dit_accel_pipelines.generation.loading import pick_device
 from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
 
 from dit_accel import ConfigError
-from dit_accel.errors import DitAccelError, did_you_mean
-
-Made = TypeVar("Made")
+from dit_accel.errors import did_you_mean
 
 KINDS = ("steps", "seconds")
 
@@ -121,10 +118,6 @@ def device_name(device: torch.device) -> str:
     return str(name(device)) if name else str(device)
 
 
-class BudgetSpent(DitAccelError):  # noqa: N818 - reads as what it is
-    """The next run would go beyond the budget; all before it are written."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What one call of `eval run` may take; each process of several has its share of the steps.
@@ -162,45 +155,3 @@ def read_budget(values: Mapping[str, Any], where: str) -> Budget:
     if not values:
         raise ConfigError(f"{where} has an empty budget; write budget = {{ steps = 2000 }} or {{ seconds = 3600 }}")
     return Budget(**values)
-
-
-class Spending:
-    """What one process has spent of its budget.
-
-    Args:
-        budget: what it may spend; None: any amount.
-        clock: seconds by which time is told.
-    """
-
-    def __init__(self, budget: Budget | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.budget, self._clock = budget or Budget(), clock
-        self._begun: float | None = None
-        self._busy = 0.0
-        self.steps = 0
-
-    def run(self, make: Callable[..., Made], clip: int, *, steps: int, **options: Any) -> Made:
-        """Return what ``make`` does of a clip with so many denoising steps, if the budget holds it.
-
-        A run's seconds are foretold from the runs so far, a step like another; the first is always begun.
-
-        Raises:
-            BudgetSpent: before the run, if it would go beyond.
-        """
-        now = self._clock()
-        self._begun = now if self._begun is None else self._begun
-        most = self.budget
-        if most.steps is not None and self.steps + steps > most.steps:
-            raise BudgetSpent(
-                f"the next run takes {steps} steps, and {self.steps} of the budget of {most.steps} are spent"
-            )
-        if most.seconds is not None and self.steps:
-            took, needed = now - self._begun, steps * self._busy / self.steps
-            if took + needed > most.seconds:
-                raise BudgetSpent(
-                    f"the next run takes about {needed:.3g} seconds, and {took:.3g} of the budget of {most.seconds:g} "
-                    "are spent"
-                )
-        made = make(clip, steps=steps, **options)
-        self._busy += self._clock() - now
-        self.steps += steps
-        return made

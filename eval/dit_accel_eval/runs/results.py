@@ -143,6 +143,18 @@ def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
         Image.fromarray(strip).save(temporary, format="png", pnginfo=info, optimize=True)
 
 
+def keep_beside(folder: Path, beside: Path, line: Line, clip: Clip, reference: Clip) -> Line:
+    """Keep the frames of a line's run, and the reference's once; returns their paths, from the result lines' folder."""
+    own, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
+    keep(own, clip, run_of(line))
+    try:
+        read_kept(other, reference_of(line))
+    except ConfigError:  # there is none, or one of earlier weights
+        keep(other, reference, reference_of(line))
+    paths = {"kept": own, "kept_reference": other}
+    return {key: Path(os.path.relpath(path, beside)).as_posix() for key, path in paths.items()}
+
+
 def strip_frames(strip: Frames, count: int) -> Frames:
     """Return the frames [F, height, width, 3] of a picture in which so many lie one below the other."""
     return strip.reshape(count, -1, *strip.shape[1:])

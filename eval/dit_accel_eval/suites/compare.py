@@ -19,10 +19,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 
-from ..runs.conditions import Budget, BudgetSpent, Machine, OwnClips, Spending
+from ..runs.conditions import Budget, Machine, OwnClips
 from ..runs.embedded import EmbeddedModel
 from ..runs.given import GivenModel
-from ..runs.model import Run, SuiteModel
+from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines
 from .arms import Arm, dense_arm

@@ -17,7 +17,7 @@ from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.embedded import check_name, settled_call, weights_hash
+from ..runs.embedded import settled_call, weights_hash
 from ..runs.given import check_given, given_call, given_weights
 from ..runs.model import check_guided, scheduler_of, shipped_scheduler
 from ..runs.results import Line, read_lines, write_lines
@@ -137,7 +137,6 @@ def checked(job: Job) -> Iterator[None]:
 def _check_model(suite: Suite) -> None:
     """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take."""
     if suite.embedded:
-        check_name(suite.model)
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
         source = str(model_path(suite.model))

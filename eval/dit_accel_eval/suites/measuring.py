@@ -1,11 +1,9 @@
 """What a result line says of one run: how it compares with the converged one or is judged, what it cost, what ran."""
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,12 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
 
-from ..metrics.metric import Clip, Sample
+from ..metrics.metric import Sample
 from ..metrics.registered import metric, scores
 from ..runs.conditions import device_name, processor
 from ..runs.counting import Counts, tokens_of, work, works
 from ..runs.model import Run, SuiteModel
-from ..runs.results import REFERENCE, Line, keep, kept_path, read_kept, reference_of, run_of
+from ..runs.results import Line, keep_beside
 from .arms import Arm
 from .job import Job
 from .reference import Reference
@@ -84,7 +82,7 @@ def line_of(sampled: Sampled) -> Line:
     if len(sampled.runs) > 1:
         line["repeated"] = repeated(sampled.runs)
     if job.frames is not None and reference is not None:
-        line |= _kept(job.frames, job.out.parent, line, made.frames, reference)
+        line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if sampled.beside:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
@@ -180,15 +178,3 @@ def lacks_metrics(suite: Suite, line: Line) -> bool:
     """Whether a line lacks a metric that the suite names and that can be measured here now."""
     known = {*line.get("metrics", ()), *line.get("skipped", ()), *ALWAYS}
     return any(name not in known and metric(name).missing() is None for name in suite.metrics)
-
-
-def _kept(folder: Path, beside: Path, line: Line, clip: Clip, reference: Reference) -> Line:
-    """Keep the frames of a run, and the reference's once; returns their paths, from the result lines' folder."""
-    own, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
-    keep(own, clip, run_of(line))
-    try:
-        read_kept(other, reference_of(line))
-    except ConfigError:  # there is none, or one of earlier weights
-        keep(other, reference.frames, reference_of(line))
-    paths = {"kept": own, "kept_reference": other}
-    return {key: Path(os.path.relpath(path, beside)).as_posix() for key, path in paths.items()}
