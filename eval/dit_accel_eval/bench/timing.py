@@ -160,6 +160,7 @@ def make_bench(
 
 def arms_of(methods: Sequence[MethodConfig], *, native_caches: bool = True) -> list[BenchArm]:
     """Return the arms: dense by every backend of diffusers, the methods by themselves and together, native caches."""
+    import diffusers
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     arms = [BenchArm(name=f"dense, {one.value}", kind="dense", backend=one.value) for one in AttentionBackendName]
@@ -167,20 +168,11 @@ def arms_of(methods: Sequence[MethodConfig], *, native_caches: bool = True) -> l
     if len(methods) > 1:
         together = " + ".join(method.name for method in methods)
         arms.append(BenchArm(name=together, kind="method", methods=tuple(methods)))
-    if native_caches:
-        arms += [
-            BenchArm(name=type(one).__name__, kind="native", methods=(DiffusersCache(config=one),))
-            for one in _natives()
-        ]
-    return arms
-
-
-def _natives() -> list[Any]:
-    """Return diffusers' caches that take no numbers of a model, and no callback of a pipeline."""
-    import diffusers
-
     taylor = diffusers.TaylorSeerCacheConfig(cache_interval=3, use_lite_mode=True)
-    return [diffusers.FirstBlockCacheConfig(threshold=0.05), taylor]
+    for one in (diffusers.FirstBlockCacheConfig(threshold=0.05), taylor) if native_caches else ():
+        # those that take no numbers of a model, and no callback of a pipeline
+        arms.append(BenchArm(name=type(one).__name__, kind="native", methods=(DiffusersCache(config=one),)))
+    return arms
 
 
 def run_bench(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..suites.plots import new_figure
 from .figures import Report, judged
 from .lines import words_of
 
@@ -32,8 +33,7 @@ def _means(report: Report, name: str) -> dict[str, list[float]]:
     best = sorted(judged(report), key=lambda arm: -arm.psnr.mean)[:MOST]
     found = {}
     for arm in best:
-        lines = [line for line in report.results.lines if line["arm"] == arm.name]
-        rows = [line["by_frame"][name] for line in lines if name in line.get("by_frame", {})]
+        rows = [line["by_frame"][name] for line in report.lines_of(arm) if name in line.get("by_frame", {})]
         if rows and len({len(row) for row in rows}) == 1:
             found[arm.name] = np.mean(rows, axis=0).tolist()
     return found
@@ -48,11 +48,7 @@ def figure(across: str, words: str, lines: Mapping[str, Sequence[float]], *, mar
         lines: arm -> its values.
         marked: whether every value has a mark.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 3)
     axes = figure.subplots()
     for number, (arm, values) in enumerate(lines.items()):
         axes.plot(

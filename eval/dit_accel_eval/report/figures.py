@@ -66,6 +66,10 @@ class Report:
         mean, requested = self.mean(arm, metric), self.minimums[metric]
         return mean <= requested if better_of(metric) == "less" else mean >= requested
 
+    def lines_of(self, arm: ArmFigures) -> list[Line]:
+        """Return the lines of an arm."""
+        return [line for line in self.results.lines if line["arm"] == arm.name]
+
     def is_dense(self, arm: ArmFigures) -> bool:
         """Whether an arm is a dense run of the best solver, which others are held against."""
         return is_rival(self.settings[arm.name])
@@ -86,21 +90,15 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     if missing:
         text = " and no ".join(missing)
         raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
-    corrected = _corrected(arms)
+    corrected: dict[tuple[str, str], float] = {}
+    for key in (*WORKS, *TIMED):  # each kind of work asks one question of every arm
+        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
+        corrected |= {(name, key): p for name, p in values.items()}
     warnings = tuple(_warnings(results, arms, prompts, corrected))
     return Report(
         results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
         holm=corrected,
     )  # fmt: skip
-
-
-def _corrected(arms: Sequence[ArmFigures]) -> dict[tuple[str, str], float]:
-    """Return the p-values of all arms by Holm's rule, by kind of work: each kind asks one question of every arm."""
-    found = {}
-    for key in (*WORKS, *TIMED):
-        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
-        found |= {(name, key): p for name, p in values.items()}
-    return found
 
 
 def judged(report: Report) -> list[ArmFigures]:

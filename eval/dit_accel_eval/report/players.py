@@ -71,7 +71,7 @@ def players_of(report: Report, most: int) -> tuple[list[Player], dict[int, str],
 def _chosen(report: Report) -> Iterator[tuple[str, Line]]:
     kept: dict[str, Sequence[Line]] = {}
     for arm in judged(report):
-        lines = [line for line in report.results.lines if line["arm"] == arm.name and "kept" in line]
+        lines = [line for line in report.lines_of(arm) if "kept" in line]
         if lines:
             kept[arm.name] = lines
     worst = [quantile_clips(lines)[0] for lines in kept.values()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..runs.results import Line
-from ..suites.comparison import ArmFigures
+from ..suites.plots import new_figure
 from .curves import MOST, figure, svg_uri
 from .figures import Report, judged
 
@@ -46,19 +46,14 @@ def costs(report: Report) -> list[Cost]:
     """Return what every arm's stages took, of the arms whose lines tell."""
     found = []
     for arm in report.arms:
-        lines = [line for line in _lines(report, arm) if "times" in line]
+        lines = [line for line in report.lines_of(arm) if "times" in line]
         if lines:
-            found.append(_cost(arm, lines))
+            means = {key: float(np.mean([one["times"][key] for one in lines])) for key in ("text", "denoise", "decode")}
+            step = float(np.median([seconds for line in lines for seconds in line["times"]["steps"]]))
+            held = [max(line["peak_memory_bytes"].values()) / MIB for line in lines if line.get("peak_memory_bytes")]
+            memory = max(held, default=None)
+            found.append(Cost(arm=arm.name, clips=len(lines), **means, step=step, memory=memory))
     return found
-
-
-def _cost(arm: ArmFigures, lines: Sequence[Line]) -> Cost:
-    means = {key: float(np.mean([line["times"][key] for line in lines])) for key in ("text", "denoise", "decode")}
-    steps = [seconds for line in lines for seconds in line["times"]["steps"]]
-    held = [max(line["peak_memory_bytes"].values()) / MIB for line in lines if line.get("peak_memory_bytes")]
-    return Cost(
-        arm=arm.name, clips=len(lines), **means, step=float(np.median(steps)), memory=max(held) if held else None
-    )
 
 
 def threads_of(report: Report) -> str:
@@ -69,38 +64,26 @@ def threads_of(report: Report) -> str:
 
 def step_curves(report: Report) -> list[tuple[str, str, str]]:
     """Return (what is drawn, figure as a data URI, in words what it shows) of the steps' work and seconds."""
-    kinds: list[tuple[str, Callable[[Line], Sequence[float]], str]] = [
-        (
-            "work of a step, in dense steps",
-            lambda line: line.get("step_work", ()),
-            "Cheapest step and its place by arm",
-        ),
-        (
-            "seconds of a step",
-            lambda line: line.get("times", {}).get("steps", ()),
-            "Quickest step and its place by arm",
-        ),
-    ]
+    kinds: dict[str, tuple[str, Callable[[Line], Sequence[float]]]] = {
+        "work of a step, in dense steps": ("Cheapest", lambda line: line.get("step_work", ())),
+        "seconds of a step": ("Quickest", lambda line: line.get("times", {}).get("steps", ())),
+    }
     found = []
-    for words, values_of, message in kinds:
+    for words, (least, values_of) in kinds.items():
         best = sorted(judged(report), key=lambda arm: -arm.psnr.mean)[:MOST]
-        means = {arm.name: mean for arm in best if (mean := _mean(_lines(report, arm), values_of))}
+        means = {arm.name: mean for arm in best if (mean := _mean(report.lines_of(arm), values_of))}
         if means:
             uri = svg_uri(lambda words=words, means=means: figure("step", words, means, marked=True))
             lows = [f"{arm} {min(values):.2g} at {int(np.argmin(values)) + 1}" for arm, values in means.items()]
-            found.append((words, uri, f"{message}: {', '.join(lows)}."))
+            found.append((words, uri, f"{least} step and its place by arm: {', '.join(lows)}."))
     return found
 
 
 def step_map(report: Report) -> Mapping[str, list[float]]:
     """Return arm -> the mean work of each of its steps, in dense steps, of the arms that are not dense runs."""
     arms = [arm for arm in report.arms if not report.is_dense(arm)]
-    found = {arm.name: _mean(_lines(report, arm), lambda line: line.get("step_work", ())) for arm in arms}
+    found = {arm.name: _mean(report.lines_of(arm), lambda line: line.get("step_work", ())) for arm in arms}
     return {arm: values for arm, values in found.items() if values}
-
-
-def _lines(report: Report, arm: ArmFigures) -> list[Line]:
-    return [line for line in report.results.lines if line["arm"] == arm.name]
 
 
 def _mean(lines: Sequence[Line], values_of: Callable[[Line], Sequence[float]]) -> list[float]:
@@ -117,7 +100,7 @@ def density_figure(report: Report) -> tuple[str, str] | None:
     """
     maps = {}
     for arm in report.arms:
-        rows = [line["density"] for line in _lines(report, arm) if line.get("density")]
+        rows = [line["density"] for line in report.lines_of(arm) if line.get("density")]
         if rows and len({len(row) for row in rows}) == 1:
             maps[arm.name] = _mean_map(rows)
     if not maps:
@@ -137,13 +120,9 @@ def _mean_map(rows: Sequence[Sequence[Sequence[float | None]]]) -> np.ndarray:
 
 
 def _panels(maps: Mapping[str, np.ndarray]) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     across = min(len(maps), ACROSS)
     down = -(-len(maps) // across)
-    figure = Figure(figsize=(11, 0.6 + 2.4 * down), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 0.6 + 2.4 * down)
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for panel in panels[len(maps) :]:
         panel.axis("off")

@@ -78,7 +78,7 @@ def data_of(report: Report) -> dict[str, Any]:
 
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
     setting = report.settings[arm.name]
-    runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
+    runs = sorted(report.lines_of(arm), key=lambda line: line["clip"])
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
     keys += ("times", "repeated", "step_work", "peak_memory_bytes")
     return {

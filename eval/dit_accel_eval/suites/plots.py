@@ -39,23 +39,29 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
 
 def picture(arms: Sequence[ArmFigures], title: str) -> Any:
     """Return what `draw` writes, as a figure of matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not arms:
         raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")
     whole = max(arm.clips for arm in arms)
     arms = [arm for arm in arms if arm.clips == whole]  # dense runs that only some clips needed as rivals are left out
     differ = any(abs(arm.means["work"] - arm.means["work_real"]) >= 1e-6 for arm in arms)
     works = [key for key in WORKS if key == "work_real" or differ]
-    figure = Figure(figsize=(3.5 + 5.5 * len(works), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.5 + 5.5 * len(works), 5.5)
     figure.suptitle(title)
     panels = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, works, strict=True):
         _draw_panel(panel, arms, key)
     panels[0].set_ylabel("PSNR to the converged run, dB")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    return figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure
 
 
