@@ -14,13 +14,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean and its confidence interval, in the unit of the values.
-
-    Attributes:
-        mean: the mean.
-        low: lower end.
-        high: upper end.
-    """
+    """A mean and its confidence interval, in the unit of the values."""
 
     mean: float
     low: float
@@ -40,7 +34,6 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_0
     Args:
         values: one value per clip; for a paired comparison the difference of the two arms on that clip.
         level: confidence level, in (0, 1).
-        draws: resamples.
         seed: of the resampling.
 
     Raises:
@@ -66,7 +59,6 @@ def paired_cell(
     Args:
         own: clip -> measures of the arm.
         others: the same of the arm that it is held against.
-        name: of the measure.
         scale: factor on the difference.
         ratio: whether to give the arm's over the other's instead.
     """
@@ -85,7 +77,6 @@ def sign_flips(differences: Sequence[float], *, draws: int = 10_000, seed: int =
 
     Args:
         differences: of the two arms, one per clip.
-        draws: choices of signs.
         seed: of the draws.
 
     Raises:

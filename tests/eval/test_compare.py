@@ -23,8 +23,7 @@ from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.compare import progress_of, run
 from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table, verdict
-from dit_accel_eval.suites.job import Job, check_lines
-from dit_accel_eval.suites.judges import JUDGES
+from dit_accel_eval.suites.job import JUDGES, Job, check_lines
 from dit_accel_eval.suites.suite import JUDGES as NAMES
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.processes.ranks import Ranks

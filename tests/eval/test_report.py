@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.by_names import by_names
-from dit_accel_eval.report.figures import _hopeless, misses, report_of, worst_first
+from dit_accel_eval.report.figures import _hopeless, by_names, misses, report_of, worst_first
 from dit_accel_eval.report.lines import read_minimums, read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.players import difference, players_of

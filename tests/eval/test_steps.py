@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from dit_accel_eval.report.curves import costs, density_figure, step_curves, step_map
 from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
-from dit_accel_eval.report.steps import costs, density_figure, step_curves, step_map
 from dit_accel_eval.report.writing import data_of
 from dit_accel_eval.runs.counting import Counts, work
 from dit_accel_eval.runs.embedded import EmbeddedModel

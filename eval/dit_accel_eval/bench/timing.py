@@ -40,15 +40,8 @@ class Bench:
     """What is timed.
 
     Attributes:
-        adapter: the model's adapter.
         family: its sizes, with as many layers as are made.
         planned: the plan of the dense run, with the size.
-        transformer: the model.
-        inputs: of one forward.
-        steps: denoising steps of a run.
-        device: where.
-        clock: times blocks and attention.
-        counter: counts them.
     """
 
     adapter: Adapter
@@ -67,9 +60,7 @@ class BenchArm:
     """One arm and what its runs took.
 
     Attributes:
-        name: what it is called.
         kind: ``dense``, ``method`` or ``native``.
-        methods: what is attached.
         backend: diffusers' attention backend; None: the default.
         reason: why it can't run here; None: it can.
         steps: seconds of every step.

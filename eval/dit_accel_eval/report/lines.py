@@ -28,7 +28,6 @@ class Results:
     """What a file of result lines holds.
 
     Attributes:
-        path: the file.
         lines: the last line of each clip and arm.
         cut: whether the file ended in a line that was cut off.
     """

@@ -8,13 +8,11 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS
 from ..suites.comparison import ArmFigures, decimals_of, verdict
 from ..suites.plots import frontier, picture
 from ..vbench.world_metrics import WORLD
-from .by_names import by_names
-from .curves import curves, svg_uri
-from .figures import Report, judged, misses, worst_first
+from .curves import costs, curves, density_figure, step_curves, step_map, svg_uri, threads_of
+from .figures import Report, by_names, judged, misses, worst_first
 from .lines import ALWAYS, better_of, words_of
 from .players import AMPLIFIED, players_of
 from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
-from .steps import costs, density_figure, step_curves, step_map, threads_of
 
 LIGHTEST, DARKEST = 96, 62
 """Lightness in percent of the lowest and the highest cell of the heat map; black text stays readable on both."""
@@ -24,7 +22,6 @@ def page(*reports: Report, players: int = 8) -> str:
     """Return the HTML of one report, or of several on one page.
 
     Args:
-        reports: what it says.
         players: how many clips of each are shown at most, where their frames were kept.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -46,9 +43,6 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
     """Return a report's part of the page, and what the page must know of it.
 
     Args:
-        environment: of jinja2.
-        report: what it says.
-        players: how many clips are shown at most.
         prefix: of the part's ids.
         level: of its headings.
     """

@@ -22,11 +22,7 @@ class Player:
     """One clip of an arm beside its reference.
 
     Attributes:
-        line: of the run.
         rank: ``worst`` or ``median`` among the arm's clips.
-        frames: how many there are.
-        width: in pixels.
-        height: in pixels.
         own: the arm's strip, as a data URI.
         difference: the strip of amplified differences.
     """

@@ -24,7 +24,6 @@ class HeldOutClips:
     """Held-out prompts of an embedded model, each clip's number also its seed.
 
     Attributes:
-        model: its name.
         only: the prompt of all clips; None: each number's own.
     """
 
@@ -45,7 +44,6 @@ class OwnClips:
     """Prompts with their seeds: clips are every prompt with every seed, a prompt's clips one after another.
 
     Attributes:
-        prompts: what to show.
         seeds: of the noise; empty: each prompt has one of its own, its place in the list.
 
     Raises:

@@ -94,10 +94,7 @@ def attended(
 
     Args:
         report: what ran; None: nothing was attached.
-        adapter: the model's adapter.
-        family: its sizes.
         call: height, width and frames of the run.
-        methods: what was attached.
     """
     if report is None or report.sparse_density is None:
         return 1.0, {}
@@ -134,7 +131,6 @@ def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> f
     """Return a run's work in steps of the dense model.
 
     Args:
-        counts: what ran.
         dense_step: what one dense step runs.
         attended: `attended` of the run.
         share: self-attention's share of a dense step's work.

@@ -26,7 +26,6 @@ class EmbeddedModel(SuiteModel):
     """A loaded embedded model.
 
     Args:
-        name: a name of the catalog.
         call: arguments of the pipeline's call besides the model's defaults, such as ``num_frames``.
         prompt: of all clips, whose number is then only the seed; None: each number's held-out prompt.
         own: prompts and seeds instead; None: held-out ones.

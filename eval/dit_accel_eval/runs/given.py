@@ -37,9 +37,6 @@ class GivenModel(SuiteModel):
         name: what result lines call it.
         source: the folder or hub id.
         call: arguments of the pipeline's call besides its family's sizes.
-        own: prompts and seeds.
-        dtype: number format of the weights.
-        machine: where it runs.
 
     Raises:
         UnsupportedModel: if diffusers can't load it, or no adapter covers it.

@@ -89,13 +89,9 @@ class SuiteModel:
     """A loaded pipeline that makes clips by their numbers.
 
     Args:
-        pipe: the pipeline.
         name: what result lines call the model.
         weights: what tells its weights from others'.
         call: all arguments of the pipeline's call but the prompt, the steps and the generator.
-        adapter: the adapter of its transformer.
-        family: its sizes.
-        clips: the prompt and the seed of each clip.
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
@@ -133,13 +129,10 @@ class SuiteModel:
         """Make one clip.
 
         Args:
-            clip: its number.
-            steps: denoising steps.
             solver: a name of `SOLVERS`, `schedulers.OWN`, or the class of one of diffusers' schedulers.
             scheduler: options of that class.
             flow_shift: noise shift; None: the model's own.
             guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
-            methods: what is attached.
             call: arguments that differ from the model's own.
 
         Raises:
@@ -293,8 +286,6 @@ def check_options(kind: str, name: str, options: Iterable[str], known: Collectio
 
     Args:
         kind: ``scheduler``, ``guider`` or ``cache``, for the message.
-        name: of the class.
-        options: their names.
         known: what there is; None: all schedulers.
 
     Returns:
@@ -315,8 +306,6 @@ def check_options(kind: str, name: str, options: Iterable[str], known: Collectio
 def shipped_scheduler(source: str) -> Any:
     """Return the scheduler that a model ships with, from its config alone.
 
-    Args:
-        source: folder or hub id.
 
     Raises:
         UnsupportedModel: if the config is not found, or diffusers has no such scheduler.
@@ -334,7 +323,6 @@ def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shi
     """Return a fresh scheduler of the model's own noise schedule.
 
     Args:
-        shipped: the scheduler that the model ships with.
         solver: a name of `SOLVERS`, `OWN`, or the class of one of diffusers' schedulers.
         options: of that class; what is not among them is as in the shipped one's config.
         flow_shift: another noise shift, of a solver; None: the model's own.

@@ -30,12 +30,10 @@ class Arm:
 
     Attributes:
         name: unique in the suite; the row's name.
-        num_inference_steps: denoising steps.
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
         scheduler: options of that class.
         flow_shift: noise shift; None: the model's own.
         guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
-        methods: what is attached.
         call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
     """
 

@@ -46,9 +46,6 @@ def run(
     a disk where appending a line is atomic, and the first checks it before and sorts it after.
 
     Args:
-        job: what runs.
-        clips: their numbers.
-        workers: processes.
         watch: is given the lines so far, now and then; for progress.
 
     Returns:
@@ -103,12 +100,7 @@ def _run_there(clip: int) -> str | None:
 
 
 class Runner:
-    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget.
-
-    Args:
-        job: what runs.
-        budget: what the runs may take; None: any amount.
-    """
+    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget."""
 
     def __init__(self, job: Job, budget: Budget | None = None) -> None:
         self.job, self._spending, self._warm = job, Spending(budget), set[str]()

@@ -27,8 +27,6 @@ class ArmFigures:
     """What the clips of one arm say.
 
     Attributes:
-        name: the arm's.
-        clips: how many clips there are.
         means: mean of ``work``, ``work_real``, ``ssim`` and, where clips have one, ``score``; where timed,
             ``steps_in_time``.
         psnr: PSNR to the reference in dB.

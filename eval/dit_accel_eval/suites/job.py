@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from dit_accel.files import check_writable, held
 from ..runs.conditions import Machine, OwnClips
 from ..runs.embedded import settled_call, weights_hash
 from ..runs.given import check_given, given_call, given_weights
-from ..runs.model import check_guided, scheduler_of, shipped_scheduler
+from ..runs.model import Run, SuiteModel, check_guided, scheduler_of, shipped_scheduler
 from ..runs.results import Line, read_lines, write_lines
+from ..vbench import scenes
+from . import guided, larger, longer
+from . import judged_by_vbench as judged
 from .arms import Arm
 from .comparison import table
-from .judges import JUDGES, Judge
 from .reference import AGREE
 from .suite import Suite
 
@@ -31,12 +33,37 @@ SCALES = ("guidance_scale", "true_cfg_scale")
 """What an arm's call may change where all are held against one converged run, which has the suite's own."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How clips are judged by themselves.
+
+    Attributes:
+        measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
+        table: (suite, lines) -> the Markdown table.
+        check: refuses a suite that can't be judged so; None: all can.
+        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
+    """
+
+    measures: Callable[[SuiteModel, int, Run], Line]
+    table: Callable[[Suite, Sequence[Line]], str]
+    check: Callable[[Suite], None] | None = None
+    numbers: Callable[[str, int, int], Sequence[int]] | None = None
+
+
+JUDGES: Mapping[str, Judge] = {
+    "longer": Judge(measures=longer.measures, table=longer.table),
+    "larger": Judge(measures=larger.measures, table=larger.table),
+    "guidance": Judge(measures=guided.measures, table=guided.table),
+    "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=scenes.numbers),
+}
+"""Name, one of `suite.JUDGES` -> the judge."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a process needs to run the clips of a suite, checked once by `checked`.
 
     Attributes:
-        suite: what runs.
         out: the result lines' file.
         cache: folder of dense runs.
         timed: whether each arm is timed beside the dense run of as many steps.
@@ -186,8 +213,6 @@ def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping
     """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
-        path: the lines' file.
-        lines: what it holds.
         expected: key -> what every line must say.
         arms: arm -> what it runs; lines of other arms are not looked at.
     """
@@ -210,8 +235,6 @@ def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None
     """Refuse lines of another prompt or seed than their clip has in the suite.
 
     Args:
-        path: the lines' file.
-        lines: what it holds.
         own: the suite's own prompts and seeds; None: clips are held-out ones.
     """
     for line in lines:

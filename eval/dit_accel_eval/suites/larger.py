@@ -31,7 +31,6 @@ def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
 
     Args:
         picture: in [0, 1].
-        number: of the held-out prompt.
         trained: the trained side in pixels.
     """
     scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)

@@ -45,8 +45,6 @@ def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
     A stretch has the frames of the longest clips that the model was trained on.
 
     Args:
-        name: of the embedded model.
-        clip: its number.
         frames: [F, H, W, 3] in [0, 1].
     """
     long = longest_trained(name)

@@ -39,10 +39,6 @@ class Sampled:
     """One arm on one clip of a job, as it ran.
 
     Attributes:
-        job: the job.
-        arm: the arm.
-        clip: the clip's number.
-        model: what ran.
         reference: the converged run; None where clips are judged by themselves.
         runs: of the arm, as many as each sample is repeated.
         beside: where timed, the dense run of as many steps after each of them.

@@ -20,7 +20,7 @@ from .arms import Arm, check_kinds, read_arms
 SUITE_VERSION = 2
 
 JUDGES = ("longer", "larger", "guidance", "vbench")
-"""How clips may be judged by themselves; see `judges`."""
+"""How clips may be judged by themselves; see `job`."""
 
 KINDS = {
     "name": str,
@@ -46,14 +46,11 @@ class Suite:
     """A comparison on prompts and seeds of a model.
 
     Attributes:
-        name: the suite's name.
         model: name of an embedded model, or as the file names it a folder or hub id of a diffusers pipeline.
         clips: how many; a held-out clip's number is its seed.
-        arms: what is compared.
         call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
-        first_clip: number of the first.
         judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
         folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
