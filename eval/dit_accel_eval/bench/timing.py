@@ -12,7 +12,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from ..runs.conditions import processor
 from ..runs.counting import Counter, Counts, attended, counted_modules, work
 from ..runs.results import Line
 from .real_shapes import Inputs, make_model, to_device
+
+Made = TypeVar("Made")
 
 WARM = 2
 """Steps with which every arm is run before it counts: compilation, allocation, lists of tiles."""
@@ -177,13 +180,31 @@ def run_bench(
     running = [arm for arm in arms if arm.reason is None]
     if not any(arm.kind == "dense" for arm in running):
         raise ConfigError(f"no attention backend of diffusers runs here: {arms[0].reason}")
-    for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
-        for arm in running:
-            _run(bench, arm, bench.steps)
+    takes = {arm.name: partial(_run, bench, arm, bench.steps) for arm in running}
+    list(in_turn(takes, rounds, warm_up=0, begin=lambda number: say(f"round {number} of {rounds}")))
     dense = min((arm for arm in running if arm.kind == "dense"), key=lambda arm: float(np.median(arm.rounds(rounds))))
     assert dense.counts is not None
     return [_line(bench, arm, dense, rounds) for arm in arms]
+
+
+def in_turn(
+    arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1,
+    begin: Callable[[int], None] = lambda number: None,
+) -> Iterator[dict[str, Made]]:  # fmt: skip
+    """Give what the arms made in each round, all in turn, so that what else the machine does falls on all alike.
+
+    Args:
+        arms: name -> what runs.
+        rounds: that count.
+        warm_up: rounds before them that don't.
+        begin: is called with the number of a round that counts, before it.
+    """
+    for number in range(1 - warm_up, rounds + 1):
+        if number > 0:
+            begin(number)
+        made = {name: arm() for name, arm in arms.items()}
+        if number > 0:
+            yield made
 
 
 def _warmed(bench: Bench, arm: BenchArm) -> str | None:
