@@ -20,7 +20,7 @@ from dit_accel_assets import model_defaults, model_score
 from dit_accel_eval.metrics.loops import loop
 from dit_accel_eval.metrics.motion import motion
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
+from dit_accel_eval.runs.loaded import EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, latest, markdown_table, read_lines, write_lines
 from dit_accel_eval.statistics import paired_cell
 from dit_accel_eval.suites.job import check_lines

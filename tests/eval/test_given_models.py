@@ -12,10 +12,16 @@ import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.report.reproduce import tokens_of
-from dit_accel_eval.runs import given
+from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor
-from dit_accel_eval.runs.embedded import EmbeddedModel, settled_call
-from dit_accel_eval.runs.given import GivenModel, check_given, given_weights, local_folder
+from dit_accel_eval.runs.loaded import (
+    EmbeddedModel,
+    GivenModel,
+    check_given,
+    embedded_call,
+    given_weights,
+    local_folder,
+)
 from dit_accel_eval.runs.results import read_kept, read_lines, run_of
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.job import Job
@@ -113,7 +119,7 @@ def test_prompts_may_stand_in_a_file_beside_the_suite(tmp_path):
 
 def test_a_folder_makes_what_its_embedded_model_makes(folder):
     call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "negative_prompt": ""}
-    call |= {key: value for key, value in settled_call("wan-plain", call).items() if key == "max_sequence_length"}
+    call |= {key: value for key, value in embedded_call("wan-plain", call).items() if key == "max_sequence_length"}
     own = OwnClips(prompts=PROMPTS)
     ours = EmbeddedModel("wan-plain", call, own=own)
     theirs = GivenModel("tiny", str(folder / "tiny"), ours.call, own, "float32", Machine(device="cpu"))

@@ -14,8 +14,7 @@ import pytest
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.figures import _hopeless, by_names, misses, report_of, worst_first
 from dit_accel_eval.report.lines import read_minimums, read_results
-from dit_accel_eval.report.page import page
-from dit_accel_eval.report.players import difference, players_of
+from dit_accel_eval.report.page import difference, page, players_of
 from dit_accel_eval.report.reproduce import suite_text
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import holm

@@ -13,7 +13,7 @@ from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
 from dit_accel_eval.report.writing import data_of
 from dit_accel_eval.runs.counting import Counts, work
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.suites.measuring import _cost
 from dit_accel_eval.suites.reference import dense_run
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory

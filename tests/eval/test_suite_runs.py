@@ -15,7 +15,7 @@ import torch
 from dit_accel_eval.runs import results
 from dit_accel_eval.runs.conditions import Budget
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import OWN, BudgetSpent, Run, Spending, SuiteModel, check_guided, guided, scheduler_of
 from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
 from dit_accel_eval.suites import compare, reference

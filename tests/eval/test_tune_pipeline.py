@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.embedded import embedded_prompts
-from dit_accel_eval.runs.given import tuning_request
+from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites import compare, reference

@@ -26,8 +26,7 @@ from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
 from ..runs.conditions import processor
 from ..runs.counting import work
-from ..runs.embedded import EmbeddedModel, check_name
-from ..runs.given import tuning_request
+from ..runs.loaded import EmbeddedModel, check_name, tuning_request
 from ..runs.model import Run
 from ..statistics import bootstrap
 from ..suites.arms import Arm, dense_arm

@@ -3,13 +3,13 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..statistics import Interval
 from ..suites.comparison import ArmFigures, table_of, verdict
 from .figures import Report, by_names, misses, names_markdown
 from .lines import better_of
@@ -86,28 +86,24 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
         "clips": arm.clips,
         **{key: setting[key] for key in SETTING},
         **{key: setting[key] for key in FURTHER if key in setting},
-        "psnr": _interval(arm.psnr),
+        "psnr": asdict(arm.psnr),
         "means": dict(arm.means),
         "against_fewer_steps": {
             key: {
-                **_interval(found), "verdict": verdict(found, arm.clips), "p": arm.p[key],
+                **asdict(found), "verdict": verdict(found, arm.clips), "p": arm.p[key],
                 "p_holm": report.holm[arm.name, key],
             }
             for key, found in arm.ahead.items()
         },
         "metrics": {
             name: {
-                **_interval(found), "better": better_of(name),
-                "against_fewer_steps": _interval(arm.differences[name]) if name in arm.differences else None,
+                **asdict(found), "better": better_of(name),
+                "against_fewer_steps": asdict(arm.differences[name]) if name in arm.differences else None,
             }
             for name, found in arm.metrics.items()
         },
         "runs": [{key: line[key] for key in keys if key in line} for line in runs],
     }  # fmt: skip
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def csv_text(report: Report) -> str:
@@ -124,13 +120,13 @@ def csv_text(report: Report) -> str:
         setting = report.settings[arm.name]
         cells: list[Any] = [arm.name, str(report.is_dense(arm)).lower(), arm.clips]
         cells += [setting["num_inference_steps"], setting["solver"], *(arm.means.get(key, "") for key in works)]
-        cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
+        cells += [*asdict(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
         for key in works:
             found = arm.ahead.get(key)
             verdicts = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []
-            cells += [*_interval(found).values(), *verdicts] if found else [""] * 5
+            cells += [*asdict(found).values(), *verdicts] if found else [""] * 5
         for name in report.further:
-            cells += [*_interval(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
+            cells += [*asdict(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
         writer.writerow(cells)
     return out.getvalue()
 

@@ -20,8 +20,7 @@ from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 
 from ..runs.conditions import Budget, Machine, OwnClips
-from ..runs.embedded import EmbeddedModel
-from ..runs.given import GivenModel
+from ..runs.loaded import EmbeddedModel, GivenModel
 from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines

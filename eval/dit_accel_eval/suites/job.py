@@ -17,8 +17,7 @@ from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.embedded import settled_call, weights_hash
-from ..runs.given import check_given, given_call, given_weights
+from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
 from ..runs.model import Run, SuiteModel, check_guided, scheduler_of, shipped_scheduler
 from ..runs.results import Line, read_lines, write_lines
 from ..vbench import scenes
@@ -126,7 +125,7 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: for an argument that its pipeline does not take.
     """
     if suite.embedded:
-        return settled_call(suite.model, given)
+        return embedded_call(suite.model, given)
     return given_call(check_given(suite.source)[0], given)
 
 
@@ -217,18 +216,12 @@ def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping
         arms: arm -> what it runs; lines of other arms are not looked at.
     """
     for line in lines:
-        for name, value in expected.items():
-            if line.get(name) != value:
-                raise ConfigError(
-                    f"{path} holds results of {name} {line.get(name)!r}, this suite has {value!r}; delete it and run "
-                    "again"
-                )
-        for name, value in arms.get(line["arm"], {}).items():
-            if line.get(name) != value:
-                raise ConfigError(
-                    f"{path} holds results of arm {line['arm']!r} with {name} {line.get(name)!r}, this suite has "
-                    f"{value!r}; rename the arm, or delete its lines"
-                )
+        of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
+        for of, settled, remedy in (("", expected, "delete it and run again"), of_arm):
+            for name, value in settled.items():
+                if line.get(name) != value:
+                    text = f"holds results of {of}{name} {line.get(name)!r}, this suite has {value!r}"
+                    raise ConfigError(f"{path} {text}; {remedy}")
 
 
 def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:

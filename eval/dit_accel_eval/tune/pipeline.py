@@ -22,8 +22,7 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.toml import to_toml
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.embedded import embedded_prompts
-from ..runs.given import check_given
+from ..runs.loaded import check_given, embedded_prompts
 from ..runs.model import OWN
 from ..suites.arms import Arm
 from ..suites.comparison import figures_of
