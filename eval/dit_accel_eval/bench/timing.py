@@ -6,7 +6,6 @@ what a cache or a method that looks at values would decide on a real model; the 
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import time
 import warnings
@@ -18,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from torch import nn
 
 import dit_accel
 from dit_accel import ConfigError
@@ -28,7 +26,7 @@ from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..runs.conditions import processor
-from ..runs.counting import Counter, Counts, attended, counted_modules, work
+from ..runs.counting import Counter, Counts, attended, work
 from ..runs.results import Line
 from .real_shapes import Inputs, make_model, to_device
 
@@ -54,7 +52,6 @@ class Bench:
     inputs: Inputs
     steps: int
     device: torch.device
-    clock: "Clock"
     counter: Counter
 
 
@@ -89,33 +86,11 @@ class BenchArm:
         return np.array(self.steps).reshape(count, -1).mean(1)
 
 
-class Clock:
-    """Times the calls of a transformer's blocks and self-attention, in place of their ``forward``."""
-
-    def __init__(self, transformer: nn.Module, adapter: Adapter, device: torch.device) -> None:
-        self._device = device
-        self.blocks: list[float] = []
-        self.attention: list[float] = []
-        for kind, module in counted_modules(transformer, adapter):
-            self._watch(module, getattr(self, kind))
-
-    def now(self) -> float:
-        """Return the time in seconds, after all that the device has to do."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
-
-    def _watch(self, module: nn.Module, into: list[float]) -> None:
-        forward = module.forward
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = self.now()
-            out = forward(*args, **kwargs)
-            into.append(self.now() - started)
-            return out
-
-        timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-        module.forward = timed
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, after all that the device has to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def make_bench(
@@ -147,8 +122,7 @@ def make_bench(
         transformer = transformer.to(device, dtype).requires_grad_(False)
     return Bench(
         adapter=adapter, family=family, planned=planned, transformer=transformer, steps=steps, device=device,
-        inputs=to_device(inputs, device, dtype), clock=Clock(transformer, adapter, device),
-        counter=Counter([transformer], adapter),
+        inputs=to_device(inputs, device, dtype), counter=Counter([transformer], adapter, partial(_now, device)),
     )  # fmt: skip
 
 
@@ -225,8 +199,6 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
     from diffusers.models.attention_dispatch import attention_backend
 
     bench.counter.take()
-    bench.clock.blocks.clear()
-    bench.clock.attention.clear()
     nothing = contextlib.nullcontext()
     backend = attention_backend(arm.backend) if arm.backend else nothing  # not set_attention_backend, which would last
     with (
@@ -238,9 +210,9 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
         report = attachment.report() if attachment is not None else None
     sizes = dict(height=bench.planned.height, width=bench.planned.width, num_frames=bench.planned.num_frames)
     arm.attended = attended(report, bench.adapter, bench.family, sizes, arm.methods)[0]
+    arm.blocks += bench.counter.seconds["blocks"]
+    arm.attention += bench.counter.seconds["attention"]
     arm.counts = bench.counter.take()
-    arm.blocks += bench.clock.blocks
-    arm.attention += bench.clock.attention
 
 
 @torch.no_grad()
@@ -251,10 +223,10 @@ def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     x, timestep = bench.inputs[name], bench.inputs[bench.adapter.timestep]
     for step in range(steps):
         inputs = {**bench.inputs, name: x, bench.adapter.timestep: timestep * 2 * (1 - step / steps)}
-        started = bench.clock.now()
+        started = _now(bench.device)
         with context("cond", step_index=step, num_inference_steps=steps):
             out = bench.transformer(**inputs, return_dict=False)[0]
-        yield bench.clock.now() - started
+        yield _now(bench.device) - started
         if out.shape == x.shape:
             x = x - out / steps
 

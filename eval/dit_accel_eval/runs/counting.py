@@ -5,7 +5,8 @@ counted, whoever skips it.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,18 +42,28 @@ class Counter:
     """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
 
     Made before anything else wraps the transformer, and never taken off.
+
+    Attributes:
+        seconds: by kind, what each call took since the last `take`.
     """
 
-    def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
-        self._ran: dict[str, int] = {"blocks": 0, "attention": 0}
+    def __init__(
+        self, transformers: Sequence[nn.Module], adapter: Adapter, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._ran, self._now = {"blocks": 0, "attention": 0}, now
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in self._ran}
         for transformer in transformers:
-            for kind, module in counted_modules(transformer, adapter):
-                self._watch(module, kind)
+            for listed in block_lists(adapter, transformer):
+                for _, block in blocks_of(listed, adapter, transformer):
+                    self._watch(block, "blocks")
+            for _, module, _ in attention_modules(transformer, adapter):
+                self._watch(module, "attention")
 
     def take(self) -> Counts:
         """Return what ran since the last call of this, and begin anew."""
         counts = Counts(**self._ran)
         self._ran.update(blocks=0, attention=0)
+        self.seconds = {kind: [] for kind in self._ran}
         return counts
 
     def _watch(self, module: nn.Module, kind: str) -> None:
@@ -62,16 +73,12 @@ class Counter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = (*args, *kwargs.values())
             self._ran[kind] += next(len(value) for value in given if isinstance(value, torch.Tensor))
-            return forward(*args, **kwargs)
+            started = self._now()
+            out = forward(*args, **kwargs)
+            self.seconds[kind].append(self._now() - started)
+            return out
 
         module.forward = counted
-
-
-def counted_modules(transformer: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
-    """Give ``blocks`` with each block of a transformer, then ``attention`` with each self-attention."""
-    for listed in block_lists(adapter, transformer):
-        yield from (("blocks", block) for _, block in blocks_of(listed, adapter, transformer))
-    yield from (("attention", module) for _, module, _ in attention_modules(transformer, adapter))
 
 
 def own_share(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> float:
