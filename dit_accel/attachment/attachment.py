@@ -294,6 +294,7 @@ def _followed_context(
         try:
             with contextlib.nullcontext() if original is None else original(name, **kwargs):
                 yield
+            state.unseen = state.begun
             if state.begun:
                 count_dense(execution, state)
         finally:

@@ -111,9 +111,9 @@ class Execution:
         """Ask which methods act in each layer of the forward that begins, and switch the processors by that.
 
         Where the forward's layout is not known it is taken to be that of the branch's last one; where there was none,
-        every method is taken to act on it.
+        or forwards are not seen to begin, every method is taken to act on it.
         """
-        known, _ = state.layouts.get(state.branch, (None, 0))
+        known, _ = (None, 0) if state.unseen else state.layouts.get(state.branch, (None, 0))
         forward, step = self.forward, replace(self.state.context(state), layout=known)
         if forward.step is None or replace(forward.step, batch=step.batch) != step:  # else the context's begin asked
             forward.acting = {layer: self.acting(step, layer.depth) for layer in state.layers}

@@ -204,7 +204,7 @@ class Forward:
         batch = len(inputs[state.adapter.latents])
         if not state.begun:
             forward.begin(batch)
-        state.begun = False
+        state.begun = state.unseen = False
         if not isinstance(grid, str):
             assert forward.layout is not None
             execution.note_layout(state, forward.layout, batch)

@@ -75,6 +75,7 @@ class TransformerState:
         calls: number of the running forward among the calls that no context names.
         calls_seen: what distinguishes these.
         begun: a context states the step, and no forward was seen in it yet.
+        unseen: the last forward was not seen to begin, in a transformer that is compiled whole.
         weights: what acted on the transformer's weights in the last forward.
         running: the pipeline in whose call the current forward runs; None: none, or no forward runs.
     """
@@ -90,7 +91,7 @@ class TransformerState:
         self.layouts: dict[str, tuple[TokenLayout, int]] = {}
         self.calls = 0
         self.calls_seen = Calls()
-        self.begun = False
+        self.begun = self.unseen = False
         self.weights: Hashable = None
         self.running: Any = None
 

@@ -312,6 +312,21 @@ def test_a_model_that_writes_into_streams_between_its_blocks_is_refused(transfor
         forward(transformer)
 
 
+def test_spans_of_blocks_that_change_within_a_run_are_stored_anew(transformer):
+    class Changed(type(transformer.blocks[3])):
+        def __call__(self, hidden_states, *args, **kwargs):  # as a control branch adds to a stream in some steps alone
+            return super().__call__(hidden_states + 0.5 * self.strength, *args, **kwargs)
+
+    transformer.blocks[3].__class__, counted = Changed, Counted(transformer)
+    with dit_accel.attach(transformer, FirstBlockCache(**{**FOREVER, "warmup_steps": 2})):
+        transformer.blocks[3].strength = 1
+        forward(transformer)
+        del Changed.__call__
+        whole = forward(transformer, 1)
+        torch.testing.assert_close(forward(transformer, 2), whole)
+    assert [len(ran) for ran in counted.by_forward()] == [LAYERS, LAYERS, 1]
+
+
 def test_a_sequence_that_is_split_inside_the_first_block(transformer):
     """As diffusers' context parallelism does it, whose hooks lie further in."""
     half = lambda rotary: tuple(part[:, :40] for part in rotary)  # noqa: E731

@@ -10,7 +10,7 @@ from torch import nn
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, RadialAttention
+from dit_accel import ConfigError, RadialAttention, UltraViCo
 from dit_accel.attachment.forward_state import ForwardState, as_tensors
 from dit_accel.attachment.layers import AttentionLayer
 from dit_accel.attachment.shards import Ring
@@ -89,3 +89,22 @@ def test_a_transformer_that_is_compiled_whole_is_noticed_to_have_another_shape()
         run(5, 0)
         with pytest.raises(ConfigError, match="needs at least 2 latent frames"):
             run(1, 1)
+
+
+@pytest.mark.parametrize("frames", [(3, 8, 8, 3), (8, 3, 3, 8)], ids=["grows", "shrinks"])
+def test_a_transformer_that_is_compiled_whole_follows_a_clip_whose_length_changes_within_a_run(frames):
+    """As a pipeline of stages has it; UltraViCo acts on the clips alone that are longer than the trained ones."""
+    found = []
+    for compiled in (False, True):
+        transformer = tiny_transformer(num_layers=1)
+        called = torch.compile(transformer, backend="eager", dynamic=False) if compiled else transformer
+        method = UltraViCo(trained_frames=3, alpha=0.5)
+        with dit_accel.attach(transformer, method, backend="torch") as attachment, torch.no_grad():
+            for step, length in enumerate(frames):
+                draw = torch.Generator().manual_seed(step)
+                latents, text = (torch.randn(size, generator=draw) for size in ((1, 12, length, 8, 8), (1, 6, 64)))
+                with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=1 - step / 4):
+                    found.append(called(latents, torch.tensor([500 - step]), text)[0])
+        if not compiled:
+            assert sum(step.sparse_layers for step in attachment.report().steps) == 2
+    assert all(torch.equal(one, two) for one, two in zip(found[:4], found[4:], strict=True))

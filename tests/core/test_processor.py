@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dit_accel import ConfigError
 from dit_accel.attachment import processor as module
+from dit_accel.attachment.backward import NO_TICKET
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
@@ -130,6 +131,18 @@ def test_the_operator_passes_opcheck(execution):
     q, k, v = (x.requires_grad_() for x in tensors())
     given = arguments(execution.number, q, k, v, differentiate=True)
     torch.library.opcheck(planned_attention, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_operator_gives_a_ticket_with_and_without_a_backward(execution):
+    """Both outputs are tensors whatever follows: a graph of the transformer has them as its own."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out, ticket = planned_attention(*arguments(execution.number, q, k, v, differentiate=True))
+    torch.autograd.grad(out.sum(), (q, k, v))
+    with torch.no_grad():
+        _, none = planned_attention(*arguments(execution.number, q, k, v))
+    assert ticket.dtype == none.dtype == torch.int64
+    assert ticket.shape == none.shape == ()
+    assert int(none) == NO_TICKET != int(ticket)
 
 
 def test_planned_calls_and_the_kernels_own_operators_stay_out_of_cuda_graphs():

@@ -378,6 +378,7 @@ def test_gradients_follow_the_pattern():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in transformer.blocks[0].attn1.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_full_graph_gives_the_same():
     from torch._dynamo.utils import counters
 

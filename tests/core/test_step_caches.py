@@ -261,6 +261,12 @@ def test_what_the_first_steps_are_the_first_of(options, drawn):
     assert listed.skipped_steps(steps, experts=2) == drawn.count(".")
 
 
+def test_a_transformer_alone_makes_all_steps_of_which_a_share_are_its_first():
+    config = cache(warmup_steps=0.5, warmup_of="each")
+    assert config.first_steps(10) == 5
+    assert [config.always_computed(index, 10) for index in (4, 5)] == ["first steps", None]
+
+
 def test_steps_at_points_of_the_run():
     for steps, computed in ((10, "#..#.....#"), (28, "#........#.................#"), (1, "#")):
         driven = Driven(cache(compute_at=(1 / 3, 1.0)), line)

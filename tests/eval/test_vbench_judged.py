@@ -154,7 +154,7 @@ def test_the_table_tells_what_is_ahead_or_behind_and_what_stands(suite):
     assert "| color | 12 | 0.90 | **0.40 behind** | 0.90 |" in rows
     assert "| scene | 12 | 0.56 | **0.50 behind** | **0.51 behind** |" in rows
     assert "| object_class | 6 | 1.00 | 0.90 behind | 0.90 behind |" in rows  # of 6 clips nothing stands
-    assert rows[-1].startswith("Not told of this model's clips: subject_consistency, background_consistency")
+    assert rows[-1].startswith("Not reported for this model's clips: subject_consistency, background_consistency")
     assert "color" not in rows[-1]
     assert "| color | 11 |" in judged.table(read, lines[:-1])  # a clip of which an arm is missing is left out
 

@@ -240,3 +240,14 @@ def test_plans_of_a_capture_are_the_graphs_own(warm):
         assert torch.equal(masked, call("triton", tiles, inputs, key_mask=mask.clone()))
         assert torch.equal(plain, call("triton", tiles, inputs))
     assert torch.equal(expected, call("triton", other, inputs))
+
+
+def test_a_value_counts_while_every_one_of_its_tensors_is_the_same():
+    """Where their values are not compared, on a GPU, other tensors of the same versions are others still."""
+    owner, second, other = (torch.arange(4).untyped_storage() for _ in range(3))
+    versions = ((0, 0, 0), (0, 0, 0))
+    entry = cache._Entry("value", (weakref.ref(owner), weakref.ref(second)), versions, None, None)
+    assert entry.fits([owner, second], versions)
+    assert not entry.fits([owner, other], versions)
+    assert not entry.fits([other, second], versions)
+    assert not entry.fits([owner, second], ((0, 0, 0), (0, 1, 0)))

@@ -26,7 +26,7 @@ BLOCK_CACHES = {
 CACHES = {**STEP_CACHES, **BLOCK_CACHES}
 STEPS = 8
 DRAWN = "###.#.##"
-QUICK = [(name, "blocks", "before") for name in ("easycache", "firstblockcache")]
+QUICK = [(name, "blocks", "before") for name in ("firstblockcache",)]
 
 
 def made(pipe, *methods):

@@ -22,11 +22,11 @@ BY_GUIDER = "guider"
 class Source:
     """One pipeline class as its source gives it."""
 
-    def __init__(self, node: ast.ClassDef, text: str) -> None:
+    def __init__(self, node: ast.ClassDef, lines: list[str]) -> None:
         self.name = node.name
         self.bases = [ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases]
         self.functions = {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
-        self.text = ast.get_source_segment(text, node) or ""
+        self.text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
 
     @property
     def transformers(self) -> set[str]:
@@ -56,9 +56,10 @@ def sources() -> dict[str, Source]:
     found = {}
     for path in sorted((ROOT / "pipelines").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
         for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef):
-                source = Source(node, text)
+                source = Source(node, lines)
                 runs = re.search(r"(self\.\w*transformer|current_model)\(\n", source.text)
                 if "__call__" in source.functions and source.transformers and runs:
                     found[source.name] = source
@@ -100,7 +101,7 @@ def test_a_new_class_that_tells_nothing_is_named():
         "    def __init__(self, transformer: FluxTransformer2DModel): ...\n"
         "    def __call__(self): ...\n"
     )
-    new = Source(ast.parse(text).body[0], text)
+    new = Source(ast.parse(text).body[0], text.splitlines())
     with pytest.raises(AssertionError, match="name them in an adapter's guidance: NewPipeline"):
         require_told([new])
 

@@ -42,14 +42,14 @@ def check(name, models, only):
     return verdicts
 
 
-@pytest.mark.parametrize("name", some(ADAPTERS, "flux", "sd3"))
+@pytest.mark.parametrize("name", some(ADAPTERS, "flux"))
 def test_an_image_adapter_passes_every_check(name):
     """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
     check(name, tiny_models.MODELS[name], ADAPTER_ALONE)
     check(name, tiny_models.MODELS[name][:1], ["active", "batch"])
 
 
-@pytest.mark.parametrize("name", some(ADAPTERS, "flux", "sd3"))
+@pytest.mark.parametrize("name", some(ADAPTERS, "flux"))
 def test_image_caches_and_guidance_pass(name):
     check(name, tiny_models.MODELS[name][:1], OF_CALLS)
 

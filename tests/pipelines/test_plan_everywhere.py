@@ -18,10 +18,7 @@ from dit_accel.estimate.sizes import pixel_multiples
 from dit_accel.methods.registry import handlers, methods
 
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
-QUICK = (
-    "wan2.1-1.3b", "wan2.2-a14b", "hunyuan-video", "framepack", "cogvideox-5b", "ltx-video-2b", "mochi-1", "flux.1-dev",
-    "sd3-medium", "qwen-image", "z-image-turbo", "pixart-sigma",
-)  # fmt: skip
+QUICK = ("wan2.2-a14b", "hunyuan-video", "cogvideox-5b", "flux.1-dev", "z-image-turbo")
 SMALL = {
     "ultravico": {"trained_frames": 3},
     "magcache": {"ratios": (1.0, 0.99, 0.98)},

@@ -83,7 +83,11 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
         if any(cells):
             rows.append(f"| {name} | {len(requested[name])} | {' | '.join(cells)} |")
     never = [name for name in DIMENSIONS if not any(_clips(clips, name) for clips in by_arm.values())]
-    parts = ["\n".join(rows), f"Not told of this model's clips: {', '.join(never)}." if never else "", _proxies(by_arm)]
+    parts = [
+        "\n".join(rows),
+        f"Not reported for this model's clips: {', '.join(never)}." if never else "",
+        _proxies(by_arm),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
