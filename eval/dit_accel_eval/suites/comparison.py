@@ -131,11 +131,6 @@ def verdict(difference: Interval, clips: int) -> str:
     return "ahead" if difference.low > 0 else "behind"
 
 
-def interval_text(metric: str, interval: Interval, sign: str = "") -> str:
-    """Return a metric's mean with its interval, with as many digits as the metric has."""
-    return f"{interval:{sign}.{decimals_of(metric)}f}"
-
-
 def decimals_of(metric: str) -> int:
     """Return how many digits behind the point a metric is told with; 3 for one that is not installed."""
     return metrics()[metric].decimals if metric in metrics() else 3
@@ -167,6 +162,6 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
         cells += [
             f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
         ]
-        cells += [interval_text(name, arm.metrics[name]) if name in arm.metrics else "" for name in named]
+        cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in named]
         rows.append(cells)
     return markdown_table(" | ".join(heads), rows)
