@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 
+from ..metrics.registered import metric
 from ..runs.conditions import Budget, Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
 from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
@@ -27,7 +28,7 @@ from ..runs.results import Line, append_line, latest, read_lines, write_lines
 from .arms import Arm, dense_arm
 from .comparison import rival_steps
 from .job import Job, checked
-from .measuring import Sampled, lacks_metrics, line_of
+from .measuring import ALWAYS, Sampled, line_of
 from .reference import AGREE, FIRST, converged, dense_run
 from .suite import Suite
 
@@ -178,9 +179,10 @@ def _missing_arms(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
     for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
         line = known.get(arm.name)
+        told = {*ALWAYS, *line.get("metrics", ()), *line.get("skipped", ())} if line else set[str]()
         if (
             line is None
-            or lacks_metrics(job.suite, line)
+            or any(name not in told and metric(name).missing() is None for name in job.suite.metrics)
             or (job.timed and not arm.is_dense and "seconds" not in line)
             or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
             or (job.frames and not all((job.out.parent / line.get(key, "")).is_file() for key in KEPT))

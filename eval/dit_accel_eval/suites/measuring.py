@@ -14,7 +14,7 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 from dit_accel import ConfigError
 
 from ..metrics.metric import Sample
-from ..metrics.registered import metric, scores
+from ..metrics.registered import scores
 from ..runs.conditions import device_name, processor
 from ..runs.counting import Counts, tokens_of, work, works
 from ..runs.model import Run, SuiteModel
@@ -22,7 +22,6 @@ from ..runs.results import Line, keep_beside
 from .arms import Arm
 from .job import Job
 from .reference import Reference
-from .suite import Suite
 
 ALWAYS = ("psnr", "ssim")
 """What every line of an arm that is held against a converged run holds by itself."""
@@ -168,9 +167,3 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
         line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
     line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(found, key))}
     return line
-
-
-def lacks_metrics(suite: Suite, line: Line) -> bool:
-    """Whether a line lacks a metric that the suite names and that can be measured here now."""
-    known = {*line.get("metrics", ()), *line.get("skipped", ()), *ALWAYS}
-    return any(name not in known and metric(name).missing() is None for name in suite.metrics)
