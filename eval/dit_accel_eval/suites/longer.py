@@ -4,8 +4,8 @@ No clip has a reference, so each is judged by itself: the judge's score for its 
 later stretch comes to the opening one, and how much of a loop it is.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
@@ -94,11 +94,9 @@ def _differences(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[objec
     for arm, own, plain, others in held_arms(suite, lines, suite.plain):
         if plain is None:
             continue
-
-        def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = others) -> str:
-            return paired_cell(own, others, name, scale=scale, ratio=name == "loop_seconds")
-
+        cell = functools.partial(paired_cell, own, others)
         yield (
-            arm.name, plain.name, cell("score", 100), cell("loop"), cell("path_error"), cell("motion", 1000),
-            cell("sharpness", 1000), cell("repetition", 1000), cell("loop_seconds"),
+            arm.name, plain.name, cell("score", scale=100), cell("loop"), cell("path_error"),
+            cell("motion", scale=1000), cell("sharpness", scale=1000), cell("repetition", scale=1000),
+            cell("loop_seconds", ratio=True),
         )  # fmt: skip
