@@ -231,7 +231,7 @@ def require_plain(dropout_p: float, is_causal: bool, parallel_config: Any) -> No
         ConfigError: for a causal call, dropout, or parallelism of which the forward knows nothing.
     """
     if is_causal:
-        raise ConfigError("sparse attention can't follow a causal attention call; detach it from this model")
+        raise ConfigError("sparse attention can't follow is_causal=True; detach it from this model")
     if dropout_p:
         raise ConfigError(f"sparse attention has no dropout, but the call asks for dropout_p={dropout_p}; set it to 0")
     if parallel_config is not None:

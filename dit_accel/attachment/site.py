@@ -11,7 +11,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import Streams, block_signature
 from ..errors import ConfigError
-from ..methods.site import AroundBlock, AroundCall, AroundForward, Block
+from ..methods.site import AroundBlock, AroundCall, AroundForward, Block, Site
 from .execution import Execution
 from .layers import TransformerState
 from .offloaded import fetch, send_away
@@ -33,8 +33,8 @@ COMPILED_WHOLE = (
 """Why a transformer that is compiled whole and a method on blocks exclude each other."""
 
 
-class TransformerSite:
-    """One transformer as one handler sees it (`dit_accel.methods.Site`); the core undoes all that goes through it.
+class TransformerSite(Site):
+    """One transformer as one handler sees it; the core undoes all that goes through it.
 
     Attributes:
         forwards: what to run around forwards, in the order in which it was asked for.

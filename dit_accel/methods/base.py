@@ -76,11 +76,7 @@ class Model:
         return f"{self.adapter.name}, {self.layers} layers, {self.heads} heads"
 
     def trained_frames(self, config: Any) -> int:
-        """Return the latent frames of the clips that the model was trained on: a config's own, or the released model's.
-
-        Raises:
-            ConfigError: if neither tells.
-        """
+        """Return the latent frames of training clips, by config or family; raise `ConfigError` if neither tells."""
         frames = config.trained_frames or (self.family.trained_frames if self.family else None)
         if frames is None:
             name = self.family.name if self.family else f"{self.adapter.name}, with sizes of no released model,"
@@ -121,6 +117,8 @@ class Handler:
 
     objects: ClassVar[tuple[str, ...]] = ()
     """Config types of another library that ask for it; it has no switch and no TOML table then."""
+
+    _most_held = 0
 
     def __init__(self, config: Any, model: Model) -> None:
         self.settings: Any = config.filled(self.recipe(config, model))
@@ -166,7 +164,11 @@ class Handler:
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from step to step since attach, in bytes."""
-        return 0
+        return self._most_held
+
+    def note_held(self, size: int) -> None:
+        """Note how many bytes are held from step to step now, for `state_bytes`."""
+        self._most_held = max(self._most_held, size)
 
     def report(self) -> Section | None:
         """Return what the method did in the last generation, besides what the core counts; None: nothing to tell."""

@@ -53,11 +53,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
 
 
 def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
-    """Return the tiles of an attachment: the size and order that a user set, else what the first method takes.
-
-    Raises:
-        ConfigError: if two methods are set to different ones.
-    """
+    """Return the tiles of an attachment: as a user set them, else as the first method does; refuse two that differ."""
     requested: dict[str, int] = {}
     usual: list[int] = []
     orders: dict[str, str] = {}
@@ -96,16 +92,10 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
             f"{name} changes rotary positions, and {adapter.name} has none to change: {why}; attach it to a model with "
             "rotary positions"
         )
-    if Place.TEXT in handler_type.places and not _tells_text(model):
-        cross = adapter.cross_attention if isinstance(adapter.cross_attention, str) else None
-        why = adapter.joined_text or cross or "its adapter describes neither"
+    cross, joined = adapter.cross_attention, adapter.joined_text
+    if Place.TEXT in handler_type.places and not (isinstance(cross, CrossAttention) or isinstance(joined, JoinedText)):
+        why = joined or cross or "its adapter describes neither"
         raise ConfigError(
             f"{name} lays a negative text beside the prompt, in cross-attention or in joined attention, and on "
             f"{adapter.name} it can't: {why}; attach it to another model, such as Wan or FLUX.1"
         )
-
-
-def _tells_text(model: Model) -> bool:
-    """Tell whether the adapter describes where the model's attention gets its text."""
-    adapter = model.adapter
-    return isinstance(adapter.cross_attention, CrossAttention) or isinstance(adapter.joined_text, JoinedText)

@@ -71,6 +71,12 @@ class MethodConfig:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
 
+    def require_one_of(self, *options: str, of: str) -> None:
+        """Raise `ConfigError` if two of some options are set that say the same, such as ``how much is kept``."""
+        if len(given := [name for name in options if getattr(self, name) is not None]) > 1:
+            one, other = (f"{self.name}.{name} = {getattr(self, name)!r}" for name in given[:2])
+            raise ConfigError(f"{one} and {other} both say {of}; give one of them")
+
     def recipe_options(self) -> set[str]:
         """Return the options that a model's recipe may set."""
         return set(self.defaults)

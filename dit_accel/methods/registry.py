@@ -54,11 +54,7 @@ def methods() -> dict[str, type[MethodConfig]]:
 
 
 def method(name: str) -> type[MethodConfig]:
-    """Return the config type of one method.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest known one.
-    """
+    """Return the config type of one method; raise `ConfigError` for an unknown name, with the nearest known one."""
     known = methods()
     if name not in known:
         raise ConfigError(f"no method is called {name!r}; {did_you_mean(name, known)}")
@@ -66,11 +62,7 @@ def method(name: str) -> type[MethodConfig]:
 
 
 def handler_of(config: Any) -> type[Handler]:
-    """Return the handler type of a config, or of another library's object that asks for a method.
-
-    Raises:
-        ConfigError: for anything else, with what was probably meant.
-    """
+    """Return the handler type of a config or an object that asks for a method; refuse others, with what was meant."""
     for handler in handlers().values():
         if handler.config_for(config) is not None:
             return handler

@@ -7,7 +7,7 @@ can undo it.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,86 +55,64 @@ AroundCall = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], 
 """(run, args, kwargs) -> output. ``run(*args, **kwargs)`` is the module's own call."""
 
 
-class Site(Protocol):
-    """One transformer as one handler sees it while it installs itself."""
+class Site:
+    """One transformer as one handler sees it while it installs itself.
 
-    @property
-    def name(self) -> str:
-        """The component's name."""
-        ...
+    Attributes:
+        name: the component's name.
+        transformer: the transformer.
+        adapter: its adapter.
+        pipe: the pipeline that the methods are attached to, or None: they are attached to the transformer alone.
+        running: the pipeline in whose call the current forward runs; None in a loop written by hand, and outside
+            forwards. It need not be ``pipe``: several pipelines may share a transformer.
+        attention: index -> name of the attention modules that methods may change.
+        compiled: it is compiled whole, so that nothing can run around its blocks.
+        blocks: the transformer's blocks, in running order; `UnsupportedModel` if the adapter describes none.
+    """
 
-    @property
-    def transformer(self) -> nn.Module:
-        """The transformer."""
-        ...
-
-    @property
-    def adapter(self) -> Adapter:
-        """Its adapter."""
-        ...
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline that the methods are attached to, or None: they are attached to the transformer alone."""
-        ...
-
-    @property
-    def running(self) -> Any:
-        """The pipeline in whose call the current forward runs; None in a loop written by hand, and outside forwards.
-
-        It need not be ``pipe``: several pipelines may share a transformer.
-        """
-        ...
-
-    @property
-    def attention(self) -> Mapping[int, str]:
-        """Index -> name of the attention modules that methods may change."""
-        ...
-
-    @property
-    def compiled(self) -> bool:
-        """Whether it is compiled whole, so that nothing can run around its blocks."""
-        ...
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The transformer's blocks, in running order."""
-        ...
+    name: str
+    transformer: nn.Module
+    adapter: Adapter
+    pipe: Any
+    running: Any
+    attention: Mapping[int, str]
+    compiled: bool
+    blocks: tuple[Block, ...]
 
     def around_forward(self, function: AroundForward) -> None:
         """Run ``function`` in place of every forward; it may skip the forward, run it again in a branch, or pass on."""
-        ...
+        raise NotImplementedError
 
     def around_blocks(self, function: AroundBlock, blocks: tuple[Block, ...] | None = None) -> None:
         """Run ``function`` in place of blocks (None: all); it may skip a block or change its streams."""
-        ...
+        raise NotImplementedError
 
     def around_module(self, module: nn.Module, function: AroundCall) -> None:
         """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then."""
-        ...
+        raise NotImplementedError
 
     def stand_in(self, module: nn.Module, function: AroundCall) -> AbstractContextManager[None]:
         """Run ``function`` in place of a submodule's calls inside the block."""
-        ...
+        raise NotImplementedError
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
-        ...
+        raise NotImplementedError
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` when the methods are detached: for what only another library can take back."""
-        ...
+        raise NotImplementedError
 
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
-        ...
+        raise NotImplementedError
 
     def reached(self) -> int:
         """Return how many of the attention layers that methods may change ran in the forward that ended last.
 
         Those of compiled blocks are not seen.
         """
-        ...
+        raise NotImplementedError
 
 
 def target_sample(of: Any) -> Tensor:

@@ -20,9 +20,14 @@ def end_steps(config: Any, first: str, last: str, count: int | None) -> tuple[in
     """
     at_first, at_last = getattr(config, first) or 0, getattr(config, last) or 0
     if count is None and (at_last or 0 < at_first < 1):
-        option, value = (last, at_last) if at_last else (first, at_first)
-        raise ConfigError(
-            f"{config.name}.{option} = {value} needs the number of steps, which is not known here; attach to the "
-            f"pipeline, or set {first} to a whole number and {last} to 0"
-        )
+        option = last if at_last else first
+        raise unknown_steps(config, option, f"set {first} to a whole number and {last} to 0")
     return whole_steps(at_first, count or 0), whole_steps(at_last, count or 0)
+
+
+def unknown_steps(config: Any, option: str, instead: str) -> ConfigError:
+    """Return the error of an option that needs the run's number of steps where it is not known, and what to do."""
+    return ConfigError(
+        f"{config.name}.{option} = {getattr(config, option)} needs the number of steps, which is not known here; "
+        f"attach to the pipeline, or {instead}"
+    )

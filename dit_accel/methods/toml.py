@@ -95,11 +95,7 @@ def _tables(text: str, source: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Read one option value as TOML reads it; text that is not a TOML value is taken as a string.
-
-    Raises:
-        ConfigError: for more than one line, of which only the first would count.
-    """
+    """Read one option value as TOML reads it, or else as a string; raise `ConfigError` for more than one line."""
     if "\n" in text.strip():
         raise ConfigError(
             f"one value was expected, got several lines: {text!r}; give each option in a --set of its own"

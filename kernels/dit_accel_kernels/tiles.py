@@ -240,7 +240,8 @@ def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> No
     if int(flat[0]) != 0 or int(flat[-1]) != indices.numel() or bool((flat[1:] < flat[:-1]).any()):
         raise ValueError(f"{name}_offsets must rise from 0 to {indices.numel()}, found {flat.tolist()[:8]}")
     if bool((offsets[1:, 0] != offsets[:-1, -1]).any()):
-        raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends")
+        found = f"found {offsets[1:, 0].tolist()[:8]} after {offsets[:-1, -1].tolist()[:8]}"
+        raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends, {found}")
     if indices.numel() == 0:
         return
     rows = row_of_entry(offsets, indices.numel())

@@ -66,17 +66,17 @@ def test_every_model_s_world_is_drawn_by_number_with_captions_in_known_words(nam
 
 def test_worlds_that_are_drawn_in_one_size_say_so():
     assert catalog.drawn_clip("wan-tiny", 0, height=64, width=96, frames=5)[1].shape == (5, 64, 96, 3)
-    with pytest.raises(ValueError, match="clips of this world have 64 x 64 pixels, got 96 x 64"):
+    with pytest.raises(ValueError, match="64 x 64 pixels, got 96 x 64"):
         catalog.drawn_clip("wan-plain", 0, height=64, width=96, frames=5)
-    with pytest.raises(ValueError, match=r"a clip has 4k\+1 frames; use 5"):
+    with pytest.raises(ValueError, match=r"frames=7: .*4k\+1 frames"):
         catalog.drawn_clip("wan-tiny", 0, height=64, width=64, frames=7)
 
 
 def test_unknown_names_and_counts_are_refused():
     for ask in (model_path, model_defaults, catalog.vocabulary):
-        with pytest.raises(ValueError, match="'wan-huge' is no embedded model; choose one of wan-tiny"):
+        with pytest.raises(ValueError, match=r"'wan-huge'.*wan-tiny"):
             ask("wan-huge")
-    with pytest.raises(ValueError, match="count=-1: ask for 0 or more prompts"):
+    with pytest.raises(ValueError, match="count=-1"):
         held_out_prompts("wan-plain", -1)
 
 
@@ -94,5 +94,5 @@ def test_drawn_clips_of_held_out_prompts_score_well_and_others_do_not(monkeypatc
     )
     picture = painter.draw(world.scene_of(0, 3, height=96, width=96, held_out=True, still=True), 1)
     assert model_score("flux-tiny", 3, picture) > 0.9 > model_score("flux-tiny", 4, picture)
-    with pytest.raises(ValueError, match="'wan-huge' is no embedded model"):
+    with pytest.raises(ValueError, match=r"'wan-huge'.*wan-tiny"):
         model_score("wan-huge", 0, drawn)

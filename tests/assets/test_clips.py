@@ -1,6 +1,5 @@
 """The drawn world: deterministic, inside the frame, and true to its prompts."""
 
-import re
 from itertools import pairwise
 
 import numpy as np
@@ -57,17 +56,17 @@ def test_every_speed_word_covers_its_own_range_of_distances():
 @pytest.mark.parametrize("frames", [0, 4, 16, -3])
 def test_frames_must_be_of_the_form_4k_plus_1(frames):
     scene = clips.clip_of(0)[1]
-    with pytest.raises(ValueError, match=re.escape(f"frames={frames}: a clip has 4k+1 frames")):
+    with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
         clips.draw(scene, frames)
 
 
 def test_an_unknown_shape_is_named():
-    with pytest.raises(ValueError, match="shape 'blob' is not known; use one of circle"):
+    with pytest.raises(ValueError, match=r"shape 'blob'.*circle"):
         clips.signed_distance("blob", np.zeros(1), np.zeros(1), 3.0)
 
 
 def test_unknown_words_are_named_with_the_vocabulary():
-    expected = r"unknown word\(s\) purple, elephant; the embedded model knows only: a, "
+    expected = r"word\(s\) purple, elephant"
     with pytest.raises(ValueError, match=expected) as error:
         check_prompt("a purple elephant moving right", "wan-plain")
     assert all(word in str(error.value) for word in vocabulary("wan-plain"))

@@ -84,7 +84,7 @@ def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recip
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("pause", 1), ("start", 1), ("end", 4)]
     assert events[2]["config"]["seed"] == TRANSFORMER.seed
     other = replace(TRANSFORMER, steps=5, shift=3.0)
-    with pytest.raises(ValueError, match=r"another recipe \(.*steps: 4 there, 5 asked; .*shift: 5.0 there, 3.0 asked"):
+    with pytest.raises(ValueError, match=r"steps: 4 there, 5 asked; .*shift: 5.0 there, 3.0 asked"):
         train(other, tmp_path / "parts", tmp_path / "vae", Steps(1))
 
 
@@ -102,7 +102,7 @@ def test_a_training_goes_on_from_an_embedded_models_weights(tmp_path, monkeypatc
 
 
 def test_a_pool_holds_whole_shards(tmp_path):
-    with pytest.raises(ValueError, match="a pool of 3 clips is not a whole number of shards; use a multiple of 2"):
+    with pytest.raises(ValueError, match=r"3 clips.*multiple of 2"):
         pool.Pool(tmp_path, None, 0, 32, 32, 17, 3)
 
 
@@ -231,11 +231,11 @@ def test_a_training_starts_with_the_sharper_queries_of_an_embedded_model():
 
 def test_folders_without_weights_are_named(tmp_path):
     for trained in (export.trained_pipeline, train_image.trained_flux):
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*; train first"):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint at .*train"):
             trained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no packed weights in .*, which lacks model_index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"packed weights.*model_index\.json"):
         subjects.Video().load(tmp_path, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no packed weights in .*, which lacks config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"packed weights.*lacks config\.json"):
         train_transformer.train(TRANSFORMER, tmp_path / "run", tmp_path, loop.Budget(1.0))
 
 

@@ -150,14 +150,14 @@ def test_the_worlds_of_all_words_are_drawn_differently():
 
 @pytest.mark.parametrize("frames", [0, 4, 16, -3])
 def test_frames_must_be_of_the_form_4k_plus_1(frames):
-    with pytest.raises(ValueError, match=re.escape(f"frames={frames}: a clip has 4k+1 frames")):
+    with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
         painter.draw(SCENES[0], frames)
 
 
 def test_too_small_a_picture_and_an_unknown_texture_are_refused():
-    with pytest.raises(ValueError, match="16x64 pixels is too small for this world; use at least 32x32"):
+    with pytest.raises(ValueError, match=r"16x64.*32x32"):
         world.scene_of(0, 0, height=16)
-    with pytest.raises(ValueError, match="texture 'furry' is not known; use one of plain, striped"):
+    with pytest.raises(ValueError, match=r"texture 'furry'.*plain, striped"):
         painter.texture("furry", np.zeros(1), np.zeros(1), 4.0, (0.0, 0.0), 1.0)
-    with pytest.raises(ValueError, match="unknown word"):
+    with pytest.raises(ValueError, match=r"word\(s\) furry"):
         check_prompt("a furry circle")

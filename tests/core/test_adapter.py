@@ -17,13 +17,13 @@ def adapter(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(transformers="Mine"), r"adapter 'mine': transformers must be a tuple of names, got 'Mine'; one entry is"),
-        (dict(self_attention="a.*"), r"self_attention must be a tuple of names, got 'a\.\*'; one entry is \(entry,\)"),
-        (dict(side_attention="b.*"), r"side_attention must be a tuple of names, got 'b\.\*'"),
-        (dict(transformers=(SimpleNamespace,)), "transformers must be a tuple of names, got .*SimpleNamespace"),
-        (dict(families=("mine-1b",)), r"families must be a tuple of Family objects, got \('mine-1b',\)"),
-        (dict(grid=(1, 2, 3, 0, 0)), r"grid\(config, inputs\) must be a function, got \(1, 2, 3, 0, 0\); give the"),
-        (dict(always_dense=("blocks.0.attn",)), r"always_dense\(config\) must be a function, got \('blocks.0.attn',\)"),
+        (dict(transformers="Mine"), r"'mine': transformers.*got 'Mine'"),
+        (dict(self_attention="a.*"), r"self_attention.*got 'a\.\*'.*\(entry,\)"),
+        (dict(side_attention="b.*"), r"side_attention.*got 'b\.\*'"),
+        (dict(transformers=(SimpleNamespace,)), r"transformers.*SimpleNamespace"),
+        (dict(families=("mine-1b",)), r"families.*Family.*got \('mine-1b',\)"),
+        (dict(grid=(1, 2, 3, 0, 0)), r"grid\(config, inputs\).*got \(1, 2, 3, 0, 0\)"),
+        (dict(always_dense=("blocks.0.attn",)), r"always_dense\(config\).*got \('blocks.0.attn',\)"),
     ],
 )
 def test_what_is_no_adapter_is_refused(changes, message):
@@ -37,7 +37,7 @@ CONFIG = SimpleNamespace(patch_size=2)
 
 def test_latents_grid_knows_three_places_of_text():
     assert latents_grid(CONFIG, LATENTS) == (7, 4, 8, 0, 0)
-    with pytest.raises(ConfigError, match="text='none', 'before' or 'after', got text='behind'; use one of them"):
+    with pytest.raises(ConfigError, match=r"text='none', 'before'.*'after', got text='behind'"):
         latents_grid(CONFIG, LATENTS, text="behind")
 
 
@@ -51,17 +51,17 @@ def test_a_grid_or_a_sentence_is_read_as_it_is():
     [
         (
             dict(grid=lambda c, x: (7, 4, 8)),
-            r"grid of the adapter 'mine' gave \(7, 4, 8\); it must give five whole numb",
+            r"'mine' gave \(7, 4, 8\)",
         ),
-        (dict(grid=lambda c, x: (7, 4, 8 / 2, 0, 0)), r"gave \(7, 4, 4.0, 0, 0\); .* or a sentence that says why"),
-        (dict(grid=lambda c, x: None), "gave None; it must give five whole numbers"),
+        (dict(grid=lambda c, x: (7, 4, 8 / 2, 0, 0)), r"gave \(7, 4, 4.0, 0, 0\)"),
+        (dict(grid=lambda c, x: None), "'mine' gave None"),
         (
             dict(grid=lambda c, x: x["txt"]),
-            "asks for the input 'txt', but the forward was given hidden_states, timestep; cor",
+            r"grid.*'txt'.*hidden_states, timestep",
         ),
         (
             dict(latents="x"),
-            "'mine' asks for the input 'x', but the forward was given hidden_states, .* adapter's latents",
+            r"'mine'.*'x'.*hidden_states.*latents",
         ),
     ],
 )

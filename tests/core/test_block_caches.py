@@ -292,8 +292,7 @@ def test_blocks_that_another_method_leaves_out(transformer, monkeypatch):
         forward(transformer)
         with pytest.raises(
             ConfigError,
-            match=r"^firstblockcache stored what the blocks \[1, 2, 3, 4, 5\] of transformer add, and in step 1 the "
-            r"blocks \[1, 2, 4, 5\] were called: another method skips some in this step alone; attach one of the two",
+            match=r"^firstblockcache.*\[1, 2, 3, 4, 5\].*step 1.*\[1, 2, 4, 5\]",
         ):
             forward(transformer, 1)
 
@@ -307,7 +306,7 @@ def test_a_model_that_writes_into_streams_between_its_blocks_is_refused(transfor
     transformer.blocks[3].__class__ = Written
     with (
         dit_accel.attach(transformer, FirstBlockCache()),
-        pytest.raises(ConfigError, match=r"^transformer writes into the streams that its block 2 gave, so that what"),
+        pytest.raises(ConfigError, match=r"^transformer.*block 2 gave"),
     ):
         forward(transformer)
 
@@ -343,8 +342,7 @@ def test_a_sequence_that_is_split_inside_the_first_block(transformer):
         dit_accel.attach(transformer, FirstBlockCache(**FOREVER)),
         pytest.raises(
             ConfigError,
-            match=r"^what the first block adds is not known: transformer gives it \[1, 80, 32\], of which it makes "
-            r"\[1, 40, 32\], as context parallelism does inside it; use DBCache with first_blocks = 2 or more",
+            match=r"\[1, 80, 32\].*\[1, 40, 32\].*first_blocks = 2",
         ),
     ):
         forward(transformer)
@@ -355,14 +353,14 @@ def test_a_sequence_that_is_split_inside_the_first_block(transformer):
     [
         (
             lambda: FirstBlockCache(threshold=-1.0),
-            r"firstblockcache\.threshold must .*got -1\.0",
+            r"firstblockcache\.threshold.*got -1\.0",
         ),
         (
             lambda: DBCache(threshold=-0.1),
-            r"dbcache\.threshold must .*got -0\.1",
+            r"dbcache\.threshold.*got -0\.1",
         ),
-        (lambda: DBCache(first_blocks=0), r"dbcache\.first_blocks must .*got 0"),
-        (lambda: DBCache(last_blocks=-1), r"dbcache\.last_blocks must .*got -1"),
+        (lambda: DBCache(first_blocks=0), r"dbcache\.first_blocks.*got 0"),
+        (lambda: DBCache(last_blocks=-1), r"dbcache\.last_blocks.*got -1"),
     ],
 )
 def test_options_out_of_range(config, message):
@@ -371,15 +369,13 @@ def test_options_out_of_range(config, message):
 
 
 def test_what_can_not_be_attached(transformer):
-    with pytest.raises(
-        ConfigError, match=r"^dbcache runs 8 first and 0 last blocks at every step, and transformer has 6: none is left"
-    ):
+    with pytest.raises(ConfigError, match=r"^dbcache.*8 first.*0 last.*6"):
         dit_accel.attach(transformer, DBCache())
-    with pytest.raises(ConfigError, match=r"^EasyCache and FirstBlockCache both cache, and a transformer takes one"):
+    with pytest.raises(ConfigError, match=r"^EasyCache and FirstBlockCache"):
         dit_accel.attach(transformer, FirstBlockCache(), EasyCache())
     assert dit_accel.attachment_of(transformer) is None
     whole = torch.compile(transformer, backend="eager")
-    with pytest.raises(ConfigError, match="is compiled whole"):
+    with pytest.raises(ConfigError, match=r"transformer.*compiled.*compile_repeated_blocks"):
         dit_accel.attach(whole, FirstBlockCache())
 
 

@@ -68,6 +68,6 @@ def test_lite_counts_the_calls_of_each_layer():
         with attachment.observe(lambda call: ran.append(call.context.key)):
             denoise(transformer, 6, until=5)
         lite = next(one for one in attachment._execution.handlers if one.name == "lite")
-        counted = {key: state.calls for key, state in lite._states.by_key.items()}
+        counted = {key: state.calls for key, state in lite._states.items()}
     assert counted == {key: ran.count(key) for key in ran}
     assert set(counted.values()) == {3, 5}

@@ -49,10 +49,10 @@ def test_numbers_are_read_as_they_are_spelt(numbers):
 
 @pytest.mark.parametrize("text", ["a", "3-", "3-2", "1;2", "-1", ""])
 def test_numbers_that_can_not_be_read(text):
-    with pytest.raises(ConfigError, match=r"^here\.blocks = .* can't be read at .*; write block numbers and ranges"):
+    with pytest.raises(ConfigError, match=rf"^here\.blocks = {text!r}.*'0, 2-7'"):
         read_numbers(text, "here.blocks")
 
 
 def test_no_numbers():
-    with pytest.raises(ConfigError, match=r"^here\.blocks names 0 blocks; name some, such as"):
+    with pytest.raises(ConfigError, match=r"^here\.blocks.*0 blocks"):
         read_numbers((), "here.blocks")

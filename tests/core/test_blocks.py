@@ -51,18 +51,18 @@ def same(found, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(pattern="blocks"), r"a block list needs a pattern such as 'transformer_blocks\.\*', got 'blocks'"),
-        (dict(pattern=None), "needs a pattern such as .*, got None"),
-        (dict(takes="hidden_states"), "takes must be a tuple of different argument names, .* got 'hidden_states'"),
-        (dict(takes=()), r"takes must be a tuple of different argument names, the visual stream's first, got \(\)"),
-        (dict(takes=("x", "x"), gives=(0, 1)), r"different argument names, .* got \('x', 'x'\)"),
-        (dict(gives=(0, 1)), r"gives must name each of the 1 streams once by its index in takes, .* got \(0, 1\)"),
-        (dict(takes=JOINT, gives=(0,)), r"gives must name each of the 2 streams once .* got \(0,\)"),
+        (dict(pattern="blocks"), r"'transformer_blocks\.\*', got 'blocks'"),
+        (dict(pattern=None), "got None"),
+        (dict(takes="hidden_states"), r"takes.*got 'hidden_states'"),
+        (dict(takes=()), r"takes.*got \(\)"),
+        (dict(takes=("x", "x"), gives=(0, 1)), r"takes.*got \('x', 'x'\)"),
+        (dict(gives=(0, 1)), r"gives.*1 streams.*got \(0, 1\)"),
+        (dict(takes=JOINT, gives=(0,)), r"gives.*2 streams.*got \(0,\)"),
         (
             dict(takes=JOINT, gives=(0, 0)),
-            r"once by its index in takes, and None for what is not a stream, got \(0, 0\)",
+            r"gives.*2 streams.*got \(0, 0\)",
         ),
-        (dict(gives=[0]), r"gives must name .* got \[0\]"),
+        (dict(gives=[0]), r"gives.*got \[0\]"),
     ],
 )
 def test_what_is_no_block_list_is_refused(changes, message):
@@ -72,7 +72,7 @@ def test_what_is_no_block_list_is_refused(changes, message):
 
 def test_an_adapter_takes_a_tuple_of_lists_or_none():
     assert adapter().blocks is None
-    with pytest.raises(ConfigError, match="blocks must be a tuple of BlockList objects, got BlockList"):
+    with pytest.raises(ConfigError, match=r"blocks.*BlockList.*got BlockList"):
         adapter(blocks=FLUX_LIKE)
 
 
@@ -119,16 +119,16 @@ def test_what_is_no_stream_is_kept_and_cannot_be_made_up():
     assert FLUX_LIKE.gives_streams_only
     assert same(signature.read_result((E, H)), (H,))
     assert same(signature.write_result((OTHER,), like=(E, H)), (E, OTHER))
-    with pytest.raises(ConfigError, match="Joint gives more than its streams, which can't be made up; let it run once"):
+    with pytest.raises(ConfigError, match=r"Joint.*streams"):
         signature.write_result((OTHER,))
 
 
 @pytest.mark.parametrize(
     ("gives", "result", "message"),
     [
-        ((1, 0), H, "Joint gave one Tensor, the adapter's blocks describe a tuple of 2; correct the adapter's blocks"),
-        ((1, 0), (H, E, H), "Joint gave a tuple of 3, the adapter's blocks describe a tuple of 2"),
-        ((0,), (H,), "Joint gave a tuple of 1, the adapter's blocks describe one tensor"),
+        ((1, 0), H, r"Joint.*Tensor.*tuple of 2"),
+        ((1, 0), (H, E, H), r"Joint.*tuple of 3.*tuple of 2"),
+        ((0,), (H,), r"Joint.*tuple of 1.*tensor"),
     ],
 )
 def test_a_result_of_another_form_is_refused(gives, result, message):
@@ -152,9 +152,7 @@ def test_a_signature_is_bound_once_a_class(monkeypatch):
 
 
 def test_a_stream_of_another_name_is_refused():
-    with pytest.raises(
-        UnsupportedModel, match=r"Joint has no argument 'x', .* 'blocks\.\*' should take; it has hidden_st"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"Joint.*'x'.*'blocks\.\*'.*hidden_st"):
         block_signature(BlockList(pattern="blocks.*", takes=("x",)), Joint)
 
 
@@ -178,13 +176,13 @@ def test_blocks_whose_attention_is_left_dense_are_left_out():
     [
         (
             dict(blocks=()),
-            "'mine' describes no blocks, so that none of Toy can be skipped or cached; use a method that",
+            r"'mine' describes.*Toy",
         ),
-        (dict(blocks=(BlockList(pattern="layers.*"),)), r"looks for blocks layers\.\* in Toy and finds none; correct"),
-        ({}, r"registry does not know Joint \(blocks\.\*\), .* 'mine' describes no blocks; give it blocks=\(BlockList"),
+        (dict(blocks=(BlockList(pattern="layers.*"),)), r"layers\.\* in Toy"),
+        ({}, r"Joint \(blocks\.\*\).*'mine'.*blocks=\(BlockList"),
         (
             dict(self_attention=("layers.*.attn",)),
-            r"finds no blocks around layers\.\*\.attn in Toy; give the adapter bl",
+            r"layers\.\*\.attn.*Toy",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def test_after_a_forward_that_raised_the_next_one_begins_a_run(transformer, monk
     for stop in (1, 3):
         with dit_accel.attach(transformer, LITE) as attachment:
             loop(transformer, stop=stop)
-            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
+            with pytest.raises(RuntimeError, match="mat1 and mat2"), torch.no_grad():
                 transformer(noise(), torch.tensor([1000.0 - 100 * (stop // 2)]), noise(9, 1, 6, 63))
             assert same(loop(transformer, seed=1), fresh)
             assert attachment._execution.state.step_index == 7
@@ -130,7 +130,7 @@ def test_a_loop_broken_off_in_its_first_step_is_told_of_where_calls_have_no_name
         loop(transformer, stop=3)  # broken off later: the timestep rises
         assert same(loop(transformer, seed=1), fresh)
         loop(transformer, stop=1)
-        with pytest.warns(UserWarning, match=r"transformer ran twice in the first step .*call attachment\.reset\(\)"):
+        with pytest.warns(UserWarning, match=r"transformer.*first step.*attachment\.reset\(\)"):
             loop(transformer, seed=1, steps=1)
 
 
@@ -183,7 +183,7 @@ def test_a_loop_that_does_not_follow_the_attached_pipelines_scheduler_has_no_num
     shares = RadialAttention(block_size=16, dense_steps=0.3, dense_layers=0)
     with (
         dit_accel.attach(pipe, shares),
-        pytest.raises(ConfigError, match=r"radial\.dense_steps = 0\.3 needs the number of steps, .* not known here"),
+        pytest.raises(ConfigError, match=r"radial\.dense_steps = 0\.3"),
     ):
         loop(transformer, timesteps=[950.0, 700.0, 400.0, 100.0])
 

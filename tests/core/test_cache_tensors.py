@@ -195,7 +195,7 @@ def test_blocks_that_write_into_what_they_take_are_refused():
         model.blocks[writing].forward = lambda hidden_states, *args: hidden_states.add_(0.1)
         refused = pytest.raises(
             ConfigError,
-            match=r"^transformer writes into the streams that its block \d took, so that what the block",
+            match=r"^transformer.*block \d took",
         )
         with dit_accel.attach(model, cache), refused:
             denoised(model)

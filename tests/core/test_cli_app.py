@@ -80,18 +80,16 @@ def test_bad_settings(setting, message):
 
 
 def test_bad_config_files(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"--config .* can't be read \(No such file or directory\); give a TOML file"):
+    with pytest.raises(ConfigError, match=r"--config .*none\.toml.*\(No such file"):
         select_methods([], tmp_path / "none.toml", [])
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"can't be read \('utf-8' codec"):
+    with pytest.raises(ConfigError, match=r"binary\.toml.*'utf-8' codec"):
         select_methods([], tmp_path / "binary.toml", [])
     (tmp_path / "typo.toml").write_text("[radail]\nnear = 'full'\n")
-    with pytest.raises(
-        ConfigError, match=r"--config .*typo\.toml: no method is called 'radail'; did you mean 'radial'"
-    ):
+    with pytest.raises(ConfigError, match=r"--config.*typo\.toml.*'radail'.*'radial'"):
         select_methods([], tmp_path / "typo.toml", [])
     (tmp_path / "broken.toml").write_text("[radial\n")
-    with pytest.raises(ConfigError, match=r"--config .*broken\.toml is not valid TOML: "):
+    with pytest.raises(ConfigError, match=r"--config .*broken\.toml.*TOML"):
         select_methods([], tmp_path / "broken.toml", [])
 
 

@@ -152,7 +152,7 @@ def test_a_model_of_unknown_sizes_is_read_off_its_configs(tmp_path: Path):
     assert family.recipes["radial"]["sink"] is True
     del transformer["ffn_dim"]
     write(tmp_path, index, transformer)
-    with pytest.raises(UnsupportedModel, match="has no 'ffn_dim'; plan with --family instead"):
+    with pytest.raises(UnsupportedModel, match=r"'ffn_dim'.*--family"):
         read_model_files(str(tmp_path)).identify()
 
 
@@ -163,22 +163,22 @@ def write(folder: Path, index: dict, transformer: dict) -> None:
 
 
 def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
-    with pytest.raises(UnsupportedModel, match=r"model 'nope' is neither a folder nor a hub id \(owner/name\); give a"):
+    with pytest.raises(UnsupportedModel, match=r"'nope'.*\(owner/name\)"):
         read_model_files("nope")
-    with pytest.raises(UnsupportedModel, match=r"has no model_index.json; give a folder saved by a diffusers pipeline"):
+    with pytest.raises(UnsupportedModel, match=r"has no model_index\.json"):
         read_model_files(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(UnsupportedModel, match=r"model_index.json of model .* can't be read: Expecting"):
+    with pytest.raises(UnsupportedModel, match=r"model_index.json.*Expecting"):
         read_config(str(tmp_path), "model_index.json")
     (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
-    with pytest.raises(UnsupportedModel, match="holds unet but no transformer; give a diffusers pipeline that has one"):
+    with pytest.raises(UnsupportedModel, match=r"unet.*no transformer"):
         read_model_files(str(tmp_path))
 
     def unreachable(url: str) -> None:
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
-    with pytest.raises(UnsupportedModel, match=r"is not a local folder, and the hub gave no .*: no route to host\);"):
+    with pytest.raises(UnsupportedModel, match=r"'owner/no-such-model'.*model_index\.json \(ConnectionError"):
         read_model_files("owner/no-such-model")
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import math
-import re
 import typing
 
 import numpy as np
@@ -62,14 +61,14 @@ def test_configs_are_frozen_slotted_and_keyword_only():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[radial]\ndecay_facto = 1", r"radial has no option 'decay_facto'; did you mean 'decay_factor'\?"),
-        ("[radiol]\n", r"no method is called 'radiol'; did you mean 'radial'\?"),
-        ("decay_factor = 1", r"decay_factor = 1 stands outside a method's table"),
-        ("version = 7", "has version 7, this release reads version 1"),
-        ("[radial", "is not valid TOML"),
-        ("[radial]\nsink = 3", "radial.sink must be true or false or unset, got 3"),
-        ("[radial]\nblock_size = 1.5", r"radial.block_size must be an integer or unset, got 1.5"),
-        ("[radial]\nnear = 'nowhere'", "radial.near must be 'full' or 'half' or unset, got 'nowhere'"),
+        ("[radial]\ndecay_facto = 1", r"radial.*'decay_facto'.*'decay_factor'\?"),
+        ("[radiol]\n", r"method.*'radiol'.*'radial'\?"),
+        ("decay_factor = 1", r"decay_factor = 1.*\[radial\]"),
+        ("version = 7", r"version 7.*version 1"),
+        ("[radial", r"method config.*TOML"),
+        ("[radial]\nsink = 3", r"radial.sink.*got 3"),
+        ("[radial]\nblock_size = 1.5", r"radial.block_size.*got 1.5"),
+        ("[radial]\nnear = 'nowhere'", r"radial.near.*'full'.*'half'.*got 'nowhere'"),
     ],
 )
 def test_bad_toml_says_what_is_wrong(text, message):
@@ -81,11 +80,9 @@ def test_bad_toml_says_what_is_wrong(text, message):
 @pytest.mark.parametrize(("config", "option"), options_of(float), ids=lambda x: getattr(x, "name", x))
 def test_numbers_are_finite(config, option, value):
     for number in (value, np.float32(value), np.float64(value)):
-        with pytest.raises(ConfigError, match=rf"{config.name}\.{option} must be .*a finite number.*, got .*{value}"):
+        with pytest.raises(ConfigError, match=rf"{config.name}\.{option} .*finite.*got .*{value}"):
             config(**{option: number})
-    with pytest.raises(
-        ConfigError, match=rf"the file: {config.name}\.{option} must be .*a finite number.*, got {value}"
-    ):
+    with pytest.raises(ConfigError, match=rf"the file: {config.name}\.{option} .*finite.*got {value}"):
         from_toml(f"[{config.name}]\n{option} = {value}", "the file")
 
 
@@ -121,47 +118,41 @@ def test_lists_are_taken_and_can_t_change_the_config_afterwards():
 @pytest.mark.parametrize(
     ("config_type", "options", "message"),
     [
-        (
-            dit_accel.RoPE,
-            dict(axes="frames"),
-            "rope.axes must be a list of strings or unset, got 'frames'; write a list, such as "
-            "--set 'rope.axes=[\"frames\"]'",
-        ),
-        (dit_accel.UltraImage, dict(indices=9), "got 9; write a list, such as --set 'ultraimage.indices=[9]'"),
+        (dit_accel.RoPE, dict(axes="frames"), r"""rope\.axes.*got 'frames'.*--set 'rope\.axes=\["frames"\]'$"""),
+        (dit_accel.UltraImage, dict(indices=9), r"got 9.*--set 'ultraimage\.indices=\[9\]'$"),
         (
             dit_accel.StaticCache,
             dict(steps=[1, "x"]),
-            "staticcache.steps must be a list of integers or unset, got [1, 'x']; write a list, such as "
-            "--set 'staticcache.steps=[1, 2]'",
+            r"staticcache\.steps.*integers.*got \[1, 'x'\].*--set 'staticcache\.steps=\[1, 2\]'$",
         ),
     ],
 )
 def test_what_is_no_list_is_told_how_to_write_one(config_type, options, message):
-    with pytest.raises(ConfigError, match=re.escape(message) + "$"):
+    with pytest.raises(ConfigError, match=message):
         config_type(**options)
 
 
 @pytest.mark.parametrize("value", [True, "64", 64.0, np.float64(64), torch.tensor(64)], ids=repr)
 def test_what_is_no_integer_is_refused_as_one(value):
-    with pytest.raises(ConfigError, match=r"radial\.block_size must be an integer or unset, got "):
+    with pytest.raises(ConfigError, match=r"radial\.block_size.*integer.*got "):
         RadialAttention(block_size=value)
 
 
 @pytest.mark.parametrize("value", [(0, 1.5), (0, "1"), [0, 1.5], 16, (True, 16)], ids=repr)
 def test_a_list_s_error_speaks_of_its_items(value):
-    with pytest.raises(ConfigError, match=r"lite\.must_keep must be a list of integers, got "):
+    with pytest.raises(ConfigError, match=r"lite\.must_keep.*integers.*got "):
         LiteAttention(must_keep=value)
 
 
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        (RadialAttention, r"got <class .*RadialAttention'>; give an instance of it, RadialAttention\(\)"),
+        (RadialAttention, r"got <class .*RadialAttention'>; .*instance.*RadialAttention\(\)"),
         (
             [RadialAttention(), SolAttention()],
-            r"got \[RadialAttention.*\]; give the configs one by one, attach\(pipe, \*",
+            r"got \[RadialAttention.*\]; .*attach\(pipe, \*",
         ),
-        ((RadialAttention(),), r"got \(RadialAttention.*\); give the configs one by one"),
+        ((RadialAttention(),), r"got \(RadialAttention.*\); .*attach\(pipe, \*"),
         ("radial", r"got 'radial'; known: .*RadialAttention.*UltraViCo"),
         (None, r"got None; known: .*DeltaAttention"),
     ],
@@ -169,23 +160,23 @@ def test_a_list_s_error_speaks_of_its_items(value):
 )
 def test_what_is_no_config_gets_a_hint(given, hint):
     transformer = tiny_transformer()
-    with pytest.raises(ConfigError, match=f"attach takes method configs, {hint}"):
+    with pytest.raises(ConfigError, match=rf"attach.*{hint}"):
         dit_accel.attach(transformer, given)
     assert dit_accel.attachment_of(transformer) is None
 
 
 def test_toml_errors_name_their_source():
     for text, message in (
-        ("[radial", r"^runs/a\.toml is not valid TOML: "),
-        ("version = 7", r"^runs/a\.toml has version 7, this release reads version 1"),
-        ("sink = true", r"^runs/a\.toml: sink = True stands outside a method's table"),
-        ("[radiol]", r"^runs/a\.toml: no method is called 'radiol'; did you mean 'radial'\?"),
-        ("[radial]\nsnik = true", r"^runs/a\.toml: radial has no option 'snik'; did you mean 'sink'\?"),
-        ("[radial]\nblock_size = 17", r"^runs/a\.toml: radial\.block_size must be a power of two"),
+        ("[radial", r"^runs/a\.toml.*TOML"),
+        ("version = 7", r"^runs/a\.toml.*version 7.*version 1"),
+        ("sink = true", r"^runs/a\.toml: sink = True.*\[radial\]"),
+        ("[radiol]", r"^runs/a\.toml.*method.*'radiol'.*'radial'\?"),
+        ("[radial]\nsnik = true", r"^runs/a\.toml: radial.*'snik'.*'sink'\?"),
+        ("[radial]\nblock_size = 17", r"^runs/a\.toml: radial\.block_size.*got 17"),
     ):
         with pytest.raises(ConfigError, match=message):
             from_toml(text, "runs/a.toml")
-    with pytest.raises(ConfigError, match=r"^the method config is not valid TOML"):
+    with pytest.raises(ConfigError, match=r"method config.*TOML"):
         from_toml("[radial")
 
 
@@ -194,7 +185,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text():
 
 
 def test_two_configs_of_one_method_have_no_toml():
-    with pytest.raises(ConfigError, match="two radial configs were given"):
+    with pytest.raises(ConfigError, match="two radial"):
         to_toml([RadialAttention(), RadialAttention()])
 
 
@@ -207,9 +198,7 @@ def test_values_of_the_command_line():
 
 @pytest.mark.parametrize("text", ["1\nradial.near = 2", "1\n2", "'a'\n\n'b'", "[1,\n2]"])
 def test_one_value_of_the_command_line_is_one_line(text):
-    with pytest.raises(
-        ConfigError, match=r"one value was expected, got several lines: .*give each option in a --set of"
-    ):
+    with pytest.raises(ConfigError, match=r"one value.*--set"):
         parse_value(text)
     assert parse_value("0.5\n") == 0.5
 
@@ -217,42 +206,41 @@ def test_one_value_of_the_command_line_is_one_line(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[easycache]\nthreshold = -1", "easycache.threshold must be >= 0, got -1; 0.05 is usual, 0 skips nothing"),
-        ("[radial]\ndecay_factor = 0.0", "radial.decay_factor must be above 0, got 0.0; 1 is usual"),
-        ("[sparsed]\nmass = 1.0", "sparsed.mass must be above 0 and below 1, got 1.0; 0.95 is usual"),
-        ("[dfa]\nevery = 0", "dfa.every must be >= 1, got 0; 2 is usual"),
-        ("[lvsa]\ntrained_frames = 0", "lvsa.trained_frames must be >= 1, got 0"),
+        ("[easycache]\nthreshold = -1", r"easycache\.threshold.*>= 0, got -1; 0\.05.*"),
+        ("[radial]\ndecay_factor = 0.0", r"radial\.decay_factor.*above 0, got 0\.0; 1 .*"),
+        ("[sparsed]\nmass = 1.0", r"sparsed\.mass.*above 0.*below 1, got 1\.0; 0\.95 .*"),
+        ("[dfa]\nevery = 0", r"dfa\.every.*>= 1, got 0; 2 .*"),
+        ("[lvsa]\ntrained_frames = 0", r"lvsa\.trained_frames.*>= 1, got 0"),
         (
             "[staticcache]\nsteps = [1, 2]",
-            "staticcache.steps must hold values that are from 0 to 1, got 2; 1 is computed, 0 may be skipped",
+            r"staticcache\.steps.*0 to 1, got 2; 1 .*0 .*",
         ),
-        ("[staticcache]\nsteps = [0, 1]", "staticcache.steps must be a list that begins with 1, got [0, 1]"),
+        ("[staticcache]\nsteps = [0, 1]", r"staticcache\.steps.*with 1, got \[0, 1\]"),
         (
             "[lite]\ndense_steps = 2.5",
-            "lite.dense_steps must be a whole number of steps from 0 on, or a share of the run below 1, got 2.5; 0.1 "
-            "is usual, write 5 for five steps, 0.2 for a fifth of them",
+            r"lite\.dense_steps.*from 0.*share.*below 1, got 2\.5; 0\.1 .*5.*0\.2.*",
         ),
     ],
 )
 def test_what_is_out_of_range_says_what_is_usual(text, message):
-    with pytest.raises(ConfigError, match=f"^the file: {re.escape(message)}$"):
+    with pytest.raises(ConfigError, match=f"^the file: {message}$"):
         from_toml(text, "the file")
 
 
 def test_share_of_steps():
     config = RadialAttention(dense_steps=0.24, dense_layers=0, dense_last_steps=1).filled()
     assert [step for step in range(8) if config.is_dense(step, 8, 5)] == [0, 1, 7]
-    with pytest.raises(ConfigError, match="dense_last_steps = 1 needs the number of steps"):
+    with pytest.raises(ConfigError, match="dense_last_steps = 1"):
         config.is_dense(0, None, 5)
-    with pytest.raises(ConfigError, match=r"must be a whole number of steps from 0 on, or a share .*, got 2.5"):
+    with pytest.raises(ConfigError, match=r"radial\.dense_steps.*got 2\.5"):
         RadialAttention(dense_steps=2.5)
 
 
 def test_an_unknown_option_says_which_was_meant():
-    with pytest.raises(ConfigError, match=r"radial has no option 'decay_facter'; did you mean 'decay_factor'"):
+    with pytest.raises(ConfigError, match=r"radial.*'decay_facter'.*'decay_factor'"):
         RadialAttention(decay_facter=1)  # type: ignore[call-arg]
     for config_type in methods().values():
-        with pytest.raises(ConfigError, match=f"{config_type.name} has no option 'nothing'"):
+        with pytest.raises(ConfigError, match=rf"{config_type.name}.*option 'nothing'"):
             config_type(nothing=1)
         assert "nothing" not in inspect.signature(config_type).parameters
         assert [*inspect.signature(config_type).parameters] == [one.name for one in dataclasses.fields(config_type)]

@@ -532,14 +532,14 @@ def test_compiled_full_graph_gives_the_same():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"stride": 0}, r"delta\.stride must .*got 0"),
-        ({"stride": 2.0}, r"delta\.stride must .*got 2\.0"),
-        ({"reuse": 0}, r"delta\.reuse must .*got 0"),
-        ({"margin": -1}, r"delta\.margin must .*got -1"),
-        ({"margin": float("nan")}, r"delta\.margin must .*got nan"),
-        ({"shrink": "no"}, r"delta\.shrink must .*got 'no'"),
-        ({"rotate": 2}, r"delta\.rotate must .*got 2"),
-        ({"reactivate": 1}, r"delta\.reactivate must .*got 1"),
+        ({"stride": 0}, r"delta\.stride.*got 0"),
+        ({"stride": 2.0}, r"delta\.stride.*got 2\.0"),
+        ({"reuse": 0}, r"delta\.reuse.*got 0"),
+        ({"margin": -1}, r"delta\.margin.*got -1"),
+        ({"margin": float("nan")}, r"delta\.margin.*got nan"),
+        ({"shrink": "no"}, r"delta\.shrink.*got 'no'"),
+        ({"rotate": 2}, r"delta\.rotate.*got 2"),
+        ({"reactivate": 1}, r"delta\.reactivate.*got 1"),
     ],
 )
 def test_bad_options_are_refused_with_the_value(options, text):
@@ -549,7 +549,7 @@ def test_bad_options_are_refused_with_the_value(options, text):
 
 def test_alone_it_is_refused_with_what_to_add():
     transformer = tiny_transformer()
-    with pytest.raises(ConfigError, match=r"delta corrects what a sparse method leaves out.*add one.*--radial"):
+    with pytest.raises(ConfigError, match=r"delta.*sparse method.*--radial"):
         dit_accel.attach(transformer, DeltaAttention())
     assert dit_accel.attachment_of(transformer) is None
 
@@ -558,7 +558,7 @@ def test_a_call_that_needs_gradients_is_refused():
     transformer = tiny_transformer()
     with (
         dit_accel.attach(transformer, RADIAL, DeltaAttention()),
-        pytest.raises(ConfigError, match=r"delta has no gradient.*generate under torch\.no_grad\(\), or train without"),
+        pytest.raises(ConfigError, match=r"delta.*gradient.*torch\.no_grad\(\)"),
     ):
         transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))
 
@@ -566,7 +566,7 @@ def test_a_call_that_needs_gradients_is_refused():
 def test_a_stride_beyond_a_frame_is_remarked():
     note = handler(stride=64).check_layout(LAYOUT)
     assert note is not None
-    with pytest.raises(ConfigError, match=r"delta\.stride = 64 exceeds the 24 tokens of a frame: one row per frame"):
+    with pytest.raises(ConfigError, match=r"delta\.stride = 64.*24 tokens"):
         raise ConfigError(note)
     assert handler(stride=24).check_layout(LAYOUT) is None
 

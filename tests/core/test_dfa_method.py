@@ -298,19 +298,19 @@ def test_gradients_run_whole(transformer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(every=0), r"^dfa\.every must .*got 0"),
-        (dict(share=1.5), r"^dfa\.share must .*got 1\.5"),
+        (dict(every=0), r"^dfa\.every.*got 0"),
+        (dict(share=1.5), r"^dfa\.share.*got 1\.5"),
         (
             dict(warmup_steps=-1),
-            r"^dfa\.warmup_steps must .*got -1",
+            r"^dfa\.warmup_steps.*got -1",
         ),
         (
             dict(warmup_steps=2.5),
-            r"^dfa\.warmup_steps must .*got 2\.5",
+            r"^dfa\.warmup_steps.*got 2\.5",
         ),
         (
             dict(last_steps=-1),
-            r"^dfa\.last_steps must .*got -1",
+            r"^dfa\.last_steps.*got -1",
         ),
     ],
 )
@@ -322,18 +322,16 @@ def test_options_out_of_range(options, message):
 def test_what_is_refused(transformer):
     lite, delta = LiteAttention(block_size=16), DeltaAttention(stride=8)
     for others, name in (((lite,), "lite"), ((SparseD(block_size=16), delta), "delta")):
-        with pytest.raises(
-            ConfigError, match=rf"^dfa leaves rows of attention calls out, and {name} takes all of them"
-        ):
+        with pytest.raises(ConfigError, match=rf"^dfa.*rows.*{name}"):
             dit_accel.attach(transformer, DFA(), *others)
-    with pytest.raises(ConfigError, match=r"the scheduler tells the noise level None; use a flow-matching scheduler"):
+    with pytest.raises(ConfigError, match=r"dfa.*noise level None"):
         steps_of(transformer, DFA(**EVERY_2), told=False)
     case = Case(registry.adapters()["flux"], MODELS["flux"][0])
-    with pytest.raises(ConfigError, match=r"^dfa makes no sense on flux: an image does not move"):
+    with pytest.raises(ConfigError, match=r"^dfa.*flux.*image"):
         dit_accel.attach(case.transformer, DFA())
     with (
         dit_accel.attach(transformer, DFA()),
-        pytest.raises(ConfigError, match=r"^dfa\.last_steps = 1 needs the number of steps"),
+        pytest.raises(ConfigError, match=r"^dfa\.last_steps = 1"),
     ):
         transformer(torch.zeros(1, 12, 5, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64))
 

@@ -92,11 +92,11 @@ def test_the_rate_is_taken_in_float32():
 
 
 def test_negative_thresholds_are_refused():
-    with pytest.raises(ConfigError, match=r"^easycache\.threshold must .*got -0\.1"):
+    with pytest.raises(ConfigError, match=r"^easycache\.threshold.*got -0\.1"):
         EasyCache(threshold=-0.1)
     with pytest.raises(
         ConfigError,
-        match=r"^EasyCache and StaticCache both cache, and a transformer takes one cache; attach one of them",
+        match=r"^EasyCache and StaticCache",
     ):
         dit_accel.attach(tiny_transformer(), EasyCache(), StaticCache(every=2))
 

@@ -127,49 +127,43 @@ def test_frames_are_rounded_like_the_pipeline(asked, made):
 
 def test_refused_sizes():
     wan, flux = family("wan2.1-14b"), family("flux.1-dev")
-    with pytest.raises(
-        ConfigError, match=r"height must be a multiple of 16 for wan2.1-14b, got 725; the nearest .* 720"
-    ):
+    with pytest.raises(ConfigError, match=r"height.*16.*wan2.1-14b, got 725.*720"):
         token_layout(wan, height=725, width=1280, num_frames=81)
-    with pytest.raises(ConfigError, match=r"width must be a multiple of 16 for wan2.1-14b, got 0; the nearest is 16"):
+    with pytest.raises(ConfigError, match=r"width.*16.*wan2.1-14b, got 0;.*16"):
         token_layout(wan, height=720, width=0, num_frames=81)
-    with pytest.raises(ConfigError, match="num_frames must be >= 1, got 0; 1 makes an image"):
+    with pytest.raises(ConfigError, match=r"num_frames.*>= 1, got 0"):
         rounded_frames(wan, 0)
-    with pytest.raises(ConfigError, match=r"flux.1-dev makes images, got num_frames 5; leave it out or set it to 1"):
+    with pytest.raises(ConfigError, match=r"flux.1-dev.*got num_frames 5"):
         rounded_frames(flux, 5)
-    with pytest.raises(ConfigError, match="num_inference_steps must be at most 10,000, got 1,000,000,000"):
+    with pytest.raises(ConfigError, match=r"num_inference_steps.*10,000, got 1,000,000,000"):
         plan("wan2.1-14b", num_inference_steps=10**9)
-    with pytest.raises(ConfigError, match="num_inference_steps must be >= 1, got 0"):
+    with pytest.raises(ConfigError, match=r"num_inference_steps.*>= 1, got 0"):
         plan("wan2.1-14b", num_inference_steps=0)
     for cost in (0, -1, 1000, 1e308, math.inf, math.nan):
-        with pytest.raises(
-            ConfigError, match=r"kernel_cost must be above 0 and below 1000, got .*; 1 is as efficient as"
-        ):
+        with pytest.raises(ConfigError, match=r"kernel_cost.*0.*1000, got"):
             plan("wan2.1-14b", kernel_cost=cost)
 
 
 @pytest.mark.parametrize(("value", "nearest"), [(8, 16), (23, 16), (24, 32), (719, 720), (721, 720)])
 def test_nearest_legal_size(value, nearest):
-    with pytest.raises(ConfigError, match=f"got {value}; the nearest is {nearest}$"):
+    with pytest.raises(ConfigError, match=rf"got {value}.*{nearest}$"):
         check_multiple("height", value, 16, "a model")
 
 
 def test_refused_methods():
     radial = RadialAttention()
-    with pytest.raises(ConfigError, match=r"radial makes no sense on flux: an image is one frame"):
+    with pytest.raises(ConfigError, match=r"radial.*flux.*image"):
         plan("flux.1-dev", methods=[radial])
-    with pytest.raises(ConfigError, match="two RadialAttention configs were given; attach one of each method"):
+    with pytest.raises(ConfigError, match="two RadialAttention"):
         plan("wan2.1-14b", methods=[radial, radial])
-    with pytest.raises(ConfigError, match="radial needs at least 2 latent frames, got 1"):
+    with pytest.raises(ConfigError, match=r"radial.*2 latent frames, got 1"):
         plan("wan2.1-14b", num_frames=1, methods=[radial])
 
 
 def test_what_attach_refuses_plan_refuses_too():
-    with pytest.raises(ConfigError, match="delta corrects what a sparse method leaves out, but none is attached"):
+    with pytest.raises(ConfigError, match=r"delta.*sparse.*RadialAttention\(\)"):
         plan("wan2.1-14b", methods=[DeltaAttention()])
-    with pytest.raises(
-        ConfigError, match=r"radial\.block_size = 128 and sol\.block_size = 64 can't be attached together"
-    ):
+    with pytest.raises(ConfigError, match=r"radial\.block_size = 128 and sol\.block_size = 64"):
         plan("wan2.1-14b", methods=[SolAttention(block_size=64), RadialAttention(block_size=128)])
 
 

@@ -138,7 +138,7 @@ def test_a_plan_that_is_gone_is_an_error():
     kept = Differentiated(AttentionPlan(), 0, (1, 1, 1, 0, 0), True, None)
     ticket = store.put(kept)
     assert store.get(ticket) is kept
-    with pytest.raises(AttachError, match="the attention plan 7 of a forward was freed before its backward ran"):
+    with pytest.raises(AttachError, match=r"plan 7.*backward"):
         store.get(torch.tensor(7))
 
 
@@ -156,7 +156,7 @@ def test_a_backend_without_a_gradient_for_operators_is_named():
     layer.state.layers[0].dense = lambda q, k, v, mask, scale: Old.apply(q, k, v)
     q, k, v = (x.requires_grad_() for x in tensors())
     out = layer.call(q, k, v, LAYOUT)
-    with pytest.raises(ConfigError, match=r"has no gradient that a planned call could use .*set another one, such as"):
+    with pytest.raises(ConfigError, match=r"backend.*transformer.*no gradient"):
         out.sum().backward()
 
 

@@ -45,14 +45,12 @@ def test_the_name_of_a_context_tells(name):
 
 
 def test_a_name_that_tells_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"pag must .* transformer runs in cache_context\('mine'\), which does not"):
+    with pytest.raises(ConfigError, match=r"pag.*cache_context\('mine'\)"):
         part("mine")
 
 
 def test_both_prompts_are_as_many_rows():
-    with pytest.raises(
-        ConfigError, match=r"as many rows of the one prompt as of the other, and transformer got 3 rows"
-    ):
+    with pytest.raises(ConfigError, match=r"pag.*cache_context\('cond_uncond'\).*got 3 rows"):
         part("cond_uncond", rows=3)
 
 
@@ -63,7 +61,7 @@ def test_a_loop_that_opens_no_context_holds_the_conditional_prompt_where_the_sca
         (site(FLUX, guidance_embeds=False), "call 0"),
         (site(), "call 0"),
     ):
-        with pytest.raises(ConfigError, match="a loop written by hand around transformer does not tell; open transf"):
+        with pytest.raises(ConfigError, match=r"pag.*loop.*transformer\.cache_context\(name\)"):
             part(branch, where)
 
 
@@ -107,13 +105,13 @@ def test_a_declared_class_tells_by_the_place_of_a_forward_and_its_rows():
     assert [said("together", rows=rows) for rows in (2, 4)] == ["cond", "both"]
     assert said("together", branch="call 1") == "perturbed"
     assert said("in_turn", branch="cond_uncond", rows=4) == "both"
-    with pytest.raises(ConfigError, match=r"to hold one prompt or two for each of its 2 latents, and .* got 6 rows"):
+    with pytest.raises(ConfigError, match=r"pag.*Pipe.*2 latents.*got 6 rows"):
         said("together", rows=6)
 
 
 def test_what_runs_is_the_class_whose_call_runs():
     assert said("in_turn", Heir) == said("in_turn", Wrapper) == "cond"
-    with pytest.raises(ConfigError, match=r"and Other does not tell; .* in the guidance of the adapter 'tiny'"):
+    with pytest.raises(ConfigError, match=r"pag.*Other.*adapter 'tiny'"):
         said("in_turn", Other)
 
 
@@ -122,7 +120,7 @@ def test_a_pipeline_that_keeps_no_latents_tells_by_its_attribute():
         do_classifier_free_guidance = True
 
     assert said("together", Silent, keeps=False) == "both"
-    with pytest.raises(ConfigError, match="Pipe keeps neither its latents nor do_classifier_free_guidance; open"):
+    with pytest.raises(ConfigError, match=r"Pipe.*do_classifier_free_guidance"):
         said("together", keeps=False)
 
 
@@ -149,11 +147,11 @@ def test_a_transformer_of_its_own_tells_by_its_component():
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        (dict(first_rows="both"), "first_rows must be 'uncond' or 'cond', got 'both'"),
-        (dict(uncond_tokens="first"), "uncond_tokens must be 'all' or 'last', got 'first'"),
-        (dict(branch_of={"transformer": "both"}), r"branch_of\['transformer'\] must be 'cond' or 'uncond', got 'both'"),
-        (dict(rows={"x": -1}), r"rows\['x'\] must be an axis from 0, 'each' or None, got -1"),
-        (dict(alone=("A",), own={"A": "why"}), "guidance names A twice; leave it in the one field"),
+        (dict(first_rows="both"), r"first_rows.*'uncond'.*'cond', got 'both'"),
+        (dict(uncond_tokens="first"), r"uncond_tokens.*'all'.*'last', got 'first'"),
+        (dict(branch_of={"transformer": "both"}), r"branch_of\['transformer'\].*'cond'.*'uncond', got 'both'"),
+        (dict(rows={"x": -1}), r"rows\['x'\].*'each'.*None, got -1"),
+        (dict(alone=("A",), own={"A": "why"}), r"guidance.*A twice"),
     ],
 )
 def test_what_no_adapter_may_declare(wrong, why):
@@ -228,8 +226,7 @@ def test_the_conditional_prompt_comes_first_in_a_loop_written_by_hand(name):
         dit_accel.attach(loop.transformer, BRANCHES[name]),
         pytest.raises(
             ConfigError,
-            match=rf"{name} adds .*, and the unconditional forward of step 0 came before the conditional one; run the "
-            rf"conditional forward first, or use {name}\.mode = 'free'",
+            match=rf"^{name} adds.*step 0.*{name}\.mode = 'free'",
         ),
     ):
         loop.step(("uncond", "cond"))
@@ -248,7 +245,7 @@ def test_a_loop_written_by_hand_that_opens_no_context_is_refused(name):
     loop, method = Loop(), (BRANCHES | more)[name]
     with (
         dit_accel.attach(loop.transformer, method),
-        pytest.raises(ConfigError, match=rf"^{method.name} must know which prompt each forward holds"),
+        pytest.raises(ConfigError, match=rf"^{method.name}.*which prompt"),
     ):
         loop.step(("cond", "uncond"), contexts=False)
 
@@ -262,7 +259,7 @@ def test_any_attached_transformer_has_a_context_to_open():
     with dit_accel.attach(case.transformer, BRANCHES["pag"]):
         with torch.no_grad(), case.transformer.cache_context("cond"):
             moved = case.transformer(**inputs, return_dict=False)[0]
-        with torch.no_grad(), pytest.raises(ConfigError, match="a loop written by hand around transformer does not"):
+        with torch.no_grad(), pytest.raises(ConfigError, match=r"loop.*transformer\.cache_context\(name\)"):
             case.transformer(**inputs)
     assert not torch.equal(moved, plain)
     assert not hasattr(case.transformer, "cache_context")

@@ -1,9 +1,11 @@
 """The house's own rules: what may be imported, how large things are, which names stay free."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -14,6 +16,10 @@ ROOMS = ("kernels", "pipelines", "eval", "assets")
 SOURCES = [
     path for room in ("dit_accel", *ROOMS) for path in sorted((ROOT / room).rglob("*.py")) if "runs" not in path.parts
 ]
+
+VALUES = re.compile(r"'[^']*'(?!\w)")  # what an error quotes
+WORD = r"[a-z]+(?:['-][a-z]+)*"
+PROSE = re.compile(rf"(?<![\w\\.'-]){WORD}(?: {WORD}){{2,}}(?![\w\\']*\w)")  # three plain words in a row
 
 
 def run(code: str) -> str:
@@ -69,3 +75,34 @@ def test_rooms_have_short_readmes():
         readme = ROOT / room / "README.md"
         assert readme.exists(), readme
         assert len(readme.read_text().splitlines()) <= 40
+
+
+def column(test: ast.FunctionDef, argument: str, tables: dict[str, ast.expr]) -> Iterator[ast.expr]:
+    """Yield what `parametrize` gives an argument of a test."""
+    for mark in test.decorator_list:
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.parametrize":
+            names = ast.literal_eval(mark.args[0])
+            if argument in (names if isinstance(names, tuple) else (names,)):
+                rows = tables.get(ast.unparse(mark.args[1]), mark.args[1])
+                for row in getattr(rows, "elts", ()):
+                    cells = row.args if isinstance(row, ast.Call) else getattr(row, "elts", (row,))
+                    yield cells[names.index(argument) if isinstance(names, tuple) else 0]
+
+
+def matches(tree: ast.Module) -> Iterator[str]:
+    """Yield every `match=` of a test file, with 0 for what a test fills in."""
+    tables = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    for test in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        for node in ast.walk(test):
+            if isinstance(node, ast.keyword) and node.arg == "match":
+                names = [part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)]
+                for literal in (node.value, *(cell for name in names for cell in column(test, name, tables))):
+                    parts = getattr(literal, "values", [literal])
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "0" for part in parts)
+
+
+@pytest.mark.parametrize("folder", [*ROOMS, "core"])
+def test_errors_are_told_by_their_values_and_not_by_their_prose(folder):
+    found = [text for path in (ROOT / "tests" / folder).glob("*.py") for text in matches(ast.parse(path.read_text()))]
+    assert found
+    assert not [text for text in found if PROSE.search(VALUES.sub("0", text))]

@@ -17,45 +17,45 @@ from dit_accel import LiteAttention, RadialAttention
 from dit_accel.errors import ConfigError, MissingBackend
 from dit_accel.methods.attention.lite.config import THRESHOLDS
 from dit_accel.methods.attention.lite.handler import LiteHandler
-from dit_accel.methods.attention.lite.ranges import check_ranges, range_tiles
+from dit_accel.methods.attention.lite.ranges import range_tiles
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, read_thresholds, write_thresholds
 from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.tiling import Tiling
+from dit_accel.plan.tiling import Tiling, bitmap_bytes
 from dit_accel.report import heat_map
 from dit_accel.report.report import CallReport, Report, StepReport
 
 BAD = [
     (
         {"threshold": 0.0},
-        r"lite\.threshold must .*got 0\.0",
+        r"lite\.threshold.*got 0\.0",
     ),
-    ({"threshold": 3}, r"lite\.threshold must .*got 3"),
-    ({"threshold": math.nan}, r"lite\.threshold must .*got nan"),
-    ({"criterion": "mass", "threshold": -10}, r"share of the softmax mass in \(0, 1\) for 'mass', got -10"),
-    ({"criterion": "budget", "threshold": 1.0}, r"share of the softmax mass in \(0, 1\) for 'budget', got 1\.0"),
-    ({"criterion": "sum"}, r"lite\.criterion must .*got 'sum'"),
+    ({"threshold": 3}, r"lite\.threshold.*got 3"),
+    ({"threshold": math.nan}, r"lite\.threshold.*got nan"),
+    ({"criterion": "mass", "threshold": -10}, r"share.*\(0, 1\) for 'mass', got -10"),
+    ({"criterion": "budget", "threshold": 1.0}, r"share.*\(0, 1\) for 'budget', got 1\.0"),
+    ({"criterion": "sum"}, r"lite\.criterion.*got 'sum'"),
     (
         {"threshold": -5, "target_density": 0.5},
-        r"lite\.threshold = -5 and lite\.target_density = 0\.5 both say how much",
+        r"lite\.threshold = -5 and lite\.target_density = 0\.5",
     ),
-    ({"thresholds_file": "a.toml", "threshold": -5}, r"threshold = -5 and lite\.thresholds_file = 'a\.toml' both say"),
-    ({"target_density": 1.0}, r"lite\.target_density must .*got 1\.0"),
-    ({"target_density": 0.5, "criterion": "mass"}, r"target_density = 0\.5 ranks tiles instead of voting, .*'mass'"),
-    ({"thresholds_file": "a.toml", "criterion": "budget"}, r"'budget' bounds the mass .*thresholds_file = 'a\.toml'"),
-    ({"detect_every": 0}, r"lite\.detect_every must .*got 0"),
-    ({"refresh_every": 1}, r"lite\.refresh_every must .*got 1"),
-    ({"block_size": 100}, r"lite\.block_size must .*got 100"),
-    ({"rest": "drop"}, r"lite\.rest must .*got 'drop'"),
-    ({"must_keep": (1, 2, 3)}, r"lite\.must_keep must .*got 3 numbers"),
-    ({"must_skip": (5, 5)}, r"lite\.must_skip must .*got \(5, 5\)"),
-    ({"must_skip": (-1, 5)}, r"lite\.must_skip must .*got \(-1, 5\)"),
-    ({"must_keep": (0, 9, 5, 12)}, r"lite\.must_keep must .*got \(0, 9, 5, 12\)"),
+    ({"thresholds_file": "a.toml", "threshold": -5}, r"threshold = -5 and lite\.thresholds_file = 'a\.toml'"),
+    ({"target_density": 1.0}, r"lite\.target_density.*got 1\.0"),
+    ({"target_density": 0.5, "criterion": "mass"}, r"target_density = 0\.5.*'mass'"),
+    ({"thresholds_file": "a.toml", "criterion": "budget"}, r"'budget'.*lite\.thresholds_file = 'a\.toml'"),
+    ({"detect_every": 0}, r"lite\.detect_every.*got 0"),
+    ({"refresh_every": 1}, r"lite\.refresh_every.*got 1"),
+    ({"block_size": 100}, r"lite\.block_size.*got 100"),
+    ({"rest": "drop"}, r"lite\.rest.*got 'drop'"),
+    ({"must_keep": (1, 2, 3)}, r"lite\.must_keep.*got \[1, 2, 3\]"),
+    ({"must_skip": (5, 5)}, r"lite\.must_skip.*got \[5, 5\]"),
+    ({"must_skip": (-1, 5)}, r"lite\.must_skip.*got \[-1, 5\]"),
+    ({"must_keep": (0, 9, 5, 12)}, r"lite\.must_keep.*got \[0, 9, 5, 12\]"),
     (
         {"dense_steps": -1},
-        r"lite\.dense_steps must .*got -1",
+        r"lite\.dense_steps.*got -1",
     ),
 ]
 
@@ -72,7 +72,7 @@ def test_unset_thresholds_are_the_criterion_s_and_a_recipe_can_t_set_one():
     assert LiteAttention(threshold=-3).filled().threshold == -3
     assert LiteAttention(threshold=5, allow_positive_threshold=True).threshold == 5
     assert LiteAttention().filled({"block_size": 64}).block_size == 64
-    with pytest.raises(ConfigError, match="a recipe of lite sets 'threshold', which no recipe may set"):
+    with pytest.raises(ConfigError, match=r"recipe.*lite.*'threshold'"):
         LiteAttention().filled({"threshold": -3})
 
 
@@ -90,7 +90,7 @@ def test_ranges_round_outward_or_inward(edges, block, before, shuffled):
     ranges = edges[: len(edges) // 2 * 2]
     layout = TokenLayout(frames=1, height=1, width=61, text_before=before, text_after=3)
     order = torch.randperm(layout.tokens) if shuffled else None
-    check_ranges("lite.must_keep", ranges, layout.visual_tokens)
+    LiteAttention(must_keep=ranges)
     inside = {before + t for start, end in zip(ranges[::2], ranges[1::2], strict=True) for t in range(start, end)}
     tokens = list(range(layout.tokens)) if order is None else order.tolist()
     tiles = [set(tokens[start : start + block]) for start in range(0, len(tokens), block)]
@@ -100,18 +100,18 @@ def test_ranges_round_outward_or_inward(edges, block, before, shuffled):
 
 def test_a_range_beyond_the_video_is_refused_when_its_size_is_known():
     handler = Calls(LiteAttention(must_keep=(0, 81))).handler
-    with pytest.raises(ConfigError, match=r"lite\.must_keep ends at visual token 81, the video has 80; end it there"):
+    with pytest.raises(ConfigError, match=r"lite\.must_keep.*visual token 81.*80"):
         handler.check_layout(TokenLayout(frames=1, height=1, width=80))
 
 
 def test_memory_is_a_small_part_of_the_original_s_lists():
     wan = TokenLayout(frames=21, height=45, width=80)
-    bits = LiteAttention().filled().carried_bytes(wan, layers=40, heads=40)
+    bits = 40 * 2 * bitmap_bytes(LiteAttention().filled().tiling.tiles(wan.tokens), 40, 1)
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
     lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
     assert 0.10e9 < bits < 0.16e9
     assert lists / bits > 20  # with tiles as many as ours, 30: tests/pipelines/test_lite_memory.py
-    assert LiteAttention(block_size=64).filled().carried_bytes(wan, layers=1, heads=1, branches=1) == 4 * 1182 * 37
+    assert bitmap_bytes(LiteAttention(block_size=64).filled().tiling.tiles(wan.tokens), 1, 1) == 4 * 1182 * 37
 
 
 @pytest.mark.parametrize(("radial", "lite", "size"), [(32, None, 32), (32, 32, 32), (None, 64, 64), (None, None, 128)])
@@ -124,9 +124,7 @@ def test_tiles_are_of_one_size_and_order_and_what_is_unset_follows_what_is_set(r
 
 def test_two_tile_sizes_are_refused_whatever_the_order():
     for ordered in itertools.permutations((RadialAttention(block_size=32), LiteAttention(block_size=64))):
-        with pytest.raises(
-            ConfigError, match=r"radial\.block_size = 32 and lite\.block_size = 64 can't be attached together"
-        ):
+        with pytest.raises(ConfigError, match=r"radial\.block_size = 32 and lite\.block_size = 64"):
             make_handlers(ordered, MODEL)
 
 
@@ -146,43 +144,39 @@ class TestThresholdsFile:
         assert calls.handler.is_active(calls.context(0), 0)
         votes = [calls.plan(step=step, layer=layer)[0].selection.vote for layer in (0, 1) for step in (0, 1, 2)]
         assert [vote and vote.threshold for vote in votes] == [-10.0, -math.inf, None, -1.0, -2.0, None]
-        with pytest.raises(
-            ConfigError, match=r"transformer layer 7, but the file has 4 layers of transformer; tune on this"
-        ):
+        with pytest.raises(ConfigError, match=r"layer 7.*4 layers"):
             calls.plan(layer=7)
 
     def test_another_model_criterion_or_step_count_is_refused_naming_both(self, tmp_path):
         path = tmp_path / "lite.toml"
         write_thresholds(path, self.TABLE)
         calls = Calls(LiteAttention(thresholds_file=str(path)))
-        with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has 50; use as many, or tune again"):
+        with pytest.raises(ConfigError, match=r"3 steps.*50"):
             calls.handler.is_active(calls.context(0, num_inference_steps=50), 0)
-        with pytest.raises(ConfigError, match="was tuned for 3 steps, this run has an unknown number"):
+        with pytest.raises(ConfigError, match=r"3 steps.*unknown"):
             calls.handler.is_active(calls.context(0, num_inference_steps=None), 0)
-        with pytest.raises(ConfigError, match=r"holds thresholds of 'maxgap', lite\.criterion is 'mass'; set it to"):
+        with pytest.raises(ConfigError, match=r"'maxgap', lite\.criterion.*'mass'"):
             LiteHandler(LiteAttention(thresholds_file=str(path), criterion="mass"), MODEL)
         text = path.read_text().replace("toy", "other")
         path.write_text(text)
-        with pytest.raises(
-            ConfigError, match="tuned on 'other, 3 layers, 2 heads', this model is 'toy, 3 layers, 2 heads'"
-        ):
+        with pytest.raises(ConfigError, match=r"'other, 3 layers, 2 heads'.*'toy, 3 layers, 2 heads'"):
             LiteHandler(LiteAttention(thresholds_file=str(path)), MODEL)
 
     @pytest.mark.parametrize(
         ("text", "error"),
         [
-            (None, r"thresholds_file .* can't be read \(No such file or directory\); run dit-accel tune lite"),
-            ("a = = b", r"is not valid TOML"),
-            ("version = 2", r"has version 2, this release reads version 1"),
-            ("version = 1\nmodel = 'm'", r"is not what tune lite writes: KeyError\('thresholds'\)"),
+            (None, r"thresholds_file .*\(No such file.*tune lite"),
+            ("a = = b", r"thresholds_file.*TOML"),
+            ("version = 2", r"version 2.*version 1"),
+            ("version = 1\nmodel = 'm'", r"tune lite.*KeyError\('thresholds'\)"),
             ("version = 1\nmodel='m'\ncriterion='maxgap'\nnum_inference_steps=2\n[thresholds]\ntransformer=[[-1.0]]",
-             r"of transformer, layer 0, must be one per step, 2 in all, got 1; tune again"),
+             r"layer 0.*per step.*2 in all, got 1"),
             ("version = 1\nmodel='m'\ncriterion='maxgap'\nnum_inference_steps=1\n[thresholds]\ntransformer=[[1.0]]",
-             r"lite thresholds of transformer, layer 0 must be < 0 \(log2 units\), got 1\.0"),
+             r"lite.*layer 0.*< 0 \(log2 units\).*got 1\.0"),
             ("version = 1\nmodel='m'\ncriterion='sum'\nnum_inference_steps=1\n[thresholds]\ntransformer=[[-1.0]]",
-             r"lite thresholds are of 'maxgap' or 'mass', got criterion 'sum'"),
+             r"lite.*'maxgap'.*'mass'.*'sum'"),
             ("version = 1\nmodel='m'\ncriterion='mass'\nnum_inference_steps=1\n[thresholds]",
-             r"need a list for every layer of every transformer, got none"),
+             r"every layer.*got none"),
         ],
     )  # fmt: skip
     def test_what_is_no_thresholds_file_is_refused(self, tmp_path, text, error):
@@ -255,14 +249,14 @@ class TestPicture:
             assert starts[2] - starts[1] == pytest.approx(2 * (starts[1] - starts[0]), abs=2)
 
     def test_what_can_t_be_drawn(self, tmp_path, monkeypatch):
-        with pytest.raises(ConfigError, match=r"plot writes a PNG, got .*map\.pdf; end the name in \.png"):
+        with pytest.raises(ConfigError, match=r"PNG, got .*map\.pdf"):
             self.REPORT.plot(tmp_path / "map.pdf")
-        with pytest.raises(ConfigError, match=r"can't write .*: .*nowhere is not a folder; create it first"):
+        with pytest.raises(ConfigError, match=r"nowhere.*folder"):
             self.REPORT.plot(tmp_path / "nowhere" / "map.png")
-        with pytest.raises(ConfigError, match=r"nothing to show: .*, and no cache decided on a step; generate first"):
+        with pytest.raises(ConfigError, match=r"nothing.*no cache"):
             Report(methods={}, backend="torch", model={}).plot(tmp_path / "map.png")
         monkeypatch.setattr(heat_map.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(MissingBackend, match=r"plot needs matplotlib, found none; pip install 'matplotlib>=3\.8'"):
+        with pytest.raises(MissingBackend, match=r"plot.*matplotlib.*'matplotlib>=3\.8'"):
             self.REPORT.plot(tmp_path / "map.png")
         assert not list(tmp_path.iterdir())
 

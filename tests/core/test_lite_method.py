@@ -169,8 +169,7 @@ def test_votes_come_every_so_often_turn_round_each_time_and_end_with_the_run():
         calls.finish(plan, q, k, v)
     assert voted == [True, False, True, False, True, False, False]  # nobody would read the last
     assert [turn for turn, vote in zip(turned, voted, strict=True) if vote] == [False, True, False]
-    assert not calls.handler._states.by_key
-    assert calls.handler._states.held == 0
+    assert not calls.handler._states
     assert calls.handler.state_bytes() == 4 * 2 * calls.tiles
 
 
@@ -239,7 +238,6 @@ def test_another_batch_or_layout_and_a_reset_begin_anew(change):
     assert not calls.exact().all()
     if change == "reset":
         calls.handler.reset()
-        assert calls.handler._states.held == 0
     batch, tokens = (2, 80) if change == "batch" else (1, 96 if change == "layout" else 80)
     calls.resize(tokens)
     (x,) = drifting(tokens, 1, batch=batch)
@@ -264,7 +262,7 @@ def test_a_plan_kept_for_a_backward_keeps_its_bits_and_a_repeat_gets_the_same():
     assert all(kept is None or torch.equal(plan.selection.keep, kept) for plan, kept in plans)
     plan, _ = calls.plan()
     calls.finish(plan, *x)
-    with pytest.raises(ConfigError, match=r"repeat transformer layer 0 at step 3, which ran without gradients.*False"):
+    with pytest.raises(ConfigError, match=r"layer 0.*step 3.*gradients.*False"):
         calls.plan(repeated=True, step=3)
 
 
@@ -346,7 +344,7 @@ def test_what_must_be_skipped_is_gone_from_the_first_call_rounded_inward():
     calls.run(*x)
     assert calls.exact()[0, 0].all(0).tolist() == [True, False, True, True, True]
     every = Calls(LiteAttention(must_skip=(0, 80)))
-    with pytest.raises(ConfigError, match=r"lite\.must_skip = \(0, 80\) leaves some queries no key at all"):
+    with pytest.raises(ConfigError, match=r"lite\.must_skip = \(0, 80\).*no key"):
         every.plan()
     every = Calls(LiteAttention(must_skip=(0, 80), rest="pooled"))
     assert torch.isfinite(every.run(*x)).all()
@@ -425,19 +423,18 @@ def test_a_reset_frees_all_that_is_held(options):
     with dit_accel.attach(transformer, config) as attachment:
         (handler,) = attachment._execution.handlers
         denoise(transformer, until=3)  # the last step frees some by itself
-        assert handler._states.by_key
+        assert handler._states
         assert handler._fixed
         assert bool(handler._calibrators) == ("target_density" in options)
-        held = [state.bits for state in handler._states.by_key.values()]
+        held = [state.bits for state in handler._states.values()]
         held += [bits for _, fixed in handler._fixed.values() for bits in fixed]
         freed = [weakref.ref(bits) for bits in held]
         del held
         attachment.reset()
         gc.collect()
-        assert not handler._states.by_key
+        assert not handler._states
         assert not handler._fixed
         assert not handler._calibrators
-        assert handler._states.held == 0
         assert not any(ref() is not None for ref in freed)
         assert attachment.report().state_bytes["lite"] > 0  # the most that it held
         assert attachment.report().steps  # the report stays

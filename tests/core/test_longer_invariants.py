@@ -342,7 +342,7 @@ def test_decay_is_what_a_long_clips_calls_get_until_it_is_detached(name):
     short, long = clip_size(trained), clip_size(3 * trained)
     plain = [generated(pipe, name, 1, **size) for size in (short, long)]
     with dit_accel.attach(pipe, UltraViCo(alpha=0.7)) as attachment, recorded(attachment) as calls:
-        with pytest.warns(UnplannedRun, match="ultravico changes nothing"):
+        with pytest.warns(UnplannedRun, match=r"ultravico.*nothing"):
             assert torch.equal(generated(pipe, name, 1, **short), plain[0])
         calls.clear()
         assert not torch.equal(generated(pipe, name, 1, **long), plain[1])

@@ -33,12 +33,12 @@ def handler(config=CONFIG, family=FAMILY):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(window=-1), r"lvsa\.window must .*got -1"),
-        (dict(first=-2), r"lvsa\.first must .*got -2"),
-        (dict(trained_frames=0), r"lvsa\.trained_frames must .*got 0"),
-        (dict(rest="drop"), r"lvsa\.rest must .*got 'drop'"),
-        (dict(block_size=100), r"lvsa\.block_size must be a power of two"),
-        (dict(rotate=1), r"lvsa\.rotate must .*got 1"),
+        (dict(window=-1), r"lvsa\.window.*got -1"),
+        (dict(first=-2), r"lvsa\.first.*got -2"),
+        (dict(trained_frames=0), r"lvsa\.trained_frames.*got 0"),
+        (dict(rest="drop"), r"lvsa\.rest.*got 'drop'"),
+        (dict(block_size=100), r"lvsa\.block_size.*got 100"),
+        (dict(rotate=1), r"lvsa\.rotate.*got 1"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -49,9 +49,9 @@ def test_bad_options_are_refused(options, message):
 def test_the_trained_length_is_the_models_or_asked_for():
     assert handler(LVSA()).settings.trained_frames == 5
     assert handler(LVSA(trained_frames=9)).settings.trained_frames == 9
-    with pytest.raises(ConfigError, match=r"lvsa needs the length .*, which any, with sizes of no released model"):
+    with pytest.raises(ConfigError, match=r"lvsa.*length.*any, .*sizes"):
         LVSAHandler(LVSA(), MODEL)
-    with pytest.raises(ConfigError, match=r"lvsa needs the length .*, which some does not tell; set lvsa\.trained_fr"):
+    with pytest.raises(ConfigError, match=r"lvsa.*length.*some .*lvsa\.trained_fr"):
         handler(LVSA(), dataclasses.replace(FAMILY, trained_frames=None))
 
 

@@ -84,14 +84,13 @@ def test_the_curve_of_a_released_model_by_name():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(threshold=-0.1), r"^magcache\.threshold must .*got -0\.1"),
-        (dict(ratios=(0.9, 1.0)), r"^magcache\.ratios must .*got \[0\.9, 1\.0\]"),
-        (dict(ratios=()), r"^magcache\.ratios must .*got \[\]"),
-        (dict(ratios=(1.0, -0.1)), r"^magcache\.ratios must .*got -0\.1"),
+        (dict(threshold=-0.1), r"^magcache\.threshold.*got -0\.1"),
+        (dict(ratios=(0.9, 1.0)), r"^magcache\.ratios.*got \[0\.9, 1\.0\]"),
+        (dict(ratios=()), r"^magcache\.ratios.*got \[\]"),
+        (dict(ratios=(1.0, -0.1)), r"^magcache\.ratios.*got -0\.1"),
         (
             dict(measured_on="wan2.1-14b"),
-            r"^magcache\.measured_on = 'wan2\.1-14b' says what ratios were measured on, and none are given; set "
-            r"magcache\.family to use those of a released model$",
+            r"^magcache\.measured_on = 'wan2\.1-14b'.*none.*magcache\.family",
         ),
     ],
 )
@@ -103,18 +102,14 @@ def test_options_out_of_range(options, text):
 def test_a_model_without_a_curve():
     with pytest.raises(
         ConfigError,
-        match=r"^magcache has no ratios for 'made-up, 1 layers, 1 heads', only for .*hunyuan-video.*, wan2\.1-14b.*; "
-        r"measure them with dit-accel tune magcache, or take those of a model that is like it: magcache\.family$",
+        match=r"^magcache.*'made-up, 1 layers, 1 heads'.*hunyuan-video.*wan2\.1-14b.*tune magcache.*magcache\.family$",
     ):
         Driven(MagCache(), line)
-    with pytest.raises(
-        ConfigError, match=r"^magcache\.family = 'wan2\.1-41b' has no published ratios; .*'wan2\.1-14b'"
-    ):
+    with pytest.raises(ConfigError, match=r"^magcache\.family = 'wan2\.1-41b'.*ratios.*'wan2\.1-14b'"):
         Driven(MagCache(family="wan2.1-41b"), line)
     with pytest.raises(
         ConfigError,
-        match=r"^magcache\.ratios were measured on 'wan2\.1-14b', this model is 'made-up, 1 layers, 1 heads'; measure "
-        r"them on it: dit-accel tune magcache$",
+        match=r"^magcache\.ratios.*'wan2\.1-14b'.*'made-up, 1 layers, 1 heads'.*tune magcache$",
     ):
         Driven(MagCache(ratios=RATIOS, measured_on="wan2.1-14b"), line)
     assert isinstance(
@@ -125,7 +120,7 @@ def test_a_model_without_a_curve():
 def test_two_sources_of_a_curve():
     with pytest.raises(
         ConfigError,
-        match=r"^magcache\.ratios and magcache\.family = 'wan2\.1-14b' both say what numbers are used; give one",
+        match=r"^magcache\.ratios and magcache\.family = 'wan2\.1-14b'",
     ):
         Driven(MagCache(ratios=RATIOS, family="wan2.1-14b"), line)
 
@@ -133,7 +128,7 @@ def test_two_sources_of_a_curve():
 def test_a_run_of_unknown_length():
     driven = Driven(MagCache(threshold=0.2, **FREE), line)
     driven.forward(0, still(0), steps=None)
-    with pytest.raises(ConfigError, match=r"^magcache needs the number of steps, which is not known here; attach to"):
+    with pytest.raises(ConfigError, match=r"^magcache.*steps.*easycache"):
         driven.forward(1, still(1), steps=None)
 
 

@@ -64,12 +64,12 @@ def test_valid_queries_see_what_dense_attention_lets_them_see():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(4, 6, dtype=torch.bool).tril()[None, None], r"bool \[1, 1, 4, 6\] that pairs queries with keys"),
-        (torch.stack([PAIRS, ~PAIRS], 1)[:, :, 0], r"bool \[2, 2, 4, 6\] that pairs queries with keys in another way"),
-        (PAIRS.float(), r"torch.float32 \[2, 1, 4, 6\] with biases other than 0 and -10000 or less"),
-        (KEYS.long(), r"boolean or additive; the model passes torch.int64 \[2, 6\]"),
-        (PAIRS[:, 0], r"the model passes torch.bool \[2, 4, 6\]; detach"),
-        (PAIRS[..., :5], r"the model passes torch.bool \[2, 1, 4, 5\]; detach"),
+        (torch.ones(4, 6, dtype=torch.bool).tril()[None, None], r"bool \[1, 1, 4, 6\].*pairs"),
+        (torch.stack([PAIRS, ~PAIRS], 1)[:, :, 0], r"bool \[2, 2, 4, 6\].*pairs"),
+        (PAIRS.float(), r"torch.float32 \[2, 1, 4, 6\].*biases.*0 and -10000"),
+        (KEYS.long(), r"torch.int64 \[2, 6\]"),
+        (PAIRS[:, 0], r"torch.bool \[2, 4, 6\];"),
+        (PAIRS[..., :5], r"torch.bool \[2, 1, 4, 5\];"),
     ],
 )
 def test_other_masks_are_refused(mask, message):
@@ -87,5 +87,5 @@ def test_sizes_are_read_off_tensors_with_heads_first():
 
 def test_a_block_mask_is_refused():
     q = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ConfigError, match="can't follow a mask of type SimpleNamespace, which the model passes for"):
+    with pytest.raises(ConfigError, match="type SimpleNamespace"):
         planned(q, q, q, types.SimpleNamespace(), None, True, Execution([], "reference"))

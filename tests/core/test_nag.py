@@ -129,9 +129,7 @@ def test_a_cache_of_attention_outputs_is_refused(transformer):
     transformer.enable_cache(cache)
     with (
         dit_accel.attach(transformer, METHOD),
-        pytest.raises(
-            ConfigError, match=r"runs blocks\.0\.attn2 twice.*diffusers' pyramid_attention_broadcast carries"
-        ),
+        pytest.raises(ConfigError, match=r"blocks\.0\.attn2.*pyramid_attention_broadcast"),
     ):
         denoise(transformer)
 
@@ -139,13 +137,13 @@ def test_a_cache_of_attention_outputs_is_refused(transformer):
 def test_compiled_code_around_cross_attention_is_refused(transformer):
     with dit_accel.attach(transformer, METHOD):
         for compiled in (transformer, transformer.blocks[1], transformer.blocks[1].attn2):
-            with pytest.raises(ConfigError, match="inside transformer blocks can't act inside a compiled graph"):
+            with pytest.raises(ConfigError, match=r"modules.*compiled graph"):
                 compiled.compile()
-        with pytest.raises(ConfigError, match="detach it, or do not compile what holds them"):
+        with pytest.raises(ConfigError, match=r"modules.*compiled graph"):
             transformer.compile_repeated_blocks()
         denoise(transformer, steps=1)
     transformer.blocks[1].compile(backend="eager")
-    with pytest.raises(ConfigError, match=r"transformer\.blocks\.1 is compiled\. A method that acts on modules inside"):
+    with pytest.raises(ConfigError, match=r"transformer\.blocks\.1.*compiled"):
         dit_accel.attach(transformer, METHOD)
     assert dit_accel.attachment_of(transformer) is None
 
@@ -153,15 +151,15 @@ def test_compiled_code_around_cross_attention_is_refused(transformer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(scale=0.5), r"nag\.scale must .*got 0\.5"),
-        (dict(tau=0.5), r"nag\.tau must .*got 0\.5"),
-        (dict(alpha=1.5), r"nag\.alpha must .*got 1\.5"),
-        (dict(stop=1.5), r"nag\.stop must .*got 1\.5"),
-        (dict(start=0.5, stop=0.5), r"nag acts from start = 0\.5 to stop = 0\.5 of the run, which is no step"),
-        (dict(negative_prompt="a", negative_embeds=EMBEDS), "takes negative_prompt or negative_embeds, and got both"),
-        (dict(negative_embeds=EMBEDS[0]), r"negative_embeds must be \[1, tokens, C\], got \[9, 64\]"),
-        (dict(negative_embeds=EMBEDS[:, :0]), r"negative_embeds must be \[1, tokens, C\], got \[1, 0, 64\]"),
-        (dict(negative_prompt=3), r"nag\.negative_prompt must .*got 3"),
+        (dict(scale=0.5), r"nag\.scale.*got 0\.5"),
+        (dict(tau=0.5), r"nag\.tau.*got 0\.5"),
+        (dict(alpha=1.5), r"nag\.alpha.*got 1\.5"),
+        (dict(stop=1.5), r"nag\.stop.*got 1\.5"),
+        (dict(start=0.5, stop=0.5), r"nag.*start = 0\.5 to stop = 0\.5"),
+        (dict(negative_prompt="a", negative_embeds=EMBEDS), r"negative_prompt.*negative_embeds.*both"),
+        (dict(negative_embeds=EMBEDS[0]), r"negative_embeds.*\[1, tokens, C\].*got \[9, 64\]"),
+        (dict(negative_embeds=EMBEDS[:, :0]), r"negative_embeds.*\[1, tokens, C\].*got \[1, 0, 64\]"),
+        (dict(negative_prompt=3), r"nag\.negative_prompt.*got 3"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -170,15 +168,13 @@ def test_options_out_of_range(options, message):
 
 
 def test_texts_that_are_not_there_or_of_another_model(transformer):
-    with pytest.raises(ConfigError, match=r"leads away from a text, and none is set; set nag\.negative_prompt"):
+    with pytest.raises(ConfigError, match=r"nag.*none is.*nag\.negative_prompt"):
         dit_accel.attach(transformer, NAG())
-    with pytest.raises(
-        ConfigError, match="'blurry' needs a text encoder, and a transformer alone has no encode_prompt"
-    ):
+    with pytest.raises(ConfigError, match=r"'blurry'.*encode_prompt"):
         dit_accel.attach(transformer, NAG(negative_prompt="blurry"))
     with (
         dit_accel.attach(transformer, NAG(negative_embeds=EMBEDS[..., :48])),
-        pytest.raises(ConfigError, match="negative text has 48 channels, and transformer gets a prompt of 64"),
+        pytest.raises(ConfigError, match=r"negative text.*48 channels.*64"),
     ):
         denoise(transformer)
 
@@ -193,7 +189,7 @@ def test_beside_a_picture_the_texts_must_be_as_long():
         dit_accel.attach(transformer, METHOD),
         torch.no_grad(),
         transformer.cache_context("cond"),
-        pytest.raises(ConfigError, match="negative text has 9 tokens and the prompt 512; beside pictures they must"),
+        pytest.raises(ConfigError, match=r"negative text.*9 tokens.*prompt 512"),
     ):
         transformer(**inputs)
 
@@ -202,30 +198,30 @@ def test_models_whose_text_can_t_be_told_are_refused_with_the_reason():
     lumina = LuminaNextDiT2DModel(
         sample_size=8, hidden_size=16, num_layers=1, num_attention_heads=2, num_kv_heads=1, cross_attention_dim=16
     )
-    with pytest.raises(ConfigError, match="on lumina-next it can't: its attention to text is gated in the block"):
+    with pytest.raises(ConfigError, match=r"nag.*lumina-next.*gated"):
         dit_accel.attach(lumina, METHOD)
     wan = adapter_for("WanTransformer3DModel")
-    with pytest.raises(ConfigError, match="on wan it can't: its adapter describes neither; attach it to another"):
+    with pytest.raises(ConfigError, match=r"nag.*on wan.*adapter"):
         estimate(dataclasses.replace(wan, cross_attention=None), wan.families[0], methods=[NAG()])
 
 
 def test_adapters_that_describe_it_wrongly():
-    with pytest.raises(ConfigError, match=r"modules must be a tuple of names, got 'attn2'; one entry is \(entry,\)"):
+    with pytest.raises(ConfigError, match=r"modules.*got 'attn2'.*\(entry,\)"):
         CrossAttention(modules="attn2")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="cross_attention must be a CrossAttention, or a sentence"):
+    with pytest.raises(ConfigError, match=r"cross_attention.*CrossAttention"):
         Adapter(name="a", transformers=("A",), self_attention=("b",), cross_attention=("attn2",))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="place must be 'before' or 'after', got 'in front'; use one of them"):
+    with pytest.raises(ConfigError, match=r"place.*'before'.*'after', got 'in front'"):
         JoinedText(place="in front")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="joined_text must be a JoinedText, or a sentence"):
+    with pytest.raises(ConfigError, match=r"joined_text.*JoinedText"):
         Adapter(name="a", transformers=("A",), self_attention=("b",), joined_text=3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"looks for the cross-attention blocks\.\*\.text in WanTransformer3DModel"):
+    with pytest.raises(ConfigError, match=r"blocks\.\*\.text.*WanTransformer3DModel"):
         CrossAttention(modules=("blocks.*.text",)).found(tiny_transformer())
 
 
 def test_a_run_that_guides_nothing_is_told(transformer):
     with dit_accel.attach(transformer, METHOD) as attachment:
         denoise(transformer, branches=("uncond",))
-        with pytest.warns(UnperturbedRun, match="nag guided nothing in 4 forwards: no step from start = 0"):
+        with pytest.warns(UnperturbedRun, match=r"nag.*4 forwards.*start = 0"):
             text = str(attachment.report())
         assert "nag guided nothing" in text
         with warnings.catch_warnings():
@@ -233,7 +229,7 @@ def test_a_run_that_guides_nothing_is_told(transformer):
             denoise(transformer, branches=("uncond",))
     with (
         dit_accel.attach(transformer, changed(METHOD, start=0.0, stop=0.01)),
-        pytest.warns(UserWarning, match=r"nag's window from 0 to 0\.01 is shorter than one of 4 steps"),
+        pytest.warns(UserWarning, match=r"window.*0 to 0\.01.*4 steps"),
     ):
         denoise(transformer)
 

@@ -135,7 +135,7 @@ def test_branches_are_kept_apart_with_contexts_and_without(transformer, cache, c
     The second branch is told from the first by its place among the calls of a step where no context tells it.
     """
     if cache == "sea" and call is untold:
-        refused = pytest.raises(ConfigError, match=r"needs the step's sigma in \[0, 1\].* found sigma = None")
+        refused = pytest.raises(ConfigError, match=r"sigma in \[0, 1\].*sigma = None")
         with dit_accel.attach(transformer, CACHES[cache]), refused:
             call(transformer, 0)
         return
@@ -157,7 +157,7 @@ def test_seacache_takes_the_last_noise_level_too(transformer):
         for step, sigma in enumerate((1.0, 0.5, 0.0)):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=3, sigma=sigma):
                 transformer(latents(), torch.tensor([500]), text("cond"), return_dict=False)
-        refused = pytest.raises(ConfigError, match=r"sigma in \[0, 1\].* found sigma = 1.5")
+        refused = pytest.raises(ConfigError, match=r"sigma in \[0, 1\].*sigma = 1\.5")
         with refused, transformer.cache_context("cond", step_index=0, num_inference_steps=3, sigma=1.5):
             transformer(latents(), torch.tensor([500]), text("cond"), return_dict=False)
 
@@ -252,9 +252,7 @@ def test_what_the_user_changes_meanwhile_stays_the_users(transformer):
 def test_a_cache_that_can_not_be_enabled_leaves_nothing():
     bria = BriaTransformer2DModel(**FLUX_KIN[0].config).eval()  # diffusers knows its first blocks, not its single ones
     before = attributes(bria)
-    with pytest.raises(
-        ConfigError, match=r"can't enable FirstBlockCacheConfig on BriaTransformer2DModel: .*not regist"
-    ):
+    with pytest.raises(ConfigError, match=r"enable FirstBlockCacheConfig.*BriaTransformer2DModel"):
         dit_accel.attach(bria, FirstBlockCacheConfig())
     assert attributes(bria) == before
     assert dit_accel.attachment_of(bria) is None
@@ -268,20 +266,19 @@ def test_a_cache_that_can_not_be_enabled_leaves_nothing():
 def test_one_cache_a_transformer(transformer):
     with pytest.raises(
         ConfigError,
-        match=r"FirstBlockCacheConfig and MagCacheConfig both cache, and a transformer takes one cache; att",
+        match="FirstBlockCacheConfig and MagCacheConfig",
     ):
         dit_accel.attach(transformer, FirstBlockCacheConfig(), mag())
     transformer.enable_cache(mag())
     with pytest.raises(
         ConfigError,
-        match=r"FirstBlockCacheConfig can't be attached to transformer, which takes one cache: diffusers' "
-        r"MagCacheConfig is enabled on it already; call pipe\.transformer\.disable_cache\(\) first",
+        match=r"FirstBlockCacheConfig.*MagCacheConfig.*pipe\.transformer\.disable_cache\(\)",
     ):
         dit_accel.attach(transformer, FirstBlockCacheConfig())
     assert transformer.is_cache_enabled
     transformer.disable_cache()
     transformer._is_cached, transformer._context_manager = True, object()  # as cache-dit 1.5 leaves them
-    with pytest.raises(ConfigError, match=r"cache-dit is active on it already; call cache_dit\.disable_cache\(pipe\)"):
+    with pytest.raises(ConfigError, match=r"cache-dit.*cache_dit\.disable_cache\(pipe\)"):
         dit_accel.attach(transformer, FirstBlockCacheConfig())
 
 
@@ -290,38 +287,37 @@ def test_one_cache_a_transformer(transformer):
     [
         (
             FirstBlockCacheConfig(threshold=-0.1),
-            r"FirstBlockCacheConfig\.threshold must be >= 0, got -0\.1; 0 computes",
+            r"FirstBlockCacheConfig\.threshold.*>= 0, got -0\.1",
         ),
-        (FirstBlockCacheConfig(threshold=float("nan")), r"must be >= 0, got nan"),
-        (mag(threshold=-1.0), r"MagCacheConfig\.threshold must be >= 0, got -1\.0; 0 computes every step"),
-        (taylor(cache_interval=0), r"TaylorSeerCacheConfig\.cache_interval must be a whole number >= 1, got 0"),
-        (taylor(disable_cache_before_step=0), r"disable_cache_before_step must be a whole number >= 1, got 0"),
-        (taylor(max_order=-1), r"max_order must be a whole number >= 0, got -1"),
+        (FirstBlockCacheConfig(threshold=float("nan")), r"FirstBlockCacheConfig\.threshold.*>= 0, got nan"),
+        (mag(threshold=-1.0), r"MagCacheConfig\.threshold.*>= 0, got -1\.0"),
+        (taylor(cache_interval=0), r"TaylorSeerCacheConfig\.cache_interval.*>= 1, got 0"),
+        (taylor(disable_cache_before_step=0), r"disable_cache_before_step.*>= 1, got 0"),
+        (taylor(max_order=-1), r"max_order.*>= 0, got -1"),
         (
             pyramid(current_timestep_callback=None),
-            r"PyramidAttentionBroadcastConfig\.current_timestep_callback is not s",
+            r"PyramidAttentionBroadcastConfig\.current_timestep_callback",
         ),
-        (FasterCacheConfig(), r"set current_timestep_callback=lambda: pipe\.current_timestep"),
+        (FasterCacheConfig(), r"current_timestep_callback=lambda: pipe\.current_timestep"),
         (
             FasterCacheConfig(current_timestep_callback=int, tensor_format="BSC"),
-            r"can't enable FasterCacheConfig on Wan",
+            r"enable FasterCacheConfig.*Wan",
         ),
         (
             pyramid(spatial_attention_block_identifiers=("nowhere",)),
-            r"hooks no module of WanTransformer3DModel; set its",
+            r"PyramidAttentionBroadcastConfig.*no module.*WanTransformer3DModel",
         ),
         (
             TaylorSeerCacheConfig(),
-            r"predicts no self-attention of WanTransformer3DModel: .*; "
-            r"set cache_identifiers=\['blocks\\\\\.\\\\d\+\\\\\.attn1'\], or use_lite_mode=True",
+            r"self-attention.*WanTransformer3DModel.*cache_identifiers=\['blocks\\\\\.\\\\d\+\\\\\.attn1'\]",
         ),
         (
             taylor(cache_identifiers=None, skip_predict_identifiers=[r"blocks\.\d"]),
-            r"predicts no self-attention of Wan",
+            r"self-attention.*WanTransformer3DModel",
         ),
         (
             TextKVCacheConfig(),
-            r"TextKVCacheConfig does nothing on WanTransformer3DModel: diffusers knows the text keys",
+            r"TextKVCacheConfig.*WanTransformer3DModel.*text keys",
         ),
     ],
 )
@@ -342,23 +338,17 @@ def test_the_identifiers_that_are_named_work(transformer):
 
 def test_models_on_which_a_cache_is_wrong_are_named():
     vace = WAN[2].transformer(**WAN[2].config).eval()
-    with pytest.raises(
-        ConfigError, match=r"FirstBlockCacheConfig does not work on WanVACETransformer3DModel: its control branch adds"
-    ):
+    with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*WanVACETransformer3DModel.*control branch"):
         dit_accel.attach(vace, FirstBlockCacheConfig())
     image = WAN[1].transformer(**WAN[1].config).eval()
-    with pytest.raises(
-        ConfigError, match=r"SeaCacheConfig knows no latents of WanTransformer3DModel.*raw_vision_callb"
-    ):
+    with pytest.raises(ConfigError, match=r"SeaCacheConfig.*WanTransformer3DModel.*raw_vision_callb"):
         dit_accel.attach(image, SeaCacheConfig())
     sd3 = SD3[0].transformer(**SD3[0].config).eval()
-    with pytest.raises(ConfigError, match=r"can't be attached to SD3Transformer2DModel: diffusers has no enable_cache"):
+    with pytest.raises(ConfigError, match=r"SD3Transformer2DModel.*enable_cache"):
         dit_accel.attach(sd3, FirstBlockCacheConfig())
     experts = {"transformer": tiny_transformer(), "transformer_2": tiny_transformer(1)}
     pipe = types.SimpleNamespace(components=experts)
-    with pytest.raises(
-        ConfigError, match=r"so that transformer_2 would follow .*attach\(pipe\.transformer_2, MagCache"
-    ):
+    with pytest.raises(ConfigError, match=r"transformer_2.*attach\(pipe\.transformer_2, MagCache"):
         dit_accel.attach(pipe, mag())
     assert not experts["transformer"].is_cache_enabled
     with dit_accel.attach(pipe, FirstBlockCacheConfig()):
@@ -369,11 +359,11 @@ def test_mag_cache_follows_the_run_it_was_made_for(transformer):
     with dit_accel.attach(transformer, mag()):
         with pytest.raises(
             ConfigError,
-            match=r"MagCacheConfig\.num_inference_steps = 6, but the run has 9 steps; set it to 9, with mag",
+            match=r"MagCacheConfig\.num_inference_steps = 6.*9 steps",
         ):
             forward(transformer, 0, steps=9)
         forward(transformer, 0)
-        with pytest.raises(ConfigError, match=r"this scheduler runs the model twice a step; use another scheduler"):
+        with pytest.raises(ConfigError, match=r"MagCacheConfig.*scheduler.*twice"):
             forward(transformer, 0)
 
 
@@ -385,9 +375,7 @@ def test_what_a_controlnet_adds_between_blocks_is_refused(config):
     told = dict(step_index=0, num_inference_steps=STEPS)
     with dit_accel.attach(flux, config), torch.no_grad(), flux.cache_context("cond", **told):
         flux(**inputs, controlnet_block_samples=None)
-        with pytest.raises(
-            ConfigError, match=r"can't reuse a step with controlnet_block_samples, which the model adds"
-        ):
+        with pytest.raises(ConfigError, match=r"reuse.*controlnet_block_samples"):
             flux(**inputs, controlnet_block_samples=[torch.randn(1, 80, 32)])
 
 
@@ -396,16 +384,16 @@ def test_faster_cache_asks_for_two_halves(transformer):
     two = latents().repeat(2, 1, 1, 1, 1)
     with dit_accel.attach(transformer, faster), torch.no_grad():
         for x, branch in ((latents(), "cond_uncond"), (two, "cond")):
-            with pytest.raises(ConfigError, match=rf"in one batched call, .* and '{branch}' is a call of \[\d, 12, 5"):
+            with pytest.raises(ConfigError, match=rf"batched call.*'{branch}'.*\[\d, 12, 5"):
                 forward(transformer, 0, branch, x)
     wrong = dataclasses.replace(faster, tensor_format="BFCHW")
     with (
         dit_accel.attach(transformer, wrong),
-        pytest.raises(ConfigError, match=r"'BFCHW' is not how the latents lie: \["),
+        pytest.raises(ConfigError, match=r"'BFCHW'.*latents.*\["),
     ):
         forward(transformer, 0, "cond_uncond", two)
     image = WAN[1].transformer(**WAN[1].config).eval()
-    refused = pytest.raises(ConfigError, match=r"would not split encoder_hidden_states_image between the branches; add")
+    refused = pytest.raises(ConfigError, match=r"encoder_hidden_states_image.*branches")
     with dit_accel.attach(image, faster), torch.no_grad(), image.cache_context("cond_uncond"), refused:
         image(**WAN[1].inputs(2))
 
@@ -417,7 +405,7 @@ def test_faster_cache_without_guidance_needs_a_first_step_to_reuse(transformer):
         is_guidance_distilled=True,
     )  # fmt: skip
     with dit_accel.attach(transformer, distilled) as attachment:
-        with pytest.raises(ConfigError, match=r"has nothing to reuse in the first step, at timestep 500: end spatial_"):
+        with pytest.raises(ConfigError, match=r"first step.*timestep 500.*spatial_"):
             forward(transformer, 0)
         for step in range(4):
             now[0] = 900 - 200 * step
@@ -431,16 +419,14 @@ def test_it_has_no_switch_and_no_table(transformer, capsys):
 
     assert "diffusers-cache" not in registry.methods()
     assert "diffusers-cache" not in str(dit_accel.describe(transformer))
-    with pytest.raises(ConfigError, match="no method is called 'diffusers-cache'"):
+    with pytest.raises(ConfigError, match=r"method.*'diffusers-cache'"):
         toml.from_toml("[diffusers-cache]\n")
-    with pytest.raises(ConfigError, match="FirstBlockCacheConfig has no TOML table; give the object itself to attach"):
+    with pytest.raises(ConfigError, match=r"FirstBlockCacheConfig.*TOML"):
         toml.to_toml([FirstBlockCacheConfig()])
     methods()
     printed = " ".join(capsys.readouterr().out.split())
     assert "attach() also takes diffusers' own FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig," in printed
-    with pytest.raises(
-        ConfigError, match=r"got <class .*FirstBlockCacheConfig'>; known: DBCache, .*; of diffusers: Faster"
-    ):
+    with pytest.raises(ConfigError, match=r"got <class.*FirstBlockCacheConfig'>.*DBCache.*Faster"):
         dit_accel.attach(transformer, FirstBlockCacheConfig)
 
 
@@ -458,13 +444,13 @@ def test_diffusers_still_has_the_defects_that_are_put_right_here(transformer):
 
     transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     assert layers((0,), (1,)) == 4
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(RuntimeError, match=r"tensor a.*tensor b"):
         forward(transformer, 0, x=latents(5, 16))
     transformer.disable_cache()
     assert "forward" in transformer.blocks[0].__dict__
     transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
     assert layers((0,), (1, "cond", latents() * float("nan"))) == 4
-    with pytest.raises(ValueError, match="No cache context is set"):
+    with pytest.raises(ValueError, match="cache context"):
         untold(transformer, 0)
     transformer.disable_cache()
     transformer.enable_cache(mag(threshold=0.0, retention_ratio=0.0))

@@ -112,7 +112,7 @@ def test_frozen_inputs_give_what_was_computed_or_the_model_is_refused(family, nu
     case = Case(adapter_for(model.transformer.__name__), model)
     before = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
     if not hasattr(case.transformer, "enable_cache"):
-        with pytest.raises(ConfigError, match=rf"can't be attached to {model.transformer.__name__}: diffusers has no"):
+        with pytest.raises(ConfigError, match=rf"{model.transformer.__name__}.*enable_cache"):
             dit_accel.attach(case.transformer, CACHES[cache])
         return
     named, refusal = f"{family} {number}", ""

@@ -55,7 +55,7 @@ def test_processes_with_other_latents_are_refused(monkeypatch):
     compared = []
     played(monkeypatch, lambda mine, noise: compared.append(noise) or (mine, [*noise[:-1], noise[-1] + 9]))
     latents = torch.arange(64.0).reshape(1, 4, 4, 4)
-    with pytest.raises(ConfigError, match=r"other latents on rank 1"):
+    with pytest.raises(ConfigError, match=r"transformer.*latents.*rank 1"):
         require_agreement(execution_of(method()), state_of(), CONFIG, latents)
     assert compared[0][0] == 0
     assert compared[0][-1] == 63  # from the first number to the last
@@ -67,7 +67,7 @@ def test_processes_with_other_latents_are_refused(monkeypatch):
 )
 def test_processes_that_run_something_else_are_refused(monkeypatch, what, other):
     played(monkeypatch, lambda mine, noise: ({**mine, what: other}, noise))
-    with pytest.raises(ConfigError, match=rf"{what} is .* on rank 0 and .* on rank 1"):
+    with pytest.raises(ConfigError, match=rf"{what}.*rank 0.*rank 1"):
         require_agreement(execution_of(method()), state_of(), CONFIG, torch.randn(1, 4, 2, 8, 8))
 
 
@@ -75,14 +75,14 @@ def test_ring_attention_and_ulysses_are_each_right_and_not_both():
     for ring, ulysses in ((2, 1), (1, 2), (1, 1)):
         require_parallel(execution_of(method()), state_of(), SimpleNamespace(
             ring_degree=ring, ulysses_degree=ulysses, ulysses_anything=False))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"ring_degree = 2 with ulysses_degree = 2"):
+    with pytest.raises(ConfigError, match=r"ring_degree = 2.*ulysses_degree = 2"):
         require_parallel(
             execution_of(method()), state_of(), SimpleNamespace(ring_degree=2, ulysses_degree=2, ulysses_anything=False)
         )
 
 
 @pytest.mark.parametrize(("heads", "degree", "anything", "text"), [
-    (5, 2, False, "does not divide the 5 heads"), (4, 5, True, "none of the 4 heads"),
+    (5, 2, False, r"ulysses_degree = 2.*5 heads"), (4, 5, True, r"ulysses_degree = 5.*none.*4 heads"),
 ])  # fmt: skip
 def test_heads_that_cannot_be_shared_are_refused(heads, degree, anything, text):
     config = SimpleNamespace(ring_degree=1, ulysses_degree=degree, ulysses_anything=anything)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit_accel import ConfigError
-from dit_accel.methods.guidance.heads import Stacks, first_layer, read_heads, split_specs
+from dit_accel.methods.guidance.head_specs import Stacks, first_layer, read_heads, split_specs
 
 NAMES = [f"transformer_blocks.{i}.attn" for i in range(3)] + [f"single_transformer_blocks.{i}.attn" for i in range(12)]
 STACKS = Stacks(names=NAMES, heads=4, others={"transformer_blocks.0.cross", "refiner.attn"})
@@ -40,16 +40,16 @@ def test_specs_name_heads(specs, expected):
 @pytest.mark.parametrize(
     ("specs", "text"),
     [
-        ("L15", r"softpag\.heads 'L15': the model has attention layers 0 to 14; stay in that range"),
+        ("L15", r"softpag\.heads 'L15'.*layers 0 to 14"),
         ("L2-1", "layers 0 to 14"),
-        ("transformer_blocks.L3", "transformer_blocks has attention layers 0 to 2"),
-        ("L1H4", r"each of the 15 attention layers of the model has heads 0 to 3; stay in that range"),
-        ("blocks.L1", r"no stack is called 'blocks'; known: transformer_blocks, single_transformer_blocks"),
-        ("transformer_blocks.0.cross", r"cross-attention or a side path: queries and keys are of different tokens"),
-        ("refiner.attn", "name self-attention, L0 to L14"),
-        ("gold", r"can't read 'gold'; write L3H1 \(a head\), .*did you mean 'golden'"),
-        ("3:1", "can't read '3:1'; write L3H1"),
-        ("none.json", r"can't read none\.json: No such file or directory; give an existing file"),
+        ("transformer_blocks.L3", r"transformer_blocks.*layers 0 to 2"),
+        ("L1H4", r"15 attention layers.*heads 0 to 3"),
+        ("blocks.L1", r"'blocks'.*transformer_blocks, single_transformer_blocks"),
+        ("transformer_blocks.0.cross", r"transformer_blocks\.0\.cross.*cross-attention"),
+        ("refiner.attn", r"refiner\.attn.*L0 to L14"),
+        ("gold", r"'gold'.*L3H1 \(a head\).*'golden'"),
+        ("3:1", r"'3:1'.*L3H1"),
+        ("none.json", r"none\.json: No such file"),
     ],
 )
 def test_what_is_not_there_is_refused_with_the_counts(specs, text):
@@ -62,12 +62,12 @@ def test_files_hold_lists(tmp_path):
     for content in (["L3H1", "L0"], {"heads": ["L3H1", "L0"], "objective": "sharpness"}):
         path.write_text(json.dumps(content))
         assert read(str(path)) == {0: ALL, 3: (1,)}
-    for content, text in (("[", "is not valid JSON"), ("{}", "must hold a list such as"), ("[1]", r"got \[1\]")):
+    for content, text in (("[", r"heads.*JSON"), ("{}", "got None"), ("[1]", r"got \[1\]")):
         path.write_text(content)
         with pytest.raises(ConfigError, match=text):
             read(str(path))
     path.write_text(json.dumps([str(path)]))
-    with pytest.raises(ConfigError, match="must hold a list"):
+    with pytest.raises(ConfigError, match=r"heads\.json.*got \["):
         read(str(path))
 
 

@@ -300,7 +300,7 @@ def test_a_forward_without_a_grid_is_refused_if_any_layer_follows_a_plan(transfo
         radial = dataclasses.replace(RADIAL, dense_layers=layers, dense_steps=steps)
         with (
             dit_accel.attach(transformer, radial),
-            pytest.raises(ConfigError, match=r"can't be thinned out in this call: its tokens lie anywhere"),
+            pytest.raises(ConfigError, match=r"wan\).*tokens.*anywhere"),
         ):
             forward(transformer)
     with dit_accel.attach(transformer, dataclasses.replace(RADIAL, dense_layers=3)):
@@ -387,14 +387,14 @@ def test_a_compiled_block_is_skipped_in_the_graphs_it_has(transformer):
 
 def test_blocks_inside_a_graph_of_the_whole_transformer_are_refused(transformer):
     whole = torch.compile(transformer, backend="aot_eager")
-    with pytest.raises(ConfigError, match=r"transformer is compiled whole\. .*compile_repeated_blocks"):
+    with pytest.raises(ConfigError, match=r"transformer.*compiled.*compile_repeated_blocks"):
         dit_accel.attach(whole, SkipBlock())
     with dit_accel.attach(transformer, SkipBlock()):
-        with pytest.raises(ConfigError, match="inside a graph of the whole transformer"):
+        with pytest.raises(ConfigError, match=r"graph.*whole transformer"):
             transformer.compile()
         forward(transformer)
     transformer.compile(backend="aot_eager")
-    with pytest.raises(ConfigError, match="is compiled whole"):
+    with pytest.raises(ConfigError, match=r"transformer.*compiled.*compile_repeated_blocks"):
         dit_accel.attach(transformer, SkipBlock())
     assert dit_accel.attachment_of(transformer) is None
 
@@ -403,7 +403,7 @@ def test_what_torch_compile_comes_after(transformer):
     """Inside a graph of the whole transformer nothing can be skipped: an error, never a silent no-op."""
     with dit_accel.attach(transformer, SkipForwards()):
         caller = torch.compile(transformer, fullgraph=True, backend="aot_eager")
-        with pytest.raises(Exception, match=r"ConfigError|can't run inside torch\.compile"):
+        with pytest.raises(Exception, match=r"ConfigError|run inside.*\(transformer\)"):
             forward(caller)
 
 
@@ -449,7 +449,7 @@ def test_copies_and_pickles_are_plain_models(transformer):
                 assert not torch.equal(forward(other), plain)
             assert torch.equal(forward(other), plain)
         assert torch.equal(forward(transformer, 1), sparse)  # running the copies changed nothing here
-        with pytest.raises(AttachError, match="can't be copied or pickled; copy the pipeline"):
+        with pytest.raises(AttachError, match=r"attachment.*pickled"):
             copy.deepcopy(attachment)
     assert torch.equal(forward(transformer), plain)
 
@@ -457,7 +457,7 @@ def test_copies_and_pickles_are_plain_models(transformer):
 def test_a_lost_handle_is_found_and_holds_nothing_alive(transformer):
     assert dit_accel.attachment_of(transformer) is None
     dit_accel.attach(transformer, RADIAL)
-    with pytest.raises(AttachError, match=r"attached to transformer already; .*attachment_of"):
+    with pytest.raises(AttachError, match=r"transformer already.*attachment_of"):
         dit_accel.attach(transformer, RADIAL)
     found = dit_accel.attachment_of(transformer)
     assert repr(found) == "<Attachment: radial on transformer (wan, sizes of no released model)>"
@@ -485,11 +485,11 @@ def test_only_chosen_layers_change(transformer):
         forward(transformer)
         assert {call.layer for call in attachment.report().calls} == {1}
     for layers, text in (
-        ("1-3", r"layers = '1-3' asks for 3"),
-        ("one", r"layers = 'one' can't be read at 'one'"),
-        ("2-1", r"layers = '2-1' can't be read at '2-1'"),
-        (7, r"must be indices such as '0, 3-20' or a function .*, got 7"),
-        (lambda name, module: False, r"leaves none of the 3 attention layers \(blocks\.0\.attn1 "),
+        ("1-3", r"layers = '1-3'.*3,.*0-2"),
+        ("one", r"layers = 'one'.*'one'"),
+        ("2-1", r"layers = '2-1'.*'2-1'"),
+        (7, r"'0, 3-20'.*got 7"),
+        (lambda name, module: False, r"3 attention layers \(blocks\.0\.attn1"),
     ):
         with pytest.raises(ConfigError, match=text):
             dit_accel.attach(transformer, RADIAL, layers=layers)
@@ -504,11 +504,9 @@ def test_a_method_without_its_place_is_refused_by_name(transformer, monkeypatch)
 
     adapter = dataclasses.replace(adapter_for("WanTransformer3DModel"), blocks=(), rope=None)
     model = Model(adapter=adapter, family=None, heads=2, layers=3)
-    with pytest.raises(
-        ConfigError, match=r"skip-block acts on transformer blocks, and the adapter 'wan' describes none"
-    ):
+    with pytest.raises(ConfigError, match=r"skip-block.*blocks.*'wan'"):
         make_handlers([SkipBlock()], model)
-    with pytest.raises(ConfigError, match=r"positions changes rotary positions, and wan has none to change: its"):
+    with pytest.raises(ConfigError, match=r"rotary positions.*wan"):
         make_handlers([Positions()], model)
 
 

@@ -107,19 +107,19 @@ def test_the_order_of_the_tokens_is_the_first_list_s_and_equal_ones_are_one():
         (
             full_tiles(TOKENS, TOKENS, 32, "cpu"),
             None,
-            r"lists of tiles of 32 x 32 .* the plan's of 16 x 16; give both me",
+            r"32 x 32.*16 x 16",
         ),
         (
             full_tiles(TOKENS, 80, BLOCK, "cpu"),
             None,
-            r"lists over 90 x 80 tokens .* the plan's over 90 x 90; both must",
+            r"90 x 80 tokens.*90 x 90",
         ),
         (
             full_tiles(91, 91, BLOCK, "cpu"),
             None,
-            r"lists over 91 x 91 tokens can't be merged with the plan's over 90 x",
+            r"91 x 91 tokens.*90 x 90",
         ),
-        (FULL, torch.arange(TOKENS), r"lists in one token order can't be merged with the plan's in another; give both"),
+        (FULL, torch.arange(TOKENS), "token order"),
     ],
 )
 def test_other_tiles_are_refused(tiles, order, message):
@@ -130,12 +130,12 @@ def test_other_tiles_are_refused(tiles, order, message):
 def test_two_orders_are_refused_either_way():
     one, other = torch.arange(TOKENS), torch.arange(TOKENS).flip(0)
     for first, second in ((one, other), (other, one), (one, None), (one, one[:-1])):
-        with pytest.raises(ConfigError, match="lists in one token order can't be merged with the plan's in another"):
+        with pytest.raises(ConfigError, match="token order"):
             AttentionPlan().with_tiles(FULL, first).with_tiles(FULL, second)
 
 
 def test_lists_of_two_and_three_heads_are_refused():
-    with pytest.raises(ConfigError, match="lists of 2 and 3 groups can't be merged; share them between heads, or give"):
+    with pytest.raises(ConfigError, match="2 and 3 groups"):
         AttentionPlan().with_tiles(lists(some_states(1, 2))).with_tiles(lists(some_states(2, 3)))
 
 
@@ -184,9 +184,7 @@ def test_routing_and_votes_are_added_to_what_is_kept():
     ids=["narrow", "route", "vote"],
 )
 def test_what_selects_tiles_needs_them(verb, what):
-    with pytest.raises(
-        ConfigError, match=f"a plan without tiles can't be {what}; call with_tiles first, with full lists"
-    ):
+    with pytest.raises(ConfigError, match=rf"{what}.*with_tiles"):
         verb(AttentionPlan())
     verb(AttentionPlan().with_tiles(FULL))
 
@@ -197,14 +195,14 @@ def test_what_selects_tiles_needs_them(verb, what):
         (lambda plan: plan.route(Routing(beta=1.0)), "routing"),
         (lambda plan: plan.vote(Vote(threshold=-3.0)), "vote"),
         (lambda plan: plan.decay(DECAY), "frame decay"),
-        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "mean of the keys"),
+        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "keys"),
         (lambda plan: plan.override_rows(ROWS), "row override"),
     ],
     ids=["route", "vote", "decay", "centre", "rows"],
 )
 def test_what_a_call_takes_once_is_refused_twice(verb, what):
     once = verb(AttentionPlan().with_tiles(FULL))
-    with pytest.raises(ConfigError, match=f"the plan has a {what} already, and one attention call takes only one"):
+    with pytest.raises(ConfigError, match=rf"plan.*{what} already"):
         verb(once)
 
 
@@ -237,11 +235,9 @@ def test_mixes_touch_the_same_tokens():
     assert plan.identity_rows is rows
     assert plan.mix(mix, rows.clone()).identity_rows is rows
     for other in (None, ~rows):
-        with pytest.raises(
-            ConfigError, match="the plan mixes V into other tokens already; let both methods mix the same"
-        ):
+        with pytest.raises(ConfigError, match="plan mixes V"):
             plan.mix(mix, other)
-    with pytest.raises(ConfigError, match="the plan mixes V into other tokens already"):
+    with pytest.raises(ConfigError, match="plan mixes V"):
         AttentionPlan().mix(mix).mix(mix, rows)
 
 

@@ -78,14 +78,14 @@ def test_rows_of_a_call_have_their_masks(ndim):
 
 def test_rows_are_reused_once_and_not_where_all_are_asked_for():
     reused = ReusedRows(rows=(torch.arange(3),), out=torch.zeros(1, HEADS, TOKENS, 8))
-    with pytest.raises(ConfigError, match=r"^the plan has a set of reused rows already, and one attention call takes"):
+    with pytest.raises(ConfigError, match=r"plan.*reused rows"):
         AttentionPlan().reuse_rows(reused).reuse_rows(reused)
     for plan, what in (
         (AttentionPlan().with_tiles(FULL).vote(Vote(threshold=-3.0)), "votes"),
-        (AttentionPlan().override_rows(ROWS), "rows of their own"),
+        (AttentionPlan().override_rows(ROWS), "their own"),
         (AttentionPlan().mix(torch.ones(HEADS)), "a mix of V"),
     ):
-        with pytest.raises(ConfigError, match=rf"^the plan asks for {what}, which takes all rows, and some are to be"):
+        with pytest.raises(ConfigError, match=rf"plan.*{what}.*all rows"):
             plan.reuse_rows(reused)
 
 

@@ -109,19 +109,17 @@ def test_key_padding_is_followed(execution, shape):
 
 def test_other_masks_and_lengths_are_refused(execution):
     q, k, v = tensors()
-    with pytest.raises(ConfigError, match=r"the model passes torch.bool \[1, 1, 12, 12\] that pairs"):
+    with pytest.raises(ConfigError, match=r"torch.bool \[1, 1, 12, 12\].*pairs"):
         call(execution, q, k, v, torch.ones(1, 1, 12, 12, dtype=torch.bool).tril())
-    with pytest.raises(
-        ConfigError, match=r"attends over 12 tokens, but the adapter 'any' reads 16.* check the adapter's grid"
-    ):
+    with pytest.raises(ConfigError, match=r"12 tokens.*'any'.*16"):
         call(execution, q, k, v, grid=(4, 2, 2, 0, 0))
 
 
 def test_what_a_plan_cannot_do_is_refused():
     for arguments, message in (
-        ((0.1, False, None), "has no dropout, but the call asks for dropout_p=0.1"),
-        ((0.0, True, None), "can't follow a causal attention call"),
-        ((0.0, False, object()), "do not run under context parallelism in a transformer that is compiled whole"),
+        ((0.1, False, None), r"dropout_p=0.1"),
+        ((0.0, True, None), "is_causal=True"),
+        ((0.0, False, object()), r"context parallelism.*compile_repeated_blocks"),
     ):
         with pytest.raises(ConfigError, match=message):
             require_plain(*arguments)
@@ -196,7 +194,7 @@ def test_an_eager_call_goes_straight_to_the_plan_and_others_through_the_operator
 
 def test_an_attachment_that_is_gone_says_so():
     q, k, v = tensors()
-    with pytest.raises(RuntimeError, match="attachment 999999 is detached"):
+    with pytest.raises(RuntimeError, match="attachment 999999"):
         planned_attention(*arguments(999999, q, k, v))
 
 

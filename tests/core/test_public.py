@@ -71,9 +71,9 @@ def test_reports_and_attachments_show_themselves_in_a_line():
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        (dict(backend=None), MissingBackend, r"attach has no kernel backend None; known: auto, fa4, flex,"),
-        (dict(backend="torhc"), MissingBackend, r"no kernel backend 'torhc'; did you mean 'torch'\?"),
-        (dict(backend=7), MissingBackend, r"no kernel backend 7"),
+        (dict(backend=None), MissingBackend, r"backend None.*auto, fa4, flex"),
+        (dict(backend="torhc"), MissingBackend, r"backend 'torhc'.*'torch'\?"),
+        (dict(backend=7), MissingBackend, "backend 7"),
     ],
 )
 def test_a_backend_that_is_none_is_refused(given, error, text):
@@ -86,11 +86,11 @@ def test_a_backend_that_is_none_is_refused(given, error, text):
 def test_what_is_no_config_is_told_apart():
     transformer = tiny_transformer()
     for given, text in (
-        (RadialAttention, r"give an instance of it, RadialAttention\(\)"),
-        ([RADIAL], r"give the configs one by one, attach\(pipe, \*configs\)"),
-        ("radial", r"got 'radial'; known: DBCache, DBPrune, DFA, DeltaAttention, EasyCache, FirstBlockCache"),
+        (RadialAttention, r"instance.*RadialAttention\(\)"),
+        ([RADIAL], r"attach\(pipe, \*configs\)"),
+        ("radial", r"got 'radial'.*DBCache, DBPrune, DFA, DeltaAttention, EasyCache, FirstBlockCache"),
     ):
         with pytest.raises(ConfigError, match=text):
             dit_accel.attach(transformer, given)
-    with pytest.raises(ConfigError, match="two RadialAttention configs were given; attach one of each method"):
+    with pytest.raises(ConfigError, match="two RadialAttention"):
         dit_accel.attach(transformer, RADIAL, RadialAttention())

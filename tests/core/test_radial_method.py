@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods.attention import radial
-from dit_accel.methods.attention.radial import DEFAULTS, RadialAttention
+from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.plan import tiling
 from dit_accel.plan.layout import TokenLayout
 
@@ -27,31 +27,31 @@ def counts(radial: RadialAttention, layout: TokenLayout) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"decay_factor": 0.0}, r"radial\.decay_factor must .*got 0\.0"),
-        ({"decay_factor": -1}, r"radial\.decay_factor must .*got -1"),
-        ({"decay_factor": float("nan")}, r"radial\.decay_factor must .*got nan"),
-        ({"decay_factor": float("inf")}, r"radial\.decay_factor must .*got inf"),
-        ({"decay_factor": "1"}, r"radial\.decay_factor must .*got '1'"),
-        ({"block_size": 100}, r"block_size must be a power of two from 16 to 512, got 100; 128 is usual"),
-        ({"block_size": 8}, r"block_size must be a power of two from 16 to 512, got 8"),
-        ({"block_size": 1024}, r"block_size must be a power of two from 16 to 512, got 1024"),
-        ({"block_size": 128.0}, r"radial\.block_size must .*got 128\.0"),
-        ({"near": "quarter"}, r"radial\.near must .*got 'quarter'"),
-        ({"sink": 1}, r"radial\.sink must .*got 1"),
-        ({"boundary": "all"}, r"radial\.boundary must .*got 'all'"),
-        ({"rest": None}, r"radial\.rest must .*got None"),
-        ({"order": "hilbert"}, r"radial\.order must .*got 'hilbert'"),
+        ({"decay_factor": 0.0}, r"radial\.decay_factor.*got 0\.0"),
+        ({"decay_factor": -1}, r"radial\.decay_factor.*got -1"),
+        ({"decay_factor": float("nan")}, r"radial\.decay_factor.*got nan"),
+        ({"decay_factor": float("inf")}, r"radial\.decay_factor.*got inf"),
+        ({"decay_factor": "1"}, r"radial\.decay_factor.*got '1'"),
+        ({"block_size": 100}, r"block_size.*16 to 512, got 100"),
+        ({"block_size": 8}, r"block_size.*16 to 512, got 8"),
+        ({"block_size": 1024}, r"block_size.*16 to 512, got 1024"),
+        ({"block_size": 128.0}, r"radial\.block_size.*got 128\.0"),
+        ({"near": "quarter"}, r"radial\.near.*got 'quarter'"),
+        ({"sink": 1}, r"radial\.sink.*got 1"),
+        ({"boundary": "all"}, r"radial\.boundary.*got 'all'"),
+        ({"rest": None}, r"radial\.rest.*got None"),
+        ({"order": "hilbert"}, r"radial\.order.*got 'hilbert'"),
         (
             {"dense_steps": -1},
-            r"radial\.dense_steps must .*got -1",
+            r"radial\.dense_steps.*got -1",
         ),
         (
             {"dense_last_steps": -2},
-            r"radial\.dense_last_steps must .*got -2",
+            r"radial\.dense_last_steps.*got -2",
         ),
-        ({"dense_layers": -3}, r"radial\.dense_layers must .*got -3"),
-        ({"dense_steps": 1.5}, r"radial\.dense_steps must .*got 1\.5"),
-        ({"boundary": "published", "order": "tiles"}, r"no meaning with radial\.order = 'tiles'; use boundary = 'any'"),
+        ({"dense_layers": -3}, r"radial\.dense_layers.*got -3"),
+        ({"dense_steps": 1.5}, r"radial\.dense_steps.*got 1\.5"),
+        ({"boundary": "published", "order": "tiles"}, r"radial\.order = 'tiles'.*boundary = 'any'"),
     ],
 )
 def test_bad_options_are_refused_with_the_value(options, text):
@@ -76,7 +76,7 @@ def test_unset_options_take_the_recipe_then_the_method_s_value():
         dense_steps=0.24, dense_last_steps=0, dense_layers=1, dense_above_sigma=None,
     )  # fmt: skip
     assert RadialAttention(**resolved.to_dict()).filled() == resolved
-    assert RadialAttention().filled().to_dict().items() >= dict(DEFAULTS).items()
+    assert RadialAttention().filled().to_dict().items() >= dict(RadialAttention.defaults).items()
 
 
 def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
@@ -87,9 +87,9 @@ def test_a_false_or_zero_set_by_the_user_beats_the_recipe():
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [
-        ({"order": "tiles"}, r"a recipe of radial sets 'order', which no recipe may set; .*known: block_size"),
-        ({"decay": 0.5}, r"a recipe of radial sets 'decay', which no recipe may set; did you mean 'decay_factor'\?"),
-        ({"decay_factor": -0.5}, r"radial\.decay_factor must .*got -0\.5"),
+        ({"order": "tiles"}, r"recipe.*radial.*'order'.*block_size"),
+        ({"decay": 0.5}, r"recipe.*radial.*'decay'.*'decay_factor'\?"),
+        ({"decay_factor": -0.5}, r"radial\.decay_factor.*got -0\.5"),
     ],
 )
 def test_a_wrong_recipe_is_refused(recipe, text):
@@ -99,7 +99,7 @@ def test_a_wrong_recipe_is_refused(recipe, text):
 
 @pytest.mark.parametrize("call", ["tiles", "density", "kept", "advice"])
 def test_one_frame_is_refused(call):
-    with pytest.raises(ConfigError, match=r"radial needs at least 2 latent frames, got 1 \(64 x 64 tokens\).*images"):
+    with pytest.raises(ConfigError, match=r"radial.*2 latent frames, got 1 \(64 x 64 tokens\).*images"):
         getattr(RadialAttention().filled(), call)(TokenLayout(frames=1, height=64, width=64))
 
 
@@ -192,17 +192,17 @@ def test_lists_made_in_inference_mode_serve_training():
         (
             {},
             TokenLayout(frames=2, height=8, width=8),
-            r"keeps all 1 tiles of 128 visual tokens, so it can't be faster",
+            r"radial.*1 tiles.*128 visual",
         ),
         (
             {"block_size": 16},
             TokenLayout(frames=9, height=16, width=16),
-            r"seldom pays below 20000 visual tokens, .* 2304",
+            r"radial.*20000.*2304",
         ),
         (
             {"boundary": "published", "block_size": 64, "sink": False},
             TokenLayout(frames=28, height=30, width=53),
-            r"^boundary = 'published' leaves 5 of 695 block rows no visual tile; use 'any'",
+            r"^boundary = 'published'.*5 of 695 block rows",
         ),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_mask_that_leaves_nothing_is_refused():
     assert radial.density(layout) == 0
     with pytest.raises(
         ConfigError,
-        match=r"radial\.boundary = 'published' leaves none of the 1 tiles of 20 visual tokens; use boundary",
+        match=r"radial\.boundary = 'published'.*1 tiles of 20",
     ):
         radial.advice(layout)
 
@@ -234,7 +234,7 @@ def test_dense_steps_and_layers():
     assert [config.is_dense(step, 6, 3) for step in range(6)] == [True, True, False, False, False, True]
     assert [config.is_dense(3, 6, layer) for layer in range(3)] == [True, False, False]
     assert not RadialAttention(dense_steps=0, dense_layers=0).filled().is_dense(0, None, 0)
-    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1 needs the number of steps.*last_steps to 0"):
+    with pytest.raises(ConfigError, match=r"radial\.dense_last_steps = 1.*last_steps to 0"):
         config.is_dense(3, None, 3)
 
 

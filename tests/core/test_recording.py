@@ -69,14 +69,14 @@ def test_an_output_of_other_tiles_is_found(calls):
     states = calls[0].states()
     assert (states[0, 0] == 1).any()
     dense = attention(AttentionPlan(), torch.full((1, 1, 1, 1), 2), calls[0].q, calls[0].k, calls[0].v, None, None)
-    with pytest.raises(AssertionError, match="a planned call is not what its plan says: error"):
+    with pytest.raises(AssertionError, match=r"planned call.*error"):
         require_as_planned([dataclasses.replace(calls[0], out=dense), *calls[1:]])
 
 
 def test_a_tile_selected_otherwise_is_found(calls):
     exact = calls[0].exact.clone()
     exact[0, 0, 0, 0] ^= 1 << 4
-    with pytest.raises(AssertionError, match="1 of 50 tiles were not selected as the plan says"):
+    with pytest.raises(AssertionError, match="1 of 50 tiles"):
         require_as_planned([dataclasses.replace(calls[0], exact=exact)])
 
 
@@ -84,5 +84,5 @@ def test_text_that_is_thinned_out_is_found(calls):
     require_text_exact(calls[0])
     layout = TokenLayout(frames=4, height=4, width=4, text_after=16)
     other = dataclasses.replace(calls[0].context, layout=layout)
-    with pytest.raises(AssertionError, match="text tokens are not exact"):
+    with pytest.raises(AssertionError, match=r"text tokens.*exact"):
         require_text_exact(dataclasses.replace(calls[0], context=other))

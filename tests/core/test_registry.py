@@ -44,13 +44,13 @@ def test_a_stranger_adds_an_adapter(install):
 
 def test_doubled_names_are_refused(install):
     install(Adapter(name="wan", transformers=(), self_attention=()))
-    with pytest.raises(ConfigError, match="adapter 'wan' is registered twice"):
+    with pytest.raises(ConfigError, match=r"adapter 'wan'.*twice"):
         registry.adapters()
 
 
 def test_doubled_classes_are_refused(install):
     install(Adapter(name="mine", transformers=("WanTransformer3DModel",), self_attention=()))
-    with pytest.raises(ConfigError, match="WanTransformer3DModel is claimed by the adapters 'wan' and 'mine'"):
+    with pytest.raises(ConfigError, match=r"WanTransformer3DModel.*'wan' and 'mine'"):
         registry.adapters()
 
 
@@ -59,15 +59,14 @@ def test_doubled_classes_are_refused(install):
     [
         (
             "dit_accel_pipelines.families.wan:WAN",
-            r"the entry point 'dit_accel_pipelines.families.wan:WAN' of dit_accel.adapters must give a tuple of "
-            r"adapters, got Adapter; name ADAPTERS = \(MY_ADAPTER,\) in it",
+            r"'dit_accel_pipelines\.families\.wan:WAN'.*dit_accel\.adapters.*got Adapter.*ADAPTERS = \(MY_ADAPTER,\)",
         ),
-        ("dit_accel_pipelines.families.wan:__name__", "must give a tuple of adapters, got str"),
+        ("dit_accel_pipelines.families.wan:__name__", "adapters, got str"),
         (
             "dit_accel_pipelines.families.wan:NONE",
-            "wan:NONE' .* can't be loaded: .* no attribute 'NONE'; name a tuple of adapters",
+            r"wan:NONE'.*'NONE'",
         ),
-        ("dit_accel_nowhere:ADAPTERS", "can't be loaded: No module named 'dit_accel_nowhere'; .* install it again"),
+        ("dit_accel_nowhere:ADAPTERS", r"module named 'dit_accel_nowhere'.*adapters"),
     ],
 )
 def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message):
@@ -77,12 +76,12 @@ def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message)
 
 
 def test_unknown_names_get_the_nearest():
-    rest = r" or '\S+' or '\S+'\? \d+ are known, `dit-accel models` lists them all$"  # too many to name each
-    with pytest.raises(UnsupportedModel, match=rf"WanTransformer3D; did you mean 'WanTransformer3DModel'{rest}"):
+    rest = r" or '\S+' or '\S+'\? \d+ are known, `dit-accel models`"  # too many to name each
+    with pytest.raises(UnsupportedModel, match=rf"WanTransformer3D.*'WanTransformer3DModel'{rest}"):
         registry.adapter_for("WanTransformer3D")
-    with pytest.raises(UnsupportedModel, match=rf"is called 'wan2\.1-14'; did you mean 'wan2\.1-14b'{rest}"):
+    with pytest.raises(UnsupportedModel, match=rf"family.*'wan2\.1-14'.*'wan2\.1-14b'{rest}"):
         registry.family("wan2.1-14")
-    with pytest.raises(ConfigError, match=r"no method is called 'radail'; did you mean 'radial'\?"):
+    with pytest.raises(ConfigError, match=r"method.*'radail'.*'radial'\?"):
         method_registry.method("radail")
 
 
@@ -135,7 +134,7 @@ def test_methods_of_one_name_are_refused(install_methods):
     install_methods(radial="dit_accel.methods.attention.radial:RadialHandler")
     with pytest.raises(
         ConfigError,
-        match=r"a method 'radial' is registered twice, last by dit_accel\.methods.*:RadialHandler; uninstall",
+        match=r"method 'radial'.*twice.*dit_accel\.methods.*:RadialHandler",
     ):
         method_registry.handlers()
 
@@ -145,14 +144,14 @@ def test_methods_of_one_name_are_refused(install_methods):
     [
         (
             "dit_accel.methods.attention.radial:Nothing",
-            r"mine = '.*' of dit_accel\.methods can't be loaded: .*'Nothing'",
+            r"mine = '.*' of dit_accel\.methods.*'Nothing'",
         ),
-        ("dit_accel_nowhere:Mine", r"can't be loaded: No module named 'dit_accel_nowhere'; name a handler type in py"),
-        (Mine, r"mine = .* must give a handler type, got <class .*Mine'>; derive it from dit_accel\.methods\.Handler"),
-        (Handler, r"gives Handler, whose config_type must be a config with name = 'mine'"),
+        ("dit_accel_nowhere:Mine", r"module named 'dit_accel_nowhere'.*handler"),
+        (Mine, r"mine = .*handler type, got <class .*Mine'>.*dit_accel\.methods\.Handler"),
+        (Handler, r"gives Handler.*config_type.*name = 'mine'"),
         (
             "dit_accel.methods.attention.radial:RadialHandler",
-            r"gives RadialHandler, whose config_type must be a config with name = 'mine'",
+            r"gives RadialHandler.*config_type.*name = 'mine'",
         ),
     ],
 )
@@ -163,7 +162,7 @@ def test_an_entry_point_that_gives_no_method_is_named(install_methods, given, me
 
 
 def test_a_config_that_no_package_registers_says_so():
-    with pytest.raises(ConfigError, match=r"Mine is registered by no installed package's entry point of dit_accel\.m"):
+    with pytest.raises(ConfigError, match=r"Mine.*entry point.*dit_accel\.m"):
         method_registry.handler_of(Mine())
 
 
@@ -175,9 +174,9 @@ def test_entry_points_are_installed():
 def test_layout_counts_and_refuses():
     layout = TokenLayout(frames=21, height=45, width=80, text_after=256)
     assert (layout.tokens_per_frame, layout.visual_tokens, layout.tokens) == (3600, 75600, 75856)
-    with pytest.raises(ConfigError, match="a token layout needs frames to be a whole number >= 1, got 0"):
+    with pytest.raises(ConfigError, match=r"layout.*frames.*>= 1, got 0"):
         TokenLayout(frames=0, height=1, width=1)
-    with pytest.raises(ConfigError, match="needs text_after to be a whole number >= 0, got -1"):
+    with pytest.raises(ConfigError, match=r"text_after.*>= 0, got -1"):
         TokenLayout(frames=1, height=1, width=1, text_after=-1)
 
 
@@ -185,7 +184,5 @@ def test_layout_counts_and_refuses():
 @pytest.mark.parametrize("value", [0.5, 1.0, Decimal(2), torch.tensor(2), True, "2", None], ids=repr)
 def test_sizes_of_a_layout_are_whole_numbers(name, value):
     sizes = {"frames": 1, "height": 1, "width": 1, name: value}
-    with pytest.raises(
-        ConfigError, match=rf"a token layout needs {name} to be a whole number >= \d, got .*; check the"
-    ):
+    with pytest.raises(ConfigError, match=rf"layout.*{name}.*>= \d, got"):
         TokenLayout(**sizes)

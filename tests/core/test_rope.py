@@ -28,10 +28,10 @@ def test_frequencies_fall_from_one_by_equal_ratios():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yran", 16, 256.0), r"have no kind 'yran'; did you mean 'yarn'\?"),
-        (("none", 15, 256.0), r"come in pairs, got dim=15; give an even number from 2 on"),
-        (("none", 0, 256.0), r"come in pairs, got dim=0"),
-        (("none", 16, 1.0), r"must be above 1, got theta=1.0; give the model's own"),
+        (("yran", 16, 256.0), r"'yran'.*'yarn'\?"),
+        (("none", 15, 256.0), "got dim=15"),
+        (("none", 0, 256.0), "got dim=0"),
+        (("none", 16, 1.0), r"above 1, got theta=1.0"),
     ],
 )
 def test_frequencies_refuse(arguments, message):
@@ -40,7 +40,7 @@ def test_frequencies_refuse(arguments, message):
 
 
 def test_exponents_are_one_for_each_frequency():
-    with pytest.raises(ConfigError, match="dim=8 has 4 frequencies, got 3 exponents; give one for each"):
+    with pytest.raises(ConfigError, match=r"dim=8.*4 frequencies, got 3 exponents"):
         frequencies("none", 8, 256.0, exponents=(0, 0.1, 0.2))
 
 
@@ -138,12 +138,12 @@ def test_nothing_to_change_is_nothing_to_set():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": torch.ones(2)}, r"Model has positions along height, width, not 'frames'; change one of them"),
-        ({"width": torch.ones(3)}, r"width has 4 frequencies in Model, got a shape of \(3,\); give one for each, or a"),
-        ({"width": lambda own: own[:2]}, r"width has frequencies of shape \(4,\), got a shape of \(2,\)"),
+        ({"frames": torch.ones(2)}, r"Model.*height, width, not 'frames'"),
+        ({"width": torch.ones(3)}, r"width.*4 frequencies.*Model.*\(3,\)"),
+        ({"width": lambda own: own[:2]}, r"width.*\(4,\).*\(2,\)"),
         (
             {"width": lambda own: own / 0},
-            r"got a shape of \(4,\) with values \[inf, inf, inf, inf\] \.\.\.; give a fin",
+            r"\(4,\).*\[inf, inf, inf, inf\]",
         ),
     ],
 )
@@ -156,7 +156,7 @@ def test_frequencies_that_do_not_fit_are_refused(change, message):
 
 def test_an_axis_of_text_is_not_changed():
     rope = Rope(owner="rope", form="theta", axes=by_config("dims", ("text", "width"), 100.0))
-    with pytest.raises(ConfigError, match="'text' place text or tell images apart; change frames, height or width"):
+    with pytest.raises(ConfigError, match=r"'text'.*images"):
         changed(rope, Model(), {"text": torch.ones(2)})
 
 
@@ -164,7 +164,7 @@ def test_a_model_that_asks_for_fewer_axes_is_not_changed_in_silence():
     rope = Rope(owner="rope", form="theta", axes=lambda config: even(("frames", "height", "width"), 4, 100.0))
     model = Model()
     with (
-        pytest.raises(ConfigError, match=r"Turns.forward did not make every axis from 'theta'; this version of diff"),
+        pytest.raises(ConfigError, match=r"Turns.forward.*'theta'"),
         replaced(model, changed(rope, model, {"frames": lambda own: own})),
     ):
         model(IDS)
@@ -184,9 +184,7 @@ def test_text_rows_keep_their_positions():
         assert not torch.equal(now[7:], before[7:])
     lost = changed(rope, model, {"height": lambda own: own / 2})
     with (
-        pytest.raises(
-            ConfigError, match="Turns ran before the forward's inputs showed which rows are text; run the whol"
-        ),
+        pytest.raises(ConfigError, match=r"Turns.*inputs.*text"),
         replaced(model, lost._replace(inputs=None)),
     ):
         model(IDS, text=7)
@@ -195,9 +193,9 @@ def test_text_rows_keep_their_positions():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(form="thetta"), r"no form 'thetta'; did you mean 'theta'\? known: angles, "),
-        (dict(form="pairs"), r"form='pairs' with input='': name the forward's input for pairs, tables of axes, plane"),
-        (dict(form="theta", input="emb"), r"form='theta' with input='emb': name the forward's input for"),
+        (dict(form="thetta"), r"'thetta'.*'theta'\?"),
+        (dict(form="pairs"), r"form='pairs'.*input=''"),
+        (dict(form="theta", input="emb"), r"form='theta'.*input='emb'"),
     ],
 )
 def test_what_is_no_rope_is_refused(arguments, message):
@@ -212,13 +210,13 @@ def adapter(rope):
 def test_an_adapter_holds_a_rope_or_says_why_not():
     for rope in (ROPE, "positions are learned", None):
         assert adapter(rope).rope is rope
-    with pytest.raises(ConfigError, match=r"adapter 'mine': rope must be a Rope, or a sentence .*, got 7; give one of"):
+    with pytest.raises(ConfigError, match=r"'mine': rope.*Rope.*got 7"):
         adapter(7)
 
 
 def test_a_model_without_rotary_positions_is_refused_with_the_reason():
     absent = Rope(form="theta", axes=ROPE.axes, absent=lambda config: config.get("why"))
-    text = "mine has no rotary positions that could be changed: {}; leave this method out"
+    text = "mine.*rotary positions.*: {};"
     for rope, config, why in (
         ("positions are learned", {}, "positions are learned"),
         (None, {}, "its adapter describes none"),
@@ -266,16 +264,12 @@ def test_given_values_of_no_positions_are_refused():
     model, noise = Given(), torch.rand(9, 32)
     change = changed(PAIRS, model, {"height": lambda own: own})
     with replaced(model, change):
-        with pytest.raises(
-            ConfigError, match=r"given cos and sin along height are .* with theta 10000.0 over 16 chann"
-        ):
+        with pytest.raises(ConfigError, match=r"cos.*sin.*height.*theta 10000.0.*16 chann"):
             model(emb=(noise, noise))
-        with pytest.raises(
-            ConfigError, match="Given was given no emb, whose frequencies are to change; give it, or det"
-        ):
+        with pytest.raises(ConfigError, match=r"Given.*no emb"):
             model()
 
 
 def test_learned_frequencies_have_no_formula():
-    with pytest.raises(ConfigError, match="along frames are learned, different in each head; give functions of them"):
+    with pytest.raises(ConfigError, match=r"along frames.*learned"):
         Axis(name="frames", channels=8, theta=None).frequencies()

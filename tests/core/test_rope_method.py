@@ -34,15 +34,15 @@ def tiny(name, number=0, **config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(kind="rilfex"), r"rope\.kind: there is no 'rilfex'; did you mean 'riflex'\?"),
-        (dict(axes=()), r"rope\.axes names no axis; leave it out for all of frames, height, width"),
-        (dict(axes=("frames", "hieght")), r"rope\.axes: no positions lie along 'hieght'; did you mean 'height'\?"),
-        (dict(axes=("text",)), r"rope\.axes: no positions lie along 'text'; known: frames, height, width"),
-        (dict(factor=0.5), r"rope\.factor must .*got 0\.5"),
-        (dict(kind="pi", period=3.0), r"kind 'pi' take no period, got period=3\.0"),
-        (dict(turn=2.0), r"turn must be above 0 and at most 1, got 2\.0"),
-        (dict(trained_frames=0), r"rope\.trained_frames must .*got 0"),
-        (dict(trained_width=1.5), r"rope\.trained_width must .*got 1\.5"),
+        (dict(kind="rilfex"), r"rope\.kind.*'riflex'.*got 'rilfex'"),
+        (dict(axes=()), r"rope\.axes.*got \[\]"),
+        (dict(axes=("frames", "hieght")), r"rope\.axes.*height.*'hieght'"),
+        (dict(axes=("text",)), r"rope\.axes.*frames, height, width.*'text'"),
+        (dict(factor=0.5), r"rope\.factor.*got 0\.5"),
+        (dict(kind="pi", period=3.0), r"'pi'.*got period=3\.0"),
+        (dict(turn=2.0), r"turn.*0.*1, got 2\.0"),
+        (dict(trained_frames=0), r"rope\.trained_frames.*got 0"),
+        (dict(trained_width=1.5), r"rope\.trained_width.*got 1\.5"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -54,7 +54,7 @@ def test_options_at_their_bounds():
     for options in (dict(factor=1.0), dict(factor=1.5), dict(turn=1.0), dict(trained_frames=1), dict(trained_height=1)):
         ((name, value),) = options.items()
         assert getattr(RoPE(**options), name) == value
-    with pytest.raises(ConfigError, match=r"^rope\.factor must .*got 0\.99"):
+    with pytest.raises(ConfigError, match=r"^rope\.factor.*got 0\.99"):
         RoPE(factor=0.99)
 
 
@@ -91,9 +91,9 @@ def test_usual_options_are_those_of_riflex():
 
 def test_a_model_of_unknown_size_is_asked_for_it():
     transformer = tiny_transformer()
-    with pytest.raises(ConfigError, match=r"rope needs the size that the model was trained on, which is not known"):
+    with pytest.raises(ConfigError, match=r"rope.*size.*model"):
         dit_accel.attach(transformer, RoPE())
-    with pytest.raises(ConfigError, match=r"the tokens along height that wan was trained on are not known; set tr"):
+    with pytest.raises(ConfigError, match=r"height.*wan.*trained_h"):
         dit_accel.attach(transformer, RoPE(axes=("height",), trained_frames=3))
     assert dit_accel.attachment_of(transformer) is None
     assert not [module for module in transformer.modules() if "forward" in vars(module)]
@@ -209,29 +209,29 @@ class _Whole:
 @pytest.mark.parametrize(
     ("name", "number", "options", "message"),
     [
-        ("sd3", 0, {}, r"rope changes rotary positions, and sd3 has none to change: SD3 adds sinusoidal positions"),
-        ("cogvideox", 0, {}, r"cogvideox has no rotary positions .* this one adds sinusoidal .* as CogVideoX-2B does"),
-        ("cogvideox", 1, dict(axes=("height",)), r"cogvideox scales its positions along height to the trained size"),
+        ("sd3", 0, {}, r"rope.*sd3.*SD3"),
+        ("cogvideox", 0, {}, r"cogvideox .*sinusoidal.*CogVideoX-2B"),
+        ("cogvideox", 1, dict(axes=("height",)), r"cogvideox .*along height"),
         (
             "cogview",
             1,
             {},
-            r"cogview4? scales its positions along height, width to .* leave this",
+            r"cogview4? .*height, width",
         ),
         (
             "mochi",
             0,
             {},
-            r"kind 'riflex' make no sense on mochi: each head has learned .*; use 'pi' or 'yarn'",
+            r"'riflex'.*mochi.*'pi'.*'yarn'",
         ),
-        ("mochi", 0, dict(kind="ntk"), r"kind 'ntk' make no sense on mochi"),
-        ("ltx", 0, {}, r"kind 'riflex' make no sense on ltx: positions are coordinates.*none of them has a period"),
-        ("ltx", 0, dict(kind="yarn"), r"kind 'yarn' make no sense on ltx.*; use 'pi'$"),
+        ("mochi", 0, dict(kind="ntk"), r"'ntk'.*mochi"),
+        ("ltx", 0, {}, r"'riflex'.*ltx.*coordinates"),
+        ("ltx", 0, dict(kind="yarn"), r"'yarn'.*ltx.*'pi'$"),
         (
             "flux",
             0,
             dict(axes=("frames",)),
-            r"flux has rotary positions along height, width, not 'frames'; na",
+            r"flux.*height, width, not 'frames'",
         ),
     ],
 )
@@ -260,7 +260,7 @@ def test_tables_have_an_end(method):
         for _ in range(2):
             denoise(transformer, 1, frames=8)
             for _ in range(2):
-                with pytest.raises(ConfigError, match=r"wan has rotary positions for 8 tokens along frames, got 9; ma"):
+                with pytest.raises(ConfigError, match=r"wan.*8 tokens.*frames, got 9"):
                     denoise(transformer, 1, frames=9)
 
 
@@ -270,7 +270,7 @@ def test_methods_beside_it():
         denoise(transformer, 4, frames=7)
         report = str(attachment.report())
     assert "rope, kind riflex: 7 tokens along frames, trained on 3" in report
-    with pytest.raises(ConfigError, match="two RoPE configs were given"):
+    with pytest.raises(ConfigError, match="two RoPE"):
         dit_accel.attach(transformer, WAN, RoPE(kind="pi", trained_frames=3))
 
 

@@ -122,7 +122,7 @@ def test_learned_frequencies_have_no_place_of_their_own():
     assert edited("pi", own, trained=4, length=8).tolist() == (own / 2).tolist()
     assert edited("yarn", own, trained=4, length=8).shape == own.shape
     for kind in ("ntk", "riflex", "ultraimage"):
-        with pytest.raises(ConfigError, match=rf"kind '{kind}' are of one axis .* a shape of \(2, 2\); use 'pi'"):
+        with pytest.raises(ConfigError, match=rf"'{kind}'.*\(2, 2\).*'pi'"):
             edited(kind, own, trained=4, length=8)
 
 
@@ -132,9 +132,7 @@ def test_the_least_period_that_is_near_is_dominant():
     assert dominant(own, 10) == 1
     assert dominant(own, 10.001) == 2
     assert dominant(own, 44.4) == 0
-    with pytest.raises(
-        ConfigError, match=r"none of the axis's periods, 8\.999 to 40 positions, is near the trained 44\.5"
-    ):
+    with pytest.raises(ConfigError, match=r"8\.999 to 40 positions.*44\.5"):
         dominant(own, 44.5)
 
 
@@ -167,11 +165,11 @@ def test_options_at_their_bounds():
 @pytest.mark.parametrize(
     ("dim", "theta", "exponents", "message"),
     [
-        (0, 9.0, None, r"come in pairs, got dim=0; give an even"),
-        (1, 9.0, None, r"come in pairs, got dim=1"),
-        (3, 9.0, None, r"come in pairs, got dim=3"),
-        (4, 1.0, None, r"must be above 1, got theta=1\.0; give the model's own"),
-        (4, 9.0, [0.0], r"dim=4 has 2 frequencies, got 1 exponents; give one for each"),
+        (0, 9.0, None, "got dim=0"),
+        (1, 9.0, None, "got dim=1"),
+        (3, 9.0, None, "got dim=3"),
+        (4, 1.0, None, r"above 1, got theta=1\.0"),
+        (4, 9.0, [0.0], r"dim=4.*2 frequencies, got 1 exponents"),
     ],
 )
 def test_axes_that_are_none(dim, theta, exponents, message):
@@ -182,7 +180,7 @@ def test_axes_that_are_none(dim, theta, exponents, message):
 @pytest.mark.parametrize(("trained", "length"), [(0, 8), (4, 0), (-1, 8), (None, 8)])
 def test_lengths_that_are_none(trained, length):
     name = "length" if trained == 4 else "trained"
-    with pytest.raises(ConfigError, match=rf"of kind 'pi' need {name} > 0, got {name}="):
+    with pytest.raises(ConfigError, match=rf"'pi'.*{name} > 0, got {name}="):
         frequencies("pi", 16, 256.0, trained=trained, length=length)
     assert frequencies("none", 16, 256.0, trained=trained, length=length).shape == (8,)
 
@@ -201,20 +199,20 @@ def test_an_axis_of_one_frequency():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("rifelx", {}, r"have no kind 'rifelx'; did you mean 'riflex'\?"),
-        ("pi", {}, r"of kind 'pi' need trained > 0, got trained=None; give it"),
-        ("pi", dict(trained=4), r"of kind 'pi' need length > 0, got length=None"),
+        ("rifelx", {}, r"'rifelx'.*'riflex'\?"),
+        ("pi", {}, r"'pi'.*trained > 0, got trained=None"),
+        ("pi", dict(trained=4), r"'pi'.*length > 0, got length=None"),
         ("pi", dict(trained=4, length=-1), r"got length=-1"),
-        ("pi", dict(trained=4, length=8, period=3), r"kind 'pi' take no period, got period=3; it is riflex's"),
-        ("ntk", dict(trained=4, length=8, turn=0.9), r"kind 'ntk' take no turn.*it is riflex and ultraimage's"),
-        ("riflex", dict(trained=4, length=8, indices=(1,)), r"take no indices, got indices=\(1,\); it is ultraimage's"),
-        ("riflex", dict(trained=4, length=8, period=0), r"period must be a number of positions above 0, got 0"),
-        ("riflex", dict(trained=4, length=8, turn=1.5), r"turn must be above 0 and at most 1, got 1.5; RIFLEx' code"),
-        ("ultraimage", dict(trained=4, length=8, indices=(-1,)), r"from 0 on, got \(-1,\)"),
-        ("ultraimage", dict(trained=4, length=8, indices=()), r"from 0 on, got \(\); leave them out to find"),
-        ("riflex", dict(trained=4, length=8, turn=0), r"turn must be above 0 and at most 1, got 0"),
-        ("ultraimage", dict(trained=4, length=8, indices=(8,)), r"8 frequencies, 0 to 7, got indices=\(8,\); stay in"),
-        ("riflex", dict(trained=4000, length=8000), r"none of the axis's periods, 6.283 to 804.2 positions, is near"),
+        ("pi", dict(trained=4, length=8, period=3), r"'pi'.*got period=3;"),
+        ("ntk", dict(trained=4, length=8, turn=0.9), r"'ntk'.*no turn"),
+        ("riflex", dict(trained=4, length=8, indices=(1,)), r"'riflex'.*got indices=\(1,\)"),
+        ("riflex", dict(trained=4, length=8, period=0), r"period.*above 0, got 0"),
+        ("riflex", dict(trained=4, length=8, turn=1.5), r"turn.*0.*1, got 1.5"),
+        ("ultraimage", dict(trained=4, length=8, indices=(-1,)), r"indices.*0.*got \(-1,\)"),
+        ("ultraimage", dict(trained=4, length=8, indices=()), r"indices.*0.*got \(\)"),
+        ("riflex", dict(trained=4, length=8, turn=0), r"turn.*0.*1, got 0"),
+        ("ultraimage", dict(trained=4, length=8, indices=(8,)), r"8 frequencies, 0 to 7, got indices=\(8,\)"),
+        ("riflex", dict(trained=4000, length=8000), r"6.283 to 804.2 positions"),
     ],
 )
 def test_bad_options_are_refused(kind, options, message):

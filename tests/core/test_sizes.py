@@ -59,7 +59,7 @@ def test_an_entry_that_is_not_there_is_named(name):
 
 
 def test_two_of_three_widths_are_needed():
-    with pytest.raises(ConfigError, match="read_sizes needs two of heads, head_dim and width, which give the third"):
+    with pytest.raises(ConfigError, match=r"read_sizes.*heads, head_dim and width"):
         read_sizes(USUAL, head_dim=None)
 
 
@@ -67,5 +67,5 @@ def test_an_adapter_reads_sizes_its_own_way():
     mine = partial(Adapter, name="mine", transformers=("Mine",), self_attention=("blocks.*.attn",))
     assert mine().sizes(USUAL) == Sizes(layers=4, heads=3, head_dim=64)
     assert mine(sizes=lambda config: Sizes(layers=1, heads=2, head_dim=config["d"])).sizes({"d": 3}).head_dim == 3
-    with pytest.raises(ConfigError, match=r"sizes\(config\) must be a function, got \(4, 3, 64\); give the function"):
+    with pytest.raises(ConfigError, match=r"sizes\(config\).*got \(4, 3, 64\)"):
         mine(sizes=(4, 3, 64))

@@ -154,7 +154,7 @@ def test_beside_a_cache_of_blocks_the_whole_branch_runs_and_skipping_blocks_is_r
     made, report, _ = guided(transformer, HALF, cache)
     assert torch.equal(made, guided(transformer, HALF)[0])
     assert report.section("softpag").data["first_block"] == 0
-    with pytest.raises(ConfigError, match=r"slg skips blocks in its branch, and firstblockcache carries .*would mix"):
+    with pytest.raises(ConfigError, match=r"slg.*firstblockcache.*mix"):
         dit_accel.attach(transformer, SLG(layers="L1"), cache)
 
 
@@ -233,7 +233,7 @@ def test_a_run_that_perturbs_nothing_warns_once_and_says_why(transformer):
     config = SoftPAG(heads="L1", mode="free")
     with dit_accel.attach(transformer, config) as attachment:
         denoise(transformer, branches=("cond",))
-        with pytest.warns(UnperturbedRun, match="perturbs the unconditional forward, and none ran"):
+        with pytest.warns(UnperturbedRun, match=r"softpag.*mode = 'free'.*unconditional"):
             attachment.report()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -255,18 +255,18 @@ def test_the_report_tells_what_was_added(transformer):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: SoftPAG(u=1.5), r"softpag\.u must .*got 1\.5"),
-        (lambda: SoftPAG(u=-0.1), r"softpag\.u must .*got -0\.1"),
-        (lambda: SoftPAG(scale=-1.0), r"softpag\.scale must .*got -1\.0"),
-        (lambda: PAG(rescale=2.0), r"pag\.rescale must .*got 2\.0"),
-        (lambda: SLG(start=-0.1), r"slg\.start must .*got -0\.1"),
-        (lambda: SLG(start=0.5, stop=0.5), r"from start = 0\.5 to stop = 0\.5 of the run, which is no step; let stop"),
-        (lambda: SoftPAG(mode="free", scale=2.0), r"softpag\.scale = 2\.0 .*mode = 'free' there is none; leave it out"),
+        (lambda: SoftPAG(u=1.5), r"softpag\.u.*got 1\.5"),
+        (lambda: SoftPAG(u=-0.1), r"softpag\.u.*got -0\.1"),
+        (lambda: SoftPAG(scale=-1.0), r"softpag\.scale.*got -1\.0"),
+        (lambda: PAG(rescale=2.0), r"pag\.rescale.*got 2\.0"),
+        (lambda: SLG(start=-0.1), r"slg\.start.*got -0\.1"),
+        (lambda: SLG(start=0.5, stop=0.5), r"slg.*start = 0\.5 to stop = 0\.5"),
+        (lambda: SoftPAG(mode="free", scale=2.0), r"softpag\.scale = 2\.0.*mode = 'free'"),
         (
             lambda: SoftPAG(target="temperature", rows="image"),
-            r"rows = 'image' can't be had with target = 'temperature'",
+            r"rows = 'image'.*target = 'temperature'",
         ),
-        (lambda: SoftPAG(target="uniform"), r"softpag\.target must .*got 'uniform'"),
+        (lambda: SoftPAG(target="uniform"), r"softpag\.target.*got 'uniform'"),
     ],
 )
 def test_options_out_of_range_are_refused(make, text):
@@ -279,14 +279,14 @@ def test_options_out_of_range_are_refused(make, text):
     [
         (
             SoftPAG(),
-            r"softpag\.heads is not set, and nothing is published for a wan of these sizes; name some, such as",
+            r"softpag\.heads.*published.*a wan",
         ),
-        (PAG(), r"pag\.layers is not set, and nothing is published"),
-        (SLG(), r"slg\.layers is not set, and nothing is published"),
-        (SoftPAG(heads="L3H0"), r"softpag\.heads 'L3H0': the model has attention layers 0 to 2; stay in that range"),
-        (SoftPAG(heads="L1H2"), r"each of the 3 attention layers of the model has heads 0 to 1; stay in that range"),
-        (SoftPAG(heads="blocks.1.attn2"), r"names blocks\.1\.attn2, which is cross-attention or a side path"),
-        (SLG(layers="L1H0"), r"slg\.layers names heads \[0\] of layer 1, and slg skips whole blocks; name layers"),
+        (PAG(), r"pag\.layers.*published"),
+        (SLG(), r"slg\.layers.*published"),
+        (SoftPAG(heads="L3H0"), r"softpag\.heads 'L3H0'.*layers 0 to 2"),
+        (SoftPAG(heads="L1H2"), r"3 attention layers.*heads 0 to 1"),
+        (SoftPAG(heads="blocks.1.attn2"), r"blocks\.1\.attn2.*cross-attention"),
+        (SLG(layers="L1H0"), r"slg\.layers.*heads \[0\] of layer 1"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(transformer, config, text):
@@ -296,14 +296,14 @@ def test_what_the_model_does_not_have_is_refused(transformer, config, text):
 
 
 def test_two_perturbations_and_a_choice_of_layers_are_refused(transformer):
-    with pytest.raises(ConfigError, match=r"pag and softpag both set the perturbed prediction of"):
+    with pytest.raises(ConfigError, match=r"^pag.*softpag.*prediction"):
         dit_accel.attach(transformer, HALF, PAG(layers="L1"))
-    with pytest.raises(ConfigError, match=r"layers leaves out attention layer 0, by whose numbers heads are named"):
+    with pytest.raises(ConfigError, match=r"layers.*attention layer 0"):
         dit_accel.attach(transformer, HALF, layers="1-2")
 
 
 def test_a_window_needs_the_number_of_steps(transformer):
-    text = r"acts from 0\.0 to 0\.5 of the run, whose number of steps is not known"
+    text = r"softpag.*0\.0 to 0\.5.*steps"
     with (
         dit_accel.attach(transformer, dataclasses.replace(HALF, stop=0.5)),
         pytest.raises(ConfigError, match=text),
@@ -314,7 +314,7 @@ def test_a_window_needs_the_number_of_steps(transformer):
 
 def test_a_window_shorter_than_a_step_is_told(transformer):
     config = dataclasses.replace(HALF, start=0.01, stop=0.2)
-    with pytest.warns(UserWarning, match="shorter than one of 4 steps"):
+    with pytest.warns(UserWarning, match=r"window.*4 steps"):
         _, report, _ = guided(transformer, config)
     assert "'s window from 0.01 to 0.2 is shorter than one of 4 steps; it acts in step 1 alone" in str(report)
     _, report, _ = guided(transformer, config, steps=8)

@@ -17,7 +17,6 @@ import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
 from dit_accel.adapters.registry import family
 from dit_accel.estimate.estimate import estimate
-from dit_accel.methods.attention.sol import DEFAULTS
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
@@ -59,18 +58,18 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     [
         (
             {"beta": float("nan")},
-            r"sol\.beta must .*got nan",
+            r"sol\.beta .*got nan",
         ),
-        ({"beta": float("inf")}, r"sol\.beta must .*got inf"),
-        ({"beta_last": float("-inf")}, r"sol\.beta_last must .*got -inf"),
-        ({"beta": "1"}, r"sol\.beta must .*got '1'"),
-        ({"block_size": 96}, r"sol\.block_size must .*got 96"),
-        ({"block_size": 8}, r"sol\.block_size must .*got 8"),
-        ({"threshold": "full"}, r"sol\.threshold must .*got 'full'"),
-        ({"sink": "none"}, r"sol\.sink must .*got 'none'"),
+        ({"beta": float("inf")}, r"sol\.beta .*got inf"),
+        ({"beta_last": float("-inf")}, r"sol\.beta_last.*got -inf"),
+        ({"beta": "1"}, r"sol\.beta.*got '1'"),
+        ({"block_size": 96}, r"sol\.block_size.*got 96"),
+        ({"block_size": 8}, r"sol\.block_size.*got 8"),
+        ({"threshold": "full"}, r"sol\.threshold.*got 'full'"),
+        ({"sink": "none"}, r"sol\.sink.*got 'none'"),
         (
             {"dense_steps": -1},
-            r"sol\.dense_steps must .*got -1",
+            r"sol\.dense_steps.*got -1",
         ),
     ],
 )
@@ -82,10 +81,11 @@ def test_bad_options_are_refused_with_the_value(options, text):
 def test_toml_and_recipes():
     config = SolAttention(beta=-0.5, beta_last=1, threshold="exact", sink="first_frame", dense_above_sigma=0.9)
     assert from_toml(to_toml([config])) == [config]
-    assert SolAttention().filled().to_dict().items() >= {k: v for k, v in DEFAULTS.items() if v is not None}.items()
+    usual = {key: value for key, value in SolAttention.defaults.items() if value is not None}
+    assert SolAttention().filled().to_dict().items() >= usual.items()
     assert SolAttention(beta=0.0).filled({"beta": 2.0, "dense_layers": 2}).beta == 0.0
     assert SolAttention().filled(WAN.recipe("sol", WAN_PLAIN)).block_size == 16
-    with pytest.raises(ConfigError, match="a recipe of sol sets 'sink', which no recipe may set"):
+    with pytest.raises(ConfigError, match=r"recipe.*sol.*'sink'"):
         SolAttention().filled({"sink": "first_frame"})
 
 
@@ -95,7 +95,7 @@ def test_beta_moves_linearly_over_the_sparse_steps():
     assert betas == pytest.approx([1.3, 1.2, 1.1, 1.0, 0.9, 0.8])
     assert SolAttention(beta_last=0.5, dense_steps=3).filled().beta_at(3, 4) == 1.0  # one sparse step
     assert SolAttention(beta=2.0).filled().beta_at(5, None) == 2.0
-    with pytest.raises(ConfigError, match=r"sol\.beta_last = 0\.8 needs the number of steps.*leave beta_last unset"):
+    with pytest.raises(ConfigError, match=r"sol\.beta_last = 0\.8.*beta_last"):
         SolAttention(beta_last=0.8).filled().beta_at(3, None)
     config = dataclasses.replace(config, block_size=512)
     assert planned(WAN_720P, config, step_index=4, num_inference_steps=9).selection.routing.beta == pytest.approx(1.1)
@@ -206,10 +206,7 @@ class TestWithRadial:
             assert [handler.settings.block_size for handler in handlers(*configs)] == [size, size]
 
     def test_two_sizes_are_refused(self):
-        text = (
-            r"radial\.block_size = 128 and sol\.block_size = 64 can't be attached together: .*into the same tiles; set "
-            "them alike, or leave all but one unset"
-        )
+        text = r"radial\.block_size = 128 and sol\.block_size = 64.*tiles"
         for configs in itertools.permutations((SolAttention(block_size=64), RadialAttention(block_size=128))):
             with pytest.raises(ConfigError, match=text):
                 dit_accel.attach(tiny_transformer(), *configs)
@@ -232,12 +229,12 @@ class TestWithRadial:
 @pytest.mark.parametrize(
     ("layout", "options", "text"),
     [
-        (TokenLayout(frames=1, height=8, width=8), {}, r"keeps all 1 tiles of 64 visual tokens, so it can't be faster"),
-        (TokenLayout(frames=1, height=64, width=64), {"sink": "first_frame"}, r"keeps all 4096 tiles of 4096 visual"),
+        (TokenLayout(frames=1, height=8, width=8), {}, r"sol.*1 tiles.*64 visual"),
+        (TokenLayout(frames=1, height=64, width=64), {"sink": "first_frame"}, r"4096 tiles.*4096"),
         (
             TokenLayout(frames=1, height=64, width=64),
             {},
-            r"sol seldom pays below 40000 visual tokens, and there are 4096 here",
+            r"sol.*40000.*4096",
         ),
     ],
 )
@@ -282,7 +279,7 @@ class TestEstimate:
         assert set(both.to_dict()["methods"]) == {"radial", "sol"}
 
     def test_two_of_a_kind_are_refused(self):
-        with pytest.raises(ConfigError, match="two SolAttention configs were given; attach one of each method"):
+        with pytest.raises(ConfigError, match="two SolAttention"):
             estimate(WAN, family("wan2.1-14b"), methods=[SolAttention(), SolAttention()])
 
     def test_noise_levels_are_not_known(self):

@@ -15,7 +15,7 @@ from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
-from dit_accel.methods.attention.sparsed import DEFAULTS, SparseDHandler, heaviest
+from dit_accel.methods.attention.sparsed import SparseDHandler, heaviest
 from dit_accel.methods.compose import make_handlers
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
@@ -208,9 +208,7 @@ def test_tiles_are_of_one_size_and_what_is_unset_follows_what_is_set(radial, pat
 
 def test_two_tile_sizes_are_refused_whatever_the_order():
     for configs in itertools.permutations((RadialAttention(block_size=64), SparseD(block_size=32))):
-        with pytest.raises(
-            ConfigError, match=r"radial\.block_size = 64 and sparsed\.block_size = 32 can't be attached together"
-        ):
+        with pytest.raises(ConfigError, match=r"radial\.block_size = 64 and sparsed\.block_size = 32"):
             make_handlers(configs, MODEL)
 
 
@@ -402,18 +400,18 @@ def test_compiled_full_graph_gives_the_same():
     [
         (
             {"density": 0.3, "mass": 0.9},
-            r"sparsed\.density = 0\.3 and sparsed\.mass = 0\.9 were both given; .*leave the",
+            r"sparsed\.density = 0\.3 and sparsed\.mass = 0\.9",
         ),
-        ({"density": 0.0}, r"sparsed\.density must .*got 0\.0"),
-        ({"density": 1.5}, r"sparsed\.density must .*got 1\.5"),
-        ({"density": float("nan")}, r"sparsed\.density must .*got nan"),
-        ({"mass": 1.0}, r"sparsed\.mass must .*got 1\.0"),
-        ({"mass": 0}, r"sparsed\.mass must .*got 0"),
-        ({"block_size": 100}, r"sparsed\.block_size must .*got 100"),
-        ({"rest": "pool"}, r"sparsed\.rest must .*got 'pool'"),
+        ({"density": 0.0}, r"sparsed\.density.*got 0\.0"),
+        ({"density": 1.5}, r"sparsed\.density.*got 1\.5"),
+        ({"density": float("nan")}, r"sparsed\.density.*got nan"),
+        ({"mass": 1.0}, r"sparsed\.mass.*got 1\.0"),
+        ({"mass": 0}, r"sparsed\.mass.*got 0"),
+        ({"block_size": 100}, r"sparsed\.block_size.*got 100"),
+        ({"rest": "pool"}, r"sparsed\.rest.*got 'pool'"),
         (
             {"dense_steps": -1},
-            r"sparsed\.dense_steps must .*got -1",
+            r"sparsed\.dense_steps.*got -1",
         ),
     ],
 )
@@ -423,7 +421,7 @@ def test_bad_options_are_refused_with_the_value(options, text):
 
 
 def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives_way_to_mass():
-    assert SparseD().filled().to_dict().items() >= dict(DEFAULTS).items()
+    assert SparseD().filled().to_dict().items() >= dict(SparseD.defaults).items()
     assert SparseD().filled({"density": 0.5}).density == 0.5
     recipe = {"density": 0.5, "block_size": 64}
     by_mass = SparseD(mass=0.9).filled(recipe)
@@ -431,7 +429,7 @@ def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives
     settings = SparseD(mass=0.9).filled(recipe)
     assert (settings.mass, settings.block_size) == (0.9, 64)
     assert "density" not in settings.to_dict()
-    with pytest.raises(ConfigError, match=r"a recipe of sparsed sets 'mass', which no recipe may set"):
+    with pytest.raises(ConfigError, match=r"recipe.*sparsed.*'mass'"):
         SparseD().filled({"mass": 0.9})
 
 
@@ -441,9 +439,9 @@ def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives
         (
             {"density": 1},
             TokenLayout(frames=9, height=16, width=16),
-            r"sparsed keeps all 18 tiles of 2304",
+            r"sparsed.*18 tiles of 2304",
         ),
-        ({}, TokenLayout(frames=9, height=16, width=16), r"sparsed seldom pays below 20000 visual tokens, .* are 2304"),
+        ({}, TokenLayout(frames=9, height=16, width=16), r"sparsed.*20000.*2304"),
     ],
 )
 def test_advice_names_what_does_not_fit(options, layout, text):
@@ -455,7 +453,7 @@ def test_advice_names_what_does_not_fit(options, layout, text):
 
 
 def test_what_the_data_decide_is_not_planned():
-    with pytest.raises(ConfigError, match=r"sparsed\.mass = 0\.9 keeps what the data say.*give sparsed\.density"):
+    with pytest.raises(ConfigError, match=r"sparsed\.mass = 0\.9.*sparsed\.density"):
         handler(SparseD(mass=0.9)).estimate(LAYOUT, 8)
 
 

@@ -96,7 +96,7 @@ def test_sigma_as_the_variable():
     for step, sigma in enumerate((1.0, 0.75, 0.25)):
         out = driven.forward(step, still(step), sigma=sigma)[0]
     assert float(out.mean()) == pytest.approx(3.0)  # 0 at 1, 1 at .75: 3 at .25
-    with pytest.raises(ConfigError, match=r"^staticcache\.variable = 'sigma' needs the noise level"):
+    with pytest.raises(ConfigError, match=r"^staticcache\.variable = 'sigma'.*noise level"):
         driven.forward(3, still(3))
 
 
@@ -181,9 +181,9 @@ def test_only_the_unconditional_branch_is_skipped():
 
 
 def test_branches_that_can_not_be_told_apart_are_refused():
-    for branch, why in (("call 1", "does not tell its branches"), ("cond_uncond", "calls both in one")):
+    for branch, why in (("call 1", "cache_context"), ("cond_uncond", "both in one")):
         driven = Driven(cache(branches="uncond"), line)
-        with pytest.raises(ConfigError, match=rf"^staticcache\.branches = 'uncond' needs .*{why}"):
+        with pytest.raises(ConfigError, match=rf"^staticcache\.branches = 'uncond'.*{why}"):
             driven.forward(0, still(0), branch)
 
 
@@ -275,7 +275,7 @@ def test_steps_at_points_of_the_run():
         assert driven.handler.settings.skipped_steps(steps) == computed.count(".")
     with pytest.raises(
         ConfigError,
-        match=r"^staticcache\.compute_at needs the number of steps, which is not known here; attach to",
+        match=r"^staticcache\.compute_at.*steps",
     ):
         Driven(cache(compute_at=(0.5,)), line).forward(0, still(0), steps=None)
 
@@ -285,8 +285,7 @@ def test_a_share_of_a_first_expert_of_unknown_length_is_refused():
     driven.install("transformer", "transformer_2")
     with pytest.raises(
         ConfigError,
-        match=r"^staticcache\.warmup_of = 'each' with staticcache\.warmup_steps = 0\.4 is a share of each "
-        r"transformer's steps, and how many the first makes is not known; set staticcache\.switch to their",
+        match=r"^staticcache\.warmup_of = 'each'.*staticcache\.warmup_steps = 0\.4.*staticcache\.switch",
     ):
         driven.forward(0, still(0))
 
@@ -357,30 +356,30 @@ def test_memory_is_counted_and_freed():
     [
         (
             dict(warmup_steps=-1),
-            r"staticcache\.warmup_steps must .*got -1",
+            r"staticcache\.warmup_steps.*got -1",
         ),
         (
             dict(warmup_steps=1.5),
-            r"staticcache\.warmup_steps must be a whole number of steps from 0 on, or a share .*, got",
+            r"staticcache\.warmup_steps.*got 1\.5",
         ),
         (
             dict(last_steps=-2),
-            r"staticcache\.last_steps must .*got -2",
+            r"staticcache\.last_steps.*got -2",
         ),
-        (dict(max_consecutive=0), r"staticcache\.max_consecutive must .*got 0"),
-        (dict(max_skips=-1), r"staticcache\.max_skips must .*got -1"),
+        (dict(max_consecutive=0), r"staticcache\.max_consecutive.*got 0"),
+        (dict(max_skips=-1), r"staticcache\.max_skips.*got -1"),
         (
             dict(compute_at=(0.5, 11.0)),
-            r"staticcache\.compute_at must .*got 11\.0",
+            r"staticcache\.compute_at.*got 11\.0",
         ),
-        (dict(switch=1.0), r"staticcache\.switch must .*got 1\.0"),
-        (dict(warmup_of="all"), r"staticcache\.warmup_of must .*got 'all'"),
-        (dict(order=0), r"staticcache\.order must .*got 0"),
-        (dict(predictor="dmd"), r"staticcache\.predictor must be 'hold' or 'taylor' or 'heun' or 'chebyshev', got"),
-        (dict(every=0), r"staticcache\.every must .*got 0"),
-        (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2 both say what is computed"),
-        (dict(every=None, steps=(1, 2)), r"staticcache\.steps must .*got 2"),
-        (dict(every=None, steps=(0, 1)), r"staticcache\.steps must .*got \[0, 1\]"),
+        (dict(switch=1.0), r"staticcache\.switch.*got 1\.0"),
+        (dict(warmup_of="all"), r"staticcache\.warmup_of.*got 'all'"),
+        (dict(order=0), r"staticcache\.order.*got 0"),
+        (dict(predictor="dmd"), r"staticcache\.predictor.*'hold'.*'taylor'.*'heun'.*'chebyshev', got"),
+        (dict(every=0), r"staticcache\.every.*got 0"),
+        (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2"),
+        (dict(every=None, steps=(1, 2)), r"staticcache\.steps.*got 2"),
+        (dict(every=None, steps=(0, 1)), r"staticcache\.steps.*got \[0, 1\]"),
     ],
 )
 def test_options_out_of_range(options, text):
@@ -390,22 +389,20 @@ def test_options_out_of_range(options, text):
 
 def test_a_run_of_unknown_or_other_length():
     driven = Driven(StaticCache(steps=(1, 0, 1)), line)
-    with pytest.raises(
-        ConfigError, match=r"^staticcache\.steps has 3 entries, this run has 4 steps; give one for each"
-    ):
+    with pytest.raises(ConfigError, match=r"^staticcache\.steps.*3 entries.*4 steps"):
         driven.forward(0, still(0), steps=4)
-    with pytest.raises(ConfigError, match="this run has an unknown number of steps"):
+    with pytest.raises(ConfigError, match=r"staticcache\.steps.*3 entries.*unknown"):
         driven.forward(0, still(0), steps=None)
     for options, what in ((dict(last_steps=1), "last_steps = 1"), (dict(warmup_steps=0.5), "warmup_steps = 0.5")):
         driven = Driven(cache(**options), line)
-        with pytest.raises(ConfigError, match=rf"^staticcache\.{what} needs the number of steps"):
+        with pytest.raises(ConfigError, match=rf"^staticcache\.{what}.*steps"):
             driven.forward(0, still(0), steps=None)
 
 
 def test_a_recipe_fills_what_is_unset():
     assert Driven(EasyCache(), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.2
     assert Driven(EasyCache(threshold=0.1), line, recipe={"threshold": 0.2}).handler.settings.threshold == 0.1
-    with pytest.raises(ConfigError, match=r"^a recipe of easycache sets 'order', which no recipe may set"):
+    with pytest.raises(ConfigError, match=r"recipe.*easycache.*'order'"):
         Driven(EasyCache(), line, recipe={"order": 2})
 
 

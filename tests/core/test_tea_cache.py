@@ -106,8 +106,7 @@ def test_the_signal_is_taken_after_a_forced_step_and_before_others(monkeypatch):
 def test_two_transformers_take_a_polynomial_each(monkeypatch):
     with pytest.raises(
         ConfigError,
-        match=r"^teacache has one polynomial, and the model has a second transformer, transformer_2; set "
-        r"teacache\.polynomial_2, or measure both with dit-accel tune teacache$",
+        match=r"^teacache.*transformer_2.*teacache\.polynomial_2.*tune teacache$",
     ):
         driven(monkeypatch, TeaCache(polynomial=POLYNOMIAL)).forward(0, still(0), transformer="transformer_2")
     made = driven(monkeypatch, TeaCache(threshold=0.5, polynomial=(0.2,), polynomial_2=(0.6,), last_steps=0))
@@ -119,14 +118,12 @@ def test_two_transformers_take_a_polynomial_each(monkeypatch):
 def test_a_model_without_a_polynomial_or_a_signal(monkeypatch):
     with pytest.raises(
         ConfigError,
-        match=r"^teacache has no polynomial for 'made-up, 1 layers, 1 heads', only for cogvideox-2b, .*; measure them "
-        r"with dit-accel tune teacache, or take those of a model that is like it: teacache\.family$",
+        match=r"^teacache.*'made-up, 1 layers, 1 heads'.*cogvideox-2b, .*tune teacache.*teacache\.family$",
     ):
         driven(monkeypatch, TeaCache())
     with pytest.raises(
         ConfigError,
-        match=r"^teacache needs the input of the first block, and the adapter 'made-up' does not say how to get it; "
-        r"use easycache, or give the adapter a signal$",
+        match=r"^teacache.*first block.*'made-up'.*easycache",
     ):
         driven(monkeypatch, TeaCache(polynomial=POLYNOMIAL), None)
     made = driven(monkeypatch, TeaCache(family="mochi-1"))
@@ -136,11 +133,11 @@ def test_a_model_without_a_polynomial_or_a_signal(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(threshold=-1.0), r"^teacache\.threshold must .*got -1\.0"),
-        (dict(polynomial=()), r"^teacache\.polynomial must .*got \[\]"),
+        (dict(threshold=-1.0), r"^teacache\.threshold.*got -1\.0"),
+        (dict(polynomial=()), r"^teacache\.polynomial.*got \[\]"),
         (
             dict(polynomial_2=(1.0,)),
-            r"^teacache\.polynomial_2 is set and polynomial is not; give one for each transformer$",
+            r"^teacache\.polynomial_2 is set",
         ),
     ],
 )

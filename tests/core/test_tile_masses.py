@@ -79,10 +79,10 @@ def test_no_gradient_and_linear_memory():
 
 
 ERRORS = [
-    (dict(layout="bsd"), "layout must be 'bshd' or 'bhsd', found 'bsd'"),
-    (dict(key_mask=torch.ones(1, 20, dtype=torch.bool)), r"key_mask must be \[1, 30\], found \[1, 20\]"),
-    (dict(row_lse=torch.ones(1, 2, 30)), r"row_lse must be \[1, 2, 20\], found \[1, 2, 30\]"),
-    (dict(token_order=torch.arange(20)), "token_order needs S_q = S_k, found 20 queries and 30 keys"),
+    (dict(layout="bsd"), r"layout.*'bshd'.*'bhsd', found 'bsd'"),
+    (dict(key_mask=torch.ones(1, 20, dtype=torch.bool)), r"key_mask.*\[1, 30\].*found \[1, 20\]"),
+    (dict(row_lse=torch.ones(1, 2, 30)), r"row_lse.*\[1, 2, 20\].*found \[1, 2, 30\]"),
+    (dict(token_order=torch.arange(20)), r"token_order.*S_q = S_k, found 20 queries and 30 keys"),
 ]
 
 
@@ -95,5 +95,5 @@ def test_errors(arguments, text):
 
 def test_error_of_keys_that_do_not_fit():
     q, k, _ = qkv(1, 2, 2, 20, 30, 8, torch.float32)
-    with pytest.raises(ValueError, match=r"k does not fit q: found q \[1, 2, 20, 8\] and k \[1, 2, 30, 4\]"):
+    with pytest.raises(ValueError, match=r"q \[1, 2, 20, 8\] and k \[1, 2, 30, 4\]"):
         tile_masses(q, k[..., :4], layout="bhsd", **SIZES)

@@ -82,19 +82,19 @@ def test_what_lies_outside_the_extremes_is_bounded():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(focus_max=0.9), r"ultraimage\.focus_max must .*got 0\.9"),
-        (dict(focus_min=0.0), r"ultraimage\.focus_min must .*got 0\.0"),
+        (dict(focus_max=0.9), r"ultraimage\.focus_max.*got 0\.9"),
+        (dict(focus_min=0.0), r"ultraimage\.focus_min.*got 0\.0"),
         (
             dict(focus_min=1.4, focus_max=1.2),
-            r"at most focus_max.*focus_min = 1\.4 and focus_max = 1\.2",
+            r"focus_max.*focus_min = 1\.4 and focus_max = 1\.2",
         ),
-        (dict(power=0.0), r"ultraimage\.power must .*got 0\.0"),
-        (dict(rows=0), r"ultraimage\.rows must .*got 0"),
-        (dict(trained_width=0), r"ultraimage\.trained_width must .*got 0"),
-        (dict(turn=1.5), r"turn must be above 0 and at most 1, got 1\.5"),
+        (dict(power=0.0), r"ultraimage\.power.*got 0\.0"),
+        (dict(rows=0), r"ultraimage\.rows.*got 0"),
+        (dict(trained_width=0), r"ultraimage\.trained_width.*got 0"),
+        (dict(turn=1.5), r"turn.*0.*1, got 1\.5"),
         (
             dict(indices=()),
-            r"indices must be places among the frequencies, from 0 on, got \(\); leave them out to find them by their",
+            r"indices.*0.*got \(\)",
         ),
     ],
 )
@@ -115,9 +115,9 @@ def test_recipes_and_sizes_of_models():
     assert settings(UltraImage(), "flux-tiny").focus_min == 1.0
     with pytest.raises(ConfigError, match=r"focus_min = 1\.1 and focus_max = 1\.05"):
         settings(UltraImage(focus_max=1.05), "flux.1-dev")
-    with pytest.raises(ConfigError, match=r"ultraimage needs the size that the model was.*trained_height, ult"):
+    with pytest.raises(ConfigError, match=r"ultraimage.*size.*trained_height, ult"):
         UltraImageHandler(UltraImage(), MODEL)
-    with pytest.raises(ConfigError, match=r"set ultraimage\.trained_width to its tokens"):
+    with pytest.raises(ConfigError, match=r"pictures.*ultraimage\.trained_width"):
         UltraImageHandler(UltraImage(trained_height=3), MODEL)
 
 
@@ -266,9 +266,9 @@ def test_the_correction_is_that_of_rope(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sd3", {}, r"sd3 has no rotary positions .*; ultraimage\.correct = false changes heads alone"),
-        ("mochi", {}, r"kind 'ultraimage' make no sense on mochi"),
-        ("hunyuan-dit", {}, r"scales its positions along height to .*; ultraimage\.correct = false changes heads"),
+        ("sd3", {}, r"sd3.*ultraimage\.correct = false"),
+        ("mochi", {}, r"'ultraimage'.*mochi"),
+        ("hunyuan-dit", {}, r"along height.*ultraimage\.correct = false"),
     ],
 )
 def test_honest_limits(name, options, message):
@@ -286,7 +286,7 @@ def test_honest_limits(name, options, message):
 def test_positions_are_changed_by_one_method():
     transformer = tiny_transformer()
     positions = RoPE(kind="pi", **SIZE)
-    with pytest.raises(ConfigError, match=r"ultraimage and rope both change the rotary frequencies .*correct = false"):
+    with pytest.raises(ConfigError, match=r"^ultraimage.*rope.*correct = false"):
         dit_accel.attach(transformer, UltraImage(**SIZE), positions)
     with dit_accel.attach(transformer, HEADS, positions):
         denoise(transformer, 2)

@@ -62,15 +62,15 @@ def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> Ultra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(alpha=1.1), r"ultravico\.alpha must .*got 1\.1"),
-        (dict(alpha=0.0), r"ultravico\.alpha must .*got 0\.0"),
-        (dict(beta=-0.5, period=9), r"ultravico\.beta must .*got -0\.5"),
-        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta must .*got beta = 0\.9 and alpha = 0\.8"),
-        (dict(period=1), r"ultravico\.period must .*got 1"),
-        (dict(period=float("inf")), r"ultravico\.period must .*got inf"),
-        (dict(gamma=-1), r"ultravico\.gamma must .*got -1"),
-        (dict(trained_frames=0), r"ultravico\.trained_frames must .*got 0"),
-        (dict(trained_frames=2.5), r"ultravico\.trained_frames must .*got 2\.5"),
+        (dict(alpha=1.1), r"ultravico\.alpha.*got 1\.1"),
+        (dict(alpha=0.0), r"ultravico\.alpha.*got 0\.0"),
+        (dict(beta=-0.5, period=9), r"ultravico\.beta.*got -0\.5"),
+        (dict(alpha=0.8, beta=0.9), r"ultravico\.beta.*beta = 0\.9 and alpha = 0\.8"),
+        (dict(period=1), r"ultravico\.period.*got 1"),
+        (dict(period=float("inf")), r"ultravico\.period.*got inf"),
+        (dict(gamma=-1), r"ultravico\.gamma.*got -1"),
+        (dict(trained_frames=0), r"ultravico\.trained_frames.*got 0"),
+        (dict(trained_frames=2.5), r"ultravico\.trained_frames.*got 2\.5"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -79,17 +79,17 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_what_the_model_must_tell_is_asked_for():
-    with pytest.raises(ConfigError, match=r"model was trained on, which any, with sizes of no released model, does"):
+    with pytest.raises(ConfigError, match=r"ultravico.*length.*any, .*sizes"):
         on(UltraViCo(), ADAPTER, None)
     unknown = dataclasses.replace(FAMILY, trained_frames=None)
-    with pytest.raises(ConfigError, match=r"which some does not tell; set ultravico\.trained_frames to its latent"):
+    with pytest.raises(ConfigError, match=r"ultravico.*length.*some .*ultravico\.trained_frames"):
         on(UltraViCo(), ADAPTER, unknown)
     assert on(UltraViCo(trained_frames=5), ADAPTER, unknown).settings.trained_frames == 5
-    with pytest.raises(ConfigError, match=r"ultravico\.gamma = 4 describes bands .* set ultravico\.period too"):
+    with pytest.raises(ConfigError, match=r"ultravico\.gamma = 4.*ultravico\.period"):
         on(UltraViCo(gamma=4), ADAPTER, FAMILY)
-    with pytest.raises(ConfigError, match=r"ultravico\.beta = 0\.6 describes bands .* neither set nor known"):
+    with pytest.raises(ConfigError, match=r"ultravico\.beta = 0\.6.*bands"):
         on(UltraViCo(beta=0.6), ADAPTER, FAMILY)
-    with pytest.raises(ConfigError, match=r"ultravico\.period = 9 needs the width of its bands; set ultravico\.gamma"):
+    with pytest.raises(ConfigError, match=r"ultravico\.period = 9.*ultravico\.gamma"):
         on(UltraViCo(period=9), ADAPTER, FAMILY)
 
 
@@ -102,19 +102,19 @@ def test_recipes_fill_what_is_unset():
     assert on(UltraViCo(), ADAPTER, family).rule(12).beta == 0.6  # none is published: the safe one
     assert on(UltraViCo(alpha=0.5), ADAPTER, family).rule(6).beta == 0.5  # never above alpha
     assert on(UltraViCo(beta=0.3), ADAPTER, family).rule(6).beta == 0.3
-    with pytest.raises(ConfigError, match=r"beta must be at most alpha.*beta = 0\.99 and alpha = 0\.95"):
+    with pytest.raises(ConfigError, match=r"ultravico\.beta.*beta = 0\.99 and alpha = 0\.95"):
         on(UltraViCo(beta=0.99), ADAPTER, family).rule(6)
     assert on(UltraViCo(), ADAPTER, family).settings.first_frame
     assert on(UltraViCo(first_frame=False), ADAPTER, family).settings.first_frame is False
     assert on(UltraViCo(), ADAPTER, FAMILY).rule(6) == DecayRule(trained_frames=3, alpha=0.9)
     wrong = dataclasses.replace(FAMILY, recipes={"ultravico": {"alhpa": 0.5}})
-    with pytest.raises(ConfigError, match=r"a recipe of ultravico sets 'alhpa', which no recipe may set"):
+    with pytest.raises(ConfigError, match=r"recipe.*ultravico.*'alhpa'"):
         on(UltraViCo(), ADAPTER, wrong)
 
 
 def test_it_says_what_it_does_to_a_length():
     def said(frames: int, config: UltraViCo = ACTIVE) -> str:
-        return on(config, ADAPTER, FAMILY).remark(dataclasses.replace(LAYOUT, frames=frames))
+        return on(config, ADAPTER, FAMILY).check_layout(dataclasses.replace(LAYOUT, frames=frames))
 
     plain = UltraViCo()
     assert said(3, plain) == "ultravico changes nothing: 3 latent frames, trained on 3 (9 output frames)"
@@ -181,8 +181,8 @@ def test_centring_has_its_gradient():
 
 def test_a_second_decay_is_refused():
     made = handler()
-    decaying = AttentionPlan().decay(frame_decay(made._rule(LAYOUT), LAYOUT, "cpu"))
-    with pytest.raises(ConfigError, match="the plan has a frame decay already, and one attention call takes only one"):
+    decaying = AttentionPlan().decay(frame_decay(made.rule(LAYOUT.frames), LAYOUT, "cpu"))
+    with pytest.raises(ConfigError, match="frame decay"):
         made.plan(decaying, call_of(), context())
 
 
@@ -279,9 +279,7 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert "alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3" in str(report)
         assert torch.equal(run(transformer, frames=2), short)
         assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(3, 0)] * 6
-        with pytest.warns(
-            UnplannedRun, match="no attention call of the run was planned; ultravico changes nothing: 2 lat"
-        ):
+        with pytest.warns(UnplannedRun, match=r"ultravico.*nothing: 2 lat"):
             other = run(transformer, frames=7)
         assert torch.equal(run(transformer, frames=6), first)
         assert torch.equal(run(transformer, frames=7), other)
@@ -302,7 +300,7 @@ def decayed(q, k, v, frames: torch.Tensor, alpha: float, **arguments) -> torch.T
 
 def test_a_constant_added_to_all_keys_changes_nothing_once_they_are_centred():
     call, shift = call_of("bhsd", scale=1.0), torch.randn(8, dtype=torch.float64)
-    frames = frame_decay(handler()._rule(LAYOUT), LAYOUT, "cpu").q_frames
+    frames = frame_decay(handler().rule(LAYOUT.frames), LAYOUT, "cpu").q_frames
     v = torch.randn(2, 2, LAYOUT.tokens, 8, dtype=torch.float64)
 
     def result(k: torch.Tensor, alpha: float, centred: bool) -> torch.Tensor:
@@ -467,10 +465,10 @@ def test_votes_are_on_decayed_logits():
 def test_models_without_frames_or_a_known_length_refuse_it():
     model = tiny_models.FLUX[0]
     flux = model.transformer(**model.config)
-    with pytest.raises(ConfigError, match="ultravico makes no sense on flux: an image has no frames of which"):
+    with pytest.raises(ConfigError, match=r"ultravico.*flux.*image"):
         dit_accel.attach(flux, UltraViCo(trained_frames=2))
     transformer = tiny_transformer()
-    with pytest.raises(ConfigError, match=r"which wan, with sizes of no released model, does not tell"):
+    with pytest.raises(ConfigError, match=r"ultravico.*length.*wan, .*sizes"):
         dit_accel.attach(transformer, UltraViCo())
     (described,) = dit_accel.describe(transformer).transformers
     assert "set ultravico.trained_frames" in described.refused["ultravico"]
@@ -495,7 +493,7 @@ def test_two_methods_that_decay_are_refused_at_the_first_call(monkeypatch):
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     with (
         dit_accel.attach(transformer, ACTIVE, _Decays()),
-        pytest.raises(ConfigError, match=r"^ultravico together with decays: the plan has a frame decay already"),
+        pytest.raises(ConfigError, match=r"^ultravico.*decays.*frame decay"),
     ):
         run(transformer)
 
@@ -505,8 +503,6 @@ def test_two_methods_that_say_so_are_refused_before(monkeypatch):
     monkeypatch.setattr(_Decaying, "exclusive", frozenset({"frame decay"}))
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     for methods in ((ACTIVE, _Decays()), (_Decays(), ACTIVE)):
-        with pytest.raises(
-            ConfigError, match=r"^decays and ultravico both set the frame decay of an attention call, which takes only"
-        ):
+        with pytest.raises(ConfigError, match=r"^decays.*ultravico.*frame decay"):
             dit_accel.attach(transformer, *methods)
     assert dit_accel.attachment_of(transformer) is None

@@ -88,15 +88,13 @@ def test_masks_that_are_split_as_the_tokens_are_come_back_in_the_order_of_the_mo
 
 def test_masks_that_pair_queries_with_keys_are_refused():
     found = spread("flux", (1, 2, 2, 2, 0), 2)
-    with pytest.raises(
-        ConfigError, match=r"a mask \[1, 1, 3, 3\] to attention over 3 of 6 tokens; under context paral"
-    ):
+    with pytest.raises(ConfigError, match=r"\[1, 1, 3, 3\].*3 of 6 tokens"):
         found.whole_mask(torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
 def test_tokens_that_are_not_split_evenly_are_refused():
     found = spread("flux", (1, 2, 2, 2, 0), 2)
-    with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
+    with pytest.raises(ConfigError, match=r"4 tokens.*rank 0 of 2.*6.*3"):
         found.gather(torch.zeros(1, 4, 2, 8))
 
 
@@ -106,7 +104,7 @@ def test_heads_that_cannot_be_shared_evenly_are_refused_before_the_exchange():
         _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
     )  # fmt: skip
     found = shards_of(config, adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
-    with pytest.raises(ConfigError, match=r"ulysses_degree = 2 does not divide the 3 heads; choose one that does"):
+    with pytest.raises(ConfigError, match=r"ulysses_degree = 2.*3 heads"):
         found.gather(torch.zeros(1, 4, 3, 8))
 
 
@@ -148,7 +146,7 @@ def test_processes_compare_what_they_run_once_a_run_and_in_training_once_a_shape
 
 def test_errors_of_the_communication_are_named_and_others_left():
     state, config = SimpleNamespace(name="transformer"), SimpleNamespace(ulysses_degree=2, ring_degree=1)
-    lost = "another of the 2 processes that run transformer together"
+    lost = "2 processes"
     with pytest.raises(ProcessLost, match=lost), naming_lost(state, config):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
     with pytest.raises(RuntimeError, match="mat1 and mat2"), naming_lost(state, config):
@@ -163,7 +161,7 @@ def test_ring_attention_refuses_tokens_that_are_not_split_evenly_before_it_gathe
         ring_degree=2, ulysses_degree=1, _ring_local_rank=0, _ring_mesh=SimpleNamespace(get_group=lambda: None)
     )  # fmt: skip
     found = shards_of(config, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
-    with pytest.raises(ConfigError, match=r"holds 4 tokens on rank 0 of 2, where an even split of all 6 leaves 3"):
+    with pytest.raises(ConfigError, match=r"4 tokens.*rank 0 of 2.*6.*3"):
         found.gather(torch.zeros(1, 4, 2, 8))
 
 

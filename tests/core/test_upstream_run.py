@@ -51,10 +51,13 @@ def test_of_picked_tests_the_list_may_hold_others():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"', "must have mode, outcome, reason, test"),
-        ('[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = " "', "all of them filled in"),
-        ('[[difference]]\nmode = "x"\ntest = "t"\noutcome = "failed"\nreason = "r"', "no mode is called 'x'"),
-        (2 * '[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = "r"\n', "listed twice"),
+        (
+            '[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"',
+            r"'outcome': 'failed'} .*mode, outcome, reason, test",
+        ),
+        ('[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = " "', "'reason': ' '}"),
+        ('[[difference]]\nmode = "x"\ntest = "t"\noutcome = "failed"\nreason = "r"', r"mode.*'x'.*neutral"),
+        (2 * '[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = "r"\n', r"t .*twice.*active"),
         ("[[differences]]", "has differences"),
     ],
 )
@@ -96,7 +99,7 @@ def test_without_a_network_there_is_a_reason_and_without_a_tag_an_error(tmp_path
     assert isinstance(said, str)
     assert "can't be cloned" in said
     assert "set DIFFUSERS_TESTS" in said
-    with pytest.raises(ValueError, match=r"has no tag v2\.0\.dev0; set DIFFUSERS_TESTS"):
+    with pytest.raises(ValueError, match=r"v2\.0\.dev0.*DIFFUSERS_TESTS"):
         upstream_run.checkout(tmp_path / "work", repository, "2.0.dev0")
     assert [*(tmp_path / "work").iterdir()] == []
     monkeypatch.setenv("PATH", "")
@@ -107,7 +110,7 @@ def test_without_a_network_there_is_a_reason_and_without_a_tag_an_error(tmp_path
 
 def test_a_checkout_may_be_named(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSERS_TESTS", str(tmp_path))
-    with pytest.raises(ValueError, match="holds no tests/models"):
+    with pytest.raises(ValueError, match=r"DIFFUSERS_TESTS.*tests/models"):
         upstream_run.checkout(tmp_path / "work", "file:///nowhere", "1.0")
     (tmp_path / "tests" / "models").mkdir(parents=True)
     assert upstream_run.checkout(tmp_path / "work", "file:///nowhere", "1.0") == tmp_path
@@ -147,7 +150,7 @@ def test_the_command_skips_judges_and_ends_with_a_number(tmp_path, monkeypatch, 
 def test_a_run_that_does_not_end_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(upstream_run, "WORK", tmp_path / "work")
     monkeypatch.setattr(upstream_run.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match=r"plain: pytest ended with 1; see .*plain\.log"):
+    with pytest.raises(RuntimeError, match=r"plain: pytest.*1.*plain\.log"):
         upstream_run.run_tests("plain", tmp_path, [])
 
 

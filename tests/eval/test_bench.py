@@ -129,7 +129,7 @@ def test_an_arm_that_fails_is_told_and_the_others_run():
     assert "threshold must be >= 0" in lines[1]["reason"]
     assert told[0].startswith("bad can't run here: ")
     assert math.isfinite(lines[0]["step_seconds"]["median"])
-    with pytest.raises(ConfigError, match="no attention backend of diffusers runs here"):
+    with pytest.raises(ConfigError, match=r"attention backend.*diffusers"):
         run_bench(made, [BenchArm(name="dense", kind="dense", backend="sage")], rounds=1)
 
 

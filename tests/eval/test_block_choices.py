@@ -30,9 +30,9 @@ def test_places_on_made_up_results():
     assert rows[3].startswith("| delta | 0-1 | 1 of 6 | 1, 1, 1 | +2.00")
     assert rows[3].endswith("| +1.00 |")
     assert [*table([*lines, {**lines[0], "clip": 3, "psnr": 99.0}], told)] == rows  # a clip that is not whole yet
-    with pytest.raises(ConfigError, match=r"^the results lack blocks 2-3, the choice of attention; run them too"):
+    with pytest.raises(ConfigError, match=r"blocks 2-3, .*attention;"):
         [*table([line for line in lines if line["methods"].get("profilingcache") != {"blocks": [2, 3]}], told)]
-    with pytest.raises(ConfigError, match=r"^the results hold no clip that every choice of blocks has"):
+    with pytest.raises(ConfigError, match=r"no clip.*choice"):
         [*table([], told)]
 
 
@@ -45,7 +45,7 @@ def test_each_criterion_is_the_first_profiles_that_tells_it(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"profile": 1, "transformers": {"transformer": entry}}))
     paths = [tmp_path / "one.json", tmp_path / "two.json"]
     assert scores_of(paths) == {"delta": [1, 2], "attention": [3, 4], "error": [7, 8]}
-    with pytest.raises(ConfigError, match=r"^none of the 1 profiles tells attention, error; give one that does"):
+    with pytest.raises(ConfigError, match=r"1 profiles.*attention, error"):
         scores_of(paths[:1])
     assert main([]) == main([str(tmp_path / "no.jsonl"), *map(str, paths)]) == 2
 

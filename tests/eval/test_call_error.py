@@ -112,7 +112,7 @@ def test_a_run_goes_on_draws_and_refuses_other_weights(monkeypatch, tmp_path, ca
     out.write_text(before.replace(lines[0]["weights"], "others"))
     assert call_error.main([*arguments, "--out", str(out)]) == 2
     assert "are of other weights" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"there is no 'radial 0\.3'"):
+    with pytest.raises(SystemExit, match=r"no 'radial 0\.3'"):
         call_error.main(["--arms", "radial 0.3"])
 
 

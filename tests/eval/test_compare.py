@@ -52,7 +52,7 @@ def test_metrics_of_identity_and_of_a_known_error():
     half = np.full_like(one, 0.5)
     assert psnr(half + 0.1, half) == pytest.approx(20.0, abs=1e-3)
     assert ssim(one, clip(1)) < 0.5
-    with pytest.raises(ValueError, match="of one shape can be compared"):
+    with pytest.raises(ValueError, match=r"clips.*one shape"):
         psnr(one, one[:2])
 
 
@@ -66,7 +66,7 @@ def test_interval_covers_its_level_of_the_time():
     constant = bootstrap([2.0, 2.0])
     assert (constant.mean, constant.low, constant.high) == (2.0, 2.0, 2.0)
     assert (str(constant), f"{constant:+}") == ("2.00 [2.00, 2.00]", "+2.00 [+2.00, +2.00]")
-    with pytest.raises(ValueError, match="at least one value"):
+    with pytest.raises(ValueError, match=r"interval.*got none"):
         bootstrap([])
 
 
@@ -81,7 +81,7 @@ def test_sign_flips_are_exact_for_few_clips_and_holm_steps_down():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
     assert holm({}) == {}
-    with pytest.raises(ValueError, match="at least one difference"):
+    with pytest.raises(ValueError, match="difference, got none"):
         sign_flips([])
 
 
@@ -113,39 +113,42 @@ def test_committed_suites_read_and_match_their_results(path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEAD, r"lacks an \[\[arm\]\]"),
+        (HEAD, r"lacks.*\[\[arm\]\]"),
         (HEAD.replace("clips = 1\n", "") + ARM, "lacks clips"),
-        (HEAD.replace("clips = 1", "clips = 0") + ARM, "has clips = 0; ask for 1 or more"),
-        (HEAD + "clip = 3\n" + ARM, r"unknown key 'clip'; did you mean 'clips'\?"),
-        (HEAD.replace('"s"', "3") + ARM, "has name = 3, which is of the wrong kind"),
-        (HEAD.replace("version = 2", "version = 1") + ARM, "is not of version 2"),
-        (HEAD + ARM + ARM, "two arms called 'a'"),
-        (HEAD + ARM + "step = 3", "has an unknown key 'step'"),
-        (HEAD + ARM + "[arm.radial]\ndecay = 1", "arm 'a': radial has no option 'decay'"),
-        (HEAD + "[[arm]]\nstep = 3", "an arm without a name"),
-        (HEAD + '[[arm]]\nname = "a"', "has num_inference_steps = None; give one or several whole numbers from 1"),
-        (HEAD + ARM.replace("= 2", "= [2, 0]"), r"has num_inference_steps = \[2, 0\]; give one"),
-        (HEAD + ARM.replace("euler", "heun"), r"there is no solver 'heun'; known: dpm\+\+, euler, own"),
+        (HEAD.replace("clips = 1", "clips = 0") + ARM, "clips = 0"),
+        (HEAD + "clip = 3\n" + ARM, r"'clip'.*'clips'\?"),
+        (HEAD.replace('"s"', "3") + ARM, r"name = 3.*kind"),
+        (HEAD.replace("version = 2", "version = 1") + ARM, "of version 2,"),
+        (HEAD + ARM + ARM, "arms called 'a'"),
+        (HEAD + ARM + "step = 3", r"arm 'a'.*key 'step'"),
+        (HEAD + ARM + "[arm.radial]\ndecay = 1", r"'a': radial.*'decay'"),
+        (HEAD + "[[arm]]\nstep = 3", r"arm.*name: {'step': 3}"),
+        (HEAD + '[[arm]]\nname = "a"', "num_inference_steps = None"),
+        (HEAD + ARM.replace("= 2", "= [2, 0]"), r"num_inference_steps = \[2, 0\]"),
+        (HEAD + ARM.replace("euler", "heun"), r"solver 'heun'.*dpm\+\+, euler"),
         (
             HEAD + ARM.replace('solver = "euler"\n', ""),
-            r"arm 'a' has no method, and unipc \(the default\) as its solver: .*; call it 'unipc 2', or leave it out",
+            r"arm 'a'.*unipc \(the default\).*'unipc 2'",
         ),
         (
             HEAD + ARM.replace('"a"', '"unipc 2"'),
-            "is called 'unipc 2', a name for runs of unipc without a method, .*; give it another name",
+            r"'unipc 2'.*runs.*unipc",
         ),
         (
             HEAD + ARM.replace("num_inference_steps = 2", "num_inference_steps = 99999999999999"),
-            "arm 'a': num_inference_steps must be at most 10,000, got 99,999,999,999,999",
+            r"'a': num_inference_steps.*10,000, got 99,999,999,999,999",
         ),
-        (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", "has no cache 'BlockCacheConfig'; did you mean 'First"),
-        (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", "FirstBlockCacheConfig = 0.1 is no table; write"),
-        (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }", "has no option 'thresh'; did you"),
-        ("version", "is not valid TOML"),
-        (HEAD + 'metrics = ["pnsr"]\n' + ARM, "s.toml: there is no metric 'pnsr'; did you mean 'psnr'"),
-        (HEAD + "first_clip = -1\n" + ARM, "has first_clip = -1; clips are counted from 0"),
-        (HEAD + 'judge = "long"\n' + ARM, "s.toml has no judge 'long'; did you mean 'longer'"),
-        (HEAD + 'metrics = ["psnr", "psnr"]\n' + ARM, "metric 'psnr' is named twice"),
+        (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", r"'BlockCacheConfig'.*'First"),
+        (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", r"FirstBlockCacheConfig = 0.1"),
+        (
+            HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }",
+            r"FirstBlockCacheConfig.*option 'thresh'",
+        ),
+        ("version", r"s\.toml.*TOML"),
+        (HEAD + 'metrics = ["pnsr"]\n' + ARM, r"s.toml: .*metric 'pnsr'.*'psnr'"),
+        (HEAD + "first_clip = -1\n" + ARM, "first_clip = -1"),
+        (HEAD + 'judge = "long"\n' + ARM, r"s.toml.*judge 'long'.*'longer'"),
+        (HEAD + 'metrics = ["psnr", "psnr"]\n' + ARM, r"metric 'psnr'.*twice"),
     ],
 )
 def test_bad_suites_say_what_is_wrong(tmp_path, text, message):
@@ -317,7 +320,7 @@ def test_frames_that_are_not_finite_stop_the_run_with_their_arm(measuring, fake,
         return dataclasses.replace(made, frames=made.frames * np.nan) if options.get("methods") else made
 
     monkeypatch.setattr(fake, "run", broken)
-    with pytest.raises(ConfigError, match="clip 0 of arm 'thin': a clip has values that are not finite in 3"):
+    with pytest.raises(ConfigError, match=r"clip 0 of arm 'thin'.*finite.*3"):
         run(measuring, range(1))
     assert read_lines(measuring.out) == []
 
@@ -354,11 +357,11 @@ def test_timed_arms_are_held_against_dense_runs_of_their_time(job, fake):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("weights", "other", "holds results of weights 'other', this suite has"),
-        ("reference", "euler, agreeing to 45 dB", "holds results of reference 'euler, agreeing to 45 dB', this suite"),
-        ("call", {"num_frames": 5}, "holds results of call {'num_frames': 5}, this suite has"),
-        ("num_inference_steps", 7, "holds results of arm 'thin' with num_inference_steps 7, this suite has 10; rename"),
-        ("methods", {}, r"holds results of arm 'thin' with methods \{\}, this suite has"),
+        ("weights", "other", "weights 'other'"),
+        ("reference", "euler, agreeing to 45 dB", "reference 'euler, agreeing to 45 dB'"),
+        ("call", {"num_frames": 5}, "call {'num_frames': 5}"),
+        ("num_inference_steps", 7, r"arm 'thin'.*num_inference_steps 7.*10"),
+        ("methods", {}, r"arm 'thin'.*methods \{\}"),
     ],
 )
 def test_results_of_something_else_are_refused(job, key, value, message):
@@ -369,7 +372,7 @@ def test_results_of_something_else_are_refused(job, key, value, message):
     with pytest.raises(ConfigError, match=message):
         run(job, range(1))
     job.out.write_text("{\n")
-    with pytest.raises(ConfigError, match="has a line that is not JSON"):
+    with pytest.raises(ConfigError, match=r"line.*JSON"):
         run(job, range(1))
 
 
@@ -395,10 +398,10 @@ def test_a_dense_run_of_something_else_is_refused(tmp_path, fake):
     reference.dense_run(model, 0, 5, tmp_path)
     (other,) = set(tmp_path.iterdir()) - {path}
     path.replace(other)
-    with pytest.raises(ConfigError, match="is a dense run of steps 4, not 5; delete it"):
+    with pytest.raises(ConfigError, match=r"dense run.*steps 4, not 5"):
         reference.dense_run(model, 0, 5, tmp_path)
     other.write_bytes(b"PK")
-    with pytest.raises(ConfigError, match="is not a dense run that this release can read"):
+    with pytest.raises(ConfigError, match=r"dense run.*release"):
         reference.dense_run(model, 0, 5, tmp_path)
 
 
@@ -485,7 +488,7 @@ def test_processes_share_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
     assert {line["clip"] for line in lines} == {0, 1}
     for asked in (dict(workers=2), {}):
         other = job if asked else dataclasses.replace(job, timed=True)
-        with pytest.raises(ConfigError, match="accelerate launch started 2 processes, got --"):
+        with pytest.raises(ConfigError, match="2 processes, got --"):
             run(other, clips, **asked)
 
 

@@ -93,9 +93,9 @@ def test_the_strip_shows_differences_five_times_as_large():
 
 
 def test_a_prompt_of_unknown_words_and_an_unknown_model_are_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"unknown word\(s\) kite"):
+    with pytest.raises(ConfigError, match=r"word\(s\) kite"):
         demo.main(out=tmp_path, model="wan-plain", prompt="a kite", seeds=1, num_frames=None, anew=False)
-    with pytest.raises(ConfigError, match="'wan-tinny' is no embedded model"):
+    with pytest.raises(ConfigError, match=r"'wan-tinny'.*'wan-tiny'"):
         demo.main(out=tmp_path, model="wan-tinny", prompt=None, seeds=1, num_frames=None, anew=False)
 
 
@@ -125,7 +125,7 @@ def test_a_converged_run_of_another_prompt_or_size_is_not_taken(tmp_path: Path, 
 
 def test_what_holds_no_converged_runs_is_refused_by_name(tmp_path: Path):
     (tmp_path / "r.npz").write_bytes(b"PK nothing")
-    with pytest.raises(ConfigError, match=r"r\.npz can't be read as converged runs .* make them with --anew"):
+    with pytest.raises(ConfigError, match=r"r\.npz.*--anew"):
         demo_references.read(tmp_path / "r.npz", EmbeddedModel(demo.MODEL, {}, "a red ring on a navy background"), 1)
 
 

@@ -128,13 +128,13 @@ def test_the_committed_experiment_reads_and_its_recipes_are_whole(tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("version = 1", "version = 2", "is not of version 1"),
-        ('name = "some"', 'nane = "some"', "unknown key 'nane'; did you mean 'name'"),
+        ("version = 1", "version = 2", "of version 1,"),
+        ('name = "some"', 'nane = "some"', r"key 'nane'.*'name'"),
         ("clips = 2\n", "", "lacks clips"),
-        ('lora = "radial"', 'lora = "raidal"', "has no training 'raidal'; did you mean 'radial'"),
-        ('name = "2x"\n', "", "an arm without a name"),
-        ("block_size = 64", "block = 64", "radial has no option 'block'"),
-        ("[training]", "[training", "is not valid TOML"),
+        ('lora = "radial"', 'lora = "raidal"', r"training 'raidal'.*'radial'"),
+        ('name = "2x"\n', "", r"arm.*name: \{\}"),
+        ("block_size = 64", "block = 64", r"radial.*option 'block'"),
+        ("[training]", "[training", r"some\.toml.*TOML"),
     ],
 )
 def test_bad_experiments_say_what_is_wrong(tmp_path: Path, old, new, message):
@@ -142,5 +142,5 @@ def test_bad_experiments_say_what_is_wrong(tmp_path: Path, old, new, message):
     path.write_text(TEXT.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message):
         read_experiment(path)
-    with pytest.raises(ConfigError, match="no experiment at"):
+    with pytest.raises(ConfigError, match=r"experiment at .*none\.toml"):
         read_experiment(tmp_path / "none.toml")

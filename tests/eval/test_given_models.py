@@ -85,23 +85,23 @@ def test_clips_are_every_prompt_with_every_seed(prompts, seeds, clips):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seeds = [1]\n", r"has seeds but no prompts; add prompts = \[...\]"),
-        ("prompts = []\n", "prompts is an empty list; name one or more"),
-        ("prompts = [3]\n", "prompts has 3, which is no text"),
-        ('prompts = ["a", "a"]\n', "prompts has 'a' twice; leave one out, or give it several seeds"),
-        ('prompts = ["a"]\nseeds = [-1]\n', "seeds has -1; give whole numbers"),
-        ('prompts = ["a"]\nseeds = [2, 2]\n', "seeds has 2 twice"),
-        ('prompts = ["a"]\nclips = 3\n', "has clips, which count held-out clips, beside prompts of its own"),
-        ('prompts = ["a"]\nprompt_file = "p.txt"\n', "has prompts and a prompt_file; give one of them"),
-        ('prompt_file = "p.txt"\n', "prompt_file .*p.txt can't be read"),
-        ('prompts = ["a"]\njudge = "longer"\n', "has judge = 'longer', which knows held-out clips of embedded models"),
-        ('prompts = ["a"]\ndtype = "float8"\n', "has no dtype 'float8'; did you mean 'float32'"),
-        ('prompts = ["a"]\nrepeats = 0\n', "has repeats = 0; ask for 1 or more"),
-        ('prompts = ["a"]\nwarmup = -1\n', "has warmup = -1; ask for 0 or more"),
-        ('prompts = ["a"]\nbudget = {}\n', "has an empty budget; write budget = "),
-        ('prompts = ["a"]\nbudget = { hours = 1 }\n', "has a budget of 'hours'; known: seconds, steps"),
-        ('prompts = ["a"]\nbudget = { steps = 2.5 }\n', "has a budget of steps = 2.5; give a whole number above 0"),
-        ('prompts = ["a"]\nbudget = { seconds = 0 }\n', "has a budget of seconds = 0; give a number above 0"),
+        ("seeds = [1]\n", r"seeds.*prompts = \[...\]"),
+        ("prompts = []\n", r"prompts.*empty list"),
+        ("prompts = [3]\n", r"prompts.*3.*text"),
+        ('prompts = ["a", "a"]\n', r"prompts.*'a' twice"),
+        ('prompts = ["a"]\nseeds = [-1]\n', r"seeds.*-1"),
+        ('prompts = ["a"]\nseeds = [2, 2]\n', r"seeds.*2 twice"),
+        ('prompts = ["a"]\nclips = 3\n', r"clips.*held-out clips.*prompts"),
+        ('prompts = ["a"]\nprompt_file = "p.txt"\n', r"prompts and.*prompt_file"),
+        ('prompt_file = "p.txt"\n', r"prompt_file.*p.txt"),
+        ('prompts = ["a"]\njudge = "longer"\n', "judge = 'longer'"),
+        ('prompts = ["a"]\ndtype = "float8"\n', r"'float8'.*'float32'"),
+        ('prompts = ["a"]\nrepeats = 0\n', "repeats = 0"),
+        ('prompts = ["a"]\nwarmup = -1\n', "warmup = -1"),
+        ('prompts = ["a"]\nbudget = {}\n', r"empty budget.*budget = "),
+        ('prompts = ["a"]\nbudget = { hours = 1 }\n', r"budget.*'hours'.*seconds, steps"),
+        ('prompts = ["a"]\nbudget = { steps = 2.5 }\n', r"budget.*steps = 2.5"),
+        ('prompts = ["a"]\nbudget = { seconds = 0 }\n', r"budget.*seconds = 0"),
     ],
 )
 def test_bad_suites_say_what_is_wrong(tmp_path, text, message):
@@ -222,18 +222,16 @@ def test_a_model_trained_on_betas_runs_against_its_converged_run(tmp_path):
 
 
 def test_a_model_that_is_nowhere_and_schedulers_that_can_not_be_matched_are_told(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"'tinny' is no embedded model; .* or name a folder of a diffusers pipeline"):
+    with pytest.raises(ConfigError, match=r"'tinny'.*pipeline"):
         check_given("tinny")
     model_folder(tmp_path / "m")
     config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     config.unlink()
     config.write_text('{"_class_name": "EDMEulerScheduler"}')
-    with pytest.raises(
-        UnsupportedModel, match="ships with EDMEulerScheduler, which has neither a noise shift nor betas"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"EDMEulerScheduler.*noise shift"):
         check_given(str(tmp_path / "m"))
     config.write_text('{"_class_name": "SomeScheduler"}')
-    with pytest.raises(UnsupportedModel, match="ships with 'SomeScheduler', which diffusers does not have"):
+    with pytest.raises(UnsupportedModel, match=r"'SomeScheduler'.*diffusers"):
         check_given(str(tmp_path / "m"))
 
 
@@ -261,7 +259,7 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
 
     local_folder.cache_clear()
     monkeypatch.setattr(DiffusionPipeline, "download", gone)
-    with pytest.raises(UnsupportedModel, match=r"the weights of 'owner/name' can't be fetched: no route to the hub$"):
+    with pytest.raises(UnsupportedModel, match=r"weights.*'owner/name'.*: no route"):
         local_folder("owner/name")
     for cached in (local_folder, given_weights):
         cached.cache_clear()

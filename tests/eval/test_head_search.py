@@ -136,29 +136,27 @@ def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, t
     assert found.sheet.stat().st_size > 1000
     assert found.to_dict()["heads"] == best
     assert SoftPAG(heads=str(output)).heads == str(output)
-    with pytest.raises(
-        ConfigError, match=r"heads\.jsonl holds clips of a search with objective = .*finish that search"
-    ):
+    with pytest.raises(ConfigError, match=r"heads\.jsonl.*objective = .*finish"):
         tune_heads(request_of(), output, **{**options, "objective": "sharpness"})
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(rounds=0), r"tune heads needs rounds >= 1, got 0"),
-        (dict(halvings=-1), r"tune heads needs halvings >= 0, got -1"),
-        (dict(objective="pikscore"), r"no objective 'pikscore'; did you mean 'pickscore'.* or give module:function"),
+        (dict(rounds=0), "rounds >= 1, got 0"),
+        (dict(halvings=-1), "halvings >= 0, got -1"),
+        (dict(objective="pikscore"), r"objective 'pikscore'.*'pickscore'.*module:function"),
         (
             dict(objective="clip=/nowhere"),
-            r"objective 'clip' can't be loaded from '/nowhere': .*; give a folder",
+            r"objective 'clip'.*'/nowhere'",
         ),
         (
             dict(objective="clip="),
-            r"the objective 'clip=' names no folder or hub id behind =; give one",
+            "objective 'clip='",
         ),
-        (dict(objective="nowhere:f"), r"the objective nowhere:f can't be imported: No module named 'nowhere'"),
-        (dict(objective="objective:f"), r"the objective objective:f can't be imported"),
-        (dict(objective="objective:broken"), r"gave nan for \('L0H0',\); it must give a finite number"),
+        (dict(objective="nowhere:f"), r"objective nowhere:f .*module named 'nowhere'"),
+        (dict(objective="objective:f"), r"objective objective:f .*'f'"),
+        (dict(objective="objective:broken"), r"objective:broken.*nan.*\('L0H0',\)"),
     ],
 )
 def test_bad_options_are_refused(request_of, tmp_path, options, text):
@@ -167,13 +165,13 @@ def test_bad_options_are_refused(request_of, tmp_path, options, text):
 
 
 def test_heads_that_are_named_and_other_outputs_are_refused(request_of, tmp_path):
-    with pytest.raises(ConfigError, match=r"finds the heads itself, got softpag\.heads = 'L1'; leave them out"):
+    with pytest.raises(ConfigError, match=r"got softpag\.heads = 'L1'"):
         tune_heads(request_of(methods=(SoftPAG(heads="L1"),)), tmp_path / "heads.json")
-    with pytest.raises(ConfigError, match=r"writes a \.json in a folder that exists"):
+    with pytest.raises(ConfigError, match=r"\.json.*got .*heads\.toml"):
         tune_heads(request_of(), tmp_path / "heads.toml")
-    with pytest.raises(ConfigError, match="'checker' knows the embedded models alone"):
+    with pytest.raises(ConfigError, match=r"objective 'checker'.*embedded models"):
         objective_of("checker", None)
-    with pytest.raises(ConfigError, match="has no scene for 'a red circle'"):
+    with pytest.raises(ConfigError, match=r"objective 'checker'.*'a red circle'"):
         objective_of("checker", "wan-plain")(np.zeros((5, 64, 64, 3), np.float32), "a red circle")
 
 

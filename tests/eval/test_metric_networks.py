@@ -160,7 +160,7 @@ def test_contrasts_forget_light_and_depth():
 
 def test_frames_that_say_nothing_are_skipped():
     flat = np.full((2, 64, 64, 3), 0.5, np.float32)
-    with pytest.raises(NotMeasured, match="has no contrast"):
+    with pytest.raises(NotMeasured, match="no contrast"):
         fitted(torch.zeros(8, 8))
     if missing("niqe") is None:
         assert "frames are 64 x 64" in scores(["niqe"], Sample(frames=flat)).skipped["niqe"]
@@ -204,7 +204,7 @@ def test_set_up_unpacks_what_is_right_once_and_tells_what_is_wrong(empty):
     assert set_up([given], given=empty, tell=told.append) == {"toy": None}
     assert len(told) == 1
     (empty / "weights" / "toy.safetensors").write_bytes(b"broken")
-    with pytest.raises(ConfigError, match=r"can't be read .*; delete it, and run dit-accel eval setup"):
+    with pytest.raises(ConfigError, match=r"toy\.safetensors.*eval setup"):
         tensors("toy")
 
 
@@ -229,7 +229,7 @@ def test_set_up_tells_what_pip_says(empty, monkeypatch):
 
 
 def test_files_of_weights_run_no_code():
-    with pytest.raises(ConfigError, match=r"asks for .*, which no plain array needs; it is not read"):
+    with pytest.raises(ConfigError, match=r"weights.*pathlib\.\w+.*array"):
         weights._PlainArrays(io.BytesIO(pickle.dumps(Path("x")))).load()
 
 

@@ -74,7 +74,7 @@ def test_psnr_of_changes_ignores_what_stays_and_sees_what_flickers():
     assert value("psnr-change", clip + np.float32(0.1), clip) == pytest.approx(100, abs=1)
     signs = np.where(np.arange(len(clip)) % 2, 0.05, -0.05).astype(np.float32)[:, None, None, None]
     assert value("psnr-change", clip + signs, clip) == pytest.approx(20, abs=1e-2)  # differences are off by 0.1
-    with pytest.raises(NotMeasured, match="takes 2 frames, and there is one"):
+    with pytest.raises(NotMeasured, match=r"2 frames.*one"):
         value("psnr-change", clip[:1], clip[:1])
 
 
@@ -91,7 +91,7 @@ def test_ms_ssim_is_that_of_the_closed_form():
     one, two = flat(0.4, size=176), flat(0.6, size=176)
     light = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
     assert value("ms-ssim", one, two) == pytest.approx(light**0.1333, abs=5e-4)  # only the last scale sees light
-    with pytest.raises(NotMeasured, match="short side of 161 pixels, and there are 64"):
+    with pytest.raises(NotMeasured, match=r"161 pixels.*64"):
         value("ms-ssim", drawn(), drawn())
 
 
@@ -101,7 +101,7 @@ def test_vmaf_and_xpsnr_fall_with_noise():
     assert value("xpsnr", noisy(clip, 0.05), clip) > value("xpsnr", noisy(clip, 0.2), clip) + 3
     vmaf = [value("vmaf@v0.6.1", one, clip) for one in (clip, noisy(clip, 0.05), noisy(clip, 0.2))]
     assert vmaf[0] > 95 > vmaf[1] > vmaf[2]
-    with pytest.raises(NotMeasured, match="VMAF takes a short side of 16 pixels, and there are 8"):
+    with pytest.raises(NotMeasured, match=r"VMAF.*16 pixels.*8"):
         value("vmaf@v0.6.1", flat(0.5, size=8), flat(0.5, size=8))
 
 
@@ -143,9 +143,9 @@ def test_flow_follows_a_texture_that_moves():
     assert [value("dynamic@dis", one) for one in (clip, moving(0.5))] == [1, 0]  # 6 pixels on 256 are 2.25 here
     assert [value("static@dis", one) for one in (clip, moving(0.2))] == [0, 1]
     assert value("static@dis", moving(0.8, frames=17)) == 0  # slow, but it goes far
-    with pytest.raises(NotMeasured, match="the clip moves"):
+    with pytest.raises(NotMeasured, match="clip moves"):
         value("flickering@static-dis", clip)
-    with pytest.raises(NotMeasured, match="short side of 16 pixels, and there are 8"):
+    with pytest.raises(NotMeasured, match=r"16 pixels.*8"):
         value("dynamic@dis", flat(0.5, 0.5, size=8))
 
 
@@ -191,7 +191,7 @@ def test_every_metric_says_what_it_is_and_takes_a_still_picture(name):
     found = scores([name], Sample(frames=drawn(1), reference=drawn(1) if one.reference else None))
     assert len(found.measured) + len(found.skipped) + len(found.unavailable) == 1
     if one.reference:
-        with pytest.raises(NotMeasured, match=r"compares with a reference|not|pixels"):
+        with pytest.raises(NotMeasured, match=r"reference|not|pixels"):
             one(Sample(frames=drawn(2)))
 
 
@@ -202,15 +202,15 @@ NAN[1, 4, 4, 0] = np.nan
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(frames=NAN), "not finite in 1 of 3 frames, first in frame 1; the run that made it went wrong: try dtype"),
-        (dict(frames=drawn(3), reference=NAN), "a reference has values that are not finite"),
-        (dict(frames=drawn(3) * 255), r"must hold values in \[0, 1\], got 14 to 226; divide 8-bit frames by 255"),
-        (dict(frames=(drawn(3) * 255).astype(np.uint8)), r"must hold floats in \[0, 1\], got uint8"),
-        (dict(frames=drawn(3), reference=drawn(4)), r"of one shape can be compared, got \(3, 64, 64, 3\) and a ref"),
-        (dict(frames=drawn(3)[0]), r"must be frames \[F, height, width, 3\], F of at least 1, got \(64, 64, 3\)"),
-        (dict(frames=drawn(3)[:0]), r"F of at least 1, got \(0, 64, 64, 3\)"),
+        (dict(frames=NAN), r"finite.*1 of 3 frames.*frame 1"),
+        (dict(frames=drawn(3), reference=NAN), r"reference.*finite"),
+        (dict(frames=drawn(3) * 255), r"\[0, 1\], got 14 to 226"),
+        (dict(frames=(drawn(3) * 255).astype(np.uint8)), r"floats in \[0, 1\], got uint8"),
+        (dict(frames=drawn(3), reference=drawn(4)), r"shape.*got \(3, 64, 64, 3\).*reference"),
+        (dict(frames=drawn(3)[0]), r"\[F, height, width, 3\].*F.*1, got \(64, 64, 3\)"),
+        (dict(frames=drawn(3)[:0]), r"F.*1, got \(0, 64, 64, 3\)"),
         (dict(frames=[1]), "got list"),
-        (dict(frames=drawn(3), fps=0), "fps must be above 0, got 0"),
+        (dict(frames=drawn(3), fps=0), r"fps.*above 0, got 0"),
     ],
 )  # fmt: skip
 def test_what_is_no_sample_says_so(options, message):
@@ -219,9 +219,9 @@ def test_what_is_no_sample_says_so(options, message):
 
 
 def test_unknown_metrics_are_told_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"no metric 'pnsr'; did you mean 'psnr'"):
+    with pytest.raises(ConfigError, match=r"metric 'pnsr'.*'psnr'"):
         check_names(["ssim", "pnsr"])
-    with pytest.raises(ConfigError, match="metric 'ssim' is named twice; leave one out"):
+    with pytest.raises(ConfigError, match=r"metric 'ssim'.*twice"):
         check_names(["ssim", "ssim"])
 
 
@@ -233,9 +233,9 @@ def given(**changes) -> Metric:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(better="up"), "metric 'mine' has better = 'up'; say 'more', 'less' or 'neither'"),
-        (dict(name="my own"), "can't be called 'my own'; leave out blanks, commas and equals signs"),
-        (dict(bounds=(1.0, 0.0)), r"has bounds \(1.0, 0.0\); give the least value first"),
+        (dict(better="up"), r"'mine'.*better = 'up'.*'more', 'less'.*'neither'"),
+        (dict(name="my own"), r"metric.*'my own'"),
+        (dict(bounds=(1.0, 0.0)), r"metric 'mine'.*bounds \(1.0, 0.0\)"),
     ],
 )
 def test_metrics_are_checked_when_they_are_made(changes, message):
@@ -246,7 +246,7 @@ def test_metrics_are_checked_when_they_are_made(changes, message):
 def test_a_metric_that_breaks_its_word_is_told():
     sample = Sample(frames=drawn(2))
     for bad in (np.nan, 2.0):
-        with pytest.raises(ConfigError, match=r"metric mine gave (nan|2.0), outside its bounds 0 to 1"):
+        with pytest.raises(ConfigError, match=r"mine gave (nan|2.0).*0 to 1"):
             given(measure=lambda _, bad=bad: bad)(sample)
     assert given(measure=lambda _: Measured(value=1.0005))(sample).value == 1  # rounding is no breach
     assert scores(["psnr"], sample).skipped == {"psnr": "it compares with a reference, and there is none"}
@@ -285,10 +285,10 @@ def test_a_stranger_adds_a_metric_as_the_page_says(stranger):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dit_accel_eval.metrics.psnr:PSNR", "a metric 'psnr' is registered twice, last by dit_accel_eval.metrics"),
-        ("dit_accel_eval.metrics.psnr:NONE", "can't be loaded: module"),
-        ("dit_accel_eval.metrics.nothing:NONE", "can't be loaded: No module"),
-        ("dit_accel_eval.metrics.registered:METRIC_GROUP", "must give metrics, got 'd'"),
+        ("dit_accel_eval.metrics.psnr:PSNR", r"metric 'psnr'.*twice.*dit_accel_eval.metrics"),
+        ("dit_accel_eval.metrics.psnr:NONE", r"stranger.*: module"),
+        ("dit_accel_eval.metrics.nothing:NONE", r"stranger.*: No module"),
+        ("dit_accel_eval.metrics.registered:METRIC_GROUP", "metrics, got 'd'"),
     ],
 )
 def test_entry_points_that_are_wrong_say_so(stranger, text, message):
@@ -313,5 +313,5 @@ def test_an_ffmpeg_without_a_filter_is_a_reason_to_skip(monkeypatch):
 
 
 def test_an_ffmpeg_that_fails_tells_why():
-    with pytest.raises(NotMeasured, match=r"ffmpeg could not measure it: \S"):
+    with pytest.raises(NotMeasured, match=r"ffmpeg.*measure it: \S"):
         filtered(Sample(frames=drawn(2), reference=drawn(2)), "nofilter=log")

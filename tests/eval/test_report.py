@@ -405,11 +405,11 @@ def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
     line = read_lines(WAN)[0]
     keep(tmp_path / "a.png", clip, run_of(line))
     assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
-    with pytest.raises(ConfigError, match=r"holds frames of weights '.*', not 'other'"):
+    with pytest.raises(ConfigError, match=r"weights '.*', not 'other'"):
         read_kept(tmp_path / "a.png", run_of({**line, "weights": "other"}))
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     for name in ("b.png", "none.png"):
-        with pytest.raises(ConfigError, match="holds no frames that can be read"):
+        with pytest.raises(ConfigError, match=r"no frames.*read"):
             read_kept(tmp_path / name, run_of(line))
     assert kept_path(tmp_path, "a, 1", 0) != kept_path(tmp_path, "a 1", 0)
 

@@ -97,16 +97,16 @@ def test_weights_that_lack_a_part_are_told(folder):
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("clip", "aesthetic"):
-        with pytest.raises(ConfigError, match=r"it lacks visual_projection\.weight of CLIP.*; give a folder"):
+        with pytest.raises(ConfigError, match=r"visual_projection\.weight of CLIP"):
             objective_of(f"{name}={folder}", None)
 
 
 def test_weights_without_a_head_are_told(folder):
-    with pytest.raises(ConfigError, match=r"finds CLIP in .*, and no predictor\.weight or layers\.N\.weight behind it"):
+    with pytest.raises(ConfigError, match=r"CLIP.*predictor\.weight.*layers\.N\.weight"):
         objective_of(f"aesthetic={folder}", None)
 
 
 @pytest.mark.parametrize("name", ["clip", "aesthetic", "pickscore"])
 def test_weights_that_are_not_there_are_told_before_any_work(tmp_path, name):
-    with pytest.raises(ConfigError, match=rf"objective '{name}' can't be loaded from .*give a folder or a hub id"):
+    with pytest.raises(ConfigError, match=rf"objective '{name}'.*hub id"):
         objective_of(f"{name}={tmp_path}", None)

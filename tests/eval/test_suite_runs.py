@@ -111,7 +111,7 @@ def test_seconds_are_foretold_from_the_runs_so_far():
 
     assert spending.run(lasting, 4.0, steps=4) == 4.0
     assert spending.run(lasting, 5.0, steps=5) == 5.0
-    with pytest.raises(BudgetSpent, match="the next run takes about 2 seconds, and 9 of the budget of 10 are spent"):
+    with pytest.raises(BudgetSpent, match=r"2 seconds.*9 .*budget of 10"):
         spending.run(lambda clip, steps: pytest.fail("it was begun"), 0, steps=2)
     assert spending.run(lasting, 1.0, steps=1) == 1.0
     assert Budget(steps=9, seconds=4.0).share(2) == Budget(steps=4, seconds=4.0)
@@ -163,7 +163,7 @@ def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
     assert (made.config.solver_order, made.config.flow_shift) == (3, 5.0)
     own = scheduler_of(FLOW, OWN, {}, None)
     assert (own.config.shift, own is FLOW) == (3.0, False)
-    with pytest.raises(ConfigError, match=r"own scheduler keeps its noise schedule, got flow_shift 2\.0; leave it out"):
+    with pytest.raises(ConfigError, match=r"noise schedule, got flow_shift 2\.0"):
         scheduler_of(FLOW, OWN, {}, 2.0)
     dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2)
     assert scheduler_of(dynamic, "FlowMatchHeunDiscreteScheduler", {}, None).config.max_shift == 1.2
@@ -233,11 +233,11 @@ def test_a_guider_takes_the_place_of_the_pipeline_s_own_for_its_arm():
     assert not np.array_equal(plain.frames, usual.frames)
     assert off.counts.blocks * 2 == plain.counts.blocks
     with (
-        pytest.raises(ConfigError, match="PerturbedAttentionGuidance does not accept"),
+        pytest.raises(ConfigError, match=r"PerturbedAttentionGuidance.*not accept"),
         guided(model.pipe, {"PerturbedAttentionGuidance": {}}),
     ):
         pytest.fail("it was taken")
-    with pytest.raises(ConfigError, match=r"WanPipeline takes no guider; HunyuanVideo 1\.5's, HunyuanImage's and"):
+    with pytest.raises(ConfigError, match=r"WanPipeline.*guider.*HunyuanVideo 1\.5"):
         check_guided(diffusers.WanPipeline)
 
 
@@ -258,9 +258,7 @@ def test_a_disk_that_fills_up_while_a_line_is_appended_loses_no_other(tmp_path, 
 
     for broken in (half, full):
         monkeypatch.setattr(results.os, "write", broken)
-        with pytest.raises(
-            ConfigError, match=r"s\.jsonl can't be written \(No space left on device\); free some space"
-        ):
+        with pytest.raises(ConfigError, match=r"s\.jsonl.*\(No space left"):
             append_line(path, {"clip": 1})
         monkeypatch.setattr(results.os, "write", write)
         assert path.read_bytes() == whole
@@ -276,7 +274,7 @@ def test_a_disk_that_is_full_leaves_what_stood_and_says_so(tmp_path, monkeypatch
         raise FULL
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ConfigError, match=r"s\.jsonl can't be written \(No space left on device\); free some space"):
+    with pytest.raises(ConfigError, match=r"s\.jsonl.*\(No space left"):
         write_lines(path, [{"clip": 1}])
     monkeypatch.undo()
     assert [line["clip"] for line in read_lines(path)] == [0]
@@ -295,7 +293,7 @@ def test_frames_and_dense_runs_that_find_no_space_leave_no_piece(tmp_path, monke
     else:
         monkeypatch.setattr(reference.np, "savez", full)
         work = lambda: reference.dense_run(FakeModel(), 0, 2, tmp_path / "cache")  # noqa: E731
-    with pytest.raises(ConfigError, match=r"can't be written \(No space left on device\); free some space"):
+    with pytest.raises(ConfigError, match=r"(a\.png|\.npz).*\(No space left"):
         work()
     assert not [entry for entry in tmp_path.rglob("*") if entry.is_file()]
 

@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_goes_on(name, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_runs, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         tune(request(), output)
-    with pytest.raises(ConfigError, match=r"holds progress of a run with seed = 0, this one has 1; finish that run"):
+    with pytest.raises(ConfigError, match=r"progress.*seed = 0.*1"):
         tune(request(seed=1), output)
     assert not output.exists()
     ran.insert(0, "")
@@ -126,11 +126,11 @@ def test_a_run_that_was_stopped_goes_on(name, tmp_path, monkeypatch):
     [
         (
             "magcache", (MagCache(ratios=(1.0, 0.9)),),
-            r"^tune magcache measures the ratios itself, got magcache\.ratios = \(1\.0, 0\.9\); leave it out$",
+            r"^tune magcache.*got magcache\.ratios = \(1\.0, 0\.9\)",
         ),
         (
             "teacache", (TeaCache(family="mochi-1"),),
-            r"^tune teacache measures the polynomial itself, got teacache\.family = 'mochi-1'; leave it out$",
+            r"^tune teacache.*got teacache\.family = 'mochi-1'",
         ),
     ],
 )  # fmt: skip
@@ -142,18 +142,18 @@ def test_numbers_that_are_given_are_refused(name, methods, text, tmp_path):
 @pytest.mark.parametrize("name", TUNERS)
 def test_an_output_that_can_not_be_written(name, tmp_path):
     for output in (tmp_path / "own.json", tmp_path / "none" / "own.toml"):
-        with pytest.raises(ConfigError, match=r"^tune's output must be a \.toml in a folder that exists, got"):
+        with pytest.raises(ConfigError, match=r"output.*\.toml.*got"):
             TUNERS[name](request(), output)
     (tmp_path / "own.toml").mkdir()
-    with pytest.raises(ConfigError, match=r"tune's output .* can't be written: it is a folder"):
+    with pytest.raises(ConfigError, match=r"own\.toml .*a folder"):
         TUNERS[name](request(), tmp_path / "own.toml")
 
 
 @pytest.mark.parametrize(
     ("steps", "text"),
     [
-        (1, r"^tune teacache needs steps to compare, got 1; ask for 6 or more$"),
-        (5, r"^tune teacache fits 5 coefficients and saw 4 changes of the signal of transformer; ask for more steps$"),
+        (1, r"^tune teacache.*steps.*got 1"),
+        (5, r"^tune teacache.*5 coefficients.*4 changes.*transformer"),
     ],
 )
 def test_too_few_steps_for_a_polynomial(steps, text, tmp_path):

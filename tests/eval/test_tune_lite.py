@@ -219,7 +219,7 @@ def test_who_works_with_lite_works_with_the_tuner():
         handlers = attachment._execution.handlers
         assert [handler.name for handler in handlers] == ["lite", "delta"]
         assert handlers[0] is tuner
-        assert handlers[1].takers == (tuner,)
+        assert handlers[1].restorers == (tuner,)
 
 
 # Bad input
@@ -228,11 +228,11 @@ def test_who_works_with_lite_works_with_the_tuner():
 @pytest.mark.parametrize(
     ("methods", "options", "text"),
     [
-        ((LiteAttention(threshold=-5.0),), {}, r"tune lite finds the thresholds itself, got lite\.threshold = -5\.0"),
-        ((LiteAttention(target_density=0.5),), {}, r"finds the thresholds itself, got lite\.target_density = 0\.5"),
-        ((LiteAttention(criterion="budget"),), {}, r"tunes lite\.criterion 'maxgap' or 'mass', got 'budget'"),
-        ((LITE,), {"metric": "l3"}, r"tune has no metric 'l3'; did you mean 'l2'\?"),
-        ((LITE,), {"target_error": 0.0}, r"target_error must be between 0 and 1, got 0\.0; 0\.01 is usual"),
+        ((LiteAttention(threshold=-5.0),), {}, r"tune lite.*got lite\.threshold = -5\.0"),
+        ((LiteAttention(target_density=0.5),), {}, r"got lite\.target_density = 0\.5"),
+        ((LiteAttention(criterion="budget"),), {}, r"lite\.criterion 'maxgap'.*'mass', got 'budget'"),
+        ((LITE,), {"metric": "l3"}, r"metric 'l3'.*'l2'\?"),
+        ((LITE,), {"target_error": 0.0}, r"target_error.*0 and 1, got 0\.0"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, methods, options, text):
@@ -243,13 +243,13 @@ def test_settings_that_make_no_sense(tmp_path, methods, options, text):
 
 def test_a_file_that_can_not_be_written(tmp_path):
     for output in (tmp_path / "lite.json", tmp_path / "none" / "lite.toml"):
-        with pytest.raises(ConfigError, match=r"the thresholds file must be a \.toml in a folder that exists, got"):
+        with pytest.raises(ConfigError, match=r"thresholds file.*\.toml.*got"):
             tune_lite(request(LITE), output)
     (tmp_path / "lite.toml.progress.json").mkdir()
-    with pytest.raises(ConfigError, match=r"tune's progress file .* can't be written: it is a folder"):
+    with pytest.raises(ConfigError, match=r"progress file .*a folder"):
         tune_lite(request(LITE), tmp_path / "lite.toml")
     (tmp_path / "lite.toml").mkdir()
-    with pytest.raises(ConfigError, match=r"the thresholds file .* can't be written: it is a folder"):
+    with pytest.raises(ConfigError, match=r"thresholds file .*lite\.toml .*a folder"):
         tune_lite(request(LITE), tmp_path / "lite.toml")
 
 
@@ -257,11 +257,11 @@ def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
     asked = tuning.settle(request(LITE))[0]
     progress = tmp_path / "lite.toml.progress.json"
     tuning.lite_progress(asked, tmp_path / "lite.toml", 0.05, "l1").add(TunedPrompt(prompt="p", psnr=1.0, calls=()))
-    with pytest.raises(ConfigError, match=r"progress of a run with target_error = 0\.05, this one has 0\.01"):
+    with pytest.raises(ConfigError, match=r"progress.*target_error = 0\.05.*0\.01"):
         tune_lite(asked, tmp_path / "lite.toml")
     for text in ("{", '{"version": 9, "settings": {}, "prompts": []}', "[]", json.dumps({"version": 1})):
         progress.write_text(text)
-        with pytest.raises(ConfigError, match=r"is not tuning progress that this release can read .*delete it"):
+        with pytest.raises(ConfigError, match=r"tuning progress.*release"):
             tune_lite(asked, tmp_path / "lite.toml")
 
 

@@ -135,7 +135,7 @@ def test_guidance_is_tried_where_it_is_asked_for_and_written(tune, tmp_path):
     assert {line["arm"] for line in read_lines(tmp_path / "fast.runs.jsonl") if "arm_call" in line}
     report = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "fast.runs.jsonl")])
     assert "Guidance seeks other clips" in report.stdout
-    with pytest.raises(ConfigError, match=r"--try-guidance \[nan\] has no finite number"):
+    with pytest.raises(ConfigError, match=r"--try-guidance \[nan\]"):
         tune("psnr=32", "other.toml", try_guidance=[float("nan")])
 
 
@@ -158,7 +158,7 @@ def test_half_of_one_s_own_prompts_are_held_out(count, rounds, held_first, held)
 
 
 def test_too_few_prompts_of_one_s_own_are_told():
-    with pytest.raises(ConfigError, match="takes 4 prompts at least, half of them held out, got 3; give more with"):
+    with pytest.raises(ConfigError, match=r"4 prompts.*got 3"):
         pipeline_search.split(3)
 
 
@@ -220,7 +220,7 @@ def test_a_speed_up_is_met_by_the_best_quality_at_that_cost(tune):
 
 def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake):
     fake.spoil = 3.0  # 9.5 dB less on the prompts that the search never saw
-    with pytest.raises(ConfigError, match=r"reached psnr 32 on 6 held-out prompts; nearest came .* ask for less"):
+    with pytest.raises(ConfigError, match=r"psnr 32.*6 held-out prompts"):
         tune("psnr=32")
     assert not (tmp_path / "fast.toml").exists()
     assert read_lines(tmp_path / "fast.runs.jsonl")  # nothing of what was measured is lost
@@ -240,7 +240,7 @@ def test_a_search_goes_on_where_it_stopped_and_can_be_reported(tune, tmp_path, f
 
 @pytest.mark.slow
 def test_less_is_better_for_some_metrics(tune):
-    with pytest.raises(ConfigError, match=r"no setting reached warp-error@dis 0\.001"):
+    with pytest.raises(ConfigError, match=r"warp-error@dis 0\.001"):
         tune("warp-error@dis=0.001")
     found = tune("warp-error@dis=0.5", "other.toml")
     assert found.chosen.quality <= 0.5
@@ -335,10 +335,10 @@ def test_what_can_not_be_tuned_is_told(arguments, message, tmp_path, monkeypatch
 def test_arms_that_no_config_can_hold_are_refused(tune, tmp_path):
     native = SPACE + '[[arm]]\nname = "n"\nnum_inference_steps = 9\ndiffusers = { FirstBlockCacheConfig = {} }\n'
     (tmp_path / "space.toml").write_text(native)
-    with pytest.raises(ConfigError, match="arm 'n' can't be written as a config; leave out its call, guider"):
+    with pytest.raises(ConfigError, match=r"arm 'n'.*config"):
         tune("psnr=30")
     (tmp_path / "space.toml").write_text(SPACE.replace("wan-plain", "flux-tiny"))
-    with pytest.raises(ConfigError, match="is a suite of flux-tiny, and wan-plain is tuned"):
+    with pytest.raises(ConfigError, match=r"suite.*flux-tiny.*wan-plain"):
         tune("psnr=30")
 
 

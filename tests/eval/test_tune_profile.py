@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, profiled):
     with pytest.raises(KeyboardInterrupt):
         tune_profile(request(prompts=PROMPTS), tmp_path / "own.json", seeds=2)
     assert not (tmp_path / "own.json").exists()
-    with pytest.raises(ConfigError, match=r"holds progress of a run with seeds = 2, this one has 1; finish that run"):
+    with pytest.raises(ConfigError, match=r"progress.*seeds = 2.*1"):
         tune_profile(request(prompts=PROMPTS), tmp_path / "own.json")
     monkeypatch.setattr(
         module,
@@ -247,15 +247,13 @@ def test_a_mask_of_the_users(tmp_path):
     output.with_name("four.json.progress.json").write_text(
         json.dumps({"version": 1, "settings": {**found["settings"], "num_inference_steps": 2}, "prompts": []})
     )
-    with pytest.raises(ConfigError, match=rf"holds progress of a run with mask_pixels = '{told}', this one has"):
+    with pytest.raises(ConfigError, match=rf"progress.*mask_pixels = '{told}'"):
         tune_profile(asked, output, mask=tmp_path / "mask.png")
     Image.fromarray(picture[:, :24]).save(tmp_path / "narrow.png")
-    with pytest.raises(
-        ConfigError, match=r"^the mask has 32 x 24 pixels, and the run 4 x 4 tokens a frame; give one of"
-    ):
+    with pytest.raises(ConfigError, match=r"mask.*32 x 24 pixels.*4 x 4 tokens"):
         tune_profile(request(), tmp_path / "two.json", mask=tmp_path / "narrow.png")
     Image.fromarray(np.zeros_like(picture)).save(tmp_path / "black.png")
-    with pytest.raises(ConfigError, match=r"^the mask .*black\.png is black all over; draw the foreground in white"):
+    with pytest.raises(ConfigError, match=r"mask .*black\.png.*black"):
         tune_profile(request(), tmp_path / "three.json", mask=tmp_path / "black.png")
 
 
@@ -279,7 +277,7 @@ def test_an_image_without_a_mask_goes_without_attention(tmp_path, monkeypatch):
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "own.json"), every=2, warmup_steps=1)) as attached:
         run(pipe, asked.prompts[0], settle(asked)[0])
         assert attached.report().section("profilingcache").data["computed_blocks"] < 1
-    with pytest.raises(ConfigError, match=r"by what moves, and an image does not; give --mask, or use --criterion"):
+    with pytest.raises(ConfigError, match=r"--mask.*--criterion"):
         tune_profile(asked, tmp_path / "two.json", criterion="attention")
     picture = np.zeros((48, 48), np.uint8)
     picture[16:32, :16] = 255
@@ -295,17 +293,17 @@ def test_masks_on_the_tokens_grid():
     found = on_grid(mask, (5, 2, 2))
     assert found.shape == (5, 2, 2)
     assert found.sum(0).tolist() == [[0, 3], [0, 0]]
-    with pytest.raises(ConfigError, match=r"^the mask has 8 frames, and the run 5 of tokens"):
+    with pytest.raises(ConfigError, match=r"mask.*8 frames.*5 of tokens"):
         on_grid(mask[:8], (5, 2, 2))
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(criterion="delt"), r"^there is no criterion 'delt'; did you mean 'delta'\?"),
-        (dict(threshold=0.1, cached=2), r"^tune profile takes --threshold or --cached, got both"),
-        (dict(cached=0), r"^tune profile's cached must be >= 1, got 0"),
-        (dict(queries=1), r"^tune profile's queries must be >= 2, got 1"),
+        (dict(criterion="delt"), r"criterion 'delt'.*'delta'\?"),
+        (dict(threshold=0.1, cached=2), r"^tune profile.*--threshold or --cached.*both"),
+        (dict(cached=0), r"^tune profile.*cached.*>= 1, got 0"),
+        (dict(queries=1), r"^tune profile.*queries.*>= 2, got 1"),
     ],
 )
 def test_options_that_make_no_sense(options, text, tmp_path):
@@ -314,11 +312,11 @@ def test_options_that_make_no_sense(options, text, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^tune profile's output must be a \.json in a folder that exists, got"):
+    with pytest.raises(ConfigError, match=r"^tune profile.*output.*\.json.*got"):
         tune_profile(request(), tmp_path / "own.toml")
-    with pytest.raises(ConfigError, match=r"^tune profile watches every block at every step, and easycache skips some"):
+    with pytest.raises(ConfigError, match=r"^tune profile.*easycache"):
         tune_profile(request(EasyCache()), tmp_path / "own.json")
-    with pytest.raises(ConfigError, match=r"^tune profile's cached = 7, and transformer has 6 blocks; ask for fewer"):
+    with pytest.raises(ConfigError, match=r"^tune profile.*cached = 7.*6 blocks"):
         tune_profile(request(), tmp_path / "own.json", cached=7)
     assert not list(tmp_path.glob("*.progress.json"))  # before anything ran
 

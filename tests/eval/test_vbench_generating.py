@@ -65,9 +65,9 @@ def test_shares_are_the_whole_work_once(info, tmp_path):
     shares = [share(work, f"{number}/4") for number in range(4)]
     assert sorted(one.path for part in shares for one in part) == sorted(one.path for one in work)
     for wrong in ("4/4", "1", "a/b", "-1/4"):
-        with pytest.raises(ConfigError, match="--shard must be i/n"):
+        with pytest.raises(ConfigError, match=r"--shard.*i/n"):
             share(work, wrong)
-    with pytest.raises(ConfigError, match="has nothing to do: there are 2 videos"):
+    with pytest.raises(ConfigError, match=r"nothing.*2 videos"):
         share(work[:2], "3/4")
 
 

@@ -40,7 +40,7 @@ def test_scenes_are_those_of_the_models_prompts():
         assert scene is not None
         assert all(thing.color in prompt and thing.motion == "still" for thing in scene.things)
         assert scene.ground in prompt
-    with pytest.raises(ConfigError, match="the scenes behind 'other''s prompts are not known"):
+    with pytest.raises(ConfigError, match=r"scenes.*'other'"):
         scene_of("other", 0)
 
 
@@ -56,7 +56,7 @@ def test_drawn_clips_score_what_they_were_asked_for():
     backwards = model_scores("wan-plain", number, (frames[::-1] / 255).astype(np.float32))
     assert (backwards["human_action"], backwards["overall_consistency"]) == (0, 0.75)
     white = next(at for at in range(50) if "white" in held_out_prompts("wan-plain", at + 1)[at])
-    with pytest.raises(ConfigError, match="asks for a white object"):
+    with pytest.raises(ConfigError, match="white object"):
         model_scores("wan-plain", white, (frames / 255).astype(np.float32))
 
 

@@ -106,10 +106,10 @@ def test_i3d_gets_clips_of_224_pixels_in_minus_1_to_1(tmp_path, monkeypatch):
     sized = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (224, 224), mode="bilinear")
     expected = (sized / 127.5 - 1).mean((2, 3)).T.flatten()  # by colour, then time
     assert torch.allclose(found[0, :30], expected, atol=1e-4)
-    with pytest.raises(ConfigError, match="I3D takes 10 frames and more, and there are 9"):
+    with pytest.raises(ConfigError, match=r"I3D.*10 frames.*9"):
         Networks(tmp_path).i3d(frames[:9])
     place(tmp_path, monkeypatch, "i3d").write_bytes(b"none")
-    with pytest.raises(ConfigError, match="can't be read as TorchScript"):
+    with pytest.raises(ConfigError, match="TorchScript"):
         Networks(tmp_path).i3d(frames)
 
 
@@ -185,7 +185,7 @@ def test_pictures_are_sized_as_each_judge_has_it():
 def test_a_picture_model_by_another_name_is_told(tmp_path, monkeypatch):
     words(tmp_path, monkeypatch)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, place(tmp_path, monkeypatch, "hpsv2"))
-    with pytest.raises(ConfigError, match=r"lacks .visual\.conv1\.weight., so it holds another network's weights"):
+    with pytest.raises(ConfigError, match=r"lacks .visual\.conv1\.weight."):
         Networks(tmp_path).hpsv2(noise(1, 60, 97, 3), "the red")
 
 

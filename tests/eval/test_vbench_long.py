@@ -47,7 +47,7 @@ def test_videos_are_cut_into_clips_of_whole_seconds(frames, fps, expected):
 def test_clips_last_as_long_as_the_longest_that_a_prompt_serves():
     assert seconds_of(["subject_consistency"]) == 2
     assert seconds_of(["aesthetic_quality", "overall_consistency"]) == 10
-    with pytest.raises(ConfigError, match="take 1 frame a second and more"):
+    with pytest.raises(ConfigError, match=r"clips.*1 frame.*second"):
         clips_of(video(10, 0.5), 2)
 
 
@@ -60,7 +60,7 @@ def test_a_videos_score_is_the_mean_of_its_clips_that_say_something():
     assert score is not None
     assert (score.value, score.parts, score.more) == (pytest.approx(0.12), 1, {"clip_results": [0.0, 0.24]})
     assert long_score("color", video(40), 2, lambda clip: None) is None
-    with pytest.raises(ConfigError, match="clip 0 of 2 s: it takes at least 3 frames"):
+    with pytest.raises(ConfigError, match=r"clip 0 of 2 s: .*3 frames"):
         long_score("color", video(2), 2, lambda clip: (_ for _ in ()).throw(ConfigError("it takes at least 3 frames")))
 
 
@@ -104,9 +104,9 @@ def test_the_fast_branch_is_mapped_and_weighed_by_ones_own_tables(tmp_path):
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ("0.0: 0.0\n", "maps 1 numbers, and 2 are the least"),
-        ("a: 1\nb: 2\n", "must map numbers to numbers"),
-        ("0.0: x\n", "must hold lines 'key: number'"),
+        ("0.0: 0.0\n", r"maps 1 numbers.*2"),
+        ("a: 1\nb: 2\n", "map numbers"),
+        ("0.0: x\n", "lines 'key: number'"),
     ],
 )
 def test_wrong_tables_are_refused(tmp_path, table, text):
@@ -116,7 +116,7 @@ def test_wrong_tables_are_refused(tmp_path, table, text):
     with pytest.raises(ConfigError, match=r"has no w_inclip_sb|must|maps"):
         read_fast(tmp_path)
     (tmp_path / "slow_fast_params.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"can.t be read: No such file or directory; name a copy of|must|maps"):
+    with pytest.raises(ConfigError, match=r"can.t be read: No such file|must|maps"):
         read_fast(tmp_path)
 
 

@@ -156,7 +156,7 @@ def test_words_are_merged_and_cut_as_clip_does(tmp_path):
     assert words.tokens(made, "The  RED &amp;amp; the") == [start, the, red, ord("&") - 33 + 256, the, end]
     assert words.tokens(made, "5's")[1:-1] == [ord("5") - 33 + 256, ord("'") - 33, ord("s") - 33 + 256]
     path.write_bytes(b"no gzip")
-    with pytest.raises(ConfigError, match="can't be read as CLIP's merges"):
+    with pytest.raises(ConfigError, match="CLIP's merges"):
         words.tokenizer(path)
 
 
@@ -213,7 +213,7 @@ def test_long_texts_are_cut_for_viclip_and_refused_for_clip(networks):
     long = " ".join(["the"] * 80)
     assert networks.viclip_words(long).shape == (1, 32)
     assert torch.equal(networks.viclip_words(long), networks.viclip_words(long + " red"))
-    with pytest.raises(ConfigError, match=r"CLIP reads 77 tokens, and .* has 82; shorten it"):
+    with pytest.raises(ConfigError, match=r"CLIP.*77 tokens.*82"):
         networks.clip_words("clip-b32", long)
 
 
@@ -222,17 +222,17 @@ def test_missing_and_wrong_files_are_told_by_name(networks, monkeypatch):
     frames = sampling.for_dino(noise(2, 224, 224, 3))
     one = weight_files.WEIGHT_FILES["dino"]
     monkeypatch.setitem(weight_files.WEIGHT_FILES, "dino", replace(one, sha256="0123"))
-    with pytest.raises(ConfigError, match=r"has SHA-256 \w{64}, expected was 0123\.\.\.; it is not used"):
+    with pytest.raises(ConfigError, match=r"SHA-256 \w{64}.*expected was 0123\.\.\."):
         networks.dino(frames)
     monkeypatch.setitem(weight_files.WEIGHT_FILES, "dino", replace(one, sha256=""))
     path.write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="can't be read as weights"):
+    with pytest.raises(ConfigError, match=r"dino_vitbase16_pretrain\.pth.*as weights"):
         networks.dino(frames)
     torch.save({"cls_token": torch.zeros(1)}, path)
-    with pytest.raises(ConfigError, match=r"lacks 'patch_embed.proj.weight', so it holds another network's weights"):
+    with pytest.raises(ConfigError, match=r"lacks 'patch_embed.proj.weight'"):
         networks.dino(frames)
     path.unlink()
-    with pytest.raises(ConfigError, match=r"dino is missing: put https://dl.fbaipublicfiles.com/.* at .*dino_model"):
+    with pytest.raises(ConfigError, match=r"dino.*https://dl.fbaipublicfiles.com/.*dino_model"):
         Networks(networks.folder).dino(frames)
 
 
@@ -300,7 +300,7 @@ def test_imaging_quality_is_the_mean_of_what_musiq_says_of_frames(tmp_path, monk
     assert WAYS["imaging_quality"].scale == 100
     assert asked == [str(tmp_path / one.path), (1, 3, 10, 512), (1, 3, 10, 512)]
     monkeypatch.setitem(weight_files.WEIGHT_FILES, "musiq", one)
-    with pytest.raises(ConfigError, match=r"expected was 358bb6af\.\.\.; it is not used"):
+    with pytest.raises(ConfigError, match=r"expected was 358bb6af\.\.\."):
         Networks(tmp_path).musiq(sampling.for_musiq(frames))
 
 
@@ -330,9 +330,7 @@ def test_raft_and_amt_run_by_the_official_code(tmp_path, monkeypatch):
     assert drawn.shape == (3, 124, 130)
     assert drawn.isfinite().all()
     for network, name in ((networks.raft, "RAFT"), (networks.amt, "AMT")):
-        with pytest.raises(
-            ConfigError, match=rf"{name} takes frames of 128 pixels and more, padded these have (112|120)"
-        ):
+        with pytest.raises(ConfigError, match=rf"{name}.*128 pixels.*(112|120)"):
             network(one[:, :112], two[:, :112])
     frames = torch.stack([one, three, two]).permute(0, 2, 3, 1).byte().numpy()
     score = WAYS["motion_smoothness"].measure(

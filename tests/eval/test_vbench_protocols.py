@@ -143,9 +143,9 @@ def test_every_protocol_tells_its_flaws_and_where_its_tables_come_from():
         assert one.flaws
         assert one.prompts
     assert PROTOCOLS["svg"].size_of("Wan-AI/Wan2.1-T2V-14B-Diffusers").num_frames == 81
-    with pytest.raises(ConfigError, match="the tables of protocol svg have no 'some/model', only wan, hunyuan"):
+    with pytest.raises(ConfigError, match=r"protocol svg.*'some/model'.*wan, hunyuan"):
         PROTOCOLS["svg"].size_of("some/model")
-    with pytest.raises(ConfigError, match="there is no protocol 'tecache'; did you mean 'teacache'"):
+    with pytest.raises(ConfigError, match=r"protocol 'tecache'.*'teacache'"):
         protocol("tecache")
 
 
@@ -259,7 +259,7 @@ def test_sizes_and_steps_are_the_tables_unless_asked_for():
     told: list[str] = []
     tiny = sized(PROTOCOLS["svg"], asked | {"model": "wan-plain"}, told.append)
     assert (tiny["height"], len(told)) == (None, 1)
-    with pytest.raises(ConfigError, match="give --height, --width"):
+    with pytest.raises(ConfigError, match="--height, --width"):
         sized(PROTOCOLS["cache-dit"], asked | {"model": "some/model"}, print)
 
 
@@ -271,7 +271,7 @@ def test_clips_are_called_and_seeded_as_the_protocol_has_it(tmp_path):
     assert [one.seed for one in found["teacache"]] == [0, 1, 2, 3, 4] * 2
     assert [one.seed for one in found["fastvideo"]] == list(range(10))
     assert found["teacache"][6].path == tmp_path / "b-1.mp4"
-    with pytest.raises(ConfigError, match="has one seed for all its clips, got --samples 2"):
+    with pytest.raises(ConfigError, match=r"protocol svg.*one seed.*got --samples 2"):
         protocol_pieces(PROTOCOLS["svg"], texts, tmp_path, 2, 0)
 
 

@@ -86,7 +86,7 @@ def test_consistency_is_that_of_angles_with_the_frame_before_and_the_first():
     assert found.value == pytest.approx(expected)
     assert (found.parts, found.more["cnt_per_video"]) == (3, 3)
     assert found.more["video_sim"] == pytest.approx(3 * expected)
-    with pytest.raises(ConfigError, match="at least 2 frames, and there are 1"):
+    with pytest.raises(ConfigError, match=r"2 frames.*1"):
         rules.consistency(features[:1])
 
 
@@ -156,7 +156,7 @@ def test_dynamic_takes_a_quarter_of_the_pairs_beyond_6_pixels_on_256():
         if needed > 1:
             assert rules.is_dynamic(clip(frames), shifts(*enough[1:], still)).value is False
     for frames in (1, 2):
-        with pytest.raises(ConfigError, match=f"at least 3 frames at about 8 a second, and there are {frames}"):
+        with pytest.raises(ConfigError, match=rf"3 frames.*8.*{frames}"):
             rules.is_dynamic(clip(frames), shifts())
 
 
@@ -169,7 +169,7 @@ def test_the_static_filter_bounds_neighbours_and_the_way_round():
     assert not rules.is_static(clip(16), shifts(move, move, move, *still[1:], 0, 0))
     assert not rules.is_static(clip(16), shifts(*still, 0, 0, 4 * least + 0.01, 0))
     assert not rules.is_static(clip(16), shifts(*still, 0, 0, 0, 4 * least + 0.01))
-    with pytest.raises(ConfigError, match="at least 5 frames for the static filter, and there are 4"):
+    with pytest.raises(ConfigError, match=r"5 frames.*4"):
         rules.is_static(clip(4), shifts())
 
 
@@ -253,9 +253,9 @@ def test_a_frame_counts_its_best_pair_of_either_object():
 
 
 def test_wrong_relations_and_boxes_are_refused():
-    with pytest.raises(ConfigError, match="relation 'near' is none of VBench's"):
+    with pytest.raises(ConfigError, match="relation 'near'"):
         rules.beside(*BESIDE, "near")
-    with pytest.raises(ConfigError, match="boxes must have an area"):
+    with pytest.raises(ConfigError, match=r"boxes.*area"):
         rules.beside((1, 1, 1, 1), (1, 1, 1, 1), "on the left of")
 
 

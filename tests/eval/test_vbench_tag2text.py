@@ -135,12 +135,10 @@ def test_words_are_cut_and_joined_as_bert_has_them(tmp_path):
     tiny.write_words(path)
     assert bert.read_words(path) == WORDS
     path.write_text("a\nb\n")
-    with pytest.raises(
-        ConfigError, match="has 2 words, not those of bert-base-uncased, which has 30522; download it again"
-    ):
+    with pytest.raises(ConfigError, match=r"2 words.*bert-base-uncased.*30522"):
         bert.read_words(path)
     path.write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="can't be read as BERT's vocabulary"):
+    with pytest.raises(ConfigError, match="BERT's vocabulary"):
         bert.read_words(path)
 
 
@@ -248,5 +246,5 @@ def test_tags_are_read_from_the_package_and_not_run(tmp_path, monkeypatch):
     path.write_text(f"import nothing_of_this_name\ntra_array = {names!r}\ntra_array = nothing(tra_array)\n")
     assert official.tags() == names
     path.write_text("tra_array = ['a']\n")
-    with pytest.raises(ConfigError, match="has 1 tags, expected were 3429; delete it, and run dit-accel eval setup"):
+    with pytest.raises(ConfigError, match=r"1 tags.*3429"):
         official.tags()

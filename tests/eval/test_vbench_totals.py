@@ -68,7 +68,7 @@ def test_the_command_prints_them_of_plain_and_of_official_files(tmp_path):
 
 def test_a_part_has_no_totals_and_what_is_missing_is_named(tmp_path):
     part = {name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")}
-    with pytest.raises(ConfigError, match=r"all 16 dimensions, and 2 are missing: color, scene"):
+    with pytest.raises(ConfigError, match=r"16 dimensions.*2.*color, scene"):
         totals(part)
     (tmp_path / "part.json").write_text(json.dumps(part))
     found = vbench("--totals", tmp_path / "part.json", "--json")
@@ -78,15 +78,15 @@ def test_a_part_has_no_totals_and_what_is_missing_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "score", "told"),
     [
-        ("motion_smothness", 0.5, "no dimension 'motion_smothness' of VBench; did you mean 'motion_smoothness'?"),
-        ("subject-consistency", 0.5, "subject_consistency is given twice, last as 'subject-consistency'"),
-        ("scene", 53.2, r"scene must lie in \[0, 1\], got 53.2; divide percentages by 100"),
-        ("scene", -0.1, r"scene must lie in \[0, 1\], got -0.1$"),
-        ("temporal_style", -1.5, r"temporal_style must lie in \[-1, 1\], got -1.5$"),
-        ("scene", 1e9, r"scene must lie in \[0, 1\], got 1000000000.0$"),
-        ("scene", math.nan, "scene must be a number, got nan"),
-        ("scene", True, "scene must be a number, got True"),
-        ("scene", "0.5", "scene must be a number, got '0.5'"),
+        ("motion_smothness", 0.5, r"dimension 'motion_smothness'.*'motion_smoothness'?"),
+        ("subject-consistency", 0.5, r"subject_consistency.*'subject-consistency'"),
+        ("scene", 53.2, r"scene.*\[0, 1\].*got 53.2"),
+        ("scene", -0.1, r"scene.*\[0, 1\].*got -0.1$"),
+        ("temporal_style", -1.5, r"temporal_style.*\[-1, 1\].*got -1.5$"),
+        ("scene", 1e9, r"scene.*\[0, 1\].*got 1000000000.0$"),
+        ("scene", math.nan, r"scene.*got nan"),
+        ("scene", True, r"scene.*got True"),
+        ("scene", "0.5", r"scene.*got '0.5'"),
     ],
 )  # fmt: skip
 def test_wrong_names_and_scores_are_refused(name, score, told):

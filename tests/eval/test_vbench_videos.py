@@ -281,14 +281,14 @@ def test_wrong_observations_are_refused(work, line, text):
 @pytest.mark.parametrize(
     ("held", "text"),
     [
-        ({}, "must be a JSON list of entries, got dict"),
-        ([{"prompt": "a"}], "entry 0 of .* must be an object with prompt_en and dimension"),
-        ([{"prompt_en": "a", "dimension": []}], "must have a list of dimensions"),
+        ({}, r"JSON list.*got dict"),
+        ([{"prompt": "a"}], r"entry 0.*prompt_en and dimension"),
+        ([{"prompt_en": "a", "dimension": []}], "list.*dimensions"),
         (
             [{"prompt_en": "a", "dimension": ["colour"]}],
-            "there is no dimension 'colour' of VBench; did you mean 'color'",
+            r"dimension 'colour'.*'color'",
         ),
-        ([{"prompt_en": "a", "dimension": ["color"]}], "serves color, but its auxiliary_info does not tell"),
+        ([{"prompt_en": "a", "dimension": ["color"]}], r"color.*auxiliary_info"),
     ],
 )
 def test_wrong_prompts_are_refused(tmp_path, held, text):
@@ -384,5 +384,5 @@ def test_files_tell_their_frames_and_rates(tmp_path, kept):
     assert np.abs(found.frames.astype(int) - drawn).mean() < 6
     write_media(tmp_path / "a.gif", drawn, fps=10)
     assert (read_video(tmp_path / "a.gif").frames.shape, read_video(tmp_path / "a.gif").fps) == ((9, 64, 64, 3), 10)
-    with pytest.raises(ConfigError, match=r"can.t be read \(No such file"):
+    with pytest.raises(ConfigError, match=r"none\.mp4.*\(No such file"):
         read_video(tmp_path / "none.mp4")

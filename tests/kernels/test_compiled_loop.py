@@ -111,15 +111,15 @@ def test_cxx_may_hold_arguments(quick, monkeypatch, tmp_path, flag):
 @pytest.mark.parametrize(
     ("named", "why"),
     [
-        ("no-such-compiler -O1", "CXX is 'no-such-compiler -O1', and there is no program 'no-such-compiler'"),
-        ("g++ '", 'CXX is "g\\+\\+ \'", which is no command: No closing quotation'),
-        ("false", ".*false: .*returned non-zero exit status 1"),
+        ("no-such-compiler -O1", "CXX.*'no-such-compiler -O1', .*program 'no-such-compiler'"),
+        ("g++ '", 'CXX is "g\\+\\+ \'", which .*: No closing quotation'),
+        ("false", ".*false: .*exit status 1"),
     ],
     ids=["missing", "no command", "fails"],
 )
 def test_a_named_compiler_that_does_not_work_is_warned_of_and_no_other_tried(fresh, monkeypatch, named, why):
     monkeypatch.setenv("CXX", named)
-    with pytest.warns(UserWarning, match=f"could not build the loop of the torch backend .{why}") as warned:
+    with pytest.warns(UserWarning, match=rf"loop.*torch backend .{why}") as warned:
         assert (compiled.library(), compiled.library()) == (None, None)
     assert len(warned) == 1
     assert compiled.loop().why.startswith("it could not be built (")
@@ -127,9 +127,9 @@ def test_a_named_compiler_that_does_not_work_is_warned_of_and_no_other_tried(fre
 
 
 def test_a_compiler_that_fails_is_told_once_and_torch_computes(fresh, monkeypatch, tmp_path):
-    broken = written(tmp_path / "broken", '[ "$1" = --version ] && exit 0\necho "fatal: no such header" >&2\nexit 1')
+    broken = written(tmp_path / "broken", '[ "$1" = --version ] && exit 0\necho "fatal: no such" >&2\nexit 1')
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(UserWarning, match="could not build the loop of the torch backend .*fatal: no such header.*"):
+    with pytest.warns(UserWarning, match=r"loop.*torch backend .*fatal: no such"):
         assert compiled.library() is None
     assert attends()
     assert list(fresh.iterdir()) == []
@@ -195,9 +195,7 @@ def test_what_belongs_to_somebody_else_is_not_loaded(quick, monkeypatch, what):
     monkeypatch.setattr(compiled, "_trusted_owner", lambda found: stat.S_ISDIR(found.st_mode) == (what == "file"))
     assert not compiled.whole(path) or what == "folder"
     if what == "folder":
-        with pytest.warns(
-            UserWarning, match=r"dit-accel belongs to user \d+: set XDG_CACHE_HOME to a folder of your own"
-        ):
+        with pytest.warns(UserWarning, match=r"dit-accel.*user \d+.*XDG_CACHE_HOME"):
             assert again().library is None
 
 
@@ -229,7 +227,7 @@ def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(compiled, "_commands", lambda: [["c++"]])
-    with pytest.warns(UserWarning, match=f"could not build the loop .*{tmp_path / 'file'}"):
+    with pytest.warns(UserWarning, match=rf"loop.*{tmp_path / 'file'}"):
         assert again().library is None
     monkeypatch.delenv("XDG_CACHE_HOME")
 
@@ -237,7 +235,7 @@ def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(UserWarning, match="could not build the loop .*Could not determine home directory"):
+    with pytest.warns(UserWarning, match=r"loop.*home directory"):
         assert again().library is None
     assert attends()
 
@@ -248,7 +246,7 @@ def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path, lacks):
     size = ctypes.sizeof(binding.Call) - 8 * (lacks == "bytes of a call")
     keys = "" if lacks == "a function" else KEYS
     compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", size, keys))
-    why = "is no compiled loop: .*pack_keys" if keys == "" else f"takes calls of {size} bytes, not of {size + 8}"
+    why = r"no compiled.*pack_keys" if keys == "" else rf"{size} bytes, not of {size + 8}"
     with pytest.warns(UserWarning, match=why):
         assert compiled.loop().library is None
 
@@ -270,10 +268,10 @@ def test_a_file_of_another_machine_is_left_alone(quick):
 def test_no_memory_is_an_error_and_not_the_end():
     loop = compiled.library()
     call = binding.Call(rows=1 << 40, columns=64, dim=64)
-    with pytest.raises(MemoryError, match="attend of the compiled loop found no memory"):
+    with pytest.raises(MemoryError, match=r"attend.*no memory"):
         loop.attend(ctypes.byref(call), ctypes.c_int64(0), ctypes.c_int64(0))
     sizes = (ctypes.c_int64(x) for x in (0, 1, 1 << 40, 1 << 10, 1))
-    with pytest.raises(MemoryError, match="pack_values of the compiled loop found no memory"):
+    with pytest.raises(MemoryError, match=r"pack_values.*no memory"):
         loop.pack_values(None, None, *sizes)
 
 

@@ -25,78 +25,78 @@ def decay(table=None, q=20, k=20):
 
 
 CASES = [
-    (dict(layout="sbhd"), ValueError, "layout must be 'bshd' or 'bhsd', found 'sbhd'"),
+    (dict(layout="sbhd"), ValueError, r"layout.*'bshd'.*'bhsd', found 'sbhd'"),
     (
         dict(backend="cudnn"),
         ValueError,
-        "backend must be one of auto, triton, fa4, torch, flex, reference, found 'cudnn'",
+        r"backend.*auto, triton, fa4, torch, flex.*found 'cudnn'",
     ),
-    (dict(q=Q[0]), ValueError, r"q must have four dimensions, found \[4, 20, 8\]"),
-    (dict(q=Q.long()), TypeError, r"q must be bfloat16, float16, float32 or float64, found torch\.int64"),
+    (dict(q=Q[0]), ValueError, r"q.*dimensions, found \[4, 20, 8\]"),
+    (dict(q=Q.long()), TypeError, r"q.*bfloat16, float16, float32.*float64, found torch\.int64"),
     (
         dict(k=K.double()),
         TypeError,
-        r"must share a dtype, found q torch\.float32, k torch\.float64, v torch\.float32: cast them to one",
+        r"dtype.*q torch\.float32, k torch\.float64, v torch\.float32",
     ),
-    (dict(v=V.to("meta")), ValueError, "must share a device, found cpu and v on meta"),
-    (dict(v=V[:, :, :19]), ValueError, r"k and v must have one shape, found \[2, 2, 20, 8\] and \[2, 2, 19, 8\]"),
-    (dict(q=Q[:1]), ValueError, r"must share batch and head dim, found \[1, 4, 20, 8\] and \[2, 2, 20, 8\] \(bhsd\)"),
-    (dict(q=Q[..., :4]), ValueError, "must share batch and head dim"),
-    (dict(q=Q[:, :3]), ValueError, "key heads must divide query heads, found 2 and 3"),
+    (dict(v=V.to("meta")), ValueError, "device.*cpu.*on meta"),
+    (dict(v=V[:, :, :19]), ValueError, r"k .*v .*found \[2, 2, 20, 8\] and \[2, 2, 19, 8\]"),
+    (dict(q=Q[:1]), ValueError, r"head dim, found \[1, 4, 20, 8\] and \[2, 2, 20, 8\] \(bhsd\)"),
+    (dict(q=Q[..., :4]), ValueError, r"head dim, found \[2, 4, 20, 4\] and \[2, 2, 20, 8\]"),
+    (dict(q=Q[:, :3]), ValueError, r"key heads.*found 2 and 3"),
     (
         dict(tiles=TileLists.full(20, 21, block_q=8, block_k=8)),
         ValueError,
-        "tiles are for 20 queries and 21 keys, found 20 and 20",
+        "20 queries and 21 keys, found 20 and 20",
     ),
-    (dict(tiles=random_lists(3, 20, 20, 8, 8)), ValueError, r"must hold 1, 4 \(H\) or 8 \(B\*H\) list sets, found 3"),
-    (dict(tiles=TILES.to("meta")), ValueError, r"tiles are on meta, q on cpu: use tiles\.to\('cpu'\)"),
-    (dict(head_scale=torch.ones(3)), ValueError, r"head_scale must be \[4\] or \[2, 4\] .*, found \[3\]"),
-    (dict(head_scale=torch.ones(4).int()), TypeError, r"head_scale must be floating point, found torch\.int32"),
+    (dict(tiles=random_lists(3, 20, 20, 8, 8)), ValueError, r"1, 4 \(H\).*8 \(B\*H\).*found 3"),
+    (dict(tiles=TILES.to("meta")), ValueError, r"meta.*cpu.*tiles\.to\('cpu'\)"),
+    (dict(head_scale=torch.ones(3)), ValueError, r"head_scale.*\[4\].*\[2, 4\].*found \[3\]"),
+    (dict(head_scale=torch.ones(4).int()), TypeError, r"head_scale.*found torch\.int32"),
     (
         dict(head_scale=torch.ones(4, requires_grad=True)),
         ValueError,
-        "head_scale gets no gradient, found requires_grad=True",
+        r"head_scale.*found requires_grad=True",
     ),
-    (dict(head_scale=torch.ones(4).to("meta")), ValueError, "head_scale must be on cpu like q, found meta"),
-    (dict(identity_mix=torch.ones(1, 4)), ValueError, r"identity_mix must be \[4\] or \[2, 4\]"),
+    (dict(head_scale=torch.ones(4).to("meta")), ValueError, r"head_scale.*cpu.*found meta"),
+    (dict(identity_mix=torch.ones(1, 4)), ValueError, r"identity_mix.*\[4\].*\[2, 4\]"),
     (
         dict(identity_rows=torch.ones(20, dtype=torch.bool)),
         ValueError,
-        "identity_rows chooses rows for identity_mix, found no",
+        r"identity_rows.*identity_mix",
     ),
-    (dict(identity_mix=torch.ones(4), identity_rows=torch.ones(20)), TypeError, r"identity_rows must be torch\.bool"),
+    (dict(identity_mix=torch.ones(4), identity_rows=torch.ones(20)), TypeError, r"identity_rows.*torch\.bool"),
     (
         dict(key_length=torch.tensor([20.0, 20.0])),
         TypeError,
-        r"key_length must be an integer tensor, found torch\.float32",
+        r"key_length.*found torch\.float32",
     ),
-    (dict(key_length=torch.tensor([20])), ValueError, r"key_length must be \[2\] \(\[B\]\), found \[1\]"),
-    (dict(key_length=torch.tensor([1, 2]).to("meta")), ValueError, "key_length must be on cpu like q, found meta"),
-    (dict(key_mask=torch.ones(2, 19, dtype=torch.bool)), ValueError, r"key_mask must be \[2, 20\], found \[2, 19\]"),
-    (dict(key_mask=torch.ones(2, 20)), TypeError, r"key_mask must be torch\.bool, found torch\.float32"),
-    (dict(token_order=torch.arange(19)), ValueError, r"token_order must be \[20\], found \[19\]"),
-    (dict(token_order=torch.arange(20).int()), TypeError, r"token_order must be torch\.int64, found torch\.int32"),
-    (dict(frame_decay=decay(q=19)), ValueError, r"frame_decay\.q_frames must be \[20\], found \[19\]"),
-    (dict(frame_decay=decay(k=21)), ValueError, r"frame_decay\.k_frames must be \[20\], found \[21\]"),
+    (dict(key_length=torch.tensor([20])), ValueError, r"key_length.*\[2\] \(\[B\]\), found \[1\]"),
+    (dict(key_length=torch.tensor([1, 2]).to("meta")), ValueError, r"key_length.*cpu.*found meta"),
+    (dict(key_mask=torch.ones(2, 19, dtype=torch.bool)), ValueError, r"key_mask.*\[2, 20\].*found \[2, 19\]"),
+    (dict(key_mask=torch.ones(2, 20)), TypeError, r"key_mask.*torch\.bool, found torch\.float32"),
+    (dict(token_order=torch.arange(19)), ValueError, r"token_order.*\[20\].*found \[19\]"),
+    (dict(token_order=torch.arange(20).int()), TypeError, r"token_order.*torch\.int64, found torch\.int32"),
+    (dict(frame_decay=decay(q=19)), ValueError, r"frame_decay\.q_frames.*\[20\].*found \[19\]"),
+    (dict(frame_decay=decay(k=21)), ValueError, r"frame_decay\.k_frames.*\[20\].*found \[21\]"),
     (
         dict(CROSS, token_order=torch.arange(20)),
         ValueError,
-        r"token_order needs self-attention .*, found 20 queries and 12",
+        r"token_order.*found 20 queries and 12",
     ),
     (
         dict(CROSS, identity_mix=torch.ones(4)),
         ValueError,
-        r"identity_mix needs self-attention .*, found 20 queries and 12",
+        r"identity_mix.*found 20 queries and 12",
     ),
     (
         dict(selection=Selection(routed=BITS[:, :3])),
         ValueError,
-        r"selection\.routed must be \[2, 4, 3, 1\], found \[2, 3, 3, 1\]",
+        r"selection\.routed.*\[2, 4, 3, 1\].*found \[2, 3, 3, 1\]",
     ),
     (
         dict(selection=Selection(routed=BITS.to("meta"))),
         ValueError,
-        r"selection\.routed must be on cpu like q, found meta",
+        r"selection\.routed.*cpu.*found meta",
     ),
 ]
 
@@ -111,10 +111,10 @@ def test_refuses(changes, error, text):
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        (dict(table=torch.ones(2).double()), r"table must be float32 .*, found torch\.float64 \[2\]"),
-        (dict(table=torch.ones(0)), r"table must be float32 with one dimension and at least one entry, .* \[0\]"),
-        (dict(q_frames=frames(4, torch.int64)), r"q_frames must be int32 with one dimension, found torch\.int64 \[4\]"),
-        (dict(k_frames=frames(4)[None]), r"k_frames must be int32 with one dimension, found torch\.int32 \[1, 4\]"),
+        (dict(table=torch.ones(2).double()), r"table.*float32.*found torch\.float64 \[2\]"),
+        (dict(table=torch.ones(0)), r"table.*float32.*\[0\]"),
+        (dict(q_frames=frames(4, torch.int64)), r"q_frames.*int32.*found torch\.int64 \[4\]"),
+        (dict(k_frames=frames(4)[None]), r"k_frames.*int32.*found torch\.int32 \[1, 4\]"),
     ],
 )
 def test_frame_decay_refuses(values, text):
@@ -125,9 +125,9 @@ def test_frame_decay_refuses(values, text):
 @pytest.mark.parametrize(
     ("values", "error", "text"),
     [
-        (dict(routed=BITS, routing=Routing()), ValueError, "routed stands in for routing, found both: give one"),
-        (dict(routed=BITS.long()), TypeError, r"routed must be torch\.int32, found torch\.int64"),
-        (dict(routed=BITS[0]), ValueError, r"routed must have 4 dimensions, found \[4, 3, 1\]"),
+        (dict(routed=BITS, routing=Routing()), ValueError, r"routed.*routing.*both"),
+        (dict(routed=BITS.long()), TypeError, r"routed.*torch\.int32, found torch\.int64"),
+        (dict(routed=BITS[0]), ValueError, r"routed.*4 dimensions, found \[4, 3, 1\]"),
     ],
 )
 def test_selection_refuses(values, error, text):
@@ -139,8 +139,8 @@ def test_selection_refuses(values, error, text):
 @pytest.mark.parametrize(
     ("indices", "text"),
     [
-        ([0, 2, 1], "indices must ascend"),
-        ([0, 1, 3], "exact_indices must lie in 0..2 .NK = 3 key tiles., found 3 at position 2, in query tile 0"),
+        ([0, 2, 1], r"indices.*ascend"),
+        ([0, 1, 3], r"exact_indices.*0..2 .NK = 3 key tiles.*found 3 at position 2.*tile 0"),
     ],
     ids=["unsorted", "out of range"],
 )
@@ -156,10 +156,10 @@ def test_values_of_lists_are_checked_on_demand(indices, text, compiled, monkeypa
 
 def test_more_entries_than_int32_holds(monkeypatch):
     monkeypatch.setattr(tiles_module, "_INT32_MAX", 8)
-    with pytest.raises(ValueError, match="tile lists hold at most 8 entries, found 9: use larger tiles"):
+    with pytest.raises(ValueError, match=r"tile lists.*8 entries, found 9"):
         TileLists.from_states(torch.full((3, 3), EXACT, dtype=torch.uint8), block_q=8, block_k=8, num_q=20, num_k=20)
 
 
 def test_integer_inputs_never_reach_the_gradient():
-    with pytest.raises(TypeError, match=r"q must be bfloat16, float16, float32 or float64, found torch\.int32"):
+    with pytest.raises(TypeError, match=r"q.*bfloat16, float16, float32.*float64, found torch\.int32"):
         block_sparse_attention(Q.int(), K.int(), V.int(), TILES, layout="bhsd")

@@ -200,19 +200,19 @@ LISTS = random_lists(1, 300, 300, 128, 128)
 @pytest.mark.parametrize(
     ("dtype", "dim", "tiles", "arguments", "text"),
     [
-        (torch.bfloat16, 16, LISTS, dict(selection=Selection(vote=Vote())), "has no votes, since its loop tells"),
+        (torch.bfloat16, 16, LISTS, dict(selection=Selection(vote=Vote())), ".*no votes"),
         (torch.float32, 16, LISTS, {}, r"needs bfloat16 or float16 \(found torch.float32\): use 'triton' or 'auto'"),
-        (torch.bfloat16, 20, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 20\)"),
-        (torch.bfloat16, 136, LISTS, {}, r"needs a head dim that is a multiple of 8 up to 128 \(found 136\)"),
+        (torch.bfloat16, 20, LISTS, {}, r".*head dim.*8.*128 \(found 20\)"),
+        (torch.bfloat16, 136, LISTS, {}, r".*head dim.*8.*128 \(found 136\)"),
         (
             torch.bfloat16, 16, random_lists(1, 300, 300, 64, 64), {},
-            r"needs tiles of 128 or 256 queries x 128 keys \(found 64 x 64\)",
+            r".*tiles.*128 or 256 queries x 128 keys \(found 64 x 64\)",
         ),
     ],
 )  # fmt: skip
 def test_refuses_what_it_does_not_execute(arch, dtype, dim, tiles, arguments, text):
     q, k, v = qkv(1, 2, 2, 300, 300, dim, dtype)
-    with pytest.raises(BackendUnavailableError, match=f"backend 'fa4' {text}"):
+    with pytest.raises(BackendUnavailableError, match=f"'fa4' {text}"):
         block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="fa4", **arguments)
     assert not fa4_stand_in.calls
 
@@ -220,12 +220,12 @@ def test_refuses_what_it_does_not_execute(arch, dtype, dim, tiles, arguments, te
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("sm_80", "found sm_80, where flash-attn-4 drops the lists in silence and is dense"),
-        ("sm_89", "found sm_89, where flash-attn-4 drops the lists in silence"),
-        ("sm_120", "found sm_120, where flash-attn-4 has no block sparsity"),
-        ("sm_121", "found sm_121, where flash-attn-4 has no block sparsity"),
-        ("gfx942", r"a card of sm_90 or sm_100 \(found gfx942\)"),
-        ("cpu", r"a card of sm_90 or sm_100 \(found cpu\)"),
+        ("sm_80", r"found sm_80.*flash-attn-4 drops"),
+        ("sm_89", r"found sm_89.*flash-attn-4 drops"),
+        ("sm_120", r"found sm_120.*flash-attn-4.*block sparsity"),
+        ("sm_121", r"found sm_121.*flash-attn-4.*block sparsity"),
+        ("gfx942", r"sm_90.*sm_100 \(found gfx942\)"),
+        ("cpu", r"sm_90.*sm_100 \(found cpu\)"),
     ],
 )
 def test_other_cards_are_refused_by_name(monkeypatch, name, text):

@@ -26,9 +26,9 @@ COMPILES = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("tiles", "arguments", "text"),
     [
-        (LISTS, dict(return_lse=True), "backend 'flex' has no LSE on a CPU: use 'torch' or 'auto'"),
-        (LISTS, dict(selection=Selection(vote=Vote())), "backend 'flex' has no votes: use 'torch' or 'auto'"),
-        (random_lists(1, 40, 40, 8, 24), {}, "has no block_q 8 and block_k 24, which are not powers of 2"),
+        (LISTS, dict(return_lse=True), r"'flex'.*LSE.*CPU.*'torch'.*'auto'"),
+        (LISTS, dict(selection=Selection(vote=Vote())), r"'flex'.*no votes.*'torch'.*'auto'"),
+        (random_lists(1, 40, 40, 8, 24), {}, r"block_q 8 and block_k 24.*2"),
     ],
 )
 def test_refuses_what_it_does_not_execute(tiles, arguments, text):
@@ -39,7 +39,7 @@ def test_refuses_what_it_does_not_execute(tiles, arguments, text):
 
 def test_refuses_float64():
     q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float64)
-    with pytest.raises(BackendUnavailableError, match="backend 'flex' has no float64"):
+    with pytest.raises(BackendUnavailableError, match=r"'flex'.*float64"):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
 
 
@@ -47,10 +47,10 @@ def test_says_what_the_machine_lacks(monkeypatch):
     q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
     monkeypatch.setattr(flex_backend.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    with pytest.raises(BackendUnavailableError, match=r"'flex' compiles its kernel and needs a C\+\+ compiler"):
+    with pytest.raises(BackendUnavailableError, match=r"'flex'.*C\+\+ compiler"):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    with pytest.raises(BackendUnavailableError, match=r"needs a CPU with AVX2 \(found DEFAULT\)"):
+    with pytest.raises(BackendUnavailableError, match=r"'flex'.*CPU.*AVX2 \(found DEFAULT\)"):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
     monkeypatch.setattr(flex_backend.importlib.util, "find_spec", lambda name: None)
     assert flex_backend.missing_requirement("cuda") == "the triton package"
@@ -59,7 +59,7 @@ def test_says_what_the_machine_lacks(monkeypatch):
 def test_never_runs_the_eager_flexattention_which_reads_no_lists(monkeypatch):
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
     q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
-    text = "backend 'flex' needs torch.compile, which is switched off: use 'torch' or 'auto'"
+    text = r"'flex'.*torch.compile.*off.*'torch'"
     with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailableError, match=text):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="flex")
 

@@ -56,7 +56,7 @@ def _arithmetic_kernel(a_ptr, b_ptr, out_ptr, KIND: tl.constexpr):
 @pytest.mark.parametrize(("kind", "a", "b"), [("add", 2**30, 2**30), ("sub", -(2**31), 1), ("mul", 2**16, 2**15)])
 def test_an_integer_that_overflows_raises(kind, a, b):
     a, b, out = (torch.tensor([x], dtype=torch.int32) for x in (a, b, 0))
-    with pytest.raises(interpreter.InterpreterError, match=f"int32 does not hold a result of {kind}"):
+    with pytest.raises(interpreter.InterpreterError, match=rf"int32.*{kind}"):
         _arithmetic_kernel[(1,)](a, b, out, kind)
     _arithmetic_kernel[(1,)](a.long(), b.long(), out.long(), kind)
     _arithmetic_kernel[(1,)](a // 2, b // 2, out, kind)

@@ -166,13 +166,13 @@ def test_votes_leave_pinned_unvisited_and_padding_alone():
 
 
 ERRORS = [
-    (lambda: Routing(threshold="other"), ValueError, "threshold must be 'diag' or 'exact', found 'other'"),
-    (lambda: Vote(criterion="sum"), ValueError, "criterion must be 'maxgap', 'mass' or 'budget', found 'sum'"),
-    (lambda: Vote(criterion="mass", threshold=-10.0), ValueError, r"threshold of 'mass' is a share in \(0, 1\), found"),
-    (lambda: Selection(rest="drop"), ValueError, "rest must be 'skip' or 'pooled', found 'drop'"),
-    (lambda: Selection(keep=torch.ones(1)), TypeError, r"keep must be torch\.int32, found torch\.float32"),
-    (lambda: Selection(keep=torch.ones(1).int()), ValueError, r"keep must have 4 dimensions, found \[1\]"),
-    (lambda: Selection(pinned=torch.ones(1).int()), ValueError, r"pinned must have 2 dimensions, found \[1\]"),
+    (lambda: Routing(threshold="other"), ValueError, r"threshold.*'diag'.*'exact', found 'other'"),
+    (lambda: Vote(criterion="sum"), ValueError, r"criterion.*'maxgap', 'mass'.*'budget', found 'sum'"),
+    (lambda: Vote(criterion="mass", threshold=-10.0), ValueError, r"threshold.*'mass'.*\(0, 1\), found -10"),
+    (lambda: Selection(rest="drop"), ValueError, r"rest.*'skip'.*'pooled', found 'drop'"),
+    (lambda: Selection(keep=torch.ones(1)), TypeError, r"keep.*torch\.int32, found torch\.float32"),
+    (lambda: Selection(keep=torch.ones(1).int()), ValueError, r"keep.*4 dimensions, found \[1\]"),
+    (lambda: Selection(pinned=torch.ones(1).int()), ValueError, r"pinned.*2 dimensions, found \[1\]"),
 ]
 
 
@@ -186,11 +186,11 @@ def test_errors_of_the_call():
     q, k, v = qkv(1, 2, 2, 40, 70, 8, WIDE)
     tiles = TileLists.full(40, 70, block_q=16, block_k=16)
     bits = torch.zeros(1, 2, 3, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"selection\.keep must be \[1, 2, 3, 1\], found \[1, 2, 3, 2\]"):
+    with pytest.raises(ValueError, match=r"selection\.keep.*\[1, 2, 3, 1\].*found \[1, 2, 3, 2\]"):
         block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(keep=bits))
-    with pytest.raises(ValueError, match=r"selection\.pinned must be \[3, 1\], found \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"selection\.pinned.*\[3, 1\].*found \[3, 2\]"):
         block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(pinned=bits[0, 0]))
-    with pytest.raises(ValueError, match="return_tiles tells what a selection chose, found no selection"):
+    with pytest.raises(ValueError, match=r"return_tiles.*no selection"):
         block_sparse_attention(q, k, v, tiles, layout="bhsd", return_tiles=True)
 
 

@@ -50,7 +50,7 @@ def test_full_lists_are_dense_and_made_once():
     assert tiles.density == 1.0
     assert tuple(tiles.states().shape) == (1, 4, 4)
     assert TileLists.full(100, 63, block_q=32, block_k=16) is tiles
-    with pytest.raises(ValueError, match="sizes must be at least 1, found 0 x 63 tokens in tiles of 32 x 16"):
+    with pytest.raises(ValueError, match=r"sizes.*1, found 0 x 63 tokens.*32 x 16"):
         TileLists.full(0, 63, block_q=32, block_k=16)
 
 
@@ -91,30 +91,30 @@ def _int32(*values):
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        (dict(block_q=0), ValueError, "block_q must be at least 1, found 0"),
-        (dict(num_k=-3), ValueError, "num_k must be at least 1, found -3"),
+        (dict(block_q=0), ValueError, r"block_q.*1, found 0"),
+        (dict(num_k=-3), ValueError, r"num_k.*1, found -3"),
         (
             dict(exact_offsets=torch.tensor([[0, 2, 3]])),
             TypeError,
-            r"exact_offsets must be torch\.int32, found torch\.int64",
+            r"exact_offsets.*torch\.int32, found torch\.int64",
         ),
         (
             dict(exact_offsets=_int32([0, 3])),
             ValueError,
-            r"exact_offsets must be \[G, 3\] for 2 query tiles, found \[1, 2\]",
+            r"exact_offsets.*\[G, 3\].*2.*found \[1, 2\]",
         ),
-        (dict(exact_indices=_int32([0, 2, 1])), ValueError, r"exact_indices must have one dimension, found \[1, 3\]"),
-        (dict(exact_indices=torch.zeros(3)), TypeError, r"exact_indices must be torch\.int32, found torch\.float32"),
-        (dict(exact_indices=_int32(0, 2, 1).to("meta")), ValueError, "must share a device, found cpu and meta"),
+        (dict(exact_indices=_int32([0, 2, 1])), ValueError, r"exact_indices.*found \[1, 3\]"),
+        (dict(exact_indices=torch.zeros(3)), TypeError, r"exact_indices.*torch\.int32, found torch\.float32"),
+        (dict(exact_indices=_int32(0, 2, 1).to("meta")), ValueError, "device, found cpu.*meta"),
         (
             dict(pooled_indices=_int32(1)),
             ValueError,
-            "pooled_offsets and pooled_indices come together: give both or neither",
+            r"pooled_offsets and pooled_indices.*both",
         ),
         (
             dict(pooled_offsets=_int32([0, 0, 0], [0, 0, 1]), pooled_indices=_int32(1)),
             ValueError,
-            r"pooled_offsets must have the shape of exact_offsets, \(1, 3\), found \(2, 3\)",
+            r"pooled_offsets.*exact_offsets, \(1, 3\).*found \(2, 3\)",
         ),
     ],
 )
@@ -128,26 +128,26 @@ def test_creation_refuses(changes, error, text):
     [
         (
             dict(exact_indices=_int32(0, 3, 1)),
-            r"must lie in 0\.\.2 \(NK = 3 key tiles\), found 3 at position 1, in query tile 0 ",
+            r"0\.\.2 \(NK = 3 key tiles\), found 3 at position 1.*query tile 0",
         ),
         (
             dict(exact_indices=_int32(-1, 2, 1)),
-            r"exact_indices must lie in 0\.\.2 .* found -1 at position 0, in query ",
+            r"exact_indices.*0\.\.2.*found -1 at position 0",
         ),
         (
             dict(exact_indices=_int32(2, 0, 1)),
-            "every query tile, found 0 after 2 at position 1, in query tile 0 of list set 0: sort",
+            r"found 0 after 2 at position 1.*query tile 0.*set 0",
         ),
-        (dict(exact_indices=_int32(2, 2, 1)), "exact_indices must ascend strictly"),
-        (dict(exact_offsets=_int32([0, 2, 2])), r"exact_offsets must rise from 0 to 3, found \[0, 2, 2\]"),
-        (dict(exact_offsets=_int32([0, 4, 3])), r"exact_offsets must rise from 0 to 3, found \[0, 4, 3\]"),
+        (dict(exact_indices=_int32(2, 2, 1)), r"exact_indices.*ascend"),
+        (dict(exact_offsets=_int32([0, 2, 2])), r"exact_offsets.*0 to 3, found \[0, 2, 2\]"),
+        (dict(exact_offsets=_int32([0, 4, 3])), r"exact_offsets.*0 to 3, found \[0, 4, 3\]"),
         (
             dict(exact_offsets=_int32([0, 1, 2], [0, 2, 3])),
-            "exact_offsets are absolute: every list set must start where the one before ends",
+            r"exact_offsets.*list set.*found \[0\] after \[2\]",
         ),
         (
             dict(pooled_offsets=_int32([0, 0, 1]), pooled_indices=_int32(1)),
-            "a tile is exact or pooled, not both: found tile 1 twice in query tile 1",
+            r"exact .*pooled.*tile 1 twice.*query tile 1",
         ),
     ],
 )
@@ -164,13 +164,13 @@ def test_validate_accepts_empty_lists():
 @pytest.mark.parametrize(
     ("states", "error", "text"),
     [
-        (torch.zeros(2, 3), TypeError, r"states must be torch\.uint8, found torch\.float32"),
+        (torch.zeros(2, 3), TypeError, r"states.*torch\.uint8, found torch\.float32"),
         (
             torch.zeros(3, 3, dtype=torch.uint8),
             ValueError,
-            r"states must be \[G, 2, 3\] for 8 x 12 tokens in tiles of 4 x 4",
+            r"states.*\[G, 2, 3\].*8 x 12 tokens.*4 x 4",
         ),
-        (torch.full((2, 3), 7, dtype=torch.uint8), ValueError, r"states must be 0 .*, found 7"),
+        (torch.full((2, 3), 7, dtype=torch.uint8), ValueError, r"states.*0.*found 7"),
     ],
 )
 def test_from_states_refuses(states, error, text):

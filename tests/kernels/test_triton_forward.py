@@ -259,9 +259,9 @@ def test_pool_of_valid_tokens():
 @pytest.mark.parametrize(
     ("dtype", "dim", "text"),
     [
-        (torch.float64, 16, r"'triton' needs bfloat16, float16 or float32 \(found torch\.float64\): use 'torch' or"),
-        (torch.float32, 12, r"'triton' needs a head dim that is a multiple of 8 up to 256 \(found 12\)"),
-        (torch.float32, 264, r"'triton' needs a head dim that is a multiple of 8 up to 256 \(found 264\)"),
+        (torch.float64, 16, r"'triton'.*bfloat16, float16.*float32 \(found torch\.float64\).*'torch'"),
+        (torch.float32, 12, r"'triton'.*8.*256 \(found 12\)"),
+        (torch.float32, 264, r"'triton'.*8.*256 \(found 264\)"),
     ],
 )
 def test_refuses_dtypes_and_head_dims(dtype, dim, text):
@@ -274,11 +274,11 @@ def test_refuses_dtypes_and_head_dims(dtype, dim, text):
 def test_says_what_the_machine_lacks(monkeypatch):
     call = (*qkv(1, 1, 1, 20, 20, 16, torch.float32), random_lists(1, 20, 20, 16, 16))
     monkeypatch.delenv("TRITON_INTERPRET")
-    text = r"'triton' needs a CUDA, ROCm or XPU device \(found cpu; TRITON_INTERPRET=1 interprets it on a CPU\): use"
+    text = r"'triton'.*CUDA, ROCm.*XPU.*found cpu.*TRITON_INTERPRET=1.*CPU\)"
     with pytest.raises(BackendUnavailableError, match=text):
         block_sparse_attention(*call, layout="bhsd", backend="triton")
     monkeypatch.setattr(triton_support.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailableError, match=r"'triton' needs the triton package \(found none\): use 'torch'"):
+    with pytest.raises(BackendUnavailableError, match=r"'triton'.*triton package \(found none\)"):
         block_sparse_attention(*call, layout="bhsd", backend="triton")
 
 

@@ -45,7 +45,7 @@ def lists_with(place: int, value: int, name: str = "exact_indices") -> TileLists
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize("value", [4, 50_000_000, -1])
 def test_an_index_out_of_range_is_refused_on_a_cpu(backend, value, cpu_path):
-    text = rf"must lie in 0..3 \(NK = 4 key tiles\), found {value} at position 3, in query tile 1 of list set 0"
+    text = rf"0..3 \(NK = 4 key tiles\), found {value} at position 3.*query tile 1.*set 0"
     tiles = lists_with(3, value)
     for _ in range(2):  # a refusal is not remembered as a pass
         with pytest.raises(ValueError, match=text):
@@ -57,14 +57,14 @@ def test_an_index_out_of_range_is_refused_on_a_cpu(backend, value, cpu_path):
     [
         (
             lists_with(1, 9, "pooled_indices"),
-            r"pooled_indices must lie in 0..3 .* found 9 at position 1",
+            r"pooled_indices.*0..3.*found 9 at position 1",
         ),
         (
             lists_with(3, 0),
-            "must ascend strictly in every query tile, found 0 after 0 at position 3",
+            r"ascend.*found 0 after 0 at position 3",
         ),
-        (lists_with(3, 3), "a tile is exact or pooled, not both: found tile 3 twice in query tile 1 of list set 0"),
-        (lists_with(2, 99, "exact_offsets"), r"exact_offsets must rise from 0 to 8, found \[0, 2, 99, 6, 8\]"),
+        (lists_with(3, 3), r"exact .*pooled.*tile 3 twice.*query tile 1.*set 0"),
+        (lists_with(2, 99, "exact_offsets"), r"exact_offsets.*0 to 8, found \[0, 2, 99, 6, 8\]"),
     ],
     ids=["pooled", "repeated", "both", "offsets"],
 )
@@ -82,8 +82,8 @@ def test_a_gradient_alone_checks_too():
 @pytest.mark.parametrize(
     ("order", "text"),
     [
-        (torch.zeros(TOKENS, dtype=torch.int64), "token_order must hold every token once, found token 0 60 times"),
-        (torch.arange(TOKENS) + 1, r"token_order must lie in 0..59 \(60 tokens\), found 60 at position 59"),
+        (torch.zeros(TOKENS, dtype=torch.int64), r"token_order.*found token 0 60 times"),
+        (torch.arange(TOKENS) + 1, r"token_order.*0..59 \(60 tokens\), found 60 at position 59"),
     ],
 )
 def test_an_order_that_is_none_is_refused_on_a_cpu(order, text):
@@ -186,9 +186,9 @@ def test_lists_that_a_graph_reads_warn_when_they_change(monkeypatch):
         captured = made.get([lists], (), object)
     assert made.get([lists], (), object) is captured
     lists.add_(1)
-    with pytest.warns(UserWarning, match="a captured CUDA graph reads were written to.*capture the graph again"):
+    with pytest.warns(UserWarning, match=r"CUDA graph.*capture"):
         assert made.get([lists], (), object) is not captured
-    with pytest.warns(UserWarning, match="capture the graph again"):
+    with pytest.warns(UserWarning, match=r"CUDA graph.*capture"):
         cache.changed([lists])
     release_captured()
     assert cache._CAPTURED == {}

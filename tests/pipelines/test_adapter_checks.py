@@ -127,21 +127,21 @@ def with_text(before, after):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(self_attention=("blocks.*.attn*",)), r"'places' failed: left_alone names modules of the adapter"),
-        (dict(self_attention=("blocks.0.attn1",)), r"'places' failed: neither the adapter nor left_alone names"),
+        (dict(self_attention=("blocks.*.attn*",)), r"'places' failed: left_alone names modules"),
+        (dict(self_attention=("blocks.0.attn1",)), r"'places' failed: neither.*left_alone"),
         (dict(self_attention=("blocks.*.attn1", "blocks.1.attn1")), r"'places' failed: patterns overlap"),
-        (dict(latents="x"), r"'places' failed: forward has no input 'x'; it has hidden_states, timestep,"),
-        (dict(timestep="t"), r"'places' failed: forward has no input 't'; it has hidden_states, timestep,"),
+        (dict(latents="x"), r"'places' failed: forward .*input 'x'; .*hidden_states, timestep,"),
+        (dict(timestep="t"), r"'places' failed: forward .*input 't'; .*hidden_states, timestep,"),
         (
             dict(grid=lambda config, inputs: (7, 4, 8)),
-            r"'neutral' failed: the grid of the adapter 'wan' gave \(7, 4, 8\);",
+            r"'neutral' failed: .*grid.*'wan' gave \(7, 4, 8\);",
         ),
-        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: the grid .* asks for the input 'x', but"),
-        (dict(grid=transposed), r"'layout' failed: along axis 3 the latents lie in the tokens"),
+        (dict(grid=lambda config, inputs: inputs["x"]), r"'neutral' failed: .*grid .*input 'x', but"),
+        (dict(grid=transposed), r"'layout' failed: along axis 3 .*latents"),
         (dict(grid=framed_last), r"'layout' failed: along axis"),
-        (dict(grid=with_text(32, 0)), r"'layout' failed: the first visual token is 0, the adapter says 32"),
-        (dict(grid=with_text(0, 32)), r"'layout' failed: latents lie in token 192, the adapter counts 192"),
-        (dict(grid=with_text(0, 0)), r"'full' failed: transformer layer 0 attends over 224 tokens"),
+        (dict(grid=with_text(32, 0)), r"'layout' failed: .*visual token.*0, .*32"),
+        (dict(grid=with_text(0, 32)), r"'layout' failed: .*token 192, .*counts 192"),
+        (dict(grid=with_text(0, 0)), r"'full' failed: .*layer 0.*224 tokens"),
         (dict(refused=dict.fromkeys(METHOD_CASES, "no reason")), None),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_wrong_adapter_fails_by_name(only, change, message):
 
 def test_a_refused_method_that_is_none_is_named(only):
     adapter = only(dataclasses.replace(WAN, refused={"none": "no reason"}))
-    with pytest.raises(AssertionError, match="'refused' failed: the adapter refuses 'none', which"):
+    with pytest.raises(AssertionError, match=r"'refused' failed: .*'none'"):
         check_adapter(adapter, *tiny_models.MODELS["wan"], only=["refused"])
 
 
@@ -170,7 +170,7 @@ def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch
         "plan",
         lambda self, plan, call, context: route(self, plan, call, context) if plan.tiles is not None else plan,
     )
-    text = r"check 'pairs' failed: .*SolAttention.* attached in the other order give another output"
+    text = r"'pairs' failed: .*SolAttention.*other order"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
 
@@ -183,9 +183,9 @@ def shared_history(self, shapes, kept=[]):  # noqa: B006 - one for all branches 
 @pytest.mark.parametrize(
     ("owner", "method", "wrong", "message"),
     [
-        (StaticCache, "always_computed", lambda *_: None, "staticcache that skips nothing changed step 1"),
-        (StepCacheHandler, "_stored", lambda *_: False, "staticcache did not skip step 1"),
-        (StepCacheHandler, "_new_history", shared_history, "the cond branch's held output is not its last"),
+        (StaticCache, "always_computed", lambda *_: None, "staticcache .*changed step 1"),
+        (StepCacheHandler, "_stored", lambda *_: False, "staticcache .*skip step 1"),
+        (StepCacheHandler, "_new_history", shared_history, ".*cond branch.*held output"),
     ],
 )
 def test_a_cache_that_does_not_what_it_says_is_found(monkeypatch, owner, method, wrong, message):
@@ -200,33 +200,31 @@ def test_a_model_too_small_to_be_thinned_out_is_told_so():
         return {**tiny_models.WAN[0].inputs(batch), "hidden_states": torch.randn(batch, 12, 2, 4, 8)}
 
     model = dataclasses.replace(tiny_models.WAN[0], inputs=inputs)
-    with pytest.raises(AssertionError, match=r"'active' failed: .* keeps every tile; give the tiny model more tokens"):
+    with pytest.raises(AssertionError, match=r"'active' failed: .*every tile"):
         check_adapter(WAN, model, only=["active"])
 
 
 def test_what_is_missing_is_named(only):
-    text = r"adapter 'wan' names ChronoEdit.*, WanTransf.*, WanVACE.*, tiny models were given of WanTransformer3DModel;"
+    text = r"adapter 'wan'.*ChronoEdit.*, WanTransf.*, WanVACE.*of WanTransformer3DModel;"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, tiny_models.WAN[0])
     typo = dataclasses.replace(WAN, transformers=("WanTransformer4D",))
-    text = "names WanTransformer4D, tiny models were given of WanTransformer3DModel; give one or more of each class"
+    text = "names WanTransformer4D, .*of WanTransformer3DModel; "
     for checks in (None, ["places"]):
         with pytest.raises(AssertionError, match=text):
             check_adapter(typo, tiny_models.WAN[0], only=checks)
-    install = "; install the package whose entry point gives this adapter"
+    install = "; .*package.*entry point"
     only(dataclasses.replace(WAN))
-    with pytest.raises(
-        AssertionError, match=f"WanTransformer3DModel is registered for another adapter object{install}"
-    ):
+    with pytest.raises(AssertionError, match=rf"WanTransformer3DModel.*adapter object{install}"):
         check_adapter(WAN, *tiny_models.WAN)
     only(typo)
-    with pytest.raises(AssertionError, match=f"no adapter covers WanTransformer3DModel{install}"):
+    with pytest.raises(AssertionError, match=rf"no adapter.*WanTransformer3DModel{install}"):
         check_adapter(WAN, *tiny_models.WAN)
 
 
 def test_a_pattern_that_matches_no_module_is_named():
     adapter = dataclasses.replace(WAN, side_attention=("vace.*.attn1",))
-    text = r"adapter 'wan': check 'places' failed: side_attention 'vace.\*.attn1' matches no attention module"
+    text = r"'wan'.*'places' failed: side_attention 'vace.\*.attn1'"
     with pytest.raises(AssertionError, match=text):
         check_adapter(adapter, *tiny_models.WAN)
 
@@ -234,6 +232,6 @@ def test_a_pattern_that_matches_no_module_is_named():
 def test_a_tiny_model_that_does_not_run_is_told_so():
     inputs = {name: value for name, value in tiny_models.WAN[0].inputs(1).items() if name != "timestep"}
     model = dataclasses.replace(tiny_models.WAN[0], inputs=lambda batch: inputs)
-    text = r"Model 0: the tiny model's own forward fails, before anything is attached: TypeError: .*'timestep'"
+    text = r"Model 0: .*forward fails.*TypeError: .*'timestep'"
     with pytest.raises(AssertionError, match=text):
         check_adapter(WAN, model, only=["neutral"])

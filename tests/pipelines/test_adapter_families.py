@@ -69,7 +69,7 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
         layer, grid, q = torch.tensor(0), as_tensors((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
-        with pytest.raises(ConfigError, match="layer 0 attends over 223 tokens, but the adapter 'mochi' reads"):
+        with pytest.raises(ConfigError, match=r"layer 0.*223 tokens.*'mochi'"):
             planned_attention(q, q, q, None, layer, grid, attachment._execution.number, False, None, False)
 
 
@@ -92,7 +92,7 @@ def test_ltx_refuses_tokens_without_a_grid():
     scattered[:, 0] = 0.0  # one frame, by the times
     inputs = {**inputs, **sizes, "video_coords": scattered}
     plain = run(transformer, inputs)
-    text = r"\(ltx\) can't be thinned out in this call: LTX's video_coords are those of no video: the last 224 of 224"
+    text = r"\(ltx\).*LTX's video_coords.*last 224 of 224"
     with dit_accel.attach(transformer, ACTIVE), pytest.raises(ConfigError, match=text):
         run(transformer, inputs)
     assert torch.equal(run(transformer, inputs), plain)
@@ -155,7 +155,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     model = tiny_models.MODELS[name][-1]
     transformer, inputs = build(model), model.inputs(2)
     plain = run(transformer, inputs)
-    with pytest.raises(ConfigError, match=f"radial makes no sense on {name}: an image is one frame"):
+    with pytest.raises(ConfigError, match=rf"radial.*{name}.*image"):
         dit_accel.attach(transformer, RadialAttention())
     with dit_accel.attach(transformer) as attachment:
         assert torch.equal(run(transformer, inputs), plain)
@@ -201,5 +201,5 @@ def test_a_family_without_sizes_cannot_be_planned():
     index = {"transformer": ["diffusers", "x"]}
     config = {"_class_name": "OvisImageTransformer2DModel"}
     files = ModelFiles(name="some/model", index=index, transformer=config, vae={})
-    with pytest.raises(UnsupportedModel, match="some/model is of flux-kin, whose sizes are not known; plan with --fam"):
+    with pytest.raises(UnsupportedModel, match=r"some/model.*flux-kin.*sizes.*--fam"):
         files.identify()

@@ -315,7 +315,7 @@ def test_recipes_follow_the_released_sizes():
 class TestBadInput:
     def test_attach_twice_and_detach_twice(self, pipe):
         attachment = dit_accel.attach(pipe)
-        with pytest.raises(dit_accel.AttachError, match=r"attached to transformer already; call detach\(\)"):
+        with pytest.raises(dit_accel.AttachError, match=r"attached.*transformer.*detach\(\)"):
             dit_accel.attach(pipe, RadialAttention())
         attachment.detach()
         with pytest.raises(dit_accel.AttachError, match="detached already"):
@@ -323,11 +323,11 @@ class TestBadInput:
 
     def test_unsupported_transformer_names_near_ones_and_where_all_are_listed(self):
         count = len({name for adapter in adapters().values() for name in adapter.transformers})
-        rest = f"{count} are known, `dit-accel models` lists them all$"
+        rest = f"{count} are known, `dit-accel models`"
         with pytest.raises(dit_accel.UnsupportedModel, match=rf"got Linear; {rest}"):
             dit_accel.attach(torch.nn.Linear(2, 2))
         near = type("WanTransformer3DModl", (torch.nn.Module,), {})
-        with pytest.raises(dit_accel.UnsupportedModel, match=rf"did you mean 'WanTransformer3DModel' or .*\? {rest}"):
+        with pytest.raises(dit_accel.UnsupportedModel, match=rf"'WanTransformer3DModel' or .*\? {rest}"):
             dit_accel.attach(near())
         with pytest.raises(dit_accel.UnsupportedModel, match="got int"):
             dit_accel.attach(3)
@@ -340,29 +340,29 @@ class TestBadInput:
         module = pipe.transformer.blocks[2].attn1
         module.set_processor(Foreign())
         processors = pipe.transformer.attn_processors
-        with pytest.raises(dit_accel.UnsupportedModel, match="Foreign calls neither dispatch_attention_fn nor"):
+        with pytest.raises(dit_accel.UnsupportedModel, match=r"Foreign.*dispatch_attention_fn nor"):
             dit_accel.attach(pipe, RadialAttention())
         assert pipe.transformer.attn_processors == processors
         assert "cache_context" not in pipe.transformer.__dict__
 
     def test_methods_that_do_not_fit(self, pipe, monkeypatch):
-        with pytest.raises(dit_accel.ConfigError, match="attach takes method configs, got 'radial'"):
+        with pytest.raises(dit_accel.ConfigError, match=r"attach.*configs, got 'radial'"):
             dit_accel.attach(pipe, "radial")
-        with pytest.raises(dit_accel.ConfigError, match="two RadialAttention configs were given"):
+        with pytest.raises(dit_accel.ConfigError, match="two RadialAttention"):
             dit_accel.attach(pipe, RadialAttention(), RadialAttention())
-        with pytest.raises(dit_accel.MissingBackend, match="no kernel backend 'tritn'"):
+        with pytest.raises(dit_accel.MissingBackend, match="backend 'tritn'"):
             dit_accel.attach(pipe, backend="tritn")
         with monkeypatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "0")
             patch.setattr(torch.accelerator, "current_accelerator", lambda: None)
-            with pytest.raises(dit_accel.MissingBackend, match="backend 'triton' needs a CUDA, ROCm or XPU device"):
+            with pytest.raises(dit_accel.MissingBackend, match=r"'triton'.*CUDA, ROCm.*XPU"):
                 dit_accel.attach(pipe, backend="triton")
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
             patch.setenv("CXX", "no-such-compiler")
-            with pytest.raises(dit_accel.MissingBackend, match=r"backend 'flex' needs a C\+\+ compiler \(no-such"):
+            with pytest.raises(dit_accel.MissingBackend, match=r"'flex'.*C\+\+ compiler \(no-such"):
                 dit_accel.attach(pipe, backend="flex")
             patch.setenv("CXX", "sh")
-            with pytest.raises(dit_accel.MissingBackend, match="'flex' has no votes, which lite needs; use 'auto'"):
+            with pytest.raises(dit_accel.MissingBackend, match=r"'flex'.*votes.*lite.*'auto'"):
                 dit_accel.attach(pipe, dit_accel.LiteAttention(), backend="flex")
         assert torch.equal(generate(pipe), generate(pipe))
 
@@ -375,7 +375,7 @@ class TestBadInput:
 
         with (
             dit_accel.attach(pipe, RadialAttention(**SPARSE)),
-            pytest.raises(dit_accel.ConfigError, match="radial needs at least 2 latent frames, got 1"),
+            pytest.raises(dit_accel.ConfigError, match=r"radial.*2 latent frames, got 1"),
         ):
             generate(pipe, num_frames=1, callback_on_step_end=count)
         assert not steps
@@ -387,7 +387,7 @@ class TestBadInput:
         inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64)
         with (
             dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0.24))),
-            pytest.raises(dit_accel.ConfigError, match=r"radial.dense_steps = 0.24 needs the number of steps"),
+            pytest.raises(dit_accel.ConfigError, match=r"radial.dense_steps = 0.24.*steps"),
         ):
             transformer(*inputs)
 

@@ -85,7 +85,7 @@ def test_streams_that_skip_the_middle_leave_no_last_blocks():
     (case,) = (case for case in cases("hunyuan-dit"))
     with pytest.raises(
         ConfigError,
-        match=r"^dbcache\.last_blocks = 1 can't run .* of transformer, which takes what earlier blocks gave",
+        match=r"^dbcache\.last_blocks = 1 .*transformer.*earlier blocks",
     ):
         dit_accel.attach(case.transformer, DBCache(first_blocks=1, last_blocks=1))
     dit_accel.attach(case.transformer, DBCache(first_blocks=1)).detach()

@@ -44,29 +44,29 @@ def test_block_lists_describe_the_model(name):
         (
             "flux",
             (replace(FLUX[0], gives=(0, 1)), FLUX[1]),
-            r"transformer_blocks.0 takes hidden_states \[2, 80, 32\], g",
+            r"transformer_blocks.0.*hidden_states \[2, 80, 32\]",
         ),
         (
             "flux",
             FLUX[:1],
-            r"single_transformer_blocks.0.attn lies in no block of the lists transformer_blocks.0, tran",
+            r"single_transformer_blocks.0.attn.*transformer_blocks.0",
         ),
-        ("flux", FLUX[::-1], "blocks run in the order transformer_blocks.0, .* the lists say single_transformer_blo"),
-        ("flux", (*FLUX, FLUX[0]), "block lists overlap"),
-        ("flux", (replace(FLUX[0], joined=True), FLUX[1]), "has 80 of the sequence's 86 tokens, and joined=True says"),
+        ("flux", FLUX[::-1], r"order transformer_blocks.0, .*lists say single_transformer_blo"),
+        ("flux", (*FLUX, FLUX[0]), "lists overlap"),
+        ("flux", (replace(FLUX[0], joined=True), FLUX[1]), r"80 of.*86 tokens.*joined=True"),
         (
             "z-image",
             (BlockList(pattern="layers.*", takes=("x",)),),
-            "160 of the sequence's 160 tokens, and joined=False",
+            r"160 of.*160 tokens.*joined=False",
         ),
-        ("krea2", (BlockList(pattern="transformer_blocks.*", takes=("temb",)),), r"takes temb \[2, 1, 192\], gives"),
+        ("krea2", (BlockList(pattern="transformer_blocks.*", takes=("temb",)),), r"temb \[2, 1, 192\], gives"),
         (
             "krea2",
             (BlockList(pattern="transformer_blocks.*", takes=("attention_mask",)),),
-            r"takes attention_mask \[2, 1, 1, 86\], gives",
+            r"attention_mask \[2, 1, 1, 86\], gives",
         ),
-        ("wan", (BlockList(pattern="blocks.*", takes=("rotary_emb",)),), "rotary_emb is not a stream, it holds"),
-        ("ernie-image", (BlockList(pattern="layers.*", takes=("x",), joined=True),), "has 2 of the sequence's 86 tok"),
+        ("wan", (BlockList(pattern="blocks.*", takes=("rotary_emb",)),), r"rotary_emb.*a stream"),
+        ("ernie-image", (BlockList(pattern="layers.*", takes=("x",), joined=True),), r"has 2 of.*86 tok"),
     ],
 )
 def test_wrong_lists_are_found(name, blocks, message):
@@ -75,9 +75,7 @@ def test_wrong_lists_are_found(name, blocks, message):
 
 
 def test_results_of_another_form_are_found():
-    with pytest.raises(
-        UnsupportedModel, match="FluxTransformerBlock gave a tuple of 2, the adapter's blocks describe one"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"FluxTransformerBlock.*tuple of 2"):
         check_blocks(case_of("flux", blocks=(BlockList(pattern="transformer_blocks.*"), FLUX[1])))
 
 
@@ -90,14 +88,14 @@ def test_swapped_streams_are_found_where_their_shapes_are_equal():
     right = replace(registry.adapters()["flux"], blocks=FLUX)
     assert check_blocks(Case(right, model)) is None
     wrong = replace(right, blocks=tuple(replace(listed, gives=(0, 1)) for listed in FLUX))
-    with pytest.raises(AssertionError, match=r"does not get its hidden_states from what transformer_blocks\.0 gives"):
+    with pytest.raises(AssertionError, match=r"its hidden_states.*transformer_blocks\.0 gives"):
         check_blocks(Case(wrong, model))
 
 
 def test_an_argument_that_is_only_shaped_like_a_stream_is_found():
     wan = registry.adapters()["wan"].blocks
     wrong = (wan[0], replace(wan[1], takes=("hidden_states",)))
-    with pytest.raises(AssertionError, match=r"vace_blocks\.1 does not get its hidden_states from what vace_blocks\.0"):
+    with pytest.raises(AssertionError, match=r"vace_blocks\.1.*its hidden_states.*vace_blocks\.0"):
         check_blocks(case_of("wan", 2, blocks=wrong))
 
 
@@ -108,7 +106,7 @@ def test_blocks_that_change_their_streams_in_place_are_found():
         args[0].add_(0)
 
     case.transformer.blocks[1].register_forward_pre_hook(in_place)
-    with pytest.raises(AssertionError, match=r"blocks\.1 changes hidden_states in place"):
+    with pytest.raises(AssertionError, match=r"blocks\.1 changes hidden_states"):
         check_blocks(case)
 
 
@@ -119,7 +117,7 @@ def test_blocks_that_run_twice_are_found():
         case.transformer.blocks[0](*args)
 
     case.transformer.blocks[1].register_forward_pre_hook(again)
-    with pytest.raises(AssertionError, match=r"blocks\.0 runs more than once in a forward"):
+    with pytest.raises(AssertionError, match=r"blocks\.0.*than once"):
         check_blocks(case)
 
 

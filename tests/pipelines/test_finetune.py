@@ -210,10 +210,10 @@ def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
     assert clips[0].read(5).shape == (5, 32, 32, 3)
     assert np.array_equal(clips[0].read(9)[:5], clips[0].read(5))
     for line, message in (
-        ("{", "line 1 of .* is not JSON"),
-        ('{"file_name": "1.mp4"}', "lacks a video or its caption"),
-        ('{"file_name": "9.mp4", "text": "a"}', "names 9.mp4, which is not there"),
-        ('{"file_name": "1.mp4", "text": " "}', "has an empty caption"),
+        ("{", r"line 1 of .*JSON"),
+        ('{"file_name": "1.mp4"}', r"line 1 .*lacks.*caption"),
+        ('{"file_name": "9.mp4", "text": "a"}', r"names 9.mp4"),
+        ('{"file_name": "1.mp4", "text": " "}', "empty caption"),
     ):
         listed.write_text(line + "\n")
         with pytest.raises(ConfigError, match=message):
@@ -223,20 +223,20 @@ def test_videos_are_listed_by_metadata_too(base: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "none"}, "is no folder; give one that holds videos"),
-        ({"data": "empty"}, "holds no video"),
-        ({"data": "speechless"}, "has no caption; write it into 0.txt beside it"),
-        ({"data": "broken"}, "0.mp4 can't be read"),
-        ({"height": 48}, "has 32 x 32 pixels, and clips of 32 x 48 are to be trained on"),
-        ({"num_frames": 17}, "has 9 frames, and 17 are to be trained on"),
-        ({"num_frames": 8}, "num_frames must be a multiple of 2 and 1 more for .*, such as 9, got 8"),
-        ({"height": 40}, "height must be a multiple of 16"),
+        ({"data": "none"}, r"none.*no folder"),
+        ({"data": "empty"}, "empty.*no video"),
+        ({"data": "speechless"}, r"no caption.*0.txt"),
+        ({"data": "broken"}, r"0.mp4.*read"),
+        ({"height": 48}, r"32 x 32 pixels.*32 x 48"),
+        ({"num_frames": 17}, r"9 frames.*17"),
+        ({"num_frames": 8}, r"num_frames.*2 and 1 more.*such as 9, got 8"),
+        ({"height": 40}, r"height.*16 .*got 40"),
         ({"num_frames": 1001}, "positions"),
-        ({"ulysses": 2}, "ulysses = 2 processes are to share each clip, and 1 were started"),
-        ({"report_to": "tensorbord"}, "accelerate knows no tracker 'tensorbord'; did you mean 'tensorboard'"),
-        ({"report_to": "dvclive"}, "the tracker 'dvclive' is not installed; pip install dvclive"),
-        ({"resume": True}, "holds no checkpoint; leave it out to begin"),
-        ({"methods": (LiteAttention(block_size=16),)}, "lite leaves every attention call dense in training"),
+        ({"ulysses": 2}, r"ulysses = 2 processes.*1 were"),
+        ({"report_to": "tensorbord"}, r"tracker 'tensorbord'.*'tensorboard'"),
+        ({"report_to": "dvclive"}, r"tracker 'dvclive'.*install dvclive"),
+        ({"resume": True}, r"--resume.*no checkpoint"),
+        ({"methods": (LiteAttention(block_size=16),)}, r"lite.*training"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -275,16 +275,16 @@ def test_what_can_not_be_drawn_is_told(base: Path, tmp_path: Path, arguments, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": None}, "takes a folder of videos or a number of drawn clips, got neither"),
-        ({"drawn": 3}, "got both"),
-        ({"data": None, "drawn": 0}, "drawn must be 1 or more, got 0"),
-        ({"rank": 0}, "rank must be 1 or more, got 0"),
-        ({"rank": 10**12}, "rank must be at most 10,000, got 1,000,000,000,000"),
-        ({"data": None, "drawn": 10**12}, "drawn must be at most 1,000,000, got 1,000,000,000,000"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
-        ({"caption_dropout": 1.0}, "caption_dropout must be a share from 0 to below 1, got 1.0"),
-        ({"dtype": "float16"}, "there is no dtype 'float16' to train with"),
-        ({"methods": (EasyCache(),)}, "easycache acts on forward, which says nothing to a model in training"),
+        ({"data": None}, r"videos.*drawn clips, got neither"),
+        ({"drawn": 3}, r"videos.*drawn clips, got both"),
+        ({"data": None, "drawn": 0}, r"drawn.*1 or more, got 0"),
+        ({"rank": 0}, r"rank.*1 or more, got 0"),
+        ({"rank": 10**12}, r"rank.*10,000, got 1,000,000,000,000"),
+        ({"data": None, "drawn": 10**12}, r"drawn.*1,000,000, got 1,000,000,000,000"),
+        ({"learning_rate": 0.0}, r"learning_rate.*above 0, got 0.0"),
+        ({"caption_dropout": 1.0}, r"caption_dropout.*0.*1, got 1.0"),
+        ({"dtype": "float16"}, "dtype 'float16'"),
+        ({"methods": (EasyCache(),)}, r"easycache.*forward.*training"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -296,12 +296,12 @@ def test_values_out_of_range(tmp_path: Path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 4}, r"is of another training \(rank: 2 there, 4 asked; .*; train as it was, or into another folder"),
-        ({"methods": ()}, r"the methods: \{'radial'"),
+        ({"rank": 4}, "rank: 2 there, 4 asked; "),
+        ({"methods": ()}, r"methods: \{'radial'"),
         ({"num_frames": 5}, "num_frames: 9 there, 5 asked"),
-        ({"batch_size": 2}, "clips a step: 1 there, 2 asked"),
-        ({"model": "other"}, "the base model's weights: "),
-        ({"data": "fewer"}, "the clips and captions: "),
+        ({"batch_size": 2}, "a step: 1 there, 2 asked"),
+        ({"model": "other"}, "model's weights: "),
+        ({"data": "fewer"}, "captions: "),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -325,32 +325,26 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
     trained(base, output, steps=1)
     assert [json.loads(line)["step"] for line in (output / "log.jsonl").open()] == [1]
     next((output / "checkpoints").iterdir()).unlink()
-    with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors of an earlier training; choose"):
+    with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors"):
         finetune(recipe(base, output=output))
 
 
 def test_a_broken_checkpoint_is_told(base: Path, tmp_path: Path):
     trained(base, tmp_path, steps=1)
     next((tmp_path / "checkpoints").iterdir()).write_bytes(b"nothing")
-    with pytest.raises(
-        ConfigError, match=r"the checkpoint .* can't be read .*; delete it to go on from the one before"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpoint .*step-00000001\.pt.*delete"):
         finetune(recipe(base, output=tmp_path, steps=2, resume=True))
 
 
 def test_processes_that_groups_cannot_share_are_told(base: Path):
     for processes in (1, 3, 5):
-        with pytest.raises(
-            ConfigError, match=f"to share each clip, and {processes} were started; start a multiple of 2"
-        ):
+        with pytest.raises(ConfigError, match=rf"ulysses = 2.*{processes} were"):
             settle(recipe(base, ulysses=2), processes)
     assert settle(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):
-    with pytest.raises(
-        UnsupportedModel, match="made for FluxPipeline, which finetune can't train; it trains WanPipeline"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"FluxPipeline.*trains WanPipeline"):
         finetune(FineTuning(data=tmp_path, output=tmp_path / "out", model="flux-tiny", num_frames=1))
     assert not (tmp_path / "out").exists()
 
@@ -358,14 +352,14 @@ def test_other_pipelines_are_refused_by_name(tmp_path: Path):
 def test_a_lora_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
     trained(base, tmp_path / "lora", steps=1)
     pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"the LoRA .* does not fit WanPipeline: .*size mismatch"):
+    with pytest.raises(ConfigError, match=r"LoRA .*WanPipeline: .*size mismatch"):
         load_lora(pipe, str(tmp_path / "lora"))
     for name, message in (
         (
             "none.safetensors",
-            "there is no LoRA at .*none.safetensors; give a .safetensors file, its folder, or a hub id",
+            r"LoRA at .*none.safetensors",
         ),
-        ("videos", "holds no pytorch_lora_weights.safetensors"),
+        ("videos", r"no pytorch_lora_weights.safetensors"),
     ):
         result = CliRunner().invoke(app, ["generate", "a red circle", "--lora", str(base / name)])
         assert result.exit_code == 2

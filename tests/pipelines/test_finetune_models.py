@@ -200,15 +200,15 @@ def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("hunyuan-video", {"num_frames": 16}, "num_frames must be a multiple of 4 and 1 more .*, such as 17, got 16"),
-        ("mochi", {"num_frames": 27}, "num_frames must be a multiple of 6 and 1 more for .*, such as 25, got 27"),
-        ("ltx", {"num_frames": 29}, "num_frames must be a multiple of 8 and 1 more for .*, such as 25, got 29"),
-        ("hunyuan-video", {"width": 72}, "width must be a multiple of 16 for .*, got 72"),
-        ("ltx", {"height": 144}, "height must be a multiple of 32 for .*, got 144"),
-        ("mochi", {"num_frames": 31}, "has 29 frames, and 31 are to be trained on"),
-        ("wan a14b low", {"expert": None}, "has two transformers for different noise levels; say which one .*--expert"),
-        ("ltx", {"ulysses": 2}, "1 were started; start a multiple of 2"),
-        ("mochi", {"expert": "low"}, "has one transformer, got expert 'low'; leave it out"),
+        ("hunyuan-video", {"num_frames": 16}, r"num_frames.*4 and 1 more.*such as 17, got 16"),
+        ("mochi", {"num_frames": 27}, r"num_frames.*6 and 1 more.*such as 25, got 27"),
+        ("ltx", {"num_frames": 29}, r"num_frames.*8 and 1 more.*such as 25, got 29"),
+        ("hunyuan-video", {"width": 72}, r"width.*16.*got 72"),
+        ("ltx", {"height": 144}, r"height.*32.*got 144"),
+        ("mochi", {"num_frames": 31}, r"29 frames.*31"),
+        ("wan a14b low", {"expert": None}, r"two transformers.*--expert"),
+        ("ltx", {"ulysses": 2}, "ulysses = 2.*1 were started"),
+        ("mochi", {"expert": "low"}, "one transformer, got expert 'low'"),
     ],
 )
 def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path, name: str, changes: dict[str, Any], message: str):
@@ -219,7 +219,7 @@ def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path, name: str, chan
 
 def test_tokens_that_cannot_be_split_are_told_before_anything_is_loaded(bases):
     for name in ("ltx", "mochi"):
-        with pytest.raises(ConfigError, match=f"the adapter '{name}' does not say how the model's tokens are split"):
+        with pytest.raises(ConfigError, match=rf"adapter '{name}'.*tokens"):
             settle(recipe(bases[name], **of(name, ulysses=2)), 4)
     assert settle(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
 
@@ -227,17 +227,17 @@ def test_tokens_that_cannot_be_split_are_told_before_anything_is_loaded(bases):
 def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):
     folder = pipeline_folder(CASES["wan ti2v"], tmp_path / "model")
     changed_index(folder, _class_name="CogVideoXPipeline")
-    with pytest.raises(UnsupportedModel, match=r"made for CogVideoXPipeline, .* \(its model predicts v on a schedule"):
+    with pytest.raises(UnsupportedModel, match=r"CogVideoXPipeline, .*predicts v"):
         finetune(recipe(tmp_path, **of("wan ti2v")))
     changed_index(folder, _class_name="WanPipeline", transformer_2=["diffusers", "WanTransformer3DModel"])
-    with pytest.raises(ConfigError, match="has two transformers and boundary_ratio None, which tells none their noise"):
+    with pytest.raises(ConfigError, match=r"two transformers.*boundary_ratio None"):
         finetune(recipe(tmp_path, **of("wan ti2v", expert="high")))
 
 
 def test_fused_projections_are_refused(bases):
     pipe = opened(bases["wan ti2v"])
     pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(UnsupportedModel, match="attn1 has its queries, keys and values fused; unfuse them to train"):
+    with pytest.raises(UnsupportedModel, match=r"attn1.*fused"):
         add_lora(pipe.transformer, TRAINABLE["WanPipeline"], recipe(bases["wan ti2v"]))
 
 

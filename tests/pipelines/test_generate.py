@@ -89,9 +89,7 @@ def test_prompts_have_seeds_of_their_own_unless_they_are_to_be_compared(tmp_path
     asked = dataclasses.replace(request(tmp_path), prompts=("a", "b", "c"), seed=7)
     assert asked.seeds() == [7, 8, 9]
     assert dataclasses.replace(asked, same_seed=True).seeds() == [7, 7, 7]
-    with pytest.raises(
-        ConfigError, match=r"seeds must be from 0 to 2\*\*63 - 1, got 9223372036854775806 for the first of 3"
-    ):
+    with pytest.raises(ConfigError, match=r"seeds.*0 to 2\*\*63 - 1, got 9223372036854775806.*3"):
         dataclasses.replace(asked, seed=2**63 - 2)
 
 
@@ -133,7 +131,7 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
-    with pytest.raises(ConfigError, match=r"unknown word\(s\) xylophone; the embedded model knows only"):
+    with pytest.raises(ConfigError, match=r"word\(s\) xylophone"):
         settle(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
     assert name in registry.families()
 
@@ -228,7 +226,7 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, message, tmp_p
 
 def test_bad_prompt_files(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt has no prompt in it; write one per line"):
+    with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt.*no prompt"):
         read_prompts(tmp_path / "empty.txt")
 
 
@@ -244,7 +242,7 @@ def test_every_file_must_be_writable_before_anything_runs(tmp_path: Path, taken:
         changes: dict[str, Any] = dict(prompts=(PROMPT, PROMPT), output=tmp_path / "a.gif")
     else:
         changes = dict(output=tmp_path / taken.removesuffix(".json"))
-    with pytest.raises(ConfigError, match=f"output .*{taken} can't be written: it is a folder; name a file in it"):
+    with pytest.raises(ConfigError, match=rf"{taken}.*a folder"):
         request(tmp_path, **changes)
 
 
@@ -257,7 +255,7 @@ def copy_model(folder: Path) -> Path:
 
 def test_a_folder_without_weights(tmp_path: Path):
     folder = str(copy_model(tmp_path / "model"))
-    with pytest.raises(UnsupportedModel, match=r"diffusers can't load '.*model': "):
+    with pytest.raises(UnsupportedModel, match=r"diffusers.*load '.*model': "):
         load_pipeline(request(tmp_path, model=folder))
 
 
@@ -267,7 +265,7 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
     asked = request(tmp_path, model=str(folder), height=33)
     assert settle(asked) == (asked, None, [], [])
-    with pytest.raises(UnsupportedModel, match="no adapter covers the transformer class WanTransformer4D; did"):
+    with pytest.raises(UnsupportedModel, match=r"adapter.*class WanTransformer4D"):
         settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
 
@@ -333,7 +331,7 @@ def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monke
 def test_values_that_are_no_numbers_are_no_picture():
     frames = np.zeros((1, 2, 4, 4, 3), np.float32)
     frames[0, 1, 2, 2, 0] = np.nan
-    with pytest.raises(ConfigError, match=r"values that are no numbers \(nan or infinite\), which no picture can show"):
+    with pytest.raises(ConfigError, match=r"no numbers \(nan"):
         generation.frames_of(SimpleNamespace(frames=frames))
 
 

@@ -102,7 +102,7 @@ def test_a_new_class_that_tells_nothing_is_named():
         "    def __call__(self): ...\n"
     )
     new = Source(ast.parse(text).body[0], text.splitlines())
-    with pytest.raises(AssertionError, match="name them in an adapter's guidance: NewPipeline"):
+    with pytest.raises(AssertionError, match="guidance: NewPipeline"):
         require_told([new])
 
 

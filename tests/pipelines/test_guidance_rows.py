@@ -22,7 +22,7 @@ RESCALING = {
     "nucleus-image", "joyimage-edit", "joyimage-edit-plus",
 }  # fmt: skip
 """Pipelines that scale the guided prediction by the conditional one, so that nothing can be folded into both."""
-REFUSED = pytest.raises(ConfigError, match="can't be folded into this pipeline's guidance")
+REFUSED = pytest.raises(ConfigError, match=r"folded.*guidance")
 BRANCHES = {"pag": PAG(layers="L1", scale=2.0), "slg": SLG(layers="L1", scale=2.0, start=0.0, stop=1.0)}
 FREE = PAG(layers="L1", mode="free")
 
@@ -214,8 +214,7 @@ def test_a_pipeline_of_another_class_that_tells_nothing_is_refused_by_name():
             torch.no_grad(),
             pytest.raises(
                 ConfigError,
-                match=rf"{method.name} must know which prompt each forward holds, and Own does not tell; open "
-                r"transformer\.cache_context\(name\) .*, or name the class in the guidance of the adapter 'flux'",
+                match=rf"{method.name}.*which prompt.*Own.*transformer\.cache_context\(name\) .*adapter 'flux'",
             ),
         ):
             other(**call)
@@ -230,7 +229,7 @@ def test_a_subclass_that_hands_its_call_on_rescales_as_the_class_does():
     assert type(pipe).__name__ == "Small"
     with (
         dit_accel.attach(pipe, PAG(layers="L1")),
-        pytest.raises(ConfigError, match="it rescales the guided prediction to the conditional one's norm"),
+        pytest.raises(ConfigError, match=r"pag.*rescales.*norm"),
     ):
         run("qwen-image-edit", pipe, call, (0,), (0,))
 
@@ -244,7 +243,7 @@ def test_pipelines_with_perturbed_attention_of_their_own_are_refused():
         dit_accel.attach(other.transformer, PAG(layers="L1")),
         pytest.raises(
             ConfigError,
-            match="pag does not go with StableDiffusion3PAGPipeline: it guides by perturbed attention of its own",
+            match=r"pag.*StableDiffusion3PAGPipeline.*perturbed attention",
         ),
     ):
         run("sd3", other, {**call, "pag_scale": 0.0}, (0,), (0,))

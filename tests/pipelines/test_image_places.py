@@ -187,7 +187,7 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
         assert all(map(torch.equal, forward(transformer, ragged)[0], plain))
     with (
         dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match=r"z-image\) can't be thinned out in this call: the rows of the batch have"),
+        pytest.raises(ConfigError, match=r"z-image\).*rows.*lengths"),
     ):
         forward(transformer, ragged)
 
@@ -201,7 +201,7 @@ def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> 
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
         dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match=rf"{name}\) can't be thinned out in this call: {match}"),
+        pytest.raises(ConfigError, match=rf"{name}\).*this call: {match}"),
     ):
         forward(transformer, inputs)
     assert torch.equal(forward(transformer, inputs)[0], plain)
@@ -210,14 +210,14 @@ def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> 
 def test_lumina2_takes_one_prompt_length_a_call():
     model = tiny.LUMINA2[0]
     inputs = dict(model.inputs(2), encoder_attention_mask=tiny.text_mask(2))
-    refused("lumina2", build(model), inputs, r"each image of a batch begins behind its own prompt \(\(5, 4\) tokens\)")
+    refused("lumina2", build(model), inputs, r".*own prompt \(\(5, 4\) tokens\)")
 
 
 def test_joyimage_plus_takes_one_size_a_call():
     model = other.JOYIMAGE_EDIT_PLUS[0]
     inputs = model.inputs(2)
     inputs["shape_list"][1] = [(1, 10, 8), (1, 2, 3)]
-    refused("joyimage-edit-plus", build(model), inputs, r"the rows of the batch make images of different sizes, \[\(")
+    refused("joyimage-edit-plus", build(model), inputs, r".*images.*sizes, \[\(")
 
 
 def test_hidream_needs_latents_that_tell_their_size():
@@ -226,7 +226,7 @@ def test_hidream_needs_latents_that_tell_their_size():
         model.inputs(1), hidden_states=torch.randn(1, 80, 16), img_ids=tiny.ids()[None], img_sizes=[(8, 10)],
         hidden_states_masks=torch.ones(1, 80),
     )  # fmt: skip
-    refused("hidream", build(model), inputs, "its latents are patches already, whose positions are not given")
+    refused("hidream", build(model), inputs, ".*patches already.*positions")
 
 
 def test_joyimage_items_stand_behind_the_last_one():
@@ -268,7 +268,7 @@ def test_chroma_refuses_a_mask_of_numbers():
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
         dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match="biases other than 0 and -1"),
+        pytest.raises(ConfigError, match=r"biases.*0 and -1"),
     ):
         forward(transformer, inputs)
 
@@ -298,9 +298,7 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     with (
         dit_accel.attach(transformer, SOL.active),
         transformer.cache_context("cond", step_index=0, num_inference_steps=2),
-        pytest.raises(
-            ConfigError, match=r"flux\) reads its tokens' positions off tensor values, which can't be done in a"
-        ),
+        pytest.raises(ConfigError, match=r"flux\).*tokens' positions.*tensor values"),
     ):
         forward(compiled, inputs)
     torch._dynamo.reset()
@@ -336,6 +334,6 @@ def test_the_mask_of_omnigen_is_no_key_padding():
     assert not visible[0, 0, 2, 3]
     assert not visible[0, 0, :7, 7:].any()
     assert visible[0, 0, 7:].all()
-    with pytest.raises(ConfigError, match="pairs queries with keys in another way"):
+    with pytest.raises(ConfigError, match=r"bool \[1, 1, 87, 87\].*pairs"):
         key_validity(visible, 1, 87, 87)
     assert "its mask pairs queries with keys" in NOT_SUPPORTED["OmniGenTransformer2DModel"]

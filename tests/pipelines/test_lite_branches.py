@@ -59,7 +59,7 @@ def run_branches(transformer, latents, text, branches=BRANCHES, told=True, mixin
                 for layer, call in enumerate(calls[-3:]):
                     calls_of.setdefault((branch, layer), []).append(call)
         report = attachment.report()
-        held = len(lite._states.by_key)
+        held = len(lite._states)
     assert len(calls) == STEPS * len(branches) * 3
     return calls_of, outs, report, held
 
@@ -184,7 +184,7 @@ def test_guiders_that_skip_blocks_or_smooth_queries_keep_their_branch_apart(kind
     assert dense == {("pred_cond", 2), ("pred_uncond", 2), (third, 1 if skipped else 2)}
     with dit_accel.attach(transformer, RUTHLESS) as attachment:
         first = guided(transformer, guider(), inputs)
-        keys = attachment._execution.handlers[0]._states.by_key
+        keys = attachment._execution.handlers[0]._states
         assert {(key[1], key[2]) for key in keys} == {
             (layer, name) for layer in (0, 1) for name in plain if not (skipped and layer == 1 and name == third)
         }

@@ -43,7 +43,7 @@ def test_mp4_keeps_size_rate_and_pictures(tmp_path: Path, frames):
 
 
 def test_odd_sizes_are_no_mp4(tmp_path: Path, frames):
-    with pytest.raises(ConfigError, match=r"H.264 needs even sizes, got 63 x 48; use --scale 2, .gif or .png"):
+    with pytest.raises(ConfigError, match=r"H.264.*got 63 x 48.*--scale 2, .gif"):
         write_media(tmp_path / "a.mp4", frames[:, :, :63], fps=8)
 
 
@@ -71,18 +71,18 @@ def test_a_contact_sheet_shows_every_video(frames):
 
 
 def test_bad_contact_sheets(frames):
-    with pytest.raises(ConfigError, match="a contact sheet needs videos of the same size, got"):
+    with pytest.raises(ConfigError, match=r"contact sheet.*same size, got"):
         contact_sheet([frames, frames[:, :20]])
-    with pytest.raises(ConfigError, match="a contact sheet needs one label per video, got 1 for 2"):
+    with pytest.raises(ConfigError, match=r"one label.*got 1 for 2"):
         contact_sheet([frames, frames], ["one"])
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"output a.avi ends in '.avi'; use one of .mp4, .gif, .png"):
+    with pytest.raises(ConfigError, match=r"a.avi.*'.avi'.*.mp4"):
         check_output(Path("a.avi"))
-    with pytest.raises(ConfigError, match=r"output .*none/a.gif can't be written: .*none is not a folder; create it"):
+    with pytest.raises(ConfigError, match=r"none/a.gif.*none .*folder"):
         check_output(tmp_path / "none" / "a.gif")
-    with pytest.raises(ConfigError, match=r"output a.avi ends in '.avi'"):
+    with pytest.raises(ConfigError, match=r"a.avi.*'.avi'"):
         write_media(Path("a.avi"), np.zeros((1, 2, 2, 3), np.uint8), fps=1)
     check_output(tmp_path / "a.mp4")
 
@@ -90,16 +90,16 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch):
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
-    with pytest.raises(ConfigError, match=r"a.mp4 needs ffmpeg \(No ffmpeg exe could be found.\); use .gif or .png"):
+    with pytest.raises(ConfigError, match=r"a.mp4.*ffmpeg \(No ffmpeg exe"):
         check_output(tmp_path / "a.mp4")
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo disk full >&2; exit 7", "ffmpeg ended with exit code 7 and wrote no video: disk full"),
-        ("cat > /dev/null; exit 1", "ffmpeg ended with exit code 1 and wrote no video: no reason"),
-        ("kill -9 $$", "ffmpeg ended with exit code -9 and wrote no video: no reason"),
+        ("echo disk full >&2; exit 7", r"exit code 7.*disk full"),
+        ("cat > /dev/null; exit 1", r"exit code 1.*no reason"),
+        ("kill -9 $$", r"exit code -9.*no reason"),
     ],
 )
 def test_a_failing_ffmpeg_is_an_error_and_leaves_the_old_file(tmp_path: Path, frames, monkeypatch, script, message):
@@ -137,15 +137,13 @@ def test_videos_are_read_frame_by_frame(tmp_path: Path, frames, suffix):
     assert np.abs(np.stack([np.asarray(one) for one in read]).astype(float) - frames).mean() < 6
 
 
-@pytest.mark.parametrize(("read", "what"), [(read_image, "an image file, such as .png"), (read_video, "a video file")])
+@pytest.mark.parametrize(("read", "what"), [(read_image, r"image file.*\.png"), (read_video, "video file")])
 def test_pictures_that_cannot_be_read(tmp_path: Path, read, what):
     kind = read.__name__.removeprefix("read_")
-    with pytest.raises(
-        ConfigError, match=rf"{kind} .*none.mp4 can't be read \(No such file or directory\); give {what}"
-    ):
+    with pytest.raises(ConfigError, match=rf"{kind} .*none.mp4.*\(No such file.*{what}"):
         read(tmp_path / "none.mp4")
     (tmp_path / "bad.mp4").write_text("no picture")
-    with pytest.raises(ConfigError, match=rf"{kind} .*bad.mp4 can't be read \(.+\); give {what}"):
+    with pytest.raises(ConfigError, match=rf"{kind} .*bad.mp4.*\(.+\).*{what}"):
         read(tmp_path / "bad.mp4")
 
 

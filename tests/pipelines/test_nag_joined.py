@@ -132,19 +132,19 @@ def test_compiled_blocks_are_guided_as_well():
 def test_texts_that_can_t_be_laid_beside_the_prompt_are_refused_with_the_reason():
     pipe, call = IMAGES["flux"]()
     for embeds, why in (
-        (text_of(4), r"nag's negative text has 4 tokens and transformer gets a prompt of 6; without a mask they must"),
-        (text_of(6)[..., :8], r"nag's negative text has 8 channels, and transformer gets a prompt of 16"),
+        (text_of(4), r"negative text.*4 tokens.*6.*mask"),
+        (text_of(6)[..., :8], r"negative text.*8 channels.*16"),
     ):
         with dit_accel.attach(pipe, NAG(negative_embeds=embeds)), pytest.raises(ConfigError, match=why):
             run("flux", pipe, call)
     pipe, call = IMAGES["flux2-klein-kv"]()
     with (
         dit_accel.attach(pipe, NAG(negative_embeds=text_of(6))),
-        pytest.raises(ConfigError, match="is given kv_cache, which holds the prompt's rows alone"),
+        pytest.raises(ConfigError, match=r"kv_cache.*prompt's rows"),
     ):
         generate_image(pipe, call)
     pipe, call = VIDEOS["mochi"]()
-    with pytest.raises(ConfigError, match="on mochi it can't: its processor attends row by row"):
+    with pytest.raises(ConfigError, match=r"nag.*mochi.*processor"):
         dit_accel.attach(pipe, NAG(negative_embeds=text_of(6)))
     assert dit_accel.attachment_of(pipe) is None
 

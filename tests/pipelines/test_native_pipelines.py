@@ -71,7 +71,7 @@ def test_pipelines_without_contexts_are_given_some(name, config):
         tiny_image_pipelines.generate(pipe, call, height=64, width=64)
         assert torch.equal(tiny_image_pipelines.generate(pipe, call), first)
     pipe.transformer.enable_cache(config)
-    with pytest.raises(ValueError, match="No cache context is set"):
+    with pytest.raises(ValueError, match="cache context"):
         tiny_image_pipelines.generate(pipe, call)
 
 
@@ -89,7 +89,7 @@ def test_faster_cache_skips_the_unconditional_half():
         ran, of = counted(attachment)
         assert 0 < ran < of
         assert torch.equal(tiny_pipelines.generate(pipe, call), first)
-        with pytest.raises(ConfigError, match=r"needs guidance in one batched call"):
+        with pytest.raises(ConfigError, match=r"FasterCacheConfig.*batched call"):
             tiny_pipelines.generate(pipe, call, guidance_scale=1.0)
         assert torch.equal(tiny_pipelines.generate(pipe, call), first)
     native.transformer.enable_cache(faster)
@@ -108,5 +108,5 @@ def test_the_text_cache_changes_nothing():
 def test_sea_cache_is_refused_where_the_scheduler_tells_no_sigma():
     pipe, call = tiny_pipelines.cogvideox()
     sea = SeaCacheConfig(raw_vision_callback=lambda module, args, kwargs: list(kwargs["hidden_states"].mT))
-    with dit_accel.attach(pipe, sea), pytest.raises(ConfigError, match=r"needs the step's sigma in \[0, 1\]"):
+    with dit_accel.attach(pipe, sea), pytest.raises(ConfigError, match=r"sigma in \[0, 1\]"):
         tiny_pipelines.generate(pipe, call)

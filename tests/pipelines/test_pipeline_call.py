@@ -83,7 +83,7 @@ def test_pictures_are_optional_where_the_pipeline_says_so(name: str, given: dict
 
 def test_a_class_that_diffusers_does_not_have():
     for name in ("WanPipeline9", ["module", "Custom"], None, "__version__"):
-        with pytest.raises(UnsupportedModel, match=r"which diffusers .* does not have; update diffusers, or load the"):
+        with pytest.raises(UnsupportedModel, match=r"pipeline class.*diffusers \d"):
             call_of(name)  # type: ignore[arg-type]
 
 
@@ -113,10 +113,10 @@ def test_bad_requests_are_refused_before_weights_are_loaded(tmp_path: Path, monk
     text = str(model_folder(tmp_path / "t2v"))
     video = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
     for changes, message in (
-        (dict(model=text, image=tmp_path / "b.png"), "takes no image"),
-        (dict(model=video), "starts from a video"),
-        (dict(model=video, video=tmp_path / "b.mp4"), "video .*b.mp4 can't be read"),
-        (dict(model=video, video=tmp_path / "b.mp4", num_frames=9), "takes no num_frames, got 9"),
+        (dict(model=text, image=tmp_path / "b.png"), "WanPipeline.*no image, got"),
+        (dict(model=video), "WanVideoToVideoPipeline.*--video"),
+        (dict(model=video, video=tmp_path / "b.mp4"), r"video .*b.mp4.*read"),
+        (dict(model=video, video=tmp_path / "b.mp4", num_frames=9), "no num_frames, got 9"),
     ):
         with pytest.raises(ConfigError, match=message):
             generate(request(tmp_path, **changes))

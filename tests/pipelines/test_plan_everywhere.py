@@ -32,10 +32,8 @@ SMALL = {
     "ultraimage": {"trained_height": 3, "trained_width": 3},
 }
 REFUSALS = (
-    r"makes? no sense on|delta corrects what a sparse method leaves out|both set the|both cache|needs the input of|"
-    r"would mix|has none to change|lays a negative text beside the prompt, .* it can't|"
-    r"both change the rotary frequencies|and lite takes all of them|has no rotary positions that could be changed|"
-    r"scales its positions along height"
+    r"sense on|delta corrects|both set|both cache|the input|would mix|has none|"
+    r"negative text .* it can't|both change|lite takes|no rotary|positions along"
 )
 TOLD = CrossAttention | JoinedText
 SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}

@@ -114,9 +114,9 @@ def test_the_launchers_variables():
     assert started_process({"RANK": "3"}) == Process()
     given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert started_process(given) == Process(rank=5, count=8, local_rank=1, local_count=4)
-    with pytest.raises(ConfigError, match="a launcher's variables must be whole numbers, got RANK=x, WORLD_SIZE=8"):
+    with pytest.raises(ConfigError, match=r"variables.*got RANK=x, WORLD_SIZE=8"):
         started_process({**given, "RANK": "x"})
-    with pytest.raises(ConfigError, match="RANK=8 of WORLD_SIZE=8 and LOCAL_RANK=1 of LOCAL_WORLD_SIZE=4 contradict"):
+    with pytest.raises(ConfigError, match="RANK=8 of WORLD_SIZE=8 and LOCAL_RANK=1 of LOCAL_WORLD_SIZE=4"):
         started_process({**given, "RANK": "8"})
 
 
@@ -125,10 +125,10 @@ def test_each_process_takes_a_device_of_its_own():
     cards = mock.Mock(device_count=lambda: 4)
     with mock.patch.object(torch, "get_device_module", return_value=cards):
         assert one.device("cuda") == "cuda:1"
-        with pytest.raises(ConfigError, match="--device cuda:2 puts all 4 processes of this machine on one device"):
+        with pytest.raises(ConfigError, match=r"--device cuda:2.*4 processes"):
             one.device("cuda:2")
         cards.device_count = lambda: 3
-        with pytest.raises(ConfigError, match="4 processes were started on this machine, which has 3 cuda devices"):
+        with pytest.raises(ConfigError, match=r"4 processes.*3 cuda devices"):
             one.device("cuda")
     assert one.device("cpu") == "cpu"
     assert Process().device("cuda:2") == "cuda:2"
@@ -164,11 +164,11 @@ def test_groups_make_each_output_together(tmp_path: Path):
 
 
 def test_processes_that_make_no_groups_are_refused():
-    with pytest.raises(ConfigError, match="ulysses = 2 takes as many processes, got 1; start a multiple"):
+    with pytest.raises(ConfigError, match=r"ulysses = 2 .*processes, got 1"):
         started_process({}, together=2)
-    with pytest.raises(ConfigError, match="ulysses must be 1 or more processes, got 0"):
+    with pytest.raises(ConfigError, match=r"ulysses .*1 or more.*got 0"):
         started_process({}, together=0)
-    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 3, or choose another"):
+    with pytest.raises(ConfigError, match=r"ulysses = 3.*torchrun --nproc-per-node 3"):
         started_process({"RANK": "3", "WORLD_SIZE": "4"}, together=3)
     shared = [Process(rank=rank, count=6, together=2) for rank in range(6)]
     assert [one.own(range(5)) for one in shared] == [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]

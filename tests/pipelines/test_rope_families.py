@@ -44,9 +44,7 @@ def test_positions_move_as_the_adapter_says(name, number):
 @pytest.mark.parametrize(("name", "number"), sorted(WITHOUT))
 def test_a_model_without_rotary_positions_says_what_it_has(name, number):
     case = tiny(name, number)
-    text = (
-        f"{name} has no rotary positions that could be changed: .* adds (sinusoidal|learned) positions to the patches"
-    )
+    text = rf"{name}.*rotary positions.*(sinusoidal|learned)"
     with pytest.raises(ConfigError, match=text):
         rope_of(name, case.adapter.rope, case.transformer.config)
 
@@ -116,22 +114,22 @@ def with_rope(name, number=0, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("wan", dict(axes=lambda c: even(("frames", "height", "width"), 4)), "frames: the model has the frequencies"),
-        ("flux", dict(axes=lambda c: even(("height", "width", "frames"), 4)), "height: two neighbours along it"),
+        ("wan", dict(axes=lambda c: even(("frames", "height", "width"), 4)), r"frames: .*model.*frequencies"),
+        ("flux", dict(axes=lambda c: even(("height", "width", "frames"), 4)), "height: two neighbours"),
         (
             "helios",
             dict(parts=("freqs_base_t", "freqs_base_x", "freqs_base_y")),
-            "height: its positions differ along width",
+            r"height: .*along width",
         ),
-        ("kandinsky-5", dict(parts=("args_0", "args_2", "args_1")), "height: its positions differ along width"),
-        ("hunyuan-video", dict(asks=(0, 2, 1)), "height: its positions differ along width"),
-        ("hunyuan-video", dict(asks=(0, 1)), "width: nothing asked for its frequencies"),
-        ("qwen-image", dict(parts=()), "height: halved, its angles are not half|two neighbours along it"),
+        ("kandinsky-5", dict(parts=("args_0", "args_2", "args_1")), r"height: .*along width"),
+        ("hunyuan-video", dict(asks=(0, 2, 1)), r"height: .*along width"),
+        ("hunyuan-video", dict(asks=(0, 1)), "width: nothing"),
+        ("qwen-image", dict(parts=()), r"height: halved, its|two neighbours"),
         ("qwen-image", dict(asks=(0, 1, 2)), "height: "),
-        ("ideogram4", dict(text=lambda inputs: 7), "frames: its positions differ along height"),
-        ("flux-kin", dict(text=lambda inputs: 7), "the adapter takes tokens of the grid for text"),
-        ("anyflow", dict(caches=()), "did not make every axis from 'theta'"),
-        ("wan", dict(owner="rope.nothing"), "makes positions in 'rope.nothing', which WanTransformer3DModel"),
+        ("ideogram4", dict(text=lambda inputs: 7), r"frames: .*along height"),
+        ("flux-kin", dict(text=lambda inputs: 7), r"tokens.*for text"),
+        ("anyflow", dict(caches=()), r"every axis.*'theta'"),
+        ("wan", dict(owner="rope.nothing"), r"'rope.nothing'.*WanTransformer3DModel"),
     ],
 )
 def test_a_wrong_adapter_is_found(name, changes, message):
@@ -145,7 +143,7 @@ def test_a_change_of_a_class_is_found(monkeypatch):
         return RopeChange([(type(owner), name, value) for owner, name, value in change.attributes], change.inputs)
 
     monkeypatch.setattr(rope_checks, "changed", on_the_class)
-    with pytest.raises(AssertionError, match="a class or a module was changed"):
+    with pytest.raises(AssertionError, match="was changed"):
         check_rope(tiny("flux"))
 
 
@@ -180,7 +178,7 @@ def test_a_method_changes_positions_through_the_core(monkeypatch, name):
     if name == "hunyuan-dit":
         inputs["image_rotary_emb"] = embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (8, 10)), (8, 10))
     if name == "sd3":
-        with pytest.raises(ConfigError, match=r"sd3 has none to change: SD3 adds sinusoidal positions to the patch"):
+        with pytest.raises(ConfigError, match=r"rotary positions.*sd3.*SD3"):
             dit_accel.attach(case.transformer, HalfRope())
         return
     plain = case.run(inputs)

@@ -199,7 +199,7 @@ def test_training_is_no_generation_and_two_forwards_go_before_a_backward():
 
 def test_a_run_that_plans_nothing_warns_once_with_the_reason(pipe):
     with dit_accel.attach(pipe, RadialAttention(block_size=16, dense_steps=100)) as attachment:
-        with pytest.warns(UnplannedRun, match=r"radial: attached, but no .* 4 steps, .*dense_steps = 100"):
+        with pytest.warns(UnplannedRun, match=r"radial: .* 4 steps, .*dense_steps = 100"):
             generate_video(pipe)
         assert "no attention call of the run was planned" in str(attachment.report())
         with warnings.catch_warnings():
@@ -207,7 +207,7 @@ def test_a_run_that_plans_nothing_warns_once_with_the_reason(pipe):
             generate_video(pipe)
     with dit_accel.attach(pipe, RadialAttention(block_size=16, dense_steps=0)) as attachment:
         pipe.transformer.set_attn_processor(diffusers.models.transformers.transformer_wan.WanAttnProcessor())
-        with pytest.warns(UnplannedRun, match=r"3 of 3 attention processors were replaced after attach"):
+        with pytest.warns(UnplannedRun, match=r"radial: .*3 of 3.*processors"):
             generate_video(pipe)
         assert "3 of 3 attention processors were replaced" in str(attachment.report())
 

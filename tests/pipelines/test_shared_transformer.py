@@ -210,7 +210,7 @@ def test_a_second_thread_around_one_attachment_is_refused_and_the_first_one_righ
             first = run_in("first", lambda: wan_tiny.generate(wan))
         assert reached.wait(60)
         what = "a forward" if where == "forward" else "a run of WanPipeline"
-        match = rf"{what} of transformer is in progress in another thread, .* an attachment of its own"
+        match = rf"{what} of transformer.*thread"
         with pytest.raises(AttachError, match=match):
             wan_tiny.generate(other)
         go_on.set()
@@ -256,7 +256,7 @@ def test_loops_by_hand_in_two_threads_end_in_an_error_in_both_where_they_mixed()
 
         second = run_in("second", other)
         assert reached.wait(60)
-        with pytest.raises(AttachError, match="a forward of transformer is in progress in another thread"):
+        with pytest.raises(AttachError, match=r"a forward.*transformer.*thread"):
             forward(800.0)
         go_on.set()
         assert isinstance(second(), AttachError)
@@ -293,13 +293,13 @@ def compiled_after(make, *methods, **options):
     "make", [tiny_pipelines.ltx, pytest.param(tiny_pipelines.hunyuan_video, marks=pytest.mark.slow)]
 )
 def test_a_transformer_compiled_after_attach_is_refused_where_methods_act_around_it_or_inside(make, method):
-    with pytest.raises(ConfigError, match=r"can't run inside torch\.compile\(transformer\); for one"):
+    with pytest.raises(ConfigError, match=r"the forward.*torch\.compile\(transformer\)"):
         compiled_after(make, method)
 
 
 @pytest.mark.parametrize("method", [RADIAL, SparseD(block_size=16, density=0.3, dense_steps=1)], ids=lambda m: m.name)
 def test_a_transformer_compiled_after_attach_is_refused_where_its_pipeline_tells_no_steps(method):
-    with pytest.raises(ConfigError, match=r"tells none to its cache_context can't be followed inside torch\.compile"):
+    with pytest.raises(ConfigError, match=r"steps.*cache_context.*torch\.compile"):
         compiled_after(tiny_pipelines.ltx, method)
 
 
@@ -321,7 +321,7 @@ def test_a_transformer_compiled_after_attach_runs_attention_methods_where_its_pi
 def test_a_transformer_replaced_after_attach_is_told_of(wan):
     width = wan.transformer.config.text_dim
     own, other = wan.transformer, wan_tiny.tiny_transformer(7, text_dim=width)
-    match = r"transformer was replaced after attach by another WanTransformer3DModel, to which nothing is attached"
+    match = r"transformer was.*another WanTransformer3DModel"
     attachment = dit_accel.attach(wan, RADIAL, backend="torch")
     wan_tiny.generate(wan)
     assert not any("replaced" in note for note in attachment.report().notes)
@@ -345,7 +345,7 @@ def test_one_of_two_experts_replaced_after_attach_is_told_of_as_the_next_run_beg
     with dit_accel.attach(pipe, RADIAL, backend="torch"):
         wan_tiny.generate(pipe)
         pipe.transformer_2 = wan_tiny.tiny_transformer(2, text_dim=width)
-        with pytest.warns(ReplacedTransformer, match="transformer_2 was replaced after attach"):
+        with pytest.warns(ReplacedTransformer, match="transformer_2 was replaced"):
             wan_tiny.generate(pipe)
         with warnings.catch_warnings():
             warnings.simplefilter("error", ReplacedTransformer)

@@ -83,16 +83,16 @@ def test_solvers_converge_on_a_schedule_of_betas(solver, shipped):
     (far, exact), (near, _) = (denoised(one, make_scheduler(one, solver), steps) for steps in (10, 200))
     assert abs(near - exact) < 0.025  # the first step, out of pure noise, is of first order with every solver
     assert abs(near - exact) < abs(far - exact) / 8
-    with pytest.raises(ConfigError, match=r"has no noise shift, got flow_shift 2.0; leave it out"):
+    with pytest.raises(ConfigError, match=r"noise shift, got flow_shift 2.0"):
         make_scheduler(one, solver, 2.0)
 
 
 def test_what_knows_neither_schedule_is_refused():
-    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler knows no betas, which this model has; take"):
+    with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler.*betas"):
         scheduler_like(BETAS["cogvideox"], "FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ConfigError, match="DDIMScheduler knows no flow, which this model predicts; take, say"):
+    with pytest.raises(ConfigError, match=r"DDIMScheduler.*flow"):
         scheduler_like(SHIPPED["euler"], "DDIMScheduler")
-    with pytest.raises(ConfigError, match="EDMEulerScheduler has neither a noise shift nor betas, so UniPCMultistep"):
+    with pytest.raises(ConfigError, match=r"EDMEulerScheduler.*noise shift.*UniPCMultistep"):
         make_scheduler(EDMEulerScheduler(), "unipc")
 
 
@@ -103,10 +103,10 @@ def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds(solver):
     assert (scheduler.config["base_shift"], scheduler.config["max_shift"]) == (0.7, 1.3)
     assert scheduler.config["use_dynamic_shifting"]
     scheduler.set_timesteps(4, mu=0.9)
-    with pytest.raises(ConfigError, match=r"shift grows with its tokens, got flow_shift 2.0; leave it out"):
+    with pytest.raises(ConfigError, match=r"tokens, got flow_shift 2.0"):
         make_scheduler(shipped, solver, 2.0)
 
 
 def test_an_unknown_solver_is_refused():
-    with pytest.raises(ConfigError, match="there is no solver 'eulr'; did you mean 'euler'"):
+    with pytest.raises(ConfigError, match=r"solver 'eulr'.*'euler'"):
         make_scheduler(SHIPPED["euler"], "eulr")

@@ -129,15 +129,13 @@ def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_t
     pipe, call = IMAGES["qwen-image"]()
     with (
         dit_accel.attach(pipe, method),
-        pytest.raises(
-            ConfigError, match=r"can't be folded into this pipeline's guidance: it rescales the guided .*norm"
-        ),
+        pytest.raises(ConfigError, match=r"softpag.*guidance: it rescales.*norm"),
     ):
         run("qwen-image", pipe, call)
     pipe, call = VIDEOS["ltx"]()
     with (
         dit_accel.attach(pipe, method),
-        pytest.raises(ConfigError, match=r"guidance_rescale = 0\.7 scales the guided .*or use softpag\.mode = 'free'"),
+        pytest.raises(ConfigError, match=r"guidance: guidance_rescale = 0\.7.*softpag\.mode = 'free'"),
     ):
         run("ltx", pipe, call, guidance_rescale=0.7)
     with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0, mode="free")):
@@ -169,7 +167,7 @@ def test_behind_any_guider_the_branch_is_added_to_its_result(guider):
         made = run("hunyuan-image", pipe, call)
         assert attachment.report().section("softpag").data["forwards_added"] == 3
         pipe.guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True)
-        with pytest.raises(ConfigError, match="its guider AdaptiveProjectedMixGuidance does more with the conditional"):
+        with pytest.raises(ConfigError, match="guider AdaptiveProjectedMixGuidance"):
             run("hunyuan-image", pipe, call)
     pipe.guider = guider
     assert "forward" not in vars(guider)
@@ -203,7 +201,7 @@ def test_a_run_that_perturbs_nothing_is_told():
     pipe, call = IMAGES["flux"]()
     with dit_accel.attach(pipe, SoftPAG(heads="L1", mode="free")) as attachment:
         run("flux", pipe, call)
-        with pytest.warns(UserWarning, match="mode = 'free' perturbs the unconditional forward, and none ran"):
+        with pytest.warns(UserWarning, match=r"softpag.*mode = 'free'.*unconditional"):
             text = str(attachment.report())
         assert "perturbed nothing" in text
         with warnings.catch_warnings():

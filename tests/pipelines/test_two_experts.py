@@ -140,11 +140,11 @@ def test_a_profile_has_a_list_for_each(pipe, tmp_path):
 
 def test_a_profile_of_one_expert_or_of_other_weights_is_refused(pipe, make_pipe, tmp_path):
     path = write_profile(tmp_path / "one.json", pipe, transformer=[0])
-    with pytest.raises(ConfigError, match=r"was measured on transformer, and this pipeline has transformer_2; measure"):
+    with pytest.raises(ConfigError, match=r"on transformer, .*transformer_2"):
         dit_accel.attach(pipe, ProfilingCache(blocks=path))
     path = write_profile(tmp_path / "both.json", pipe, transformer=[0], transformer_2=[1])
     pipe.transformer_2 = tiny_transformer(6, text_dim=pipe.transformer.config.text_dim)
-    with pytest.raises(ConfigError, match=r"with weights \w{12}, transformer_2 has \w{12}; measure it"):
+    with pytest.raises(ConfigError, match=r"weights \w{12}, transformer_2.*\w{12}"):
         dit_accel.attach(pipe, ProfilingCache(blocks=path))
     assert dit_accel.attachment_of(pipe) is None
 

@@ -101,7 +101,7 @@ def test_causal_blocks_of_skyreels_are_refused():
     transformer._set_ar_attention(3)
     with (
         dit_accel.attach(transformer, ACTIVE),
-        pytest.raises(ConfigError, match=r"bool \[1, 1, 192, 192\] that pairs queries with keys in another"),
+        pytest.raises(ConfigError, match=r"bool \[1, 1, 192, 192\].*pairs"),
     ):
         run(transformer, inputs)
 
@@ -114,7 +114,7 @@ def test_kandinskys_own_sparse_attention_is_refused():
     sparse = {"sta_mask": torch.ones(14, 14, dtype=torch.bool), "P": 0.9, "to_fractal": True}
     with (
         dit_accel.attach(transformer, ACTIVE),
-        pytest.raises(ConfigError, match="can't follow a mask of type BlockMask, which the model passes for its own"),
+        pytest.raises(ConfigError, match="type BlockMask"),
     ):
         run(transformer, {**inputs, "sparse_params": sparse})
 

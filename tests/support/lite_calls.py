@@ -107,7 +107,7 @@ class Calls:
 
     def bits(self, branch: str = "cond", layer: int = 0, row: int = 0) -> Any:
         """Return the bits of a key's next call, int32 [B, H, N, W], or None."""
-        found = [s for key, s in self.handler._states.by_key.items() if key[:4] == ("transformer", layer, branch, row)]
+        found = [s for key, s in self.handler._states.items() if key[:4] == ("transformer", layer, branch, row)]
         return found[-1].bits if found else None
 
     def context(self, step: int | None = None, batch: int = 1, **changes: Any) -> CallContext:

@@ -15,7 +15,7 @@ from dit_accel.adapters.registry import adapter_for
 from dit_accel.adapters.rope import changeable_axes, rope_of
 from dit_accel.errors import ConfigError
 from dit_accel.methods.base import Place
-from dit_accel.methods.caches.native_limits import _WRONG
+from dit_accel.methods.caches.native_limits import why_wrong
 from dit_accel.methods.registry import handler_of
 
 UNREADABLE = {"LTX2DFRPipeline": "which of its tokens are the video's"}
@@ -83,7 +83,7 @@ def _no_positions(adapter: Adapter, transformer: Any) -> str | None:
 
 def _no_native(adapter: Adapter, transformer: Any, trial: Trial) -> str | None:
     kind, cls = "FirstBlockCacheConfig", type(transformer)
-    if not hasattr(transformer, "enable_cache") or cls.__name__ in _WRONG[kind]:
+    if not hasattr(transformer, "enable_cache") or why_wrong(kind, cls.__name__):
         return kind
     known = TransformerBlockRegistry._registry
     blocks = [

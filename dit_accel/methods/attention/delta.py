@@ -14,7 +14,7 @@ difference, cancels it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
@@ -78,13 +78,9 @@ class Groups:
 
 @lru_cache(maxsize=16)
 def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> Groups:
-    """Cut each frame's tokens into raster runs of ``stride``; text is in no group.
+    """Cut each frame's tokens into raster runs of ``stride``, of which the last may have fewer; text is in no group.
 
-    Args:
-        layout: the sequence.
-        stride: tokens of a group; the last of a frame may have fewer.
-        device: where the groups are wanted.
-        turn: 0 makes the centre the representative; each further turn moves it by a golden section of the group.
+    The representative is the centre; each ``turn`` moves it by a golden section of the group.
     """
     s = layout.tokens_per_frame
     starts = torch.arange(0, s, stride)
@@ -97,29 +93,6 @@ def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> G
         return Groups(rows=rows.flatten().to(device).clone(), of=of.flatten().to(device).clone())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredError:
-    """What the planned part of one attention call was off by at its probe rows, before any correction.
-
-    Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
-        layer: the attention module's index in its transformer.
-        rows: share of the call's query rows that were probed, each by dense attention besides what the plan computes.
-        by_head: norm of (planned - dense) over the norm of dense, of each head, over probe rows and batch.
-        first_head: the first of these heads: those of one process, where several share a layer's.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    layer: int
-    rows: float
-    by_head: tuple[float, ...]
-    first_head: int = 0
-
-
 class DeltaHandler(AttentionHandler):
     """DeltaAttention on one model: corrects what the other methods' plans computed."""
 
@@ -129,7 +102,7 @@ class DeltaHandler(AttentionHandler):
 
     def __init__(self, config: DeltaAttention, model: Model) -> None:
         super().__init__(config, model)
-        self.takers: tuple[RestoresTiles, ...] = ()
+        self.restorers: tuple[RestoresTiles, ...] = ()
         self.held: dict[Key, tuple[Tensor, int]] = {}
         self._measured: list[tuple[CallContext, Tensor]] = []
 
@@ -140,7 +113,7 @@ class DeltaHandler(AttentionHandler):
                 "delta corrects what a sparse method leaves out, but none is attached; add one, such as "
                 "RadialAttention() or --radial"
             )
-        self.takers = tuple(other for other in others if isinstance(other, RestoresTiles))
+        self.restorers = tuple(other for other in others if isinstance(other, RestoresTiles))
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Remark on groups that are smaller than asked for."""
@@ -156,11 +129,7 @@ class DeltaHandler(AttentionHandler):
         return False
 
     def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
-        """Add each group's correction; on probed calls measure the error and let tiles be taken back.
-
-        Raises:
-            ConfigError: if a backward may follow: the correction would be left out of it.
-        """
+        """Add each group's correction, measure the error in probed calls; refuse calls that a backward may follow."""
         if plan.is_dense:
             return out
         if context.differentiate:
@@ -209,34 +178,34 @@ class DeltaHandler(AttentionHandler):
         self._measured.clear()
 
     def report(self) -> Section | None:
-        """Return the errors at probe rows, before correction, and the work that they cost."""
-        probed_calls = tuple(
-            MeasuredError(
-                transformer=context.transformer,
-                step_index=context.step_index,
-                branch=context.branch,
-                layer=context.layer,
-                rows=self.probe_share(context.layout),
-                by_head=tuple(error.tolist()),
-                first_head=0 if context.heads is None else context.heads.start,
-            )
+        """Return the errors at probe rows, before correction, and the work that they cost.
+
+        An entry of ``measured`` is one probed call: ``rows`` is the share of its query rows that were computed densely
+        besides, ``by_head`` the norm of (planned - dense) over that of dense, over probe rows and batch, from
+        ``first_head`` on: several processes may share a layer's heads.
+        """
+        measured: list[dict[str, Any]] = [
+            {
+                **{name: getattr(context, name) for name in ("transformer", "step_index", "branch", "layer")},
+                "rows": self.probe_share(context.layout),
+                "by_head": tuple(error.tolist()),
+                "first_head": 0 if context.heads is None else context.heads.start,
+            }
             for context, error in self._measured
-        )
-        if not probed_calls:
+        ]
+        if not measured:
             return None
-        errors = [(error, one, head) for one in probed_calls for head, error in enumerate(one.by_head, one.first_head)]
+        errors = [(x, one, head) for one in measured for head, x in enumerate(one["by_head"], one["first_head"])]
         worst, one, head = max(errors, key=lambda entry: entry[0])
         mean = sum(error for error, *_ in errors) / len(errors)
-        probed: dict[tuple[Any, ...], float] = {}
-        for entry in probed_calls:
-            probed[entry.transformer, entry.step_index, entry.branch, entry.layer] = entry.rows
-        where = f"step {one.step_index}, layer {one.layer}, head {head}"
+        probed = {tuple(entry.values())[:4]: entry["rows"] for entry in measured}
+        where = f"step {one['step_index']}, layer {one['layer']}, head {head}"
         lines = (
             f"error at probe rows, before correction: {mean:.3f} mean, {worst:.3f} worst ({where})",
-            f"{len(probed_calls)} calls probed; their rows are dense, besides the tiles: {one.rows:.3f} of a call",
+            f"{len(measured)} calls probed; their rows are dense, besides the tiles: {one['rows']:.3f} of a call",
         )
-        data = {"mean": mean, "worst": worst, "measured": [asdict(entry) for entry in probed_calls]}
-        return Section(method=self.name, title="delta", lines=lines, data={**data, "probed_rows": sum(probed.values())})
+        data = {"mean": mean, "worst": worst, "measured": measured, "probed_rows": sum(probed.values())}
+        return Section(method=self.name, title="delta", lines=lines, data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what the probe rows cost."""
@@ -244,10 +213,10 @@ class DeltaHandler(AttentionHandler):
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
 
     def _restore_tiles(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:
-        takers = [one for one in self.takers if self.settings.reactivate and one.wants_gaps(plan, context)]
-        if takers:
+        restorers = [one for one in self.restorers if self.settings.reactivate and one.wants_gaps(plan, context)]
+        if restorers:
             gaps, shares = probe_gaps(plan, call, rows)
-            for one in takers:
+            for one in restorers:
                 one.restore_tiles(plan, context, gaps, shares, self.settings.margin)
 
 

@@ -57,25 +57,12 @@ class DFA(MethodConfig):
     last_steps: Steps = 1
 
     def at_an_end(self, index: int, count: int | None) -> bool:
-        """Tell whether a step of a run of ``count`` is one of the first or last ones, which are full.
-
-        Raises:
-            ConfigError: if that needs the number of steps, which is not known.
-        """
+        """Tell whether a step is one of a run's first or last ones, which are full; errors as of `end_steps`."""
         first, last = end_steps(self, "warmup_steps", "last_steps", count)
         return index < first or (count is not None and index >= count - last)
 
     def is_full(self, index: int, count: int | None, since: int) -> bool:
-        """Tell whether a step is full by the schedule alone.
-
-        Args:
-            index: the step's, from 0.
-            count: steps of the run; None: not known.
-            since: computed steps since the last full one.
-
-        Raises:
-            ConfigError: if that needs the number of steps, which is not known.
-        """
+        """Tell whether a step is full by the schedule alone, ``since`` computed steps after the last full one."""
         return self.at_an_end(index, count) or since >= self.every - 1
 
     def reusing(self, count: int) -> frozenset[int]:
@@ -106,7 +93,6 @@ class DFAHandler(AttentionHandler):
         self._transformer = ""
         self._reuse = False
         self._since = 0
-        self._peak = 0
         self._shares: list[dict[str, Any]] = []
 
     def check_with(self, others: Sequence[Handler]) -> None:
@@ -233,7 +219,7 @@ class DFAHandler(AttentionHandler):
         if self._reuse or context.differentiate or context.training or not self._held_from(context):
             return
         self._outputs[context.key] = out.detach().clone()
-        self._peak = max(self._peak, sum(one.nbytes for one in self._outputs.values()))
+        self.note_held(sum(one.nbytes for one in self._outputs.values()))
 
     def reset(self) -> None:
         """Free what is held."""
@@ -245,10 +231,6 @@ class DFAHandler(AttentionHandler):
     def begin_run(self) -> None:
         """Forget what was done."""
         self._shares.clear()
-
-    def state_bytes(self) -> int:
-        """Return the most memory that was held at once since attach."""
-        return self._peak
 
     def report(self) -> Section | None:
         """Return the foreground's share at the full steps that others followed."""

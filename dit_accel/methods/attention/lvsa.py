@@ -31,7 +31,8 @@ class LVSA(SparseConfig):
 
     A latent frame sees about as many frames as the trained clips have, whatever the length: the first ones, every n-th
     (the anchors) and those around it. A clip that is no longer than the trained ones is left as it is. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`; tiles of a whole frame leave out most.
+    unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`; tiles of a whole frame leave out
+    most.
 
     Attributes:
         window: latent frames to either side that a frame sees.
@@ -72,17 +73,6 @@ class LVSA(SparseConfig):
         offsets = self.offsets(layout)
         return _tiles(self, layout, offsets[step % len(offsets)], str(torch.device(device)))
 
-    def remark(self, layout: TokenLayout) -> str:
-        """Return in words what happens to a clip of a layout."""
-        stride, length = self.rule.stride(layout.frames), f"{layout.frames} latent frames"
-        if stride == 1:
-            return f"lvsa leaves nothing out: {length}, trained on {self.trained_frames}"
-        turns = f"moving by one a step, {stride} steps a round" if self.rotate else "at the same places in every step"
-        return (
-            f"lvsa: {length}, trained on {self.trained_frames}; each sees {2 * self.window + 1} around it, the first "
-            f"{self.first} and every {stride}th, {turns}; {self.rule.density(layout.frames):.1%} of the frame pairs"
-        )
-
 
 @lru_cache(maxsize=64)  # a round of steps is as many lists as the stride
 def _tiles(settings: LVSA, layout: TokenLayout, offset: int, device: str) -> TileLists:
@@ -103,9 +93,17 @@ class LVSAHandler(SparseHandler):
     def __init__(self, config: LVSA, model: Model) -> None:
         super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
 
-    def check_layout(self, layout: TokenLayout) -> str | None:
+    def check_layout(self, layout: TokenLayout) -> str:
         """Tell how much longer the clip is, and what each frame sees."""
-        return self.settings.remark(layout)
+        own, rule = self.settings, self.settings.rule
+        stride, length = rule.stride(layout.frames), f"{layout.frames} latent frames"
+        if stride == 1:
+            return f"lvsa leaves nothing out: {length}, trained on {own.trained_frames}"
+        turns = f"moving by one a step, {stride} steps a round" if own.rotate else "at the same places in every step"
+        return (
+            f"lvsa: {length}, trained on {own.trained_frames}; each sees {2 * own.window + 1} around it, the first "
+            f"{own.first} and every {stride}th, {turns}; {rule.density(layout.frames):.1%} of the frame pairs"
+        )
 
     def applies(self, layout: TokenLayout) -> bool:
         """Whether the clip is so long that anything is left out."""
@@ -119,7 +117,7 @@ class LVSAHandler(SparseHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the tiles that the lists leave, mean over the anchors' offsets, and the lists' size."""
-        settings, note = self.settings, self.settings.remark(layout)
+        settings, note = self.settings, self.check_layout(layout)
         if not self.applies(layout):
             return Saving(notes=(note,))
         each = [settings.kept(layout, offset) for offset in settings.offsets(layout)]

@@ -94,8 +94,8 @@ class MaskHandler(SparseHandler):
         """Put the mask's tile lists and token order into the plan."""
         layout, tiling, device = context.layout, self.model.tiling, str(context.device)
         if (layout, device) not in self._lists:
-            kept, pooled = self.kept(layout, device), getattr(self.settings, "rest", "skip") == "pooled"
-            self._lists[layout, device] = visual_lists(kept, pooled, layout, tiling.block_size, device)
+            kept = self.kept(layout, device)
+            self._lists[layout, device] = visual_lists(kept, self.pools, layout, tiling.block_size, device)
         return plan.with_tiles(self._lists[layout, device], tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:

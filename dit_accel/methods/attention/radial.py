@@ -6,7 +6,7 @@ original: any token count, text tokens exact, pooled instead of skipped tiles, a
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,27 +27,13 @@ from ..options import gt
 from ..saving import Saving
 from .sparse import SparseConfig, SparseHandler
 
-DEFAULTS: Mapping[str, Any] = {
-    "decay_factor": 1.0,
-    "block_size": 128,
-    "near": "full",
-    "sink": True,
-    "dense_steps": 0.24,
-    "dense_last_steps": 0,
-    "dense_layers": 1,
-}
-"""What an option is where neither the user nor the model's recipe sets it: the paper's mask and warm-up (12 of 50)."""
-
-WORTHWHILE_TOKENS = 20_000
-"""Visual tokens below which radial rarely pays: the rest of the network then costs more than attention does."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RadialAttention(SparseConfig):
     """Sparse self-attention that keeps all of near frames and ever thinner bands of far ones (arXiv 2506.19852).
 
-    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`.
+    For unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`. A layout of one frame is
+    refused, by whatever is asked about it.
 
     Attributes:
         decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
@@ -63,7 +49,12 @@ class RadialAttention(SparseConfig):
     """
 
     name: ClassVar[str] = "radial"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    worthwhile_tokens: ClassVar[int] = 20_000
+    # the paper's mask and warm-up (12 of 50)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "decay_factor": 1.0, "block_size": 128, "near": "full", "sink": True, "dense_steps": 0.24,
+        "dense_last_steps": 0, "dense_layers": 1,
+    }  # fmt: skip
 
     decay_factor: Annotated[float, gt(0)] | None = None
     near: Literal["full", "half"] | None = None
@@ -94,11 +85,7 @@ class RadialAttention(SparseConfig):
 
         The lists count tokens as `token_order` sorts them: visual tokens, then text. A tile that holds any text token
         is exact in rows and columns.
-
-        Raises:
-            ConfigError: for a layout of one frame.
         """
-        _refuse_one_frame(layout)
         return _tiles(self.rule, self.rest, layout, str(torch.device(device)))
 
     def token_order(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor | None:
@@ -109,29 +96,17 @@ class RadialAttention(SparseConfig):
         """Return which visual tiles are exact, bool [N, N].
 
         With ``boundary="published"`` only whole tiles count, floor(n / B) a side, as in the original's figures.
-
-        Raises:
-            ConfigError: for a layout of one frame.
         """
-        _refuse_one_frame(layout)
-        kept = kept_tiles(self.rule, layout.frames, layout.height, layout.width)
+        kept = _kept(self.rule, layout)
         whole = layout.visual_tokens // self.tiling.block_size
         return kept[:whole, :whole] if self.boundary == "published" and whole else kept
 
     def density(self, layout: TokenLayout) -> float:
-        """Return the share of the visual tiles that are exact, in (0, 1].
-
-        Raises:
-            ConfigError: for a layout of one frame.
-        """
+        """Return the share of the visual tiles that are exact, in (0, 1]."""
         return float(self.kept(layout).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about radial on this layout, or None where it fits well.
-
-        Raises:
-            ConfigError: for a layout of one frame, or one in which it keeps no visual tile at all.
-        """
+        """Return what the user should know about radial here, or None; raise `ConfigError` if it keeps no tile."""
         kept = self.kept(layout)
         empty, tokens = int((~kept.any(axis=1)).sum()), layout.visual_tokens
         if empty == len(kept):
@@ -139,28 +114,24 @@ class RadialAttention(SparseConfig):
                 f"radial.boundary = 'published' leaves none of the {kept.size} tiles of {tokens} visual tokens; use "
                 "boundary = 'any', or smaller tiles"
             )
-        parts = []
-        if kept.all():
-            parts.append(f"radial keeps all {kept.size} tiles of {tokens} visual tokens, so it can't be faster here")
-        elif tokens < WORTHWHILE_TOKENS:
-            parts.append(f"radial seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here")
+        parts = [self.advice_on_size(layout, kept.size if kept.all() else 0)]
         if empty:
             parts.append(f"boundary = 'published' leaves {empty} of {len(kept)} block rows no visual tile; use 'any'")
-        return "; ".join(parts) or None
+        return "; ".join(filter(None, parts)) or None
 
 
-def _refuse_one_frame(layout: TokenLayout) -> None:
+def _kept(rule: RadialRule, layout: TokenLayout) -> np.ndarray:
     if layout.frames < 2:
         raise ConfigError(
             f"radial needs at least 2 latent frames, got {layout.frames} ({layout.height} x {layout.width} tokens): on "
             "one frame it is dense attention; leave it out for images"
         )
+    return kept_tiles(rule, layout.frames, layout.height, layout.width)
 
 
 @lru_cache(maxsize=16)
 def _tiles(rule: RadialRule, rest: str, layout: TokenLayout, device: str) -> TileLists:
-    kept = kept_tiles(rule, layout.frames, layout.height, layout.width)
-    return visual_lists(kept, rest == "pooled", layout, rule.block_size, device)
+    return visual_lists(_kept(rule, layout), rest == "pooled", layout, rule.block_size, device)
 
 
 class RadialHandler(SparseHandler):
@@ -178,7 +149,5 @@ class RadialHandler(SparseHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the tiles that the lists leave, and the lists' size."""
-        settings = self.settings
-        kept = settings.kept(layout)
-        advice = settings.advice(layout)
-        return replace(self.saving(kept, [kept], layout, steps), warnings=(advice,) if advice else ())
+        kept = self.settings.kept(layout)
+        return self.saving(kept, [kept], layout, steps)

@@ -14,46 +14,26 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from dit_accel_kernels import Routing, unpack_bits
 
-from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ...plan.tiling import full_lists_bytes, pinned_bits, pinned_bytes
+from ...plan.tiling import pinned_bits
 from ..base import Phase
-from ..saving import Saving, TileSaving
+from ..saving import Saving
+from ..steps import unknown_steps
 from .sparse import SparseConfig, SparseHandler
-
-DEFAULTS: Mapping[str, Any] = {
-    "beta": 1.0,
-    "beta_last": None,
-    "block_size": 64,
-    "dense_steps": 0.2,
-    "dense_last_steps": 0,
-    "dense_layers": 1,
-}
-"""What an option is where neither the user nor the model's recipe sets it: the paper's.
-
-Tiles are 64 as in the paper and all its ports, since beta's figures belong to them: a mean key of 128 tokens is a
-coarser score and a coarser stand-in. Tiles of 128 move half the bytes and pool into half the keys: by the roofline
-model tiles of 64 take a quarter longer on A100, and 1.5 to 2.1 times as long on H100 and B200
-(docs/kernel-predictions.md).
-"""
 
 DIAGONAL = 1
 """Tiles to either side of a tile's own that every row keeps, as in the paper."""
-
-WORTHWHILE_TOKENS = 40_000
-"""Visual tokens below which routing rarely pays: no port shows a visible gain under 40,000 to 60,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolAttention(SparseConfig):
     """Sparse self-attention that keeps the tiles of high pooled scores and pools the rest (arXiv 2607.24027).
 
-    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. With a
-    method that lists tiles, the listed ones are routed.
+    For unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`. With a method that lists
+    tiles, the listed ones are routed.
 
     Attributes:
         beta: standard deviations by which a tile's score must exceed its row's mean to stay exact; on scores that are
@@ -69,7 +49,15 @@ class SolAttention(SparseConfig):
     """
 
     name: ClassVar[str] = "sol"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    rest: ClassVar[str] = "pooled"
+    worthwhile_tokens: ClassVar[int] = 40_000  # no port shows a visible gain under 40,000 to 60,000
+    # Tiles are 64 as in the paper and all its ports, since beta's figures belong to them: a mean key of 128 tokens is a
+    # coarser score and stand-in, but half as many move half the bytes: by the roofline model tiles of 64 take a quarter
+    # longer on A100, and 1.5 to 2.1 times as long on H100 and B200 (docs/kernel-predictions.md)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "beta": 1.0, "beta_last": None, "block_size": 64, "dense_steps": 0.2, "dense_last_steps": 0,
+        "dense_layers": 1,
+    }  # fmt: skip
 
     beta: float | None = None
     beta_last: float | None = None
@@ -82,19 +70,12 @@ class SolAttention(SparseConfig):
         return full if full.beta_last is not None else replace(full, beta_last=full.beta)
 
     def beta_at(self, step_index: int, num_inference_steps: int | None) -> float:
-        """Return beta at a step (0-based) of the run.
-
-        Raises:
-            ConfigError: if beta changes over steps whose number is not known.
-        """
+        """Return beta at a step, 0-based; raise `ConfigError` if it changes over an unknown number of steps."""
         at_first, at_last = self.beta or 0.0, self.beta_last or 0.0
         if at_last == at_first:
             return at_first
         if num_inference_steps is None:
-            raise ConfigError(
-                f"sol.beta_last = {self.beta_last} needs the number of steps, which is not known here; attach to the "
-                "pipeline, or leave beta_last unset"
-            )
+            raise unknown_steps(self, "beta_last", "leave beta_last unset")
         first, last = _sparse_steps(self, num_inference_steps)
         share = (step_index - first) / (last - first) if last > first else 0.0
         return at_first + (at_last - at_first) * share
@@ -119,12 +100,8 @@ class SolAttention(SparseConfig):
 
     def advice(self, layout: TokenLayout) -> str | None:
         """Return what the user should know about sol on this layout, or None where it fits well."""
-        pinned, tokens = self.pinned(layout), layout.visual_tokens
-        if pinned.all():
-            return f"sol keeps all {pinned.size} tiles of {tokens} visual tokens, so it can't be faster here"
-        if tokens < WORTHWHILE_TOKENS:
-            return f"sol seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
-        return None
+        pinned = self.pinned(layout)
+        return self.advice_on_size(layout, pinned.size if pinned.all() else 0)
 
 
 @lru_cache(maxsize=16)
@@ -154,21 +131,6 @@ class SolHandler(SparseHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the tiles that routing is expected to leave, and the size of lists and bitmaps."""
-        settings = self.settings
-        count = settings.tiling.tiles(layout.visual_tokens)
-        advice = settings.advice(layout)
-        tiles = TileSaving(
-            tiles=count,
-            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
-            keep=lambda share: settings.keep(share, layout),
-            pools=True,
-            expected=True,
-        )
         counted = "which tiles are routed is known only while it runs; the count is what Gaussian scores would keep"
-        return Saving(
-            tiles=tiles,
-            list_bytes=full_lists_bytes(layout, settings.tiling.block_size)
-            + pinned_bytes(layout, settings.tiling.block_size),
-            notes=(counted, *settings.notes()),
-            warnings=(advice,) if advice else (),
-        )
+        keep = self.settings.keep
+        return self.saving_of(lambda share: keep(share, layout), layout, steps, expected=True, notes=(counted,))

@@ -1,6 +1,6 @@
 """Base of sparse methods: tiles, recipe values for what is unset, and the steps and layers that stay dense."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -9,15 +9,12 @@ import numpy as np
 from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
-from ...plan.tiling import TILE, Tiling, visual_lists_bytes
+from ...plan.tiling import TILE, Tiling, bitmap_bytes, full_lists_bytes, pinned_bytes, visual_lists_bytes
 from ..base import AttentionHandler, Model
 from ..config import MethodConfig
 from ..options import BlockSize, Steps, ge
 from ..saving import Saving, TileSaving
 from ..steps import end_steps
-
-DEFAULTS: Mapping[str, Any] = {"block_size": TILE, "dense_steps": 0, "dense_last_steps": 0, "dense_layers": 0}
-"""What an option is where neither the user nor the model's recipe sets it: sparse from the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +31,13 @@ class SparseConfig(MethodConfig):
             tiles: what is unset follows what is set.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # sparse from the start
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "block_size": TILE, "dense_steps": 0, "dense_last_steps": 0, "dense_layers": 0,
+    }  # fmt: skip
+
+    worthwhile_tokens: ClassVar[int] = 0
+    """Visual tokens below which the method seldom pays: the rest of the network costs more than attention does."""
 
     dense_steps: Steps | None = None
     dense_last_steps: Steps | None = None
@@ -59,7 +62,7 @@ class SparseConfig(MethodConfig):
         Raises:
             ConfigError: if the options need what is not known here: the run's steps, or the noise level.
         """
-        first, last = self.dense_ends(num_inference_steps)
+        first, last = end_steps(self, "dense_steps", "dense_last_steps", num_inference_steps)
         level = self.dense_above_sigma
         if level is not None and sigma is None:
             raise ConfigError(
@@ -70,20 +73,17 @@ class SparseConfig(MethodConfig):
             return True
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
-    def dense_ends(self, num_inference_steps: int | None) -> tuple[int, int]:
-        """Return how many first and last steps of a run stay dense.
-
-        Raises:
-            ConfigError: if the options need the number of steps, which is not known.
-        """
-        return end_steps(self, "dense_steps", "dense_last_steps", num_inference_steps)
-
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about the method on this layout, or None where it fits well.
+        """Return what the user should know about the method on a layout, or None; raise `ConfigError` to refuse it."""
+        return self.advice_on_size(layout)
 
-        Raises:
-            ConfigError: if the method makes no sense on it.
-        """
+    def advice_on_size(self, layout: TokenLayout, keeps_all: int = 0) -> str | None:
+        """Return why the method can't be faster on a layout, of which it keeps all of so many tiles, or seldom is."""
+        tokens, least = layout.visual_tokens, self.worthwhile_tokens
+        if keeps_all:
+            return f"{self.name} keeps all {keeps_all} tiles of {tokens} visual tokens, so it can't be faster here"
+        if tokens < least:
+            return f"{self.name} seldom pays below {least} visual tokens, and there are {tokens} here"
         return None
 
     def notes(self) -> tuple[str, ...]:
@@ -95,10 +95,6 @@ class SparseConfig(MethodConfig):
             "levels are known only while it runs",
         )
 
-    def active_layers(self, layers: int, steps: int) -> int:
-        """Return in how many of the first ``layers`` the method is active at some step of a run."""
-        return sum(any(not self.is_dense(step, steps, layer, 0.0) for step in range(steps)) for layer in range(layers))
-
 
 class SparseHandler(AttentionHandler):
     """A sparse method on one model: its recipe filled in; active outside the dense steps and layers."""
@@ -108,6 +104,11 @@ class SparseHandler(AttentionHandler):
     def __init__(self, config: SparseConfig, model: Model) -> None:
         super().__init__(config, model)
         self.settings = replace(self.settings, block_size=model.tiling.block_size)
+
+    @property
+    def pools(self) -> bool:
+        """Whether tiles that are not exact enter as one key each, as an option ``rest`` says."""
+        return getattr(self.settings, "rest", "skip") == "pooled"
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Refuse a layout or remark on it, as the config's `advice` does."""
@@ -128,12 +129,46 @@ class SparseHandler(AttentionHandler):
             layout: the sequence.
             steps: of the run.
         """
-        settings, pools = self.settings, getattr(self.settings, "rest", "skip") == "pooled"
-        tiles = TileSaving(
-            tiles=len(kept),
+        size = sum(visual_lists_bytes(one, self.pools, layout, self.settings.tiling.block_size) for one in lists)
+        return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)
+
+    def saving_of(
+        self,
+        keep: Callable[[np.ndarray], np.ndarray],
+        layout: TokenLayout,
+        steps: int,
+        *,
+        tiles: int | None = None,
+        expected: bool = False,
+        **others: Any,
+    ) -> Saving:
+        """Return what a method saves that leaves a known part of the tiles; for the options see `TileSaving`.
+
+        Where they are not given, ``tiles`` are those of all visual tokens, and the lists a full one and a bitmap;
+        ``others`` are further fields of `Saving`.
+        """
+        settings, advice = self.settings, self.settings.advice(layout)
+        lists = full_lists_bytes(layout, settings.tiling.block_size) + pinned_bytes(layout, settings.tiling.block_size)
+        saving = TileSaving(
+            tiles=settings.tiling.tiles(layout.visual_tokens) if tiles is None else tiles,
             active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
-            keep=lambda share: share * kept,
-            pools=pools,
+            keep=keep,
+            pools=self.pools,
+            expected=expected,
         )
-        size = sum(visual_lists_bytes(one, pools, layout, settings.tiling.block_size) for one in lists)
-        return Saving(tiles=tiles, list_bytes=size, notes=settings.notes())
+        notes = (*others.pop("notes", ()), *settings.notes())
+        warnings = (advice,) if advice else ()
+        return Saving(tiles=saving, notes=notes, warnings=warnings, **{"list_bytes": lists, **others})
+
+    def carried_bits(self, layout: TokenLayout, steps: int) -> int:
+        """Return the bytes of a bit for each tile, head, active layer and branch of a model of known sizes."""
+        settings, model, family = self.settings, self.model, self.model.family
+        if family is None:
+            return 0
+        active = [
+            layer
+            for layer in range(family.layers)
+            if not all(settings.is_dense(step, steps, layer, 0.0) for step in range(steps))
+        ]
+        each = bitmap_bytes(settings.tiling.tiles(layout.tokens), model.heads, 1)
+        return len(active) * family.experts * family.forwards_per_step * each

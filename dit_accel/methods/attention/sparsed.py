@@ -22,34 +22,21 @@ from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.tile_masses import tile_masses
-from ...plan.tiling import bitmap_bytes, exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
+from ...plan.tiling import exact_bits, pinned_bits
 from ..base import Model, Phase
 from ..options import gt, le, lt
-from ..saving import Saving, TileSaving
+from ..saving import Saving
 from .sparse import SparseConfig, SparseHandler
-
-DEFAULTS: Mapping[str, Any] = {
-    "density": 0.3,
-    "block_size": 128,
-    "dense_steps": 0.2,
-    "dense_last_steps": 0,
-    "dense_layers": 1,
-}
-"""What an option is where neither the user nor the model's recipe sets it: the paper's, and one dense layer."""
-
-WORTHWHILE_TOKENS = 20_000
-"""Visual tokens below which the rest of the network costs more than attention does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseD(SparseConfig):
     """Sparse self-attention that keeps each head's heaviest tiles of one early step (SparseD, arXiv 2509.24014).
 
-    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The pattern is found in the first step
-    that is not dense, by layer, branch, head and block row, and frozen until the next generation. With RadialAttention
-    it is chosen among the tiles that Radial lists; LiteAttention starts from it and drops more; SolAttention routes in
-    it.
+    For unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`. The pattern is found in the
+    first step that is not dense, by layer, branch, head and block row, and frozen until the next generation. With
+    RadialAttention it is chosen among the tiles that Radial lists; LiteAttention starts from it and drops more;
+    SolAttention routes in it.
 
     Attributes:
         density: share rho of the n visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles;
@@ -60,7 +47,11 @@ class SparseD(SparseConfig):
     """
 
     name: ClassVar[str] = "sparsed"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    worthwhile_tokens: ClassVar[int] = 20_000
+    # the paper's, and one dense layer
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "density": 0.3, "block_size": 128, "dense_steps": 0.2, "dense_last_steps": 0, "dense_layers": 1,
+    }  # fmt: skip
 
     density: Annotated[float, gt(0), le(1)] | None = None
     mass: Annotated[float, gt(0), lt(1), "0.95 is usual"] | None = None
@@ -68,12 +59,7 @@ class SparseD(SparseConfig):
 
     def __post_init__(self) -> None:
         SparseConfig.__post_init__(self)
-        density, mass = self.density, self.mass
-        if density is not None and mass is not None:
-            raise ConfigError(
-                f"sparsed.density = {density} and sparsed.mass = {mass} were both given; one of them sets how much is "
-                "kept, leave the other out"
-            )
+        self.require_one_of("density", "mass", of="how much is kept")
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; ``density`` only where ``mass`` is not given."""
@@ -82,20 +68,12 @@ class SparseD(SparseConfig):
 
     def kept_tiles(self, tiles: int) -> int:
         """Return how many of a row's ``tiles`` visual key tiles ``density`` keeps."""
-        return max(1, math.ceil(round((self.density or DEFAULTS["density"]) * tiles, 6)))
-
-    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
-        """Return the bytes that a generation holds from step to step: a bit for each tile, head and branch."""
-        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
+        return max(1, math.ceil(round((self.density or self.defaults["density"]) * tiles, 6)))
 
     def advice(self, layout: TokenLayout) -> str | None:
         """Return what the user should know about the pattern on this layout, or None where it fits well."""
-        tiles, tokens = self.tiling.tiles(layout.visual_tokens), layout.visual_tokens
-        if self.mass is None and self.kept_tiles(tiles) == tiles:
-            return f"sparsed keeps all {tiles} tiles of {tokens} visual tokens, so it can't be faster here"
-        if tokens < WORTHWHILE_TOKENS:
-            return f"sparsed seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {tokens} here"
-        return None
+        tiles = self.tiling.tiles(layout.visual_tokens)
+        return self.advice_on_size(layout, tiles if self.mass is None and self.kept_tiles(tiles) == tiles else 0)
 
 
 def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float | None) -> Tensor:
@@ -127,7 +105,6 @@ class SparseDHandler(SparseHandler):
     def __init__(self, config: SparseD, model: Model) -> None:
         super().__init__(config, model)
         self.bits: dict[Key, Tensor] = {}
-        self._peak = 0
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Narrow what is kept to the pattern, which is made where there is none yet, or none that can be trusted."""
@@ -138,7 +115,7 @@ class SparseDHandler(SparseHandler):
             keep = self._pattern(plan, call, context)
             if not context.training:
                 self.bits[context.key] = keep
-                self._peak = max(self._peak, sum(bits.nbytes for bits in self.bits.values()))
+                self.note_held(sum(bits.nbytes for bits in self.bits.values()))
         return plan.narrow(keep=keep, pinned=self._text(context), rest=settings.rest)
 
     def needs_step(self, step: StepContext) -> bool:
@@ -150,50 +127,21 @@ class SparseDHandler(SparseHandler):
         """Forget the patterns."""
         self.bits.clear()
 
-    def state_bytes(self) -> int:
-        """Return the most memory that the patterns took at once since attach."""
-        return self._peak
-
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the pattern leaves where ``density`` says how many, and what is carried.
-
-        Raises:
-            ConfigError: with ``mass``, where the data decide.
-        """
-        settings, model = self.settings, self.model
+        """Return the tiles that the pattern leaves, and what is carried; raise `ConfigError` with ``mass``."""
+        settings = self.settings
         if settings.mass is not None:
             raise ConfigError(
                 f"sparsed.mass = {settings.mass} keeps what the data say, so nothing can be counted beforehand; give "
                 "sparsed.density to plan with"
             )
-        count = settings.tiling.tiles(layout.visual_tokens)
-        kept = settings.kept_tiles(count)
-        advice = settings.advice(layout)
+        kept = settings.kept_tiles(settings.tiling.tiles(layout.visual_tokens))
 
         def keep(share: np.ndarray) -> np.ndarray:
             listed = share.sum(1, keepdims=True)  # of a row's candidates it keeps so many, or all
             return share * np.minimum(1.0, kept / np.maximum(listed, 1e-9))
 
-        tiles = TileSaving(
-            tiles=count,
-            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
-            keep=keep,
-            pools=settings.rest == "pooled",
-        )
-        carried = 0
-        if model.family is not None:
-            layers = settings.active_layers(model.family.layers, steps) * model.family.experts
-            carried = settings.carried_bytes(
-                layout, layers=layers, heads=model.heads, branches=model.family.forwards_per_step
-            )
-        return Saving(
-            tiles=tiles,
-            list_bytes=full_lists_bytes(layout, settings.tiling.block_size)
-            + pinned_bytes(layout, settings.tiling.block_size),
-            carried_bytes=carried,
-            notes=settings.notes(),
-            warnings=(advice,) if advice else (),
-        )
+        return self.saving_of(keep, layout, steps, carried_bytes=self.carried_bits(layout, steps))
 
     def _text(self, context: CallContext) -> Tensor:
         return pinned_bits(context.layout, self.settings.tiling.block_size, None, "text", str(context.device))

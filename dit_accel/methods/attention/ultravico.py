@@ -25,9 +25,6 @@ from ..config import MethodConfig
 from ..options import ge, gt, le
 from ..saving import Saving
 
-DEFAULTS: Mapping[str, Any] = {"first_frame": False, "period": None, "gamma": None}
-"""What an option is where neither the user nor the model's recipe sets it."""
-
 BY_RATIO: ByRatio = ((2.0, 0.9, None),)
 """The paper's safe strengths, no bands: where a recipe has no ``by_ratio``.
 
@@ -65,7 +62,7 @@ class UltraViCo(MethodConfig):
     """
 
     name: ClassVar[str] = "ultravico"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {"first_frame": False, "period": None, "gamma": None}
 
     alpha: Strength | None = None
     beta: Strength | None = None
@@ -135,7 +132,6 @@ class UltraViCoHandler(AttentionHandler):
         super().__init__(replace(config, trained_frames=model.trained_frames(config)), model)
         self._by_ratio: ByRatio = super().recipe(config, model).get("by_ratio", BY_RATIO)
         self._require_bands()
-        self._rules: dict[int, DecayRule] = {}
 
     @classmethod
     def recipe(cls, config: UltraViCo, model: Model) -> Mapping[str, Any]:
@@ -175,12 +171,8 @@ class UltraViCoHandler(AttentionHandler):
             _check_order(alpha, beta)
         return DecayRule(trained_frames=trained, alpha=alpha, beta=beta, period=settings.period, gamma=settings.gamma)
 
-    def remark(self, layout: TokenLayout) -> str:
-        """Return in words what happens to a clip of a layout.
-
-        Raises:
-            ConfigError: as `rule`.
-        """
+    def check_layout(self, layout: TokenLayout) -> str:
+        """Tell how much longer the clip is, and what was chosen for that."""
         rule, family = self.rule(layout.frames), self.model.family
         trained, frames = rule.trained_frames, layout.frames
         output = f" ({output_frames(trained * family.patch[0], family.vae[0])} output frames)" if family else ""
@@ -194,19 +186,15 @@ class UltraViCoHandler(AttentionHandler):
             f"{rule.alpha:g} beyond {rule.window} frames{bands}; decay saves no work and is counted as none"
         )
 
-    def check_layout(self, layout: TokenLayout) -> str | None:
-        """Tell how much longer the clip is, and what was chosen for that."""
-        return self.remark(layout)
-
     def applies(self, layout: TokenLayout) -> bool:
         """Whether the clip is longer than the trained ones, and anything would decay or be hidden."""
-        rule = self._rule(layout)
+        rule = self.rule(layout.frames)
         return layout.frames > rule.trained_frames and bool(rule.decays or self.settings.first_frame)
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Add decay, the mean key, and the first frame's rows where they have a rule of their own."""
         settings, layout, device = self.settings, context.layout, str(context.device)
-        rule = self._rule(layout)
+        rule = self.rule(layout.frames)
         if settings.center_keys:
             plan = plan.centre_keys(mean_key(call))
         if settings.first_frame:
@@ -215,9 +203,4 @@ class UltraViCoHandler(AttentionHandler):
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return that decay saves nothing, and what it does."""
-        return Saving(notes=(self.remark(layout),))
-
-    def _rule(self, layout: TokenLayout) -> DecayRule:
-        if layout.frames not in self._rules:
-            self._rules[layout.frames] = self.rule(layout.frames)
-        return self._rules[layout.frames]
+        return Saving(notes=(self.check_layout(layout),))

@@ -36,48 +36,40 @@ class CalibratedConfig(MeasuredCacheConfig):
                 f"are given; set {self.name}.family to use those of a released model"
             )
 
-    def recipe_on(self, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options on a model, the numbers included.
-
-        Raises:
-            ConfigError: where there are no numbers for the model, or the given ones are another model's, or a family is
-                named besides.
-        """
-        recipe = model.adapter.recipe(self.name, model.family)
-        if getattr(self, self.numbers) is not None:
-            here = model.name
-            if self.family is not None:
-                raise ConfigError(
-                    f"{self.name}.{self.numbers} and {self.name}.family = {self.family!r} both say what numbers are "
-                    "used; give one of them"
-                )
-            if self.measured_on not in (None, here):
-                raise ConfigError(
-                    f"{self.name}.{self.numbers} were measured on {self.measured_on!r}, this model is {here!r}; "
-                    f"measure them on it: dit-accel tune {self.name}"
-                )
-            return {key: value for key, value in recipe.items() if not key.startswith(self.numbers)}
-        known = {name: found for name, one in families().items() if (found := one.recipes.get(self.name))}
-        if self.family is not None:
-            if self.family not in known:
-                raise ConfigError(
-                    f"{self.name}.family = {self.family!r} has no published {self.numbers}; "
-                    f"{did_you_mean(self.family, sorted(known))}"
-                )
-            return known[self.family]
-        if self.numbers not in recipe:
-            raise ConfigError(
-                f"{self.name} has no {self.numbers} for {model.name!r}, only for {', '.join(sorted(known))}; "
-                f"measure them with dit-accel tune {self.name}, or take those of a model that is like it: "
-                f"{self.name}.family"
-            )
-        return recipe
-
 
 class CalibratedHandler(StepCacheHandler):
     """A cache that needs numbers measured on the model, on one model."""
 
     @classmethod
     def recipe(cls, config: CalibratedConfig, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options of the config on a model."""
-        return config.recipe_on(model)
+        """Return what fills the unset options of the config on a model, the numbers included.
+
+        Raises:
+            ConfigError: where there are no numbers for the model, or the given ones are another model's, or a family is
+                named besides.
+        """
+        recipe, name, numbers, family = super().recipe(config, model), config.name, config.numbers, config.family
+        if getattr(config, numbers) is not None:
+            if family is not None:
+                raise ConfigError(
+                    f"{name}.{numbers} and {name}.family = {family!r} both say what numbers are used; give one of them"
+                )
+            if config.measured_on not in (None, model.name):
+                raise ConfigError(
+                    f"{name}.{numbers} were measured on {config.measured_on!r}, this model is {model.name!r}; measure "
+                    f"them on it: dit-accel tune {name}"
+                )
+            return {key: value for key, value in recipe.items() if not key.startswith(numbers)}
+        known = {of: found for of, one in families().items() if (found := one.recipes.get(name))}
+        if family is not None:
+            if family not in known:
+                raise ConfigError(
+                    f"{name}.family = {family!r} has no published {numbers}; {did_you_mean(family, sorted(known))}"
+                )
+            return known[family]
+        if numbers not in recipe:
+            raise ConfigError(
+                f"{name} has no {numbers} for {model.name!r}, only for {', '.join(sorted(known))}; measure them with "
+                f"dit-accel tune {name}, or take those of a model that is like it: {name}.family"
+            )
+        return recipe

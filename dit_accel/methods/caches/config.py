@@ -9,7 +9,7 @@ from ...errors import ConfigError
 from ...rules.steps import whole_steps
 from ..config import MethodConfig
 from ..options import Count, Share, Steps, begins_with, ge, gt, lt, within
-from ..steps import end_steps
+from ..steps import end_steps, unknown_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,7 @@ class StepCacheConfig(MethodConfig):
         return {"hold": 1, "taylor": self.order + 1, "heun": 2, "chebyshev": 2 * self.order + 2}[self.predictor]
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
-        """Return why a step is computed whatever is measured, or None.
-
-        Args:
-            index: the step's, from 0.
-            count: steps of the run; None: not known.
-            turn: of the transformer that makes it.
+        """Return why a step, 0-based, of a run of ``count`` (None: unknown) is computed whatever is measured, or None.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known, or are for another number of them.
@@ -103,7 +98,9 @@ class StepCacheConfig(MethodConfig):
             return "last steps"
         if self.steps is not None and self.steps[index]:
             return "listed"
-        return "listed" if self.compute_at and index in self._computed_at(count) else None
+        if self.compute_at and count is None:
+            raise unknown_steps(self, "compute_at", "leave it out")
+        return "listed" if index in {round(at * ((count or 0) - 1)) for at in self.compute_at or ()} else None
 
     def first_steps(self, count: int | None, turn: Turn = ALONE) -> int:
         """Return the step of a run of ``count`` before which a transformer's are all computed.
@@ -128,14 +125,6 @@ class StepCacheConfig(MethodConfig):
     def _switch_of(self, count: int) -> int:
         """Return the step at which the second transformer is expected to take over."""
         return round((self.switch or 0) * count)
-
-    def _computed_at(self, count: int | None) -> set[int]:
-        if count is None:
-            raise ConfigError(
-                f"{self.name}.compute_at needs the number of steps, which is not known here; attach to the pipeline, "
-                "or leave it out"
-            )
-        return {round(at * (count - 1)) for at in self.compute_at or ()}
 
     def skipped_steps(
         self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True, experts: int = 1

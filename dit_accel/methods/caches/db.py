@@ -7,7 +7,7 @@ model may change its streams between two blocks.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
@@ -23,11 +23,9 @@ from ..site import Block, ForwardContext, Site
 from .config import MeasuredCacheConfig, StepCacheConfig
 from .easy import mean_size
 from .engine import Decider
+from .log import extended
 from .ranks import ratio
 from .spans import SpanHandler, versions_of
-
-DEFAULTS: Mapping[str, Any] = {"threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1}
-"""What an option is where neither the user nor the model's recipe sets it: the threshold is DBCache's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +35,10 @@ class FirstBlockCache(MeasuredCacheConfig):
     With r what the first block adds to the visual stream, a step is skipped while |r - r'| / |r'| is below the
     threshold, r' of the last computed step. |.| is the mean of the absolute values. What the skipped blocks add is
     forecast.
-
-    Attributes:
-        threshold: 0 skips nothing.
     """
 
     name: ClassVar[str] = "firstblockcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {"threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1}
 
     first_blocks: ClassVar[int] = 1
     last_blocks: ClassVar[int] = 0
@@ -58,11 +53,10 @@ class DBCache(MeasuredCacheConfig):
     Attributes:
         first_blocks: blocks that run at every step before it is decided; Fn. More tell more, and save less.
         last_blocks: blocks that run at every step after the forecast, and mend it; Bn.
-        threshold: 0 skips nothing.
     """
 
     name: ClassVar[str] = "dbcache"
-    defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "first_blocks": 8, "last_blocks": 0}
+    defaults: ClassVar[Mapping[str, Any]] = {**FirstBlockCache.defaults, "first_blocks": 8, "last_blocks": 0}
 
     first_blocks: Count | None = None
     last_blocks: Annotated[int, ge(0)] | None = None
@@ -103,11 +97,7 @@ class DBHandler(SpanHandler):
             decider.added = self._passes[context.transformer].added
 
     def install(self, site: Site) -> None:
-        """Run around the forward, its first blocks, and those in the middle.
-
-        Raises:
-            ConfigError: if another cache is active on the transformer, or no block is left to skip.
-        """
+        """Run around the forward and its blocks but the last; raise `ConfigError` if none is left to skip."""
         self.require_free(site)
         first, last, count = self._first_blocks, self._last_blocks, len(site.blocks)
         if first + last >= count:
@@ -122,7 +112,7 @@ class DBHandler(SpanHandler):
                     "blocks gave besides its streams, and those are skipped; use last_blocks = 0"
                 )
         site.around_blocks(self._run_first, site.blocks[:first])
-        self.cover(site, site.blocks[first : count - last])
+        self.cover_blocks(site, site.blocks[first : count - last])
 
     def _run_first(
         self, step: StepContext, block: Block, run: Callable[[Streams], Streams], streams: Streams
@@ -136,12 +126,9 @@ class DBHandler(SpanHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and how many blocks a reused forward runs."""
-        section = super().report()
-        if section is None:
-            return None
         always = self._first_blocks + self._last_blocks
         lines = [f"{name}: a reused forward runs {always} of {count} blocks" for name, count in self._counts.items()]
-        return replace(section, lines=(*section.lines, *lines), data={**section.data, "blocks_always_run": always})
+        return extended(super().report(), lines, blocks_always_run=always)
 
 
 class FirstBlockHandler(DBHandler):

@@ -16,9 +16,6 @@ from .config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
 from .ranks import ratio
 
-DEFAULTS: Mapping[str, Any] = {"threshold": 0.05, "warmup_steps": 0.2, "last_steps": 1}
-"""What an option is where neither the user nor the model's recipe sets it: the paper's for Wan."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EasyCache(MeasuredCacheConfig):
@@ -34,7 +31,8 @@ class EasyCache(MeasuredCacheConfig):
     """
 
     name: ClassVar[str] = "easycache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # the paper's for Wan
+    defaults: ClassVar[Mapping[str, Any]] = {"threshold": 0.05, "warmup_steps": 0.2, "last_steps": 1}
 
 
 @dataclass(slots=True)

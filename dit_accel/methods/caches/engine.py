@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...errors import ConfigError
-from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
-from .active import require_no_cache
 from .config import MeasuredCacheConfig, StepCacheConfig, Turn
 from .history import History, own_copies, shapes_of
 from .log import CachedForward, section_of
@@ -94,7 +92,6 @@ class StepCacheHandler(Handler):
         self._since: dict[str, int] = {}  # transformer -> the first step that it made in this run
         self._steps_skipped: set[int] = set()
         self._start: float | None = None
-        self._peak = 0
         self._log: list[CachedForward] = []
 
     # What a cache says.
@@ -135,15 +132,18 @@ class StepCacheHandler(Handler):
         return agreed(list(values), groups_of(self.transformer_of(context)))
 
     def install(self, site: Site) -> None:
-        """Run around every forward of the transformer.
+        """Run around every forward of the transformer; raise `ConfigError` if another cache is active on it."""
+        self.require_free(site)
+        self.cover(site)
 
-        Raises:
-            ConfigError: if another cache is active on it.
-        """
+    def require_free(self, site: Site) -> None:
+        """Raise `ConfigError` if another cache is active on a transformer."""
         require_no_cache(site.name, site.transformer, self.settings.requested_name)
-        latents, name = site.adapter.latents, site.name
-        self._transformers[name] = site.transformer
-        site.around_forward(lambda context, run: self._around(context, run, latents, name))
+
+    def cover(self, site: Site) -> None:
+        """Run around the forwards of a transformer."""
+        self._transformers[site.name] = site.transformer
+        site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Note the other methods, which are asked what steps they need."""
@@ -161,7 +161,7 @@ class StepCacheHandler(Handler):
         decider, leads, reuse = self._settle(context, bool(history.points))
         if reuse:
             given = history.forecast(latents, context.step_index, time, self._end(context))
-            self._peak = max(self._peak, self._held())
+            self.note_held(self._held())
             return given
         output = run()
         if any(requires_grad(leaf) for leaf in tree_leaves(output)):
@@ -176,7 +176,7 @@ class StepCacheHandler(Handler):
         if leads:
             self.computed(context, decider, output)
             decider.own((context.inputs, output))
-        self._peak = max(self._peak, self._held())
+        self.note_held(self._held())
         return output
 
     def is_trained(self, context: ForwardContext, latents: Any) -> bool:
@@ -217,9 +217,7 @@ class StepCacheHandler(Handler):
     def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
         """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
 
-        Args:
-            context: the forward.
-            stored: there is something to forecast it from.
+        ``stored``: there is something to forecast it from.
         """
         decider, leads = self._decide(context)
         reuse, reason = decider.reuse, decider.reason
@@ -335,20 +333,9 @@ class StepCacheHandler(Handler):
         self._since.clear()
         self._steps_skipped.clear()
 
-    def state_bytes(self) -> int:
-        """Return the most memory that was stored at once since attach."""
-        return self._peak
-
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, by step and branch."""
         return section_of(self.name, self._log, self.threshold())
-
-    def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return nothing that is counted: what is skipped depends on the data."""
-        return Saving(
-            counted=False,
-            notes=(f"what {self.name} skips is known only while it runs; no skipped step is counted",),
-        )
 
     def counted(self, steps: int, notes: tuple[str, ...] = ()) -> Saving:
         """Return the saving of so many skipped steps."""
@@ -357,11 +344,7 @@ class StepCacheHandler(Handler):
 
 
 def is_unconditional(branch: str, method: str) -> bool:
-    """Tell whether a branch is the unconditional one by the name that the pipeline gave it.
-
-    Raises:
-        ConfigError: where the names don't tell the branches apart.
-    """
+    """Tell by its name whether a branch is the unconditional one; raise `ConfigError` where names don't tell."""
     own = branch.rsplit("/", 1)[-1]
     if own == "cond_uncond":
         raise ConfigError(
@@ -384,3 +367,15 @@ def is_recorded(value: Any) -> bool:
 def requires_grad(value: Any) -> bool:
     """Tell whether something is a tensor that asks for gradients."""
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def require_no_cache(name: str, transformer: Any, requested: str) -> None:
+    """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where ``requested`` is to be."""
+    found = None
+    if getattr(transformer, "is_cache_enabled", False):
+        enabled = type(transformer._cache_config).__name__
+        found = f"diffusers' {enabled} is enabled on it already; call pipe.{name}.disable_cache() first"
+    elif getattr(transformer, "_is_cached", False) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
+        found = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
+    if found:
+        raise ConfigError(f"{requested} can't be attached to {name}, which takes one cache: {found}")

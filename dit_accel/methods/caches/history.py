@@ -66,14 +66,7 @@ class History:
         return tree_unflatten(self.points[-1].values, self._spec)
 
     def take(self, output: Any, latents: Any, step: int, time: float) -> None:
-        """Store what a forward gave; one that the same step gave before is replaced, since a scheduler calls twice.
-
-        Args:
-            output: of the forward, in whatever form it came.
-            latents: the input it belongs to.
-            step: the step's index.
-            time: the time of the step.
-        """
+        """Store what a forward made of its latents; what the same step gave before goes: a scheduler may call twice."""
         leaves, self._spec = tree_flatten(output)
         values = [
             _minus(leaf, near).to(self._held_on or leaf.device) if isinstance(leaf, Tensor) else leaf
@@ -87,14 +80,7 @@ class History:
         self.skipped, self._given = [], None
 
     def forecast(self, latents: Any, step: int, time: float, end: float) -> Any:
-        """Return an output in the form of the last one, forecast for a step.
-
-        Args:
-            latents: the step's input.
-            step: the step's index.
-            time: the time of the step.
-            end: the time at which the run ends.
-        """
+        """Return an output in the form of the last one, forecast for a step of a run that ends at a time."""
         weights = self._weights(time, end)
         last, count = self.points[-1], len(self.points)
         values = [

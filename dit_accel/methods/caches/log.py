@@ -1,6 +1,7 @@
 """What a step cache did: one entry a forward, and the report's section made of them."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...report.sections import Section, Strip
@@ -27,14 +28,13 @@ class CachedForward:
     value: float | None = None
 
 
-def section_of(method: str, forwards: list[CachedForward], threshold: float | None) -> Section | None:
-    """Return the report's section: what was computed and reused by branch, and why; None where nothing ran.
+def extended(section: Section | None, lines: Iterable[str], **data: Any) -> Section | None:
+    """Return a section with further lines and data; None stays None."""
+    return section and replace(section, lines=(*section.lines, *lines), data={**section.data, **data})
 
-    Args:
-        method: the method's name.
-        forwards: in the order of the run.
-        threshold: of the indicator; None: there is none.
-    """
+
+def section_of(method: str, forwards: list[CachedForward], threshold: float | None) -> Section | None:
+    """Return the report's section: what was computed and reused by branch, and why; None where nothing ran."""
     if not forwards:
         return None
     reused = sum(entry.reused for entry in forwards)

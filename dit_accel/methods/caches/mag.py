@@ -6,7 +6,7 @@ logarithm, not by the nearest step; the conditional branch's ratios decide for t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from ...errors import ConfigError
@@ -18,13 +18,7 @@ from ..saving import Saving
 from ..site import ForwardContext
 from .calibrated import CalibratedConfig, CalibratedHandler
 from .engine import Decider
-
-DEFAULTS: Mapping[str, Any] = {
-    "threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None, "compute_at": None,
-    "warmup_of": "run", "switch": None,
-}  # fmt: skip
-"""What an option is where neither the user nor the model's recipe sets it: the paper's for video."""
-
+from .log import extended
 
 Ratio = Annotated[float, gt(0), "measure them again"]
 
@@ -45,7 +39,11 @@ class MagCache(CalibratedConfig):
     """
 
     name: ClassVar[str] = "magcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # the paper's for video
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None, "compute_at": None,
+        "warmup_of": "run", "switch": None,
+    }  # fmt: skip
     numbers: ClassVar[str] = "ratios"
 
     ratios: Annotated[tuple[Ratio, ...], begins_with(1)] | None = None
@@ -60,11 +58,7 @@ class MagHandler(CalibratedHandler):
     """Steps of the last run."""
 
     def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included.
-
-        Raises:
-            ConfigError: if the run's number of steps is not known.
-        """
+        """Return what the steps since the last computed one add up to, this one included."""
         count = self._steps = context.num_inference_steps
         if count is None:
             raise ConfigError(
@@ -74,9 +68,7 @@ class MagHandler(CalibratedHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused, and whether the curve was interpolated."""
-        section = super().report()
-        notes = self._notes(self._steps) if self._steps else ()
-        return section and replace(section, lines=(*section.lines, *notes))
+        return extended(super().report(), self._notes(self._steps) if self._steps else ())
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the forwards that the curve skips."""

@@ -17,7 +17,7 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..site import ForwardContext, Site
-from .active import require_no_cache
+from .engine import require_no_cache
 from .native_limits import CONFIGS, FIRST_BLOCK, MAG, check_call, check_config, check_hooked, check_model
 
 
@@ -76,58 +76,31 @@ class NativeHandler(Handler):
         return super().config_for(given)
 
     def install(self, site: Site) -> None:
-        """Enable the cache on one transformer.
-
-        Raises:
-            ConfigError: if another cache is active, or this one can't work on the model.
-        """
-        name, config = site.name, self.settings.config
-        transformer: Any = site.transformer
+        """Enable the cache on one transformer; raise `ConfigError` if another is active, or it can't work there."""
+        name, config, transformer = site.name, self.settings.config, site.transformer
         check_model(self._kind, config, name, transformer, further=bool(self._enabled))
         require_no_cache(name, transformer, self._kind)
-        untouched = _Untouched(transformer)
+        enabled = _Enabled(transformer, _made_safe(self._kind, config))
         try:
-            hooks = self._enable(transformer)
-            check_hooked(self._kind, config, transformer, self.model.adapter, hooks)
+            enabled.enable(self._kind)
+            check_hooked(self._kind, config, transformer, self.model.adapter, enabled.hooks)
         except BaseException:
-            untouched.remove_new_hooks()
-            untouched.tidy()
+            enabled.remove()
             raise
-        enabled, ours = _Enabled(transformer, hooks), transformer._cache_config
         self._enabled[name] = enabled
 
         def disable() -> None:
             self._enabled.pop(name, None)
-            if transformer._cache_config is ours:  # else the user disabled it, and may have enabled another
-                transformer.disable_cache()
-            untouched.tidy()
+            enabled.remove()
 
         site.on_detach(disable)
         site.around_forward(lambda context, run: self._around(site, enabled, context, run))
 
-    def _enable(self, transformer: Any) -> dict[str, list[Any]]:
-        """Enable the cache, and return module name -> the hooks that it put there, but for the transformer's own."""
-        before = {name: set(_hooks(module)) for name, module in transformer.named_modules()}
-        try:
-            transformer.enable_cache(_made_safe(self._kind, self.settings.config))
-        except Exception as error:
-            raise ConfigError(
-                f"diffusers can't enable {self._kind} on {type(transformer).__name__}: {error}; use another cache"
-            ) from error
-        hooks = {
-            name: [hook for key, hook in _hooks(module).items() if key not in before[name]]
-            for name, module in transformer.named_modules()
-            if name
-        }
-        return {name: found for name, found in hooks.items() if found}
-
     def _around(self, site: Site, enabled: "_Enabled", context: ForwardContext, run: Callable[..., Any]) -> Any:
         """Run a forward in a context of diffusers that names its branch, and count what of it ran."""
         key = context.transformer, context.branch, context.step_index
-        transformer, adapter = enabled.transformer, self.model.adapter
-        first = not any(other[:2] == key[:2] for other in self._ran)
-        repeated = key in self._ran
-        check_call(self._kind, self.settings.config, context, transformer, adapter, repeated=repeated, first=first)
+        ran = [step for name, branch, step in self._ran if (name, branch) == key[:2]]
+        check_call(self._kind, self.settings.config, context, enabled.transformer, self.model.adapter, ran)
         with enabled.entered(context):
             out = run()
         self._ran[key] = self._ran.get(key, 0) + site.reached()
@@ -165,22 +138,52 @@ class NativeHandler(Handler):
 
 
 class _Enabled:
-    """A cache that is enabled on one transformer.
+    """A cache on one transformer, and what the transformer's modules held before, to leave nothing behind.
 
     Attributes:
         transformer: the transformer.
-        hooks: module name -> the cache's hooks there.
+        hooks: module name -> the cache's hooks there, but for the transformer's own.
     """
 
-    def __init__(self, transformer: Any, hooks: dict[str, list[Any]]) -> None:
+    def __init__(self, transformer: Any, config: Any) -> None:
         self.transformer = transformer
-        self.hooks = hooks
-        keepers = [hook for found in hooks.values() for hook in found]
-        keepers += [hook for hook in _hooks(transformer).values() if hook not in keepers]
-        self._keepers = [hook for hook in keepers if hasattr(hook, "state")]  # those that know no contexts
+        self.hooks: dict[str, list[Any]] = {}
+        self._config = config
+        self._before = [
+            (name, module, set(module.__dict__), set(_hooks(module))) for name, module in transformer.named_modules()
+        ]
+        self._keepers: list[Any] = []  # hooks that know no contexts
         self._states: dict[str, list[Any]] = {}
         self._context: Callable[[], Any] | None = None
         self._open = contextlib.ExitStack()
+
+    def enable(self, kind: str) -> None:
+        """Enable the cache; raise `ConfigError` if diffusers can't."""
+        try:
+            self.transformer.enable_cache(self._config)
+        except Exception as error:
+            self.transformer._cache_config = self._config  # some of its hooks may be there
+            raise ConfigError(
+                f"diffusers can't enable {kind} on {type(self.transformer).__name__}: {error}; use another cache"
+            ) from error
+        for name, module, _, before in self._before:
+            new = [hook for key, hook in _hooks(module).items() if key not in before]
+            self._keepers += [hook for hook in new if hasattr(hook, "state")]
+            if new and name:
+                self.hooks[name] = new
+
+    def remove(self) -> None:
+        """Disable the cache, unless the user has, and delete what diffusers leaves on modules without its hooks."""
+        if self.transformer._cache_config is self._config:
+            self.transformer.disable_cache()
+        for _, module, names, _ in self._before:
+            forward = module.__dict__.get("forward")
+            if "forward" not in names and getattr(forward, "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
+            if "_diffusers_hook" not in names and not _hooks(module):
+                module.__dict__.pop("_diffusers_hook", None)
+            if "_cache_config" not in names and module.__dict__.get("_cache_config", 0) is None:
+                del module._cache_config
 
     @contextlib.contextmanager
     def entered(self, context: ForwardContext) -> Any:
@@ -227,32 +230,6 @@ def _made_safe(kind: str, config: Any) -> Any:
     if kind == MAG and config.threshold == 0:
         config.threshold = -1.0  # it reuses where its error is 0 too
     return config
-
-
-class _Untouched:
-    """What a transformer's modules hold before a cache is enabled, to leave nothing behind that it brought."""
-
-    def __init__(self, transformer: Any) -> None:
-        self._transformer = transformer
-        self._modules = [(module, set(module.__dict__), set(_hooks(module))) for module in transformer.modules()]
-
-    def remove_new_hooks(self) -> None:
-        """Remove the hooks that are there now and were not before, where enabling failed midway."""
-        for module, _, hooks in self._modules:
-            for key in [key for key in _hooks(module) if key not in hooks]:
-                module._diffusers_hook.remove_hook(key, recurse=False)
-        self._transformer._cache_config = None
-
-    def tidy(self) -> None:
-        """Delete what diffusers leaves on a module when its hooks are gone."""
-        for module, names, _ in self._modules:
-            forward = module.__dict__.get("forward")
-            if "forward" not in names and getattr(forward, "__func__", None) is type(module).forward:
-                del module.__dict__["forward"]
-            if "_diffusers_hook" not in names and not _hooks(module):
-                module.__dict__.pop("_diffusers_hook", None)
-            if "_cache_config" not in names and module.__dict__.get("_cache_config", 0) is None:
-                del module._cache_config
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Seen with diffusers 0.42.1 on tiny models of every family that an adapter covers; a test runs them all again.
 """
 
-import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -23,26 +22,19 @@ CONFIGS = (FASTER, FIRST_BLOCK, MAG, PYRAMID, SEA, TAYLOR, TEXT)
 _ADDS = "its control branch adds to the stream between blocks, and a reused step would add that twice"
 _NAMES = "it calls its blocks' streams by other names than this cache asks for"
 _UNLIKE = "its first and its last block give different streams, which this cache takes for alike"
-_WRONG: dict[str, dict[str, str]] = {
-    FIRST_BLOCK: {
-        "WanVACETransformer3DModel": _ADDS,
-        "Kandinsky5Transformer3DModel": _NAMES,
-        "Cosmos3OmniTransformer": _NAMES,
-        "Flux2Transformer2DModel": _UNLIKE,
-        "MotifVideoTransformer3DModel": _UNLIKE,
-    },
-    MAG: {
-        "WanVACETransformer3DModel": _ADDS,
-        "Cosmos3OmniTransformer": _NAMES,
-        "MotifVideoTransformer3DModel": _UNLIKE,
-    },
-    SEA: {
-        "WanVACETransformer3DModel": _ADDS,
-        "Flux2Transformer2DModel": _UNLIKE,
-        "MotifVideoTransformer3DModel": _UNLIKE,
-    },
-}
-"""Config -> transformer class -> why it would fail in the run, or quietly give wrong results or none."""
+_WRONG = (
+    ("WanVACETransformer3DModel", (FIRST_BLOCK, MAG, SEA), _ADDS),
+    ("Kandinsky5Transformer3DModel", (FIRST_BLOCK,), _NAMES),
+    ("Cosmos3OmniTransformer", (FIRST_BLOCK, MAG), _NAMES),
+    ("Flux2Transformer2DModel", (FIRST_BLOCK, SEA), _UNLIKE),
+    ("MotifVideoTransformer3DModel", (FIRST_BLOCK, MAG, SEA), _UNLIKE),
+)
+"""Transformer class, configs that would fail on it in the run, or quietly give wrong results or none, and why."""
+
+
+def why_wrong(kind: str, model: str) -> str | None:
+    """Return why a cache does not work on a class of transformers, or None."""
+    return next((why for known, kinds, why in _WRONG if known == model and kind in kinds), None)
 
 
 def check_config(kind: str, config: Any) -> None:
@@ -64,19 +56,14 @@ def check_config(kind: str, config: Any) -> None:
 def check_model(kind: str, config: Any, name: str, transformer: nn.Module, further: bool) -> None:
     """Raise `ConfigError` for a model on which a cache fails, gives wrong results, or never reuses anything.
 
-    Args:
-        kind: the config's name.
-        config: the config.
-        name: the transformer's component name.
-        transformer: the transformer.
-        further: the config was given to another transformer of the pipeline already.
+    ``further``: the config was given to another transformer of the pipeline already.
     """
     model = type(transformer).__name__
     if not hasattr(transformer, "enable_cache"):
         raise ConfigError(
             f"{kind} can't be attached to {model}: diffusers has no enable_cache for it; use a cache of dit-accel's own"
         )
-    if why := _WRONG.get(kind, {}).get(model):
+    if why := why_wrong(kind, model):
         raise ConfigError(f"{kind} does not work on {model}: {why}; use another cache")
     if kind == MAG and further:
         raise ConfigError(
@@ -99,15 +86,7 @@ def _has_vision(transformer: nn.Module) -> bool:
 
 
 def check_hooked(kind: str, config: Any, transformer: nn.Module, adapter: Adapter, hooked: Collection[str]) -> None:
-    """Raise `ConfigError` if a cache was enabled and hooked nothing that could be reused.
-
-    Args:
-        kind: the config's name.
-        config: the config.
-        transformer: the transformer.
-        adapter: its adapter.
-        hooked: names of the modules that the cache hooked; the transformer itself has none.
-    """
+    """Raise `ConfigError` if a cache was enabled and hooked no modules that could be reused."""
     model, attention = type(transformer).__name__, _attention_patterns(transformer, adapter)
     if kind == TAYLOR and config.use_lite_mode:
         blocks = [name for name in hooked if name != "proj_out"]
@@ -145,60 +124,41 @@ def _attention_patterns(transformer: nn.Module, adapter: Adapter) -> list[str]:
 
 
 def check_call(
-    kind: str,
-    config: Any,
-    context: ForwardContext,
-    transformer: nn.Module,
-    adapter: Adapter,
-    *,
-    repeated: bool,
-    first: bool,
+    kind: str, config: Any, context: ForwardContext, transformer: nn.Module, adapter: Adapter, ran: Collection[int]
 ) -> None:
     """Raise `ConfigError` for a forward in which a cache would go wrong without a word.
 
-    Args:
-        kind: the config's name.
-        config: the config.
-        context: the forward.
-        transformer: the transformer.
-        adapter: its adapter.
-        repeated: this branch ran at this step before.
-        first: this branch has not run before.
+    ``ran``: the steps at which its branch ran before.
     """
-    if kind in (FIRST_BLOCK, MAG, SEA):
-        control = [name for name, value in context.inputs.items() if "controlnet" in name and _holds(value)]
-        if control:
-            raise ConfigError(
-                f"{kind} can't reuse a step with {control[0]}, which the model adds between its blocks: a reused step "
-                "would add it twice; use a cache of whole forwards"
-            )
+    control = [name for name, value in context.inputs.items() if "controlnet" in name and _holds(value)]
+    if control and kind in (FIRST_BLOCK, MAG, SEA):
+        raise ConfigError(
+            f"{kind} can't reuse a step with {control[0]}, which the model adds between its blocks: a reused step "
+            "would add it twice; use a cache of whole forwards"
+        )
     if kind == MAG and context.num_inference_steps not in (None, config.num_inference_steps):
         raise ConfigError(
             f"MagCacheConfig.num_inference_steps = {config.num_inference_steps}, but the run has "
             f"{context.num_inference_steps} steps; set it to {context.num_inference_steps}, with mag_ratios for these"
         )
-    if kind == MAG and repeated:
+    if kind == MAG and context.step_index in ran:
         raise ConfigError(
             "MagCacheConfig counts forwards as steps, and this scheduler runs the model twice a step; use another "
             "scheduler or another cache"
         )
-    if kind == SEA and not _sea_can_tell(context):
+    sigma, steps = context.sigma, context.num_inference_steps
+    if kind == SEA and (steps is None or sigma is None or not 0 <= sigma <= 1):
         raise ConfigError(
             f"SeaCacheConfig needs the step's sigma in [0, 1] and the number of steps, and found sigma = "
-            f"{context.sigma}, steps = {context.num_inference_steps}; use a flow-matching scheduler, or tell them by "
+            f"{sigma}, steps = {steps}; use a flow-matching scheduler, or tell them by "
             "transformer.cache_context(name, step_index=..., sigma=..., num_inference_steps=...)"
         )
     if kind == FASTER:
-        _check_faster(config, context, transformer, adapter, first)
+        _check_faster(config, context, transformer, adapter, first=not ran)
 
 
 def _holds(value: Any) -> bool:
     return isinstance(value, (Tensor, list, tuple)) and len(value) > 0
-
-
-def _sea_can_tell(context: ForwardContext) -> bool:
-    sigma = context.sigma
-    return context.num_inference_steps is not None and sigma is not None and 0 <= sigma <= 1 and math.isfinite(sigma)
 
 
 def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter, first: bool) -> None:

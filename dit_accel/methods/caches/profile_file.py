@@ -16,15 +16,7 @@ SAMPLED = 8
 
 
 def read_profile(path: str, option: str) -> dict[str, Any]:
-    """Return the profile's content.
-
-    Args:
-        path: the JSON file.
-        option: whose value the path is, for errors.
-
-    Raises:
-        ConfigError: for a file that is missing or no profile.
-    """
+    """Return the content of a profile, the JSON file that ``option`` names; raise `ConfigError` if it is none."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -49,11 +41,7 @@ def read_profile(path: str, option: str) -> dict[str, Any]:
 
 
 def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tuple[int, ...]:
-    """Return the blocks that a profile says may be cached in a transformer.
-
-    Raises:
-        ConfigError: if the profile knows no such transformer, or lets none of its blocks be cached.
-    """
+    """Return the blocks that a profile lets be cached in a transformer; raise `ConfigError` if it names none."""
     entries = profile["transformers"]
     if name not in entries:
         raise ConfigError(

@@ -6,7 +6,7 @@ schedules are rescaled to the run's steps; what a model adds between two blocks 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -22,17 +22,17 @@ from ..base import Model
 from ..options import Count, Rule
 from ..saving import Saving
 from ..site import Block, Site
+from ..steps import unknown_steps
 from .block_numbers import kinds_of, read_numbers, require_there, spell_numbers
 from .config import StepCacheConfig
 from .db import takes_skips
 from .history import History
+from .log import extended
 from .profile_file import cached_in, read_profile, require_weights
 from .spans import Pass, Span, SpanHandler
 
 BLOCKS = ("blocks", "blocks_2", "refresh_2")
 SCHEDULE = ("every", "every_last", "refresh", "refresh_2", "measured_steps")
-DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE))}
-"""What an option is where neither the user nor the model's recipe sets it."""
 Rising = Annotated[
     tuple[int, ...], Rule("a list of steps from 0 on, rising", lambda at: at and at[0] >= 0 and [*at] == sorted({*at}))
 ]
@@ -63,7 +63,9 @@ class ProfilingCache(StepCacheConfig):
     """
 
     name: ClassVar[str] = "profilingcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE)),
+    }  # fmt: skip
 
     blocks: str | tuple[int, ...] | None = None
     every: Count | None = None
@@ -76,18 +78,18 @@ class ProfilingCache(StepCacheConfig):
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
-        if self.every is not None and self.refresh is not None:
-            raise ConfigError(
-                f"profilingcache.every = {self.every} and profilingcache.refresh = {list(self.refresh)} both say when "
-                "the cached blocks run; give one of them"
-            )
+        self.require_one_of("every", "refresh", of="when the cached blocks run")
         if self.every_last is not None and not self.every_last <= (self.every or 0):
             raise ConfigError(
                 f"profilingcache.every_last = {self.every_last} must be at most profilingcache.every, which is "
                 f"{self.every or 'unset'}; the distance shrinks from that to this"
             )
-        for option in ("refresh", "refresh_2"):
-            self._check_listed(option, getattr(self, option))
+        for option in ("refresh", "refresh_2") if self.measured_steps is not None else ():
+            if (listed := getattr(self, option)) and listed[-1] >= self.measured_steps:
+                raise ConfigError(
+                    f"profilingcache.{option} lists step {listed[-1]}, and the run that it was measured in has "
+                    f"profilingcache.measured_steps = {self.measured_steps}, numbered from 0; correct one of them"
+                )
         if (self.blocks_2 is None) != (self.refresh_2 is None) or (self.blocks_2 and self.blocks is None):
             raise ConfigError(
                 "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, "
@@ -99,13 +101,6 @@ class ProfilingCache(StepCacheConfig):
                 raise ConfigError(f"profilingcache.blocks and blocks_2 both name block {both[0]}; name it once")
         elif self._from_file and self.blocks_2 is not None:
             raise ConfigError("profilingcache.blocks_2 can't be given beside a profile, which names all blocks")
-
-    def _check_listed(self, option: str, listed: tuple[int, ...] | None) -> None:
-        if listed is not None and self.measured_steps is not None and listed[-1] >= self.measured_steps:
-            raise ConfigError(
-                f"profilingcache.{option} lists step {listed[-1]}, and the run that it was measured in has "
-                f"profilingcache.measured_steps = {self.measured_steps}, numbered from 0; correct one of them"
-            )
 
     @property
     def _from_file(self) -> bool:
@@ -127,11 +122,7 @@ class ProfilingCache(StepCacheConfig):
         return full
 
     def groups(self, transformer: str = "transformer") -> tuple[tuple[int, ...], ...]:
-        """Return the cached blocks of a transformer, by schedule.
-
-        Raises:
-            ConfigError: for blocks that can't be read, or a profile that does not know the transformer.
-        """
+        """Return a transformer's cached blocks by schedule; raise `ConfigError` for numbers that can't be read."""
         option = "profilingcache.blocks"
         if self._from_file:
             assert isinstance(self.blocks, str)
@@ -140,23 +131,14 @@ class ProfilingCache(StepCacheConfig):
         return tuple(read_numbers(blocks, name) for name, blocks in lists.items() if blocks is not None)
 
     def transformers(self) -> tuple[str, ...]:
-        """Return the transformers that have lists of their own; any one where all have the same.
-
-        Raises:
-            ConfigError: for a profile that can't be read.
-        """
+        """Return the transformers that have lists of their own; any one where all have the same."""
         if not self._from_file:
             return ("transformer",)
         assert isinstance(self.blocks, str)
         return tuple(read_profile(self.blocks, "profilingcache.blocks")["transformers"])
 
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
-        """Tell whether the blocks of a group run at a step.
-
-        Args:
-            group: of `groups`.
-            index: the step's, from 0.
-            count: steps of the run; None: not known.
+        """Tell whether the blocks of one of `groups` run at a step, 0-based, of a run of ``count``; None: not known.
 
         Raises:
             ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
@@ -164,10 +146,7 @@ class ProfilingCache(StepCacheConfig):
         listed = self.refresh_2 if group else self.refresh
         if count is None and (self.measured_steps is not None or self.every_last is not None):
             what = "measured_steps" if self.measured_steps is not None else "every_last"
-            raise ConfigError(
-                f"profilingcache.{what} = {getattr(self, what)} needs the number of steps, which is not known here; "
-                "attach to the pipeline, or set profilingcache.every alone"
-            )
+            raise unknown_steps(self, what, "set profilingcache.every alone")
         measured = self.measured_steps or count
         first = self.first_steps(measured)
         if listed is None and self.every_last is None:
@@ -205,11 +184,7 @@ class ProfilingHandler(SpanHandler):
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options of the config on a model.
-
-        Raises:
-            ConfigError: where neither the user nor a publication names blocks.
-        """
+        """Return what fills the unset options on a model; raise `ConfigError` where nobody names blocks."""
         found = super().recipe(config, model)
         if config.blocks is None and "blocks" not in found:
             known = sorted(name for name, family in families().items() if config.name in family.recipes)
@@ -220,12 +195,7 @@ class ProfilingHandler(SpanHandler):
         return found
 
     def install(self, site: Site) -> None:
-        """Run around the forward and the cached blocks.
-
-        Raises:
-            ConfigError: if another cache is active on the transformer, a block is not there, or a profile is of other
-                weights.
-        """
+        """Run around the forward and its cached blocks; raise `ConfigError` if lists or profile are not the model's."""
         self.require_free(site)
         settings, option = self.settings, "profilingcache.blocks"
         if settings._from_file:
@@ -245,7 +215,7 @@ class ProfilingHandler(SpanHandler):
                 "its streams, are skipped; cache all such blocks together, or use a cache of whole forwards, such as "
                 "EasyCache"
             )
-        self.cover(site, chosen)
+        self.cover_blocks(site, chosen)
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
         """Tell whether a block's group does not run at this step."""
@@ -281,12 +251,9 @@ class ProfilingHandler(SpanHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and which blocks are cached."""
-        section = super().report()
-        if section is None:
-            return None
         cached = {name: spell_numbers(groups) for name, groups in self._groups.items()}
         lines = [f"{name}: blocks {blocks} of {self._counts[name]} are cached" for name, blocks in cached.items()]
-        return replace(section, lines=(*section.lines, *lines), data={**section.data, "cached": cached})
+        return extended(super().report(), lines, cached=cached)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the blocks that the lists skip, and what is stored of a model of known sizes."""
@@ -311,11 +278,11 @@ class ProfilingHandler(SpanHandler):
     def _skipped(self, groups: tuple[tuple[int, ...], ...], steps: int) -> int:
         """Return how many blocks the lists of one transformer skip over a run."""
         settings = self.settings
-        skipped = in_a_row = skips = 0
-        for index in range(steps):
-            must = index == 0 or settings.always_computed(index, steps) or settings.most_skipped(in_a_row, skips)
-            blocks = sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps))
-            reused = not must and blocks > 0
-            skipped += blocks if reused else 0
-            in_a_row, skips = (in_a_row + 1, skips + 1) if reused else (0, skips)
-        return skipped
+        skipped: list[int] = []
+
+        def skips(index: int, in_a_row: int) -> bool:
+            skipped.append(sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps)))
+            return skipped[-1] > 0
+
+        settings.skipped_steps(steps, skips)
+        return sum(skipped)

@@ -21,11 +21,6 @@ from .engine import Decider
 from .ranks import ratio
 from .spans import Pass, Span, SpanHandler
 
-DEFAULTS: Mapping[str, Any] = {
-    "threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1, "first_blocks": 1, "last_blocks": 0,
-}  # fmt: skip
-"""What an option is where neither the user nor the model's recipe sets it."""
-
 RELAXED = 1.25
 """A threshold that follows the changes over their mean in the last step, as cache-dit has it."""
 
@@ -40,7 +35,6 @@ class DBPrune(MeasuredCacheConfig):
     may be skipped.
 
     Attributes:
-        threshold: 0 skips nothing.
         max_threshold: up to this the threshold rises, to 1.25 times the mean change of the blocks in the last step;
             unset: it stays.
         first_blocks: first blocks that always run.
@@ -49,7 +43,9 @@ class DBPrune(MeasuredCacheConfig):
     """
 
     name: ClassVar[str] = "dbprune"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threshold": 0.08, "warmup_steps": 0.2, "last_steps": 1, "first_blocks": 1, "last_blocks": 0,
+    }  # fmt: skip
 
     max_threshold: float | None = None
     first_blocks: Annotated[int, ge(0)] | None = None
@@ -92,11 +88,7 @@ class PruneHandler(SpanHandler):
     settings: DBPrune  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def install(self, site: Site) -> None:
-        """Run around the forward and the blocks that may be skipped.
-
-        Raises:
-            ConfigError: if another cache is active on the transformer, or no block is left to skip.
-        """
+        """Run around the forward and what may be skipped of it; raise `ConfigError` if no block is left to skip."""
         self.require_free(site)
         settings, count = self.settings, len(site.blocks)
         kept = read_numbers(settings.keep, "dbprune.keep") if settings.keep is not None else ()
@@ -108,7 +100,7 @@ class PruneHandler(SpanHandler):
                 f"dbprune always runs {first} first, {count - last} last and {len(kept)} kept blocks, and {site.name} "
                 f"has {count}: none is left to skip; ask for fewer"
             )
-        self.cover(site, left)
+        self.cover_blocks(site, left)
 
     def _measured(self, context: ForwardContext, decider: Decider) -> tuple[bool, str]:
         """Return that blocks may be skipped in a step: each is measured when it is called."""

@@ -7,7 +7,6 @@ blocks, and what it adds there, such as a control branch's hints, is always this
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +19,10 @@ from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
-from .active import require_no_cache
 from .config import StepCacheConfig
 from .engine import Decider, StepCacheHandler, requires_grad
 from .history import History, shapes_of
+from .log import extended
 
 Span = tuple[int, ...]
 """The blocks of a span, in the order in which they were called."""
@@ -79,11 +78,7 @@ class Pass:
 
     @cached_property
     def added(self) -> Tensor | None:
-        """What the first blocks added to the visual stream.
-
-        Raises:
-            ConfigError: if what they took and gave differs in shape.
-        """
+        """What the first blocks added to the visual stream; raise `ConfigError` if they changed its shape."""
         if self._start is None or self._end is None:
             return None
         if self._start.shape != self._end.shape:
@@ -103,11 +98,7 @@ class Pass:
             )
 
     def begins_span(self, streams: Streams) -> bool:
-        """Tell whether a block takes other tensors than the last one gave.
-
-        Raises:
-            ConfigError: if the model wrote into those that the last one gave.
-        """
+        """Tell whether a block takes other tensors than the last gave; refuse models that write into these."""
         alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
         if self.apart or not alike:
             return True
@@ -124,11 +115,7 @@ class Pass:
         self.taken, self._taken_versions = taken, versions_of(taken)
 
     def note(self, given: Streams) -> None:
-        """Note what a block gave.
-
-        Raises:
-            ConfigError: if the span's first block, or one after it, wrote into what that one took.
-        """
+        """Note what a block gave; raise `ConfigError` if the span wrote into what its first block took."""
         self.require_unwritten(self.taken, self._taken_versions, self.spans[-1][0])
         self.given, self._versions = given, versions_of(given)
 
@@ -163,15 +150,11 @@ class SpanHandler(StepCacheHandler):
 
     # What all of them share.
 
-    def cover(self, site: Site, blocks: tuple[Block, ...]) -> None:
+    def cover_blocks(self, site: Site, blocks: tuple[Block, ...]) -> None:
         """Run around the forwards of a transformer, and around the blocks that may be skipped."""
-        self._transformers[site.name], self._counts[site.name] = site.transformer, len(site.blocks)
-        site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
+        self._counts[site.name] = len(site.blocks)
+        self.cover(site)
         site.around_blocks(self._run_cached, blocks)
-
-    def require_free(self, site: Site) -> None:
-        """Raise `ConfigError` if another cache is active on a transformer."""
-        require_no_cache(site.name, site.transformer, self.settings.requested_name)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
         if self.is_trained(context, context.inputs[name]):
@@ -191,7 +174,7 @@ class SpanHandler(StepCacheHandler):
             self._keep(context, [*now.spans, *skipped])
         count = self._counts[transformer]
         self._ran.append((count - len(now.skipped), count))
-        self._peak = max(self._peak, self._held())
+        self.note_held(self._held())
         return output
 
     def _run_cached(
@@ -283,14 +266,10 @@ class SpanHandler(StepCacheHandler):
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, by forwards and by blocks."""
-        section = super().report()
-        if section is None:
-            return None
         ran, count = (sum(numbers) for numbers in zip(*self._ran, strict=True)) if self._ran else (0, 0)
         share = ran / count if count else 1.0
         line = f"blocks computed: {share:.3f} of the run's ({ran} of {count})"
-        data = {**section.data, "blocks": dict(self._counts), "computed_blocks": share}
-        return replace(section, lines=(*section.lines, line), data=data)
+        return extended(super().report(), [line], blocks=dict(self._counts), computed_blocks=share)
 
 
 def versions_of(streams: Streams) -> list[int]:

@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ..options import Count
 from ..saving import Saving
 from .config import ALONE, StepCacheConfig, Turn
 from .engine import StepCacheHandler
-
-DEFAULTS: Mapping[str, Any] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
-"""What an option is where neither the user nor the model's recipe sets it; with ``steps`` the list alone decides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +20,14 @@ class StaticCache(StepCacheConfig):
     """
 
     name: ClassVar[str] = "staticcache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # with ``steps`` the list alone decides
+    defaults: ClassVar[Mapping[str, Any]] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
 
     every: Count | None = None
 
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
-        if self.every is not None and self.steps is not None:
-            raise ConfigError(
-                f"staticcache.steps = {self.steps} and staticcache.every = {self.every} both say what is computed; "
-                "give one of them"
-            )
+        self.require_one_of("steps", "every", of="what is computed")
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with unset options filled in; beside ``steps`` nothing else decides unless it is set."""

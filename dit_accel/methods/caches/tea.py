@@ -22,12 +22,6 @@ from .easy import mean_change, mean_size
 from .engine import Decider
 from .ranks import ratio
 
-DEFAULTS: Mapping[str, Any] = {
-    "threshold": 0.1, "warmup_steps": 1, "last_steps": 1, "polynomial": None, "polynomial_2": None,
-}  # fmt: skip
-"""What an option is where neither the user nor the model's recipe sets it."""
-
-
 Polynomial = Annotated[tuple[float, ...], Rule("a list of one coefficient or more", bool)]
 
 
@@ -49,7 +43,9 @@ class TeaCache(CalibratedConfig):
     """
 
     name: ClassVar[str] = "teacache"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "threshold": 0.1, "warmup_steps": 1, "last_steps": 1, "polynomial": None, "polynomial_2": None,
+    }  # fmt: skip
     numbers: ClassVar[str] = "polynomial"
 
     polynomial: Polynomial | None = None
@@ -93,11 +89,7 @@ class TeaHandler(CalibratedHandler):
         self._signal_of = model.adapter.signal
 
     def install(self, site: Site) -> None:
-        """Run around every forward of the transformer.
-
-        Raises:
-            ConfigError: if another cache is active on it, or there is no polynomial for it.
-        """
+        """Run around every forward of the transformer; raise `ConfigError` if there is no polynomial for it."""
         if self._polynomial(site.name) is None:
             raise ConfigError(
                 f"teacache has one polynomial, and the model has a second transformer, {site.name}; set "

@@ -5,7 +5,6 @@ to each prediction of a step alike, is added to the result: unc + s (cond - unc)
 whatever s is in that step, in two calls or one, with guidance embedded or off.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,20 +15,19 @@ from ...errors import ConfigError, UnsupportedModel
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules.guidance import added
-from ..base import Handler, Model, Phase, Place
-from ..caches.engine import is_recorded
+from ..base import Handler, Model, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
-from .heads import first_layer, split_specs
-from .log import PerturbedForward, note_of, section_of, warn_if_nothing_ran
+from .head_specs import first_layer, split_specs
+from .log import PerturbedForward, WindowedHandler, note_of
 from .perturbed_blocks import PerturbedBlocks, Rows
-from .prompt_branches import Part, call_of, part_of, rows_of_prompt
+from .prompt_branches import call_of, part_of, rows_of_prompt
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
 
-class PerturbedHandler(Handler):
+class PerturbedHandler(WindowedHandler):
     """Guidance away from a perturbed prediction on one model.
 
     Who writes one says what is perturbed: attention, by `PerturbedHeadsHandler`, or the blocks that are skipped, by
@@ -37,7 +35,6 @@ class PerturbedHandler(Handler):
     of steps, pipelines that guide by a guider of their own, and the report.
     """
 
-    phase = Phase.GUIDANCE
     places = frozenset({Place.FORWARD})
     exclusive = frozenset({"perturbed prediction"})
     acts_on_blocks: ClassVar[bool] = False
@@ -58,10 +55,6 @@ class PerturbedHandler(Handler):
         self._compared = False
         self._passed: int | None = None
         self._guiders: tuple[Any, ...] = ()
-        self._log: list[PerturbedForward] = []
-        self._seen = 0
-        self._steps: int | None = None
-        self._warned = self._warned_of_window = False
         if self.specs is None:
             known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
             raise ConfigError(
@@ -141,17 +134,12 @@ class PerturbedHandler(Handler):
 
     def _around(self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any]) -> Any:
         latents = context.inputs[site.adapter.latents]
-        if self.neutral or context.training or is_recorded(latents):
-            return run()
-        self._seen, self._steps = self._seen + 1, context.num_inference_steps
-        if not self._warned_of_window and (short := self.settings.too_short(self._steps)):
-            self._warned_of_window = True
-            warnings.warn(short, UserWarning, stacklevel=2)
-        if not self.settings.acts(context.step_index, context.num_inference_steps):
+        if not self.acts(context, latents):
             return run()
         part = part_of(self.name, site, context, latents)
         if self.settings.mode == "free":
-            return self._perturbed(site, passes, context, run, part, len(latents))
+            rows = rows_of_prompt(site, part, len(latents), "uncond")
+            return run() if part in ("cond", "perturbed") else self._perturbed(passes, context, run, rows)
         if part in ("uncond", "perturbed"):
             return self._add_to_uncond(site, context, run)
         return self._perturbed_forward(site, passes, context, run, rows_of_prompt(site, part, len(latents), "cond"))
@@ -221,19 +209,9 @@ class PerturbedHandler(Handler):
             )
         return with_sample(output, plus(sample, further))
 
-    def _perturbed(
-        self,
-        site: Site,
-        passes: PerturbedBlocks,
-        context: ForwardContext,
-        run: Callable[..., Any],
-        part: Part,
-        batch: int,
-    ) -> Any:
-        """Run a forward, its unconditional rows perturbed."""
-        if part in ("cond", "perturbed"):
-            return run()
-        with passes.perturbing(rows=rows_of_prompt(site, part, batch, "uncond")):
+    def _perturbed(self, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any], rows: Rows) -> Any:
+        """Run a forward, its unconditional rows (None: all) perturbed."""
+        with passes.perturbing(rows=rows):
             output = run()
         self._log.append(PerturbedForward(context.transformer, context.step_index, context.branch, extra=False))
         return output
@@ -254,8 +232,18 @@ class PerturbedHandler(Handler):
 
     def begin_run(self) -> None:
         """Say once if nothing was perturbed in the run that ended, and forget it."""
-        self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
-        self._log, self._seen, self._compared = [], 0, False
+        super().begin_run()
+        self._compared = False
+
+    def nothing_done(self) -> str | None:
+        """Tell why nothing was perturbed in a run, or None."""
+        reason = super().nothing_done()
+        if reason is None or self.settings.mode == "branch":
+            return reason
+        return (
+            f"{self.name} perturbed nothing: mode = 'free' perturbs the unconditional forward, and none ran; guide by "
+            "a negative prompt, or use mode = 'branch'"
+        )
 
     def state_bytes(self) -> int:
         """Return the most memory that was held from the conditional to the perturbed pass since attach."""
@@ -263,8 +251,36 @@ class PerturbedHandler(Handler):
 
     def report(self) -> Section | None:
         """Return which forwards were perturbed, and how far they lay from the conditional ones."""
-        self._warned = self._warned or warn_if_nothing_ran(self, self._seen, self._log)
-        return section_of(self, self._log, self._seen, self._steps)
+        self.warn_of_nothing()
+        log: list[PerturbedForward] = self._log
+        if not self._seen:
+            return None
+        extra, steps = sum(one.extra for one in log), sorted({one.step_index for one in log})
+        what = self.describe_perturbation()
+        measured = [one for one in log if one.distance is not None]
+        distances = torch.stack([one.distance for one in measured]).tolist() if measured else []  # type: ignore[misc]
+        data: dict[str, Any] = {
+            "perturbed": what,
+            "steps": steps,
+            "branches": sorted({one.branch for one in log}),
+            "forwards_added": extra,
+            "first_block": max((one.first for one in log), default=0),
+            "distance": {one.step_index: value for one, value in zip(measured, distances, strict=True)},
+        }
+        ran = f"{extra} forwards added" if extra or not log else "the unconditional forward was perturbed"
+        lines = []
+        if data["first_block"]:
+            lines.append(f"each began at block {data['first_block']}, from the conditional pass")
+        if distances:
+            lines.append(f"|cond - perturbed| / |cond|: {min(distances):.3g} to {max(distances):.3g}")
+        family = self.model.family
+        if extra and family is not None and family.forwards_per_step == 1:
+            lines.append(f"guidance is distilled into {family.name}, so that each forward added doubles its step")
+        if distances and max(distances) == 0:
+            lines.append(f"{self.name} changed nothing: the perturbed prediction is the conditional one")
+        lines += [line for line in (self.nothing_done(), self.settings.too_short(self._steps)) if line]
+        title = f"{self.name}: {what}; {ran} in {len(steps)} steps"
+        return Section(method=self.name, title=title, lines=tuple(lines), data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the third forwards, less what begins at the first perturbed block."""

@@ -35,11 +35,7 @@ class WindowedConfig(MethodConfig):
         return window(self.start or 0.0, 1.0 if self.stop is None else self.stop, count)
 
     def acts(self, index: int, count: int | None) -> bool:
-        """Tell whether it acts in a step.
-
-        Raises:
-            ConfigError: if the window needs the run's steps, which are not known.
-        """
+        """Tell whether it acts in a step; raise `ConfigError` if that needs an unknown number of steps."""
         if not self.start and self.stop in (None, 1.0):
             return True
         if count is None:

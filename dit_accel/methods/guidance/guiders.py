@@ -35,11 +35,7 @@ def guided_by(site: Site, further: Callable[[Any], Sample | None]) -> tuple[Any,
 
 
 def require_own(method: str, given: Any, own: Sample) -> None:
-    """Require that a guider mixes what the transformer gave.
-
-    Raises:
-        ConfigError: if the pipeline changed it before, so that a difference of predictions may not be added behind.
-    """
+    """Raise `ConfigError` if a pipeline changed what the transformer gave before its guider mixes it."""
     if given is own or (isinstance(given, torch.Tensor) and isinstance(own, torch.Tensor) and given.shape == own.shape
                         and torch.equal(given, own.to(given.dtype))):  # fmt: skip
         return

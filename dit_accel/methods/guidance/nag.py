@@ -1,6 +1,5 @@
 """NAG: attention guided away from what a negative text gives, within the one conditional forward."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -15,14 +14,13 @@ from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...report.sections import Section
-from ..base import AttentionHandler, Model, Phase, Place
-from ..caches.engine import is_recorded
+from ..base import AttentionHandler, Model, Place
 from ..config import MethodConfig
 from ..options import ge, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .config import WindowedConfig
-from .log import UnperturbedRun
+from .log import WindowedHandler
 from .nag_cross import CrossAttentionNAG
 from .nag_joined import JointNAG
 from .negative_text import encoded
@@ -77,11 +75,11 @@ class NAG(WindowedConfig):
         return values
 
 
-class NAGHandler(AttentionHandler):
+class NAGHandler(WindowedHandler, AttentionHandler):
     """NAG on one model."""
 
     config_type = NAG
-    phase = Phase.GUIDANCE
+    did = "guided"
     places = frozenset({Place.FORWARD, Place.TEXT})
     by_place = True
     settings: NAG
@@ -90,10 +88,6 @@ class NAGHandler(AttentionHandler):
         super().__init__(config, model)
         self._embeds: Tensor | None = self.settings.negative_embeds
         self._texts: dict[str, CrossAttentionNAG | JointNAG] = {}
-        self._log: list[tuple[int, str]] = []
-        self._seen = 0
-        self._steps: int | None = None
-        self._warned = self._warned_of_window = False
 
     @property
     def neutral(self) -> bool:
@@ -108,11 +102,7 @@ class NAGHandler(AttentionHandler):
         return where if isinstance(where, JoinedText) and not crossed else None
 
     def install(self, site: Site) -> None:
-        """Run around every forward, and around what attends to the text.
-
-        Raises:
-            ConfigError: without a negative text, or if something is compiled around the cross-attention.
-        """
+        """Run around every forward and what attends to the text; raise `ConfigError` without a negative text."""
         where = self._joined or site.adapter.cross_attention
         assert not isinstance(where, (str, type(None)))
         prompt = self.settings.negative_prompt
@@ -148,13 +138,7 @@ class NAGHandler(AttentionHandler):
     ) -> Any:
         """Run a forward; guided, if it is conditional."""
         latents = context.inputs[site.adapter.latents]
-        if self.neutral or context.training or is_recorded(latents):
-            return run()
-        self._seen, self._steps = self._seen + 1, context.num_inference_steps
-        if not self._warned_of_window and (short := self.settings.too_short(self._steps)):
-            self._warned_of_window = True
-            warnings.warn(short, UserWarning, stacklevel=2)
-        if not self.settings.acts(context.step_index, context.num_inference_steps):
+        if not self.acts(context, latents):
             return run()
         # a perturbed branch runs inside the conditional one, and has its rows alone
         part = "cond" if "/" in context.branch else part_of(self.name, site, context, latents)
@@ -168,14 +152,13 @@ class NAGHandler(AttentionHandler):
 
     def begin_run(self) -> None:
         """Say once if nothing was guided in the run that ended, and forget it."""
-        self._warn()
-        self._log, self._seen = [], 0
+        super().begin_run()
         for text in self._texts.values():
             text.calls = 0
 
     def report(self) -> Section | None:
         """Return which forwards were guided."""
-        self._warn()
+        self.warn_of_nothing()
         if not self._seen:
             return None
         steps, calls = sorted({step for step, _ in self._log}), sum(text.calls for text in self._texts.values())
@@ -184,7 +167,7 @@ class NAGHandler(AttentionHandler):
             f"nag: scale {settings.scale:g}, tau {settings.tau:g}, alpha {settings.alpha:g}; {len(self._log)} forwards "
             f"guided in {len(steps)} steps, {calls} calls of {kind}"
         )
-        lines = [line for line in (self._nothing(), settings.too_short(self._steps)) if line]
+        lines = [line for line in (self.nothing_done(), settings.too_short(self._steps)) if line]
         data = {
             "steps": steps,
             "branches": sorted({branch for _, branch in self._log}),
@@ -192,20 +175,6 @@ class NAGHandler(AttentionHandler):
             "calls": calls,
         }
         return Section(method=self.name, title=title, lines=tuple(lines), data=data)
-
-    def _nothing(self) -> str | None:
-        """Tell why nothing was guided in a run, or None."""
-        if not self._seen or self._log:
-            return None
-        return (
-            f"nag guided nothing in {self._seen} forwards: no step from start = {self.settings.start} to stop = "
-            f"{self.settings.stop} of the run was conditional; widen the window"
-        )
-
-    def _warn(self) -> None:
-        if not self._warned and (reason := self._nothing()):
-            self._warned = True
-            warnings.warn(reason, UnperturbedRun, stacklevel=3)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what it costs: in words where that is cross-attention, which is no part of what is counted."""

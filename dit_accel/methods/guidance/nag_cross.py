@@ -1,8 +1,7 @@
 """NAG where text comes in by cross-attention: it runs on the negative text as well, and is guided away from that."""
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, cat, nn
@@ -11,7 +10,7 @@ from ...adapters.cross_attention import CrossAttention
 from ...errors import ConfigError
 from ...rules.guidance import normalized
 from ..site import ForwardContext, Site
-from .negative_text import NegativeText
+from .negative_text import require_width
 from .perturbed_blocks import Rows
 from .rows import rows_of
 
@@ -27,43 +26,58 @@ class CrossAttentionNAG:
 
     Attributes:
         calls: guided calls of cross-attention since the run began.
-
-    Raises:
-        ConfigError: if something is compiled around the cross-attention.
     """
 
     kind = "cross-attention"
 
     def __init__(self, site: Site, where: CrossAttention, embeds: Tensor, settings: Any) -> None:
         projection = where.projecting(site.transformer)
-        self._site, self._where, self._settings = site, where, settings
-        self._text = NegativeText(embeds, projection is not None, site.name)
+        self._site, self._where, self._embeds, self._settings = site, where, embeds, settings
         self._on = False
         self._rows: Rows = None
         self._tokens = 0
+        self._ready: Tensor | None = None if projection is not None else embeds
         self.calls = 0
         if projection is not None:
-            site.around_module(
-                projection,
-                lambda run, args, kwargs: self._text.project(run, args, kwargs) if self._on else run(*args, **kwargs),
-            )
+            site.around_module(projection, self._project)
         for name, module in where.found(site.transformer).items():
             site.around_module(module, self._around(name, module))
 
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
         """Run a forward whose conditional rows (None: all) are guided away from the negative text."""
-        prompt = self._text.require_like(context.inputs.get(self._where.text))
-        with self._guiding(rows, prompt.shape[1:-1].numel()):
-            return run()
-
-    @contextlib.contextmanager
-    def _guiding(self, rows: Rows, tokens: int) -> Iterator[None]:
-        self._on, self._rows, self._tokens = True, rows, tokens
+        prompt = require_width(context.inputs.get(self._where.text), self._embeds, self._site.name)
+        ready, self._on, self._rows, self._tokens = self._ready, True, rows, prompt.shape[1:-1].numel()
         try:
-            yield
+            return run()
         finally:
-            self._on = False
-            self._text.forget()
+            self._on, self._ready = False, ready
+
+    def _project(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the transformer's projection on the prompt and, in a guided forward, on the negative text as well."""
+        if self._on:
+            prompt = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            own = self._embeds.to(device=prompt.device, dtype=prompt.dtype)
+            self._ready = run(own, *args[1:], **kwargs) if args else run(**{**kwargs, next(iter(kwargs)): own})
+        return run(*args, **kwargs)
+
+    def _beside(self, context: Tensor) -> Tensor:
+        """Return what a cross-attention attends to, [B, tokens, C], with the negative text in the prompt's place."""
+        text = self._ready
+        if text is None:
+            raise ConfigError(
+                f"{self._site.name} did not project its text in this forward, so that nag has no negative one; detach "
+                "it"
+            )
+        text = text.to(device=context.device, dtype=context.dtype).expand(len(context), -1, -1)
+        front = context.shape[1] - self._tokens
+        if front <= 0:
+            return text
+        if text.shape[1] != self._tokens:
+            raise ConfigError(
+                f"nag's negative text has {text.shape[1]} tokens and the prompt {self._tokens}; beside pictures they "
+                "must be as long: leave max_sequence_length unset, or pad negative_embeds as the prompt"
+            )
+        return cat([context[:, :front], text], dim=1)
 
     def _around(self, name: str, module: Any) -> Callable[..., Any]:
         """Return what runs in place of a cross-attention: itself with the negative text, then with the prompt."""
@@ -76,7 +90,7 @@ class CrossAttentionNAG:
             given, rows = {**dict(zip(names, args, strict=False)), **kwargs}, self._rows
             if rows is not None:
                 given = rows_of(given, *rows)
-            given["encoder_hidden_states"] = self._text.beside(given["encoder_hidden_states"], self._tokens)
+            given["encoder_hidden_states"] = self._beside(given["encoder_hidden_states"])
             if "attention_mask" in given:  # it is the prompt's; the negative text has no padding
                 given["attention_mask"] = None
             queries: list[Any] = []
@@ -93,7 +107,7 @@ class CrossAttentionNAG:
                 outputs.append(args[0])
                 return args[0]
 
-            def lead(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            def guide(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
                 return run(self._guided(args[0], outputs[0], rows), *args[1:], **kwargs)
 
             site = self._site
@@ -105,7 +119,7 @@ class CrossAttentionNAG:
                     "output; detach it, or take the model's own attention processor"
                 )
             self.calls += 1
-            with site.stand_in(module.to_q, reuse), site.stand_in(module.to_out[0], lead):
+            with site.stand_in(module.to_q, reuse), site.stand_in(module.to_out[0], guide):
                 return run(*args, **kwargs)
 
         return around

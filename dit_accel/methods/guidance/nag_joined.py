@@ -49,11 +49,7 @@ class JointNAG:
         self.calls = 0
 
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
-        """Run a forward whose conditional rows (None: all) are guided away from the negative text.
-
-        Raises:
-            ConfigError: for a prompt beside which the negative text can't be laid.
-        """
+        """Run a forward whose conditional rows (None: all) are led away from the negative text."""
         batch = len(context.inputs[self._site.adapter.latents])
         own = slice(0, batch) if rows is None else rows[0]
         given = with_rows_again(context.inputs, own, batch, self._site.adapter)
@@ -69,11 +65,7 @@ class JointNAG:
         return with_sample(output, require_sample(sample_of(output), self._site.name)[:batch])
 
     def plan(self, plan: AttentionPlan, context: CallContext) -> AttentionPlan:
-        """Return a call's plan with the prompt's rows guided away from those of the negative text.
-
-        Raises:
-            ConfigError: for a call that has not all rows, or less text than was given.
-        """
+        """Return a call's plan with the prompt's rows guided away from those of the negative text."""
         positive, negative = self._pairs
         layout = context.layout
         text = layout.text_before if self._where.place == "before" else layout.text_after

@@ -1,4 +1,4 @@
-"""A negative text: embedded by the pipeline's own encoder, projected with the prompt, laid in the prompt's place."""
+"""A negative text, embedded by the pipeline's own encoder."""
 
 import inspect
 from typing import Any
@@ -85,60 +85,3 @@ def require_width(text: Any, embeds: Tensor, where: str) -> Tensor:
             "encode it with this model's text encoder"
         )
     return text
-
-
-class NegativeText:
-    """One transformer's negative text: as it was given, and as its cross-attention takes it while a forward runs.
-
-    Args:
-        embeds: [1, tokens, C].
-        projected: the transformer projects it before its cross-attention.
-        where: the transformer's name.
-    """
-
-    def __init__(self, embeds: Tensor, projected: bool, where: str) -> None:
-        self.embeds = embeds
-        self._projected = projected
-        self._where = where
-        self._ready: Tensor | None = None
-
-    def forget(self) -> None:
-        """Forget the projected text: a forward begins or has ended."""
-        self._ready = None
-
-    def require_like(self, text: Any) -> Tensor:
-        """Return the prompt that a forward gets; raise `ConfigError` if it is of another kind or width."""
-        return require_width(text, self.embeds, self._where)
-
-    def project(self, run: Any, args: Any, kwargs: Any) -> Any:
-        """Run the transformer's projection on the prompt, and on the negative text as well."""
-        prompt = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        own = self.embeds.to(device=prompt.device, dtype=prompt.dtype)
-        self._ready = run(own, *args[1:], **kwargs) if args else run(**{**kwargs, next(iter(kwargs)): own})
-        return run(*args, **kwargs)
-
-    def beside(self, context: Tensor, prompt_tokens: int) -> Tensor:
-        """Return what a cross-attention attends to, [B, tokens, C], with the negative text in the prompt's place.
-
-        Args:
-            context: what it attends to with the prompt: pictures' tokens, where there are any, come first.
-            prompt_tokens: tokens of the prompt.
-
-        Raises:
-            ConfigError: if the projection did not run, or the length is fixed by tokens in front and another.
-        """
-        text = self._ready if self._projected else self.embeds
-        if text is None:
-            raise ConfigError(
-                f"{self._where} did not project its text in this forward, so that nag has no negative one; detach it"
-            )
-        text = text.to(device=context.device, dtype=context.dtype).expand(len(context), -1, -1)
-        front = context.shape[1] - prompt_tokens
-        if front <= 0:
-            return text
-        if text.shape[1] != prompt_tokens:
-            raise ConfigError(
-                f"nag's negative text has {text.shape[1]} tokens and the prompt {prompt_tokens}; beside pictures they "
-                "must be as long: leave max_sequence_length unset, or pad negative_embeds as the prompt"
-            )
-        return torch.cat([context[:, :front], text], dim=1)

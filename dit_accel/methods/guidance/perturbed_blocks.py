@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +9,6 @@ from torch import Tensor
 from ...adapters.blocks import Streams
 from ...plan.context import StepContext
 from ..site import Block
-
-Mode = Literal["plain", "record", "replay", "full"]
 
 Rows = tuple[slice, int] | None
 """Rows of a batch, and how many rows that has; None: all."""
@@ -23,21 +20,22 @@ class PerturbedBlocks:
     Args:
         first: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
         skip: blocks that a perturbed pass leaves out.
+
+    Attributes:
+        perturbs: what runs now is perturbed.
+        rows: the rows that are; None: all.
+        held: bytes that the conditional pass left last.
     """
 
     def __init__(self, first: int | None, skip: frozenset[int] = frozenset()) -> None:
         self.first = first
         self._skip = skip
-        self._mode: Mode = "plain"
+        self.perturbs = False
+        self._records = False
         self.rows: Rows = None
         self._saved: Streams | None = None
         self._begun: Streams | None = None
         self.held = 0
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether what runs now is perturbed."""
-        return self._mode in ("replay", "full")
 
     def blocks(self, blocks: Sequence[Block]) -> tuple[Block, ...]:
         """Return those of a transformer's blocks that this runs around."""
@@ -47,11 +45,11 @@ class PerturbedBlocks:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the streams that the first perturbed block gets."""
-        self._mode = "plain" if self.first is None else "record"
+        self._records = self.first is not None
         try:
             yield
         finally:
-            self._mode = "plain"
+            self._records = False
 
     @contextlib.contextmanager
     def perturbing(self, rows: Rows = None, taken: Rows = None) -> Iterator[bool]:
@@ -63,15 +61,15 @@ class PerturbedBlocks:
         """
         begun = self._taken(taken)
         self._begun, self._saved, self.rows = begun, None, rows  # a reset inside the pass must not take it away
-        self._mode = "full" if begun is None else "replay"
+        self.perturbs = True
         try:
             yield begun is not None
         finally:
-            self._mode, self.rows, self._begun = "plain", None, None
+            self.perturbs, self.rows, self._begun = False, None, None
 
     def around(self, context: StepContext, block: Block, run, streams: Streams) -> Streams:  # type: ignore[no-untyped-def]
         """Run a block, or leave it out."""
-        if self._mode == "record" and block.index == self.first:
+        if self._records and block.index == self.first:
             self._saved = tuple(None if stream is None else stream.clone() for stream in streams)
             self.held = sum(stream.nbytes for stream in self._saved if stream is not None)
         if self._begun is not None and self.first is not None:

@@ -27,21 +27,11 @@ NAMES: Mapping[str, Part] = {
 }
 """Name of a ``cache_context``, as diffusers' pipelines and guiders give them -> what a forward in it holds."""
 
-_OPEN = "transformer.cache_context(name) with the name 'cond', 'uncond' or 'cond_uncond'"
+_OPEN = "open transformer.cache_context(name) with the name 'cond', 'uncond' or 'cond_uncond' around its forwards"
 
 
 def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> Part:
-    """Return what a forward holds.
-
-    Args:
-        method: the method that must know it, for errors.
-        site: the transformer.
-        context: the forward.
-        latents: its latents, a row for each prompt.
-
-    Raises:
-        ConfigError: if nothing says it.
-    """
+    """Return what a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
     guidance, pipe, call = site.adapter.guidance, site.running, call_of(site.running)
     if (why := guidance.why_own(call)) is not None:
         raise ConfigError(
@@ -52,20 +42,15 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
         return _in_one_forward(method, site, call, len(latents)) if NAMES[name] == "both" else NAMES[name]
     place, _, number = name.partition(" ")
     if place != "call" or not number.isdigit():
-        raise ConfigError(
-            f"{method} must know which prompt each forward holds, and {site.name} runs in cache_context({name!r}), "
-            f"which does not tell; open {_OPEN}"
-        )
+        raise _unknown(method, f"{site.name} runs in cache_context({name!r}), which does not tell")
     if guidance.branch_of:
         return guidance.branch_of.get(_component(site), "cond")
     if pipe is None:
         return _in_own_loop(method, site, int(number))
     calls = guidance.calls_of(call)
     if calls is None:
-        raise ConfigError(
-            f"{method} must know which prompt each forward holds, and {type(pipe).__name__} does not tell; open "
-            f"{_OPEN} around its forwards, or name the class in the guidance of the adapter {site.adapter.name!r}"
-        )
+        or_name = f", or name the class in the guidance of the adapter {site.adapter.name!r}"
+        raise _unknown(method, f"{type(pipe).__name__} does not tell", or_name)
     if calls == "together":
         return _in_one_forward(method, site, call, len(latents)) if number == "0" else "perturbed"
     return "cond" if calls == "alone" or number == "0" else "uncond"
@@ -111,7 +96,7 @@ def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> P
         if not isinstance(guides, bool):
             raise ConfigError(
                 f"{method} must know whether a forward holds both prompts, and {type(pipe).__name__} keeps neither its "
-                f"latents nor do_classifier_free_guidance; open {_OPEN} around its forwards"
+                f"latents nor do_classifier_free_guidance; {_OPEN}"
             )
         return "both" if guides else "cond"
     if rows not in (len(made), 2 * len(made)):
@@ -127,10 +112,11 @@ def _in_own_loop(method: str, site: Site, number: int) -> Part:
     embedded = site.adapter.guidance.embedded
     if embedded is not None and getattr(site.transformer.config, embedded, False) and number == 0:
         return "cond"
-    raise ConfigError(
-        f"{method} must know which prompt each forward holds, and a loop written by hand around {site.name} does not "
-        f"tell; open {_OPEN} around each forward"
-    )
+    raise _unknown(method, f"a loop written by hand around {site.name} does not tell")
+
+
+def _unknown(method: str, found: str, or_else: str = "") -> ConfigError:
+    return ConfigError(f"{method} must know which prompt each forward holds, and {found}; {_OPEN}{or_else}")
 
 
 def _component(site: Site) -> str:

@@ -106,11 +106,7 @@ def shapes(sample: Sample) -> Any:
 
 
 def require_sample(sample: Any, transformer: str) -> Sample:
-    """Return a forward's prediction.
-
-    Raises:
-        ConfigError: if it is neither a tensor nor a list of them.
-    """
+    """Return a forward's prediction; raise `ConfigError` if it is neither a tensor nor a list of them."""
     if isinstance(sample, Tensor) or (isinstance(sample, list) and all(isinstance(row, Tensor) for row in sample)):
         return sample
     raise ConfigError(

@@ -9,7 +9,7 @@ from ..base import Place
 from ..site import Site
 from .branch import PerturbedHandler, block_of
 from .config import PerturbedConfig
-from .heads import read_heads
+from .head_specs import read_heads
 from .softpag import stacks_of
 
 

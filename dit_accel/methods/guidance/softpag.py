@@ -20,7 +20,7 @@ from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .config import PerturbedConfig
-from .heads import Heads, Stacks, read_heads
+from .head_specs import Heads, Stacks, read_heads
 
 Target = Literal["identity", "temperature"]
 
@@ -143,6 +143,13 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         whole = len(named) == count and rows is None
         return self.perturb(plan, self._share(named, count, context, rows), whole, context)
 
+    def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+        """Return a plan with V mixed into the output of its heads, in all rows or, by an option, in the image's."""
+        layout, rows = context.layout, getattr(self.settings, "rows", "all")
+        some = rows == "image" and layout.tokens > layout.visual_tokens
+        image = image_rows(layout, str(context.device)) if some else None
+        return plan.mix(share, image, only_values=whole and image is None)
+
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext, rows: Any) -> Tensor:
         """Return u for the named heads and 0 for the others, [H], or [B, H] where some rows alone are perturbed.
 
@@ -154,7 +161,8 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
                 share = torch.zeros(heads)
                 share[list(named)] = self.u
                 if rows is not None:
-                    share = torch.stack([share * _within(rows, row) for row in _rows_of_call(context, rows[1])])
+                    chosen, called = range(rows[0].start, rows[0].stop), _rows_of_call(context, rows[1])
+                    share = torch.stack([share * (row in chosen) for row in called])
                 share = share if context.heads is None else share[..., context.heads.own]
                 self._mixes[key] = share.to(context.device)
         return self._mixes[key]
@@ -181,7 +189,7 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         """Mix V into the output of the layer's perturbed heads, or scale their logits."""
         if self.settings.target == "temperature":
             return plan.scale(1 - share)
-        return mixed_with_values(plan, share, whole and self.u == 1, context.layout, self.settings.rows, context.device)
+        return self.mix_values(plan, share, whole and self.u == 1, context)
 
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
@@ -196,23 +204,11 @@ class PAGHandler(PerturbedHeadsHandler):
 
     def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Put V in the place of the output of the layer's perturbed heads."""
-        return mixed_with_values(plan, share, whole, context.layout, self.settings.rows, context.device)
-
-
-def mixed_with_values(
-    plan: AttentionPlan, share: Tensor, whole: bool, layout: TokenLayout, rows: str, device: torch.device
-) -> AttentionPlan:
-    """Return a plan with V mixed into the output of its heads, in all rows or in the image's alone."""
-    image = image_rows(layout, str(device)) if rows == "image" and layout.tokens > layout.visual_tokens else None
-    return plan.mix(share, image, only_values=whole and image is None)
+        return self.mix_values(plan, share, whole, context)
 
 
 def stacks_of(site: Site, model: Model) -> Stacks:
-    """Return the attention layers of a transformer, as specs name them.
-
-    Raises:
-        ConfigError: if an ``attach(layers=...)`` leaves some of them out.
-    """
+    """Return a transformer's attention layers, as specs name them; raise `ConfigError` if ``attach`` left some out."""
     names = site.attention
     if sorted(names) != list(range(len(names))):
         missing = next(index for index in range(max(names) + 1) if index not in names)
@@ -233,10 +229,6 @@ def image_rows(layout: TokenLayout, device: str) -> Tensor:
         rows = torch.zeros(layout.tokens, dtype=torch.bool, device=device)
         rows[layout.visual] = True
         return rows
-
-
-def _within(rows: tuple[slice, int], row: int) -> bool:
-    return rows[0].start <= row < rows[0].stop
 
 
 def _rows_of_call(context: CallContext, batch: int) -> range:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from ...adapters.rope import VISUAL_AXES
-from ...errors import ConfigError, did_you_mean
 from ...plan.layout import TokenLayout
-from ...rules.rope import KINDS, check_kind, edited
+from ...rules.rope import check_kind, edited
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..options import Count, ge
+from ..options import Count, Rule, ge
 from ..saving import Saving
 from ..site import Site
 from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
@@ -22,17 +21,12 @@ from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 
 
-def check_axes(method: str, axes: tuple[str, ...] | None) -> None:
-    """Check the names of axes.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest, or none.
-    """
-    if axes is not None and not axes:
-        raise ConfigError(f"{method}.axes names no axis; leave it out for all of {', '.join(VISUAL_AXES)}")
-    for axis in axes or ():
-        if axis not in VISUAL_AXES:
-            raise ConfigError(f"{method}.axes: no positions lie along {axis!r}; {did_you_mean(axis, VISUAL_AXES)}")
+Axes = Annotated[
+    tuple[str, ...],
+    Rule(f"a list of one or more of {', '.join(VISUAL_AXES)}", lambda axes: axes and {*axes} <= {*VISUAL_AXES}),
+    "leave it unset for all that the model has",
+]
+"""Axes of the patch grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +54,7 @@ class RoPE(MethodConfig):
     name: ClassVar[str] = "rope"
 
     kind: Kind = "riflex"
-    axes: tuple[str, ...] | None = None
+    axes: Axes | None = None
     factor: Annotated[float, ge(1), "2 is twice the trained length"] | None = None
     period: float | None = None
     turn: float | None = None
@@ -70,10 +64,7 @@ class RoPE(MethodConfig):
     trained_width: Count | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.kind, str) and self.kind not in KINDS:
-            raise ConfigError(f"rope.kind: there is no {self.kind!r}; {did_you_mean(self.kind, KINDS)}")
         MethodConfig.__post_init__(self)
-        check_axes(self.name, self.axes)
         check_kind(self.kind, period=self.period, turn=self.turn, indices=self.indices)
 
 

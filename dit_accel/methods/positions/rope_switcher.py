@@ -23,11 +23,7 @@ Edit = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 def trained_lengths(method: str, given: Mapping[str, int | None], family: Family | None) -> dict[str, int]:
-    """Return axis -> tokens that a model was trained on: what was given, else what is known of the released model.
-
-    Raises:
-        ConfigError: if nothing is known of any axis.
-    """
+    """Return axis -> tokens that a model was trained on, as given or released; raise `ConfigError` if none is known."""
     known = {**(family.trained if family else {}), **{axis: n for axis, n in given.items() if n is not None}}
     if not known:
         model = family.name if family else "a model with sizes of no released one"
@@ -40,17 +36,10 @@ def trained_lengths(method: str, given: Mapping[str, int | None], family: Family
 
 
 def require_kind(model: Model, kind: str, requested: Sequence[str] = ()) -> None:
-    """Refuse a model whose positions can't be changed, and a kind of frequencies that makes no sense on it.
+    """Raise `ConfigError` for a model whose positions can't be changed, or not by a kind or along axes that were asked.
 
-    Of a model that is not there yet this is checked as far as its family's sizes tell.
-
-    Args:
-        model: the model.
-        kind: one of `dit_accel.rules.rope.KINDS`.
-        requested: axes that are to change; empty: all that can.
-
-    Raises:
-        ConfigError: with the adapter's reason, and the axes or kinds that do.
+    Of a model that is not there yet this is checked as far as its family's sizes tell. ``requested``: the axes; empty:
+    all that can change.
     """
     name, rope, config = model.adapter.name, model.adapter.rope, model.config
     if isinstance(rope, Rope) and rope.kinds is not None and kind not in rope.kinds:

@@ -38,9 +38,6 @@ from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 AXES = ("height", "width")
 
-DEFAULTS: Mapping[str, Any] = {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
-"""What an option is where neither the user nor the model's recipe sets it: the paper's."""
-
 Calls = tuple[str, str, int, int]
 """(transformer, branch, row, batch): the calls whose heads are compared with each other."""
 
@@ -76,7 +73,10 @@ class UltraImage(MethodConfig):
     """
 
     name: ClassVar[str] = "ultraimage"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    # the paper's
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None,
+    }  # fmt: skip
 
     correct: bool = True
     focus_min: Annotated[float, ge(1)] | None = None
@@ -139,8 +139,7 @@ class UltraImageHandler(AttentionHandler):
                 raise ConfigError(f"{error}; ultraimage.correct = false changes heads alone") from None
         self._trained = {axis: known[axis] for axis in AXES}
         self._heads: dict[Calls, _Heads] = {}
-        self._told: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-        self._most_bytes = 0
+        self._compared: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse another method that changes the positions, unless this one leaves them."""
@@ -216,9 +215,9 @@ class UltraImageHandler(AttentionHandler):
         factors = focus(entropy, lowest, highest, settings.focus_min or 1, settings.focus_max or 1, settings.power or 1)
         own = factors if share is None else factors[..., share.own]
         heads.factors = dict(zip(heads.entropy, own.float(), strict=True))
-        self._told[key[:2]] = entropy, factors
+        self._compared[key[:2]] = entropy, factors
         held = [x for one in self._heads.values() for part in (one.entropy, one.factors) for x in part.values()]
-        self._most_bytes = max(self._most_bytes, sum(x.numel() * x.element_size() for x in held))
+        self.note_held(sum(x.nbytes for x in held))
 
     def reset(self) -> None:
         """Forget the heads: another generation has other ones."""
@@ -226,18 +225,14 @@ class UltraImageHandler(AttentionHandler):
 
     def begin_run(self) -> None:
         """Forget what the report tells."""
-        self._told.clear()
-
-    def state_bytes(self) -> int:
-        """Return the bytes of entropies and factors: two numbers a head, layer and batch row."""
-        return self._most_bytes
+        self._compared.clear()
 
     def report(self) -> Section | None:
         """Return the range of the entropies and of the factors, by transformer and branch."""
-        if not self._told:
+        if not self._compared:
             return None
         lines, data = [], {}
-        for (transformer, branch), (entropy, factors) in self._told.items():
+        for (transformer, branch), (entropy, factors) in self._compared.items():
             low, high = float(entropy.min()), float(entropy.max())
             mean = float(factors.mean())
             lines.append(f"{transformer}, {branch}: entropy {low:.2f} to {high:.2f}, mean factor {mean:.3f}")

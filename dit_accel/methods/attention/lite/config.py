@@ -6,37 +6,21 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from ....errors import ConfigError
 from ....plan.layout import TokenLayout
-from ....plan.tiling import bitmap_bytes
 from ...options import Count, ge, gt, lt
 from ..sparse import SparseConfig
-from .ranges import check_ranges
+from .ranges import Ranges
 from .thresholds import check_threshold
-
-DEFAULTS: Mapping[str, Any] = {
-    "block_size": 128,
-    "dense_steps": 0.1,
-    "dense_last_steps": 0,
-    "dense_layers": 0,
-}
-"""What an option is where neither the user nor the model's recipe sets it.
-
-The first call that is not dense by these options is dense as well, by design; so the warm-up is short.
-"""
 
 THRESHOLDS: Mapping[str, float] = {"maxgap": -10.0, "mass": 2.0**-10, "budget": 0.01}
 """Threshold of each criterion where none is set: the published gap, and shares of the softmax mass."""
-
-WORTHWHILE_TOKENS = 30_000
-"""Visual tokens below which skipping rarely pays: the published gains are of 30,000 tokens and more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiteAttention(SparseConfig):
     """Self-attention that leaves out what earlier steps found negligible (arXiv 2511.11062).
 
-    An option left unset takes the recipe of the model's family, or `DEFAULTS` where the family has none. For
-    ``block_size`` and the options that begin with ``dense`` see `SparseConfig`. The first
-    call after them is dense too, and votes. With another method's tile list a tile must be in that list as well.
+    For unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`. The first call that is not
+    dense by these is dense too, and votes. With another method's tile list a tile must be in that list as well.
     Thresholds by head, INT8 products and ring attention are not here. A last tile that is not full is visited last in
     both directions, unlike in the original.
 
@@ -65,7 +49,11 @@ class LiteAttention(SparseConfig):
     """
 
     name: ClassVar[str] = "lite"
-    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+    worthwhile_tokens: ClassVar[int] = 30_000  # the published gains are of 30,000 tokens and more
+    # a short warm-up, since the first call that is not dense by these options is dense as well
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "block_size": 128, "dense_steps": 0.1, "dense_last_steps": 0, "dense_layers": 0,
+    }  # fmt: skip
 
     criterion: Literal["maxgap", "mass", "budget"] = "maxgap"
     threshold: float | None = None
@@ -75,17 +63,14 @@ class LiteAttention(SparseConfig):
     refresh_every: Annotated[int, ge(2), "the call that starts afresh is dense"] | None = None
     bidirectional: bool = True
     protect_text: bool = True
-    must_keep: tuple[int, ...] = ()
-    must_skip: tuple[int, ...] = ()
+    must_keep: Ranges = ()
+    must_skip: Ranges = ()
     rest: Literal["skip", "pooled"] = "skip"
     allow_positive_threshold: bool = False
 
     def __post_init__(self) -> None:
         SparseConfig.__post_init__(self)
-        ways = [name for name in ("threshold", "target_density", "thresholds_file") if getattr(self, name) is not None]
-        if len(ways) > 1:
-            first, second = (f"lite.{name} = {getattr(self, name)!r}" for name in ways[:2])
-            raise ConfigError(f"{first} and {second} both say how much is dropped; set one of them")
+        self.require_one_of("threshold", "target_density", "thresholds_file", of="how much is dropped")
         if self.criterion == "budget" and self.thresholds_file is not None:
             raise ConfigError(
                 "lite.criterion = 'budget' bounds the mass dropped over a run by lite.threshold, got "
@@ -98,8 +83,6 @@ class LiteAttention(SparseConfig):
             )
         if self.threshold is not None:
             check_threshold("lite.threshold", self.criterion, self.threshold, self.allow_positive_threshold)
-        check_ranges("lite.must_keep", self.must_keep)
-        check_ranges("lite.must_skip", self.must_skip)
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; the criterion's usual threshold where none is set."""
@@ -110,18 +93,7 @@ class LiteAttention(SparseConfig):
 
     def advice(self, layout: TokenLayout) -> str | None:
         """Return what the user should know about lite on this layout, or None where it fits well."""
-        parts, visual = [], layout.visual_tokens
-        if visual < WORTHWHILE_TOKENS:
-            parts.append(f"lite seldom pays below {WORTHWHILE_TOKENS} visual tokens, and there are {visual} here")
-        if not self.protect_text and layout.tokens > visual:
-            text = layout.tokens - visual
+        parts, text = [self.advice_on_size(layout)], layout.tokens - layout.visual_tokens
+        if not self.protect_text and text:
             parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
-        return "; ".join(parts) or None
-
-    def carried_bytes(self, layout: TokenLayout, *, layers: int, heads: int, batch: int = 1, branches: int = 2) -> int:
-        """Return the memory that a generation holds from step to step, in bytes: a bit for each tile, head and branch.
-
-        The original's two lists of int16 per attention module take 31 times that with equal tiles, 23 times with its
-        own of 128 x 176.
-        """
-        return layers * branches * bitmap_bytes(self.tiling.tiles(layout.tokens), heads, batch)
+        return "; ".join(filter(None, parts)) or None

@@ -1,10 +1,11 @@
 """LiteAttention: tiles that a call finds negligible are left out of the calls after it, and cost nothing there.
 
 Source: LiteAttention (arXiv 2511.11062), by its published code. Beyond the original: every backend, bitmaps in place of
-lists, branches and rows apart, resets, text exact, criteria that bound the mass, a target density, pooled tiles.
+its two lists of int16 (1 / 31 of their memory with equal tiles, 1 / 23 with its own of 128 x 176), branches and rows
+apart, resets, text exact, criteria that bound the mass, a target density, pooled tiles.
 """
 
-import dataclasses
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_accel_kernels import Selection, TileLists, Vote, pack_bits, unpack_bits
@@ -12,19 +13,56 @@ from torch import Tensor
 
 from ....errors import ConfigError
 from ....plan.call import Call
-from ....plan.context import CallContext, StepContext
+from ....plan.context import CallContext, Key, StepContext
 from ....plan.layout import TokenLayout
 from ....plan.masks import is_key_padding
 from ....plan.plan import AttentionPlan
 from ....plan.tiling import full_lists_bytes, pinned_bytes
+from ....rules.steps import whole_steps
 from ...base import Model, Phase
 from ...saving import Saving
 from ..sparse import SparseHandler
 from .config import LiteAttention
-from .ranges import FixedBits, check_ranges, fixed_bits, split_list
+from .ranges import FixedBits, fixed_bits, split_list
 from .scores import DensityCalibrator, recorded_scores
-from .state import CallState, States
 from .thresholds import LiteThresholds, read_thresholds
+
+
+@dataclass(slots=True)
+class CallState:
+    """What is carried from call to call of one attention module, branch and row.
+
+    Attributes:
+        layout: the sequence that the bits are of.
+        block: tokens of its tiles.
+        order: the order of its tokens.
+        bits: int32 [B, H, NQ, W], tiles of the next call; None: all of them.
+        calls: calls made since it began.
+        votes: how many of them voted.
+        spent: share of the budget that votes were given.
+        calibrator: what finds the threshold for a target density; None: it is given.
+        counts: the first call's scores in bins, for the calibrator; None once the calibrator was asked.
+        given: the running call's selection, where it may be repeated.
+    """
+
+    layout: TokenLayout
+    block: int
+    order: Tensor | None
+    bits: Tensor | None = None
+    calls: int = 0
+    votes: int = 0
+    spent: float = 0.0
+    calibrator: DensityCalibrator | None = None
+    counts: Tensor | None = None
+    given: Selection | None = None
+
+    def fits(self, context: CallContext, block: int, order: Tensor | None) -> bool:
+        """Tell whether the bits mean what the call's tiles mean."""
+        if (self.layout, self.block) != (context.layout, block):
+            return False
+        if self.order is None or order is None:
+            return self.order is order
+        return self.order is order or (len(self.order) == len(order) and bool((self.order == order).all()))
 
 
 class LiteHandler(SparseHandler):
@@ -38,7 +76,7 @@ class LiteHandler(SparseHandler):
 
     def __init__(self, config: LiteAttention, model: Model) -> None:
         super().__init__(config, model)
-        self._states = States()
+        self._states: dict[Key, CallState] = {}
         self._fixed: dict[Any, tuple[tuple[object, ...], FixedBits]] = {}
         self._calibrators: dict[tuple[str, str, int], DensityCalibrator] = {}
         self._table: LiteThresholds | None = None
@@ -60,16 +98,15 @@ class LiteHandler(SparseHandler):
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Refuse ranges beyond the video; remark on a sequence where lite gains nothing."""
-        check_ranges("lite.must_keep", self.settings.must_keep, layout.visual_tokens)
-        check_ranges("lite.must_skip", self.settings.must_skip, layout.visual_tokens)
+        for name in ("must_keep", "must_skip"):
+            if (end := max(getattr(self.settings, name), default=0)) > layout.visual_tokens:
+                raise ConfigError(
+                    f"lite.{name} ends at visual token {end}, the video has {layout.visual_tokens}; end it there"
+                )
         return super().check_layout(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Active outside the dense steps and layers; not in training, where one forward says nothing about the next.
-
-        Raises:
-            ConfigError: if the thresholds file is for another number of steps, or the options need what is not known.
-        """
+        """Active outside the dense steps and layers, never in training; refuse a thresholds file of other steps."""
         if step.training:
             return False
         table, path = self._table, self.settings.thresholds_file
@@ -110,23 +147,21 @@ class LiteHandler(SparseHandler):
         elif state.counts is not None:
             kept = state.calibrator.keeps(scores, free, state.counts, settings.target_density)
             kept = kept if context.heads is None else kept[:, context.heads.own]
-            self._states.keep(state, pack_bits(kept))
+            self._keep(state, pack_bits(kept))
             state.counts = None
 
     def learn(self, context: CallContext, kept: Tensor) -> None:
         """Make the bits that the votes keep those of the next call."""
-        state = self._states.by_key.get(context.key)
+        state = self._states.get(context.key)
         if state is not None:
-            self._states.keep(state, kept)
+            self._keep(state, kept)
 
     def needs_step(self, step: StepContext) -> bool:
         """Tell whether the branch's first votes are due in this step, or those after ``refresh_every`` calls."""
         if not self.is_active_somewhere(step):
             return False
         first = 1 if self.settings.target_density is None else 2
-        states = [
-            one for key, one in self._states.by_key.items() if (key[0], key[2]) == (step.transformer, step.branch)
-        ]
+        states = [one for key, one in self._states.items() if (key[0], key[2]) == (step.transformer, step.branch)]
         return not states or any(one.calls < first or one.calls == self.settings.refresh_every for one in states)
 
     def reset(self) -> None:
@@ -137,25 +172,27 @@ class LiteHandler(SparseHandler):
 
     def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
         """Tell whether a call's key has dropped tiles that could come back to a later call."""
-        state = self._states.by_key.get(context.key)
+        state = self._states.get(context.key)
         return state is not None and state.bits is not None and self.settings.target_density is None
 
     def restore_tiles(
         self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
     ) -> None:
         """Take back tiles that probe rows need by ``margin`` log2 units; what must be skipped stays skipped."""
-        state, tiles = self._states.by_key.get(context.key), plan.tiles
+        state, tiles = self._states.get(context.key), plan.tiles
         if state is None or state.bits is None or tiles is None:
             return
         threshold = self._threshold(context)
         needed = gaps > threshold + margin if self.settings.criterion == "maxgap" else shares > threshold * 2.0**margin
         bits = pack_bits(needed)
         first = self._fixed_bits(tiles, plan.token_order, context).first
-        self._states.keep(state, state.bits | (bits if first is None else bits & first))
+        self._keep(state, state.bits | (bits if first is None else bits & first))
 
-    def state_bytes(self) -> int:
-        """Return the most memory that the bits took at once since attach."""
-        return self._states.peak
+    def _keep(self, state: CallState, bits: Tensor) -> None:
+        """Make ``bits`` those of the next call; the old ones live on only where a plan waits for its backward."""
+        first, state.bits = state.bits is None, bits
+        if first:
+            self.note_held(sum(one.bits.nbytes for one in self._states.values() if one.bits is not None))
 
     def _fixed_bits(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> FixedBits:
         """Return what no vote decides; the same for all calls on the same tiles."""
@@ -166,13 +203,13 @@ class LiteHandler(SparseHandler):
 
     def _again(self, context: CallContext) -> Selection:
         """Return what the call had when the forward ran it first."""
-        state = self._states.by_key.get(context.key)
+        state = self._states.get(context.key)
         if state is None or state.given is None:
             raise ConfigError(
                 f"lite was asked to repeat {context.transformer} layer {context.layer} at step {context.step_index}, "
                 "which ran without gradients; use gradient checkpointing with use_reentrant=False"
             )
-        return dataclasses.replace(state.given, vote=None)
+        return replace(state.given, vote=None)
 
     def _next(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> Selection:
         """Return keep, vote and direction of a call, and count it."""
@@ -184,8 +221,10 @@ class LiteHandler(SparseHandler):
         state.given = chosen if context.differentiate else None
         state.votes += vote is not None
         state.calls += 1
-        if left == 1 and not context.differentiate and self._is_last(context):
-            self._free(context)
+        if left == 1 and not context.differentiate and context.step_index == self._last_step(context):
+            # no later call of this generation reads this key, nor those of transformers whose steps are over
+            for key in [key for key in self._states if key == context.key or key[0] != context.transformer]:
+                del self._states[key]
         return chosen
 
     def _vote(self, state: CallState, left: int | None, context: CallContext) -> Vote | None:
@@ -211,7 +250,7 @@ class LiteHandler(SparseHandler):
     def _state(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> CallState:
         """Return the state of a call, begun anew where it is the first, or due for it, or on other tiles."""
         key = context.key
-        state = self._states.by_key.get(key)
+        state = self._states.get(key)
         if (
             state is not None
             and state.calls != self.settings.refresh_every
@@ -226,16 +265,16 @@ class LiteHandler(SparseHandler):
                     context.step_index
                 )
             state.calibrator = calibrator
-        self._states.put(key, state)
+        self._states[key] = state
         first = self._fixed_bits(tiles, order, context).first
         if first is not None:
             heads = self.model.heads if context.heads is None else context.heads.count
-            self._states.keep(state, first.expand(context.batch, heads, -1, -1).contiguous())
+            self._keep(state, first.expand(context.batch, heads, -1, -1).contiguous())
         return state
 
     def _last_step(self, context: CallContext) -> int | None:
         steps = context.num_inference_steps
-        return None if steps is None else steps - self.settings.dense_ends(steps)[1] - 1
+        return None if steps is None else steps - whole_steps(self.settings.dense_last_steps or 0, steps) - 1
 
     def _calls_left(self, state: CallState, context: CallContext) -> int | None:
         """Return for how many calls, the running one included, the state serves at most; None: it is not known."""
@@ -245,27 +284,11 @@ class LiteHandler(SparseHandler):
             counts.append(refresh - state.calls)
         return min(counts, default=None)
 
-    def _is_last(self, context: CallContext) -> bool:
-        return context.step_index == self._last_step(context)
-
-    def _free(self, context: CallContext) -> None:
-        """Forget what no later call of this generation reads: this key, and transformers whose steps are over."""
-        self._states.drop(context.key)
-        for key in [key for key in self._states.by_key if key[0] != context.transformer]:
-            self._states.drop(key)
-
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what is carried from step to step; what is dropped is known only while it runs."""
-        settings, model, carried = self.settings, self.model, 0
-        if model.family is not None:
-            layers = settings.active_layers(model.family.layers, steps) * model.family.experts
-            carried = settings.carried_bytes(
-                layout, layers=layers, heads=model.heads, branches=model.family.forwards_per_step
-            )
+        settings = self.settings
         notes = ("what lite saves is known only while it runs; it is not counted", *settings.notes())
+        keeps = bool(settings.must_keep) or (settings.protect_text and layout.tokens > layout.visual_tokens)
         lists = full_lists_bytes(layout, settings.tiling.block_size)
-        if settings.must_keep or (settings.protect_text and layout.tokens > layout.visual_tokens):
-            lists += pinned_bytes(layout, settings.tiling.block_size)
-        if settings.must_skip:
-            lists += pinned_bytes(layout, settings.tiling.block_size)
-        return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=notes)
+        lists += (keeps + bool(settings.must_skip)) * pinned_bytes(layout, settings.tiling.block_size)
+        return Saving(counted=False, carried_bytes=self.carried_bits(layout, steps), list_bytes=lists, notes=notes)

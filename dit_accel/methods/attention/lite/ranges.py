@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from dit_accel_kernels import TileLists, count_bits, pack_bits, unpack_bits
@@ -12,6 +12,7 @@ from ....errors import ConfigError
 from ....plan.context import CallContext
 from ....plan.layout import TokenLayout
 from ....plan.tiling import exact_bits, pinned_bits
+from ...options import Rule
 
 
 class FixedBits(NamedTuple):
@@ -24,24 +25,13 @@ class FixedBits(NamedTuple):
     first: Tensor | None
 
 
-def check_ranges(name: str, ranges: Sequence[int], tokens: int | None = None) -> None:
-    """Refuse what is not a list of ranges (start, end, start, end ...), ends exclusive and none overlapping.
+def _are_ranges(given: Sequence[int]) -> bool:
+    rising = all(a < b if place % 2 == 0 else a <= b for place, (a, b) in enumerate(pairwise(given)))
+    return len(given) % 2 == 0 and rising and min(given, default=0) >= 0
 
-    Args:
-        name: the option's name.
-        ranges: counts visual tokens from 0.
-        tokens: visual tokens in all; None where that is not known yet.
 
-    Raises:
-        ConfigError: for an odd count, a range that is empty, out of order or out of the sequence.
-    """
-    if len(ranges) % 2:
-        raise ConfigError(f"{name} must be start, end, start, end ... of visual tokens, got {len(ranges)} numbers")
-    rising = all(a < b if place % 2 == 0 else a <= b for place, (a, b) in enumerate(pairwise(ranges)))
-    if not rising or (ranges and ranges[0] < 0):
-        raise ConfigError(f"{name} must rise from 0, each end above its start, got {tuple(ranges)}")
-    if tokens is not None and ranges and ranges[-1] > tokens:
-        raise ConfigError(f"{name} ends at visual token {ranges[-1]}, the video has {tokens}; end it there")
+Ranges = Annotated[tuple[int, ...], Rule("start, end, start, end ... of visual tokens, rising from 0", _are_ranges)]
+"""Ranges of visual tokens, ends exclusive."""
 
 
 def range_tiles(
@@ -50,7 +40,7 @@ def range_tiles(
     """Return bool [N], on the CPU: the tiles that hold a token of the ranges or, ``inward``, no other token.
 
     Args:
-        ranges: as `check_ranges` takes them.
+        ranges: as `Ranges` has them.
         layout: the sequence.
         order: position in the tiles' order -> token index; None: the sequence's own order.
         block: tokens of a tile.
@@ -66,11 +56,7 @@ def range_tiles(
 
 
 def fixed_bits(settings: Any, context: CallContext, tiles: TileLists, order: Tensor | None) -> FixedBits:
-    """Return what lite's settings fix on the tiles of a call.
-
-    Raises:
-        ConfigError: if what must be skipped leaves some queries no key.
-    """
+    """Return what lite's settings fix on a call's tiles; raise `ConfigError` if some queries are left no key."""
     layout, block = context.layout, tiles.block_k
     pinned = first = None
     if settings.protect_text and layout.tokens > layout.visual_tokens:

@@ -23,10 +23,6 @@ def recorded_scores(plan: AttentionPlan, call: Call) -> Tensor:
     """Return the largest share of its softmax mass that a recorded row has in each tile, log2, [B, H, NQ, NK].
 
     Gaps would tell little at low densities: a tile in ten or more holds the largest logit of some row.
-
-    Args:
-        plan: the call's plan, with its tiles.
-        call: its queries and keys.
     """
     assert plan.tiles is not None
     tokens, order = call.q.shape[2], plan.token_order

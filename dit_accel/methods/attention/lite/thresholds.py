@@ -14,7 +14,7 @@ transformer = [[-10.0, -9.5], [-8.0, -8.25]]
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiteThresholds:
-    """Thresholds of one model and one number of steps.
-
-    Attributes:
-        model: `Model.name` of the model that they were tuned on.
-        criterion: what they are thresholds of: ``maxgap`` (log2 units) or ``mass`` (shares of a row's softmax mass).
-        num_inference_steps: steps of the run.
-        thresholds: component name -> [layers][steps]; -inf drops nothing.
-        target_error: what the tuner aimed at, or None.
+    """Thresholds of one model and one number of steps: the content of a file, as the module's text shows it.
 
     Raises:
         ConfigError: for a table that is empty or ragged, or a threshold out of range.
@@ -61,11 +54,7 @@ class LiteThresholds:
             raise ConfigError("lite thresholds need a list for every layer of every transformer, got none; tune again")
 
     def at(self, transformer: str, layer: int, step_index: int) -> float:
-        """Return the threshold of one layer at one step, 0-based.
-
-        Raises:
-            ConfigError: for a transformer or layer that the table does not have.
-        """
+        """Return a layer's threshold at a step, 0-based; raise `ConfigError` for layers that the table lacks."""
         layers = self.thresholds.get(transformer, ())
         if layer >= len(layers):
             known = ", ".join(f"{len(rows)} layers of {name}" for name, rows in self.thresholds.items())
@@ -77,11 +66,7 @@ class LiteThresholds:
 
 
 def check_threshold(where: str, criterion: str, value: float, allow_positive: bool = False) -> None:
-    """Refuse a threshold out of range; ``where`` names it in the error.
-
-    Raises:
-        ConfigError: for maxgap at 0 or above unless ``allow_positive``, for a share outside (0, 1), for NaN.
-    """
+    """Raise `ConfigError` for a maxgap at 0 or above unless ``allow_positive``, a share outside (0, 1), or NaN."""
     if criterion == "maxgap":
         if math.isnan(value) or (value >= 0 and not allow_positive):
             raise ConfigError(
@@ -126,16 +111,6 @@ def write_thresholds(path: str | Path, thresholds: LiteThresholds) -> None:
     """Write a thresholds file, whole or not at all; the inverse of `read_thresholds`."""
     import tomli_w
 
-    table: dict[str, Any] = {
-        "version": VERSION,
-        "model": thresholds.model,
-        "criterion": thresholds.criterion,
-        "num_inference_steps": thresholds.num_inference_steps,
-    }
-    if thresholds.target_error is not None:
-        table["target_error"] = thresholds.target_error
-    table["thresholds"] = {
-        name: [[float(value) for value in row] for row in layers] for name, layers in thresholds.thresholds.items()
-    }
+    fields = {name: value for name, value in asdict(thresholds).items() if value is not None}
     with written_whole(path) as temporary:
-        temporary.write_text(tomli_w.dumps(table), encoding="utf-8")
+        temporary.write_text(tomli_w.dumps({"version": VERSION, **fields}), encoding="utf-8")

@@ -128,11 +128,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def read_file(path: Path, given: str) -> tuple[str, ...]:
-    """Return the specs in a JSON file: a list of them, or a list under ``heads``.
-
-    Raises:
-        ConfigError: if there is no such file, or it holds something else.
-    """
+    """Return the specs in a JSON file, a list or one under ``heads``; raise `ConfigError` if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
