@@ -41,7 +41,7 @@ class Bench:
     """What is timed.
 
     Attributes:
-        family: its sizes, with as many layers as are made.
+        family: the model's sizes, with as many layers as are made.
         planned: the plan of the dense run, with the size.
     """
 

@@ -306,7 +306,6 @@ def check_options(kind: str, name: str, options: Iterable[str], known: Collectio
 def shipped_scheduler(source: str) -> Any:
     """Return the scheduler that a model ships with, from its config alone.
 
-
     Raises:
         UnsupportedModel: if the config is not found, or diffusers has no such scheduler.
     """
