@@ -13,7 +13,6 @@ from block_choices import table as choices_table
 from budgets import table as budgets_table
 from call_error import table as calls_table
 from denoising_time import table as times_table
-from dit_accel_eval.demo.comparison import page_text as demo_text
 from dit_accel_eval.runs.results import Line, read_lines
 from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.suite import Suite, read_suite
@@ -25,7 +24,7 @@ from guidance_cost import table as costs_table
 from overhead import table as overhead_table
 from positions_cost import page_text as additions_text
 from product_time import page_text as product_text
-from report_tables import report_table, tuned_text
+from report_tables import demo_text, report_table, tuned_text
 from scaling import table as scaling_table
 from vbench_proxies import page_text as proxies_text
 

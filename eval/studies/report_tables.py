@@ -1,10 +1,12 @@
-"""What README.md and docs/quality.md tell of the committed report and search: `readme` puts it between their marks."""
+"""What README.md and docs/quality.md say of the committed report, search and demo: `readme` puts it there."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 from dit_accel_eval.runs.results import markdown_table, read_lines
+from dit_accel_eval.statistics import bootstrap
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.comparison import figures, verdict
 from dit_accel_eval.suites.suite import read_suite
@@ -16,6 +18,9 @@ REPORTS = ("report-wan-tiny", "report-flux-tiny")
 
 TUNED = Path("eval/results/tuned-flux-tiny.toml")
 TUNED_MODEL = "flux-tiny"
+
+DEMO = Path("eval/results/demo.json")
+"""The demo's committed run: a copy of its ``comparison.json``."""
 
 
 def report_table(root: Path) -> str:
@@ -83,4 +88,20 @@ def _by_hand(root: Path, most: float) -> str:
     return (
         f"Of the arms set by hand that cost no more on the same prompts the best, {best.name}, comes to "
         f"{best.psnr.mean:.1f} dB."
+    )
+
+
+def demo_text(root: Path) -> str:
+    """Return in words what the committed run below the project's root folder showed."""
+    run = json.loads((root / DEMO).read_text(encoding="utf-8"))
+    _, fewer, ours = run["arms"]
+    against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
+    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    seconds, rival = (f"{np.median(one['seconds']):.1f} s" for one in (ours, fewer))
+    verdict = ", which is open," if against.low <= 0 <= against.high else ""
+    compared = f"than {fewer['num_inference_steps']} dense steps did in {rival}"
+    return (
+        f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
+        f"nearer to the converged run{verdict} in {seconds} {compared} "
+        f"({threads}, {run['device']}; [the run]({DEMO}))."
     )

@@ -29,6 +29,7 @@ from typing import Any
 
 from compiled import describe
 from dit_accel_kernels.backends.triton.launch import table
+from predictions import pick
 from recorded import Recorded, gpu_target
 from targets import EVERY, TARGETS
 
@@ -240,10 +241,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sample", type=int, help="compile only so many of them, spread evenly")
     args = parser.parse_args()
-    args.target = args.target.split(",")
-    unknown = [t for t in args.target if t not in EVERY]
-    if unknown:
-        raise SystemExit(f"--target takes {', '.join(EVERY)}: found {', '.join(unknown)}")
+    args.target = [target.name for target in pick(args.target, EVERY, "target")]
     return args
 
 

@@ -6,7 +6,6 @@ cpu_table.py makes of the committed ones what "auto" decides by on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calls import DTYPES
 from candidates import NAMES, Call, exact_rows, make
-from dit_accel_kernels import EXACT, TileLists
+from dit_accel_kernels import SKIPPED, TileLists
 from dit_accel_kernels.backends.cpu import processor
+from inputs import append, lists
 from torch import Tensor
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def arguments() -> argparse.Namespace:
@@ -30,29 +29,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--density", default="0.10,0.25,0.5", help="comma list of kept shares (default %(default)s)")
     parser.add_argument("--block", type=int, default=128, help="tokens a tile (default %(default)s)")
     parser.add_argument("--lists", default="random", choices=("random", "band"), help="where kept tiles lie")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="timed rounds, candidates interleaved (default %(default)s)"
-    )
     parser.add_argument("--only", default=",".join(NAMES), help=f"comma list of {', '.join(NAMES)}")
-    parser.add_argument(
-        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: time of this process over threads"
-    )
-    parser.add_argument("--out", type=Path, help="append one JSON line a candidate to this file")
+    add_timing(parser, threads=2, clock="wall")
     return parser.parse_args()
 
 
-def lists(kind: str, density: float, tokens: int, block: int) -> TileLists:
-    """Shared lists, equally many tiles in every block row: scattered at random or in one band about the diagonal."""
-    count = tokens // block
-    kept = max(1, round(density * count))
-    states = torch.zeros(count, count, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    for i in range(count):
-        start = min(max(i - kept // 2, 0), count - kept)
-        band = torch.arange(start, start + kept)
-        states[i, band if kind == "band" else torch.randperm(count, generator=generator)[:kept]] = EXACT
-    return TileLists.from_states(states, block_q=block, block_k=block, num_q=tokens, num_k=tokens)
+def add_timing(parser: argparse.ArgumentParser, *, threads: int, clock: str) -> None:
+    """Add how calls are timed and where the records go, with these defaults."""
+    parser.add_argument("--threads", type=int, default=threads, help="torch threads (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, all calls in each (default %(default)s)")
+    parser.add_argument("--clock", default=clock, choices=("wall", "cpu"), help="cpu: of this process over threads")
+    parser.add_argument("--out", type=Path, help="append one JSON line a row to this file")
 
 
 def timed(calls: dict[str, Call], rounds: int, clock: str, threads: int) -> dict[str, list[float]]:
@@ -81,7 +68,7 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
         raise SystemExit(f"--shape needs whole tiles: found {tokens} tokens for --block {args.block}")
     torch.manual_seed(0)
     q, k, v = (torch.randn(batch, heads, tokens, dim).to(DTYPES[dtype]) for _ in range(3))
-    tiles = lists(args.lists, density, tokens, args.block)
+    tiles = lists(tokens, args.block, density, SKIPPED, "cpu", band=args.lists == "band")
     calls = make(q, k, v, tiles, ["dense", *(n for n in args.only.split(",") if n != "dense")])
     sample = list(range(0, tokens // args.block, max(1, tokens // args.block // 4)))[:4]
     truth = exact_rows(q, k, v, tiles, sample)
@@ -153,9 +140,7 @@ def main() -> None:
         for density in (float(x) for x in args.density.split(",")):
             for record in measure(args, dtype, density):
                 print(line(record), flush=True)
-                if args.out:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                append(args.out, record)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the table by which "auto" decides on a CPU, from results/cpu.jsonl and what was told of other processors."""
+"""Write the table by which "auto" decides on a CPU, from results/cpu.jsonl and reports of other processors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from dit_accel_kernels.backends.cpu import TABLE
 
 RESULTS = Path(__file__).parent / "results" / "cpu.jsonl"
 BACKENDS = ("torch", "flex")
-MAKES = {"AMD EPYC": "avx512_bf16", "Intel(R) Xeon(R) Processor @ 2.50GHz": "avx512"}
-"""What the makes have whose records do not say it."""
-
 REPORT = "reported, before the compiled loop, not measured here"
 REPORTED = (  # the loop left bf16 on such processors as it was; fp32 is not taken over
     ("amx", "bf16", 16384, 128, "torch", ((0.1, 0.38), (0.25, 0.38), (0.5, 0.39))),
@@ -27,13 +24,13 @@ KEY = ("processor", "dtype", "tokens", "tile", "backend")
 
 
 def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table's rows: of one setting those of the last make that was measured; a measured one replaces a told one."""
+    """The table's rows: of one setting those of the last make that was measured, which replace a reported one."""
     shares_of = {row[:5]: (REPORT, dict(row[5])) for row in REPORTED}
     measured: dict[tuple, tuple[str, dict[float, float]]] = {}
     for record in records:
         if record["candidate"] in BACKENDS:
-            kind, source = record.get("processor") or MAKES[record["device"]], f"measured: {record['device']}"
-            key = (kind, record["dtype"], record["shape"][2], record["block"], record["candidate"])
+            source = f"measured: {record['device']}"
+            key = (record["processor"], record["dtype"], record["shape"][2], record["block"], record["candidate"])
             if measured.get(key, ("",))[0] != source:
                 measured[key] = source, {}
             measured[key][1][record["density"]] = round(record["of_ideal"], 3)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import multiprocessing
 import os
 import sys
@@ -30,11 +29,12 @@ import calls
 import grid
 import torch
 import triton
-from predictions import CANDIDATES, SHAPES, Card, Shape, card_of, predict
+from calls import DTYPES
+from inputs import append
+from predictions import CANDIDATES, SHAPES, Shape, card_of, pick, predict
 from recorded import Recorded, launches_of
 from timed import Timed, calls_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ORDER = ("wan-720p", "128k", "hunyuan-720p", "cogvideox1.5", "wan-480p", "mochi")
 COMPILING = 0.5  # most of the budget that compiling ahead may take
 GRACE = 25  # seconds after the budget at which the process ends, whatever hangs
@@ -99,7 +99,7 @@ def check(args: argparse.Namespace, deadline: float, left_out: list[str]) -> Ite
 
 def timed(args: argparse.Namespace, deadline: float, left_out: list[str]) -> Iterator[Record]:
     """Compile what is timed, then time it, shape by shape."""
-    shapes = [SHAPES[name] for name in args.shape.split(",")]
+    shapes: list[Shape] = args.shape
     if args.tiny:
         shapes = [replace(shape, heads=2, tokens=120, dim=16, block=32) for shape in shapes]
     if args.device != "cpu":
@@ -145,16 +145,11 @@ def seconds_of(call: Timed, device: str) -> tuple[float, float, float]:
 
 def prediction(shape: Shape, candidate: str, density: float, args: argparse.Namespace) -> Record:
     """The least seconds that the call can take and its slowest engine, if predictions.py knows this card and call."""
-    card = card_at_hand(args)
+    card = None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
     if card is None or candidate not in CANDIDATES:
         return {}
     predicted = predict(shape, candidate, density, card)
     return {"predicted_bound": predicted["bound"], "predicted_limit": predicted["limit"]}
-
-
-def card_at_hand(args: argparse.Namespace) -> Card | None:
-    """This card's figures, if it is one that predictions.py knows."""
-    return None if args.device == "cpu" else card_of(torch.cuda.get_device_name())
 
 
 def line(r: Record) -> str:
@@ -219,9 +214,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a CUDA or ROCm GPU, found none: --device cpu --tiny tests the script")
-    unknown = [name for name in args.shape.split(",") if name not in SHAPES]
-    if unknown:
-        raise SystemExit(f"--shape takes {', '.join(SHAPES)}: found {', '.join(unknown)}")
+    args.shape = pick(args.shape, SHAPES, "shape")
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     return args
 
@@ -238,9 +231,7 @@ def main() -> None:
     records: list[Record] = []
     for record in {"check": check, "time": timed}[args.command](args, deadline, left_out):
         records.append(record)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps({**setting, "dtype": args.dtype, **record}) + "\n")
+        append(args.out, {**setting, "dtype": args.dtype, **record})
         if line(record):
             print(line(record), flush=True)
     summary(records, left_out, device)

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from calls import DTYPES, Call, Setting, kinds, make
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, Selection, TileLists, unpack_bits
+from dit_accel_kernels.problem import by_head
 from torch import Tensor
 
 USUAL = (
@@ -144,9 +145,7 @@ def chosen(call: Call, exact: Tensor) -> Call:
     """The call with the exact tiles that its selection chose, bits int32 [B, H, NQ, W], as lists."""
     selection: Selection = call.arguments["selection"]
     tiles, stays = call.tiles, unpack_bits(exact, call.tiles.key_tiles)
-    batch, heads = stays.shape[:2]
-    states = tiles.states()
-    states = (states[None] if tiles.groups in (1, heads) else states.unflatten(0, (batch, heads))).expand(stays.shape)
+    states = by_head(tiles.states(), stays.shape[1]).expand(stays.shape)
     keep = None if selection.keep is None else unpack_bits(selection.keep, tiles.key_tiles)
     states = left_by(selection, states, stays, keep).flatten(0, 1)
     sizes = dict(block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.num_q, num_k=tiles.num_k)

@@ -1,6 +1,10 @@
-"""Random tile lists, kept tiles and decay for benches and tuning."""
+"""Random tile lists, kept tiles and decay for benches and tuning, and the file that their findings go to."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from dit_accel_kernels import EXACT, FrameDecay, TileLists, pack_bits
@@ -9,11 +13,25 @@ from torch import Tensor
 FRAMES = 21  # into which a decayed call's tokens are cut: those of 81 frames of video
 
 
-def lists(tokens: int, block: int, density: float, rest: int, device: str, *, groups: int = 1) -> TileLists:
-    """Lists: for every query tile the diagonal and random others, `density` of all; the rest skipped or pooled."""
+def append(path: Path | None, record: dict[str, Any]) -> None:
+    """Append one JSON line to a file, if there is one."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def lists(
+    tokens: int, block: int, density: float, rest: int, device: str, *, groups: int = 1, band: bool = False
+) -> TileLists:
+    """Lists: for every query tile the diagonal and others, `density` of all; the rest skipped or pooled.
+
+    The others are random, or with `band` those nearest to the diagonal.
+    """
     count = -(-tokens // block)
-    kept = max(1, round(density * count))
+    kept, places = max(1, round(density * count)), torch.arange(count)
     scores = torch.rand(groups, count, count, generator=torch.Generator().manual_seed(0))
+    if band:
+        scores = -(places[:, None] - places).abs().float().expand(groups, -1, -1).contiguous()
     scores.diagonal(dim1=1, dim2=2).fill_(2.0)
     states = torch.full((groups, count, count), rest, dtype=torch.uint8)
     states.scatter_(2, scores.topk(kept, 2).indices, EXACT)

@@ -50,20 +50,9 @@ class Recorded:
         return getattr(importlib.import_module(module), name)
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """Constexprs by name."""
-        names = list(self.signature)
-        return {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
-
-    @property
     def kernel_name(self) -> str:
         """The kernel's name, such as "fwd"."""
         return self.name.split("-")[0]
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element of Q."""
-        return 4 if self.signature.get("q_ptr") == "*fp32" else 2
 
     @property
     def identity(self) -> str:

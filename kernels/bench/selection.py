@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from block_sparse import cpu_name, timed
+from block_sparse import add_timing, cpu_name, timed
 from candidates import Call
 from dit_accel_kernels import (
     EXACT,
@@ -22,6 +20,7 @@ from dit_accel_kernels import (
     pack_bits,
     unpack_bits,
 )
+from inputs import append
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,10 +37,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default=SHAPES, help="B,H,S,D,tile size;... (default %(default)s)")
     parser.add_argument("--density", default="0.1,0.3", help="comma list of kept shares (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, all calls in each (default %(default)s)")
-    parser.add_argument("--clock", default="cpu", choices=("wall", "cpu"), help="cpu: of this process over threads")
-    parser.add_argument("--out", type=Path, help="append one JSON line a row to this file")
+    add_timing(parser, threads=1, clock="cpu")
     return parser.parse_args()
 
 
@@ -130,9 +126,7 @@ def main() -> None:
             for r in measure(args, shape, density):
                 times = f"{r['density']:7.3f}{r['seconds'] * 1e3:10.1f}{r['speedup']:9.2f}"
                 print(f"{r['call']:20}{times}  {r['ratio']:6.3f} {r['base']:16}{r['ratio_by_tile']:12.3f}", flush=True)
-                if args.out:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(r) + "\n")
+                append(args.out, r)
 
 
 if __name__ == "__main__":

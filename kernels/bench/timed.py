@@ -16,7 +16,6 @@ from dit_accel_kernels import (
     EXACT,
     POOLED,
     SKIPPED,
-    FrameDecay,
     Routing,
     Selection,
     TileLists,
@@ -40,7 +39,7 @@ SDPA = {
 }
 RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
 BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
-Errors = tuple[float, float]  # found and allowed
+Errors = tuple[float, float]  # measured and allowed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,13 +146,14 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
         for i in {0, tiles.query_tiles // 2, tiles.query_tiles - 1}:
             rows = slice(i * block, min((i + 1) * block, tiles.num_q))
             at = (slice(0, 1), slice(h, h + 1))
-            states = _states_of(call, exact, h, i)
+            states, frames = _states_of(call, exact, h, i), call.arguments.get("frame_decay")
+            frames = None if frames is None else replace(frames, q_frames=frames.q_frames[rows])
             part = Call(
                 inputs=(q[at][:, :, rows], k[at], v[at]),
                 tiles=TileLists.from_states(
                     states, block_q=block, block_k=tiles.block_k, num_q=rows.stop - rows.start, num_k=tiles.num_k
                 ),
-                arguments={"layout": "bhsd", **_decay_of(call, rows)},
+                arguments={"layout": "bhsd"} if frames is None else {"layout": "bhsd", "frame_decay": frames},
                 grad_out=None if call.grad_out is None else call.grad_out[at][:, :, rows],
             )
             yardstick, truth = part.run("reference")[0], part.to(torch.float64).run("reference")[0]
@@ -170,11 +170,6 @@ def _states_of(call: Call, exact: Tensor | None, head: int, q_tile: int) -> Tens
     selection: Selection = call.arguments["selection"]
     keep = None if selection.keep is None else unpack_bits(selection.keep[0, head, q_tile], count)
     return left_by(selection, states, unpack_bits(exact[0, head, q_tile], count), keep)[None]
-
-
-def _decay_of(call: Call, rows: slice) -> dict[str, FrameDecay]:
-    given: FrameDecay | None = call.arguments.get("frame_decay")
-    return {} if given is None else {"frame_decay": replace(given, q_frames=given.q_frames[rows])}
 
 
 def key_gradients(call: Call, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]) -> Errors:

@@ -155,7 +155,8 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
     if problem.q.device.type != "cpu":
         return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
     timed = timed and not (problem.return_lse or problem.votes or problem.decay)
-    return cpu.choice(problem.q.dtype, problem)[0] if timed else "torch"
+    tokens = min(problem.q.shape[2], problem.k.shape[2])
+    return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
 
 
 def resolve_backend(
@@ -176,7 +177,7 @@ def resolve_backend(
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        return "torch" if lists is None else cpu.choice(dtype, lists)[0]
+        return "torch" if lists is None else cpu.choice(dtype, lists, min(lists.num_q, lists.num_k))[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -252,17 +253,11 @@ def _by_torch(problem: Problem, *, compiled: bool) -> tuple[Tensor, Tensor, Tens
     return torch_backend.attend(problem, need_lse=problem.return_lse)
 
 
-def _empty_like(x: Tensor, problem: Problem) -> Tensor:
-    """Memory for a [B, H, S, D] like x in the caller's layout."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(x.shape) if problem.heads_first else x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
 def _empty_results(problem: Problem) -> Results:
     q = problem.q
     bits = (*q.shape[:2], problem.query_tiles, words_of(problem.key_tiles))
     return (
-        _empty_like(q, problem),
+        problem.empty_like(q),
         q.new_empty(q.shape[:3] if problem.return_lse else (0,), dtype=wide_dtype(q.dtype)),
         q.new_empty(bits if problem.return_tiles else (0,), dtype=torch.int32),
         q.new_empty(bits if problem.votes else (0,), dtype=torch.int32),
@@ -285,8 +280,9 @@ def _gradients(
 ) -> list[Tensor]:
     """Gradients of q, k and v, [B, H, S, D]."""
     if problem.q.shape[0] == 0:
-        return [_empty_like(x, problem) for x in (problem.q, problem.k, problem.v)]
-    problem = _without_vote(problem)
+        return [problem.empty_like(x) for x in (problem.q, problem.k, problem.v)]
+    if problem.selection is not None:  # votes decide about another call
+        problem = replace(problem, selection=replace(problem.selection, vote=None))
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         w = mix_weight(problem, grad_out.dtype)
@@ -314,14 +310,8 @@ def _torch_gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None
     if order is not None:
         grad_out = grad_out.index_select(2, order)
         grad_lse = None if grad_lse is None else grad_lse.index_select(2, order)
-    grads = backward.attend_backward(_with_lists_of_selection(problem).tiled(), grad_out, grad_lse)
+    grads = backward.attend_backward(resolved(problem.tiled())[0], grad_out, grad_lse)
     return grads if order is None else tuple(torch.empty_like(g).index_copy_(2, order, g) for g in grads)
-
-
-def _without_vote(problem: Problem) -> Problem:
-    """The call without votes, which decide about another call."""
-    selection = problem.selection
-    return problem if selection is None else replace(problem, selection=replace(selection, vote=None))
 
 
 def _routes(problem: Problem) -> bool:
@@ -335,20 +325,11 @@ def _after_routing(problem: Problem, exact: Tensor | None) -> Problem:
     return replace(problem, selection=replace(problem.selection, routing=None, routed=exact))
 
 
-def _with_lists_of_selection(problem: Problem) -> Problem:
-    """The call with its selection, if any, turned into lists."""
-    if problem.selection is None:
-        return problem
-    lists, _ = resolved(problem.tiled())
-    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices", "selection")
-    return replace(problem, **{name: getattr(lists, name) for name in names})
-
-
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
     problem = restore(arguments)
-    return [_empty_like(x, problem) for x in (problem.q, problem.k, problem.v)]
+    return [problem.empty_like(x) for x in (problem.q, problem.k, problem.v)]
 
 
 # Plans are made on the host at a list's first use, and masks and backends decide there what is launched: a graph that

@@ -15,7 +15,7 @@ _PLAIN = (
 )
 _DECAY = "Tensor? decay_table, Tensor? q_frames, Tensor? k_frames"
 _SELECTION = (
-    "bool selects, Tensor? keep, bool pool_rest, Tensor? pinned, float? beta, bool exact_variance, str? criterion, "
+    "bool selects, Tensor? keep, str rest, Tensor? pinned, float? beta, str threshold, str? criterion, "
     "float vote_threshold, bool reverse, Tensor? routed"
 )
 SCHEMA = f"({_PLAIN}, {_DECAY}, {_SELECTION})"
@@ -42,28 +42,24 @@ def restore(arguments: tuple[Any, ...]) -> Problem:
 
 def _flat_selection(selection: Selection | None) -> tuple[Any, ...]:
     if selection is None:  # only the first is read
-        return False, None, False, None, None, False, None, 0.0, False, None
+        return False, None, "", None, None, "", None, 0.0, False, None
     routing, vote = selection.routing, selection.vote
     return (
-        True, selection.keep, selection.rest == "pooled", selection.pinned,
-        None if routing is None else float(routing.beta), routing is not None and routing.threshold == "exact",
+        True, selection.keep, selection.rest, selection.pinned,
+        None if routing is None else float(routing.beta), "" if routing is None else routing.threshold,
         None if vote is None else vote.criterion, 0.0 if vote is None else float(vote.threshold), selection.reverse,
         selection.routed,
     )  # fmt: skip
 
 
 def _selection(
-    selects: bool, keep: Any, pool_rest: bool, pinned: Any, beta: float | None, exact_variance: bool,
-    criterion: Any, vote_threshold: float, reverse: bool, routed: Any,
+    selects: bool, keep: Any, rest: Any, pinned: Any, beta: float | None, threshold: Any, criterion: Any,
+    vote_threshold: float, reverse: bool, routed: Any,
 ) -> Selection | None:  # fmt: skip
     if not selects:
         return None
+    routing = None if beta is None else Routing(beta=beta, threshold=threshold)
+    vote = None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold)
     return Selection(
-        keep=keep,
-        rest="pooled" if pool_rest else "skip",
-        pinned=pinned,
-        routing=None if beta is None else Routing(beta=beta, threshold="exact" if exact_variance else "diag"),
-        vote=None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold),
-        reverse=reverse,
-        routed=routed,
-    )
+        keep=keep, rest=rest, pinned=pinned, routing=routing, vote=vote, reverse=reverse, routed=routed
+    )  # fmt: skip

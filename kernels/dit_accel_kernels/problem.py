@@ -50,16 +50,6 @@ class Problem:
     backend: str = "auto"
 
     @property
-    def num_q(self) -> int:
-        """Queries, S_q."""
-        return self.q.shape[2]
-
-    @property
-    def num_k(self) -> int:
-        """Keys, S_k."""
-        return self.k.shape[2]
-
-    @property
     def query_tiles(self) -> int:
         """Number of query tiles, NQ."""
         return -(-self.q.shape[2] // self.block_q)
@@ -79,6 +69,20 @@ class Problem:
         """Whether the call's tiles vote for the next call."""
         return self.selection is not None and self.selection.vote is not None
 
+    @property
+    def may_pool(self) -> bool:
+        """Whether the call can have pooled tiles: those of its lists, or what its selection may make of exact ones."""
+        selection = self.selection
+        if self.pooled_indices is not None or selection is None:
+            return self.pooled_indices is not None
+        routes = selection.routing is not None or selection.routed is not None
+        return routes or (selection.keep is not None and selection.rest == "pooled")
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Memory for a [B, H, S, D] like x, laid out like the call's output."""
+        batch, heads, tokens, dim = x.shape
+        return x.new_empty(x.shape) if self.heads_first else x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
     def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
         valid, decay, order = self.key_mask, self.decay, self.token_order
@@ -94,6 +98,8 @@ class Problem:
 
     def tiled(self) -> Problem:
         """The same call with tensors, decay and `key_valid` in tiled order and nothing left in the caller's."""
+        if self.token_order is None and self.key_length is None and self.key_mask is None:
+            return self
         q, k, v = self.q, self.k, self.v
         if self.token_order is not None:
             q, k, v = (x.index_select(2, self.token_order) for x in (q, k, v))
@@ -106,6 +112,11 @@ class Problem:
 def _frames_in_order(q_frames: Tensor, k_frames: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """The frames in tiled order, the same tensors in every call, since what is derived from them is kept with them."""
     return _FRAMES.get((q_frames, k_frames), (), lambda: (q_frames[order], k_frames[order]), loose=[order])
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[B or 1, H or 1, ...] of what list sets hold, [G, ...]."""
+    return x[None] if x.shape[0] in (1, heads) else x.unflatten(0, (-1, heads))
 
 
 def lists_of(problem: Problem) -> TileLists:

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from dit_accel_kernels.features import tile_means, wide_dtype
-from dit_accel_kernels.problem import Problem, lists_of
+from dit_accel_kernels.problem import Problem, by_head, lists_of
 from dit_accel_kernels.sections import sections_of
 from dit_accel_kernels.selection import LOG2_E, Routing, pack_bits, unpack_bits
-from dit_accel_kernels.tiles import EXACT, POOLED, SKIPPED, TileLists
+from dit_accel_kernels.tiles import EXACT, PARTS, POOLED, SKIPPED, TileLists
 
 
 def list_states(problem: Problem) -> Tensor:
     """Tile states of the lists alone, uint8 [B or 1, H or 1, NQ, NK]."""
-    states = lists_of(problem).states()
-    heads = problem.q.shape[1]
-    return states[None] if states.shape[0] in (1, heads) else states.unflatten(0, (-1, heads))
+    return by_head(lists_of(problem).states(), problem.q.shape[1])
 
 
 def selected_states(problem: Problem) -> Tensor:
@@ -73,24 +71,20 @@ def routing_scores(problem: Problem, routing: Routing, pinned: Tensor | None) ->
     return scores, mean + routing.beta * (variance + 1e-6).sqrt()
 
 
-def resolved(problem: Problem) -> tuple[Problem, Tensor]:
+def resolved(problem: Problem) -> tuple[Problem, Tensor | None]:
     """A call in tiled order with its selection turned into lists of every batch and head, and the exact tiles as bits.
 
-    Bits int32 [B, H, NQ, W]. Reads the counts back from the device: backends that must not sync select by themselves.
+    Bits int32 [B, H, NQ, W]; a call without a selection as it is, and None. Reads the counts back from the device:
+    backends that must not sync select by themselves.
     """
+    if problem.selection is None:
+        return problem, None
     batch, heads = problem.q.shape[:2]
     states = selected_states(problem).expand(batch, heads, -1, -1)
     sizes = dict(block_q=problem.block_q, block_k=problem.block_k, num_q=problem.q.shape[2], num_k=problem.k.shape[2])
     lists = TileLists.from_states(states.flatten(0, 1), **sizes)
-    narrowed = replace(
-        problem,
-        exact_offsets=lists.exact_offsets,
-        exact_indices=lists.exact_indices,
-        pooled_offsets=lists.pooled_offsets,
-        pooled_indices=lists.pooled_indices,
-        selection=None,
-    )
-    return narrowed, pack_bits(states == EXACT)
+    parts = {name: getattr(lists, name) for name in PARTS}
+    return replace(problem, selection=None, **parts), pack_bits(states == EXACT)
 
 
 def visiting_order(problem: Problem, reverse: bool) -> Tensor:

@@ -18,7 +18,7 @@ from dit_accel_kernels.cache import StorageCache, changed, count_writes
 SKIPPED, POOLED, EXACT = 0, 1, 2
 
 _INT32_MAX = 2**31 - 1
-_PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
+PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
 
 
 def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class TileLists:
     pooled_indices: Tensor | None = None
 
     def __post_init__(self) -> None:
-        count_writes(self, _PARTS)
+        count_writes(self, PARTS)
         for name in ("block_q", "block_k", "num_q", "num_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -157,7 +157,7 @@ class TileLists:
             device = torch.empty(0, device=device).device  # "cuda" is the current one of them
         if device == self.device:
             return self
-        parts = {name: getattr(self, name) for name in _PARTS}
+        parts = {name: getattr(self, name) for name in PARTS}
 
         def copy() -> TileLists:
             return replace(self, **{name: None if x is None else x.to(device) for name, x in parts.items()})
@@ -177,7 +177,7 @@ class TileLists:
 
     def changed(self) -> None:
         """Tell that the lists were written to by a kernel that torch knows nothing of; see above."""
-        changed(getattr(self, name) for name in _PARTS)
+        changed(getattr(self, name) for name in PARTS)
 
     def validate(self) -> TileLists:
         """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self.
@@ -217,6 +217,17 @@ def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
     """Row g * NQ + i of every entry of a CSR with offsets [G, NQ + 1], int64 [nnz], without a device sync."""
     counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
     return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts, output_size=entries)
+
+
+def padded_rows(chosen: Tensor, read: bool = False) -> tuple[Tensor, Tensor]:
+    """Bool [.., NK] as counts int32 [..] and ascending indices int32 [.., N], which come before what pads them.
+
+    N is NK, or if `read` the longest row's count, which is read from the device.
+    """
+    counts = chosen.sum(-1, dtype=torch.int32)
+    width = max(1, int(counts.max())) if read else chosen.shape[-1]
+    indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
+    return counts, indices.to(torch.int32).contiguous()
 
 
 def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:

@@ -21,24 +21,20 @@ def check_values(problem: Problem) -> None:
     if torch.compiler.is_compiling():  # the reference alone is traced
         return
     order, device = problem.token_order, problem.q.device
-
-    def validate() -> None:
-        lists_of(problem).validate()
-
-    def validate_order() -> None:
-        assert order is not None
-        _check_order(order)
-
     if readable(device):
         sizes = (problem.block_q, problem.block_k, problem.q.shape[2], problem.k.shape[2])
         parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
-        _CHECKED.get(parts, sizes, validate)
+        _CHECKED.get(parts, sizes, lambda: _check_lists(problem))
         if order is not None:
-            _CHECKED.get([order], (), validate_order)
+            _CHECKED.get([order], (), lambda: _check_order(order))
     elif os.environ.get(SWITCH) == "1" and not capturing(device):
-        validate()
+        _check_lists(problem)
         if order is not None:
-            validate_order()
+            _check_order(order)
+
+
+def _check_lists(problem: Problem) -> None:
+    lists_of(problem).validate()
 
 
 def _check_order(order: Tensor) -> None:

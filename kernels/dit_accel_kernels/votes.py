@@ -17,89 +17,20 @@ directions here, and 2 to 20 of some 3,000 bits differ for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dit_accel_kernels.features import split_tiles
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
-from dit_accel_kernels.selection import LOG2_E, Vote, pack_bits, unpack_bits
+from dit_accel_kernels.selection import pack_bits, unpack_bits
 from dit_accel_kernels.states import list_states, visiting_order
 from dit_accel_kernels.tiles import EXACT
 
 VOTE_BYTES = 16 << 20  # in which a backend may keep what votes go by until they are settled
-
-
-def kept_after(problem: Problem, visited: Tensor, top: Tensor, mass: Tensor) -> Tensor:
-    """Bits of the next call, int32 [B, H, NQ, W].
-
-    Args:
-        problem: the call in tiled order, with its selection.
-        visited: bool [B, H, NQ, NK], the exact tiles that have a valid key.
-        top: [B, H, S_q, NK], largest natural logit of each query row in each tile; any value where not visited.
-        mass: like top, the sum of exponentials relative to any maximum that the row's tiles share.
-    """
-    selection = problem.selection
-    assert selection is not None
-    assert selection.vote is not None
-    shape = visited.shape
-    order = visiting_order(problem, selection.reverse).expand(shape[0], -1, -1)[:, None].expand(shape)
-    seen = visited.gather(-1, order)
-    by_row = order.repeat_interleave(problem.block_q, 2)[:, :, : top.shape[2]]
-    seen_by_row = seen.repeat_interleave(problem.block_q, 2)[:, :, : top.shape[2]]
-    needs = rows_need(
-        selection.vote,
-        top.gather(-1, by_row).masked_fill(~seen_by_row, -torch.inf),
-        mass.gather(-1, by_row).masked_fill(~seen_by_row, 0.0),
-    )
-    needs = split_tiles(needs, 2, problem.block_q).any(3)
-    return bits_after(problem, torch.zeros_like(visited).scatter_(-1, order, voted_down(seen, needs)))
-
-
-def rows_need(vote: Vote, top: Tensor, mass: Tensor) -> Tensor:
-    """Which rows need which tiles, bool [..., S_q, n], from `top` and `mass` [..., S_q, n] in the order of visits.
-
-    Tiles that are not visited have top -inf and mass 0. Only "maxgap" reads `top`, only the others read `mass`.
-    """
-    evidence = top * LOG2_E if vote.criterion == "maxgap" else mass
-    return torch.nn.functional.pad(margins(vote, evidence) > vote.threshold, (1, 0), value=True)
-
-
-def margins(vote: Vote, evidence: Tensor) -> Tensor:
-    """What must exceed the threshold for a row to need a tile, [..., n - 1]: of all but the first that is visited.
-
-    `evidence` [..., n] in the order of visits: largest logits in log2 units for "maxgap", else sums of exponentials.
-    """
-    if vote.criterion == "maxgap":
-        return evidence[..., 1:] - evidence.cummax(-1).values[..., :-1]
-    share = evidence / evidence.cumsum(-1).clamp_(min=torch.finfo(evidence.dtype).tiny)
-    if vote.criterion == "mass":
-        return share[..., 1:]
-    spent = torch.zeros_like(share[..., 0])
-    for tile in range(1, share.shape[-1]):  # the first one's share is 1
-        with_it = spent + share[..., tile]
-        spent = torch.where(with_it > vote.threshold, spent, with_it)
-        share[..., tile] = with_it
-    return share[..., 1:]
-
-
-def voted_down(visited: Tensor, needs: Tensor) -> Tensor:
-    """Which tiles of a query tile lose their bit, bool [..., n] in the order of visits, `needs` being any row's."""
-    return visited & ~needs & (visited.cumsum(-1) > 1)
-
-
-def bits_after(problem: Problem, down: Tensor) -> Tensor:
-    """Bits of the next call, int32 [B, H, NQ, W], where the tiles `down`, bool [B, H, NQ, NK], were voted down."""
-    selection = problem.selection
-    assert selection is not None
-    if selection.pinned is not None:
-        down = down & ~unpack_bits(selection.pinned, problem.key_tiles)
-    if selection.keep is None:
-        bits = (list_states(problem) == EXACT).expand(down.shape)
-    else:
-        bits = unpack_bits(selection.keep, problem.key_tiles)
-    return pack_bits(bits & ~down)
+_HOLDING = Lock()  # by one thread at a time
 
 
 class Tally:
@@ -112,8 +43,9 @@ class Tally:
         selection, (batch, heads, queries, _) = problem.selection, problem.q.shape
         assert selection is not None
         assert selection.vote is not None
-        self.problem, self.vote = problem, selection.vote
-        tiles, rows, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
+        self.problem, self.selection, self.vote = problem, selection, selection.vote
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+        tiles, q_tiles, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
         self.none = tiles  # stands for no tile where lists are padded to one length
         self.visit: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
         ragged, self.backwards = problem.k.shape[2] % problem.block_k > 0, False
@@ -122,14 +54,14 @@ class Tally:
         elif selection.reverse or valid is not None or problem.decay is not None:
             visit = visiting_order(problem, selection.reverse).argsort(-1)
             visit = visit.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
-            self.visit = torch.nn.functional.pad(visit, (0, 1), value=tiles)
+            self.visit = pad(visit, (0, 1), value=tiles)
         self.absent: Tensor | None = None  # key tiles without a valid key
         if valid is not None:
             absent = ~valid_tiles(valid, problem.block_k)[1]
-            absent = torch.nn.functional.pad(absent, (0, 1), value=True)
-            self.absent = absent.repeat_interleave(heads * rows, 0)
-        self.rows, self.last = rows, queries - (rows - 1) * problem.block_q  # queries of the last query tile
-        self.down = torch.zeros(batch * heads * rows, tiles + 1, dtype=torch.bool, device=problem.q.device)
+            absent = pad(absent, (0, 1), value=True)
+            self.absent = absent.repeat_interleave(heads * q_tiles, 0)
+        self.q_tiles, self.last = q_tiles, queries - (q_tiles - 1) * problem.block_q  # queries of the last query tile
+        self.down = torch.zeros(batch * heads * q_tiles, tiles + 1, dtype=torch.bool, device=problem.q.device)
 
     @property
     def by_mass(self) -> bool:
@@ -139,26 +71,26 @@ class Tally:
         """
         return self.vote.criterion != "maxgap"
 
-    def settle(self, rows: Tensor, tiles: Tensor, evidence: Tensor) -> None:
+    def settle(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:
         """Vote of query tiles [R] on their exact key tiles [R, n], ascending, padded with `none`.
 
         `evidence` [n, R, block_q] as `by_mass` says, -inf or 0 in padding; it may be written to.
         """
         if self.last < evidence.shape[2]:  # what is no query votes as the last one does
-            far = (rows % self.rows == self.rows - 1).nonzero()[:, 0]
+            far = (q_tiles % self.q_tiles == self.q_tiles - 1).nonzero()[:, 0]
             evidence[:, far, self.last :] = evidence[:, far, self.last - 1, None]
         if self.visit is not None:
-            order = self.visit[rows].gather(-1, tiles).argsort(-1)
+            order = self.visit[q_tiles].gather(-1, tiles).argsort(-1)
             tiles, evidence = tiles.gather(-1, order), evidence.gather(0, order.mT[..., None].expand(evidence.shape))
         by_tile = evidence.unbind(0)
         if self.backwards:
             tiles, by_tile = tiles.flip(1), by_tile[::-1]
         down = ~(self._largest(by_tile) > self.vote.threshold).mT & ((tiles != self.none).cumsum(1) > 1)
-        rows = rows[:, None]
-        self.down[rows, tiles] = down if self.absent is None else down & ~self.absent[rows, tiles]
+        q_tiles = q_tiles[:, None]
+        self.down[q_tiles, tiles] = down if self.absent is None else down & ~self.absent[q_tiles, tiles]
 
     def _largest(self, evidence: Sequence[Tensor]) -> Tensor:
-        """The largest of the `margins` of each row's queries, [n, R], tile by tile: the first one's means nothing."""
+        """What must exceed the threshold for a tile to be kept, [n, R]; the first one's means nothing."""
         so_far, spent = evidence[0], torch.zeros_like(evidence[0])
         tiny, largest = torch.finfo(so_far.dtype).tiny, [torch.zeros_like(so_far[:, 0])]
         for x in evidence[1:]:
@@ -173,7 +105,34 @@ class Tally:
             largest.append(margin.amax(1))
         return torch.stack(largest)
 
+    def hold(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:
+        """`settle`, but with as many others as `VOTE_BYTES` hold, since it takes an operation or more for each tile."""
+        with _HOLDING:
+            longest = max([len(evidence), *(len(x) for _, _, x in self.held)])
+            count = len(q_tiles) + sum(len(x) for x, _, _ in self.held)
+            if longest * count * evidence.shape[2] * evidence.element_size() > VOTE_BYTES:
+                self._settle_held()
+            self.held.append((q_tiles, tiles, evidence))
+
+    def _settle_held(self) -> None:
+        if not self.held:
+            return
+        all_q_tiles, all_tiles, all_evidence = zip(*self.held, strict=True)
+        longest, filling = max(map(len, all_evidence)), 0.0 if self.by_mass else -torch.inf
+        tiles = [pad(x, (0, longest - x.shape[1]), value=self.none) for x in all_tiles]
+        evidence = [pad(x, (0, 0, 0, 0, 0, longest - len(x)), value=filling) for x in all_evidence]
+        self.held.clear()
+        self.settle(torch.cat(all_q_tiles), torch.cat(tiles), torch.cat(evidence, 1))
+
     def kept(self) -> Tensor:
         """The bits of the next call, int32 [B, H, NQ, W]."""
-        shape = (*self.problem.q.shape[:2], self.rows, self.none + 1)
-        return bits_after(self.problem, self.down.view(shape)[..., : self.none])
+        self._settle_held()
+        shape = (*self.problem.q.shape[:2], self.q_tiles, self.none + 1)
+        down, pinned = self.down.view(shape)[..., : self.none], self.selection.pinned
+        if pinned is not None:
+            down = down & ~unpack_bits(pinned, self.none)
+        if self.selection.keep is None:
+            bits = list_states(self.problem) == EXACT
+        else:
+            bits = unpack_bits(self.selection.keep, self.none)
+        return pack_bits(bits & ~down)

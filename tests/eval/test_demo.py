@@ -16,6 +16,7 @@ from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.suites.reference import AGREE, Reference
 from PIL import Image
+from report_tables import DEMO, demo_text
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -72,16 +73,14 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     fewer = {"num_inference_steps": 13, "psnr": [30.0, 34.0], "seconds": [2.5, 2.7]}
     ours = {"num_inference_steps": 20, "psnr": [33.0, 35.0], "seconds": [2.4, 2.4]}
     run = {"device": "a processor, 2 cores", "threads": 1, "arms": [dense, fewer, ours]}
-    (tmp_path / demo_comparison.RESULTS).parent.mkdir(parents=True)
-    (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
-    text = demo_comparison.page_text(tmp_path)
+    (tmp_path / DEMO).parent.mkdir(parents=True)
+    (tmp_path / DEMO).write_text(json.dumps(run))
+    text = demo_text(tmp_path)
     assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
     assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
     ours["psnr"] = [33.0, 33.0]
-    (tmp_path / demo_comparison.RESULTS).write_text(json.dumps(run))
-    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_comparison.page_text(
-        tmp_path
-    )
+    (tmp_path / DEMO).write_text(json.dumps(run))
+    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_text(tmp_path)
 
 
 def test_the_strip_shows_differences_five_times_as_large():

@@ -243,13 +243,13 @@ def test_settings_that_make_no_sense(tmp_path, methods, options, text):
 
 def test_a_file_that_can_not_be_written(tmp_path):
     for output in (tmp_path / "lite.json", tmp_path / "none" / "lite.toml"):
-        with pytest.raises(ConfigError, match=r"thresholds file.*\.toml.*got"):
+        with pytest.raises(ConfigError, match=r"output.*\.toml.*got"):
             tune_lite(request(LITE), output)
     (tmp_path / "lite.toml.progress.json").mkdir()
     with pytest.raises(ConfigError, match=r"progress file .*a folder"):
         tune_lite(request(LITE), tmp_path / "lite.toml")
     (tmp_path / "lite.toml").mkdir()
-    with pytest.raises(ConfigError, match=r"thresholds file .*lite\.toml .*a folder"):
+    with pytest.raises(ConfigError, match=r"output .*lite\.toml .*a folder"):
         tune_lite(request(LITE), tmp_path / "lite.toml")
 
 

@@ -312,7 +312,7 @@ def test_options_that_make_no_sense(options, text, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^tune profile.*output.*\.json.*got"):
+    with pytest.raises(ConfigError, match=r"^tune.*output.*\.json.*got"):
         tune_profile(request(), tmp_path / "own.toml")
     with pytest.raises(ConfigError, match=r"^tune profile.*easycache"):
         tune_profile(request(EasyCache()), tmp_path / "own.json")

@@ -11,7 +11,7 @@ import tiny_captioners as tiny
 import torch
 from dit_accel_eval.vbench import rules, sampling, weight_files
 from dit_accel_eval.vbench.measures import WAYS, Means, missing_reason
-from dit_accel_eval.vbench.networks import bert, boxes, grit, vitdet
+from dit_accel_eval.vbench.networks import bert, boxes, grit, ported
 from dit_accel_eval.vbench.networks.loading import Networks
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
@@ -134,7 +134,7 @@ def test_the_transformer_is_transformers_vitdet():
     picture = 5 * tiny.random(1, 3, 256, 320)  # 16 x 20 patches: windows of 14 are filled up
     with torch.inference_mode():
         expected = other(picture).last_hidden_state
-        assert torch.allclose(vitdet._seen(picture, drawn.tensors, 64), expected.permute(0, 2, 3, 1), atol=1e-4)
+        assert torch.allclose(ported.vitdet(drawn.tensors, 64)(picture).last_hidden_state, expected, atol=1e-4)
 
 
 def test_things_and_their_texts_are_those_of_the_official_code():
@@ -142,7 +142,7 @@ def test_things_and_their_texts_are_those_of_the_official_code():
     weights = tiny.grit()
     picture = sampling.for_grit(noise(1, 250, 300, 3))[0]
     with torch.inference_mode():
-        found = grit.things(picture, weights, 64)
+        found = grit.things(picture, weights, ported.vitdet(weights, 64))
         names, sentences = (grit.texts(found.features, begin, weights) for begin in (grit.NAME, grit.SENTENCE))
     assert torch.allclose(found.boxes, torch.tensor(told["boxes"]), atol=2e-3)
     assert [bert.text(one, WORDS) for one in names.tolist()] == told["names"]
@@ -194,7 +194,7 @@ def test_networks_name_things_and_tell_of_them(networks):
     weights = weight_files.read("grit", networks.folder)
     pictures = sampling.for_grit(frames)
     with torch.inference_mode():
-        things = [grit.things(picture, weights, 64) for picture in pictures]
+        things = [grit.things(picture, weights, ported.vitdet(weights, 64)) for picture in pictures]
     assert len(things[0].boxes) > 3
     found, told = networks.detections(pictures), networks.sentences(pictures)
     for one, seen, said in zip(things, found, told, strict=True):

@@ -10,10 +10,9 @@ import tiny_captioners as tiny
 import torch
 from dit_accel_eval.vbench import official, rules, sampling, weight_files
 from dit_accel_eval.vbench.measures import WAYS, Means, missing_reason
-from dit_accel_eval.vbench.networks import bert, tag2text
+from dit_accel_eval.vbench.networks import bert, ported, tag2text
 from dit_accel_eval.vbench.networks.beams import search
 from dit_accel_eval.vbench.networks.loading import Networks
-from dit_accel_eval.vbench.networks.swin import swin
 from dit_accel_eval.vbench.prompts import Prompt
 from dit_accel_eval.vbench.sampling import Video
 
@@ -52,7 +51,8 @@ def test_swin_is_that_of_transformers():
     other.load_state_dict(held, strict=False)
     pictures = 3 * tiny.random(2, 3, 64, 64)
     with torch.inference_mode():
-        found, expected = swin(pictures, weights, "at."), other(pictures).last_hidden_state
+        found = tag2text.features(pictures, ported.swin(weights, "at."))
+        expected = other(pictures).last_hidden_state
     assert found.shape == (2, 1 + 16, 32)
     assert torch.allclose(found[:, 1:], expected, atol=1e-4)
     assert torch.allclose(found[:, 0], expected.mean(1), atol=1e-4)
@@ -216,7 +216,8 @@ def test_tags_captions_and_scene_are_those_of_the_official_code(networks):
     means, frames = Means(networks=networks), colours()
     weights, pictures = weight_files.read("tag2text", networks.folder), sampling.for_tag2text(frames)
     with torch.inference_mode():
-        logits = tag2text.tag_logits(swin(pictures[:6], weights, "visual_encoder."), weights)
+        seen = tag2text.features(pictures[:6], ported.swin(weights, "visual_encoder."))
+        logits = tag2text.tag_logits(seen, weights)
     assert tag2text._recognized(logits, official.tags()) == told["tags"]
     assert tag2text.looked_at(16) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5]
     asked = told["captions"][9].split()[-1]

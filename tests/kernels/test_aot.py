@@ -127,7 +127,9 @@ from recorded import started_of
 into = {}
 started_of(Setting(), "sm_90", into)
 forward = next(x for x in into.values() if x.kernel_name == "fwd")
-print(forward.name, forward.constants["STARTED"], "pooled_bits_ptr" in forward.constants, forward.element_bytes)
+names = list(forward.signature)
+started, bits = (forward.constexprs.get((names.index(name),)) for name in ("STARTED", "pooled_bits_ptr"))
+print(forward.name, started, bits, forward.signature["q_ptr"])
 """
 
 
@@ -135,7 +137,7 @@ def test_what_adds_pooled_tiles_to_flash_attention_is_recorded_from_its_call():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(BENCH)])}
     env.pop("TRITON_INTERPRET", None)
     found = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=False, env=env)
-    assert found.stdout == "fwd-bf16-d128-b128-pooled+started True False 2\n", found.stderr[-2000:]
+    assert found.stdout == "fwd-bf16-d128-b128-pooled+started True None *bf16\n", found.stderr[-2000:]
 
 
 def test_what_flash_attention_leaves_to_us_is_compiled_where_it_runs():

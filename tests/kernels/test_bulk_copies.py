@@ -33,7 +33,7 @@ def test_bulk_copies_change_nothing(layout, feature, monkeypatch):
         monkeypatch.setattr(triton_backend, "bulk_copies", lambda *_, bulk=bulk: bulk)
         found.append(block_sparse_attention_eager(q, k, v, tiles, layout=layout, backend="triton", **arguments))
     assert torch.equal(*found)
-    assert [x is not None for pair in made for x in pair] == [False, False, True, True]
+    assert [x is not None for pair in made for x in pair] == [False] * 4 + [True] * 4  # keys and values, their means
 
 
 def test_what_descriptors_cannot_describe_comes_by_pointers(monkeypatch):
@@ -42,7 +42,7 @@ def test_what_descriptors_cannot_describe_comes_by_pointers(monkeypatch):
     monkeypatch.setattr(triton_backend, "_descriptors", lambda *given: made.append(descriptors(*given)) or made[-1])
     for dim, block, extra, order in ((24, 32, 0, False), (16, 24, 0, False), (16, 32, 1, False), (16, 32, 0, True)):
         q = torch.randn(1, 2, 40, dim + extra)[..., :dim]  # with one more column, rows are not 16 bytes apart
-        tiles = random_lists(1, 40, 40, block, block)
+        tiles = random_lists(1, 40, 40, block, block, pooled=False)
         arguments: dict = {"token_order": torch.randperm(40)} if order else {}
         block_sparse_attention_eager(q, q, q, tiles, layout="bhsd", backend="triton", **arguments)
     assert made == [(None, None)] * 4

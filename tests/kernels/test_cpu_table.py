@@ -57,7 +57,7 @@ def test_the_committed_table_is_what_the_bench_makes_of_the_committed_records():
     assert cpu_table.rows(cpu_table.read()) == ROWS
 
 
-def test_a_measured_row_replaces_a_told_one_and_records_say_what_the_processor_has():
+def test_a_measured_row_replaces_a_reported_one_and_records_say_what_the_processor_has():
     record = {"processor": "amx", "device": "X", "dtype": "bf16", "shape": [1, 4, 16384, 128], "block": 128}
     made = cpu_table.rows(
         [{**record, "candidate": "flex", "density": d, "of_ideal": s} for d, s in ((0.5, 2), (0.1, 1))]

@@ -224,9 +224,9 @@ def test_more_shapes_than_dynamos_limit_stay_compiled(monkeypatch):
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
     before = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(recompile_limit=1):
-        for tokens in (33, 34):
-            q, k, v = qkv(1, 1, 1, tokens, tokens, 16, torch.float32)
-            check_output(q, k, v, random_lists(1, tokens, tokens, 16, 16), layout="bhsd")
+        for tiles in (random_lists(1, 33, 33, 16, 16), TileLists.full(34, 34, block_q=16, block_k=16)):
+            q, k, v = qkv(1, 1, 1, tiles.num_q, tiles.num_q, 16, torch.float32)
+            check_output(q, k, v, tiles, layout="bhsd")
     assert counters["stats"]["unique_graphs"] - before == 2
 
 

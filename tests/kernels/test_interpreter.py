@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dit_accel_kernels.backends.triton.delta import _add_exactly
+from dit_accel_kernels.backends.triton.backward import _add_exactly
 from dit_accel_kernels.backends.triton.support import interpreted
 from dit_accel_kernels.backends.triton.votes import _or
 from triton.runtime import interpreter

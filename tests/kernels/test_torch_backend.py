@@ -19,6 +19,7 @@ from dit_accel_kernels import (
     block_sparse_attention_eager,
     pack_bits,
 )
+from dit_accel_kernels import votes
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks as chunks_module
 from dit_accel_kernels.backends.torch.chunks import WASTE, chunks_of
@@ -157,6 +158,8 @@ def test_chunks_are_made_once_for_a_list():
     assert chunks_of(problem, 40, 1, remember=True) is found
     alias = replace(problem, exact_offsets=problem.exact_offsets.view(1, -1))
     assert chunks_of(replace(alias, exact_indices=problem.exact_indices.detach()), 40, 1, remember=True) is found
+    wider = replace(problem, q=torch.randn(1, 3, 100, 16), k=torch.randn(1, 1, 100, 16))
+    assert chunks_of(wider, 40, 1, remember=True) is found
     problem.exact_indices[-1] = problem.exact_indices[-1]
     assert chunks_of(problem, 40, 1, remember=True) is not found
 
@@ -165,11 +168,9 @@ def test_chunks_are_made_once_for_a_list():
 @pytest.mark.parametrize("multiple", [1, 2])
 def test_chunks_cover_every_query_tile_once_with_little_padding(columns, multiple):
     tiles = random_lists(3, 100, 100, 16, 16)
-    seen, odd, start = torch.zeros(3, 7, 7, dtype=torch.uint8), 0, 0
+    seen, odd = torch.zeros(3, 7, 7, dtype=torch.uint8), 0
     for chunk in chunks_of(lists_problem(tiles), columns, multiple, remember=False):
         (rows, exact_tiles), pooled_tiles = chunk.exact.shape, chunk.pooled.shape[1]
-        assert chunk.start == start
-        start += rows
         width, used = exact_tiles * 16 + pooled_tiles, 0
         assert width * rows <= columns or rows == 1
         for i in range(rows):
@@ -303,12 +304,16 @@ def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, maske
     assert len(calls) == 2  # in smaller chunks for gradients
 
 
-def test_chunks_run_together_as_long_as_their_padded_tiles_fit():
-    tiles = TileLists.full(112, 112, block_q=16, block_k=16)
-    problem = problem_of(*qkv(1, 1, 1, 112, 112, 8, torch.float32), tiles, layout="bhsd")
-    chunks = chunks_of(problem, 224, 1, remember=False)
-    assert [len(x.q_tiles) for x in chunks] == [2, 2, 2, 1]
-    runs = list(torch_attend._runs(chunks, 30))  # two chunks of 14 tiles
-    assert [[x.start for x in run] for run in runs] == [[0, 2], [4, 6]]
-    assert list(torch_attend._runs(chunks, None)) == [chunks]
-    assert [len(run) for run in torch_attend._runs(chunks, 1)] == [1, 1, 1, 1]
+@pytest.mark.usefixtures("by_operations")
+@pytest.mark.parametrize(("tiles", "settled"), [(100, [7]), (28, [4, 3]), (27, [2, 2, 3])])
+def test_chunks_are_settled_together_as_long_as_their_padded_tiles_fit(monkeypatch, tiles, settled):
+    monkeypatch.setattr(torch_attend, "chunk_sizes", lambda problem: (1, 224, 1))  # two query tiles of seven key tiles
+    monkeypatch.setattr(votes, "VOTE_BYTES", tiles * 16 * 4)
+    found, real = [], votes.Tally.settle
+    monkeypatch.setattr(
+        votes.Tally, "settle", lambda self, rows, *given: found.append(len(rows)) or real(self, rows, *given)
+    )
+    q, k, v = qkv(1, 1, 1, 112, 112, 8, torch.float32)
+    lists = TileLists.full(112, 112, block_q=16, block_k=16)
+    block_sparse_attention(q, k, v, lists, layout="bhsd", selection=Selection(vote=Vote()), backend="torch")
+    assert found == settled

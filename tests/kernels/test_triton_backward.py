@@ -28,7 +28,8 @@ from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.selection import count_bits
 from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
-from dit_accel_kernels.backends.triton.transpose import bits_of, column_plan, transpose
+from dit_accel_kernels.backends.triton.plan import grouped
+from dit_accel_kernels.backends.triton.transpose import bits_of, column_plan
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 
@@ -515,10 +516,10 @@ def test_plan_is_made_once_for_a_list():
     assert column_plan(problem, whole_chunks=True) is not column_plan(problem, whole_chunks=False)
 
 
-def test_transpose_keeps_order_and_counts():
-    order, bounds = transpose(torch.tensor([2, 0, 2, 2]), torch.tensor([True, False, False, False]), 3)
+def test_entries_of_an_owner_keep_their_order_within_a_section():
+    order, edges = grouped(torch.tensor([2, 0, 2, 2]), torch.tensor([True, False, False, False]), 3, 2)
     assert order.tolist() == [1, 2, 3, 0]
-    assert bounds.tolist() == [[0, 1, 1], [1, 1, 1], [1, 3, 4]]
+    assert edges.tolist() == [0, 1, 1, 1, 1, 3, 4]
 
 
 def test_wide_dtypes_are_refused():

@@ -151,8 +151,10 @@ def test_strided_inputs_and_layout_of_the_output():
     check(q, k, v, tiles, layout="bshd")
     check(*(x.mT.contiguous().mT for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)), tiles)
     for strided in (q.transpose(1, 2), q.transpose(1, 2).contiguous()):
-        out, *_ = triton_backend.attend(make(tiles, strided, strided, strided), need_lse=False)
-        assert (out.stride(1) > out.stride(2)) == (strided.stride(1) > strided.stride(2))
+        for heads_first in (False, True):
+            problem = replace(make(tiles, strided, strided, strided), heads_first=heads_first)
+            out, *_ = triton_backend.attend(problem, need_lse=False)
+            assert (out.stride(1) > out.stride(2)) == heads_first
 
 
 @pytest.mark.parametrize("features", [{}, dict(frame_decay=decay(70, 16)), dict(key_length=torch.tensor([50]))])

@@ -127,9 +127,8 @@ def install(monkeypatch, arch: str) -> None:
         parent, _, leaf = name.rpartition(".")
         if parent:
             vars(modules[parent])[leaf] = module
-    for name in ("mask", "score"):  # imported anew, on the stand-in
-        monkeypatch.setitem(sys.modules, f"dit_accel_kernels.backends.fa4.{name}", None)
-        monkeypatch.delitem(sys.modules, f"dit_accel_kernels.backends.fa4.{name}")
+    monkeypatch.setitem(sys.modules, "dit_accel_kernels.backends.fa4.modifiers", None)
+    monkeypatch.delitem(sys.modules, "dit_accel_kernels.backends.fa4.modifiers")  # imported anew, on the stand-in
     monkeypatch.setattr(support, "architecture", lambda device: arch)
     monkeypatch.setattr(support, "package_problem", lambda: None)
     calls.clear()

@@ -70,10 +70,18 @@ def swin(at: str, stages: int = 4, window: int = 12) -> dict[str, Tensor]:
             found |= linear(f"{block}.mlp.fc1", 4 * width, width) | linear(f"{block}.mlp.fc2", width, 4 * width)
             table = random((2 * window - 1) ** 2, width // 4, seed=number)
             found[f"{block}.attn.relative_position_bias_table"] = 5 * table
+            found[f"{block}.attn.relative_position_index"] = places_in_window(window)
         if stage < stages - 1:
             found |= norm(f"{at}layers.{stage}.downsample.norm", 4 * width)
             found[f"{at}layers.{stage}.downsample.reduction.weight"] = random(2 * width, 4 * width)
     return found
+
+
+def places_in_window(window: int) -> Tensor:
+    """Return which row of a table of relative positions belongs to two tokens of a window, [tokens, tokens]."""
+    row, column = (one.flatten() for one in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
+    down, right = (one[:, None] - one[None] + window - 1 for one in (row, column))
+    return down * (2 * window - 1) + right
 
 
 def tag2text() -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ All are held against the converged run of the same seed. The settings were chose
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +44,6 @@ ACCELERATED = Arm(
 The demo's prompt is none of the suite's.
 """
 
-RESULTS = Path("eval/results/demo.json")
-"""The committed run, of which the README tells: a copy of its ``comparison.json``."""
-
 SCALE, AMPLIFIED = 3, 5
 """How large a pixel is in the pictures, and how many times larger the differences in the strip."""
 
@@ -77,16 +73,7 @@ class Outcome:
 def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int | None, *, anew: bool) -> None:
     """Generate one prompt dense, accelerated, and dense in the same time; compare, and write the pictures.
 
-    Args:
-        out: folder for the files; made if missing.
-        name: of an embedded model.
-        prompt: what to show; None: a held-out prompt.
-        seeds: of the noise, from 0; the pictures show the first.
-        num_frames: output frames; None: the model's own.
-        anew: make the converged runs that ship anew.
-
-    Raises:
-        ConfigError: for a model that is not embedded, words that it never saw, or another run into the same folder.
+    The arguments are the options of the command in `__main__`.
     """
     check_name(name)
     text = held_out_prompts(name, PROMPT + 1)[PROMPT] if prompt is None else prompt
@@ -105,7 +92,10 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
 
 def _write(out: Path, model: EmbeddedModel, references: Sequence[Reference], outcomes: Sequence[Outcome]) -> None:
     """Write the pictures and figures, and print the table."""
-    shown = [(_label(outcome), outcome.runs[0].frames) for outcome in outcomes]
+    shown = []
+    for one in outcomes:
+        figures = f"{one.runs[0].seconds:.1f} s, {one.psnr[0]:.1f} dB"
+        shown.append((f"{one.name}, {one.arm.num_inference_steps} steps\n{figures}", one.runs[0].frames))
     frames = side_by_side(shown, references[0].frames)
     for name, pictures in (("comparison.mp4", frames), ("comparison.gif", frames // SHADES * SHADES)):
         with written_whole(out / name) as path:
@@ -172,18 +162,9 @@ def _outcome(
     name: str, arm: Arm, runs: Sequence[Run], references: Sequence[Reference], model: EmbeddedModel
 ) -> Outcome:
     both = list(zip(runs, references, strict=True))
-    return Outcome(
-        name=name,
-        arm=arm,
-        runs=tuple(runs),
-        psnr=tuple(psnr(run.frames, reference.frames) for run, reference in both),
-        work=tuple(work(run.counts, reference.step, run.attended, model.own_share) for run, reference in both),
-    )
-
-
-def _label(outcome: Outcome) -> str:
-    steps = outcome.arm.num_inference_steps
-    return f"{outcome.name}, {steps} steps\n{outcome.runs[0].seconds:.1f} s, {outcome.psnr[0]:.1f} dB"
+    works = tuple(work(run.counts, reference.step, run.attended, model.own_share) for run, reference in both)
+    psnrs = tuple(psnr(run.frames, reference.frames) for run, reference in both)
+    return Outcome(name=name, arm=arm, runs=tuple(runs), psnr=psnrs, work=works)
 
 
 def _data(model: EmbeddedModel, references: Sequence[Reference], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -197,26 +178,6 @@ def _data(model: EmbeddedModel, references: Sequence[Reference], outcomes: Seque
         "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
         "threads": torch.get_num_threads(), "references": found, "arms": arms,
     }  # fmt: skip
-
-
-def page_text(root: Path) -> str:
-    """Return in words what the committed run showed.
-
-    Args:
-        root: the project's root folder.
-    """
-    run = json.loads((root / RESULTS).read_text(encoding="utf-8"))
-    _, fewer, ours = run["arms"]
-    against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
-    threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
-    seconds, rival = (f"{np.median(one['seconds']):.1f} s" for one in (ours, fewer))
-    verdict = ", which is open," if against.low <= 0 <= against.high else ""
-    compared = f"than {fewer['num_inference_steps']} dense steps did in {rival}"
-    return (
-        f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
-        f"nearer to the converged run{verdict} in {seconds} {compared} "
-        f"({threads}, {run['device']}; [the run]({RESULTS}))."
-    )
 
 
 def _print(prompt: str, references: Sequence[Reference], outcomes: Sequence[Outcome]) -> None:

@@ -63,37 +63,26 @@ def _converge(requested: Sequence[Any], cache: Path, most: int, seed: int) -> in
 
 def write(path: Path, model: EmbeddedModel, found: Sequence[Reference]) -> None:
     """Write converged runs of the seeds from 0 to one file, their frames in 8 bits."""
-    told = [
-        {
-            "setting": run_setting(model, seed, one.steps),
-            "agreement": one.agreement,
-            "step": dataclasses.asdict(one.step),
-        }
+    about = [
+        {"setting": run_setting(model, seed, one.steps), "agreement": one.agreement,
+         "step": dataclasses.asdict(one.step)}
         for seed, one in enumerate(found)
-    ]
-    with written_whole(path) as temporary:
-        np.savez_compressed(temporary, frames=np.stack([to_uint8(one.frames) for one in found]), told=json.dumps(told))
+    ]  # fmt: skip
+    with written_whole(path) as temporary:  # the file's entry keeps the name that files have which are there
+        np.savez_compressed(temporary, frames=np.stack([to_uint8(one.frames) for one in found]), told=json.dumps(about))
 
 
 def read(path: Path, model: EmbeddedModel, seeds: int) -> dict[int, Reference]:
-    """Return seed -> converged run, of those in a file that are the model's own in all that shapes them.
-
-    Raises:
-        ConfigError: for a file that `write` did not make.
-    """
+    """Return seed -> converged run, of those in a file of `write` that are the model's own in all that shapes them."""
     try:
         with np.load(path) as saved:
-            frames, told = saved["frames"], json.loads(str(saved["told"]))
+            frames, about = saved["frames"], json.loads(str(saved["told"]))
         found = {}
-        for seed, (one, pictures) in enumerate(zip(told, frames, strict=True)):
+        for seed, (one, pictures) in enumerate(zip(about, frames, strict=True)):
             steps = one["setting"]["steps"]
             if seed < seeds and one["setting"] == json.loads(json.dumps(run_setting(model, seed, steps))):
-                found[seed] = Reference(
-                    frames=pictures.astype(np.float32) / 255,
-                    steps=steps,
-                    agreement=one["agreement"],
-                    step=Counts(**one["step"]),
-                )
+                clip, step = pictures.astype(np.float32) / 255, Counts(**one["step"])
+                found[seed] = Reference(frames=clip, steps=steps, agreement=one["agreement"], step=step)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} can't be read as converged runs ({error}); make them with --anew") from None
     return found

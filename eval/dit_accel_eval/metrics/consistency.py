@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .metric import Clip, Measured, Metric, Sample, frames_first, mean_of, neighbours
-from .networks import efficientnet_lite0, frozen, normalized
+from .networks import efficientnet_lite0, normalized
 from .weights import missing, tensors
 
 NET = "efflite0"
@@ -19,7 +19,7 @@ TOGETHER = 8
 """Frames that go through the network at once."""
 
 
-@frozen
+@torch.inference_mode()
 def features(clip: Clip) -> Tensor:
     """Return the pooled features of frames, [F, 1280]; the short side is brought to `SIDE` pixels."""
     weights, found = tensors(NET), []

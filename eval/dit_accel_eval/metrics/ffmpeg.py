@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .metric import Clip, Measured, Metric, NotMeasured, Sample, mean_of
+from .metric import Measured, Metric, NotMeasured, Sample, check_short_side, levels, mean_of
 from .psnr import CAP
 
 NARROWEST = 16
@@ -52,7 +52,7 @@ def filtered(sample: Sample, graph: str) -> str:
     clip, reference = sample.pair()
     with tempfile.TemporaryDirectory() as folder:
         for name, frames in (("clip", clip), ("reference", reference)):
-            Path(folder, name).write_bytes(_levels(frames).tobytes())
+            Path(folder, name).write_bytes(levels(frames).tobytes())
         size = f"{clip.shape[2]}x{clip.shape[1]}"
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", "25", "-i"]
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-threads", "1"]
@@ -67,19 +67,9 @@ def filtered(sample: Sample, graph: str) -> str:
         return log.read_text(encoding="utf-8")
 
 
-def _levels(clip: Clip) -> np.ndarray:
-    return np.rint(np.clip(clip, 0, 1) * 255).astype(np.uint8)
-
-
 def vmaf(sample: Sample) -> Measured:
-    """Return VMAF, 0 to 100, mean over frames.
-
-    Raises:
-        NotMeasured: without a reference, for small frames, or where ffmpeg fails.
-    """
-    short = min(sample.frames.shape[1:3])
-    if short < NARROWEST:
-        raise NotMeasured(f"VMAF takes a short side of {NARROWEST} pixels, and there are {short}")
+    """Return VMAF, 0 to 100, mean over frames."""
+    check_short_side(sample.frames, NARROWEST, "VMAF takes")
     log = filtered(sample, "libvmaf=log_fmt=json:log_path=log:n_threads=1")
     return mean_of([frame["metrics"]["vmaf"] for frame in json.loads(log)["frames"]])
 

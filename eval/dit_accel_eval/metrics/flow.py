@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .metric import Clip, Measured, Metric, NotMeasured, Sample, mean_of, neighbours
+from .metric import Clip, Measured, Metric, NotMeasured, Sample, check_short_side, levels, mean_of, neighbours
 from .motion import flickering
 
 Flow = npt.NDArray[np.float32]
@@ -35,21 +35,12 @@ def no_opencv() -> str | None:
 
 
 def dis_flow(one: Clip, two: Clip) -> Flow:
-    """Return the flow from a frame [height, width, 3] to another by OpenCV's DIS, medium preset.
-
-    Raises:
-        NotMeasured: for frames that are too small.
-    """
+    """Return the flow from a frame [height, width, 3] to another by OpenCV's DIS, medium preset."""
     import cv2
 
-    if min(one.shape[:2]) < NARROWEST:
-        raise NotMeasured(f"its flow takes a short side of {NARROWEST} pixels, and there are {min(one.shape[:2])}")
-    grey = [cv2.cvtColor(_levels(frame), cv2.COLOR_RGB2GRAY) for frame in (one, two)]
+    check_short_side(one[None], NARROWEST, "its flow takes")
+    grey = [cv2.cvtColor(levels(frame), cv2.COLOR_RGB2GRAY) for frame in (one, two)]
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)  # type: ignore[call-overload, attr-defined]
-
-
-def _levels(frame: Clip) -> npt.NDArray[np.uint8]:
-    return np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8)
 
 
 def strongest(flow: Flow, share: float) -> float:
@@ -98,7 +89,9 @@ def warp_error(sample: Sample, flows: Flows) -> Measured:
     errors = []
     for one, two in itertools.pairwise(frames):
         there, back = flows(one, two), flows(two, one)
-        seen = _inside(there) & (np.linalg.norm(there + warped(back, there), axis=-1) <= CONSISTENT)
+        (x, y), (height, width) = _ends(there), there.shape[:2]
+        inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+        seen = inside & (np.linalg.norm(there + warped(back, there), axis=-1) <= CONSISTENT)
         difference = (warped(two.astype(np.float32), there) - one)[seen].astype(np.float64)
         errors.append(math.sqrt(float((difference**2).mean())) if seen.any() else 1.0)
     return mean_of(errors)
@@ -108,27 +101,19 @@ def warped(values: npt.NDArray[np.float32], flow: Flow) -> Any:
     """Return values [height, width, C] at the ends of a flow [height, width, 2], linear between pixels."""
     import cv2
 
+    return cv2.remap(values, *_ends(flow), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _ends(flow: Flow) -> tuple[Any, Any]:
+    """Return where the vectors of a flow end, right and down, [height, width] each."""
     down, right = np.indices(flow.shape[:2], dtype=np.float32)
-    return cv2.remap(
-        values, right + flow[..., 0], down + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-
-
-def _inside(flow: Flow) -> npt.NDArray[np.bool_]:
-    height, width = flow.shape[:2]
-    down, right = np.indices((height, width), dtype=np.float32)
-    x, y = right + flow[..., 0], down + flow[..., 1]
-    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return right + flow[..., 0], down + flow[..., 1]
 
 
 def still_flickering(sample: Sample) -> Measured:
-    """Return the flickering of a clip that passes the static filter.
-
-    Raises:
-        NotMeasured: for a clip that moves.
-    """
+    """Return the flickering of a clip that passes the static filter; others are not measured."""
     if not is_static(sample, dis_flow).value:
-        raise NotMeasured("the clip moves, and flickering is told from motion in still ones alone")
+        raise NotMeasured("the clip moves, and flickering is set apart from motion in still ones alone")
     return flickering(sample)
 
 

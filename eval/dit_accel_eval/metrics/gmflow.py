@@ -1,16 +1,14 @@
 """Dynamic degree by GMFlow, a learned optical flow; seconds a pair on a CPU, where DIS does."""
 
 import warnings
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from .flow import Flow, is_dynamic
 from .metric import Clip, Metric, frames_first
-from .networks import frozen
-from .weights import missing, module, tensors
+from .weights import missing, network
 
 MULTIPLE = 64
 """Pixels by which the network divides both sides: its windows are an eighth of a quarter."""
@@ -19,14 +17,7 @@ LEAST = 256
 """Pixels of the short side below which frames are enlarged: on smaller ones its flow snaps to whole cells."""
 
 
-@cache
-def _network() -> Any:
-    network = module("gmflow.gmflow").GMFlow()
-    network.load_state_dict(tensors("gmflow"))
-    return network.eval()
-
-
-@frozen
+@torch.inference_mode()
 def _flow(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     height, width = one.shape[2:]
     scale = max(1.0, LEAST / min(height, width))
@@ -34,7 +25,7 @@ def _flow(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     sized = [F.interpolate(frame, size=size, mode="bilinear", align_corners=False) for frame in (one, two)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.meshgrid")
-        found = _network()(*sized)
+        found = network("gmflow", "gmflow.gmflow.GMFlow")(*sized)
     flow = F.interpolate(found, size=(height, width), mode="bilinear", align_corners=False)
     return flow * flow.new_tensor([width / size[1], height / size[0]])[:, None, None]
 

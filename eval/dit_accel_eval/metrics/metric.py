@@ -60,11 +60,7 @@ class Sample:
             raise ConfigError(f"fps must be above 0, got {self.fps}")
 
     def pair(self) -> tuple[Clip, Clip]:
-        """Return the frames and the reference, for a metric that needs one.
-
-        Raises:
-            NotMeasured: if there is none.
-        """
+        """Return the frames and the reference, for a metric that needs one; raises `NotMeasured` if there is none."""
         if self.reference is None:
             raise NotMeasured("it compares with a reference, and there is none")
         return self.frames, self.reference
@@ -72,19 +68,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A metric's value of one sample.
-
-    Attributes:
-        value: the value.
-        by_frame: values of single frames, or of neighbouring pairs, where the metric has some.
-    """
+    """A metric's value of one sample, and by frame or neighbouring pair where the metric has some."""
 
     value: float
     by_frame: tuple[float, ...] | None = None
-
-
-def _always() -> str | None:
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +97,7 @@ class Metric:
     reference: bool
     source: str
     measure: Callable[[Sample], Measured | float]
-    missing: Callable[[], str | None] = _always
+    missing: Callable[[], str | None] = lambda: None
     decimals: int = 3
 
     def __post_init__(self) -> None:
@@ -140,15 +127,7 @@ class Metric:
 
 
 def check_clip(clip: object, what: str) -> None:
-    """Refuse what is no clip.
-
-    Args:
-        clip: frames.
-        what: what errors call it.
-
-    Raises:
-        ConfigError: for another shape, no frames, values that are not finite, or values outside [0, 1].
-    """
+    """Refuse another shape, no frames, and values that are not finite or outside [0, 1]; errors call it ``what``."""
     if not isinstance(clip, np.ndarray) or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
         found = getattr(clip, "shape", type(clip).__name__)
         raise ConfigError(f"{what} must be frames [F, height, width, 3], F of at least 1, got {found}")
@@ -171,17 +150,25 @@ def frames_first(clip: Clip) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(clip, np.float32)).permute(0, 3, 1, 2)
 
 
+def levels(clip: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """Return frames as 8 bits, rounded."""
+    return np.rint(np.clip(clip, 0, 1) * 255).astype(np.uint8)
+
+
+def check_short_side(frames: Clip, least: int, what: str) -> None:
+    """Refuse frames whose short side has too few pixels for what measures them."""
+    short = min(frames.shape[1:3])
+    if short < least:
+        raise NotMeasured(f"{what} a short side of {least} pixels, and there are {short}")
+
+
 def mean_of(values: Sequence[float]) -> Measured:
     """Return the mean of values by frame, which are kept."""
     return Measured(value=float(np.mean(values)), by_frame=tuple(map(float, values)))
 
 
 def neighbours(sample: Sample, least: int = 2) -> Clip:
-    """Return a sample's frames, at least so many.
-
-    Raises:
-        NotMeasured: for fewer.
-    """
+    """Return a sample's frames; raises `NotMeasured` for fewer than ``least``."""
     if len(sample.frames) < least:
         raise NotMeasured(f"it takes {least} frames, and there are {len(sample.frames)}")
     return sample.frames

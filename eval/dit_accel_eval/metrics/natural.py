@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .metric import Clip, Measured, Metric, NotMeasured, Sample, mean_of
+from .metric import Clip, Measured, Metric, NotMeasured, Sample, check_short_side, mean_of
 from .weights import Tensors, missing, tensors
 
 WINDOW, SIGMA = 7, 7 / 6
@@ -139,9 +139,7 @@ def niqe_of(features: Tensor, model: Tensors) -> float:
 
 
 def _brisque(sample: Sample) -> Measured:
-    short = min(sample.frames.shape[1:3])
-    if short < 2 * WINDOW:
-        raise NotMeasured(f"its windows take a short side of {2 * WINDOW} pixels, and there are {short}")
+    check_short_side(sample.frames, 2 * WINDOW, "its windows take")
     return mean_of([brisque_of(brisque_features(frame), tensors("brisque")) for frame in sample.frames])
 
 

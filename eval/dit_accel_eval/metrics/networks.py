@@ -1,12 +1,11 @@
 """The networks whose features metrics compare, as functions of their weights: AlexNet, VGG16, EfficientNet-Lite0.
 
 Sources: Krizhevsky 2014; Simonyan and Zisserman 2015; the Lite variants of EfficientNet (Tan and Le 2019) without
-squeeze-and-excitation and with ReLU6. Weights and what they were trained by are told in `weights`.
+squeeze-and-excitation and with ReLU6. Weights are those of `weights`.
 """
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,8 +91,3 @@ def _lite(
     running = (weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"])
     x = F.batch_norm(x, *running, weights[f"{norm}.weight"], weights[f"{norm}.bias"], eps=NORM_EPS)
     return F.relu6(x) if active else x
-
-
-def frozen(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that keeps no gradients."""
-    return torch.inference_mode()(function)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .metric import Measured, Metric, NotMeasured, Sample, frames_first, mean_of
-from .networks import alexnet, frozen, normalized, vgg16
+from .metric import Measured, Metric, Sample, check_short_side, frames_first, mean_of
+from .networks import alexnet, normalized, vgg16
 from .weights import Tensors, missing, tensors
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -24,30 +24,32 @@ STEADY = 1e-6
 """What keeps DISTS' quotients finite."""
 
 
-@frozen
-def lpips(clip: Tensor, reference: Tensor, weights: Tensors, net: str) -> Tensor:
-    """Return LPIPS of frames [F, 3, height, width] in [0, 1], one value each.
+@torch.inference_mode()
+def lpips_maps(clip: Tensor, reference: Tensor, weights: Tensors, net: str) -> list[Tensor]:
+    """Return LPIPS' five maps [F, 1, height, width], each layer's at its own size, of frames in [-1, 1].
 
     Args:
-        clip: the frames.
+        clip: the frames, [F, 3, height, width].
         reference: what they should be.
         weights: of the network and its heads.
         net: ``alex`` or ``vgg``.
     """
     features = alexnet if net == "alex" else vgg16
-    both = [features(normalized(2 * x - 1, SHIFT, SCALE), weights) for x in (clip, reference)]
-    found = clip.new_zeros(len(clip))
-    for number, (one, two) in enumerate(zip(*both, strict=True)):
-        difference = (_unit(one) - _unit(two)) ** 2
-        found = found + F.conv2d(difference, weights[f"head.{number}"]).mean((1, 2, 3))
+    both = [features(normalized(x, SHIFT, SCALE), weights) for x in (clip, reference)]
+    found = []
+    for number, layers in enumerate(zip(*both, strict=True)):
+        one, two = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in layers)
+        found.append(F.conv2d((one - two).square(), weights[f"head.{number}"]))
     return found
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+def lpips(clip: Tensor, reference: Tensor, weights: Tensors, net: str) -> Tensor:
+    """Return LPIPS of frames [F, 3, height, width] in [0, 1], one value each; see `lpips_maps`."""
+    maps = lpips_maps(2 * clip - 1, 2 * reference - 1, weights, net)
+    return sum((one.mean((1, 2, 3)) for one in maps), start=clip.new_zeros(len(clip)))
 
 
-@frozen
+@torch.inference_mode()
 def dists(clip: Tensor, reference: Tensor, weights: Tensors) -> Tensor:
     """Return DISTS of frames [F, 3, height, width] in [0, 1], one value each; weights with ``alpha`` and ``beta``."""
     both = [[x, *vgg16(normalized(x), weights, _soft_pool)] for x in (clip, reference)]
@@ -86,9 +88,7 @@ def _dists_weights() -> Tensors:
 def _compared(sample: Sample, measure: Any) -> Measured:
     """Return the mean over frames of a function of two tensors of frames."""
     clip, reference = sample.pair()
-    short = min(clip.shape[1:3])
-    if short < NARROWEST:
-        raise NotMeasured(f"its network takes a short side of {NARROWEST} pixels, and there are {short}")
+    check_short_side(clip, NARROWEST, "its network takes")
     pairs = zip(frames_first(clip).split(TOGETHER), frames_first(reference).split(TOGETHER), strict=True)
     return mean_of([value for one, two in pairs for value in measure(one, two).tolist()])
 

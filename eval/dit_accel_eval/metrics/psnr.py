@@ -10,11 +10,7 @@ CAP = 100.0
 
 
 def psnr(clip: Clip, reference: Clip) -> float:
-    """Return the peak signal-to-noise ratio in dB over all frames; `CAP` for identical clips.
-
-    Raises:
-        ConfigError: for clips of different shapes.
-    """
+    """Return the peak signal-to-noise ratio in dB over all frames of clips of one shape; `CAP` for identical ones."""
     one, two = map(frames_first, Sample(frames=clip, reference=reference).pair())
     return min(CAP, float(peak_signal_noise_ratio(one, two, data_range=1.0)))
 

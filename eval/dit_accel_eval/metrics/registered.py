@@ -38,11 +38,7 @@ def metrics() -> dict[str, Metric]:
 
 
 def metric(name: str) -> Metric:
-    """Return one metric.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest known ones.
-    """
+    """Return one metric by name; an unknown one is refused with the nearest."""
     known = metrics()
     if name not in known:
         hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
@@ -51,11 +47,7 @@ def metric(name: str) -> Metric:
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names of metrics as given.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest, or one given twice.
-    """
+    """Return names of metrics as given; refuses unknown ones, and ones given twice."""
     for name in names:
         metric(name)
         if names.count(name) > 1:
@@ -65,13 +57,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the metrics said of a sample.
-
-    Attributes:
-        measured: metric -> its value.
-        skipped: metric -> why it says nothing about this sample.
-        unavailable: metric -> why it can't be measured here.
-    """
+    """Metric -> its value of a sample, why it says nothing about that, or why it can't be measured here."""
 
     measured: dict[str, Measured] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)

@@ -1,35 +1,26 @@
 """Motion smoothness: how near every other frame comes to what RIFE draws between its neighbours."""
 
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .metric import Clip, Measured, Metric, Sample, frames_first, mean_of, neighbours
-from .networks import frozen
-from .weights import missing, module, tensors
+from .metric import Clip, Measured, Metric, Sample, frames_first, levels, mean_of, neighbours
+from .weights import missing, network
 
 MULTIPLE = 64
 """Pixels by which the network's coarsest scale divides both sides."""
 
 
-@cache
-def _network() -> Any:
-    network = module("IFNet_HDv3").IFNet()
-    network.load_state_dict(tensors("rife"))
-    return network.eval()
-
-
-@frozen
+@torch.inference_mode()
 def between(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """Return what lies half way between two frames [1, 3, height, width] in [0, 1]."""
     height, width = one.shape[2:]
     padding = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
     padded = [F.pad(frame, padding, mode="replicate") for frame in (one, two)]
     half = padded[0].new_full((1, 1, *padded[0].shape[2:]), 0.5)
-    return _network()(*padded, half)[:, :, :height, :width]
+    return network("rife", "IFNet_HDv3.IFNet")(*padded, half)[:, :, :height, :width]
 
 
 def smoothness(sample: Sample) -> Measured:
@@ -39,12 +30,9 @@ def smoothness(sample: Sample) -> Measured:
     for place in range(1, len(frames) - 1, 2):
         before, after = (frames_first(frames[at : at + 1]) for at in (place - 1, place + 1))
         drawn: Clip = between(before, after)[0].permute(1, 2, 0).numpy()
-        found.append(1 - float(np.abs(_levels(drawn) - _levels(frames[place])).mean()) / 255)
+        one, two = (levels(frame.astype(np.float64)).astype(np.float64) for frame in (drawn, frames[place]))
+        found.append(1 - float(np.abs(one - two).mean()) / 255)
     return mean_of(found)
-
-
-def _levels(frame: Clip) -> np.ndarray:
-    return np.rint(np.clip(frame.astype(np.float64), 0, 1) * 255)
 
 
 SMOOTHNESS = Metric(

@@ -5,18 +5,14 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from .metric import Clip, Measured, Metric, NotMeasured, Sample, frames_first, mean_of
+from .metric import Clip, Measured, Metric, Sample, check_short_side, frames_first, mean_of
 
 NARROWEST = 161
 """Pixels of the short side from which MS-SSIM's five scales fit its window of 11."""
 
 
 def ssim(clip: Clip, reference: Clip) -> float:
-    """Return the structural similarity (Gaussian window, 11 pixels), mean over frames, 1 for identical clips.
-
-    Raises:
-        ConfigError: for clips of different shapes.
-    """
+    """Return the structural similarity (Gaussian window, 11 pixels) of clips of one shape, mean over frames."""
     return by_frame(Sample(frames=clip, reference=reference)).value
 
 
@@ -27,15 +23,9 @@ def by_frame(sample: Sample) -> Measured:
 
 
 def ms_ssim(sample: Sample) -> Measured:
-    """Return the multi-scale structural similarity, mean over frames.
-
-    Raises:
-        NotMeasured: for frames of `NARROWEST` pixels' short side or less.
-    """
+    """Return the multi-scale structural similarity, mean over frames."""
     clip, reference = sample.pair()
-    short = min(clip.shape[1:3])
-    if short < NARROWEST:
-        raise NotMeasured(f"its five scales take a short side of {NARROWEST} pixels, and there are {short}")
+    check_short_side(clip, NARROWEST, "its five scales take")
     values = [
         float(multiscale_structural_similarity_index_measure(frames_first(one), frames_first(two), data_range=1.0))
         for one, two in zip(clip[:, None], reference[:, None], strict=True)

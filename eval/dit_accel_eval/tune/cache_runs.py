@@ -12,13 +12,13 @@ from dit_accel_pipelines.generation.request import Request, settle
 
 import dit_accel
 from dit_accel import ConfigError
-from dit_accel.files import check_writable, written_whole
+from dit_accel.files import written_whole
 from dit_accel.methods.caches.calibrated import CalibratedConfig, CalibratedHandler
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import ForwardContext
 from dit_accel.methods.toml import to_toml
 
-from .base import Progress, run_settings
+from .base import Progress, check_output, run_settings
 
 Config = TypeVar("Config", bound=CalibratedConfig)
 
@@ -31,19 +31,16 @@ Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """What was noted.
+    """What was noted of a model in so many steps; progress is to be finished when the output is written."""
 
-    Attributes:
-        prompts: one list of notes for each prompt, in the order of the run.
-        model: the model's name, `Model.name`.
-        steps: denoising steps.
-        progress: to be finished when the output is written.
-    """
-
-    prompts: tuple[tuple[Note, ...], ...]
     model: str
     steps: int
-    progress: Progress[tuple[Note, ...]]
+    progress: Progress[list[Note]]
+
+    @property
+    def prompts(self) -> list[list[Note]]:
+        """The notes of each prompt, in the order of the run."""
+        return self.progress.done
 
 
 def watched_runs(
@@ -51,24 +48,17 @@ def watched_runs(
 ) -> Watched:
     """Generate every prompt of a request with all steps computed, and return what was noted of the forwards.
 
-    What is done lies beside ``output``; a run with the same settings goes on from there.
-
     Args:
         request: what to generate; its methods are attached, with ``config`` in place of one of its type.
         output: TOML file that is to be written.
         config: of the cache; its numbers are not used.
         new_watch: makes what notes one prompt's forwards.
         stages: progress bars; None shows none.
-
-    Raises:
-        ConfigError: for an output that can't be written, numbers that are given, or progress of other settings.
     """
-    if output.suffix != ".toml" or not output.parent.is_dir():
-        raise ConfigError(f"tune's output must be a .toml in a folder that exists, got {output}")
-    check_writable(output, "tune's output")
+    check_output(output, ".toml")
     others = [method for method in request.methods if not isinstance(method, type(config))]
     request, *_ = settle(dataclasses.replace(request, methods=(config, *others)))
-    progress = cache_progress(request, output)
+    progress: Progress[list[Note]] = Progress(output, run_settings(request), list)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)
@@ -77,29 +67,16 @@ def watched_runs(
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
         for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):
             stages.stage(f"prompt {number} of {len(request.prompts)}")
-            watch, notes = new_watch(), []
+            watch, notes = new_watch(), list[Note]()
             cache.computed = lambda context, decider, output, w=watch, n=notes: n.append(w(cache, context, output))
             run(pipe, prompt, request, stages=stages)
-            progress.add(tuple(notes))
+            progress.add(notes)
     steps = 1 + max(note["step"] for notes in progress.done for note in notes)
-    return Watched(prompts=tuple(progress.done), model=cache.model.name, steps=steps, progress=progress)
-
-
-def cache_progress(request: Request, output: Path) -> Progress[tuple[Note, ...]]:
-    """Return what a run has done so far.
-
-    Raises:
-        ConfigError: for progress of other settings beside ``output``.
-    """
-    return Progress(output, run_settings(request), list, tuple)
+    return Watched(model=cache.model.name, steps=steps, progress=progress)
 
 
 def config_of(request: Request, config_type: type[Config]) -> Config:
-    """Return the request's config of a cache, which has no numbers.
-
-    Raises:
-        ConfigError: for one that has numbers.
-    """
+    """Return the request's config of a cache; one that has numbers is refused."""
     config = next((one for one in request.methods if isinstance(one, config_type)), config_type())
     for name in (config.numbers, "family", "measured_on"):
         if getattr(config, name) is not None:

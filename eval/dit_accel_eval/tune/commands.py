@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ from dit_accel.files import held
 if TYPE_CHECKING:
     from dit_accel_pipelines.processes.ranks import Ranks
 
-tune_app = typer.Typer(name="tune", help="Find a method's numbers, or a whole setting, on a model's own generations.")
+_HELP = "Find a method's numbers, or a whole setting, on a model's own generations. A run that was stopped goes on."
+
+tune_app = typer.Typer(name="tune", help=_HELP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,29 +42,26 @@ class Tuner:
     """A command.
 
     Attributes:
-        name: what is tuned.
-        load: returns what tunes it: a function of a request and the file to write.
+        name: what is tuned, by the function ``tune_NAME`` of the module ``NAME``; see `base`.
         prompts: how many of an embedded model's own are shown where none is given.
         suffix: of the file that is written where none is named.
         spreads: whether several processes may share the run.
     """
 
     name: str
-    load: Callable[[], Callable[..., Any]]
     prompts: int
     suffix: str
     spreads: bool
 
 
-def _command(name: str, *, prompts: int, suffix: str = ".toml", spreads: bool = False) -> Callable[..., Any]:
-    """Add a command to the group, by a function that declares its own options, tells of it, and loads what tunes.
+def _command(*, prompts: int, suffix: str = ".toml", spreads: bool = False) -> Callable[..., Any]:
+    """Add a command to the group, by a function of its name that declares its own options and explains it.
 
-    What loads it is called without options; those that were given go to what it returns, beside the request, the file
-    and the progress.
+    Options that were given go to what tunes, beside the request, the file and the progress.
     """
 
-    def add(declared: Callable[..., Any]) -> Callable[..., Any]:
-        tuner = Tuner(name=name, load=declared, prompts=prompts, suffix=suffix, spreads=spreads)
+    def add(declared: Callable[..., None]) -> Callable[..., None]:
+        tuner = Tuner(name=declared.__name__, prompts=prompts, suffix=suffix, spreads=spreads)
         own = inspect.signature(declared, eval_str=True).parameters.values()
 
         @functools.wraps(declared)
@@ -72,7 +72,7 @@ def _command(name: str, *, prompts: int, suffix: str = ".toml", spreads: bool = 
         shared = inspect.signature(_shared, eval_str=True).parameters.values()
         parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own, *shared)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        tune_app.command(name)(command)
+        tune_app.command(tuner.name)(command)
         return declared
 
     return add
@@ -139,7 +139,8 @@ def _run(
     small = one_thread(embedded=request.embedded is not None)
     with alone, small, Stages(quiet=quiet or not ranks.first) as stages:
         keeps(f"what was measured is kept beside {file}, and the same command goes on from there")
-        tuned = tuner.load()(request, file, stages=stages, **options)
+        module = importlib.import_module(f".{tuner.name}", __package__)
+        tuned = getattr(module, f"tune_{tuner.name}")(request, file, stages=stages, **options)
     if not ranks.first:
         return
     if json:
@@ -151,11 +152,7 @@ def _run(
 
 
 def _ranks(tuner: Tuner) -> "Ranks":
-    """Return the processes that share the run.
-
-    Raises:
-        ConfigError: if there are several and the search is not shared by several.
-    """
+    """Return the processes that share the run; several are refused where the search can't be shared."""
     from dit_accel_pipelines.processes.ranks import Ranks, launched
 
     if launched() > 1 and not tuner.spreads:
@@ -166,18 +163,14 @@ def _ranks(tuner: Tuner) -> "Ranks":
 
 
 def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, model: str | None) -> tuple[str, ...]:
-    """Return what to show: what was given, else prompts that an embedded model knows.
-
-    Raises:
-        ConfigError: for both ways of giving them, a name that can be no model's, or a model that has none of its own.
-    """
+    """Return what to show: what was given in one of the two ways, else prompts that an embedded model knows."""
     from dit_accel_pipelines.generation.request import EMBEDDED, embedded_name, read_prompts
 
     from dit_accel.adapters.model_names import model_source
 
     from ..runs.loaded import embedded_prompts
 
-    model_source(model or EMBEDDED)  # first of all, a misspelt name is told as such
+    model_source(model or EMBEDDED)  # first of all, so that a misspelt name is refused as such
     if prompt and prompt_file is not None:
         raise ConfigError("tune takes --prompt or --prompt-file, got both; give one of them")
     given = tuple(prompt or ()) or (read_prompts(prompt_file) if prompt_file is not None else ())
@@ -200,7 +193,7 @@ def _show(tuned: Any) -> None:
         TALK.print(remark, markup=False, soft_wrap=True)
 
 
-@_command("heads", prompts=4, suffix=".json", spreads=True)
+@_command(prompts=4, suffix=".json", spreads=True)
 def heads(
     objective: Annotated[
         str | None,
@@ -214,7 +207,7 @@ def heads(
     halvings: Annotated[
         int | None, typer.Option(help="Earlier judgements on fewer prompts and steps; default: 1.")
     ] = None,
-) -> Callable[..., Any]:
+) -> None:
     """Search the attention heads that SoftPAG perturbs, by greedy rounds with an objective.
 
     Every clip that was judged is kept beside the file, so that a search that
@@ -228,12 +221,9 @@ def heads(
 
     accelerate launch --multi_gpu --num_processes 8 -m dit_accel tune heads --objective pickscore --model MODEL ...
     """
-    from .heads import tune_heads
-
-    return tune_heads
 
 
-@_command("lite", prompts=2)
+@_command(prompts=2)
 def lite(
     target_error: Annotated[
         float | None, typer.Option(help="Error that one vote may add to the next call; default: 0.01.")
@@ -241,10 +231,8 @@ def lite(
     metric: Annotated[
         str | None, typer.Option(help="How that error is measured, l1, l2 or cosine; default: l1.")
     ] = None,
-) -> Callable[..., Any]:
+) -> None:
     """Search LiteAttention's thresholds by layer and step for a target error, at every attention call.
-
-    A run that was stopped goes on after the last whole prompt.
 
     Examples:
 
@@ -252,16 +240,11 @@ def lite(
 
     dit-accel generate "a red circle" --set lite.thresholds_file=lite.toml
     """
-    from .lite import tune_lite
-
-    return tune_lite
 
 
-@_command("magcache", prompts=4)
-def magcache() -> Callable[..., Any]:
+@_command(prompts=4)
+def magcache() -> None:
     """Measure for MagCache how the size of what it stores changes from step to step.
-
-    A run that was stopped goes on after the last whole prompt.
 
     Examples:
 
@@ -269,27 +252,19 @@ def magcache() -> Callable[..., Any]:
 
     dit-accel generate "a red circle" --config mag.toml
     """
-    from .magcache import tune_magcache
-
-    return tune_magcache
 
 
-@_command("period", prompts=2)
-def period() -> Callable[..., Any]:
+@_command(prompts=2)
+def period() -> None:
     """Measure for UltraViCo whether attention over frames repeats, with a picture beside the file.
-
-    A run that was stopped goes on after the last whole prompt.
 
     Examples:
 
     dit-accel tune period -o period.toml
     """
-    from .period import tune_period
-
-    return tune_period
 
 
-@_command("pipeline", prompts=1)
+@_command(prompts=1)
 def pipeline(
     target: Annotated[
         str | None,
@@ -302,7 +277,7 @@ def pipeline(
         list[float] | None,
         typer.Option(help="A guidance scale to try besides the run's own; may be repeated.", metavar="SCALE"),
     ] = None,
-) -> Callable[..., Any]:
+) -> None:
     """Search solver, steps, caches and sparse attention together for the cheapest setting that meets a target.
 
     It is verified on held-out prompts before it is written, with a plot of the
@@ -318,12 +293,9 @@ def pipeline(
 
     dit-accel generate "a red circle" --config fast.toml
     """
-    from .pipeline import tune_pipeline
-
-    return tune_pipeline
 
 
-@_command("profile", prompts=4, suffix=".json")
+@_command(prompts=4, suffix=".json")
 def profile(
     criterion: Annotated[str | None, typer.Option(help="attention, delta or error; default: error.")] = None,
     threshold: Annotated[
@@ -335,10 +307,8 @@ def profile(
     mask: Annotated[
         Path | None, typer.Option(help="The foreground, white in a picture or video.", metavar="FILE")
     ] = None,
-) -> Callable[..., Any]:
+) -> None:
     """Tell which blocks ProfilingCache may cache, with a heat map and the masks beside the file.
-
-    A run that was stopped goes on after the last whole generation.
 
     Examples:
 
@@ -346,16 +316,11 @@ def profile(
 
     dit-accel generate "a red circle" --set profilingcache.blocks=profile.json
     """
-    from .profile import tune_profile
-
-    return tune_profile
 
 
-@_command("teacache", prompts=4)
-def teacache() -> Callable[..., Any]:
+@_command(prompts=4)
+def teacache() -> None:
     """Fit TeaCache's polynomial from the change of the first block's input to that of the output.
-
-    A run that was stopped goes on after the last whole prompt.
 
     Examples:
 
@@ -363,6 +328,3 @@ def teacache() -> Callable[..., Any]:
 
     dit-accel generate "a red circle" --config tea.toml
     """
-    from .teacache import tune_teacache
-
-    return tune_teacache

@@ -1,8 +1,8 @@
-"""Whether attention over frames is periodic, told by the amplitudes of its rotary frequencies (arXiv 2511.20123).
+"""Whether attention over frames is periodic, by the amplitudes of its rotary frequencies (arXiv 2511.20123).
 
 The mean logit of tokens d frames apart is near sum_i a_i cos(f_i d) + C. It repeats where the frequencies that carry
 most of it are multiples of one. Where we depart from the paper: amplitudes are a least-squares fit to the measured
-curve, none below 0, and 0 for a frequency too slow to be told from C; a fundamental is the frequency of the largest
+curve, none below 0, and 0 for a frequency too slow to differ from C; a fundamental is the frequency of the largest
 amplitude, and others belong to it by a tolerance.
 """
 
@@ -16,8 +16,8 @@ TOLERANCE = 0.06
 APART = 0.2
 """How far it may be at most, in turns: a share alone would let any ratio above 8 pass."""
 
-TOLD = 4.0
-"""A period up to this many times the longest distance is told from a constant: its wave falls there from 1 to 0.
+SEPARATE = 4.0
+"""A period up to this many times the longest distance differs from a constant: its wave falls there from 1 to 0.
 
 The waves of slower frequencies are alike but for rounding, so that amplitudes of any size would fit the curve.
 """
@@ -81,7 +81,7 @@ def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
     values = curve - weight @ curve
     if np.abs(values).max() <= 1e-12 * np.abs(curve).max():
         values = np.zeros_like(values)  # what is left of a constant is rounding
-    text = 2 * np.pi / frequencies <= TOLD * (len(curve) - 1)
+    text = 2 * np.pi / frequencies <= SEPARATE * (len(curve) - 1)
     fit = np.zeros(len(frequencies))
     fit[text] = _non_negative(waves[:, text] * np.sqrt(weight)[:, None], values * np.sqrt(weight))
     total, size = float(fit.sum()), float(np.sqrt(weight @ values**2))

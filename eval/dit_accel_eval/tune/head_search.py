@@ -5,7 +5,7 @@ evaluated again, nor is a set that was in another order; early rungs judge all h
 the better half on (successive halving); ties go to the head that comes first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Head = str
@@ -21,12 +21,7 @@ Job = tuple[tuple[Head, ...], int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One judgement of all heads that are left.
-
-    Attributes:
-        prompts: how many prompts, from the first on.
-        steps: denoising steps.
-    """
+    """One judgement of all heads that are left: on how many prompts, from the first on, and denoising steps."""
 
     prompts: int
     steps: int
@@ -43,11 +38,7 @@ class Round:
 def rungs_of(prompts: int, steps: int, halvings: int, least_steps: int = 4) -> tuple[Rung, ...]:
     """Return the rungs of a round: each has twice the prompts and steps of the one before, the last one all.
 
-    Args:
-        prompts: all prompts.
-        steps: all steps.
-        halvings: rungs before the last.
-        least_steps: no rung has fewer.
+    Before the last come ``halvings`` others, none with fewer than ``least_steps``.
     """
     return tuple(
         Rung(prompts=max(1, prompts >> back), steps=max(min(steps, least_steps), steps >> back))
@@ -91,9 +82,14 @@ def search(
         rungs: the judgements of a round.
         rounds: how many rounds.
         per_round: heads that a round adds.
-        prepare: is told all that a rung will ask, before it does, so that several processes may share it.
+        prepare: is given all that a rung will ask, before it does, so that several processes may share it.
     """
-    judged = _Judged(evaluate, prepare, {head: at for at, head in enumerate(heads)})
+    order = {head: at for at, head in enumerate(heads)}
+    known: dict[Job, float] = {}
+
+    def mean(chosen: Sequence[Head], rung: Rung) -> float:
+        return sum(known[job] for job in _jobs(chosen, rung, order)) / rung.prompts
+
     found: list[Round] = []
     selected: tuple[Head, ...] = ()
     for _ in range(rounds):
@@ -102,32 +98,20 @@ def search(
             break
         scores: dict[Head, float] = {}
         for number, rung in enumerate(rungs):
-            means = judged.means([(*selected, head) for head in left], rung)
-            scores = dict(zip(left, means, strict=True))
-            ranked = sorted(left, key=lambda head: (-scores[head], judged.order[head]))
+            jobs = dict.fromkeys(job for head in left for job in _jobs((*selected, head), rung, order))
+            requested = [job for job in jobs if job not in known]
+            if prepare is not None and requested:
+                prepare(requested)
+            known.update((job, evaluate(*job)) for job in requested)
+            scores = {head: mean((*selected, head), rung) for head in left}
+            ranked = sorted(left, key=lambda head: (-scores[head], order[head]))
             left = ranked[: kept_after(len(left), number, len(rungs), per_round)]
         found.append(Round(heads=tuple(left), scores=tuple(scores[head] for head in left)))
         selected = (*selected, *left)
     return found
 
 
-class _Judged:
-    """What sets are worth, each asked once."""
-
-    def __init__(
-        self, evaluate: Evaluate, prepare: Callable[[Sequence[Job]], None] | None, order: dict[Head, int]
-    ) -> None:
-        self._evaluate, self._prepare, self.order = evaluate, prepare, order
-        self._known: dict[Job, float] = {}
-
-    def means(self, sets: Sequence[tuple[Head, ...]], rung: Rung) -> list[float]:
-        """Return the objective's mean over a rung's prompts for each set."""
-        jobs = [[(self._sorted(one), prompt, rung.steps) for prompt in range(rung.prompts)] for one in sets]
-        requested = list(dict.fromkeys(job for of_set in jobs for job in of_set if job not in self._known))
-        if self._prepare is not None and requested:
-            self._prepare(requested)
-        self._known.update((job, self._evaluate(*job)) for job in requested)
-        return [sum(self._known[job] for job in of_set) / len(of_set) for of_set in jobs]
-
-    def _sorted(self, chosen: tuple[Head, ...]) -> tuple[Head, ...]:
-        return tuple(sorted(chosen, key=self.order.__getitem__))
+def _jobs(chosen: Sequence[Head], rung: Rung, order: Mapping[Head, int]) -> list[Job]:
+    """Return what a rung asks of a set, whose heads are in their usual order."""
+    heads = tuple(sorted(chosen, key=order.__getitem__))
+    return [(heads, prompt, rung.steps) for prompt in range(rung.prompts)]

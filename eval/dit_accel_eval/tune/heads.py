@@ -27,7 +27,7 @@ from dit_accel.methods.guidance.softpag import SoftPAG
 from ..metrics.metric import Clip
 from ..runs.loaded import FIRST_PROMPT, embedded_prompts
 from ..runs.results import Line, append_line, read_lines, write_lines
-from .base import Table, run_settings
+from .base import Table, Tuned, check_output, check_settings, run_settings
 from .head_search import Job, Round, Rung, cost, rungs_of, search
 from .objectives import objective_of
 
@@ -39,7 +39,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundHeads:
+class FoundHeads(Tuned):
     """What `tune_heads` found and wrote.
 
     Attributes:
@@ -77,12 +77,7 @@ class FoundHeads:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
-        return {
-            **dataclasses.asdict(self),
-            "output": str(self.output),
-            "sheet": str(self.sheet),
-            "heads": list(self.heads),
-        }
+        return {**Tuned.to_dict(self), "heads": list(self.heads)}
 
 
 def tune_heads(
@@ -96,11 +91,10 @@ def tune_heads(
     stages: Stages | None = None,
     ranks: Ranks | None = None,
 ) -> FoundHeads:
-    """Search heads on the prompts of a request, write them, and return them.
+    """Search heads on the prompts of a request, which may hold a `SoftPAG` with u and a scale.
 
     Args:
-        request: what to generate; its methods may hold a `SoftPAG` with u and a scale, and others as well. Without a
-            guidance scale of its own it is guided by the perturbed branch alone.
+        request: what to generate; without a guidance scale of its own it is guided by the perturbed branch alone.
         output: JSON file for ``softpag.heads``.
         objective: see `objective_of`.
         rounds: greedy rounds.
@@ -108,11 +102,11 @@ def tune_heads(
         halvings: earlier judgements of a round, each on half of the prompts and steps of the next.
         stages: progress bars; None shows none.
         ranks: the processes that share the clips; the first writes. None: this one alone.
-
-    Raises:
-        ConfigError: for options out of range, or clips of another search beside ``output``.
     """
-    _check_options(output, rounds=rounds, per_round=per_round, halvings=halvings)
+    for name, value, least in (("rounds", rounds, 1), ("per_round", per_round, 1), ("halvings", halvings, 0)):
+        if value < least:
+            raise ConfigError(f"tune heads needs {name} >= {least}, got {value}")
+    check_output(output, ".json")
     model = embedded_name(request.model)
     judge = objective_of(objective, model, pick_device(request.device))
     request, config = _settled(request)
@@ -141,44 +135,24 @@ def tune_heads(
         clips=len(memory.lines) - 1, steps=sum(line["steps"] for line in memory.lines[1:]),
     )  # fmt: skip
     if ranks.first:
-        _write(found, selected)
+        scores = [score for one in found.rounds for score in one.scores]
+        about = {"heads": found.heads, "objective": objective, "model": found.model, "scores": scores}
+        with written_whole(output) as temporary:
+            temporary.write_text(json_text(about) + "\n", encoding="utf-8")
         _show(found, generator, request, model, rungs[-1])
     return found
 
 
-def _check_options(output: Path, **options: int) -> None:
-    """Refuse options out of range, and an output that can't be written."""
-    for name, least in (("rounds", 1), ("per_round", 1), ("halvings", 0)):
-        if options[name] < least:
-            raise ConfigError(f"tune heads needs {name} >= {least}, got {options[name]}")
-    if output.suffix != ".json" or not output.parent.is_dir():
-        raise ConfigError(f"tune heads writes a .json in a folder that exists, got {output}")
-    check_writable(output, "tune's output")
-
-
 def _settled(request: Request) -> tuple[Request, SoftPAG]:
     """Return the settled request without SoftPAG, and the SoftPAG whose heads are searched."""
-    config, others = _softpag_of(request)
-    request = dataclasses.replace(request, methods=tuple(others))
-    if request.guidance_scale is None:
-        request = dataclasses.replace(request, **NO_GUIDANCE)
-    return settle(request)[0], config
-
-
-def _write(found: FoundHeads, selected: Sequence[Round]) -> None:
-    """Write the file for ``softpag.heads``."""
-    with written_whole(found.output) as temporary:
-        about = {"heads": list(found.heads), "objective": found.objective, "model": found.model}
-        scores = [score for one in selected for score in one.scores]
-        temporary.write_text(json_text({**about, "scores": scores}) + "\n", encoding="utf-8")
-
-
-def _softpag_of(request: Request) -> tuple[SoftPAG, list[Any]]:
-    """Return the request's SoftPAG, which names no heads, and its other methods."""
     config = next((one for one in request.methods if isinstance(one, SoftPAG)), SoftPAG(u=1.0))
     if config.heads is not None:
         raise ConfigError(f"tune heads finds the heads itself, got softpag.heads = {config.heads!r}; leave them out")
-    return config, [one for one in request.methods if not isinstance(one, SoftPAG)]
+    others = tuple(one for one in request.methods if not isinstance(one, SoftPAG))
+    request = dataclasses.replace(request, methods=others)
+    if request.guidance_scale is None:
+        request = dataclasses.replace(request, **NO_GUIDANCE)
+    return settle(request)[0], config
 
 
 class _Generator:
@@ -196,11 +170,7 @@ class _Generator:
         return made.frames.astype(np.float32) / 255.0
 
     def judged(self, job: Job, judge: Callable[[Clip, str], float], objective: str) -> float:
-        """Return what some heads are worth on one prompt.
-
-        Raises:
-            ConfigError: for what is no finite number.
-        """
+        """Return what some heads are worth on one prompt, a finite number."""
         chosen, prompt, steps = job
         self._stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}, {steps} steps")
         text = self._request.prompts[prompt]
@@ -211,18 +181,13 @@ class _Generator:
 
 
 class _Memory:
-    """What was judged: one JSON line a clip, behind one with the search's settings; the first process writes them.
-
-    Raises:
-        ConfigError: for lines of another search.
-    """
+    """What was judged: one JSON line a clip, behind one with the search's settings; the first process writes them."""
 
     def __init__(self, path: Path, settings: dict[str, Any], ranks: Ranks) -> None:
         self._path, self._first = path, ranks.first
         self.lines = ranks.shared(lambda: _lines(path, json.loads(json.dumps(settings))))
-        self._known = {
-            self._key((line["heads"], line["prompt"], line["steps"])): line["score"] for line in self.lines[1:]
-        }
+        known = ((line["heads"], line["prompt"], line["steps"], line["score"]) for line in self.lines[1:])
+        self._known = {self._key(job): score for *job, score in known}
 
     def __contains__(self, job: Job) -> bool:
         return self._key(job) in self._known
@@ -239,7 +204,7 @@ class _Memory:
         if self._first:
             append_line(self._path, self.lines[-1])
 
-    def _key(self, job: Job) -> tuple[frozenset[str], int, int]:
+    def _key(self, job: Sequence[Any]) -> tuple[frozenset[str], int, int]:
         return frozenset(job[0]), job[1], job[2]
 
 
@@ -247,12 +212,7 @@ def _lines(path: Path, settings: dict[str, Any]) -> list[Line]:
     """Return the lines of a search that goes on, or begins; a last line that was cut off is taken out of the file."""
     check_writable(path, "tune's lines")
     lines = read_lines(path) or [settings]
-    for name, value in settings.items():
-        if lines[0].get(name) != value:
-            raise ConfigError(
-                f"{path} holds clips of a search with {name} = {lines[0].get(name)!r}, this one has {value!r}; finish "
-                "that search, or delete the file to start again"
-            )
+    check_settings(path, "clips", lines[0], settings)
     write_lines(path, lines)
     return lines
 

@@ -23,14 +23,13 @@ from dit_accel_pipelines.generation.request import Request, settle
 import dit_accel
 from dit_accel import ConfigError, LiteAttention
 from dit_accel.errors import did_you_mean
-from dit_accel.files import check_writable
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.psnr import psnr
-from .base import Progress, Table, run_settings
+from .base import Progress, Table, Tuned, check_output, run_settings
 from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
 
 NOTHING_VOTES = (
@@ -60,7 +59,7 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuned:
+class TunedLite(Tuned):
     """What `tune_lite` found and wrote."""
 
     output: Path
@@ -102,29 +101,17 @@ class Tuned:
 
 def tune_lite(
     request: Request, output: Path, *, target_error: float = 0.01, metric: str = "l1", stages: Stages | None = None
-) -> Tuned:
-    """Tune on every prompt of a request, write the thresholds file, and return what was found.
+) -> TunedLite:
+    """Tune on every prompt of a request, which may hold a `LiteAttention` without thresholds; write their TOML file.
 
-    What is done lies beside ``output`` until the file is whole, and a run with the same settings goes on from there.
-
-    Args:
-        request: what to generate; its methods may hold a `LiteAttention` without thresholds, and others as well.
-        output: TOML file of the thresholds.
-        target_error: error that one vote may add to the next call, in the metric's units.
-        metric: a name of `METRICS`.
-        stages: progress bars; None shows none.
-
-    Raises:
-        ConfigError: for settings that can't be tuned, or progress of other settings beside ``output``.
+    One vote may add an error of ``target_error`` to the next call, by a metric of `METRICS` and in its units.
     """
     config, others = _lite_of(request)
     if metric not in METRICS:
         raise ConfigError(f"tune has no metric {metric!r}; {did_you_mean(metric, METRICS)}")
     if not 0 < target_error < 1:
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
-    if output.suffix != ".toml" or not output.parent.is_dir():
-        raise ConfigError(f"the thresholds file must be a .toml in a folder that exists, got {output}")
-    check_writable(output, "the thresholds file")
+    check_output(output, ".toml")
     request, *_ = settle(dataclasses.replace(request, methods=(config, *others)))
     progress = lite_progress(request, output, target_error, metric)
     stages = stages or Stages(quiet=True)
@@ -150,7 +137,7 @@ def tune_lite(
     thresholds = combine(progress.done, layers, steps, lite.model.name, config.criterion, target_error)
     write_thresholds(output, thresholds)
     progress.finish()
-    return Tuned(output=output, thresholds=thresholds, prompts=tuple(progress.done))
+    return TunedLite(output=output, thresholds=thresholds, prompts=tuple(progress.done))
 
 
 def combine(
@@ -186,13 +173,8 @@ def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) ->
 
 
 def lite_progress(request: Request, output: Path, target_error: float, metric: str) -> Progress[TunedPrompt]:
-    """Return what a tuning run has done so far.
-
-    Raises:
-        ConfigError: for progress of other settings beside ``output``.
-    """
-    settings = run_settings(request, target_error=target_error, metric=metric)
-    return Progress(output, settings, dataclasses.asdict, _read_prompt)
+    """Return what a tuning run has done so far."""
+    return Progress(output, run_settings(request, target_error=target_error, metric=metric), _read_prompt)
 
 
 def _read_prompt(saved: dict[str, Any]) -> TunedPrompt:
@@ -200,16 +182,7 @@ def _read_prompt(saved: dict[str, Any]) -> TunedPrompt:
 
 
 def _check_something_votes(settings: SparseConfig, steps: int | None, layers: int) -> None:
-    """Refuse a run in which nothing would vote, where that is known beforehand.
-
-    Args:
-        settings: LiteAttention's on this model.
-        steps: denoising steps; None: as many as the pipeline makes by itself.
-        layers: attention layers.
-
-    Raises:
-        ConfigError: if fewer than two steps are not dense; the votes of the last are never read.
-    """
+    """Refuse a run in which fewer than two steps are not dense, where known: the last one's votes aren't read."""
     if steps is None or settings.dense_above_sigma is not None:  # noise levels are known only while it runs
         return
     if all(sum(not settings.is_dense(step, steps, layer) for step in range(steps)) < 2 for layer in range(layers)):

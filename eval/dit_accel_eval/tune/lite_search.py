@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bits
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_accel import LiteAttention
 from dit_accel.methods.attention.lite.handler import LiteHandler
@@ -41,19 +42,11 @@ FAINTEST = -40.0
 Metric = Callable[[Tensor, Tensor], float]
 
 
-def _l1(out: Tensor, reference: Tensor) -> float:
-    return float((out - reference).abs().sum() / reference.abs().sum().clamp(min=1e-30))
-
-
-def _l2(out: Tensor, reference: Tensor) -> float:
-    return float((out - reference).norm() / reference.norm().clamp(min=1e-30))
-
-
-def _cosine(out: Tensor, reference: Tensor) -> float:
-    return 1 - float(torch.nn.functional.cosine_similarity(out.flatten(), reference.flatten(), dim=0))
-
-
-METRICS: dict[str, Metric] = {"l1": _l1, "l2": _l2, "cosine": _cosine}
+METRICS: dict[str, Metric] = {
+    "l1": lambda out, reference: float((out - reference).abs().sum() / reference.abs().sum().clamp(min=1e-30)),
+    "l2": lambda out, reference: float((out - reference).norm() / reference.norm().clamp(min=1e-30)),
+    "cosine": lambda out, reference: 1 - float(F.cosine_similarity(out.flatten(), reference.flatten(), dim=0)),
+}
 """Error of a call's output against another, over the whole tensor and relative to it."""
 
 

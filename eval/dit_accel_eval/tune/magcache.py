@@ -19,12 +19,12 @@ from dit_accel.methods.caches.calibrated import CalibratedHandler
 from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.site import ForwardContext
 
-from .base import Table
+from .base import Table, Tuned
 from .cache_runs import Note, config_of, watched_runs, write_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ratios:
+class Ratios(Tuned):
     """What `tune_magcache` measured and wrote.
 
     Attributes:
@@ -49,24 +49,9 @@ class Ratios:
         ]
         return ("step", "ratio", "largest over smallest"), rows, []
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return {**dataclasses.asdict(self), "output": str(self.output)}
-
 
 def tune_magcache(request: Request, output: Path, *, stages: Stages | None = None) -> Ratios:
-    """Measure the ratios on every prompt of a request, write them, and return them.
-
-    A run that was stopped goes on after the last whole prompt.
-
-    Args:
-        request: what to generate; its methods may hold a `MagCache` without ratios, and others as well.
-        output: TOML file for ``--config``.
-        stages: progress bars; None shows none.
-
-    Raises:
-        ConfigError: for settings that can't be measured, or progress of other settings beside ``output``.
-    """
+    """Measure the ratios on every prompt, for ``--config``; the request may hold a `MagCache` without ratios."""
     requested = config_of(request, MagCache)
     config = dataclasses.replace(requested, threshold=0.0, ratios=(1.0,), branches="all")
     found = watched_runs(request, output, config, lambda: _note_size, stages)

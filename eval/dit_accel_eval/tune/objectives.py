@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
-from dit_accel_assets import held_out_prompts, model_closeness, model_names
+from dit_accel_assets import held_out_prompts, model_closeness
 
 from dit_accel.errors import ConfigError, did_you_mean
 
@@ -21,11 +21,9 @@ SEARCHED = 256
 
 SCORER_NAMES = ("aesthetic", "clip", "pickscore")
 
-NAMES = ("checker", "sharpness", *SCORER_NAMES)
-
 
 def objective_of(name: str, model: str | None, device: Any = "cpu") -> Objective:
-    """Return an objective.
+    """Return an objective; raises `ConfigError` for one that is not known, can't be loaded, or knows other models.
 
     Args:
         name: ``checker``, how near a clip of an embedded model comes to its prompt; ``sharpness``; ``clip``,
@@ -33,10 +31,6 @@ def objective_of(name: str, model: str | None, device: Any = "cpu") -> Objective
             other weights; or ``module:function``, a function of a clip and its prompt.
         model: the embedded model's name; None: another model.
         device: where a published model computes.
-
-    Raises:
-        ConfigError: for an unknown name, a function that can't be imported, weights that can't be loaded, or a checker
-            without an embedded model.
     """
     kind, equals, place = name.partition("=")
     if kind in SCORER_NAMES:
@@ -56,7 +50,8 @@ def objective_of(name: str, model: str | None, device: Any = "cpu") -> Objective
         return _checker(model)
     module, colon, function = name.partition(":")
     if not colon:
-        raise ConfigError(f"there is no objective {name!r}; {did_you_mean(name, NAMES)}, or give module:function")
+        hint = did_you_mean(name, ("checker", "sharpness", *SCORER_NAMES))
+        raise ConfigError(f"there is no objective {name!r}; {hint}, or give module:function")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
@@ -67,7 +62,6 @@ def objective_of(name: str, model: str | None, device: Any = "cpu") -> Objective
 
 
 def _checker(model: str) -> Objective:
-    assert model in model_names()
     numbers = {prompt: number for number, prompt in enumerate(held_out_prompts(model, FIRST_PROMPT + SEARCHED))}
 
     def checker(clip: Clip, prompt: str) -> float:

@@ -23,7 +23,6 @@ from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.registry import adapter_for
 from dit_accel.adapters.rope import rope_of
-from dit_accel.files import check_writable
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
@@ -31,7 +30,7 @@ from dit_accel.plan.context import CallContext
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.rules.ultravico import DecayRule, extended_frames
 
-from .base import Progress, Table, run_settings
+from .base import Progress, Table, Tuned, check_output, run_settings
 from .cache_runs import write_config
 from .frame_periods import Spectrum, spectrum
 
@@ -101,7 +100,7 @@ class Watcher(AttentionHandler):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Period:
+class Period(Tuned):
     """What `tune_period` measured and wrote.
 
     Attributes:
@@ -137,36 +136,24 @@ class Period:
         )
         return ("period in frames", "share", "in the family"), rows, [verdict, f"fit's error {found.error:.0%}"]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return {**dataclasses.asdict(self), "output": str(self.output), "picture": str(self.picture)}
-
 
 def tune_period(request: Request, output: Path, *, stages: Stages | None = None) -> Period:
-    """Measure a model's attention over frames on every prompt of a request; write and draw what was found.
+    """Measure a model's attention over frames on every prompt, write it for ``--config``, and draw it beside.
 
-    A run that was stopped goes on after the last whole prompt. Clips have twice the trained length if none is given.
-
-    Args:
-        request: what to generate; without methods.
-        output: TOML file for ``--config``; the picture lies beside it, with the suffix ``.png``.
-        stages: progress bars; None shows none.
-
-    Raises:
-        ConfigError: for methods, a model without periods in frames, outputs that can't be written, or progress of other
-            settings beside ``output``.
+    Clips have twice the trained length if none is given. Methods, and a model without periods in frames, are refused.
     """
     if request.methods:
         raise ConfigError(
             f"tune period measures the model as it is, got --{request.methods[0].name}; leave the methods out"
         )
-    if output.suffix != ".toml" or not output.parent.is_dir():
-        raise ConfigError(f"tune's output must be a .toml in a folder that exists, got {output}")
     picture = output.with_suffix(".png")
-    for path in (output, picture):
-        check_writable(path, "tune's output")
-    request = _lengthened(request)
-    progress: Progress[dict[str, Any]] = Progress(output, run_settings(request), dict, dict)
+    check_output(output, ".toml", picture)
+    settled, family, *_ = settle(request)
+    if family is not None and family.trained_frames is not None and request.num_frames is None:
+        frames = extended_frames(family.trained_frames, 2, family.vae[0])
+        settled, *_ = settle(dataclasses.replace(request, num_frames=frames))
+    request = settled
+    progress: Progress[dict[str, Any]] = Progress(output, run_settings(request), dict)
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)
@@ -187,14 +174,6 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
     _write(measured, family, len(request.prompts))
     progress.finish()
     return measured
-
-
-def _lengthened(request: Request) -> Request:
-    settled, family, *_ = settle(request)
-    if family is None or family.trained_frames is None or request.num_frames is not None:
-        return settled
-    frames = extended_frames(family.trained_frames, 2, family.vae[0])
-    return settle(dataclasses.replace(request, num_frames=frames))[0]
 
 
 def _frequencies(adapter: Adapter, config: Any) -> np.ndarray:

@@ -24,19 +24,20 @@ from dit_accel.methods.toml import to_toml
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_prompts
 from ..runs.model import OWN
+from ..runs.results import read_lines
 from ..suites.arms import Arm
 from ..suites.comparison import figures_of
 from ..suites.job import SCALES, Job, call_of
 from ..suites.plots import draw
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
-from .base import Table
+from .base import Table, Tuned
 from .pipeline_search import Point, Prompts, Search, Target, read_target, split
 from .space import default_space, guided_space, space_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TunedPipeline:
+class TunedPipeline(Tuned):
     """What `tune_pipeline` found and wrote.
 
     Attributes:
@@ -92,7 +93,7 @@ def tune_pipeline(
     cache: Path | None = None,
     stages: Stages | None = None,
 ) -> TunedPipeline:
-    """Search, verify on held-out prompts, write the config and a plot beside it, and return what was found.
+    """Search, and verify on held-out prompts; a target that no setting meets is refused, and nothing is written.
 
     Args:
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
@@ -104,10 +105,6 @@ def tune_pipeline(
             converged run of that.
         cache: folder of dense runs; None: the user's.
         stages: progress; None shows none.
-
-    Raises:
-        ConfigError: for what can't be tuned, results of another run beside ``output``, or a target that no setting
-            meets; then nothing is written.
     """
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
@@ -132,7 +129,7 @@ def tune_pipeline(
     _write(output, chosen.arm)
     draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
          output.with_suffix(".png"))  # fmt: skip
-    tried = {line["arm"] for line in search.lines()} & {arm.name for arm in arms}
+    tried = {line["arm"] for line in read_lines(job.out)} & {arm.name for arm in arms}
     return TunedPipeline(
         output=output, target=requested, chosen=chosen, frontier=tuple(frontier), tried=(len(tried), len(arms))
     )
@@ -149,12 +146,7 @@ def _check(request: Request, output: Path) -> None:
 
 
 def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts]:
-    """Return what is run, without arms, and which of its clips are searched and held out.
-
-    Raises:
-        ConfigError: for a model that is not found or has no judge, or too few prompts.
-        UnsupportedModel: for one that suites can't run.
-    """
+    """Return what is run, without arms, and which of its clips are searched and held out."""
     extra = () if target.quality in ("psnr", "ssim", "score") else (target.quality,)
     suite = Suite(
         name="tune-pipeline", model=model, clips=1, arms=(), call=_call(request), metrics=extra,
@@ -195,11 +187,7 @@ def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]
 
 
 def _guidance(suite: Suite, scales: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Return words for a guidance scale -> the arguments of the call that set it.
-
-    Raises:
-        ConfigError: for a scale that is no finite number, or a pipeline that takes none.
-    """
+    """Return words for a guidance scale, a finite number -> the arguments of the call that set it."""
     if not scales:
         return {}
     if not all(math.isfinite(scale) for scale in scales):

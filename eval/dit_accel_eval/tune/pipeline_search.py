@@ -73,11 +73,7 @@ class Prompts:
 
 
 def split(count: int) -> Prompts:
-    """Return how so many prompts of one's own are shared out: the first half is searched, the second held out.
-
-    Raises:
-        ConfigError: for fewer than `FEWEST_PROMPTS`.
-    """
+    """Return how `FEWEST_PROMPTS` or more of one's own are shared out: half is searched, the second half held out."""
     if count < FEWEST_PROMPTS:
         raise ConfigError(
             f"tune pipeline takes {FEWEST_PROMPTS} prompts at least, half of them held out, got {count}; give more "
@@ -87,6 +83,9 @@ def split(count: int) -> Prompts:
     rounds = tuple(dict.fromkeys(min(prompts, half) for prompts in ROUNDS))
     return Prompts(first=0, rounds=rounds, held_first=half, held=min(HELD_OUT, count - half))
 
+
+UNMEASURED = ("skipped", "unavailable")
+"""What result lines call the metrics that have no value, with the reasons."""
 
 SPEEDUP = "speedup"
 NICKNAMES = {"checker": "score", "lpips": "lpips@alex", "dists": "dists@vgg"}
@@ -106,7 +105,7 @@ class Target:
 
     @property
     def quality(self) -> str:
-        """The metric by which settings are told apart: PSNR where a speed-up is asked for."""
+        """The metric by which settings are compared: PSNR where a speed-up is asked for."""
         return "psnr" if self.name == SPEEDUP else self.name
 
     @property
@@ -141,11 +140,7 @@ class Point:
 
 
 def read_target(text: str) -> Target:
-    """Read a target, such as ``psnr=30``, ``lpips=0.1`` or ``speedup=2``.
-
-    Raises:
-        ConfigError: for another form, an unknown name, with the nearest, one that is no target, or no number.
-    """
+    """Read a target, such as ``psnr=30``, ``lpips=0.1`` or ``speedup=2``; raises `ConfigError` for any other."""
     name, equals, value = text.partition("=")
     name = NICKNAMES.get(name, name)
     if not equals:
@@ -176,7 +171,7 @@ class Search:
     Attributes:
         job: what runs settings, and where their lines go.
         target: what is asked for.
-        stages: is told each round.
+        stages: shows each round.
         own: steps of the model's own dense run, against which speed-ups count.
         prompts: which clips are looked at.
     """
@@ -187,41 +182,30 @@ class Search:
     own: int
     prompts: Prompts = field(default_factory=Prompts)
 
-    def lines(self) -> list[Line]:
-        """Return the result lines so far."""
-        return read_lines(self.job.out)
-
     def last_round(self) -> list[Line]:
         """Return the lines of the last round's prompts, of the settings that have all of them."""
         prompts = self.prompts.searched(-1)
-        known = [line for line in latest(self.lines()).values() if line["clip"] in prompts]
+        known = [line for line in latest(read_lines(self.job.out)).values() if line["clip"] in prompts]
         counts = Counter(line["arm"] for line in known)
         return [line for line in known if counts[line["arm"]] == len(prompts)]
 
     def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Point]:
         """Return settings as measured on prompts, made or found again."""
         run(dataclasses.replace(self.job, suite=dataclasses.replace(self.job.suite, arms=tuple(arms))), prompts)
-        known = latest(self.lines())
+        known = latest(read_lines(self.job.out))
         points = []
         for arm in arms:
             lines = [known[arm.name, prompt] for prompt in prompts]
-            values = [value_of(line, self.target.quality) for line in lines]
-            if None in values:
-                raise ConfigError(
-                    f"{self.target.quality} can't be measured here: {self._why(lines)}; name another target"
-                )
-            work = float(np.mean([line["work"] for line in lines]))
+            values = [value for line in lines if (value := value_of(line, self.target.quality)) is not None]
+            if len(values) < len(lines):
+                reasons = (line.get(key, {}).get(self.target.quality) for line in lines for key in UNMEASURED)
+                reason = next(filter(None, reasons), "it has no value")
+                raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
+            work, quality = float(np.mean([line["work"] for line in lines])), float(np.mean(values))
             points.append(
-                Point(
-                    arm=arm, prompts=len(prompts), work=work, speedup=self.own / work,
-                    quality=float(np.mean([value for value in values if value is not None])),
-                )
+                Point(arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=quality)
             )  # fmt: skip
         return points
-
-    def _why(self, lines: Sequence[Line]) -> str:
-        message = [line.get(key, {}).get(self.target.quality) for line in lines for key in ("skipped", "unavailable")]
-        return next((reason for reason in message if reason), "it has no value")
 
     def frontier(self, arms: Sequence[Arm]) -> list[Point]:
         """Return the last round's settings that none surpasses at as little work, cheapest first."""
@@ -274,12 +258,12 @@ class Search:
     def nearest(self, points: Sequence[Point], count: int) -> list[Point]:
         """Return the settings that go on: those nearest to the target and to the best at as little work.
 
-        Prompts differ more than settings do, so that few of them tell which settings are good, but not yet which meet
+        Prompts differ more than settings do, so that few of them show which settings are good, but not yet which meet
         the target. Where a speed-up is asked for, those of the best quality that reach it go on.
         """
         sign = self.target.sign
         if self.target.name == SPEEDUP:
-            return sorted(points, key=lambda p: (self.target.missed(p), -sign * p.quality))[:count]
+            return self.by_cost(points)[:count]
 
         def away(point: Point) -> float:
             best = max(sign * other.quality for other in points if other.work <= point.work)
@@ -301,7 +285,7 @@ class Search:
         """Return the first choice that meets the target on the held-out prompts, as measured there.
 
         Raises:
-            ConfigError: if none does, with what came nearest.
+            ConfigError: if none does, with the nearest.
         """
         prompts = self.prompts.verified()
         found = []

@@ -28,12 +28,12 @@ from dit_accel.adapters.model_files import read_model_files
 from dit_accel.attachment.find import find_transformers, resolve_model
 from dit_accel.errors import did_you_mean
 from dit_accel.estimate.estimate import estimate
-from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.files import json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_of
 
 from ..statistics import rank_correlation
-from .base import Progress, Table, run_settings
+from .base import Progress, Table, Tuned, check_output, run_settings
 from .block_ranking import cached_blocks
 from .profile_plots import write_heat_map
 from .profile_watch import CRITERIA, Profiler
@@ -82,7 +82,7 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class Profile(Tuned):
     """What `tune_profile` found and wrote: the file, and its content."""
 
     output: Path
@@ -108,27 +108,14 @@ class Profile:
 
 
 def tune_profile(request: Request, output: Path, *, stages: Stages | None = None, **options: Any) -> Profile:
-    """Profile the blocks on every prompt and seed, write what was found, and return it.
+    """Profile the blocks on every prompt and seed, for `ProfilingCache.blocks`; the options are `ProfileOptions`'.
 
-    Beside ``output`` lie a heat map and a contact sheet of the masks. A run that was stopped goes on after the last
-    whole generation. Of an image without a mask, in which nothing moves, attention is not told.
-
-    Args:
-        request: what to generate; its methods are attached, step caches excepted.
-        output: JSON file for `ProfilingCache.blocks`.
-        stages: progress bars; None shows none.
-        options: of `ProfileOptions`.
-
-    Raises:
-        ConfigError: for options that make no sense, an output that can't be written, a cache among the methods, or
-            progress of other settings.
+    Beside ``output`` lie a heat map and a contact sheet of the masks. Of an image without a mask, in which nothing
+    moves, attention is not measured. Step caches among the request's methods are refused.
     """
     how = ProfileOptions(**options)
     pictures = {kind: output.with_name(f"{output.stem}-{kind}.png") for kind in ("heat-map", "masks")}
-    if output.suffix != ".json" or not output.parent.is_dir():
-        raise ConfigError(f"tune profile's output must be a .json in a folder that exists, got {output}")
-    for path in (output, *pictures.values()):
-        check_writable(path, "tune's output")
+    check_output(output, ".json", *pictures.values())
     request, family, *_ = settle(request)
     mask = None if how.mask is None else read_mask(how.mask)
     settings = run_settings(request, **{**dataclasses.asdict(how), "mask": how.mask and str(how.mask)})
@@ -136,7 +123,7 @@ def tune_profile(request: Request, output: Path, *, stages: Stages | None = None
         settings["mask_pixels"] = hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()[:12]
     for name in ("threshold", "cached", "criterion"):  # all criteria are measured, and the split is made at the end
         settings.pop(name)
-    progress: Progress[Part] = Progress(output, settings, dict, dict)
+    progress: Progress[Part] = Progress(output, settings, dict)
     stages = stages or Stages(quiet=True)
     stages.note(_cost(request, family, how))
     described = _watch_all(request, how, mask, progress, stages)
@@ -164,7 +151,11 @@ def _watch_all(
                 raise ConfigError(
                     f"tune profile watches every block at every step, and {handler.name} skips some; leave it out"
                 )
-        entries = _described(attachment, find_transformers(pipe))
+        transformers, blocks = find_transformers(pipe), Profiler(attachment, None, 0, None, False).blocks
+        entries = {
+            name: {"weights": weights_of(one), "names": [block.name for block in blocks(name)]}
+            for name, one in transformers.items()
+        }
         for name, entry in entries.items():
             if how.cached is not None and how.cached > len(entry["names"]):
                 raise ConfigError(
@@ -176,17 +167,7 @@ def _watch_all(
             with profiler.watching():
                 run(pipe, prompt, dataclasses.replace(request, seed=seed), stages=stages)
             progress.add(_part(prompt, seed, profiler))
-        transformers = find_transformers(pipe)
         return {"model": resolve_model(next(iter(entries)), transformers).name, "transformers": entries}
-
-
-def _described(attachment: Any, transformers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return each transformer's weights, and the names of its blocks."""
-    found = Profiler(attachment, None, 0, None, False)
-    return {
-        name: {"weights": weights_of(one), "names": [block.name for block in found.blocks(name)]}
-        for name, one in transformers.items()
-    }
 
 
 def _part(prompt: str, seed: int, profiler: Profiler) -> Part:
@@ -220,16 +201,12 @@ def _content(
     }
     packages = ("dit-accel", "torch", "diffusers")
     return {
-        "profile": VERSION,
-        "model": described["model"],
-        "criterion": how.criterion,
-        "threshold": how.threshold,
-        "cached": how.cached,
-        "settings": dict(settings),
+        "profile": VERSION, "model": described["model"], "criterion": how.criterion, "threshold": how.threshold,
+        "cached": how.cached, "settings": dict(settings),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "runs": [{key: part[key] for key in ("prompt", "seed", "foreground")} for part in parts],
         "transformers": entries,
-    }
+    }  # fmt: skip
 
 
 def _entry(name: str, blocks: int, parts: Sequence[Part], how: ProfileOptions) -> dict[str, Any]:
@@ -310,11 +287,7 @@ def _cost(request: Request, family: Family | None, how: ProfileOptions) -> str:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Return the foreground that a picture or video draws in white, bool [frames, height, width].
-
-    Raises:
-        ConfigError: if it can't be read, or is all of one kind.
-    """
+    """Return the foreground that a picture or video draws in white, not all over, bool [frames, height, width]."""
     still = path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
     frames = [read_image(path)] if still else read_video(path)
     mask = np.stack([np.asarray(frame.convert("L")) for frame in frames]) >= 128

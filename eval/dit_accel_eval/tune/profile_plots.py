@@ -10,12 +10,7 @@ from dit_accel.files import written_whole
 
 
 def write_heat_map(content: Mapping[str, Any], path: Path) -> None:
-    """Write a profile's heat map as a PNG, whole or not at all: a row a transformer, a panel a criterion it knows.
-
-    Args:
-        content: the profile's.
-        path: of the PNG.
-    """
+    """Write the heat map of a profile's content as a PNG: a row a transformer, a panel a criterion it knows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -28,7 +28,7 @@ from .block_ranking import foreground_ratio
 from .received import attention_received
 
 CRITERIA = ("attention", "delta", "error")
-"""What blocks are told apart by. ``attention``: the share of the foreground that receives more attention than the mean
+"""What blocks are judged by. ``attention``: the share of the foreground that receives more attention than the mean
 token. ``delta``: how much what the block adds changed since the last step, over what it adds. ``error``: the same over
 the last block's stream. Blocks of low scores are cached."""
 
@@ -68,7 +68,7 @@ class Profiler:
         queries: how many queries of each call are looked at; None: all.
         seed: of the choice of queries.
         mask: the foreground, bool [frames or 1, height, width] in pixels; None: what moves.
-        attention: attention must be told; else an image without a mask, in which nothing moves, goes without.
+        attention: attention must be measured; else an image without a mask, in which nothing moves, goes without.
     """
 
     def __init__(
@@ -188,11 +188,7 @@ class Profiler:
         return layout.frames > 1 or self._mask is not None
 
     def _foreground(self, state: TransformerState, inputs: Any, output: Any) -> np.ndarray | None:
-        """Return the foreground of a step, bool [F, Y, X]; None for an image without a mask.
-
-        Raises:
-            ConfigError: where it is needed and can't be told from what the model predicts.
-        """
+        """Return the foreground of a step, bool [F, Y, X]; None for an image without a mask."""
         layout = self._execution.forward.layout
         if layout is None:
             raise ConfigError(f"tune profile can't tell {state.name}'s tokens in this call; profile another model")
@@ -223,11 +219,7 @@ class Profiler:
 
 
 def on_grid(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """Return a mask in pixels as one of tokens, bool [F, Y, X]: those of which half or more is foreground.
-
-    Raises:
-        ConfigError: for a mask of other proportions.
-    """
+    """Return a mask in pixels, of the run's proportions, as one of tokens, bool [F, Y, X]: half or more decides."""
     (count, height, width), (frames, rows, columns) = mask.shape, grid
     if height % rows or width % columns or height // rows != width // columns:
         raise ConfigError(

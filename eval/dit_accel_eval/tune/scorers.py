@@ -5,7 +5,6 @@ Each is loaded by transformers' own classes from a folder or the hub. A clip's s
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,21 +24,6 @@ PREFIX = "A photo depicts "
 """What HeadHunter's code puts before the prompt for CLIP's score."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where a scorer comes from unless another folder or hub id is given.
-
-    Attributes:
-        model: hub id of its weights.
-        processor: hub id of what prepares pictures and texts; None: the weights' own.
-        build: makes the scorer of both.
-    """
-
-    model: str
-    processor: str | None
-    build: Callable[[str, str, Any], Scorer]
-
-
 def scorer(name: str, place: str | None, device: Any) -> Scorer:
     """Return a scorer, loaded onto a device.
 
@@ -51,11 +35,11 @@ def scorer(name: str, place: str | None, device: Any) -> Scorer:
     Raises:
         ConfigError: if its weights can't be loaded.
     """
-    source = SCORERS[name]
-    model, processor = place or source.model, place or source.processor or source.model
+    build, *published = SCORERS[name]
+    model, processor = [place or one for one in published]
     try:
         with quiet_diffusers():
-            return source.build(model, processor, device)
+            return build(model, processor, device)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
@@ -94,14 +78,10 @@ class _Both:
     @torch.no_grad()
     def __call__(self, clip: Clip, prompt: str) -> list[Any]:
         """Return the model's outputs of so many frames at once."""
-        outputs = []
-        for begin in range(0, len(clip), FRAMES_AT_ONCE):
-            given = self._processor(
-                text=[prompt], images=_pictures(clip[begin : begin + FRAMES_AT_ONCE]), return_tensors="pt",
-                padding=True, truncation=True, max_length=self._model.config.text_config.max_position_embeddings,
-            )  # fmt: skip
-            outputs.append(self._model(**given.to(self._device)))
-        return outputs
+        most = self._model.config.text_config.max_position_embeddings
+        options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": most}
+        given = (self._processor(text=[prompt], images=pictures, **options) for pictures in _pictures(clip))
+        return [self._model(**one.to(self._device)) for one in given]
 
 
 def _aesthetic(model: str, processor: str, device: Any) -> Scorer:
@@ -114,12 +94,9 @@ def _aesthetic(model: str, processor: str, device: Any) -> Scorer:
 
     @torch.no_grad()
     def score(clip: Clip, prompt: str) -> float:
-        values = []
-        for begin in range(0, len(clip), FRAMES_AT_ONCE):
-            given = prepare(images=_pictures(clip[begin : begin + FRAMES_AT_ONCE]), return_tensors="pt")
-            embeds = vision(pixel_values=given["pixel_values"].to(device)).image_embeds
-            values.append(head(normalize(embeds, dim=-1))[:, 0])
-        return _mean(values)
+        given = (prepare(images=pictures, return_tensors="pt")["pixel_values"] for pictures in _pictures(clip))
+        embeds = (vision(pixel_values=pixels.to(device)).image_embeds for pixels in given)
+        return _mean([head(normalize(one, dim=-1))[:, 0] for one in embeds])
 
     return score
 
@@ -144,7 +121,9 @@ def aesthetic_head(place: str) -> nn.Sequential:
             f"the objective 'aesthetic' finds CLIP in {place!r}, and no predictor.weight or layers.N.weight behind it; "
             "give the weights of LAION's aesthetic predictor, aesthetic=FOLDER"
         )
-    bent = _architecture(place).lower().endswith("relu")
+    with open(_file(place, "config.json"), encoding="utf-8") as file:
+        architecture = str((json.load(file).get("architectures") or [""])[0])
+    bent = architecture.lower().endswith("relu")
     layers: list[nn.Module] = []
     for name in names:
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -172,11 +151,6 @@ def _weights(place: str) -> Mapping[str, Tensor]:
         return torch.load(_file(place, "pytorch_model.bin"), map_location="cpu", weights_only=True)
 
 
-def _architecture(place: str) -> str:
-    with open(_file(place, "config.json"), encoding="utf-8") as file:
-        return str((json.load(file).get("architectures") or [""])[0])
-
-
 def _file(place: str, name: str) -> str:
     """Return the path of a file of a folder or hub id; raises `OSError` if it is not there."""
     from transformers.utils import cached_file
@@ -184,25 +158,23 @@ def _file(place: str, name: str) -> str:
     return str(cached_file(place, name))
 
 
-def _pictures(clip: Clip) -> list[Any]:
+def _pictures(clip: Clip) -> list[list[Any]]:
+    """Return frames as Pillow's images, so many at once."""
     from PIL import Image
 
-    return [Image.fromarray(frame) for frame in (clip * 255).round().astype("uint8")]
+    images = [Image.fromarray(frame) for frame in (clip * 255).round().astype("uint8")]
+    return [images[begin : begin + FRAMES_AT_ONCE] for begin in range(0, len(images), FRAMES_AT_ONCE)]
 
 
 def _mean(values: list[Tensor]) -> float:
     return float(torch.cat(values).float().mean())
 
 
-SCORERS: Mapping[str, Source] = {
-    "aesthetic": Source(
-        model="shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
-        processor="openai/clip-vit-large-patch14",
-        build=_aesthetic,
-    ),
-    "clip": Source(model="openai/clip-vit-large-patch14", processor=None, build=_clip_score),
-    "pickscore": Source(
-        model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", build=_pick_score
-    ),
+_CLIP = "openai/clip-vit-large-patch14"
+
+SCORERS: Mapping[str, tuple[Callable[[str, str, Any], Scorer], str, str]] = {
+    "aesthetic": (_aesthetic, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", _CLIP),
+    "clip": (_clip_score, _CLIP, _CLIP),
+    "pickscore": (_pick_score, "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
 }
-"""Objective -> the published weights."""
+"""Objective -> what makes it, and the hub's ids of its published weights and of what prepares pictures and texts."""

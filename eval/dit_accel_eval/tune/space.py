@@ -91,26 +91,18 @@ def space_of(own: int, adapter: Adapter, family: Family, *, block_size: int | No
         block_size: tokens of a sparse method's tile; None: what that chooses.
     """
     further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
-    return tuple(
-        arm
-        for steps in sorted({*STEPS, *further, own})
-        for arm in _arms(steps, {} if block_size is None else {"block_size": block_size})
-        if all(_taken(method, adapter, family) for method in arm.methods)
-    )
 
+    def taken(method: MethodConfig) -> bool:
+        known = method.name in family.recipes or not isinstance(method, CALIBRATED)
+        return known and adapter.verdict(method.name)[0] == "supported"
 
-def _taken(method: MethodConfig, adapter: Adapter, family: Family) -> bool:
-    known = method.name in family.recipes or not isinstance(method, CALIBRATED)
-    return known and adapter.verdict(method.name)[0] == "supported"
+    tiles = {} if block_size is None else {"block_size": block_size}
+    every = (arm for steps in sorted({*STEPS, *further, own}) for arm in _arms(steps, tiles))
+    return tuple(arm for arm in every if all(map(taken, arm.methods)))
 
 
 def guided_space(arms: Iterable[Arm], calls: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
-    """Return arms, and each of them with other guidance.
-
-    Args:
-        arms: settings with the run's own guidance.
-        calls: words behind an arm's name -> the arguments of the call that guide so.
-    """
+    """Return arms, and each with other guidance, by words behind its name -> the arguments of the call."""
     listed = tuple(arms)
     return listed + tuple(
         dataclasses.replace(arm, name=f"{arm.name}, {words}", call=call)

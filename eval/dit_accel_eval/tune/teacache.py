@@ -22,7 +22,7 @@ from dit_accel.methods.caches.easy import mean_change, mean_size
 from dit_accel.methods.site import ForwardContext, target_sample
 from dit_accel.rules.caching import rescaled
 
-from .base import Table
+from .base import Table, Tuned
 from .cache_runs import Note, config_of, watched_runs, write_config
 
 DEGREE = 4
@@ -52,7 +52,7 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Polynomials:
+class Polynomials(Tuned):
     """What `tune_teacache` fitted and wrote: the file, the model, its steps, prompts and one fit a transformer."""
 
     output: Path
@@ -70,24 +70,9 @@ class Polynomials:
         ]
         return columns, rows, []
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return {**dataclasses.asdict(self), "output": str(self.output)}
-
 
 def tune_teacache(request: Request, output: Path, *, stages: Stages | None = None) -> Polynomials:
-    """Fit the polynomials on every prompt of a request, write them, and return them.
-
-    A run that was stopped goes on after the last whole prompt.
-
-    Args:
-        request: what to generate; its methods may hold a `TeaCache` without polynomials, and others as well.
-        output: TOML file for ``--config``.
-        stages: progress bars; None shows none.
-
-    Raises:
-        ConfigError: for settings that can't be measured, or progress of other settings beside ``output``.
-    """
+    """Fit the polynomials on every prompt, for ``--config``; the request may hold a `TeaCache` without polynomials."""
     requested = config_of(request, TeaCache)
     nothing = (0.0,)
     config = dataclasses.replace(requested, threshold=0.0, polynomial=nothing, polynomial_2=nothing, branches="all")
@@ -97,24 +82,16 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     if not fits:
         raise ConfigError(f"tune teacache needs steps to compare, got {found.steps}; ask for {DEGREE + 2} or more")
     first, *second = (fit.polynomial for fit in fits)
-    write_config(
-        output,
-        dataclasses.replace(
-            requested, polynomial=first, polynomial_2=second[0] if second else None, measured_on=found.model
-        ),
-        [
-            f"Fitted by dit-accel tune teacache on {found.model}: {found.steps} steps, {len(found.prompts)} prompts.",
-            *(
-                f"{fit.transformer}: changes of the signal from {fit.lowest:.4g} to {fit.highest:.4g}, off by "
-                f"{fit.off:.3g} where they spread by {fit.spread:.3g}"
-                for fit in fits
-            ),
-        ],
-    )
+    numbers = {"polynomial": first, "polynomial_2": second[0] if second else None, "measured_on": found.model}
+    about = [f"Fitted by dit-accel tune teacache on {found.model}: {found.steps} steps, {len(found.prompts)} prompts."]
+    about += [
+        f"{fit.transformer}: changes of the signal from {fit.lowest:.4g} to {fit.highest:.4g}, off by {fit.off:.3g} "
+        f"where they spread by {fit.spread:.3g}"
+        for fit in fits
+    ]
+    write_config(output, dataclasses.replace(requested, **numbers), about)
     found.progress.finish()
-    return Polynomials(
-        output=output, model=found.model, steps=found.steps, prompts=len(found.prompts), fits=fits
-    )  # fmt: skip
+    return Polynomials(output=output, model=found.model, steps=found.steps, prompts=len(found.prompts), fits=fits)
 
 
 class _Changes:

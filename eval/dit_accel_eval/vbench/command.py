@@ -19,7 +19,7 @@ from dit_accel.files import held
 from . import options as given
 
 if TYPE_CHECKING:
-    from .generating import Piece
+    from .networks.loading import Networks
     from .prompts import Prompt
     from .protocols import Protocol
     from .run import Job
@@ -47,7 +47,7 @@ def evaluate(
     so a run that was stopped goes on. The result files are laid out as VBench's.
 
     With --generate the videos are made: those of the dimensions' prompts that
-    the folder lacks, each of another seed; what it costs is told first. With
+    the folder lacks, each of another seed; what it costs is said first. With
     --reference they are held against dense ones as published tables were.
 
     Examples:
@@ -71,7 +71,12 @@ def evaluate(
         videos=videos, dimensions=tuple(dimension or ()), full_info=full_info, samples=samples, subset=subset,
         prompts=prompts, output=output, name=name or videos.resolve().name, folder=folder, device=device, json=json,
     )  # fmt: skip
-    _check_way(generate, long or long_config is not None, reference, protocol)
+    if (long or long_config is not None) and (generate or protocol is not None or reference is not None):
+        raise ConfigError(
+            "--long is for measuring dimensions; leave it out with --generate, --reference and --protocol"
+        )
+    if generate and reference is not None:
+        raise ConfigError("--reference is for videos that are there; make them first, then compare")
     if generate:
         making = {"model": model, "height": height, "width": width, "num_frames": num_frames, "fps": fps,
                   "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
@@ -100,15 +105,12 @@ class Chosen:
     device: str | None
     json: bool
 
+    def networks(self) -> "Networks":
+        """Return the networks of the folder of weights."""
+        from .networks.loading import Networks
+        from .weight_files import default_folder
 
-def _check_way(generate: bool, long: bool, reference: Path | None, protocol: str | None) -> None:
-    """Refuse options of two ways at once."""
-    if long and (generate or protocol is not None or reference is not None):
-        raise ConfigError(
-            "--long is for measuring dimensions; leave it out with --generate, --reference and --protocol"
-        )
-    if generate and reference is not None:
-        raise ConfigError("--reference is for videos that are there; make them first, then compare")
+        return Networks(self.folder or default_folder(), self.device or "cpu")
 
 
 def _measure(
@@ -121,15 +123,12 @@ def _measure(
         raise ConfigError("--long-config is for clips of long videos; add --long")
     from .long import Long, read_fast
     from .measures import Means
-    from .networks.loading import Networks
     from .observations import read_observations
     from .run import Job
     from .run import evaluate as measured
     from .source import Source
-    from .weight_files import default_folder
 
-    networks = Networks(chosen.folder or default_folder(), chosen.device or "cpu")
-    fast = None if long_config is None else read_fast(long_config)
+    networks, fast = chosen.networks(), None if long_config is None else read_fast(long_config)
     job = Job(
         name=chosen.name, output=chosen.output, warn=warn, tell=_tell,
         means=Means(networks=networks, observations=read_observations(observations)),
@@ -157,37 +156,28 @@ def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> No
         raise ConfigError(f"a comparison takes a reference and a protocol; add {missing}")
     if chosen.dimensions:
         raise ConfigError(f"{chosen.dimensions[0]} is measured without a reference; leave --protocol or -d out")
-    from .networks.loading import Networks
-    from .protocol_run import Comparison, compare
-    from .weight_files import default_folder
+    from .protocol_run import Comparison, compare, rows
 
     job = Comparison(
         protocol=protocol_of(protocol), videos=chosen.videos, reference=reference, output=chosen.output,
-        name=chosen.name, networks=Networks(chosen.folder or default_folder(), chosen.device or "cpu"), warn=warn,
-        tell=_tell,
+        name=chosen.name, networks=chosen.networks(), warn=warn, tell=_tell,
     )  # fmt: skip
     found = compare(job)
     if chosen.json:
         print_json({key: value for key, value in found.items() if key != "by_clip"} | {"result": str(job.result)})
         return
-    _print_comparison(found)
-    _tell(f"written to {job.result}")
-
-
-def _print_comparison(found: dict[str, Any]) -> None:
-    from .protocol_run import rows
-
-    by = f"by {found['protocol']}"
+    by = f"by {job.protocol.name}"
     table = plain_table("", by, "beside it", right=(by, "beside it"))
     for row in rows(found):
         table.add_row(*row)
     OUT.print(table)
     for flaw in found["flaws"]:
-        OUT.print(f"of {found['protocol']}: {flaw}", markup=False, soft_wrap=True)
+        OUT.print(f"of {job.protocol.name}: {flaw}", markup=False, soft_wrap=True)
+    _tell(f"written to {job.result}")
 
 
 def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None, making: dict[str, Any]) -> None:
-    """Make the videos that a folder lacks; the cost is told before the model is loaded."""
+    """Make the videos that a folder lacks; the cost is printed before the model is loaded."""
     from dit_accel_pipelines.generation.request import Request
 
     from . import generating
@@ -201,7 +191,9 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
     except OSError as error:
         raise ConfigError(f"the folder {chosen.videos} can't be made: {error.strerror}; name another") from None
     if convention is None:
-        every = _pieces(chosen, seed)
+        if chosen.prompts is not None:
+            raise ConfigError("--prompts with --generate is for a protocol whose prompts are its own; add --protocol")
+        every = generating.pieces(*_official(chosen), chosen.videos, chosen.samples, seed)
     else:
         every = generating.protocol_pieces(convention, _texts(chosen, convention), chosen.videos, chosen.samples, seed)
     work = generating.share(every, shard)
@@ -215,35 +207,22 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
     _tell(f"{chosen.videos} is whole; measure it: dit-accel eval vbench --videos {chosen.videos}{then}")
 
 
-def _pieces(chosen: Chosen, seed: int) -> "list[Piece]":
-    """Return the videos of VBench's prompts."""
-    from . import generating
-    from .prompts import first_of
-
-    if chosen.prompts is not None:
-        raise ConfigError("--prompts with --generate is for a protocol whose prompts are its own; add --protocol")
-    every, names = _official(chosen)
-    wanted = first_of(every, names, chosen.subset)
-    return generating.pieces(every, wanted, names, chosen.videos, chosen.samples, seed)
-
-
-def _official(chosen: Chosen) -> "tuple[list[Prompt], list[str]]":
-    """Return VBench's prompts, and the dimensions asked for, else all that they serve."""
+def _official(chosen: Chosen) -> "tuple[list[Prompt], list[Prompt], list[str]]":
+    """Return VBench's prompts, those that are wanted, and the dimensions asked for, else all that there are."""
     from . import official
     from .dimensions import DIMENSIONS
-    from .prompts import read_prompts
+    from .prompts import first_of, read_prompts
     from .source import known_names
 
     every = read_prompts(official.prompts_path(chosen.full_info))
     there = {name for one in every for name in one.dimensions}
-    return every, known_names(chosen.dimensions) or [name for name in DIMENSIONS if name in there]
+    names = known_names(chosen.dimensions) or [name for name in DIMENSIONS if name in there]
+    return every, first_of(every, names, chosen.subset), names
 
 
 def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
     """Return a protocol's prompts: of a file, a line each, or VBench's."""
     from dit_accel_pipelines.generation.request import read_prompts as read_lines
-
-    from .prompts import first_of
 
     if chosen.prompts is not None:
         return read_lines(chosen.prompts)[: chosen.subset]
@@ -252,8 +231,7 @@ def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
             f"the prompts of protocol {protocol.name} are {protocol.prompts}, which are not here; give them with "
             "--prompts FILE, one a line"
         )
-    every, names = _official(chosen)
-    return [one.text for one in first_of(every, names, chosen.subset)]
+    return [one.text for one in _official(chosen)[1]]
 
 
 def _print_scores(found: dict[str, list[Any]], job: "Job", *, whole: bool, json: bool) -> None:
@@ -270,9 +248,8 @@ def _print_scores(found: dict[str, list[Any]], job: "Job", *, whole: bool, json:
         table.add_row(name, f"{score:.4f}", str(len(entries)))
     OUT.print(table)
     if sums is not None:
-        OUT.print(f"Quality {100 * sums['quality']:.2f}  Semantic {100 * sums['semantic']:.2f}  "
-                  f"Total {100 * sums['total']:.2f}")  # fmt: skip
-    TALK.print(f"written to {job.results}", markup=False, soft_wrap=True)
+        OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
+    _tell(f"written to {job.results}")
 
 
 def _print_totals(path: Path, json: bool) -> None:
@@ -292,7 +269,7 @@ def _print_totals(path: Path, json: bool) -> None:
 
 
 def set_up(archives: Path | None, folder: Path | None, *, hub: bool, json: bool) -> None:
-    """Unpack VBench's package, fetch what is on the hub where asked, and tell what is missing, where, with its hash.
+    """Unpack VBench's package, fetch what is on the hub where asked, and print what is missing, where, with its hash.
 
     Raises:
         typer.Exit: with code 1 where something is missing or another.
@@ -301,7 +278,7 @@ def set_up(archives: Path | None, folder: Path | None, *, hub: bool, json: bool)
     from .weight_files import WEIGHT_FILES, default_folder, from_hub, state
 
     at = folder or default_folder()
-    package = official.unpack(archives, lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    package = official.unpack(archives, _tell)
     failed = [reason for name, one in WEIGHT_FILES.items() if hub and one.hub and (reason := from_hub(name, at))]
     states = {name: state(name, at) for name in WEIGHT_FILES}
     if json:

@@ -3,7 +3,6 @@
 Source: Huang et al., arXiv 2311.17982; the constants are those of the official totals (scripts/constant.py).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,35 +40,27 @@ class Dimension:
         return (raw - self.low) / (self.high - self.low)
 
 
-def _dimensions() -> Iterable[Dimension]:
-    yield Dimension(name="subject_consistency", group="quality", low=0.1462)
-    yield Dimension(name="background_consistency", group="quality", low=0.2615)
-    yield Dimension(name="temporal_flickering", group="quality", low=0.6293)
-    yield Dimension(name="motion_smoothness", group="quality", low=0.706, high=0.9975)
-    yield Dimension(name="dynamic_degree", group="quality", weight=0.5)
-    yield Dimension(name="aesthetic_quality", group="quality")
-    yield Dimension(name="imaging_quality", group="quality")
-    yield Dimension(name="object_class", group="semantic")
-    yield Dimension(name="multiple_objects", group="semantic")
-    yield Dimension(name="human_action", group="semantic")
-    yield Dimension(name="color", group="semantic")
-    yield Dimension(name="spatial_relationship", group="semantic")
-    yield Dimension(name="scene", group="semantic", high=0.8222)
-    yield Dimension(name="appearance_style", group="semantic", low=0.0009, high=0.2855, least=-1.0)
-    yield Dimension(name="temporal_style", group="semantic", high=0.364, least=-1.0)
-    yield Dimension(name="overall_consistency", group="semantic", high=0.364, least=-1.0)
+_ALL = (
+    Dimension(name="subject_consistency", group="quality", low=0.1462),
+    Dimension(name="background_consistency", group="quality", low=0.2615),
+    Dimension(name="temporal_flickering", group="quality", low=0.6293),
+    Dimension(name="motion_smoothness", group="quality", low=0.706, high=0.9975),
+    Dimension(name="dynamic_degree", group="quality", weight=0.5),
+    *(Dimension(name=name, group="quality") for name in ("aesthetic_quality", "imaging_quality")),
+    *(Dimension(name=name, group="semantic") for name in
+      ("object_class", "multiple_objects", "human_action", "color", "spatial_relationship")),
+    Dimension(name="scene", group="semantic", high=0.8222),
+    Dimension(name="appearance_style", group="semantic", low=0.0009, high=0.2855, least=-1.0),
+    Dimension(name="temporal_style", group="semantic", high=0.364, least=-1.0),
+    Dimension(name="overall_consistency", group="semantic", high=0.364, least=-1.0),
+)  # fmt: skip
 
-
-DIMENSIONS: dict[str, Dimension] = {one.name: one for one in _dimensions()}
+DIMENSIONS: dict[str, Dimension] = {one.name: one for one in _ALL}
 """In the official order."""
 
 
 def dimension(name: str) -> Dimension:
-    """Return a dimension; blanks and hyphens are as good as underscores.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest known one.
-    """
+    """Return a dimension; blanks and hyphens are as good as underscores, and unknown names are refused."""
     plain = name.strip().lower().replace(" ", "_").replace("-", "_")
     if plain not in DIMENSIONS:
         raise ConfigError(f"there is no dimension {name!r} of VBench; {did_you_mean(plain, DIMENSIONS)}")

@@ -1,7 +1,7 @@
 """How published code bases measure a clip's fidelity to a reference: PSNR, SSIM and LPIPS, frame by frame.
 
-All take two clips of uint8 frames [F, height, width, 3] and return a number a frame; what is wrong with some is told
-by `protocols`. The project's own definitions are in `metrics`.
+All take two clips of uint8 frames [F, height, width, 3] and return a number a frame; what is wrong with some stands
+in `protocols`. The project's own definitions are in `metrics`.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..metrics.networks import alexnet, normalized, vgg16
-from ..metrics.perceptual import SCALE, SHIFT, TOGETHER
-from ..metrics.weights import Tensors, tensors
+from ..metrics.perceptual import TOGETHER, lpips_maps
+from ..metrics.weights import tensors
 from .sampling import Frames
 
 Values = npt.NDArray[np.float64]
@@ -89,36 +88,17 @@ def _gauss(side: int = GAUSS, sigma: float = 1.5) -> Tensor:
     return line[:, None] * line
 
 
-def ssim_box(clip: Frames, reference: Frames) -> Values:
-    """Return SSIM by a box of 11 pixels, zeros around, as Sparse-VideoGen has it."""
-    return _ssim(clip, reference, _box(BOX), padding=BOX // 2)
+ssim_box: Measure = partial(_ssim, window=_box(BOX), padding=BOX // 2)
+"""SSIM by a box of 11 pixels, zeros around, as Sparse-VideoGen has it."""
 
+ssim_gauss: Measure = partial(_ssim, window=_gauss())
+"""SSIM by a Gaussian of 11 pixels where it fits, as TeaCache has it."""
 
-def ssim_gauss(clip: Frames, reference: Frames) -> Values:
-    """Return SSIM by a Gaussian of 11 pixels where it fits, as TeaCache has it."""
-    return _ssim(clip, reference, _gauss())
+ssim_gauss_padded: Measure = partial(_ssim, window=_gauss(), padding=GAUSS // 2)
+"""SSIM by a Gaussian of 11 pixels, zeros around, as FastVideo has it."""
 
-
-def ssim_gauss_padded(clip: Frames, reference: Frames) -> Values:
-    """Return SSIM by a Gaussian of 11 pixels, zeros around, as FastVideo has it."""
-    return _ssim(clip, reference, _gauss(), padding=GAUSS // 2)
-
-
-def ssim_skimage(clip: Frames, reference: Frames) -> Values:
-    """Return scikit-image's SSIM: a box of 7 pixels where it fits, variances of a sample."""
-    return _ssim(clip, reference, _box(SKIMAGE), sample=True)
-
-
-@torch.inference_mode()
-def lpips_maps(one: Tensor, two: Tensor, weights: Tensors, net: str) -> list[Tensor]:
-    """Return LPIPS' five maps [F, 1, height, width], each layer's at its own size, of frames in [-1, 1]."""
-    features = alexnet if net == "alex" else vgg16
-    both = (features(normalized(x, SHIFT, SCALE), weights) for x in (one, two))
-    found = []
-    for number, layers in enumerate(zip(*both, strict=True)):
-        first, second = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in layers)
-        found.append(F.conv2d((first - second).square(), weights[f"head.{number}"]))
-    return found
+ssim_skimage: Measure = partial(_ssim, window=_box(SKIMAGE), sample=True)
+"""scikit-image's SSIM: a box of 7 pixels where it fits, variances of a sample."""
 
 
 def _lpips(net: str, clip: Frames, reference: Frames, *, scaled: bool = True, spread: bool = False) -> Values:

@@ -1,6 +1,6 @@
 """Generates VBench's videos: all prompts of the dimensions asked for, several seeds each; goes on where it stopped.
 
-The cost is told first. Several processes, on as many devices, share the work by ``--shard``.
+The cost is printed first. Several processes, on as many devices, share the work by ``--shard``.
 """
 
 import json
@@ -21,19 +21,15 @@ from dit_accel.files import held
 from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 from .protocols import Protocol
 
-ASKED = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "solver")
+SIZES = ("num_frames", "height", "width", "num_inference_steps")
+
+ASKED = (*SIZES, "guidance_scale", "solver")
 """What of a request an earlier video must have been made with, where it is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One video to be made.
-
-    Attributes:
-        prompt: its prompt.
-        path: where it goes, ``{prompt}-{i}.mp4``.
-        seed: of its noise, another for each video.
-    """
+    """One video to be made: its prompt, where it goes, and the seed of its noise, another for each video."""
 
     prompt: str
     path: Path
@@ -41,74 +37,49 @@ class Piece:
 
 
 def pieces(
-    every: Sequence[Prompt],
-    wanted: Sequence[Prompt],
-    names: Sequence[str],
-    folder: Path,
-    samples: int | None,
+    every: Sequence[Prompt], wanted: Sequence[Prompt], names: Sequence[str], folder: Path, samples: int | None,
     seed: int,
-) -> list[Piece]:
-    """Return the videos to be made.
+) -> list[Piece]:  # fmt: skip
+    """Return the videos of wanted prompts: so many samples, else 5 of each, and 25 for the static filter's dimension.
 
-    Args:
-        every: all prompts of the file: a video's seed does not depend on which of them are wanted.
-        wanted: those to be made.
-        names: the dimensions.
-        folder: of the videos.
-        samples: videos of each prompt; None: 5, and 25 for the static filter of temporal flickering.
-        seed: of the first prompt's first video.
+    A video's seed does not depend on which of all prompts are wanted; the first prompt's first one has ``seed``.
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(one.text for one in every))}
     found = []
     for one in wanted:
-        filtered = FLICKERING in one.dimensions and FLICKERING in names
-        count = samples or (FILTERED_SAMPLES if filtered else SAMPLES)
-        step = max(FILTERED_SAMPLES, samples or 0)
-        first = seed + step * places[one.text]
-        found += [
-            Piece(prompt=one.text, path=folder / f"{one.text}-{number}.mp4", seed=first + number)
-            for number in range(count)
-        ]
+        count = FILTERED_SAMPLES if FLICKERING in one.dimensions and FLICKERING in names else SAMPLES
+        paths = [folder / f"{one.text}-{number}.mp4" for number in range(samples or count)]
+        found += _seeded(one.text, paths, seed + max(FILTERED_SAMPLES, samples or 0) * places[one.text])
     return found
 
 
-def sized(protocol: Protocol, making: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Return what videos are made with, sizes and steps that were not asked for as a protocol's tables have them.
+def _seeded(prompt: str, paths: Sequence[Path], first: int) -> list[Piece]:
+    return [Piece(prompt=prompt, path=path, seed=first + number) for number, path in enumerate(paths)]
 
-    Args:
-        protocol: whose.
-        making: arguments of the request.
-        tell: is given a line where a model keeps its own.
+
+def sized(protocol: Protocol, making: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Return the arguments of a request, sizes and steps that were not asked for as a protocol's tables have them.
 
     Raises:
         ConfigError: for a model that the protocol's tables don't have, unless all its sizes are asked for.
     """
-    names = ("height", "width", "num_frames", "num_inference_steps")
     if embedded_name(making["model"]) is not None:
         tell(f"an embedded model is in no table of {protocol.name}; it keeps its own sizes")
         return making
-    if all(making[name] is not None for name in names):
+    if all(making[name] is not None for name in SIZES):
         return making
     size = protocol.size_of(making["model"])
     if size is None:
         return making
-    return making | {name: getattr(size, name) for name in names if making[name] is None}
+    return making | {name: getattr(size, name) for name in SIZES if making[name] is None}
 
 
 def protocol_pieces(
     protocol: Protocol, texts: Sequence[str], folder: Path, samples: int | None, seed: int
 ) -> list[Piece]:
-    """Return the videos to be made as a protocol's are called and seeded.
+    """Return the videos to be made as a protocol's are called and seeded; refuses several of one prompt and seed.
 
-    Args:
-        protocol: whose.
-        texts: its prompts, each once.
-        folder: of the videos.
-        samples: videos of each prompt; None: the protocol's.
-        seed: what is added to the protocol's seeds.
-
-    Raises:
-        ConfigError: for several videos of one prompt and one seed.
+    There are as many samples of each text as the protocol's, unless given; ``seed`` is added to the protocol's.
     """
     count = samples or protocol.samples
     if protocol.seed == "0" and count > 1:
@@ -117,20 +88,13 @@ def protocol_pieces(
         )
     found = []
     for number, text in enumerate(dict.fromkeys(texts)):
-        first = {"0": seed, "i": seed, None: seed + number * count}[protocol.seed]
-        found += [
-            Piece(prompt=text, path=protocol.path(folder, number, text, place), seed=first + place)
-            for place in range(count)
-        ]
+        paths = [protocol.path(folder, number, text, place) for place in range(count)]
+        found += _seeded(text, paths, seed + number * count if protocol.seed is None else seed)
     return found
 
 
 def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
-    """Return the i-th of n shares of the work, ``i/n`` with i from 0.
-
-    Raises:
-        ConfigError: for another form, or a share without work.
-    """
+    """Return the i-th of n shares of the work, ``i/n`` with i from 0; one without work is refused."""
     if shard is None:
         return list(work)
     number, _, count = shard.partition("/")
@@ -143,11 +107,7 @@ def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
 
 
 def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
-    """Return the videos that are not there yet.
-
-    Raises:
-        ConfigError: for a video that was made otherwise, or about which nothing is told.
-    """
+    """Return the videos that are not there yet; refuses those that were made otherwise or without a side-car."""
     return [piece for piece in work if not _is_made(piece, request)]
 
 
@@ -170,31 +130,16 @@ def _is_made(piece: Piece, request: Request) -> bool:
 
 
 def cost(request: Request, made: int, total: int) -> str:
-    """Return what making the videos takes, as far as it is known before a model is loaded.
-
-    Args:
-        request: what to generate.
-        made: videos that are there.
-        total: videos in all.
-
-    Raises:
-        DitAccelError: for a request that can't be met.
-    """
+    """Return what making the videos takes, of which some are made, as far as it is known before a model is loaded."""
     settled, family, *_ = settle(request)
-    known = [f"{name} {getattr(settled, name)}" for name in ("num_frames", "height", "width", "num_inference_steps")
-             if getattr(settled, name) is not None]  # fmt: skip
-    message = ", ".join(known) or "the model's sizes"
+    sizes = {name: getattr(settled, name) for name in SIZES}
+    message = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None) or "the model's sizes"
     text = f"{total - made} of {total} videos to make, {made} are there; {message}"
-    sizes = (settled.height, settled.width, settled.num_inference_steps)
-    if family is None or None in sizes:
-        return text
+    sizes["num_frames"] = sizes["num_frames"] or 1
     adapter = next((one for one in registry.adapters().values() if family in one.families), None)
-    if adapter is None:
+    if family is None or adapter is None or None in sizes.values():
         return text
-    planned = estimate(
-        adapter, family, methods=settled.methods, height=settled.height, width=settled.width,
-        num_frames=settled.num_frames or 1, num_inference_steps=settled.num_inference_steps,
-    )  # fmt: skip
+    planned = estimate(adapter, family, methods=settled.methods, **sizes)
     flops = planned.total_flops * (total - made)
     return f"{text}; {flops:.3g} FLOPs dense, of which methods save what dit-accel plan tells"
 
@@ -202,14 +147,7 @@ def cost(request: Request, made: int, total: int) -> str:
 def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()) -> None:
     """Make videos, each with its side-car, whole or not at all; after the first one, tell how long the rest takes.
 
-    Args:
-        work: those to be made.
-        request: model, sizes and methods; its prompts are checked before anything is loaded.
-        tell: is given lines of progress.
-        command: the command line, for the side-cars.
-
-    Raises:
-        DitAccelError: for a request that can't be met.
+    The prompts are checked before anything is loaded; the side-cars hold the command line.
     """
     if request.embedded:
         for piece in work:

@@ -45,11 +45,8 @@ def seconds_of(dimensions: Collection[str]) -> int:
 def clips_of(video: Video, seconds: int) -> list[Video]:
     """Return the clips of a video; the last one reaches back into the one before where frames are left over.
 
-    The rate is cut off to a whole number, as in the official code, which stores the clips as mp4 in between; here their
-    frames are the video's own. A video shorter than a clip is one.
-
-    Raises:
-        ConfigError: for fewer than one frame a second.
+    The rate is cut off to a whole number of 1 or more, as in the official code, which stores the clips as mp4 in
+    between; here their frames are the video's own. A video shorter than a clip is one.
     """
     rate = int(video.fps)
     if rate < 1:
@@ -68,11 +65,8 @@ def long_score(name: str, video: Video, seconds: int, measure: Measure, flow: Fl
         name: the dimension.
         video: the long one.
         seconds: of a clip.
-        measure: of a clip.
+        measure: of a clip; one that can't be measured is named by its place.
         flow: for temporal flickering, by which clips that don't stand still are left out; None: none are.
-
-    Raises:
-        ConfigError: for a clip that can't be measured, by its place.
     """
     found = []
     for place, clip in enumerate(clips_of(video, seconds)):
@@ -140,11 +134,7 @@ def first_frames(video: Video, seconds: int, networks: Networks) -> float | None
 
 
 def read_fast(folder: Path) -> Fast:
-    """Return the table and the weights of one's copy of VBench's ``vbench2_beta_long/configs``.
-
-    Raises:
-        ConfigError: for files that are missing or of another form.
-    """
+    """Return the table and the weights of one's copy of VBench's ``vbench2_beta_long/configs``; others are refused."""
     table, weights = _numbers(folder / TABLE), _numbers(folder / WEIGHTS)
     missing = [name for name in ("w_inclip_sb", "w_clip2clip_sb") if name not in weights]
     if missing:
@@ -198,15 +188,7 @@ class Long:
     ) -> VideoScore | None:
         """Return a video's score of its clips'; None where the measure says nothing of any.
 
-        Args:
-            name: the dimension.
-            video: the long one.
-            dimensions: all that its prompt serves.
-            measure: of a clip.
-            networks: for RAFT's filter and the fast branch.
-
-        Raises:
-            ConfigError: for a clip that can't be measured, by its place.
+        ``dimensions`` are all that the video's prompt serves; networks are for RAFT's filter and the fast branch.
         """
         seconds = SHORT if self.custom else seconds_of(dimensions)
         flow = flow_by(networks) if name == FLICKERING and not self.filtered else None

@@ -18,12 +18,7 @@ from .sampling import Frames, Video
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Means:
-    """What measures need besides the video.
-
-    Attributes:
-        networks: of the folder of weights.
-        observations: by networks that ran elsewhere.
-    """
+    """What measures need besides the video: networks, and observations by networks that ran elsewhere."""
 
     networks: Networks
     observations: Observations = field(default_factory=Observations)
@@ -76,14 +71,15 @@ def _imaging(video: Video, prompt: Prompt, means: Means) -> VideoScore:
     return VideoScore(value=float(means.networks.musiq(sampling.for_musiq(video.frames)).mean()))
 
 
-def _chosen(video: Video) -> Frames:
-    return video.frames[sampling.middle(len(video.frames), SEEN)]
+def _seen(video: Video, name: str, means: Means, look: Callable[[Frames], Any]) -> Any:
+    """Return what was observed elsewhere of a video for a dimension, else what a network sees of its frames."""
+    if means.observations.has(name):
+        return means.observations.of(name, video.name)
+    return look(video.frames[sampling.middle(len(video.frames), SEEN)])
 
 
 def _detections(video: Video, name: str, means: Means) -> Any:
-    if means.observations.has(name):
-        return means.observations.of(name, video.name)
-    return means.networks.detections(sampling.for_grit(_chosen(video)))
+    return _seen(video, name, means, lambda frames: means.networks.detections(sampling.for_grit(frames)))
 
 
 def _names(video: Video, name: str, means: Means) -> list[list[str]]:
@@ -100,18 +96,18 @@ def _objects(video: Video, prompt: Prompt, means: Means) -> VideoScore:
 
 
 def _action(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    if means.observations.has("human_action"):
-        return rules.is_action(means.observations.of("human_action", video.name), video.name)
-    likely = torch.sigmoid(means.networks.umt(sampling.for_umt(_chosen(video)))).tolist()
-    return rules.is_action(zip(official.actions(), likely, strict=True), video.name)
+    def look(frames: Frames) -> Any:
+        likely = torch.sigmoid(means.networks.umt(sampling.for_umt(frames))).tolist()
+        return zip(official.actions(), likely, strict=True)
+
+    return rules.is_action(_seen(video, "human_action", means, look), video.name)
 
 
 def _color(video: Video, prompt: Prompt, means: Means) -> VideoScore | None:
-    if means.observations.has("color"):
-        captions = means.observations.of("color", video.name)
-    else:
-        captions = means.networks.sentences(sampling.for_grit(_chosen(video), rounded=True))
-    return rules.is_colored(captions, prompt.text, prompt.targets["color"])
+    def look(frames: Frames) -> Any:
+        return means.networks.sentences(sampling.for_grit(frames, rounded=True))
+
+    return rules.is_colored(_seen(video, "color", means, look), prompt.text, prompt.targets["color"])
 
 
 def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
@@ -121,10 +117,8 @@ def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
 
 
 def _scene(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    requested = prompt.targets["scene"]
-    if means.observations.has("scene"):
-        return rules.is_scene(means.observations.of("scene", video.name), requested)
-    return rules.is_scene(means.networks.scenes(sampling.for_tag2text(_chosen(video))), requested)
+    captions = _seen(video, "scene", means, lambda frames: means.networks.scenes(sampling.for_tag2text(frames)))
+    return rules.is_scene(captions, prompt.targets["scene"])
 
 
 def _style(video: Video, prompt: Prompt, means: Means) -> VideoScore:

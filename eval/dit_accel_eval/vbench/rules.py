@@ -1,4 +1,4 @@
-"""VBench's rules: from what networks saw of a video to its score, with the official code's edges told where they are.
+"""VBench's rules: from what networks saw of a video to its score, with the official code's edges where they are.
 
 Source: Huang et al., arXiv 2311.17982, as vbench 0.1.5 computes them.
 """
@@ -57,11 +57,7 @@ def over_videos(scores: Sequence[VideoScore]) -> float:
 
 
 def enough(frames: int, least: int, why: str) -> None:
-    """Refuse a video of too few frames.
-
-    Raises:
-        ConfigError: with why.
-    """
+    """Refuse a video of too few frames, with why."""
     if frames < least:
         raise ConfigError(f"it takes at least {least} frames{why}, and there are {frames}")
 

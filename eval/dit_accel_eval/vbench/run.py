@@ -4,7 +4,7 @@ A run that was stopped goes on where it stopped; a video is measured again if it
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,27 +57,18 @@ class Job:
         return self.output / f"{self.name}_eval_results.json"
 
     @property
-    def full_info(self) -> Path:
-        """The official file of what was to be measured."""
-        return self.output / f"{self.name}_full_info.json"
-
-    @property
-    def about(self) -> Path:
-        """The file of what the results rest on."""
-        return self.output / f"{self.name}_about.json"
+    def others(self) -> tuple[Path, Path]:
+        """The official file of what was to be measured, and that of what the results rest on."""
+        return self.output / f"{self.name}_full_info.json", self.output / f"{self.name}_about.json"
 
 
-def check_job(job: Job) -> None:
-    """Refuse a job whose files can't be written, before anything is measured.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+def check_results(output: Path, *files: Path) -> None:
+    """Make the folder of results, and refuse files there that can't be written, before anything is measured."""
     try:
-        job.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output {job.output} can't be made: {error.strerror}; name another folder") from None
-    for path in (job.lines, job.results, job.full_info, job.about):
+        raise ConfigError(f"output {output} can't be made: {error.strerror}; name another folder") from None
+    for path in files:
         check_writable(path, "results")
 
 
@@ -95,7 +86,13 @@ def evaluate(job: Job, wanted: dict[str, list[Wanted]]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, videos in wanted.items():
         job.tell(f"{name}: {sum(len(one.paths) for one in videos)} videos")
-        scores = list(_scored(job, name, videos, used[name]))
+        # what was observed elsewhere may change without a file's changing, and costs nothing to look up
+        scorer = _Scorer(job, name, used[name], kept=not (WAYS[name].observed and job.means.observations.has(name)))
+        scores = [
+            (path, scorer.score(path, partial(_measured, job, name, one.prompt)))
+            for one in videos
+            for path in one.paths
+        ]
         said = [(path, score) for path, score in scores if score is not None]
         if not said:
             raise ConfigError(f"{name} says nothing of any of the {len(scores)} videos, so it has no score")
@@ -134,11 +131,7 @@ class _Scorer:
         return json.dumps([line[part] for part in ("video", "size", "changed", "networks")], sort_keys=True)
 
     def score(self, path: Path, measure: Callable[[Video], VideoScore | None]) -> VideoScore | None:
-        """Return a video's score, and keep it as a line; None where the measure says nothing about it.
-
-        Raises:
-            ConfigError: for a video that can't be read or measured, by name.
-        """
+        """Return a video's score, and keep it as a line; None where the measure says nothing about it."""
         stat = path.stat()
         line: Line = {"dimension": self.name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
                       "networks": self.used}  # fmt: skip
@@ -152,16 +145,6 @@ class _Scorer:
         if score is not None:
             append_line(self.job.lines, line | {"value": score.value, "parts": score.parts, "more": score.more})
         return score
-
-
-def _scored(
-    job: Job, name: str, videos: Sequence[Wanted], used: dict[str, str]
-) -> Iterator[tuple[Path, VideoScore | None]]:
-    # what was observed elsewhere may change without a file's changing, and costs nothing to look up
-    scorer = _Scorer(job, name, used, kept=not (WAYS[name].observed and job.means.observations.has(name)))
-    for one in videos:
-        for path in one.paths:
-            yield path, scorer.score(path, partial(_measured, job, name, one.prompt))
 
 
 def _measured(job: Job, name: str, prompt: Prompt, video: Video) -> VideoScore | None:
@@ -187,10 +170,7 @@ def no_filter(job: Job) -> str | None:
 def filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
     """Return the first 5 still videos of each prompt of temporal flickering, by the official static filter with RAFT.
 
-    Which are the first is told by `for_filter`: not those of the lowest numbers.
-
-    Raises:
-        ConfigError: where no video stands still.
+    The first are by the order of `for_filter`, not those of the lowest numbers. Refused where none stands still.
     """
     flow = flow_by(job.means.networks)
     scorer = _Scorer(job, FILTER, job.means.networks.hashes(("raft",)))
@@ -209,11 +189,7 @@ def filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
 
 
 def already_filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
-    """Return up to 5 videos of each prompt of temporal flickering, which have passed a static filter before.
-
-    Raises:
-        ConfigError: where there are none.
-    """
+    """Return up to 5 videos of each prompt of temporal flickering, which have passed a static filter before."""
     kept = []
     for prompt in served(prompts, FLICKERING):
         paths = [folder / f"{prompt.text}-{number}.mp4" for number in range(SAMPLES)]
@@ -239,19 +215,16 @@ def _write(
     job: Job, wanted: dict[str, list[Wanted]], found: dict[str, list[Any]], used: dict[str, dict[str, str]]
 ) -> None:
     """Write the official files, and beside them what the scores rest on."""
+    by = {name: () if used[name] else job.means.observations.by.get(KINDS.get(name, ""), ()) for name in found}
     about = {
-        name: {
-            "networks": used[name],
-            "observed_by": sorted(job.means.observations.by.get(KINDS.get(name, ""), ())) if not used[name] else [],
-            "videos": len(found[name][1]),
-        }
-        for name in found
+        name: {"networks": used[name], "observed_by": sorted(by[name]), "videos": len(entries)}
+        for name, (_, entries) in found.items()
     }
     entries = [
         {"prompt_en": one.prompt.text, "dimension": [name], "video_list": [str(path) for path in one.paths]}
         for name, videos in wanted.items()
         for one in videos
     ]
-    for path, held in ((job.full_info, entries), (job.about, about), (job.results, found)):
+    for path, held in zip((*job.others, job.results), (entries, about, found), strict=True):
         with written_whole(path) as temporary:
             temporary.write_text(json_text(held) + "\n", encoding="utf-8")

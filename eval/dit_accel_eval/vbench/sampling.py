@@ -5,7 +5,7 @@ pictures, Pillow's filters hold. Source: vbench 0.1.5, utils.py and the dimensio
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
+from ..metrics.networks import MEAN, STD, normalized
+
 Frames = npt.NDArray[np.uint8]
 """[F, height, width, 3]."""
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = (MEAN, STD)
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and deviation by colour."""
 
@@ -33,13 +35,7 @@ CAPTIONED = 384
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Video:
-    """A video in memory.
-
-    Attributes:
-        name: its file's name.
-        frames: uint8 [F, height, width, 3].
-        fps: frames per second that its file tells.
-    """
+    """A video in memory: its file's name, frames uint8 [F, height, width, 3], and frames per second."""
 
     name: str
     frames: Frames
@@ -119,16 +115,15 @@ def resized(frames: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return F.interpolate(frames, size=list(size), mode=mode, align_corners=False)
 
 
-def centre(frames: Tensor, side: int = SIDE) -> Tensor:
-    """Return the middle square of frames, its upper left corner rounded to even."""
-    top, left = (round((length - side) / 2) for length in frames.shape[2:])
+def centre(frames: Tensor, side: int = SIDE, to_whole: Callable[[float], int] = round) -> Tensor:
+    """Return the middle square of frames, its upper left corner rounded to even, or brought to whole pixels so."""
+    top, left = (to_whole((length - side) / 2) for length in frames.shape[2:])
     return frames[:, :, top : top + side, left : left + side]
 
 
 def scaled(frames: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """Return frames in 0..255 as a network takes them: over 255, less its mean, over its deviation."""
-    mean, deviation = (frames.new_tensor(one)[:, None, None] for one in by)
-    return (frames / 255 - mean) / deviation
+    return normalized(frames / 255, *by)
 
 
 def for_dino(frames: Frames) -> Tensor:
@@ -140,9 +135,7 @@ def for_dino(frames: Frames) -> Tensor:
 def for_clip(frames: Frames, *, rounded: bool = False) -> Tensor:
     """Return the middle 224 x 224 pixels of frames, bicubic: [F, 3, 224, 224].
 
-    Args:
-        frames: uint8.
-        rounded: whether to resize as 8-bit tensors are, rounded and cut off to 0..255.
+    They may be resized as 8-bit tensors are, rounded and cut off to 0..255.
     """
     sized = resized(tensor(frames), short_side(frames, SIDE), "bicubic")
     return scaled(centre(sized.clamp(0, 255).round() if rounded else sized), CLIP)
@@ -182,9 +175,7 @@ def for_pickscore(frames: Frames) -> Tensor:
 
     Its corner is cut off to a whole number, where VBench's is rounded.
     """
-    sized = _pictures(frames, short_side(frames, SIDE))
-    top, left = ((length - SIDE) // 2 for length in sized.shape[2:])
-    return scaled(sized[:, :, top : top + SIDE, left : left + SIDE], CLIP)
+    return scaled(centre(_pictures(frames, short_side(frames, SIDE)), to_whole=int), CLIP)
 
 
 def for_hps(frames: Frames) -> Tensor:
@@ -208,9 +199,7 @@ def for_tag2text(frames: Frames) -> Tensor:
 def for_grit(frames: Frames, *, rounded: bool = False) -> Tensor:
     """Return whole frames, those with a short side of more than 768 pixels with one of 720: [F, 3, height, width].
 
-    Args:
-        frames: uint8.
-        rounded: whether to resize as OpenCV does, rounded and without antialiasing, else as torchvision does now.
+    Rounded ones are resized as OpenCV does, without antialiasing, others as torchvision does now.
     """
     given, short = tensor(frames), min(frames.shape[1:3])
     if short > 768:

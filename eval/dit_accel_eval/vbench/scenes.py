@@ -16,18 +16,13 @@ SHAPES_MODEL = "wan-plain"
 """The model of one plain shape on plain ground, whose world is a part of `world` but for its paces and white."""
 
 OF_OTHERS = ("appearance_style", "human_action", "overall_consistency")
-"""Names that are not told by the world's judge there: prompts ask for no style, and paces are others."""
+"""Names that the world's judge does not judge there: prompts ask for no style, and paces are others."""
 
 
 def scene_of(model: str, number: int) -> Scene | None:
-    """Return the scene of an embedded model's held-out prompt; None for a white object, which the world doesn't know.
+    """Return the scene of an embedded model's held-out prompt, by its number; models of other prompts are refused.
 
-    Args:
-        model: an embedded model's name.
-        number: of the prompt.
-
-    Raises:
-        ConfigError: for a model whose prompts are not of the world.
+    None for a white object, which the world doesn't know.
     """
     if model == "flux-tiny":
         return world.scene_of(0, number, height=96, width=96, held_out=True, still=True)
@@ -57,18 +52,10 @@ def numbers(model: str, count: int, first: int = 0) -> list[int]:
 
 
 def model_scores(model: str, number: int, frames: Clip) -> dict[str, float]:
-    """Return VBench's names -> scores on the world of what a model made of a held-out prompt.
+    """Return VBench's names -> scores on the world of what a model made of a held-out prompt, by its number.
 
-    ``wan-plain``'s motion and consistency are told by its own checker: whether the direction is the one asked for, and
-    the share of its questions.
-
-    Args:
-        model: an embedded model's name.
-        number: of the prompt.
-        frames: [F, height, width, 3] in [0, 1].
-
-    Raises:
-        ConfigError: for a prompt whose scene is not known.
+    ``wan-plain``'s motion and consistency are judged by its own checker: whether the direction is the one asked for,
+    and the share of its questions. A prompt whose scene is not known is refused.
     """
     scene = scene_of(model, number)
     if scene is None:

@@ -1,4 +1,4 @@
-"""Where the videos to be measured come from, and which dimensions can be measured of them; all told beforehand."""
+"""Where the videos to be measured come from, and which dimensions can be measured of them; all known beforehand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,13 @@ from . import prompts as of_prompts
 from .dimensions import DIMENSIONS, dimension
 from .long import BACKGROUND, SUBJECT
 from .measures import missing_reason
-from .prompts import FLICKERING, Prompt, Wanted
-from .run import Job, already_filtered, check_job, filtered, no_filter
+from .prompts import FLICKERING, Wanted
+from .run import Job, already_filtered, check_results, filtered, no_filter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where the videos to be measured come from.
-
-    Attributes:
-        videos: their folder.
-        custom: whether they are of prompts of one's own.
-        prompts_file: file of those prompts.
-        full_info: file of the official prompts; None: the package's.
-        samples: videos of each prompt.
-        filtered: whether temporal flickering's have passed its filter.
-        subset: how many prompts of each dimension; None: all.
-    """
+    """Where the videos to be measured come from, as the options of these names in `options` have it."""
 
     videos: Path
     custom: bool
@@ -38,7 +28,7 @@ class Source:
     subset: int | None
 
     def wanted(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
-        """Return dimension -> its videos; all that is missing is told before anything is measured.
+        """Return dimension -> its videos; names all that is missing before anything is measured.
 
         Raises:
             ConfigError: for unknown dimensions, asked ones that can't be measured, and missing videos, by name.
@@ -54,7 +44,7 @@ class Source:
         if FLICKERING in names and still:
             job.warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
         own = of_prompts.custom_videos(self.videos, self.prompts_file, names)
-        check_job(job)
+        check_results(job.output, job.lines, job.results, *job.others)
         return dict.fromkeys(names, own)
 
     def _official(self, job: Job, requested: Sequence[str]) -> dict[str, list[Wanted]]:
@@ -66,24 +56,17 @@ class Source:
         wanted = {
             name: of_prompts.videos_of(prompts, self.videos, name, self.samples) for name in names if name != skipped
         }
-        check_job(job)
+        check_results(job.output, job.lines, job.results, *job.others)
         if skipped in names:
-            wanted[FLICKERING] = self._still(job, prompts)
+            wanted[FLICKERING] = (already_filtered if self.filtered else filtered)(job, prompts, self.videos)
         strays = of_prompts.unused(every, self.videos, self.samples)
         if strays:
             job.warn(f"{len(strays)} videos belong to no prompt, or lie beyond the samples, such as {strays[0]!r}")
         return {name: wanted[name] for name in names}
 
-    def _still(self, job: Job, prompts: Sequence[Prompt]) -> list[Wanted]:
-        return (already_filtered if self.filtered else filtered)(job, prompts, self.videos)
-
 
 def known_names(requested: Sequence[str]) -> list[str]:
-    """Return dimensions by their official names.
-
-    Raises:
-        ConfigError: for unknown ones, and ones given twice.
-    """
+    """Return dimensions by their official names; refuses unknown ones, and ones given twice."""
     names = [dimension(name).name for name in requested]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
@@ -92,16 +75,9 @@ def known_names(requested: Sequence[str]) -> list[str]:
 
 
 def _measurable(job: Job, requested: Sequence[str], usual: Callable[[str], bool], *, still: bool) -> list[str]:
-    """Return the dimensions to measure: those asked for, or all usual ones that can be; tell which can't.
+    """Return the dimensions to measure: those asked for, or all usual ones that can be, warning of the others.
 
-    Args:
-        job: the run.
-        requested: by name.
-        usual: whether a dimension is measured without being asked for.
-        still: whether temporal flickering needs no filter.
-
-    Raises:
-        ConfigError: where one that is asked for, or every one, can't be measured.
+    Refused are those asked for that can't be measured, and all if none can. ``still``: flickering needs no filter.
     """
     names = known_names(requested) or [name for name in DIMENSIONS if usual(name)]
     found = {name: _no_long(name, job) or missing_reason(name, job.means) for name in names}

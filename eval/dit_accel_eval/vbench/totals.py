@@ -6,14 +6,14 @@ here before all sixteen are there.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
 
-from .dimensions import DIMENSIONS, GROUP_WEIGHTS, Dimension, dimension
+from .dimensions import DIMENSIONS, GROUP_WEIGHTS, dimension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,25 +47,16 @@ def totals(raw: Mapping[str, Any]) -> Totals:
             f"{', '.join(missing)}; measure those, too, no total stands for a part"
         )
     normalized = {name: one.normalized(scores[name]) for name, one in DIMENSIONS.items()}
-    groups = {
-        group: _mean((one, normalized[name]) for name, one in DIMENSIONS.items() if one.group == group)
-        for group in GROUP_WEIGHTS
-    }
+    groups = {}
+    for group in GROUP_WEIGHTS:
+        own = [one for one in DIMENSIONS.values() if one.group == group]
+        groups[group] = sum(one.weight * normalized[one.name] for one in own) / sum(one.weight for one in own)
     total = sum(weight * groups[group] for group, weight in GROUP_WEIGHTS.items()) / sum(GROUP_WEIGHTS.values())
-    return Totals(quality=groups["quality"], semantic=groups["semantic"], total=total, normalized=normalized)
-
-
-def _mean(values: Iterable[tuple[Dimension, float]]) -> float:
-    pairs = list(values)
-    return sum(one.weight * value for one, value in pairs) / sum(one.weight for one, _ in pairs)
+    return Totals(**groups, total=total, normalized=normalized)
 
 
 def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Return dimension -> score by official names.
-
-    Raises:
-        ConfigError: for names that are none or come twice, and for scores outside what their formulas can give.
-    """
+    """Return dimension -> score by official names; refuses other names, those given twice, and impossible scores."""
     found: dict[str, float] = {}
     for given, score in raw.items():
         one = dimension(given)
@@ -83,10 +74,7 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
 def read_scores(path: Path) -> dict[str, Any]:
     """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists.
 
-    Official results are {dimension: [score, [one entry a video]]}.
-
-    Raises:
-        ConfigError: for a file that is missing or holds something else.
+    Official results are {dimension: [score, [one entry a video]]}. Any other file is refused.
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)

@@ -17,12 +17,6 @@ from dit_accel import ConfigError
 
 from ..metrics.weights import folder
 
-_HUB = "OpenGVLab/VBench_Used_Models"
-_UMT, _VICLIP = "l16_ptk710_ftk710_ftk400_f16_res224.pth", "ViClip-InternVid-10M-FLT.pth"
-_SPACE, _TAG2TEXT = "xinyu1205/recognize-anything", "tag2text_swin_14m.pth"
-_RESOLVED = f"https://huggingface.co/{_HUB}/resolve/main"
-_CLIP = "https://openaipublic.azureedge.net/clip/models"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
@@ -32,7 +26,7 @@ class WeightFile:
         name: what commands and errors call it.
         path: where it lies in the folder.
         source: its address.
-        sha256: its hash or the hash's beginning, as its publisher tells it; "" where none is told.
+        sha256: its hash or the hash's beginning, as its publisher gives it; "" where there is none.
         hub: the hub's repository and file, where it is there.
         kind: of that repository.
     """
@@ -45,75 +39,45 @@ class WeightFile:
     kind: str = "model"
 
 
-def _on_hub(name: str, folder: str, repository: str, file: str) -> WeightFile:
-    source = f"https://huggingface.co/{repository}/resolve/main/{file}"
-    return WeightFile(name=name, path=f"{folder}/{file}", source=source, hub=(repository, file))
+def _at(name: str, folder: str, source: str, sha256: str = "") -> WeightFile:
+    """Return a file that is called as in its address."""
+    return WeightFile(name=name, path=f"{folder}/{source.rpartition('/')[2]}", source=source, sha256=sha256)
 
+
+def _on_hub(name: str, folder: str, repository: str, file: str, *, kind: str = "model", sha256: str = "") -> WeightFile:
+    source = f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{repository}/resolve/main/{file}"
+    hub = (repository, file)
+    return WeightFile(name=name, path=f"{folder}/{file}", source=source, hub=hub, kind=kind, sha256=sha256)
+
+
+_VBENCH, _MODELS = "OpenGVLab/VBench_Used_Models", "https://openaipublic.azureedge.net/clip/models"
+_META, _CODE = "https://dl.fbaipublicfiles.com", "https://github.com"
+_B32 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+_L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+_BERT = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 
 _ALL = (
-    WeightFile(
-        name="clip-b32", path="clip_model/ViT-B-32.pt",
-        source=f"{_CLIP}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-        sha256="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    ),
-    WeightFile(
-        name="clip-l14", path="clip_model/ViT-L-14.pt",
-        source=f"{_CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-        sha256="b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    ),
-    WeightFile(
-        name="clip-words", path="ViCLIP/bpe_simple_vocab_16e6.txt.gz",
-        source="https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz",
-    ),
-    WeightFile(
-        name="dino", path="dino_model/dino_vitbase16_pretrain.pth",
-        source="https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    ),
-    WeightFile(
-        name="aesthetic", path="aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
-        source="https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
-    ),
-    WeightFile(
-        name="musiq", path="pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
-        source="https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
-        sha256="358bb6af",
-    ),
-    WeightFile(
-        name="raft", path="raft_model/models/raft-things.pth",
-        source="https://dl.dropboxusercontent.com/s/4j4z58wuv8o0mfz/models.zip",
-    ),
-    WeightFile(
-        name="amt", path="amt_model/amt-s.pth", source="https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth",
-        hub=("lalala125/AMT", "amt-s.pth"),
-    ),
-    WeightFile(
-        name="umt", path=f"umt_model/{_UMT}", source=f"{_RESOLVED}/{_UMT}", hub=(_HUB, _UMT),
-    ),
-    WeightFile(
-        name="viclip", path=f"ViCLIP/{_VICLIP}", source=f"{_RESOLVED}/{_VICLIP}", hub=(_HUB, _VICLIP),
-    ),
-    WeightFile(
-        name="tag2text", path=f"caption_model/{_TAG2TEXT}", hub=(_SPACE, _TAG2TEXT), kind="space",
-        source=f"https://huggingface.co/spaces/{_SPACE}/resolve/main/{_TAG2TEXT}",
-    ),
-    WeightFile(
-        name="grit", path="grit_model/grit_b_densecap_objectdet.pth",
-        source="https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth",
-    ),
-    WeightFile(
-        name="bert-words", path="bert_model/vocab.txt", hub=("google-bert/bert-base-uncased", "vocab.txt"),
-        source="https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
-        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    ),
-    WeightFile(
-        name="dinov2", path="dinov2_model/dinov2_vitb14_pretrain.pth",
-        source="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    ),
-    WeightFile(
-        name="inception", path="inception_model/pt_inception-2015-12-05-6726825d.pth", sha256="6726825d",
-        source="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-        "pt_inception-2015-12-05-6726825d.pth",
-    ),
+    _at("clip-b32", "clip_model", f"{_MODELS}/{_B32}/ViT-B-32.pt", _B32),
+    _at("clip-l14", "clip_model", f"{_MODELS}/{_L14}/ViT-L-14.pt", _L14),
+    _at("clip-words", "ViCLIP",
+        "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"),
+    _at("dino", "dino_model", f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    _at("aesthetic", "aesthetic_model/emb_reader",
+        f"{_CODE}/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"),
+    _at("musiq", "pyiqa_model",
+        f"{_CODE}/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth", "358bb6af"),
+    WeightFile(name="raft", path="raft_model/models/raft-things.pth",
+               source="https://dl.dropboxusercontent.com/s/4j4z58wuv8o0mfz/models.zip"),
+    _on_hub("amt", "amt_model", "lalala125/AMT", "amt-s.pth"),
+    _on_hub("umt", "umt_model", _VBENCH, "l16_ptk710_ftk710_ftk400_f16_res224.pth"),
+    _on_hub("viclip", "ViCLIP", _VBENCH, "ViClip-InternVid-10M-FLT.pth"),
+    _on_hub("tag2text", "caption_model", "xinyu1205/recognize-anything", "tag2text_swin_14m.pth", kind="space"),
+    _at("grit", "grit_model",
+        "https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth"),
+    _on_hub("bert-words", "bert_model", "google-bert/bert-base-uncased", "vocab.txt", sha256=_BERT),
+    _at("dinov2", "dinov2_model", f"{_META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"),
+    _at("inception", "inception_model",
+        f"{_CODE}/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", "6726825d"),
     _on_hub("i3d", "i3d_model", "flateon/FVD-I3D-torchscript", "i3d_torchscript.pt"),
     _on_hub("hpsv2", "hps_model", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     _on_hub("pickscore", "pickscore_model", "yuvalkirstain/PickScore_v1", "model.safetensors"),
@@ -145,11 +109,7 @@ def _hash(path: Path, changed: int) -> str:
 
 
 def hash_of(name: str, at: Path) -> str:
-    """Return the SHA-256 of a file that is there.
-
-    Raises:
-        ConfigError: if it is missing, or is another than its publisher tells.
-    """
+    """Return the SHA-256 of a file; one that is missing, or another than its publisher's, is refused."""
     reason = absent(name, at)
     if reason is not None:
         raise ConfigError(reason)
@@ -175,11 +135,7 @@ def state(name: str, at: Path) -> dict[str, Any]:
 
 
 def read(name: str, at: Path) -> dict[str, Any]:
-    """Return what a file of weights holds, its hash checked: tensors by name, in float32.
-
-    Raises:
-        ConfigError: if it is missing, another, or no file of weights.
-    """
+    """Return what a file of weights holds, its hash checked: tensors by name, in float32; other files are refused."""
     hash_of(name, at)
     path = at / WEIGHT_FILES[name].path
     try:
@@ -189,10 +145,8 @@ def read(name: str, at: Path) -> dict[str, Any]:
             f"{path} can't be read as weights ({str(error).splitlines()[0]}); download it again from "
             f"{WEIGHT_FILES[name].source}"
         ) from None
-    tensors = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
-    return {
-        key.removeprefix("module."): one.float() if one.is_floating_point() else one for key, one in tensors.items()
-    }
+    tensors = ((key.removeprefix("module."), one) for key, one in held.items() if isinstance(one, torch.Tensor))
+    return {key: one.float() if one.is_floating_point() else one for key, one in tensors}
 
 
 def _scripted(path: Path) -> dict[str, Any]:
@@ -216,12 +170,7 @@ def _plain(path: Path) -> dict[str, Any]:
 
 
 def from_hub(name: str, at: Path) -> str | None:
-    """Fetch a file that is on the hub into a folder; returns why it could not be, None if it is there.
-
-    Args:
-        name: of the file.
-        at: the folder.
-    """
+    """Fetch a file that is on the hub into a folder; returns why it could not be, None if it is there."""
     from shutil import copyfile
 
     from dit_accel.files import written_whole

@@ -1,8 +1,8 @@
-"""VBench's names on the embedded models' world, where what a clip shows can be told by its pixels without a network.
+"""VBench's names on the embedded models' world, where what a clip shows can be read off its pixels without a network.
 
 The scene that a clip was asked to show is known, and colours, shapes and places can be read off; VBench's own rules
 then say what they say of detections. What they stand for here is in `WORDS`; scores are ``name@world``, no figures of
-VBench's. Aesthetics can't be told; imaging quality only of a clip whose undamaged drawing is at hand.
+VBench's. Aesthetics can't be judged; imaging quality only of a clip whose undamaged drawing is at hand.
 """
 
 import itertools
@@ -52,8 +52,6 @@ FAR = 128.0
 RELATIONS = {"left of": "on the left of", "right of": "on the right of", "above": "on the top of",
              "below": "on the bottom of"}  # fmt: skip
 
-Likeness = Callable[[int, int], float]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
@@ -66,12 +64,7 @@ class Found:
 
 
 class Shown:
-    """What a clip [F, height, width, 3], uint8, shows of a scene; each part is worked out when first asked for.
-
-    Args:
-        frames: the clip.
-        scene: what it was asked to show.
-    """
+    """What a clip [F, height, width, 3], uint8, shows of a scene; each part is worked out when first asked for."""
 
     def __init__(self, frames: Frames, scene: Scene) -> None:
         self.frames, self.scene = frames, scene
@@ -167,7 +160,7 @@ def world_scores(
     return {name: value for name in WORDS if (value := found.get(name)) is not None}
 
 
-def _consistent(count: int, alike: Likeness) -> float:
+def _consistent(count: int, alike: Callable[[int, int], float]) -> float:
     """Return VBench's mean over frames of half the likeness to the one before and half that to the first."""
     return float(np.mean([(alike(at, at - 1) + alike(at, 0)) / 2 for at in range(1, count)]))
 
@@ -271,18 +264,11 @@ def _scene(shown: Shown) -> float:
     return float(rules.share(ground == shown.scene.ground for ground in seen).value)
 
 
-def _answers(shown: Shown, *questions: str) -> list[str]:
-    return [name for name in shown.verdict.answers if name.partition(".")[0] in questions]
-
-
-def _motion(shown: Shown) -> float | None:
-    requested = _answers(shown, "path", "size", "turn")
-    return float(np.mean([shown.verdict.answers[name].passed for name in requested])) if requested else None
-
-
-def _style(shown: Shown) -> float | None:
-    requested = _answers(shown, "style", "texture")
-    return float(np.mean([shown.verdict.answers[name].value for name in requested])) if requested else None
+def _answered(shown: Shown, part: str, *questions: str) -> float | None:
+    """Return the mean of a part of the judge's answers to questions; None where none of them was asked."""
+    answers = shown.verdict.answers.items()
+    found = [getattr(answer, part) for name, answer in answers if name.partition(".")[0] in questions]
+    return float(np.mean(found)) if found else None
 
 
 def _camera(shown: Shown) -> float | None:
@@ -293,8 +279,10 @@ def _camera(shown: Shown) -> float | None:
 MEASURES: dict[str, Callable[[Shown], float | None]] = {
     "subject_consistency": _subject, "background_consistency": _background, "temporal_flickering": _flickering,
     "motion_smoothness": _smoothness, "dynamic_degree": _dynamic, "object_class": _object,
-    "multiple_objects": _objects, "human_action": _motion, "color": _color, "spatial_relationship": _relation,
-    "scene": _scene, "appearance_style": _style, "temporal_style": _camera,
+    "multiple_objects": _objects,
+    "human_action": lambda shown: _answered(shown, "passed", "path", "size", "turn"),
+    "color": _color, "spatial_relationship": _relation, "scene": _scene,
+    "appearance_style": lambda shown: _answered(shown, "value", "style", "texture"), "temporal_style": _camera,
     "overall_consistency": lambda shown: shown.verdict.score,
 }  # fmt: skip
 """Dimension -> its score; None where the scene does not ask for it, or nothing shows that could tell."""

@@ -37,14 +37,14 @@ def processor() -> str:
     return next((name for name, probe in _PROBES.items() if getattr(torch.cpu, probe, bool)()), "other")
 
 
-def choice(dtype: torch.dtype | None, tiles: TileLists | Problem) -> tuple[str, float | None]:
-    """The faster backend for a call by these lists, and its predicted speed over dense SDPA; None: it is not known.
+def choice(dtype: torch.dtype | None, tiles: TileLists | Problem, tokens: int) -> tuple[str, float | None]:
+    """The faster backend for a call of so many tokens by these lists, and its predicted speed over dense SDPA.
 
-    Pooled tiles count nothing. flex counts where there is a C++ compiler and tile sides are powers of 2; that the call
-    has neither votes nor LSE is the caller's to know.
+    The speed is None where it is not known. Pooled tiles count nothing. flex counts where there is a C++ compiler and
+    tile sides are powers of 2; that the call has neither votes nor LSE is the caller's to know.
     """
     tile = 64 if min(tiles.block_q, tiles.block_k) <= 64 else 128
-    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, min(tiles.num_q, tiles.num_k), tile)
+    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, tokens, tile)
     density = max(tiles.density, 1e-9)
     speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
     ahead = sorted(speed, key=speed.__getitem__, reverse=True)
@@ -56,9 +56,9 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
     """How many times as fast as dense SDPA a call by these lists alone is, with backend "auto"; None: it is not known.
 
     Known on processors and from the sizes on that backends/cpu_table.json has. `block_sparse_attention` computes what
-    it is told to, whatever this says.
+    it is asked for, whatever this says.
     """
-    return choice(dtype, lists)[1] if device.type == "cpu" else None
+    return choice(dtype, lists, min(lists.num_q, lists.num_k))[1] if device.type == "cpu" else None
 
 
 def _flex_runs(tiles: TileLists | Problem) -> bool:

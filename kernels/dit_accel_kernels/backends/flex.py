@@ -25,10 +25,11 @@ from torch.nn.functional import pad
 
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import decay_by_frame, split_tiles, tile_means
+from dit_accel_kernels.features import decay_by_frame, tile_means
 from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.states import list_states, resolved
-from dit_accel_kernels.tiles import EXACT, POOLED
+from dit_accel_kernels.tiles import EXACT, POOLED, padded_rows
 
 
 class Blocks(NamedTuple):
@@ -112,11 +113,9 @@ def missing_requirement(device_type: str) -> str | None:
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles; no votes."""
     check(problem, need_lse=need_lse)
-    exact, selection = None, problem.selection
-    pools = problem.pooled_indices is not None  # or may: one graph whether or not this call happens to
-    if selection is not None:
-        pools = pools or selection.routing is not None or (selection.keep is not None and selection.rest == "pooled")
-        problem, exact = resolved(problem)
+    selection = problem.selection
+    pools = problem.may_pool  # one graph whether or not this call happens to
+    problem, exact = resolved(problem)
     q = problem.q.detach()  # FlexAttention on a CPU refuses what requires a gradient
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
@@ -218,30 +217,15 @@ def _blocks(problem: Problem, pooled: int) -> Blocks:
         means[..., : problem.key_tiles] = states == POOLED
     whole = exact
     if problem.key_valid is not None:
-        valid = problem.key_valid[:, None, None]
-        count, length = (_tile_counts(x, problem.block_k) for x in (valid, torch.ones_like(valid)))
-        exact = exact & (count > 0)
-        whole = exact & (count == length)
-        means = means & (pad(count, (0, pooled - problem.key_tiles)) > 0)
+        all_valid, any_valid = (x[:, None, None] for x in valid_tiles(problem.key_valid, problem.block_k))
+        exact = exact & any_valid
+        whole = exact & all_valid
+        means = means & pad(any_valid, (0, pooled - problem.key_tiles))
     mean_blocks = means.unflatten(-1, (pooled // problem.block_k, problem.block_k)).any(-1)
     partial = torch.cat([mean_blocks, exact & ~whole], -1)
     full = torch.cat([torch.zeros_like(mean_blocks), whole], -1)
     seen = None if pooled == 0 and problem.key_valid is None else torch.cat([means, exact], -1)
-    return Blocks(*_padded_rows(partial), *_padded_rows(full), seen)
-
-
-def _tile_counts(valid: Tensor, block: int) -> Tensor:
-    """How many keys of each tile are valid, int64 [..., NK] of bool [..., S_k]."""
-    return split_tiles(valid, valid.dim() - 1, block).sum(-1)
-
-
-def _padded_rows(listed: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [.., NQ, N] as counts int32 [.., NQ] and, from each row's start, the listed numbers, int32 [.., NQ, N]."""
-    counts = listed.sum(-1, dtype=torch.int32)
-    indices = torch.zeros_like(listed, dtype=torch.int32)
-    filled = torch.arange(listed.shape[-1], device=listed.device) < counts[..., None]
-    indices[filled] = listed.nonzero()[:, -1].to(torch.int32)
-    return counts, indices
+    return Blocks(*padded_rows(partial), *padded_rows(full), seen)
 
 
 def _columns(problem: Problem, pooled: int) -> Columns:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dit_accel_kernels.features import decay_by_frame, split_tiles, tile_means, wide_dtype
 from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import pack_bits
+from dit_accel_kernels.selection import LOG2_E, pack_bits
 from dit_accel_kernels.states import selected_states
 from dit_accel_kernels.tiles import EXACT, POOLED
-from dit_accel_kernels.votes import kept_after
+from dit_accel_kernels.votes import Tally
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -62,16 +62,23 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     kept = None
     if problem.votes:
         visited = chosen if weight is None else chosen & (length > 0).unsqueeze(-2)
-        kept = kept_after(problem, visited, *_tile_statistics(x[..., : k.shape[2]], problem.block_k))
+        kept = _kept(problem, visited, x[..., : k.shape[2]])
     return out, lse, pack_bits(chosen), kept
 
 
-def _tile_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Largest logit of every query row in every tile and, relative to the row's maximum, its sum of exponentials."""
-    x = split_tiles(x.detach(), x.dim() - 1, block, -torch.inf)
-    top = x.amax(-1)
-    peak = top.amax(-1, keepdim=True)
-    return top, (x - peak.masked_fill(peak.isinf(), 0.0)[..., None]).exp().sum(-1)
+def _kept(problem: Problem, visited: Tensor, x: Tensor) -> Tensor:
+    """Bits that votes keep, by the logits x [B, H, S_q, S_k], -inf outside the `visited` tiles [B, H, NQ, NK]."""
+    tally, x = Tally(problem), split_tiles(x.detach(), 3, problem.block_k, -torch.inf)
+    evidence = x.amax(-1)  # of every query row in every tile
+    if tally.by_mass:
+        peak = evidence.amax(-1, keepdim=True)
+        evidence = (x - peak.masked_fill(peak.isinf(), 0.0)[..., None]).exp().sum(-1)
+    else:
+        evidence = evidence * LOG2_E
+    evidence = split_tiles(evidence, 2, problem.block_q).flatten(0, 2).permute(2, 0, 1)
+    tiles = torch.arange(tally.none, device=x.device).where(visited, tally.none).flatten(0, 2)
+    tally.settle(torch.arange(len(tiles), device=x.device), tiles, evidence)
+    return tally.kept()
 
 
 def _decay(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

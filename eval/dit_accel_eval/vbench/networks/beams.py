@@ -15,12 +15,7 @@ NEVER = -1e9
 
 @dataclass(slots=True)
 class _Sentences:
-    """Sentences that have ended, the best ``width`` of them.
-
-    Attributes:
-        width: how many are kept.
-        kept: (mean log-probability, tokens).
-    """
+    """Sentences that have ended, the best ``width`` of them: (mean log-probability, tokens)."""
 
     width: int
     kept: list[tuple[float, list[int]]] = field(default_factory=list)

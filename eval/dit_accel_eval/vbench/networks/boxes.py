@@ -48,12 +48,7 @@ def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def moved(boxes: Tensor, by: Tensor) -> Tensor:
-    """Return boxes whose middle moves by shares of their size, and whose size grows by factors' logarithms.
-
-    Args:
-        boxes: [N, 4].
-        by: [N, 4], right, down, wider, higher.
-    """
+    """Return boxes moved by [N, 4]: right and down by shares of their size, wider and higher by factors' logarithms."""
     size = boxes[:, 2:] - boxes[:, :2]
     middle = boxes[:, :2] + 0.5 * size + by[:, :2] * size
     half = 0.5 * by[:, 2:].clamp(max=torch.tensor(FARTHEST).log().item()).exp() * size

@@ -6,6 +6,7 @@ Depth and width are those of the weights.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 
 from . import bert, boxes
 from .vit import Weights, _blocks, _linear, _norm
-from .vitdet import STRIDES, convolved, pyramid
 
 LIKELY, SURE = 0.0001, 0.5
 """Scores above which a place may be a thing's middle, and a box holds a thing."""
@@ -27,6 +27,9 @@ ALIKE, SAME = 0.9, 0.5
 STEPS = ((10.0, 5.0), (20.0, 10.0), (30.0, 15.0))
 """What each stage's moves and growths are divided by."""
 
+STRIDES = (8, 16, 32, 64, 128)
+"""Pixels between the places of each level of the pyramid."""
+
 LEVELS = 3
 """Levels, the finest first, that are looked into."""
 
@@ -39,7 +42,7 @@ GROUPS = 32
 HEADS, MOST, MULTIPLE = 12, 40, 32
 """Heads of the texts' attention, tokens of the longest text, what a picture's sides are filled up to multiples of."""
 
-EMBEDDING_EPS, PROJECTION_EPS = 1e-8, 1e-5
+EMBEDDING_EPS, PROJECTION_EPS, PYRAMID_EPS = 1e-8, 1e-5, 1e-5
 
 NAME, SENTENCE = bert.START, bert.MASK + 1
 """Tokens that ask for a thing's name and for a sentence about it."""
@@ -52,32 +55,46 @@ TEXT = "roi_heads.text_decoder.textual"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Things:
-    """What was found in a picture.
-
-    Attributes:
-        boxes: [N, 4], in pixels, the surest first.
-        features: what texts look at, [N, 196, D].
-    """
+    """What was found: boxes [N, 4] in pixels, the surest first, and what texts look at, [N, 196, D]."""
 
     boxes: Tensor
     features: Tensor
 
 
-def things(picture: Tensor, weights: Weights, head: int) -> Things:
-    """Return what is in a picture.
-
-    Args:
-        picture: normalized [3, height, width].
-        weights: of the checkpoint.
-        head: width of a head of the transformer.
-    """
+def things(picture: Tensor, weights: Weights, tower: Any) -> Things:
+    """Return what is in a picture, normalized [3, height, width]; the tower is `ported.vitdet` of the weights."""
     height, width = picture.shape[1:]
-    levels = pyramid(F.pad(picture[None], (0, -width % MULTIPLE, 0, -height % MULTIPLE)), weights, head)
+    padded = F.pad(picture[None], (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+    levels = _pyramid(tower(padded).last_hidden_state, weights)
     found, scores = _proposals(levels, weights)
     found = _refined(levels[:LEVELS], found, scores, (height, width), weights)
     seen = boxes.looked_into(levels[:LEVELS], STRIDES[:LEVELS], found, SEEN).flatten(2).transpose(1, 2)
     whole = (found[:, 2:] > found[:, :2]).all(1)
     return Things(found[whole], seen[whole])
+
+
+def _pyramid(x: Tensor, weights: Weights) -> list[Tensor]:
+    """Return the features of a picture by level, each [1, D, Y, X], of what the tower saw at the second's places."""
+    finer = F.conv_transpose2d(x, weights["backbone.fpn_stride_16_8.weight"], stride=2)
+    levels = [
+        _level(one, weights, f"backbone.fpn_stride{stride}")
+        for one, stride in zip((finer, x, F.max_pool2d(x, 2)), STRIDES, strict=False)
+    ]
+    levels.append(_convolved(levels[-1], weights, "backbone.top_block.p6", stride=2))
+    return [*levels, _convolved(F.relu(levels[-1]), weights, "backbone.top_block.p7", stride=2)]
+
+
+def _level(x: Tensor, weights: Weights, at: str) -> Tensor:
+    for number in (1, 2):
+        x = _convolved(x, weights, f"{at}_conv{number}").permute(0, 2, 3, 1)
+        x = _norm(x, weights, f"{at}_norm{number}", PYRAMID_EPS).permute(0, 3, 1, 2)
+    return x
+
+
+def _convolved(x: Tensor, weights: Weights, at: str, stride: int = 1) -> Tensor:
+    """Return x [B, D, Y, X] convolved by a kernel of odd size, zeros around; with a bias where there is one."""
+    kernel = weights[f"{at}.weight"]
+    return F.conv2d(x, kernel, weights.get(f"{at}.bias"), stride, kernel.shape[-1] // 2)
 
 
 def _proposals(levels: list[Tensor], weights: Weights) -> tuple[Tensor, Tensor]:
@@ -96,13 +113,12 @@ def _proposals(levels: list[Tensor], weights: Weights) -> tuple[Tensor, Tensor]:
 def _of_level(level: Tensor, weights: Weights, stride: int, number: int) -> tuple[Tensor, Tensor]:
     """Return the boxes and scores around those places of a level that may be things' middles."""
     at = "proposal_generator.centernet_head"
-    x = level
-    for conv in range(0, 3 * len(_convolutions(weights, at)), 3):
-        x = convolved(x, weights, f"{at}.bbox_tower.{conv}")
-        norm = f"{at}.bbox_tower.{conv + 1}"
+    x, parts = level, _blocks(weights, f"{at}.bbox_tower")
+    for conv, norm in zip(parts[::2], parts[1::2], strict=True):
+        x = _convolved(x, weights, conv)
         x = F.relu(F.group_norm(x, GROUPS, weights[f"{norm}.weight"], weights[f"{norm}.bias"]))
-    likely = convolved(x, weights, f"{at}.agn_hm").sigmoid().flatten()
-    reach = F.relu(convolved(x, weights, f"{at}.bbox_pred") * weights[f"{at}.scales.{number}.scale"])
+    likely = _convolved(x, weights, f"{at}.agn_hm").sigmoid().flatten()
+    reach = F.relu(_convolved(x, weights, f"{at}.bbox_pred") * weights[f"{at}.scales.{number}.scale"])
     reach = reach[0].flatten(1).T * stride
     chosen = (likely > LIKELY).nonzero()[:, 0]
     if len(chosen) > OF_LEVEL:
@@ -111,10 +127,6 @@ def _of_level(level: Tensor, weights: Weights, stride: int, number: int) -> tupl
     middle = torch.stack([chosen % width, chosen // width], 1) * stride + stride // 2
     low, high = middle - reach[chosen, :2], middle + reach[chosen, 2:]
     return torch.cat([low, torch.maximum(high, low + 0.01)], 1), likely[chosen].sqrt()
-
-
-def _convolutions(weights: Weights, at: str) -> list[str]:
-    return [name for name in weights if name.startswith(f"{at}.bbox_tower.") and weights[name].ndim == 4]
 
 
 def _refined(levels: list[Tensor], found: Tensor, scores: Tensor, size: tuple[int, int], weights: Weights) -> Tensor:
@@ -138,10 +150,7 @@ def _refined(levels: list[Tensor], found: Tensor, scores: Tensor, size: tuple[in
 def texts(seen: Tensor, begin: int, weights: Weights) -> Tensor:
     """Return the tokens of texts about things, [N, T], without the one that begins, with those that end.
 
-    Args:
-        seen: of things, [N, 196, D].
-        begin: `NAME` or `SENTENCE`.
-        weights: of the checkpoint.
+    Things are seen [N, 196, D]; a text begins with `NAME` or `SENTENCE`.
     """
     tokens = torch.full((len(seen), 1), begin, device=seen.device)
     if not len(seen):

@@ -5,7 +5,7 @@ the names of pytorch-fid's file. It differs from later ones: averages next to an
 last block takes the maximum there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,31 +18,36 @@ SIDE = 299
 
 EPS = 1e-3
 
-Pool = Callable[[Tensor], Tensor]
+_FIVES = ("branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3")
+_SEVENS = ("branch1x1", "branch7x7_1 branch7x7_2 branch7x7_3",
+           "branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5")  # fmt: skip
+
+BLOCKS = {
+    **dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d"), _FIVES),
+    "Mixed_6a": ("branch3x3", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3"),
+    **dict.fromkeys(("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"), _SEVENS),
+    "Mixed_7a": ("branch3x3_1 branch3x3_2", "branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4"),
+}
+"""Blocks -> the convolutions of their branches, one after the other; a pool is a further branch of each."""
+
+HALVING = ("Mixed_6a", "Mixed_7a")
+"""Blocks whose branches end in a stride of 2."""
 
 
 def inception(frames: Tensor, weights: Weights) -> Tensor:
-    """Return the features of frames, [F, 2048]: the mean over places of the last block.
-
-    Args:
-        frames: [F, 3, height, width] in [0, 1], of any size.
-        weights: of the checkpoint.
-    """
+    """Return the features [F, 2048] of frames [F, 3, height, width] in [0, 1], of any size: means over places."""
     x = 2 * F.interpolate(frames, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
-    for name, stride, padding in (("Conv2d_1a_3x3", 2, 0), ("Conv2d_2a_3x3", 1, 0), ("Conv2d_2b_3x3", 1, 1)):
-        x = _convolved(x, weights, name, stride, padding)
+    x = _convolved(_convolved(x, weights, "Conv2d_1a_3x3", 2), weights, "Conv2d_2a_3x3", padded=False)
+    x = F.max_pool2d(_convolved(x, weights, "Conv2d_2b_3x3"), 3, 2)
+    x = _convolved(_convolved(x, weights, "Conv2d_3b_1x1"), weights, "Conv2d_4a_3x3", padded=False)
     x = F.max_pool2d(x, 3, 2)
-    x = _convolved(x, weights, "Conv2d_3b_1x1")
-    x = F.max_pool2d(_convolved(x, weights, "Conv2d_4a_3x3"), 3, 2)
-    for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = _fives(x, weights, name)
-    x = _first_fall(x, weights, "Mixed_6a")
-    for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        x = _sevens(x, weights, name)
-    x = _second_fall(x, weights, "Mixed_7a")
-    x = _wide(x, weights, "Mixed_7b", average)
-    x = _wide(x, weights, "Mixed_7c", lambda inner: F.max_pool2d(inner, 3, 1, 1))
-    return x.mean((2, 3))
+    for at, branches in BLOCKS.items():
+        stride = 2 if at in HALVING else 1
+        found = [_chain(x, weights, at, *branch.split(), stride=stride) for branch in branches]
+        last = F.max_pool2d(x, 3, 2) if at in HALVING else _chain(average(x), weights, at, "branch_pool")
+        x = torch.cat([*found, last], 1)
+    x = _wide(x, weights, "Mixed_7b", average(x))
+    return _wide(x, weights, "Mixed_7c", F.max_pool2d(x, 3, 1, 1)).mean((2, 3))
 
 
 def average(x: Tensor) -> Tensor:
@@ -50,66 +55,25 @@ def average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _convolved(x: Tensor, weights: Weights, name: str, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
-    """Return a convolution without bias, normalized, with ReLU."""
-    x = F.conv2d(x, weights[f"{name}.conv.weight"], None, stride, padding)
+def _convolved(x: Tensor, weights: Weights, name: str, stride: int = 1, *, padded: bool = True) -> Tensor:
+    """Return a convolution without bias, normalized, with ReLU; at a stride of 1 it may be padded to keep the size."""
+    kernel = weights[f"{name}.conv.weight"]
+    padding = [length // 2 for length in kernel.shape[2:]] if padded and stride == 1 else 0
+    x = F.conv2d(x, kernel, None, stride, padding)
     running = (weights[f"{name}.bn.running_mean"], weights[f"{name}.bn.running_var"])
     return F.relu(F.batch_norm(x, *running, weights[f"{name}.bn.weight"], weights[f"{name}.bn.bias"], eps=EPS))
 
 
-def _chain(x: Tensor, weights: Weights, at: str, *parts: tuple[str, int, int | tuple[int, int]]) -> Tensor:
-    """Return convolutions one after the other: (name, stride, padding) of each."""
-    for name, stride, padding in parts:
-        x = _convolved(x, weights, f"{at}.{name}", stride, padding)
+def _chain(x: Tensor, weights: Weights, at: str, *names: str, stride: int = 1) -> Tensor:
+    """Return convolutions one after the other, the last one with a stride."""
+    for name in names:
+        x = _convolved(x, weights, f"{at}.{name}", stride if name == names[-1] else 1)
     return x
 
 
-def _fives(x: Tensor, weights: Weights, at: str) -> Tensor:
-    doubled = (("branch3x3dbl_1", 1, 0), ("branch3x3dbl_2", 1, 1), ("branch3x3dbl_3", 1, 1))
-    return torch.cat([
-        _chain(x, weights, at, ("branch1x1", 1, 0)),
-        _chain(x, weights, at, ("branch5x5_1", 1, 0), ("branch5x5_2", 1, 2)),
-        _chain(x, weights, at, *doubled),
-        _chain(average(x), weights, at, ("branch_pool", 1, 0)),
-    ], 1)  # fmt: skip
-
-
-def _first_fall(x: Tensor, weights: Weights, at: str) -> Tensor:
-    doubled = (("branch3x3dbl_1", 1, 0), ("branch3x3dbl_2", 1, 1), ("branch3x3dbl_3", 2, 0))
-    branches = [_chain(x, weights, at, ("branch3x3", 2, 0)), _chain(x, weights, at, *doubled)]
-    return torch.cat([*branches, F.max_pool2d(x, 3, 2)], 1)
-
-
-def _sevens(x: Tensor, weights: Weights, at: str) -> Tensor:
-    across, down = (0, 3), (3, 0)
-    doubled = (("branch7x7dbl_1", 1, 0), ("branch7x7dbl_2", 1, down), ("branch7x7dbl_3", 1, across),
-               ("branch7x7dbl_4", 1, down), ("branch7x7dbl_5", 1, across))  # fmt: skip
-    return torch.cat([
-        _chain(x, weights, at, ("branch1x1", 1, 0)),
-        _chain(x, weights, at, ("branch7x7_1", 1, 0), ("branch7x7_2", 1, across), ("branch7x7_3", 1, down)),
-        _chain(x, weights, at, *doubled),
-        _chain(average(x), weights, at, ("branch_pool", 1, 0)),
-    ], 1)  # fmt: skip
-
-
-def _second_fall(x: Tensor, weights: Weights, at: str) -> Tensor:
-    sevens = (("branch7x7x3_1", 1, 0), ("branch7x7x3_2", 1, (0, 3)), ("branch7x7x3_3", 1, (3, 0)),
-              ("branch7x7x3_4", 2, 0))  # fmt: skip
-    branches = [
-        _chain(x, weights, at, ("branch3x3_1", 1, 0), ("branch3x3_2", 2, 0)),
-        _chain(x, weights, at, *sevens),
-    ]
-    return torch.cat([*branches, F.max_pool2d(x, 3, 2)], 1)
-
-
-def _wide(x: Tensor, weights: Weights, at: str, pool: Pool) -> Tensor:
-    three = _chain(x, weights, at, ("branch3x3_1", 1, 0))
-    doubled = _chain(x, weights, at, ("branch3x3dbl_1", 1, 0), ("branch3x3dbl_2", 1, 1))
-    return torch.cat([
-        _chain(x, weights, at, ("branch1x1", 1, 0)),
-        _chain(three, weights, at, ("branch3x3_2a", 1, (0, 1))),
-        _chain(three, weights, at, ("branch3x3_2b", 1, (1, 0))),
-        _chain(doubled, weights, at, ("branch3x3dbl_3a", 1, (0, 1))),
-        _chain(doubled, weights, at, ("branch3x3dbl_3b", 1, (1, 0))),
-        _chain(pool(x), weights, at, ("branch_pool", 1, 0)),
-    ], 1)  # fmt: skip
+def _wide(x: Tensor, weights: Weights, at: str, pooled: Tensor) -> Tensor:
+    found = [_chain(x, weights, at, "branch1x1")]
+    for *shared, last in (("branch3x3_1", "branch3x3_2"), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")):
+        inner = _chain(x, weights, at, *shared)
+        found += [_chain(inner, weights, at, f"{last}{side}") for side in "ab"]
+    return torch.cat([*found, _chain(pooled, weights, at, "branch_pool")], 1)

@@ -16,7 +16,7 @@ from dit_accel import ConfigError
 
 from .. import official, sampling, weight_files
 from ..sampling import Frames
-from . import bert, grit, preference, tag2text, vit, words
+from . import bert, grit, ported, preference, tag2text, vit, words
 from .inception import inception
 
 TOGETHER = 32
@@ -35,10 +35,12 @@ LEAST = 128
 
 
 class Networks:
-    """The networks of one folder of weights.
+    """The networks of one folder of weights, laid out as `weight_files` has it.
+
+    A file that is another than its publisher's, or that lacks a weight, raises a `ConfigError` when it is first needed.
 
     Args:
-        folder: laid out as `weight_files` tells.
+        folder: of the weights.
         device: on which they run.
         head: width of an attention head of all transformers.
     """
@@ -46,6 +48,7 @@ class Networks:
     def __init__(self, folder: Path, device: str = "cpu", head: int = vit.HEAD) -> None:
         self.folder, self.device, self.head = folder, device, head
         self._read: dict[str, dict[str, Tensor]] = {}
+        self._towers: dict[str, Any] = {}
 
     def missing(self, names: tuple[str, ...]) -> str | None:
         """Return why networks can't be had, None if they can; files, libraries and official code alike."""
@@ -57,11 +60,7 @@ class Networks:
         return "; ".join(found) or None
 
     def hashes(self, names: tuple[str, ...]) -> dict[str, str]:
-        """Return the SHA-256 of the files of networks.
-
-        Raises:
-            ConfigError: for a file that is another than its publisher tells.
-        """
+        """Return the SHA-256 of the files of networks."""
         return {name: weight_files.hash_of(name, self.folder) for name in names}
 
     def _weights(self, name: str) -> dict[str, Tensor]:
@@ -71,64 +70,61 @@ class Networks:
         return self._read[name]
 
     def _ask(self, name: str, frames: Tensor, function: Callable[[Tensor, Mapping[str, Tensor]], Tensor]) -> Tensor:
-        """Return what a function of frames and weights gives, batch by batch.
-
-        Raises:
-            ConfigError: if the weights lack something that the network has.
-        """
+        """Return what a function of frames and weights gives, batch by batch."""
         with self._complete(name) as weights:
             return torch.cat([function(part.to(self.device), weights).cpu() for part in frames.split(TOGETHER)])
 
     @contextmanager
     def _complete(self, name: str) -> Iterator[Mapping[str, Tensor]]:
-        """Give a network's weights for inference.
-
-        Raises:
-            ConfigError: if they lack something that is asked of them.
-        """
+        """Give a network's weights for inference; what they lack is named."""
         weights = self._weights(name)
         try:
             with torch.inference_mode():
                 yield weights
         except KeyError as error:
-            path = self.folder / weight_files.WEIGHT_FILES[name].path
             raise ConfigError(
-                f"{path} lacks {error}, so it holds another network's weights; download it again"
+                f"{self._path(name)} lacks {error}, so it holds another network's weights; download it again"
             ) from None
+
+    def _path(self, name: str, *, checked: bool = False) -> Path:
+        """Return where a file lies; with its hash checked, if so wanted."""
+        if checked:
+            weight_files.hash_of(name, self.folder)
+        return self.folder / weight_files.WEIGHT_FILES[name].path
+
+    def _tower(self, name: str, make: Callable[..., Any], *options: Any) -> Any:
+        """Return a network of `ported`, made once of the weights of a file."""
+        if name not in self._towers:
+            self._towers[name] = make(self._weights(name), *options)
+        return self._towers[name]
+
+    def _unit(self, name: str, given: Tensor, function: Callable[..., Tensor], *options: Any) -> Tensor:
+        """Return what a function of `vit` gives of frames, clips or tokens, brought to unit length."""
+        return F.normalize(self._ask(name, given, lambda x, held: function(x, held, *options, self.head)), dim=1)
 
     def dino(self, frames: Tensor) -> Tensor:
         """Return DINO's features [F, D] of unit length, of frames as `sampling.for_dino` gives them."""
-        return F.normalize(self._ask("dino", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+        return self._unit("dino", frames, vit.dino)
 
     def dinov2(self, frames: Tensor) -> Tensor:
         """Return DINOv2's features [F, D] of unit length, of frames as `sampling.for_dinov2` gives them."""
-        return F.normalize(self._ask("dinov2", frames, lambda x, held: vit.dino(x, held, self.head)), dim=1)
+        return self._unit("dinov2", frames, vit.dino)
 
     def clip(self, name: str, frames: Tensor) -> Tensor:
         """Return CLIP's embeddings [F, D] of unit length, of frames as `sampling.for_clip` gives them."""
-        found = self._ask(name, frames, lambda x, held: vit.clip_video(x[:, :, None], held, "visual.", self.head))
-        return F.normalize(found, dim=1)
+        return self._unit(name, frames[:, :, None], vit.clip_video, "visual.")
 
     def clip_words(self, name: str, text: str) -> Tensor:
-        """Return CLIP's embedding [1, D] of unit length of a text.
-
-        Raises:
-            ConfigError: for a text of more than 77 tokens.
-        """
-        tokens = self._tokens(text, CONTEXT, cut=False)
-        return F.normalize(self._ask(name, tokens, lambda x, held: vit.clip_text(x, held, "", self.head)), dim=1)
+        """Return CLIP's embedding [1, D] of unit length of a text, of which more than 77 tokens are refused."""
+        return self._unit(name, self._tokens(text, CONTEXT, cut=False), vit.clip_text, "")
 
     def viclip(self, frames: Tensor) -> Tensor:
         """Return ViCLIP's embedding [1, D] of unit length of 8 frames."""
-        clips = frames.transpose(0, 1)[None]
-        found = self._ask("viclip", clips, lambda x, held: vit.clip_video(x, held, "vision_encoder.", self.head))
-        return F.normalize(found, dim=1)
+        return self._unit("viclip", frames.transpose(0, 1)[None], vit.clip_video, "vision_encoder.")
 
     def viclip_words(self, text: str) -> Tensor:
         """Return ViCLIP's embedding [1, D] of unit length of a text, of which it reads 32 tokens."""
-        tokens = self._tokens(text, SHORT, cut=True)
-        found = self._ask("viclip", tokens, lambda x, held: vit.clip_text(x, held, "text_encoder.", self.head))
-        return F.normalize(found, dim=1)
+        return self._unit("viclip", self._tokens(text, SHORT, cut=True), vit.clip_text, "text_encoder.")
 
     def aesthetic(self, embeddings: Tensor) -> Tensor:
         """Return LAION's score, about 0 to 10, of CLIP L/14's embeddings [F, D] of unit length: [F]."""
@@ -141,8 +137,7 @@ class Networks:
 
     @cached_property
     def _words(self) -> list[str]:
-        weight_files.hash_of("bert-words", self.folder)
-        return bert.read_words(self.folder / weight_files.WEIGHT_FILES["bert-words"].path)
+        return bert.read_words(self._path("bert-words", checked=True))
 
     def scenes(self, frames: Tensor) -> list[str]:
         """Return Tag2Text's captions of a video's frames, as `sampling.for_tag2text` gives them.
@@ -152,29 +147,31 @@ class Networks:
         places = tag2text.looked_at(len(frames))
         seen = frames[: places[-1] + 1].to(self.device)
         with self._complete("tag2text") as weights:
-            message = tag2text.captions(seen, weights, self._words, official.tags())
+            features = tag2text.features(seen, self._tower("tag2text", ported.swin, "visual_encoder."))
+            message = tag2text.captions(features, weights, self._words, official.tags())
         return [message[place] for place in places]
 
     def detections(self, frames: Tensor) -> list[list[tuple[str, list[int]]]]:
         """Return the names and boxes of what GRiT finds in each frame, as `sampling.for_grit` gives them."""
         found = []
-        for frame in frames:
-            with self._complete("grit") as weights:
-                seen = grit.things(frame.to(self.device), weights, self.head)
+        with self._complete("grit") as weights:
+            for seen in self._things(frames, weights):
                 names = self._said(grit.texts(seen.features, grit.NAME, weights))
-            found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
+                found.append(list(zip(names, seen.boxes.int().tolist(), strict=True)))
         return found
 
     def sentences(self, frames: Tensor) -> list[list[tuple[str, str]]]:
         """Return GRiT's sentences about each frame's things, each with the name of the frame's surest thing."""
         found = []
-        for frame in frames:
-            with self._complete("grit") as weights:
-                seen = grit.things(frame.to(self.device), weights, self.head)
+        with self._complete("grit") as weights:
+            for seen in self._things(frames, weights):
                 names = self._said(grit.texts(seen.features[:1], grit.NAME, weights))
-                message = self._said(grit.texts(seen.features, grit.SENTENCE, weights))
-            found.append([(one, names[0]) for one in message])
+                found.append([(one, names[0]) for one in self._said(grit.texts(seen.features, grit.SENTENCE, weights))])
         return found
+
+    def _things(self, frames: Tensor, weights: Mapping[str, Tensor]) -> Iterator[grit.Things]:
+        tower = self._tower("grit", ported.vitdet, self.head)
+        return (grit.things(frame.to(self.device), weights, tower) for frame in frames)
 
     def _said(self, tokens: Tensor) -> list[str]:
         return [bert.text(one, self._words) for one in tokens.tolist()]
@@ -185,8 +182,7 @@ class Networks:
 
     @cached_property
     def _i3d(self) -> Any:
-        weight_files.hash_of("i3d", self.folder)
-        path = self.folder / weight_files.WEIGHT_FILES["i3d"].path
+        path = self._path("i3d", checked=True)
         try:
             with _quiet():
                 return torch.jit.load(path, map_location=self.device).eval()
@@ -196,11 +192,7 @@ class Networks:
             ) from None
 
     def i3d(self, frames: Frames) -> Tensor:
-        """Return I3D's 400 logits [1, 400] of a clip of uint8 frames, by which FVD is measured.
-
-        Raises:
-            ConfigError: for fewer than 10 frames.
-        """
+        """Return I3D's 400 logits [1, 400] of a clip of 10 or more uint8 frames, by which FVD is measured."""
         if len(frames) < I3D_LEAST:
             raise ConfigError(f"I3D takes {I3D_LEAST} frames and more, and there are {len(frames)}")
         sized = sampling.resized(sampling.tensor(frames) / 127.5 - 1, (sampling.SIDE, sampling.SIDE), "bilinear")
@@ -233,10 +225,8 @@ class Networks:
     def raft(self, one: Tensor, two: Tensor) -> Tensor:
         """Return the flow [2, height, width] in pixels between frames [3, height, width] in 0..255, padded to eighths.
 
-        The padding stays on, as in the official code, whose strongest vectors are chosen with it.
-
-        Raises:
-            ConfigError: for frames so small that RAFT's coarsest level is one cell, of which it makes nan.
+        The padding stays on, as in the official code, whose strongest vectors are chosen with it. Frames so small that
+        RAFT's coarsest level is one cell, of which it makes nan, are refused.
         """
         pair = [_large("RAFT", _padded(frame[None].to(self.device), 8)[0]) for frame in (one, two)]
         with torch.inference_mode(), _quiet():
@@ -248,11 +238,7 @@ class Networks:
         return self._filled("amt", network)
 
     def amt(self, one: Tensor, two: Tensor) -> Tensor:
-        """Return the frame [3, height, width] in the middle of two in [0, 1].
-
-        Raises:
-            ConfigError: for frames that are too small, as of RAFT.
-        """
+        """Return the frame [3, height, width] in the middle of two in [0, 1]; small ones are refused, as of RAFT."""
         (first, (left, top)), (second, _) = (_padded(frame[None].to(self.device), 16) for frame in (one, two))
         _large("AMT", first)
         half = first.new_full((1, 1, 1, 1), 0.5)
@@ -264,9 +250,8 @@ class Networks:
     def _musiq(self) -> Any:
         from importlib import import_module
 
-        weight_files.hash_of("musiq", self.folder)
-        path = self.folder / weight_files.WEIGHT_FILES["musiq"].path
-        network = import_module("pyiqa.archs.musiq_arch").MUSIQ(pretrained_model_path=str(path))
+        path = str(self._path("musiq", checked=True))
+        network = import_module("pyiqa.archs.musiq_arch").MUSIQ(pretrained_model_path=path)
         return network.to(self.device).eval()
 
     def musiq(self, frames: Tensor) -> Tensor:
@@ -278,15 +263,13 @@ class Networks:
         try:
             network.load_state_dict(self._weights(name))
         except RuntimeError as error:
-            path = self.folder / weight_files.WEIGHT_FILES[name].path
-            raise ConfigError(
-                f"{path} holds another network's weights: {str(error).splitlines()[-1].strip()}"
-            ) from None
+            reason = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"{self._path(name)} holds another network's weights: {reason}") from None
         return network.to(self.device).eval()
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return words.tokenizer(self.folder / weight_files.WEIGHT_FILES["clip-words"].path)
+        return words.tokenizer(self._path("clip-words"))
 
     def _tokens(self, text: str, context: int, *, cut: bool) -> Tensor:
         """Return a text's tokens int64 [1, context], zeros behind the last."""
@@ -324,11 +307,7 @@ def _no_library(module: str, package: str) -> str | None:
 
 
 def _large(name: str, frames: Tensor) -> Tensor:
-    """Return padded frames as given, if they are large enough.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Return padded frames as given; those that are too small are refused."""
     if min(frames.shape[2:]) < LEAST:
         raise ConfigError(f"{name} takes frames of {LEAST} pixels and more, padded these have {min(frames.shape[2:])}")
     return frames

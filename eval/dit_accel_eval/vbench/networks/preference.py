@@ -4,7 +4,6 @@ Sources: PickScore, Kirstain et al., arXiv 2305.01569, logit of picture and prom
 their cosine. A clip's is the mean over its frames.
 """
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -16,41 +15,28 @@ from . import vit
 PICTURE_HEAD, TEXT_HEAD = 80, 64
 """Width of a head of ViT-H/14's towers."""
 
-_BLOCK = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-
-_INNER = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
-          "mlp.fc2": "mlp.c_proj"}  # fmt: skip
-
-_OUTER = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "logit_scale": "logit_scale",
-    **{f"text_model.final_layer_norm.{kind}": f"ln_final.{kind}" for kind in ("weight", "bias")},
-    **{f"vision_model.pre_layrnorm.{kind}": f"visual.ln_pre.{kind}" for kind in ("weight", "bias")},
-    **{f"vision_model.post_layernorm.{kind}": f"visual.ln_post.{kind}" for kind in ("weight", "bias")},
-}
-"""transformers' names -> OpenAI's, of what lies outside the blocks; projections are turned besides."""
+_NAMES = {
+    "text_model.": "", "vision_model.": "visual.", "encoder.layers": "transformer.resblocks",
+    "embeddings.patch_embedding": "conv1", "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.": "", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final",
+    "layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj", "q_proj.": "in_proj_",
+}  # fmt: skip
+"""Parts of transformers' names -> OpenAI's, one after the other."""
 
 
 def by_openai(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a CLIP model's weights by OpenAI's names, from those by transformers'; others are left out."""
-    found = {mine: held[theirs] for theirs, mine in _OUTER.items() if theirs in held}
-    for theirs, mine in (("text_projection.weight", "text_projection"), ("visual_projection.weight", "visual.proj")):
-        if theirs in held:
-            found[mine] = held[theirs].T
-    for name, value in held.items():
-        text = _BLOCK.fullmatch(name)
-        if text is None:
-            continue
-        at = f"{'visual.' if text[1] == 'vision_model' else ''}transformer.resblocks.{text[2]}"
-        if text[3] in _INNER:
-            found[f"{at}.{_INNER[text[3]]}.{text[4]}"] = value
-        elif text[3] == "self_attn.q_proj":
-            parts = [held[name.replace("q_proj", f"{one}_proj")] for one in "qkv"]
-            found[f"{at}.attn.in_proj_{text[4]}"] = torch.cat(parts)
+    """Return a CLIP model's weights by OpenAI's names, from those by transformers'; projections are turned besides."""
+    found = {}
+    for theirs, value in held.items():
+        name = theirs
+        for part, mine in _NAMES.items():
+            name = name.replace(part, mine)
+        if name.endswith(("text_projection", "visual.proj")):
+            value = value.T
+        elif "in_proj_" in name:
+            value = torch.cat([held[theirs.replace("q_proj", f"{one}_proj")] for one in "qkv"])
+        found[name] = value
     return found
 
 

@@ -12,14 +12,13 @@ from torch.nn import functional as F
 
 from . import bert
 from .beams import search
-from .swin import swin
 from .vit import Weights, _blocks, _linear, _norm
 
 SURE = 0.7
 """Probability above which a tag holds."""
 
 DELETED = (127, 3351, 3265, 3338, 3355, 3359)
-"""Tags that are never told."""
+"""Tags that are never used."""
 
 TAG_HEADS, HEADS = 4, 12
 """Heads of the tags' attention and of BERT's."""
@@ -40,17 +39,15 @@ def looked_at(count: int) -> list[int]:
     return [place // BEAMS for place in range(count)]
 
 
-def captions(pictures: Tensor, weights: Weights, words: list[str], tags: list[str]) -> list[str]:
-    """Return a caption of each picture.
+def features(pictures: Tensor, tower: Any) -> Tensor:
+    """Return what `ported.swin` sees of pictures, normalized [B, 3, 384, 384]: [B, 1 + tokens, D], their mean first."""
+    seen = tower(pictures).last_hidden_state
+    return torch.cat([seen.mean(1, keepdim=True), seen], 1)
 
-    Args:
-        pictures: normalized [B, 3, 384, 384].
-        weights: of the checkpoint.
-        words: BERT's vocabulary.
-        tags: by class.
-    """
+
+def captions(seen: Tensor, weights: Weights, words: list[str], tags: list[str]) -> list[str]:
+    """Return a caption of each picture, of which `features` are seen, by BERT's vocabulary and the tags by class."""
     tokenizer = bert.tokenizer(words)
-    seen = swin(pictures, weights, "visual_encoder.")
     return [
         _caption(one[None], names, weights, tokenizer, words)
         for one, names in zip(seen, _recognized(tag_logits(seen, weights), tags), strict=True)

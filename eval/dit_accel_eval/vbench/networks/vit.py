@@ -32,7 +32,8 @@ def dino(frames: Tensor, weights: Weights, head: int = HEAD) -> Tensor:
         weights: of DINO's or DINOv2's own checkpoint.
         head: width of a head.
     """
-    patches = F.conv2d(frames, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], _stride(weights))
+    kernel = weights["patch_embed.proj.weight"]
+    patches = F.conv2d(frames, kernel, weights["patch_embed.proj.bias"], kernel.shape[2:])
     x = torch.cat([weights["cls_token"].expand(len(frames), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
     x = x + _positions(weights["pos_embed"], *patches.shape[2:])
     for at in _blocks(weights, "blocks"):
@@ -97,14 +98,10 @@ def clip_video(clips: Tensor, weights: Weights, at: str, head: int = HEAD, act: 
 
 
 def clip_text(tokens: Tensor, weights: Weights, at: str, head: int = HEAD, act: Act = quick_gelu) -> Tensor:
-    """Return the embeddings of texts, [B, D], at the last token, by CLIP's or ViCLIP's text tower.
+    """Return the embeddings of texts, [B, D], at the last token, by CLIP's or ViCLIP's text tower; see `clip_video`.
 
-    Args:
-        tokens: int64 [B, T], zeros behind the last one, which is the greatest.
-        weights: of the checkpoint.
-        at: what the tower's names begin with: nothing or ``text_encoder.``.
-        head: width of a head.
-        act: as of pictures.
+    Tokens are int64 [B, T], zeros behind the last one, which is the greatest; names begin with nothing or
+    ``text_encoder.``.
     """
     x = F.embedding(tokens, weights[f"{at}token_embedding.weight"])
     x = x + weights[f"{at}positional_embedding"][: tokens.shape[1]]
@@ -161,10 +158,6 @@ def _linear(x: Tensor, weights: Weights, at: str) -> Tensor:
 
 def _norm(x: Tensor, weights: Weights, at: str, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weights[f"{at}.weight"], weights[f"{at}.bias"], eps)
-
-
-def _stride(weights: Weights) -> int:
-    return weights["patch_embed.proj.weight"].shape[-1]
 
 
 def _blocks(weights: Weights, at: str) -> list[str]:

@@ -25,7 +25,7 @@ from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import valid_tiles
 from dit_accel_kernels.selection import pack_bits
 from dit_accel_kernels.states import list_states, resolved
-from dit_accel_kernels.tiles import EXACT
+from dit_accel_kernels.tiles import EXACT, padded_rows
 
 
 class Blocks(NamedTuple):
@@ -44,6 +44,7 @@ class Blocks(NamedTuple):
     empty: Tensor | None
 
 
+MODIFIERS = "dit_accel_kernels.backends.fa4.modifiers"  # which needs flash-attn-4
 _BLOCKS: StorageCache[Blocks] = StorageCache()
 _NOTHING_EXACT: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
@@ -68,9 +69,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     The problem is in tiled order. A selection is turned into lists, which reads their length from the device.
     """
     check(problem)
-    exact = None
-    if problem.selection is not None:
-        problem, exact = resolved(problem)
+    problem, exact = resolved(problem)
     pools = problem.pooled_indices is not None
     out, lse = _exact_tiles(problem, need_lse=need_lse or pools)
     if pools:
@@ -120,11 +119,11 @@ def _modifiers(problem: Problem, seen: Tensor | None) -> dict[str, Any]:
     modifiers: dict[str, Any] = {}
     tensors: list[Tensor] = []
     if seen is not None:
-        modifiers["mask_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.mask").mask_of(problem.block_q)
+        modifiers["mask_mod"] = importlib.import_module(MODIFIERS).MASKS[problem.block_q]
         tensors += _mask_tensors(problem, seen)
     scales, decays = problem.head_scale is not None, problem.decay is not None
     if scales or decays:
-        modifiers["score_mod"] = importlib.import_module("dit_accel_kernels.backends.fa4.score").SCORES[scales, decays]
+        modifiers["score_mod"] = importlib.import_module(MODIFIERS).SCORES[scales, decays]
     if problem.head_scale is not None:
         tensors.append(problem.head_scale.float().expand(problem.q.shape[:2]).contiguous())
     if problem.decay is not None:
@@ -180,19 +179,11 @@ def _blocks(problem: Problem) -> Blocks:
     masked = joined > 1 or problem.key_valid is not None
     read = problem.key_valid is None and not capturing(empty.device)  # once for lists, never for masks
     return Blocks(
-        *_rows(some & ~every, read),
-        *_rows(every, read),
+        *padded_rows(some & ~every, read),
+        *padded_rows(every, read),
         seen=pack_bits(exact) if masked else None,
         empty=None if read and not bool(empty.any()) else empty,
     )
-
-
-def _rows(chosen: Tensor, read: bool) -> tuple[Tensor, Tensor]:
-    """Counts int32 [..] and ascending indices int32 [.., N] of bool [.., NK]; N is NK, or the longest row if `read`."""
-    counts = chosen.sum(-1, dtype=torch.int32)
-    width = max(1, int(counts.max())) if read else chosen.shape[-1]
-    indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-    return counts, indices.to(torch.int32).contiguous()
 
 
 def _without_exact(problem: Problem) -> Problem:

@@ -1,4 +1,4 @@
-"""Where the fa4 backend runs, told without importing flash-attn-4: cards, dtypes, head dims, tiles, features."""
+"""Where the fa4 backend runs, found out without importing flash-attn-4: cards, dtypes, head dims, tiles, features."""
 
 from __future__ import annotations
 

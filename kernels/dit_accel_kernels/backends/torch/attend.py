@@ -13,22 +13,19 @@ gathered tiles, FlexAttention), bench/selection.py what selections cost. The gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dit_accel_kernels.backends.torch import fused
 from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
 from dit_accel_kernels.backends.torch.memory import cast
 from dit_accel_kernels.backends.torch.tiled import Tiled, cut
-from dit_accel_kernels.backends.torch.workers import buffer, own_buffers, run_all, worker_threads
+from dit_accel_kernels.backends.torch.workers import buffer, run_all, worker_threads
 from dit_accel_kernels.features import product_dtype, wide_dtype
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E
 from dit_accel_kernels.states import resolved
-from dit_accel_kernels.votes import VOTE_BYTES, Tally
+from dit_accel_kernels.votes import Tally
 
 CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the caches
 GPU_CHUNKS = 256  # a GPU's chunks are this many times larger
@@ -37,9 +34,8 @@ WORKERS_FLOPS = 5e9  # of a call, a thread, from which on workers pay
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
-    exact, tally, selects = None, Tally(problem) if problem.votes else None, problem.selection is not None
-    if selects:
-        problem, exact = resolved(problem)
+    tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
+    problem, exact = resolved(problem)
     loop = fused.runs(problem)
     tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
     if loop:
@@ -58,61 +54,16 @@ def _by_chunks(
     """Output and LSE of all query tiles, [B * H * NQ, block_q, D] and [B * H * NQ, block_q]."""
     out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
-    workers, columns, multiple = shares(problem)
-    chunks = chunks_of(problem, columns, multiple, remember=remember)
-    for run in _runs(chunks, VOTE_BYTES // (problem.block_q * 4) if tally is not None else None):
-        votes = None if tally is None else _Votes(tally, tiled, run)
+    workers, columns, multiple = chunk_sizes(problem)
 
-        def work(chunk: Chunk, buffers: dict[str, Tensor], votes: _Votes | None = votes) -> None:
-            _attend_chunk(tiled, chunk, out, lse if need_lse else None, votes, buffers)
+    def work(chunk: Chunk, buffers: dict[str, Tensor]) -> None:
+        _attend_chunk(tiled, chunk, out, lse if need_lse else None, tally, buffers)
 
-        run_all(work, run, workers)
-        if votes is not None:
-            votes.settle()
+    run_all(work, chunks_of(problem, columns, multiple, remember=remember), workers)
     return out, lse
 
 
-def _runs(chunks: list[Chunk], tiles: int | None) -> Iterator[list[Chunk]]:
-    """Chunks in runs of at most so many exact key tiles, padded, unless one chunk has more; None: all in one run."""
-    run: list[Chunk] = []
-    rows = longest = 0
-    for chunk in chunks:
-        rows, longest = rows + len(chunk.q_tiles), max(longest, chunk.exact.shape[1])
-        if run and tiles is not None and rows * longest > tiles:
-            yield run
-            run, rows, longest = [], len(chunk.q_tiles), chunk.exact.shape[1]
-        run.append(chunk)
-    if run:
-        yield run
-
-
-class _Votes:
-    """What a run of chunks votes by, `evidence` [n, R, block_q] of all its exact tiles; settled all at once."""
-
-    def __init__(self, tally: Tally, tiled: Tiled, chunks: list[Chunk]) -> None:
-        self.tally, self.key_tiles, self.chunks = tally, tiled.key_tiles, chunks
-        shape = (max(x.exact.shape[1] for x in chunks), sum(len(x.q_tiles) for x in chunks), tiled.q.shape[1])
-        evidence = buffer(own_buffers(), "evidence", tiled.q, shape, wide_dtype(tiled.q.dtype))
-        self.evidence = evidence.fill_(0.0 if tally.by_mass else -torch.inf)
-
-    def put(self, chunk: Chunk, by_tile: Tensor) -> None:
-        """What was found for one chunk, [R, block_q, n]."""
-        start = chunk.start - self.chunks[0].start
-        self.evidence[: by_tile.shape[2], start : start + len(by_tile)] = by_tile.permute(2, 0, 1)
-
-    def settle(self) -> None:
-        """Vote, on tiles that are padded to the longest list."""
-        longest = len(self.evidence)
-        if longest:
-            tiles = [
-                pad((x.exact % self.key_tiles).masked_fill_(beyond(x.exact_counts, x.exact.shape[1]), self.tally.none),
-                    (0, longest - x.exact.shape[1]), value=self.tally.none)
-                for x in self.chunks
-            ]  # fmt: skip
-            self.tally.settle(torch.cat([x.q_tiles for x in self.chunks]), torch.cat(tiles), self.evidence)
-
-
-def shares(problem: Problem) -> tuple[int, int, int]:
+def chunk_sizes(problem: Problem) -> tuple[int, int, int]:
     """How many workers a call is shared by; most columns of a chunk, and what its query tiles are a multiple of."""
     block_q, threads = problem.block_q, torch.get_num_threads()
     itemsize = product_dtype(problem.q.dtype, problem.q.device.type).itemsize
@@ -128,18 +79,18 @@ def shares(problem: Problem) -> tuple[int, int, int]:
 
 
 def _attend_chunk(
-    tiled: Tiled, chunk: Chunk, out: Tensor, lse: Tensor | None, votes: _Votes | None, buffers: dict[str, Tensor]
+    tiled: Tiled, chunk: Chunk, out: Tensor, lse: Tensor | None, tally: Tally | None, buffers: dict[str, Tensor]
 ) -> None:
     """Write output and LSE of one chunk, and what votes need of it."""
     wide, pools = wide_dtype(tiled.q.dtype), chunk.pooled.shape[1] > 0
     q = taken(tiled.q, chunk.q_tiles, buffers, "queries")
     result = buffer(buffers, "outputs", q, tuple(q.shape), q.dtype)
     columns = chunk.exact.shape[1] * tiled.k.shape[1]
-    if votes is None and chunk.least == chunk.most:
+    if tally is None and chunk.least == chunk.most:
         columns = chunk.most  # all end with the ragged tile
     x = buffer(buffers, "products", q, (*q.shape[:2], columns + chunk.pooled.shape[1]), q.dtype)
     near, far = x[:, :, :columns], x[:, :, columns:]
-    scale = tiled.scale if votes is None else tiled.scale * LOG2_E
+    scale = tiled.scale if tally is None else tiled.scale * LOG2_E
     if columns:
         k = taken(tiled.k, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
         torch.baddbmm(near, q, k.mT, beta=0, alpha=scale, out=near)
@@ -147,14 +98,14 @@ def _attend_chunk(
         means = taken(tiled.k_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
         torch.baddbmm(far, q, means.mT, beta=0, alpha=scale, out=far)
     p = x
-    if x.dtype != wide and (pools or votes is not None or tiled.t is not None):
+    if x.dtype != wide and (pools or tally is not None or tiled.t is not None):
         x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
     weights = weights_of(tiled, chunk)
-    _transform(x, tiled, chunk, columns, weights if votes is None or weights is None else weights * LOG2_E, buffers)
-    if votes is None:
+    transform(x, tiled, chunk, columns, weights if tally is None or weights is None else weights * LOG2_E, buffers)
+    if tally is None:
         row_lse, total = _softmax(x, lse is not None), None
     else:
-        row_lse, total = _exponentials(x, tiled, chunk, columns, votes)
+        row_lse, total = _exponentials(x, tiled, chunk, columns, tally)
     if p is not x:
         p.copy_(x if total is None else x.div_(total[:, :, None]))
     if columns:
@@ -176,10 +127,10 @@ def _attend_chunk(
         lse.index_copy_(0, chunk.q_tiles, row_lse.to(lse.dtype))
 
 
-def _transform(
+def transform(
     x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, weights: Tensor | None, buffers: dict[str, Tensor]
-) -> None:
-    """Decay logits, mask what is absent and add a pooled tile's length, in place."""
+) -> Tensor | None:
+    """Decay logits, mask what is absent and add a pooled tile's length, in place; returns the decay t."""
     t = decay_of(tiled, chunk, columns, buffers)
     if t is not None:
         torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
@@ -188,6 +139,7 @@ def _transform(
         x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
+    return t
 
 
 def _softmax(x: Tensor, need_lse: bool) -> Tensor | None:
@@ -199,9 +151,9 @@ def _softmax(x: Tensor, need_lse: bool) -> Tensor | None:
     return None if peak is None else peak.to(wide) - x.amax(-1).to(wide).log()
 
 
-def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, votes: _Votes) -> tuple[Tensor, Tensor]:
-    """Logits in log2 units to exponentials, in place; LSE and their sums. Leaves with `votes` what these need."""
-    by_tile, tally = None, votes.tally
+def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, tally: Tally) -> tuple[Tensor, Tensor]:
+    """Logits in log2 units to exponentials, in place; LSE and their sums. Leaves with `tally` what votes go by."""
+    by_tile = None
     near, far = x[:, :, :columns].unflatten(2, (-1, tiled.k.shape[1])), x[:, :, columns:]
     if columns and not tally.by_mass:
         by_tile = near.amax(-1)
@@ -219,7 +171,9 @@ def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, votes: _V
     else:
         total = x.sum(-1)
     if by_tile is not None:
-        votes.put(chunk, by_tile)
+        tiles = chunk.exact % tiled.key_tiles
+        tiles.masked_fill_(beyond(chunk.exact_counts, tiles.shape[1]), tally.none)
+        tally.hold(chunk.q_tiles, tiles, by_tile.permute(2, 0, 1))
     return peak[:, :, 0] / LOG2_E + total.log(), total
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.attend import absent_of, decay_of, shares, taken, weights_of, without_keys
+from dit_accel_kernels.backends.torch.attend import chunk_sizes, taken, transform, weights_of, without_keys
 from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut
-from dit_accel_kernels.backends.torch.workers import buffer, own_buffers
-from dit_accel_kernels.features import split_tiles, wide_dtype
+from dit_accel_kernels.backends.torch.tiled import Tiled, cut, tiles_of
+from dit_accel_kernels.backends.torch.workers import buffer, thread_buffers
+from dit_accel_kernels.features import wide_dtype
 from dit_accel_kernels.problem import Problem
 
 TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
@@ -25,23 +25,18 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
         for name in ("q", "k", "v", "k_mean", "v_mean")
         if (x := getattr(tiled, name)) is not None
     }
-    grad_out = _by_tile(grad_out.to(tiled.q.dtype), problem.block_q)
-    grad_lse = None if grad_lse is None else _by_tile(grad_lse[..., None], problem.block_q)
-    _, columns, multiple = shares(problem)
+    grad_out = tiles_of(grad_out.to(tiled.q.dtype), problem.block_q)
+    grad_lse = None if grad_lse is None else tiles_of(grad_lse[..., None], problem.block_q)
+    _, columns, multiple = chunk_sizes(problem)
     for chunk in chunks_of(problem, columns // TEMPORARIES, multiple, remember=True):
         of_lse = None if grad_lse is None else grad_lse[chunk.q_tiles]
         _add_chunk(tiled, chunk, grad_out[chunk.q_tiles], of_lse, sums)
     return _uncut(problem, tiled, sums)
 
 
-def _by_tile(x: Tensor, block: int) -> Tensor:
-    """[B, H, S_q, D] laid out like the tiled queries, [B * H * NQ, block_q, D], zero in padding."""
-    return split_tiles(x, 2, block).reshape(-1, block, x.shape[-1])
-
-
 def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:
     """Add the gradients of one chunk into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
-    columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], own_buffers()
+    columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], thread_buffers()
     exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), weights_of(tiled, chunk)
     q = tiled.q[chunk.q_tiles]
     k, v = (
@@ -55,14 +50,8 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
         return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
 
     raw = product(q, k, "logits").mul_(tiled.scale)
-    t = decay_of(tiled, chunk, columns, buffers)
-    x = buffer(buffers, "weights", q, shape, wide)
-    torch.minimum(raw, torch.mul(raw, t, out=x), out=x) if t is not None else x.copy_(raw)
-    absent, start = absent_of(tiled, chunk, columns)
-    if absent is not None:
-        x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
-    if weights is not None:
-        x[:, :, columns:].add_(weights[:, None])
+    x = buffer(buffers, "weights", q, shape, wide).copy_(raw)
+    t = transform(x, tiled, chunk, columns, weights, buffers)
     p = torch.softmax(x, -1, out=x)
     empty = without_keys(tiled, chunk, weights)
     if empty is not None:
@@ -100,8 +89,8 @@ def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Ten
     for name in ("k", "v"):
         grad = sums[name]
         if f"{name}_mean" in sums and tiled.log_length is not None:
-            share = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
-            grad = grad + share[:, None]
+            of_each_token = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
+            grad = grad + of_each_token[:, None]
         grad = grad.reshape(*k.shape[:2], -1, k.shape[3])[:, :, : k.shape[2]]
         if valid is not None:
             grad = grad.masked_fill(~valid[:, None, :, None], 0)

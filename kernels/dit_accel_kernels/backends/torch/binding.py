@@ -8,8 +8,8 @@ from typing import Any
 
 POINTERS = (
     "q", "keys", "values", "key_means", "value_means", "lengths", "absent", "decay", "mean_decay", "frames",
-    "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "found_starts",
-    "out", "lse", "found",
+    "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "evidence_starts",
+    "out", "lse", "evidence",
 )  # fmt: skip
 SIZES = (
     "query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass", "narrow_q", "narrow_out",

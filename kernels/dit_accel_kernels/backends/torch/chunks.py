@@ -23,7 +23,7 @@ class Lists:
     tiles: Tensor
 
     def padded(self, q_tiles: Tensor, length: int) -> Tensor:
-        """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last; all have one."""
+        """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last, where it has one."""
         column = torch.arange(length, device=self.tiles.device)
         positions = torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
         return self.tiles[positions].long()
@@ -44,12 +44,11 @@ def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
 class Chunk:
     """Query tiles computed together, their key tiles padded to one length by repeats of each one's last.
 
-    `q_tiles` int64 [R], from `start` on in the order of all chunks; `exact` int64 [R, n] and `pooled` int64 [R, p],
-    counted through all batches and key heads; of them `exact_counts` and `pooled_counts` [R] are each one's own.
-    `tokens` [R] counts the keys of exact tiles, from `least` to `most`, a ragged tail's padding left out.
+    `q_tiles` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p], counted through all batches and key heads; of
+    them `exact_counts` and `pooled_counts` [R] are each one's own. `tokens` [R] counts the keys of exact tiles, from
+    `least` to `most`, a ragged tail's padding left out.
     """
 
-    start: int
     q_tiles: Tensor
     exact: Tensor
     pooled: Tensor
@@ -93,14 +92,13 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
     counts = torch.stack([exact.counts, pooled.counts, tokens])[:, order]
     first = (torch.tensor(key_heads(problem), device=order.device) * tiles).repeat_interleave(problem.query_tiles)
     chunks = []
-    exact_counts, pooled_counts, own_tokens = counts.tolist()
-    cuts = _cuts(exact_counts, pooled_counts, own_tokens, columns, multiple, block)
+    exact_counts, pooled_counts, token_counts = counts.tolist()
+    cuts = _cuts(exact_counts, pooled_counts, token_counts, columns, multiple, block)
     for start, stop, longest, most_pooled, least, most in cuts:
         q_tiles, part = order[start:stop], counts[:, start:stop]
         shift = first[q_tiles, None]
         chunks.append(
             Chunk(
-                start=start,
                 q_tiles=q_tiles,
                 exact=exact.padded(q_tiles, longest).add_(shift) if longest else shift[:, :0],
                 pooled=pooled.padded(q_tiles, most_pooled).add_(shift) if most_pooled else shift[:, :0],

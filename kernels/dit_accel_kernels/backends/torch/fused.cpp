@@ -57,9 +57,9 @@ extern "C" struct Call {
   const int64_t *exact_starts, *exact_counts, *pooled_starts, *pooled_counts;  // [B * H * NQ]
   const int32_t *exact, *pooled;                          // key tiles of a head
   const int64_t *heads;                                   // [B * H], first of its key tiles among all
-  const int64_t *found_starts;                            // [B * H * NQ], where a query tile's rows of `found` begin
+  const int64_t *evidence_starts;                         // [B * H * NQ], where a query tile's `evidence` begins
   void *out;                                              // as q
-  float *lse, *found;                                     // [B * H * NQ, rows]; [exact tiles, rows]; null: unused
+  float *lse, *evidence;                                  // [B * H * NQ, rows]; [exact tiles, rows]; null: unused
   int64_t query_tiles, key_tiles, rows, columns, dim, last_columns, by_mass, narrow_q, narrow_out;
   double scale;
 };
@@ -234,17 +234,17 @@ struct Work {
       }
       const float before = first ? NONE : peak[r], now = std::max(before, largest(top));
       const float base = now == NONE ? 0 : now, factor = before == NONE ? 0 : std::exp2(before - base);
-      float* found = call.found && tiles ? call.found + slot * rows + r : nullptr;
-      if (found && !call.by_mass)
-        for (long j = 0; j < tiles; j++) found[j * rows] = span_largest(x + j * wide, wide);
+      float* evidence = call.evidence && tiles ? call.evidence + slot * rows + r : nullptr;
+      if (evidence && !call.by_mass)
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = span_largest(x + j * wide, wide);
       Vec added = Vec{};
       for (long c = 0; c < n; c += WIDTH) {
         const Vec p = exp2_of(load(x + c) - all(base));
         store(x + c, p);
         added += p;
       }
-      if (found && call.by_mass) {
-        for (long j = 0; j < tiles; j++) found[j * rows] = span_total(x + j * wide, wide);
+      if (evidence && call.by_mass) {
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = span_total(x + j * wide, wide);
         peaks.push_back(now);
       }
       sum[r] = (first ? 0 : sum[r] * factor) + total(added);
@@ -268,7 +268,8 @@ struct Work {
   void exact(long query_tile, const float* q, bool& first) {
     const int32_t* listed = call.exact + call.exact_starts[query_tile];
     const long count = call.exact_counts[query_tile], group = step / wide;
-    const long head = call.heads[query_tile / call.query_tiles], slot = call.found ? call.found_starts[query_tile] : 0;
+    const long head = call.heads[query_tile / call.query_tiles];
+    const long slot = call.evidence ? call.evidence_starts[query_tile] : 0;
     peaks.clear();
     for (long at = 0; at < count; at += group) {
       const long tiles = std::min(group, count - at);
@@ -291,11 +292,11 @@ struct Work {
         first = false;
       }
     }
-    if (call.found && call.by_mass)  // sums were relative to the largest logit so far
+    if (call.evidence && call.by_mass)  // sums were relative to the largest logit so far
       for (long at = 0, part = 0; at < count; at += group, part++)
         for (long r = 0; r < rows; r++) {
           const float then = peaks[part * rows + r], factor = then == NONE ? 0 : std::exp2(then - peak[r]);
-          for (long j = at; j < std::min(count, at + group); j++) call.found[(slot + j) * rows + r] *= factor;
+          for (long j = at; j < std::min(count, at + group); j++) call.evidence[(slot + j) * rows + r] *= factor;
         }
   }
 

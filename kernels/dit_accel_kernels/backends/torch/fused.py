@@ -49,7 +49,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
     assert loop is not None
     out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
     lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
-    keys, means = flat_lists(problem), flat_lists(problem, pooled=True)
+    keys = flat_lists(problem)
     workers = _workers(problem, keys)
     shared: dict[str, Any] = {
         "q": tiled.q.contiguous(),
@@ -73,6 +73,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         "narrow_out": narrow,
     }
     if tiled.log_length is not None:
+        means = flat_lists(problem, pooled=True)
         shared |= {
             "key_means": tiled.k_mean, "value_means": tiled.v_mean, "lengths": tiled.log_length * LOG2_E,
             "pooled_starts": means.starts, "pooled_counts": means.counts, "pooled": means.tiles,
@@ -81,8 +82,8 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
         shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
     if tiled.t is not None and tiled.t_mean is not None and tiled.frames is not None:
         shared |= {"decay": tiled.t, "mean_decay": tiled.t_mean, "frames": tiled.frames}
-    for first, last, evidence in _ranges(problem, keys, tally):
-        call = _call(shared | evidence)
+    for first, last, of_votes in _ranges(problem, keys, tally):
+        call = _call(shared | of_votes)
         step = max(1, -(-(last - first) // (PIECES * workers)))
 
         def work(start: int, _buffers: Any, call: Call = call, step: int = step, last: int = last) -> None:
@@ -90,7 +91,7 @@ def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: boo
 
         run_all(work, range(first, last, step), workers)
         if tally is not None:
-            _settle(tally, keys, first, last, evidence["found"])
+            _settle(tally, keys, first, last, of_votes["evidence"])
     return out, lse
 
 
@@ -137,20 +138,20 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
         before = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(torch.searchsorted(ends, before + most, right=True)))
         starts = ends - lists.counts - before
-        yield first, last, {"found": torch.empty(int(ends[last - 1]) - before, problem.block_q), "found_starts": starts}
+        evidence = torch.empty(int(ends[last - 1]) - before, problem.block_q)
+        yield first, last, {"evidence": evidence, "evidence_starts": starts}
         first = last
 
 
 def _settle(tally: Tally, lists: Lists, first: int, last: int, evidence: Tensor) -> None:
     """Settle the votes of a run of query tiles, on lists padded to one length."""
-    counts, starts = lists.counts[first:last], lists.starts[first:last]
+    q_tiles, counts = torch.arange(first, last), lists.counts[first:last]
     longest = int(counts.max())
     if longest == 0:
         return
     column = torch.arange(longest)
     beyond = column >= counts[:, None]
-    positions = (column + starts[:, None]).clamp_(max=len(lists.tiles) - 1)
-    tiles = lists.tiles[positions].long().masked_fill_(beyond, tally.none)
+    tiles = lists.padded(q_tiles, longest).masked_fill_(beyond, tally.none)
     entries = ((counts.cumsum(0) - counts)[:, None] + column).clamp_(max=len(evidence) - 1)
     by_tile = evidence[entries.mT].masked_fill_(beyond.mT[:, :, None], 0.0 if tally.by_mass else -torch.inf)
-    tally.settle(torch.arange(first, last), tiles, by_tile)
+    tally.settle(q_tiles, tiles, by_tile)

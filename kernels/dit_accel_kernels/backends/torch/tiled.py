@@ -51,7 +51,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
         weight = valid[:, None].expand(-1, k.shape[1], -1)
-        absent = _tiles(~weight[..., None], problem.block_k)[..., 0].flatten(0, 2)
+        absent = tiles_of(~weight[..., None], problem.block_k)[..., 0]
         absent_tiles = ~valid_tiles(valid, problem.block_k)[1]
         absent_tiles = absent_tiles[:, None].expand(-1, k.shape[1], -1).flatten()
     k_mean = v_mean = log_length = None
@@ -64,13 +64,13 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     if problem.decay is not None:
         by_frame, frames = decay_by_frame(*problem.decay)
         t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
-        t = _tiles(by_frame[..., None], problem.block_k)[..., 0].flatten(0, 1)
+        t = tiles_of(by_frame[..., None], problem.block_k)[..., 0]
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
         one_frame = (frames == frames[:, :1]).all(1)
     return Tiled(
-        q=_tiles(q, problem.block_q).flatten(0, 2),
-        k=_tiles(k, problem.block_k).flatten(0, 2),
-        v=_tiles(v, problem.block_k).flatten(0, 2),
+        q=tiles_of(q, problem.block_q),
+        k=tiles_of(k, problem.block_k),
+        v=tiles_of(v, problem.block_k),
         absent=absent,
         absent_tiles=absent_tiles,
         k_mean=k_mean,
@@ -86,6 +86,6 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     )
 
 
-def _tiles(x: Tensor, block: int) -> Tensor:
-    """[..., S, D] as contiguous [..., tiles, block, D], zero-padded in the last tile."""
-    return split_tiles(x, x.dim() - 2, block).contiguous()
+def tiles_of(x: Tensor, block: int) -> Tensor:
+    """[..., S, D] as contiguous tiles one after the other, [N, block, D], zero-padded in the last of each S."""
+    return split_tiles(x, x.dim() - 2, block).contiguous().view(-1, block, x.shape[-1])

@@ -20,14 +20,14 @@ import torch
 MOST_WORKERS = 16  # more would wait for Python's lock; from there on, each worker gets several torch threads
 KEPT_BYTES = 16 << 20  # that a torch thread keeps for the next call: new memory costs a page fault every 4 KB
 Piece = TypeVar("Piece")
-_OWN = local()
+_LOCAL = local()
 
 
 def worker_threads(device: torch.device) -> tuple[int, int]:
     """How many workers a device's work is shared by here, and how many torch threads each of them has."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = min(threads, MOST_WORKERS)
-    return workers, pool_share(threads)
+    return workers, threads_of_each(threads)
 
 
 def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iterable[Piece], workers: int) -> None:
@@ -39,7 +39,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
     waiting, inference = deque(pieces), torch.is_inference_mode_enabled()
 
     def drain() -> None:
-        buffers = own_buffers()
+        buffers = thread_buffers()
         with torch.inference_mode(inference), torch.no_grad():  # both hold for one thread only
             while waiting:
                 try:
@@ -58,7 +58,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
         return
     threads = torch.get_num_threads()
     pool = _pool(threads)
-    torch.set_num_threads(pool_share(threads))  # MKL knows one setting for all threads
+    torch.set_num_threads(threads_of_each(threads))  # MKL knows one setting for all threads
     try:
         futures = [pool.submit(drain) for _ in range(workers)]
         while wait(futures, timeout=0.5).not_done:  # a signal that comes just before a wait without end is not seen
@@ -82,16 +82,16 @@ def buffer(
     return flat[:size].view(shape)
 
 
-def own_buffers() -> dict[str, torch.Tensor]:
+def thread_buffers() -> dict[str, torch.Tensor]:
     """This thread's buffers; of an earlier call only if they are small and on the CPU."""
-    kept, most = getattr(_OWN, "buffers", {}), KEPT_BYTES * torch.get_num_threads()
+    kept, most = getattr(_LOCAL, "buffers", {}), KEPT_BYTES * torch.get_num_threads()
     if any(x.device.type != "cpu" for x in kept.values()) or sum(x.nbytes for x in kept.values()) > most:
         kept = {}
-    _OWN.buffers = kept
+    _LOCAL.buffers = kept
     return kept
 
 
-def pool_share(threads: int) -> int:
+def threads_of_each(threads: int) -> int:
     """Torch threads of each worker, where so many are shared out."""
     return threads // min(threads, MOST_WORKERS)
 
@@ -102,12 +102,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     workers = min(threads, MOST_WORKERS)
     everybody = Barrier(workers)
 
-    def settle(share: int) -> None:
-        torch.set_num_threads(share)  # OpenMP's setting is a thread's own
+    def settle(count: int) -> None:
+        torch.set_num_threads(count)  # OpenMP's setting is a thread's own
         everybody.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="dit-accel")
-    list(pool.map(settle, [pool_share(threads)] * workers))
+    list(pool.map(settle, [threads_of_each(threads)] * workers))
     torch.set_num_threads(threads)  # threads that start later inherit the last setting
     return pool
 

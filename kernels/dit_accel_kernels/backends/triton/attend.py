@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, may_pool, static_lists
-from dit_accel_kernels.backends.triton.fitting import fitting
+from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, static_lists
 from dit_accel_kernels.backends.triton.forward import _fwd_kernel
 from dit_accel_kernels.backends.triton.launch import (
     Launch,
@@ -24,6 +25,7 @@ from dit_accel_kernels.backends.triton.launch import (
     key_block,
     launch_of,
     query_block,
+    row_of,
     warps,
     with_order,
 )
@@ -48,9 +50,9 @@ def check(problem: Problem) -> None:
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output, LSE, exact tiles and the bits that a vote keeps of one call, without a device sync.
 
-    Output [B, H, S_q, D], laid out like q, and natural-log LSE float32 [B, H, S_q] (empty where not needed), both in
-    the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32 [B, H,
-    NQ, W], None without a selection and without a vote. Tensors are copied only where the head dim is not contiguous.
+    Output [B, H, S_q, D] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
+    in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32
+    [B, H, NQ, W], None without a selection and without a vote. Only a head dim that is not contiguous costs a copy.
     """
     check(problem)
     cuts = slices(problem)
@@ -59,9 +61,9 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     batch, heads, num_q, _ = problem.q.shape
     words = (batch, heads, problem.query_tiles, words_of(problem.key_tiles))
     parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
-    out, lse, exact, kept = (list(found) for found in zip(*parts, strict=True))
+    out, lse, exact, kept = (list(part) for part in zip(*parts, strict=True))
     return (
-        joined(_like(problem.q), out, cuts),
+        joined(problem.empty_like(problem.q), out, cuts),
         joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
         joined(exact[0].new_empty(words), exact, cuts),
         None if kept[0] is None else joined(kept[0].new_empty(words), kept, cuts),
@@ -95,7 +97,7 @@ def _attend(
     plan = row_plan(problem)
     with on_device(q.device):
         means = None
-        if may_pool(problem):
+        if problem.may_pool:
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
         lists, exact = _select(problem, plan, means)
         words = None
@@ -149,7 +151,7 @@ def _launch(
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
     if start is None:
-        out, lse = _like(q), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
+        out, lse = problem.empty_like(q), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
     else:
         out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)
@@ -157,12 +159,14 @@ def _launch(
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
+    products = fp32_products(architecture(q.device)) if q.dtype == torch.float32 else "ieee"
     programs = batch * heads * problem.query_tiles * -(-problem.block_q // block_q)
     _fwd_kernel[(programs,)](
         q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
         None if means is None else plan.pooled_t, lists.pooled_bits, *pooled, words,
-        *_descriptors(problem, block_k), *_mean_descriptors(problem, means, pooled_block(problem, launch)),
+        *_descriptors((k, v), block_k, problem.token_order is None and problem.block_k % block_k == 0),
+        *((None, None) if means is None else _descriptors(means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
         *out.stride()[:3], *plan.strides,
         0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None, None)),
@@ -172,7 +176,7 @@ def _launch(
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=min(block_k, launch.block_s), BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2,
-        PRECISION=precision(q.dtype, q.device), VOTE=None if vote is None else vote.criterion,
+        PRECISION=products, VOTE=None if vote is None else vote.criterion,
         STARTED=start is not None,
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -191,45 +195,41 @@ def pooled_block(problem: Problem, launch: Launch) -> int:
     return min(launch.block_k, 32) if gathers else launch.block_k
 
 
-def _descriptors(problem: Problem, block_k: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """K and V for bulk copies of chunks of `block_k` keys, where the card has them and they can describe the tensors.
-
-    They copy whole power-of-2 rows in sequence, from addresses and strides that are multiples of 16 bytes.
-    """
-    k, v = problem.k, problem.v
-    dim, size = k.shape[-1], k.element_size()
-    rows = problem.token_order is None and dim >= 16 and dim & (dim - 1) == 0 and problem.block_k % block_k == 0
-    aligned = all(x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:3]) for x in (k, v))
-    if not bulk_copies(architecture(k.device), k.dtype) or not rows or not aligned:
-        return None, None
-    block = [1, 1, block_k, dim]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (k, v))  # pyright: ignore
-
-
-def _mean_descriptors(
-    problem: Problem, means: tuple[Tensor, Tensor, Tensor] | None, block: int
+def _descriptors(
+    tensors: Sequence[Tensor], rows: int, in_sequence: bool
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """The means for bulk copies of `block` tiles, where the card has them."""
-    dim, device = problem.k.shape[-1], problem.k.device
-    if means is None or not bulk_copies(architecture(device), problem.k.dtype) or dim < 16 or dim & (dim - 1):
+    """Two tensors [B, HK, N, D] for bulk copies of chunks of so many rows, where the card has them and they fit.
+
+    They copy whole power-of-2 rows, those of a chunk `in_sequence`, from addresses and strides of whole 16 bytes.
+    """
+    dim, size = tensors[0].shape[-1], tensors[0].element_size()
+    whole = in_sequence and dim >= 16 and dim & (dim - 1) == 0
+    aligned = all(x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:3]) for x in tensors)
+    if not bulk_copies(architecture(tensors[0].device), tensors[0].dtype) or not whole or not aligned:
         return None, None
-    shape = [1, 1, block, dim]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), shape) for x in means[:2])  # pyright: ignore
-
-
-def _like(q: Tensor) -> Tensor:
-    """An empty [B, H, S, D] whose memory has q's order of heads and tokens."""
-    batch, heads, tokens, dim = q.shape
-    if q.stride(1) >= q.stride(2):
-        return q.new_empty(batch, heads, tokens, dim)
-    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
-def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Triton's input precision of products in this dtype on this device."""
-    return fp32_products(architecture(device)) if dtype == torch.float32 else "ieee"
+    block = [1, 1, rows, dim]
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors)  # pyright: ignore
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it this one."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+@contextmanager
+def fitting(kernel: str, problem: Problem, features: Iterable[str], tile: int = 128) -> Iterator[None]:
+    """Within it a launch of a kernel by the launch table runs, or raises BackendUnavailableError with its row.
+
+    Every row fits the cards that it was compiled for (bench/aot.py); others may have less.
+    """
+    try:
+        yield
+    except OutOfResources as error:
+        q = problem.q
+        arch = architecture(q.device)
+        row = row_of(arch, q.dtype, q.shape[-1], tile, kernel, features)
+        named = ", ".join(f"{name} {value!r}" for name, value in row._asdict().items())
+        raise BackendUnavailableError(
+            f"backend 'triton' needs {error.required} of {error.name} for the row of launch_table.json with {named} "
+            f"(found {error.limit} on {arch}): use backend='torch'"
+        ) from error

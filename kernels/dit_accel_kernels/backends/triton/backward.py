@@ -1,14 +1,16 @@
 """Gradients through tile lists on Triton: of Q along query tiles, of K and V along key tiles, without atomics.
 
-Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row. One program then owns a
-block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query heads that share its
-key head: every number is written once, by one program that adds in a fixed order, so gradients are deterministic by
-construction. Pooled columns get their gradients in a kernel of their own, 32 tiles at a time over a bitmap of the
-lists; where grad_k and grad_v are written they are spread over the tile's valid tokens by its true length.
+Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row, in float32 without rounding
+in between: where one key has nearly all weight, grad_out v' - delta is a small difference of large numbers. One
+program then owns a block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query
+heads that share its key head: every number is written once, by one program that adds in a fixed order, so gradients are
+deterministic by construction. Pooled columns get their gradients in a kernel of their own, 32 tiles at a time over a
+bitmap of the lists; where grad_k and grad_v are written they are spread over the tile's valid tokens by true length.
 """
 
-# pyright: reportCallIssue=false
-# (launches take options that no kernel declares)
+# Device code is typed by Triton's compiler:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.attend import check, on_device
+from dit_accel_kernels.backends.triton.attend import check, fitting, on_device
 from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
-from dit_accel_kernels.backends.triton.delta import _delta_kernel
-from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, may_pool, static_lists
-from dit_accel_kernels.backends.triton.fitting import fitting
+from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, static_lists
 from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
+from dit_accel_kernels.backends.triton.loads import _load_part
 from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
 from dit_accel_kernels.backends.triton.pool import pool
 from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
@@ -32,6 +34,51 @@ from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import LOG2_E, narrows
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
+
+
+@triton.jit
+def _add_exactly(a, rest_a, b, rest_b):
+    """The sum of two numbers with rests that are too small for them, and the rest of the sum (Knuth's two-sum)."""
+    total = a + b
+    part = total - a
+    return total, rest_a + rest_b + ((a - (total - part)) + (b - part))
+
+
+@triton.jit
+def _dot_exactly(a, b):
+    """Dot products of the rows of two float32 matrices with one rounding in all."""
+    product = a * b
+    total, rest = tl.reduce((product, tl.fma(a, b, -product)), 1, _add_exactly)
+    return total + rest
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, delta_ptr, base_ptr,  # the last four [B, H, S_q]
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, heads, num_q,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Delta of every row, and its LSE as `_weights` takes it: +inf for rows without a key, for weights of 0."""
+    blocks = tl.cdiv(num_q, BLOCK)
+    bh, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    row = first + tl.arange(0, BLOCK)
+    live = row < num_q
+    out = _load_part(out_ptr + b * stride_ob + h * stride_oh, row, live, stride_os, True, 0, BLOCK_D, DIM)
+    grad = _load_part(grad_ptr + b * stride_gb + h * stride_gh, row, live, stride_gs, True, 0, BLOCK_D, DIM)
+    at = bh.to(tl.int64) * num_q + row
+    if out_ptr.dtype.element_ty == tl.float32:
+        delta = _dot_exactly(out, grad)
+    else:
+        delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + at, mask=live, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=live, other=0.0)
+    if out_ptr.dtype.element_ty != tl.float32:
+        lse *= 1.4426950408889634
+    empty = lse == float("-inf")
+    tl.store(delta_ptr + at, tl.where(empty, 0.0, delta), mask=live)
+    tl.store(base_ptr + at, tl.where(empty, float("inf"), lse), mask=live)
 
 
 def features_of(problem: Problem) -> tuple[str, ...]:
@@ -77,7 +124,8 @@ def _attend_backward(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` of batches and heads that are computed together."""
-    q, k, v, out, grad_out = (_rows(x) for x in (problem.q, problem.k, problem.v, out, grad_out))
+    tensors = (problem.q, problem.k, problem.v, out, grad_out)
+    q, k, v, out, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     features = features_of(problem)
     dq, dkdv, pooled = (  # fp32 is full fp32, without tensor cores: splitting its operands would spill
@@ -90,7 +138,7 @@ def _attend_backward(
         rows = row_plan(problem)
         lists = static_lists(problem, rows)
         means: tuple[Tensor | None, ...] = (None, None, None)
-        if may_pool(problem):
+        if problem.may_pool:
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=rows.valid)
         norm = torch.empty_like(base) if q.dtype == torch.float32 else None
         shared = (q, k, v, grad_out, base, delta, norm)
@@ -106,11 +154,6 @@ def _attend_backward(
         with fitting("dkdv", problem, features):
             _key_grads(problem, rows, columns, shared, mean_grads, grads[1:], dkdv, block_q)
     return grads[0], grads[1], grads[2]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor with contiguous rows, copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _delta(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:

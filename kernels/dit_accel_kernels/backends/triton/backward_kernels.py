@@ -103,17 +103,17 @@ def _dq_kernel(
     q_tile = tl.load(q_order_ptr + lists + part // SUBS_Q)
     if stride_ib is not None:
         lists = bh.to(tl.int64) * q_tiles
-        own = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
-        indices_ptr += own
+        entries = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
+        indices_ptr += entries
         if entry_t_ptr is not None:
-            entry_t_ptr += own
+            entry_t_ptr += entries
     bounds_ptr += (lists + q_tile) * 6
     batch, head = b.to(tl.int64), h.to(tl.int64)
     k_ptr += batch * stride_kb + hk * stride_kh
     v_ptr += batch * stride_vb + hk * stride_vh
-    place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token = q_tile * TILE_Q + place
-    live = (place < TILE_Q) & (token < num_q)
+    offset = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    token = q_tile * TILE_Q + offset
+    live = (offset < TILE_Q) & (token < num_q)
     q_row = _token_rows(token, live, token_order_ptr)
     q = _load_part(q_ptr + batch * stride_qb + head * stride_qh, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
     grad = _load_part(grad_ptr + batch * stride_ob + head * stride_oh, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
@@ -148,9 +148,9 @@ def _dq_kernel(
 
     total = tl.sum(totals, 1)
     for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
-        k_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-        key = tl.load(indices_ptr + n // SUBS_S) * TILE_K + k_place
-        here = (k_place < TILE_K) & (key < num_k)
+        k_offset = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = tl.load(indices_ptr + n // SUBS_S) * TILE_K + k_offset
+        here = (k_offset < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
         k_row = _token_rows(key, here, token_order_ptr)
@@ -201,7 +201,7 @@ def _dq_kernel(
 
 @triton.jit
 def _add_key_grads(
-    dk, dv, k, v, q, grad, t, scale, share, base, norm, delta, DECAY: tl.constexpr, SHARED: tl.constexpr,
+    dk, dv, k, v, q, grad, t, scale, head_scale, base, norm, delta, DECAY: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v after one more chunk of query rows; rows that are missing come with base = inf."""
@@ -210,7 +210,7 @@ def _add_key_grads(
     natural: tl.constexpr = q.dtype == tl.float32
     p, grad_s = _weights(x, t, base[None, :], norm, grad_p, delta[None, :], DECAY, natural)
     if SHARED:
-        grad_s *= share
+        grad_s *= head_scale
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     dk = tl.dot(grad_s.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -239,9 +239,9 @@ def _dkdv_kernel(
     b, hk = bh // key_heads, bh % key_heads
     batch = b.to(tl.int64)
     k_tile = tl.load(order_ptr + (b * stride_nb + hk * stride_nh).to(tl.int64) * k_tiles + part // SUBS_K)
-    place = part % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    key = k_tile * TILE_K + place
-    here = (place < TILE_K) & (key < num_k)
+    offset = part % SUBS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = k_tile * TILE_K + offset
+    here = (offset < TILE_K) & (key < num_k)
     k_row = _token_rows(key, here, token_order_ptr)
     valid = here
     if valid_ptr is not None:
@@ -256,9 +256,9 @@ def _dkdv_kernel(
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):
-        share = 1.0
+        head_scale = 1.0
         if head_scale_ptr is not None:
-            share = tl.load(head_scale_ptr + b * stride_hb + h)
+            head_scale = tl.load(head_scale_ptr + b * stride_hb + h)
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         bh_rows = (batch * heads + h) * num_q
@@ -282,13 +282,13 @@ def _dkdv_kernel(
             if entry_t_ptr is not None:
                 t = tl.load(head_t_ptr + n // SUBS_Q)
             dk, dv = _add_key_grads(
-                dk, dv, k, v, q, grad, t, scale * share, share, base, norm, delta, entry_t_ptr is not None,
+                dk, dv, k, v, q, grad, t, scale * head_scale, head_scale, base, norm, delta, entry_t_ptr is not None,
                 head_scale_ptr is not None, PRECISION,
             )  # fmt: skip
         for n in tl.range(end_plain * SUBS_S, end * SUBS_S, num_stages=1):
-            q_place = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-            token = tl.load(head_q_tiles_ptr + n // SUBS_S) * TILE_Q + q_place
-            live = (q_place < TILE_Q) & (token < num_q)
+            q_offset = n % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+            token = tl.load(head_q_tiles_ptr + n // SUBS_S) * TILE_Q + q_offset
+            live = (q_offset < TILE_Q) & (token < num_q)
             q_row = _token_rows(token, live, token_order_ptr)
             q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
@@ -301,7 +301,7 @@ def _dkdv_kernel(
                 q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                 t = _pair_decay(q_frame[None, :], k_frame[:, None], table_ptr, table_last)
             dk, dv = _add_key_grads(
-                dk, dv, k, v, q, grad, t, scale * share, share, base, norm, delta, table_ptr is not None,
+                dk, dv, k, v, q, grad, t, scale * head_scale, head_scale, base, norm, delta, table_ptr is not None,
                 head_scale_ptr is not None, PRECISION,
             )  # fmt: skip
 
@@ -350,9 +350,9 @@ def _pooled_dkdv_kernel(
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):
-        share = 1.0
+        head_scale = 1.0
         if head_scale_ptr is not None:
-            share = tl.load(head_scale_ptr + b * stride_hb + h)
+            head_scale = tl.load(head_scale_ptr + b * stride_hb + h)
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         bh_rows = (batch * heads + h) * num_q
@@ -360,9 +360,9 @@ def _pooled_dkdv_kernel(
         for n in tl.range(0, q_tiles * SUBS_Q, num_stages=1):
             bits = tl.load(group_ptr + n // SUBS_Q * words)
             if bits != 0:
-                place = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                token = n // SUBS_Q * TILE_Q + place
-                live = (place < TILE_Q) & (token < num_q)
+                offset = n % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                token = n // SUBS_Q * TILE_Q + offset
+                live = (offset < TILE_Q) & (token < num_q)
                 q_row = _token_rows(token, live, token_order_ptr)
                 q = _load_part(head_q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
                 grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_D, DIM)
@@ -377,11 +377,11 @@ def _pooled_dkdv_kernel(
                     q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                     at = (q_frame[None, :] + 1) * k_tiles + k_tile[:, None]
                     t = tl.load(pooled_t_ptr + at, mask=inside[:, None], other=1.0)
-                x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * share)
+                x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * head_scale)
                 grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                 p, grad_s = _weights(x, t, mass, norm, grad_p, delta[None, :], pooled_t_ptr is not None, NATURAL)
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-                dk = tl.dot((grad_s * share).to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = tl.dot((grad_s * head_scale).to(q.dtype), q, dk, input_precision=PRECISION)
 
     _store_part(dk_mean_ptr + means, k_tile, inside, DIM, dk * (scale * _unit(NATURAL)), 0, BLOCK_D, DIM)
     _store_part(dv_mean_ptr + means, k_tile, inside, DIM, dv, 0, BLOCK_D, DIM)

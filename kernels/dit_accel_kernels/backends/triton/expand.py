@@ -21,14 +21,12 @@ from torch import Tensor
 
 from dit_accel_kernels.backends.triton.plan import RowPlan
 from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bits_of
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.problem import Problem
+from dit_accel_kernels.problem import Problem, by_head
 from dit_accel_kernels.selection import words_of
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere
 NUM_WARPS = 4
-_BITS: StorageCache[Tensor] = StorageCache()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -66,9 +64,9 @@ def _stays(k_tile, inside, keep_ptr, pinned_ptr, route_ptr):
 def _append(out_ptr, end, value, chosen):
     """Write the chosen values one after another from `end` on; the new end, and where the values went."""
     count = chosen.to(tl.int32)
-    place = end + tl.cumsum(count, 0) - 1
-    tl.store(out_ptr + place, value, mask=chosen)
-    return end + tl.sum(count, 0), place
+    position = end + tl.cumsum(count, 0) - 1
+    tl.store(out_ptr + position, value, mask=chosen)
+    return end + tl.sum(count, 0), position
 
 
 _INTEGERS = (
@@ -88,22 +86,22 @@ def _expand_kernel(
     """Lists and bits of one query tile of one head; strides are those of Lists, and of list sets before them."""
     bh, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    place = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
     bounds_ptr += ((b * stride_gb + h * stride_gh) * q_tiles + q_tile) * 6
-    own = ((b * stride_sb + h * stride_sh) * q_tiles + q_tile) * words
-    static_ptr += own
+    row = ((b * stride_sb + h * stride_sh) * q_tiles + q_tile) * words
+    static_ptr += row
     if pooled_ptr is not None:
-        pooled_ptr += own
-    out_bounds_ptr += place * 6
-    exact_ptr += place * words
+        pooled_ptr += row
+    out_bounds_ptr += program * 6
+    exact_ptr += program * words
     if keep_ptr is not None:
-        keep_ptr += place * words
+        keep_ptr += program * words
     if pinned_ptr is not None:
         pinned_ptr += q_tile.to(tl.int64) * words
     if route_ptr is not None:
-        route_ptr += place * words
+        route_ptr += program * words
     if out_pooled_ptr is not None:
-        out_pooled_ptr += place * words
+        out_pooled_ptr += program * words
     pooled_first, pooled_end = words, 0
     for first in range(0, words, 32):
         word = first + tl.arange(0, 32)
@@ -162,39 +160,21 @@ def static_lists(problem: Problem, plan: RowPlan) -> Lists:
     )
 
 
-def static_bits(problem: Problem) -> Tensor:
-    """The exact lists as bits int32 [G, NQ, W], remembered as long as they live; not to be written to."""
-    offsets, indices, tiles = problem.exact_offsets, problem.exact_indices, problem.key_tiles
-    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
-
-
 def _pooled_bits(problem: Problem) -> Tensor | None:
-    """The pooled lists as bits int32 [G, NQ, W], remembered like the exact ones; None without any."""
-    offsets, indices, tiles = problem.pooled_offsets, problem.pooled_indices, problem.key_tiles
-    if offsets is None or indices is None:
-        return None
-    return _BITS.get([offsets, indices], (tiles,), lambda: bits_of(offsets, indices, tiles))
+    """The pooled lists as bits int32 [G, NQ, W]; None without any."""
+    offsets, indices = problem.pooled_offsets, problem.pooled_indices
+    return None if offsets is None or indices is None else bits_of(offsets, indices, problem.key_tiles)
+
+
+def _exact_bits(problem: Problem) -> Tensor:
+    return bits_of(problem.exact_offsets, problem.exact_indices, problem.key_tiles)
 
 
 def bits_of_lists(problem: Problem) -> Tensor:
     """A copy of the exact lists as bits of every batch and head, int32 [B, H, NQ, W]."""
-    return _of_every_head(problem, static_bits(problem)).clone(memory_format=torch.contiguous_format)
-
-
-def _of_every_head(problem: Problem, bits: Tensor) -> Tensor:
-    """Bits of list sets [G, NQ, W] as a view [B, H, NQ, W]."""
     batch, heads = problem.q.shape[:2]
-    bits = bits[None] if bits.shape[0] in (1, heads) else bits.unflatten(0, (batch, heads))
-    return bits.expand(batch, heads, -1, -1)
-
-
-def may_pool(problem: Problem) -> bool:
-    """Whether a call can have pooled tiles."""
-    selection = problem.selection
-    if problem.pooled_indices is not None or selection is None:
-        return problem.pooled_indices is not None
-    routes = selection.routing is not None or selection.routed is not None
-    return routes or (selection.keep is not None and selection.rest == "pooled")
+    bits = by_head(_exact_bits(problem), heads).expand(batch, heads, -1, -1)
+    return bits.clone(memory_format=torch.contiguous_format)
 
 
 def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[Lists, Tensor]:
@@ -208,7 +188,6 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     words = words_of(problem.key_tiles)
     keep = None if selection.keep is None else selection.keep.contiguous()
     pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    own = plan.list_strides
     (stride_b, stride_h), copies = _copies(*plan.strides, batch, heads)
     entries = plan.indices.numel() - 2
     indices = plan.indices.new_empty(copies * entries + 2)
@@ -216,10 +195,10 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[List
     strides = (stride_b * entries, stride_h * entries)
     bounds = plan.bounds.new_empty(batch * heads, q_tiles, 6)
     exact = indices.new_empty(batch, heads, q_tiles, words)
-    pooled = torch.empty_like(exact) if may_pool(problem) else None
+    pooled = torch.empty_like(exact) if problem.may_pool else None
     _expand_kernel[(batch * heads * q_tiles,)](
-        plan.indices, plan.bounds, plan.entry_t, static_bits(problem), _pooled_bits(problem), keep, pinned, routed,
-        indices, bounds, entry_t, pooled, exact, *plan.strides, *own, *strides, heads, q_tiles, words,
+        plan.indices, plan.bounds, plan.entry_t, _exact_bits(problem), _pooled_bits(problem), keep, pinned, routed,
+        indices, bounds, entry_t, pooled, exact, *plan.strides, *plan.list_strides, *strides, heads, q_tiles, words,
         POOL_REST=selection.rest == "pooled", BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     lists = Lists(
@@ -268,17 +247,17 @@ def expand_columns(problem: Problem, plan: ColumnPlan, exact: Tensor) -> ColumnP
     `exact` int32 [B, H, NQ, W], as `expand` returns it.
     """
     batch, heads, q_tiles, words = exact.shape
-    k_tiles, entries, own = problem.key_tiles, plan.q_tiles.numel(), plan.strides
-    share, copies = _copies(*own, batch, heads)
-    strides = (share[0] * entries, share[1] * entries)
-    left = plan.q_tiles.new_empty(copies * entries)
+    k_tiles, entries = problem.key_tiles, plan.q_tiles.numel()
+    (stride_b, stride_h), copies = _copies(*plan.strides, batch, heads)
+    strides = (stride_b * entries, stride_h * entries)
+    rest = plan.q_tiles.new_empty(copies * entries)
     entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(copies * entries)
     bounds = plan.bounds.new_empty(batch * heads, k_tiles, 3)
     _expand_columns_kernel[(batch * heads * k_tiles,)](
-        plan.q_tiles, plan.bounds, plan.entry_t, exact, left, bounds, entry_t, *own, *strides,
+        plan.q_tiles, plan.bounds, plan.entry_t, exact, rest, bounds, entry_t, *plan.strides, *strides,
         heads, q_tiles, k_tiles, words, BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return replace(plan, q_tiles=left, bounds=bounds, entry_t=entry_t, strides=(heads, 1), entry_strides=strides)
+    return replace(plan, q_tiles=rest, bounds=bounds, entry_t=entry_t, strides=(heads, 1), entry_strides=strides)
 
 
 def _copies(stride_b: int, stride_h: int, batch: int, heads: int) -> tuple[tuple[int, int], int]:

@@ -239,9 +239,9 @@ def _fwd_kernel(
     k_ptr += batch * stride_kb + hk.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + hk.to(tl.int64) * stride_vh
 
-    place = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token = q_tile * TILE_Q + place
-    live, q_row = (place < TILE_Q) & (token < num_q), token
+    offset = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    token = q_tile * TILE_Q + offset
+    live, q_row = (offset < TILE_Q) & (token < num_q), token
     if token_order_ptr is not None:
         q_row = tl.load(token_order_ptr + token, mask=live, other=0)
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
@@ -259,8 +259,8 @@ def _fwd_kernel(
     m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM, D1, D2)
     if VOTE is not None:
         words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
-        word, left = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
-        state, left = _begin(left, m, vote_threshold, VOTE)
+        word, limit = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
+        state, limit = _begin(limit, m, vote_threshold, VOTE)
 
     origin = 0 if step > 0 else end_plain * SUBS_K - 1
     ahead = tl.load(indices_ptr + origin // SUBS_K)
@@ -276,8 +276,8 @@ def _fwd_kernel(
         p, alpha = tl.exp2(x * scale - m_new[:, None]), tl.exp2(m - m_new)
         total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
         if VOTE is not None:
-            word, state, left = _vote(
-                word, state, left, 0, n, top, m, m_new, alpha, mass, total, vote_threshold, words_ptr, live,
+            word, state, limit = _vote(
+                word, state, limit, 0, n, top, m, m_new, alpha, mass, total, vote_threshold, words_ptr, live,
                 VOTE, SUBS_K, False,
             )  # fmt: skip
         m = m_new
@@ -299,20 +299,20 @@ def _fwd_kernel(
             p, alpha = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None])), tl.exp2(m - m_new)
             total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
             if VOTE is not None:
-                word, state, left = _vote(
-                    word, state, left, end_plain, n, top, m, m_new, alpha, mass, total, vote_threshold,
+                word, state, limit = _vote(
+                    word, state, limit, end_plain, n, top, m, m_new, alpha, mass, total, vote_threshold,
                     words_ptr, live, VOTE, SUBS_K, False,
                 )  # fmt: skip
             m = m_new
 
     if VOTE is not None:
-        state, left = _begin(left, m, vote_threshold, VOTE)
+        state, limit = _begin(limit, m, vote_threshold, VOTE)
     origin = end_constant * SUBS_S if step > 0 else end_slow * SUBS_S - 1
     for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
         position = origin + n * step
-        k_place = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-        key = tl.load(indices_ptr + position // SUBS_S) * TILE_K + k_place
-        here = (k_place < TILE_K) & (key < num_k)
+        k_offset = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
+        key = tl.load(indices_ptr + position // SUBS_S) * TILE_K + k_offset
+        here = (k_offset < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
         k_row = key
@@ -330,8 +330,8 @@ def _fwd_kernel(
         x = tl.where(here[None, :], x, float("-inf"))
         m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
         if VOTE is not None:
-            word, state, left = _vote(
-                word, state, left, end_constant, n, top, m, m_new, alpha, mass, total, vote_threshold,
+            word, state, limit = _vote(
+                word, state, limit, end_constant, n, top, m, m_new, alpha, mass, total, vote_threshold,
                 words_ptr, live, VOTE, SUBS_S, True,
             )  # fmt: skip
         m = m_new

@@ -147,7 +147,7 @@ def fp32_products(arch: str) -> str:
     """How products of fp32 are made: tf32x3 on NVIDIA, plain fp32 ("ieee") elsewhere.
 
     Three tf32 products come close to fp32 and run on tensor cores, which have no fp32 there; AMD's matrix cores have
-    it, and Triton's interpreter computes in fp32 whatever it is told.
+    it, and Triton's interpreter computes in fp32 in any case.
     """
     return "tf32x3" if arch.startswith("sm_") else "ieee"
 

@@ -59,10 +59,10 @@ def row_plan(problem: Problem) -> RowPlan:
 def _build(problem: Problem) -> RowPlan:
     batch, heads = problem.q.shape[:2]
     sets, q_tiles = problem.exact_offsets.shape[0], problem.query_tiles
-    offsets, indices, pooled = problem.exact_offsets.long(), problem.exact_indices, _pooled_range(problem)
+    indices, pooled = problem.exact_indices, _pooled_range(problem)
     valid, decay = problem.features_in_tiled_order()
     strides = call_strides = list_strides(problem, heads)
-    entry_row = row_of_entry(offsets, indices.numel())
+    entry_row = row_of_entry(problem.exact_offsets, indices.numel())
     entry_t = pooled_t = None
     if decay is not None:
         entry_t = decay_of_tiles(problem, decay)[entry_row % q_tiles, indices.long()].nan_to_num(1.0)
@@ -75,14 +75,12 @@ def _build(problem: Problem) -> RowPlan:
             entry_row = (entry_row + sets * q_tiles * torch.arange(batch, device=indices.device)[:, None]).flatten()
             indices = indices.repeat(batch)
             entry_t = None if entry_t is None else entry_t.repeat(batch)
-            offsets = torch.cat([offsets + b * problem.exact_indices.numel() for b in range(batch)])
             pooled = pooled.repeat(batch, 1, 1)
             strides, sets = (sets, call_strides[1]), sets * batch
         entry_batch = entry_row // q_tiles * batch // sets
     section = sections_of(problem)[entry_batch, entry_row % q_tiles, indices.long()].long()
-    bounds, order = _sort(section, entry_row, sets * q_tiles)
-    begin = offsets[:, :-1].reshape(-1, 1) + 1
-    bounds = torch.cat([begin, begin + bounds], 1).unflatten(0, (sets, q_tiles))
+    order, edges = grouped(entry_row, section, sets * q_tiles, 4)
+    bounds = edges[:-1].view(sets, q_tiles, 4) + 1
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + pooled[..., 1] - pooled[..., 0]
     return RowPlan(
         indices=_padded(indices[order]),
@@ -122,8 +120,10 @@ def _padded(entries: Tensor) -> Tensor:
     return torch.nn.functional.pad(entries, (1, 1))
 
 
-def _sort(section: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Ends of the first three sections of each row, relative to its start, int64 [rows, 3], and the entries' order."""
-    key = row * 4 + section
-    counts = torch.zeros(rows * 4, dtype=torch.int64, device=key.device).scatter_add_(0, key, torch.ones_like(key))
-    return counts.view(rows, 4)[:, :3].cumsum(1), key.argsort(dim=0, stable=True)
+def grouped(owner: Tensor, section: Tensor, owners: int, sections: int) -> tuple[Tensor, Tensor]:
+    """Entries sorted by owner and section, stable otherwise: their order, and where each section of each owner begins.
+
+    `owner` and `section` int64 or bool [nnz]; the order int64 [nnz], the positions int64 [owners * sections + 1].
+    """
+    by_key, order = torch.sort(owner * sections + section, stable=True)
+    return order, torch.searchsorted(by_key, torch.arange(owners * sections + 1, device=owner.device))

@@ -35,9 +35,9 @@ def _pool_kernel(
     v_sum = tl.zeros([BLOCK_D], tl.float32)
     length = 0.0
     for first in range(0, TILE_K, BLOCK_N):
-        place = first + tl.arange(0, BLOCK_N)
-        token = k_tile * TILE_K + place
-        live = (place < TILE_K) & (token < num_k)
+        offset = first + tl.arange(0, BLOCK_N)
+        token = k_tile * TILE_K + offset
+        live = (offset < TILE_K) & (token < num_k)
         if valid_ptr is not None:
             live &= tl.load(valid_ptr + b * num_k + token, mask=live, other=0) > 0
         row = token

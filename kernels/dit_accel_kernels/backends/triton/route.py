@@ -5,7 +5,7 @@ approximation, and their column means as scores. The column mean of Q mean(K)^T 
 mean(Q) . mean(K), so this pre-pass needs the mean queries only, 1 / block_q of those products; the attention loops stay
 free of branches and of an order, block_q may be anything, and keep bits, masks and decay compose. Three kernels: mean
 queries, statistics of the mean keys' channels, and scores, which never leave the program. `routing_scores` in
-selection.py is the specification; sums are float32.
+states.py is the specification; sums are float32.
 """
 
 # Device code is typed by Triton's compiler:
@@ -40,9 +40,9 @@ def _query_mean_kernel(
     columns = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, TILE_Q, BLOCK_N):
-        place = first + tl.arange(0, BLOCK_N)
-        token = q_tile * TILE_Q + place
-        live = (place < TILE_Q) & (token < num_q)
+        offset = first + tl.arange(0, BLOCK_N)
+        token = q_tile * TILE_Q + offset
+        live = (offset < TILE_Q) & (token < num_q)
         q_row = token
         if token_order_ptr is not None:
             q_row = tl.load(token_order_ptr + token, mask=live, other=0)
@@ -118,10 +118,10 @@ def _route_kernel(
     words = (k_tiles + 31) // 32
     columns = tl.arange(0, BLOCK_D)
     q_tile = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    place = bh.to(tl.int64) * q_tiles + q_tile
+    row = bh.to(tl.int64) * q_tiles + q_tile
     live = q_tile < q_tiles
     q = tl.load(
-        q_mean_ptr + place[:, None] * DIM + columns[None, :], mask=live[:, None] & (columns < DIM)[None, :], other=0.0
+        q_mean_ptr + row[:, None] * DIM + columns[None, :], mask=live[:, None] & (columns < DIM)[None, :], other=0.0
     )
     if head_scale_ptr is not None:
         q *= tl.load(head_scale_ptr + b * stride_hb + h)
@@ -150,7 +150,7 @@ def _route_kernel(
         above = tl.dot(q, tl.trans(k), input_precision=PRECISION) > threshold[:, None]
         above &= (k_tile < k_tiles)[None, :]
         chosen = tl.sum(above.to(tl.int32) << bit[None, :], 1)
-        tl.store(bits_ptr + place * words + word, chosen, mask=live)
+        tl.store(bits_ptr + row * words + word, chosen, mask=live)
 
 
 def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length: Tensor, precision: str) -> Tensor:

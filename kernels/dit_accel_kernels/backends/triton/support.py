@@ -47,5 +47,5 @@ def _interpreter_problem(dtype: torch.dtype | None) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton is told to interpret its kernels on the CPU, for tests."""
+    """Whether Triton is set to interpret its kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import list_strides
+from dit_accel_kernels.backends.triton.plan import grouped, list_strides
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.sections import decay_of_tiles
@@ -42,6 +42,7 @@ class ColumnPlan:
 
 
 _CACHE: StorageCache[ColumnPlan] = StorageCache()
+_BITS: StorageCache[Tensor] = StorageCache()
 
 
 def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
@@ -68,8 +69,8 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
         assert decay is not None
         t = decay_of_tiles(problem, decay)[q_tile, indices]
         masked |= t.isnan()
-    order, bounds = transpose(list_set * k_tiles + indices, masked, sets * k_tiles)
-    bounds = bounds.view(sets, k_tiles, 3)
+    order, edges = grouped(list_set * k_tiles + indices, masked, sets * k_tiles, 2)
+    bounds = torch.stack([edges[:-1:2], edges[1::2], edges[2::2]], -1).view(sets, k_tiles, 3)
     repeat = 1 if sets == 1 else problem.q.shape[1] // problem.k.shape[1]
     work = (bounds[..., 2] - bounds[..., 0]).view(sets // repeat, repeat, k_tiles).sum(1)
     return ColumnPlan(
@@ -82,25 +83,16 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     )
 
 
-def transpose(owner: Tensor, last: Tensor, owners: int) -> tuple[Tensor, Tensor]:
-    """Entries sorted by owner, those marked `last` at the end of each; stable otherwise.
-
-    Args:
-        owner: int64 [nnz], whose list an entry goes to.
-        last: bool [nnz].
-        owners: number of owners N.
-
-    Returns:
-        The order, int64 [nnz], and int64 [N, 3]: start, start of the `last` ones, end.
-    """
-    by_key, order = torch.sort(owner * 2 + last, stable=True)
-    edges = torch.searchsorted(by_key, torch.arange(2 * owners + 1, device=owner.device))
-    return order, torch.stack([edges[:-1:2], edges[1::2], edges[2::2]], -1)
-
-
 def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
-    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j."""
-    sets, rows = offsets.shape[0], offsets.shape[1] - 1
-    chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
-    chosen[row_of_entry(offsets.long(), indices.numel()), indices.long()] = True
-    return pack_bits(chosen).view(sets, rows, -1)
+    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j.
+
+    They are remembered as long as the lists live, and not to be written to.
+    """
+
+    def build() -> Tensor:
+        sets, rows = offsets.shape[0], offsets.shape[1] - 1
+        chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
+        chosen[row_of_entry(offsets, indices.numel()), indices.long()] = True
+        return pack_bits(chosen).view(sets, rows, -1)
+
+    return _BITS.get([offsets, indices], (tiles,), build)

@@ -49,23 +49,23 @@ def _store_rest(words_ptr, visits, word, live):
 
 
 @triton.jit
-def _slack(state, left, total, threshold, VOTE: tl.constexpr, MASKED: tl.constexpr):
-    """What rows could miss and still not need a tile, negative where they need it; and what is left of a budget.
+def _slack(state, limit, total, threshold, VOTE: tl.constexpr, MASKED: tl.constexpr):
+    """What rows could miss and still not need a tile, negative where they need it; and what is left of the limit.
 
-    `state` and `left` are as in _vote after the tile, `total` the row sum with it. Without MASKED every row has a key
+    `state` and `limit` are as in _vote after the tile, `total` the row sum with it. Without MASKED every row has a key
     in every chunk.
     """
     if VOTE == "maxgap":
         if MASKED:  # a difference of two infinities may have any sign
-            return tl.where(state > left, -1.0, 1.0), left
-        return left - state, left
+            return tl.where(state > limit, -1.0, 1.0), limit
+        return limit - state, limit
     if VOTE == "mass":
-        return threshold * total - state, left
+        return threshold * total - state, limit
     if MASKED:
         total = tl.maximum(total, 1.1754943508222875e-38)
     root = tl.rsqrt(total)  # one instruction where a division takes many
-    slack = left - state * root * root
-    bits = tl.minimum(slack.to(tl.uint32, bitcast=True), left.to(tl.uint32, bitcast=True))  # `left` if slack < 0
+    slack = limit - state * root * root
+    bits = tl.minimum(slack.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True))  # `limit` if slack < 0
     return slack, bits.to(tl.float32, bitcast=True)
 
 
@@ -79,42 +79,42 @@ def _settle(word, slack, tile, words_ptr, live):
 
 
 @triton.jit
-def _begin(left, m, threshold, VOTE: tl.constexpr):
-    """`state` and `left`, as in _vote, before the first chunk of a tile."""
+def _begin(limit, m, threshold, VOTE: tl.constexpr):
+    """`state` and `limit`, as in _vote, before the first chunk of a tile."""
     if VOTE == "maxgap":
         bar = m + threshold
         return bar, bar
-    return tl.zeros(m.shape, tl.float32), left
+    return tl.zeros(m.shape, tl.float32), limit
 
 
 @triton.jit
 def _vote(
-    word, state, left, first, n, top, m, m_new, alpha, mass, total, threshold, words_ptr, live,
+    word, state, limit, first, n, top, m, m_new, alpha, mass, total, threshold, words_ptr, live,
     VOTE: tl.constexpr, SUBS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Need bits, state and budget after chunk n of a loop whose first tile is visit `first`.
 
     A tile has SUBS chunks; `top` and `mass` are the chunk's largest base-2 logit and sum of weights, `m` and `m_new`
     the maximum before and after it, `alpha` what it shrinks earlier weights by, `total` the row sum with it. "maxgap":
-    `left` is the bar that the tile's largest logit must exceed, `state` the higher of both so far. "mass", "budget":
-    `state` is the tile's mass so far, `left` the share that a row may still vote down. Where a tile takes several
+    `limit` is the bar that the tile's largest logit must exceed, `state` the higher of both so far. "mass", "budget":
+    `state` is the tile's mass so far, `limit` the share that a row may still vote down. Where a tile takes several
     chunks, all that is not their sum or maximum waits for the last one, behind a branch.
     """
     if SUBS == 1:
         if VOTE == "maxgap":
-            left = m + threshold
-        slack, left = _slack(top if VOTE == "maxgap" else mass, left, total, threshold, VOTE, MASKED)
+            limit = m + threshold
+        slack, limit = _slack(top if VOTE == "maxgap" else mass, limit, total, threshold, VOTE, MASKED)
         word = _settle(word, slack, first + n, words_ptr, live)
     else:
         state = tl.maximum(state, top) if VOTE == "maxgap" else state * alpha + mass
         if n % SUBS == SUBS - 1:
-            slack, left = _slack(state, left, total, threshold, VOTE, MASKED)
+            slack, limit = _slack(state, limit, total, threshold, VOTE, MASKED)
             word = _settle(word, slack, first + n // SUBS, words_ptr, live)
             if VOTE == "maxgap":
-                state, left = _begin(left, m_new, threshold, VOTE)
+                state, limit = _begin(limit, m_new, threshold, VOTE)
             else:
                 state -= state  # not a constant, which would become a select in every turn
-    return word, state, left
+    return word, state, limit
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -126,12 +126,12 @@ def _fold_kernel(
     """Clear the kept bits of what no part of one query tile needs, the first visited and pinned key tiles aside."""
     bh, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
     b, h = bh // heads, bh % heads
-    place = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
     bounds_ptr += ((b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
     indices_ptr += start + b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
-    words_ptr += place * PARTS * words
-    kept_ptr += place * words
+    words_ptr += program * PARTS * words
+    kept_ptr += program * words
     for first in range(0, end_slow, BLOCK):
         visit = first + tl.arange(0, BLOCK)
         inside = visit < end_slow

@@ -1,5 +1,6 @@
-"""Scales of heads and frame decay as FlashAttention-4's `score_mod`: compiled by CuTe, and plain Python as well.
+"""FlashAttention-4's functions of single logits: compiled by CuTe, and plain Python as well.
 
+`mask_mod` tells which logits of a partial block count, `score_mod` applies scales of heads and frame decay.
 It is imported by the first call that needs it, since it needs flash-attn-4.
 """
 
@@ -9,6 +10,27 @@ It is imported by the first call that needs it, since it needs flash-attn-4.
 import cutlass
 import cutlass.cute as cute
 from flash_attn.cute import utils
+
+from dit_accel_kernels.backends.fa4.support import TILE
+
+WORD = 32 * TILE  # keys of a word of bits
+
+
+def _mask(block_q):
+    """The mask of tiles of so many queries, of `seen`, bits int32 [B, H, NQ, W], and `valid`, uint8 [B, S_k]."""
+
+    @cute.jit
+    def seen_and_valid(batch, head, query, key, sizes, aux_tensors):
+        seen, valid = aux_tensors[0], aux_tensors[1]
+        b, h, i, j = batch[0], head[0], query[0], key[0]
+        word = seen[b, h, i // block_q, j // WORD]
+        keep = ((word >> (j % WORD // TILE)) & 1) * valid[b, j]
+        return utils.scalar_to_ssa(keep != 0, cutlass.Boolean)
+
+    return seen_and_valid
+
+
+MASKS = {TILE: _mask(TILE), 2 * TILE: _mask(2 * TILE)}  # by queries of a tile; kernels are remembered by the function
 
 
 @cute.jit
