@@ -70,7 +70,7 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 
 suite-%: $(VENV)/.ready
 	$(BIN)/dit-accel eval run eval/suites/$*.toml --workers $(WORKERS)
-	$(BIN)/python -m dit_accel_eval.suites.plots eval/suites/$*.toml
+	$(BIN)/python eval/studies/suite_picture.py eval/suites/$*.toml
 
 run-%: $(VENV)/.ready
 	$(BIN)/dit-accel eval run eval/suites/$*.toml --workers $(WORKERS)

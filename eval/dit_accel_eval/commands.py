@@ -65,7 +65,7 @@ def run_suite(
     """
     from dit_accel_pipelines.processes.processes import started_process
 
-    from .runs.machine import Machine
+    from .runs.conditions import Machine
     from .runs.results import read_lines
     from .suites.job import Job
     from .suites.reference import default_cache
@@ -85,17 +85,12 @@ def run_suite(
 
 
 def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
-    """Run what a job's file does not hold yet, and show all.
-
-    Raises:
-        Exit: with code 1, where the budget did not hold all.
-    """
+    """Run what a job's file does not hold yet, and show all."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.results import read_lines
-    from .suites.compare import run
+    from .suites.compare import SuiteProgress, run
     from .suites.job import clips_of
-    from .suites.run_progress import SuiteProgress
 
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)

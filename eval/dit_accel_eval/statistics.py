@@ -6,6 +6,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+LEVEL, DRAWS = 0.95, 10_000
+"""Confidence of an interval; resamples of it, or choices of signs."""
+
 EXACT = 12
 """Clips up to which all signs are tried, 4096 of them."""
 
@@ -14,13 +17,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean and its confidence interval, in the unit of the values.
-
-    Attributes:
-        mean: the mean.
-        low: lower end.
-        high: upper end.
-    """
+    """A mean and its confidence interval, in the unit of the values."""
 
     mean: float
     low: float
@@ -29,17 +26,16 @@ class Interval:
     def __str__(self) -> str:
         return f"{self:}"
 
-    def __format__(self, sign: str) -> str:
-        return f"{self.mean:{sign}.2f} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
+    def __format__(self, spec: str) -> str:
+        spec = spec if "." in spec else f"{spec}.2f"  # a sign alone: two digits behind the point
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Return the mean of per-clip values with a percentile bootstrap interval (Efron 1979), seeded.
+def bootstrap(values: Sequence[float], *, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """Return the mean of per-clip values with its 95 % percentile bootstrap interval (Efron 1979), seeded.
 
     Args:
         values: one value per clip; for a paired comparison the difference of the two arms on that clip.
-        level: confidence level, in (0, 1).
-        draws: resamples.
         seed: of the resampling.
 
     Raises:
@@ -50,7 +46,7 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 10_0
     data = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = data[rng.integers(0, len(data), (draws, len(data)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean=float(data.mean()), low=float(low), high=float(high))
 
 
@@ -65,7 +61,6 @@ def paired_cell(
     Args:
         own: clip -> measures of the arm.
         others: the same of the arm that it is held against.
-        name: of the measure.
         scale: factor on the difference.
         ratio: whether to give the arm's over the other's instead.
     """
@@ -77,15 +72,13 @@ def paired_cell(
     return str(bootstrap(values)) + (f" ({len(values)})" if len(values) < len(both) else "")
 
 
-def sign_flips(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
+def sign_flips(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of a mean difference being 0, by flipping signs (Fisher 1935); in (0, 1].
 
-    Up to `EXACT` clips every choice of signs is tried, else ``draws`` of them and the one at hand.
+    Up to `EXACT` clips every choice of signs is tried, else `DRAWS` of them and the one at hand.
 
     Args:
         differences: of the two arms, one per clip.
-        draws: choices of signs.
-        seed: of the draws.
 
     Raises:
         ValueError: for no differences.
@@ -97,7 +90,7 @@ def sign_flips(differences: Sequence[float], *, draws: int = 10_000, seed: int =
         signs = 1 - 2 * ((np.arange(2 ** len(data))[:, None] >> np.arange(len(data))) & 1)
         more = 0
     else:
-        signs = np.random.default_rng(seed).choice([-1, 1], (draws, len(data)))
+        signs = np.random.default_rng(0).choice([-1, 1], (DRAWS, len(data)))
         more = 1
     found, least = np.abs(signs @ data), abs(data.sum()) * (1 - 1e-12)
     return float((np.sum(found >= least) + more) / (len(signs) + more))

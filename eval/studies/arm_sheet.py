@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.job import clips_of
 from dit_accel_eval.suites.suite import Suite, read_suite

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from study import study
 from torch import Tensor

@@ -1,8 +1,8 @@
 """Which caches lead furthest over fewer steps within a budget of work, among the arms of several suites."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from dit_accel_eval.runs.results import Line
+from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.comparison import FEWEST, ArmFigures, figures_of, verdict
 from dit_accel_eval.suites.suite import Suite
@@ -15,8 +15,8 @@ SHOWN = 2
 """Caches that are shown for a budget, the furthest ahead first."""
 
 
-def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> Iterator[str]:
-    """Give the Markdown table: for each model and budget the caches that lead furthest over UniPC of equal work.
+def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> str:
+    """Return the Markdown table: for each model and budget the caches that lead furthest over UniPC of equal work.
 
     Of each cache the arm with the largest lead stands. Leads are paired, clip by clip, so that arms of more and of
     fewer clips can stand beside each other.
@@ -24,17 +24,7 @@ def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> Iterator[str]:
     Args:
         measured: suites of one or several models, and what ran of each.
     """
-    heads = [
-        "model",
-        "budget",
-        "cache",
-        "clips",
-        "own work",
-        "PSNR to converged, dB",
-        "against UniPC at equal work, dB",
-    ]
-    yield f"| {' | '.join(heads)} |"
-    yield "|---" * len(heads) + "|"
+    heads, rows = "model | budget | cache | clips | own work | PSNR to converged, dB", []
     for model in dict.fromkeys(suite.model for suite, _ in measured):
         own = [(suite, lines) for suite, lines in measured if suite.model == model]
         arms = {arm.name: arm for suite, _ in own for arm in suite.arms if len(arm.methods) == 1}
@@ -42,8 +32,9 @@ def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> Iterator[str]:
         for budget in BUDGETS:
             for arm in leading(found, arms, budget):
                 ahead = arm.ahead["work"]
-                cells = [model, str(budget), arm.name, str(arm.clips), f"{arm.means['work']:.2f}", str(arm.psnr)]
-                yield f"| {' | '.join([*cells, f'{ahead:+} {verdict(ahead, arm.clips)}'])} |"
+                cells = (model, budget, arm.name, arm.clips, f"{arm.means['work']:.2f}", arm.psnr)
+                rows.append((*cells, f"{ahead:+} {verdict(ahead, arm.clips)}"))
+    return markdown_table(f"{heads} | against UniPC at equal work, dB", rows)
 
 
 def leading(found: Sequence[ArmFigures], arms: Mapping[str, Arm], budget: int) -> list[ArmFigures]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from dit_accel_assets import model_names
-from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
+from dit_accel_eval.runs.loaded import EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, markdown_table, read_lines
 from dit_accel_kernels import EXACT, TileLists
 from torch import Tensor, nn

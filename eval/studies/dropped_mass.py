@@ -12,7 +12,7 @@ import torch
 from diffusers import WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_assets.clips import clip_of
-from dit_accel_eval.runs.embedded import weights_hash
+from dit_accel_eval.runs.loaded import weights_hash
 from dit_accel_eval.runs.results import markdown_table
 from dit_accel_kernels import unpack_bits
 from study import study

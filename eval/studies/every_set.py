@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from dit_accel_assets import model_closeness, model_path
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
-from dit_accel_eval.runs.request import FIRST_PROMPT
+from dit_accel_eval.runs.loaded import FIRST_PROMPT, EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 from dit_accel_eval.statistics import bootstrap
 from dit_accel_eval.tune.head_search import Head, Job, rungs_of, search

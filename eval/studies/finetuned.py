@@ -20,9 +20,10 @@ from dit_accel_assets import model_defaults, model_score
 from dit_accel_eval.metrics.loops import loop
 from dit_accel_eval.metrics.motion import motion
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
-from dit_accel_eval.runs.results import Line, append_line, check_lines, latest, read_lines, write_lines
+from dit_accel_eval.runs.loaded import EmbeddedModel, weights_hash
+from dit_accel_eval.runs.results import Line, append_line, latest, markdown_table, read_lines, write_lines
 from dit_accel_eval.statistics import paired_cell
+from dit_accel_eval.suites.job import check_lines
 from dit_accel_pipelines.finetuning.checkpoint import latest as latest_checkpoint
 from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
@@ -198,14 +199,17 @@ def _judge(
 
 def table(experiment: Experiment, lines: Sequence[Line]) -> str:
     """Return the Markdown tables: the trainings, then the arms, each against the longer clips as they are."""
-    return "\n".join([*_trainings(experiment, lines), "", *_arms(experiment, lines)])
+    trained = "training | steps | density | loss, first and last quarter | seconds a step | times dense"
+    plain = next(arm.name for arm in experiment.arms if _is_plain(experiment, arm))
+    judged = "arm | clips | frames | score | motion x 1000 | sharpness x 1000 | loop | pairs computed"
+    judged += f" | paired difference to {plain}, points of the score | of the loop"
+    rows = markdown_table(judged, _arms(experiment, lines, plain))
+    return f"{markdown_table(trained, _trainings(experiment, lines))}\n\n{rows}"
 
 
-def _trainings(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
+def _trainings(experiment: Experiment, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     """Give the rows of the trainings; seconds are medians over the log, ratios those of the same turns."""
     by_name = {line["arm"]: line for line in lines if "log" in line}
-    yield "| training | steps | density | loss, first and last quarter | seconds a step | times dense |"
-    yield "|---" * 6 + "|"
     first: list[float] = []
     for name in experiment.trainings:
         line = by_name.get(_training(name))
@@ -217,19 +221,13 @@ def _trainings(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
         losses = [float(np.mean([entry["loss"] for entry in some])) for some in (log[:part], log[-part:])]
         yield (
-            f"| {name} | {log[-1]['step']} | {log[-1]['density']:.2f} | {losses[0]:.3f}, {losses[1]:.3f} "
-            f"| {statistics.median(seconds):.2f} | {ratio:.2f} |"
-        )
+            name, log[-1]["step"], f"{log[-1]['density']:.2f}", f"{losses[0]:.3f}, {losses[1]:.3f}",
+            f"{statistics.median(seconds):.2f}", f"{ratio:.2f}",
+        )  # fmt: skip
 
 
-def _arms(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
+def _arms(experiment: Experiment, lines: Sequence[Line], plain: str) -> Iterator[Sequence[object]]:
     """Give the rows of the arms."""
-    plain = next(arm.name for arm in experiment.arms if _is_plain(experiment, arm))
-    yield (
-        "| arm | clips | frames | score | motion x 1000 | sharpness x 1000 | loop | pairs computed | paired difference "
-        f"to {plain}, points of the score | of the loop |"
-    )
-    yield "|---" * 10 + "|"
     by_arm = {
         arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name and "clip" in line}
         for arm in experiment.arms
@@ -242,10 +240,10 @@ def _arms(experiment: Experiment, lines: Sequence[Line]) -> Iterator[str]:
         mean = {key: float(np.mean([line[key] for line in clips.values()])) for key in keys}
         others = by_arm[plain] if name in longer - {plain} else {}
         yield (
-            f"| {name} | {len(clips)} | {mean['frames']:.0f} | {mean['score']:.0%} | {1000 * mean['motion']:.2f} "
-            f"| {1000 * mean['sharpness']:.2f} | {mean['loop']:.2f} | {mean['attended']:.0%} "
-            f"| {paired_cell(clips, others, 'score', scale=100)} | {paired_cell(clips, others, 'loop')} |"
-        )
+            name, len(clips), f"{mean['frames']:.0f}", f"{mean['score']:.0%}", f"{1000 * mean['motion']:.2f}",
+            f"{1000 * mean['sharpness']:.2f}", f"{mean['loop']:.2f}", f"{mean['attended']:.0%}",
+            paired_cell(clips, others, "score", scale=100), paired_cell(clips, others, "loop"),
+        )  # fmt: skip
 
 
 def page_text(root: Path, name: str) -> str:

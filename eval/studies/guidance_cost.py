@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.bench.timing import in_turn
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.results import Line
-from study import about, in_turn, study
+from study import about, study
 from study import seconds_of as processor_seconds
 
 from dit_accel import NAG, PAG, attach

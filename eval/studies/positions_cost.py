@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from dit_accel_eval.bench.timing import in_turn
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_kernels import block_sparse_attention_eager
 from product_time import make_transformer
-from study import about, in_turn, seconds_of, study
+from study import about, seconds_of, study
 from torch import Tensor
 
 import dit_accel

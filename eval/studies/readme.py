@@ -200,11 +200,9 @@ def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
 
 
 def _budgets(root: Path) -> str:
-    measured = [
-        (read_suite(root / f"eval/suites/{name}.toml"), read_lines(root / f"eval/results/{name}.jsonl"))
-        for name in ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
-    ]
-    return "\n".join(budgets_table(measured))
+    names = ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
+    suites = [read_suite(root / f"eval/suites/{name}.toml") for name in names]
+    return budgets_table([(suite, read_lines(root / f"eval/results/{suite.name}.jsonl")) for suite in suites])
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {

@@ -1,20 +1,18 @@
-"""What studies share: their command lines, arms that take turns, and result lines under the table that they make."""
+"""What studies share: their command lines, and result lines under the table that they make."""
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from dit_accel_eval.runs.machine import processor
+from dit_accel_eval.runs.conditions import processor
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 
 RESULTS = Path(__file__).parents[1] / "results"
-
-Made = TypeVar("Made")
 
 
 def study(
@@ -65,20 +63,6 @@ def study(
 def about() -> dict[str, Any]:
     """Return what every timed line says of the machine."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor()}
-
-
-def in_turn(arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1) -> Iterator[dict[str, Made]]:
-    """Give what the arms made in each round, all in turn, so that what else the machine does falls on all alike.
-
-    Args:
-        arms: name -> what runs.
-        rounds: that count.
-        warm_up: rounds before them that don't.
-    """
-    for number in range(warm_up + rounds):
-        made = {name: arm() for name, arm in arms.items()}
-        if number >= warm_up:
-            yield made
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attention_spread import CASES, MEASURED, PLAIN, Watcher, figures
-from dit_accel_eval.runs.embedded import EmbeddedModel, weights_hash
+from dit_accel_eval.runs.loaded import EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import FrameDecay
 from one_layer import MODEL, context_of

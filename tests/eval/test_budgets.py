@@ -34,7 +34,9 @@ def test_the_best_arm_of_each_cache_within_the_budget():
         *lines(dense[0], 7.0, 20.0), *lines(dense[1], 8.0, 22.0),
     ]  # fmt: skip
     other = [*lines(mag, 8.0, 25.0, clips=6), *lines(rare, 8.0, 60.0, clips=3), *lines(below, 6.0, 60.0)]
-    rows = [*table([(suite("a", far, near, over, beside, *dense), one), (suite("b", mag, rare, below), other)])]
+    rows = table(
+        [(suite("a", far, near, over, beside, *dense), one), (suite("b", mag, rare, below), other)]
+    ).splitlines()
     own = bootstrap([30.0 + clip for clip in range(8)])
     assert rows[2] == f"| wan-plain | 8 | easy, 1 | 8 | 7.50 | {own} | +9.00 [+9.00, +9.00] ahead |"
     assert rows[3].startswith("| wan-plain | 8 | mag | 6 | 8.00 | 27.50 [")

@@ -7,7 +7,7 @@ import json
 import call_error
 import pytest
 import torch
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists
 
 import dit_accel

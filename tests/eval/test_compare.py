@@ -17,16 +17,13 @@ from dit_accel_eval.metrics import metrics
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.metrics.ssim import ssim
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.kept import read_kept, reference_of, run_of
 from dit_accel_eval.runs.model import Run
-from dit_accel_eval.runs.results import check_lines, read_lines
+from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.suites import compare, reference
-from dit_accel_eval.suites.compare import run
+from dit_accel_eval.suites.compare import progress_of, run
 from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table, verdict
-from dit_accel_eval.suites.job import Job
-from dit_accel_eval.suites.judges import JUDGES
-from dit_accel_eval.suites.run_progress import progress_of
+from dit_accel_eval.suites.job import JUDGES, Job, check_lines
 from dit_accel_eval.suites.suite import JUDGES as NAMES
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.processes.ranks import Ranks

@@ -13,7 +13,7 @@ from dit_accel_eval.demo import __main__ as demo
 from dit_accel_eval.demo import comparison as demo_comparison
 from dit_accel_eval.demo import references as demo_references
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.suites.reference import AGREE, Reference
 from PIL import Image
 from report_tables import DEMO, demo_text

@@ -12,13 +12,17 @@ import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.report.reproduce import tokens_of
-from dit_accel_eval.runs import given
-from dit_accel_eval.runs.clips import OwnClips
-from dit_accel_eval.runs.embedded import EmbeddedModel, settled_call
-from dit_accel_eval.runs.given import GivenModel, check_given, given_weights, local_folder
-from dit_accel_eval.runs.kept import read_kept, run_of
-from dit_accel_eval.runs.machine import Machine, device_name, processor
-from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.runs import loaded as given
+from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor
+from dit_accel_eval.runs.loaded import (
+    EmbeddedModel,
+    GivenModel,
+    check_given,
+    embedded_call,
+    given_weights,
+    local_folder,
+)
+from dit_accel_eval.runs.results import read_kept, read_lines, run_of
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import read_suite
@@ -115,7 +119,7 @@ def test_prompts_may_stand_in_a_file_beside_the_suite(tmp_path):
 
 def test_a_folder_makes_what_its_embedded_model_makes(folder):
     call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0, "negative_prompt": ""}
-    call |= {key: value for key, value in settled_call("wan-plain", call).items() if key == "max_sequence_length"}
+    call |= {key: value for key, value in embedded_call("wan-plain", call).items() if key == "max_sequence_length"}
     own = OwnClips(prompts=PROMPTS)
     ours = EmbeddedModel("wan-plain", call, own=own)
     theirs = GivenModel("tiny", str(folder / "tiny"), ours.call, own, "float32", Machine(device="cpu"))
@@ -239,7 +243,7 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
     (snapshot / "model.safetensors").symlink_to(blobs / ("a" * 64))
     asked = []
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name: asked.append(name) or str(snapshot.parent))
-    monkeypatch.setattr(given, "_chunks", lambda path: pytest.fail("a blob was read"))
+    monkeypatch.setattr(given.hashlib, "file_digest", lambda *_: pytest.fail("a blob was read"))
     for cached in (local_folder, given_weights):
         cached.cache_clear()
     first = given_weights("owner/name")

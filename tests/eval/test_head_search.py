@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune import heads as module
 from dit_accel_eval.tune.head_search import Rung, cost, kept_after, rungs_of, search
 from dit_accel_eval.tune.heads import tune_heads

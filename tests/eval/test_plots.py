@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import suite_picture
 from dit_accel_eval.statistics import Interval
 from dit_accel_eval.suites import plots
 from dit_accel_eval.suites.comparison import ArmFigures
@@ -41,5 +42,5 @@ def test_arms_of_fewer_clips_are_left_out(tmp_path):
 
 
 def test_a_suite_without_results_says_so(tmp_path, capsys):
-    assert plots.main([str(SUITES / "knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")]) == 2
+    assert suite_picture.main([str(SUITES / "knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")]) == 2
     assert "knee-wan-tiny: wan-tiny, 12 held-out clips has no results to draw" in capsys.readouterr().err

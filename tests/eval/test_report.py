@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.by_names import by_names
-from dit_accel_eval.report.figures import _hopeless, misses, report_of, worst_first
+from dit_accel_eval.report.figures import _hopeless, by_names, misses, report_of, worst_first
 from dit_accel_eval.report.lines import read_minimums, read_results
-from dit_accel_eval.report.page import page
-from dit_accel_eval.report.players import difference, players_of
+from dit_accel_eval.report.page import difference, page, players_of
 from dit_accel_eval.report.reproduce import suite_text
-from dit_accel_eval.runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
-from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import holm
 from dit_accel_eval.suites.comparison import figures, is_rival, table
 from dit_accel_eval.suites.suite import read_suite

@@ -2,7 +2,7 @@
 
 import pytest
 from dit_accel_pipelines import ADAPTERS
-from shards import ShardEstimate
+from scaling import ShardEstimate
 
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.sizes import token_layout

@@ -11,8 +11,7 @@ import torch
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval.metrics.distances import frechet, kernel
 from dit_accel_eval.metrics.weights import missing
-from dit_accel_eval.runs.kept import keep
-from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.runs.results import keep, read_lines
 from dit_accel_pipelines.generation.media import write_media
 from PIL import Image
 from typer.testing import CliRunner

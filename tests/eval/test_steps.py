@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from dit_accel_eval.report.curves import costs, density_figure, step_curves, step_map
 from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
-from dit_accel_eval.report.steps import costs, density_figure, step_curves, step_map
 from dit_accel_eval.report.writing import data_of
 from dit_accel_eval.runs.counting import Counts, work
-from dit_accel_eval.runs.embedded import EmbeddedModel
+from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.suites.measuring import _cost
 from dit_accel_eval.suites.reference import dense_run
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs import results
-from dit_accel_eval.runs.budget import Budget, BudgetSpent, Spending
+from dit_accel_eval.runs.conditions import Budget
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.embedded import EmbeddedModel
-from dit_accel_eval.runs.kept import keep
-from dit_accel_eval.runs.model import Run, SuiteModel, check_guided, guided
-from dit_accel_eval.runs.results import append_line, read_lines, write_lines
-from dit_accel_eval.runs.schedulers import OWN, scheduler_of
+from dit_accel_eval.runs.loaded import EmbeddedModel
+from dit_accel_eval.runs.model import OWN, BudgetSpent, Run, Spending, SuiteModel, check_guided, guided, scheduler_of
+from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.compare import Runner
@@ -107,15 +105,15 @@ def test_seconds_are_foretold_from_the_runs_so_far():
     now = [0.0]
     spending = Spending(Budget(seconds=10.0), clock=lambda: now[0])
 
-    def lasting(seconds):
+    def lasting(seconds, steps):
         now[0] += seconds
         return seconds
 
-    assert spending.run(4, lambda: lasting(4.0)) == 4.0
-    assert spending.run(5, lambda: lasting(5.0)) == 5.0
+    assert spending.run(lasting, 4.0, steps=4) == 4.0
+    assert spending.run(lasting, 5.0, steps=5) == 5.0
     with pytest.raises(BudgetSpent, match=r"2 seconds.*9 .*budget of 10"):
-        spending.run(2, lambda: pytest.fail("it was begun"))
-    assert spending.run(1, lambda: lasting(1.0)) == 1.0
+        spending.run(lambda clip, steps: pytest.fail("it was begun"), 0, steps=2)
+    assert spending.run(lasting, 1.0, steps=1) == 1.0
     assert Budget(steps=9, seconds=4.0).share(2) == Budget(steps=4, seconds=4.0)
     assert str(Budget(steps=9, seconds=4.0)) == "9 steps and 4 seconds"
 

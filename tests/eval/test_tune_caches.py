@@ -7,7 +7,7 @@ import dit_accel_eval
 import dit_accel_eval.tune.cache_runs as cache_runs
 import numpy as np
 import pytest
-from dit_accel_eval.runs.request import embedded_prompts, tuning_request
+from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.magcache import tune_magcache
 from dit_accel_eval.tune.teacache import tune_teacache
 from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE

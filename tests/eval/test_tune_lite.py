@@ -8,7 +8,7 @@ import dit_accel_eval
 import dit_accel_eval.tune.lite as tuning
 import pytest
 import torch
-from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune.lite import TunedPrompt, combine, tune_lite
 from dit_accel_eval.tune.lite_search import (
     CLOSE,

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 import torch
-from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune.period import Watch, Watcher, tune_period
 from one_layer import MODEL, context_of, random_call
 from typer.testing import CliRunner

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.runs.model import Run
-from dit_accel_eval.runs.request import embedded_prompts, tuning_request
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import Arm

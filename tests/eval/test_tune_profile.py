@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from dit_accel_eval.runs.request import tuning_request
+from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune import profile as module
 from dit_accel_eval.tune.block_ranking import foreground_ratio
 from dit_accel_eval.tune.profile import tune_profile

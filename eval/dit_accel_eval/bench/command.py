@@ -1,5 +1,6 @@
 """The command `bench` of the command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,12 @@ from rich.console import Console
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import ConfigError
+from dit_accel.files import check_writable
 
 WIDTH = 140
 """Characters that the table takes; cells that wrap can't be compared."""
+
+SHOWN = ("median", "low", "high")
 
 
 def bench_model(
@@ -52,20 +56,16 @@ def bench_model(
     import torch
     from dit_accel_pipelines.generation.loading import pick_device
 
-    from dit_accel.files import check_writable
-
     from ..runs.results import append_line
     from .real_shapes import find_family
     from .timing import arms_of, make_bench, run_bench
 
     if output is not None:
         check_writable(output, "the bench's lines")
-    adapter, sizes = find_family(family)
-    where = pick_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    sizes, where = find_family(family), pick_device(device)
+    torch.set_num_threads(threads or torch.get_num_threads())
     bench = make_bench(
-        adapter, sizes, layers=layers, steps=num_inference_steps, height=height, width=width, num_frames=num_frames,
+        *sizes, layers=layers, steps=num_inference_steps, height=height, width=width, num_frames=num_frames,
         device=where, dtype=getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16")),
     )  # fmt: skip
     say = (lambda text: None) if quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
@@ -77,14 +77,13 @@ def bench_model(
         print_json(lines)
         return
     _show(lines)
-    if not quiet:
-        absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and line["kind"] == "dense"]
-        say(f"backends that do not run here: {', '.join(absent) or 'none'}")
-    _check_ran(lines)
+    _tell_absent(lines, say)
 
 
-def _check_ran(lines: list[dict[str, Any]]) -> None:
-    """Raise `ConfigError` for methods that were asked for and can't run here."""
+def _tell_absent(lines: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Name the backends that do not run here, and refuse methods that were asked for and can't."""
+    absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and line["kind"] == "dense"]
+    say(f"backends that do not run here: {', '.join(absent) or 'none'}")
     failed = [f"{line['arm']}: {line['reason']}" for line in lines if "reason" in line and line["kind"] == "method"]
     if failed:
         raise ConfigError(f"asked for, but it can't run here: {'; '.join(failed)}")
@@ -100,16 +99,11 @@ def _show(lines: list[dict[str, Any]]) -> None:
     for line in lines:
         if "reason" in line:
             continue
-        ratio = line["ratio"]
+        times = (line[f"{key}_seconds"] for key in ("step", "block", "attention"))
         table.add_row(
-            line["arm"], *(_seconds_text(line[f"{key}_seconds"]) for key in ("step", "block", "attention")),
+            line["arm"], *("{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * one[key] for key in SHOWN)) for one in times),
             f"{line['work']:.2f}", f"{line['tflops']:.3g}",
-            f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+            "{:.2f} [{:.2f}, {:.2f}]".format(*(line["ratio"][key] for key in SHOWN)),
             f"{line['predicted']:.2f}" if line["predicted"] is not None else "",
         )  # fmt: skip
     Console(highlight=False, width=max(OUT.width, WIDTH)).print(table)
-
-
-def _seconds_text(seconds: dict[str, float]) -> str:
-    """Return a median with its quartiles, in milliseconds."""
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * seconds[key] for key in ("median", "low", "high")))

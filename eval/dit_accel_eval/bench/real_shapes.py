@@ -26,9 +26,6 @@ class Shape:
     """What a forward is made of.
 
     Attributes:
-        family: the model's sizes.
-        layers: blocks that are made.
-        layout: the tokens.
         latents: frames, rows and columns of the latents.
     """
 

@@ -6,32 +6,31 @@ what a cache or a method that looks at values would decide on a real model; the 
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from torch import nn
 
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.block_lists import block_lists, blocks_of
-from dit_accel.attachment.find import attention_modules
 from dit_accel.estimate.estimate import Estimate, estimate
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
+from ..runs.conditions import processor
 from ..runs.counting import Counter, Counts, attended, work
-from ..runs.machine import processor
 from ..runs.results import Line
 from .real_shapes import Inputs, make_model, to_device
+
+Made = TypeVar("Made")
 
 WARM = 2
 """Steps with which every arm is run before it counts: compilation, allocation, lists of tiles."""
@@ -42,15 +41,8 @@ class Bench:
     """What is timed.
 
     Attributes:
-        adapter: the model's adapter.
-        family: its sizes, with as many layers as are made.
+        family: the model's sizes, with as many layers as are made.
         planned: the plan of the dense run, with the size.
-        transformer: the model.
-        inputs: of one forward.
-        steps: denoising steps of a run.
-        device: where.
-        clock: times blocks and attention.
-        counter: counts them.
     """
 
     adapter: Adapter
@@ -60,7 +52,6 @@ class Bench:
     inputs: Inputs
     steps: int
     device: torch.device
-    clock: "Clock"
     counter: Counter
 
 
@@ -69,9 +60,7 @@ class BenchArm:
     """One arm and what its runs took.
 
     Attributes:
-        name: what it is called.
         kind: ``dense``, ``method`` or ``native``.
-        methods: what is attached.
         backend: diffusers' attention backend; None: the default.
         reason: why it can't run here; None: it can.
         steps: seconds of every step.
@@ -97,36 +86,11 @@ class BenchArm:
         return np.array(self.steps).reshape(count, -1).mean(1)
 
 
-class Clock:
-    """Times the calls of a transformer's blocks and self-attention, in place of their ``forward``."""
-
-    def __init__(self, transformer: nn.Module, adapter: Adapter, device: torch.device) -> None:
-        self._device = device
-        self.blocks: list[float] = []
-        self.attention: list[float] = []
-        for listed in block_lists(adapter, transformer):
-            for _, block in blocks_of(listed, adapter, transformer):
-                self._watch(block, self.blocks)
-        for _, module, _ in attention_modules(transformer, adapter):
-            self._watch(module, self.attention)
-
-    def now(self) -> float:
-        """Return the time in seconds, after all that the device has to do."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
-
-    def _watch(self, module: nn.Module, into: list[float]) -> None:
-        forward = module.forward
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = self.now()
-            out = forward(*args, **kwargs)
-            into.append(self.now() - started)
-            return out
-
-        timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-        module.forward = timed
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, after all that the device has to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def make_bench(
@@ -158,13 +122,13 @@ def make_bench(
         transformer = transformer.to(device, dtype).requires_grad_(False)
     return Bench(
         adapter=adapter, family=family, planned=planned, transformer=transformer, steps=steps, device=device,
-        inputs=to_device(inputs, device, dtype), clock=Clock(transformer, adapter, device),
-        counter=Counter([transformer], adapter),
+        inputs=to_device(inputs, device, dtype), counter=Counter([transformer], adapter, partial(_now, device)),
     )  # fmt: skip
 
 
 def arms_of(methods: Sequence[MethodConfig], *, native_caches: bool = True) -> list[BenchArm]:
     """Return the arms: dense by every backend of diffusers, the methods by themselves and together, native caches."""
+    import diffusers
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     arms = [BenchArm(name=f"dense, {one.value}", kind="dense", backend=one.value) for one in AttentionBackendName]
@@ -172,20 +136,11 @@ def arms_of(methods: Sequence[MethodConfig], *, native_caches: bool = True) -> l
     if len(methods) > 1:
         together = " + ".join(method.name for method in methods)
         arms.append(BenchArm(name=together, kind="method", methods=tuple(methods)))
-    if native_caches:
-        arms += [
-            BenchArm(name=type(one).__name__, kind="native", methods=(DiffusersCache(config=one),))
-            for one in _natives()
-        ]
-    return arms
-
-
-def _natives() -> list[Any]:
-    """Return diffusers' caches that take no numbers of a model, and no callback of a pipeline."""
-    import diffusers
-
     taylor = diffusers.TaylorSeerCacheConfig(cache_interval=3, use_lite_mode=True)
-    return [diffusers.FirstBlockCacheConfig(threshold=0.05), taylor]
+    for one in (diffusers.FirstBlockCacheConfig(threshold=0.05), taylor) if native_caches else ():
+        # those that take no numbers of a model, and no callback of a pipeline
+        arms.append(BenchArm(name=type(one).__name__, kind="native", methods=(DiffusersCache(config=one),)))
+    return arms
 
 
 def run_bench(
@@ -199,13 +154,31 @@ def run_bench(
     running = [arm for arm in arms if arm.reason is None]
     if not any(arm.kind == "dense" for arm in running):
         raise ConfigError(f"no attention backend of diffusers runs here: {arms[0].reason}")
-    for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
-        for arm in running:
-            _run(bench, arm, bench.steps)
+    takes = {arm.name: partial(_run, bench, arm, bench.steps) for arm in running}
+    list(in_turn(takes, rounds, warm_up=0, begin=lambda number: say(f"round {number} of {rounds}")))
     dense = min((arm for arm in running if arm.kind == "dense"), key=lambda arm: float(np.median(arm.rounds(rounds))))
     assert dense.counts is not None
     return [_line(bench, arm, dense, rounds) for arm in arms]
+
+
+def in_turn(
+    arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1,
+    begin: Callable[[int], None] = lambda number: None,
+) -> Iterator[dict[str, Made]]:  # fmt: skip
+    """Give what the arms made in each round, all in turn, so that what else the machine does falls on all alike.
+
+    Args:
+        arms: name -> what runs.
+        rounds: that count.
+        warm_up: rounds before them that don't.
+        begin: is called with the number of a round that counts, before it.
+    """
+    for number in range(1 - warm_up, rounds + 1):
+        if number > 0:
+            begin(number)
+        made = {name: arm() for name, arm in arms.items()}
+        if number > 0:
+            yield made
 
 
 def _warmed(bench: Bench, arm: BenchArm) -> str | None:
@@ -223,38 +196,39 @@ def _warmed(bench: Bench, arm: BenchArm) -> str | None:
 
 
 def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
     bench.counter.take()
-    bench.clock.blocks.clear()
-    bench.clock.attention.clear()
-    with _silent(), _backend(arm.backend), _attached(bench.transformer, arm.methods) as attachment:
+    nothing = contextlib.nullcontext()
+    backend = attention_backend(arm.backend) if arm.backend else nothing  # not set_attention_backend, which would last
+    with (
+        _silent(),
+        backend,
+        dit_accel.attach(bench.transformer, *arm.methods) if arm.methods else nothing as attachment,
+    ):
         arm.steps += list(_denoise(bench, steps))
         report = attachment.report() if attachment is not None else None
     sizes = dict(height=bench.planned.height, width=bench.planned.width, num_frames=bench.planned.num_frames)
     arm.attended = attended(report, bench.adapter, bench.family, sizes, arm.methods)[0]
+    arm.blocks += bench.counter.seconds["blocks"]
+    arm.attention += bench.counter.seconds["attention"]
     arm.counts = bench.counter.take()
-    arm.blocks += bench.clock.blocks
-    arm.attention += bench.clock.attention
 
 
 @torch.no_grad()
 def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     """Run steps as a pipeline without guidance does, and give the seconds of each."""
-    name = bench.adapter.latents
+    name, none = bench.adapter.latents, lambda *args, **kwargs: contextlib.nullcontext()
+    context = getattr(bench.transformer, "cache_context", none)  # a few have none, and timesteps tell
     x, timestep = bench.inputs[name], bench.inputs[bench.adapter.timestep]
     for step in range(steps):
         inputs = {**bench.inputs, name: x, bench.adapter.timestep: timestep * 2 * (1 - step / steps)}
-        started = bench.clock.now()
-        with _with_step(bench.transformer, step, steps):
+        started = _now(bench.device)
+        with context("cond", step_index=step, num_inference_steps=steps):
             out = bench.transformer(**inputs, return_dict=False)[0]
-        yield bench.clock.now() - started
+        yield _now(bench.device) - started
         if out.shape == x.shape:
             x = x - out / steps
-
-
-def _with_step(transformer: Any, step: int, steps: int) -> Any:
-    """Return the context in which a pipeline makes a step; a few transformers have none, and timesteps tell."""
-    context = getattr(transformer, "cache_context", None)
-    return context("cond", step_index=step, num_inference_steps=steps) if context else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -263,26 +237,6 @@ def _silent() -> Iterator[None]:
     with quiet_diffusers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _backend(name: str | None) -> Iterator[None]:
-    if name is None:
-        yield
-        return
-    from diffusers.models.attention_dispatch import attention_backend
-
-    with attention_backend(name):  # set_attention_backend would be the whole process's choice from then on
-        yield
-
-
-@contextlib.contextmanager
-def _attached(transformer: Any, methods: Sequence[MethodConfig]) -> Iterator[Any]:
-    if not methods:
-        yield None
-        return
-    with dit_accel.attach(transformer, *methods) as attachment:
-        yield attachment
 
 
 def _line(bench: Bench, arm: BenchArm, dense: BenchArm, rounds: int) -> Line:

@@ -23,11 +23,10 @@ from dit_accel.files import held, json_text, new_folder, written_whole
 
 from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
+from ..runs.conditions import processor
 from ..runs.counting import work
-from ..runs.embedded import EmbeddedModel, check_name
-from ..runs.machine import processor
+from ..runs.loaded import EmbeddedModel, check_name, tuning_request
 from ..runs.model import Run
-from ..runs.request import tuning_request
 from ..statistics import bootstrap
 from ..suites.arms import Arm, dense_arm
 from ..suites.reference import Reference

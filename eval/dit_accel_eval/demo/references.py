@@ -22,7 +22,7 @@ from dit_accel.cli.console import TALK
 from dit_accel.files import written_whole
 
 from ..runs.counting import Counts
-from ..runs.embedded import EmbeddedModel
+from ..runs.loaded import EmbeddedModel
 from ..runs.pool import run_beside
 from ..suites.reference import MOST, Reference, converged, run_setting
 

@@ -10,10 +10,11 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..runs.results import Line
+from ..runs.results import Line, markdown_table
 from ..statistics import EXACT, holm
-from ..suites.comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
+from ..suites.comparison import FEWEST, TIMED, WORKS, ArmFigures, decimals_of, figures_of, is_rival, verdict
 from ..suites.reference import AGREE
+from ..vbench.world_metrics import WORLD
 from .lines import ALWAYS, Results, better_of, further_metrics
 
 LEVEL = 0.05
@@ -28,7 +29,6 @@ class Report:
     """What the pages are written from.
 
     Attributes:
-        results: the lines.
         arms: their figures: dense runs by steps, then the others as they first appear.
         settings: arm -> a line of it, which tells what ran.
         prompts: clip -> its prompt, clips in order.
@@ -66,6 +66,10 @@ class Report:
         mean, requested = self.mean(arm, metric), self.minimums[metric]
         return mean <= requested if better_of(metric) == "less" else mean >= requested
 
+    def lines_of(self, arm: ArmFigures) -> list[Line]:
+        """Return the lines of an arm."""
+        return [line for line in self.results.lines if line["arm"] == arm.name]
+
     def is_dense(self, arm: ArmFigures) -> bool:
         """Whether an arm is a dense run of the best solver, which others are held against."""
         return is_rival(self.settings[arm.name])
@@ -86,21 +90,15 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     if missing:
         text = " and no ".join(missing)
         raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
-    corrected = _corrected(arms)
+    corrected: dict[tuple[str, str], float] = {}
+    for key in (*WORKS, *TIMED):  # each kind of work asks one question of every arm
+        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
+        corrected |= {(name, key): p for name, p in values.items()}
     warnings = tuple(_warnings(results, arms, prompts, corrected))
     return Report(
         results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
         holm=corrected,
     )  # fmt: skip
-
-
-def _corrected(arms: Sequence[ArmFigures]) -> dict[tuple[str, str], float]:
-    """Return the p-values of all arms by Holm's rule, by kind of work: each kind asks one question of every arm."""
-    found = {}
-    for key in (*WORKS, *TIMED):
-        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
-        found |= {(name, key): p for name, p in values.items()}
-    return found
 
 
 def judged(report: Report) -> list[ArmFigures]:
@@ -233,3 +231,43 @@ def worst_first(report: Report) -> list[int]:
         for clip in report.prompts
     }  # fmt: skip
     return sorted(means, key=lambda clip: means[clip])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByNames:
+    """The table.
+
+    Attributes:
+        arms: its columns: of the dense runs of most clips the one of most steps, then the others.
+        rows: (name, clips that ask for it, cells); a cell is an arm's mean and, where it is no open question, how it
+            stands beside dense UniPC of equal work.
+    """
+
+    arms: tuple[str, ...]
+    rows: tuple[tuple[str, int, tuple[tuple[str, str], ...]], ...]
+
+
+def by_names(report: Report) -> ByNames:
+    """Return the table; without rows where the suite named none of these metrics."""
+    dense = [arm for arm in report.arms if report.is_dense(arm)]
+    most = max((arm.clips for arm in dense), default=0)
+    dense = [arm for arm in dense if arm.clips == most]
+    arms = [*dense[-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
+    rows = []
+    for name in (one for one in report.further if one.endswith(WORLD)):
+        requested = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
+        cells = []
+        for arm in arms:
+            stands = verdict(arm.differences[name], len(requested)) if name in arm.differences else "open"
+            mean = f"{arm.metrics[name].mean:.{decimals_of(name)}f}" if name in arm.metrics else "–"
+            cells.append((mean, "" if stands == "open" else stands))
+        rows.append((name.removesuffix(WORLD), len(requested), tuple(cells)))
+    return ByNames(arms=tuple(arm.name for arm in arms), rows=tuple(rows))
+
+
+def names_markdown(table: ByNames) -> str:
+    """Return it as Markdown, "" without rows."""
+    if not table.rows:
+        return ""
+    rows = ((name, clips, *(" ".join(cell).strip() for cell in cells)) for name, clips, cells in table.rows)
+    return markdown_table(" | ".join(["name@world", "clips", *table.arms]), rows)

@@ -3,9 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -27,7 +28,6 @@ class Results:
     """What a file of result lines holds.
 
     Attributes:
-        path: the file.
         lines: the last line of each clip and arm.
         cut: whether the file ended in a line that was cut off.
     """
@@ -71,27 +71,26 @@ def _line(where: str, text: str) -> Line:
             f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
             "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
         )
-    for key in (*NUMBERS, "clip", "num_inference_steps", *(["score"] if "score" in line else [])):
-        if isinstance(line[key], bool) or not isinstance(line[key], int | float) or not math.isfinite(line[key]):
-            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no finite number; delete it and run again")
-    for key in TEXTS:
-        if not isinstance(line[key], str):
-            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no text; delete it and run again")
-    _check_metrics(where, line)
+    scored = ["score"] if "score" in line else []
+    metrics = {"metrics": line.get("metrics", {})}
+    _check(where, line, (*NUMBERS, "clip", "num_inference_steps", *scored), _is_finite, "finite number")
+    _check(where, line, TEXTS, lambda value: isinstance(value, str), "text")
+    _check(where, metrics, metrics, lambda value: isinstance(value, dict), "table")
+    _check(where, metrics["metrics"], metrics["metrics"], _is_finite, "finite number")
     _check_steps(where, line)
-    for key in ("call", "methods"):
-        if not isinstance(line[key], dict):
-            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no table; delete it and run again")
+    _check(where, line, ("call", "methods"), lambda value: isinstance(value, dict), "table")
     return line
 
 
-def _check_metrics(where: str, line: Line) -> None:
-    found = line.get("metrics", {})
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where} has metrics {found!r}, which is no table; delete it and run again")
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{where} has {name} {value!r}, which is no finite number; delete it and run again")
+def _check(where: str, line: Line, keys: Iterable[str], right: Callable[[Any], bool], kind: str) -> None:
+    """Refuse a value that is not of a kind."""
+    for key in keys:
+        if not right(line[key]):
+            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no {kind}; delete it and run again")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_steps(where: str, line: Line) -> None:

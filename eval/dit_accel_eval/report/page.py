@@ -1,30 +1,37 @@
 """The page of a report: one HTML file that opens offline, its pictures inside."""
 
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from dit_accel_pipelines.generation.media import Frames
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS
 
+from dit_accel import ConfigError
+
+from ..runs.results import Line, read_kept, reference_of, run_of
 from ..suites.comparison import ArmFigures, decimals_of, verdict
 from ..suites.plots import frontier, picture
 from ..vbench.world_metrics import WORLD
-from .by_names import by_names
-from .curves import curves, svg_uri
-from .figures import Report, judged, misses, worst_first
+from .curves import costs, curves, density_figure, step_curves, step_map, svg_uri, threads_of
+from .figures import Report, by_names, judged, misses, quantile_clips, worst_first
 from .lines import ALWAYS, better_of, words_of
-from .players import AMPLIFIED, players_of
 from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
-from .steps import costs, density_figure, step_curves, step_map, threads_of
 
 LIGHTEST, DARKEST = 96, 62
 """Lightness in percent of the lowest and the highest cell of the heat map; black text stays readable on both."""
+
+AMPLIFIED = 5
+"""How many times larger differences are shown."""
 
 
 def page(*reports: Report, players: int = 8) -> str:
     """Return the HTML of one report, or of several on one page.
 
     Args:
-        reports: what it says.
         players: how many clips of each are shown at most, where their frames were kept.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -46,16 +53,13 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
     """Return a report's part of the page, and what the page must know of it.
 
     Args:
-        environment: of jinja2.
-        report: what it says.
-        players: how many clips are shown at most.
         prefix: of the part's ids.
         level: of its headings.
     """
     from markupsafe import Markup
 
     shown, references, failed = players_of(report, players)
-    first = report.results.lines[0]
+    first, scored = report.results.lines[0], any("score" in arm.means for arm in report.arms)
     about = {
         "prefix": prefix,
         "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
@@ -79,7 +83,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
             for metric, least in report.minimums.items()
         ),
         groups=_groups(report),
-        metrics=_shown(report),
+        metrics={key: words for key, words in ALWAYS.items() if key != "score" or scored},
         further=[name for name in report.further if not name.endswith(WORLD)],
         words_of=words_of,
         better_of=better_of,
@@ -89,7 +93,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         density=density_figure(report),
         verdict=verdict,
         reached=lambda arm: _reached(report, arm),
-        plot=_plot(report),
+        plot=svg_uri(lambda: picture(report.arms, "")),
         frontiers=_frontiers(report),
         heat=_heat(report),
         amplified=AMPLIFIED,
@@ -102,12 +106,6 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         tokens=tokens_of(first),
     )
     return {**about, "text": Markup(text)}  # its values were escaped
-
-
-def _shown(report: Report) -> dict[str, str]:
-    """Return `ALWAYS`, without the score where no arm has one."""
-    scored = any("score" in arm.means for arm in report.arms)
-    return {key: words for key, words in ALWAYS.items() if key != "score" or scored}
 
 
 def _summary(report: Report) -> str:
@@ -138,11 +136,6 @@ def _reached(report: Report, arm: ArmFigures) -> str:
         return "not judged"
     low = [metric for metric in report.minimums if not report.reaches(arm, metric)]
     return f"misses {', '.join(low)}" if low else "reached"
-
-
-def _plot(report: Report) -> str:
-    """Return the plot of PSNR over work as a data URI."""
-    return svg_uri(lambda: picture(report.arms, ""))
 
 
 def _frontiers(report: Report) -> list[str]:
@@ -199,3 +192,77 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(map(_short, value[:3]))}, ... {len(value)} values]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Player:
+    """One clip of an arm beside its reference.
+
+    Attributes:
+        rank: ``worst`` or ``median`` among the arm's clips.
+        own: the arm's strip, as a data URI.
+        difference: the strip of amplified differences.
+    """
+
+    line: Line
+    rank: str
+    frames: int
+    width: int
+    height: int
+    own: str
+    difference: str
+
+
+def players_of(report: Report, most: int) -> tuple[list[Player], dict[int, str], list[str]]:
+    """Return the players, lowest PSNR first; clip -> its reference's strip; and why runs could not be shown.
+
+    Every arm's worst clip comes before any arm's median one, so that few players still show every arm.
+    """
+    players, references, failed = [], {}, []
+    for rank, line in _chosen(report):
+        if len(players) >= most:
+            break
+        folder = report.results.path.parent
+        try:
+            own = read_kept(folder / line["kept"], run_of(line))
+            reference = read_kept(folder / line["kept_reference"], reference_of(line))
+            if own.shape != reference.shape:
+                raise ConfigError(f"{line['kept']} is of shape {own.shape}, its reference of {reference.shape}")
+        except ConfigError as error:
+            failed.append(f"Clip {line['clip']} of {line['arm']} is not shown: {error}.")
+            continue
+        references.setdefault(line["clip"], data_uri(reference))
+        players.append(
+            Player(
+                line=line, rank=rank, frames=len(own), width=own.shape[2], height=own.shape[1],
+                own=data_uri(own), difference=data_uri(difference(own, reference)),
+            )
+        )  # fmt: skip
+    return sorted(players, key=lambda player: player.line["psnr"]), references, failed
+
+
+def _chosen(report: Report) -> Iterator[tuple[str, Line]]:
+    kept: dict[str, Sequence[Line]] = {}
+    for arm in judged(report):
+        lines = [line for line in report.lines_of(arm) if "kept" in line]
+        if lines:
+            kept[arm.name] = lines
+    worst = [quantile_clips(lines)[0] for lines in kept.values()]
+    median = [quantile_clips(lines)[1] for lines in kept.values() if len(lines) > 1]
+    for rank, lines in (("worst", worst), ("median", median)):
+        yield from ((rank, line) for line in sorted(lines, key=lambda line: line["psnr"]))
+
+
+def difference(clip: Frames, reference: Frames) -> Frames:
+    """Return the amplified absolute difference of two clips, uint8."""
+    strong = AMPLIFIED * np.abs(clip.astype(np.int16) - reference.astype(np.int16))
+    return np.minimum(strong, 255).astype(np.uint8)
+
+
+def data_uri(frames: Frames) -> str:
+    """Return frames, one below the other, as a PNG in a data URI."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(frames.reshape(-1, *frames.shape[2:])).save(out, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

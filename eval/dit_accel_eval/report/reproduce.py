@@ -11,8 +11,8 @@ from dit_accel_pipelines.generation.solvers import SOLVERS
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.estimate.estimate import estimate
 
+from ..runs.model import OWN
 from ..runs.results import Line
-from ..runs.schedulers import OWN
 from ..suites.arms import NATIVE
 from ..suites.suite import SUITE_VERSION
 from .figures import Report

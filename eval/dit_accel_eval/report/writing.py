@@ -3,16 +3,15 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..statistics import Interval
 from ..suites.comparison import ArmFigures, table_of, verdict
-from .by_names import by_names, markdown
-from .figures import Report, misses
+from .figures import Report, by_names, misses, names_markdown
 from .lines import better_of
 from .page import page
 from .reproduce import versions_of
@@ -78,7 +77,7 @@ def data_of(report: Report) -> dict[str, Any]:
 
 def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
     setting = report.settings[arm.name]
-    runs = sorted((line for line in report.results.lines if line["arm"] == arm.name), key=lambda line: line["clip"])
+    runs = sorted(report.lines_of(arm), key=lambda line: line["clip"])
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
     keys += ("times", "repeated", "step_work", "peak_memory_bytes")
     return {
@@ -87,28 +86,24 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
         "clips": arm.clips,
         **{key: setting[key] for key in SETTING},
         **{key: setting[key] for key in FURTHER if key in setting},
-        "psnr": _interval(arm.psnr),
+        "psnr": asdict(arm.psnr),
         "means": dict(arm.means),
         "against_fewer_steps": {
             key: {
-                **_interval(found), "verdict": verdict(found, arm.clips), "p": arm.p[key],
+                **asdict(found), "verdict": verdict(found, arm.clips), "p": arm.p[key],
                 "p_holm": report.holm[arm.name, key],
             }
             for key, found in arm.ahead.items()
         },
         "metrics": {
             name: {
-                **_interval(found), "better": better_of(name),
-                "against_fewer_steps": _interval(arm.differences[name]) if name in arm.differences else None,
+                **asdict(found), "better": better_of(name),
+                "against_fewer_steps": asdict(arm.differences[name]) if name in arm.differences else None,
             }
             for name, found in arm.metrics.items()
         },
         "runs": [{key: line[key] for key in keys if key in line} for line in runs],
     }  # fmt: skip
-
-
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def csv_text(report: Report) -> str:
@@ -125,13 +120,13 @@ def csv_text(report: Report) -> str:
         setting = report.settings[arm.name]
         cells: list[Any] = [arm.name, str(report.is_dense(arm)).lower(), arm.clips]
         cells += [setting["num_inference_steps"], setting["solver"], *(arm.means.get(key, "") for key in works)]
-        cells += [*_interval(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
+        cells += [*asdict(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
         for key in works:
             found = arm.ahead.get(key)
             verdicts = [verdict(found, arm.clips), report.holm[arm.name, key]] if found else []
-            cells += [*_interval(found).values(), *verdicts] if found else [""] * 5
+            cells += [*asdict(found).values(), *verdicts] if found else [""] * 5
         for name in report.further:
-            cells += [*_interval(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
+            cells += [*asdict(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
         writer.writerow(cells)
     return out.getvalue()
 
@@ -140,12 +135,8 @@ def markdown_text(report: Report) -> str:
     """Return the table of all arms, and below it what to know and what was missed."""
     first = report.results.lines[0]
     parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals.", table_of(report.arms)]
-    parts += [names] if (names := markdown(by_names(report))) else []
+    parts += [names] if (names := names_markdown(by_names(report))) else []
     for head, texts in (("Warnings", report.warnings), ("Missed", misses(report))):
         if texts:
-            parts.append("\n".join([f"{head}:", "", *_listed(texts)]))
+            parts.append("\n".join([f"{head}:", "", *(f"- {text}" for text in texts)]))
     return "\n\n".join(parts)
-
-
-def _listed(texts: Sequence[str]) -> list[str]:
-    return [f"- {text}" for text in texts]

@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.metric import Clip
-from .kept import strip_frames
+from .results import strip_frames
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
@@ -59,11 +59,7 @@ class ClipFile:
 
 
 def _check_whole(path: Path) -> None:
-    """Refuse a video of which some frames could not be read: the others would be measured as if they were all.
-
-    Raises:
-        ConfigError: with what ffmpeg says of it.
-    """
+    """Refuse a video of which some frames could not be read: the others would be measured as if they were all."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(path), "-f", "null", "-"]

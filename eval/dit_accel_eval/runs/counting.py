@@ -5,7 +5,8 @@ counted, whoever skips it.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,16 @@ class Counter:
     """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
 
     Made before anything else wraps the transformer, and never taken off.
+
+    Attributes:
+        seconds: by kind, what each call took since the last `take`.
     """
 
-    def __init__(self, transformers: Sequence[nn.Module], adapter: Adapter) -> None:
-        self._ran: dict[str, int] = {"blocks": 0, "attention": 0}
+    def __init__(
+        self, transformers: Sequence[nn.Module], adapter: Adapter, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._ran, self._now = {"blocks": 0, "attention": 0}, now
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in self._ran}
         for transformer in transformers:
             for listed in block_lists(adapter, transformer):
                 for _, block in blocks_of(listed, adapter, transformer):
@@ -56,6 +63,7 @@ class Counter:
         """Return what ran since the last call of this, and begin anew."""
         counts = Counts(**self._ran)
         self._ran.update(blocks=0, attention=0)
+        self.seconds = {kind: [] for kind in self._ran}
         return counts
 
     def _watch(self, module: nn.Module, kind: str) -> None:
@@ -65,7 +73,10 @@ class Counter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = (*args, *kwargs.values())
             self._ran[kind] += next(len(value) for value in given if isinstance(value, torch.Tensor))
-            return forward(*args, **kwargs)
+            started = self._now()
+            out = forward(*args, **kwargs)
+            self.seconds[kind].append(self._now() - started)
+            return out
 
         module.forward = counted
 
@@ -90,10 +101,7 @@ def attended(
 
     Args:
         report: what ran; None: nothing was attached.
-        adapter: the model's adapter.
-        family: its sizes.
         call: height, width and frames of the run.
-        methods: what was attached.
     """
     if report is None or report.sparse_density is None:
         return 1.0, {}
@@ -106,12 +114,9 @@ def attended(
         if calls := step.dense_layers + step.sparse_layers:
             computed = step.dense_layers + step.sparse_layers * (step.density + step.pooled / tile + probes)
             by_step.setdefault(step.step_index, []).append((calls, computed))
+    share = lambda pairs: sum(computed for _, computed in pairs) / sum(calls for calls, _ in pairs)  # noqa: E731
     every = [pairs for step in by_step.values() for pairs in step]
-    return _share(every), {step: _share(pairs) for step, pairs in by_step.items()}
-
-
-def _share(pairs: Sequence[tuple[int, float]]) -> float:
-    return sum(computed for _, computed in pairs) / sum(calls for calls, _ in pairs)
+    return share(every), {step: share(pairs) for step, pairs in by_step.items()}
 
 
 def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, ...], ...]:
@@ -133,7 +138,6 @@ def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> f
     """Return a run's work in steps of the dense model.
 
     Args:
-        counts: what ran.
         dense_step: what one dense step runs.
         attended: `attended` of the run.
         share: self-attention's share of a dense step's work.

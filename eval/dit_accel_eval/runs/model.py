@@ -1,8 +1,10 @@
-"""A model as the suites run it: its pipeline, the call of a clip, and what a run made and cost."""
+"""A model as the suites run it: its pipeline and schedulers, the call of a clip, and what a run made and cost."""
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +14,25 @@ from dit_accel_pipelines.generation.generate import attached
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from dit_accel_pipelines.generation.timing import Timings, timed_steps
+from dit_accel_pipelines.generation.solvers import SOLVERS, make_scheduler, scheduler_like
+from dit_accel_pipelines.generation.timing import timed_steps
 
-from dit_accel import ConfigError
+from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.model_files import read_config
+from dit_accel.errors import DitAccelError, did_you_mean
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
-from .clips import Clips
+from .conditions import Budget, HeldOutClips, OwnClips
 from .counting import Counter, Counts, attended, density_map, own_share
-from .schedulers import scheduler_of
 
 DIGITS = 4
 """Digits behind the point of seconds."""
+
+OWN = "own"
+"""The solver that stands for the scheduler which a model ships with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +89,9 @@ class SuiteModel:
     """A loaded pipeline that makes clips by their numbers.
 
     Args:
-        pipe: the pipeline.
         name: what result lines call the model.
         weights: what tells its weights from others'.
         call: all arguments of the pipeline's call but the prompt, the steps and the generator.
-        adapter: the adapter of its transformer.
-        family: its sizes.
-        clips: the prompt and the seed of each clip.
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
@@ -100,7 +103,7 @@ class SuiteModel:
 
     def __init__(
         self, pipe: Any, *, name: str, weights: str, call: Mapping[str, Any], adapter: Adapter, family: Family,
-        clips: Clips,
+        clips: HeldOutClips | OwnClips,
     ) -> None:  # fmt: skip
         self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
@@ -126,13 +129,10 @@ class SuiteModel:
         """Make one clip.
 
         Args:
-            clip: its number.
-            steps: denoising steps.
             solver: a name of `SOLVERS`, `schedulers.OWN`, or the class of one of diffusers' schedulers.
             scheduler: options of that class.
             flow_shift: noise shift; None: the model's own.
             guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
-            methods: what is attached.
             call: arguments that differ from the model's own.
 
         Raises:
@@ -159,11 +159,63 @@ class SuiteModel:
             counts=sum(counts, self._counter.take()),
             attended=share,
             seconds=timings.denoise,
-            times=_times(timings),
+            times=Times(
+                threads=torch.get_num_threads(),
+                text=timings.text,
+                denoise=timings.denoise,
+                decode=timings.decode,
+                steps=tuple(timings.steps),
+            ),
             by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
             density=density_map(report, len(counts)),
             memory=peak_memory() if counted else None,
         )
+
+
+class BudgetSpent(DitAccelError):  # noqa: N818 - reads as what it is
+    """The next run would go beyond the budget; all before it are written."""
+
+
+class Spending:
+    """What one process has spent of its budget.
+
+    Args:
+        budget: what it may spend; None: any amount.
+        clock: seconds by which time is told.
+    """
+
+    def __init__(self, budget: Budget | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budget, self._clock = budget or Budget(), clock
+        self._begun: float | None = None
+        self._busy = 0.0
+        self.steps = 0
+
+    def run(self, make: Callable[..., Run], clip: int, *, steps: int, **options: Any) -> Run:
+        """Return what ``make`` does of a clip with so many denoising steps, if the budget holds it.
+
+        A run's seconds are foretold from the runs so far, a step like another; the first is always begun.
+
+        Raises:
+            BudgetSpent: before the run, if it would go beyond.
+        """
+        now = self._clock()
+        self._begun = now if self._begun is None else self._begun
+        most = self.budget
+        if most.steps is not None and self.steps + steps > most.steps:
+            raise BudgetSpent(
+                f"the next run takes {steps} steps, and {self.steps} of the budget of {most.steps} are spent"
+            )
+        if most.seconds is not None and self.steps:
+            took, needed = now - self._begun, steps * self._busy / self.steps
+            if took + needed > most.seconds:
+                raise BudgetSpent(
+                    f"the next run takes about {needed:.3g} seconds, and {took:.3g} of the budget of {most.seconds:g} "
+                    "are spent"
+                )
+        made = make(clip, steps=steps, **options)
+        self._busy += self._clock() - now
+        self.steps += steps
+        return made
 
 
 @contextlib.contextmanager
@@ -192,25 +244,12 @@ def guided(pipe: Any, guider: Mapping[str, Mapping[str, Any]]) -> Iterator[None]
 
 
 def check_guided(pipeline: type) -> None:
-    """Refuse a class of pipelines that takes no guider.
-
-    Raises:
-        ConfigError: with those that do.
-    """
-    import inspect
-
+    """Refuse a class of pipelines that takes no guider."""
     if "guider" not in inspect.signature(pipeline).parameters:
         raise ConfigError(
             f"{pipeline.__name__} takes no guider; HunyuanVideo 1.5's, HunyuanImage's and Motif-Video's pipelines do: "
             "leave it out, or set guidance_scale in the suite's call"
         )
-
-
-def _times(timings: Timings) -> Times:
-    return Times(
-        threads=torch.get_num_threads(), text=timings.text, denoise=timings.denoise, decode=timings.decode,
-        steps=tuple(timings.steps),
-    )  # fmt: skip
 
 
 def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
@@ -229,3 +268,73 @@ def _frames(out: Any) -> Clip:
     while pictures.ndim > 4:
         pictures = pictures[0]
     return pictures[:1] if name in ("images", "image") else pictures
+
+
+def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what is none of diffusers' schedulers of another's noise schedule, or an option that it has not."""
+    taken = check_options("scheduler", name, ())
+    if not {"use_flow_sigmas", "shift", "trained_betas"} & {*taken}:
+        raise ConfigError(
+            f"{name} takes no noise schedule but its own; take, say, UniPCMultistepScheduler or "
+            "FlowMatchHeunDiscreteScheduler"
+        )
+    check_options("scheduler", name, options)
+
+
+def check_options(kind: str, name: str, options: Iterable[str], known: Collection[str] | None = None) -> list[str]:
+    """Refuse a name that is no class of diffusers' of a kind, and an option that the class has not.
+
+    Args:
+        kind: ``scheduler``, ``guider`` or ``cache``, for the message.
+        known: what there is; None: all schedulers.
+
+    Returns:
+        The options that the class takes.
+    """
+    import diffusers
+
+    known = [one for one in dir(diffusers) if one.endswith("Scheduler")] if known is None else known
+    if name not in known:
+        raise ConfigError(f"diffusers has no {kind} {name!r}; {did_you_mean(name, known)}")
+    taken = [*inspect.signature(getattr(diffusers, name)).parameters]
+    for option in options:
+        if option not in taken:
+            raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, taken)}")
+    return taken
+
+
+def shipped_scheduler(source: str) -> Any:
+    """Return the scheduler that a model ships with, from its config alone.
+
+    Raises:
+        UnsupportedModel: if the config is not found, or diffusers has no such scheduler.
+    """
+    import diffusers
+
+    config = read_config(source, "scheduler/scheduler_config.json")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        raise UnsupportedModel(f"{source} ships with {config.get('_class_name')!r}, which diffusers does not have")
+    return cls.from_config(config)
+
+
+def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
+    """Return a fresh scheduler of the model's own noise schedule.
+
+    Args:
+        solver: a name of `SOLVERS`, `OWN`, or the class of one of diffusers' schedulers.
+        options: of that class; what is not among them is as in the shipped one's config.
+        flow_shift: another noise shift, of a solver; None: the model's own.
+
+    Raises:
+        ConfigError: for a scheduler that can't take the shipped one's place.
+    """
+    if solver in SOLVERS:
+        return make_scheduler(shipped, solver, flow_shift)
+    if solver != OWN:
+        return scheduler_like(shipped, solver, **options)
+    if flow_shift is not None:
+        raise ConfigError(
+            f"the model's own scheduler keeps its noise schedule, got flow_shift {flow_shift}; leave it out"
+        )
+    return type(shipped).from_config(shipped.config)

@@ -31,8 +31,6 @@ def run_beside(
 
     Args:
         work: does one item; a function of a module, as a process of its own imports it.
-        items: what is to be done.
-        workers: how many processes.
         done: called with each result.
         begin: called first in each of them.
         given: what it is called with.

@@ -1,18 +1,31 @@
-"""Result lines: one JSON line a clip and arm, appended whole by any process, sorted when a run ends."""
+"""What a suite's runs leave on disk: a JSON line a clip and arm, and where asked the frames, as PNG without loss."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from dit_accel_pipelines.generation.media import Frames, to_uint8
+
 from dit_accel import ConfigError
 from dit_accel.files import no_space, written_whole
 
-from .clips import OwnClips
+from ..metrics.metric import Clip
 
 Line = dict[str, Any]
+
+REFERENCE = "reference"
+"""What stands for the arm's name in the file of a converged run."""
+
+_KEY = "dit-accel"
+_SHAPING = ("model", "weights", "call", "clip", "num_inference_steps", "solver", "flow_shift", "methods")
+_FURTHER = ("seed", "dtype", "scheduler", "guider", "arm_call")
+"""What shapes frames besides, in lines that tell it; a prompt where it has a seed, for held-out ones go by number."""
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -61,11 +74,7 @@ def _take_off(path: Path, part: bytes) -> None:
 
 @contextlib.contextmanager
 def explained_disk_errors(path: Path) -> Iterator[None]:
-    """Say in one line that a file can't be written.
-
-    Raises:
-        ConfigError: with the system's reason, and what to do.
-    """
+    """Say in one line that a file can't be written."""
     try:
         yield
     except OSError as error:
@@ -93,55 +102,81 @@ def latest(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
     return {(line["arm"], line["clip"]): line for line in lines}
 
 
-def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
-    """Refuse lines of another model, call, reference or arm than the suite's, by name.
-
-    Args:
-        path: the lines' file.
-        lines: what it holds.
-        expected: key -> what every line must say.
-        arms: arm -> what it runs; lines of other arms are not looked at.
-
-    Raises:
-        ConfigError: for the first line that differs.
-    """
-    for line in lines:
-        for name, value in expected.items():
-            if line.get(name) != value:
-                raise ConfigError(
-                    f"{path} holds results of {name} {line.get(name)!r}, this suite has {value!r}; delete it and run "
-                    "again"
-                )
-        for name, value in arms.get(line["arm"], {}).items():
-            if line.get(name) != value:
-                raise ConfigError(
-                    f"{path} holds results of arm {line['arm']!r} with {name} {line.get(name)!r}, this suite has "
-                    f"{value!r}; rename the arm, or delete its lines"
-                )
+def kept_path(folder: Path, arm: str, clip: int) -> Path:
+    """Return where the frames of a clip of an arm lie; names that differ in signs alone have files of their own."""
+    plain = re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")[:60]
+    return folder / f"clip-{clip:03d}" / f"{plain}-{hashlib.sha256(arm.encode()).hexdigest()[:6]}.png"
 
 
-def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:
-    """Refuse lines of another prompt or seed than their clip has in the suite.
+def run_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what shapes the frames of a result line."""
+    return {"arm": line["arm"], **{key: line[key] for key in _SHAPING}, **_further(line)}
 
-    Args:
-        path: the lines' file.
-        lines: what it holds.
-        own: the suite's own prompts and seeds; None: clips are held-out ones.
+
+def reference_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what shapes the frames of the converged run that a result line is held against."""
+    plain = {key: line[key] for key in ("model", "weights", "call", "clip", "reference")}
+    plain |= {key: value for key, value in _further(line).items() if key in ("seed", "dtype", "prompt")}
+    return {"arm": REFERENCE, "num_inference_steps": line["reference_steps"], **plain}
+
+
+def _further(line: Mapping[str, Any]) -> dict[str, Any]:
+    keys = (*_FURTHER, "prompt") if "seed" in line else _FURTHER
+    return {key: line[key] for key in keys if key in line}
+
+
+def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
+    """Write frames [F, height, width, 3] in [0, 1] as 8-bit PNG, whole or not at all.
 
     Raises:
-        ConfigError: for the first line that differs.
+        ConfigError: if they can't be written, as on a full disk.
     """
-    for line in lines:
-        _check_clip(path, line, own)
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    frames, info = to_uint8(clip), PngInfo()
+    info.add_itxt(_KEY, json.dumps({"frames": len(frames), "made_by": dict(made_by)}, sort_keys=True))
+    with explained_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        strip = frames.reshape(-1, *frames.shape[2:])
+        Image.fromarray(strip).save(temporary, format="png", pnginfo=info, optimize=True)
 
 
-def _check_clip(path: Path, line: Line, own: OwnClips | None) -> None:
-    clip = line["clip"]
-    here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
-    if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
-        return
-    text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
-    raise ConfigError(
-        f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
-        f"{text}; write its results to another file"
-    )
+def keep_beside(folder: Path, beside: Path, line: Line, clip: Clip, reference: Clip) -> Line:
+    """Keep the frames of a line's run, and the reference's once; returns their paths, from the result lines' folder."""
+    own, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
+    keep(own, clip, run_of(line))
+    try:
+        read_kept(other, reference_of(line))
+    except ConfigError:  # there is none, or one of earlier weights
+        keep(other, reference, reference_of(line))
+    paths = {"kept": own, "kept_reference": other}
+    return {key: Path(os.path.relpath(path, beside)).as_posix() for key, path in paths.items()}
+
+
+def strip_frames(strip: Frames, count: int) -> Frames:
+    """Return the frames [F, height, width, 3] of a picture in which so many lie one below the other."""
+    return strip.reshape(count, -1, *strip.shape[1:])
+
+
+def read_kept(path: Path, made_by: Mapping[str, Any]) -> Frames:
+    """Return kept frames, uint8 [F, height, width, 3].
+
+    Raises:
+        ConfigError: for a file that is missing, can't be read, or holds the frames of another run.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = json.loads(getattr(image, "text", {})[_KEY])
+            strip, count, found = np.asarray(image.convert("RGB")), text["frames"], text["made_by"]
+        frames = strip_frames(strip, count)
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"{path} holds no frames that can be read ({type(error).__name__}: {error})") from None
+    for name, value in json.loads(json.dumps(dict(made_by))).items():
+        if found.get(name) != value:
+            raise ConfigError(f"{path} holds frames of {name} {found.get(name)!r}, not {value!r}")
+    return frames

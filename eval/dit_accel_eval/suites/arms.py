@@ -1,7 +1,5 @@
 """The arms of a suite: what is attached, how many steps of which solver or scheduler, and which guider."""
 
-import dataclasses
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from dit_accel.methods.caches.native_limits import CONFIGS
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 
-from ..runs.schedulers import OWN, check_scheduler
+from ..runs.model import OWN, check_options, check_scheduler
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
@@ -32,12 +30,10 @@ class Arm:
 
     Attributes:
         name: unique in the suite; the row's name.
-        num_inference_steps: denoising steps.
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
         scheduler: options of that class.
         flow_shift: noise shift; None: the model's own.
         guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
-        methods: what is attached.
         call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
     """
 
@@ -96,11 +92,7 @@ def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...
 
 
 def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that are not known, and values of another kind.
-
-    Raises:
-        ConfigError: with the key, and the nearest that is known.
-    """
+    """Refuse keys that are not known, and values of another kind."""
     for key, value in values.items():
         if key not in kinds:
             raise ConfigError(f"{where} has an unknown key {key!r}; {did_you_mean(key, kinds)}")
@@ -153,7 +145,8 @@ def _check_name(full: str, arm: Arm, where: str) -> None:
             f"are compared with and that is found by its name; call it {dense!r}, or leave it out: what is needed of "
             "them is made by itself"
         )
-    if not arm.is_dense and _is_dense_name(full):
+    solver, _, steps = full.rpartition(" ")
+    if not arm.is_dense and solver == BEST and steps.isdigit():
         raise ConfigError(
             f"{where} is called {full!r}, a name for runs of {BEST} without a method, which other arms are compared "
             "with; give it another name"
@@ -193,12 +186,7 @@ def _check_guider(table: Mapping[str, Any]) -> None:
 
     name, options = _one_class(table, "guider", "ClassifierFreeGuidance")
     known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != BaseGuidance.__name__]
-    if name not in known:
-        raise ConfigError(f"diffusers has no guider {name!r}; {did_you_mean(name, known)}")
-    taken = [one for one in inspect.signature(getattr(diffusers, name)).parameters]
-    for option in options:
-        if option not in taken:
-            raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, taken)}")
+    check_options("guider", name, options, known)
 
 
 def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
@@ -207,18 +195,9 @@ def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
 
     made = []
     for name, options in tables.items():
-        if name not in CONFIGS:
-            raise ConfigError(f"diffusers has no cache {name!r}; {did_you_mean(name, CONFIGS)}")
+        check_options("cache", name, (), CONFIGS)
         if not isinstance(options, dict):
             raise ConfigError(f"{name} = {options!r} is no table; write {name} = {{}} or options in the braces")
-        known = [one.name for one in dataclasses.fields(getattr(diffusers, name))]
-        for option in options:
-            if option not in known:
-                raise ConfigError(f"{name} has no option {option!r}; {did_you_mean(option, known)}")
+        check_options("cache", name, options, CONFIGS)
         made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
     return made
-
-
-def _is_dense_name(name: str) -> bool:
-    solver, _, steps = name.rpartition(" ")
-    return solver == BEST and steps.isdigit()

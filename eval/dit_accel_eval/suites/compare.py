@@ -9,28 +9,28 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from dit_accel_pipelines.generation.request import Dtype
 from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel_pipelines.generation.threads import threads
 from dit_accel_pipelines.processes.ranks import Ranks
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dit_accel import ConfigError
+from dit_accel.cli.console import TALK
 
-from ..runs.budget import Budget, BudgetSpent, Spending
-from ..runs.clips import OwnClips
-from ..runs.embedded import EmbeddedModel
-from ..runs.given import GivenModel
-from ..runs.machine import Machine
-from ..runs.model import Run, SuiteModel
+from ..metrics.registered import metric
+from ..runs.conditions import Budget, Machine, OwnClips
+from ..runs.loaded import EmbeddedModel, GivenModel
+from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines
 from .arms import Arm, dense_arm
 from .comparison import rival_steps
 from .job import Job, checked
-from .measuring import Sampled, lacks_metrics, line_of
-from .reference import AGREE, converged, dense_run
+from .measuring import ALWAYS, Sampled, line_of
+from .reference import AGREE, FIRST, converged, dense_run
+from .suite import Suite
 
 KEPT = ("kept", "kept_reference")
 EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", *KEPT)
@@ -46,9 +46,6 @@ def run(
     a disk where appending a line is atomic, and the first checks it before and sorts it after.
 
     Args:
-        job: what runs.
-        clips: their numbers.
-        workers: processes.
         watch: is given the lines so far, now and then; for progress.
 
     Returns:
@@ -103,12 +100,7 @@ def _run_there(clip: int) -> str | None:
 
 
 class Runner:
-    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget.
-
-    Args:
-        job: what runs.
-        budget: what the runs may take; None: any amount.
-    """
+    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget."""
 
     def __init__(self, job: Job, budget: Budget | None = None) -> None:
         self.job, self._spending, self._warm = job, Spending(budget), set[str]()
@@ -119,6 +111,11 @@ class Runner:
         suite, machine = self.job.suite, self.job.machine
         given = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
         return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, given)
+
+    @functools.cached_property
+    def _run(self) -> Callable[..., Run]:
+        """Makes a run as `SuiteModel.run` does, if the budget holds it."""
+        return functools.partial(self._spending.run, self.model.run)
 
     def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> str | None:
         """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each.
@@ -176,18 +173,16 @@ class Runner:
                 beside.append(self._run(clip, steps=arm.num_inference_steps, solver=BEST))
         return runs, beside
 
-    def _run(self, clip: int, *, steps: int, **options: Any) -> Run:
-        return self._spending.run(steps, lambda: self.model.run(clip, steps=steps, **options))
-
 
 def _missing_arms(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     """Give the arms that a clip lacks; the dense ones to hold others against last, since these tell which."""
     rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
     for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
         line = known.get(arm.name)
+        told = {*ALWAYS, *line.get("metrics", ()), *line.get("skipped", ())} if line else set[str]()
         if (
             line is None
-            or lacks_metrics(job.suite, line)
+            or any(name not in told and metric(name).missing() is None for name in job.suite.metrics)
             or (job.timed and not arm.is_dense and "seconds" not in line)
             or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
             or (job.frames and not all((job.out.parent / line.get(key, "")).is_file() for key in KEPT))
@@ -204,3 +199,84 @@ def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype,
     assert own is not None  # `checked` refuses it
     source, dtype, machine = given
     return GivenModel(name, source, json.loads(call), own, dtype, machine)
+
+
+USUAL = 64
+"""Steps of a converged run, where none is known yet."""
+
+
+def steps_of(lines: Sequence[Line]) -> int:
+    """Return the denoising steps behind the lines of one clip: its runs, and the search for its converged run."""
+    searched = max((2 * line["reference_steps"] - FIRST for line in lines if "reference_steps" in line), default=0)
+    return searched + sum(
+        line["num_inference_steps"] * len(line.get("repeated", {}).get("seconds", (0,))) for line in lines
+    )
+
+
+def clip_steps(suite: Suite, lines: Sequence[Line]) -> int:
+    """Return the steps that a clip takes in all, as far as its lines tell: arms that lack are as listed."""
+    known = {line["arm"]: line for line in lines}
+    arms = {arm.name: arm.num_inference_steps for arm in suite.arms}
+    if suite.judge:
+        return suite.repeats * sum(arms.values())
+    reference = next((line["reference_steps"] for line in lines), USUAL)
+    rivals: set[int] = set().union(*(rival_steps(line) for line in known.values()))
+    if not lines:  # an arm is held against two dense runs, of half its steps or more
+        rivals = {steps for count in arms.values() for steps in (count, count - 1) if steps > 0}
+    missing = {dense_arm(steps).name: steps for steps in rivals}
+    ran = {name: line["num_inference_steps"] for name, line in known.items()}
+    return 2 * reference - FIRST + suite.repeats * sum({**arms, **missing, **ran}.values())
+
+
+def cost_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> str:
+    """Return in words what is still to be run, beside the budget where the suite has one."""
+    done, total = progress_of(suite, clips, lines)
+    warm = suite.warmup * sum(arm.num_inference_steps for arm in suite.arms)
+    text = f"{suite.name}: {len(clips)} clips, about {total + warm - done} denoising steps to run"
+    text += f", {done} are done" if done else ""
+    return text + (f"; this call may take {suite.budget}" if suite.budget else "")
+
+
+class SuiteProgress:
+    """A bar over the clips of a suite; a context manager, and what `compare.run` calls with the lines so far."""
+
+    def __init__(self, suite: Suite, clips: Sequence[int], *, quiet: bool = False) -> None:
+        self._suite, self._clips, self._quiet = suite, clips, quiet
+        self._told = False
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=TALK,
+            disable=quiet or not TALK.is_terminal,
+        )
+        self._task = self._progress.add_task(suite.name, total=None)
+
+    def __enter__(self) -> Callable[[Sequence[Line]], None]:
+        self._progress.__enter__()
+        return self.show
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def show(self, lines: Sequence[Line]) -> None:
+        """Move the bar to what these lines say; the first time, tell what is still to be run."""
+        if not self._told and not self._quiet:
+            TALK.print(cost_of(self._suite, self._clips, lines), markup=False, soft_wrap=True)
+        self._told = True
+        done, total = progress_of(self._suite, self._clips, lines)
+        text = f"{self._suite.name}: {len({*latest(lines)})} runs"
+        self._progress.update(self._task, completed=done, total=total, description=text)
+
+
+def progress_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> tuple[int, int]:
+    """Return the denoising steps that are done, and those that the clips take in all, as far as is known."""
+    by_clip: Mapping[int, list[Line]] = {clip: [] for clip in clips}
+    for (_, clip), line in latest(lines).items():
+        if clip in by_clip:
+            by_clip[clip].append(line)
+    done = {clip: steps_of(own) for clip, own in by_clip.items()}
+    return sum(done.values()), sum(max(done[clip], clip_steps(suite, own)) for clip, own in by_clip.items())

@@ -27,8 +27,6 @@ class ArmFigures:
     """What the clips of one arm say.
 
     Attributes:
-        name: the arm's.
-        clips: how many clips there are.
         means: mean of ``work``, ``work_real``, ``ssim`` and, where clips have one, ``score``; where timed,
             ``steps_in_time``.
         psnr: PSNR to the reference in dB.
@@ -88,6 +86,7 @@ def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], L
             ahead[key], p[key] = bootstrap(differences), sign_flips(differences)
     names = dict.fromkeys(metric for line in lines for metric in line.get("metrics", ()))
     held = {} if is_rival(lines[0]) else {metric: _differences(lines, known, keys[0], metric) for metric in names}
+    values = {name: [value for line in lines if (value := value_of(line, name)) is not None] for name in names}
     return ArmFigures(
         name=name,
         clips=len(lines),
@@ -95,7 +94,7 @@ def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], L
         psnr=bootstrap([line["psnr"] for line in lines]),
         ahead=ahead,
         p=p,
-        metrics={name: bootstrap(found) for name in names if (found := _values(lines, name))},
+        metrics={name: bootstrap(found) for name, found in values.items() if found},
         differences={name: bootstrap(found) for name, found in held.items() if found},
     )
 
@@ -103,10 +102,6 @@ def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], L
 def value_of(line: Line, metric: str) -> float | None:
     """Return a line's value of a metric, None where it has none."""
     return line.get(metric) if metric in ("psnr", "ssim", "score") else line.get("metrics", {}).get(metric)
-
-
-def _values(lines: Sequence[Line], metric: str) -> list[float]:
-    return [value for line in lines if (value := value_of(line, metric)) is not None]
 
 
 def _differences(lines: Sequence[Line], known: Mapping[tuple[str, int], Line], key: str, metric: str) -> list[float]:
@@ -136,12 +131,6 @@ def verdict(difference: Interval, clips: int) -> str:
     return "ahead" if difference.low > 0 else "behind"
 
 
-def interval_text(metric: str, interval: Interval, sign: str = "") -> str:
-    """Return a metric's mean with its interval, with as many digits as the metric has."""
-    digits = f"{sign}.{decimals_of(metric)}f"
-    return f"{interval.mean:{digits}} [{interval.low:{digits}}, {interval.high:{digits}}]"
-
-
 def decimals_of(metric: str) -> int:
     """Return how many digits behind the point a metric is told with; 3 for one that is not installed."""
     return metrics()[metric].decimals if metric in metrics() else 3
@@ -155,21 +144,17 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     """Return the Markdown table of arms; those of fewer clips than ``clips``, None: than another, say how many."""
     whole = max((arm.clips for arm in arms), default=0) if clips is None else clips
-    return _table(arms, whole)
-
-
-def _table(found: Sequence[ArmFigures], clips: int) -> str:
-    works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in found) else {})
+    works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in arms) else {})
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
-    scored = ["score"] if any("score" in arm.means for arm in found) else []
+    scored = ["score"] if any("score" in arm.means for arm in arms) else []
     heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", *scored, *against]
-    every = dict.fromkeys(name for arm in found for name in arm.metrics)
+    every = dict.fromkeys(name for arm in arms for name in arm.metrics)
     named = [name for name in every if not name.endswith(WORLD)]  # which have a table of their own
     heads += named
-    if any(arm.clips < clips for arm in found):
+    if any(arm.clips < whole for arm in arms):
         heads.insert(1, "clips")
     rows = []
-    for arm in found:
+    for arm in arms:
         cells = [arm.name, *([str(arm.clips)] if "clips" in heads else [])]
         cells += [f"{arm.means[key]:.2f}" if key in arm.means else "" for key in works]
         cells += [str(arm.psnr), f"{arm.means['ssim']:.3f}"]
@@ -177,6 +162,6 @@ def _table(found: Sequence[ArmFigures], clips: int) -> str:
         cells += [
             f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
         ]
-        cells += [interval_text(name, arm.metrics[name]) if name in arm.metrics else "" for name in named]
+        cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in named]
         rows.append(cells)
     return markdown_table(" | ".join(heads), rows)

@@ -14,7 +14,7 @@ from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, markdown_table
 from ..statistics import bootstrap
 from .arms import Arm
-from .suite import Suite
+from .suite import Suite, held_arms
 
 EQUAL = 1.25
 """Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
@@ -53,17 +53,9 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
-    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
-    for arm in suite.arms:
-        clips = by_arm[arm.name]
-        if not clips:
-            continue
-        forwards, score, close, sharp = (
-            float(np.mean([line[name] for line in clips.values()]))
-            for name in ("forwards", "score", "closeness", "sharpness")
-        )
-        rival = rival_of(suite, arm, lines)
-        others = by_arm[rival.name] if rival else {}
+    names = ("forwards", "score", "closeness", "sharpness")
+    for arm, clips, rival, others in held_arms(suite, lines, lambda arm: rival_of(suite, arm, lines)):
+        forwards, score, close, sharp = (float(np.mean([line[name] for line in clips.values()])) for name in names)
         paired = [100 * (clips[clip]["closeness"] - others[clip]["closeness"]) for clip in sorted({*clips} & {*others})]
         call = next(iter(clips.values()))["call"]
         scale = call.get("guidance_scale", call.get("true_cfg_scale", ""))

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
 
-from ..runs.embedded import check_name, settled_call, weights_hash
-from ..runs.given import check_given, given_call, given_weights
-from ..runs.machine import Machine
-from ..runs.model import check_guided
-from ..runs.results import Line, check_clips, check_lines, read_lines, write_lines
-from ..runs.schedulers import scheduler_of, shipped_scheduler
+from ..runs.conditions import Machine, OwnClips
+from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
+from ..runs.model import Run, SuiteModel, check_guided, scheduler_of, shipped_scheduler
+from ..runs.results import Line, read_lines, write_lines
+from ..vbench import scenes
+from . import guided, larger, longer
+from . import judged_by_vbench as judged
 from .arms import Arm
 from .comparison import table
-from .judges import JUDGES, Judge
 from .reference import AGREE
 from .suite import Suite
 
@@ -32,12 +32,37 @@ SCALES = ("guidance_scale", "true_cfg_scale")
 """What an arm's call may change where all are held against one converged run, which has the suite's own."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How clips are judged by themselves.
+
+    Attributes:
+        measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
+        table: (suite, lines) -> the Markdown table.
+        check: refuses a suite that can't be judged so; None: all can.
+        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
+    """
+
+    measures: Callable[[SuiteModel, int, Run], Line]
+    table: Callable[[Suite, Sequence[Line]], str]
+    check: Callable[[Suite], None] | None = None
+    numbers: Callable[[str, int, int], Sequence[int]] | None = None
+
+
+JUDGES: Mapping[str, Judge] = {
+    "longer": Judge(measures=longer.measures, table=longer.table),
+    "larger": Judge(measures=larger.measures, table=larger.table),
+    "guidance": Judge(measures=guided.measures, table=guided.table),
+    "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=scenes.numbers),
+}
+"""Name, one of `suite.JUDGES` -> the judge."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a process needs to run the clips of a suite, checked once by `checked`.
 
     Attributes:
-        suite: what runs.
         out: the result lines' file.
         cache: folder of dense runs.
         timed: whether each arm is timed beside the dense run of as many steps.
@@ -100,7 +125,7 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: for an argument that its pipeline does not take.
     """
     if suite.embedded:
-        return settled_call(suite.model, given)
+        return embedded_call(suite.model, given)
     return given_call(check_given(suite.source)[0], given)
 
 
@@ -136,14 +161,8 @@ def checked(job: Job) -> Iterator[None]:
 
 
 def _check_model(suite: Suite) -> None:
-    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take.
-
-    Raises:
-        ConfigError: for the first of them.
-        UnsupportedModel: for a model that is not found or that no adapter covers.
-    """
+    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take."""
     if suite.embedded:
-        check_name(suite.model)
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
         source = str(model_path(suite.model))
@@ -187,3 +206,37 @@ def _check_kind(job: Job) -> None:
         )
     if check := JUDGES[suite.judge].check:
         check(suite)
+
+
+def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+    """Refuse lines of another model, call, reference or arm than the suite's, by name.
+
+    Args:
+        expected: key -> what every line must say.
+        arms: arm -> what it runs; lines of other arms are not looked at.
+    """
+    for line in lines:
+        of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
+        for of, settled, remedy in (("", expected, "delete it and run again"), of_arm):
+            for name, value in settled.items():
+                if line.get(name) != value:
+                    text = f"holds results of {of}{name} {line.get(name)!r}, this suite has {value!r}"
+                    raise ConfigError(f"{path} {text}; {remedy}")
+
+
+def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:
+    """Refuse lines of another prompt or seed than their clip has in the suite.
+
+    Args:
+        own: the suite's own prompts and seeds; None: clips are held-out ones.
+    """
+    for line in lines:
+        clip = line["clip"]
+        here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None
+        if (own is None and "seed" not in line) or (line.get("prompt"), line.get("seed")) == here:
+            continue
+        text = "a held-out prompt" if own is None else f"{here[0]!r} and seed {here[1]}" if here else "no such clip"
+        raise ConfigError(
+            f"{path} holds clip {clip} of prompt {line.get('prompt')!r} and seed {line.get('seed')}, this suite has "
+            f"{text}; write its results to another file"
+        )

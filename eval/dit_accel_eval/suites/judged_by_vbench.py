@@ -29,11 +29,7 @@ SURE = 0.05
 
 
 def check_suite(suite: Suite) -> None:
-    """Refuse a suite whose first arm can't be what the others are held against.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+    """Refuse a suite whose first arm can't be what the others are held against."""
     first = suite.arms[0]
     if not first.is_dense:
         raise ConfigError(f"suite {suite.name} begins with {first.name!r}; put the dense run first, 'unipc STEPS'")
@@ -65,9 +61,6 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
     Behind a mean stands whether the arm is ahead of or behind the first one, clip by clip; bold where that stands after
     Holm's correction for all differences of the table. Clips of which an arm is missing are left out.
-
-    Raises:
-        ConfigError: as `check_suite` does.
     """
     check_suite(suite)
     by_arm = _whole(suite, lines)

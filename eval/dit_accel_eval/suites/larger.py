@@ -16,7 +16,7 @@ from ..metrics.sharpness import sharpness
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, markdown_table
 from ..statistics import paired_cell
-from .suite import Suite
+from .suite import Suite, held_arms
 
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
@@ -31,7 +31,6 @@ def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
 
     Args:
         picture: in [0, 1].
-        number: of the held-out prompt.
         trained: the trained side in pixels.
     """
     scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)
@@ -76,15 +75,9 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
-    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
-    for arm in suite.arms:
-        clips = by_arm[arm.name]
-        if not clips:
-            continue
+    scales = (1, 100, 100, 1, 1000)
+    for arm, clips, plain, others in held_arms(suite, lines, suite.plain):
         wrong, score, ground, again, sharp = (float(np.mean([x[name] for x in clips.values()])) for name in NAMES)
-        plain = suite.plain(arm)
-        others = by_arm[plain.name] if plain else {}
-        scales = (1, 100, 100, 1, 1000)
         paired = [paired_cell(clips, others, name, scale=scale) for name, scale in zip(NAMES, scales, strict=True)]
         yield (
             arm.name, len(clips), f"{wrong:.2f}", f"{score:.0%}", f"{ground:.0%}", f"{again:.3f}",

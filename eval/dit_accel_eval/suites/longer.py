@@ -4,8 +4,8 @@ No clip has a reference, so each is judged by itself: the judge's score for its 
 later stretch comes to the opening one, and how much of a loop it is.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
@@ -17,7 +17,7 @@ from ..metrics.sharpness import sharpness
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, markdown_table
 from ..statistics import paired_cell
-from .suite import Suite
+from .suite import Suite, held_arms
 
 STRETCHES = "closeness_by_stretch"
 """What a line calls how near each stretch comes to the prompt."""
@@ -45,8 +45,6 @@ def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
     A stretch has the frames of the longest clips that the model was trained on.
 
     Args:
-        name: of the embedded model.
-        clip: its number.
         frames: [F, H, W, 3] in [0, 1].
     """
     long = longest_trained(name)
@@ -56,17 +54,16 @@ def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's two Markdown tables: a row per arm, and each against the plain arm of its length and steps."""
-    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     heads = (
         "arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
         "repetition RMS | loop | pairs computed | denoising, s"
     )
-    rows = ((name, *_cells(list(clips.values()))) for name, clips in by_arm.items() if clips)
+    rows = ((arm.name, *_cells([*clips.values()])) for arm, clips, _, _ in held_arms(suite, lines, suite.plain))
     against = (
         "arm | against | paired difference of the score, points | of the loop | of the path error, px | "
         "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising"
     )
-    return f"{markdown_table(heads, rows)}\n\n{markdown_table(against, _differences(suite, by_arm))}"
+    return f"{markdown_table(heads, rows)}\n\n{markdown_table(against, _differences(suite, lines))}"
 
 
 def _cells(lines: list[Line]) -> tuple[str, ...]:
@@ -93,16 +90,13 @@ def _cells(lines: list[Line]) -> tuple[str, ...]:
     )
 
 
-def _differences(suite: Suite, by_arm: dict[str, dict[int, Line]]) -> Iterator[Sequence[object]]:
-    for arm in suite.arms:
-        own, plain = by_arm[arm.name], suite.plain(arm)
-        if not own or plain is None:
+def _differences(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
+    for arm, own, plain, others in held_arms(suite, lines, suite.plain):
+        if plain is None:
             continue
-
-        def cell(name: str, scale: float = 1.0, own: Any = own, others: Any = by_arm[plain.name]) -> str:
-            return paired_cell(own, others, name, scale=scale, ratio=name == "loop_seconds")
-
+        cell = functools.partial(paired_cell, own, others)
         yield (
-            arm.name, plain.name, cell("score", 100), cell("loop"), cell("path_error"), cell("motion", 1000),
-            cell("sharpness", 1000), cell("repetition", 1000), cell("loop_seconds"),
+            arm.name, plain.name, cell("score", scale=100), cell("loop"), cell("path_error"),
+            cell("motion", scale=1000), cell("sharpness", scale=1000), cell("repetition", scale=1000),
+            cell("loop_seconds", ratio=True),
         )  # fmt: skip

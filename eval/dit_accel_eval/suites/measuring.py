@@ -1,11 +1,9 @@
 """What a result line says of one run: how it compares with the converged one or is judged, what it cost, what ran."""
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,15 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
 
-from ..metrics.metric import Clip, Sample
-from ..metrics.registered import metric, scores
+from ..metrics.metric import Sample
+from ..metrics.registered import scores
+from ..runs.conditions import device_name, processor
 from ..runs.counting import Counts, tokens_of, work, works
-from ..runs.kept import REFERENCE, keep, kept_path, read_kept, reference_of, run_of
-from ..runs.machine import device_name, processor
 from ..runs.model import Run, SuiteModel
-from ..runs.results import Line
+from ..runs.results import Line, keep_beside
 from .arms import Arm
 from .job import Job
 from .reference import Reference
-from .suite import Suite
 
 ALWAYS = ("psnr", "ssim")
 """What every line of an arm that is held against a converged run holds by itself."""
@@ -42,10 +38,6 @@ class Sampled:
     """One arm on one clip of a job, as it ran.
 
     Attributes:
-        job: the job.
-        arm: the arm.
-        clip: the clip's number.
-        model: what ran.
         reference: the converged run; None where clips are judged by themselves.
         runs: of the arm, as many as each sample is repeated.
         beside: where timed, the dense run of as many steps after each of them.
@@ -68,11 +60,24 @@ def line_of(sampled: Sampled) -> Line:
     ``repeated`` has all with their quartiles.
     """
     job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
-    line = {**_about(sampled), **(_judged(sampled, made) if reference is None else _held(sampled, made, reference))}
+    line = _about(sampled)
+    if reference is None:
+        assert job.judge is not None
+        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
+    else:
+        share = sampled.model.own_share
+        line |= {
+            "reference_steps": reference.steps,
+            "reference_agreement": reference.agreement,
+            **_measured(sampled, made, reference),
+            **works(made.counts, reference.step, made.attended, share),
+            "forwards": made.counts.blocks / reference.step.blocks,
+            **_cost(made, reference.step, share),
+        }
     if len(sampled.runs) > 1:
         line["repeated"] = repeated(sampled.runs)
     if job.frames is not None and reference is not None:
-        line |= _kept(job.frames, job.out.parent, line, made.frames, reference)
+        line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if sampled.beside:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
@@ -91,26 +96,6 @@ def repeated(runs: Sequence[Run]) -> dict[str, Any]:
     seconds = [run.seconds for run in runs]
     low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
     return {"seconds": [round(one, DIGITS) for one in seconds], "median": middle, "quartiles": [low, high]}
-
-
-def _held(sampled: Sampled, made: Run, reference: Reference) -> Line:
-    """Return what is said of a run beside its converged one."""
-    share = sampled.model.own_share
-    return {
-        "reference_steps": reference.steps,
-        "reference_agreement": reference.agreement,
-        **_measured(sampled, made, reference),
-        **works(made.counts, reference.step, made.attended, share),
-        "forwards": made.counts.blocks / reference.step.blocks,
-        **_cost(made, reference.step, share),
-    }
-
-
-def _judged(sampled: Sampled, made: Run) -> Line:
-    """Return what is said of a run by itself."""
-    judge = sampled.job.judge
-    assert judge is not None
-    return {**judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
 
 
 def _about(sampled: Sampled) -> Line:
@@ -157,9 +142,6 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
 
     ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about
     this clip, and ``unavailable`` why it could not be measured on this machine.
-
-    Raises:
-        ConfigError: for frames that are not finite, with the arm and clip that made them.
     """
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
     held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
@@ -185,21 +167,3 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
         line["by_frame"] = {name: [round(x, DIGITS) for x in one] for name, one in by_frame.items() if one is not None}
     line |= {key: why for key in ("skipped", "unavailable") if (why := getattr(found, key))}
     return line
-
-
-def lacks_metrics(suite: Suite, line: Line) -> bool:
-    """Whether a line lacks a metric that the suite names and that can be measured here now."""
-    known = {*line.get("metrics", ()), *line.get("skipped", ()), *ALWAYS}
-    return any(name not in known and metric(name).missing() is None for name in suite.metrics)
-
-
-def _kept(folder: Path, beside: Path, line: Line, clip: Clip, reference: Reference) -> Line:
-    """Keep the frames of a run, and the reference's once; returns their paths, from the result lines' folder."""
-    own, other = (kept_path(folder, name, line["clip"]) for name in (line["arm"], REFERENCE))
-    keep(own, clip, run_of(line))
-    try:
-        read_kept(other, reference_of(line))
-    except ConfigError:  # there is none, or one of earlier weights
-        keep(other, reference.frames, reference_of(line))
-    paths = {"kept": own, "kept_reference": other}
-    return {key: Path(os.path.relpath(path, beside)).as_posix() for key, path in paths.items()}

@@ -1,22 +1,15 @@
-"""Draws a suite: PSNR over work, dense runs of the best solver as a line.
+"""Draws a suite: PSNR over work, dense runs of the best solver as a line."""
 
-Written by `python -m dit_accel_eval.suites.plots SUITE`.
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_accel_pipelines.generation.solvers import BEST
 
-from dit_accel import ConfigError, DitAccelError
+from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
-from ..runs.results import read_lines
-from .comparison import WORKS, ArmFigures, figures
-from .suite import Suite, read_suite
+from .comparison import WORKS, ArmFigures
 
 MARKS = "osv^"
 """Marks of groups beyond the ten colours."""
@@ -25,40 +18,11 @@ DOTS = 80
 """Dots an inch; the pictures are committed, and stay small."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw a suite's results as a PNG; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--results", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suites")
-    parser.add_argument("--out", type=Path, help="PNG; default: docs/<suite>.png")
-    options = parser.parse_args(arguments)
-    try:
-        suite = read_suite(options.suite)
-        lines = options.results or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        arms = figures(suite, read_lines(lines))
-        clips = max((arm.clips for arm in arms), default=suite.clips)
-        draw(arms, title(suite, clips), options.out or Path("docs") / f"{suite.name}.png")
-    except DitAccelError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def title(suite: Suite, clips: int) -> str:
-    """Return what a suite's picture of so many clips is called."""
-    return f"{suite.name}: {suite.model}, {clips} held-out clips"
-
-
 def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
     """Write a PNG of PSNR over work: a panel for each kind of work, the best solver's dense runs as a line with band.
 
     Arms of one name and several steps are joined; those whose names agree up to a comma share a colour. An arm that no
     other surpasses at as little work has a ring around it.
-
-    Args:
-        arms: what to draw.
-        title: of the picture.
-        path: of the PNG.
 
     Raises:
         ConfigError: if there are no arms.
@@ -69,27 +33,30 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
 
 
 def picture(arms: Sequence[ArmFigures], title: str) -> Any:
-    """Return what `draw` writes, as a figure of matplotlib.
-
-    Raises:
-        ConfigError: if there are no arms.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Return what `draw` writes, as a figure of matplotlib."""
     if not arms:
         raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")
     whole = max(arm.clips for arm in arms)
     arms = [arm for arm in arms if arm.clips == whole]  # dense runs that only some clips needed as rivals are left out
-    works = [key for key in WORKS if key == "work_real" or any(not _same_work(arm) for arm in arms)]
-    figure = Figure(figsize=(3.5 + 5.5 * len(works), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    differ = any(abs(arm.means["work"] - arm.means["work_real"]) >= 1e-6 for arm in arms)
+    works = [key for key in WORKS if key == "work_real" or differ]
+    figure = new_figure(3.5 + 5.5 * len(works), 5.5)
     figure.suptitle(title)
     panels = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, works, strict=True):
         _draw_panel(panel, arms, key)
     panels[0].set_ylabel("PSNR to the converged run, dB")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    return figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure
 
 
@@ -131,11 +98,3 @@ def _series(arm: ArmFigures) -> str:
     """Return an arm's name without its steps."""
     name, _, steps = arm.name.rpartition(" ")
     return name if steps.isdigit() else arm.name
-
-
-def _same_work(arm: ArmFigures) -> bool:
-    return abs(arm.means["work"] - arm.means["work_real"]) < 1e-6
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -40,7 +40,6 @@ class Reference:
 
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
-        steps: its steps.
         agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
         step: what one dense step computed.
     """
@@ -75,10 +74,6 @@ def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callab
     """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
 
     Args:
-        model: what runs.
-        clip: its number.
-        steps: denoising steps.
-        cache: folder of dense runs.
         run: makes a run as `SuiteModel.run` does; None: that.
 
     Raises:

@@ -1,7 +1,7 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
-from ..runs.budget import Budget, read_budget
-from ..runs.clips import OwnClips
+from ..runs.conditions import Budget, OwnClips, read_budget
+from ..runs.results import Line
 from .arms import Arm, check_kinds, read_arms
 
 SUITE_VERSION = 2
 
 JUDGES = ("longer", "larger", "guidance", "vbench")
-"""How clips may be judged by themselves; see `judges`."""
+"""How clips may be judged by themselves; see `job`."""
 
 KINDS = {
     "name": str,
@@ -46,14 +46,11 @@ class Suite:
     """A comparison on prompts and seeds of a model.
 
     Attributes:
-        name: the suite's name.
         model: name of an embedded model, or as the file names it a folder or hub id of a diffusers pipeline.
         clips: how many; a held-out clip's number is its seed.
-        arms: what is compared.
         call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
-        first_clip: number of the first.
         judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
         folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
@@ -96,6 +93,17 @@ class Suite:
         return next((other for other in self.arms if other is not arm and other.to_dict() == without), None)
 
 
+def held_arms(
+    suite: Suite, lines: Sequence[Line], rival_of: Callable[[Arm], Arm | None]
+) -> Iterator[tuple[Arm, dict[int, Line], Arm | None, dict[int, Line]]]:
+    """Give each arm that ran with its lines by clip, then the arm that it is held against, if any, with its lines."""
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    for arm in suite.arms:
+        if by_arm[arm.name]:
+            rival = rival_of(arm)
+            yield arm, by_arm[arm.name], rival, by_arm[rival.name] if rival else {}
+
+
 def read_suite(path: Path) -> Suite:
     """Read a suite from a TOML file.
 
@@ -119,12 +127,20 @@ def read_suite(path: Path) -> Suite:
     if missing or not arms:
         or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
         raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}{or_prompts}; add what is missing")
-    _check_numbers(data, path)
+    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
+        if data.get(key, least) < least:
+            raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
+    if data.get("first_clip", 0) < 0:
+        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
     if data.get("judge", "") not in ("", *JUDGES):
         raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
     budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
+    try:
+        metrics = check_names([str(name) for name in data.pop("metrics", [])])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     suite = Suite(
-        **{**data, "metrics": _metrics(data.get("metrics", []), path)}, arms=read_arms(arms, path), own=own,
+        **data, metrics=metrics, arms=read_arms(arms, path), own=own,
         budget=budget, folder=path.parent,
     )  # fmt: skip
     _check_model(suite, path)
@@ -132,11 +148,7 @@ def read_suite(path: Path) -> Suite:
 
 
 def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
-    """Take the prompts and seeds out of a suite's keys; None where there are none of one's own.
-
-    Raises:
-        ConfigError: for two ways of giving prompts, what counts held-out ones beside them, or seeds alone.
-    """
+    """Take the prompts and seeds out of a suite's keys; None where there are none of one's own."""
     file, prompts, seeds = data.pop("prompt_file", None), data.pop("prompts", None), data.pop("seeds", None)
     if file is None and prompts is None:
         if seeds is not None:
@@ -158,14 +170,6 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
         raise ConfigError(f"{path}: {str(error).replace('--prompt-file', 'prompt_file')}") from None
 
 
-def _check_numbers(data: Mapping[str, Any], path: Path) -> None:
-    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
-        if data.get(key, least) < least:
-            raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
-    if data.get("first_clip", 0) < 0:
-        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
-
-
 def _check_model(suite: Suite, path: Path) -> None:
     """Refuse what only embedded models have, and what they have not."""
     if suite.dtype is not None and suite.dtype not in DTYPES:
@@ -176,11 +180,3 @@ def _check_model(suite: Suite, path: Path) -> None:
         raise ConfigError(
             f"{path} has judge = {suite.judge!r}, which knows held-out clips of embedded models alone; leave it out"
         )
-
-
-def _metrics(names: list[Any], path: Path) -> tuple[str, ...]:
-    """Return a suite's metrics, by name."""
-    try:
-        return check_names([str(name) for name in names])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None

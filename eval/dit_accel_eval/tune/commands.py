@@ -127,7 +127,7 @@ def _run(
     from dit_accel_pipelines.generation.progress import Stages
     from dit_accel_pipelines.generation.threads import one_thread
 
-    from ..runs.request import tuning_request
+    from ..runs.loaded import tuning_request
 
     ranks = _ranks(tuner)
     prompts = _prompts(tuner, prompt, prompt_file, of_request["model"])
@@ -168,7 +168,7 @@ def _prompts(tuner: Tuner, prompt: list[str] | None, prompt_file: Path | None, m
 
     from dit_accel.adapters.model_files import model_source
 
-    from ..runs.request import embedded_prompts
+    from ..runs.loaded import embedded_prompts
 
     model_source(model or EMBEDDED)  # first of all, so that a misspelt name is refused as such
     if prompt and prompt_file is not None:

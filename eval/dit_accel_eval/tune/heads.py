@@ -25,7 +25,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 from dit_accel.methods.guidance.softpag import SoftPAG
 
 from ..metrics.metric import Clip
-from ..runs.request import FIRST_PROMPT, embedded_prompts
+from ..runs.loaded import FIRST_PROMPT, embedded_prompts
 from ..runs.results import Line, append_line, read_lines, write_lines
 from .base import Table, Tuned, check_output, check_settings, run_settings
 from .head_search import Job, Round, Rung, cost, rungs_of, search

@@ -11,7 +11,7 @@ from dit_accel.errors import ConfigError, did_you_mean
 
 from ..metrics.metric import Clip
 from ..metrics.sharpness import sharpness
-from ..runs.request import FIRST_PROMPT
+from ..runs.loaded import FIRST_PROMPT
 
 Objective = Callable[[Clip, str], float]
 """(clip [F, height, width, 3] in [0, 1], prompt) -> a number; higher is better."""

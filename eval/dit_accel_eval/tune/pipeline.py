@@ -21,12 +21,10 @@ from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.toml import to_toml
 
-from ..runs.clips import OwnClips
-from ..runs.given import check_given
-from ..runs.machine import Machine
-from ..runs.request import embedded_prompts
+from ..runs.conditions import Machine, OwnClips
+from ..runs.loaded import check_given, embedded_prompts
+from ..runs.model import OWN
 from ..runs.results import read_lines
-from ..runs.schedulers import OWN
 from ..suites.arms import Arm
 from ..suites.comparison import figures_of
 from ..suites.job import SCALES, Job, call_of

@@ -12,7 +12,7 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel.errors import ConfigError, did_you_mean
 
 from ..metrics.registered import metric, metrics
-from ..runs.request import FIRST_PROMPT
+from ..runs.loaded import FIRST_PROMPT
 from ..runs.results import Line, latest, read_lines
 from ..suites.arms import Arm
 from ..suites.compare import run

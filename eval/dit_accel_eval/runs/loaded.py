@@ -1,16 +1,19 @@
-"""Models that are not embedded, as suites run them: folders and hub ids of diffusers pipelines, loaded by diffusers."""
+"""Models as the suites run them: embedded ones by name, and folders and hub ids of diffusers pipelines."""
 
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.loading import load_pipeline, pick_device
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from dit_accel_pipelines.generation.request import Dtype
+from dit_accel_pipelines.generation.request import Dtype, Request, check_words
 from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
@@ -18,18 +21,86 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
-from .clips import OwnClips
-from .machine import Machine
-from .model import SuiteModel
-from .request import tuning_request
-from .schedulers import shipped_scheduler
+from .conditions import HeldOutClips, Machine, OwnClips
+from .model import SuiteModel, shipped_scheduler
+
+FIRST_PROMPT = 64
+"""Number of the first held-out prompt that tuning may look at; the suites evaluate those below it."""
 
 SIZES = ("height", "width", "num_frames")
 GIVEN = ("self", "prompt", "num_inference_steps", "generator", "output_type")
 """Arguments of a pipeline's call that a suite sets by itself."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 2**24
+
+
+class EmbeddedModel(SuiteModel):
+    """A loaded embedded model.
+
+    Args:
+        call: arguments of the pipeline's call besides the model's defaults, such as ``num_frames``.
+        prompt: of all clips, whose number is then only the seed; None: each number's held-out prompt.
+        own: prompts and seeds instead; None: held-out ones.
+
+    Raises:
+        ConfigError: for an unknown model, arguments that its pipeline does not take, or words that it never saw.
+    """
+
+    def __init__(
+        self, name: str, call: Mapping[str, Any], prompt: str | None = None, own: OwnClips | None = None
+    ) -> None:
+        from diffusers import DiffusionPipeline
+
+        check_name(name)
+        for text in (*([] if prompt is None else [prompt]), *(own.prompts if own else ())):
+            check_words(text, name)
+        with quiet_diffusers():
+            pipe: Any = DiffusionPipeline.from_pretrained(model_path(name), dtype=torch.float32)
+        adapter, family = read_model_files(str(model_path(name))).identify()
+        settled = embedded_call(name, call)
+        super().__init__(
+            pipe, name=name, weights=weights_hash(name), call=settled, adapter=adapter, family=family,
+            clips=own or HeldOutClips(model=name, only=prompt),
+        )  # fmt: skip
+
+
+def check_name(name: str) -> None:
+    """Refuse a model that is not embedded, with the nearest that is."""
+    if name not in model_names():
+        raise ConfigError(f"{name!r} is no embedded model; {did_you_mean(name, model_names())}")
+
+
+@functools.cache
+def weights_hash(name: str) -> str:
+    """Return 12 hexadecimal digits that tell a model's weights from others', by all its safetensors files."""
+    folder, found = model_path(name), hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        found.update(path.relative_to(folder).as_posix().encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def settled_call(name: str, files: ModelFiles, usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's call: the usual ones that its pipeline takes, changed by what is given.
+
+    Raises:
+        ConfigError: for an argument that its pipeline does not take, or one that a suite sets by itself.
+    """
+    known = [key for key in PipelineCall.of(pipeline_class(files)).parameters if key not in GIVEN]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"a suite's call of {name} takes no {key!r}; {did_you_mean(key, known)}")
+    return {**{key: value for key, value in usual.items() if key in known and value is not None}, **given}
+
+
+def embedded_call(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an embedded model's call: its defaults, changed by what is given."""
+    return settled_call(name, read_model_files(str(model_path(name))), model_defaults(name), given)
+
+
+def embedded_prompts(name: str, count: int = 2) -> tuple[str, ...]:
+    """Return prompts that an embedded model knows, none of those that the suites evaluate."""
+    return tuple(held_out_prompts(name, FIRST_PROMPT + count)[FIRST_PROMPT:])
 
 
 class GivenModel(SuiteModel):
@@ -39,9 +110,6 @@ class GivenModel(SuiteModel):
         name: what result lines call it.
         source: the folder or hub id.
         call: arguments of the pipeline's call besides its family's sizes.
-        own: prompts and seeds.
-        dtype: number format of the weights.
-        machine: where it runs.
 
     Raises:
         UnsupportedModel: if diffusers can't load it, or no adapter covers it.
@@ -51,8 +119,6 @@ class GivenModel(SuiteModel):
     def __init__(
         self, name: str, source: str, call: Mapping[str, Any], own: OwnClips, dtype: Dtype, machine: Machine
     ) -> None:
-        import torch
-
         files = read_model_files(source)
         settled = given_call(files, call)
         adapter, family = files.identify()
@@ -92,20 +158,10 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
 
 
 def given_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model's call: its family's sizes, changed by what was given.
-
-    Raises:
-        ConfigError: for an argument that its pipeline does not take, or one that a suite sets by itself.
-    """
-    call = PipelineCall.of(pipeline_class(files))
-    known = [name for name in call.parameters if name not in GIVEN]
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"a suite's call of {files.name} takes no {key!r}; {did_you_mean(key, known)}")
+    """Return the arguments of another model's call: its family's sizes, changed by what is given, and checked."""
     _, family = files.identify()
-    sizes = {name: getattr(family, name) for name in SIZES if name in known}
-    settled = {**{name: value for name, value in sizes.items() if value is not None}, **given}
-    call.check({"prompt": "", **settled})
+    settled = settled_call(files.name, files, {name: getattr(family, name) for name in SIZES}, given)
+    PipelineCall.of(pipeline_class(files)).check({"prompt": "", **settled})
     return settled
 
 
@@ -144,13 +200,14 @@ def _file_hash(path: Path) -> str:
     real = path.resolve()
     if path.is_symlink() and real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
         return real.name
-    found = hashlib.sha256()
-    for chunk in _chunks(real):
-        found.update(chunk)
-    return found.hexdigest()
+    with real.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+def tuning_request(**options: Any) -> Request:
+    """Return a generation request that writes nothing; the options are `Request`'s.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+    return Request(output=Path(tempfile.gettempdir()) / "unused.mp4", **options)

@@ -1,0 +1,155 @@
+"""What is asked of runs: the prompt and seed of each clip, the machine, and the budget of one call of `eval run`."""
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from dit_accel_assets import held_out_prompts
+from dit_accel_pipelines.generation.loading import pick_device
+from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+KINDS = ("steps", "seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutClips:
+    """Held-out prompts of an embedded model, each clip's number also its seed.
+
+    Attributes:
+        only: the prompt of all clips; None: each number's own.
+    """
+
+    model: str
+    only: str | None = None
+
+    def prompt(self, clip: int) -> str:
+        """Return the prompt of a clip, by its number."""
+        return held_out_prompts(self.model, clip + 1)[clip] if self.only is None else self.only
+
+    def seed(self, clip: int) -> int:
+        """Return the seed of a clip, by its number."""
+        return clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnClips:
+    """Prompts with their seeds: clips are every prompt with every seed, a prompt's clips one after another.
+
+    Attributes:
+        seeds: of the noise; empty: each prompt has one of its own, its place in the list.
+
+    Raises:
+        ConfigError: for no prompt, an empty one, one given twice, or seeds that are none.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ConfigError("prompts is an empty list; name one or more")
+        for prompt in self.prompts:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ConfigError(f"prompts has {prompt!r}, which is no text; write each in quotes")
+            if self.prompts.count(prompt) > 1:
+                raise ConfigError(f"prompts has {prompt!r} twice; leave one out, or give it several seeds")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+                raise ConfigError(f"seeds has {seed!r}; give whole numbers from 0 to 2**63 - 1")
+            if self.seeds.count(seed) > 1:
+                raise ConfigError(f"seeds has {seed} twice; leave one out")
+
+    def __len__(self) -> int:
+        return len(self.prompts) * max(1, len(self.seeds))
+
+    def prompt(self, clip: int) -> str:
+        """Return the prompt of a clip, by its number."""
+        return self.prompts[clip // max(1, len(self.seeds))]
+
+    def seed(self, clip: int) -> int:
+        """Return the seed of a clip, by its number."""
+        return self.seeds[clip % len(self.seeds)] if self.seeds else clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where a model that is not embedded runs.
+
+    Attributes:
+        device: torch device; None: the accelerator if there is one.
+        offload: which weights wait in main memory, one of `OFFLOADS`.
+    """
+
+    device: str | None = None
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"there is no offload {self.offload!r}; {did_you_mean(self.offload, OFFLOADS)}")
+
+    def dtype(self, requested: Dtype | None) -> Dtype:
+        """Return the number format of the weights: what was asked for, else float32 on a CPU and bfloat16 elsewhere."""
+        return requested or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
+
+
+def processor() -> str:
+    """Return the processor's name and how many cores the system shows, as far as it tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called: of a CPU the processor."""
+    if device.type == "cpu":
+        return processor()
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(name(device)) if name else str(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What one call of `eval run` may take; each process of several has its share of the steps.
+
+    Attributes:
+        steps: denoising steps that are run, converged runs, warm-up and repeats among them; None: any number.
+        seconds: from the first run to the last one's end; None: any time.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def share(self, processes: int) -> "Budget":
+        """Return one process's share."""
+        return Budget(steps=None if self.steps is None else self.steps // processes, seconds=self.seconds)
+
+    def __str__(self) -> str:
+        text = (("steps", self.steps), ("seconds", self.seconds))
+        return " and ".join(f"{value:g} {key}" for key, value in text if value is not None)
+
+
+def read_budget(values: Mapping[str, Any], where: str) -> Budget:
+    """Read a suite's ``budget = { steps = 2000 }``, ``{ seconds = 3600 }`` or both.
+
+    Raises:
+        ConfigError: for another key, or a number that is not above 0.
+    """
+    for key, value in values.items():
+        if key not in KINDS:
+            raise ConfigError(f"{where} has a budget of {key!r}; {did_you_mean(key, KINDS)}")
+        whole = isinstance(value, int) or (key == "seconds" and isinstance(value, float))
+        if isinstance(value, bool) or not whole or not 0 < value < math.inf:
+            kind = "whole number" if key == "steps" else "number"
+            raise ConfigError(f"{where} has a budget of {key} = {value!r}; give a {kind} above 0")
+    if not values:
+        raise ConfigError(f"{where} has an empty budget; write budget = {{ steps = 2000 }} or {{ seconds = 3600 }}")
+    return Budget(**values)
