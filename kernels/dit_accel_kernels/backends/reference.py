@@ -59,10 +59,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     if problem.selection is None:
         return out, lse, None, None
     chosen = (tile_states == EXACT).expand(*q.shape[:2], -1, -1)
-    kept = None
-    if problem.votes:
-        visited = chosen if weight is None else chosen & (length > 0).unsqueeze(-2)
-        kept = _kept(problem, visited, x[..., : k.shape[2]])
+    kept = _kept(problem, chosen, x[..., : k.shape[2]]) if problem.votes else None
     return out, lse, pack_bits(chosen), kept
 
 
