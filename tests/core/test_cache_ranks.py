@@ -3,15 +3,29 @@
 import socket
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cache_ranks import work
+
+from dit_accel.methods.caches.ranks import agreed
 
 
 def free_port() -> int:
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         return asked.getsockname()[1]
+
+
+def test_numbers_are_summed_over_every_group_and_none_spreads(monkeypatch):
+    """As if each group had another process with the same numbers, as `torch.distributed` sums them."""
+    groups = []
+    monkeypatch.setattr(dist, "all_reduce", lambda sums, group: (groups.append(group), sums.mul_(2)))
+    values = [torch.tensor(1.5), torch.tensor(3), torch.tensor(float("nan"))]
+    one, other, none = agreed(values, ["ring", "ulysses"])
+    assert (one, other, groups) == (6.0, 12.0, ["ring", "ulysses"])
+    assert none != none
+    assert agreed(values[:2], []) == [1.5, 3.0]
 
 
 @pytest.mark.slow
