@@ -13,7 +13,7 @@ from .estimate.describe import Description as Description
 from .estimate.describe import describe as describe
 from .methods.attention.delta import DeltaAttention as DeltaAttention
 from .methods.attention.dfa import DFA as DFA
-from .methods.attention.lite.config import LiteAttention as LiteAttention
+from .methods.attention.lite.lite_config import LiteAttention as LiteAttention
 from .methods.attention.lvsa import LVSA as LVSA
 from .methods.attention.radial import RadialAttention as RadialAttention
 from .methods.attention.sol import SolAttention as SolAttention

@@ -5,7 +5,7 @@ from .blocks import BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
 from .joined_text import JoinedText
-from .rope import Rope
+from .rotary import Rope
 
 __all__ = [
     "IMAGE_REFUSED", "NO_STEP", "Adapter", "BlockList", "CrossAttention", "Family", "Grid", "Guidance", "JoinedText",

@@ -10,7 +10,7 @@ from .blocks import BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
 from .joined_text import JoinedText
-from .rope import Rope
+from .rotary import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
 
 ONE_FRAME = "an image is one frame, of which the mask keeps everything"

@@ -10,7 +10,7 @@ import dit_accel_assets
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .adapter import Adapter, Family
-from .registry import adapter_for
+from .installed import adapter_for
 
 INDEX = "model_index.json"
 

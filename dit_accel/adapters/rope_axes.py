@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .rope import VISUAL_AXES, Axis
+from .rotary import VISUAL_AXES, Axis
 
 Axes = Callable[[Mapping[str, Any]], tuple[Axis, ...]]
 """`Rope.axes`: transformer config -> the axes."""

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rope import GIVEN, VISUAL_AXES, Axis, Frequencies, Resolve, Rope, RopeChange
 from .rope_inputs import change_input
+from .rotary import GIVEN, VISUAL_AXES, Axis, Frequencies, Resolve, Rope, RopeChange
 
 
 def changed(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rope import Axis, Resolve, Rope
+from .rotary import Axis, Resolve, Rope
 
 UNREADABLE = 1e-3
 """How far cos and sin may be from those of the positions that are read off them; float16 keeps within it."""

@@ -9,7 +9,7 @@ import torch
 from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, triton_requirement
 from torch import nn
 
-from ..adapters.registry import adapter_for
+from ..adapters.installed import adapter_for
 from ..errors import AttachError, MissingBackend, did_you_mean
 from ..methods.base import AttentionHandler, Handler
 from ..methods.compose import make_handlers

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter, Family
-from ..adapters.registry import adapter_for, adapters
+from ..adapters.installed import adapter_for, adapters
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from ..methods.base import Model
 from ..methods.caches.block_numbers import read_numbers

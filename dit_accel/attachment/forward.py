@@ -9,7 +9,7 @@ import torch
 
 from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..adapters.joined_text import JoinedText
-from ..adapters.rope import check_lengths
+from ..adapters.rotary import check_lengths
 from ..errors import ConfigError
 from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext

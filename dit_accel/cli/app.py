@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from ..errors import ConfigError, DitAccelError, did_you_mean
 from ..files import no_room
-from . import registry
+from . import installed_commands
 from .console import TALK, flush, print_error, warn
 from .method_options import with_method_options
 from .stopping import Terminated, stoppable
@@ -135,12 +135,12 @@ def _exit_code(error: Exception, show_traceback: bool) -> int:
 
 
 def _names() -> list[str]:
-    return list({**registry.commands(), **BUILT_IN})
+    return list({**installed_commands.commands(), **BUILT_IN})
 
 
 def _function(name: str) -> Callable[..., Any]:
     if name not in BUILT_IN:
-        return registry.commands()[name]
+        return installed_commands.commands()[name]
     return getattr(import_module(BUILT_IN[name][0], __package__), name)
 
 
@@ -151,7 +151,7 @@ def _listed(name: str) -> Any:
     if name in BUILT_IN:
         line: Any = BUILT_IN[name][1]
     else:
-        function = registry.commands()[name]
+        function = installed_commands.commands()[name]
         line = function.info.help if isinstance(function, typer.Typer) else inspect.getdoc(function)
     listed = typer.Typer(add_completion=False)
     listed.command(name, help=line)(lambda: None)

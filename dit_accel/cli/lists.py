@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import dit_accel_assets
 import typer
 
-from ..adapters import registry as adapter_registry
+from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
 from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
@@ -61,9 +61,7 @@ def models(json: Json = False) -> None:
 
     dit-accel models --json
     """
-    rows = [
-        _family_data(adapter, family) for adapter in adapter_registry.adapters().values() for family in adapter.families
-    ]
+    rows = [_family_data(adapter, family) for adapter in installed.adapters().values() for family in adapter.families]
     if json:
         print_json(rows)
         return
@@ -87,11 +85,11 @@ def _print_verdicts() -> None:
 
     A method that no family refuses has no column.
     """
-    refused = {name for adapter in adapter_registry.adapters().values() for name in adapter.refused}
+    refused = {name for adapter in installed.adapters().values() for name in adapter.refused}
     names = [name for name in method_registry.methods() if name in refused]
     reasons: dict[str, list[str]] = {}
     table = plain_table("family", *names)
-    for adapter in adapter_registry.adapters().values():
+    for adapter in installed.adapters().values():
         verdicts = {name: adapter.verdict(name) if adapter.transformers else ("plan only", "") for name in names}
         table.add_row(adapter.name, *("yes" if word == "supported" else word for word, _ in verdicts.values()))
         for name, (word, why) in verdicts.items():

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..adapters import registry
+from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
 from ..adapters.model_files import model_source, read_model_files
 from ..errors import ConfigError
@@ -75,8 +75,8 @@ def _find(family: str | None, model: str | None) -> tuple[Adapter, Family, Mappi
         return *files.identify(), files.transformer
     if not family:
         raise ConfigError("plan needs a model, got none; give --family (`dit-accel models` lists them) or --model")
-    sizes = registry.family(family)
-    adapter = next(adapter for adapter in registry.adapters().values() if sizes in adapter.families)
+    sizes = installed.family(family)
+    adapter = next(adapter for adapter in installed.adapters().values() if sizes in adapter.families)
     return adapter, sizes, sizes.config
 
 

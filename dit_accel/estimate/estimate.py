@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter, Family
-from ..adapters.rope import check_lengths
+from ..adapters.rotary import check_lengths
 from ..errors import ConfigError
 from ..methods.base import Model
 from ..methods.compose import make_handlers

@@ -3,12 +3,12 @@
 from .attention.mask import MaskHandler, Tokens
 from .attention.sparse import SparseConfig, SparseHandler
 from .base import AttentionHandler, Handler, Model, Phase, Place
-from .caches.config import MeasuredCacheConfig, StepCacheConfig
+from .caches.cache_config import MeasuredCacheConfig, StepCacheConfig
 from .caches.easy import mean_change, mean_size
 from .caches.engine import Decider, StepCacheHandler
 from .config import MethodConfig
 from .guidance.branch import PerturbedHandler
-from .guidance.config import PerturbedConfig
+from .guidance.guidance_config import PerturbedConfig
 from .guidance.softpag import PerturbedHeadsHandler
 from .options import Rule, ge, gt, le, lt, within
 from .saving import Saving, TileSaving

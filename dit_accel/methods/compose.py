@@ -6,7 +6,7 @@ from itertools import combinations
 
 from ..adapters.cross_attention import CrossAttention
 from ..adapters.joined_text import JoinedText
-from ..adapters.rope import Rope
+from ..adapters.rotary import Rope
 from ..errors import ConfigError
 from ..plan.tiling import TILE, Tiling
 from .base import Handler, Model, Place

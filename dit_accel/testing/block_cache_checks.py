@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attachment.attachment import attach
 from ..attachment.site import find_blocks
 from ..errors import ConfigError
-from ..methods.caches.config import StepCacheConfig
+from ..methods.caches.cache_config import StepCacheConfig
 from ..methods.caches.profiling import ProfilingCache
 from ..methods.caches.prune import DBPrune
 from .recording import counted, require

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attachment.attachment import attach
 from ..attachment.find import attention_modules
 from ..attachment.site import find_blocks
-from ..methods.caches.config import MeasuredCacheConfig
+from ..methods.caches.cache_config import MeasuredCacheConfig
 from ..methods.caches.db import FirstBlockCache
 from ..methods.caches.easy import EasyCache
 from ..methods.caches.mag import MagCache

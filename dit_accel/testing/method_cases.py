@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.rope import changeable_axes, rope_of
+from ..adapters.rotary import changeable_axes, rope_of
 from ..errors import ConfigError
 from ..methods.attention.delta import DeltaAttention
-from ..methods.attention.lite.config import LiteAttention
+from ..methods.attention.lite.lite_config import LiteAttention
 from ..methods.attention.lvsa import LVSA
 from ..methods.attention.radial import RadialAttention
 from ..methods.attention.sol import SolAttention

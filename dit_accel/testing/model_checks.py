@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.registry import adapters
+from ..adapters.installed import adapters
 from ..attachment.attachment import attach, attachment_of
 from ..attachment.find import attention_modules
 from ..errors import ConfigError

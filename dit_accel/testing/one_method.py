@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ..adapters.registry import adapter_for
+from ..adapters.installed import adapter_for
 from ..methods.caches.engine import StepCacheHandler
 from ..methods.guidance.branch import PerturbedHandler
 from ..methods.registry import handler_of

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, latents_grid
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import BlockList, block_signature
-from ..adapters.registry import adapters
-from ..adapters.rope import Rope
+from ..adapters.installed import adapters
+from ..adapters.rotary import Rope
 from ..errors import ConfigError, UnsupportedModel
 from .rope_checks import check_rope
 from .tiny_models import Case, TinyModel
@@ -55,7 +55,7 @@ class Proposal:
             named = [f"pattern={one.pattern!r}, takes={one.takes!r}, gives={one.gives!r}" for one in adapter.blocks]
             lines += [f"blocks=({' '.join(f'BlockList({one}),' for one in named)}),"]
         if self.rope_of is not None:
-            lines += [f"rope=adapters()[{self.rope_of!r}].rope,  # from dit_accel.adapters.registry"]
+            lines += [f"rope=adapters()[{self.rope_of!r}].rope,  # from dit_accel.adapters.installed"]
         alone = [f"# left_alone={self.left_alone!r}"] if self.left_alone else []
         return "\n".join(["Adapter(", *(f"    {line}" for line in lines), ")", *alone])
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Grid
-from ..adapters.rope import GIVEN, VISUAL_AXES, Axis, Frequencies, Rope, RopeChange, rope_of
 from ..adapters.rope_forms import changed, input_hook
+from ..adapters.rotary import GIVEN, VISUAL_AXES, Axis, Frequencies, Rope, RopeChange, rope_of
 from ..errors import ConfigError
 from .recording import require
 from .tiny_models import Case, spread

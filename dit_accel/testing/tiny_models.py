@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, Grid
-from ..adapters.rope import GIVEN, VISUAL_AXES, Axis, Rope, rope_of
+from ..adapters.rotary import GIVEN, VISUAL_AXES, Axis, Rope, rope_of
 from ..errors import ConfigError
 from ..methods.guidance.rows import rows_of
 from .recording import WIDE, require

@@ -28,7 +28,7 @@ from report_tables import demo_text, report_table, tuned_text
 from scaling import table as scaling_table
 from vbench_proxies import page_text as proxies_text
 
-from dit_accel.adapters.registry import adapters
+from dit_accel.adapters.installed import adapters
 from dit_accel.methods.registry import methods
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")

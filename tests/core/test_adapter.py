@@ -71,7 +71,7 @@ def test_what_is_no_grid_is_refused(changes, message):
 
 
 def test_of_families_of_one_size_the_patches_tell():
-    from dit_accel.adapters.registry import adapters
+    from dit_accel.adapters.installed import adapters
 
     config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "patch_size": 2}
     cogvideox = adapters()["cogvideox"]

@@ -24,7 +24,7 @@ from dit_accel import (
 )  # fmt: skip
 from dit_accel.attachment.calls import Held
 from dit_accel.methods.base import Model
-from dit_accel.methods.caches.config import MeasuredCacheConfig
+from dit_accel.methods.caches.cache_config import MeasuredCacheConfig
 from dit_accel.methods.caches.engine import Decider, StepCacheHandler
 from dit_accel.methods.caches.history import own_copies
 

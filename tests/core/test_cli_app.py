@@ -18,7 +18,7 @@ from dit_accel_assets import model_names
 from typer.testing import CliRunner
 
 from dit_accel import RadialAttention
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import BUILT_IN, app
@@ -151,12 +151,12 @@ def test_models_lists_families():
         "lvsa": "an image has no frames of which there could be more than the model was trained on",
         "ultravico": "an image has no frames of which there could be more than the model was trained on",
     }
-    assert set(rows) == set(registry.families())
+    assert set(rows) == set(installed.families())
     assert [name for name, row in rows.items() if row["embedded"]] == list(model_names())
     text = run("models").stdout
     assert all(f"embedded: --model {name}  (height " in text for name in model_names())
     told = " ".join(text.split())
-    for adapter in registry.adapters().values():
+    for adapter in installed.adapters().values():
         word, why = adapter.verdict("radial")
         shown = "yes" if word == "supported" else word
         assert any(line.split()[:1] == [adapter.name] and shown in line.split() for line in text.splitlines())
@@ -248,7 +248,7 @@ def raising(error: BaseException):
 
 
 def test_a_failure_is_one_line_and_exit_code_1(monkeypatch):
-    monkeypatch.setattr(registry, "family", raising(RuntimeError("out of\nmemory")))
+    monkeypatch.setattr(installed, "family", raising(RuntimeError("out of\nmemory")))
     result = run("plan", "--family", "wan-plain")
     assert (result.exit_code, result.stdout) == (1, "")
     expected = "error: RuntimeError: out of memory (--traceback shows where)\n"
@@ -266,7 +266,7 @@ def test_a_warning_is_one_line(monkeypatch):
         warnings.warn("nothing was\n  planned", stacklevel=1)
         raise ConfigError("so")
 
-    monkeypatch.setattr(registry, "family", warning)
+    monkeypatch.setattr(installed, "family", warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         before = warnings.showwarning
@@ -275,7 +275,7 @@ def test_a_warning_is_one_line(monkeypatch):
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch):
-    monkeypatch.setattr(registry, "family", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(installed, "family", raising(KeyboardInterrupt()))
     result = run("plan", "--family", "wan-plain")
     assert result.exit_code == 130
     assert result.stderr == "error: stopped by Ctrl-C; nothing half-written is left\n"
@@ -290,7 +290,7 @@ def test_a_sigterm_is_exit_code_143_and_cleans_up(monkeypatch):
         finally:
             cleaned.append(name)
 
-    monkeypatch.setattr(registry, "family", stopped)
+    monkeypatch.setattr(installed, "family", stopped)
     before = signal.getsignal(signal.SIGTERM)
     result = run("plan", "--family", "wan-plain")
     assert result.exit_code == 143
@@ -336,7 +336,7 @@ def grouped(monkeypatch) -> list[Any]:
         raise ConfigError("it is lost; look below the sofa")
 
     group.add_typer(inner)
-    monkeypatch.setattr("dit_accel.cli.registry.commands", lambda: {"cats": group})
+    monkeypatch.setattr("dit_accel.cli.installed_commands.commands", lambda: {"cats": group})
     return seen
 
 

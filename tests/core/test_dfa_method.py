@@ -10,7 +10,7 @@ from wan_tiny import denoise, sharp_transformer, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD, TokenLayout
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.attachment.find import resolve_model
 from dit_accel.estimate.tiles import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
@@ -243,7 +243,7 @@ def test_a_prompt_and_its_negative_one_share_a_foreground_in_one_call():
 
 
 def test_text_attends_at_every_step():
-    (case, *_) = (Case(registry.adapters()["hunyuan-video"], model) for model in MODELS["hunyuan-video"])
+    (case, *_) = (Case(installed.adapters()["hunyuan-video"], model) for model in MODELS["hunyuan-video"])
     calls = []
     with dit_accel.attach(case.transformer, DFA(share=0.0, **EVERY_2)) as attachment, attachment.observe(calls.append):
         for step in range(2):
@@ -326,7 +326,7 @@ def test_what_is_refused(transformer):
             dit_accel.attach(transformer, DFA(), *others)
     with pytest.raises(ConfigError, match=r"dfa.*noise level None"):
         steps_of(transformer, DFA(**EVERY_2), told=False)
-    case = Case(registry.adapters()["flux"], MODELS["flux"][0])
+    case = Case(installed.adapters()["flux"], MODELS["flux"][0])
     with pytest.raises(ConfigError, match=r"^dfa.*flux.*image"):
         dit_accel.attach(case.transformer, DFA())
     with (

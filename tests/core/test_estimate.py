@@ -8,7 +8,7 @@ import pytest
 
 from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD
 from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.registry import adapters, family
+from dit_accel.adapters.installed import adapters, family
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.estimate import Estimate, estimate, predicted_speedup
 from dit_accel.estimate.sizes import check_multiple, rounded_frames, token_layout

@@ -253,7 +253,7 @@ def test_a_loop_written_by_hand_that_opens_no_context_is_refused(name):
 def test_any_attached_transformer_has_a_context_to_open():
     """SD3's transformer has none of diffusers', so that a loop around it could not tell what it runs."""
     (model, *_) = MODELS["sd3"]
-    case = Case(dit_accel.adapters.registry.adapters()["sd3"], model)
+    case = Case(dit_accel.adapters.installed.adapters()["sd3"], model)
     inputs = case.inputs(1)
     plain = case.transformer(**inputs, return_dict=False)[0]
     with dit_accel.attach(case.transformer, BRANCHES["pag"]):

@@ -13,8 +13,8 @@ from lite_calls import MODEL, Calls, drifting
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention
 from dit_accel.errors import ConfigError
-from dit_accel.methods.attention.lite.config import THRESHOLDS
 from dit_accel.methods.attention.lite.handler import LiteHandler
+from dit_accel.methods.attention.lite.lite_config import THRESHOLDS
 from dit_accel.methods.attention.lite.ranges import range_tiles
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, read_thresholds, write_thresholds
 from dit_accel.methods.compose import make_handlers

@@ -41,7 +41,7 @@ import dit_accel
 from dit_accel import UltraImage, UltraViCo
 from dit_accel.attachment.diagnosis import UnplannedRun
 from dit_accel.methods.positions.entropy import focus, token_entropy
-from dit_accel.rules.rope import frequencies
+from dit_accel.rules.rotary_frequencies import frequencies
 from dit_accel.rules.ultravico import DecayRule
 from dit_accel.testing.recording import recorded
 

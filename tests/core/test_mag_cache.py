@@ -7,7 +7,7 @@ from dit_accel_pipelines import ADAPTERS
 from dit_accel_pipelines.families.step_caches import MAGCACHE
 
 from dit_accel import ConfigError, MagCache
-from dit_accel.adapters.registry import families
+from dit_accel.adapters.installed import families
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.mag import MagHandler
 

@@ -21,7 +21,7 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.methods import toml
 from dit_accel.methods.caches.native_limits import check_hooked
 

@@ -17,7 +17,7 @@ from tiny_models import MODELS
 
 import dit_accel
 from dit_accel import ConfigError
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.methods.caches.native_limits import CONFIGS
 from dit_accel.testing.tiny_models import STEPS, Case
 

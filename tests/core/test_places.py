@@ -13,7 +13,7 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import AttachError, ConfigError, RadialAttention
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.methods import AttentionHandler, Handler, MethodConfig, Phase, Place, registry, sample_of, with_sample
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)

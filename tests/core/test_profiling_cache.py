@@ -311,11 +311,11 @@ def test_files_that_are_no_profile(transformer, tmp_path, content, message):
 
 @pytest.mark.parametrize(("family", "share", "runs"), [("wan2.1-14b", 0.496, 5), ("hunyuan-video", 0.544, 9)])
 def test_published_lists(family, share, runs):
-    from dit_accel.adapters import registry
+    from dit_accel.adapters import installed
     from dit_accel.estimate.estimate import estimate
 
-    sizes = registry.family(family)
-    adapter = next(one for one in registry.adapters().values() if sizes in one.families)
+    sizes = installed.family(family)
+    adapter = next(one for one in installed.adapters().values() if sizes in one.families)
     found = estimate(adapter, sizes, methods=(ProfilingCache(),))
     assert found.computed_blocks == pytest.approx(share, abs=1e-12)
     stored = found.carried_bytes["profilingcache"]

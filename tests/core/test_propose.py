@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dit_accel import ConfigError
-from dit_accel.adapters.registry import adapters
+from dit_accel.adapters.installed import adapters
 from dit_accel.testing import TinyModel, propose_adapter
 
 

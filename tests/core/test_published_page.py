@@ -9,7 +9,7 @@ import pytest
 from dit_accel.methods.attention.radial import RadialAttention
 from dit_accel.methods.attention.sparsed import SparseD
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.rules.rope import edited, frequencies
+from dit_accel.rules.rotary_frequencies import edited, frequencies
 
 PAGE = (Path(__file__).parents[2] / "docs" / "published.md").read_text()
 SIDES = {3840: (48, 80), 3600: (45, 80), 1560: (30, 52)}

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dit_accel import ConfigError, UnsupportedModel
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.cli import registry as command_registry
+from dit_accel.cli import installed_commands
 from dit_accel.methods import registry as method_registry
 from dit_accel.methods.base import Handler, Phase
 from dit_accel.methods.config import MethodConfig
@@ -21,7 +21,7 @@ def install(monkeypatch):
     """Return a function that puts adapters behind one more entry point."""
 
     def install(*adapters: Adapter, entry: object = None) -> None:
-        real = registry.entry_points
+        real = installed.entry_points
 
         class Fake:
             value = "stranger:ADAPTERS"
@@ -29,29 +29,29 @@ def install(monkeypatch):
             def load(self):
                 return adapters
 
-        monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), entry or Fake()])
-        registry.adapters.cache_clear()
+        monkeypatch.setattr(installed, "entry_points", lambda group: [*real(group=group), entry or Fake()])
+        installed.adapters.cache_clear()
 
     yield install
     monkeypatch.undo()
-    registry.adapters.cache_clear()
+    installed.adapters.cache_clear()
 
 
 def test_a_stranger_adds_an_adapter(install):
     install(Adapter(name="mine", transformers=("MyTransformer",), self_attention=("blocks.*.attn",)))
-    assert registry.adapter_for("MyTransformer").name == "mine"
+    assert installed.adapter_for("MyTransformer").name == "mine"
 
 
 def test_doubled_names_are_refused(install):
     install(Adapter(name="wan", transformers=(), self_attention=()))
     with pytest.raises(ConfigError, match=r"adapter 'wan'.*twice"):
-        registry.adapters()
+        installed.adapters()
 
 
 def test_doubled_classes_are_refused(install):
     install(Adapter(name="mine", transformers=("WanTransformer3DModel",), self_attention=()))
     with pytest.raises(ConfigError, match=r"WanTransformer3DModel.*'wan' and 'mine'"):
-        registry.adapters()
+        installed.adapters()
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_doubled_classes_are_refused(install):
     ],
 )
 def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message):
-    install(entry=EntryPoint("stranger", value, registry.ADAPTER_GROUP))
+    install(entry=EntryPoint("stranger", value, installed.ADAPTER_GROUP))
     with pytest.raises(ConfigError, match=message):
-        registry.adapters()
+        installed.adapters()
 
 
 def test_unknown_names_get_the_nearest():
     rest = r" or '\S+' or '\S+'\? \d+ are known, `dit-accel models`"  # too many to name each
     with pytest.raises(UnsupportedModel, match=rf"WanTransformer3D.*'WanTransformer3DModel'{rest}"):
-        registry.adapter_for("WanTransformer3D")
+        installed.adapter_for("WanTransformer3D")
     with pytest.raises(UnsupportedModel, match=rf"family.*'wan2\.1-14'.*'wan2\.1-14b'{rest}"):
-        registry.family("wan2.1-14")
+        installed.family("wan2.1-14")
     with pytest.raises(ConfigError, match=r"method.*'radail'.*'radial'\?"):
         method_registry.method("radail")
 
@@ -167,8 +167,8 @@ def test_a_config_that_no_package_registers_says_so():
 
 
 def test_entry_points_are_installed():
-    assert isinstance(next(iter(registry.entry_points(group=registry.ADAPTER_GROUP))), EntryPoint)
-    assert "generate" in command_registry.commands()
+    assert isinstance(next(iter(installed.entry_points(group=installed.ADAPTER_GROUP))), EntryPoint)
+    assert "generate" in installed_commands.commands()
 
 
 def test_layout_counts_and_refuses():

@@ -10,10 +10,10 @@ from torch import nn
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.adapters.rope import Axis, Rope, rope_of
 from dit_accel.adapters.rope_axes import by_config, even, interleaved, lengths_of_image, same_length, thirds
 from dit_accel.adapters.rope_forms import changed
-from dit_accel.rules.rope import frequencies
+from dit_accel.adapters.rotary import Axis, Rope, rope_of
+from dit_accel.rules.rotary_frequencies import frequencies
 from dit_accel.testing.rope_checks import replaced
 
 

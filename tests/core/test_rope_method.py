@@ -18,7 +18,7 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.methods.base import Model
 from dit_accel.methods.positions.rope import RoPEHandler
 from dit_accel.methods.positions.rope_switcher import KEPT_SIZES, inside_hooks
-from dit_accel.rules.rope import edited, frequencies
+from dit_accel.rules.rotary_frequencies import edited, frequencies
 from dit_accel.testing.tiny_models import Case
 
 BY_NAME = {adapter.name: adapter for adapter in ADAPTERS}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel import ConfigError
-from dit_accel.rules.rope import KINDS, corrections, dominant, edited, frequencies
+from dit_accel.rules.rotary_frequencies import KINDS, corrections, dominant, edited, frequencies
 
 HUNYUAN, COGVIDEOX, WAN, FLUX = (16, 256.0), (16, 1e4), (44, 1e4), (56, 1e4)  # channels and base of an axis
 

@@ -15,7 +15,7 @@ import dit_accel
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.attention.dfa import DFA
 from dit_accel.methods.attention.sparse import SparseConfig
-from dit_accel.methods.caches.config import StepCacheConfig
+from dit_accel.methods.caches.cache_config import StepCacheConfig
 from dit_accel.methods.registry import methods
 from dit_accel.rules.steps import is_short, steps_of, whole_steps, window
 

@@ -21,7 +21,7 @@ from dit_accel import (
     UltraViCo,
 )
 from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.registry import adapters
+from dit_accel.adapters.installed import adapters
 from dit_accel.attachment.diagnosis import UnplannedRun
 from dit_accel.methods import registry
 from dit_accel.methods.attention.delta import DeltaHandler

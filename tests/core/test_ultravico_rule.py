@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel import UltraViCo
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.methods.attention.ultravico import UltraViCoHandler
 from dit_accel.methods.base import Model
 from dit_accel.rules.ultravico import DecayRule, extended_frames, output_frames, strengths
@@ -59,8 +59,8 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("name", "trained", "by_ratio", "period", "gamma"), PUBLISHED, ids=lambda x: str(x)[:15])
 def test_published_defaults(name, trained, by_ratio, period, gamma):
-    family = registry.family(name)
-    adapter = next(adapter for adapter in registry.adapters().values() if family in adapter.families)
+    family = installed.family(name)
+    adapter = next(adapter for adapter in installed.adapters().values() if family in adapter.families)
     for ratio, (alpha, beta) in by_ratio.items():
         model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
         handler = UltraViCoHandler(UltraViCo(), model)
@@ -77,12 +77,12 @@ def test_published_defaults(name, trained, by_ratio, period, gamma):
      ("wan2.2-animate-14b", None), ("skyreels-v2-14b-540p", None), ("flux.1-dev", None)],
 )  # fmt: skip
 def test_trained_lengths(name, trained):
-    assert registry.family(name).trained_frames == trained
+    assert installed.family(name).trained_frames == trained
 
 
 def test_known_trained_lengths_are_what_the_default_output_has():
     """Where a released model has one native length, its default output has it; the embedded one has two."""
-    for family in registry.families().values():
+    for family in installed.families().values():
         if family.trained_frames is not None and family.name != "wan-plain":
             assert output_frames(family.trained_frames * family.patch[0], family.vae[0]) == family.num_frames, family
 

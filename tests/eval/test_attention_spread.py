@@ -15,7 +15,7 @@ from one_layer import MODEL, context_of
 from study import RESULTS
 
 import dit_accel
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.plan.call import Call
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan, RowOverride
@@ -81,7 +81,7 @@ def test_the_prompts_own_calls_of_some_steps_are_measured():
 
 def test_windows_are_half_of_what_the_models_were_trained_on():
     for name, case in CASES.items():
-        family = registry.family(name)
+        family = installed.family(name)
         trained = family.trained_frames or family.trained_size[0]
         assert case.near == trained // 2
         assert next(iter(case.sizes)) == 1.0

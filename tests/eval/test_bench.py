@@ -15,7 +15,7 @@ from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, StaticCache
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.cli.app import app
 from dit_accel.estimate.sizes import token_layout
 from dit_accel.methods.caches.native import DiffusersCache
@@ -63,7 +63,7 @@ def test_a_whole_config_is_that_of_the_released_model():
     layout = token_layout(family, height=64, width=64, num_frames=5)
     with init_empty_weights():
         transformer, _ = make_model(
-            registry.adapters()["wan"], family, family.layers, layout, height=64, width=64, num_frames=5
+            installed.adapters()["wan"], family, family.layers, layout, height=64, width=64, num_frames=5
         )
     assert sum(one.numel() for one in transformer.parameters()) == pytest.approx(1.42e9, rel=0.01)
 

@@ -28,7 +28,7 @@ from tiny_other_pipelines import hunyuan_image
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.cli.app import app
 
 HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 2\n'

@@ -17,7 +17,7 @@ from some_cases import some
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, LiteAttention, MagCache, TeaCache
-from dit_accel.cli import registry
+from dit_accel.cli import installed_commands
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods
 
@@ -173,7 +173,7 @@ def test_another_method_may_be_attached(tmp_path):
 def cli(monkeypatch, tmp_path):
     """Invoke the application with this room's commands in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "commands", lambda: dict(dit_accel_eval.COMMANDS))
+    monkeypatch.setattr(installed_commands, "commands", lambda: dict(dit_accel_eval.COMMANDS))
     return lambda *arguments: CliRunner().invoke(app, ["tune", *arguments])
 
 

@@ -34,7 +34,7 @@ from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
-from dit_accel.cli import registry
+from dit_accel.cli import installed_commands
 from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
@@ -269,7 +269,7 @@ def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
 def cli(monkeypatch, tmp_path):
     """Invoke the application with this room's commands in a folder of its own."""
     monkeypatch.chdir(tmp_path)  # a refusal that is missing would write lite.toml where the tests run
-    monkeypatch.setattr(registry, "commands", lambda: dict(dit_accel_eval.COMMANDS))
+    monkeypatch.setattr(installed_commands, "commands", lambda: dict(dit_accel_eval.COMMANDS))
     return lambda *arguments: CliRunner().invoke(app, ["tune", *arguments])
 
 

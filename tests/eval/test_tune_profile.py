@@ -22,8 +22,8 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention
-from dit_accel.adapters.registry import adapter_for
-from dit_accel.cli import registry
+from dit_accel.adapters.installed import adapter_for
+from dit_accel.cli import installed_commands
 from dit_accel.cli.app import app
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.caches.profiling import ProfilingCache
@@ -323,7 +323,7 @@ def test_what_is_refused(tmp_path):
 
 def test_the_command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "commands", lambda: dict(dit_accel_eval.COMMANDS))
+    monkeypatch.setattr(installed_commands, "commands", lambda: dict(dit_accel_eval.COMMANDS))
     small = [
         "--prompt",
         PROMPTS[0],

@@ -117,10 +117,10 @@ def test_the_cost_of_a_known_family_is_told_in_flops(monkeypatch, tmp_path):
     from dit_accel_eval.vbench import generating
     from dit_accel_pipelines.generation.request import Request
 
-    from dit_accel.adapters import registry
+    from dit_accel.adapters import installed
     from dit_accel.estimate.estimate import estimate
 
-    adapter = registry.adapters()["wan"]
+    adapter = installed.adapters()["wan"]
     family = adapter.families[0]
     request = Request(prompts=("a kite",), output=tmp_path / "a.mp4", height=480, width=832, num_frames=81,
                       num_inference_steps=50)  # fmt: skip

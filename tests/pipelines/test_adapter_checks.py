@@ -11,7 +11,7 @@ from dit_accel_pipelines.families.wan import WAN
 from shallow_models import shallow
 from some_cases import some
 
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.methods.attention.sol import SolHandler
 from dit_accel.methods.caches.engine import StepCacheHandler
 from dit_accel.methods.caches.history import History
@@ -97,13 +97,13 @@ def only(monkeypatch):
             def load(self):
                 return (adapter,)
 
-        monkeypatch.setattr(registry, "entry_points", lambda group: [Fake()])
-        registry.adapters.cache_clear()
+        monkeypatch.setattr(installed, "entry_points", lambda group: [Fake()])
+        installed.adapters.cache_clear()
         return adapter
 
     yield only
     monkeypatch.undo()
-    registry.adapters.cache_clear()
+    installed.adapters.cache_clear()
 
 
 def transposed(config, inputs):

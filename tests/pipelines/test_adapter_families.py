@@ -14,8 +14,8 @@ from dit_accel_pipelines.families.sd3 import SD3
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, UnsupportedModel
 from dit_accel.adapters.adapter import IMAGE_REFUSED
+from dit_accel.adapters.installed import adapters
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
-from dit_accel.adapters.registry import adapters
 from dit_accel.attachment.find import attention_modules
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import dit_accel
 from dit_accel import ConfigError, DBCache, FirstBlockCache
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.blocks import block_signature
 from dit_accel.attachment.site import find_blocks
 from dit_accel.testing.tiny_models import Case
@@ -20,7 +20,7 @@ FOREVER = dict(threshold=1e9, warmup_steps=0, last_steps=0)
 
 
 def cases(name):
-    return [Case(registry.adapters()[name], model) for model in MODELS[name]]
+    return [Case(installed.adapters()[name], model) for model in MODELS[name]]
 
 
 def run(case, inputs, step):

@@ -8,7 +8,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from tiny_models import MODELS
 
 from dit_accel import UnsupportedModel
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.block_lists import block_lists, blocks_of, registered_blocks
 from dit_accel.adapters.blocks import JOINT, BlockList, block_signature
 from dit_accel.testing.block_checks import Block, check_blocks
@@ -21,7 +21,7 @@ FLUX = (
 
 
 def case_of(name, index=0, **changes):
-    return Case(replace(registry.adapters()[name], **changes), MODELS[name][index])
+    return Case(replace(installed.adapters()[name], **changes), MODELS[name][index])
 
 
 def listed_blocks(case):
@@ -35,7 +35,7 @@ def listed_blocks(case):
 @pytest.mark.parametrize("name", MODELS)
 def test_block_lists_describe_the_model(name):
     for model in MODELS[name]:
-        assert check_blocks(Case(registry.adapters()[name], model)) is None
+        assert check_blocks(Case(installed.adapters()[name], model)) is None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_swapped_streams_are_found_where_their_shapes_are_equal():
         return {**MODELS["flux"][0].inputs(batch), **text}
 
     model = replace(MODELS["flux"][0], inputs=as_long_as_the_image)
-    right = replace(registry.adapters()["flux"], blocks=FLUX)
+    right = replace(installed.adapters()["flux"], blocks=FLUX)
     assert check_blocks(Case(right, model)) is None
     wrong = replace(right, blocks=tuple(replace(listed, gives=(0, 1)) for listed in FLUX))
     with pytest.raises(AssertionError, match=r"its hidden_states.*transformer_blocks\.0 gives"):
@@ -93,7 +93,7 @@ def test_swapped_streams_are_found_where_their_shapes_are_equal():
 
 
 def test_an_argument_that_is_only_shaped_like_a_stream_is_found():
-    wan = registry.adapters()["wan"].blocks
+    wan = installed.adapters()["wan"].blocks
     wrong = (wan[0], replace(wan[1], takes=("hidden_states",)))
     with pytest.raises(AssertionError, match=r"vace_blocks\.1.*its hidden_states.*vace_blocks\.0"):
         check_blocks(case_of("wan", 2, blocks=wrong))
@@ -129,7 +129,7 @@ def test_diffusers_registry_is_right_but_for_two_block_classes():
     wrong, known = set(), set()
     for name, models in MODELS.items():
         for model in models:
-            for block in listed_blocks(Case(registry.adapters()[name], model)):
+            for block in listed_blocks(Case(installed.adapters()[name], model)):
                 cls = type(block.module)
                 if cls in TransformerBlockRegistry._registry:
                     known.add(cls.__name__)

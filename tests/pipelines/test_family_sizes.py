@@ -11,7 +11,7 @@ from tiny_models import MODELS
 from torch import nn
 
 from dit_accel import UnsupportedModel
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.block_lists import block_lists, blocks_of
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.estimate.estimate import estimate
@@ -65,8 +65,8 @@ def defaults(cls):
 @pytest.mark.parametrize("name", FROM_DEFAULTS)
 def test_sizes_of_released_models_are_those_of_diffusers_defaults(name):
     cls, changes = FROM_DEFAULTS[name]
-    adapter, config = registry.adapter_for(cls), defaults(cls) | changes
-    found, family = adapter.sizes(config), registry.family(name)
+    adapter, config = installed.adapter_for(cls), defaults(cls) | changes
+    found, family = adapter.sizes(config), installed.family(name)
     assert adapter.family(config) is family or (adapter.name, name) == ("wan", "wan2.1-14b")
     told = (family.layers, family.heads, family.head_dim, family.ffn_dim, family.patch)
     assert (found.layers, found.heads, found.head_dim, found.ffn_dim, found.patch) == told
@@ -74,7 +74,7 @@ def test_sizes_of_released_models_are_those_of_diffusers_defaults(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_are_those_of_the_model(name):
-    adapter = registry.adapters()[name]
+    adapter = installed.adapters()[name]
     for model in MODELS[name]:
         transformer = Case(adapter, model).transformer
         sizes, listed = adapter.sizes(transformer.config), block_lists(adapter, transformer)
@@ -108,7 +108,7 @@ def files_of(adapter, model, **changes):
 
 @pytest.mark.parametrize("name", [adapter.name for adapter in ADAPTERS if adapter.families])
 def test_a_model_of_no_released_size_can_be_planned(name):
-    adapter = registry.adapters()[name]
+    adapter = installed.adapters()[name]
     for model in MODELS[name]:
         found, family = files_of(adapter, model).identify()
         assert found is adapter
@@ -129,7 +129,7 @@ def test_packed_latents_are_counted_in_tokens():
     ("name", "entry"), [("wan", "ffn_dim"), ("wan", "patch_size"), ("wan", "num_layers"), ("sd3", "patch_size")]
 )
 def test_a_config_that_lacks_a_size_is_refused(name, entry):
-    files = files_of(registry.adapters()[name], MODELS[name][0], **{entry: None})
+    files = files_of(installed.adapters()[name], MODELS[name][0], **{entry: None})
     config = {key: value for key, value in files.transformer.items() if value is not None}
     lacking = ModelFiles(name=files.name, index=files.index, transformer=config, vae={})
     with pytest.raises(UnsupportedModel, match=rf"some/model.*'{entry}'.*--family"):

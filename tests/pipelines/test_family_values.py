@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dit_accel.adapters.registry import adapters
+from dit_accel.adapters.installed import adapters
 
 TABLE = Path(__file__).with_name("family_values.jsonl")
 FIELDS = (

@@ -5,20 +5,20 @@ import torch
 from tiny_models import MODELS
 
 import dit_accel
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.methods.attention.dfa import DFA
 from dit_accel.methods.site import target_sample
 from dit_accel.rules.foreground import predicted
 from dit_accel.testing.tiny_models import Case
 
 EVERY_2 = dict(every=2, warmup_steps=0, last_steps=0)
-VIDEO = [name for name in MODELS if "dfa" not in registry.adapters()[name].refused]
+VIDEO = [name for name in MODELS if "dfa" not in installed.adapters()[name].refused]
 
 
 @pytest.mark.parametrize("name", VIDEO)
 def test_every_family(name):
     for model in MODELS[name]:
-        case, calls = Case(registry.adapters()[name], model), []
+        case, calls = Case(installed.adapters()[name], model), []
         inputs = case.inputs()
         steps = inputs, case.with_latents(inputs, 1.5 * case.latents(inputs))
         plain = [case.run(given, step) for step, given in enumerate(steps)]
@@ -47,7 +47,7 @@ def test_every_family(name):
 def test_predictions_can_be_laid_on_every_familys_tokens(name):
     """Whatever stands among the latents besides the video: reference frames, keyframes, images that are given."""
     for model in MODELS[name]:
-        case = Case(registry.adapters()[name], model)
+        case = Case(installed.adapters()[name], model)
         inputs = case.inputs()
         frames, height, width, before, after = case.adapter.grid(case.transformer.config, inputs)
         with torch.no_grad():

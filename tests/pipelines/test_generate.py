@@ -28,7 +28,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dit_accel import RadialAttention
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.cli.app import app
 from dit_accel.errors import ConfigError, UnsupportedModel
@@ -133,7 +133,7 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
     with pytest.raises(ConfigError, match=r"word\(s\) xylophone"):
         settle(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
-    assert name in registry.families()
+    assert name in installed.families()
 
 
 def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):

@@ -10,7 +10,7 @@ from some_cases import some
 
 import dit_accel
 from dit_accel import NAG, PAG, SLG, ConfigError, SoftPAG
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 
 TWO = [name for name in PIPELINES if name not in ONE_PROMPT]
 QUICK = (
@@ -70,7 +70,7 @@ def test_two_prompts_of_one_seed_are_led_as_alone(name):
 
 
 def adapter_of(pipe):
-    return registry.adapter_for(type(pipe.transformer).__name__)
+    return installed.adapter_for(type(pipe.transformer).__name__)
 
 
 def scale_of(pipe, call):
@@ -271,7 +271,7 @@ def test_beside_a_pipeline_s_own_skipped_layers_all_predictions_get_the_same():
 
 
 def test_a_rescaling_that_only_an_argument_asks_for_is_seen():
-    guidance = registry.adapters()["flux-kin"].guidance
+    guidance = installed.adapters()["flux-kin"].guidance
     assert "normalize" in inspect.signature(diffusers.BriaPipeline.__call__).parameters
     call = dit_accel.adapters.guidance.PipelineCall(None, ("BriaPipeline",), {"normalize": True})
     assert guidance.why_not_folded(call) == "normalize = True scales the guided prediction by the conditional one"

@@ -18,7 +18,7 @@ from torch import Tensor
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters import position_ids as positions
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.plan.masks import key_validity
 from dit_accel.testing.everything import planned
 from dit_accel.testing.method_cases import METHOD_CASES

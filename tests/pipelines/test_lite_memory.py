@@ -10,7 +10,7 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SparseD
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.cli.app import app
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import token_layout
@@ -50,8 +50,8 @@ def test_what_is_planned_is_what_a_run_holds(make_pipe, methods):
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b", "hunyuan-video"])
 def test_it_is_a_thirtieth_of_the_original_s_lists(name):
     """Those are int16, two of [batch, heads, query tiles, key tiles + 2] in each attention module."""
-    family = registry.family(name)
-    adapter = next(adapter for adapter in registry.adapters().values() if family in adapter.families)
+    family = installed.family(name)
+    adapter = next(adapter for adapter in installed.adapters().values() if family in adapter.families)
     config = LiteAttention(block_size=128, dense_steps=0, dense_layers=0)
     planned = estimate(adapter, family, methods=[config])
     layout = token_layout(family, height=family.height, width=family.width, num_frames=planned.num_frames)

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from dit_accel_pipelines.families.not_supported import NOT_SUPPORTED
 
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 
 TRANSFORMERS = Path(diffusers.__file__).parent / "models/transformers"
 
@@ -27,7 +27,7 @@ def model_classes() -> dict[str, str]:
 
 
 def supported() -> set[str]:
-    return {name for adapter in registry.adapters().values() for name in adapter.transformers}
+    return {name for adapter in installed.adapters().values() for name in adapter.transformers}
 
 
 def assert_covered(classes: Iterable[str]) -> None:

@@ -16,9 +16,9 @@ from tiny_inputs import ids, packed
 
 import dit_accel
 from dit_accel import ConfigError
-from dit_accel.adapters.rope import Rope, RopeChange, rope_of
 from dit_accel.adapters.rope_axes import even
 from dit_accel.adapters.rope_forms import changed
+from dit_accel.adapters.rotary import Rope, RopeChange, rope_of
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 from dit_accel.testing import rope_checks
 from dit_accel.testing.rope_checks import check_rope, replaced

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.methods.base import Handler, Model
-from dit_accel.methods.caches.config import StepCacheConfig
+from dit_accel.methods.caches.cache_config import StepCacheConfig
 from dit_accel.methods.registry import handler_of
 from dit_accel.methods.site import ForwardContext
 

@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from tiny_modular_pipelines import blocks_of
 
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 
 
 @cache
 def covered() -> frozenset[str]:
     """Names of the transformer classes that an adapter covers."""
-    return frozenset(name for adapter in registry.adapters().values() for name in adapter.transformers)
+    return frozenset(name for adapter in installed.adapters().values() for name in adapter.transformers)
 
 
 def _defined(package: Any, base: type) -> Iterator[type]:

@@ -10,9 +10,9 @@ from matrix_situations import Trial, class_names
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.block_lists import block_lists, blocks_of
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.registry import adapter_for
-from dit_accel.adapters.rope import changeable_axes, rope_of
+from dit_accel.adapters.rotary import changeable_axes, rope_of
 from dit_accel.errors import ConfigError
 from dit_accel.methods.base import Place
 from dit_accel.methods.caches.native_limits import why_wrong

@@ -14,7 +14,7 @@ from matrix_runs import Call, Stock, rows_call
 from torch import Tensor
 
 import dit_accel
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 
 NO_PROPORTION = (
     "CosmosVideoToWorldPipeline", "HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline", "AllegroPipeline",

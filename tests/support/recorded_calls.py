@@ -11,7 +11,7 @@ from dit_accel_assets import held_out_prompts, model_defaults, model_path
 from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention
 from torch import Tensor
 
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.rules.ultravico import DecayRule
 from dit_accel.testing.everything import planned
 from dit_accel.testing.recording import RecordedCall, recorded

@@ -13,7 +13,7 @@ from dit_accel_kernels import unpack_bits
 from torch import Tensor, nn
 
 from dit_accel import LiteAttention, SolAttention, attach
-from dit_accel.adapters.registry import adapters
+from dit_accel.adapters.installed import adapters
 from dit_accel.attachment.execution import PlannedCall
 from dit_accel.methods.config import MethodConfig
 

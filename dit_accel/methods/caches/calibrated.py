@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...adapters.registry import families
+from ...adapters.installed import families
 from ...errors import ConfigError, did_you_mean
 from ..base import Model
-from .config import MeasuredCacheConfig
+from .cache_config import MeasuredCacheConfig
 from .engine import StepCacheHandler
 
 

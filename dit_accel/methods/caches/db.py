@@ -20,7 +20,7 @@ from ..base import Model
 from ..config import MethodConfig
 from ..options import Count, ge
 from ..site import Block, ForwardContext, Site
-from .config import MeasuredCacheConfig, StepCacheConfig
+from .cache_config import MeasuredCacheConfig, StepCacheConfig
 from .easy import mean_size
 from .engine import Decider
 from .log import extended

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..site import ForwardContext, target_sample
-from .config import MeasuredCacheConfig
+from .cache_config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
 from .ranks import ratio
 

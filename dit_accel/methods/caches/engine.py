@@ -18,7 +18,7 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
-from .config import MeasuredCacheConfig, StepCacheConfig, Turn
+from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn
 from .history import History, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of

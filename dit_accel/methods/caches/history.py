@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...rules import forecast
-from .config import StepCacheConfig
+from .cache_config import StepCacheConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)

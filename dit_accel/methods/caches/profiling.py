@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 
 from ...adapters.blocks import Streams
-from ...adapters.registry import families
+from ...adapters.installed import families
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
@@ -24,7 +24,7 @@ from ..saving import Saving
 from ..site import Block, Site
 from ..steps import unknown_steps
 from .block_numbers import kinds_of, read_numbers, require_there, spell_numbers
-from .config import StepCacheConfig
+from .cache_config import StepCacheConfig
 from .db import takes_skips
 from .history import History
 from .log import extended

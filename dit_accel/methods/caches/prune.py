@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ..options import ge
 from ..site import Block, ForwardContext, Site
 from .block_numbers import kinds_of, read_numbers, require_there
-from .config import MeasuredCacheConfig
+from .cache_config import MeasuredCacheConfig
 from .easy import mean_size
 from .engine import Decider
 from .ranks import ratio

@@ -19,7 +19,7 @@ from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
-from .config import StepCacheConfig
+from .cache_config import StepCacheConfig
 from .engine import Decider, StepCacheHandler, requires_grad
 from .history import History, shapes_of
 from .log import extended

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from ...plan.layout import TokenLayout
 from ..options import Count
 from ..saving import Saving
-from .config import ALONE, StepCacheConfig, Turn
+from .cache_config import ALONE, StepCacheConfig, Turn
 from .engine import StepCacheHandler
 
 

@@ -18,7 +18,7 @@ from ...rules.guidance import added
 from ..base import Handler, Model, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
-from .config import PerturbedConfig
+from .guidance_config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
 from .head_specs import first_layer, split_specs
 from .log import PerturbedForward, WindowedHandler, note_of

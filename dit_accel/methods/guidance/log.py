@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base import Handler, Model, Phase
 from ..caches.engine import is_recorded
 from ..site import ForwardContext
-from .config import WindowedConfig
+from .guidance_config import WindowedConfig
 from .rows import Sample, as_rows
 
 

@@ -19,7 +19,7 @@ from ..config import MethodConfig
 from ..options import ge, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
-from .config import WindowedConfig
+from .guidance_config import WindowedConfig
 from .log import WindowedHandler
 from .nag_cross import CrossAttentionNAG
 from .nag_joined import JointNAG

@@ -8,7 +8,7 @@ from ...errors import ConfigError
 from ..base import Place
 from ..site import Site
 from .branch import PerturbedHandler, block_of
-from .config import PerturbedConfig
+from .guidance_config import PerturbedConfig
 from .head_specs import read_heads
 from .softpag import stacks_of
 

@@ -19,7 +19,7 @@ from ..config import MethodConfig
 from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
-from .config import PerturbedConfig
+from .guidance_config import PerturbedConfig
 from .head_specs import Heads, Stacks, read_heads
 
 Target = Literal["identity", "temperature"]

@@ -2,15 +2,16 @@
 
 Sources: RIFLEx (arXiv 2502.15894), UltraImage's correction (2512.04504), NTK and YaRN (2309.00071), position
 interpolation (2306.15595). Where we depart from them: each axis by its own length, never text; any size, model and
-number of sizes in a row; the frequency that repeats is found by rule (`dit_accel.rules.rope`); no temperature.
+number of sizes in a row; the frequency that repeats is found by rule (`dit_accel.rules.rotary_frequencies`); no
+temperature.
 """
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from ...adapters.rope import VISUAL_AXES
+from ...adapters.rotary import VISUAL_AXES
 from ...plan.layout import TokenLayout
-from ...rules.rope import check_kind, edited
+from ...rules.rotary_frequencies import check_kind, edited
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..options import Count, Rule, ge

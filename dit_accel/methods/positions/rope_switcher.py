@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ...adapters.adapter import Family
-from ...adapters.rope import Rope, RopeChange, changeable_axes, rope_of
 from ...adapters.rope_forms import changed
+from ...adapters.rotary import Rope, RopeChange, changeable_axes, rope_of
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ..base import Model

@@ -4,10 +4,10 @@ Source: UltraImage (arXiv 2512.04504). Where we depart from it: heads are measur
 stays as it is, not in two steps before it; by the entropy over tokens of some rows, not over tiles of 128 x 128 (whose
 constants do not carry over), between the extremes that are measured; what is kept is one number a head. The factor goes
 onto the queries, so that attention stays the one that the user set in diffusers. Which frequencies are corrected is
-found by `dit_accel.rules.rope`, or published for the model. The paper's guided mode (a small picture leads a large one)
-and view mode (a small picture inside a large one) are not here: both change the pipeline, not the transformer. Nor are
-its queries in chunks of 65,536 rows: no kernel of scaled_dot_product_attention but the plain "math" one holds the
-attention matrix, and measuring holds the logits of ``rows`` x 2,048 keys at a time (`.entropy`), 2 MiB in float32 for
+found by `dit_accel.rules.rotary_frequencies`, or published for the model. The paper's guided mode (a small picture
+guides a large one) and view mode (a small picture inside a large one) are not here: both change the pipeline, not the
+transformer. Nor are its queries in chunks of 65,536 rows: no kernel of scaled_dot_product_attention but the plain
+"math" one holds the attention matrix, and measuring holds the logits of ``rows`` x 2,048 keys at a time (`.entropy`), 2 MiB in float32 for
 each head and batch row, a few times over.
 """
 
@@ -27,7 +27,7 @@ from ...plan.heads import HeadShare
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...report.sections import Section
-from ...rules.rope import check_kind, edited
+from ...rules.rotary_frequencies import check_kind, edited
 from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..options import Count, ge, gt

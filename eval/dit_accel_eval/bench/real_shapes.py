@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel import ConfigError
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.errors import did_you_mean
 from dit_accel.plan.layout import TokenLayout
@@ -139,10 +139,10 @@ def find_family(name: str) -> tuple[Adapter, Family]:
     Raises:
         ConfigError: for an unknown family, or one whose inputs are not described, with those that are.
     """
-    family = registry.family(name)
-    adapter = next(one for one in registry.adapters().values() if family in one.families)
+    family = installed.family(name)
+    adapter = next(one for one in installed.adapters().values() if family in one.families)
     if adapter.name not in BUILDERS:
-        known = [one.name for key in BUILDERS for one in registry.adapters()[key].families]
+        known = [one.name for key in BUILDERS for one in installed.adapters()[key].families]
         raise ConfigError(f"bench can't make the inputs of {name} yet; {did_you_mean(name, known)}")
     return adapter, family
 

@@ -21,8 +21,8 @@ from torch import Tensor
 import dit_accel
 from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.registry import adapter_for
-from dit_accel.adapters.rope import rope_of
+from dit_accel.adapters.installed import adapter_for
+from dit_accel.adapters.rotary import rope_of
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call

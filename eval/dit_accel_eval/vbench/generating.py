@@ -14,7 +14,7 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
 
 from dit_accel import ConfigError
-from dit_accel.adapters import registry
+from dit_accel.adapters import installed
 from dit_accel.estimate.estimate import estimate
 from dit_accel.files import held
 
@@ -136,7 +136,7 @@ def cost(request: Request, made: int, total: int) -> str:
     message = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None) or "the model's sizes"
     text = f"{total - made} of {total} videos to make, {made} are there; {message}"
     sizes["num_frames"] = sizes["num_frames"] or 1
-    adapter = next((one for one in registry.adapters().values() if family in one.families), None)
+    adapter = next((one for one in installed.adapters().values() if family in one.families), None)
     if family is None or adapter is None or None in sizes.values():
         return text
     planned = estimate(adapter, family, methods=settled.methods, **sizes)

@@ -6,8 +6,8 @@ from functools import partial
 from dit_accel.adapters.adapter import Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
+from dit_accel.adapters.rotary import Rope
 
 from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, ULTRAVICO_WAN, WAN21_14B
 

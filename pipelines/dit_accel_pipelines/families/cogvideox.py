@@ -12,7 +12,7 @@ from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope import VISUAL_AXES, Axis, Rope
+from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .perturbation import with_perturbation

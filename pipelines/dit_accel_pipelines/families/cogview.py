@@ -12,8 +12,8 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, 
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 text_first = partial(latents_grid, frames_axis=None, text="before")

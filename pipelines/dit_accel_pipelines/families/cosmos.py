@@ -11,8 +11,8 @@ from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import scaled_thirds
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
 COSMOS_7B = Family(
     name="cosmos-1-7b",

@@ -5,7 +5,7 @@ from functools import partial
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .cogvideox import eighths

@@ -5,8 +5,8 @@ from functools import partial
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 ERNIE_IMAGE = Adapter(

@@ -13,8 +13,8 @@ from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 FLUX2_DEV = Family(

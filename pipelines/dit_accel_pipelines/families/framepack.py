@@ -9,8 +9,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid, patch_count
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
 FRAMEPACK_13B = Family(
     name="framepack",

@@ -9,8 +9,8 @@ from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Grid, latents_grid, patch_count
 from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
 from .wan import WAN21_14B
 

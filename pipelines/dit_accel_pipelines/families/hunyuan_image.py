@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
 HUNYUAN_IMAGE_21 = Family(
     name="hunyuan-image-2.1",

@@ -11,8 +11,8 @@ from typing import Any
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
 from .perturbation import with_perturbation
 from .step_caches import with_step_caches

@@ -8,8 +8,8 @@ from functools import partial
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
 HUNYUAN_VIDEO15_480P = Family(
     name="hunyuan-video-1.5-480p",

@@ -7,8 +7,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .qwen_image import QWEN_IMAGE, first_image

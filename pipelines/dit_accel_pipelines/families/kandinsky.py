@@ -13,8 +13,8 @@ from typing import Any
 from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import VISUAL_AXES, Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
+from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 from dit_accel.adapters.sizes import read_sizes
 
 KANDINSKY5_LITE = Family(

@@ -8,8 +8,8 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import last_row, read_once
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 

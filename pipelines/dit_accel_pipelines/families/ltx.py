@@ -9,7 +9,7 @@ from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.position_ids import last_video, read_once
-from dit_accel.adapters.rope import VISUAL_AXES, Axis, Rope
+from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
 from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 

@@ -9,7 +9,7 @@ from functools import partial
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .ltx import fractions, packed_grid

@@ -9,8 +9,8 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import read_once
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 LUMINA_IMAGE_2 = Family(

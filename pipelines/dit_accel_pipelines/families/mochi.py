@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from dit_accel.adapters.adapter import Adapter, Family, latents_grid
-from dit_accel.adapters.rope import VISUAL_AXES, Axis, Rope
+from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .perturbation import with_perturbation

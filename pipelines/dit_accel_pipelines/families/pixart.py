@@ -8,8 +8,8 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_g
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import even, fixed_lengths
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .lumina2 import lumina_sizes

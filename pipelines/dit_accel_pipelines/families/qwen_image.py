@@ -9,8 +9,8 @@ from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, fixed_lengths
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .step_caches import with_step_caches

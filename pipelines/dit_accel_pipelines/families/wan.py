@@ -13,8 +13,8 @@ from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import same_length, thirds
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 from .perturbation import with_perturbation

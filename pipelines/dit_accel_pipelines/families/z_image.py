@@ -11,8 +11,8 @@ from typing import Any
 from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope import Rope
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
+from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
 MULTIPLE = 32

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.adapters.registry import adapter_for
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.attachment.find import attention_modules
 from dit_accel.errors import UnsupportedModel
 from dit_accel.files import written_whole

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import model_source, read_config, read_model_files
-from dit_accel.adapters.registry import adapter_for
 from dit_accel.errors import ConfigError, UnsupportedModel
 
 from .lora import load_lora

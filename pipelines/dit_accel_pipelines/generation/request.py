@@ -10,9 +10,9 @@ import dit_accel_assets
 from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
-from dit_accel.adapters.registry import adapter_for
-from dit_accel.adapters.rope import check_lengths
+from dit_accel.adapters.rotary import check_lengths
 from dit_accel.attachment.attachment import Backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice

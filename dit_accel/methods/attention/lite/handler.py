@@ -21,7 +21,7 @@ from ....rules.steps import whole_steps
 from ...base import Model, Phase
 from ...saving import Saving
 from ..sparse import SparseHandler
-from .config import LiteAttention
+from .lite_config import LiteAttention
 from .ranges import FixedBits, fixed_bits, split_list
 from .scores import DensityCalibrator, recorded_scores
 from .thresholds import LiteThresholds, read_thresholds

@@ -58,7 +58,7 @@ class Axis:
             raise ConfigError(
                 f"the frequencies along {self.name} are learned, different in each head; give functions of them"
             )
-        from ..rules.rope import frequencies as spectrum  # numpy, which a help text does without
+        from ..rules.rotary_frequencies import frequencies as spectrum  # numpy, which a help text does without
 
         return spectrum(self.channels, self.theta, self.exponents)
 
@@ -83,7 +83,8 @@ class Rope:
         max_positions: transformer config -> axis -> tokens that the model's tables hold; axes without a limit are left
             out. It takes configs that lack entries too, for the class's defaults. None: no limits.
         absent: transformer config -> why this model has no rotary positions, or None.
-        kinds: kinds of `dit_accel.rules.rope` that make sense here; None: all. ``note`` says why not the others.
+        kinds: kinds of `dit_accel.rules.rotary_frequencies` that make sense here; None: all. ``note`` says why not
+            the others.
         fitted: axes along which the model scales every size to the trained one, so that none is too long.
         note: what a change does not do here.
 
