@@ -7,8 +7,8 @@ onto the queries, so that attention stays the one that the user set in diffusers
 found by `dit_accel.rules.rotary_frequencies`, or published for the model. The paper's guided mode (a small picture
 guides a large one) and view mode (a small picture inside a large one) are not here: both change the pipeline, not the
 transformer. Nor are its queries in chunks of 65,536 rows: no kernel of scaled_dot_product_attention but the plain
-"math" one holds the attention matrix, and measuring holds the logits of ``rows`` x 2,048 keys at a time (`.entropy`), 2 MiB in float32 for
-each head and batch row, a few times over.
+"math" one holds the attention matrix, and measuring holds the logits of ``rows`` x 2,048 keys at a time (`.entropy`),
+2 MiB in float32 for each head and batch row, a few times over.
 """
 
 import dataclasses
