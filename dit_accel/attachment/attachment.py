@@ -206,8 +206,9 @@ def attachment_of(model: Any) -> Attachment | None:
 def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     if backend not in BACKENDS:
         raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
-    # the model may still wait in main memory: ask the device it will run on
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # the model may still wait in main memory: ask the device it will run on; a torch built for one may find none
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
     requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
     if backend in requirements and (missing := requirements[backend](device)):
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")

@@ -16,9 +16,9 @@ from dit_accel.cli import stopping
 from dit_accel.cli.stopping import Terminated, keeps, stoppable
 
 HEAD = """
-import atexit, ctypes, os, signal, sys, time, weakref
+import atexit, ctypes, os, signal, sys, time, warnings, weakref
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
-from dit_accel.cli import main, registry
+from dit_accel.cli import installed_commands, main
 
 def kill(number=int(sys.argv.pop())):
     os.kill(os.getpid(), number)
@@ -27,7 +27,7 @@ def now():
     print("now", file=sys.stderr, flush=True)
 """
 TAIL = """
-registry.commands = lambda: {"work": work}
+installed_commands.commands = lambda: {"work": work}
 main()
 """
 
@@ -143,6 +143,7 @@ def test_a_signal_after_the_last_line_changes_nothing(tmp_path: Path):
 def test_a_child_s_signal_is_not_its_parent_s(tmp_path: Path):
     forking = """
 def work():
+    warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, where threads run beside a fork
     child = os.fork()
     if not child:
         time.sleep(20)

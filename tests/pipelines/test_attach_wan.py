@@ -354,9 +354,11 @@ class TestBadInput:
             dit_accel.attach(pipe, backend="tritn")
         with monkeypatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "0")
-            patch.setattr(torch.accelerator, "current_accelerator", lambda: None)
-            with pytest.raises(dit_accel.MissingBackend, match=r"'triton'.*CUDA, ROCm.*XPU"):
-                dit_accel.attach(pipe, backend="triton")
+            patch.setattr(torch.accelerator, "is_available", lambda: False)
+            for built_for in (None, torch.device("cuda")):  # a torch for CUDA where no card is, as pip gives it
+                patch.setattr(torch.accelerator, "current_accelerator", lambda device=built_for: device)
+                with pytest.raises(dit_accel.MissingBackend, match=r"'triton'.*CUDA, ROCm.*XPU"):
+                    dit_accel.attach(pipe, backend="triton")
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
             patch.setenv("CXX", "no-such-compiler")
             with pytest.raises(dit_accel.MissingBackend, match=r"'flex'.*C\+\+ compiler \(no-such"):
