@@ -160,6 +160,7 @@ def test_the_clocks_go_on_and_the_budget_ends(tmp_path):
     assert loop.Log(tmp_path / "log.jsonl", wall=100.0, cpu=50.0).clocks()["wall"] >= 100.0
 
 
+@pytest.mark.slow
 def test_several_processes_train_as_one_does_stop_together_and_write_once(tmp_path):
     alone = training_ranks.train(0, 1, str(tmp_path / "one"), (6,))
     both = processes(2, training_ranks.train, str(tmp_path / "two"), (6, 2))  # the second one's budget ends first

@@ -170,6 +170,7 @@ def test_cards_of_a_family_have_what_its_rows_are_compiled_for():
     assert [family(name) for name in ("gfx90a", "gfx942", "gfx950", "gfx1100")] == ["gfx942"] * 4
 
 
+@pytest.mark.slow
 def test_gradients_of_wide_float32_heads_fit_the_cards_with_least_shared_memory(tmp_path):
     match = "^(dq|dkdv|pooled_dkdv)-fp32-d256-"
     found, records = run_aot(tmp_path, "--module", "promised", "--match", match, "--target", "sm_89", "--jobs", "1")

@@ -32,7 +32,9 @@ def listed_blocks(case):
     ]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if index % 2 else ()) for index, one in enumerate(MODELS)]
+)
 def test_block_lists_describe_the_model(name):
     for model in MODELS[name]:
         assert check_blocks(Case(installed.adapters()[name], model)) is None

@@ -35,7 +35,10 @@ def tiny(name, number=0, inputs=None, **config):
     return Case(BY_NAME[name], dataclasses.replace(model, **changes))
 
 
-@pytest.mark.parametrize(("name", "number"), MODELS)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [pytest.param(*one, marks=pytest.mark.slow if index % 2 else ()) for index, one in enumerate(MODELS)],
+)
 def test_positions_move_as_the_adapter_says(name, number):
     why = check_rope(tiny(name, number))
     assert (why is not None) == ((name, number) in WITHOUT)
