@@ -32,8 +32,9 @@ SMALL = {
     "ultraimage": {"trained_height": 3, "trained_width": 3},
 }
 REFUSALS = (
-    r"sense on|delta corrects|both set|both cache|the input|would mix|has none|"
-    r"negative text .* it can't|both change|lite takes|no rotary|positions along"
+    r"makes? no.*sense on|delta corrects.*sparse|both set.*the|both cache|needs.*the input.*of|would mix|"
+    r"has none.*to change|negative text.*beside.* it can't|both change.*rotary frequencies|"
+    r"lite takes.*all of|no rotary.*positions|scales.*positions along.*height"
 )
 TOLD = CrossAttention | JoinedText
 SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}

@@ -49,7 +49,7 @@ class JointNAG:
         self.calls = 0
 
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
-        """Run a forward whose conditional rows (None: all) are led away from the negative text."""
+        """Run a forward whose conditional rows (None: all) are guided away from the negative text."""
         batch = len(context.inputs[self._site.adapter.latents])
         own = slice(0, batch) if rows is None else rows[0]
         given = with_rows_again(context.inputs, own, batch, self._site.adapter)
