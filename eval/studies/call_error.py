@@ -36,7 +36,7 @@ TILE = 16
 """Tokens of a tile."""
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
-"""At which the best choice of tiles is told."""
+"""At which the best choice of tiles is given."""
 
 STEPS = 8
 
@@ -71,7 +71,7 @@ BEST = "best choice of tiles"
 """The arm whose lines tell, for each of `DENSITIES`, what the best choice of tiles comes to."""
 
 NAMES = ("density", "error", "lost", "best_error", "best_pooled_error", "best_lost")
-"""What is told of a call; the last three of the best choice of as many tiles in each row."""
+"""What is measured of a call; the last three of the best choice of as many tiles in each row."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Compile targets of the Triton kernels: what their compilers are told and how much shared memory a block has."""
+"""Compile targets of the Triton kernels: what their compilers are given and how much shared memory a block has."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .figures import Report, judged
 from .lines import words_of
 
 MOST = 8
-"""Arms that are drawn at most, those of the highest mean PSNR; more can't be told apart."""
+"""Arms that are drawn at most, those of the highest mean PSNR; more can't be distinguished."""
 
 MIB = 2**20
 ACROSS = 4

@@ -181,7 +181,7 @@ class Spending:
 
     Args:
         budget: what it may spend; None: any amount.
-        clock: seconds by which time is told.
+        clock: the seconds now.
     """
 
     def __init__(self, budget: Budget | None, clock: Callable[[], float] = time.monotonic) -> None:

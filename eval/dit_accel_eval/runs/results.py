@@ -64,7 +64,7 @@ def append_line(path: Path, line: Line) -> None:
 
 
 def _take_off(path: Path, part: bytes) -> None:
-    """Cut off what was written of a line, if nobody has written behind it; else it is left, and told when read."""
+    """Cut off what was written of a line, if nobody has written behind it; else reading reports it."""
     size = path.stat().st_size
     with path.open("rb+") as file:
         file.seek(size - len(part))

@@ -179,10 +179,10 @@ def _missing_arms(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
     for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
         line = known.get(arm.name)
-        told = {*ALWAYS, *line.get("metrics", ()), *line.get("skipped", ())} if line else set[str]()
+        measured = {*ALWAYS, *line.get("metrics", ()), *line.get("skipped", ())} if line else set[str]()
         if (
             line is None
-            or any(name not in told and metric(name).missing() is None for name in job.suite.metrics)
+            or any(name not in measured and metric(name).missing() is None for name in job.suite.metrics)
             or (job.timed and not arm.is_dense and "seconds" not in line)
             or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
             or (job.frames and not all((job.out.parent / line.get(key, "")).is_file() for key in KEPT))

@@ -132,7 +132,7 @@ def verdict(difference: Interval, clips: int) -> str:
 
 
 def decimals_of(metric: str) -> int:
-    """Return how many digits behind the point a metric is told with; 3 for one that is not installed."""
+    """Return how many digits behind the point a metric is shown with; 3 for one that is not installed."""
     return metrics()[metric].decimals if metric in metrics() else 3
 
 

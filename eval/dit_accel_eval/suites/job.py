@@ -68,7 +68,7 @@ class Job:
         timed: whether each arm is timed beside the dense run of as many steps.
         threads: of torch; None: as many as it takes.
         frames: folder in which the frames of every run are kept; None: nowhere.
-        talk: whether each run is told on stderr.
+        talk: whether each run is printed to stderr.
         machine: where a model runs that is not embedded.
     """
 

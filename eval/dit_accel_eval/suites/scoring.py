@@ -43,7 +43,7 @@ def score_files(
 
     Raises:
         ConfigError: for an unknown metric, one that needs references where there are none, or clips that can't be read
-            or compared; what can be told before anything is measured is.
+            or compared; what can be refused before anything is measured is.
     """
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]

@@ -57,7 +57,7 @@ class Suite:
         dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
             former.
         warmup: runs of every arm in each process that are not counted, before its first.
-        repeats: times that each sample is made, of which seconds are told as median and quartiles.
+        repeats: times that each sample is made, whose seconds are given as median and quartiles.
         budget: what one call of `eval run` may take; None: all that it needs.
     """
 

@@ -12,7 +12,7 @@ from .lora import lora_file
 from .request import Request, side_car_path
 
 APART = ("prompts", "output", "device", "same_seed")
-"""What makes no other picture, or is told by itself."""
+"""What makes no other picture, or is compared by itself."""
 
 
 def request_digest(request: Request) -> str:

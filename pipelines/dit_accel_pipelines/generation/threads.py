@@ -1,4 +1,4 @@
-"""On how many threads the embedded models run: one, unless told otherwise."""
+"""On how many threads the embedded models run: one, unless the environment sets another number."""
 
 import contextlib
 import os

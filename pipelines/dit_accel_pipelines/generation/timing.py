@@ -32,7 +32,7 @@ def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lamb
 
     Args:
         pipe: the pipeline.
-        stages: is told of the stages and steps.
+        stages: shows the stages and steps.
         after_step: is called when a step has ended.
     """
     timings = Timings()
