@@ -1,6 +1,7 @@
 """Attach methods to a pipeline or a transformer, and take them off again without a trace."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -10,11 +11,13 @@ from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, trito
 from torch import nn
 
 from ..adapters.installed import adapter_for
-from ..errors import AttachError, MissingBackend, did_you_mean
-from ..methods.base import AttentionHandler, Handler
+from ..errors import AttachError, ConfigError, MissingBackend, did_you_mean
+from ..methods.base import AttentionHandler, Handler, Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
+from ..methods.presets import Level, choices, spell
 from ..report.report import Report, call_reports, step_reports
+from .check import Check, check
 from .diagnosis import (
     ReplacedTransformer,
     replaced_processors,
@@ -39,11 +42,16 @@ Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
 class Attachment:
     """Methods attached to the transformers of one pipeline; made by `attach`, undone by `detach` or as a context."""
 
-    def __init__(self, execution: Execution, model: dict[str, str]) -> None:
-        self._execution = execution
+    def __init__(self, execution: Execution, model: dict[str, str], put_on: Callable[["Attachment"], None]) -> None:
         self._model = model
+        self._put_on = put_on
         self._undo: list[Callable[[], None]] = []
-        self._attached = True
+        self._preset = ""
+        self._begin(execution)
+
+    def _begin(self, execution: Execution) -> None:
+        """Let an execution run from now on that nothing has run in."""
+        self._execution, self._attached = execution, True
         self._warned = self._warned_of_replaced = False
         execution.on_run.append(self._end_run)
 
@@ -78,6 +86,36 @@ class Attachment:
         self._execution.reset()
         self._attached = False
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Take the methods off inside the block, and put them on again behind it, as if attached anew.
+
+        Raises:
+            AttachError: if they are detached already.
+        """
+        self._require_attached()
+        observers = self._execution.observers
+        self.detach()
+        try:
+            yield
+        finally:
+            self._put_on(self)
+            self._execution.observers.extend(observers)
+
+    def check(self, prompt: str, seed: int = 0, **call: Any) -> "Check":
+        """Generate twice with one seed, dense and with the methods, and compare the two results.
+
+        Args:
+            prompt: what to generate.
+            seed: of the noise.
+            call: further arguments of the pipeline's call, such as ``num_inference_steps`` and ``height``.
+
+        Raises:
+            AttachError: if there is no pipeline to call, or the methods are detached already.
+            ConfigError: if the pipeline's result holds no frames or picture.
+        """
+        return check(self, prompt, seed, call)
+
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
 
@@ -105,7 +143,7 @@ class Attachment:
         execution, recorder = self._execution, self._execution.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        notes = [*recorder.notes]
+        notes = [*filter(None, [self._preset]), *recorder.notes]
         if self._attached:
             reasons = (replaced_transformers, unplanned_reason, replaced_processors)
             notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
@@ -117,6 +155,7 @@ class Attachment:
             notes=tuple(notes),
             calls=call_reports(recorder),
             state_bytes={name: size for name, size in held.items() if size},
+            timing=recorder.clock.timing(),
             sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
 
@@ -138,13 +177,20 @@ class Attachment:
 
 
 def attach(
-    model: Any, *methods: MethodConfig, backend: Backend = "auto", layers: LayerFilter | None = None
+    model: Any,
+    *methods: MethodConfig,
+    preset: Level | Literal["none"] | None = None,
+    backend: Backend = "auto",
+    layers: LayerFilter | None = None,
 ) -> Attachment:
     """Attach methods to one pipeline or transformer; all of them or, on any error, none.
 
     Args:
         model: a diffusers pipeline (all its transformers that an adapter covers) or one transformer.
-        methods: configs such as ``RadialAttention()``; without any, every call stays dense.
+        methods: configs such as ``RadialAttention()``.
+        preset: methods that are chosen for the model, beside those that are named, which win: ``careful``, ``balanced``
+            or ``fast`` (`dit_accel.methods.presets`), or ``none``. Unset: ``balanced`` where no method is named. What
+            was chosen is printed to stderr.
         backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
             tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
         layers: the attention layers that methods may change; the others stay as they are. Indices in each transformer,
@@ -159,6 +205,24 @@ def attach(
         AttachError: if something is attached already.
         MissingBackend: if the named backend can't run here.
     """
+    level = preset or ("none" if methods else "balanced")
+    if level == "none":
+        return _attach(model, methods, backend, layers)
+    chosen = choices(level, _model_of(find_transformers(model)), methods)
+    while True:
+        try:
+            attachment = _attach(model, (*methods, *(one.config for one in chosen)), backend, layers)
+            break
+        except ConfigError:  # such as positions of a transformer that is compiled whole
+            if not chosen:
+                raise
+            chosen.pop()
+    attachment._preset = spell(level, chosen)
+    print(attachment._preset, file=sys.stderr)
+    return attachment
+
+
+def _attach(model: Any, methods: tuple[MethodConfig, ...], backend: Backend, layers: LayerFilter | None) -> Attachment:
     transformers = find_transformers(model)
     parts = components_of(model)
     for name, transformer in transformers.items():
@@ -167,15 +231,24 @@ def attach(
                 f"methods are attached to {name} already; call detach() on that attachment first "
                 "(dit_accel.attachment_of gives it)"
             )
-    models = {name: resolve_model(name, transformers) for name in transformers}
-    handlers = make_handlers(methods, list(models.values())[-1])
-    described = {
-        name: f"{one.adapter.name}, {one.family.name if one.family else 'sizes of no released model'}"
-        for name, one in models.items()
-    }
+    handlers = make_handlers(methods, _model_of(transformers))
     _check_backend(backend, handlers)
     pipe = model if parts.get("transformer") is not model else None
-    attachment = Attachment(Execution(handlers, backend, pipe), described)
+    made = Execution(handlers, backend, pipe)
+
+    def put_on(attachment: Attachment) -> None:
+        attachment._begin(Execution(make_handlers(methods, _model_of(transformers)), backend, pipe))
+        _install(attachment, transformers, parts, layers)
+
+    attachment = Attachment(made, _described(transformers), put_on)
+    _install(attachment, transformers, parts, layers)
+    return attachment
+
+
+def _install(
+    attachment: Attachment, transformers: dict[str, Any], parts: dict[str, Any], layers: LayerFilter | None
+) -> None:
+    """Install an attachment's methods on its transformers; on any error none."""
     try:
         classes: dict[type, type] = {}
         for name, transformer in transformers.items():
@@ -187,7 +260,6 @@ def attach(
     except BaseException:
         attachment.detach()
         raise
-    return attachment
 
 
 def attachment_of(model: Any) -> Attachment | None:
@@ -215,6 +287,20 @@ def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
     voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
     if backend in ("flex", "fa4") and voting:
         raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
+
+
+def _model_of(transformers: dict[str, Any]) -> Model:
+    """Return what handlers may know of a pipeline's model: of its last transformer."""
+    return resolve_model(list(transformers)[-1], transformers)
+
+
+def _described(transformers: dict[str, Any]) -> dict[str, str]:
+    """Return component name -> adapter and family in words."""
+    models = {name: resolve_model(name, transformers) for name in transformers}
+    return {
+        name: f"{model.adapter.name}, {model.family.name if model.family else 'sizes of no released model'}"
+        for name, model in models.items()
+    }
 
 
 def _install_processors(

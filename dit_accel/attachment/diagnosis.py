@@ -37,7 +37,13 @@ def replaced_processors(execution: Execution) -> str | None:
 def unplanned_reason(execution: Execution) -> str | None:
     """Tell why the run so far planned no attention call, or None where it did, or where there was nothing to plan."""
     recorder = execution.recorder
-    attention = [one for one in execution.attention if one.phase is not Phase.GUIDANCE]  # which speaks for itself
+    layouts = {layout for layer in execution.layers for layout, _ in layer.state.layouts.values()}
+    attention = [
+        one
+        for one in execution.attention
+        if one.phase is not Phase.GUIDANCE  # which speaks for itself
+        and not (getattr(one.settings, "min_tokens", None) and not any(map(one.applies, layouts)))
+    ]
     if not attention or not recorder.forwards_run or recorder.planned:
         return None
     names = ", ".join(handler.name for handler in attention)
@@ -45,8 +51,7 @@ def unplanned_reason(execution: Execution) -> str | None:
     if (replaced := replaced_processors(execution)) is not None:
         return f"{begin}; {replaced}"
     steps = execution.state.num_inference_steps
-    layouts = {entry for state in {layer.state for layer in execution.layers} for entry in state.layouts.values()}
-    if layouts and not any(handler.applies(layout) for handler in attention for layout, _ in layouts):
+    if layouts and not any(handler.applies(layout) for handler in attention for layout in layouts):
         return f"{begin}; " + ("; ".join(recorder.notes) or "none of them changes anything over this layout")
     if recorder.notes:
         begin = f"{begin} ({'; '.join(recorder.notes)})"

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import TokenLayout
+from ..report.clock import Kind
 from .execution import Execution
 from .forward_state import NO_GRID, as_tensors, fewest_keys
 from .layers import TransformerState
@@ -116,12 +117,22 @@ class Forward:
             given = {name: _own_list(value) for name, value in {**inputs, **changed}.items()}
             return self._observed(run, (), given, self._look(given), given)
 
-        if not self._functions:
-            return innermost()
         around = innermost
         for function in self._functions:
             around = self._wrapped(function, inputs, around)
-        return around()
+        return around() if training or state.nested else self._timed(around, inputs)
+
+    def _timed(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """Run a whole forward, methods around it included, and keep how long it took and what it was."""
+        recorder, device = self._execution.recorder, target_sample(inputs[self._state.adapter.latents]).device
+        ran, reduced, begin = recorder.forwards_run, recorder.reduced, recorder.clock.stamp(device)
+        out = run()
+        forwards = recorder.forwards_run - ran
+        one: Kind = "reduced" if recorder.reduced > reduced else "dense"
+        kind: Kind = one if forwards == 1 else "extended" if forwards else "skipped"
+        key = self._state.name, self._execution.state.step_index, self._state.branch
+        recorder.clock.add(key, kind, begin, recorder.clock.stamp(device))
+        return out
 
     def _require_agreement(self, parallel: Any, latents: torch.Tensor) -> None:
         """Have the processes compare what they run: once a run; in training, of one forward each, once a shape."""
@@ -296,4 +307,5 @@ def _uncount_skipped(execution: Execution, state: TransformerState) -> None:
             if number in forward.reached:
                 seen.add(number)
             elif number in seen:
+                execution.recorder.reduced += 1
                 execution.recorder.forward(state.name, state.branch, execution.state.step_index, -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..plan.context import CallContext
 from ..plan.plan import AttentionPlan
 from ..plan.tiling import exact_bits
+from .clock import Clock
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Recorder:
     """Counts what runs, one generation long.
 
     `seen` holds the layers whose dense calls are seen when they run; those of compiled blocks are not. `forwards_run`
-    counts the transformer's forwards.
+    counts the transformer's forwards, `reduced` the attention calls that followed a plan or were skipped with a block.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class Recorder:
         self.backends: set[str] = set()
         self.torch_ways: set[str] = set()
         self.seen: set[int] = set()
-        self.forwards_run = 0
+        self.forwards_run = self.reduced = 0
+        self.clock = Clock()
 
     @property
     def planned(self) -> bool:
@@ -82,6 +84,7 @@ class Recorder:
 
         ``exact`` are the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: it has none.
         """
+        self.reduced += 1
         tiles, selection = plan.tiles, plan.selection
         if exact is None or tiles is None or selection is None:
             kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)

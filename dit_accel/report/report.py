@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MissingBackend
+from .clock import Timing
 from .recorder import CallShares, Recorder
 from .sections import Section
+from .why import why_not_faster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,7 @@ class Report:
         state_bytes: method name -> the most memory that it held from step to step since attach; methods that held none
             are left out.
         sections: what individual methods report.
+        timing: how long the forwards took, and the speed-up that this measures.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -81,6 +84,7 @@ class Report:
     calls: Sequence[CallReport] = field(default_factory=tuple)
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     sections: Sequence[Section] = field(default_factory=tuple)
+    timing: Timing = field(default_factory=Timing)
 
     @property
     def density(self) -> float:
@@ -98,6 +102,19 @@ class Report:
     def section(self, method: str) -> Section | None:
         """Return one method's section, by the method's name; None where it has none."""
         return next((section for section in self.sections if section.method == method), None)
+
+    def why_not_faster(self) -> list[str]:
+        """Return a line for each cause of the time that the run still took, largest first, and what to do."""
+        if not self.methods:
+            return []
+        shares = {
+            (step.transformer, step.step_index, step.branch): step.dense_layers
+            / (step.dense_layers + step.sparse_layers)
+            for step in self.steps
+            if step.sparse_layers
+        }
+        logs = {one.method: one.data["forwards"] for one in self.sections if "forwards" in one.data}
+        return why_not_faster(self.timing, self.methods, logs, shares, tuple(self.notes))
 
     def plot(self, path: str | Path) -> None:
         """Write what was kept, by step, layer and head, and which steps were skipped, as a PNG; needs matplotlib.
@@ -125,6 +142,8 @@ class Report:
             "calls": [{name: getattr(call, name) for name in call.__slots__} for call in self.calls],
             "state_bytes": dict(self.state_bytes),
             "sections": {section.method: dict(section.data) for section in self.sections},
+            "timing": self.timing.to_dict(),
+            "why_not_faster": self.why_not_faster(),
         }
 
     def __repr__(self) -> str:
@@ -137,7 +156,9 @@ class Report:
         return None if draw is None else draw(self)
 
     def __str__(self) -> str:
-        lines = [f"{name}: {_spell(options)}" for name, options in self.methods.items()] or ["no method attached"]
+        lines = self.timing.lines() if self.methods else []
+        lines += [f"why not faster: {cause}" for cause in self.why_not_faster()]
+        lines += [f"{name}: {_spell(options)}" for name, options in self.methods.items()] or ["no method attached"]
         lines += [f"{component}: {what}" for component, what in self.model.items()]
         lines.append(f"backend: {self.backend}")
         if not self.steps:

@@ -90,12 +90,12 @@ def check_cache(case: Case, name: str, tried: CacheCase) -> None:
     inputs = case.inputs(1)
     plain = [case.run(_at(case, inputs, step), step) for step in range(tried.warm + 1)]
     places = [name for name, _, _ in attention_modules(case.transformer, case.adapter)]
-    with counted(case.transformer, places) as ran, attach(case.transformer, *configs_of(tried.neutral)):
+    with counted(case.transformer, places) as ran, attach(case.transformer, *configs_of(tried.neutral), preset="none"):
         for step in range(tried.warm + 1):
             out = case.run(_at(case, inputs, step), step)
             require(torch.equal(out, plain[step]), f"{name} that skips nothing changed step {step}")
         require(len(ran) == (tried.warm + 1) * len(places), f"{name} that skips nothing skipped attention calls")
-    with counted(case.transformer, places) as ran, attach(case.transformer, *configs_of(tried.active)):
+    with counted(case.transformer, places) as ran, attach(case.transformer, *configs_of(tried.active), preset="none"):
         first = _generation(case, inputs, tried, plain, name)
         expected = tried.warm * len(places) + _still_run(case, places, tried)
         require(len(ran) == expected, f"{name}: {len(ran)} attention calls ran, the cache says {expected}")

@@ -21,7 +21,10 @@ def check_active(case: Case, cases: Mapping[str, MethodCase] | None = None) -> s
     inputs = case.inputs(2)
     for tried in cases.values():
         warm, plain = tried.warm, case.run(inputs, tried.warm)
-        with attach(case.transformer, *configs_of(tried.active)) as attachment, recorded(attachment) as calls:
+        with (
+            attach(case.transformer, *configs_of(tried.active), preset="none") as attachment,
+            recorded(attachment) as calls,
+        ):
             changed = case.run_after(warm, inputs)
             require(not torch.equal(changed, plain), f"{tried.active} changes nothing")
             require(bool(changed.isfinite().all()), f"{tried.active} makes values that are not finite")
@@ -64,7 +67,7 @@ def _require_rows_alone(
     case: Case, wide: Any, both: Mapping[str, Any], *cases: MethodCase, backend: Backend = "reference"
 ) -> None:
     methods, warm = configs_of(*(tried.active for tried in cases)), warm_of(*cases)
-    with attach(wide, *methods, backend=backend):
+    with attach(wide, *methods, preset="none", backend=backend):
         batched = case.run_after(warm, both, branch="cond_uncond", transformer=wide)
         for row, branch in enumerate(("uncond", "cond")):
             alone = case.run_after(warm, case.row(both, row), branch=branch, transformer=wide)
@@ -83,16 +86,16 @@ def check_pairs(case: Case) -> str | None:
     for one, other in pairs:
         methods, warm = configs_of(one.active, other.active), warm_of(one, other)
         plain = untouched[warm]
-        with attach(case.transformer, *configs_of(one.neutral, other.neutral)):
+        with attach(case.transformer, *configs_of(one.neutral, other.neutral), preset="none"):
             require(torch.equal(case.run(inputs, warm), plain), f"{one.neutral} and {other.neutral} changed the output")
-        with attach(case.transformer, *methods) as attachment, recorded(attachment) as calls:
+        with attach(case.transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
             changed = case.run_after(warm, inputs)
         require(not torch.equal(changed, plain), f"{methods} change nothing")
         require(bool(changed.isfinite().all()), f"{methods} make values that are not finite")
         for call in calls:
             require_text_exact(call)
         require_as_planned(calls)
-        with attach(case.transformer, *reversed(methods)):
+        with attach(case.transformer, *reversed(methods), preset="none"):
             again = case.run_after(warm, inputs)
             require(torch.equal(again, changed), f"{methods} attached in the other order give another output")
         if case.model.max_batch > 1:
@@ -111,7 +114,7 @@ def check_padding(case: Case) -> str | None:
         return "the untouched model lets padded text through"
     for cases in ((), *((tried,) for tried in cases_for(case).values())):
         methods, warm = configs_of(*(tried.active for tried in cases)), warm_of(*cases)
-        with attach(wide, *methods, backend="reference"):
+        with attach(wide, *methods, preset="none", backend="reference"):
             outputs = [case.run_after(warm, x, transformer=wide) for x in (inputs, other)]
         require(torch.equal(*outputs), f"{methods}: padded text changes the output")
     return None

@@ -39,7 +39,7 @@ def check_places(case: Case) -> None:
     require(not alone & set(places), f"left_alone names modules of the adapter: {sorted(alone & set(places))}")
     unknown = set(attended) - alone - set(places)
     require(not unknown, f"neither the adapter nor left_alone names {sorted(unknown)}")
-    with attach(case.transformer):
+    with attach(case.transformer, preset="none"):
         touched = {
             n for n, processor in attended.items() if case.transformer.get_submodule(n).processor is not processor
         }
@@ -55,7 +55,7 @@ def check_neutral(case: Case, cases: Mapping[str, MethodCase] | None = None) -> 
     processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
     tried = (cases_for(case) if cases is None else cases).values()
     for methods in ((), *(configs_of(one.neutral) for one in tried)):
-        with attach(case.transformer, *methods) as attachment:
+        with attach(case.transformer, *methods, preset="none") as attachment:
             for (inputs, branch), expected in zip(calls, plain, strict=True):
                 require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
             require(attachment.report().density == 1.0, f"{methods} did not stay dense")

@@ -166,7 +166,7 @@ def _run(
     model: EmbeddedModel, near: int, prompt: int, call: Mapping[str, Any], methods: Sequence[MethodConfig], rows: int
 ) -> Watcher:
     """Return what was watched in one generation with methods attached."""
-    with dit_accel.attach(model.pipe, *methods) as attachment:
+    with dit_accel.attach(model.pipe, *methods, preset="none") as attachment:
         execution = attachment._execution
         watcher = Watcher(Model(adapter=model.adapter, family=model.family, heads=0, layers=0), near, rows)
         execution.use((*execution.handlers, watcher))

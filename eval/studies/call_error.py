@@ -144,7 +144,11 @@ def of_calls(model: EmbeddedModel, clip: int, arm: str) -> list[Line]:
             found.setdefault(density, []).append(numbers)
 
     dense = [_plain(module) for module in _modules(model)]
-    with dit_accel.attach(model.pipe, *methods) as attachment, attachment.observe(note), _flowing(model, dense):
+    with (
+        dit_accel.attach(model.pipe, *methods, preset="none") as attachment,
+        attachment.observe(note),
+        _flowing(model, dense),
+    ):
         model.run(clip, steps=STEPS, solver="unipc")
     return [
         {"calls": len(calls), **dict(zip(NAMES, np.mean(calls, 0).tolist(), strict=True))} for calls in found.values()
@@ -305,7 +309,7 @@ def _grouped(lines: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
 
 def _refusal(model: EmbeddedModel, methods: tuple[MethodConfig, ...]) -> bool:
     try:
-        dit_accel.attach(model.pipe, *methods).detach()
+        dit_accel.attach(model.pipe, *methods, preset="none").detach()
     except ConfigError:
         return True
     return False

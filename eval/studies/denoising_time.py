@@ -69,7 +69,7 @@ def _run(pipe: WanPipeline, arm: Arm, options: argparse.Namespace) -> tuple[floa
         text, nothing = pipe.encode_prompt(
             "a red circle moving right", max_sequence_length=32, device=torch.device("cpu")
         )
-    with dit_accel.attach(pipe, *([method] if method else [])) as attachment:
+    with dit_accel.attach(pipe, *([method] if method else []), preset="none") as attachment:
         started = time.perf_counter()
         latents: Any = pipe(
             prompt_embeds=text,

@@ -66,7 +66,7 @@ def seconds_of(loaded: EmbeddedModel, steps: int, call: Mapping[str, Any], metho
     """Return the processor seconds of a run up to its latents; attaching is no part of it."""
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": steps, "generator": generator, "output_type": "latent"}
-    with attach(loaded.pipe, *methods) if methods else contextlib.nullcontext():
+    with attach(loaded.pipe, *methods, preset="none") if methods else contextlib.nullcontext():
         return processor_seconds(lambda: loaded.pipe(loaded.prompt(0), **{**loaded.call, **call}, **options))
 
 

@@ -57,7 +57,7 @@ def measure(options: Any, lines: list[Line]) -> Iterator[Line]:
     transformer = make_transformer(options.layers)
 
     def run(methods: tuple[MethodConfig, ...]) -> tuple[float, float]:
-        with dit_accel.attach(transformer, *methods) as attachment:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             seconds = seconds_of(lambda: denoise(transformer, options.steps))
             return seconds, attachment.report().density
 

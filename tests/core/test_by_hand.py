@@ -163,7 +163,7 @@ def steps_seen(attachment):
 def test_a_loop_over_the_attached_pipelines_scheduler_has_its_steps_and_noise_levels(transformer):
     pipe = Loop(transformer)
     pipe._num_timesteps = 3  # of a call of the pipeline: nobody's steps here
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         state = attachment._execution.state
         for steps, start in ((6, 0), (4, 0), (5, 2)):
             pipe.scheduler.set_timesteps(steps)
@@ -176,7 +176,7 @@ def test_a_loop_over_the_attached_pipelines_scheduler_has_its_steps_and_noise_le
 def test_a_loop_that_does_not_follow_the_attached_pipelines_scheduler_has_no_number_of_steps(transformer):
     pipe = Loop(transformer)
     pipe.scheduler.set_timesteps(4)
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         state = attachment._execution.state
         loop(transformer, timesteps=[1000.0, 700.0, 400.0, 100.0])
         assert (state.num_inference_steps, state.sigma, state.step_index) == (None, None, 3)
@@ -191,7 +191,7 @@ def test_a_loop_that_does_not_follow_the_attached_pipelines_scheduler_has_no_num
 def test_what_a_context_tells_is_believed_and_what_it_leaves_open_inferred(transformer):
     pipe = Loop(transformer)
     pipe.scheduler.set_timesteps(6)
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         state = attachment._execution.state
         timesteps = pipe.scheduler.timesteps
         loop(transformer, named=True, timesteps=timesteps, fields=("step_index",))
@@ -199,7 +199,7 @@ def test_what_a_context_tells_is_believed_and_what_it_leaves_open_inferred(trans
         assert state.sigma == float(pipe.scheduler.sigmas[5])
         loop(transformer, named=True, timesteps=timesteps, fields=("num_inference_steps", "sigma"))
         assert (state.step_index, state.num_inference_steps, state.sigma) == (5, 6, float(timesteps[5]) / 1000)
-    with dit_accel.attach(transformer) as attachment, torch.no_grad():
+    with dit_accel.attach(transformer, preset="none") as attachment, torch.no_grad():
         state = attachment._execution.state
         with transformer.cache_context("cond", num_inference_steps=9, sigma=0.5, timestep=None):
             transformer(noise(), torch.tensor([500.0]), text("cond"))
@@ -228,6 +228,6 @@ def test_an_interleaved_transformer_of_its_own_is_another_attachments_affair(tra
 
 def test_a_stand_in_for_a_pipeline_without_a_scheduler_has_no_steps(transformer):
     pipe = SimpleNamespace(components={"transformer": transformer}, transformer=transformer)
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         loop(transformer, steps=2)
         assert attachment._execution.state.num_inference_steps is None

@@ -60,7 +60,7 @@ def handler(attachment, name):
 def test_each_plans_in_computed_steps_alone(sparse):
     transformer = sharp_transformer()
     plain = denoise(transformer, 6)
-    with dit_accel.attach(transformer, *sparse) as attachment:
+    with dit_accel.attach(transformer, *sparse, preset="none") as attachment:
         alone = denoise(transformer, 6)
         planned = {step.step_index: step.sparse_layers for step in attachment.report().steps}
     with dit_accel.attach(transformer, *sparse, StaticCache(steps=(1,) * 6)):
@@ -89,7 +89,7 @@ def test_each_plans_in_computed_steps_alone(sparse):
 def test_each_cache_beside_each_method(sparse, cache):
     config, kept = cache
     transformer = sharp_transformer()
-    with dit_accel.attach(transformer, *sparse) as attachment:
+    with dit_accel.attach(transformer, *sparse, preset="none") as attachment:
         alone = denoise(transformer, 6)
         planned = {step.step_index: step.sparse_layers for step in attachment.report().steps}
     with dit_accel.attach(transformer, *sparse, dataclasses.replace(config, threshold=0.0)):

@@ -431,7 +431,7 @@ def test_attached_over_radial_it_brings_the_run_nearer_to_dense_and_reports_the_
         without = run(transformer)
         assert attachment.report().section("delta") is None
     for methods in ((RADIAL, DeltaAttention(stride=4)), (DeltaAttention(stride=4), RADIAL)):
-        with dit_accel.attach(transformer, *methods) as attachment:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             corrected = run(transformer)
             report = attachment.report()
         assert (corrected - plain).norm() < (without - plain).norm()
@@ -497,7 +497,7 @@ def test_another_prompt_and_seed_run_as_they_do_alone(reuse):
 def test_second_generation_equals_the_first_and_branches_do_not_meet(reuse):
     transformer, other = tiny_transformer(), tiny_transformer(1)
     methods = RADIAL, DeltaAttention(stride=4, reuse=reuse)
-    with dit_accel.attach(transformer, *methods), dit_accel.attach(other, *methods):
+    with dit_accel.attach(transformer, *methods, preset="none"), dit_accel.attach(other, *methods, preset="none"):
         first = run(transformer)
         run(other)
         run(transformer, frames=7)
@@ -515,12 +515,12 @@ def test_compiled_full_graph_gives_the_same():
 
     transformer = tiny_transformer()
     methods = RADIAL, DeltaAttention(stride=4, reuse=2)
-    with dit_accel.attach(transformer, *methods):
+    with dit_accel.attach(transformer, *methods, preset="none"):
         eager = run(transformer)
     torch._dynamo.reset()
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     counters.clear()
-    with dit_accel.attach(transformer, *methods):
+    with dit_accel.attach(transformer, *methods, preset="none"):
         torch.testing.assert_close(run(transformer), eager, rtol=1e-5, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()

@@ -36,7 +36,11 @@ def steps_of(transformer, *methods, steps=4, seed=0, told=True, branches=("cond"
     still = torch.randn(1, 12, 1, 8, 8, generator=generator).expand(1, 12, 5, 8, 8).clone()
     for frame in range(5):
         still[:, :, frame, 2:4, frame : frame + 3] += 8  # something passes
-    with dit_accel.attach(transformer, *methods) as attachment, attachment.observe(calls.append), torch.no_grad():
+    with (
+        dit_accel.attach(transformer, *methods, preset="none") as attachment,
+        attachment.observe(calls.append),
+        torch.no_grad(),
+    ):
         for step in range(steps):
             sigma = 1 - step / steps
             for branch in branches:
@@ -178,7 +182,11 @@ def rows_of_prompts(methods, seeds, branch="cond"):
         for frame in range(5):
             clip[:, frame, seed : seed + 2, frame : frame + 1 + seed] += 8
     x, text = torch.stack(clips), torch.stack([clip[:6, 0].flatten(1)[:, :64] for clip in clips])
-    with dit_accel.attach(transformer, *methods) as attachment, attachment.observe(calls.append), torch.no_grad():
+    with (
+        dit_accel.attach(transformer, *methods, preset="none") as attachment,
+        attachment.observe(calls.append),
+        torch.no_grad(),
+    ):
         for step in range(4):
             with transformer.cache_context(branch, step_index=step, num_inference_steps=4, sigma=1 - step / 4):
                 time = torch.full((len(x),), 1000.0 - 250 * step)

@@ -53,7 +53,7 @@ def tiled(names: tuple[str, ...]) -> list[str]:
 def outcome(transformer: Any, methods: tuple[MethodConfig, ...], steps: int = 3) -> tuple[torch.Tensor, dict] | str:
     """The latents and the report of a short run, or why it is refused."""
     try:
-        with dit_accel.attach(transformer, *methods) as attachment:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             latents = denoise(transformer, steps, branches=("cond",))
             return latents, attachment.report().to_dict()
     except ConfigError as error:

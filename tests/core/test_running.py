@@ -35,7 +35,7 @@ def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attache
     pipe, call = tiny_image_pipelines.flux()
     call |= {"output_type": "latent", "num_inference_steps": 2}
     other = diffusers.FluxImg2ImgPipeline(**pipe.components)
-    with attach(pipe) as attachment:
+    with attach(pipe, preset="none") as attachment:
         pipes = seen(attachment, pipe.transformer)
         pipe(**call)
         assert pipes == [pipe, pipe]
@@ -50,7 +50,7 @@ def test_a_loop_written_by_hand_has_no_pipeline(seen):
     from wan_tiny import tiny_transformer
 
     transformer = tiny_transformer()
-    with attach(transformer) as attachment, torch.no_grad():
+    with attach(transformer, preset="none") as attachment, torch.no_grad():
         pipes = seen(attachment, transformer)
         transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([900.0]), torch.randn(1, 6, 64))
         assert pipes == [None]
@@ -65,7 +65,7 @@ def test_a_modular_pipeline_is_found_too():
     made, call = tiny_video_pipelines.PIPELINES["minimax-h3"]()
     transformer = made.components["transformer"]
     found = []
-    with attach(transformer) as attachment:
+    with attach(transformer, preset="none") as attachment:
         handle = transformer.register_forward_hook(lambda *_: found.append(current_run(transformer).pipe))
         made(output_type="latent", **call)
         handle.remove()

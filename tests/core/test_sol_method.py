@@ -209,7 +209,7 @@ class TestWithRadial:
         text = r"radial\.block_size = 128 and sol\.block_size = 64.*tiles"
         for configs in itertools.permutations((SolAttention(block_size=64), RadialAttention(block_size=128))):
             with pytest.raises(ConfigError, match=text):
-                dit_accel.attach(tiny_transformer(), *configs)
+                dit_accel.attach(tiny_transformer(), *configs, preset="none")
             with pytest.raises(ConfigError, match=text):
                 estimate(WAN, family("wan2.1-14b"), methods=configs)
 

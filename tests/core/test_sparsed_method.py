@@ -317,7 +317,7 @@ def test_it_runs_inside_radial_whatever_the_order(rest):
     layout, results = TokenLayout(frames=5, height=4, width=4), []
     listed = RADIAL.filled().tiles(layout).states().eq(EXACT).sum(-1)
     for methods in ((RADIAL, config), (config, RADIAL)):
-        with dit_accel.attach(transformer, *methods) as attachment:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             results.append(denoise(transformer))
             steps = attachment.report().steps
             assert steps[0].density == pytest.approx(float(listed.sum()) / 25)
@@ -330,7 +330,7 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
     lite = LiteAttention(dense_steps=0, dense_layers=0, threshold=1.0, allow_positive_threshold=True)
     results, densities = [], []
     for methods in ((config, lite), (lite, config)):
-        with dit_accel.attach(transformer, *methods) as attachment, recorded(attachment) as calls:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
             results.append(denoise(transformer, steps=6, branches=("cond",)))
             densities.append([step.density for step in attachment.report().steps])
             pattern, voted = attachment._execution.handlers
@@ -356,7 +356,7 @@ def test_sol_routes_in_the_pattern_whatever_the_order():
     sol = SolAttention(beta=0.5, dense_steps=1, dense_layers=0)
     results = []
     for methods in ((config, sol), (sol, config)):
-        with dit_accel.attach(transformer, *methods) as attachment, recorded(attachment) as calls:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
             results.append(denoise(transformer, branches=("cond",)))
             assert attachment.report().steps[-1].density < 1
         for call in calls:

@@ -386,7 +386,7 @@ OTHERS = {
 @pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
 def test_lists_and_selections_drop_and_what_is_left_decays(others):
     transformer, plans = tiny_transformer(), []
-    with dit_accel.attach(transformer, *others) as attachment:
+    with dit_accel.attach(transformer, *others, preset="none") as attachment:
         alone = run(transformer)
         density = attachment.report().density
     with dit_accel.attach(transformer, *others, ACTIVE) as attachment, recorded(attachment) as calls:
@@ -504,5 +504,5 @@ def test_two_methods_that_say_so_are_refused_before(monkeypatch):
     monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
     for methods in ((ACTIVE, _Decays()), (_Decays(), ACTIVE)):
         with pytest.raises(ConfigError, match=r"^decays.*ultravico.*frame decay"):
-            dit_accel.attach(transformer, *methods)
+            dit_accel.attach(transformer, *methods, preset="none")
     assert dit_accel.attachment_of(transformer) is None

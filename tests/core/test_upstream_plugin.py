@@ -80,8 +80,8 @@ def test_what_is_left_after_detach_is_found():
     model = toy_class()(**TINY)
     assert leftovers(model) == []
     other = toy_class()(**TINY)
-    attach(other)
-    with attach(model):
+    attach(other, preset="none")
+    with attach(model, preset="none"):
         call = vars(model)["_compiled_call_impl"]
         found = leftovers(model)
     top = type(model).__name__
@@ -122,7 +122,7 @@ def test_a_detach_that_raises_is_told():
 def test_attach_and_detach_must_leave_every_attribute_the_object_that_it_was(monkeypatch):
     def leaves_something(model: Any, *methods: Any) -> Any:
         model.blocks[0].attn1.processor.kept = 1
-        return attach(model, *methods)
+        return attach(model, *methods, preset="none")
 
     monkeypatch.setattr(upstream_models, "attach", leaves_something)
     cls = toy_class()

@@ -53,7 +53,7 @@ def test_a_pooled_tile_is_one_key_and_probes_are_rows():
     options = {"block_size": 16, "density": 0.5, "dense_steps": 0, "dense_layers": 0}
 
     def run(*methods):
-        with dit_accel.attach(transformer, *methods) as attachment:
+        with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             denoise(transformer)
             report = attachment.report()
         return report, attended(report, WAN, WAN_PLAIN, call, methods)[0]

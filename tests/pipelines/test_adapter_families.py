@@ -157,7 +157,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     plain = run(transformer, inputs)
     with pytest.raises(ConfigError, match=rf"radial.*{name}.*image"):
         dit_accel.attach(transformer, RadialAttention())
-    with dit_accel.attach(transformer) as attachment:
+    with dit_accel.attach(transformer, preset="none") as attachment:
         assert torch.equal(run(transformer, inputs), plain)
         assert attachment.report().density == 1.0
         layout = attachment._execution.forward.layout
@@ -190,7 +190,7 @@ def test_steps_are_counted_where_no_context_is_opened():
     model = tiny_models.SD3[0]
     transformer = build(model)
     assert not hasattr(transformer, "cache_context")
-    with dit_accel.attach(transformer) as attachment:
+    with dit_accel.attach(transformer, preset="none") as attachment:
         for timestep in (900.0, 500.0):
             run(transformer, {**model.inputs(1), "timestep": torch.tensor([timestep])})
         assert [step.step_index for step in attachment.report().steps] == [0, 1]

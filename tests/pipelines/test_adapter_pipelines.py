@@ -37,7 +37,7 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
     assert not torch.equal(sparse, plain)
     state = attachment._execution.layers[0].state
     for method, case in cases_of(state.adapter, state.transformer).items():
-        with dit_accel.attach(pipe, *configs_of(case.active)) as attachment:
+        with dit_accel.attach(pipe, *configs_of(case.active), preset="none") as attachment:
             assert generate(pipe, call, output_type="latent").isfinite().all()
             assert Place.ATTENTION not in case.places or (attachment.report().sparse_density < 1) == case.thins, method
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)

@@ -222,7 +222,10 @@ def test_radial_s_list_is_the_universe_in_radial_s_tiles(pipe, backend):
     lite = LiteAttention(threshold=-0.01, dense_steps=0)
     results = []
     for methods in ((radial, lite), (lite, radial)):
-        with dit_accel.attach(pipe, *methods, backend=backend) as attachment, recorded(attachment) as calls:
+        with (
+            dit_accel.attach(pipe, *methods, preset="none", backend=backend) as attachment,
+            recorded(attachment) as calls,
+        ):
             results.append(generate(pipe, height=64, num_inference_steps=5))
             report = attachment.report()
         assert report.methods["lite"]["block_size"] == 16
@@ -241,7 +244,7 @@ def test_any_order_of_three_methods_is_one_plan(pipe):
     lite = LiteAttention(threshold=-0.01, dense_steps=0)
     results = []
     for methods in ((radial, sol, lite), (lite, sol, radial), (sol, lite, radial)):
-        with dit_accel.attach(pipe, *methods) as attachment:
+        with dit_accel.attach(pipe, *methods, preset="none") as attachment:
             results.append(generate(pipe, height=64))
             assert attachment.report().sparse_density < 1
     assert torch.equal(results[0], results[1])

@@ -25,7 +25,7 @@ def test_neutral_is_bit_equal_and_detach_leaves_no_trace(pipe):
     keys = {name: set(module.__dict__) for name, module in transformer.named_modules()}
     processors = transformer.attn_processors
     for methods in ((), (RadialAttention(**NEUTRAL),)):
-        attachment = dit_accel.attach(pipe, *methods)
+        attachment = dit_accel.attach(pipe, *methods, preset="none")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UnplannedRun)
             assert torch.equal(generate(pipe), before)
@@ -314,7 +314,7 @@ def test_recipes_follow_the_released_sizes():
 
 class TestBadInput:
     def test_attach_twice_and_detach_twice(self, pipe):
-        attachment = dit_accel.attach(pipe)
+        attachment = dit_accel.attach(pipe, preset="none")
         with pytest.raises(dit_accel.AttachError, match=r"attached.*transformer.*detach\(\)"):
             dit_accel.attach(pipe, RadialAttention())
         attachment.detach()
@@ -325,12 +325,12 @@ class TestBadInput:
         count = len({name for adapter in adapters().values() for name in adapter.transformers})
         rest = f"{count} are known, `dit-accel models`"
         with pytest.raises(dit_accel.UnsupportedModel, match=rf"got Linear; {rest}"):
-            dit_accel.attach(torch.nn.Linear(2, 2))
+            dit_accel.attach(torch.nn.Linear(2, 2), preset="none")
         near = type("WanTransformer3DModl", (torch.nn.Module,), {})
         with pytest.raises(dit_accel.UnsupportedModel, match=rf"'WanTransformer3DModel' or .*\? {rest}"):
-            dit_accel.attach(near())
+            dit_accel.attach(near(), preset="none")
         with pytest.raises(dit_accel.UnsupportedModel, match="got int"):
-            dit_accel.attach(3)
+            dit_accel.attach(3, preset="none")
 
     def test_foreign_processor_is_refused_and_nothing_stays(self, pipe):
         class Foreign:
@@ -351,18 +351,18 @@ class TestBadInput:
         with pytest.raises(dit_accel.ConfigError, match="two RadialAttention"):
             dit_accel.attach(pipe, RadialAttention(), RadialAttention())
         with pytest.raises(dit_accel.MissingBackend, match="backend 'tritn'"):
-            dit_accel.attach(pipe, backend="tritn")
+            dit_accel.attach(pipe, preset="none", backend="tritn")
         with monkeypatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "0")
             patch.setattr(torch.accelerator, "is_available", lambda: False)
             for built_for in (None, torch.device("cuda")):  # a torch for CUDA where no card is, as pip gives it
                 patch.setattr(torch.accelerator, "current_accelerator", lambda device=built_for: device)
                 with pytest.raises(dit_accel.MissingBackend, match=r"'triton'.*CUDA, ROCm.*XPU"):
-                    dit_accel.attach(pipe, backend="triton")
+                    dit_accel.attach(pipe, preset="none", backend="triton")
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
             patch.setenv("CXX", "no-such-compiler")
             with pytest.raises(dit_accel.MissingBackend, match=r"'flex'.*C\+\+ compiler \(no-such"):
-                dit_accel.attach(pipe, backend="flex")
+                dit_accel.attach(pipe, preset="none", backend="flex")
             patch.setenv("CXX", "sh")
             with pytest.raises(dit_accel.MissingBackend, match=r"'flex'.*votes.*lite.*'auto'"):
                 dit_accel.attach(pipe, dit_accel.LiteAttention(), backend="flex")
@@ -384,7 +384,7 @@ class TestBadInput:
 
     def test_an_unknown_step_count_is_an_error_where_a_share_needs_it(self):
         transformer = tiny_transformer()
-        with dit_accel.attach(transformer), torch.no_grad():
+        with dit_accel.attach(transformer, preset="none"), torch.no_grad():
             pass
         inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64)
         with (

@@ -31,7 +31,7 @@ QUICK = [(name, "blocks", "before") for name in ("firstblockcache",)]
 
 def made(pipe, *methods):
     """Return the latents of a run, and which of its steps the cache computed."""
-    with dit_accel.attach(pipe, *methods) as attachment:
+    with dit_accel.attach(pipe, *methods, preset="none") as attachment:
         out = generate(pipe, num_inference_steps=STEPS)
         return out, drawn(attachment, methods[-1].name)
 
@@ -91,13 +91,13 @@ FOREGROUND = DFA(every=2, warmup_steps=3, last_steps=1)
 )
 def test_the_foreground_alone_adds_no_graph(make_pipe, fresh_graphs, how, when, methods):
     """Full steps, and those in which some rows attend, run the one graph of planned calls, whatever the rows."""
-    with dit_accel.attach(pipe := make_pipe(), *methods) as attachment:
+    with dit_accel.attach(pipe := make_pipe(), *methods, preset="none") as attachment:
         expected = generate(pipe, num_inference_steps=STEPS)
         eager = attachment.report()
     pipe = make_pipe()
     if when == "before":
         compile_as(pipe, how)
-    with dit_accel.attach(pipe, *methods) as attachment:
+    with dit_accel.attach(pipe, *methods, preset="none") as attachment:
         if when == "after":
             compile_as(pipe, how)
         for _ in range(2):

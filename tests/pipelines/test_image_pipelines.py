@@ -22,17 +22,17 @@ BRANCHES = {  # of the models whose pipelines tell; the others' calls are counte
 def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         states = list(dict.fromkeys(layer.state for layer in attachment._execution.layers))
         adapter = states[0].adapter
         assert name.startswith(adapter.name)
     applying = cases_of(adapter, states[0].transformer)
     assert {"sol", "lite", "sparsed"} <= set(applying)
     for method, case in applying.items():
-        with dit_accel.attach(pipe, *configs_of(case.neutral)) as attachment:
+        with dit_accel.attach(pipe, *configs_of(case.neutral), preset="none") as attachment:
             assert torch.equal(generate(pipe, call), plain)
             assert attachment.report().density == 1.0
-        with dit_accel.attach(pipe, *configs_of(case.active)) as attachment:
+        with dit_accel.attach(pipe, *configs_of(case.active), preset="none") as attachment:
             image = generate(pipe, call)
             report = attachment.report()
             print(f"{name}\n{report}")

@@ -183,7 +183,7 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
     assert set(grids) == {(1, 8, 10, 32 + 32 + 32, 16 + 32 + 32)}
     ragged = z_image_omni([(6, 5), (40, 4)])
     plain = forward(transformer, ragged)[0]
-    with dit_accel.attach(transformer):
+    with dit_accel.attach(transformer, preset="none"):
         assert all(map(torch.equal, forward(transformer, ragged)[0], plain))
     with (
         dit_accel.attach(transformer, SOL.active),
@@ -195,7 +195,7 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
 def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> None:
     """Dense as it was, and refused where a method would thin it out."""
     plain = forward(transformer, inputs)[0]
-    with dit_accel.attach(transformer):
+    with dit_accel.attach(transformer, preset="none"):
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with dit_accel.attach(transformer, SOL.neutral):
         assert torch.equal(forward(transformer, inputs)[0], plain)
@@ -264,7 +264,7 @@ def test_chroma_refuses_a_mask_of_numbers():
     transformer, inputs = build(model), model.inputs(1)
     inputs = dict(inputs, attention_mask=inputs["attention_mask"].float())
     plain = forward(transformer, inputs)[0]
-    with dit_accel.attach(transformer):
+    with dit_accel.attach(transformer, preset="none"):
         assert torch.equal(forward(transformer, inputs)[0], plain)
     with (
         dit_accel.attach(transformer, SOL.active),
@@ -292,7 +292,7 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     transformer, inputs = build(model), model.inputs(1)
     plain = forward(transformer, inputs)[0]
     compiled = torch.compile(transformer, backend="eager", fullgraph=True)
-    with dit_accel.attach(transformer):
+    with dit_accel.attach(transformer, preset="none"):
         torch.testing.assert_close(forward(compiled, inputs)[0], plain)
     torch._dynamo.reset()
     with (

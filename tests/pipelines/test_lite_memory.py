@@ -38,7 +38,7 @@ def test_what_is_planned_is_what_a_run_holds(make_pipe, methods):
     )
     transformer = tiny_transformer(text_dim=make_pipe().text_encoder.config.d_model, **sizes)
     pipe = make_pipe(transformer=transformer)
-    with dit_accel.attach(pipe, *methods) as attachment:
+    with dit_accel.attach(pipe, *methods, preset="none") as attachment:
         generate(pipe, **SIZE)
         report = attachment.report()
     assert report.state_bytes[name] == planned.carried_bytes[name] > 0

@@ -82,7 +82,7 @@ def test_what_was_found_is_a_case_of_the_matrix_and_right(what):
 
 @contextlib.contextmanager
 def attached(model: object, *methods: object) -> Iterator[object]:
-    with attach(model, *methods, backend="torch") as attachment:
+    with attach(model, *methods, preset="none", backend="torch") as attachment:
         yield attachment
 
 

@@ -96,7 +96,7 @@ def test_it_goes_beside_sparse_methods_caches_and_perturbed_branches():
     plain = run("flux", pipe, call)
 
     def made(*methods):
-        with dit_accel.attach(pipe, *methods) as attachment:
+        with dit_accel.attach(pipe, *methods, preset="none") as attachment:
             return run("flux", pipe, call), attachment.report()
 
     alone, _ = made(nag)
@@ -156,7 +156,7 @@ def test_a_negative_prompt_is_encoded_to_the_prompt_s_own_length():
 
     def made(length, *methods):
         call = dict(height=32, width=32, num_inference_steps=2, max_sequence_length=length, output_type="latent")
-        with dit_accel.attach(pipe, *methods):
+        with dit_accel.attach(pipe, *methods, preset="none"):
             return pipe("a red circle", **call, generator=torch.Generator().manual_seed(0)).images
 
     for length in (64, 32):

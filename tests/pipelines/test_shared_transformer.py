@@ -92,7 +92,7 @@ def test_a_pipeline_made_from_another_runs_with_its_own_steps(flux):
 
 def test_a_loop_by_hand_after_a_call_of_the_pipeline_has_its_own_steps(flux):
     pipe, call = flux
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         latents(pipe, call, num_inference_steps=4)
         state = attachment._execution.state
         given = dict(
@@ -149,7 +149,7 @@ def test_a_run_after_one_that_raised_or_was_interrupted_is_as_the_first(make, me
 def test_two_transformers_of_which_each_holds_one_prompt_are_branches_of_their_own():
     """One step each: the second transformer's forwards are not told apart by the timestep of the run before."""
     pipe, call = tiny_other_pipelines.ideogram4()
-    with dit_accel.attach(pipe) as attachment:
+    with dit_accel.attach(pipe, preset="none") as attachment:
         for _ in range(2):
             latents(pipe, call, num_inference_steps=1)
             assert [(step.transformer, step.branch) for step in attachment.report().steps] == [
@@ -270,7 +270,7 @@ def compiled_after(make, *methods, **options):
     """Attach methods, let torch.compile wrap the pipeline's transformer, and generate."""
     torch._dynamo.reset()
     pipe, call = make()
-    attachment = dit_accel.attach(pipe, *methods, backend="torch")
+    attachment = dit_accel.attach(pipe, *methods, preset="none", backend="torch")
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", **options)
     try:
         return latents(pipe, call)

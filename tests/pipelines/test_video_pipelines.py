@@ -50,7 +50,7 @@ def test_a_video_pipeline_generates_and_reports_it(name):
 
     state = attachment._execution.layers[0].state
     for method, case in cases_of(state.adapter, state.transformer).items():
-        with dit_accel.attach(pipe, *configs_of(case.active)) as attachment:
+        with dit_accel.attach(pipe, *configs_of(case.active), preset="none") as attachment:
             selected = generate(pipe, call, output_type="latent" if name in LATENTS_ALONE else "pt")
             assert Place.ATTENTION not in case.places or (attachment.report().sparse_density < 1) == case.thins, method
         assert selected.isfinite().all()

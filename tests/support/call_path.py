@@ -56,7 +56,7 @@ def traced_call(*methods: MethodConfig) -> tuple[Counter[str], Counter[str]]:
             depth -= 1
             sys.setprofile(None)  # the first layer's call alone
 
-    with dit_accel.attach(transformer, *(methods or (RADIAL,)), backend="torch") as attachment:
+    with dit_accel.attach(transformer, *(methods or (RADIAL,)), preset="none", backend="torch") as attachment:
         forward_of(transformer)
         layer = attachment._execution.layers[1].module
         hooks = [layer.register_forward_pre_hook(lambda *_: sys.setprofile(trace))]
@@ -87,7 +87,7 @@ def overhead(*methods: MethodConfig, times: int = 400) -> tuple[float, float]:
         call()
         return time.perf_counter() - begin
 
-    with dit_accel.attach(transformer, *(methods or (RADIAL,)), backend="torch") as attachment:
+    with dit_accel.attach(transformer, *(methods or (RADIAL,)), preset="none", backend="torch") as attachment:
         forward_of(transformer)
         call_processor = type(attachment._execution.layers[1].processor).__call__
         names = call_processor.__code__.co_freevars

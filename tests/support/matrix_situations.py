@@ -135,7 +135,7 @@ class Trial:
 
     def attach(self, model: Any = None) -> Any:
         """Attach the method to the pipeline, or to another model."""
-        return dit_accel.attach(model or self.pipe, *self.configs, backend="torch")
+        return dit_accel.attach(model or self.pipe, *self.configs, preset="none", backend="torch")
 
     def fresh(self) -> "Trial":
         """Begin anew: detach, attach and forget all runs."""

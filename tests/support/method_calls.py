@@ -110,7 +110,7 @@ def recorded() -> dict[str, list[str]]:
     for case, runs in models():
         inputs = case.inputs(1)
         for name, configs in runs.items():
-            with attach(case.transformer, *configs, backend="torch"), recording(found, name):
+            with attach(case.transformer, *configs, preset="none", backend="torch"), recording(found, name):
                 for step in range(3):
                     case.run(inputs, step)
                 if name in TRAINED:

@@ -34,7 +34,7 @@ def compare(rank: int, world: int, methods: tuple[Any, ...]) -> dict[str, Any]:
     """Return case -> (how far the offloaded processes' output lies from one process's, how far that from dense)."""
     transformer, inputs = build("wan")
     plain = denoise(transformer, inputs)
-    with dit_accel.attach(transformer, *methods):
+    with dit_accel.attach(transformer, *methods, preset="none"):
         alone = denoise(transformer, inputs)
     found: dict[str, Any] = {}
     for how in KINDS:
@@ -47,7 +47,7 @@ def compare(rank: int, world: int, methods: tuple[Any, ...]) -> dict[str, Any]:
                     elif what == "parallel":
                         enable_ulysses(spread, world)
                     else:
-                        attachment = dit_accel.attach(spread, *methods)
+                        attachment = dit_accel.attach(spread, *methods, preset="none")
                 found[f"{how}: {order}"] = apart(denoise(spread, inputs), alone), apart(alone, plain)
                 attachment.detach()
             except Exception as error:

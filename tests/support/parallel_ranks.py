@@ -160,14 +160,14 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
     plain = denoise(transformer, inputs, guided=guided)
     share, shares = {}, [None] * world  # what one process gives is the same on all: each makes some of it
     for name in list(cases)[rank::world]:
-        with dit_accel.attach(transformer, *cases[name]):
+        with dit_accel.attach(transformer, *cases[name], preset="none"):
             share[name] = denoise(transformer, inputs, guided=guided)
     dist.all_gather_object(shares, share)
     alone = {name: one for part in shares for name, one in part.items()}
     found = {}
     for name, methods in cases.items():
         try:
-            with dit_accel.attach(spread, *methods):
+            with dit_accel.attach(spread, *methods, preset="none"):
                 together = denoise(spread, inputs, guided=guided)
             found[name] = apart(together, alone[name]), apart(alone[name], plain)
         except Exception as error:
@@ -194,12 +194,12 @@ def compiled(rank: int, world: int, cases: dict[str, tuple[Any, ...]], options: 
         counters.clear()
         transformer, inputs = build("wan")
         spread = copy.deepcopy(transformer)
-        with dit_accel.attach(transformer, *methods):
+        with dit_accel.attach(transformer, *methods, preset="none"):
             alone = denoise(transformer, inputs)
         enable_ulysses(spread, world)
         spread.compile_repeated_blocks(**options)
         try:
-            with dit_accel.attach(spread, *methods):
+            with dit_accel.attach(spread, *methods, preset="none"):
                 found[name] = apart(denoise(spread, inputs), alone), counters["stats"]["unique_graphs"]
         except Exception as error:
             found[name] = told(error)
@@ -234,10 +234,10 @@ def attach_first(rank: int, world: int, nag: Any, methods: tuple[Any, ...]) -> A
     transformer, inputs = build("wan")
     text, spread = torch.randn(1, 6, 64), copy.deepcopy(transformer)
     plain = denoise(transformer, inputs)
-    with dit_accel.attach(transformer, *methods):
+    with dit_accel.attach(transformer, *methods, preset="none"):
         alone = denoise(transformer, inputs)
     gradient = gradient_of(transformer, inputs, methods[:1])
-    attachment = dit_accel.attach(spread, *methods)
+    attachment = dit_accel.attach(spread, *methods, preset="none")
     enable_ulysses(spread, world)
     together = denoise(spread, inputs)
     attachment.detach()
@@ -259,7 +259,7 @@ def observed(rank: int, world: int, methods: tuple[Any, ...]) -> Any:
     enable(spread, ring_degree=world)
     seen: list[list[Any]] = [[], []]
     for one, calls in zip((transformer, spread), seen, strict=True):
-        with dit_accel.attach(one, *methods) as attachment, attachment.observe(calls.append):
+        with dit_accel.attach(one, *methods, preset="none") as attachment, attachment.observe(calls.append):
             denoise(one, inputs, steps=2)
     far = [apart(ours.out, whole.out[:, :, ours.rows]) for whole, ours in zip(*seen, strict=True)]
     return len(far), max(far), sorted({call.rows.numel() for call in seen[1]})
@@ -270,7 +270,7 @@ def trained(rank: int, world: int, methods: tuple[Any, ...]) -> int:
     transformer, inputs = build("wan")
     enable_ulysses(transformer, world)
     with (
-        dit_accel.attach(transformer.train(), *methods),
+        dit_accel.attach(transformer.train(), *methods, preset="none"),
         mock.patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as gathered,
     ):
         for step in range(4):
@@ -280,7 +280,7 @@ def trained(rank: int, world: int, methods: tuple[Any, ...]) -> int:
 
 def gradient_of(transformer: Any, inputs: dict[str, Any], methods: tuple[Any, ...]) -> torch.Tensor:
     """The gradient of a layer's queries' weights; of processes, what each of them adds to it."""
-    with dit_accel.attach(transformer, *methods):
+    with dit_accel.attach(transformer, *methods, preset="none"):
         out = transformer(**inputs, timestep=torch.full((1,), 500.0), return_dict=False)[0]
         weight = transformer.blocks[1].attn1.to_q.weight
         return torch.autograd.grad(out.square().mean(), weight)[0]
@@ -297,7 +297,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         inputs = {**inputs, **call.pop("inputs", {})}
         enable(transformer, **(options or dict(ulysses_degree=world)))
         try:
-            with dit_accel.attach(transformer, *methods):
+            with dit_accel.attach(transformer, *methods, preset="none"):
                 denoise(transformer, inputs, **call)
         except Exception as error:
             return told(error)
@@ -307,7 +307,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         transformer, _ = build("wan")
         enable(transformer, ring_degree=world)
         try:
-            dit_accel.attach(transformer, *methods)
+            dit_accel.attach(transformer, *methods, preset="none")
         except Exception as error:
             return told(error)
         return "no error"
@@ -344,7 +344,7 @@ def groups(rank: int, world: int, methods: tuple[Any, ...]) -> Any:
     enable_ulysses(spread, world // 2)
     far = []
     for one in (transformer, spread):
-        with dit_accel.attach(one, *methods):
+        with dit_accel.attach(one, *methods, preset="none"):
             far.append(denoise(one, inputs))
     refusals = []
     for degree, heads, model in ((3, 3, "wan"), (4, 6, "wan"), (2, 4, "mochi")):

@@ -87,11 +87,11 @@ class Watch:
 
     def _attach(self, model: nn.Module) -> None:
         methods, before = METHODS[self.mode], footprint(model)
-        attach(model, *methods).detach()
+        attach(model, *methods, preset="none").detach()
         after = footprint(model)
         changed = sorted(place for place in {*before, *after} if before.get(place) != after.get(place))
         self._findings += [f"{type(model).__name__}: attach and detach changed {place}" for place in changed]
-        attachment, stack = attach(model, *methods), contextlib.ExitStack()
+        attachment, stack = attach(model, *methods, preset="none"), contextlib.ExitStack()
         stack.callback(attachment.detach)
         stack.enter_context(attachment.observe(self._note_call))
         self._models[id(model)] = model, stack

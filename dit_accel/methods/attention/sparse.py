@@ -12,7 +12,7 @@ from ...plan.layout import TokenLayout
 from ...plan.tiling import TILE, Tiling, bitmap_bytes, full_lists_bytes, pinned_bytes, visual_lists_bytes
 from ..base import AttentionHandler, Model
 from ..config import MethodConfig
-from ..options import BlockSize, Steps, ge
+from ..options import BlockSize, Count, Steps, ge
 from ..saving import Saving, TileSaving
 from ..steps import end_steps
 
@@ -27,6 +27,7 @@ class SparseConfig(MethodConfig):
         dense_layers: first layers that stay dense.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. Schedules with a large
             shift spend a small share of the steps there, or a large one, so that counting steps misses the point.
+        min_tokens: visual tokens below which all calls stay dense; unset: the method acts at any size.
         block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
             tiles: what is unset follows what is set.
     """
@@ -43,6 +44,7 @@ class SparseConfig(MethodConfig):
     dense_last_steps: Steps | None = None
     dense_layers: Annotated[int, ge(0), "0 keeps none dense"] | None = None
     dense_above_sigma: Annotated[float, ge(0)] | None = None
+    min_tokens: Count | None = None
     block_size: BlockSize | None = None
 
     @property
@@ -110,8 +112,15 @@ class SparseHandler(AttentionHandler):
         """Whether tiles that are not exact enter as one key each, as an option ``rest`` says."""
         return getattr(self.settings, "rest", "skip") == "pooled"
 
+    def applies(self, layout: TokenLayout) -> bool:
+        """Whether the sequence is as long as ``min_tokens`` wants it."""
+        return layout.visual_tokens >= (self.settings.min_tokens or 0)
+
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Refuse a layout or remark on it, as the config's `advice` does."""
+        if not SparseHandler.applies(self, layout):
+            least = self.settings.min_tokens
+            return f"{self.name} stays dense over {layout.visual_tokens} visual tokens, min_tokens = {least}"
         return self.settings.advice(layout)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
@@ -147,11 +156,11 @@ class SparseHandler(AttentionHandler):
         Where they are not given, ``tiles`` are those of all visual tokens, and the lists a full one and a bitmap;
         ``others`` are further fields of `Saving`.
         """
-        settings, advice = self.settings, self.settings.advice(layout)
+        settings, advice, applies = self.settings, self.check_layout(layout), SparseHandler.applies(self, layout)
         lists = full_lists_bytes(layout, settings.tiling.block_size) + pinned_bytes(layout, settings.tiling.block_size)
         saving = TileSaving(
             tiles=settings.tiling.tiles(layout.visual_tokens) if tiles is None else tiles,
-            active=lambda step, layer: not settings.is_dense(step, steps, layer, 0.0),
+            active=lambda step, layer: applies and not settings.is_dense(step, steps, layer, 0.0),
             keep=keep,
             pools=self.pools,
             expected=expected,

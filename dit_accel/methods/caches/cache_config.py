@@ -42,6 +42,7 @@ class StepCacheConfig(MethodConfig):
         last_steps: last steps that are computed, likewise.
         compute_at: further steps that are computed, each as a point of the run from 0, its first step, to 1, its last:
             the step nearest to it.
+        min_steps: runs of fewer steps are computed whole, as those of distilled models; unset: any number is cached.
         warmup_of: what ``warmup_steps`` are the first steps of: ``run``; ``each`` transformer, as Wan 2.2's second
             expert begins anew and a share is one of its own steps; or the ``last`` transformer, before which nothing is
             skipped.
@@ -64,6 +65,7 @@ class StepCacheConfig(MethodConfig):
     warmup_steps: Steps | None = None
     last_steps: Steps | None = None
     compute_at: tuple[Share, ...] | None = None
+    min_steps: Count | None = None
     warmup_of: Literal["run", "each", "last"] | None = None
     switch: Annotated[float, gt(0), lt(1)] | None = None
     max_consecutive: Count | None = None
@@ -86,6 +88,8 @@ class StepCacheConfig(MethodConfig):
         Raises:
             ConfigError: if the options need the run's steps, which are not known, or are for another number of them.
         """
+        if count is not None and count < (self.min_steps or 0):
+            return "few steps"
         _, last = end_steps(self, "warmup_steps", "last_steps", count)
         if self.steps is not None and len(self.steps) != count:
             raise ConfigError(

@@ -204,7 +204,7 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> None:
     with (
         _silent(),
         backend,
-        dit_accel.attach(bench.transformer, *arm.methods) if arm.methods else nothing as attachment,
+        dit_accel.attach(bench.transformer, *arm.methods, preset="none") if arm.methods else nothing as attachment,
     ):
         arm.steps += list(_denoise(bench, steps))
         report = attachment.report() if attachment is not None else None

@@ -27,6 +27,7 @@ from dit_accel.methods.config import MethodConfig
 from ..metrics.metric import Clip
 from .conditions import Budget, HeldOutClips, OwnClips
 from .counting import Counter, Counts, attended, density_map, own_share
+from .rivals import cached_by
 
 DIGITS = 4
 """Digits behind the point of seconds."""
@@ -124,6 +125,7 @@ class SuiteModel:
         flow_shift: float | None = None,
         guider: Mapping[str, Mapping[str, Any]] | None = None,
         methods: Sequence[MethodConfig] = (),
+        rival: Mapping[str, Mapping[str, Any]] | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> Run:
         """Make one clip.
@@ -133,10 +135,11 @@ class SuiteModel:
             scheduler: options of that class.
             flow_shift: noise shift; None: the model's own.
             guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
+            rival: name of another project's cache -> its options; None: none.
             call: arguments that differ from the model's own.
 
         Raises:
-            ConfigError: for a guider where the pipeline takes none.
+            ConfigError: for a guider where the pipeline takes none, or a rival that is not installed.
         """
         call = {**self.call, **(call or {})}
         self.pipe.scheduler = scheduler_of(self.shipped, solver, scheduler or {}, flow_shift)
@@ -145,6 +148,7 @@ class SuiteModel:
         counted = begin_peak()
         with (
             guided(self.pipe, guider or {}),
+            cached_by(self.pipe, rival or {}),
             attached(self.pipe, [_with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
             timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,

@@ -16,11 +16,12 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 
 from ..runs.model import OWN, check_options, check_scheduler
+from ..runs.rivals import check_rival
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
 
-TABLES = ("call", "scheduler", "guider")
+TABLES = ("call", "scheduler", "guider", "rival")
 """Keys of an arm that hold a table and no method."""
 
 
@@ -34,6 +35,7 @@ class Arm:
         scheduler: options of that class.
         flow_shift: noise shift; None: the model's own.
         guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
+        rival: name of another project's cache (`RIVALS`) -> its options; empty: none.
         call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
     """
 
@@ -44,12 +46,13 @@ class Arm:
     flow_shift: float | None = None
     guider: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     methods: tuple[MethodConfig, ...] = ()
+    rival: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
         """Whether this is a plain run of the best solver, of which the references are made too."""
-        changed = self.methods or self.guider or self.call or self.flow_shift is not None
+        changed = self.methods or self.guider or self.rival or self.call or self.flow_shift is not None
         return not changed and self.solver == BEST
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +68,7 @@ class Arm:
 
     def run_options(self) -> dict[str, Any]:
         """Return the arguments with which a model runs this arm; what is as usual is left out."""
-        usual = {"scheduler": {}, "guider": {}, "call": {}}
+        usual = {"scheduler": {}, "guider": {}, "rival": {}, "call": {}}
         found = {"steps": self.num_inference_steps, "solver": self.solver, "flow_shift": self.flow_shift}
         found |= {key: value for key, empty in usual.items() if (value := getattr(self, key)) != empty}
         return {**found, "methods": self.methods}
@@ -121,6 +124,7 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
         )  # fmt: skip
         plain |= _solver(plain)
         _check_guider(plain.get("guider", {}))
+        _check_rival(plain.get("rival", {}), methods)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     name = plain.pop("name")
@@ -187,6 +191,16 @@ def _check_guider(table: Mapping[str, Any]) -> None:
     name, options = _one_class(table, "guider", "ClassifierFreeGuidance")
     known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != BaseGuidance.__name__]
     check_options("guider", name, options, known)
+
+
+def _check_rival(table: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+    """Refuse what is no rival, an option that it has not, and methods beside it."""
+    if not table:
+        return
+    name, options = _one_class(table, "rival", "cache-dit")
+    check_rival(name, options)
+    if methods:
+        raise ConfigError(f"rival = {name} stands beside {methods[0].name}; give each an arm of its own")
 
 
 def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:

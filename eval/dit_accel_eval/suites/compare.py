@@ -29,7 +29,7 @@ from .arms import Arm, dense_arm
 from .comparison import rival_steps
 from .job import Job, checked
 from .measuring import ALWAYS, Sampled, line_of
-from .reference import AGREE, FIRST, converged, dense_run
+from .reference import AGREE, FIRST, dense_run, reference_run
 from .suite import Suite
 
 KEPT = ("kept", "kept_reference")
@@ -131,7 +131,11 @@ class Runner:
             with threads(job.threads):
                 if job.timed:
                     self._run(clip, steps=1, solver=BEST)  # warms up
-                reference = None if job.judge else converged(self.model, clip, job.cache, self._run)
+                reference = (
+                    None
+                    if job.judge
+                    else reference_run(self.model, clip, job.cache, self._run, job.suite.reference_steps)
+                )
                 if reference and reference.agreement < AGREE and job.talk:
                     print(f"clip {clip}: {reference.steps} steps agree with half as many to "
                           f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
@@ -207,10 +211,15 @@ USUAL = 64
 
 def steps_of(lines: Sequence[Line]) -> int:
     """Return the denoising steps behind the lines of one clip: its runs, and the search for its converged run."""
-    searched = max((2 * line["reference_steps"] - FIRST for line in lines if "reference_steps" in line), default=0)
+    searched = max((_search(line["reference_steps"], line) for line in lines if "reference_steps" in line), default=0)
     return searched + sum(
         line["num_inference_steps"] * len(line.get("repeated", {}).get("seconds", (0,))) for line in lines
     )
+
+
+def _search(steps: int, line: Line) -> int:
+    """Return the steps that were run for a reference of so many steps: with those of the search if there was one."""
+    return steps if line["reference"].endswith("of its own") else 2 * steps - FIRST
 
 
 def clip_steps(suite: Suite, lines: Sequence[Line]) -> int:
@@ -219,13 +228,13 @@ def clip_steps(suite: Suite, lines: Sequence[Line]) -> int:
     arms = {arm.name: arm.num_inference_steps for arm in suite.arms}
     if suite.judge:
         return suite.repeats * sum(arms.values())
-    reference = next((line["reference_steps"] for line in lines), USUAL)
+    searched = suite.reference_steps or 2 * next((line["reference_steps"] for line in lines), USUAL) - FIRST
     rivals: set[int] = set().union(*(rival_steps(line) for line in known.values()))
     if not lines:  # an arm is held against two dense runs, of half its steps or more
         rivals = {steps for count in arms.values() for steps in (count, count - 1) if steps > 0}
     missing = {dense_arm(steps).name: steps for steps in rivals}
     ran = {name: line["num_inference_steps"] for name, line in known.items()}
-    return 2 * reference - FIRST + suite.repeats * sum({**arms, **missing, **ran}.values())
+    return searched + suite.repeats * sum({**arms, **missing, **ran}.values())
 
 
 def cost_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> str:

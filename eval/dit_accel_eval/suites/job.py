@@ -97,7 +97,7 @@ class Job:
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        return {**model, "call": call_of(suite, suite.call), "reference": f"{BEST}, agreeing to {AGREE:g} dB"}
+        return {**model, "call": call_of(suite, suite.call), "reference": reference_of(suite)}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
@@ -108,6 +108,12 @@ class Job:
         if self.judge:
             return {**own, "call": call_of(self.suite, {**self.suite.call, **arm.call})}
         return own | ({"arm_call": own.pop("call")} if arm.call else {})
+
+
+def reference_of(suite: Suite) -> str:
+    """Return in words what a suite's arms are held against."""
+    own = suite.reference_steps
+    return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{BEST}, {own} steps of its own"
 
 
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:

@@ -30,13 +30,16 @@ from ..runs.results import explained_disk_errors
 AGREE = 45.0
 """PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
 
+ITSELF = 120.0
+"""The agreement in dB that a reference has which nothing was searched for: `psnr` of a clip with itself."""
+
 FIRST, MOST = 16, 256
 """Steps with which the search begins, and the most that it tries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """The converged run of one clip.
+    """What a clip's arms are held against.
 
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
@@ -53,6 +56,16 @@ class Reference:
 def default_cache() -> Path:
     """Return the folder of dense runs where none is named: ``dit-accel`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel" / "dense-runs"
+
+
+def reference_run(
+    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, steps: int | None = None
+) -> Reference:
+    """Return a clip's reference: the model's own dense run of so many steps; None: the converged one."""
+    if steps is None:
+        return converged(model, clip, cache, run)
+    made = dense_run(model, clip, steps, cache, run)
+    return Reference(frames=made.frames, steps=steps, agreement=ITSELF, step=made.counts / steps)
 
 
 def converged(

@@ -27,6 +27,7 @@ KINDS = {
     "model": str,
     "clips": int,
     "first_clip": int,
+    "reference_steps": int,
     "prompts": list,
     "prompt_file": str,
     "seeds": list,
@@ -52,6 +53,7 @@ class Suite:
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
         judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
+        reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
         folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
         dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
@@ -69,6 +71,7 @@ class Suite:
     metrics: tuple[str, ...] = ()
     first_clip: int = 0
     judge: str = ""
+    reference_steps: int | None = None
     folder: Path = Path()
     own: OwnClips | None = None
     dtype: Dtype | None = None
@@ -127,13 +130,17 @@ def read_suite(path: Path) -> Suite:
     if missing or not arms:
         or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
         raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}{or_prompts}; add what is missing")
-    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0)):
+    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0), ("reference_steps", 1)):
         if data.get(key, least) < least:
             raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
     if data.get("first_clip", 0) < 0:
         raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
     if data.get("judge", "") not in ("", *JUDGES):
         raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
+    if data.get("judge") and "reference_steps" in data:
+        raise ConfigError(
+            f"{path} has reference_steps beside judge = {data['judge']!r}, which takes no reference; leave it out"
+        )
     budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
     try:
         metrics = check_names([str(name) for name in data.pop("metrics", [])])

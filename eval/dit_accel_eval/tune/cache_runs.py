@@ -62,7 +62,7 @@ def watched_runs(
     stages = stages or Stages(quiet=True)
     stages.stage("loading")
     pipe = load_pipeline(request)
-    with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
+    with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
         handlers = attachment._execution.handlers
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
         for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):

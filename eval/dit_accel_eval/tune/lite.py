@@ -118,7 +118,7 @@ def tune_lite(
     stages.stage("loading")
     pipe = load_pipeline(request)
     steps = request.num_inference_steps
-    with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
+    with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
         execution = attachment._execution
         (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         layers = dict(Counter(layer.state.name for layer in execution.layers))
@@ -161,7 +161,7 @@ def combine(
 @contextlib.contextmanager
 def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) -> Iterator[tuple[Any, Tuner]]:
     """Attach the request's methods with a `Tuner` in LiteAttention's place."""
-    with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
+    with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
         execution = attachment._execution
         (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         tuner = Tuner(request.methods[0], lite.model, target_error, metric)  # type: ignore[arg-type]

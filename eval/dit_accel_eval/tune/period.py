@@ -163,7 +163,7 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
     model = Model(adapter=adapter, family=family, heads=0, layers=0)
     for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}")
-        with dit_accel.attach(pipe) as attachment:
+        with dit_accel.attach(pipe, preset="none") as attachment:
             watcher = Watcher(Watch(), model)
             attachment._execution.use((watcher,))
             run(pipe, prompt, request, stages=stages)

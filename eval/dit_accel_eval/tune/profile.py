@@ -145,7 +145,7 @@ def _watch_all(
     stages.stage("loading")
     pipe = load_pipeline(request)
     runs = [(prompt, request.seed + number) for prompt in request.prompts for number in range(how.seeds)]
-    with dit_accel.attach(pipe, *request.methods, backend=request.backend) as attachment:
+    with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
         for handler in attachment._execution.handlers:
             if "cache" in handler.exclusive:
                 raise ConfigError(

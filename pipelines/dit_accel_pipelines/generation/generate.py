@@ -214,7 +214,7 @@ def attached(pipe: Any, methods: Sequence[MethodConfig], backend: Backend) -> It
     if not methods:
         yield None
         return
-    with dit_accel.attach(pipe, *methods, backend=backend) as attachment:
+    with dit_accel.attach(pipe, *methods, preset="none", backend=backend) as attachment:
         yield attachment
 
 

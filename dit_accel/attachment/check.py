@@ -1,0 +1,101 @@
+"""What the methods change on the user's own model: one seed generated dense and with them, side by side."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import AttachError, ConfigError, MissingBackend
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+Frames = npt.NDArray[np.float32]
+"""[F, height, width, 3] in [0, 1]; a picture is one frame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Two runs of one seed.
+
+    Attributes:
+        dense: frames of the model as it is, [F, height, width, 3] in [0, 1].
+        accelerated: frames with the methods.
+        dense_seconds: what the first took, text encoder and decoder included.
+        accelerated_seconds: what the second took.
+        metrics: metric -> how near the second is to the first, such as ``psnr`` in dB.
+        not_measured: metric -> why it says nothing.
+    """
+
+    dense: Frames
+    accelerated: Frames
+    dense_seconds: float
+    accelerated_seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def speedup(self) -> float:
+        """Dense seconds over accelerated ones, of one run each."""
+        return self.dense_seconds / self.accelerated_seconds
+
+    def save(self, path: str | Path) -> None:
+        """Write a PNG: frames of the dense run, of the accelerated one, and five times their difference.
+
+        Raises:
+            ConfigError: for another ending, or a folder that is not there.
+            MissingBackend: without a package that draws reports.
+        """
+        _tool("check_sheet")(self, Path(path))
+
+    def __str__(self) -> str:
+        seconds = (
+            f"{self.accelerated_seconds:.3g} s instead of {self.dense_seconds:.3g} s, {self.speedup:.2f} times as fast"
+        )
+        measured = [f"{name} {value:.4g}" for name, value in self.metrics.items()]
+        missing = [f"{name} not measured: {why}" for name, why in self.not_measured.items()]
+        return "\n".join([f"one run each, same seed: {seconds}", ", ".join(measured) or "nothing measured", *missing])
+
+
+def check(attachment: "Attachment", prompt: str, seed: int, call: Mapping[str, Any]) -> Check:
+    """Generate one prompt and seed dense and with an attachment's methods; for errors see `Attachment.check`."""
+    pipe = attachment._execution.state.pipe
+    if pipe is None:
+        raise AttachError(
+            "check calls the pipeline, but the methods are attached to a transformer; attach to the pipeline"
+        )
+    compare = _tool("check")
+    with attachment.suspended():
+        dense, dense_seconds = _generated(pipe, prompt, seed, call)
+    accelerated, seconds = _generated(pipe, prompt, seed, call)
+    metrics, missing = compare(accelerated, dense)
+    return Check(
+        dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=seconds, metrics=metrics,
+        not_measured=missing,
+    )  # fmt: skip
+
+
+def _generated(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple[Frames, float]:
+    """Return the frames of a run, and its seconds."""
+    begun = time.perf_counter()
+    result = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **call)
+    found = getattr(result, "frames", None)
+    found = getattr(result, "images", None) if found is None else found
+    if found is None:
+        raise ConfigError(f"check compares frames or images, but {type(pipe).__name__} gives {type(result).__name__}")
+    frames = np.asarray(found[0], np.float32)
+    return (frames if frames.ndim == 4 else frames[None]), time.perf_counter() - begun
+
+
+def _tool(name: str) -> Any:
+    """Return what an installed package gives for reports by an entry point of ``dit_accel.drawings``."""
+    entry = next(iter(entry_points(group="dit_accel.drawings", name=name)), None)
+    if entry is None:
+        raise MissingBackend(f"check needs a package that compares clips ({name}), found none; reinstall dit-accel")
+    return entry.load()

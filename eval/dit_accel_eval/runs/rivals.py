@@ -1,0 +1,52 @@
+"""Other projects' caches, against which arms are held: cache-dit (``pip install dit-accel[rivals]``)."""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dit_accel import ConfigError
+from dit_accel.errors import did_you_mean
+
+RIVALS = ("cache-dit",)
+
+CALIBRATOR = "taylorseer_order"
+"""Option of cache-dit's Taylor calibrator; given, it is used."""
+
+
+def check_rival(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown rival, one that is not installed, and an option that it has not."""
+    if name not in RIVALS:
+        raise ConfigError(f"no rival is called {name!r}; {did_you_mean(name, RIVALS)}")
+    if importlib.util.find_spec("cache_dit") is None:
+        raise ConfigError("the rival cache-dit needs its package, found none; pip install 'dit-accel[rivals]'")
+    from cache_dit import DBCacheConfig
+
+    known = [CALIBRATOR, *(field.name for field in dataclasses.fields(DBCacheConfig))]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"cache-dit has no option {option!r}; {did_you_mean(option, known)}")
+
+
+@contextlib.contextmanager
+def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Let another project's cache act on a pipeline for the block; without options as ``enable_cache(pipe)`` does."""
+    if not rival:
+        yield
+        return
+    ((name, options),) = rival.items()
+    check_rival(name, options)
+    import cache_dit
+    from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
+
+    given = dict(options)
+    order = given.pop(CALIBRATOR, None)
+    configs = {"cache_config": DBCacheConfig(**given)} if given else {}
+    if order is not None:
+        configs["calibrator_config"] = TaylorSeerCalibratorConfig(taylorseer_order=order)
+    cache_dit.enable_cache(pipe, **configs)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(pipe)

@@ -1,0 +1,74 @@
+"""One seed dense and with the methods, side by side: `Attachment.check` and `Attachment.suspended`."""
+
+import numpy as np
+import pytest
+import tiny_image_pipelines
+import torch
+from PIL import Image
+from wan_tiny import generate
+
+import dit_accel
+from dit_accel import AttachError, ConfigError, EasyCache, RadialAttention, StaticCache
+
+CALL = dict(num_frames=9, height=32, width=32, num_inference_steps=6, guidance_scale=3.0, max_sequence_length=16)
+CACHE = StaticCache(every=2, warmup_steps=1, last_steps=0)
+
+
+def test_two_runs_of_one_seed_are_compared(pipe, tmp_path):
+    with dit_accel.attach(pipe, CACHE) as attachment:
+        found = attachment.check("a red circle", seed=3, **CALL)
+        again = pipe("a red circle", generator=torch.Generator().manual_seed(3), output_type="np", **CALL).frames[0]
+        assert attachment.report().section("staticcache").data["reused"] > 0
+    dense = pipe("a red circle", generator=torch.Generator().manual_seed(3), output_type="np", **CALL).frames[0]
+    assert np.array_equal(found.dense, dense)
+    assert np.array_equal(found.accelerated, again)
+    error = np.mean((found.dense - found.accelerated) ** 2)
+    assert found.metrics["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+    assert {*found.metrics, *found.not_measured} == {"psnr", "ssim", "lpips@alex"}
+    assert "same seed" in str(found)
+    found.save(tmp_path / "check.png")
+    assert Image.open(tmp_path / "check.png").width > 100
+    with pytest.raises(ConfigError, match=r"check\.mp4"):
+        found.save(tmp_path / "check.mp4")
+
+
+def test_methods_that_change_nothing_are_equal(pipe):
+    with dit_accel.attach(pipe, EasyCache(threshold=0.0)) as attachment:
+        found = attachment.check("a red circle", **CALL)
+    assert np.array_equal(found.dense, found.accelerated)
+
+
+def test_a_picture_is_one_frame():
+    pipe, call = tiny_image_pipelines.flux()
+    with dit_accel.attach(pipe, CACHE) as attachment:
+        attachment.check  # noqa: B018 - the tiny pipeline takes embeddings, not a prompt
+        with attachment.suspended():
+            plain = tiny_image_pipelines.generate(pipe, call)
+        assert not torch.equal(tiny_image_pipelines.generate(pipe, call, num_inference_steps=6), plain)
+
+
+def test_suspended_methods_are_off_inside_and_on_again_behind(pipe):
+    plain = generate(pipe, num_inference_steps=6)
+    with dit_accel.attach(pipe, CACHE, RadialAttention(block_size=16, dense_steps=1)) as attachment:
+        with_methods, seen = generate(pipe, num_inference_steps=6), []
+        with attachment.observe(seen.append):
+            with attachment.suspended():
+                assert torch.equal(generate(pipe, num_inference_steps=6), plain)
+                assert dit_accel.attachment_of(pipe) is None
+                assert not seen
+            assert dit_accel.attachment_of(pipe) is attachment
+            assert torch.equal(generate(pipe, num_inference_steps=6), with_methods)
+            assert seen
+        with pytest.raises(KeyError), attachment.suspended():
+            raise KeyError
+        assert torch.equal(generate(pipe, num_inference_steps=6), with_methods)
+    assert torch.equal(generate(pipe, num_inference_steps=6), plain)
+
+
+def test_what_cannot_be_checked_is_refused(pipe):
+    with dit_accel.attach(pipe.transformer, CACHE) as attachment, pytest.raises(AttachError, match="pipeline"):
+        attachment.check("a red circle")
+    attachment = dit_accel.attach(pipe, CACHE)
+    attachment.detach()
+    with pytest.raises(AttachError, match="detached"):
+        attachment.check("a red circle", **CALL)
