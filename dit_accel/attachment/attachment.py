@@ -102,7 +102,7 @@ class Attachment:
             self._put_on(self)
             self._execution.observers.extend(observers)
 
-    def check(self, prompt: str, seed: int = 0, **call: Any) -> "Check":
+    def check(self, prompt: str, seed: int = 0, **call: Any) -> Check:
         """Generate twice with one seed, dense and with the methods, and compare the two results.
 
         Args:
@@ -114,7 +114,7 @@ class Attachment:
             AttachError: if there is no pipeline to call, or the methods are detached already.
             ConfigError: if the pipeline's result holds no frames or picture.
         """
-        return check(self, prompt, seed, call)
+        return check(self._execution.state.pipe, self.suspended, prompt, seed, call)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.

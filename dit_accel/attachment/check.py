@@ -1,20 +1,18 @@
 """What the methods change on the user's own model: one seed generated dense and with them, side by side."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..errors import AttachError, ConfigError, MissingBackend
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
 
 Frames = npt.NDArray[np.float32]
 """[F, height, width, 3] in [0, 1]; a picture is one frame."""
@@ -63,15 +61,16 @@ class Check:
         return "\n".join([f"one run each, same seed: {seconds}", ", ".join(measured) or "nothing measured", *missing])
 
 
-def check(attachment: "Attachment", prompt: str, seed: int, call: Mapping[str, Any]) -> Check:
-    """Generate one prompt and seed dense and with an attachment's methods; for errors see `Attachment.check`."""
-    pipe = attachment._execution.state.pipe
+def check(
+    pipe: Any, suspended: Callable[[], AbstractContextManager[None]], prompt: str, seed: int, call: Mapping[str, Any]
+) -> Check:
+    """Generate one prompt and seed dense, with the methods suspended, and with them; errors as `Attachment.check`."""
     if pipe is None:
         raise AttachError(
             "check calls the pipeline, but the methods are attached to a transformer; attach to the pipeline"
         )
     compare = _tool("check")
-    with attachment.suspended():
+    with suspended():
         dense, dense_seconds = _generated(pipe, prompt, seed, call)
     accelerated, seconds = _generated(pipe, prompt, seed, call)
     metrics, missing = compare(accelerated, dense)
