@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..metrics.registered import metrics
+from ..metrics.registered import described
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import Interval, bootstrap, sign_flips
 from ..vbench.world_metrics import WORLD
@@ -133,7 +133,8 @@ def verdict(difference: Interval, clips: int) -> str:
 
 def decimals_of(metric: str) -> int:
     """Return how many digits behind the point a metric is shown with; 3 for one that is not installed."""
-    return metrics()[metric].decimals if metric in metrics() else 3
+    found = described(metric)
+    return found.decimals if found else 3
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
