@@ -243,7 +243,7 @@ def test_a_suite_tells_before_any_clip_what_it_will_leave_out(given, tmp_path, m
     monkeypatch.setattr("dit_accel_eval.suites.compare.run", lambda *given, **more: ran.append(given))
     path = tmp_path / "s.toml"
     text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
-    arm = '[[arm]]\nname = "dense"\nnum_inference_steps = 4\n'
+    arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'
     for model, code, told in (
         ("ViT-B-32/openai", 0, "clip-score@open_clip:ViT-B-32/openai is left out: the weights of ViT-B-32/openai are"),
         (f"{OTHER}={given[3]}", 2, f"does not hold the weights of {OTHER}"),
