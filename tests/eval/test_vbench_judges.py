@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import tiny_inception
 import torch
 from dit_accel_eval.vbench import sampling, weight_files
-from dit_accel_eval.vbench.networks import preference
+from dit_accel_eval.vbench.networks import clip as networks_clip
 from dit_accel_eval.vbench.networks.inception import average, inception
 from dit_accel_eval.vbench.networks.loading import Networks
 from PIL import Image
@@ -122,19 +123,10 @@ def clip() -> nn.Module:
     torch.manual_seed(0)
     config = CLIPConfig(
         projection_dim=32,
-        vision_config=tower | {"hidden_size": 80, "intermediate_size": 160, "patch_size": 56, "image_size": 224},
-        text_config=tower | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 600, "eos_token_id": 517},
+        vision_config=tower | {"hidden_size": 80, "intermediate_size": 320, "patch_size": 56, "image_size": 224},
+        text_config=tower | {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 49408, "eos_token_id": 49407},
     )
     return CLIPModel(config).eval()
-
-
-def words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Write CLIP's merges; return the tokens of ``the red``."""
-    import gzip
-
-    path = place(folder, monkeypatch, "clip-words")
-    path.write_bytes(gzip.compress(b"#version: 0.2\nt h\nth e</w>\nr e\nre d</w>"))
-    return torch.tensor([[516, 513, 515, 517]])
 
 
 def cosines(clip, frames: Tensor, tokens: Tensor) -> Tensor:
@@ -145,7 +137,7 @@ def cosines(clip, frames: Tensor, tokens: Tensor) -> Tensor:
 
 
 def test_pickscore_is_transformers_logit(clip, tmp_path, monkeypatch):
-    tokens = words(tmp_path, monkeypatch)
+    tokens = open_clip.tokenize("the red")
     save_file({name: value.contiguous() for name, value in clip.state_dict().items()},
               place(tmp_path, monkeypatch, "pickscore"))  # fmt: skip
     frames = noise(3, 60, 97, 3)
@@ -157,8 +149,8 @@ def test_pickscore_is_transformers_logit(clip, tmp_path, monkeypatch):
 
 
 def test_hpsv2_is_the_cosine_of_whole_frames_on_black_squares(clip, tmp_path, monkeypatch):
-    tokens = words(tmp_path, monkeypatch)
-    torch.save({"epoch": 1, "state_dict": preference.by_openai(clip.state_dict())},
+    tokens = open_clip.tokenize("the red")
+    torch.save({"epoch": 1, "state_dict": networks_clip.huge(clip.state_dict()).state_dict()},
                place(tmp_path, monkeypatch, "hpsv2"))  # fmt: skip
     frames = noise(2, 60, 97, 3)
     found = Networks(tmp_path).hpsv2(frames, "the red")
@@ -183,7 +175,6 @@ def test_pictures_are_sized_as_each_judge_has_it():
 
 
 def test_a_picture_model_by_another_name_is_told(tmp_path, monkeypatch):
-    words(tmp_path, monkeypatch)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, place(tmp_path, monkeypatch, "hpsv2"))
     with pytest.raises(ConfigError, match=r"lacks .visual\.conv1\.weight."):
         Networks(tmp_path).hpsv2(noise(1, 60, 97, 3), "the red")

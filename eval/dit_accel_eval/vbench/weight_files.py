@@ -59,8 +59,6 @@ _BERT = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 _ALL = (
     _at("clip-b32", "clip_model", f"{_MODELS}/{_B32}/ViT-B-32.pt", _B32),
     _at("clip-l14", "clip_model", f"{_MODELS}/{_L14}/ViT-L-14.pt", _L14),
-    _at("clip-words", "ViCLIP",
-        "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"),
     _at("dino", "dino_model", f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
     _at("aesthetic", "aesthetic_model/emb_reader",
         f"{_CODE}/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"),
