@@ -16,8 +16,7 @@ from dit_accel import ConfigError
 
 from .. import official, sampling, weight_files
 from ..sampling import Frames
-from . import bert, clip, grit, ported, tag2text, vit
-from .inception import inception
+from . import bert, clip, grit, inception, ported, tag2text, vit
 
 TOGETHER = 32
 """Frames that go through a network of features at once."""
@@ -196,7 +195,8 @@ class Networks:
 
     def inception(self, frames: Frames) -> Tensor:
         """Return Inception's features [F, 2048] of uint8 frames, by which FID is measured."""
-        return self._ask("inception", sampling.tensor(frames) / 255, inception)
+        given = sampling.tensor(frames) / 255
+        return self._each(given, partial(inception.inception, self._made("inception", inception.network)))
 
     @cached_property
     def _i3d(self) -> Any:
@@ -301,6 +301,7 @@ LIBRARIES = {
     "musiq": {"pyiqa": "pyiqa"}, "raft": {"scipy": "scipy"}, "umt": {"cv2": "opencv-python-headless", "timm": "timm"},
     **dict.fromkeys(("clip-b32", "clip-l14", "viclip", "hpsv2", "pickscore"), _CLIP),
     "dino": {"timm": "timm"}, "dinov2": {"timm": "timm"},
+    "grit": {"torchvision": "torchvision"}, "inception": {"torchvision": "torchvision"},
 }  # fmt: skip
 """Network -> the modules that it takes, and their packages."""
 
