@@ -101,7 +101,7 @@ def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkey
     with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt.*9 features.*256"):
         wide.missing()
     path.write_bytes(b"none")
-    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt_linear\.pth can't be read"):
+    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt_linear\.pth.*aesthetic head"):
         unavailable([name])
 
 
@@ -114,7 +114,7 @@ def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given
     assert reason.endswith(f"put {source} at {place}")
     assert "dit-accel eval setup --clip ViT-B-32/laion2b_s34b_b79k fetches them" in reason
     assert name in scores([name], Sample(frames=clip(), prompt=PROMPT)).unavailable
-    with pytest.raises(ConfigError, match=r"objective 'clip-score@.*can't be measured: the weights of ViT-B-32/"):
+    with pytest.raises(ConfigError, match=r"objective 'clip-score@.*weights of ViT-B-32/"):
         objective_of(name, None)
     head = unavailable(["aesthetic@open_clip:ViT-L-14/openai"])["aesthetic@open_clip:ViT-L-14/openai"]
     assert "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth at " in head
@@ -140,10 +140,10 @@ def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given
 def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, tmp_path):
     name = f"clip-score@open_clip:{OTHER}={given[3]}"
     for ask in (unavailable, check_and_ask):
-        with pytest.raises(ConfigError, match=rf"small\.pt does not hold the weights of {OTHER}: .*(changed|mismatch)"):
+        with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
             ask([name])
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"bad\.pt does not hold the weights"):
+    with pytest.raises(ConfigError, match=r"bad\.pt .*weights of ViT-S-32-alt:"):
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
 
 
@@ -155,14 +155,14 @@ def check_and_ask(names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("ViT-B32/openai", r"no model 'ViT-B32'; did you mean .*'ViT-B-32'.*open_clip.list_models"),
+        ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
         ("MODEL", r"no model 'MODEL'"),
         ("", r"no model ''"),
-        ("ViT-B-32", r"which weights; write ViT-B-32/TAG .*openai.*ViT-B-32=FILE"),
+        ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.* 16 more.*ViT-B-32=FILE"),
         ("ViT-S-32", r"which weights; write ViT-S-32=FILE"),
-        ("ViT-B-32/opnai", r"no weights 'opnai' of ViT-B-32; did you mean 'openai'"),
-        ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32; none are published; write ViT-S-32=FILE"),
-        ("ViT-B-32=nowhere.pt", r"no file nowhere\.pt of weights of ViT-B-32"),
+        ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
+        ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
+        ("ViT-B-32=nowhere.pt", r"nowhere\.pt .*ViT-B-32"),
     ],
 )
 def test_wrong_names_are_refused_with_what_to_write(name, told):

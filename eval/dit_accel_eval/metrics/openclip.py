@@ -31,6 +31,9 @@ TOGETHER = 32
 USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a hub repository that open_clip takes where a tag names none, the first of which it prefers."""
 
+LISTED = 6
+"""The most tags that an error lists."""
+
 PREPARED = {"image_mean": "mean", "image_std": "std", "image_interpolation": "interpolation",
             "image_resize_mode": "resize_mode"}  # fmt: skip
 """open_clip's options of how pictures are prepared -> what they are called in a tag's description."""
@@ -136,7 +139,8 @@ def weighted(text: str) -> Weighted:
         raise ConfigError(f"open_clip has no model {model!r}; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not rest:
-        published = f"{model}/TAG with a tag of {', '.join(tags)}, or " if tags else ""
+        more = f" and {len(tags) - LISTED} more" if len(tags) > LISTED else ""
+        published = f"{model}/TAG with a tag of {', '.join(tags[:LISTED])}{more}, or " if tags else ""
         raise ConfigError(f"{text!r} does not say which weights; write {published}{model}=FILE for a file of yours")
     if sign == "=":
         file = Path(rest).expanduser()
