@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import tiny_vbench
 import torch
 from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, scores
 from dit_accel_eval.metrics import weights as metric_weights
@@ -137,19 +138,25 @@ def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given
     assert not torch.allclose(pictures(given, clip()), expected, atol=1e-3)
 
 
+def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_told(given, tmp_path, monkeypatch):
+    tiny_vbench.scripted(dict(given[0].state_dict()), tmp_path / "theirs.pt")
+    one = weighted(f"{MODEL}={tmp_path}/theirs.pt")
+    made = open_clip.create_model(MODEL, force_quick_gelu=True)
+    made.load_state_dict(given[0].state_dict())
+    expected = pictures((made.eval(), *given[1:]), clip())
+    assert torch.allclose(one.embedder().pictures(clip()), expected, atol=1e-5)
+    monkeypatch.setattr("dit_accel_eval.metrics.openclip._tokenizer", lambda model: open_clip.no_such)
+    assert f"the tokenizer of {MODEL} is not here: " in str(one.missing())
+
+
 def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, tmp_path):
     name = f"clip-score@open_clip:{OTHER}={given[3]}"
-    for ask in (unavailable, check_and_ask):
-        with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
-            ask([name])
+    check_names([name])
+    with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
+        scores([name], Sample(frames=clip(), prompt=PROMPT))
     (tmp_path / "bad.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"bad\.pt .*weights of ViT-S-32-alt:"):
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
-
-
-def check_and_ask(names: list[str]) -> None:
-    check_names(names)
-    scores(names, Sample(frames=clip(), prompt=PROMPT))
 
 
 @pytest.mark.parametrize(
@@ -237,16 +244,17 @@ def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
     assert run("setup", "--clip", "ViT-B-32/openai", "--hub").exit_code == 2
 
 
-def test_a_suite_tells_before_any_clip_what_it_will_leave_out(given, tmp_path, monkeypatch):
+def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
     ran = []
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
     monkeypatch.setattr("dit_accel_eval.suites.compare.run", lambda *given, **more: ran.append(given))
     path = tmp_path / "s.toml"
     text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
     arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'
     for model, code, told in (
         ("ViT-B-32/openai", 0, "clip-score@open_clip:ViT-B-32/openai is left out: the weights of ViT-B-32/openai are"),
-        (f"{OTHER}={given[3]}", 2, f"does not hold the weights of {OTHER}"),
+        (f"{OTHER}={tmp_path}/bad.pt", 2, f"bad.pt does not hold the weights of {OTHER}"),
         ("ViT-B-33/openai", 2, "s.toml: open_clip has no model 'ViT-B-33'; did you mean"),
     ):
         path.write_text(text.format(model) + arm)

@@ -31,6 +31,9 @@ TOGETHER = 32
 USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a hub repository that open_clip takes where a tag names none, the first of which it prefers."""
 
+SIZES = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI's files hold besides weights."""
+
 LISTED = 6
 """The most tags that an error lists."""
 
@@ -113,6 +116,12 @@ class Weighted:
             reason = f"the weights of {self} are not here; dit-accel eval setup --clip {self} fetches them, or put "
             reason += f"{self.source} at {self.place}"
         if reason is None:
+            try:
+                _tokenizer(self.model)
+            except Exception as error:  # of all kinds
+                return (
+                    f"the tokenizer of {self.model} is not here: {_line(error)}; run dit-accel eval setup --clip {self}"
+                )
             self.embedder()
         return reason
 
@@ -157,13 +166,19 @@ def fetch(one: Weighted) -> str | None:
     """Fetch published weights, and the tokenizer where it is the hub's; returns why they can't be had, None if here."""
     import open_clip
 
-    try:
-        if one.path() is None:
+    if one.path() is None:
+        try:
             open_clip.download_pretrained(one._described)
-        open_clip.get_tokenizer(one.model)
-    except Exception as error:  # the hub's client raises all kinds
-        return f"{one} could not be fetched ({_line(error)}); put {one.source} at {one.place}"
+        except Exception as error:  # the hub's client raises all kinds
+            return f"{one} could not be fetched ({_line(error)}); put {one.source} at {one.place}"
     return one.missing()
+
+
+@cache
+def _tokenizer(model: str) -> Any:
+    import open_clip
+
+    return open_clip.get_tokenizer(model)
 
 
 class Embedder:
@@ -209,22 +224,14 @@ def _embedder(one: Weighted, path: Path, changed: int) -> Embedder:
                 device="cuda" if torch.cuda.is_available() else "cpu", **prepared,
             )  # fmt: skip
             if scripted:
-                fill(network, torch.jit.load(path, map_location="cpu").state_dict())
-        tokenizer: Any = open_clip.get_tokenizer(one.model)
+                held = torch.jit.load(path, map_location="cpu").state_dict()
+                network.load_state_dict({name: value for name, value in held.items() if name not in SIZES})
     except Exception as error:  # torch's readers and open_clip's networks raise all kinds
         raise ConfigError(
             f"{path} does not hold the weights of {one.model}: {_line(error)}; name the model that it is of, "
             "or download it again"
         ) from None
-    return Embedder(network.eval(), prepare, tokenizer)
-
-
-def fill(network: Any, held: dict[str, Tensor]) -> None:
-    """Give a network of open_clip's the weights of an official file, which has three sizes besides."""
-    network.load_state_dict({name: value for name, value in held.items() if name not in SIZES})
-
-
-SIZES = ("input_resolution", "context_length", "vocab_size")
+    return Embedder(network.eval(), prepare, _tokenizer(one.model))
 
 
 def _is_scripted(path: Path) -> bool:
