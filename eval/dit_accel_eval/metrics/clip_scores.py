@@ -2,59 +2,55 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dit_accel import ConfigError
 
 from .metric import FAMILY, Measured, Metric, NotMeasured, Sample, mean_of
-from .openclip import Embedder, Weighted, no_library, weighted
+from .openclip import Weighted, no_library, weighted
 from .weights import folder
-
-Look = Callable[[Embedder, Sample], Measured]
 
 HEADS = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
 PUBLISHED = tuple(f"sa_0_4_vit_{one}_linear.pth" for one in ("l_14", "b_32", "b_16"))
 """The aesthetic heads that LAION has published, over the embeddings of OpenAI's weights, and where."""
 
 
-def score(by: Embedder, sample: Sample) -> Measured:
+def score(by: Weighted, sample: Sample) -> Measured:
     """Return 100 times the cosine of the prompt and each frame, at least 0: the mean over frames, and each frame's."""
-    return mean_of((100 * _cosines(by, sample)).clamp(min=0).tolist())
+    seen, read = _both(by, sample)
+    return mean_of((100 * seen @ read).clamp(min=0).tolist())
 
 
-def alignment(by: Embedder, sample: Sample) -> Measured:
+def alignment(by: Weighted, sample: Sample) -> Measured:
     """Return the cosine of the prompt and the whole clip, the mean of its frames' embeddings; and each frame's."""
-    seen, read = by.pictures(sample.frames), by.text(_prompt(sample))
-    whole = torch.nn.functional.normalize(seen.mean(0), dim=0)
-    return Measured(value=float(whole @ read), by_frame=tuple((seen @ read).tolist()))
+    seen, read = _both(by, sample)
+    return Measured(value=float(normalize(seen.mean(0), dim=0) @ read), by_frame=tuple((seen @ read).tolist()))
 
 
-def likeness(by: Embedder, sample: Sample) -> Measured:
+def likeness(by: Weighted, sample: Sample) -> Measured:
     """Return the cosine of each frame and the reference's: the mean over frames, and each frame's."""
-    one, two = map(by.pictures, sample.pair())
+    one, two = map(by.embedder().pictures, sample.pair())
     return mean_of((one * two).sum(1).tolist())
 
 
-def _cosines(by: Embedder, sample: Sample) -> Tensor:
-    return by.pictures(sample.frames) @ by.text(_prompt(sample))
-
-
-def _prompt(sample: Sample) -> str:
+def _both(by: Weighted, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Return the unit embeddings of the frames, [F, D], and of the prompt, [D]."""
     if not sample.prompt.strip():
         raise NotMeasured("it compares with the prompt, and there is none")
-    return sample.prompt
+    return by.embedder().pictures(sample.frames), by.embedder().text(sample.prompt)
 
 
-def aesthetic(one: Weighted, by: Embedder, sample: Sample) -> Measured:
+def aesthetic(by: Weighted, sample: Sample) -> Measured:
     """Return LAION's aesthetic score, about 1 to 10: the mean over frames, and each frame's."""
-    weight, bias = _head(one)
-    return mean_of((by.pictures(sample.frames) @ weight[0] + bias).tolist())
+    weight, bias = _head(by)
+    return mean_of((by.embedder().pictures(sample.frames) @ weight[0] + bias).tolist())
 
 
 def head_path(one: Weighted) -> Path:
@@ -64,9 +60,10 @@ def head_path(one: Weighted) -> Path:
 
 
 def no_head(one: Weighted) -> str | None:
-    """Return why a model's aesthetic head can't be had, None if it can."""
+    """Return why a model's aesthetic head can't be had, None if it can; another model's is refused."""
     path = head_path(one)
     if path.is_file():
+        _head(one)
         return None
     published = f"{HEADS}/{path.name}" if path.name in PUBLISHED else f"one of your own for {one.model}"
     return f"the aesthetic head is not here: put {published} at {path}"
@@ -87,35 +84,25 @@ def _head(one: Weighted) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _family(name: str, look: Look | None = None, **about: Any) -> Metric:
-    """Return what stands for a metric of every model; its ``of`` gives that of one, by name (`weighted`)."""
+def _family(
+    name: str, look: Callable[[Weighted, Sample], Measured], lack: Callable[[Weighted], str | None] = lambda one: None,
+    **about: Any,
+) -> Metric:  # fmt: skip
+    """Return what stands for a metric of every model; its ``of`` gives that of one, by name (`weighted`).
 
+    ``look`` measures by a model, and ``lack`` tells what it lacks besides its weights.
+    """
+
+    @cache
     def of(text: str) -> Metric:
-        one = None if no_library() else weighted(text)
-
-        def missing() -> str | None:
-            if one is None:
-                return no_library()
-            if look is None and (lack := no_head(one)):
-                return lack
-            if look is None:
-                _head(one)
-            return one.missing()
-
-        def measure(sample: Sample) -> Measured:
-            assert one is not None  # `missing` says so before
-            by = one.embedder()
-            return aesthetic(one, by, sample) if look is None else look(by, sample)
-
+        one = Weighted(text) if no_library() else weighted(text)
         return replace(
-            family, name=f"{name}:{text}", words=f"{family.words}, {text}", measure=measure, missing=missing, of=None
-        )
-
-    def unnamed(sample: Sample) -> float:
-        raise NotMeasured(NAMELESS)
+            family, name=f"{name}:{text}", words=f"{family.words}, {text}", measure=partial(look, one), of=None,
+            missing=lambda: no_library() or lack(one) or one.missing(),
+        )  # fmt: skip
 
     family = Metric(
-        name=name + FAMILY, measure=unnamed, missing=lambda: no_library() or NAMELESS, of=cache(of), **about
+        name=name + FAMILY, of=of, missing=lambda: no_library() or NAMELESS, measure=lambda sample: np.nan, **about
     )
     return family
 
@@ -140,8 +127,8 @@ CLIP_SCORES = (
         source="cosine of each frame's embedding and the reference frame's, mean over frames; open_clip",
     ),
     _family(
-        "aesthetic@open_clip", words="aesthetic score", better="more", bounds=(-np.inf, np.inf), reference=False,
-        decimals=2,
+        "aesthetic@open_clip", aesthetic, no_head, words="aesthetic score", better="more", bounds=(-np.inf, np.inf),
+        reference=False, decimals=2,
         source="LAION's linear aesthetic predictor (sa_0_4) over unit embeddings, mean over frames, about 1 to 10; "
         "open_clip",
     ),
