@@ -1,8 +1,9 @@
 """What of `attention_shapes` is timed within a budget of seconds, planned before it starts by one short dense call."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,10 @@ SLICE = 1024
 CALLS = 4
 """Calls of which `seconds_of` takes the median; the first does not count."""
 
-OVER_DENSE = {"auto": 1.3, "flex": 2.5}
+OVER_DENSE = {"auto": 1.5, "flex": 2.5}
 """Backend -> seconds of a pair of tokens over dense attention's, by which a call's time is planned; assumed."""
 
-COMPILES = {"flex": 40.0}
+COMPILES = {"flex": 20.0}
 """Backend -> seconds that it needs for a new shape and dtype; assumed."""
 
 
@@ -96,6 +97,7 @@ class Group:
         return sum(seconds, self.rest_seconds if self.arms else 0.0)
 
 
+@lru_cache(maxsize=64)
 def pairs_of(shape: Shape, arm: Arm) -> float:
     """Return the share of the pairs of tokens that an arm is expected to compute; a mean key is one."""
     config = arm.config
@@ -145,12 +147,15 @@ def _groups(
 
 def _limit(group: Group, machine: Machine) -> None:
     """Choose the rounds, and leave out what alone takes longer than an arm may."""
+    dense = group.arms[0]
     for arm in list(group.arms):
         needed = group.prepared(arm) + group.call(arm)
         if needed > machine.limit:
-            for one in group.arms if arm is group.arms[0] else [arm]:
-                group.left_out[one] = f"{arm.name} would take about {needed:,.0f} s, the limit is {machine.limit:,.0f}"
+            why = f"{arm.name} would take about {needed:,.0f} s, the limit is {machine.limit:,.0f}"
+            group.left_out |= dict.fromkeys(group.arms if arm is dense else [arm], why)
             group.arms = [one for one in group.arms if one not in group.left_out]
+        if not group.arms:
+            break
     group.rounds = max(1, min(machine.most_rounds, int(machine.limit / group.seconds)))
 
 
@@ -196,6 +201,11 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
         run()
         taken.append(now(device) - started)
     return float(np.median(taken[1:]))
+
+
+def system_load() -> float | None:
+    """Return how many processes wanted a core over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def about(shape: Shape, arm: Arm, dtype: torch.dtype, machine: Machine) -> Line:

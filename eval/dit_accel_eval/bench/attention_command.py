@@ -13,6 +13,9 @@ from dit_accel.files import held
 from ..runs.results import Line, append_line, read_lines
 from .options import BenchOptions
 
+BUSY = 0.5
+"""Load of the system from which on it is not quiet."""
+
 if TYPE_CHECKING:
     from .attention_budget import Group
 
@@ -56,8 +59,15 @@ def bench_attention(options: BenchOptions, say: Callable[[str], None]) -> list[L
 
 def _say_plan(groups: "Sequence[Group]", options: BenchOptions, say: Callable[[str], None]) -> None:
     """Say what is about to be timed, how long it should take, and what there is no time for."""
+    from .attention_budget import system_load
+
+    if not groups:
+        say(f"nothing is left to time: {options.output} holds all of it")
+        return
     expected = sum(group.expected() for group in groups)
     say(f"{options.heads} heads of each call, about {expected:,.0f} s of at most {options.budget:,.0f} s (--budget)")
+    if groups and (load := system_load() or 0.0) >= BUSY:
+        say(f"the system's load is {load:.1f}: other processes take part of the time that is measured")
     for group in groups:
         parts = [f"{len(group.arms)} calls in turn, {group.rounds} rounds"] if group.arms else []
         parts += [f"{arm.name} left out: {reason}" for arm, reason in group.left_out.items()]
@@ -66,12 +76,12 @@ def _say_plan(groups: "Sequence[Group]", options: BenchOptions, say: Callable[[s
 
 def show_attention(lines: Sequence[Line]) -> None:
     """Print the table, machine by machine, and what follows from it."""
-    from .attention_table import COLUMNS, RIGHT, cells, last_of, machine_of, verdicts
+    from .attention_table import COLUMNS, RIGHT, cells, conditions, last_of, machine_of, verdicts
 
     found = last_of(lines)
     for machine in dict.fromkeys(machine_of(line) for line in found):
         own = [line for line in found if machine_of(line) == machine]
-        OUT.print(machine, markup=False, soft_wrap=True)
+        OUT.print(conditions(own), markup=False, soft_wrap=True)
         table = plain_table(*COLUMNS, right=RIGHT)
         for line in own:
             if "reason" not in line:

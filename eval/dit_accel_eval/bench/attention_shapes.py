@@ -156,7 +156,7 @@ def arms_of(shape: Shape) -> list[Arm]:
     What no preset computes sparsely at this shape is an arm all the same, so that it can be seen what the rule costs.
     """
     rules = {level: rule_on(shape, level) for level in LEVELS}
-    arms = [Arm(name=DENSE, presets={level: rule for level, (choice, rule) in rules.items() if rule != SPARSE})]
+    arms = [Arm(name=DENSE, presets={level: rule for level, (choice, rule) in rules.items() if choice is None})]
     sparse: dict[Choice, dict[str, str]] = {}
     for level, (choice, rule) in rules.items():
         if choice is not None:
@@ -173,7 +173,7 @@ def rule_on(shape: Shape, level: Level) -> tuple[Choice | None, str]:
     """Return a preset's sparse method, None if it has none, and `SPARSE` or why it computes this shape densely."""
     choice = next((one for one in PRESETS[level] if isinstance(one.config, SparseConfig)), None)
     if choice is None:
-        return None, "dense by rule: it has no sparse part"
+        return None, "no sparse part"
     model = shape.model(shape.of[1].heads)
     if choice not in choices(level, model):
         alone = f"{choice.models} models alone" if choice.models != "all" else "not on this model"

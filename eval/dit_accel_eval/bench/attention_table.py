@@ -15,11 +15,11 @@ COLUMNS = ("shape", "tokens", "dtype", "call", "preset", "exact", "seconds", "x 
 RIGHT = ("tokens", "exact", "seconds", "x dense", "plan", "table", "block", "run")
 
 EXPLAINED = (
-    "`exact`: share of the tiles that are computed key by key. `seconds` of one call over the heads that the shape "
-    "names, median and quartiles of the rounds; `x dense`: dense SDPA's time over it. `plan`: what `dit-accel plan` "
-    "predicts of such a call on any machine; `table`: what the kernels' table of this kind of processor does. `block`: "
-    "what a whole block would gain, all heads, its other layers by their FLOPs at the rate that the feed-forward "
-    "reached; `run`: the same over a run, whose first steps and first layer the preset leaves dense."
+    "`exact`: share of the tiles that are computed key by key; `seconds` of one call, median and quartiles of the "
+    "rounds; `x dense`: dense SDPA's seconds over them. `plan`: what `dit-accel plan` predicts of such a call on any "
+    "machine; `table`: what the kernels' own table predicts on this kind of processor. `block`: what a whole block "
+    "would gain, with all heads, and its other layers by their FLOPs at the rate that the feed-forward reached; `run`: "
+    "that over a run, whose first steps and first layer the preset leaves dense."
 )
 
 
@@ -41,16 +41,14 @@ def run_ratio(line: Line) -> float:
 
 def cells(line: Line) -> tuple[str, ...]:
     """Return a line's cells under `COLUMNS`; what was left out has its reason in the last one."""
-    size = f"{line['height']} x {line['width']}" + (f" x {line['num_frames']}" if line["num_frames"] > 1 else "")
-    name = f"{line['family']} {size}, {line['heads']} of {line['all_heads']} heads"
-    first = (name, f"{line['tokens']:,}", line["dtype"], line["arm"], _presets(line))
+    first = (line["shape"], f"{line['tokens']:,}", line["dtype"], line["arm"], _presets(line))
     if "reason" in line:
         return (*first, *[""] * 6, f"left out: {line['reason']}")
     dense = line["arm"] == DENSE
-    times, predicted = line["seconds"], (line.get("predicted"), line.get("predicted_by_table"))
+    predicted = (line.get("predicted"), line.get("predicted_by_table"))
     return (
-        *first, f"{line['density']:.3f}", "{median:.3g} [{low:.3g}, {high:.3g}]".format(**times),
-        "1" if dense else "{median:.2f} [{low:.2f}, {high:.2f}]".format(**line["ratio"]),
+        *first, f"{line['density']:.3f}", "{median:.3g} [{low:.3g}, {high:.3g}]".format(**line["seconds"]),
+        "" if dense else "{median:.2f} [{low:.2f}, {high:.2f}]".format(**line["ratio"]),
         *("" if one is None else f"{one:.2f}" for one in predicted),
         *("" if dense else f"{one:.2f}" for one in (line["block_ratio"], run_ratio(line))),
     )  # fmt: skip
@@ -61,6 +59,16 @@ def _presets(line: Line) -> str:
     return "; ".join(level if rule == SPARSE else f"{level}: {rule}" for level, rule in line["presets"].items())
 
 
+def shapes_in(lines: Iterable[Line]) -> str:
+    """Return what the names of shapes stand for, in the order of the lines."""
+    told: dict[str, str] = {}
+    for line in lines:
+        size = " x ".join(str(line[name]) for name in ("height", "width", "num_frames") if line[name] > 1)
+        heads = f"{line['heads']} of its {line['all_heads']} heads of {line['head_dim']}"
+        told[line["shape"]] = f"{line['shape']} is {line['family']} at {size}, {heads}"
+    return "; ".join(told.values())
+
+
 def machine_of(line: Line) -> str:
     """Return where a line was measured."""
     return f"{line['device']}, {line['threads']} threads, torch {line['torch']}"
@@ -68,15 +76,24 @@ def machine_of(line: Line) -> str:
 
 def page_text(lines: Sequence[Line]) -> str:
     """Return the table of all lines in Markdown, machine by machine, with what follows from it."""
-    parts = []
-    found = last_of(lines)
+    parts, found = [], last_of(lines)
     for machine in dict.fromkeys(machine_of(line) for line in found):
         own = [line for line in found if machine_of(line) == machine]
-        rounds = sorted({line["rounds"] for line in own if "rounds" in line})
-        told = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else "".join(map(str, rounds))
-        parts += [f"{machine}; {told} rounds, {INPUTS} inputs. {EXPLAINED}",
-                  markdown_table(" | ".join(COLUMNS), map(cells, own)), *verdicts(own)]  # fmt: skip
+        parts += [
+            f"{conditions(own)} {EXPLAINED}",
+            markdown_table(" | ".join(COLUMNS), map(cells, own)),
+            *verdicts(own),
+        ]
     return "\n\n".join(parts)
+
+
+def conditions(lines: Sequence[Line]) -> str:
+    """Return in two sentences what was measured and where, of lines of one machine."""
+    rounds = sorted({line["rounds"] for line in lines if "rounds" in line})
+    told = f" {rounds[0]} to {rounds[-1]} rounds," if len(rounds) > 1 else "".join(f" {one} rounds," for one in rounds)
+    busy = [line["load"] for line in lines if line.get("load") is not None]
+    load = f" The system's load before the measurement was {max(busy):.1f} at most." if busy else ""
+    return f"{machine_of(lines[0])};{told} {INPUTS} inputs; {shapes_in(lines)}.{load}"
 
 
 def verdicts(lines: Sequence[Line]) -> list[str]:

@@ -26,7 +26,7 @@ from dit_accel.plan.plan import AttentionPlan
 from dit_accel.testing.reference import tile_states
 
 from ..runs.results import Line
-from .attention_budget import SLICE, Group, Machine, about, feed_forward_flops, seconds_of
+from .attention_budget import SLICE, Group, Machine, about, feed_forward_flops, seconds_of, system_load
 from .attention_shapes import Arm, Shape
 from .timing import in_turn, now, quartiles
 
@@ -69,7 +69,7 @@ def run_groups(
 @torch.no_grad()
 def _measure(group: Group, machine: Machine, deadline: float) -> list[Line]:
     """Return the lines of one group's arms; an arm that fails is left out with its error."""
-    shape, device = group.shape, machine.device
+    shape, device, load = group.shape, machine.device, system_load()
     torch.manual_seed(0)
     size = (1, machine.heads, shape.layout.tokens, shape.of[1].head_dim)
     q, k, v = (torch.randn(size).to(device, group.dtype) for _ in range(3))
@@ -96,6 +96,7 @@ def _measure(group: Group, machine: Machine, deadline: float) -> list[Line]:
     seconds = {arm: np.array([taken[arm.name] for taken in rounds]) for arm in runs}
     return [
         about(shape, arm, group.dtype, machine)
+        | {"load": load}
         | found[arm]
         | _figures(shape, arm, machine, rest, seconds[arm], seconds[dense])
         for arm in runs
@@ -119,8 +120,9 @@ def _handler_of(arm: Arm, machine: Machine, shape: Shape) -> tuple[AttentionHand
     assert arm.backend is not None
     (handler,) = make_handlers([arm.config], shape.model(machine.heads))
     assert isinstance(handler, AttentionHandler)
+    steps = shape.of[1].num_inference_steps
     context = CallContext(
-        transformer="transformer", branch="cond", step_index=0, num_inference_steps=None, sigma=None,
+        transformer="transformer", branch="cond", step_index=steps // 2, num_inference_steps=steps, sigma=None,
         layout=shape.layout, batch=1, layer=0, depth=0, device=machine.device,
     )  # fmt: skip
     return handler, context, arm.backend
