@@ -183,24 +183,21 @@ def _run(root: Path, study: str, write: Callable[[list[dict[str, Any]]], str]) -
 def _shapes(root: Path) -> str:
     """What calls of released models' sizes take on a CPU, and what share of the tiles Sol keeps of trained models."""
     lines, command = read_lines(root / SHAPES), f"dit-accel bench --shapes all -o {SHAPES}"
-    kept = [
-        f"{np.mean([line['density'] for line in of]):.2f} of {model}'s tiles at beta {beta:g} where normal scores keep "
-        f"{0.5 * math.erfc(beta / math.sqrt(2)):.2f}"
-        for (model, beta), of in _sol_calls(read_lines(root / "eval/results/call-error.jsonl")).items()
-    ]
-    trained = f"On the embedded trained models, whose clips and pictures are short, Sol kept {'; '.join(kept)}, and "
-    trained += "those tiles besides that are always exact (`python eval/studies/call_error.py`)."
     measured = f"`{command}`: {shapes_text(lines)}" if lines else f"Not measured yet; `{command}` measures it."
-    return f"{measured}\n\n{trained}" if kept else measured
-
-
-def _sol_calls(lines: Sequence[Line]) -> dict[tuple[str, float], list[Line]]:
-    """Return (model, beta) -> the lines of its calls."""
-    found: dict[tuple[str, float], list[Line]] = {}
-    for line in lines:
+    kept: dict[float, dict[str, list[float]]] = {}
+    for line in read_lines(root / "eval/results/call-error.jsonl"):
         if beta := re.fullmatch(r"sol (\S+), pooled", line["arm"]):
-            found.setdefault((line["model"], float(beta[1])), []).append(line)
-    return found
+            kept.setdefault(float(beta[1]), {}).setdefault(line["model"], []).append(line["density"])
+    trained = [
+        f"at beta {beta:g} {' and '.join(f'{np.mean(shares):.2f} of {model}' for model, shares in models.items())}, "
+        f"where normal scores keep {0.5 * math.erfc(beta / math.sqrt(2)):.2f}"
+        for beta, models in kept.items()
+    ]
+    return (
+        f"{measured}\n\nOf the tiles of the embedded trained models, whose clips and pictures are short, Sol kept "
+        f"{'; '.join(trained)}; the share of normal scores is that "
+        "of the other tiles than those that are always exact (`python eval/studies/call_error.py`)."
+    )
 
 
 def _every(root: Path, model: str) -> str:

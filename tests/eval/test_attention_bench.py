@@ -104,7 +104,7 @@ def test_arms_are_the_presets_sparse_parts_with_what_their_rule_says(name, rule)
         (["--shapes", "all", "-o", "/no/folder/x.jsonl"], "is not a folder; create it first"),
     ],
 )
-def test_what_can_not_be_timed_is_told(arguments, message):
+def test_what_can_not_be_timed_is_one_clear_error(arguments, message):
     found = CliRunner().invoke(app, ["bench", *arguments])
     assert found.exit_code == 2
     assert message in found.stderr
@@ -202,7 +202,7 @@ def test_a_wrong_output_shows_as_an_error():
     assert attention_timing._error(plan, exact, *qkv, out) > 0.1
 
 
-def test_an_arm_that_can_not_run_here_is_told_and_the_others_are_timed(quick, monkeypatch):
+def test_an_arm_that_can_not_run_here_is_left_out_with_its_reason(quick, monkeypatch):
     def with_fa4(shape):
         dense, sparse, _ = without_flex(shape)
         return [dense, sparse, dataclasses.replace(sparse, name="sol by fa4", backend="fa4")]
@@ -229,6 +229,15 @@ def test_when_the_time_is_over_nothing_more_begins(quick):
     lines = timed(SMALL, deadline=0.0)
     assert len(lines) == 3
     assert all("0 s of the budget were left" in line["reason"] for line in lines)
+
+
+def test_a_file_of_other_lines_is_refused(quick, tmp_path):
+    out = tmp_path / "models.jsonl"
+    out.write_text('{"arm": "radial"}\n')
+    found = CliRunner().invoke(app, ["bench", "--shapes", SMALL, "-o", str(out)])
+    assert found.exit_code == 2
+    assert "has lines that are none of bench --shapes; name another file" in found.stderr.replace("\n", " ")
+    assert out.read_text() == '{"arm": "radial"}\n'
 
 
 @pytest.mark.slow
@@ -299,9 +308,10 @@ def test_of_lines_that_are_alike_the_last_measured_one_counts():
 def test_the_page_says_where_and_how_it_was_measured():
     text = page_text([made(5_000, 2.0, 1.5), made(75_600, 4.0, 2.5, device="another", rounds=1)])
     assert (
-        "a processor, 2 threads, torch 2; 3 rounds, standard normal inputs; s5000 is f at 64 x 96 x 5, 2 of its" in text
+        "a processor, 2 threads, torch 2; rounds: 3; standard normal inputs; s5000 is f at 64 x 96 x 5, 2 of its"
+        in text
     )
-    assert "another, 2 threads, torch 2; 1 rounds" in text
+    assert "another, 2 threads, torch 2; rounds: 1;" in text
     assert "load before the measurement was 0.1 at most" in text
     assert text.count("| shape | tokens |") == 2
 
@@ -311,9 +321,9 @@ def test_the_command_tells_its_plan_prints_the_table_and_goes_on(quick, tmp_path
     arguments = ["bench", "--shapes", SMALL, "--heads", "1", "--rounds", "1", "--budget", "60", "-o", str(out)]
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
-    assert "1 heads of each call, about " in found.stderr
+    assert "heads of each call: 1; about " in found.stderr
     assert "of at most 60 s (--budget)" in found.stderr
-    assert f"{SMALL}, bfloat16: 3 calls in turn, 1 rounds" in found.stderr
+    assert f"{SMALL}, bfloat16: 3 calls in turn, rounds: 1" in found.stderr
     assert f"{SMALL} is wan2.1-1.3b at 128 x 128 x 17, 1 of its 12 heads of 128" in found.stdout
     assert "balanced: dense by rule: below 40,000 visual tokens" in found.stdout
     assert "x dense" in found.stdout

@@ -48,12 +48,14 @@ class Machine:
         heads: of each call.
         most_rounds: times that each arm of a shape is run, where there is time.
         limit: seconds that all rounds of one arm may take.
+        load: the system's, before anything is timed; None: not known.
     """
 
     device: torch.device
     heads: int
     most_rounds: int
     limit: float
+    load: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -218,6 +220,7 @@ def about(shape: Shape, arm: Arm, dtype: torch.dtype, machine: Machine) -> Line:
         "methods": {arm.choice.config.name: arm.choice.config.to_dict()} if arm.choice else {},
         "backend": arm.backend, "presets": dict(arm.presets), "dtype": str(dtype)[6:],
         "device": device_name(machine.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "load": machine.load,
     }  # fmt: skip
 
 

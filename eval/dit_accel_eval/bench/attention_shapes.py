@@ -186,7 +186,7 @@ def rule_on(shape: Shape, level: Level) -> tuple[Choice | None, str]:
 
 
 def spelled(choice: Choice) -> str:
-    """Return a method's name with what it sets: ``sol, beta 1``; ``min_tokens`` is told as the presets' rule."""
+    """Return a method's name with what it sets: ``sol, beta 1``; ``min_tokens`` stands with the presets' rule."""
     options = choice.config.to_dict()
     said = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"

@@ -61,12 +61,12 @@ def _presets(line: Line) -> str:
 
 def shapes_in(lines: Iterable[Line]) -> str:
     """Return what the names of shapes stand for, in the order of the lines."""
-    told: dict[str, str] = {}
+    meant: dict[str, str] = {}
     for line in lines:
         size = " x ".join(str(line[name]) for name in ("height", "width", "num_frames") if line[name] > 1)
         heads = f"{line['heads']} of its {line['all_heads']} heads of {line['head_dim']}"
-        told[line["shape"]] = f"{line['shape']} is {line['family']} at {size}, {heads}"
-    return "; ".join(told.values())
+        meant[line["shape"]] = f"{line['shape']} is {line['family']} at {size}, {heads}"
+    return "; ".join(meant.values())
 
 
 def machine_of(line: Line) -> str:
@@ -90,10 +90,10 @@ def page_text(lines: Sequence[Line]) -> str:
 def conditions(lines: Sequence[Line]) -> str:
     """Return in two sentences what was measured and where, of lines of one machine."""
     rounds = sorted({line["rounds"] for line in lines if "rounds" in line})
-    told = f" {rounds[0]} to {rounds[-1]} rounds," if len(rounds) > 1 else "".join(f" {one} rounds," for one in rounds)
+    count = f" rounds: {' to '.join(map(str, rounds[:: max(1, len(rounds) - 1)]))};" if rounds else ""
     busy = [line["load"] for line in lines if line.get("load") is not None]
     load = f" The system's load before the measurement was {max(busy):.1f} at most." if busy else ""
-    return f"{machine_of(lines[0])};{told} {INPUTS} inputs; {shapes_in(lines)}.{load}"
+    return f"{machine_of(lines[0])};{count} {INPUTS} inputs; {shapes_in(lines)}.{load}"
 
 
 def verdicts(lines: Sequence[Line]) -> list[str]:
@@ -108,14 +108,14 @@ def verdicts(lines: Sequence[Line]) -> list[str]:
 
 def _verdict(arm: str, dtype: str, curve: Sequence[Line]) -> str:
     """Return the sentence of one curve, which is sorted by tokens."""
-    told = ", ".join(f"{line['visual_tokens']:,}: {line['ratio']['median']:.1f} / {run_ratio(line):.2f}"
+    points = ", ".join(f"{line['visual_tokens']:,}: {line['ratio']['median']:.1f} / {run_ratio(line):.2f}"
                      for line in curve)  # fmt: skip
     least = curve[0]["min_tokens"]
     below = [line for line in curve if line["visual_tokens"] < least]
     above = [line for line in curve if line["visual_tokens"] >= least]
     paying = [line for line in below if run_ratio(line) >= PAYS]
     failing = [line for line in above if run_ratio(line) < PAYS]
-    parts = [f"{arm}, {dtype}, times dense SDPA in a call / in a run, by visual tokens: {told}."]
+    parts = [f"{arm}, {dtype}, times dense SDPA in a call / in a run, by visual tokens: {points}."]
     if paying:
         parts.append(
             f"By the clock alone the presets' {least:,} is too high on this machine: a run would be at least {PAYS:g} "

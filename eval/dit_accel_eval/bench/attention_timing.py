@@ -26,7 +26,7 @@ from dit_accel.plan.plan import AttentionPlan
 from dit_accel.testing.reference import tile_states
 
 from ..runs.results import Line
-from .attention_budget import SLICE, Group, Machine, about, feed_forward_flops, seconds_of, system_load
+from .attention_budget import SLICE, Group, Machine, about, feed_forward_flops, seconds_of
 from .attention_shapes import Arm, Shape
 from .timing import in_turn, now, quartiles
 
@@ -56,7 +56,7 @@ def run_groups(
             group.arms = []
         lines = []
         if group.arms:
-            say(f"{number} of {len(groups)}: {group.label}, {group.rounds} rounds, about {group.expected():,.0f} s")
+            say(f"{number} of {len(groups)}: {group.label}, rounds: {group.rounds}, about {group.expected():,.0f} s")
             lines = _measure(group, machine, deadline)
         lines += [
             about(group.shape, arm, group.dtype, machine) | {"reason": reason}
@@ -69,7 +69,7 @@ def run_groups(
 @torch.no_grad()
 def _measure(group: Group, machine: Machine, deadline: float) -> list[Line]:
     """Return the lines of one group's arms; an arm that fails is left out with its error."""
-    shape, device, load = group.shape, machine.device, system_load()
+    shape, device = group.shape, machine.device
     torch.manual_seed(0)
     size = (1, machine.heads, shape.layout.tokens, shape.of[1].head_dim)
     q, k, v = (torch.randn(size).to(device, group.dtype) for _ in range(3))
@@ -83,7 +83,7 @@ def _measure(group: Group, machine: Machine, deadline: float) -> list[Line]:
             runs[arm] = partial(sparse_call, *_handler_of(arm, machine, shape), q, k, v)
             found[arm] = _checked(runs[arm](), q, k, v)
         except Exception as error:  # a backend that is not here, or does not fit: each has errors of its own
-            group.left_out[arm] = _told(error)
+            group.left_out[arm] = _reason(error)
             runs.pop(arm, None)
     timed = {arm.name: partial(_timed, run, device) for arm, run in runs.items()}
     rounds: list[dict[str, float]] = []
@@ -96,7 +96,6 @@ def _measure(group: Group, machine: Machine, deadline: float) -> list[Line]:
     seconds = {arm: np.array([taken[arm.name] for taken in rounds]) for arm in runs}
     return [
         about(shape, arm, group.dtype, machine)
-        | {"load": load}
         | found[arm]
         | _figures(shape, arm, machine, rest, seconds[arm], seconds[dense])
         for arm in runs
@@ -104,7 +103,7 @@ def _measure(group: Group, machine: Machine, deadline: float) -> list[Line]:
     ]
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
     return text if isinstance(error, DitAccelError) else f"{type(error).__name__}: {text}"
 

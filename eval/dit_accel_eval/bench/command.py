@@ -33,8 +33,8 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
 
     With --shapes no model is made: single self-attention calls of real sizes
     and of a few heads, dense, by each preset's sparse part, and by
-    FlexAttention. How long it will take is told before it starts, and what
-    the output file holds already is not timed again.
+    FlexAttention. It says how long it will take before it starts; what the
+    output file holds already is not timed again.
 
     Examples:
 

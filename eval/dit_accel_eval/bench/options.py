@@ -22,7 +22,7 @@ OF_CALLS = ("heads", "budget", "limit")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What the command `bench` is told; options are described by their help."""
+    """The options of the command `bench`; each is described by its help."""
 
     family: Annotated[str | None, typer.Option(help="A model family, such as wan2.1-1.3b.", metavar="NAME")] = None
     layers: Annotated[int, typer.Option(help="Blocks that are made.", min=1)] = 2
