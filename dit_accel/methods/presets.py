@@ -27,6 +27,9 @@ NONE = "none"
 MEASURED_ON = ("wan-tiny", "flux-tiny")
 """The families on which the levels were measured; to others the same rule applies unmeasured."""
 
+MEASURED_STEPS = 30
+"""The steps of those runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
