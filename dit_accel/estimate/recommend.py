@@ -152,7 +152,7 @@ def recommend(
         height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, config=of.config
     )
     dense = estimate(of.adapter, of.family, **sizes)
-    rows = [_dense_row(), *(_preset_row(level, of, sizes) for level in LEVELS)]
+    rows = [_dense_row(), *(_preset_row(level, of, sizes, dense) for level in LEVELS)]
     rows.sort(key=lambda one: -round(one.speedup, 2))
     tuned = find_tuned(of.source) if of.source else []
     fitting = [one for one in tuned if _fits(one, dense)]
@@ -226,10 +226,9 @@ def _dense_row() -> Setting:
     )  # fmt: skip
 
 
-def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any]) -> Setting:
+def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any], dense: Estimate) -> Setting:
     chosen = choices(level, of.model)
-    found = estimate(of.adapter, of.family, methods=[one.config for one in chosen], **sizes)
-    idle = {one.config.name: _idle(one, found, of.family) for one in chosen}
+    idle = {one.config.name: _idle(one, dense, of.family) for one in chosen}
     acting = [one for one in chosen if idle[one.config.name] is None]
     found = estimate(of.adapter, of.family, methods=[one.config for one in acting], **sizes)
     speedup = found.speedup
@@ -247,15 +246,15 @@ def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any]) -> Setting:
     )  # fmt: skip
 
 
-def _idle(choice: Choice, found: Estimate, family: Family) -> str | None:
+def _idle(choice: Choice, run: Estimate, family: Family) -> str | None:
     """Return why a method does nothing in a run of these sizes, empty: it is for larger ones alone; None: it acts."""
-    config, tokens, steps = choice.config, found.layout.visual_tokens, found.num_inference_steps
+    config, tokens, steps = choice.config, run.layout.visual_tokens, run.num_inference_steps
     least_steps, least_tokens = (getattr(config, name, None) or 0 for name in ("min_steps", "min_tokens"))
     if least_steps > steps:
         return f"{config.name} waits for {least_steps} steps, here {steps}"
     if least_tokens > tokens:
         return f"{config.name} waits for {least_tokens:,} tokens, here {tokens:,}"
-    within = choice.beyond and not handler_of(config).extends & beyond_trained(family, found.layout).keys()
+    within = choice.beyond and not handler_of(config).extends & beyond_trained(family, run.layout).keys()
     return "" if within else None
 
 
