@@ -15,6 +15,14 @@ from ..errors import AttachError, ConfigError, MissingBackend, did_you_mean
 from ..methods.base import AttentionHandler, Handler, Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
+from ..methods.find import (
+    LayerFilter,
+    attention_modules,
+    chosen_layers,
+    components_of,
+    find_transformers,
+    resolve_model,
+)
 from ..methods.presets import Level, choices, spell
 from ..report.report import Report, call_reports, step_reports
 from .check import Check, check
@@ -26,7 +34,6 @@ from .diagnosis import (
     warn_if_unplanned,
 )
 from .execution import Execution
-from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
 from .forward import Forward, count_dense
 from .layers import AttentionLayer, TransformerState
 from .observed import Observer

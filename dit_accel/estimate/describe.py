@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attachment.find import find_transformers, resolve_model
 from ..errors import ConfigError
 from ..methods.compose import make_handlers
+from ..methods.find import find_transformers, resolve_model
 from ..methods.registry import methods
 
 

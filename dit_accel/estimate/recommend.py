@@ -6,9 +6,9 @@ from typing import Any
 
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
-from ..attachment.find import find_transformers, resolve_model
 from ..errors import ConfigError
 from ..methods.base import Model
+from ..methods.find import find_transformers, resolve_model
 from ..methods.presets import LEVELS, Choice, choices, spell
 from .estimate import Estimate, estimate
 
