@@ -21,6 +21,12 @@ from .registry import handler_of
 Level = Literal["careful", "balanced", "fast"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
+NONE = "none"
+"""The word for no preset."""
+
+MEASURED_ON = ("wan-tiny", "flux-tiny")
+"""The families on which the levels were measured; to others the same rule applies unmeasured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -102,13 +108,15 @@ PRESETS: Mapping[Level, tuple[Choice, ...]] = {
 def choices(level: str, model: Model, named: Sequence[MethodConfig] = ()) -> list[Choice]:
     """Return what a preset attaches to a model beside the methods that the user names, which win.
 
-    Left out is what the model refuses, or can't be attached together with the named methods.
+    Left out is what the model refuses, or can't be attached together with the named methods. `NONE` attaches nothing.
 
     Raises:
         ConfigError: for an unknown level.
     """
+    if level == NONE:
+        return []
     if level not in PRESETS:
-        raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), LEVELS)}")
+        raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), (*LEVELS, NONE))}")
     kind = "image" if "ultravico" in model.adapter.refused else "video"
     not_advised = model.family.not_advised if model.family else ()
     chosen: list[Choice] = []

@@ -301,3 +301,21 @@ def test_a_larger_picture_is_held_against_the_trained_size():
     served = run("--family", "flux.1-dev", "--height", "4096", "--width", "4096", "--ultraimage")
     assert "beyond which" not in served.stderr
     assert "256 x 256 tokens, trained on 128 x 128; positions corrected" in " ".join(served.stderr.split())
+
+
+def test_a_preset_is_planned_and_named_methods_win():
+    fast = planned("--family", "wan2.1-14b", "--height", "720", "--width", "1280", "--preset", "fast")
+    assert [*fast["methods"]] == ["ultravico", "sol", "easycache"]
+    assert fast["predicted_speedup"] > 1.5
+    named = planned("--family", "wan2.1-14b", "--preset", "fast", "--set", "easycache.threshold=0.03", "--radial")
+    assert named["methods"]["easycache"]["threshold"] == 0.03
+    assert "radial" in named["methods"]
+    assert planned("--family", "wan2.1-14b", "--preset", "none")["methods"] == {}
+    said = run("--family", "flux.1-dev", "--preset", "careful").stderr
+    assert "preset careful: easycache skips steps" in said
+    assert "not counted here, but in `dit-accel recommend`" in said
+    refused = run("--family", "wan2.1-14b", "--preset", "balancd")
+    assert refused.exit_code == 2
+    assert "no preset is called 'balancd'; did you mean 'balanced'? known: balanced, careful, fast, none" in (
+        refused.stderr
+    )
