@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters.installed import adapter_for
 from ..errors import AttachError, ConfigError, MissingBackend, did_you_mean
+from ..estimate.predicted import predicted
 from ..methods.base import AttentionHandler, Handler, Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
@@ -24,6 +25,7 @@ from ..methods.find import (
     resolve_model,
 )
 from ..methods.presets import Level, choices, spell
+from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
 from .check import Check, check
 from .diagnosis import (
@@ -53,7 +55,7 @@ class Attachment:
         self._model = model
         self._put_on = put_on
         self._undo: list[Callable[[], None]] = []
-        self._preset = ""
+        self._preset, self._skips = "", dict[str, float]()
         self._begin(execution)
 
     def _begin(self, execution: Execution) -> None:
@@ -163,8 +165,16 @@ class Attachment:
             calls=call_reports(recorder),
             state_bytes={name: size for name, size in held.items() if size},
             timing=recorder.clock.timing(),
+            predicted=self._predicted(),
             sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
+
+    def _predicted(self) -> Predicted | None:
+        """Return what was predicted for the last generation; None before its size and steps are known."""
+        execution = self._execution
+        steps = execution.state.num_inference_steps
+        layouts = [layout for layer in execution.layers for layout, _ in layer.state.layouts.values()]
+        return predicted(execution.handlers, layouts[0], steps, self._skips) if layouts and steps else None
 
     def _require_attached(self) -> None:
         if not self._attached:
@@ -225,6 +235,7 @@ def attach(
                 raise
             chosen.pop()
     attachment._preset = spell(level, chosen)
+    attachment._skips = {one.config.name: one.skips for one in chosen if one.skips is not None}
     print(attachment._preset, file=sys.stderr)
     return attachment
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..adapters.adapter import Adapter, Family
 from ..adapters.rotary import check_lengths
 from ..errors import ConfigError
-from ..methods.base import Model
+from ..methods.base import Handler, Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.saving import Saving
@@ -284,14 +284,30 @@ def estimate(
     layout = token_layout(family, height=height, width=width, num_frames=frames)
     check_lengths(adapter.name, adapter.rope, family.config if config is None else config, layout.lengths)
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-    handlers = make_handlers(methods, model)
+    found = estimate_run(make_handlers(methods, model), family, layout, steps, kernel_cost)
+    return replace(found, height=height, width=width, num_frames=frames)
+
+
+def estimate_run(
+    handlers: Sequence[Handler],
+    family: Family,
+    layout: TokenLayout,
+    steps: int,
+    kernel_cost: float = KERNEL_COST,
+) -> Estimate:
+    """Estimate a run of so many steps over a layout, with methods as they are on its model.
+
+    Raises:
+        ConfigError: if what the methods save can't be counted, alone or together.
+    """
     savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}
+    (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch
     return Estimate(
         family=family,
         layout=layout,
-        height=height,
-        width=width,
-        num_frames=frames,
+        height=layout.height * scale * patch_height,
+        width=layout.width * scale * patch_width,
+        num_frames=1 + (layout.frames * patch_frames - 1) * step,
         num_inference_steps=steps,
         methods={handler.name: handler.settings.to_dict() for handler in handlers},
         savings=savings,
