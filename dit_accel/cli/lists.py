@@ -20,18 +20,32 @@ from .method_options import first_line
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def methods(json: Json = False) -> None:
-    """List the methods, what each does, and its options with their defaults.
+def methods(
+    options: Annotated[bool, typer.Option("--options", help="Each method's options with their defaults too.")] = False,
+    json: Json = False,
+) -> None:
+    """List the methods and what each does; with --options what can be set.
 
     Examples:
 
     dit-accel methods
+
+    dit-accel methods --options
 
     dit-accel methods --json
     """
     listed = [_method_data(config_type) for config_type in method_registry.methods().values()]
     if json:
         print_json(listed)
+        return
+    if not options:
+        table = plain_table("method", "what it does")
+        for method in listed:
+            table.add_row(f"--{method['name']}", method["summary"])
+        OUT.print(table)
+        OUT.print(
+            "\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods --options`.", style="dim"
+        )
         return
     for method in listed:
         OUT.print(f"[bold]--{method['name']}[/bold]  {method['summary']}", soft_wrap=False)
@@ -43,7 +57,7 @@ def methods(json: Json = False) -> None:
         OUT.print()
     OUT.print(
         "Set one with --set METHOD.OPTION=VALUE, many with --config FILE. "
-        "'recipe' means: what the model's family uses, see `dit-accel describe`.",
+        "'recipe' means: what the model's family uses, see `dit-accel describe --options`.",
         style="dim",
     )
     objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)

@@ -26,6 +26,17 @@ Frames = Annotated[int | None, typer.Option(help="Output frames; default: the mo
 InferenceSteps = Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")]
 
 
+def one_model(command: str, family: str | None, model: str | None) -> str:
+    """Return which of a family and a model a command was given; `ConfigError` if both or neither are."""
+    if family and model:
+        raise ConfigError(f"{command} takes --family or --model, got both ({family} and {model}); leave one out")
+    if not (family or model):
+        raise ConfigError(
+            f"{command} needs a model, got none; give --family (`dit-accel models` lists them) or --model"
+        )
+    return family or model or ""
+
+
 def named_model(command: str, family: str | None, model: str | None) -> tuple[Adapter, Family, Mapping[str, Any]]:
     """Return the adapter of a model that a command was given, its sizes and what is known of its transformer's config.
 
@@ -33,14 +44,9 @@ def named_model(command: str, family: str | None, model: str | None) -> tuple[Ad
         ConfigError: if both or neither are given.
         UnsupportedModel: for an unknown family, or a model whose configs can't be read.
     """
-    if family and model:
-        raise ConfigError(f"{command} takes --family or --model, got both ({family} and {model}); leave one out")
+    name = one_model(command, family, model)
     if model:
         files = read_model_files(model_source(model))
         return *files.identify(), files.transformer
-    if not family:
-        raise ConfigError(
-            f"{command} needs a model, got none; give --family (`dit-accel models` lists them) or --model"
-        )
-    adapter, sizes = installed.described(family)
+    adapter, sizes = installed.described(name)
     return adapter, sizes, sizes.config

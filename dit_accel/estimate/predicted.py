@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import ConfigError
 from ..methods.base import Handler, Phase
+from ..methods.caches.cache_config import StepCacheConfig
 from ..plan.layout import TokenLayout
 from ..report.predicted import Predicted
 from .estimate import estimate_run
+from .skipped import speedup_with_skips
 
 
 def predicted(
@@ -27,13 +29,13 @@ def predicted(
         found = estimate_run(handlers, family, layout, steps)
     except ConfigError:  # such as methods whose tiles can't be counted together
         return None
-    share, uncounted = 0.0, []
+    speedup, uncounted = found.speedup, list[str]()
     for handler in handlers:
-        saving = found.savings[handler.name]
-        if steps < (getattr(handler.settings, "min_steps", None) or 0):
+        saving, settings = found.savings[handler.name], handler.settings
+        if steps < (getattr(settings, "min_steps", None) or 0):
             continue
-        if handler.name in skips:
-            share = max(share, skips[handler.name])
+        if handler.name in skips and isinstance(settings, StepCacheConfig):
+            speedup = speedup_with_skips(found, settings, skips[handler.name])
         elif not saving.counted or (handler.phase is Phase.CACHES and not saving.forwards and not saving.blocks):
             uncounted.append(handler.name)
-    return Predicted(speedup=found.speedup / (1.0 - share), uncounted=tuple(uncounted))
+    return Predicted(speedup=speedup, uncounted=tuple(uncounted))

@@ -27,6 +27,9 @@ NONE = "none"
 MEASURED_ON = ("wan-tiny", "flux-tiny")
 """The families on which the levels were measured; to others the same rule applies unmeasured."""
 
+MEASURED_STEPS = 30
+"""The steps of those runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -98,7 +101,7 @@ _LARGER = Choice(
 _BEYOND = (_LONGER, _LONGER_WAN, _LARGER)
 """Of those that extend the same axis the first is taken that is advised for the model's family."""
 
-PRESETS: Mapping[Level, tuple[Choice, ...]] = {
+PRESETS: Mapping[str, tuple[Choice, ...]] = {
     "careful": (_cache(0.02, 0.25, 62.0), *_BEYOND),
     "balanced": (_cache(0.05, 0.5, 45.0), _sparse(1.0), *_BEYOND),
     "fast": (_cache(0.1, 0.6, 35.0), _sparse(1.3), *_BEYOND),

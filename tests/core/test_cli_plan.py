@@ -200,7 +200,9 @@ def test_the_table_names_its_assumptions():
 @pytest.mark.parametrize("width", ["80", "120"])
 def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", width)
-    for command in (["plan", *WAN_69, "--radial"], ["models"], ["methods"], ["generate", "--help"]):
+    recommended = ["recommend", *WAN_69, "--hardware", "h100"]
+    listed = (["models"], ["methods"], ["methods", "--options"])
+    for command in (["plan", *WAN_69, "--radial"], recommended, *listed, ["generate", "--help"]):
         result = CliRunner().invoke(app, command)
         assert max(map(len, result.stdout.splitlines())) <= int(width)
 

@@ -139,12 +139,18 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
             _print_written(one)
 
 
-def describe_model(model: Model = None, json: Json = False) -> None:
-    """Tell which methods a model takes, and with which options; loads no weights.
+def describe_model(
+    model: Model = None,
+    options: Annotated[bool, typer.Option("--options", help="Every method's options on this model instead.")] = False,
+    json: Json = False,
+) -> None:
+    """Tell what to attach to a model, and which methods it takes; no weights.
 
     Examples:
 
     dit-accel describe
+
+    dit-accel describe --options
 
     dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
     """
@@ -156,7 +162,7 @@ def describe_model(model: Model = None, json: Json = False) -> None:
     if json:
         print_json(description.to_dict())
     else:
-        OUT.print(str(description), soft_wrap=True, markup=False)
+        OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
 
 
 def _line(one: "Written") -> None:
