@@ -20,6 +20,7 @@ from ..methods.config import MethodConfig
 from ..methods.saving import Saving
 from ..plan.layout import TokenLayout
 from ..plan.tiling import TILE
+from ..report.html import lines, piece, table
 from .beyond import beyond_trained
 from .sizes import check_steps, rounded_frames, token_layout
 from .tiles import TilesLeft, tiles_left
@@ -188,6 +189,16 @@ class Estimate:
     def warnings(self) -> list[str]:
         """What a user should know about the methods on this layout."""
         return [text for saving in self.savings.values() for text in saving.warnings]
+
+    def _repr_html_(self) -> str:
+        """Return the estimate as a notebook shows it."""
+        size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
+        rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
+        if self.methods:
+            planned = f"{self.planned_attention_flops:.3g}", f"{self.planned_total_flops:.3g}"
+            rows.append((" + ".join(self.methods), *planned, f"{self.speedup:.2f}"))
+        head = ("", "FLOPs of attention", "FLOPs in all", "predicted speed-up")
+        return piece(f"{self.family.name}: {size}", table(head, rows), lines([*self.warnings, *self.notes]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
