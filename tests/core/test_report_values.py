@@ -6,7 +6,7 @@ import pytest
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import NAG, PAG, EasyCache, RadialAttention, StaticCache
+from dit_accel import PAG, EasyCache, RadialAttention, StaticCache
 from dit_accel.adapters import installed
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.predicted import predicted
@@ -95,7 +95,7 @@ def test_a_cache_that_decides_by_data_is_predicted_where_it_was_measured_alone()
 
 def test_models_of_no_released_sizes_are_not_predicted():
     transformer = tiny_transformer()
-    with dit_accel.attach(transformer, NAG(), RADIAL, backend="torch") as attachment:
+    with dit_accel.attach(transformer, RADIAL, backend="torch") as attachment:
         denoise(transformer, 2)
         report = attachment.report()
     assert report.predicted is None
