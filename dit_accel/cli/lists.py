@@ -38,7 +38,9 @@ def methods(
     if json:
         print_json(listed)
         return
-    if not options:
+    if options:
+        _print_options(listed)
+    else:
         table = plain_table("method", "what it does")
         for method in listed:
             table.add_row(f"--{method['name']}", method["summary"])
@@ -46,7 +48,11 @@ def methods(
         OUT.print(
             "\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods --options`.", style="dim"
         )
-        return
+    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
+    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
+
+
+def _print_options(listed: list[dict[str, Any]]) -> None:
     for method in listed:
         OUT.print(f"[bold]--{method['name']}[/bold]  {method['summary']}", soft_wrap=False)
         table = plain_table("option", "default", "meaning")
@@ -60,8 +66,6 @@ def methods(
         "'recipe' means: what the model's family uses, see `dit-accel describe --options`.",
         style="dim",
     )
-    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
-    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
 
 
 def models(json: Json = False) -> None:
