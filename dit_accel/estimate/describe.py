@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attachment.find import find_transformers, resolve_model
 from ..errors import ConfigError, DitAccelError
 from ..methods.compose import make_handlers
+from ..methods.find import find_transformers, resolve_model
 from ..methods.registry import methods
+from ..report.html import as_printed, folded, piece, table
 from .recommend import Recommendation, recommend
 
 
@@ -58,6 +59,18 @@ class Description:
                 {name: getattr(part, name) for name in TransformerDescription.__slots__} for part in self.transformers
             ],
         }
+
+    def _repr_html_(self) -> str:
+        """Return the description as a notebook shows it: what to attach, and every method with its options folded."""
+        parts = [as_printed(str(self.recommendation or f"no recommendation: {self.not_recommended}"))]
+        for part in self.transformers:
+            rows = [
+                (name, ", ".join(f"{key}={value}" for key, value in options.items()))
+                for name, options in part.methods.items()
+            ]
+            rows += [(name, f"refused, {why}") for name, why in part.refused.items()]
+            parts.append(folded(f"{part.name}: {len(part.methods)} methods", table(("method", "options"), rows)))
+        return piece("; ".join(map(_header, self.transformers)), *parts)
 
     def __str__(self) -> str:
         lines = [_header(part) for part in self.transformers]

@@ -8,10 +8,10 @@ from typing import Any
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
 from ..adapters.model_files import ModelFiles, model_source, read_model_files
-from ..attachment.find import find_transformers, resolve_model
 from ..errors import UnsupportedModel
 from ..methods.base import AttentionHandler, Model
 from ..methods.caches.cache_config import StepCacheConfig
+from ..methods.find import find_transformers, resolve_model
 from ..methods.presets import LEVELS, MEASURED_ON, Choice, choices
 from ..methods.registry import handler_of, method
 from .beyond import advice, beyond_trained
