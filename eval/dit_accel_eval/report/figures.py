@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,14 +11,12 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..runs.results import Line, markdown_table
-from ..statistics import EXACT, holm
-from ..suites.comparison import FEWEST, TIMED, WORKS, ArmFigures, decimals_of, figures_of, is_rival, verdict
+from ..statistics import FEWEST, WRONG
+from ..suites.arms import is_rival
+from ..suites.comparison import TIMED, WORKS, ArmFigures, decimals_of, figures_of, rival_words
 from ..suites.reference import AGREE
 from ..vbench.world_metrics import WORLD
 from .lines import ALWAYS, Results, better_of, further_metrics
-
-LEVEL = 0.05
-"""Share of wrong verdicts that all arms together may have."""
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -34,7 +32,6 @@ class Report:
         prompts: clip -> its prompt, clips in order.
         minimums: metric -> what every arm's mean must reach.
         warnings: what a reader should know before believing the figures.
-        holm: (arm, kind of work) -> the p-value of its difference to fewer steps, corrected for the number of arms.
     """
 
     results: Results
@@ -43,7 +40,6 @@ class Report:
     prompts: Mapping[int, str]
     minimums: Mapping[str, float]
     warnings: tuple[str, ...]
-    holm: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def further(self) -> list[str]:
@@ -54,6 +50,11 @@ class Report:
     def works(self) -> dict[str, str]:
         """Key -> in words, of the kinds of work, and time where it was measured, by which arms are made equal."""
         return {key: words for key, words in (WORKS | TIMED).items() if any(key in arm.means for arm in self.arms)}
+
+    @property
+    def timed(self) -> bool:
+        """Whether an arm was timed."""
+        return any("seconds" in arm.means for arm in self.arms)
 
     def mean(self, arm: ArmFigures, metric: str) -> float:
         """Return an arm's mean of a metric; nan where it has none."""
@@ -90,14 +91,9 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     if missing:
         text = " and no ".join(missing)
         raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
-    corrected: dict[tuple[str, str], float] = {}
-    for key in (*WORKS, *TIMED):  # each kind of work asks one question of every arm
-        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
-        corrected |= {(name, key): p for name, p in values.items()}
-    warnings = tuple(_warnings(results, arms, prompts, corrected))
+    warnings = tuple(_warnings(results, arms, prompts))
     return Report(
-        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
-        holm=corrected,
+        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings
     )  # fmt: skip
 
 
@@ -125,12 +121,7 @@ def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:
     return ranked[0], ranked[len(ranked) // 2]
 
 
-def _warnings(
-    results: Results,
-    arms: Sequence[ArmFigures],
-    prompts: Mapping[int, str],
-    corrected: Mapping[tuple[str, str], float],
-) -> Iterator[str]:
+def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int, str]) -> Iterator[str]:
     lines = results.lines
     if results.cut:
         yield "The last line of the results was cut off and is left out; the run may have been stopped."
@@ -146,15 +137,8 @@ def _warnings(
         yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(text)}."
     if len(prompts) < FEWEST:
         yield f"With {len(prompts)} clips there is no verdict; it takes {FEWEST}."
-    keys = [key for key in (*WORKS, *TIMED) if any(key in arm.ahead for arm in arms)]
-    for key in keys:
-        held = [arm for arm in arms if key in arm.ahead and arm.clips >= FEWEST]
-        open_ = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) == "open"]
-        words = (WORKS | TIMED)[key]
-        if open_:
-            yield f"Intervals that include zero at equal {words}, so neither better nor worse than fewer steps: " \
-                  f"{_some(open_)}."  # fmt: skip
-    yield from _after_holm(arms, corrected)
+    yield from _undecided(arms)
+    yield rival_words(lines)
     yield from _guided(lines)
     yield from _unmeasured(lines)
     for key in ("torch", "diffusers", "dit_accel"):
@@ -163,32 +147,19 @@ def _warnings(
             yield f"The runs are of several versions of {key}: {', '.join(versions)}."
 
 
-def _after_holm(arms: Sequence[ArmFigures], corrected: Mapping[tuple[str, str], float]) -> Iterator[str]:
-    """Say which verdicts are left when all arms together may be wrong in 5 % of the cases."""
-    judged = [arm for arm in arms if arm.ahead and arm.clips >= FEWEST]
-    if len(judged) < 2:
-        return
+def _undecided(arms: Sequence[ArmFigures]) -> Iterator[str]:
+    """Say which arms are neither better nor worse than fewer steps, and which are so but for their number."""
     for key, words in (WORKS | TIMED).items():
-        held = [arm for arm in judged if key in arm.ahead]
-        yield from _hopeless(held, words)
-        decided = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) != "open"]
-        lost = [name for name in decided if corrected[name, key] >= LEVEL]
-        if decided:
-            left = f"do not stand after Holm's correction for that number: {_some(lost)}." if lost else \
-                "all stand after Holm's correction for that number."  # fmt: skip
-            yield f"{len(held)} arms are judged at 95 % each. Of {len(decided)} verdicts at equal {words} {left}"
-
-
-def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
-    """Say where so few clips are held against so many arms that no verdict could stand, whatever the figures."""
-    clips = min((arm.clips for arm in held), default=EXACT)
-    least = 2.0 ** (1 - clips)  # all differences of one sign
-    if clips <= EXACT and least * len(held) >= LEVEL:
-        needed = math.ceil(1 + math.log2(len(held) / LEVEL))
-        text = (
-            f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
-        )
-        yield f"{text}, since p is {least:.3g} at least; it takes {needed} clips."
+        held = {arm.name: arm.ahead[key] for arm in arms if key in arm.ahead and arm.ahead[key].p is not None}
+        open_ = [name for name, found in held.items() if found.verdict == "open"]
+        if open_:
+            yield (
+                f"At equal {words} neither better nor worse than fewer steps, after Holm's correction over {len(held)} "
+                f"{'arm' if len(held) == 1 else 'arms'}: {_some(open_)}."
+            )
+        alone = [name for name in open_ if (held[name].p or 0.0) < WRONG]
+        if alone and len(held) > 1:
+            yield f"Of these, intervals leave out 0, and it is their number alone that leaves them so: {_some(alone)}."
 
 
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
@@ -258,9 +229,9 @@ def by_names(report: Report) -> ByNames:
         requested = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
         cells = []
         for arm in arms:
-            stands = verdict(arm.differences[name], len(requested)) if name in arm.differences else "open"
+            stands = arm.differences[name].verdict if name in arm.differences else ""
             mean = f"{arm.metrics[name].mean:.{decimals_of(name)}f}" if name in arm.metrics else "–"
-            cells.append((mean, "" if stands == "open" else stands))
+            cells.append((mean, stands if stands in ("ahead", "behind") else ""))
         rows.append((name.removesuffix(WORLD), len(requested), tuple(cells)))
     return ByNames(arms=tuple(arm.name for arm in arms), rows=tuple(rows))
 

@@ -13,7 +13,8 @@ from dit_accel_pipelines.generation.request import EMBEDDED_FPS
 from dit_accel import ConfigError
 
 from ..runs.results import Line, read_kept, reference_of, run_of
-from ..suites.comparison import ArmFigures, decimals_of, verdict
+from ..statistics import TOO_FEW, p_words
+from ..suites.comparison import ArmFigures, decimals_of, rule_words, seconds_cell
 from ..suites.plots import frontier, picture
 from ..vbench.world_metrics import WORLD
 from .curves import costs, curves, density_figure, step_curves, step_map, svg_uri, threads_of
@@ -91,7 +92,9 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         step_map=_step_map(report),
         threads=threads_of(report),
         density=density_figure(report),
-        verdict=verdict,
+        p_words=p_words,
+        rule=rule_words(report.arms),
+        seconds_cell=seconds_cell,
         reached=lambda arm: _reached(report, arm),
         plot=svg_uri(lambda: picture(report.arms, "")),
         frontiers=_frontiers(report),
@@ -111,15 +114,18 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
 def _summary(report: Report) -> str:
     """Return in a sentence how the arms stand against fewer steps."""
     key = next(iter(report.works))
-    found = [(arm, verdict(arm.ahead[key], arm.clips)) for arm in judged(report) if key in arm.ahead]
+    found = [(arm, arm.ahead[key]) for arm in judged(report) if key in arm.ahead]
     if not found:
         return "No arm is held against fewer steps here."
-    counts = {word: sum(one == word for _, one in found) for word in ("ahead", "behind", "open")}
-    best, _ = max(found, key=lambda one: one[0].ahead[key].mean)
+    best, lead = max(found, key=lambda one: one[1].mean)
+    counts = {word: sum(one.verdict == word for _, one in found) for word in ("ahead", "behind", "open", TOO_FEW)}
+    if counts[TOO_FEW] == len(found):
+        return f"Too few clips for a verdict. Highest mean at equal {report.works[key]}: {best.name}, {lead:+} dB."
+    few = f", {counts[TOO_FEW]} have too few clips" if counts[TOO_FEW] else ""
     return (
         f"At equal {report.works[key]}, {counts['ahead']} of {len(found)} arms come nearer to the converged run than "
-        f"fewer steps do, {counts['behind']} less near, {counts['open']} are open. The best of them: {best.name}, "
-        f"{best.ahead[key]:+} dB."
+        f"fewer steps do, {counts['behind']} less near, {counts['open']} are open{few}. The best of them: {best.name}, "
+        f"{lead:+} dB."
     )
 
 
@@ -127,7 +133,7 @@ def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
     """Return the rows of the first table under their heads."""
     dense = [arm for arm in report.arms if report.is_dense(arm)]
     others = [arm for arm in report.arms if not report.is_dense(arm)]
-    groups = [("Arms", others), ("Dense runs of fewer steps, UniPC", dense)]
+    groups = [("Arms", others), ("Dense runs of fewer steps", dense)]
     return [(head, arms) for head, arms in groups if arms]
 
 
