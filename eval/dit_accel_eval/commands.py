@@ -55,6 +55,10 @@ def run_suite(
     an embedded one, or a folder or hub id that diffusers loads. Exit code 1
     where the suite's budget did not hold all runs.
 
+    Of the arms of a suite, a verdict stands after Holm's correction over all
+    of them, from 6 clips on: so few arms on many clips say the most. Pairs of
+    arms that it declares ([[compare]]) have a table of their own.
+
     Examples:
 
     dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
@@ -72,6 +76,9 @@ def run_suite(
     from .suites.suite import read_suite
 
     read = read_suite(suite)
+    timed = timed or read.timed
+    if read.many and not quiet:
+        warn(read.many)
     usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
         suite=read, out=out or suite.parent.parent / "results" / f"{read.name}.jsonl", cache=cache or default_cache(),

@@ -19,10 +19,10 @@ from dit_accel_eval.metrics.ssim import ssim
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
-from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.arms import is_rival
 from dit_accel_eval.suites.compare import progress_of, run
-from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table, verdict
+from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table
 from dit_accel_eval.suites.job import JUDGES, Job, check_lines
 from dit_accel_eval.suites.suite import JUDGES as NAMES
 from dit_accel_eval.suites.suite import read_suite
@@ -56,46 +56,6 @@ def test_metrics_of_identity_and_of_a_known_error():
         psnr(one, one[:2])
 
 
-def test_interval_covers_its_level_of_the_time():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        interval = bootstrap(rng.normal(1.0, 1.0, 30), draws=500, seed=trial)
-        hits += interval.low <= 1.0 <= interval.high
-    assert 175 <= hits <= 199
-    constant = bootstrap([2.0, 2.0])
-    assert (constant.mean, constant.low, constant.high) == (2.0, 2.0, 2.0)
-    assert (str(constant), f"{constant:+}") == ("2.00 [2.00, 2.00]", "+2.00 [+2.00, +2.00]")
-    with pytest.raises(ValueError, match=r"interval.*got none"):
-        bootstrap([])
-
-
-def test_sign_flips_are_exact_for_few_clips_and_holm_steps_down():
-    assert sign_flips([1.0, 2.0, 3.0]) == 2 / 8  # of eight choices of signs two give a sum as far from 0
-    assert sign_flips([1.0, -1.0]) == 1
-    assert sign_flips([0.0, 0.0, 0.0]) == 1
-    rng = np.random.default_rng(0)
-    assert sign_flips(rng.normal(1, 1, 30)) < 0.001
-    chance = [sign_flips(rng.normal(0, 1, 8)) for _ in range(200)]
-    assert 0.0 <= np.mean(np.array(chance) < 0.05) <= 0.1
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
-    assert holm({}) == {}
-    with pytest.raises(ValueError, match="difference, got none"):
-        sign_flips([])
-
-
-def test_verdicts_need_an_interval_without_0_and_enough_clips():
-    good, bad, open_ = (Interval(mean=0, low=low, high=high) for low, high in ((0.1, 1), (-1, -0.1), (-1, 1)))
-    assert [verdict(one, 6) for one in (good, bad, open_)] == ["ahead", "behind", "open"]
-    assert verdict(good, 5) == "open"
-
-
-def test_a_difference_of_rounding_alone_decides_nothing():
-    assert verdict(Interval(mean=1e-6, low=1e-7, high=2e-6), 6) == "open"
-    assert verdict(Interval(mean=-1e-6, low=-2e-6, high=-1e-7), 6) == "open"
-
-
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_committed_suites_read_and_match_their_results(path):
     suite = read_suite(path)
@@ -104,10 +64,10 @@ def test_committed_suites_read_and_match_their_results(path):
     results = path.parent.parent / "results" / f"{suite.name}.jsonl"
     lines = read_lines(results)
     listed = {arm.name: arm.to_dict() for arm in suite.arms}
-    assert {line["arm"] for line in lines if not line["arm"].startswith("unipc ")} <= set(listed)
+    assert {line["arm"] for line in lines if not is_rival(line)} <= set(listed)
     if lines:
         job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
-        check_lines(results, lines, job.setting, {arm.name: job.arm_setting(arm) for arm in suite.arms})
+        check_lines(results, lines, job.setting, job.settings(lines))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +308,7 @@ def test_timed_arms_are_held_against_dense_runs_of_their_time(job, fake):
     assert (thin["seconds"], thin["dense_seconds"], thin["steps_in_time"], thin["threads"]) == (7.5, 10.0, 7.5, 2)
     assert euler["steps_in_time"] == 2
     assert all("seconds" not in line for line in dense)
-    assert "| against UniPC at equal time, dB |" in table(job.suite, read_lines(job.out))
+    assert "| against fewer steps at equal time, dB (median) |" in table(job.suite, read_lines(job.out))
     made = len(fake.made)
     run(timed, range(1))
     assert len(fake.made) == made

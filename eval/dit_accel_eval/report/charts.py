@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runs.results import Line
-from ..suites.comparison import FEWEST, ArmFigures, decimals_of
+from ..suites.comparison import ArmFigures, decimals_of
 from .figures import Report, judged, leads_of, worst_first
 from .lines import words_of
 
@@ -68,7 +68,7 @@ def forest(report: Report) -> Forest | None:
     """Return the leads at equal `Report.main`; None where no arm is held against fewer steps."""
     key = report.main
     arms = [arm for arm in judged(report) if key in arm.ahead]
-    leads = {arm.name: leads_of(report, arm, key) for arm in arms}
+    leads = {arm.name: leads_of(report, arm) for arm in arms}
     if not arms:
         return None
     every = [lead for found in leads.values() for lead in found.values()]
@@ -91,7 +91,8 @@ def forest(report: Report) -> Forest | None:
 
 
 def _ends(arm: ArmFigures, key: str) -> tuple[float, float] | None:
-    return (arm.ahead[key].low, arm.ahead[key].high) if arm.clips >= FEWEST else None
+    low, high = arm.ahead[key].low, arm.ahead[key].high
+    return None if low is None or high is None else (low, high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

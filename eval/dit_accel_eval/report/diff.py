@@ -5,10 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 from ..runs.results import markdown_table
-from ..statistics import bootstrap
-from ..suites.comparison import FEWEST, ArmFigures, verdict
-from .figures import Report, judged, stands
+from ..statistics import judge
+from ..suites.comparison import ArmFigures
+from .figures import Report, judged
 from .lines import ONE
+
+WORDS = {"ahead": "better", "behind": "worse"}
+"""Verdict of a change -> what it is called here."""
 
 
 def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
@@ -16,43 +19,42 @@ def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
 
     Each has the arm's ``name``; ``before`` and ``after`` its PSNR in dB, the dense steps that it costs by time, or by
     own work where it was not timed, and its verdict against fewer steps, None where that report lacks the arm; and of
-    the clips that both have, with the same prompt, their number, the mean difference of PSNR with its interval, and
-    ``change``: whether the arm is ``better`` or ``worse`` than before, the ``same``, ``open`` or of ``too few`` clips.
+    the clips that both have, with the same prompt, their number, the change of PSNR as `judge` gives it for all arms
+    together, and whether that is ``better`` or ``worse`` than before, the ``same``, ``open`` or of ``too few`` clips.
     """
     sides = [{arm.name: arm for arm in judged(report)} for report in (before, after)]
     same = {clip for clip, prompt in before.prompts.items() if after.prompts.get(clip) == prompt}
-    found = []
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        entry: dict[str, Any] = {"name": name, "clips": 0}
-        for key, report, side in zip(("before", "after"), (before, after), sides, strict=True):
-            entry[key] = _side(report, side[name]) if name in side else None
-        if name in sides[0] and name in sides[1]:
-            own, other = (
-                {line["clip"]: line["psnr"] for line in report.lines_of(side[name])}
-                for report, side in zip((before, after), sides, strict=True)
-            )
-            changes = [other[clip] - own[clip] for clip in sorted(same & {*own} & {*other})]
-            if changes:
-                entry |= {
-                    "clips": len(changes), "psnr_change": asdict(bootstrap(changes)), "change": _change(changes),
-                }  # fmt: skip
-        found.append(entry)
-    return found
+    names = dict.fromkeys([*sides[0], *sides[1]])
+    changes = {name: _changes(before, after, name, same) for name in names}
+    found = judge(changes)
+    return [
+        {
+            "name": name,
+            "before": _side(before, sides[0].get(name)),
+            "after": _side(after, sides[1].get(name)),
+            "clips": len(changes[name]),
+            "psnr_change": asdict(found[name]) if name in found else None,
+            "change": "same" if not any(changes[name]) else WORDS.get(found[name].verdict, found[name].verdict),
+        }
+        for name in names
+    ]
 
 
-def _change(changes: Sequence[float]) -> str:
-    if not any(changes):
-        return "same"
-    if len(changes) < FEWEST:
-        return "too few"
-    return {"ahead": "better", "behind": "worse"}.get(verdict(bootstrap(changes), len(changes)), "open")
+def _changes(before: Report, after: Report, name: str, clips: set[int]) -> list[float]:
+    """Return by how much an arm's PSNR changed, of each clip that both have."""
+    own, other = (
+        {line["clip"]: line["psnr"] for line in report.results.lines if line["arm"] == name}
+        for report in (before, after)
+    )
+    return [other[clip] - own[clip] for clip in sorted(clips & {*own} & {*other})]
 
 
-def _side(report: Report, arm: ArmFigures) -> dict[str, Any]:
+def _side(report: Report, arm: ArmFigures | None) -> dict[str, Any] | None:
+    if arm is None:
+        return None
     key = "steps_in_time" if "steps_in_time" in arm.means else "work"
-    return {
-        "psnr": arm.psnr.mean, "steps": arm.means[key], "by": report.works[key], "verdict": stands(report, arm, key),
-    }  # fmt: skip
+    verdict = arm.ahead[key].verdict if key in arm.ahead else ""
+    return {"psnr": arm.psnr.mean, "steps": arm.means[key], "by": report.works[key], "verdict": verdict}
 
 
 def others_of(before: Report, after: Report) -> list[str]:
@@ -69,12 +71,11 @@ def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:
     """Return the entries as a Markdown table, before and after in one cell."""
     rows = []
     for entry in entries:
-        sides = [entry["before"], entry["after"]]
-        stand, change = entry.get("change", ""), entry.get("psnr_change")
-        told = stand
-        if change and stand != "same":
-            ends = "" if stand == "too few" else f"[{change['low']:+.2f}, {change['high']:+.2f}] "
-            told = f"{change['mean']:+.2f} {ends}{stand}"
+        sides, change = [entry["before"], entry["after"]], entry["psnr_change"]
+        told = entry["change"] if change else ""
+        if change and told != "same":
+            ends = "" if change["low"] is None else f"[{change['low']:+.2f}, {change['high']:+.2f}] "
+            told = f"{change['mean']:+.2f} {ends}{told}"
         kinds = dict.fromkeys(side["by"] for side in sides if side)
         rows.append((
             entry["name"], _arrow([f"{side['psnr']:.2f}" if side else "–" for side in sides]), told,

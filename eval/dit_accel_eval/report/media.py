@@ -18,6 +18,7 @@ from dit_accel import ConfigError
 from dit_accel.files import no_room, no_space
 
 from ..runs.results import Line, read_kept, reference_of, run_of
+from ..suites.comparison import rival_kind
 from .figures import Report, judged, worst_first
 
 AMPLIFIED = 5
@@ -176,11 +177,12 @@ def kept_lines(report: Report, most: int) -> dict[int, list[tuple[Line, Line | N
         most: clips at most, the hardest ones first.
     """
     kept = [line for line in report.results.lines if "kept" in line]
-    arms = {arm.name for arm in judged(report)}
+    arms, kind = {arm.name for arm in judged(report)}, rival_kind(report.results.lines)
     found: dict[int, list[tuple[Line, Line | None]]] = {}
     for clip in worst_first(report):
         own = [line for line in kept if line["clip"] == clip and line["arm"] in arms]
         dense = [line for line in kept if line["clip"] == clip and line["arm"] not in arms]
+        dense = [line for line in dense if line["arm"].startswith(f"{kind} ")]
         if own and len(found) < most:
             found[clip] = [(line, _nearest(dense, line.get(report.main, line["work"]))) for line in own]
     return found

@@ -7,14 +7,15 @@ from typing import Any
 from dit_accel_assets import model_names
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
-from ..suites.comparison import FEWEST, ArmFigures, decimals_of
+from ..statistics import FEWEST, TOO_FEW, judge, p_words
+from ..suites.comparison import ArmFigures, decimals_of, rule_words, seconds_cell
 from .charts import costs, forest, hues, place_maps, prompt_map, threads_of
-from .figures import Report, judged, leads_of, misses, quantile_clips, stands
+from .figures import Report, judged, leads_of, misses, quantile_clips
 from .lines import ALWAYS, better_of, words_of
 from .media import AMPLIFIED, Entry
 from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
 
-RANKS = {"ahead": 4, "open": 3, "behind": 2, "too few": 1, "": 0}
+RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0}
 """Verdict -> its place when the table is sorted by it."""
 
 Shown = tuple[Entry, Sequence[str]]
@@ -86,7 +87,9 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "maps": place_maps(report),
         "costs": costs(report),
         "threads": threads_of(report),
-        "verdict": lambda arm, key: stands(report, arm, key),
+        "p_words": p_words,
+        "seconds_cell": seconds_cell,
+        "rule": rule_words(report.arms),
         "reached": lambda arm: _reached(report, arm),
         "shows": bool(media.get("runs")),
         "options": _options,
@@ -101,29 +104,30 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
 
 
 def summary(report: Report) -> str:
-    """Return in a sentence how the arms stand against fewer steps."""
-    key = report.main
-    found = {arm.name: stands(report, arm, key) for arm in judged(report) if key in arm.ahead}
+    """Return in a sentence or two how the arms stand against fewer steps, and whether a judge can tell them apart."""
+    found = {arm.name: arm.ahead[report.main] for arm in judged(report) if report.main in arm.ahead}
     if not found:
         return "No arm is held against fewer steps here."
-    if set(found.values()) == {"too few"}:
-        clips = max(arm.clips for arm in judged(report))
+    if all(one.verdict == TOO_FEW for one in found.values()):
+        clips = max(one.count for one in found.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
-    names = {word: [name for name, one in found.items() if one == word] for word in ("ahead", "behind")}
-    told = [f"{word}: {', '.join(arms)}" for word, arms in names.items() if arms]
-    return (
-        f"Against fewer steps at equal {report.works[key]}, {len(names['ahead'])} of {len(found)} arms are ahead and "
-        f"{len(names['behind'])} behind, after Holm's correction for their number; of the others these clips do not "
-        f"tell.{' ' + '; '.join(told).capitalize() + '.' if told else ''}"
-    )
+    names = {word: [name for name, one in found.items() if one.verdict == word] for word in ("ahead", "behind")}
+    told = [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if arms]
+    counts = f"{len(names['ahead'])} of {len(found)} arms are ahead, {len(names['behind'])} behind"
+    told.insert(0, f"Against fewer steps at equal {report.works[report.main]}, {counts}; of the others these clips do "
+                   "not tell.")  # fmt: skip
+    scores = judge({arm.name: [*leads_of(report, arm, "score").values()] for arm in judged(report)})
+    if scores and {one.verdict for one in scores.values()} == {"open"}:
+        told.insert(0, "The judge's score tells none of these arms from fewer steps.")
+    return " ".join(told)
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:
     """Return the rows of the first table, the arm that is furthest ahead first."""
-    key, rows = report.main, []
+    rows = []
     for arm in judged(report):
-        lead = arm.ahead.get(key)
-        stand = stands(report, arm, key)
+        lead = arm.ahead.get(report.main)
+        stand = lead.verdict if lead else ""
         rows.append({
             "arm": arm, "lead": lead, "stands": stand, "rank": RANKS[stand], "speedup": report.speedup(arm),
         })  # fmt: skip
@@ -144,7 +148,7 @@ def _data(report: Report, media: Entry, prefix: str) -> dict[str, Any]:
         arms.append({
             "name": arm.name, "hue": colours.get(arm.name), "worst": worst["clip"], "median": median["clip"],
             "even": len(lines) % 2 == 0, "psnr": {line["clip"]: line["psnr"] for line in lines},
-            "leads": leads_of(report, arm, report.main), "clips": media.get("runs", {}).get(arm.name, {}),
+            "leads": leads_of(report, arm), "clips": media.get("runs", {}).get(arm.name, {}),
         })  # fmt: skip
     reference = f"own {report.full_steps} steps" if report.own else "converged"
     return {
@@ -158,7 +162,7 @@ def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
     most = max((arm.clips for arm in report.arms if report.is_dense(arm)), default=0)
     dense = [arm for arm in report.arms if report.is_dense(arm) and arm.clips == most]
     others = [arm for arm in report.arms if not report.is_dense(arm)]
-    groups = [("Arms", others), ("Dense runs of fewer steps, UniPC", dense)]
+    groups = [("Arms", others), ("Dense runs of fewer steps", dense)]
     return [(head, arms) for head, arms in groups if arms]
 
 

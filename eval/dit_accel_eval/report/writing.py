@@ -13,14 +13,15 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..suites.comparison import ArmFigures, table_of
-from .figures import Report, misses, stands
+from ..statistics import Estimate
+from ..suites.comparison import ArmFigures, rule_words, table_of
+from .figures import Report, misses
 from .lines import better_of
 from .media import folder_of, kept_lines, media_beside, shown
 from .page import fps_of, page
 from .reproduce import versions_of
 
-SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 1
+SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 2
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
 FURTHER = ("scheduler", "guider", "arm_call")
 """What only some arms set."""
@@ -116,11 +117,7 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
         "psnr": asdict(arm.psnr),
         "means": dict(arm.means),
         "against_fewer_steps": {
-            key: {
-                **asdict(found), "verdict": stands(report, arm, key), "p": arm.p[key],
-                "p_holm": report.holm[arm.name, key],
-            }
-            for key, found in arm.ahead.items()
+            key: asdict(found) for key, found in arm.ahead.items()
         },
         "metrics": {
             name: {
@@ -137,9 +134,10 @@ def csv_text(report: Report) -> str:
     """Return one row an arm, its means and intervals each in a column."""
     works = report.works
     heads = ["arm", "dense", "clips", "num_inference_steps", "solver", *works]
-    heads += ["psnr", "psnr_low", "psnr_high", "ssim", "score"]
-    heads += [f"ahead_{key}{end}" for key in works for end in ("", "_low", "_high", "_verdict", "_p_holm")]
-    heads += [f"{name}{end}" for name in report.further for end in ("", "_low", "_high")]
+    heads += ["psnr", "psnr_median", "psnr_low", "psnr_high", "ssim", "score"]
+    ends = ("", "_median", "_low", "_high")
+    heads += [f"ahead_{key}{end}" for key in works for end in (*ends, "_verdict", "_p_holm")]
+    heads += [f"{name}{end}" for name in report.further for end in ends]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
@@ -147,21 +145,26 @@ def csv_text(report: Report) -> str:
         setting = report.settings[arm.name]
         cells: list[Any] = [arm.name, str(report.is_dense(arm)).lower(), arm.clips]
         cells += [setting["num_inference_steps"], setting["solver"], *(arm.means.get(key, "") for key in works)]
-        cells += [*asdict(arm.psnr).values(), arm.means["ssim"], arm.means.get("score", "")]
+        cells += [*_numbers(arm.psnr), arm.means["ssim"], arm.means.get("score", "")]
         for key in works:
             found = arm.ahead.get(key)
-            verdicts = [stands(report, arm, key), report.holm[arm.name, key]] if found else []
-            cells += [*asdict(found).values(), *verdicts] if found else [""] * 5
+            cells += [*_numbers(found), found.verdict, found.p_holm] if found else [""] * 6
         for name in report.further:
-            cells += [*asdict(arm.metrics[name]).values()] if name in arm.metrics else [""] * 3
+            cells += _numbers(arm.metrics[name]) if name in arm.metrics else [""] * 4
         writer.writerow(cells)
     return out.getvalue()
+
+
+def _numbers(found: Estimate) -> list[float | None]:
+    """Return a mean, its median and its interval, whose ends are empty under so few clips that there is none."""
+    return [found.mean, found.median, found.low, found.high]
 
 
 def markdown_text(report: Report) -> str:
     """Return the table of all arms, and below it what to know and what was missed."""
     first = report.results.lines[0]
-    parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals.", table_of(report.arms)]
+    parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals. {rule_words(report.arms)}"]
+    parts += [table_of(report.arms)]
     for head, texts in (("Warnings", report.warnings), ("Missed", misses(report))):
         if texts:
             parts.append("\n".join([f"{head}:", "", *(f"- {text}" for text in texts)]))

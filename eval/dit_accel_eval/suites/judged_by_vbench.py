@@ -17,15 +17,12 @@ from ..metrics import Sample, scores
 from ..runs.counting import Counts, works
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, latest
-from ..statistics import bootstrap, holm, sign_flips
+from ..statistics import Judged, judge
 from ..vbench.dimensions import DIMENSIONS
 from ..vbench.proxies import NAMES, correlations
 from ..vbench.scenes import model_scores
-from .comparison import WORKS, verdict
+from .comparison import WORKS
 from .suite import Suite
-
-SURE = 0.05
-"""p-value, corrected for the number of differences in a table, below which a verdict stands."""
 
 
 def check_suite(suite: Suite) -> None:
@@ -59,8 +56,8 @@ def _dense_step(model: SuiteModel) -> Counts:
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: a row a dimension, a column an arm, means over the clips that ask for it.
 
-    Behind a mean stands whether the arm is ahead of or behind the first one, clip by clip; bold where that stands after
-    Holm's correction for all differences of the table. Clips of which an arm is missing are left out.
+    Behind a mean stands whether the arm is ahead of or behind the first one, clip by clip, after Holm's correction for
+    all differences of the table. Clips of which an arm is missing are left out.
     """
     check_suite(suite)
     by_arm = _whole(suite, lines)
@@ -73,13 +70,13 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
         for name in DIMENSIONS
         if (both := [clip for clip in requested[name] if name in by_arm[arm][clip]["world"]])
     }
-    sure = {key for key, p in holm({key: sign_flips(found) for key, found in pairs.items()}).items() if p < SURE}
+    judged = judge(pairs)
     rows = [f"| name@world | clips | {' | '.join(by_arm)} |", f"|---|{'---|' * (len(by_arm) + 1)}"]
     for key, words in WORKS.items():
         cells = [_mean([line[key] for line in clips.values()], 1) for clips in by_arm.values()]
         rows.append(f"| *{words}, steps* | {len(by_arm[first])} | {' | '.join(cells)} |")
     for name in DIMENSIONS:
-        cells = [_cell(by_arm[arm], name, pairs.get((name, arm), []), sure=(name, arm) in sure) for arm in by_arm]
+        cells = [_cell(by_arm[arm], name, judged.get((name, arm))) for arm in by_arm]
         if any(cells):
             rows.append(f"| {name} | {len(requested[name])} | {' | '.join(cells)} |")
     never = [name for name in DIMENSIONS if not any(_clips(clips, name) for clips in by_arm.values())]
@@ -112,12 +109,9 @@ def _clips(clips: Mapping[int, Line], name: str) -> list[int]:
     return [clip for clip, line in clips.items() if name in line["world"]]
 
 
-def _cell(clips: Mapping[int, Line], name: str, differences: Sequence[float], *, sure: bool) -> str:
+def _cell(clips: Mapping[int, Line], name: str, judged: Judged | None) -> str:
     mean = _mean([line["world"][name] for line in clips.values() if name in line["world"]], 2)
-    said = verdict(bootstrap(differences), len(differences)) if differences else "open"
-    if said == "open":
-        return mean
-    return f"**{mean} {said}**" if sure else f"{mean} {said}"
+    return f"{mean} {judged.verdict}" if judged and judged.verdict in ("ahead", "behind") else mean
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

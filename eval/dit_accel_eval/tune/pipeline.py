@@ -25,6 +25,7 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_prompts
 from ..runs.model import OWN
 from ..runs.results import read_lines
+from ..statistics import FEWEST
 from ..suites.arms import Arm
 from ..suites.comparison import figures_of
 from ..suites.job import SCALES, Job, call_of
@@ -60,8 +61,9 @@ class TunedPipeline(Tuned):
         rows = [(p.arm.name, f"{p.quality:.4g}", f"{p.work:.2f}", f"{p.speedup:.2f}") for p in self.frontier]
         chosen = self.chosen
         remarks = [
-            f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g}, speed-up {chosen.speedup:.2f} over "
-            f"{chosen.prompts} held-out prompts; asked was {self.target.name} {self.target.value:g}",
+            f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g} {_interval(chosen)}, speed-up "
+            f"{chosen.speedup:.2f} over {chosen.prompts} held-out prompts; asked was "
+            f"{self.target.name} {self.target.value:g}",
             f"tried {self.tried[0]} of {self.tried[1]} settings; the others can't be cheaper, or missed by far",
         ]
         return columns, rows, remarks
@@ -77,9 +79,16 @@ class TunedPipeline(Tuned):
         }
 
 
+def _interval(point: Point) -> str:
+    """Return the interval of a setting's quality in words."""
+    if point.interval is None:
+        return f"(no interval: it takes {FEWEST} prompts)"
+    return f"[{point.interval[0]:.4g}, {point.interval[1]:.4g}]"
+
+
 def _plain(point: Point) -> dict[str, Any]:
     return {"arm": point.arm.name, **point.arm.to_dict(), **{
-        key: getattr(point, key) for key in ("prompts", "quality", "work", "speedup")
+        key: getattr(point, key) for key in ("prompts", "quality", "interval", "work", "speedup")
     }}  # fmt: skip
 
 

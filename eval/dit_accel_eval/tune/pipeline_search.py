@@ -14,6 +14,7 @@ from dit_accel.errors import ConfigError, did_you_mean
 from ..metrics.registered import metric, metrics
 from ..runs.loaded import FIRST_PROMPT
 from ..runs.results import Line, latest, read_lines
+from ..statistics import estimate
 from ..suites.arms import Arm
 from ..suites.compare import run
 from ..suites.comparison import value_of
@@ -128,6 +129,7 @@ class Point:
         arm: the setting.
         prompts: on how many.
         quality: mean of the target's metric, or PSNR.
+        interval: of that mean, 95 %; None of few prompts.
         work: mean, in steps of the dense model.
         speedup: steps of the model's own dense run over that.
     """
@@ -137,6 +139,7 @@ class Point:
     quality: float
     work: float
     speedup: float
+    interval: tuple[float, float] | None = None
 
 
 def read_target(text: str) -> Target:
@@ -201,9 +204,12 @@ class Search:
                 reasons = (line.get(key, {}).get(self.target.quality) for line in lines for key in UNMEASURED)
                 reason = next(filter(None, reasons), "it has no value")
                 raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
-            work, quality = float(np.mean([line["work"] for line in lines])), float(np.mean(values))
+            work, found = float(np.mean([line["work"] for line in lines])), estimate(values)
             points.append(
-                Point(arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=quality)
+                Point(
+                    arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=found.mean,
+                    interval=None if found.low is None or found.high is None else (found.low, found.high),
+                )
             )  # fmt: skip
         return points
 

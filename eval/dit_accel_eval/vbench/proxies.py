@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..metrics import metric
 from ..runs.results import Line
-from ..statistics import bootstrap, rank_correlation
+from ..statistics import estimate, rank_correlation
 
 PROXIES: dict[str, tuple[str, ...]] = {
     "subject_consistency": ("consistency@efflite0",),
@@ -41,6 +41,6 @@ def correlations(lines: Sequence[Line], what: str) -> list[str]:
         for name in names:
             found = by_scene(lines, dimension, name)
             both = any(dimension in line["world"] and name in line["metrics"] for line in lines)
-            said = str(bootstrap(found)) if found else "constant" if both else "not measured"
+            said = str(estimate(found)) if found else "constant" if both else "not measured"
             rows.append(f"| {dimension} | `{name}` | {said} | {len(found)} |")
     return rows
