@@ -1,23 +1,22 @@
 """The comparison: honest intervals, suites and results that say what is wrong, rivals, runs that go on."""
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
+from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.metrics import metrics
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.metrics.ssim import ssim
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import is_rival
@@ -27,6 +26,7 @@ from dit_accel_eval.suites.job import JUDGES, Job, check_lines
 from dit_accel_eval.suites.suite import JUDGES as NAMES
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.processes.ranks import Ranks
+from fake_model import FakeModel
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -165,32 +165,6 @@ def test_timed_runs_have_the_machine_to_themselves(tmp_path):
     found = command("run", tmp_path / "s.toml", "--time", "--workers", "2", "--out", tmp_path / "s.jsonl")
     assert found.exit_code == 2
     assert "timed runs need the machine to themselves, got --workers 2" in found.stderr
-
-
-class FakeModel:
-    """Stands in for an embedded model: its dense runs of n steps are 100 / n grey levels off, methods half of that."""
-
-    name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
-    call: ClassVar = {"num_frames": 3}
-    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    made: ClassVar[list] = []
-
-    def __init__(self, name, call):
-        pass
-
-    def prompt(self, clip):
-        return f"prompt {clip}"
-
-    def seed(self, clip):
-        return clip
-
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
-        self.made.append((clip, steps, solver, len(methods)))
-        base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
-        error = (2.0 if solver == "euler" else 1.0) / steps**2 / (2 if methods else 1)
-        frames = np.clip(base + error, 0, 1)
-        return Run(frames=frames, counts=Counts(blocks=12 * steps, attention=12 * steps),
-                   attended=0.5 if methods else 1.0, seconds=steps * (0.75 if methods else 1.0))  # fmt: skip
 
 
 @pytest.fixture
@@ -469,7 +443,16 @@ main()
 def test_accelerate_runs_a_suite_in_two_processes(tmp_path):
     (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3") + ARM)
     (tmp_path / "run.py").write_text(LAUNCHED)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "run.py", __file__]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "run.py",
+        inspect.getfile(FakeModel),
+    ]
     run_it = ["eval", "run", "s.toml", "--out", "s.jsonl", "--cache", "cache"]
     done = subprocess.run([*launch, *run_it], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

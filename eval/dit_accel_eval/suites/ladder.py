@@ -102,7 +102,8 @@ def read_ladder(path: Path) -> Ladder:
     missing = [key for key in ("model", "first_clip", "clips", "rung") if not data.get(key) and data.get(key) != 0]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; make it anew with best_rival.py")
-    return Ladder(**{**data, "rungs": tuple(_rung(one, str(path)) for one in data.pop("rung"))})
+    rungs = tuple(_rung(one, str(path)) for one in data.pop("rung"))
+    return Ladder(**data, rungs=rungs)
 
 
 def _rung(values: Mapping[str, Any], where: str) -> Rung:
