@@ -392,7 +392,17 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
         leads = leads_of(timed, arm)
         assert np.mean([*leads.values()]) == pytest.approx(lead.mean)
         assert [f"clip {clip}" in cells for clip in leads] == [True] * arm.clips  # a dot a clip
-    assert "by time, over 30 dense steps." in page(timed)
+    text = page(timed)
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    for arm in data["parts"][0]["arms"]:  # what the table shows of one prompt alone
+        found = next(one for one in ours if one.name == arm["name"])
+        leads = leads_of(timed, found)
+        assert {int(clip): cells["lead"] for clip, cells in arm["cells"].items()} == {
+            clip: f"{lead:+.2f}" for clip, lead in leads.items()
+        }
+        steps = [timed.full_steps / float(cells["speedup"][:-1]) for cells in arm["cells"].values()]
+        assert np.mean(steps) == pytest.approx(found.means["steps_in_time"], rel=0.01)
+    assert "by time, over 30 dense steps." in text
     assert "by work, over 12 dense steps; these runs were not timed." in page(report())
 
 

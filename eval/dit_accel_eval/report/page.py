@@ -18,6 +18,9 @@ from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of,
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0}
 """Verdict -> its place when the table is sorted by it."""
 
+NAMED = 4
+"""Arms that a sentence names; the table has the others."""
+
 Shown = tuple[Entry, Sequence[str]]
 """What `media.shown` returns of a report."""
 
@@ -112,7 +115,7 @@ def summary(report: Report) -> str:
         clips = max(one.count for one in found.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
     names = {word: [name for name, one in found.items() if one.verdict == word] for word in ("ahead", "behind")}
-    told = [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if arms]
+    told = [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
     counts = f"{len(names['ahead'])} of {len(found)} arms are ahead, {len(names['behind'])} behind"
     told.insert(0, f"Against fewer steps at equal {report.works[report.main]}, {counts}; of the others these clips do "
                    "not tell.")  # fmt: skip
@@ -145,16 +148,37 @@ def _data(report: Report, media: Entry, prefix: str) -> dict[str, Any]:
     for arm in judged(report):
         lines = report.lines_of(arm)
         worst, median = quantile_clips(lines)
+        clips = {
+            clip: {key: one["file"] if isinstance(one, dict) else one for key, one in entry.items()}
+            for clip, entry in media.get("runs", {}).get(arm.name, {}).items()
+        }
         arms.append({
             "name": arm.name, "hue": colours.get(arm.name), "worst": worst["clip"], "median": median["clip"],
-            "even": len(lines) % 2 == 0, "psnr": {line["clip"]: line["psnr"] for line in lines},
-            "leads": leads_of(report, arm), "clips": media.get("runs", {}).get(arm.name, {}),
+            "even": len(lines) % 2 == 0, "cells": _cells(report, arm), "clips": clips,
         })  # fmt: skip
-    reference = f"own {report.full_steps} steps" if report.own else "converged"
+    rivals = {
+        name: {clip: entry["file"] for clip, entry in clips.items()} for name, clips in media.get("rivals", {}).items()
+    }
     return {
         "prefix": prefix, "prompts": report.prompts, "arms": arms, "references": media.get("references", {}),
-        "rivals": media.get("rivals", {}), "fps": fps_of(report), "amplified": AMPLIFIED, "reference": reference,
+        "rivals": rivals, "fps": fps_of(report), "amplified": AMPLIFIED,
+        "reference": f"own {report.full_steps} steps" if report.own else "converged",
     }  # fmt: skip
+
+
+def _cells(report: Report, arm: ArmFigures) -> dict[int, dict[str, str]]:
+    """Return clip -> the cells of an arm's row of the first table that a clip has of its own, by their columns."""
+    leads, found = leads_of(report, arm), {}
+    for line in report.lines_of(arm):
+        cells = {"psnr": f"{line['psnr']:.2f}"}
+        cells |= {"lead": f"{leads[line['clip']]:+.2f}"} if line["clip"] in leads else {}
+        cells |= {"speedup": f"{report.full_steps / line[report.main]:.2f}×"} if line.get(report.main) else {}
+        cells |= {"score": f"{line['score']:.0%}".replace("%", " %")} if "score" in line else {}
+        for name in _columns(report):
+            value = line.get("metrics", {}).get(name)
+            cells |= {name: f"{value:.{decimals_of(name)}f}"} if value is not None else {}
+        found[line["clip"]] = cells
+    return found
 
 
 def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
