@@ -12,6 +12,7 @@ from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.media import difference, folder_of, kept_lines, media_beside
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_pipelines.generation.media import read_image, read_video
+from PIL import Image
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -127,11 +128,15 @@ def test_a_page_of_the_same_frames_takes_the_files_that_there_are(tmp_path, monk
     assert len(after) == len(before)
 
 
-def test_pictures_lie_beside_the_page_as_pictures(tmp_path):
+def test_pictures_lie_beside_the_page_as_pictures_however_large(tmp_path, monkeypatch):
     page = tmp_path / "r.html"
-    assert run(kept(tmp_path, frames=1), "-o", page).exit_code == 0
+    path = kept(tmp_path, frames=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow takes pictures of twice as many for an attack
+    assert run(path, "-o", page).exit_code == 0
+    assert Image.MAX_IMAGE_PIXELS == 1000
     entry = data_of(page)["parts"][0]["arms"][0]["clips"]["1"]["own"]
     assert entry.endswith(".png")
+    monkeypatch.undo()
     assert np.unique(np.asarray(read_image(folder_of(page) / entry))).size == 1
 
 
@@ -219,8 +224,8 @@ def test_clips_that_can_not_be_encoded_leave_everything_as_it_was(tmp_path, monk
 def test_a_folder_that_can_not_be_moved_leaves_the_one_before(tmp_path, monkeypatch):
     page = tmp_path / "r.html"
     for grey, fails in ((1, False), (2, True)):
-        with media_beside(page, 8) as folder:
-            folder.add("a", grey, lambda grey=grey: np.full((1, 200, 200, 3), grey, np.uint8))
+        with media_beside(page) as folder:
+            folder.add("a", grey, lambda grey=grey: np.full((1, 200, 200, 3), grey, np.uint8), fps=8)
             if not fails:
                 folder.put()
                 continue

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dit_accel_assets import model_names
 from dit_accel_pipelines.generation.media import Frames, upscale, write_media
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
 from dit_accel.files import no_room, no_space
@@ -70,28 +72,28 @@ class Media:
     Args:
         new: the folder.
         old: the page's folder so far, from which files of the same frames are taken.
-        fps: frames per second of videos.
     """
 
-    def __init__(self, new: Path, old: Path, fps: float) -> None:
-        self._new, self._old, self._fps = new, old, fps
+    def __init__(self, new: Path, old: Path) -> None:
+        self._new, self._old = new, old
         self._before = _manifest(old)
         self._entries: dict[str, Entry] = {}
 
-    def add(self, label: str, key: Any, frames: Callable[[], Frames]) -> Entry:
+    def add(self, label: str, key: Any, frames: Callable[[], Frames], *, fps: float) -> Entry:
         """Put frames into the folder, once; returns their file, poster, number, width and height.
 
         Args:
             label: begins the file's name.
             key: what they are made from, as plain values.
             frames: makes them, where they are in neither folder.
+            fps: frames per second of a video.
 
         Raises:
             ConfigError: if they can't be encoded, or written.
         """
-        name = f"{label}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+        name = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
         if name not in self._entries:
-            self._entries[name] = self._taken(name) or self._encoded(name, frames())
+            self._entries[name] = self._taken(name) or self._encoded(name, frames(), fps)
         return self._entries[name]
 
     def put(self) -> None:
@@ -118,11 +120,11 @@ class Media:
             return None
         return entry
 
-    def _encoded(self, name: str, frames: Frames) -> Entry:
+    def _encoded(self, name: str, frames: Frames, fps: float) -> Entry:
         count, height, width = frames.shape[:3]
         file, poster = f"{name}.{'mp4' if count > 1 else 'png'}", f"{name}.webp"
         try:
-            write_media(self._new / file, _enlarged(frames) if count > 1 else frames, fps=self._fps, seeking=True)
+            write_media(self._new / file, _enlarged(frames) if count > 1 else frames, fps=fps, seeking=True)
             _write_poster(self._new / poster, frames[count // 2])
         except (ConfigError, RuntimeError, OSError, ValueError) as error:
             if no_room(error):
@@ -150,7 +152,7 @@ def _write_poster(path: Path, frame: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def media_beside(page: Path, fps: float) -> Iterator[Media]:
+def media_beside(page: Path) -> Iterator[Media]:
     """Give a folder to fill, which `put` moves to its place; it vanishes at the end of the block otherwise.
 
     Raises:
@@ -161,9 +163,14 @@ def media_beside(page: Path, fps: float) -> Iterator[Media]:
     room = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dit-accel-"))
     try:
         (room / "media").mkdir()
-        yield Media(room / "media", folder, fps)
+        yield Media(room / "media", folder)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def fps_of(report: Report) -> int:
+    """Return the frames per second of a report's clips."""
+    return EMBEDDED_FPS if report.results.lines[0]["model"] in model_names() else OTHER_FPS
 
 
 class _UnreadableError(ConfigError):
@@ -211,20 +218,20 @@ def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) 
     rivals: dict[str, dict[int, Entry]] = {}
     runs: dict[str, dict[int, Entry]] = {}
     failed: list[str] = []
-    folder = report.results.path.parent
+    folder, add = report.results.path.parent, functools.partial(media.add, fps=fps_of(report))
     for clip, pairs in kept_lines(report, most).items():
         for line, dense in pairs:
             try:
                 own, reference = _Kept(folder / line["kept"], run_of(line)), _Kept.reference(folder, line)
-                references[clip] = media.add(reference.label, reference.key, reference.frames)
-                entry: Entry = {"own": media.add(own.label, own.key, own.frames)}
-                entry["difference"] = media.add(
+                references[clip] = add(reference.label, reference.key, reference.frames)
+                entry: Entry = {"own": add(own.label, own.key, own.frames)}
+                entry["difference"] = add(
                     f"{own.label}-difference", [AMPLIFIED, own.key, reference.key],
                     lambda own=own, reference=reference: difference(own.frames(), reference.frames()),
                 )  # fmt: skip
                 if dense is not None:
                     rival = _Kept(folder / dense["kept"], run_of(dense))
-                    rivals.setdefault(dense["arm"], {})[clip] = media.add(rival.label, rival.key, rival.frames)
+                    rivals.setdefault(dense["arm"], {})[clip] = add(rival.label, rival.key, rival.frames)
                     entry["rival"] = dense["arm"]
                 runs.setdefault(line["arm"], {})[clip] = entry
             except _UnreadableError as error:
@@ -263,10 +270,15 @@ class _Kept:
 
 @functools.lru_cache(maxsize=2)  # an arm's and its reference's
 def _read(path: Path, made_by: str) -> Frames:
+    from PIL import Image
+
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # all frames of a long video are one large picture
     try:
         return read_kept(path, json.loads(made_by))
     except ConfigError as error:
         raise _UnreadableError(str(error)) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
 
 
 def difference(clip: Frames, reference: Frames) -> Frames:

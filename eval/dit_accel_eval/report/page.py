@@ -4,15 +4,12 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_accel_assets import model_names
-from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
-
 from ..statistics import FEWEST, TOO_FEW, judge, p_words
 from ..suites.comparison import ArmFigures, decimals_of, rule_words, seconds_cell
 from .charts import costs, forest, hues, place_maps, prompt_map, threads_of
 from .figures import Report, judged, leads_of, misses, quantile_clips
 from .lines import ALWAYS, better_of, words_of
-from .media import AMPLIFIED, Entry
+from .media import AMPLIFIED, Entry, fps_of
 from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
 
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0}
@@ -23,11 +20,6 @@ NAMED = 4
 
 Shown = tuple[Entry, Sequence[str]]
 """What `media.shown` returns of a report."""
-
-
-def fps_of(report: Report) -> int:
-    """Return the frames per second of a report's clips."""
-    return EMBEDDED_FPS if report.results.lines[0]["model"] in model_names() else OTHER_FPS
 
 
 def page(*reports: Report, shown: Sequence[Shown] = (), folder: str = "") -> str:

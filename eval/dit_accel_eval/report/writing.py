@@ -18,7 +18,7 @@ from ..suites.comparison import ArmFigures, rule_words, table_of
 from .figures import Report, misses
 from .lines import better_of
 from .media import folder_of, kept_lines, media_beside, shown
-from .page import fps_of, page
+from .page import page
 from .reproduce import versions_of
 
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 2
@@ -75,7 +75,7 @@ def _paged(reports: Sequence[Report], path: Path | None, clips: int | None) -> I
     if not total:
         yield page(*reports), lambda: None
         return
-    with media_beside(path, fps_of(reports[0])) as media:
+    with media_beside(path) as media:
         with Stages() as stages:
             stages.stage("clips", total)
             found = [shown(report, media, most, stages.advance) for report in reports]
