@@ -115,19 +115,24 @@ def test_several_results_make_one_page(tmp_path):
     assert both.stderr.count("has a mean psnr of") > len(report().arms) - 1
 
 
-def test_json_csv_and_markdown_agree():
-    data = writing.data_of(report(psnr=20.0))
+@pytest.mark.parametrize("clips", [2, 6])
+def test_json_csv_and_markdown_agree(tmp_path, clips):
+    path = few(tmp_path, "report-wan-tiny", clips)
+    data = writing.data_of(report(path, psnr=20.0))
     assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 2)
-    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(writing.csv_text(report())))}
+    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(writing.csv_text(report(path))))}
     assert set(rows) == {arm["name"] for arm in data["arms"]}
     for arm in data["arms"]:
         row = rows[arm["name"]]
         assert float(row["psnr"]) == arm["psnr"]["mean"] == pytest.approx(np.mean([one["psnr"] for one in arm["runs"]]))
         assert (row["dense"] == "true") == arm["dense"] == (not arm["against_fewer_steps"])
         for key, found in arm["against_fewer_steps"].items():
-            assert float(row[f"ahead_{key}"]) == found["mean"]
-            assert row[f"ahead_{key}_low"] == ("" if found["low"] is None else str(found["low"]))
             assert row[f"ahead_{key}_verdict"] == found["verdict"]
+            assert float(row[f"ahead_{key}_median"]) == found["median"]
+            if found["count"] < 6:
+                assert (found["low"], row[f"ahead_{key}_high"], found["verdict"]) == (None, "", "too few")
+            else:
+                assert float(row[f"ahead_{key}_low"]) == found["low"] <= found["mean"] <= found["high"]
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
@@ -223,8 +228,8 @@ def test_minimums_judge_the_arms_and_not_their_rivals():
 
 
 def measured(tmp_path: Path) -> Path:
-    """Return results in which the warp error is the PSNR's tenth of the clip and arm, and one clip has no LPIPS."""
-    lines = read_lines(WAN)
+    """Return results in which the warp error is the PSNR's hundredth of the clip and arm, and no clip has an LPIPS."""
+    lines = read_lines(few(tmp_path, "knee-flux-tiny", 6))
     for line in lines:
         line["metrics"] = {"warp-error@dis": line["psnr"] / 100, "mine": 1.0}
         line["by_frame"] = {"psnr": [line["psnr"] + one for one in range(5)]}
