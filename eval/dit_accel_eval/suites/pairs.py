@@ -15,7 +15,7 @@ from dit_accel.errors import did_you_mean
 
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words
-from .arms import Arm, check_kinds
+from .arms import Arm, check_kinds, dense_arm
 
 KINDS = {"arm": str, "against": str, "margin": (int, float)}
 """Key of a pair -> what it must be."""
@@ -40,14 +40,15 @@ class PairFigures:
     Attributes:
         ahead: by how many dB of PSNR the arm is ahead, clip by clip.
         costs: of the arm and of the other, in dense steps.
-        timed: whether those are by measured time; else by counted work.
+        by: what costs are: measured ``time``; ``processor time``, where arms ran on one thread beside other work; or
+            counted ``work``.
         dense: steps of the dense run that costs are a share of.
     """
 
     pair: Pair
     ahead: Judged
     costs: tuple[float, float]
-    timed: bool
+    by: str
     dense: int
 
     @property
@@ -60,7 +61,7 @@ class PairFigures:
         """What is said of the pair, its margin and cost within."""
         said, margin = self.ahead.verdict, self.pair.margin
         words = {"ahead": f"ahead by more than {margin:g} dB", "behind": f"not {margin:g} dB ahead"} if margin else {}
-        more = f", at more {'time' if self.timed else 'work'}" if self.dearer and said not in ("open", TOO_FEW) else ""
+        more = f", at more {self.by}" if self.dearer and said not in ("open", TOO_FEW) else ""
         return words.get(said, said) + more
 
 
@@ -104,12 +105,35 @@ def pair_figures(
     found = []
     for pair, ahead in judged.items():
         both = shared[pair]
-        timed = all("steps_in_time" in line for ends in both for line in ends)
-        key = "steps_in_time" if timed else "work"
-        own, other = (float(np.mean([ends[place][key] for ends in both])) for place in (0, 1))
         dense = reference_steps or max(line["num_inference_steps"] for ends in both for line in ends)
-        found.append(PairFigures(pair=pair, ahead=ahead, costs=(own, other), timed=timed, dense=dense))
+        by, costs = _costs(both, known, dense)
+        found.append(PairFigures(pair=pair, ahead=ahead, costs=costs, by=by, dense=dense))
     return found
+
+
+def _costs(
+    both: Sequence[tuple[Line, Line]], known: Mapping[tuple[str, int], Line], dense: int
+) -> tuple[str, tuple[float, float]]:
+    """Return what two arms cost in dense steps, the mean over clips, and by what: see `PairFigures`."""
+    lines = [line for ends in both for line in ends]
+    of_clip = {clip: _busy(line) for (name, clip), line in known.items() if name == dense_arm(dense).name}
+
+    def processor_steps(line: Line) -> float:
+        return dense * _busy(line) / of_clip[line["clip"]]
+
+    by, cost = "work", lambda line: float(line["work"])
+    if all("steps_in_time" in line for line in lines):
+        by, cost = "time", lambda line: float(line["steps_in_time"])
+    elif all(_busy(line) and of_clip.get(line["clip"]) for line in lines):
+        by, cost = "processor time", processor_steps
+    own, other = (float(np.mean([cost(ends[place]) for ends in both])) for place in (0, 1))
+    return by, (own, other)
+
+
+def _busy(line: Line) -> float:
+    """Return the processor seconds of a run's steps on one thread; 0 where not known, or of several threads."""
+    times = line.get("times", {})
+    return float(times.get("processor", 0.0)) if times.get("threads") == 1 else 0.0
 
 
 def _shared(pair: Pair, known: Mapping[tuple[str, int], Line]) -> list[tuple[Line, Line]]:
@@ -125,11 +149,11 @@ def pairs_table(
     found = pair_figures(pairs, lines, reference_steps)
     if not found:
         return ""
-    cost = "time" if all(one.timed for one in found) else "work"
+    cost = found[0].by
     rows = []
     for one in found:
         own, other = (share / one.dense for share in one.costs)
-        text = f"{own:.2f} vs {other:.2f}" + ("" if one.timed == (cost == "time") else " by time")
+        text = f"{own:.2f} vs {other:.2f}" + ("" if one.by == cost else f" by {one.by}")
         name = f"{one.pair.arm} vs {one.pair.against}"
         rows.append((name, one.ahead.cell("+"), p_words(one.ahead.p_holm), one.verdict, text))
     together = max(one.ahead.together for one in found)
