@@ -153,7 +153,10 @@ def report_results(
             metavar="METRIC=VALUE",
         ),
     ] = None,
-    players: Annotated[int, typer.Option(help="Clips shown where frames were kept, worst first.", min=0)] = 8,
+    clips: Annotated[
+        int | None,
+        typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
+    ] = None,
 ) -> None:
     """Report a suite's results: a page that opens offline, or tables; without a file to write, a table to stdout.
 
@@ -175,7 +178,7 @@ def report_results(
     requested = read_minimums(minimum or ())
     reports = [report_of(read_results(path), requested) for path in results]
     wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
-    written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
+    written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, clips=clips)
     for path in written:
         OUT.print(str(path), markup=False, soft_wrap=True)
     if not written:
@@ -185,6 +188,36 @@ def report_results(
         print_error(text)
     if missed:
         raise typer.Exit(1)
+
+
+@eval_app.command("diff")
+def compare_results(
+    before: Annotated[Path, typer.Argument(help="JSON lines of eval run.", metavar="BEFORE.jsonl")],
+    after: Annotated[Path, typer.Argument(help="Those to hold against them.", metavar="AFTER.jsonl")],
+    json: Json = False,
+) -> None:
+    """Put two results side by side: of each arm, by its name, quality, cost and verdict before and after.
+
+    The change of PSNR is paired over the clips that both have, with its
+    interval; under six there is no verdict. What the files do not share, such
+    as the model, the call or versions, is said on stderr.
+
+    Examples:
+
+    dit-accel eval diff main.jsonl branch.jsonl
+    """
+    from .report.diff import diff_markdown, diff_of, others_of
+    from .report.figures import report_of
+    from .report.lines import read_results
+
+    first, second = (report_of(read_results(path), {}) for path in (before, after))
+    for text in others_of(first, second):
+        warn(f"they differ in more than the arms: {text}")
+    entries = diff_of(first, second)
+    if json:
+        print_json(entries)
+    else:
+        print(diff_markdown(entries))
 
 
 @eval_app.command("metrics")

@@ -10,12 +10,11 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..runs.results import Line, markdown_table
+from ..runs.results import Line, latest
 from ..statistics import FEWEST, WRONG
 from ..suites.arms import is_rival
-from ..suites.comparison import TIMED, WORKS, ArmFigures, decimals_of, figures_of, rival_words
-from ..suites.reference import AGREE
-from ..vbench.world_metrics import WORLD
+from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_of, rival_kind, rival_words, value_of
+from ..suites.reference import AGREE, ITSELF
 from .lines import ALWAYS, Results, better_of, further_metrics
 
 LISTED = 8
@@ -50,6 +49,26 @@ class Report:
     def works(self) -> dict[str, str]:
         """Key -> in words, of the kinds of work, and time where it was measured, by which arms are made equal."""
         return {key: words for key, words in (WORKS | TIMED).items() if any(key in arm.means for arm in self.arms)}
+
+    @property
+    def main(self) -> str:
+        """The kind by which arms are ordered first: time where every arm was timed, else own work."""
+        return "steps_in_time" if all("steps_in_time" in arm.means for arm in judged(self)) else "work"
+
+    @property
+    def full_steps(self) -> int:
+        """The dense steps over which speed-ups are given: the model's own, else the most that any run took."""
+        lines = self.results.lines
+        return lines[0]["reference_steps"] if self.own else max(line["num_inference_steps"] for line in lines)
+
+    @property
+    def own(self) -> bool:
+        """Whether arms are held against the model's own steps instead of a converged run."""
+        return self.results.lines[0]["reference_agreement"] == ITSELF
+
+    def speedup(self, arm: ArmFigures) -> float:
+        """Return how many times as fast an arm is as the dense run of `full_steps`, by time or by work as `main`."""
+        return self.full_steps / max(arm.means.get(self.main, math.nan), 1e-9)
 
     @property
     def timed(self) -> bool:
@@ -116,9 +135,21 @@ def misses(report: Report) -> list[str]:
 
 
 def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:
-    """Return an arm's worst line by PSNR, and its median one."""
+    """Return an arm's worst line by PSNR, and its median one; of an even number the lower of the two in the middle."""
     ranked = sorted(lines, key=lambda line: line["psnr"])
-    return ranked[0], ranked[len(ranked) // 2]
+    return ranked[0], ranked[(len(ranked) - 1) // 2]
+
+
+def leads_of(report: Report, arm: ArmFigures, metric: str = "psnr") -> dict[int, float]:
+    """Return clip -> how far an arm's metric is above that of the dense run of equal `Report.main` there."""
+    known, found = latest(report.results.lines), {}
+    kind = rival_kind(report.results.lines)
+    for line in () if report.is_dense(arm) else report.lines_of(arm):
+        own, steps = value_of(line, metric), line.get(report.main)
+        rival = None if steps is None else equal_value(known, line["clip"], steps, metric, kind)
+        if own is not None and rival is not None:
+            found[line["clip"]] = own - rival
+    return found
 
 
 def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int, str]) -> Iterator[str]:
@@ -202,43 +233,3 @@ def worst_first(report: Report) -> list[int]:
         for clip in report.prompts
     }  # fmt: skip
     return sorted(means, key=lambda clip: means[clip])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ByNames:
-    """The table.
-
-    Attributes:
-        arms: its columns: of the dense runs of most clips the one of most steps, then the others.
-        rows: (name, clips that ask for it, cells); a cell is an arm's mean and, where it is no open question, how it
-            stands beside dense UniPC of equal work.
-    """
-
-    arms: tuple[str, ...]
-    rows: tuple[tuple[str, int, tuple[tuple[str, str], ...]], ...]
-
-
-def by_names(report: Report) -> ByNames:
-    """Return the table; without rows where the suite named none of these metrics."""
-    dense = [arm for arm in report.arms if report.is_dense(arm)]
-    most = max((arm.clips for arm in dense), default=0)
-    dense = [arm for arm in dense if arm.clips == most]
-    arms = [*dense[-1:], *(arm for arm in report.arms if not report.is_dense(arm))]
-    rows = []
-    for name in (one for one in report.further if one.endswith(WORLD)):
-        requested = {line["clip"] for line in report.results.lines if name in line.get("metrics", {})}
-        cells = []
-        for arm in arms:
-            stands = arm.differences[name].verdict if name in arm.differences else ""
-            mean = f"{arm.metrics[name].mean:.{decimals_of(name)}f}" if name in arm.metrics else "–"
-            cells.append((mean, stands if stands in ("ahead", "behind") else ""))
-        rows.append((name.removesuffix(WORLD), len(requested), tuple(cells)))
-    return ByNames(arms=tuple(arm.name for arm in arms), rows=tuple(rows))
-
-
-def names_markdown(table: ByNames) -> str:
-    """Return it as Markdown, "" without rows."""
-    if not table.rows:
-        return ""
-    rows = ((name, clips, *(" ".join(cell).strip() for cell in cells)) for name, clips, cells in table.rows)
-    return markdown_table(" | ".join(["name@world", "clips", *table.arms]), rows)
