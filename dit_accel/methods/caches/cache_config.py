@@ -49,8 +49,8 @@ class StepCacheConfig(MethodConfig):
         switch: share of the run's steps that the first of two transformers makes. ``each`` needs it for a share of
             them, `plan` to know when the second begins.
         max_consecutive: most steps that are skipped in a row; unset: any number.
-        growing: ``max_consecutive`` holds at the run's end alone: the bound grows evenly from 1 over the steps after the
-            warm-up, as outputs change ever less from step to step.
+        growing: ``max_consecutive`` holds at the run's end alone: the bound grows evenly from 1 over the steps after
+            the warm-up, as outputs change ever less from step to step.
         max_skips: most steps that are skipped in a run; unset: any number.
         steps: one number for each step of the run: 1 is computed, 0 may be skipped; unset: every step may.
         predictor: ``hold`` repeats what was stored last; ``taylor`` continues the polynomial through the last
@@ -153,14 +153,13 @@ class StepCacheConfig(MethodConfig):
         for index in range(count):
             begins = index in (0, switch)  # nothing is stored
             turn = Turn(switch if index >= switch else 0, index >= switch)
-            must = begins or self.always_computed(index, count, turn) or self.most_skipped(in_a_row, skipped, index, count, turn)
+            must = begins or self.always_computed(index, count, turn)
+            must = must or self.most_skipped(in_a_row, skipped, index, count, turn)
             skip = not must and skips(index, in_a_row)
             in_a_row, skipped = (in_a_row + 1, skipped + 1) if skip else (0, skipped)
         return skipped
 
-    def most_skipped(
-        self, in_a_row: int, skips: int, index: int, count: int | None, turn: Turn = ALONE
-    ) -> str | None:
+    def most_skipped(self, in_a_row: int, skips: int, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step is computed after so many that were skipped, in a row and in all, or None.
 
         Raises:
