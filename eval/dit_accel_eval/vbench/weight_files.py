@@ -59,8 +59,6 @@ _BERT = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 _ALL = (
     _at("clip-b32", "clip_model", f"{_MODELS}/{_B32}/ViT-B-32.pt", _B32),
     _at("clip-l14", "clip_model", f"{_MODELS}/{_L14}/ViT-L-14.pt", _L14),
-    _at("clip-words", "ViCLIP",
-        "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"),
     _at("dino", "dino_model", f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
     _at("aesthetic", "aesthetic_model/emb_reader",
         f"{_CODE}/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"),
@@ -101,11 +99,8 @@ def absent(name: str, at: Path) -> str | None:
 
 @cache
 def _hash(path: Path, changed: int) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as opened:
-        while part := opened.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def hash_of(name: str, at: Path) -> str:
