@@ -106,7 +106,7 @@ _LARGER = Choice(
     RoPE(kind="yarn", axes=("height", "width")),
     "image",
     "YaRN positions for larger pictures than trained",
-    "measured: docs/longer.md, twice and three times the trained side, where UltraImage's lead is open",
+    "measured: docs/longer.md, three times the trained side; at twice its gain is open",
     beyond=True,
 )
 

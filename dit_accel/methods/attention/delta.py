@@ -6,10 +6,7 @@ inside a frame, never across a frame's border or into text, and nothing is recom
 corrections are scaled by how far they hold for a row's neighbours, representatives move from step to step, the exact
 rows measure the error, and since they see every key tile they can take back tiles that a method dropped for good.
 
-What it gains depends on the method (docs/quality.md): on `wan-plain` it lifts LiteAttention and SparseD, but not
-Radial, though it corrects Radial's calls as well. Probably what it leaves there differs between neighbours and between
-branches, where Radial's own loss is smooth and much the same in both, so that guidance, which amplifies the branches'
-difference, cancels it.
+What it gains in whole clips is not measured.
 """
 
 import math
