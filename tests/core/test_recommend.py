@@ -296,8 +296,9 @@ def test_the_page_of_presets_has_the_rule_s_numbers():
     page = (Path(__file__).parents[2] / "docs/presets.md").read_text(encoding="utf-8")
     for level in LEVELS:
         cache = PRESETS[level][0].config
-        cells = (f"{cache.warmup_steps:.0%}", cache.last_steps, cache.max_consecutive, f"{cache.threshold:g}")
+        cells = (f"{cache.warmup_steps:.0%}", cache.last_steps, cache.max_consecutive, cache.predictor)
         assert f"| `{level}` | {' | '.join(map(str, cells))} |" in page
+        assert f"threshold {cache.threshold:g}," in page
     betas = [PRESETS[level][1].config.beta for level in LEVELS[1:]]
     assert f"beta {betas[0]} or {betas[1]}" in page
     assert f"from {SolAttention.worthwhile_tokens:,} visual tokens on" in page
