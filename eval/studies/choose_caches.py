@@ -13,7 +13,7 @@ import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -25,6 +25,9 @@ from dit_accel.methods.caches.native import DiffusersCache
 
 STEPS = {"wan-tiny": 30, "flux-tiny": 28}
 CLIPS = range(4)
+GROWING_CLIPS = {"flux-tiny": 16, "wan-tiny": 4}
+"""Model -> clips on which caches with a growing bound were tried, from the first on."""
+
 SLACK = 1.05
 
 OURS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
@@ -43,18 +46,12 @@ BINS = {
 }
 """Model -> masks of the same kind, of about the time of a level of ours: steps computed, steps skipped."""
 
-LEVELS = {
-    f"{warmup:g} {bound} {predictor}": EasyCache(
-        threshold=0.2, predictor=predictor, stored="output" if predictor == "hold" else "residual", growing=True,
-        warmup_steps=warmup, max_consecutive=bound, last_steps=last, min_steps=10,
-    )  # fmt: skip
-    for warmup, bound, last, predictor in (
-        (0.5, 2, 2, "heun"), (0.5, 3, 1, "heun"), (0.5, 3, 1, "hold"), (0.4, 2, 1, "heun"), (0.4, 2, 1, "hold"),
-        (0.35, 3, 1, "heun"), (0.35, 3, 1, "hold"), (0.35, 3, 2, "heun"), (0.3, 4, 1, "heun"), (0.3, 4, 1, "hold"),
-        (0.25, 4, 1, "hold"), (0.3, 3, 1, "hold"), (0.3, 3, 2, "heun"),
-    )
-}  # fmt: skip
-"""Warm-up, bound and predictor -> a cache whose bound on skips in a row grows; chosen among on clips 0 to 15."""
+GROWING: tuple[tuple[float, int, Literal["heun", "hold"], int], ...] = (
+    (0.5, 2, "heun", 2), (0.5, 3, "heun", 1), (0.5, 3, "hold", 1), (0.4, 2, "heun", 1), (0.4, 2, "hold", 1),
+    (0.35, 3, "heun", 1), (0.35, 3, "hold", 1), (0.35, 3, "heun", 2), (0.3, 4, "heun", 1), (0.3, 4, "hold", 1),
+    (0.25, 4, "hold", 1), (0.3, 3, "hold", 1), (0.3, 3, "heun", 2),
+)  # fmt: skip
+"""Warm-up, bound, predictor and last steps of caches whose bound on skips in a row grows, as the presets' does."""
 
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
@@ -78,8 +75,13 @@ def settings(model: str) -> dict[str, dict[str, Any]]:
         options = {**usual, "Fn_compute_blocks": 1, "residual_diff_threshold": 0.3,
                    "steps_computation_policy": "static", "steps_computation_mask": _mask_of(bins, steps)}  # fmt: skip
         found[f"cache-dit, {name} static taylor {order}"] = {"rival": {"cache-dit": _with(options, order)}}
-    for name, config in LEVELS.items():
-        found[f"easycache growing, {name}"] = {"methods": (config,)}
+    for warmup, bound, predictor, last in GROWING:
+        stored = "output" if predictor == "hold" else "residual"
+        config = EasyCache(
+            threshold=0.2, predictor=predictor, stored=stored, warmup_steps=warmup, max_consecutive=bound,
+            last_steps=last, growing=True, min_steps=10,
+        )  # fmt: skip
+        found[f"easycache growing, {warmup:g} {bound} {predictor}, last {last}"] = {"methods": (config,)}
     native = [
         *(diffusers.FirstBlockCacheConfig(threshold=threshold) for threshold in (0.02, 0.05, 0.1)),
         *(diffusers.SeaCacheConfig(threshold=threshold) for threshold in (0.1, 0.25)),
@@ -120,8 +122,9 @@ def measure(model: str, out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(line["setting"], line["clip"]) for line in lines}
     steps, suite_model = STEPS[model], EmbeddedModel(model, {})
-    for clip in CLIPS:
-        missing = {name: one for name, one in settings(model).items() if (name, clip) not in done}
+    for clip in range(GROWING_CLIPS[model]):
+        wanted = [name for name in settings(model) if clip in CLIPS or "growing" in name]
+        missing = {name: one for name, one in settings(model).items() if name in wanted and (name, clip) not in done}
         if not missing:
             continue
         dense = suite_model.run(clip, steps=steps, solver="unipc")
@@ -145,7 +148,7 @@ def measure(model: str, out: Path) -> list[dict[str, Any]]:
             )
             with out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-        print(f"clip {clip} of {len(CLIPS)}", flush=True)
+        print(f"clip {clip} of {GROWING_CLIPS[model]}", flush=True)
     return lines
 
 
