@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.figures import _hopeless, by_names, misses, report_of, worst_first
+from dit_accel_eval.report.figures import _hopeless, misses, report_of, worst_first
 from dit_accel_eval.report.lines import read_minimums, read_results
 from dit_accel_eval.report.page import difference, page, players_of
 from dit_accel_eval.report.reproduce import suite_text
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.statistics import holm
-from dit_accel_eval.suites.comparison import figures, is_rival, table
+from dit_accel_eval.suites.comparison import figures, table
 from dit_accel_eval.suites.suite import read_suite
 from typer.testing import CliRunner
 
@@ -251,25 +251,11 @@ def test_further_metrics_have_intervals_paired_differences_and_curves(tmp_path):
     assert 'metrics = [\n    "psnr",\n    "warp-error@dis",' in suite_text(found)
 
 
-def test_vbench_s_names_have_a_table_of_their_own(tmp_path):
+def test_metrics_that_were_skipped_for_one_reason_are_told_together(tmp_path):
     lines = read_lines(EVAL / "results" / "report-wan-tiny.jsonl")
-    for line in lines:
-        line["metrics"] = {"color@world": 0.5 if is_rival(line) else 0.75, "mine": 1.0}
-        if line["clip"] < 2:
-            line["metrics"]["scene@world"] = 1.0
-    found = report(lines_in(tmp_path / "w.jsonl", lines))
-    shown = " ".join(" ".join(Page(page(found)).texts).split())
-    arms = [arm for arm in found.arms if not found.is_dense(arm)]
-    assert f"color {len(found.prompts)} 0.50 {' '.join(['0.75 ahead'] * len(arms))}" in shown
-    assert f"scene 2 1.00 {' '.join(['1.00'] * len(arms))}" in shown  # of two clips there is no verdict
-    assert "color on the embedded world" not in shown
-    lines[0]["skipped"] = {"a@world": "it is white", "b@world": "it is white", "c": "other"}
+    lines[0]["skipped"] = {"a@net": "it is white", "b@net": "it is white", "c": "other"}
     warned = report(lines_in(tmp_path / "s.jsonl", lines)).warnings
-    assert {"a@world, b@world were skipped on 1 clip: it is white.", "c was skipped on 1 clip: other."} <= {*warned}
-    told = writing.markdown_text(found)
-    assert f"| color | {len(found.prompts)} | 0.50 | {' | '.join(['0.75 ahead'] * len(arms))} |" in told
-    assert "| color@world" not in told
-    assert not by_names(report(measured(tmp_path))).rows
+    assert {"a@net, b@net were skipped on 1 clip: it is white.", "c was skipped on 1 clip: other."} <= {*warned}
 
 
 def test_minimums_of_what_is_better_less_are_the_most_allowed(tmp_path):

@@ -15,9 +15,8 @@ from dit_accel import ConfigError
 from ..runs.results import Line, read_kept, reference_of, run_of
 from ..suites.comparison import ArmFigures, decimals_of, verdict
 from ..suites.plots import frontier, picture
-from ..vbench.world_metrics import WORLD
 from .curves import costs, curves, density_figure, step_curves, step_map, svg_uri, threads_of
-from .figures import Report, by_names, judged, misses, quantile_clips, worst_first
+from .figures import Report, judged, misses, quantile_clips, worst_first
 from .lines import ALWAYS, better_of, words_of
 from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
 
@@ -64,7 +63,6 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         "prefix": prefix,
         "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
         "summary": _summary(report),
-        "world": by_names(report),
         "curves": curves(report),
         "step_curves": step_curves(report),
         "costs": costs(report),
@@ -84,7 +82,7 @@ def _part(environment: Any, report: Report, players: int, *, prefix: str, level:
         ),
         groups=_groups(report),
         metrics={key: words for key, words in ALWAYS.items() if key != "score" or scored},
-        further=[name for name in report.further if not name.endswith(WORLD)],
+        further=report.further,
         words_of=words_of,
         better_of=better_of,
         digits=lambda name, sign="": f"%{sign}.{decimals_of(name)}f",

@@ -11,7 +11,7 @@ from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
 from ..suites.comparison import ArmFigures, table_of, verdict
-from .figures import Report, by_names, misses, names_markdown
+from .figures import Report, misses
 from .lines import better_of
 from .page import page
 from .reproduce import versions_of
@@ -135,7 +135,6 @@ def markdown_text(report: Report) -> str:
     """Return the table of all arms, and below it what to know and what was missed."""
     first = report.results.lines[0]
     parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals.", table_of(report.arms)]
-    parts += [names] if (names := names_markdown(by_names(report))) else []
     for head, texts in (("Warnings", report.warnings), ("Missed", misses(report))):
         if texts:
             parts.append("\n".join([f"{head}:", "", *(f"- {text}" for text in texts)]))

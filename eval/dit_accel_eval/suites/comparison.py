@@ -9,7 +9,6 @@ import numpy as np
 from ..metrics.registered import metrics
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import Interval, bootstrap, sign_flips
-from ..vbench.world_metrics import WORLD
 from .arms import dense_arm
 from .suite import Suite
 
@@ -148,8 +147,7 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     against = [f"against UniPC at equal {words}, dB" for words in works.values()]
     scored = ["score"] if any("score" in arm.means for arm in arms) else []
     heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", *scored, *against]
-    every = dict.fromkeys(name for arm in arms for name in arm.metrics)
-    named = [name for name in every if not name.endswith(WORLD)]  # which have a table of their own
+    named = [*dict.fromkeys(name for arm in arms for name in arm.metrics)]
     heads += named
     if any(arm.clips < whole for arm in arms):
         heads.insert(1, "clips")
