@@ -19,6 +19,7 @@ from dit_accel.files import held
 from . import options as given
 
 if TYPE_CHECKING:
+    from . import generating
     from .networks.loading import Networks
     from .prompts import Prompt
     from .protocols import Protocol
@@ -31,6 +32,7 @@ def evaluate(
     totals: given.Totals = None, videos: given.Videos = None, dimension: given.Dimensions = None,
     full_info: given.FullInfo = None, samples: given.Samples = None, subset: given.Subset = None,
     filtered: given.Filtered = False, custom: given.Custom = False, prompts: given.Prompts = None,
+    augmented: given.Augmented = None,
     long: given.Long = False, long_config: given.LongConfig = None, folder: given.Folder = None,
     observations: given.Observed = None, output: given.Output = Path("vbench"), name: given.Name = None,
     reference: given.Reference = None, protocol: given.Convention = None,
@@ -46,9 +48,10 @@ def evaluate(
     named, with what to put where. Each video's score is kept as it is measured,
     so a run that was stopped goes on. The result files are laid out as VBench's.
 
-    With --generate the videos are made: those of the dimensions' prompts that
-    the folder lacks, each of another seed; what it costs is said first. With
-    --reference they are held against dense ones as published tables were.
+    With --generate the videos are made: those of the dimensions' prompts, or of
+    --prompts, that the folder lacks, each of another seed; what it costs is said
+    first. With --reference they are held against dense ones as published tables
+    were.
 
     Examples:
 
@@ -81,9 +84,9 @@ def evaluate(
         making = {"model": model, "height": height, "width": width, "num_frames": num_frames, "fps": fps,
                   "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
                   "device": device, "offload": offload, "methods": tuple(methods)}  # fmt: skip
-        return _generate(chosen, seed, shard, protocol, making)
-    if methods or model is not None or shard is not None:
-        raise ConfigError("a model, its methods and shards are for making videos; add --generate")
+        return _generate(chosen, seed, shard, protocol, augmented, making)
+    if methods or model is not None or shard is not None or augmented is not None:
+        raise ConfigError("a model, its methods, shards and augmented prompts are for making videos; add --generate")
     if protocol is not None or reference is not None:
         return _compare(chosen, protocol, reference)
     return _measure(chosen, custom, filtered, observations, long, long_config)
@@ -176,7 +179,9 @@ def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> No
     _tell(f"written to {job.result}")
 
 
-def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None, making: dict[str, Any]) -> None:
+def _generate(
+    chosen: Chosen, seed: int, shard: str | None, protocol: str | None, augmented: Path | None, making: dict[str, Any]
+) -> None:
     """Make the videos that a folder lacks; the cost is printed before the model is loaded."""
     from dit_accel_pipelines.generation.request import Request
 
@@ -190,21 +195,36 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
         chosen.videos.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the folder {chosen.videos} can't be made: {error.strerror}; name another") from None
-    if convention is None:
-        if chosen.prompts is not None:
-            raise ConfigError("--prompts with --generate is for a protocol whose prompts are its own; add --protocol")
-        every = generating.pieces(*_official(chosen), chosen.videos, chosen.samples, seed)
-    else:
-        every = generating.protocol_pieces(convention, _texts(chosen, convention), chosen.videos, chosen.samples, seed)
-    work = generating.share(every, shard)
+    work = generating.share(_pieces(chosen, convention, augmented, seed), shard)
     request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
     left = generating.remaining(work, request)
     _tell(generating.cost(request, len(work) - len(left), len(work)))
     if left:
         keeps(f"the videos in {chosen.videos} are whole, and the same command makes those that lack")
         generating.generate(left, request, _tell, sys.argv)
-    then = "" if convention is None else f" --reference DENSE --protocol {convention.name}"
+    then = " --custom" if chosen.prompts is not None else ""
+    then = then if convention is None else f" --reference DENSE --protocol {convention.name}"
     _tell(f"{chosen.videos} is whole; measure it: dit-accel eval vbench --videos {chosen.videos}{then}")
+
+
+def _pieces(
+    chosen: Chosen, convention: "Protocol | None", augmented: Path | None, seed: int
+) -> "Sequence[generating.Piece]":
+    """Return the videos to be made: of VBench's prompts, augmented or not, of a protocol's, or of one's own."""
+    from . import generating
+
+    if augmented is not None and (convention is not None or chosen.prompts is not None):
+        other = "--prompts" if convention is None else "--protocol"
+        raise ConfigError(f"--augmented words VBench's own prompts, so that they can't be another's; leave {other} out")
+    if convention is not None:
+        texts = _texts(chosen, convention)
+        return generating.protocol_pieces(convention, texts, chosen.videos, chosen.samples, seed)
+    if chosen.prompts is not None:
+        texts = generating.read_texts(chosen.prompts, "--prompts")[: chosen.subset]
+        return generating.own_pieces(texts, chosen.videos, chosen.samples, seed)
+    every, wanted, names = _official(chosen)
+    worded = () if augmented is None else generating.read_augmented(augmented, every)
+    return generating.pieces(every, wanted, names, chosen.videos, chosen.samples, seed, worded)
 
 
 def _official(chosen: Chosen) -> "tuple[list[Prompt], list[Prompt], list[str]]":
@@ -222,10 +242,10 @@ def _official(chosen: Chosen) -> "tuple[list[Prompt], list[Prompt], list[str]]":
 
 def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
     """Return a protocol's prompts: of a file, a line each, or VBench's."""
-    from dit_accel_pipelines.generation.request import read_prompts as read_lines
+    from .generating import read_texts
 
     if chosen.prompts is not None:
-        return read_lines(chosen.prompts)[: chosen.subset]
+        return read_texts(chosen.prompts, "--prompts")[: chosen.subset]
     if not protocol.own_prompts:
         raise ConfigError(
             f"the prompts of protocol {protocol.name} are {protocol.prompts}, which are not here; give them with "

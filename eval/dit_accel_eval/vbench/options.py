@@ -32,6 +32,12 @@ Prompts = Annotated[
     Path | None,
     _one(VIDEOS, "JSON {file name: prompt}; default: the files' names. With --generate: a prompt a line.", "FILE"),
 ]
+Augmented = Annotated[
+    Path | None,
+    _one(
+        MAKING, "VBench's prompts in other words, a line each, as the model is to get them; seeds 100000 i + j.", "FILE"
+    ),
+]
 Long = Annotated[bool, _one(VIDEOS, "VBench-Long: clips of 2 or 10 s, a score each.", None, "--long")]
 LongConfig = Annotated[
     Path | None,
