@@ -77,7 +77,7 @@ def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
     found = read_texts(path, "--augmented")
     if len(found) != len(every):
         raise ConfigError(
-            f"{path} has {len(found)} augmented prompts, and VBench {len(every)}; give a line for each, in their order, "
+            f"{path} has {len(found)} augmented prompts, and VBench {len(every)}; give a line for each, in order, "
             "such as VBench's repository has them in prompts/augmented_prompts"
         )
     return found
