@@ -53,7 +53,7 @@ RESULTS := eval/results
 REPORTS := report-wan-tiny report-flux-tiny
 WORKERS ?= 2
 
-tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl
+tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl $(RESULTS)/attention-shapes.jsonl
 	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-wan-plain.toml
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
@@ -84,6 +84,9 @@ report: $(REPORTS:%=run-%)
 
 kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@
+
+$(RESULTS)/attention-shapes.jsonl: | $(VENV)/.ready
+	$(BIN)/dit-accel bench --shapes all --threads 2 -o $@
 
 $(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
 	$(BIN)/python eval/studies/denoising_time.py --out $@

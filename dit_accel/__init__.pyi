@@ -11,6 +11,9 @@ from .errors import ProcessLost as ProcessLost
 from .errors import UnsupportedModel as UnsupportedModel
 from .estimate.describe import Description as Description
 from .estimate.describe import describe as describe
+from .estimate.recommend import Recommendation as Recommendation
+from .estimate.recommend import Setting as Setting
+from .estimate.recommend import recommend as recommend
 from .methods.attention.delta import DeltaAttention as DeltaAttention
 from .methods.attention.dfa import DFA as DFA
 from .methods.attention.lite.lite_config import LiteAttention as LiteAttention

@@ -28,6 +28,11 @@ _temporaries: set[Path] = set()
 """Files that this process deletes when it is done: those half written, and its locks."""
 
 
+def user_cache() -> Path:
+    """Return the folder in which dit-accel keeps what it made: ``dit-accel`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel"
+
+
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary file beside ``path`` that takes its place if the block ends well, and vanishes otherwise.

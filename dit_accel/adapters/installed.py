@@ -75,3 +75,9 @@ def family(name: str) -> Family:
     if name not in known:
         raise UnsupportedModel(f"no model family is called {name!r}; {did_you_mean(name, known)}")
     return known[name]
+
+
+def described(name: str) -> tuple[Adapter, Family]:
+    """Return a model family and the adapter that describes it; an unknown name is refused with the nearest one."""
+    sizes = family(name)
+    return next(adapter for adapter in adapters().values() if sizes in adapter.families), sizes

@@ -12,10 +12,20 @@ from torch import nn
 
 from ..adapters.installed import adapter_for
 from ..errors import AttachError, ConfigError, MissingBackend, did_you_mean
+from ..estimate.predicted import predicted
 from ..methods.base import AttentionHandler, Handler, Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
+from ..methods.find import (
+    LayerFilter,
+    attention_modules,
+    chosen_layers,
+    components_of,
+    find_transformers,
+    resolve_model,
+)
 from ..methods.presets import Level, choices, spell
+from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
 from .check import Check, check
 from .diagnosis import (
@@ -26,7 +36,6 @@ from .diagnosis import (
     warn_if_unplanned,
 )
 from .execution import Execution
-from .find import LayerFilter, attention_modules, chosen_layers, components_of, find_transformers, resolve_model
 from .forward import Forward, count_dense
 from .layers import AttentionLayer, TransformerState
 from .observed import Observer
@@ -46,7 +55,7 @@ class Attachment:
         self._model = model
         self._put_on = put_on
         self._undo: list[Callable[[], None]] = []
-        self._preset = ""
+        self._preset, self._skips = "", dict[str, float]()
         self._begin(execution)
 
     def _begin(self, execution: Execution) -> None:
@@ -156,8 +165,16 @@ class Attachment:
             calls=call_reports(recorder),
             state_bytes={name: size for name, size in held.items() if size},
             timing=recorder.clock.timing(),
+            predicted=self._predicted(),
             sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
+
+    def _predicted(self) -> Predicted | None:
+        """Return what was predicted for the last generation; None before its size and steps are known."""
+        execution = self._execution
+        steps = execution.state.num_inference_steps
+        layouts = [layout for layer in execution.layers for layout, _ in layer.state.layouts.values()]
+        return predicted(execution.handlers, layouts[0], steps, self._skips) if layouts and steps else None
 
     def _require_attached(self) -> None:
         if not self._attached:
@@ -218,6 +235,7 @@ def attach(
                 raise
             chosen.pop()
     attachment._preset = spell(level, chosen)
+    attachment._skips = {one.config.name: one.skips for one in chosen if one.skips is not None}
     print(attachment._preset, file=sys.stderr)
     return attachment
 

@@ -52,6 +52,16 @@ class Check:
         """
         _tool("check_sheet")(self, Path(path))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain values, without the frames."""
+        return {
+            "dense_seconds": self.dense_seconds,
+            "accelerated_seconds": self.accelerated_seconds,
+            "speedup": self.speedup,
+            "metrics": dict(self.metrics),
+            "not_measured": dict(self.not_measured),
+        }
+
     def __str__(self) -> str:
         seconds = (
             f"{self.accelerated_seconds:.3g} s instead of {self.dense_seconds:.3g} s, {self.speedup:.2f} times as fast"
@@ -69,14 +79,29 @@ def check(
         raise AttachError(
             "check calls the pipeline, but the methods are attached to a transformer; attach to the pipeline"
         )
-    compare = _tool("check")
+    require_tools()
     with suspended():
         dense, dense_seconds = _generated(pipe, prompt, seed, call)
     accelerated, seconds = _generated(pipe, prompt, seed, call)
-    metrics, missing = compare(accelerated, dense)
+    return compared(dense, accelerated, dense_seconds, seconds)
+
+
+def require_tools() -> None:
+    """Raise `MissingBackend` if no package is installed that compares clips and draws them."""
+    _tool("check")
+    _tool("check_sheet")
+
+
+def compared(dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float) -> Check:
+    """Return how near a run with methods is to the dense one of its seed; what is measured is ``check``'s tool's.
+
+    Raises:
+        MissingBackend: without a package that compares clips.
+    """
+    metrics, missing = _tool("check")(accelerated, dense)
     return Check(
-        dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=seconds, metrics=metrics,
-        not_measured=missing,
+        dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=accelerated_seconds,
+        metrics=metrics, not_measured=missing,
     )  # fmt: skip
 
 

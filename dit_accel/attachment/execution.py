@@ -4,6 +4,7 @@ The attention operator finds it by its number. Two attachments never share one.
 """
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -137,7 +138,8 @@ class Execution:
             sizes: the grid of the sequence.
             differentiate: a backward follows.
         """
-        layer, forward = self.layers[number], self.forward
+        layer, forward, clock = self.layers[number], self.forward, self.recorder.clock
+        begin = None if clock.parts is None else clock.stamp(call.q.device)
         if sizes != forward.noted:
             self._note_unseen(layer.state, sizes, len(call.q))
         if forward.shards is not None and forward.shards.rows is not None:
@@ -159,11 +161,16 @@ class Execution:
         if call.mask is not None and self._stays_dense(handlers, call, context):
             out = run_dense(plan, call, layer)
         else:
-            out, plan = self._run(self._plan(handlers, call, context), call, context, layer)
+            planning = time.perf_counter()
+            plan = self._plan(handlers, call, context)
+            clock.lists += time.perf_counter() - planning
+            out, plan = self._run(plan, call, context, layer)
         ticket = None
         if differentiate:
             ticket = self.backward.put(Differentiated(plan, number, sizes, call.tokens_first, call.scale))
         out = out if given is None else out[:, :, given]
+        if begin is not None:
+            clock.add_part("attention", begin, call.q.device)
         return (out.transpose(1, 2) if call.tokens_first else out).contiguous(), ticket
 
     def gradients(
@@ -366,6 +373,7 @@ class Execution:
         if call.hides_keys:
             return False
         self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
+        self.recorder.stays_dense(context, "mask")
         self.recorder.note(
             f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are not key padding; such calls "
             "stayed dense"

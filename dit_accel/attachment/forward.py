@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .execution import Execution
 from .forward_state import NO_GRID, as_tensors, fewest_keys
 from .layers import TransformerState
 from .lora import lora_state
+from .offloaded import timed_fetches
 from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
 from .running import PipelineRun, current_run
 from .seam import is_inside_compiled
@@ -124,14 +126,16 @@ class Forward:
 
     def _timed(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """Run a whole forward, methods around it included, and keep how long it took and what it was."""
-        recorder, device = self._execution.recorder, target_sample(inputs[self._state.adapter.latents]).device
-        ran, reduced, begin = recorder.forwards_run, recorder.reduced, recorder.clock.stamp(device)
-        out = run()
+        recorder, state = self._execution.recorder, self._state
+        device, clock = target_sample(inputs[state.adapter.latents]).device, recorder.clock
+        ran, reduced, begin = recorder.forwards_run, recorder.reduced, clock.begin(device)
+        with nullcontext() if clock.parts is None else timed_fetches(state.transformer, clock, device):
+            out = run()
         forwards = recorder.forwards_run - ran
         one: Kind = "reduced" if recorder.reduced > reduced else "dense"
         kind: Kind = one if forwards == 1 else "extended" if forwards else "skipped"
-        key = self._state.name, self._execution.state.step_index, self._state.branch
-        recorder.clock.add(key, kind, begin, recorder.clock.stamp(device))
+        key = state.name, self._execution.state.step_index, state.branch
+        clock.end(key, kind, begin, device, forwards * len(state.layers))
         return out
 
     def _require_agreement(self, parallel: Any, latents: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, re
     if speed is None or speed >= 1:
         return plan
     recorder.backends.add("dense")
+    recorder.stays_dense(context, "backend")
     recorder.note(
         f"{context.transformer}: {tiles.density:.1%} of the tiles take {1 / speed:.2f} times as long as all of them by "
         "the model's own attention on this processor, so calls of so many went there; a named backend would run them"

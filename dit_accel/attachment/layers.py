@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..methods.find import heads_of
 from ..plan.layout import TokenLayout
 from .calls import Calls
-from .find import heads_of
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, scale) -> output: the model's own attention on the user's backend; tensors lie as it holds them."""

@@ -135,7 +135,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
     """Return a stand-in for diffusers' ``dispatch_attention_fn``: tensors [B, S, H, D]."""
-    forward = execution.forward
+    forward, own = execution.forward, _own_attention(dense, execution)
 
     def dispatch_attention_fn(
         query: Tensor,
@@ -154,7 +154,7 @@ def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..
         shards = None if parallel_config is None else forward.shards
         if goes_dense(forward, key.shape[1]):
             attn_mask = attn_mask if shards is None else shards.gathered_mask(attn_mask)
-            return dense(
+            return own(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
@@ -170,7 +170,7 @@ def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..
 
 def _sdpa(execution: Execution) -> Callable[..., Tensor]:
     """Return a stand-in for ``F.scaled_dot_product_attention``: tensors [B, H, S, D]."""
-    dense, forward = F.scaled_dot_product_attention, execution.forward
+    forward, own = execution.forward, _own_attention(F.scaled_dot_product_attention, execution)
 
     def scaled_dot_product_attention(
         query: Tensor,
@@ -183,11 +183,28 @@ def _sdpa(execution: Execution) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         if goes_dense(forward, key.shape[2]):
-            return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         require_plain(dropout_p, is_causal, None)
         return planned(query, key, value, attn_mask, scale, False, execution)
 
     return scaled_dot_product_attention
+
+
+def _own_attention(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
+    """Return the model's own attention, timed in forwards whose parts are; inside a graph nothing is added to it."""
+    forward = execution.forward
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or execution.recorder.clock.parts is None:
+            return dense(query, *args, **kwargs)
+        clock = execution.recorder.clock
+        begin = clock.stamp(query.device)
+        out = dense(query, *args, **kwargs)
+        whole = not forward.processor._dit_accel_sparse or forward.not_a_step
+        clock.add_part("attention" if whole else "text", begin, query.device)
+        return out
+
+    return attend
 
 
 def goes_dense(forward: ForwardState, keys: int) -> bool:

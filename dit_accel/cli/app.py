@@ -26,8 +26,9 @@ from .method_options import with_method_options
 from .stopping import Terminated, stoppable
 
 BUILT_IN = {
+    "recommend": (".recommend", "List what could be attached to a model at a size: speed-up, loss, memory."),
     "plan": (".plan", "Estimate density, FLOPs, memory and speed-up of a run; loads no weights."),
-    "methods": (".lists", "List the methods, what each does, and its options with their defaults."),
+    "methods": (".lists", "List the methods and what each does; with --options what can be set."),
     "models": (
         ".lists",
         "List the models that are known by name, then which methods each family takes, and why not.",

@@ -20,12 +20,17 @@ from .method_options import first_line
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def methods(json: Json = False) -> None:
-    """List the methods, what each does, and its options with their defaults.
+def methods(
+    options: Annotated[bool, typer.Option("--options", help="Each method's options with their defaults too.")] = False,
+    json: Json = False,
+) -> None:
+    """List the methods and what each does; with --options what can be set.
 
     Examples:
 
     dit-accel methods
+
+    dit-accel methods --options
 
     dit-accel methods --json
     """
@@ -33,6 +38,21 @@ def methods(json: Json = False) -> None:
     if json:
         print_json(listed)
         return
+    if options:
+        _print_options(listed)
+    else:
+        table = plain_table("method", "what it does")
+        for method in listed:
+            table.add_row(f"--{method['name']}", method["summary"])
+        OUT.print(table)
+        OUT.print(
+            "\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods --options`.", style="dim"
+        )
+    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
+    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
+
+
+def _print_options(listed: list[dict[str, Any]]) -> None:
     for method in listed:
         OUT.print(f"[bold]--{method['name']}[/bold]  {method['summary']}", soft_wrap=False)
         table = plain_table("option", "default", "meaning")
@@ -43,11 +63,9 @@ def methods(json: Json = False) -> None:
         OUT.print()
     OUT.print(
         "Set one with --set METHOD.OPTION=VALUE, many with --config FILE. "
-        "'recipe' means: what the model's family uses, see `dit-accel describe`.",
+        "'recipe' means: what the model's family uses, see `dit-accel describe --options`.",
         style="dim",
     )
-    objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
-    OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
 
 
 def models(json: Json = False) -> None:

@@ -1,8 +1,8 @@
 """Method switches, --config and --set, shared by every command and made into a list of method configs.
 
-A command asks for them with one parameter annotated `MethodList`. The switches come from the registry, so a new method
-needs no edit here. Later settings win: the config file's tables, then the switches, then each --set in order. A --set
-for a method that is not switched on switches it on.
+A command asks for them with one parameter annotated `MethodList`, and for a preset with one annotated `Preset`. The
+switches come from the registry, so a new method needs no edit here. Later settings win: the config file's tables, then
+the switches, then each --set in order. A --set for a method that is not switched on switches it on.
 """
 
 import functools
@@ -28,6 +28,18 @@ RunTable = Annotated[dict, "from the config's [run] table"]
 """Annotation of the parameter through which a command receives what the config file says of the run."""
 
 PANEL = "Methods"
+
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="careful, balanced, fast or none: methods chosen for the model; those that are named win.",
+        metavar="LEVEL",
+        rich_help_panel=PANEL,
+    ),
+]
+"""Annotation of a command's parameter for a preset; `dit_accel.methods.presets.choices` takes and checks its value."""
+
 CONFIG_HELP = "TOML file with one table per method, such as \\[radial]; \\[run] may set steps and solver."
 SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repeated; switches the method on."
 

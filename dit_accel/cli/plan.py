@@ -1,40 +1,31 @@
 """`dit-accel plan`: what a run would cost and what methods would save, without weights."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..adapters import installed
-from ..adapters.adapter import Adapter, Family
-from ..adapters.model_files import model_source, read_model_files
-from ..errors import ConfigError
 from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
+from ..methods.base import Model
+from ..methods.presets import Choice, choices, spell
 from .console import OUT, note, plain_table, print_json, warn
-from .method_options import MethodList
-
-Size = Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.", metavar="PIXELS")]
+from .method_options import MethodList, Preset
+from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, named_model
 
 
 def plan(
-    family: Annotated[
-        str | None, typer.Option(help="A model family that `dit-accel models` lists.", metavar="NAME")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A hub id, a folder or an embedded model; only its configs are read.", metavar="ID|FOLDER|NAME"
-        ),
-    ] = None,
-    height: Size = None,
-    width: Size = None,
-    num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")] = None,
+    family: FamilyName = None,
+    model: ModelName = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_frames: Frames = None,
+    num_inference_steps: InferenceSteps = None,
     kernel_cost: Annotated[
         float, typer.Option(help="Time of a sparse kernel per kept FLOP over the dense kernel's.")
     ] = KERNEL_COST,
+    preset: Preset = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, plain numbers.")] = False,
     *,
     methods: MethodList,
@@ -50,8 +41,15 @@ def plan(
     dit-accel plan --family wan2.1-14b --num-frames 69 --radial
 
     dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
+
+    dit-accel plan --family flux.1-dev --preset balanced
     """
-    adapter, sizes, config = _find(family, model)
+    adapter, sizes, config = named_model("plan", family, model)
+    if preset:
+        of = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)
+        chosen = choices(preset, of, methods)
+        methods = [*methods, *(one.config for one in chosen)]
+        _note_preset(preset, chosen)
     asked = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
     estimated = estimate(adapter, sizes, **asked, methods=methods, kernel_cost=kernel_cost, config=config)
     if num_frames is not None and estimated.num_frames != num_frames:
@@ -66,18 +64,15 @@ def plan(
         _print(estimated)
 
 
-def _find(family: str | None, model: str | None) -> tuple[Adapter, Family, Mapping[str, Any]]:
-    """Return a model's adapter, its sizes and what is known of its transformer's config."""
-    if family and model:
-        raise ConfigError(f"plan takes --family or --model, got both ({family} and {model}); leave one out")
-    if model:
-        files = read_model_files(model_source(model))
-        return *files.identify(), files.transformer
-    if not family:
-        raise ConfigError("plan needs a model, got none; give --family (`dit-accel models` lists them) or --model")
-    sizes = installed.family(family)
-    adapter = next(adapter for adapter in installed.adapters().values() if sizes in adapter.families)
-    return adapter, sizes, sizes.config
+def _note_preset(level: str, chosen: Sequence[Choice]) -> None:
+    """Say what a preset is on this model, and what of it the estimate leaves out."""
+    note(spell(level, chosen))
+    for one in chosen:
+        if one.skips:
+            note(
+                f"{one.config.name} skipped {one.skips:.0%} of the forwards where it was measured; that is not counted "
+                "here, but in `dit-accel recommend`"
+            )
 
 
 def _print(estimated: Estimate) -> None:

@@ -1,13 +1,15 @@
-"""Describe: what could be attached to a pipeline and what its recipes are; touches nothing."""
+"""Describe: what to attach to a pipeline, what else could be, and with which options; touches nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..attachment.find import find_transformers, resolve_model
-from ..errors import ConfigError
+from ..errors import ConfigError, DitAccelError
 from ..methods.compose import make_handlers
+from ..methods.find import find_transformers, resolve_model
 from ..methods.registry import methods
+from ..report.html import as_printed, folded, piece, table
+from .recommend import Recommendation, recommend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,32 +39,68 @@ class TransformerDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What `describe` found, one entry per transformer."""
+    """What `describe` found.
+
+    Attributes:
+        transformers: one entry per transformer.
+        recommendation: what to attach at the model's default size; None where it can't be told.
+        not_recommended: why it can't, empty where it can.
+    """
 
     transformers: Sequence[TransformerDescription]
+    recommendation: Recommendation | None = None
+    not_recommended: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain values, for JSON."""
         return {
+            "recommendation": self.recommendation and self.recommendation.to_dict(),
             "transformers": [
                 {name: getattr(part, name) for name in TransformerDescription.__slots__} for part in self.transformers
-            ]
+            ],
         }
 
-    def __str__(self) -> str:
-        lines = []
+    def _repr_html_(self) -> str:
+        """Return the description as a notebook shows it: what to attach, and every method with its options folded."""
+        parts = [as_printed(str(self.recommendation or f"no recommendation: {self.not_recommended}"))]
         for part in self.transformers:
-            family = part.family or "sizes of no released model"
-            lines.append(f"{part.name}: {part.transformer}, adapter {part.adapter}, {family}")
-            lines.append(f"  {part.layers} self-attention layers, {part.heads} heads")
+            rows = [
+                (name, ", ".join(f"{key}={value}" for key, value in options.items()))
+                for name, options in part.methods.items()
+            ]
+            rows += [(name, f"refused, {why}") for name, why in part.refused.items()]
+            parts.append(folded(f"{part.name}: {len(part.methods)} methods", table(("method", "options"), rows)))
+        return piece("; ".join(map(_header, self.transformers)), *parts)
+
+    def __str__(self) -> str:
+        lines = [_header(part) for part in self.transformers]
+        lines += ["", str(self.recommendation or f"no recommendation: {self.not_recommended}"), ""]
+        for part in self.transformers:
+            lines.append(f"{part.name} takes {', '.join(part.methods) or 'no method'}")
+            lines += [f"{part.name} refuses {', '.join(part.refused)}"] if part.refused else []
+        return "\n".join(
+            [*lines, "Their options, and why some are refused: `dit-accel describe --options`, or options()."]
+        )
+
+    def options(self) -> str:
+        """Return every method with its options on this model, and why others are refused, as text."""
+        lines: list[str] = []
+        for part in self.transformers:
+            lines += [_header(part), f"  {part.layers} self-attention layers, {part.heads} heads"]
             for method, options in part.methods.items():
                 lines.append(f"  {method}: {', '.join(f'{key}={value}' for key, value in options.items())}")
             lines += [f"  {method}: refused, {why}" for method, why in part.refused.items()]
         return "\n".join(lines)
 
 
+def _header(part: TransformerDescription) -> str:
+    return f"{part.name}: {part.transformer}, adapter {part.adapter}, {part.family or 'sizes of no released model'}"
+
+
 def describe(model: Any) -> Description:
-    """Tell which methods could be attached to a pipeline or transformer, and with which options.
+    """Tell what to attach to a pipeline or transformer at its default size, and which methods it takes.
+
+    `recommend` does the first for any size, and without the model.
 
     Args:
         model: a diffusers pipeline or transformer; it is not changed.
@@ -71,7 +109,11 @@ def describe(model: Any) -> Description:
         UnsupportedModel: if no adapter covers it; lists what is supported.
     """
     transformers = find_transformers(model)
-    return Description(transformers=tuple(_describe(name, transformers) for name in transformers))
+    described = tuple(_describe(name, transformers) for name in transformers)
+    try:
+        return Description(transformers=described, recommendation=recommend(model))
+    except DitAccelError as error:  # such as a config that does not tell the sizes
+        return Description(transformers=described, not_recommended=str(error))
 
 
 def _describe(name: str, transformers: dict[str, Any]) -> TransformerDescription:

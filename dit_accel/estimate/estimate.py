@@ -14,12 +14,13 @@ from typing import Any
 from ..adapters.adapter import Adapter, Family
 from ..adapters.rotary import check_lengths
 from ..errors import ConfigError
-from ..methods.base import Model
+from ..methods.base import Handler, Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.saving import Saving
 from ..plan.layout import TokenLayout
 from ..plan.tiling import TILE
+from ..report.html import lines, piece, table
 from .beyond import beyond_trained
 from .sizes import check_steps, rounded_frames, token_layout
 from .tiles import TilesLeft, tiles_left
@@ -189,6 +190,16 @@ class Estimate:
         """What a user should know about the methods on this layout."""
         return [text for saving in self.savings.values() for text in saving.warnings]
 
+    def _repr_html_(self) -> str:
+        """Return the estimate as a notebook shows it."""
+        size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
+        rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
+        if self.methods:
+            planned = f"{self.planned_attention_flops:.3g}", f"{self.planned_total_flops:.3g}"
+            rows.append((" + ".join(self.methods), *planned, f"{self.speedup:.2f}"))
+        head = ("", "FLOPs of attention", "FLOPs in all", "predicted speed-up")
+        return piece(f"{self.family.name}: {size}", table(head, rows), lines([*self.warnings, *self.notes]))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
         whole, tiles = usual_tiles(self.layout) ** 2, self.tiles
@@ -284,14 +295,30 @@ def estimate(
     layout = token_layout(family, height=height, width=width, num_frames=frames)
     check_lengths(adapter.name, adapter.rope, family.config if config is None else config, layout.lengths)
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-    handlers = make_handlers(methods, model)
+    found = estimate_run(make_handlers(methods, model), family, layout, steps, kernel_cost)
+    return replace(found, height=height, width=width, num_frames=frames)
+
+
+def estimate_run(
+    handlers: Sequence[Handler],
+    family: Family,
+    layout: TokenLayout,
+    steps: int,
+    kernel_cost: float = KERNEL_COST,
+) -> Estimate:
+    """Estimate a run of so many steps over a layout, with methods as they are on its model.
+
+    Raises:
+        ConfigError: if what the methods save can't be counted, alone or together.
+    """
     savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}
+    (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch
     return Estimate(
         family=family,
         layout=layout,
-        height=height,
-        width=width,
-        num_frames=frames,
+        height=layout.height * scale * patch_height,
+        width=layout.width * scale * patch_width,
+        num_frames=1 + (layout.frames * patch_frames - 1) * step,
         num_inference_steps=steps,
         methods={handler.name: handler.settings.to_dict() for handler in handlers},
         savings=savings,

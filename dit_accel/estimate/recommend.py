@@ -1,52 +1,85 @@
-"""Recommend: what each preset attaches to a model at a size, with the predicted speed-up and the measured loss."""
+"""Recommend: what could be attached to a model at a size, fastest first, with what it is expected to cost."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
-from ..attachment.find import find_transformers, resolve_model
-from ..errors import ConfigError
-from ..methods.base import Model
-from ..methods.presets import LEVELS, Choice, choices, spell
-from .estimate import Estimate, estimate
+from ..adapters.model_files import ModelFiles, model_source, read_model_files
+from ..errors import UnsupportedModel
+from ..methods.base import AttentionHandler, Model
+from ..methods.caches.cache_config import StepCacheConfig
+from ..methods.find import find_transformers, resolve_model
+from ..methods.presets import LEVELS, MEASURED_ON, Choice, choices
+from ..methods.registry import handler_of, method
+from .beyond import advice, beyond_trained
+from .estimate import ASSUMED_BYTES, Estimate, estimate
+from .hardware import Hardware, find_hardware
+from .recommend_table import text_of
+from .skipped import speedup_with_skips
+from .tuned import TunedSetting, find_tuned
+
+DENSE = "dense"
+"""The name of the row without methods."""
+
+PREDICTED_NOTE = (
+    "speed-ups of presets are predicted, of the denoising loop; a step cache stores a few copies of the latents for "
+    "each branch, which is not in the state"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One preset on a model at a size.
+    """One thing that could be attached, or nothing.
 
     Attributes:
-        preset: its level.
-        methods: what it attaches, in words.
-        speedup: predicted, of the denoising loop: FLOPs of the sparse attention by `Estimate`, and the share of the
-            forwards that the cache skipped where it was measured.
-        psnr: dB to the user's own dense run where it was measured, the least mean of the measured models; None: not
-            measured.
+        name: a preset's level, ``dense``, or the name of a tuned file.
+        methods: method -> what it does in this run, in words; of a preset those alone that act in it.
+        speedup: of the denoising loop. Predicted: by the FLOPs of the sparse attention (`Estimate`), and by the share
+            of the forwards that the cache skipped where that was measured. Of a tuned file measured, by work.
+        seconds: the least that the loop takes on the hardware, by its data sheet; None: not known.
+        losses: method -> dB to the user's own dense run where it was measured, the least mean of the measured models;
+            None: not measured; without those for outputs beyond the trained size, where the dense run is no measure.
+            Of a tuned file its metric -> the mean against the converged run.
+        sources: method, or tuned file -> the figure that this rests on.
         state_bytes: memory that the methods hold besides the model, but for what a cache stores.
-        sources: the figures that this rests on.
+        needs: what else it takes, such as a GPU with Triton; and what of a preset waits for a larger run.
     """
 
-    preset: str
-    methods: str
+    name: str
+    methods: Mapping[str, str]
     speedup: float
-    psnr: float | None
+    seconds: float | None
+    losses: Mapping[str, float | None]
+    sources: Mapping[str, str]
     state_bytes: int
-    sources: tuple[str, ...]
+    needs: tuple[str, ...]
+
+    @property
+    def psnr(self) -> float | None:
+        """The least of the presets' dB to the dense run; None where a method of it was not measured, or none acts."""
+        values = [*self.losses.values()]
+        return min((value for value in values if value is not None), default=None) if None not in values else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Recommendation:
-    """The presets on a model at a size, the fastest first.
+    """What could be attached to a model at a size: what was tuned on it, then presets and dense, the fastest first.
 
     Attributes:
         family: the model's sizes.
         height: output height in pixels.
         width: output width in pixels.
-        num_frames: output frames.
+        num_frames: output frames, rounded as the pipeline does.
         num_inference_steps: denoising steps.
-        settings: the presets.
+        tokens: visual tokens of one attention call.
+        hardware: name of the card or its memory, or None.
+        weight_bytes: of the transformers: of a pipeline what it has, of a named model at least the matrices of its
+            blocks in 16 bits.
+        settings: the rows.
+        notes: what a user should know.
     """
 
     family: str
@@ -54,24 +87,38 @@ class Recommendation:
     width: int
     num_frames: int
     num_inference_steps: int
+    tokens: int
+    hardware: str | None
+    weight_bytes: int
     settings: Sequence[Setting]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recommendation as plain values, for JSON."""
-        sizes = {name: getattr(self, name) for name in self.__slots__ if name != "settings"}
-        settings = [{name: getattr(one, name) for name in Setting.__slots__} for one in self.settings]
-        return {**sizes, "settings": [{**one, "sources": list(one["sources"])} for one in settings]}
+        settings = [{**asdict(one), "needs": list(one.needs), "psnr": one.psnr} for one in self.settings]
+        values = {name: getattr(self, name) for name in Recommendation.__slots__}
+        return {**values, "settings": settings, "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.family}, {self.width} x {self.height}, {self.num_frames} frames, {self.num_inference_steps} steps; "
-            'attach(pipe, preset="balanced")'
-        ]
-        for one in self.settings:
-            loss = "loss not measured" if one.psnr is None else f"{one.psnr:.0f} dB to the dense run"
-            lines.append(f"  {one.preset}: predicted {one.speedup:.2f} times as fast, {loss}; {one.methods}")
-            lines += [f"    {source}" for source in one.sources]
-        return "\n".join(lines)
+        return text_of(self)
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """A model as it was given: its adapter, sizes and config, its weights in bytes, and what tuned files call it."""
+
+    adapter: Adapter
+    family: Family
+    config: Mapping[str, Any]
+    weight_bytes: int
+    source: str
+
+    @property
+    def model(self) -> Model:
+        family = self.family
+        return Model(adapter=self.adapter, family=family, heads=family.heads, layers=family.layers)
 
 
 def recommend(
@@ -81,65 +128,200 @@ def recommend(
     width: int | None = None,
     num_frames: int | None = None,
     num_inference_steps: int | None = None,
+    hardware: str | None = None,
 ) -> Recommendation:
-    """Tell what each preset attaches to a model at a size, with its predicted speed-up; loads and changes nothing.
+    """List what could be attached to a model at a size, with predicted speed-up, loss and memory; changes nothing.
 
     Args:
-        model: a diffusers pipeline or transformer, or the name of a family, such as ``"wan2.1-14b"``.
+        model: a diffusers pipeline or transformer; the name of a family, such as ``"wan2.1-14b"``; or a hub id, a
+            folder of a pipeline or an embedded model, of which only the configs are read.
         height: output height in pixels; None: the model's default, as of the other sizes.
         width: output width in pixels.
         num_frames: output frames.
         num_inference_steps: denoising steps.
+        hardware: a card, such as ``"h100"``, of which the least seconds are told too, or its memory, such as
+            ``"24GB"``.
 
     Raises:
-        UnsupportedModel: if no adapter covers the model.
-        ConfigError: for an unknown family, a model with the sizes of no released one, or sizes that it can't make.
+        UnsupportedModel: if no adapter covers the model, or no family is called so.
+        ConfigError: for sizes that the model can't make, unknown hardware, or a tuned file that can't be read.
     """
-    adapter, family = _family_of(model)
-    of = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-    sizes = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
-    dense = estimate(adapter, family, **sizes)
-    settings = [_setting(level, choices(level, of), adapter, family, sizes) for level in LEVELS]
+    card = None if hardware is None else find_hardware(hardware)
+    of = _subject(model)
+    sizes: dict[str, Any] = dict(
+        height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, config=of.config
+    )
+    dense = estimate(of.adapter, of.family, **sizes)
+    rows = [_dense_row(), *(_preset_row(level, of, sizes, dense) for level in LEVELS)]
+    rows.sort(key=lambda one: -round(one.speedup, 2))
+    tuned = find_tuned(of.source) if of.source else []
+    fitting = [one for one in tuned if _fits(one, dense)]
+    rows = [*(_tuned_row(one) for one in fitting), *rows]
+    seconds = None if card is None else card.seconds(dense)
+    if seconds is not None:
+        rows = [replace(one, seconds=seconds / one.speedup) for one in rows]
     return Recommendation(
-        family=family.name, height=dense.height, width=dense.width, num_frames=dense.num_frames,
-        num_inference_steps=dense.num_inference_steps, settings=sorted(settings, key=lambda one: -one.speedup),
+        family=of.family.name, height=dense.height, width=dense.width, num_frames=dense.num_frames,
+        num_inference_steps=dense.num_inference_steps, tokens=dense.layout.visual_tokens,
+        hardware=card.name if card else None, weight_bytes=of.weight_bytes, settings=rows,
+        notes=_notes(of, dense, num_frames, card, [one for one in tuned if one not in fitting]),
     )  # fmt: skip
 
 
-def _family_of(model: Any) -> tuple[Adapter, Family]:
+def _subject(model: Any) -> _Subject:
+    if isinstance(model, Path) or (isinstance(model, str) and model not in installed.families()):
+        if isinstance(model, str) and "/" not in model and not Path(model).is_dir():
+            installed.family(model)  # refuses it, with the nearest name
+        files = read_model_files(model_source(str(model)))
+        adapter, family = files.identify()
+        return _Subject(
+            adapter=adapter, family=family, config=files.transformer, weight_bytes=_least_weights(family),
+            source=str(model),
+        )  # fmt: skip
     if isinstance(model, str):
-        family = installed.family(model)
-        return next(one for one in installed.adapters().values() if family in one.families), family
+        adapter, family = installed.described(model)
+        weights = _least_weights(family)
+        return _Subject(adapter=adapter, family=family, config=family.config, weight_bytes=weights, source=family.repo)
     transformers = find_transformers(model)
     found = resolve_model(list(transformers)[-1], transformers)
-    if found.family is None:
-        raise ConfigError(
-            f"recommend knows released models by their sizes, and {type(model).__name__} has those of none; name the "
-            'family that is nearest, such as recommend("wan2.1-1.3b")'
-        )
-    return found.adapter, found.family
-
-
-def _setting(
-    level: str, chosen: Sequence[Choice], adapter: Adapter, family: Family, sizes: Mapping[str, Any]
-) -> Setting:
-    found: Estimate = estimate(adapter, family, methods=[one.config for one in chosen], **sizes)
-    acting = [one for one in chosen if _acts(one, found)]
-    skipped = max((one.skips or 0.0 for one in acting), default=0.0)
-    measured = [one.psnr for one in acting if one.psnr is not None]
-    known = all(one.psnr is not None for one in acting)
-    return Setting(
-        preset=level, methods=spell(level, acting).partition(": ")[2], speedup=found.speedup / (1.0 - skipped),
-        psnr=min(measured) if measured and known else None, state_bytes=found.state_bytes,
-        sources=tuple(f"{one.config.name}: {one.source}" for one in acting),
+    config = dict(transformers[list(transformers)[-1]].config)
+    family = found.family or _sizes_of(transformers, config)
+    return _Subject(
+        adapter=found.adapter, family=family, config=config, weight_bytes=sum(map(_weights, transformers.values())),
+        source=str(getattr(getattr(model, "config", {}), "get", lambda _: None)("_name_or_path") or ""),
     )  # fmt: skip
 
 
-def _acts(choice: Choice, found: Estimate) -> bool:
-    """Tell whether a method does anything in a run of these sizes."""
-    config = choice.config
-    if (getattr(config, "min_steps", None) or 0) > found.num_inference_steps:
-        return False
-    if (getattr(config, "min_tokens", None) or 0) > found.layout.visual_tokens:
-        return False
-    return not choice.beyond or found.times_trained > 1
+def _sizes_of(transformers: Mapping[str, Any], config: Mapping[str, Any]) -> Family:
+    """Return the sizes of a model that is no released one, by its config, with its family's defaults.
+
+    Raises:
+        UnsupportedModel: if the config does not tell them.
+    """
+    name = type(list(transformers.values())[-1]).__name__
+    index = {part: ("diffusers", name) for part in transformers}
+    files = ModelFiles(name=name, index=index, transformer={**config, "_class_name": name}, vae={})
+    try:
+        return files.identify()[1]
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f'recommend can\'t tell the sizes of {name} ({error}); name the nearest family: recommend("wan2.1-1.3b")'
+        ) from None
+
+
+def _least_weights(family: Family) -> int:
+    """Return the bytes of the matrices that every block has, in 16 bits; text streams and modulations come on top."""
+    width = family.heads * family.head_dim
+    attention = 4 * width**2 * (2 if family.cross_tokens else 1)
+    return ASSUMED_BYTES * family.experts * family.layers * (attention + 2 * width * family.ffn_dim)
+
+
+def _weights(transformer: Any) -> int:
+    return sum(one.numel() * (ASSUMED_BYTES if one.is_meta else one.element_size()) for one in transformer.parameters())
+
+
+def _dense_row() -> Setting:
+    return Setting(
+        name=DENSE, methods={}, speedup=1.0, seconds=None, losses={}, sources={}, state_bytes=0, needs=()
+    )  # fmt: skip
+
+
+def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any], dense: Estimate) -> Setting:
+    chosen = choices(level, of.model)
+    idle = {one.config.name: _idle(one, dense, of.family) for one in chosen}
+    acting = [one for one in chosen if idle[one.config.name] is None]
+    found = estimate(of.adapter, of.family, methods=[one.config for one in acting], **sizes)
+    speedup = found.speedup
+    for one in acting:
+        cache = method(one.config.name)(**found.methods[one.config.name])
+        if one.skips and isinstance(cache, StepCacheConfig):
+            speedup = speedup_with_skips(found, cache, one.skips)
+    planned = [one.config.name for one in acting if issubclass(handler_of(one.config), AttentionHandler)]
+    needs = [f"{', '.join(planned)}: a GPU with Triton"] if planned else []
+    return Setting(
+        name=level, methods={one.config.name: one.what for one in acting}, speedup=speedup, seconds=None,
+        losses={one.config.name: one.psnr for one in acting if not one.beyond},
+        sources={one.config.name: one.source for one in acting}, state_bytes=found.state_bytes,
+        needs=(*needs, *(why for why in idle.values() if why)),
+    )  # fmt: skip
+
+
+def _idle(choice: Choice, run: Estimate, family: Family) -> str | None:
+    """Return why a method does nothing in a run of these sizes, empty: it is for larger ones alone; None: it acts."""
+    config, tokens, steps = choice.config, run.layout.visual_tokens, run.num_inference_steps
+    least_steps, least_tokens = (getattr(config, name, None) or 0 for name in ("min_steps", "min_tokens"))
+    if least_steps > steps:
+        return f"{config.name} waits for {least_steps} steps, here {steps}"
+    if least_tokens > tokens:
+        return f"{config.name} waits for {least_tokens:,} tokens, here {tokens:,}"
+    within = choice.beyond and not handler_of(config).extends & beyond_trained(family, run.layout).keys()
+    return "" if within else None
+
+
+def _fits(tuned: TunedSetting, dense: Estimate) -> bool:
+    """Return whether a setting was tuned at the size and number of steps of a dense run."""
+    names = ("height", "width", "num_frames", "num_inference_steps")
+    return all(getattr(tuned.measured, name) == getattr(dense, name) for name in names)
+
+
+def _tuned_row(one: TunedSetting) -> Setting:
+    found = one.measured
+    methods = {method.name: ", ".join(f"{k} {v}" for k, v in method.to_dict().items()) for method in one.methods}
+    run = {"run": ", ".join(f"{name} {value}" for name, value in one.run.items())}
+    return Setting(
+        name=one.path.stem, methods={**run, **methods}, speedup=found.speedup, seconds=None,
+        losses={found.metric: found.quality}, state_bytes=0, needs=("generate --config FILE",),
+        sources={
+            one.path.stem: f"tuned on this model by dit-accel tune pipeline, {found.prompts} held-out prompts, "
+            f"{found.metric} to the converged run: {one.path}"
+        },
+    )  # fmt: skip
+
+
+def _notes(
+    of: _Subject, dense: Estimate, num_frames: int | None, card: Hardware | None, elsewhere: Sequence[TunedSetting]
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    if num_frames is not None and num_frames != dense.num_frames:
+        notes.append(f"{num_frames} frames are rounded to {dense.num_frames}, as the pipeline does")
+    name = of.family.name
+    if name not in MEASURED_ON:
+        notes.append(
+            f"no preset was measured on {name}: this is the general rule, with the losses and skipped forwards of "
+            f"{' and '.join(MEASURED_ON)}; attachment.check(prompt) measures yours, `dit-accel tune pipeline` finds "
+            "settings for it"
+        )
+    presets = [one.config for one in choices(LEVELS[-1], of.model)]
+    notes += advice(of.adapter, of.family, dense.layout, presets)
+    if card is not None:
+        notes += _card_notes(of, card)
+    notes.append(PREDICTED_NOTE)
+    for one in elsewhere:
+        found = one.measured
+        notes.append(
+            f"tuned at another size, {found.width} x {found.height}, {found.num_frames} frames, "
+            f"{found.num_inference_steps} steps: {one.path}"
+        )
+    return tuple(notes)
+
+
+def _card_notes(of: _Subject, card: Hardware) -> list[str]:
+    gib = of.weight_bytes / 2**30
+    notes = []
+    weights = f"the transformer's weights take {gib:.3g} GiB or more"
+    if gib > card.gib:
+        notes.append(
+            f"{weights}, beyond the {card.gib:g} GiB there are: generate with --offload group or sequential, or "
+            "quantize them"
+        )
+    elif gib > card.gib / 2:
+        notes.append(
+            f"{weights} of the {card.gib:g} GiB there are; if the text encoder does not fit beside them, --offload "
+            "model moves in what is used"
+        )
+    if card.tflops is not None:
+        notes.append(
+            f"seconds are the least that the products take on {card.name} by its data sheet, the denoising loop "
+            "alone; expect more"
+        )
+    return notes

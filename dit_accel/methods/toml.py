@@ -21,15 +21,24 @@ RUN_KEYS: Mapping[str, Any] = {
 }
 
 
-def to_toml(configs: Iterable[MethodConfig], run: Mapping[str, Any] | None = None) -> str:
-    """Write configs as TOML, one table per method, with the format's version, and ``run`` as `run_table` reads it.
+TUNED = "tuned"
+"""Table of how a setting was measured, where a search wrote it; `dit_accel.estimate.tuned` says what it holds."""
+
+
+def to_toml(
+    configs: Iterable[MethodConfig], run: Mapping[str, Any] | None = None, tuned: Mapping[str, Any] | None = None
+) -> str:
+    """Write configs as TOML, one table per method, with the format's version.
+
+    ``run`` stands in it as `run_table` reads it, ``tuned`` as `tuned_table` does.
 
     Raises:
         ConfigError: for two configs of one method.
     """
     import tomli_w
 
-    tables: dict[str, Any] = {"version": VERSION, **({RUN: dict(run)} if run else {})}
+    tables: dict[str, Any] = {"version": VERSION}
+    tables |= {name: dict(table) for name, table in ((RUN, run), (TUNED, tuned)) if table}
     for config in configs:
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"{type(config).__name__} has no TOML table; give the object itself to attach")
@@ -50,7 +59,8 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
         ConfigError: for text that is not TOML, another version, an unknown method or option, or a refused value.
     """
     tables = _tables(text, source)
-    tables.pop(RUN, None)
+    for name in (RUN, TUNED):
+        tables.pop(name, None)
     version = tables.pop("version", VERSION)
     if version != VERSION:
         raise ConfigError(
@@ -84,6 +94,18 @@ def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
             raise ConfigError(f"{source}: [{RUN}] has no {key!r}; {did_you_mean(key, RUN_KEYS)}")
         if isinstance(value, bool) or not isinstance(value, RUN_KEYS[key]):
             raise ConfigError(f"{source}: [{RUN}] has {key} = {value!r}, which is of the wrong kind")
+    return found
+
+
+def tuned_table(text: str, source: str = "the method config") -> dict[str, Any]:
+    """Read how a setting was measured: ``[tuned]``, empty where there is none.
+
+    Raises:
+        ConfigError: for text that is not TOML, or what is no table.
+    """
+    found = _tables(text, source).get(TUNED, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{source}: {TUNED} = {found!r} is no table; write [{TUNED}]")
     return found
 
 

@@ -113,6 +113,12 @@ class AttentionPlan:
         full = self.tiles is None or is_full(self.tiles)
         return full and (self.selection is None or (self.selection.keep is None and self.selection.routing is None))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the call is the model's own attention and nothing else."""
+        mixed = self.identity_mix is not None or self.head_scale is not None
+        return not (self.needs_kernel or mixed or self.reused is not None or self.guidance is not None)
+
     def with_tiles(self, tiles: TileLists, token_order: Tensor | None = None) -> "AttentionPlan":
         """Return the plan with tile lists, which count the tokens in this order, intersected with those it has.
 

@@ -12,6 +12,10 @@ Kind = Literal["dense", "reduced", "skipped", "extended"]
 by a cache; with a further forward inside, as guidance by a perturbed branch has it."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Part = Literal["attention", "text", "fetching"]
+"""Of a forward: its self-attention calls; those over the text alone, beside them; the wait for offloaded weights."""
+
 Key = tuple[str, int, str]
 """Transformer, step and branch of a forward."""
 
@@ -27,6 +31,10 @@ class TimedForward:
         kind: what it ran.
         seconds: how long it took, methods around it included.
         before: seconds since the forward before it ended; 0 for the first.
+        lists: seconds in which the methods planned its attention calls, tile lists included, on the processor.
+        attention: seconds of its self-attention calls, their planning included; None: not measured in this forward.
+        text: seconds of attention calls over the text alone, beside those; None likewise.
+        fetching: seconds for which it waited for weights that are offloaded; None likewise.
     """
 
     transformer: str
@@ -35,13 +43,52 @@ class TimedForward:
     kind: Kind
     seconds: float
     before: float
+    lists: float = 0.0
+    attention: float | None = None
+    text: float | None = None
+    fetching: float | None = None
+
+
+@dataclass(slots=True)
+class _Span:
+    """A forward between two stamps, with what was measured inside it."""
+
+    key: Key
+    kind: Kind
+    begin: Any
+    end: Any
+    lists: float
+    parts: dict[Part, list[tuple[Any, Any]]] | None
+
+    def seconds_of(self, part: Part) -> float | None:
+        """Return the seconds of a part; None: not measured."""
+        found = (self.parts or {}).get(part)
+        return None if found is None else sum(_between(begin, end) for begin, end in found)
 
 
 class Clock:
-    """Times forwards without waiting for the device: by events on a GPU, which `timing` reads."""
+    """Times forwards without waiting for the device: by events on a GPU, which `timing` reads.
+
+    Of the forwards with the numbers 1, 2, 4, 8 ... it times the parts too: few enough to cost nothing on a GPU, and
+    some of every kind.
+
+    Attributes:
+        lists: seconds of planning in the forward that runs.
+        parts: what was timed in the forward that runs; None: its parts are not timed.
+    """
 
     def __init__(self) -> None:
-        self._spans: list[tuple[Key, Kind, Any, Any]] = []
+        self._spans: list[_Span] = []
+        self._begun = -1
+        self.lists = 0.0
+        self.parts: dict[Part, list[tuple[Any, Any]]] | None = None
+
+    def begin(self, device: torch.device) -> Any:
+        """Begin a forward: return its stamp, and choose whether its parts are timed."""
+        self._begun += 1
+        self.lists = 0.0
+        self.parts = {} if self._begun and not self._begun & (self._begun - 1) else None
+        return self.stamp(device)
 
     def stamp(self, device: torch.device) -> Any:
         """Return this moment of a device's work."""
@@ -51,21 +98,36 @@ class Clock:
         event.record()
         return event
 
-    def add(self, key: Key, kind: Kind, begin: Any, end: Any) -> None:
-        """Keep a forward that lies between two stamps."""
-        self._spans.append((key, kind, begin, end))
+    def add_part(self, part: Part, begin: Any, device: torch.device) -> None:
+        """Keep a part of the forward that runs, from a stamp until now."""
+        if self.parts is not None:
+            self.parts.setdefault(part, []).append((begin, self.stamp(device)))
+
+    def end(self, key: Key, kind: Kind, begin: Any, device: torch.device, attention_calls: int) -> None:
+        """Keep the forward that began at a stamp and ends now.
+
+        Its attention is taken as timed only where all its calls were: those in compiled blocks are not seen.
+        """
+        parts, self.parts = self.parts, None
+        if parts is not None and len(parts.get("attention", ())) < attention_calls:
+            parts.pop("attention", None)
+        self._spans.append(_Span(key, kind, begin, self.stamp(device), self.lists, parts))
 
     def timing(self) -> "Timing":
         """Return the seconds of every forward, in their order; waits for the last one on a GPU."""
         forwards, last = [], None
-        for (transformer, step, branch), kind, begin, end in self._spans:
+        for span in self._spans:
+            transformer, step, branch = span.key
             forwards.append(
                 TimedForward(
-                    transformer=transformer, step_index=step, branch=branch, kind=kind, seconds=_between(begin, end),
-                    before=0.0 if last is None else _between(last, begin),
+                    transformer=transformer, step_index=step, branch=branch, kind=span.kind,
+                    seconds=_between(span.begin, span.end),
+                    before=0.0 if last is None else _between(last, span.begin),
+                    lists=span.lists, attention=span.seconds_of("attention"), text=span.seconds_of("text"),
+                    fetching=span.seconds_of("fetching"),
                 )
             )  # fmt: skip
-            last = end
+            last = span.end
         return Timing(tuple(forwards))
 
 
@@ -113,8 +175,17 @@ class Timing:
         """
         return None if self.dense is None or not self.total else len(self.forwards) * self.dense / self.total
 
-    def lines(self) -> list[str]:
-        """Return the first lines of a report."""
+    def share(self, part: Part, kind: Kind) -> float | None:
+        """Return a part's median share of the forwards of a kind in which it was timed; None: in none."""
+        each = [
+            seconds / one.seconds
+            for one in self.forwards
+            if one.kind == kind and (seconds := getattr(one, part)) is not None and one.seconds
+        ]
+        return min(1.0, statistics.median(each)) if each else None
+
+    def lines(self, predicted: str = "") -> list[str]:
+        """Return the first lines of a report; ``predicted`` stands behind what was measured."""
         if not self.forwards:
             return []
         parts = [
@@ -124,13 +195,16 @@ class Timing:
         ]
         forwards = f"forwards: {', '.join(parts)} each (median); {spell_seconds(self.total)} in all"
         if self.speedup is None:
-            return [f"measured speed-up: unknown, since no forward was dense; {forwards}"]
-        return [f"measured speed-up: {self.speedup:.2f} over dense forwards alone; {forwards}"]
+            return [f"measured speed-up: unknown, since no forward was dense{predicted}; {forwards}"]
+        return [f"measured speed-up: {self.speedup:.2f}{predicted} over dense forwards alone; {forwards}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the times as plain values."""
         each = [{name: getattr(one, name) for name in one.__slots__} for one in self.forwards]
-        return {"speedup": self.speedup, "dense_seconds": self.dense, "total_seconds": self.total, "forwards": each}
+        return {
+            "speedup": self.speedup, "dense_seconds": self.dense, "total_seconds": self.total,
+            "elapsed_seconds": self.elapsed, "attention_share": self.share("attention", "dense"), "forwards": each,
+        }  # fmt: skip
 
 
 def spell_seconds(seconds: float) -> str:

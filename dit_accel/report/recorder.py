@@ -1,7 +1,9 @@
 """Counts what runs in one generation: dense layers, and the shares of every planned call's tiles."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from dit_accel_kernels import count_bits, torch_way
@@ -26,11 +28,16 @@ class CallShares:
     by_head: Tensor | Sequence[float] | None = None
 
 
+Why = Literal["mask", "backend"]
+"""Why a call of a layer in which methods act stayed dense: for its mask, or since dense attention is faster here."""
+
+
 @dataclass(slots=True)
 class ForwardCounts:
     """What one denoising call (transformer, step, branch) ran."""
 
     dense_layers: int = 0
+    stayed: Counter[Why] = field(default_factory=Counter)
     calls: list[CallShares] = field(default_factory=list)
 
 
@@ -77,6 +84,10 @@ class Recorder:
         entry = self.forwards.setdefault((transformer, step_index, branch), ForwardCounts())
         entry.dense_layers += dense_layers
 
+    def stays_dense(self, context: CallContext, why: Why) -> None:
+        """Count an attention call that stays dense in a layer in which methods act."""
+        self._counts(context).stayed[why] += 1
+
     def planned_call(
         self, context: CallContext, plan: AttentionPlan, exact: Tensor | None = None, rows: float = 1.0
     ) -> None:
@@ -84,11 +95,11 @@ class Recorder:
 
         ``exact`` are the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: it has none.
         """
-        self.reduced += 1
+        self.reduced += not plan.is_plain
         tiles, selection = plan.tiles, plan.selection
         if exact is None or tiles is None or selection is None:
             kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-            self._calls(context).append(CallShares(context.layer, rows * kept, rows * pooled))
+            self._counts(context).calls.append(CallShares(context.layer, rows * kept, rows * pooled))
             return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size
@@ -98,7 +109,9 @@ class Recorder:
             remaining = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
         dropped = (remaining - by_head.mean()).clamp(min=0)  # rounding may leave -0
         pooled = tiles.tiles_pooled / tiles.tiles_total + dropped
-        self._calls(context).append(CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head))
+        self._counts(context).calls.append(
+            CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head)
+        )
 
     def settle(self) -> None:
         """Turn the shares that are still tensors into numbers, in one transfer a device."""
@@ -113,7 +126,5 @@ class Recorder:
             for call, (exact, pooled, *by_head) in zip(calls, values.tolist(), strict=True):
                 call.exact, call.pooled, call.by_head = exact, pooled, tuple(by_head)
 
-    def _calls(self, context: CallContext) -> list[CallShares]:
-        return self.forwards.setdefault(
-            (context.transformer, context.step_index, context.branch), ForwardCounts()
-        ).calls
+    def _counts(self, context: CallContext) -> ForwardCounts:
+        return self.forwards.setdefault((context.transformer, context.step_index, context.branch), ForwardCounts())

@@ -9,10 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MissingBackend
-from .clock import Timing
+from .clock import Key, Timing
+from .predicted import Predicted
 from .recorder import CallShares, Recorder
 from .sections import Section
-from .why import why_not_faster
+from .why import Ran, why_not_faster
+
+VERSION = 1
+"""Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,8 @@ class StepReport:
         sparse_layers: attention calls that followed a plan.
         density: exact tiles of the planned calls over all their tiles; 1 if there was none.
         pooled: pooled tiles of the planned calls over all their tiles.
+        stayed: why -> calls that stayed dense in layers in which methods act: ``mask`` for one that is not key padding,
+            ``backend`` where dense attention is faster on this processor.
     """
 
     transformer: str
@@ -36,6 +42,7 @@ class StepReport:
     sparse_layers: int
     density: float
     pooled: float
+    stayed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +81,7 @@ class Report:
             are left out.
         sections: what individual methods report.
         timing: how long the forwards took, and the speed-up that this measures.
+        predicted: what `dit-accel plan` predicts for this run; None: of a model with the sizes of no released one.
     """
 
     methods: Mapping[str, Mapping[str, Any]]
@@ -85,6 +93,7 @@ class Report:
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     sections: Sequence[Section] = field(default_factory=tuple)
     timing: Timing = field(default_factory=Timing)
+    predicted: Predicted | None = None
 
     @property
     def density(self) -> float:
@@ -107,14 +116,26 @@ class Report:
         """Return a line for each cause of the time that the run still took, largest first, and what to do."""
         if not self.methods:
             return []
-        shares = {
-            (step.transformer, step.step_index, step.branch): step.dense_layers
-            / (step.dense_layers + step.sparse_layers)
-            for step in self.steps
-            if step.sparse_layers
-        }
-        logs = {one.method: one.data["forwards"] for one in self.sections if "forwards" in one.data}
-        return why_not_faster(self.timing, self.methods, logs, shares, tuple(self.notes))
+        dense: dict[Key, float] = {}
+        stayed: dict[Key, Mapping[str, float]] = {}
+        for step in self.steps:
+            key, calls = (step.transformer, step.step_index, step.branch), step.dense_layers + step.sparse_layers
+            stayed[key] = {why: min(1.0, count / max(1, calls)) for why, count in step.stayed.items()}
+            if step.sparse_layers:
+                dense[key] = step.dense_layers / calls
+        logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
+        return why_not_faster(
+            Ran(
+                timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,
+                notes=tuple(self.notes),
+            )
+        )  # fmt: skip
+
+    def first_lines(self) -> list[str]:
+        """Return whether the methods helped: the speed-up measured and predicted, and why it was not more."""
+        beside = f" ({self.predicted})" if self.predicted else ""
+        lines = self.timing.lines(beside) if self.methods else []
+        return [*lines, *(f"why not faster: {cause}" for cause in self.why_not_faster())]
 
     def plot(self, path: str | Path) -> None:
         """Write what was kept, by step, layer and head, and which steps were skipped, as a PNG; needs matplotlib.
@@ -130,8 +151,13 @@ class Report:
         draw(self, Path(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, for JSON."""
+        """Return the report as plain values, for JSON; `dit_accel.report.schema.report_schema` describes them."""
+        predicted = self.predicted
         return {
+            "version": VERSION,
+            "measured_speedup": self.timing.speedup,
+            "predicted_speedup": predicted and predicted.speedup,
+            "not_in_prediction": list(predicted.uncounted) if predicted else [],
             "methods": {name: dict(options) for name, options in self.methods.items()},
             "backend": self.backend,
             "model": dict(self.model),
@@ -156,8 +182,7 @@ class Report:
         return None if draw is None else draw(self)
 
     def __str__(self) -> str:
-        lines = self.timing.lines() if self.methods else []
-        lines += [f"why not faster: {cause}" for cause in self.why_not_faster()]
+        lines = self.first_lines()
         lines += [f"{name}: {_spell(options)}" for name, options in self.methods.items()] or ["no method attached"]
         lines += [f"{component}: {what}" for component, what in self.model.items()]
         lines.append(f"backend: {self.backend}")
@@ -191,6 +216,7 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
             sparse_layers=len({call.layer for call in entry.calls}),
             density=_mean([call.exact for call in entry.calls], 1.0),
             pooled=_mean([call.pooled for call in entry.calls], 0.0),
+            stayed={why: count for why, count in entry.stayed.items()},
         )
         for (transformer, step_index, branch), entry in recorder.forwards.items()
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strip:
-    """Which forwards of one transformer and branch ran, in the order of the run; `Report.plot` draws it.
+    """In which forwards of one transformer and branch a method acted, in the order of the run; `Report.plot` draws it.
 
     Attributes:
         transformer: component name.
@@ -16,6 +16,8 @@ class Strip:
         reused: for each step, whether it was skipped, and a forecast given.
         values: for each step, what decided; None where nothing was measured.
         threshold: what that was compared with; None: with nothing.
+        did: what the method did in the steps that are drawn as bars.
+        measured: what ``values`` are.
     """
 
     transformer: str
@@ -24,6 +26,8 @@ class Strip:
     reused: tuple[bool, ...]
     values: tuple[float | None, ...]
     threshold: float | None = None
+    did: str = "computed"
+    measured: str = "what decided"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

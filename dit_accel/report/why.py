@@ -2,118 +2,164 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .clock import TimedForward, Timing
+from ..rules.steps import whole_steps
+from .clock import Key, TimedForward, Timing
+from .why_computed import Cause, Options, why_computed
 
 LEAST = 0.03
 """Share of the run's time from which a cause is named."""
 
-Cause = tuple[str, str]
-"""What took the time, and what to do."""
+_STAYED: Mapping[str, Cause] = {
+    "mask": (
+        "attention calls that stayed dense for a mask that is not key padding",
+        "generate prompts one at a time, or of one length",
+    ),
+    "backend": (
+        "attention calls that stayed dense, since lists gain nothing on this processor",
+        "use a step cache, or name a backend to run the lists all the same",
+    ),
+}
 
-Options = Mapping[str, Mapping[str, Any]]
-"""Method name -> its options."""
+_WAITED: Cause = (
+    "waiting for offloaded weights",
+    "keep the transformer on the device, or offload by component (--offload model)",
+)
+_BETWEEN: Cause = (
+    "between the forwards: the scheduler, offloading, guidance",
+    "keep the model on the device if it fits; the methods can't change this",
+)
+_STARTED: Cause = ("the first forward's own start: compilation, loading, tuning", "run once before you measure")
+_LISTS: Cause = (
+    "planning attention calls, tile lists included",
+    "lists by place are kept for one size: generate more of that",
+)
+_TEXT: Cause = (
+    "attention calls over a part of the keys (the text alone, image prompts), which stay dense",
+    "no option changes this; a step cache skips them",
+)
+_ADDED: Cause = ("further forwards that guidance adds", "narrow its window (start, stop)")
+_AS_LONG: Cause = (
+    "thinned-out attention in forwards that take as long as dense ones",
+    "use a step cache; sparse attention pays on longer sequences",
+)
 
 
-def why_not_faster(
-    timing: Timing, methods: Options, logs: Mapping[str, list[dict[str, Any]]], dense_layers: Mapping[Any, float],
-    notes: tuple[str, ...],
-) -> list[str]:  # fmt: skip
-    """Return a line for each cause that took at least `LEAST` of the run's time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What ran, as far as it tells why.
 
-    Args:
+    Attributes:
         timing: the forwards.
         methods: what was attached.
         logs: cache's name -> what it logged of each forward (`dit_accel.methods.caches.log.CachedForward`).
-        dense_layers: (transformer, step, branch) -> share of a forward's attention calls that stayed dense.
+        dense_layers: forward -> share of its attention calls that stayed dense beside others that followed a plan.
+        stayed: forward -> why calls of layers in which methods act stayed dense -> how many of all its calls.
         notes: the methods' remarks.
     """
+
+    timing: Timing
+    methods: Options
+    logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    dense_layers: Mapping[Key, float] = field(default_factory=dict)
+    stayed: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def why_not_faster(ran: Ran) -> list[str]:
+    """Return a line for each cause that took at least `LEAST` of the run's time."""
+    timing = ran.timing
     if not timing.forwards:
         return []
     lost: dict[Cause, float] = defaultdict(float)
-    reasons = {
-        (entry["transformer"], entry["step_index"], entry["branch"]): (name, entry["reason"], entry["value"])
-        for name, log in logs.items()
-        for entry in log
-        if not entry["reused"]
-    }
-    unskipped = [value for _, reason, value in reasons.values() if reason == "measured" and value is not None]
-    half = statistics.median(unskipped) if unskipped else None
+    computed, skipped = why_computed(ran.logs, ran.methods)
+    seen: set[tuple[str, str]] = set()
     for one in timing.forwards:
         key = (one.transformer, one.step_index, one.branch)
-        usual = _usual(timing, one)
-        if one.seconds > 2 * usual and one is timing.forwards[0]:
-            lost["the first forward's own start: compilation, loading, tuning", "run once before you measure"] += (
-                one.seconds - usual
-            )
+        usual = statistics.median(timing.seconds(one.kind))
+        if (one.transformer, one.kind) not in seen and one.seconds > 2 * usual:
+            lost[_STARTED] += one.seconds - usual
+        seen.add((one.transformer, one.kind))
         taken = min(one.seconds, usual)
-        if key in reasons:
-            lost[_of_cache(*reasons[key], methods, half)] += taken
-        elif one.kind == "dense":
-            lost[_of_dense(one, methods, notes)] += taken
+        waited = taken * (timing.share("fetching", one.kind) or 0.0)
+        lost[_WAITED] += waited
+        taken -= waited
+        if one.kind == "extended" and timing.dense is not None:
+            lost[_ADDED] += max(0.0, taken - timing.dense)
+            taken = min(taken, timing.dense)
+        if key in computed:
+            lost[computed[key]] += taken
+        elif key in skipped:
+            lost[
+                f"what {skipped[key]} computes of the steps that it skips", "a cache of whole steps computes less"
+            ] += taken
         elif one.kind == "reduced":
-            for cause, share in _of_reduced(one, timing, dense_layers.get(key, 0.0), methods):
-                lost[cause] += share * taken
-    lost[
-        "between the forwards: the scheduler, offloading, guidance",
-        "keep the model on the device if it fits; the methods can't change this",
-    ] += sum(one.before for one in timing.forwards)
+            for cause, seconds in _of_reduced(one, key, taken, ran):
+                lost[cause] += seconds
+        else:
+            lost[_of_dense(one, key, ran)] += taken
+    lost[_BETWEEN] += sum(one.before for one in timing.forwards)
     found = sorted(((seconds / timing.elapsed, cause) for cause, seconds in lost.items()), reverse=True)
     return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
 
 
-def _usual(timing: Timing, one: TimedForward) -> float:
-    return statistics.median(timing.seconds(one.kind))
-
-
-def _of_cache(name: str, reason: str, value: float | None, methods: Options, half: float | None) -> Cause:
-    """Return why a cache computed a forward."""
-    options = methods.get(name, {})
-
-    def option(key: str) -> str:
-        return f"{name}.{key} = {options[key]}" if key in options else f"{name}.{key}"
-
-    measured = f"; {half:.3g} would skip half of them" if half is not None else ""
-    table: dict[str, Callable[[], Cause]] = {
-        "first steps": lambda: ("first steps, always computed", f"lower {option('warmup_steps')}"),
-        "last steps": lambda: ("last steps, always computed", f"lower {option('last_steps')}"),
-        "few steps": lambda: ("a run of few steps, which is computed whole", f"lower {option('min_steps')}"),
-        "measured": lambda: (
-            f"steps that changed more than {name} skips",
-            f"raise {option('threshold')}{measured}, at a loss of quality",
-        ),
-        "conditional": lambda: ("conditional forwards, always computed", f"set {name}.branches to all"),
-    }
-    return table.get(reason, lambda: (f"forwards that {name} computed: {reason}", "no option changes this"))()
-
-
-def _of_dense(one: TimedForward, methods: Options, notes: tuple[str, ...]) -> Cause:
+def _of_dense(one: TimedForward, key: Key, ran: Ran) -> Cause:
     """Return why a forward that no cache could skip was dense."""
-    for name, options in methods.items():
-        if any(note.startswith(f"{name} stays dense") for note in notes):
-            return "too few tokens for sparse attention to pay", f"a step cache, or lower {name}.min_tokens"
-        for option in ("dense_steps", "dense_last_steps", "dense_above_sigma"):
-            if options.get(option):
-                return f"steps that {name} leaves dense", f"lower {name}.{option} = {options[option]}"
-    remark = "; ".join(notes)
+    stayed = ran.stayed.get(key)
+    if stayed:
+        return _STAYED[max(stayed, key=lambda why: stayed[why])]
+    steps = 1 + max(other.step_index for other in ran.timing.forwards)
+    for name, options in ran.methods.items():
+        if any(note.startswith(f"{name} stays dense") for note in ran.notes):
+            return "too few tokens for sparse attention to pay", f"use a step cache, or lower {name}.min_tokens"
+        first, last = (whole_steps(options.get(option) or 0, steps) for option in ("dense_steps", "dense_last_steps"))
+        within = {
+            "dense_steps": one.step_index < first,
+            "dense_last_steps": one.step_index >= steps - last,
+            "dense_above_sigma": options.get("dense_above_sigma") is not None,
+        }
+        for option in (option for option, acts in within.items() if acts):
+            return f"steps that {name} leaves dense", f"lower {name}.{option} = {options[option]}"
+    remark = "; ".join(ran.notes)
     return "forwards in which no method acted" + (f" ({remark})" if remark else ""), "add a step cache"
 
 
-def _of_reduced(
-    one: TimedForward, timing: Timing, dense_layers: float, methods: Options
-) -> Iterator[tuple[Cause, float]]:
-    """Yield what kept a forward that some method shortened as long as it was, with its share."""
-    if dense_layers:
-        names = [name for name, options in methods.items() if options.get("dense_layers")]
-        advice = f"lower {names[0]}.dense_layers = {methods[names[0]]['dense_layers']}" if names else "see the notes"
-        yield ("attention calls that stayed dense in forwards that were thinned out", advice), dense_layers
+def _of_reduced(one: TimedForward, key: Key, taken: float, ran: Ran) -> Iterator[tuple[Cause, float]]:
+    """Yield what kept a forward that some method shortened as long as it was, and the seconds of each cause."""
+    timing, lists = ran.timing, min(one.lists, taken)
+    yield _LISTS, lists
+    share = timing.share("attention", one.kind)
+    attention = taken - lists if share is None else max(0.0, share * taken - lists)
+    if share is not None:
+        text = taken * (timing.share("text", one.kind) or 0.0)
+        yield _TEXT, text
+        yield _besides(timing), max(0.0, (1 - share) * taken - text)
+    stayed = ran.stayed.get(key, {})
+    for why, part in stayed.items():
+        yield _STAYED[why], part * attention
+    left_dense = max(0.0, ran.dense_layers.get(key, 0.0) - sum(stayed.values()))
+    if left_dense:
+        names = [name for name, options in ran.methods.items() if options.get("dense_layers")]
+        advice = "see the notes"
+        if names:
+            advice = f"lower {names[0]}.dense_layers = {ran.methods[names[0]]['dense_layers']}"
+        what = "attention calls that stayed dense in forwards that were thinned out"
+        yield (what, advice), left_dense * attention
     if timing.dense and one.seconds > 0.9 * timing.dense:
-        yield (
-            (
-                "thinned-out forwards that take as long as dense ones: attention is a small part of them at this size",
-                "use a step cache; sparse attention pays on longer sequences",
-            ),
-            1.0 - dense_layers,
-        )
+        yield _AS_LONG, max(0.0, 1.0 - sum(stayed.values()) - left_dense) * attention
+
+
+def _besides(timing: Timing) -> Cause:
+    """Return the cause of the time that a thinned-out forward takes for all but its self-attention."""
+    what = "what is not self-attention (projections, feed-forward, cross-attention to the text)"
+    share = timing.share("attention", "dense")
+    if share is None or share == 1:
+        return what, "a step cache skips it too"
+    most = 1 / (1 - share)
+    return (
+        f"{what}: that is {1 - share:.0%} of a dense forward here",
+        f"a step cache skips it too; with sparse attention alone {most:.2f} is the most there is to gain",
+    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import BlockList, BlockSignature, Streams, block_signature
-from ..attachment.find import attention_modules
 from ..attachment.seam import wrap_call
+from ..methods.find import attention_modules
 from .recording import require
 from .tiny_models import Case
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..attachment.attachment import attach
-from ..attachment.find import attention_modules
 from ..attachment.site import find_blocks
 from ..methods.caches.cache_config import MeasuredCacheConfig
 from ..methods.caches.db import FirstBlockCache
@@ -15,6 +14,7 @@ from ..methods.caches.easy import EasyCache
 from ..methods.caches.mag import MagCache
 from ..methods.caches.static import StaticCache
 from ..methods.caches.tea import TeaCache
+from ..methods.find import attention_modules
 from .method_cases import MethodCase, configs_of
 from .recording import counted, require, require_same
 from .tiny_models import STEPS, Case, wide_inputs

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..adapters.cross_attention import CrossAttention
 from ..adapters.joined_text import JoinedText
 from ..attachment.attachment import attach
-from ..attachment.find import attention_modules
 from ..methods.config import MethodConfig
+from ..methods.find import attention_modules
 from ..methods.guidance.nag import NAG
 from ..methods.guidance.slg import SLG
 from ..methods.guidance.softpag import SoftPAG

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..adapters.installed import adapters
 from ..attachment.attachment import attach, attachment_of
-from ..attachment.find import attention_modules
 from ..errors import ConfigError
 from ..methods import registry
+from ..methods.find import attention_modules
 from .everything import FromStepOne, planned
 from .method_cases import MethodCase, cases_for, configs_of
 from .recording import recorded, require, require_as_planned, require_same, silenced, stopped_at

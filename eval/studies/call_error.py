@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import dit_accel
 from dit_accel.attachment.execution import PlannedCall
-from dit_accel.attachment.find import attention_modules
 from dit_accel.errors import ConfigError, DitAccelError, did_you_mean
 from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.find import attention_modules
 from dit_accel.testing.reference import tile_states, tiles_of
 
 OUT = Path(__file__).parents[1] / "results" / "call-error.jsonl"

@@ -1,18 +1,21 @@
 """Writes the tables of README.md and docs/ from adapters and results: `python eval/studies/readme.py`."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attention_spread import table as spread_table
 from block_choices import choices, scores_of, whole
 from block_choices import table as choices_table
 from budgets import table as budgets_table
 from call_error import table as calls_table
 from denoising_time import table as times_table
+from dit_accel_eval.bench.attention_table import page_text as shapes_text
 from dit_accel_eval.runs.results import Line, read_lines
 from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.suite import Suite, read_suite
@@ -32,6 +35,7 @@ from dit_accel.adapters.installed import adapters
 from dit_accel.methods.registry import methods
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
+SHAPES = Path("eval/results/attention-shapes.jsonl")
 PAGES = {
     "README.md": ("demo", "models", "report", "speed"),
     "docs/guidance.md": (
@@ -58,6 +62,7 @@ PAGES = {
         "overhead",
         "product-time",
     ),
+    "docs/kernel-predictions.md": ("attention-shapes",),
     "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": (
@@ -175,6 +180,26 @@ def _run(root: Path, study: str, write: Callable[[list[dict[str, Any]]], str]) -
     return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
 
 
+def _shapes(root: Path) -> str:
+    """What calls of released models' sizes take on a CPU, and what share of the tiles Sol keeps of trained models."""
+    lines, command = read_lines(root / SHAPES), f"dit-accel bench --shapes all -o {SHAPES}"
+    measured = f"`{command}`: {shapes_text(lines)}" if lines else f"Not measured yet; `{command}` measures it."
+    kept: dict[float, dict[str, list[float]]] = {}
+    for line in read_lines(root / "eval/results/call-error.jsonl"):
+        if beta := re.fullmatch(r"sol (\S+), pooled", line["arm"]):
+            kept.setdefault(float(beta[1]), {}).setdefault(line["model"], []).append(line["density"])
+    trained = [
+        f"at beta {beta:g} {' and '.join(f'{np.mean(shares):.2f} of {model}' for model, shares in models.items())}, "
+        f"where normal scores keep {0.5 * math.erfc(beta / math.sqrt(2)):.2f}"
+        for beta, models in kept.items()
+    ]
+    return (
+        f"{measured}\n\nOf the tiles of the embedded trained models, whose clips and pictures are short, Sol kept "
+        f"{'; '.join(trained)}; the share of normal scores is that "
+        "of the other tiles than those that are always exact (`python eval/studies/call_error.py`)."
+    )
+
+
 def _every(root: Path, model: str) -> str:
     setting, command = Setting(model=model), f"python eval/studies/every_set.py --model {model}"
     if not (root / setting.out).is_file():
@@ -212,6 +237,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "report": report_table,
     "tuned-flux-tiny": tuned_text,
     "scaling": lambda _: scaling_table(),
+    "attention-shapes": _shapes,
     "time": partial(_run, study="denoising_time", write=times_table),
     "call-error": partial(_run, study="call_error", write=calls_table),
     "overhead": partial(_run, study="overhead", write=overhead_table),

@@ -135,9 +135,13 @@ def test_methods_lists_options_and_defaults():
     assert options["near"]["type"] == "'full' or 'half'"
     assert options["decay_factor"]["default"] is None
     assert all(option["meaning"] for option in options.values())
-    text = run("methods").stdout
+    text = run("methods", "--options").stdout
     assert "--radial" in text
     assert "block_size" in text
+    short = run("methods").stdout
+    assert "--radial" in short
+    assert "block_size" not in short
+    assert "dit-accel recommend" in short
 
 
 def test_models_lists_families():

@@ -200,7 +200,9 @@ def test_the_table_names_its_assumptions():
 @pytest.mark.parametrize("width", ["80", "120"])
 def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", width)
-    for command in (["plan", *WAN_69, "--radial"], ["models"], ["methods"], ["generate", "--help"]):
+    recommended = ["recommend", *WAN_69, "--hardware", "h100"]
+    listed = (["models"], ["methods"], ["methods", "--options"])
+    for command in (["plan", *WAN_69, "--radial"], recommended, *listed, ["generate", "--help"]):
         result = CliRunner().invoke(app, command)
         assert max(map(len, result.stdout.splitlines())) <= int(width)
 
@@ -301,3 +303,21 @@ def test_a_larger_picture_is_held_against_the_trained_size():
     served = run("--family", "flux.1-dev", "--height", "4096", "--width", "4096", "--ultraimage")
     assert "beyond which" not in served.stderr
     assert "256 x 256 tokens, trained on 128 x 128; positions corrected" in " ".join(served.stderr.split())
+
+
+def test_a_preset_is_planned_and_named_methods_win():
+    fast = planned("--family", "wan2.1-14b", "--height", "720", "--width", "1280", "--preset", "fast")
+    assert [*fast["methods"]] == ["ultravico", "sol", "easycache"]
+    assert fast["predicted_speedup"] > 1.5
+    named = planned("--family", "wan2.1-14b", "--preset", "fast", "--set", "easycache.threshold=0.03", "--radial")
+    assert named["methods"]["easycache"]["threshold"] == 0.03
+    assert "radial" in named["methods"]
+    assert planned("--family", "wan2.1-14b", "--preset", "none")["methods"] == {}
+    said = run("--family", "flux.1-dev", "--preset", "careful").stderr
+    assert "preset careful: easycache skips steps" in said
+    assert "not counted here, but in `dit-accel recommend`" in said
+    refused = run("--family", "wan2.1-14b", "--preset", "balancd")
+    assert refused.exit_code == 2
+    assert "no preset is called 'balancd'; did you mean 'balanced'? known: balanced, careful, fast, none" in (
+        refused.stderr
+    )

@@ -11,10 +11,10 @@ from wan_tiny import denoise, sharp_transformer, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD, TokenLayout
 from dit_accel.adapters import installed
-from dit_accel.attachment.find import resolve_model
 from dit_accel.estimate.tiles import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
+from dit_accel.methods.find import resolve_model
 from dit_accel.methods.registry import handler_of
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.testing.tiny_models import Case

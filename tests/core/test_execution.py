@@ -192,6 +192,8 @@ def test_lists_that_only_save_time_are_left_to_the_users_own_attention_where_the
         "own attention on this processor, so calls of so many went there; a named backend would run them"
     )
     assert layer.reports()[0].density == 1
+    assert layer.reports()[0].stayed == {"backend": 1}
+    assert recorder.reduced == 0
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

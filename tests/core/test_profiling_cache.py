@@ -331,7 +331,7 @@ def test_published_lists(family, share, runs):
 
 def test_the_estimate_is_what_runs(transformer):
     """On a model of no released size, whose handler is asked directly."""
-    from dit_accel.attachment.find import resolve_model
+    from dit_accel.methods.find import resolve_model
 
     two = dict(refresh=(3,), blocks_2="0", refresh_2=(5,))
     for options in (dict(every=3, every_last=1), dict(max_consecutive=2, every=100), two, dict()):

@@ -23,9 +23,8 @@ def forward(model):
 
 
 def test_public_names_are_listed_and_typos_are_not_swallowed():
-    assert {"attach", "attachment_of", "describe", "RadialAttention", "SparseD", "TokenLayout", "__version__"} <= set(
-        dir(dit_accel)
-    )
+    some = {"attach", "attachment_of", "describe", "recommend", "RadialAttention", "SparseD", "TokenLayout"}
+    assert {*some, "__version__"} <= set(dir(dit_accel))
     assert dit_accel.__version__.count(".") >= 1
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
         dit_accel.atach  # noqa: B018

@@ -1,5 +1,6 @@
 """The time of a run's forwards, the speed-up that it measures, and why it was not faster."""
 
+import accelerate
 import pytest
 import torch
 from wan_tiny import denoise, tiny_transformer
@@ -8,7 +9,7 @@ import dit_accel
 from dit_accel import PAG, EasyCache, FirstBlockCache, RadialAttention, SolAttention, StaticCache
 from dit_accel.report.clock import TimedForward, Timing
 from dit_accel.report.report import Report, StepReport
-from dit_accel.report.why import why_not_faster
+from dit_accel.report.why import Ran, why_not_faster
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, dense_steps=2, dense_layers=0)
 
@@ -48,15 +49,18 @@ def test_training_is_not_timed():
         assert attachment.report().timing.forwards == ()
 
 
-def timing(drawn, seconds=None, before=0.0):
-    """Forwards of a run, a letter each; a dense one takes 1 s, a reduced one .5 s, a skipped one .01 s."""
+def timing(drawn, seconds=None, before=0.0, **parts):
+    """Forwards of a run, a letter each; a dense one takes 1 s, a reduced one .5 s, a skipped one .01 s.
+
+    ``parts`` are the seconds of what each forward holds, by the letter.
+    """
     kind = {"d": "dense", "r": "reduced", "s": "skipped", "e": "extended"}
     each = {"d": 1.0, "r": 0.5, "s": 0.01, "e": 2.0, **(seconds or {})}
     return Timing(
         tuple(
             TimedForward(
                 transformer="transformer", step_index=step, branch="cond", kind=kind[sign], seconds=each[sign],
-                before=before if step else 0.0,
+                before=before if step else 0.0, **{part: found[sign] for part, found in parts.items() if sign in found},
             )
             for step, sign in enumerate(drawn)
         )
@@ -90,9 +94,14 @@ CACHE = {"easycache": {"threshold": 0.05, "warmup_steps": 2, "last_steps": 1, "m
 SPARSE = {"sol": {"dense_steps": 0.2, "dense_layers": 1, "min_tokens": 40_000}}
 
 
-def why(drawn, methods, *, log=None, dense_layers=None, notes=(), **options):
+def why(drawn, methods, *, log=None, dense_layers=None, stayed=None, notes=(), **options):
     logs = {} if log is None else {"easycache": log}
-    return why_not_faster(timing(drawn, **options), methods, logs, dense_layers or {}, tuple(notes))
+    return why_not_faster(
+        Ran(
+            timing=timing(drawn, **options), methods=methods, logs=logs, dense_layers=dense_layers or {},
+            stayed=stayed or {}, notes=tuple(notes),
+        )
+    )  # fmt: skip
 
 
 def test_ten_situations():
@@ -104,15 +113,18 @@ def test_ten_situations():
     # 3: a cache that never skipped, with the value that would skip half of what it measured
     lines = why("dddd", CACHE, log=logged("dddd", ["measured"] * 4))
     assert lines == [
-        "100% steps that changed more than easycache skips; raise easycache.threshold = 0.05; 0.35 would skip half of "
-        "them, at a loss of quality"
+        "100% easycache never skipped: every step that it measured changed more than its threshold; raise "
+        "easycache.threshold = 0.05; 0.35 would skip half of them, at a loss of quality"
     ]
     # 4: a distilled model's few steps
     (line,) = why("dddd", CACHE, log=logged("dddd", ["few steps"] * 4))
     assert "easycache.min_steps = 9" in line
     # 5: the dense steps of a sparse method
-    lines = why("ddrr", SPARSE)
-    assert lines[0].startswith("67% steps that sol leaves dense; lower sol.dense_steps = 0.2")
+    lines = why("drrd", {"sol": {"dense_steps": 0.2, "dense_last_steps": 1}})
+    assert lines == [
+        "33% steps that sol leaves dense; lower sol.dense_steps = 0.2",
+        "33% steps that sol leaves dense; lower sol.dense_last_steps = 1",
+    ]
     # 6: too few tokens
     (line,) = why("dddd", SPARSE, notes=["sol stays dense over 80 visual tokens, min_tokens = 40000"])
     assert line.startswith("100% too few tokens")
@@ -124,16 +136,112 @@ def test_ten_situations():
     assert "sol.dense_layers = 1" in line
     # 8: attention is a small part of a forward
     lines = why("dr", SPARSE, seconds={"r": 0.95})
-    assert any("small part" in line for line in lines)
+    assert any("thinned-out attention" in line for line in lines)
     # 9: the first forward compiles
     lines = why("d" * 9, CACHE, log=logged("d" * 9, ["first steps"] * 9))
     slow = Timing((TimedForward(**{**fields(timing("d").forwards[0]), "seconds": 11.0}), *timing("d" * 9).forwards[1:]))
-    lines = why_not_faster(slow, CACHE, {"easycache": logged("d" * 9, ["first steps"] * 9)}, {}, ())
+    lines = why_not_faster(Ran(timing=slow, methods=CACHE, logs={"easycache": logged("d" * 9, ["first steps"] * 9)}))
     assert lines[0].startswith("53% the first forward's own start")
     # 10: time between the forwards
     lines = why("dddd", CACHE, log=logged("dddd", ["first steps"] * 4), before=4.0)
     assert lines[0].startswith("75% between the forwards")
     assert "offloading" in lines[0]
+
+
+def test_what_a_thinned_out_forward_takes_its_time_for():
+    parts = dict(attention={"d": 0.6, "r": 0.2}, lists={"r": 0.05}, text={"r": 0.05})
+    lines = why("drrr", SPARSE, **parts)  # 2.5 s: a dense forward, and three of half a second
+    assert lines == [
+        "40% steps that sol leaves dense; lower sol.dense_steps = 0.2",
+        "30% what is not self-attention (projections, feed-forward, cross-attention to the text): that is 40% of a "
+        "dense forward here; a step cache skips it too; with sparse attention alone 2.50 is the most there is to gain",
+        "6% planning attention calls, tile lists included; lists by place are kept for one size: generate more of that",
+        "6% attention calls over a part of the keys (the text alone, image prompts), which stay dense; no option "
+        "changes this; a step cache skips them",
+    ]
+    # of the .15 s of attention a third is that of a layer that stays dense, a third of calls with a mask
+    key = ("transformer", 1, "cond")
+    options = dict(dense_layers={key: 2 / 3}, seconds={"r": 0.9})
+    lines = why("dr", SPARSE, stayed={key: {"mask": 1 / 3}}, attention={"d": 0.6, "r": 0.6}, **options)
+    assert (
+        "11% attention calls that stayed dense in forwards that were thinned out; lower sol.dense_layers = 1" in lines
+    )
+    assert any(line.startswith("11% attention calls that stayed dense for a mask") for line in lines)
+    lines = why("dr", SPARSE, attention={"d": 0.6, "r": 0.55}, seconds={"r": 0.95})
+    assert any(line.startswith("28% thinned-out attention") and "step cache" in line for line in lines)
+
+
+def test_calls_that_stayed_dense_and_why():
+    for why_dense, what, advice in (
+        ("mask", "not key padding", "one at a time"), ("backend", "on this processor", "name a backend")
+    ):  # fmt: skip
+        (line,) = why("dd", SPARSE, stayed={("transformer", step, "cond"): {why_dense: 1.0} for step in range(2)})
+        assert line.startswith("100% ")
+        assert what in line
+        assert advice in line
+    lines = why("dd", {"sol": {"dense_above_sigma": 0.9}})
+    assert lines == ["100% steps that sol leaves dense; lower sol.dense_above_sigma = 0.9"]
+
+
+def test_waits_for_offloaded_weights_are_a_share_of_every_forward():
+    lines = why("dsd", CACHE, log=logged("dsd", ["first steps"] * 2), fetching={"d": 0.5})
+    assert lines[0].startswith("50% ")
+    assert "waiting for offloaded weights; keep the transformer on the device" in " ".join(lines)
+    assert any(line.startswith("50% first steps") for line in lines)
+
+
+def test_what_guidance_adds_and_what_a_cache_computes_of_skipped_steps():
+    lines = why("dee", {"pag": {}})
+    assert lines[0].startswith("60% forwards in which no method acted")
+    assert lines[1].startswith("40% further forwards that guidance adds")
+    blocks = [{**entry, "reused": entry["step_index"] == 1} for entry in logged("dr", ["first steps", "first steps"])]
+    lines = why("dr", CACHE, log=blocks)
+    assert lines[1].startswith("33% what easycache computes of the steps that it skips")
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("2 skipped in a row", "raise easycache.max_consecutive = 2"),
+        ("7 skipped in all", "raise easycache.max_skips"),
+        ("listed", "list fewer in easycache.steps"),
+        ("threshold 0", "easycache skips nothing; raise easycache.threshold"),
+        ("pag needs it", "steps that pag needs computed"),
+        ("conditional", "set easycache.branches to all"),
+        ("nothing stored", "forwards that easycache computed: nothing stored"),
+    ],
+)
+def test_each_reason_of_a_cache_has_its_advice(reason, expected):
+    (line,) = why("dd", {"easycache": {"max_consecutive": 2}}, log=logged("dd", [reason] * 2))
+    assert expected in line
+
+
+def test_parts_are_timed_in_forwards_one_two_four_and_so_on():
+    report = run(RADIAL)
+    forwards = report.timing.forwards
+    assert [place for place, one in enumerate(forwards) if one.attention is not None] == [1, 2, 4, 8, 16]
+    assert all(0 < one.attention < one.seconds for one in forwards if one.attention is not None)
+    assert all((one.lists > 0) == (one.kind == "reduced") for one in forwards)
+    assert 0 < report.timing.share("attention", "dense") < 1
+    assert any("what is not self-attention" in line for line in report.why_not_faster())
+    assert all(one.fetching is None for one in forwards)
+
+
+@pytest.mark.parametrize("how", ["sequential", "group"])
+def test_fetches_of_offloaded_weights_are_timed(how):
+    transformer = tiny_transformer()
+    if how == "sequential":
+        accelerate.cpu_offload(transformer, torch.device("cpu"))
+    else:
+        cpu = torch.device("cpu")
+        transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    with dit_accel.attach(transformer, RADIAL, backend="torch") as attachment:
+        denoise(transformer, 4)
+        timed = [one for one in attachment.report().timing.forwards if one.fetching is not None]
+    assert len(timed) == 3
+    assert all(0 < one.fetching < one.seconds for one in timed)
+    hooks = [module._hf_hook for module in transformer.modules() if hasattr(module, "_hf_hook")]
+    assert not any("pre_forward" in vars(hook) for hook in hooks)
 
 
 def fields(one):

@@ -13,8 +13,12 @@ from dit_accel_eval.report.heat_map import report_html, write_heat_map
 
 from dit_accel.errors import ConfigError, MissingBackend
 from dit_accel.methods.caches.log import CachedForward, section_of
+from dit_accel.methods.guidance.log import strips_of
 from dit_accel.report import report as of_report
+from dit_accel.report.clock import TimedForward, Timing
+from dit_accel.report.predicted import Predicted
 from dit_accel.report.report import CallReport, Report, StepReport
+from dit_accel.report.sections import Section
 
 STEPS = tuple(
     StepReport(
@@ -95,7 +99,7 @@ def test_what_can_t_be_drawn(tmp_path, monkeypatch):
 
 def test_a_notebook_shows_its_lines_its_steps_and_the_picture():
     page = report_html(REPORT)
-    assert page.startswith("<div>")
+    assert page.startswith("<div><b>lite</b>")
     assert page.count("<tr>") == 1 + len(STEPS)
     assert 'src="data:image/png;base64,iVBOR' in page
     assert "<script" not in page
@@ -118,3 +122,44 @@ def test_the_report_finds_what_draws_it_by_entry_point(monkeypatch, tmp_path):
     assert REPORT._repr_html_() is None
     with pytest.raises(MissingBackend, match=r"plot.*package"):
         REPORT.plot(tmp_path / "other.png")
+
+
+def test_guidance_is_drawn_where_it_acted(tmp_path):
+    from PIL import Image
+
+    log = [("transformer", step, "cond", 0.1 * (1 + step)) for step in range(2)]
+    strips = strips_of("perturbed", log, "how far apart")
+    assert [(strip.branch, strip.steps, strip.values) for strip in strips] == [("cond", (0, 1), (0.1, 0.2))]
+    section = Section(method="pag", title="pag", strips=strips)
+    write_heat_map(replace(REPORT, calls=(), sections=(section,)), tmp_path / "pag.png")
+    with Image.open(tmp_path / "pag.png") as image:
+        drawn = np.asarray(image.convert("RGB"))
+    assert (drawn == (0xD9, 0x5F, 0x02)).all(-1).any()
+    bars = (drawn == (0x3B, 0x52, 0x8B)).all(-1)
+    line = bars[bars.any(1)][-1]
+    assert len(np.flatnonzero(line[1:] & ~line[:-1])) == 2
+
+
+def test_a_branch_that_runs_a_part_of_the_layers_is_drawn(tmp_path):
+    part = StepReport(
+        transformer="transformer", step_index=1, branch="cond/pag", dense_layers=0, sparse_layers=1, density=1.0,
+        pooled=0.0,
+    )  # fmt: skip
+    call = CallReport(transformer="transformer", step_index=1, branch="cond/pag", layer=2, density=1.0, pooled=0.0)
+    report = replace(REPORT, steps=(*STEPS, part), calls=(*CALLS, call))
+    shares, _ = heat_map.kept_shares(report, "transformer", "cond/pag")
+    assert shares[2, 1] == 1.0
+    write_heat_map(report, tmp_path / "map.png")
+
+
+def test_a_notebook_reads_first_whether_it_helped_and_escapes_the_rest():
+    one = dict(transformer="transformer", branch="cond", before=0.0)
+    forwards = tuple(
+        TimedForward(step_index=step, kind=kind, seconds=seconds, **one)
+        for step, (kind, seconds) in enumerate([("dense", 1.0), ("skipped", 0.01)])
+    )
+    report = replace(REPORT, timing=Timing(forwards), predicted=Predicted(speedup=1.8), notes=("a < b",))
+    page = report_html(report)
+    assert page.startswith("<div><b>measured speed-up: 1.98 (predicted 1.80) over dense forwards alone")
+    assert "a &lt; b" in page
+    assert "color:#" not in page  # the page's own colours, light or dark

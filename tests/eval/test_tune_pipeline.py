@@ -22,6 +22,7 @@ from dit_accel_eval.tune.pipeline_search import Point, Search, Target, known_wor
 from model_folders import model_folder
 from typer.testing import CliRunner
 
+import dit_accel
 from dit_accel import ConfigError, EasyCache
 from dit_accel.cli.app import app
 from dit_accel.methods.toml import from_toml, run_table
@@ -57,6 +58,12 @@ class FakeModel:
         forwards /= 2 if call and call["guidance_scale"] == 1 else 1
         counts = Counts(blocks=12 * forwards, attention=12 * forwards)
         return Run(frames=np.clip(base + error, 0, 1), counts=counts, attended=1.0, seconds=1.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep what is tuned out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -130,6 +137,26 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     data = json.loads(json.dumps(found.to_dict()))
     assert data["chosen"]["arm"] == "cached 14"
     assert any("cached 14" in row for row in found.table()[1])
+    assert found.kept.read_text() == text
+    assert f"`dit-accel recommend` lists it first for this model, from {found.kept}" in found.table()[2]
+    assert data["kept"] == str(found.kept)
+
+
+def test_recommend_lists_first_what_was_tuned(tune):
+    found = tune("psnr=32")
+    first = dit_accel.recommend("wan-plain").settings[0]
+    assert first.name == "psnr=32-64x64x17-20"
+    assert (first.speedup, first.losses) == (
+        pytest.approx(found.chosen.speedup, abs=1e-3),
+        {"psnr": pytest.approx(found.chosen.quality, abs=1e-3)},
+    )
+    assert str(found.kept) in first.sources[first.name]
+    assert "easycache" in first.methods
+    assert "num_inference_steps 14" in first.methods["run"]
+    elsewhere = dit_accel.recommend("wan-plain", num_inference_steps=30)
+    assert elsewhere.settings[0].name == "fast"
+    assert f"tuned at another size, 64 x 64, 17 frames, 20 steps: {found.kept}" in elsewhere.notes
+    assert dit_accel.recommend("wan-tiny").settings[0].name == "fast"
 
 
 def test_guidance_is_tried_where_it_is_asked_for_and_written(tune, tmp_path):
@@ -188,7 +215,7 @@ easycache = {{ threshold = 0.2, predictor = "taylor" }}
 @pytest.mark.slow
 def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monkeypatch):
     pytest.importorskip("optuna", reason="optuna searches: pip install 'dit-accel[tune]'")
-    monkeypatch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
+    monkeypatch.setattr(reference, "converged", functools.partial(reference.converged, first=4, most=8))
     model = model_folder(tmp_path / "tiny")
     (tmp_path / "space.toml").write_text(OWN_SPACE.format(model=model))
     prompts = ["a red circle moving right", "a blue square going up", "a green triangle", "a white circle"]
@@ -201,6 +228,8 @@ def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monk
     told = json.loads(found.stdout)
     assert (told["chosen"]["prompts"], told["chosen"]["speedup"] >= 2) == (2, True)
     assert {line["prompt"] for line in read_lines(tmp_path / "fast.runs.jsonl")} <= {*prompts}
+    (first, *_) = dit_accel.recommend(model, height=32, width=32, num_frames=5, num_inference_steps=12).settings
+    assert first.name == "speedup=2-32x32x5-12"
     again = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
     assert json.loads(again.stdout)["chosen"] == told["chosen"]
     made = CliRunner().invoke(

@@ -16,9 +16,9 @@ from dit_accel import ConfigError, RadialAttention, UnsupportedModel
 from dit_accel.adapters.adapter import IMAGE_REFUSED
 from dit_accel.adapters.installed import adapters
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
-from dit_accel.attachment.find import attention_modules
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
+from dit_accel.methods.find import attention_modules
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.testing.everything import planned
 from dit_accel.testing.method_cases import METHOD_CASES

@@ -322,6 +322,7 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
         torch.testing.assert_close(found, want.transpose(1, 2))
     assert r"passes masks torch.float64 [1, 1, 80, 80] that are not key padding; such calls stayed dense" in str(report)
     assert report.steps[0].dense_layers == 1
+    assert report.steps[0].stayed == {"mask": 1}
     radial = RadialAttention(block_size=16, dense_steps=0, dense_layers=0)
     with dit_accel.attach(transformer, radial, ACTIVE) as attachment:
         number = attachment._execution.number

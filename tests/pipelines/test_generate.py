@@ -28,7 +28,7 @@ from model_folders import model_folder
 from PIL import Image
 from typer.testing import CliRunner
 
-from dit_accel import RadialAttention
+from dit_accel import RadialAttention, StaticCache, attach
 from dit_accel.adapters import installed
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.cli.app import app
@@ -445,4 +445,66 @@ def test_a_signal_leaves_no_file(tmp_path: Path, moment: str, sent: signal.Signa
         process.kill()
     assert told.endswith(f"error: stopped by {name}; nothing half-written is left\n")
     assert "Traceback" not in told
+    assert names(tmp_path) == []
+
+
+CACHE = ["--set", "staticcache.every=2", "--set", "staticcache.warmup_steps=1", "--set", "staticcache.last_steps=0"]
+
+
+def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, pipe):
+    longer = [*QUICK, "--num-inference-steps", "4"]
+    result = cli(PROMPT, *longer, *CACHE, "--check", "--seed", "3", "-o", str(tmp_path / "a.mp4"))
+    assert result.exit_code == 0, result.stderr
+    assert names(tmp_path) == ["a.check.png", "a.mp4", "a.mp4.json"]
+    assert f"both and their difference: {tmp_path / 'a.check.png'}" in result.stderr
+    assert "measured speed-up: " in result.stderr
+    assert Image.open(tmp_path / "a.check.png").width > 100
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
+    asked = settle(request(tmp_path, num_inference_steps=4, seed=3, check=True, methods=(StaticCache(every=2),)))[0]
+    dense = run(pipe, PROMPT, asked).pictures
+    with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
+        made = run(pipe, PROMPT, asked).pictures
+    expected = -10 * np.log10(np.mean((dense - made) ** 2))
+    assert record["check"]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert f"psnr {expected:.4g}" in result.stderr
+
+
+def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path):
+    result = cli(PROMPT, *QUICK, "--preset", "balanced", "-o", str(tmp_path / "a.mp4"))
+    assert result.exit_code == 0, result.stderr
+    assert "preset balanced: easycache skips" in result.stderr
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert record["preset"] == "balanced"
+    assert record["report"]["methods"]["easycache"]["threshold"] == 0.05
+    assert "measured speed-up: 1" in result.stderr or "measured speed-up: 0" in result.stderr
+    assert "(predicted 1.00)" in result.stderr  # a run of two steps is computed whole
+    named = cli(PROMPT, *QUICK, *CACHE, "--preset", "fast", "-q", "--json", "-o", str(tmp_path / "b.mp4"))
+    assert "easycache" not in json.loads(named.stdout)[0]["report"]["methods"]
+    assert "preset" not in named.stderr
+    (tmp_path / "c").mkdir()
+    none = cli(PROMPT, *QUICK, "--preset", "none", "--json", "-o", str(tmp_path / "c" / "a.mp4"))
+    assert json.loads(none.stdout)[0]["report"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--check"], "no method was asked for; switch one on, such as --preset balanced"),
+        (["--check", "--preset", "none"], "no method was asked for"),
+        (["--preset", "balance"], "there is no preset 'balance'"),
+        (["--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
+    ],
+)
+def test_checks_and_presets_that_cannot_be(options, expected, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli(PROMPT, *QUICK, *options)
+    assert result.exit_code != 0
+    assert expected in " ".join(result.stderr.split())
+    assert names(tmp_path) == []
+
+
+def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("dit_accel.attachment.attachment.choices", lambda *_: [])
+    with pytest.raises(ConfigError, match=r"the preset 'fast' has none for this model"):
+        generate(request(tmp_path, preset="fast", check=True))
     assert names(tmp_path) == []

@@ -9,8 +9,8 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import DFA, ConfigError, DBPrune, ProfilingCache
-from dit_accel.attachment.find import find_transformers, resolve_model
 from dit_accel.methods.caches.profile_file import weights_of
+from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.registry import handler_of
 
 EXPERTS = ("transformer", "transformer_2")

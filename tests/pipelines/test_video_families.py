@@ -18,7 +18,7 @@ import dit_accel
 from dit_accel import ConfigError, RadialAttention
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.position_ids import COMPILED
-from dit_accel.attachment.find import attention_modules
+from dit_accel.methods.find import attention_modules
 from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import recorded
 

@@ -21,7 +21,7 @@ from ..site import ForwardContext, Site, sample_of, with_sample
 from .guidance_config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
 from .head_specs import first_layer, split_specs
-from .log import PerturbedForward, WindowedHandler, note_of
+from .log import PerturbedForward, WindowedHandler, note_of, strips_of
 from .perturbed_blocks import PerturbedBlocks, Rows
 from .prompt_branches import call_of, part_of, rows_of_prompt
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
@@ -280,7 +280,12 @@ class PerturbedHandler(WindowedHandler):
             lines.append(f"{self.name} changed nothing: the perturbed prediction is the conditional one")
         lines += [line for line in (self.nothing_done(), self.settings.too_short(self._steps)) if line]
         title = f"{self.name}: {what}; {ran} in {len(steps)} steps"
-        return Section(method=self.name, title=title, lines=tuple(lines), data=data)
+        values = iter(distances)
+        entries = [
+            (one.transformer, one.step_index, one.branch, None if one.distance is None else next(values)) for one in log
+        ]
+        strips = strips_of("perturbed", entries, "|cond - perturbed| / |cond|")
+        return Section(method=self.name, title=title, lines=tuple(lines), data=data, strips=strips)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the third forwards, less what begins at the first perturbed block."""

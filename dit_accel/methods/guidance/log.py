@@ -1,12 +1,14 @@
 """What a method of guidance did in a run, and a word where it did nothing."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...report.sections import Strip
 from ..base import Handler, Model, Phase
 from ..caches.engine import is_recorded
 from ..site import ForwardContext
@@ -89,6 +91,26 @@ class PerturbedForward:
     distance: Tensor | None = None
     first: int = 0
     extra: bool = True
+
+
+def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measured: str = "") -> tuple[Strip, ...]:
+    """Return what `Report.plot` draws of a method of guidance: the steps in which it acted, and what it measured there.
+
+    Args:
+        did: what it did in them.
+        log: transformer, step, branch and what was measured, of each forward in which it acted.
+        measured: what that is.
+    """
+    strips: list[Strip] = []
+    for transformer, branch in dict.fromkeys((entry[0], entry[2]) for entry in log):
+        own = {step: value for name, step, of, value in log if (name, of) == (transformer, branch)}
+        strips.append(
+            Strip(
+                transformer=transformer, branch=branch, steps=tuple(own), reused=(False,) * len(own),
+                values=tuple(own.values()), did=did, measured=measured,
+            )
+        )  # fmt: skip
+    return tuple(strips)
 
 
 def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int | None) -> PerturbedForward:

@@ -20,7 +20,7 @@ from ..options import ge, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .guidance_config import WindowedConfig
-from .log import WindowedHandler
+from .log import WindowedHandler, strips_of
 from .nag_cross import CrossAttentionNAG
 from .nag_joined import JointNAG
 from .negative_text import encoded
@@ -147,7 +147,7 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         calls = text.calls
         out = text.guided(context, rows_of_prompt(site, part, len(latents), "cond"), run)
         if text.calls > calls:  # else a cache skipped it
-            self._log.append((context.step_index, context.branch))
+            self._log.append((context.transformer, context.step_index, context.branch))
         return out
 
     def begin_run(self) -> None:
@@ -161,7 +161,7 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         self.warn_of_nothing()
         if not self._seen:
             return None
-        steps, calls = sorted({step for step, _ in self._log}), sum(text.calls for text in self._texts.values())
+        steps, calls = sorted({step for _, step, _ in self._log}), sum(text.calls for text in self._texts.values())
         settings, kind = self.settings, next(iter(self._texts.values())).kind
         title = (
             f"nag: scale {settings.scale:g}, tau {settings.tau:g}, alpha {settings.alpha:g}; {len(self._log)} forwards "
@@ -170,11 +170,12 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         lines = [line for line in (self.nothing_done(), settings.too_short(self._steps)) if line]
         data = {
             "steps": steps,
-            "branches": sorted({branch for _, branch in self._log}),
+            "branches": sorted({branch for _, _, branch in self._log}),
             "forwards": len(self._log),
             "calls": calls,
         }
-        return Section(method=self.name, title=title, lines=tuple(lines), data=data)
+        strips = strips_of("guided", [(*entry, None) for entry in self._log])
+        return Section(method=self.name, title=title, lines=tuple(lines), data=data, strips=strips)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return what it costs: in words where that is cross-attention, which is no part of what is counted."""

@@ -1,11 +1,9 @@
 """The command `bench` of the command line."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import typer
-from dit_accel_pipelines.generation.options import RUN, Device, Dtype, Json, Pixels
+from dit_accel_pipelines.generation.options import with_option_fields
 from rich.console import Console
 
 from dit_accel.cli import MethodList
@@ -13,32 +11,18 @@ from dit_accel.cli.console import OUT, TALK, plain_table, print_json
 from dit_accel.errors import ConfigError
 from dit_accel.files import check_writable
 
+from .options import BenchOptions
+
 WIDTH = 140
 """Characters that the table takes; cells that wrap can't be compared."""
 
 SHOWN = ("median", "low", "high")
 
+Say = Callable[[str], None]
 
-def bench_model(
-    family: Annotated[str, typer.Option(help="A model family, such as wan2.1-1.3b.", metavar="NAME")],
-    layers: Annotated[int, typer.Option(help="Blocks that are made.", min=1)] = 2,
-    height: Pixels = None,
-    width: Pixels = None,
-    num_frames: Annotated[int | None, typer.Option(help="Output frames.")] = None,
-    num_inference_steps: Annotated[int, typer.Option(help="Steps of a run.", min=2)] = 4,
-    rounds: Annotated[int, typer.Option(help="Runs of every arm, in turn.", min=1)] = 3,
-    native_caches: Annotated[bool, typer.Option(help="Time caches of diffusers too.")] = True,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON lines to append to.", metavar="FILE")
-    ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)] = False,
-    json: Json = False,
-    *,
-    methods: MethodList,
-) -> None:
+
+@with_option_fields
+def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     """Time a model's real shapes with random weights, a few layers of it; downloads nothing.
 
     Dense attention by every backend of diffusers that runs here, the methods
@@ -47,12 +31,37 @@ def bench_model(
     predicts for so many steps and layers. Random weights decide nothing: what
     a cache skips here is not what it would skip on the real model.
 
+    With --shapes no model is made: single self-attention calls of real sizes
+    and of a few heads, dense, by each preset's sparse part, and by
+    FlexAttention. It says how long it will take before it starts; what the
+    output file holds already is not timed again.
+
     Examples:
 
     dit-accel bench --family wan2.1-1.3b --height 256 --width 256 --radial
 
     dit-accel bench --family flux.1-dev --layers 3 --sol -o bench.jsonl
+
+    dit-accel bench --shapes all --budget 1500 -o shapes.jsonl
     """
+    import torch
+
+    options.check(methods)
+    if options.output is not None:
+        check_writable(options.output, "the bench's lines")
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    say = (lambda text: None) if options.quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    if options.shapes is None:
+        _bench_family(options, methods, say)
+    else:
+        from .attention_command import bench_attention, show_attention
+
+        lines = bench_attention(options, say)
+        print_json(lines) if options.json else show_attention(lines)
+
+
+def _bench_family(options: BenchOptions, methods: Sequence[Any], say: Say) -> None:
+    """Time a few layers of a family, append the lines and show them."""
     import torch
     from dit_accel_pipelines.generation.loading import pick_device
 
@@ -60,27 +69,24 @@ def bench_model(
     from .real_shapes import find_family
     from .timing import arms_of, make_bench, run_bench
 
-    if output is not None:
-        check_writable(output, "the bench's lines")
-    sizes, where = find_family(family), pick_device(device)
-    torch.set_num_threads(threads or torch.get_num_threads())
+    sizes, where = find_family(options.family or ""), pick_device(options.device)
+    usual = "float32" if where.type == "cpu" else "bfloat16"
     bench = make_bench(
-        *sizes, layers=layers, steps=num_inference_steps, height=height, width=width, num_frames=num_frames,
-        device=where, dtype=getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16")),
+        *sizes, layers=options.layers, steps=options.num_inference_steps, height=options.height, width=options.width,
+        num_frames=options.num_frames, device=where, dtype=getattr(torch, options.dtype or usual),
     )  # fmt: skip
-    say = (lambda text: None) if quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
-    lines = run_bench(bench, arms_of(methods, native_caches=native_caches), rounds=rounds, say=say)
-    if output is not None:
+    lines = run_bench(bench, arms_of(methods, native_caches=options.native_caches), rounds=options.rounds, say=say)
+    if options.output is not None:
         for line in lines:
-            append_line(output, line)
-    if json:
+            append_line(options.output, line)
+    if options.json:
         print_json(lines)
         return
     _show(lines)
     _tell_absent(lines, say)
 
 
-def _tell_absent(lines: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+def _tell_absent(lines: list[dict[str, Any]], say: Say) -> None:
     """Name the backends that do not run here, and refuse methods that were asked for and can't."""
     absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and line["kind"] == "dense"]
     say(f"backends that do not run here: {', '.join(absent) or 'none'}")

@@ -86,7 +86,7 @@ class BenchArm:
         return np.array(self.steps).reshape(count, -1).mean(1)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Return the time in seconds, after all that the device has to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -122,7 +122,7 @@ def make_bench(
         transformer = transformer.to(device, dtype).requires_grad_(False)
     return Bench(
         adapter=adapter, family=family, planned=planned, transformer=transformer, steps=steps, device=device,
-        inputs=to_device(inputs, device, dtype), counter=Counter([transformer], adapter, partial(_now, device)),
+        inputs=to_device(inputs, device, dtype), counter=Counter([transformer], adapter, partial(now, device)),
     )  # fmt: skip
 
 
@@ -223,10 +223,10 @@ def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     x, timestep = bench.inputs[name], bench.inputs[bench.adapter.timestep]
     for step in range(steps):
         inputs = {**bench.inputs, name: x, bench.adapter.timestep: timestep * 2 * (1 - step / steps)}
-        started = _now(bench.device)
+        started = now(bench.device)
         with context("cond", step_index=step, num_inference_steps=steps):
             out = bench.transformer(**inputs, return_dict=False)[0]
-        yield _now(bench.device) - started
+        yield now(bench.device) - started
         if out.shape == x.shape:
             x = x - out / steps
 
@@ -263,15 +263,15 @@ def _line(bench: Bench, arm: BenchArm, dense: BenchArm, rounds: int) -> Line:
         num_inference_steps=bench.steps, methods=arm.methods,
     )  # fmt: skip
     return line | {
-        "step_seconds": _quartiles(totals), "block_seconds": _quartiles(arm.blocks),
-        "attention_seconds": _quartiles(arm.attention), "ratio": _quartiles(ratios), "against": dense.name,
+        "step_seconds": quartiles(totals), "block_seconds": quartiles(arm.blocks),
+        "attention_seconds": quartiles(arm.attention), "ratio": quartiles(ratios), "against": dense.name,
         "work": done, "attended": arm.attended, "flops_a_step": per_step * done,
         "tflops": per_step * done / float(np.median(totals)) / 1e12,
         "predicted": predicted.speedup if arm.kind == "method" else None,
     }  # fmt: skip
 
 
-def _quartiles(values: Sequence[float] | np.ndarray) -> Mapping[str, float]:
+def quartiles(values: Sequence[float] | np.ndarray) -> Mapping[str, float]:
     """Return the median and the quartiles; nan where nothing ran."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) if len(values) else [math.nan] * 3
     return {"median": float(middle), "low": float(low), "high": float(high)}

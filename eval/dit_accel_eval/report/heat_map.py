@@ -6,7 +6,6 @@
 import base64
 import importlib.util
 import io
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from dit_accel.errors import ConfigError, MissingBackend
 from dit_accel.files import written_whole
+from dit_accel.report.html import folded, lines, piece, table
 from dit_accel.report.report import Report
 from dit_accel.report.sections import Section, Strip
 
@@ -23,13 +23,13 @@ DENSE, NOT_RUN = "0.82", "1.0"
 _COLUMNS = ("transformer", "step", "branch", "dense", "planned", "density", "pooled")
 
 RAN, VALUE = "#3b528b", "#d95f02"
-"""Colours of steps that a cache computed, and of what decided."""
+"""Colours of steps in which a method acted, as a cache that computes does, and of what it measured."""
 
 
 def write_heat_map(report: Report, path: Path) -> None:
     """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch.
 
-    Below it, or alone where all attention was dense, the steps that a cache computed and those it skipped.
+    Below it, or alone where all attention was dense, the steps that a cache computed and those that guidance changed.
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report().plot writes a PNG, got {path}; end the name in .png")
@@ -37,7 +37,8 @@ def write_heat_map(report: Report, path: Path) -> None:
         raise ConfigError(f"report().plot can't write {path}: {path.parent} is not a folder; create it first")
     if not _has_content(report):
         raise ConfigError(
-            "report().plot has nothing to show: no attention call followed a plan, and no cache decided on a step; "
+            "report().plot has nothing to show: no attention call followed a plan, no cache decided on a step, and no "
+            "guidance acted; "
             "generate first"
         )
     if importlib.util.find_spec("matplotlib") is None:
@@ -69,7 +70,7 @@ def kept_shares(report: Report, transformer: str, branch: str) -> tuple[np.ndarr
     forwards = [step for step in report.steps if (step.transformer, step.branch) == (transformer, branch)]
     calls = [call for call in report.calls if (call.transformer, call.branch) == (transformer, branch)]
     heads = max((len(call.by_head) for call in calls), default=0) or 1
-    layers = max((step.dense_layers + step.sparse_layers for step in forwards), default=1)
+    layers = _layers(report, transformer)
     steps = _steps(report)
     shares = np.full((layers, heads, steps), np.nan)
     for call in calls:
@@ -78,6 +79,12 @@ def kept_shares(report: Report, transformer: str, branch: str) -> tuple[np.ndarr
     ran[[step.step_index for step in forwards]] = True
     dense = np.isnan(shares) & ran
     return shares.reshape(layers * heads, steps), dense.reshape(layers * heads, steps)
+
+
+def _layers(report: Report, transformer: str) -> int:
+    """Return the attention layers of a transformer, of which some forwards run a part."""
+    ran = [step.dense_layers + step.sparse_layers for step in report.steps if step.transformer == transformer]
+    return max([1, *ran, *(1 + call.layer for call in report.calls if call.transformer == transformer)])
 
 
 def _steps(report: Report) -> int:
@@ -102,8 +109,11 @@ def _draw(report: Report) -> Any:
         _draw_maps(figure, axes[0], report, panels, maps)
     for row, section in zip(axes[len(tall) :], drawn, strict=True):
         for axis, panel in zip(row, panels, strict=True):
-            for strip in (strip for strip in section.strips if (strip.transformer, strip.branch) == panel):
+            own = [strip for strip in section.strips if (strip.transformer, strip.branch) == panel]
+            for strip in own:
                 _strip(axis, strip)
+            if not own:
+                axis.set_axis_off()
         row[0].set_ylabel(section.method)
     for axis, panel in zip(axes[0], panels, strict=True):
         axis.set_title(", ".join(panel))
@@ -124,8 +134,7 @@ def _forwards(report: Report, sections: list[Section]) -> list[Any]:
 def _draw_maps(figure: Any, axes: Any, report: Report, panels: list[Any], maps: list[Any]) -> None:
     images, by_head = [], False
     for axis, panel, (shares, dense) in zip(axes, panels, maps, strict=True):
-        own = [s.dense_layers + s.sparse_layers for s in report.steps if (s.transformer, s.branch) == panel]
-        layers = max(own, default=1)
+        layers = _layers(report, panel[0])
         images.append(_panel(axis, shares, dense, layers))
         by_head |= len(shares) > layers
     axes[0].set_ylabel("layer (a line in it is a head)" if by_head else "layer")
@@ -133,21 +142,30 @@ def _draw_maps(figure: Any, axes: Any, report: Report, panels: list[Any], maps: 
 
 
 def _strip(axis: Any, strip: Strip) -> None:
-    """Draw the steps that ran as bars, and what decided over its threshold as a line."""
-    ran = [step for step, reused in zip(strip.steps, strip.reused, strict=True) if not reused]
+    """Draw the steps in which a method acted as bars, and what it measured over its threshold as a line."""
+    acted = [step for step, reused in zip(strip.steps, strip.reused, strict=True) if not reused]
     axis.set_facecolor(NOT_RUN)
-    axis.bar(ran, 1.0, width=0.9, color=RAN, label="computed")
+    axis.bar(acted, 1.0, width=0.9, color=RAN)
     axis.set_ylim(0, 1)
     axis.set_yticks([])
     note = ""
     measured = [(step, value) for step, value in zip(strip.steps, strip.values, strict=True) if value is not None]
-    if measured and strip.threshold:
+    if measured:
         steps, values = zip(*measured, strict=True)
-        shares = np.clip(np.nan_to_num(np.array(values) / (2 * strip.threshold), nan=1.0, posinf=1.0), 0, 1)
-        axis.plot(steps, shares, "o-", color=VALUE, markersize=2.5, linewidth=0.8)
-        axis.axhline(0.5, color=VALUE, linewidth=0.6, linestyle="--")
-        note = "; line: what decided, dashed: its threshold"
-    axis.set_xlabel(f"step; bars: computed {len(ran)} of {len(strip.steps)}{note}", fontsize=8)
+        known = [value for value in (*values, strip.threshold) if value is not None and np.isfinite(value)]
+        top = 1.15 * max(known, default=1.0) or 1.0
+        line = axis.twinx()
+        line.plot(steps, np.nan_to_num(np.array(values), nan=top, posinf=top), "o-", color=VALUE, ms=2.5, lw=0.8)
+        line.set_ylim(0, top)
+        line.tick_params(labelsize=7)
+        line.yaxis.get_major_locator().set_params(nbins=3)
+        note = f"; line: {strip.measured}"
+        if strip.threshold is not None:
+            line.axhline(strip.threshold, color=VALUE, linewidth=0.8, linestyle="--")
+            note += f", dashed: its threshold {strip.threshold:g}"
+    skips = any(strip.reused) or strip.did == "computed"
+    count = f"{len(acted)} of {len(strip.steps)}" if skips else f"{len(acted)} times"
+    axis.set_xlabel(f"step; bars: {strip.did} {count}{note}", fontsize=8)
 
 
 def _panel(axis: Any, shares: np.ndarray, dense: np.ndarray, layers: int) -> Any:
@@ -168,22 +186,18 @@ def _panel(axis: Any, shares: np.ndarray, dense: np.ndarray, layers: int) -> Any
 
 
 def report_html(report: Report) -> str:
-    """Return a report as one piece of HTML that needs nothing else."""
-    lines = "<br>".join(escape(line) for line in str(report).splitlines())
-    return f"<div><p>{lines}</p>{_table(report)}{_picture(report)}</div>"
-
-
-def _table(report: Report) -> str:
-    if not report.steps:
-        return ""
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "".join(
-        f"<tr><td>{escape(step.transformer)}</td><td>{step.step_index}</td><td>{escape(step.branch)}</td>"
-        f"<td>{step.dense_layers}</td><td>{step.sparse_layers}</td><td>{step.density:.3f}</td>"
-        f"<td>{step.pooled:.3f}</td></tr>"
-        for step in report.steps
-    )
-    return f"<details><summary>steps</summary><table><tr>{head}</tr>{rows}</table></details>"
+    """Return a report as one piece of HTML that needs nothing else: first whether it helped, the rest folded."""
+    first = report.first_lines()
+    title = first[0] if first else ", ".join(report.methods) or "no method attached"
+    others = [line for line in str(report).splitlines() if line not in first]
+    parts = [lines(first[1:]) if first[1:] else "", _picture(report), folded("all that ran", lines(others))]
+    if report.steps:
+        rows = [
+            (one.transformer, one.step_index, one.branch, one.dense_layers, one.sparse_layers, f"{one.density:.3f}",
+             f"{one.pooled:.3f}") for one in report.steps
+        ]  # fmt: skip
+        parts.append(folded("steps", table(_COLUMNS, rows)))
+    return piece(title, *parts)
 
 
 def _picture(report: Report) -> str:
@@ -191,4 +205,4 @@ def _picture(report: Report) -> str:
     if image is None:
         return ""
     data = base64.b64encode(image).decode()
-    return f'<img alt="kept share by step and layer" src="data:image/png;base64,{data}">'
+    return f'<img alt="what ran, by step" style="max-width:100%" src="data:image/png;base64,{data}">'

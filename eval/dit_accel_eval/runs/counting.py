@@ -16,9 +16,9 @@ from torch import nn
 from dit_accel import Report
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.block_lists import block_lists, blocks_of
-from dit_accel.attachment.find import attention_modules
 from dit_accel.estimate.estimate import estimate
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.find import attention_modules
 
 REAL_SHARE = 0.72
 """Self-attention's share of the FLOPs of a real model: Wan 2.1 14B at 720 x 1280 and 81 frames."""

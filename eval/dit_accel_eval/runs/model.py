@@ -46,6 +46,7 @@ class Times:
         denoise: all steps.
         decode: from the last step to the frames.
         steps: of each step.
+        processor: processor seconds of all steps, which other processes hardly change; of all threads together.
     """
 
     threads: int
@@ -53,10 +54,11 @@ class Times:
     denoise: float
     decode: float
     steps: tuple[float, ...]
+    processor: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to a tenth of a millisecond."""
-        seconds = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode")}
+        seconds = {key: round(getattr(self, key), DIGITS) for key in ("text", "denoise", "decode", "processor")}
         return {"threads": self.threads, **seconds, "steps": [round(one, DIGITS) for one in self.steps]}
 
 
@@ -169,6 +171,7 @@ class SuiteModel:
                 denoise=timings.denoise,
                 decode=timings.decode,
                 steps=tuple(timings.steps),
+                processor=timings.processor,
             ),
             by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
             density=density_map(report, len(counts)),

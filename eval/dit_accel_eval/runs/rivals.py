@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,7 +32,10 @@ def check_rival(name: str, options: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Let another project's cache act on a pipeline for the block; without options as ``enable_cache(pipe)`` does."""
+    """Let another project's cache act on a pipeline for the block; without options as ``enable_cache(pipe)`` does.
+
+    cache-dit leaves replaced functions on the transformers when it is disabled; what they held before is put back.
+    """
     if not rival:
         yield
         return
@@ -42,11 +46,41 @@ def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[Non
 
     given = dict(options)
     order = given.pop(CALIBRATOR, None)
-    configs = {"cache_config": DBCacheConfig(**given)} if given else {}
+    configs: dict[str, Any] = {"cache_config": DBCacheConfig(**given)} if given else {}
     if order is not None:
         configs["calibrator_config"] = TaylorSeerCalibratorConfig(taylorseer_order=order)
-    cache_dit.enable_cache(pipe, **configs)
+    with _unchanged(pipe), _silent("cache_dit"):
+        try:
+            cache_dit.enable_cache(pipe, **configs)
+            yield
+        finally:
+            cache_dit.disable_cache(pipe)
+
+
+@contextlib.contextmanager
+def _silent(package: str) -> Iterator[None]:
+    """Keep a package's loggers, each of which has a level of its own, from anything but errors for the block."""
+    names = [name for name in logging.Logger.manager.loggerDict if name.split(".")[0] == package]
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        cache_dit.disable_cache(pipe)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _unchanged(pipe: Any) -> Iterator[None]:
+    """Put the attributes of a pipeline's transformers back behind the block, and the order of their children."""
+    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    modules = [module for part in parts if part is not None for module in part.modules()]
+    held = [(module, dict(vars(module)), dict(module._modules)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, children in held:
+            for values, before in ((vars(module), attributes), (module._modules, children)):
+                values.clear()
+                values.update(before)

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from dit_accel_pipelines.generation.solvers import BEST, shift_of
 
 from dit_accel import ConfigError
-from dit_accel.files import written_whole
+from dit_accel.files import user_cache, written_whole
 
 from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
@@ -55,7 +54,7 @@ class Reference:
 
 def default_cache() -> Path:
     """Return the folder of dense runs where none is named: ``dit-accel`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel" / "dense-runs"
+    return user_cache() / "dense-runs"
 
 
 def reference_run(

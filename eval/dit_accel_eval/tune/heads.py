@@ -20,8 +20,8 @@ from dit_accel_pipelines.generation.request import Request, embedded_name, settl
 from dit_accel_pipelines.processes.ranks import Ranks
 
 from dit_accel import ConfigError
-from dit_accel.attachment.find import find_transformers, resolve_model
 from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
 
 from ..metrics.metric import Clip

@@ -8,6 +8,7 @@ once, on prompts that the search never saw, beside the best setting by hand, and
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,12 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED, Request
 
 from dit_accel.errors import ConfigError
+from dit_accel.estimate.tuned import Measured, keep_tuned, model_key, tuned_text
 from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
-from dit_accel.methods.toml import to_toml
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import check_given, embedded_prompts
+from ..runs.loaded import SIZES, check_given, embedded_prompts
 from ..runs.model import OWN
 from ..runs.results import read_lines
 from ..suites.arms import Arm
@@ -43,6 +44,7 @@ class TunedPipeline(Tuned):
 
     Attributes:
         output: the config.
+        kept: its copy in the user's cache, where `dit_accel.recommend` finds it.
         target: what was asked for.
         chosen: the setting, as it was measured on the held-out prompts.
         frontier: the settings on all prompts of the search that none surpasses at as little work, cheapest first.
@@ -50,6 +52,7 @@ class TunedPipeline(Tuned):
     """
 
     output: Path
+    kept: Path
     target: Target
     chosen: Point
     frontier: tuple[Point, ...]
@@ -64,6 +67,7 @@ class TunedPipeline(Tuned):
             f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g} [{chosen.low:.4g}, {chosen.high:.4g}], "
             f"speed-up {chosen.speedup:.2f} over {chosen.prompts} held-out prompts, of which none chose it; asked was "
             f"{self.target.name} {self.target.value:g}",
+            f"`dit-accel recommend` lists it first for this model, from {self.kept}",
             f"tried {self.tried[0]} of {self.tried[1]} settings",
         ]
         return columns, rows, remarks
@@ -72,6 +76,7 @@ class TunedPipeline(Tuned):
         """Return everything as plain values, for JSON."""
         return {
             "output": str(self.output),
+            "kept": str(self.kept),
             "target": dataclasses.asdict(self.target),
             "chosen": _plain(self.chosen),
             "frontier": [_plain(point) for point in self.frontier],
@@ -101,6 +106,7 @@ def tune_pipeline(
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
         output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` and ``.png`` lie beside it.
+            `dit_accel.recommend` finds a copy in the user's cache.
         target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
         try_guidance: guidance scales that every setting is tried with besides the run's own, all held against the
@@ -129,13 +135,14 @@ def tune_pipeline(
     by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
     whole = search.tried(arms, by_hand)
     frontier, chosen = pareto(whole, search.target.sign), search.judged(whole, by_hand)
-    _write(output, chosen.arm)
+    kept = _write(output, chosen, requested, _measured(request, suite, requested, chosen, own))
     draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
          output.with_suffix(".png"))  # fmt: skip
     tried = {line["arm"] for line in read_lines(job.out)} & {arm.name for arm in arms}
     return TunedPipeline(
-        output=output, target=requested, chosen=chosen, frontier=tuple(frontier), tried=(len(tried), len(arms))
-    )
+        output=output, kept=kept, target=requested, chosen=chosen, frontier=tuple(frontier),
+        tried=(len(tried), len(arms)),
+    )  # fmt: skip
 
 
 def _check(request: Request, output: Path) -> None:
@@ -213,7 +220,20 @@ def _own_steps(request: Request, suite: Suite) -> int:
     return check_given(suite.source)[1].num_inference_steps
 
 
-def _write(output: Path, arm: Arm) -> None:
+def _measured(request: Request, suite: Suite, target: Target, chosen: Point, own: int) -> Measured:
+    """Return how the choice came out, and at which size."""
+    family = None if suite.embedded else check_given(suite.source)[1]
+    known = model_defaults(suite.model) if family is None else {name: getattr(family, name) for name in SIZES}
+    size = {name: int(getattr(request, name) or known.get(name) or 1) for name in SIZES}
+    return Measured(
+        model=model_key(suite.model), **size, num_inference_steps=own, metric=target.quality,
+        quality=round(float(chosen.quality), 4), speedup=round(float(chosen.speedup), 4), prompts=chosen.prompts,
+    )  # fmt: skip
+
+
+def _write(output: Path, chosen: Point, target: Target, measured: Measured) -> Path:
+    """Write the config, and its copy for `dit_accel.recommend`; returns that."""
+    arm = chosen.arm
     run_table: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps}
     if arm.solver != OWN:
         run_table["solver"] = arm.solver
@@ -221,7 +241,9 @@ def _write(output: Path, arm: Arm) -> None:
         run_table["guidance_scale"] = arm.call["guidance_scale"]
     if arm.flow_shift is not None:
         run_table["flow_shift"] = arm.flow_shift
+    text = tuned_text(arm.methods, run_table, measured, arm.name)
     with written_whole(output) as temporary:
-        temporary.write_text(
-            f"# {arm.name}, by dit-accel tune pipeline\n{to_toml(arm.methods, run_table)}", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
+    size = f"{measured.width}x{measured.height}x{measured.num_frames}"
+    goal = re.sub(r"[^\w.=-]", "-", f"{target.name}={target.value:g}")
+    return keep_tuned(f"{goal}-{size}-{measured.num_inference_steps}.toml", text, measured.model)

@@ -25,12 +25,12 @@ import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import read_model_files
-from dit_accel.attachment.find import find_transformers, resolve_model
 from dit_accel.errors import did_you_mean
 from dit_accel.estimate.estimate import estimate
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_of
+from dit_accel.methods.find import find_transformers, resolve_model
 
 from ..statistics import rank_correlation
 from .base import Progress, Table, Tuned, check_output, run_settings

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.attachment.find import attention_modules
 from dit_accel.errors import UnsupportedModel
 from dit_accel.files import written_whole
+from dit_accel.methods.find import attention_modules
 
 from ..generation.lora import FILE
 from .recipe import FineTuning

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from dit_accel.cli import MethodList, RunTable
+from dit_accel.cli import MethodList, Preset, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
@@ -76,6 +76,13 @@ class GenerateOptions:
     ] = False
     ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1
     backend: Backend = "auto"
+    preset: Preset = None
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", rich_help_panel=RUN
+        ),
+    ] = False
     quiet: Quiet = False
     json: Json = False
 
@@ -96,6 +103,11 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     --ulysses N, N neighbours make each output together. If one was killed,
     the same command with --resume makes what is missing.
 
+    --preset attaches what is chosen for the model and says what that is.
+    --check makes each output twice from one seed, dense and with the
+    methods, says how near the two are, and writes both and their difference
+    as FILE.check.png (out.check.png beside out.mp4).
+
     --image and --video are for pipelines that start from them. What a
     pipeline does not take, or needs and was not given, is refused before
     its weights are loaded.
@@ -103,6 +115,8 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     Examples:
 
     dit-accel generate "a red circle moving right" --radial -o red.mp4
+
+    dit-accel generate "a red circle" --preset balanced --check
 
     dit-accel generate "a kite" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
@@ -139,12 +153,18 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
             _print_written(one)
 
 
-def describe_model(model: Model = None, json: Json = False) -> None:
-    """Tell which methods a model takes, and with which options; loads no weights.
+def describe_model(
+    model: Model = None,
+    options: Annotated[bool, typer.Option("--options", help="Every method's options on this model instead.")] = False,
+    json: Json = False,
+) -> None:
+    """Tell what to attach to a model, and which methods it takes; no weights.
 
     Examples:
 
     dit-accel describe
+
+    dit-accel describe --options
 
     dit-accel describe --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --json
     """
@@ -156,7 +176,7 @@ def describe_model(model: Model = None, json: Json = False) -> None:
     if json:
         print_json(description.to_dict())
     else:
-        OUT.print(str(description), soft_wrap=True, markup=False)
+        OUT.print(description.options() if options else str(description), soft_wrap=True, markup=False)
 
 
 def _line(one: "Written") -> None:
@@ -171,4 +191,7 @@ def _print_written(one: "Written") -> None:
         return
     steps, seconds = one.record["num_inference_steps"], one.record["seconds"]
     text = f"{steps} steps in {seconds['denoise']:.1f} s, decoded in {seconds['decode']:.1f} s"
-    TALK.print(f"{text}\n{one.report}" if one.report else text, markup=False, soft_wrap=True)
+    lines = [text, *([str(one.report)] if one.report else [])]
+    if one.check:
+        lines += [f"check: {one.check}", f"both and their difference: {one.record['check']['picture']}"]
+    TALK.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 import dit_accel
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.model_files import read_model_files
+from dit_accel.attachment.check import Check, compared, require_tools
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.sizes import token_layout
 from dit_accel.files import held, json_text, written_whole
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.presets import NONE
 
 from ..processes.parallel import ALONE, Group, check_transformer, joined
 from ..processes.processes import Process
@@ -26,7 +29,7 @@ from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
 from .progress import Stages
 from .quiet import quiet_diffusers
-from .request import Backend, Request, read_pictures, settle, side_car_path
+from .request import Backend, Request, check_path, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
@@ -42,11 +45,13 @@ class Written:
         record: the side-car's content.
         report: the attachment's report; None without methods.
         kept: an earlier run wrote it, and it was left as it is.
+        check: how near it is to the dense run of its seed, where that was asked for.
     """
 
     record: dict[str, Any]
     report: dit_accel.Report | None
     kept: bool = False
+    check: Check | None = None
 
 
 def generate(
@@ -165,6 +170,8 @@ def _loaded(
     Of a group only the process that ``writes`` does.
     """
     pictures = read_pictures(request)
+    if request.check:
+        require_tools()
     stages.stage("loading")
     started = time.perf_counter()
     pipe = load_pipeline(request)
@@ -176,19 +183,33 @@ def _loaded(
     with quiet_diffusers():
         for transformer in transformers_of(pipe):
             group.share(transformer)
-    with attached(pipe, request.methods, request.backend) as attachment:
+    with attached(pipe, request.methods, request.backend, preset=request.preset, quiet=stages.quiet) as attachment:
+        if request.check and not attachment.report().methods:
+            raise ConfigError(
+                f"check compares methods with the dense run, and the preset {request.preset!r} has none for this "
+                "model; name one, such as --staticcache"
+            )
         if request.compile:
             compile_blocks(pipe)
 
         def make(one: Request) -> Written:
             resolved = _resolved(one, pipe)
-            made = run(pipe, one.prompts[0], resolved, pictures=pictures, attachment=attachment, stages=stages)
+            given = {"pictures": pictures, "stages": stages}
+            dense = None
+            if one.check:
+                with attachment.suspended():
+                    dense = run(pipe, one.prompts[0], resolved, **given)
+            made = run(pipe, one.prompts[0], resolved, attachment=attachment, **given)
             record = side_car(resolved, made, one.output, loading=loading, command=command)
+            check = None if dense is None or not writes else _compared(dense, made)
+            record["check"] = None if check is None else {**check.to_dict(), "picture": str(check_path(one.output))}
             record["ulysses"] = group.size
             record["request_digest"] = request_digest(one)
+            if check is not None:
+                check.save(check_path(one.output))
             if writes:
                 _write(one.output, made.frames, record, resolved)
-            return Written(record=record, report=made.report)
+            return Written(record=record, report=made.report, check=check)
 
         yield make
 
@@ -209,12 +230,19 @@ def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request,
 
 
 @contextlib.contextmanager
-def attached(pipe: Any, methods: Sequence[MethodConfig], backend: Backend) -> Iterator[Any]:
-    """Attach methods for the block; yields the attachment, or None where no method is asked for."""
-    if not methods:
+def attached(
+    pipe: Any, methods: Sequence[MethodConfig], backend: Backend, *, preset: str | None = None, quiet: bool = False
+) -> Iterator[Any]:
+    """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is asked for.
+
+    ``quiet``: what the preset is is not said.
+    """
+    if not methods and preset in (None, NONE):
         yield None
         return
-    with dit_accel.attach(pipe, *methods, preset="none", backend=backend) as attachment:
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+        attachment = dit_accel.attach(pipe, *methods, preset=cast(Any, preset or NONE), backend=backend)
+    with attachment:
         yield attachment
 
 
@@ -250,9 +278,19 @@ def run(
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
-        frames = frames_of(pipe(**arguments, generator=generator, output_type="np"))
+        made = pictures_of(pipe(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
-    return Generation(prompt=prompt, frames=frames, timings=timings, report=report)
+    return Generation(
+        prompt=prompt, frames=to_uint8(made), timings=timings, report=report, pictures=made if request.check else None
+    )
+
+
+def _compared(dense: Generation, made: Generation) -> Check:
+    """Return how near a run with methods is to the dense one of the same seed."""
+    assert dense.pictures is not None
+    assert made.pictures is not None
+    seconds = [one.timings.text + one.timings.denoise + one.timings.decode for one in (dense, made)]
+    return compared(dense.pictures, made.pictures, *seconds)
 
 
 def _resolved(request: Request, pipe: Any) -> Request:
@@ -265,7 +303,12 @@ def _resolved(request: Request, pipe: Any) -> Request:
 
 
 def frames_of(output: Any) -> Frames:
-    """Return the frames of a pipeline's output, uint8 [F, height, width, 3]; an image is one frame.
+    """Return the frames of a pipeline's output, uint8 [F, height, width, 3]; see `pictures_of`."""
+    return to_uint8(pictures_of(output))
+
+
+def pictures_of(output: Any) -> np.ndarray:
+    """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
 
     Args:
         output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
@@ -285,7 +328,7 @@ def frames_of(output: Any) -> Frames:
         pictures = pictures[0]
     if name in ("images", "image"):
         pictures = pictures[:1]
-    return to_uint8(pictures)
+    return pictures
 
 
 def _write(output: Path, frames: Frames, record: dict[str, Any], request: Request) -> None:

@@ -73,7 +73,7 @@ def _of_any_format(vae: Any, run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def empty_transformers(model: str | None) -> Any:
-    """Return an object with a pipeline's ``components``: its transformers, without memory for their weights.
+    """Return an object with a pipeline's ``components``, its transformers without memory for weights, and ``config``.
 
     Args:
         model: hub id, folder or an embedded model's name; None is the default one of these.
@@ -88,7 +88,7 @@ def empty_transformers(model: str | None) -> Any:
         if files.has(name):
             config = read_config(source, f"{name}/config.json")
             components[name] = _empty(str(config.get("_class_name")), config)
-    return SimpleNamespace(components=components)
+    return SimpleNamespace(components=components, config={"_name_or_path": source})
 
 
 def _empty(class_name: str, config: dict[str, Any]) -> Any:

@@ -17,14 +17,14 @@ class Stages:
     """
 
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
-        self._silent, self._quiet = silent, quiet or silent
+        self._silent, self.quiet = silent, quiet or silent
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=TALK,
-            disable=self._quiet or not TALK.is_terminal,
+            disable=self.quiet or not TALK.is_terminal,
         )
         self._task: Any = None
 
@@ -50,7 +50,7 @@ class Stages:
 
     def note(self, text: str) -> None:
         """Say what the user may want to know, unless quiet was asked for."""
-        if not self._quiet:
+        if not self.quiet:
             note(text)
 
     def warn(self, text: str) -> None:

@@ -18,7 +18,9 @@ from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
 from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
+from dit_accel.methods.base import Model
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.presets import LEVELS, NONE, choices
 
 from .lora import check_lora
 from .media import check_output, read_image, read_video
@@ -91,6 +93,8 @@ class Request(NamesModel):
         flow_shift: noise shift of that solver; None: the model's own.
         lora: a LoRA to load: a file, a folder that holds one, or a hub id.
         methods: method configs to attach.
+        preset: level of methods that are chosen for the model beside these, which win; None and ``none``: none are.
+        check: generate dense too, from the same seed, and write how far apart the two are, `check_path`.
         backend: kernel backend of the methods.
 
     Raises:
@@ -120,6 +124,8 @@ class Request(NamesModel):
     flow_shift: float | None = None
     lora: str | None = None
     methods: tuple[MethodConfig, ...] = ()
+    preset: str | None = None
+    check: bool = False
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -127,7 +133,9 @@ class Request(NamesModel):
             raise ConfigError("generate needs a prompt, got none; write one in quotes, or give --prompt-file")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        for name, known in (("dtype", DTYPES), ("offload", OFFLOADS), ("backend", BACKENDS)):
+        for name, known in (
+            ("dtype", DTYPES), ("offload", OFFLOADS), ("backend", BACKENDS), ("preset", (*LEVELS, NONE)),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(f"there is no {name} {value!r}; {did_you_mean(value, known)}")
@@ -147,15 +155,27 @@ class Request(NamesModel):
             raise ConfigError(
                 f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
             )
-        if self.backend != "auto" and not self.methods:
+        if self.backend != "auto" and not self.attaches:
             raise ConfigError(
                 f"backend {self.backend!r} was asked for, but no method would use it; switch one on, such as --radial"
+            )
+        if self.check and not self.attaches:
+            raise ConfigError(
+                "check compares methods with the dense run, and no method was asked for; switch one on, such as "
+                "--preset balanced"
             )
         if self.lora is not None:
             check_lora(self.lora)
         for output in self.outputs():
             check_output(output)
             check_writable(side_car_path(output))
+            if self.check:
+                check_writable(check_path(output), "the check's picture")
+
+    @property
+    def attaches(self) -> bool:
+        """Return whether any method is asked for, by name or by a preset."""
+        return bool(self.methods) or self.preset not in (None, NONE)
 
     @property
     def output_fps(self) -> float:
@@ -196,6 +216,11 @@ def embedded_name(model: str | None) -> str | None:
 def side_car_path(output: Path) -> Path:
     """Return the path of an output's JSON side-car."""
     return output.with_name(output.name + ".json")
+
+
+def check_path(output: Path) -> Path:
+    """Return the path of the picture in which an output is compared with the dense run."""
+    return output.with_name(f"{output.stem}.check.png")
 
 
 class Settled(NamedTuple):
@@ -309,13 +334,18 @@ def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
     )
     adapter = adapter_for(str(files.transformer.get("_class_name")))
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
-    return advice(adapter, family, layout, request.methods)
+    chosen = choices(
+        request.preset or NONE,
+        Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers),
+        request.methods,
+    )
+    return advice(adapter, family, layout, [*request.methods, *(one.config for one in chosen)])
 
 
 def _family_of(files: ModelFiles, request: Request) -> Family | None:
     try:
         return files.identify()[1]
     except UnsupportedModel:
-        if request.methods:
+        if request.attaches:
             adapter_for(str(files.transformer.get("_class_name")))  # a method needs an adapter, and no sizes
         return None

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import dit_accel
 
 from .media import Frames
@@ -18,19 +20,28 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
 AS_ASKED = (
     "solver", "flow_shift", "guidance_scale", "seed", "dtype", "device", "offload", "compile", "scale", "lora",
-    "backend",
+    "backend", "preset",
 )  # fmt: skip
 """What a side-car says as the settled request does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One generated video: frames uint8 [F, height, width, 3], how long it took, and the attachment's report."""
+    """One generated video.
+
+    Attributes:
+        prompt: what it shows.
+        frames: uint8 [F, height, width, 3].
+        timings: how long it took.
+        report: the attachment's; None without methods.
+        pictures: the frames before they were rounded, floats in [0, 1], where they are to be compared; else None.
+    """
 
     prompt: str
     frames: Frames
     timings: Timings
     report: dit_accel.Report | None
+    pictures: np.ndarray | None = None
 
 
 def side_car(

@@ -18,12 +18,14 @@ class Timings:
         text: until the first step begins: encoding the prompt, and what else is prepared.
         denoise: all steps.
         decode: from the last step to the frames.
+        processor: processor seconds of the process during all steps, of all its threads.
     """
 
     steps: list[float] = field(default_factory=list)
     text: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
+    processor: float = 0.0
 
 
 @contextlib.contextmanager
@@ -38,18 +40,22 @@ def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lamb
     timings = Timings()
     started = time.perf_counter()
     clock: list[float] = []
+    busy: list[float] = []
 
     def step() -> None:
         now = time.perf_counter()
         timings.steps.append(now - clock[-1])
+        timings.processor += time.process_time() - busy[-1]
         after_step()
         clock.append(time.perf_counter())
+        busy.append(time.process_time())
         stages.advance()
 
     def progress_bar(iterable: Sequence[Any] | None = None, total: int | None = None) -> _StepBar:
         stages.stage("denoising", len(iterable) if iterable is not None else total)
         if not clock:
             clock.append(time.perf_counter())
+            busy.append(time.process_time())
         return _StepBar(iterable or (), step, stages)
 
     pipe.progress_bar = progress_bar  # on the object; its class stays as it is

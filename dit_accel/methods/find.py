@@ -10,8 +10,8 @@ from torch import nn
 from ..adapters.adapter import Adapter, Family
 from ..adapters.installed import adapter_for, adapters
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
-from ..methods.base import Model
-from ..methods.caches.block_numbers import read_numbers
+from .base import Model
+from .caches.block_numbers import read_numbers
 
 LayerFilter = str | Callable[[str, nn.Module], bool]
 """Which attention layers methods may change: indices such as ``"0, 3-20"``, or (module name, module) -> bool."""

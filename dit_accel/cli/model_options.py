@@ -1,0 +1,52 @@
+"""The options by which `plan` and `recommend` name a model without its weights, and the sizes of its output."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ..adapters import installed
+from ..adapters.adapter import Adapter, Family
+from ..adapters.model_files import model_source, read_model_files
+from ..errors import ConfigError
+
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="A model family that `dit-accel models` lists.", metavar="NAME")
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A hub id, a folder or an embedded model; only its configs are read.",
+        metavar="ID|FOLDER|NAME",
+    ),
+]
+Pixels = Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.", metavar="PIXELS")]
+Frames = Annotated[int | None, typer.Option(help="Output frames; default: the model's.")]
+InferenceSteps = Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")]
+
+
+def one_model(command: str, family: str | None, model: str | None) -> str:
+    """Return which of a family and a model a command was given; `ConfigError` if both or neither are."""
+    if family and model:
+        raise ConfigError(f"{command} takes --family or --model, got both ({family} and {model}); leave one out")
+    if not (family or model):
+        raise ConfigError(
+            f"{command} needs a model, got none; give --family (`dit-accel models` lists them) or --model"
+        )
+    return family or model or ""
+
+
+def named_model(command: str, family: str | None, model: str | None) -> tuple[Adapter, Family, Mapping[str, Any]]:
+    """Return the adapter of a model that a command was given, its sizes and what is known of its transformer's config.
+
+    Raises:
+        ConfigError: if both or neither are given.
+        UnsupportedModel: for an unknown family, or a model whose configs can't be read.
+    """
+    name = one_model(command, family, model)
+    if model:
+        files = read_model_files(model_source(model))
+        return *files.identify(), files.transformer
+    adapter, sizes = installed.described(name)
+    return adapter, sizes, sizes.config

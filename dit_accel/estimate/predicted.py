@@ -1,0 +1,41 @@
+"""What attached methods were predicted to gain in a run, once its size and steps are known."""
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import ConfigError
+from ..methods.base import Handler, Phase
+from ..methods.caches.cache_config import StepCacheConfig
+from ..plan.layout import TokenLayout
+from ..report.predicted import Predicted
+from .estimate import estimate_run
+from .skipped import speedup_with_skips
+
+
+def predicted(
+    handlers: Sequence[Handler], layout: TokenLayout, steps: int, skips: Mapping[str, float]
+) -> Predicted | None:
+    """Return what methods were predicted to gain; None where the model's sizes are those of no released one.
+
+    Args:
+        handlers: the attached methods.
+        layout: of the run's forwards.
+        steps: of the run.
+        skips: cache's name -> share of the forwards that it skipped where that was measured, as presets know it.
+    """
+    family = handlers[0].model.family if handlers else None
+    if family is None:
+        return None
+    try:
+        found = estimate_run(handlers, family, layout, steps)
+    except ConfigError:  # such as methods whose tiles can't be counted together
+        return None
+    speedup, uncounted = found.speedup, list[str]()
+    for handler in handlers:
+        saving, settings = found.savings[handler.name], handler.settings
+        if steps < (getattr(settings, "min_steps", None) or 0):
+            continue
+        if handler.name in skips and isinstance(settings, StepCacheConfig):
+            speedup = speedup_with_skips(found, settings, skips[handler.name])
+        elif not saving.counted or (handler.phase is Phase.CACHES and not saving.forwards and not saving.blocks):
+            uncounted.append(handler.name)
+    return Predicted(speedup=speedup, uncounted=tuple(uncounted))

@@ -1,0 +1,133 @@
+"""Settings that `dit-accel tune pipeline` found for a model, kept in the user's cache where `recommend` finds them.
+
+Such a file is what ``generate --config`` takes, with a table ``[tuned]`` that says for which model and output the
+setting was measured, and how it came out.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dit_accel_assets
+
+from ..errors import ConfigError
+from ..files import user_cache, written_whole
+from ..methods.config import MethodConfig
+from ..methods.toml import from_toml, run_table, to_toml, tuned_table
+
+EMBEDDED = "embedded/"
+"""What the repo of an embedded model's family begins with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """How a tuned setting came out, on prompts that the search never saw.
+
+    Attributes:
+        model: embedded model, folder or hub id, by `model_key`.
+        height: output height in pixels.
+        width: output width in pixels.
+        num_frames: output frames.
+        num_inference_steps: steps of the dense run that it is held against.
+        metric: what was measured, such as ``psnr``, against the converged run.
+        quality: its mean.
+        speedup: dense steps over the work of the setting.
+        prompts: on how many.
+    """
+
+    model: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    metric: str
+    quality: float
+    speedup: float
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedSetting:
+    """A tuned setting and its file.
+
+    Attributes:
+        path: the TOML.
+        methods: what it attaches.
+        run: what it sets besides, such as ``num_inference_steps``.
+        measured: how it came out.
+    """
+
+    path: Path
+    methods: Sequence[MethodConfig]
+    run: Mapping[str, Any]
+    measured: Measured
+
+
+def model_key(model: str) -> str:
+    """Return what a model is called in tuned files: an embedded model's name, a folder's whole path, or a hub id."""
+    name = model.removeprefix(EMBEDDED)
+    if name in dit_accel_assets.model_names():
+        return name
+    if not Path(model).is_dir():
+        return model
+    path = Path(model).resolve()
+    same = [known for known in dit_accel_assets.model_names() if dit_accel_assets.model_path(known).resolve() == path]
+    return same[0] if same else str(path)
+
+
+def tuned_folder(model: str) -> Path:
+    """Return the folder in the user's cache that holds a model's tuned files."""
+    key = model_key(model)
+    readable = re.sub(r"[^\w.-]+", "-", key).strip("-")[-60:]
+    return user_cache() / "tuned" / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def tuned_text(methods: Sequence[MethodConfig], run: Mapping[str, Any], measured: Measured, what: str) -> str:
+    """Return the text of a tuned file; ``what`` is the setting in words."""
+    return f"# {what}, by dit-accel tune pipeline\n{to_toml(methods, run, asdict(measured))}"
+
+
+def keep_tuned(name: str, text: str, model: str) -> Path:
+    """Write a tuned file into the model's folder of the cache, where `recommend` looks; returns the file."""
+    folder = tuned_folder(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / name) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def find_tuned(model: str) -> list[TunedSetting]:
+    """Return what was tuned for a model, the fastest first.
+
+    Raises:
+        ConfigError: for a file that can't be read, with its name.
+    """
+    found = [read_tuned(path) for path in sorted(tuned_folder(model).glob("*.toml"))]
+    return sorted(found, key=lambda one: -one.measured.speedup)
+
+
+def read_tuned(path: Path) -> TunedSetting:
+    """Read a tuned file.
+
+    Raises:
+        ConfigError: for one that can't be read or was not measured.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the tuned setting {path} can't be read ({error}); delete it, or tune again") from None
+    where = f"the tuned setting {path}"
+    table = tuned_table(text, where)
+    wrong = [name for name, kind in Measured.__annotations__.items() if not _is_of(table.get(name), kind)]
+    if wrong or table.keys() - Measured.__annotations__.keys():
+        raise ConfigError(f"{where} has no [tuned] table with a right {', '.join(wrong) or 'set of keys'}; tune again")
+    return TunedSetting(
+        path=path, methods=from_toml(text, where), run=run_table(text, where), measured=Measured(**table)
+    )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)

@@ -1,0 +1,144 @@
+"""Choose the caches that judge the presets: settings of ours, cache-dit's and diffusers' caches, on choosing clips.
+
+    python eval/studies/choose_caches.py wan-tiny --out eval/results/choose-caches-wan-tiny.jsonl
+
+Each line is one setting on one clip: PSNR to the model's own dense run of as many steps, and processor seconds of the
+denoising loop beside that run's, on one thread. What is there is not run again. The table at the end gives for each of
+our settings the best of the others that take no more than `SLACK` of its time. Needs ``dit-accel[rivals]``.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.runs.loaded import EmbeddedModel
+
+from dit_accel import EasyCache
+from dit_accel.methods.caches.native import DiffusersCache
+
+STEPS = {"wan-tiny": 30, "flux-tiny": 28}
+CLIPS = range(4)
+SLACK = 1.05
+
+OURS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
+"""Thresholds of EasyCache with Heun's predictor."""
+
+MASKS = ("slow", "medium", "fast", "ultra")
+"""cache-dit's own masks of the steps that are computed."""
+
+
+def settings(steps: int) -> dict[str, dict[str, Any]]:
+    """Return name -> options of `SuiteModel.run`."""
+    found: dict[str, dict[str, Any]] = {}
+    for threshold in OURS:
+        found[f"easycache {threshold:g}"] = {
+            "methods": (EasyCache(threshold=threshold, predictor="heun", min_steps=10),)
+        }
+    found["cache-dit, default"] = {"rival": {"cache-dit": {}}}
+    usual = {"enable_separate_cfg": True, "max_warmup_steps": 3}
+    for blocks, order, threshold in itertools.product((1, 2), (None, 1, 2), (0.03, 0.06, 0.12, 0.18, 0.24, 0.4)):
+        options = {**usual, "Fn_compute_blocks": blocks, "residual_diff_threshold": threshold}
+        found[f"cache-dit, F{blocks} taylor {order} {threshold:g}"] = {"rival": {"cache-dit": _with(options, order)}}
+    for mask, policy, order in itertools.product(MASKS, ("dynamic", "static"), (None, 1)):
+        options = {**usual, "Fn_compute_blocks": 1, "residual_diff_threshold": 0.3, "steps_computation_policy": policy,
+                   "steps_computation_mask": _mask(mask, steps)}  # fmt: skip
+        found[f"cache-dit, {mask} {policy} taylor {order}"] = {"rival": {"cache-dit": _with(options, order)}}
+    native = [
+        *(diffusers.FirstBlockCacheConfig(threshold=threshold) for threshold in (0.02, 0.05, 0.1)),
+        *(diffusers.SeaCacheConfig(threshold=threshold) for threshold in (0.1, 0.25)),
+        *(
+            diffusers.TaylorSeerCacheConfig(
+                cache_interval=every, disable_cache_before_step=3, max_order=1, use_lite_mode=True
+            )
+            for every in (2, 3)
+        ),
+    ]
+    for config in native:
+        value = getattr(config, "threshold", None) or getattr(config, "cache_interval", None)
+        found[f"diffusers, {type(config).__name__} {value}"] = {"methods": (DiffusersCache(config=config),)}
+    for share in (0.35, 0.45, 0.55, 0.65, 0.75, 0.85):
+        found[f"dense {round(share * steps)}"] = {"steps": round(share * steps)}
+    return found
+
+
+def _with(options: dict[str, Any], order: int | None) -> dict[str, Any]:
+    return options if order is None else {**options, "taylorseer_order": order}
+
+
+def _mask(policy: str, steps: int) -> list[int]:
+    import cache_dit
+
+    return cache_dit.steps_mask(total_steps=steps, mask_policy=policy)
+
+
+def measure(model: str, out: Path) -> list[dict[str, Any]]:
+    """Run what the file lacks, a line each, and return all lines."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(line["setting"], line["clip"]) for line in lines}
+    steps, suite_model = STEPS[model], EmbeddedModel(model, {})
+    for clip in CLIPS:
+        missing = {name: one for name, one in settings(steps).items() if (name, clip) not in done}
+        if not missing:
+            continue
+        dense = suite_model.run(clip, steps=steps, solver="unipc")
+        for name, options in missing.items():
+            try:
+                made = suite_model.run(clip, **{"steps": steps, "solver": "unipc", **options})
+            except (ValueError, AttributeError, TypeError) as error:  # of another project on this model
+                print(f"{name}: {error}")
+                continue
+            assert made.times is not None
+            assert dense.times is not None
+            lines.append(
+                {
+                    "model": model,
+                    "setting": name,
+                    "clip": clip,
+                    "psnr": round(psnr(made.frames, dense.frames), 4),
+                    "forwards": round(made.counts.blocks / dense.counts.blocks, 4),
+                    "time": round(made.times.processor / dense.times.processor, 4),
+                }
+            )
+            with out.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+        print(f"clip {clip} of {len(CLIPS)}", flush=True)
+    return lines
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return the mean of each setting, and for each of ours the best other within its time."""
+    by: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        by[line["setting"]].append(line)
+    means = {
+        name: tuple(statistics.fmean(line[key] for line in found) for key in ("psnr", "time", "forwards"))
+        for name, found in by.items()
+    }
+    rows = [f"{name:40s} {one[0]:6.1f} dB {one[1]:.3f} of the time, {one[2]:.3f} of the blocks" for name, one in
+            sorted(means.items(), key=lambda item: item[1][1])]  # fmt: skip
+    for name, (decibels, time, _) in means.items():
+        if not name.startswith("easycache"):
+            continue
+        for kind in ("cache-dit", "diffusers", "dense"):
+            within = [
+                (one[0], other) for other, one in means.items() if other.startswith(kind) and one[1] <= SLACK * time
+            ]
+            best, other = max(within, default=(0.0, "none"))
+            rows.append(f"{name} ({decibels:.1f} dB at {time:.2f}): best of {kind} {other} {best:.1f} dB")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=[*STEPS])
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print(table(measure(given.model, given.out)))

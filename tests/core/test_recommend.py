@@ -1,0 +1,302 @@
+"""What to attach: rows and their order, predictions, losses and sources, hardware, tuned files, and how it reads."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from model_folders import model_folder
+from typer.testing import CliRunner
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, EasyCache, SolAttention, UnsupportedModel, recommend
+from dit_accel.adapters.installed import described, families
+from dit_accel.cli.app import app
+from dit_accel.estimate import tuned
+from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.hardware import HARDWARE, find_hardware
+from dit_accel.estimate.recommend_table import WIDTH
+from dit_accel.estimate.skipped import speedup_with_skips
+from dit_accel.methods.presets import LEVELS, MEASURED_ON, MEASURED_STEPS, PRESETS
+
+KITE = dict(height=720, width=1280, num_frames=81, num_inference_steps=50)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Find nothing that was tuned on this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["recommend", *arguments])
+
+
+def told(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def row(found, name):
+    return next(one for one in found.settings if one.name == name)
+
+
+def test_rows_are_the_presets_and_dense_the_fastest_first():
+    found = recommend("wan2.1-14b", **KITE)
+    assert [one.name for one in found.settings] == ["fast", "balanced", "careful", "dense"]
+    assert [one.speedup for one in found.settings] == sorted((one.speedup for one in found.settings), reverse=True)
+    assert (found.tokens, found.family, found.num_frames) == (75_600, "wan2.1-14b", 81)
+    fast, dense = row(found, "fast"), row(found, "dense")
+    assert [*fast.methods] == ["easycache", "sol"]  # what is for more frames does nothing here
+    assert fast.losses == {"easycache": PRESETS["fast"][0].psnr, "sol": None}
+    assert fast.psnr is None
+    assert fast.sources["sol"].startswith("published (arXiv ")
+    assert fast.state_bytes == estimate(*described("wan2.1-14b"), methods=[PRESETS["fast"][1].config]).state_bytes > 0
+    assert fast.needs == ("sol: a GPU with Triton",)
+    assert (dense.speedup, dense.losses, dense.needs, dense.state_bytes) == (1.0, {}, (), 0)
+    assert row(found, "careful").psnr == PRESETS["careful"][0].psnr
+
+
+def test_what_waits_for_a_larger_run_is_said_and_nothing_is_promised_of_it():
+    short = recommend("wan2.1-14b", height=480, width=832)
+    assert row(short, "fast").needs == ("sol waits for 40,000 tokens, here 32,760",)
+    assert row(short, "fast").state_bytes == 0
+    few = recommend("flux.1-dev", num_inference_steps=4)
+    assert [one.name for one in few.settings] == ["dense", *LEVELS]
+    assert {one.speedup for one in few.settings} == {1.0}
+    assert row(few, "fast").needs == ("easycache waits for 10 steps, here 4",)
+    assert "fast nothing acts in this run" in told(few)
+
+
+def test_a_cache_skips_the_cheap_steps():
+    """By hand: with a share a of the time in attention, of which a sparse call takes k."""
+    adapter, family = described("wan2.1-14b")
+    sparse = SolAttention(dense_steps=0.2, dense_layers=0)
+    found = estimate(adapter, family, methods=[sparse], **(KITE | {"num_inference_steps": MEASURED_STEPS}))
+    a, k = found.attention_share, found.pair_density * found.cost_of_pairs
+    cheap = 1 - a + a * k
+    assert found.speedup == pytest.approx(30 / (6 + 24 * cheap))
+    cache = EasyCache(threshold=0.05, warmup_steps=0.2, last_steps=1)
+    assert speedup_with_skips(found, cache, 0.5) == pytest.approx(30 / (6 + cheap + (23 - 15) * cheap))
+    assert speedup_with_skips(found, cache, 0.0) == pytest.approx(found.speedup)
+
+
+@pytest.mark.parametrize(("steps", "skipped"), [(30, 15.0), (60, 30.13), (15, 5.7)])
+def test_fewer_steps_skip_a_smaller_share(steps, skipped):
+    """15 of 23 steps that may be skipped are 15 for each 8 computed; half as many steps make it 7.5 for each 8."""
+    cache = EasyCache(threshold=0.05, warmup_steps=0.2, last_steps=1)
+    found = estimate(*described("wan2.1-1.3b"), num_inference_steps=steps)
+    may = steps - steps // 5 - 1
+    in_a_row = 15 / 8 * min(1, steps / 30)
+    assert may * in_a_row / (1 + in_a_row) == pytest.approx(skipped, abs=0.7)
+    assert speedup_with_skips(found, cache, 0.5) == pytest.approx(steps / (steps - may * in_a_row / (1 + in_a_row)))
+
+
+def test_beyond_the_trained_size_what_extends_it_is_listed_without_a_loss():
+    found = recommend("hunyuan-video", height=480, width=832, num_frames=257)
+    assert "rope" in row(found, "careful").methods
+    assert "rope" not in row(found, "careful").losses
+    assert row(found, "careful").sources["rope"].startswith("measured: docs/longer.md")
+    assert "RIFLEx positions for more frames than trained [" in told(found)
+    wan = recommend("wan2.1-14b", height=480, width=832, num_frames=121)
+    assert "ultravico" in row(wan, "careful").methods
+    assert row(wan, "careful").needs == ("ultravico: a GPU with Triton",)
+    assert "ultravico" not in row(recommend("wan2.1-14b"), "careful").methods
+    assert "78 frames are rounded to 77" in told(recommend("wan2.1-1.3b", num_frames=78))
+
+
+def test_a_family_without_figures_gets_the_general_rule_and_is_told_so():
+    text = "no preset was measured on cogvideox-5b: this is the general rule"
+    assert text in told(recommend("cogvideox-5b"))
+    for name in MEASURED_ON:
+        assert "general rule" not in str(recommend(name))
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_family_has_a_recommendation_that_fits_a_terminal(name):
+    text = str(recommend(name, hardware="h100"))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(level in text for level in LEVELS)
+
+
+def test_seconds_are_told_of_known_hardware_alone():
+    adapter, family = described("wan2.1-14b")
+    dense = estimate(adapter, family, **KITE)
+    found = recommend("wan2.1-14b", **KITE, hardware="H100")
+    least = (dense.total_flops - dense.attention_flops + dense.attention_flops / 0.75) / 989.4e12
+    assert row(found, "dense").seconds == pytest.approx(least)
+    assert row(found, "fast").seconds == pytest.approx(least / row(found, "fast").speedup)
+    assert f"> {least:,.0f}" in str(found)
+    assert "by its data sheet" in told(found)
+    unknown = recommend("wan2.1-14b", **KITE, hardware="24 GB")
+    assert {one.seconds for one in unknown.settings} == {None}
+    assert "seconds" not in str(unknown)
+
+
+def test_weights_that_a_card_cannot_hold_are_told():
+    found = recommend("wan2.1-14b", hardware="24GB")
+    assert found.weight_bytes == 2 * 40 * (8 * 5120**2 + 2 * 5120 * 13824)
+    assert "26.2 GiB or more, beyond the 24 GiB there are" in told(found)
+    assert "26.2 GiB or more of the 40 GiB there are" in told(recommend("wan2.1-14b", hardware="a100-40gb"))
+    assert "GiB" not in told(recommend("wan2.1-14b", hardware="h200"))
+
+
+@pytest.mark.parametrize("given", ["RTX 4090", "rtx_4090", "rtx-4090", " RTX-4090 "])
+def test_hardware_is_known_by_its_usual_names(given):
+    assert find_hardware(given) is HARDWARE["rtx-4090"]
+    assert find_hardware("23.5 GiB").gib == 23.5
+
+
+@pytest.mark.parametrize("given", ["rtx4090", "0GB", "GB", "-3GB"])
+def test_unknown_hardware_is_refused_with_the_known_names(given):
+    with pytest.raises(ConfigError, match=rf"'{given}'.*a100-40gb, .*rtx-4090.*24GB"):
+        recommend("wan2.1-14b", hardware=given)
+
+
+def test_cards_agree_with_the_kernels_predictions(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "kernels/bench"))
+    from predictions import CARDS
+
+    for name, card in CARDS.items():
+        same = [one for one in HARDWARE.values() if one.name.startswith(name.lower().replace(" ", "-"))]
+        assert same, name
+        assert {(one.tflops, one.attention) for one in same} == {(card.tflops, card.dense or 1.0)}
+    sys.modules.pop("predictions")
+
+
+def test_a_pipeline_and_its_folder_are_recommended_the_same(tmp_path):
+    folder = model_folder(tmp_path / "mine")
+    by_folder, by_name = recommend(folder), recommend("wan-plain")
+    assert [(one.name, one.speedup) for one in by_folder.settings] == [
+        (one.name, one.speedup) for one in by_name.settings
+    ]
+    assert recommend(str(folder)).to_dict() == by_folder.to_dict()
+
+
+def test_a_model_of_no_released_size_has_its_family_s_default_size():
+    transformer = tiny_transformer()
+    found = recommend(transformer)
+    assert (found.family, found.num_inference_steps) == ("wan", 50)
+    assert found.weight_bytes == sum(one.numel() * 4 for one in transformer.parameters())
+    assert "no preset was measured on wan:" in told(found)
+
+
+def record(**changes):
+    values = dict(
+        model="wan-tiny", height=64, width=64, num_frames=17, num_inference_steps=20, metric="psnr", quality=31.25,
+        speedup=2.5, prompts=6,
+    )  # fmt: skip
+    return tuned.Measured(**(values | changes))
+
+
+def test_tuned_files_come_first_and_those_of_other_sizes_are_named():
+    text = tuned.tuned_text([EasyCache(threshold=0.2)], {"num_inference_steps": 14}, record(), "cached 14")
+    path = tuned.keep_tuned("quick.toml", text, "wan-tiny")
+    slow = tuned.tuned_text([], {"num_inference_steps": 16}, record(speedup=1.25), "unipc 16")
+    tuned.keep_tuned("slow.toml", slow, "wan-tiny")
+    long = tuned.tuned_text([EasyCache()], {}, record(num_frames=33), "long")
+    elsewhere = tuned.keep_tuned("long.toml", long, "wan-tiny")
+    found = recommend("wan-tiny")
+    assert [one.name for one in found.settings[:2]] == ["quick", "slow"]
+    assert found.settings[0].losses == {"psnr": 31.25}
+    shown = told(found)
+    assert (
+        f"tuned on this model by dit-accel tune pipeline, 6 held-out prompts, psnr to the converged run: {path}"
+        in (found.settings[0].sources["quick"])
+    )
+    assert "quick 2.50x psnr 31.25 [1]" in shown
+    assert any(note.endswith(str(elsewhere)) for note in found.notes)
+    assert recommend("wan-tiny", num_frames=33).settings[0].name == "long"
+
+
+def test_one_model_has_one_folder_of_tuned_files(tmp_path):
+    import dit_accel_assets
+
+    path = dit_accel_assets.model_path("wan-tiny")
+    assert {tuned.model_key(name) for name in ("wan-tiny", "embedded/wan-tiny", str(path))} == {"wan-tiny"}
+    assert tuned.tuned_folder("owner/name") != tuned.tuned_folder("owner-name")
+    (tmp_path / "here").mkdir()
+    assert tuned.model_key(str(tmp_path / "here" / ".." / "here")) == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[easycache]\nthreshold = 0.1\n", "height"),
+        ("[tuned]\nmodel = 3\n", "model, height"),
+        ("tuned = 3\n", "tuned = 3"),
+        ("not toml", "not valid TOML"),
+    ],
+)
+def test_a_tuned_file_that_is_none_is_refused_by_name(text, named):
+    path = tuned.keep_tuned("broken.toml", text, "wan-tiny")
+    with pytest.raises(ConfigError, match=rf"{path}.*{named}"):
+        recommend("wan-tiny")
+
+
+def test_the_command_shows_the_same_table_and_json(monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    asked = ("--family", "wan2.1-14b", "--height", "720", "--width", "1280", "--hardware", "24GB")
+    found = recommend("wan2.1-14b", height=720, width=1280, hardware="24GB")
+    assert told(run(*asked).stdout) == told(found)
+    assert json.loads(run(*asked, "--json").stdout) == json.loads(json.dumps(found.to_dict()))
+    assert run("--model", "wan-tiny").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "recommend needs a model, got none; give --family"),
+        (["--family", "wan-tiny", "--model", "wan-tiny"], "recommend takes --family or --model, got both"),
+        (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
+        (["--family", "owner/name"], "no model family is called 'owner/name'"),
+        (["--family", "flux.1-dev", "--height", "1000"], "height must be a multiple of 16 for flux.1-dev, got 1000"),
+        (["--family", "flux.1-dev", "--num-frames", "9"], "flux.1-dev makes images, got num_frames 9"),
+        (["--family", "wan2.1-14b", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
+        (["--family", "wan2.1-14b", "--hardware", "rtx4090"], "did you mean 'rtx-4090'?"),
+        (["--model", "no/folder/here"], "'no/folder/here' is neither a folder nor a hub id"),
+    ],
+)
+def test_what_cannot_be_recommended_is_one_line(arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+
+
+def test_an_unknown_name_is_refused_in_python():
+    with pytest.raises(UnsupportedModel, match=r"'wan2\.1-15b'.*'wan2\.1-14b'"):
+        recommend("wan2.1-15b")
+
+
+def test_describe_leads_with_the_recommendation():
+    transformer = tiny_transformer()
+    description = dit_accel.describe(transformer)
+    lines = str(description).splitlines()
+    assert lines[0].startswith("transformer: WanTransformer3DModel, adapter wan")
+    assert str(recommend(transformer)) in str(description)
+    assert "threshold=" not in str(description)
+    assert "threshold=0.05" in description.options()
+    assert "refused, " in description.options()
+    assert description.to_dict()["recommendation"]["settings"][0]["name"] == "fast"
+    bare = str(replace(description, recommendation=None, not_recommended="no sizes"))
+    assert "no recommendation: no sizes" in bare
+
+
+def test_the_command_describes_with_or_without_options(monkeypatch):
+    shown = CliRunner().invoke(app, ["describe", "--model", "wan-tiny"]).stdout
+    assert told(recommend("wan-tiny")).partition("note:")[0] in told(shown)
+    assert "transformer takes rope, lvsa, radial" in shown
+    options = CliRunner().invoke(app, ["describe", "--model", "wan-tiny", "--options"]).stdout
+    assert "threshold=0.05" in options
+    assert "predicted" not in options
+
+
+def test_the_page_of_presets_has_the_rule_s_numbers():
+    page = (Path(__file__).parents[2] / "docs/presets.md").read_text(encoding="utf-8")
+    thresholds = [f"{PRESETS[level][0].config.threshold:g}" for level in LEVELS]
+    assert f"threshold {', '.join(thresholds[:2])} or {thresholds[2]}" in page
+    betas = [PRESETS[level][1].config.beta for level in LEVELS[1:]]
+    assert f"beta {betas[0]} or {betas[1]}" in page
+    assert f"from {SolAttention.worthwhile_tokens:,} visual tokens on" in page
+    assert f"from {PRESETS['fast'][0].config.min_steps} steps on" in page
