@@ -111,7 +111,7 @@ format: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 clean:
-	rm -rf $(VENV) .diffusers build dist demo report.html *.egg-info
+	rm -rf $(VENV) .diffusers build dist demo report.html report.media *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -55,6 +55,10 @@ def run_suite(
     an embedded one, or a folder or hub id that diffusers loads. Exit code 1
     where the suite's budget did not hold all runs.
 
+    Of the arms of a suite, a verdict stands after Holm's correction over all
+    of them, from 6 clips on: so few arms on many clips say the most. Pairs of
+    arms that it declares ([[compare]]) have a table of their own.
+
     Examples:
 
     dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
@@ -72,6 +76,9 @@ def run_suite(
     from .suites.suite import read_suite
 
     read = read_suite(suite)
+    timed = timed or read.timed
+    if read.many and not quiet:
+        warn(read.many)
     usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
         suite=read, out=out or suite.parent.parent / "results" / f"{read.name}.jsonl", cache=cache or default_cache(),
@@ -143,7 +150,10 @@ def report_results(
             metavar="METRIC=VALUE",
         ),
     ] = None,
-    players: Annotated[int, typer.Option(help="Clips shown where frames were kept, worst first.", min=0)] = 8,
+    clips: Annotated[
+        int | None,
+        typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
+    ] = None,
 ) -> None:
     """Report a suite's results: a page that opens offline, or tables; without a file to write, a table to stdout.
 
@@ -165,7 +175,7 @@ def report_results(
     requested = read_minimums(minimum or ())
     reports = [report_of(read_results(path), requested) for path in results]
     wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
-    written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, players=players)
+    written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, clips=clips)
     for path in written:
         OUT.print(str(path), markup=False, soft_wrap=True)
     if not written:
@@ -175,6 +185,36 @@ def report_results(
         print_error(text)
     if missed:
         raise typer.Exit(1)
+
+
+@eval_app.command("diff")
+def compare_results(
+    before: Annotated[Path, typer.Argument(help="JSON lines of eval run.", metavar="BEFORE.jsonl")],
+    after: Annotated[Path, typer.Argument(help="Those to hold against them.", metavar="AFTER.jsonl")],
+    json: Json = False,
+) -> None:
+    """Put two results side by side: of each arm, by its name, quality, cost and verdict before and after.
+
+    The change of PSNR is paired over the clips that both have, with its
+    interval; under six there is no verdict. What the files do not share, such
+    as the model, the call or versions, is said on stderr.
+
+    Examples:
+
+    dit-accel eval diff main.jsonl branch.jsonl
+    """
+    from .report.diff import diff_markdown, diff_of, others_of
+    from .report.figures import report_of
+    from .report.lines import read_results
+
+    first, second = (report_of(read_results(path), {}) for path in (before, after))
+    for text in others_of(first, second):
+        warn(f"they differ in more than the arms: {text}")
+    entries = diff_of(first, second)
+    if json:
+        print_json(entries)
+    else:
+        print(diff_markdown(entries))
 
 
 @eval_app.command("metrics")

@@ -1,42 +1,95 @@
-"""Statistics: the mean difference of two arms over the same clips, its interval, tests of many at once, and ranks."""
+"""Statistics: the one rule by which arms are judged over the same clips, for all tables, pages and commands; and ranks.
 
+A mean difference has Student's t interval, widened to what Willink's skew-corrected one holds besides; a verdict is
+given from `FEWEST` clips on, where the difference stands after Holm's correction for all that are judged together.
+`eval/studies/false_verdicts.py` simulates how often it is wrong.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
-LEVEL, DRAWS = 0.95, 10_000
-"""Confidence of an interval; resamples of it, or choices of signs."""
+LEVEL = 0.95
+"""Confidence of an interval."""
 
-EXACT = 12
-"""Clips up to which all signs are tried, 4096 of them."""
+WRONG = 1 - LEVEL
+"""Share of the times in which any verdict of a table may be wrong."""
+
+FEWEST = 6
+"""Clips from which on there are intervals and verdicts."""
+
+TOO_FEW = "too few"
+"""The verdict of fewer clips."""
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean and its confidence interval, in the unit of the values."""
+class Estimate:
+    """A mean over clips, in the unit of the values.
+
+    Attributes:
+        count: clips that have a value.
+        low: lower end of the 95 % interval of the mean; None under `FEWEST` clips.
+        high: the upper one.
+    """
 
     mean: float
-    low: float
-    high: float
+    median: float
+    count: int
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
         return f"{self:}"
 
     def __format__(self, spec: str) -> str:
         spec = spec if "." in spec else f"{spec}.2f"  # a sign alone: two digits behind the point
+        if self.low is None or self.high is None:
+            return f"{self.mean:{spec}}"
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
+    def cell(self, spec: str = ".2f") -> str:
+        """Return a table's cell: the mean with its interval, and the median in brackets."""
+        spec = spec if "." in spec else f"{spec}.2f"
+        return f"{self:{spec}}" + (f" ({self.median:{spec}})" if self.count > 1 else "")
 
-def bootstrap(values: Sequence[float], *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Return the mean of per-clip values with its 95 % percentile bootstrap interval (Efron 1979), seeded.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged(Estimate):
+    """A mean paired difference with its verdict.
+
+    Attributes:
+        margin: what the difference is tested against.
+        p: two-sided p-value of its being ``margin``; None under `FEWEST` clips.
+        p_holm: the same, corrected for the differences that are judged together.
+        together: how many those are.
+        verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`.
+    """
+
+    margin: float = 0.0
+    p: float | None = None
+    p_holm: float | None = None
+    together: int = 1
+    verdict: str = TOO_FEW
+
+    def judged(self, spec: str = "+.2f") -> str:
+        """Return a table's cell with the verdict behind."""
+        return f"{self.cell(spec)} {self.verdict}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean and median of per-clip values, from `FEWEST` on with the interval of the mean.
+
+    The interval holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence
+    interval and test for the mean of an asymmetric distribution), which rests on their third moment.
 
     Args:
-        values: one value per clip; for a paired comparison the difference of the two arms on that clip.
-        seed: of the resampling.
+        values: one per clip; for a paired comparison the difference of the two arms on that clip.
 
     Raises:
         ValueError: for no values.
@@ -44,10 +97,95 @@ def bootstrap(values: Sequence[float], *, draws: int = DRAWS, seed: int = 0) -> 
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
     data = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean=float(data.mean()), low=float(low), high=float(high))
+    mean, median, count = float(data.mean()), float(np.median(data)), len(data)
+    if count < FEWEST:
+        return Estimate(mean=mean, median=median, count=count)
+    error, skew = _error(data)
+    reach = float(stdtrit(count - 1, (1 + LEVEL) / 2))
+    ends = [*_shortened(np.array([reach, -reach]), skew), reach, -reach]
+    low, high = (mean - error * one for one in (max(ends), min(ends)))
+    return Estimate(mean=mean, median=median, count=count, low=low, high=high)
+
+
+def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
+    """Return the two-sided p-value of a mean difference being ``margin``: at most 5 % where `estimate` leaves it out.
+
+    Args:
+        differences: of the two arms, one per clip, at least 3.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    error, skew = _error(data)
+    distance = float(data.mean()) - margin
+    if error == 0:
+        return 1.0 if distance == 0 else 0.0
+    ratio = distance / error
+    both = (ratio, _lengthened(ratio, skew))
+    if both[0] * both[1] <= 0:  # to the other side of the margin, once its skewness is allowed for
+        return 1.0
+    return float(max(2 * stdtr(len(data) - 1, -abs(one)) for one in both))
+
+
+def _error(data: np.ndarray) -> tuple[float, float]:
+    """Return the standard error of the mean, and the skewness over 6 times the root of the number of values."""
+    spread = float(data.std(ddof=1))
+    if spread <= 1e-9 * float(np.abs(data).max()):  # all alike, but for rounding
+        return 0.0, 0.0
+    count, root = len(data), math.sqrt(len(data))
+    skewness = count / ((count - 1) * (count - 2)) * float((((data - data.mean()) / spread) ** 3).sum())  # unbiased
+    return spread / root, skewness / (6 * root)
+
+
+def _shortened(reach: np.ndarray, skew: float) -> np.ndarray:
+    """Return Willink's G: Student's quantiles as they are for values of that skewness."""
+    if abs(skew) < 1e-9:
+        return reach
+    return (np.cbrt(1 + 6 * skew * (reach - skew)) - 1) / (2 * skew)
+
+
+def _lengthened(ratio: float, skew: float) -> float:
+    """Return the inverse of `_shortened`: the t value as it would be without the skewness."""
+    return skew + ratio + 2 * skew * ratio**2 + 4 / 3 * skew**2 * ratio**3
+
+
+def judge(
+    differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, float] | None = None
+) -> dict[Key, Judged]:  # fmt: skip
+    """Return what is said of paired differences that are judged together, such as those of all arms of a suite.
+
+    What is 0 as tables print it is 0: a cache that skips nothing differs from dense by rounding alone.
+
+    Args:
+        differences: key -> differences, one a clip; keys of none are left out.
+        margins: key -> what its difference is tested against, by default 0.
+    """
+    found = {key: estimate(values) for key, values in differences.items() if len(values)}
+    least = margins or {}
+    p = {
+        key: p_value(differences[key], least.get(key, 0.0))
+        for key, one in found.items()
+        if one.count >= FEWEST
+    }  # fmt: skip
+    corrected = holm(p)
+    return {
+        key: Judged(
+            **asdict(one), margin=least.get(key, 0.0), p=p.get(key), p_holm=corrected.get(key), together=len(p),
+            verdict=_verdict(one, least.get(key, 0.0), corrected.get(key)),
+        )
+        for key, one in found.items()
+    }  # fmt: skip
+
+
+def _verdict(one: Estimate, margin: float, p: float | None) -> str:
+    if p is None or one.low is None or one.high is None:
+        return TOO_FEW
+    if p >= WRONG or round(one.low - margin, 2) <= 0 <= round(one.high - margin, 2):
+        return "open"
+    return "ahead" if one.mean > margin else "behind"
+
+
+def p_words(p: float | None) -> str:
+    """Return a p-value as tables print it, "" for none."""
+    return "" if p is None else "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
 
 
 def paired_cell(
@@ -56,7 +194,7 @@ def paired_cell(
 ) -> str:  # fmt: skip
     """Return a table's cell of the paired difference of a measure, "" without a clip that has both.
 
-    The mean with its interval, the mean alone of one clip, and the number of clips where some have no finite value.
+    The mean with its interval, from `FEWEST` clips on, and the number of clips where some have no finite value.
 
     Args:
         own: clip -> measures of the arm.
@@ -67,33 +205,9 @@ def paired_cell(
     both = sorted(set(own) & set(others))
     pairs = [(own[clip].get(name, np.nan), others[clip].get(name, np.nan)) for clip in both]
     values = [scale * (one / other if ratio else one - other) for one, other in pairs if np.isfinite(one - other)]
-    if len(values) < 2:
-        return "".join(f"{value:.2f}" for value in values)
-    return str(bootstrap(values)) + (f" ({len(values)})" if len(values) < len(both) else "")
-
-
-def sign_flips(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of a mean difference being 0, by flipping signs (Fisher 1935); in (0, 1].
-
-    Up to `EXACT` clips every choice of signs is tried, else `DRAWS` of them and the one at hand.
-
-    Args:
-        differences: of the two arms, one per clip.
-
-    Raises:
-        ValueError: for no differences.
-    """
-    if not len(differences):
-        raise ValueError("a test needs at least one difference, got none")
-    data = np.asarray(differences, dtype=np.float64)
-    if len(data) <= EXACT:
-        signs = 1 - 2 * ((np.arange(2 ** len(data))[:, None] >> np.arange(len(data))) & 1)
-        more = 0
-    else:
-        signs = np.random.default_rng(0).choice([-1, 1], (DRAWS, len(data)))
-        more = 1
-    found, least = np.abs(signs @ data), abs(data.sum()) * (1 - 1e-12)
-    return float((np.sum(found >= least) + more) / (len(signs) + more))
+    if not values:
+        return ""
+    return str(estimate(values)) + (f" ({len(values)})" if len(values) < len(both) else "")
 
 
 def holm(values: Mapping[Key, float]) -> dict[Key, float]:
@@ -107,12 +221,8 @@ def holm(values: Mapping[Key, float]) -> dict[Key, float]:
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Return Spearman's rank correlation of two lists, ties by their mean; not a number for a constant one."""
-    ranks = np.stack([_ranks(np.asarray(values, float)) for values in (one, other)])
-    if not np.ptp(ranks, axis=1).all():
-        return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
+    if not (np.ptp(one) and np.ptp(other)):
+        return math.nan
+    from scipy.stats import rankdata
 
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks of values, the mean of those that are alike."""
-    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])

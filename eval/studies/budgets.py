@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from dit_accel_eval.runs.results import Line, markdown_table
+from dit_accel_eval.statistics import FEWEST
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.comparison import FEWEST, ArmFigures, figures_of, verdict
+from dit_accel_eval.suites.comparison import ArmFigures, figures_of
 from dit_accel_eval.suites.suite import Suite
 
 BUDGETS = (8, 10, 12, 16)
@@ -24,7 +25,7 @@ def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> str:
     Args:
         measured: suites of one or several models, and what ran of each.
     """
-    heads, rows = "model | budget | cache | clips | own work | PSNR to converged, dB", []
+    heads, rows = "model | budget | cache | clips | own work | PSNR to converged, dB (median)", []
     for model in dict.fromkeys(suite.model for suite, _ in measured):
         own = [(suite, lines) for suite, lines in measured if suite.model == model]
         arms = {arm.name: arm for suite, _ in own for arm in suite.arms if len(arm.methods) == 1}
@@ -32,9 +33,9 @@ def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> str:
         for budget in BUDGETS:
             for arm in leading(found, arms, budget):
                 ahead = arm.ahead["work"]
-                cells = (model, budget, arm.name, arm.clips, f"{arm.means['work']:.2f}", arm.psnr)
-                rows.append((*cells, f"{ahead:+} {verdict(ahead, arm.clips)}"))
-    return markdown_table(f"{heads} | against UniPC at equal work, dB", rows)
+                cells = (model, budget, arm.name, arm.clips, f"{arm.means['work']:.2f}", arm.psnr.cell())
+                rows.append((*cells, ahead.judged()))
+    return markdown_table(f"{heads} | against UniPC at equal work, dB (median)", rows)
 
 
 def leading(found: Sequence[ArmFigures], arms: Mapping[str, Arm], budget: int) -> list[ArmFigures]:

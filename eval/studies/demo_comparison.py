@@ -19,7 +19,7 @@ from dit_accel_eval.runs.conditions import processor
 from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
 from dit_accel_eval.runs.model import Run
-from dit_accel_eval.statistics import bootstrap
+from dit_accel_eval.statistics import FEWEST, estimate, judge
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.reference import Reference
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
@@ -181,18 +181,21 @@ def _data(model: EmbeddedModel, references: Sequence[Reference], outcomes: Seque
 
 def _print(prompt: str, references: Sequence[Reference], outcomes: Sequence[Outcome]) -> None:
     """Print the table: means over the seeds, with 95 % intervals, and each arm against fewer steps seed by seed."""
-    columns = ("steps", "work", "seconds", "PSNR to converged, dB", "against fewer steps, dB")
+    columns = ("steps", "work", "seconds", "PSNR to converged, dB (median)", "against fewer steps, dB (median)")
     table = plain_table("", *columns, right=columns, title=prompt)
     _, fewer, _ = outcomes
+    judged = judge({
+        one.name: [own - rival for own, rival in zip(one.psnr, fewer.psnr, strict=True)]
+        for one in outcomes if one is not fewer
+    })  # fmt: skip
     for one in outcomes:
-        against = [own - rival for own, rival in zip(one.psnr, fewer.psnr, strict=True)]
         cells = [str(one.arm.num_inference_steps), f"{np.mean(one.work):.1f}", f"{one.seconds:.2f}"]
-        cells += [str(bootstrap(one.psnr)), "" if one is fewer else f"{bootstrap(against):+}"]
+        cells += [estimate(one.psnr).cell(), judged[one.name].judged() if one.name in judged else ""]
         table.add_row(one.name, *cells)
     OUT.print(table)
     steps, agreements = max(one.steps for one in references), [one.agreement for one in references]
     OUT.print(
-        f"{len(references)} seeds, 95 % intervals; work in dense steps; converged: at most {steps} steps, which agree "
-        f"with half as many to {min(agreements):.0f} dB or more",
+        f"{len(references)} seeds, intervals and verdicts from {FEWEST} on; work in dense steps; "
+        f"converged: at most {steps} steps, which agree with half as many to {min(agreements):.0f} dB or more",
         style="dim",
     )

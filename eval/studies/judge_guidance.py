@@ -11,7 +11,7 @@ from dit_accel_assets import model_closeness, model_score
 from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.model import Run, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
-from dit_accel_eval.statistics import bootstrap
+from dit_accel_eval.statistics import judge
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite
 from judging import held_arms
@@ -49,19 +49,24 @@ def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm."""
     heads = "arm | guidance | steps | forwards | answers right | closeness | sharpness x 1000 | against"
-    return markdown_table(f"{heads} | closeness gained, points", _rows(suite, lines))
+    return markdown_table(f"{heads} | closeness gained, points (median)", _rows(suite, lines))
 
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     names = ("forwards", "score", "closeness", "sharpness")
-    for arm, clips, rival, others in held_arms(suite, lines, rival_of):
+    held = list(held_arms(suite, lines, rival_of))
+    judged = judge({
+        arm.name: [100 * (clips[clip]["closeness"] - others[clip]["closeness"])
+                   for clip in sorted({*clips} & {*others})]
+        for arm, clips, _, others in held
+    })  # fmt: skip
+    for arm, clips, rival, _ in held:
         forwards, score, close, sharp = (float(np.mean([line[name] for line in clips.values()])) for name in names)
-        paired = [100 * (clips[clip]["closeness"] - others[clip]["closeness"]) for clip in sorted({*clips} & {*others})]
         call = next(iter(clips.values()))["call"]
         scale = call.get("guidance_scale", call.get("true_cfg_scale", ""))
         yield (
             arm.name, scale, arm.num_inference_steps, f"{forwards:.1f}", f"{score:.0%}", f"{close:.3f}",
-            f"{1000 * sharp:.2f}", rival.name if rival else "", f"{bootstrap(paired):+}" if paired else "",
+            f"{1000 * sharp:.2f}", rival.name if rival else "", judged[arm.name].judged() if arm.name in judged else "",
         )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from dit_accel_eval.metrics import Sample, scores
 from dit_accel_eval.runs.counting import Counts, works
 from dit_accel_eval.runs.model import Run, SuiteModel
 from dit_accel_eval.runs.results import Line, latest
-from dit_accel_eval.statistics import bootstrap, holm, sign_flips
-from dit_accel_eval.suites.comparison import WORKS, verdict
+from dit_accel_eval.statistics import Judged, judge
+from dit_accel_eval.suites.comparison import WORKS
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS
@@ -24,9 +24,6 @@ from world_scenes import model_scores, numbers
 from dit_accel import ConfigError
 
 __all__ = ["check_suite", "measures", "numbers", "table"]
-
-SURE = 0.05
-"""p-value, corrected for the number of differences in a table, below which a verdict stands."""
 
 
 def check_suite(suite: Suite) -> None:
@@ -60,8 +57,8 @@ def _dense_step(model: SuiteModel) -> Counts:
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: a row a dimension, a column an arm, means over the clips that ask for it.
 
-    Behind a mean stands whether the arm is ahead of or behind the first one, clip by clip; bold where that stands after
-    Holm's correction for all differences of the table. Clips of which an arm is missing are left out.
+    Behind a mean stands whether the arm is ahead of or behind the first one, clip by clip, after Holm's correction for
+    all differences of the table. Clips of which an arm is missing are left out.
     """
     check_suite(suite)
     by_arm = _whole(suite, lines)
@@ -74,13 +71,13 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
         for name in DIMENSIONS
         if (both := [clip for clip in requested[name] if name in by_arm[arm][clip]["world"]])
     }
-    sure = {key for key, p in holm({key: sign_flips(found) for key, found in pairs.items()}).items() if p < SURE}
+    judged = judge(pairs)
     rows = [f"| name@world | clips | {' | '.join(by_arm)} |", f"|---|{'---|' * (len(by_arm) + 1)}"]
     for key, words in WORKS.items():
         cells = [_mean([line[key] for line in clips.values()], 1) for clips in by_arm.values()]
         rows.append(f"| *{words}, steps* | {len(by_arm[first])} | {' | '.join(cells)} |")
     for name in DIMENSIONS:
-        cells = [_cell(by_arm[arm], name, pairs.get((name, arm), []), sure=(name, arm) in sure) for arm in by_arm]
+        cells = [_cell(by_arm[arm], name, judged.get((name, arm))) for arm in by_arm]
         if any(cells):
             rows.append(f"| {name} | {len(requested[name])} | {' | '.join(cells)} |")
     never = [name for name in DIMENSIONS if not any(_clips(clips, name) for clips in by_arm.values())]
@@ -113,12 +110,9 @@ def _clips(clips: Mapping[int, Line], name: str) -> list[int]:
     return [clip for clip, line in clips.items() if name in line["world"]]
 
 
-def _cell(clips: Mapping[int, Line], name: str, differences: Sequence[float], *, sure: bool) -> str:
+def _cell(clips: Mapping[int, Line], name: str, judged: Judged | None) -> str:
     mean = _mean([line["world"][name] for line in clips.values() if name in line["world"]], 2)
-    said = verdict(bootstrap(differences), len(differences)) if differences else "open"
-    if said == "open":
-        return mean
-    return f"**{mean} {said}**" if sure else f"{mean} {said}"
+    return f"{mean} {judged.verdict}" if judged and judged.verdict in ("ahead", "behind") else mean
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

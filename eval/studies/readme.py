@@ -22,6 +22,7 @@ from dit_accel_eval.suites.suite import Suite, read_suite
 from dropped_mass import table as masses_table
 from every_set import Judged, Setting
 from every_set import table as every_table
+from false_verdicts import table as false_table
 from finetuned import page_text as finetuned_text
 from guidance_cost import table as costs_table
 from overhead import table as overhead_table
@@ -63,6 +64,7 @@ PAGES = {
         "product-time",
     ),
     "docs/kernel-predictions.md": ("attention-shapes",),
+    "docs/evaluating.md": ("false-verdicts",),
     "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": (
@@ -244,6 +246,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "attention-spread": partial(_run, study="attention_spread", write=spread_table),
     "positions-cost": partial(_run, study="positions_cost", write=additions_text),
     "product-time": partial(_run, study="product_time", write=product_text),
+    "false-verdicts": partial(_run, study="false_verdicts", write=false_table),
     "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_text),
     "every-set-wan-plain": partial(_every, model="wan-plain"),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from dit_accel_eval.runs.results import markdown_table, read_lines
-from dit_accel_eval.statistics import bootstrap
+from dit_accel_eval.statistics import TOO_FEW, judge
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.comparison import figures, verdict
+from dit_accel_eval.suites.comparison import figures
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
 from dit_accel_eval.tune.space import default_space
@@ -29,7 +29,8 @@ def report_table(root: Path) -> str:
     Args:
         root: the project's root folder.
     """
-    heads = "model | setting and steps | work in dense steps | PSNR to converged, dB | against UniPC of equal work, dB"
+    heads = "model | setting and steps | work in dense steps | PSNR to converged, dB (median) "
+    heads += "| against UniPC of equal work, dB (median)"
     rows = []
     for name in REPORTS:
         suite = read_suite(root / f"eval/suites/{name}.toml")
@@ -39,9 +40,8 @@ def report_table(root: Path) -> str:
         arms = [arm for arm in figures(suite, lines) if "work" in arm.ahead]
         arms.sort(key=lambda arm: -arm.ahead["work"].mean)
         for arm in arms:
-            ahead = arm.ahead["work"]
-            judged = f"{ahead:+} {verdict(ahead, arm.clips)}"
-            rows.append((suite.model, arm.name, f"{arm.means['work']:.2f}", arm.psnr, judged))
+            row = (suite.model, arm.name, f"{arm.means['work']:.2f}", arm.psnr.cell(), arm.ahead["work"].judged())
+            rows.append(row)
     return markdown_table(heads, rows)
 
 
@@ -95,13 +95,14 @@ def demo_text(root: Path) -> str:
     """Return in words what the committed run below the project's root folder showed."""
     run = json.loads((root / DEMO).read_text(encoding="utf-8"))
     _, fewer, ours = run["arms"]
-    against = bootstrap([own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)])
+    differences = [own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)]
+    against = judge({"ours": differences})["ours"]
     threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
     seconds, rival = (f"{np.median(one['seconds']):.1f} s" for one in (ours, fewer))
-    verdict = ", which is open," if against.low <= 0 <= against.high else ""
+    said = {"ahead": "", "behind": "", "open": ", which is open,", TOO_FEW: ", too few for a verdict,"}[against.verdict]
     compared = f"than {fewer['num_inference_steps']} dense steps did in {rival}"
     return (
-        f"Over {len(ours['psnr'])} seeds ours came {against.mean:+.1f} dB [{against.low:.1f}, {against.high:.1f}] "
-        f"nearer to the converged run{verdict} in {seconds} {compared} "
+        f"Over {len(ours['psnr'])} seeds ours came {against:+.1f} dB (median {against.median:+.1f}) "
+        f"nearer to the converged run{said} in {seconds} {compared} "
         f"({threads}, {run['device']}; [the run]({DEMO}))."
     )

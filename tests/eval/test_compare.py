@@ -1,32 +1,32 @@
 """The comparison: honest intervals, suites and results that say what is wrong, rivals, runs that go on."""
 
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
+from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.metrics import metrics
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.metrics.ssim import ssim
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
-from dit_accel_eval.statistics import Interval, bootstrap, holm, sign_flips
 from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites.arms import is_rival
 from dit_accel_eval.suites.compare import progress_of, run
-from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table, verdict
+from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table
 from dit_accel_eval.suites.job import Job, check_lines
 from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.processes.ranks import Ranks
+from fake_model import FakeModel
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -57,46 +57,6 @@ def test_metrics_of_identity_and_of_a_known_error():
         psnr(one, one[:2])
 
 
-def test_interval_covers_its_level_of_the_time():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        interval = bootstrap(rng.normal(1.0, 1.0, 30), draws=500, seed=trial)
-        hits += interval.low <= 1.0 <= interval.high
-    assert 175 <= hits <= 199
-    constant = bootstrap([2.0, 2.0])
-    assert (constant.mean, constant.low, constant.high) == (2.0, 2.0, 2.0)
-    assert (str(constant), f"{constant:+}") == ("2.00 [2.00, 2.00]", "+2.00 [+2.00, +2.00]")
-    with pytest.raises(ValueError, match=r"interval.*got none"):
-        bootstrap([])
-
-
-def test_sign_flips_are_exact_for_few_clips_and_holm_steps_down():
-    assert sign_flips([1.0, 2.0, 3.0]) == 2 / 8  # of eight choices of signs two give a sum as far from 0
-    assert sign_flips([1.0, -1.0]) == 1
-    assert sign_flips([0.0, 0.0, 0.0]) == 1
-    rng = np.random.default_rng(0)
-    assert sign_flips(rng.normal(1, 1, 30)) < 0.001
-    chance = [sign_flips(rng.normal(0, 1, 8)) for _ in range(200)]
-    assert 0.0 <= np.mean(np.array(chance) < 0.05) <= 0.1
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
-    assert holm({}) == {}
-    with pytest.raises(ValueError, match="difference, got none"):
-        sign_flips([])
-
-
-def test_verdicts_need_an_interval_without_0_and_enough_clips():
-    good, bad, open_ = (Interval(mean=0, low=low, high=high) for low, high in ((0.1, 1), (-1, -0.1), (-1, 1)))
-    assert [verdict(one, 6) for one in (good, bad, open_)] == ["ahead", "behind", "open"]
-    assert verdict(good, 5) == "open"
-
-
-def test_a_difference_of_rounding_alone_decides_nothing():
-    assert verdict(Interval(mean=1e-6, low=1e-7, high=2e-6), 6) == "open"
-    assert verdict(Interval(mean=-1e-6, low=-2e-6, high=-1e-7), 6) == "open"
-
-
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_committed_suites_read_and_match_their_results(path):
     suite = read_suite(path)
@@ -105,10 +65,10 @@ def test_committed_suites_read_and_match_their_results(path):
     results = path.parent.parent / "results" / f"{suite.name}.jsonl"
     lines = read_lines(results)
     listed = {arm.name: arm.to_dict() for arm in suite.arms}
-    assert {line["arm"] for line in lines if not line["arm"].startswith("unipc ")} <= set(listed)
+    assert {line["arm"] for line in lines if not is_rival(line)} <= set(listed)
     if lines:
         job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
-        check_lines(results, lines, job.setting, {arm.name: job.arm_setting(arm) for arm in suite.arms})
+        check_lines(results, lines, job.setting, job.settings(lines))
 
 
 @pytest.mark.parametrize(
@@ -207,32 +167,6 @@ def test_timed_runs_have_the_machine_to_themselves(tmp_path):
     found = command("run", tmp_path / "s.toml", "--time", "--workers", "2", "--out", tmp_path / "s.jsonl")
     assert found.exit_code == 2
     assert "timed runs need the machine to themselves, got --workers 2" in found.stderr
-
-
-class FakeModel:
-    """Stands in for an embedded model: its dense runs of n steps are 100 / n grey levels off, methods half of that."""
-
-    name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
-    call: ClassVar = {"num_frames": 3}
-    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    made: ClassVar[list] = []
-
-    def __init__(self, name, call):
-        pass
-
-    def prompt(self, clip):
-        return f"prompt {clip}"
-
-    def seed(self, clip):
-        return clip
-
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
-        self.made.append((clip, steps, solver, len(methods)))
-        base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
-        error = (2.0 if solver == "euler" else 1.0) / steps**2 / (2 if methods else 1)
-        frames = np.clip(base + error, 0, 1)
-        return Run(frames=frames, counts=Counts(blocks=12 * steps, attention=12 * steps),
-                   attended=0.5 if methods else 1.0, seconds=steps * (0.75 if methods else 1.0))  # fmt: skip
 
 
 @pytest.fixture
@@ -350,7 +284,7 @@ def test_timed_arms_are_held_against_dense_runs_of_their_time(job, fake):
     assert (thin["seconds"], thin["dense_seconds"], thin["steps_in_time"], thin["threads"]) == (7.5, 10.0, 7.5, 2)
     assert euler["steps_in_time"] == 2
     assert all("seconds" not in line for line in dense)
-    assert "| against UniPC at equal time, dB |" in table(job.suite, read_lines(job.out))
+    assert "| against fewer steps at equal time, dB (median) |" in table(job.suite, read_lines(job.out))
     made = len(fake.made)
     run(timed, range(1))
     assert len(fake.made) == made
@@ -511,7 +445,16 @@ main()
 def test_accelerate_runs_a_suite_in_two_processes(tmp_path):
     (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3") + ARM)
     (tmp_path / "run.py").write_text(LAUNCHED)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "run.py", __file__]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "run.py",
+        inspect.getfile(FakeModel),
+    ]
     run_it = ["eval", "run", "s.toml", "--out", "s.jsonl", "--cache", "cache"]
     done = subprocess.run([*launch, *run_it], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

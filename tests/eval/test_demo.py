@@ -76,11 +76,14 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     (tmp_path / DEMO).parent.mkdir(parents=True)
     (tmp_path / DEMO).write_text(json.dumps(run))
     text = demo_text(tmp_path)
-    assert "Over 2 seeds ours came +2.0 dB [1.0, 3.0] nearer to the converged run in 2.4 s" in text
+    assert "Over 2 seeds ours came +2.0 dB (median +2.0) nearer to the converged run, too few" in text
     assert "than 13 dense steps did in 2.6 s (one thread, a processor, 2 cores;" in text
-    ours["psnr"] = [33.0, 33.0]
+    fewer["psnr"], ours["psnr"] = [30.0] * 6, [30.5, 31.5, 31.0, 30.8, 31.2, 31.0]
     (tmp_path / DEMO).write_text(json.dumps(run))
-    assert "+1.0 dB [-1.0, 3.0] nearer to the converged run, which is open, in 2.4 s" in demo_text(tmp_path)
+    assert "+1.0 [+0.6, +1.4] dB (median +1.0) nearer to the converged run in 2.4 s" in demo_text(tmp_path)
+    ours["psnr"] = [29.0, 31.0, 28.0, 32.0, 30.0, 30.0]
+    (tmp_path / DEMO).write_text(json.dumps(run))
+    assert "(median +0.0) nearer to the converged run, which is open, in 2.4 s" in demo_text(tmp_path)
 
 
 def test_the_strip_shows_differences_five_times_as_large():

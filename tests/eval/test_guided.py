@@ -61,7 +61,7 @@ def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path):
     assert guided.rival_of(suite, arms["three"], list(lines.values())) is None
     gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
     assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
-    assert f"| three | {gained:+.2f} [" in told
+    assert f"| three | {gained:+.2f} too few |" in told
     assert arm_sheet.main([str(path), str(tmp_path / "sheet.png"), "off", "pag"]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert arm_sheet.main([str(path), str(tmp_path / "along.png"), "off", "--along", "1"]) == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import suite_picture
-from dit_accel_eval.statistics import Interval
+from dit_accel_eval.statistics import Estimate
 from dit_accel_eval.suites import plots
 from dit_accel_eval.suites.comparison import ArmFigures
 from PIL import Image
@@ -14,9 +14,8 @@ SUITES = Path(__file__).parents[2] / "eval" / "suites"
 
 def figure(name: str, psnr: float, work: float, real: float | None = None, clips: int = 2) -> ArmFigures:
     means = {"work": work, "work_real": work if real is None else real}
-    return ArmFigures(
-        name=name, clips=clips, means=means, psnr=Interval(mean=psnr, low=psnr - 1, high=psnr + 1), ahead={}
-    )
+    found = Estimate(mean=psnr, median=psnr, count=clips, low=psnr - 1, high=psnr + 1)
+    return ArmFigures(name=name, clips=clips, means=means, psnr=found)
 
 
 DENSE = [figure(f"unipc {steps}", 20 + steps, steps) for steps in range(6, 12)]

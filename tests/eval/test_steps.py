@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval.report.curves import costs, density_figure, step_curves, step_map
+from dit_accel_eval.report.charts import costs, place_maps
 from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
@@ -125,27 +125,26 @@ def line(arm: str, clip: int, amount: float) -> dict:
 
 def test_the_report_shows_steps_and_stages(tmp_path):
     report = report_of(read_results(written(tmp_path)), {})
-    assert step_map(report) == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
-    assert [words for words, *_ in step_curves(report)] == ["work of a step, in dense steps", "seconds of a step"]
-    assert "skips 4 0 at 2" in step_curves(report)[0][2]
-    assert density_figure(report) is None
-    whole, skips = costs(report)
-    assert (whole.text, whole.denoise, whole.decode, whole.step, whole.memory) == (0.5, 4.0, 0.25, 1.0, 301.0)
-    assert skips.clips == 2
+    work, seconds = place_maps(report)
+    assert work.rows == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
+    assert seconds.rows["skips 4"] == [1.0, 1.0, 0.5, 1.5]
+    assert (seconds.ends, seconds.share(1.0)) == ((0.5, 1.5), 0.5)
+    stages = {"text": 0.5, "denoise": 4.0, "decode": 0.25, "step": 1.0, "memory": 301.0}
+    assert costs(report) == {"whole 4": stages, "skips 4": stages}
     text = page(report)
     assert "Step by step" in text
     assert "on 1 thread, beside whatever" in text
+    assert "<td>0.500</td>\n<td>4.00</td>\n<td>1.000</td>\n<td>0.25</td>\n<td>301</td>" in text
     (run, *_) = data_of(report)["arms"][1]["runs"]
     assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
 
 
-def test_the_density_map_is_the_mean_of_what_followed_a_plan(tmp_path):
+def test_the_share_of_tiles_is_the_mean_of_what_followed_a_plan(tmp_path):
     path = written(tmp_path, density=[[None, 0.5], [1.0, 0.25], [None, None], [1.0, 0.75]])
     report = report_of(read_results(path), {})
-    uri, words = density_figure(report)
-    assert uri.startswith("data:image/svg")
-    assert words == "Mean over its planned calls, and the lowest, by arm: whole 4 0.70, from 0.25."
-    assert "grey where a call was dense or skipped" in page(report)
+    (found,) = (one for one in place_maps(report) if one.name.startswith("Exact share"))
+    assert found.rows == {"whole 4": [0.5, 0.625, None, 0.875]}
+    assert "none where all were dense or skipped, mean over clips; darker is more, from 0.50 to 0.88." in page(report)
 
 
 def test_results_without_steps_are_reported_as_before(tmp_path):
@@ -153,7 +152,7 @@ def test_results_without_steps_are_reported_as_before(tmp_path):
     path.write_text("".join(json.dumps(line(arm, 0, 4)) + "\n" for arm in ("whole 4", "unipc 4")))
     text = page(report_of(read_results(path), {}))
     assert "Step by step" not in text
-    assert "Time and memory" not in text
+    assert "decoding, s" not in text
 
 
 @pytest.mark.parametrize(

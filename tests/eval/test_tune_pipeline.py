@@ -125,8 +125,8 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     found = tune("psnr=32")
     assert found.chosen.arm.name == "cached 14"
     assert (found.chosen.work, found.chosen.prompts) == (7.0, pipeline_search.HELD_OUT)
-    assert found.chosen.low >= 32
-    assert f"psnr {found.chosen.quality:.4g} [{found.chosen.low:.4g}, " in found.table()[2][0]
+    assert found.chosen.interval[0] >= 32
+    assert f"psnr {found.chosen.quality:.4g} [{found.chosen.interval[0]:.4g}, " in found.table()[2][0]
     text = (tmp_path / "fast.toml").read_text()
     (method,) = from_toml(text)
     assert method == EasyCache(threshold=0.05)
@@ -297,8 +297,7 @@ def test_targets_and_what_misses_them():
 
 
 def point(name: str, quality: float, work: float, error: float = 0.0) -> Point:
-    return Point(arm=Arm(name=name, num_inference_steps=1), prompts=6, quality=quality, low=quality - 1,
-                 high=quality + 1, error=error, work=work, speedup=20 / work)  # fmt: skip
+    return Point(arm=Arm(name=name, num_inference_steps=1), prompts=6, quality=quality, error=error, work=work, speedup=20 / work)  # fmt: skip
 
 
 def test_the_choice_meets_the_target_by_a_standard_error():

@@ -121,7 +121,7 @@ def test_the_table_tells_what_is_ahead_or_behind_and_what_stands(suite):
     read = read_suite(suite)
     lines = []
     for clip in range(12):
-        few = {"object_class": 1.0} if clip < 6 else {}
+        few = {"object_class": 1.0} if clip < 5 else {}
         fewer = {name: 0.9 for name in few}
         lines += [
             line("unipc 2", clip, color=0.9, scene=0.5 + clip / 100, **few),
@@ -130,9 +130,9 @@ def test_the_table_tells_what_is_ahead_or_behind_and_what_stands(suite):
         ]
     rows = judged.table(read, lines).splitlines()
     assert "| *own work, steps* | 12 | 2.0 | 2.0 | 2.0 |" in rows
-    assert "| color | 12 | 0.90 | **0.40 behind** | 0.90 |" in rows
-    assert "| scene | 12 | 0.56 | **0.50 behind** | **0.51 behind** |" in rows
-    assert "| object_class | 6 | 1.00 | 0.90 behind | 0.90 behind |" in rows  # of 6 clips nothing stands
+    assert "| color | 12 | 0.90 | 0.40 behind | 0.90 |" in rows
+    assert "| scene | 12 | 0.56 | 0.50 behind | 0.51 behind |" in rows
+    assert "| object_class | 5 | 1.00 | 0.90 | 0.90 |" in rows  # too few clips
     assert rows[-1].startswith("Not reported for this model's clips: subject_consistency, background_consistency")
     assert "color" not in rows[-1]
     assert "| color | 11 |" in judged.table(read, lines[:-1])  # a clip of which an arm is missing is left out
@@ -146,7 +146,7 @@ def test_metrics_are_ranked_with_the_names_over_a_clips_arms(suite):
             turned = place if clip == 0 else -place
             lines.append(line(arm, clip, motion_smoothness=place / 10) | {"metrics": {"smoothness@rife": turned / 5}})
     told = judged.table(read, lines)
-    assert "| motion_smoothness | `smoothness@rife` | 0.00 [-1.00, 1.00] | 2 |" in told
+    assert "| motion_smoothness | `smoothness@rife` | 0.00 | 2 |" in told
     assert "| dimension | metric | rank correlation within a clip | clips |" in told
     assert "rank correlation" not in judged.table(read, [one | {"metrics": {}} for one in lines])
 

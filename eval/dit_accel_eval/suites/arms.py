@@ -21,6 +21,9 @@ from ..runs.rivals import check_rival
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
 
+TUNED = "dense"
+"""What the best dense runs of a ladder of rivals are called, with their steps behind; see `ladder`."""
+
 TABLES = ("call", "scheduler", "guider", "rival")
 """Keys of an arm that hold a table and no method."""
 
@@ -79,6 +82,11 @@ def dense_arm(steps: int) -> Arm:
     return Arm(name=f"{BEST} {steps}", num_inference_steps=steps)
 
 
+def is_rival(line: Mapping[str, Any]) -> bool:
+    """Whether a line is a dense run that others are held against, which go by their steps as no other arm does."""
+    return line["arm"] in (f"{kind} {line['num_inference_steps']}" for kind in (BEST, TUNED))
+
+
 def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...]:
     """Return the arms of a suite's ``[[arm]]`` tables, all of different names.
 
@@ -99,7 +107,7 @@ def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str)
     for key, value in values.items():
         if key not in kinds:
             raise ConfigError(f"{where} has an unknown key {key!r}; {did_you_mean(key, kinds)}")
-        if isinstance(value, bool) or not isinstance(value, kinds[key]):
+        if isinstance(value, bool) != (kinds[key] is bool) or not isinstance(value, kinds[key]):
             raise ConfigError(f"{where} has {key} = {value!r}, which is of the wrong kind")
 
 
@@ -150,10 +158,10 @@ def _check_name(full: str, arm: Arm, where: str) -> None:
             "them is made by itself"
         )
     solver, _, steps = full.rpartition(" ")
-    if not arm.is_dense and solver == BEST and steps.isdigit():
+    if not arm.is_dense and solver in (BEST, TUNED) and steps.isdigit():
         raise ConfigError(
-            f"{where} is called {full!r}, a name for runs of {BEST} without a method, which other arms are compared "
-            "with; give it another name"
+            f"{where} is called {full!r}, a name for runs of {BEST} without a method, or of a ladder of rivals, which "
+            "other arms are compared with; give it another name"
         )
 
 

@@ -25,7 +25,7 @@ from ..runs.loaded import EmbeddedModel, GivenModel
 from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines
-from .arms import Arm, dense_arm
+from .arms import Arm, is_rival
 from .comparison import rival_steps
 from .job import Job, checked
 from .measuring import ALWAYS, Sampled, line_of
@@ -173,21 +173,22 @@ class Runner:
         runs, beside = list[Run](), list[Run]()
         for _ in range(suite.repeats):
             runs.append(self._run(clip, **arm.run_options()))
-            if self.job.timed and not dense:
+            if self.job.timed and not dense and arm != suite.rival(arm.num_inference_steps):
                 beside.append(self._run(clip, steps=arm.num_inference_steps, solver=BEST))
         return runs, beside
 
 
 def _missing_arms(job: Job, known: Mapping[str, Line]) -> Iterator[Arm]:
     """Give the arms that a clip lacks; the dense ones to hold others against last, since these tell which."""
-    rivals = set[int]() if job.judge else set[int]().union(*map(rival_steps, known.values()))
-    for arm in (*job.suite.arms, *map(dense_arm, sorted(rivals))):
+    arms = [] if job.judge else [line for line in known.values() if not is_rival(line)]
+    rivals = set[int]().union(*map(rival_steps, arms))
+    for arm in (*job.suite.arms, *map(job.suite.rival, sorted(rivals))):
         line = known.get(arm.name)
         measured = {*ALWAYS, *line.get("metrics", ()), *line.get("skipped", ())} if line else set[str]()
         if (
             line is None
             or any(name not in measured and metric(name).missing() is None for name in job.suite.metrics)
-            or (job.timed and not arm.is_dense and "seconds" not in line)
+            or (job.timed and not (arm.is_dense or is_rival(line)) and "seconds" not in line)
             or (job.suite.repeats > 1 and len(line.get("repeated", {}).get("seconds", ())) < job.suite.repeats)
             or (job.frames and not all((job.out.parent / line.get(key, "")).is_file() for key in KEPT))
         ):
@@ -229,10 +230,10 @@ def clip_steps(suite: Suite, lines: Sequence[Line]) -> int:
     if suite.judge:
         return suite.repeats * sum(arms.values())
     searched = suite.reference_steps or 2 * next((line["reference_steps"] for line in lines), USUAL) - FIRST
-    rivals: set[int] = set().union(*(rival_steps(line) for line in known.values()))
+    rivals: set[int] = set().union(*(rival_steps(line) for line in known.values() if not is_rival(line)))
     if not lines:  # an arm is held against two dense runs, of half its steps or more
         rivals = {steps for count in arms.values() for steps in (count, count - 1) if steps > 0}
-    missing = {dense_arm(steps).name: steps for steps in rivals}
+    missing = {suite.rival(steps).name: steps for steps in rivals}
     ran = {name: line["num_inference_steps"] for name, line in known.items()}
     return searched + suite.repeats * sum({**arms, **missing, **ran}.values())
 

@@ -1,24 +1,26 @@
-"""The table of a suite: every arm against dense runs of the best solver that cost as much, clip by clip."""
+"""The table of a suite: every arm against dense runs that cost as much, clip by clip.
+
+These are the runs of a ladder of rivals where the suite names one (`ladder`), else of the best solver at the model's
+own noise shift.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from dit_accel_pipelines.generation.solvers import BEST
 
 from ..metrics.registered import metrics
 from ..runs.results import Line, latest, markdown_table
-from ..statistics import Interval, bootstrap, sign_flips
-from .arms import dense_arm
+from ..statistics import FEWEST, Estimate, Judged, estimate, judge
+from .arms import TUNED, is_rival
+from .ladder import setting_words
 from .suite import Suite
 
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
 TIMED = {"steps_in_time": "time"}
-
-
-FEWEST = 6
-"""Clips with which a verdict begins: all of fewer have one sign in more than 5 % of the draws by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +29,22 @@ class ArmFigures:
 
     Attributes:
         means: mean of ``work``, ``work_real``, ``ssim`` and, where clips have one, ``score``; where timed,
-            ``steps_in_time``.
+            ``steps_in_time``, ``seconds`` and ``dense_seconds``.
         psnr: PSNR to the reference in dB.
-        ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB.
-        p: the same key -> the p-value of that difference by `sign_flips`, not corrected for other arms.
+        ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB; all
+            arms are judged together.
         metrics: metric besides those -> its mean over the clips that have it.
-        differences: metric besides those -> its difference to the dense run of equal own work, clip by clip.
+        differences: metric besides those -> its difference to the dense run of equal own work, clip by clip; all arms
+            and metrics are judged together.
     """
 
     name: str
     clips: int
     means: Mapping[str, float]
-    psnr: Interval
-    ahead: Mapping[str, Interval]
-    p: Mapping[str, float] = field(default_factory=dict)
-    metrics: Mapping[str, Interval] = field(default_factory=dict)
-    differences: Mapping[str, Interval] = field(default_factory=dict)
+    psnr: Estimate
+    ahead: Mapping[str, Judged] = field(default_factory=dict)
+    metrics: Mapping[str, Estimate] = field(default_factory=dict)
+    differences: Mapping[str, Judged] = field(default_factory=dict)
 
 
 def rival_steps(line: Line) -> set[int]:
@@ -52,49 +54,67 @@ def rival_steps(line: Line) -> set[int]:
 
 
 def figures(suite: Suite, lines: Sequence[Line]) -> list[ArmFigures]:
-    """Return the figures of every arm that ran: dense runs of the best solver by steps, then the suite's others."""
+    """Return the figures of every arm that ran: dense runs by steps, then the suite's others."""
     return figures_of(lines, [arm.name for arm in suite.arms if not arm.is_dense])
 
 
-def is_rival(line: Line) -> bool:
-    """Whether a line is a dense run of the best solver, which suites call by its steps, and no other arm is called."""
-    return line["arm"] == dense_arm(line["num_inference_steps"]).name
+def rival_kind(lines: Sequence[Line]) -> str:
+    """Return what the dense runs are called that these lines' arms are held against: a ladder's if there are any."""
+    return TUNED if any(is_rival(line) and line["arm"].startswith(f"{TUNED} ") for line in lines) else BEST
 
 
 def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]:
-    """Return the figures of every arm that ran: dense runs of the best solver by steps, then the others as listed."""
+    """Return the figures of every arm that ran: dense runs by steps, then the others as listed."""
     known = latest(lines)
-    clips = sorted({clip for _, clip in known})
-    dense = {line["num_inference_steps"] for line in known.values() if line["arm"] not in listed}
-    names = [*(dense_arm(steps).name for steps in sorted(dense)), *listed]
-    found = []
-    for name in names:
-        own = [known[name, clip] for clip in clips if (name, clip) in known]
-        if own:
-            found.append(_figures(name, own, known))
-    return found
+    kinds = [BEST, TUNED] if rival_kind(lines) == TUNED else [BEST]
+    dense = sorted({line["num_inference_steps"] for line in known.values() if line["arm"] not in listed})
+    names = [*(f"{kind} {steps}" for kind in kinds for steps in dense), *listed]
+    by_arm: dict[str, list[Line]] = {name: [] for name in names}
+    for (name, _), line in sorted(known.items(), key=lambda one: one[0][1]):
+        if name in by_arm:
+            by_arm[name].append(line)
+    ran = {name: own for name, own in by_arm.items() if own}
+    held = {name: own for name, own in ran.items() if not is_rival(own[0])}
+    value, keys = _equal(known, kinds[-1]), {name: _keys(own) for name, own in ran.items()}
+    ahead = {
+        key: judge({name: _differences(own, key, "psnr", value) for name, own in held.items() if key in keys[name]})
+        for key in (*WORKS, *TIMED)
+    }
+    others = judge({
+        (name, metric): _differences(own, keys[name][0], metric, value)
+        for name, own in held.items() for metric in _further(own)
+    })  # fmt: skip
+    return [
+        _figures(
+            name, own, {key: found[name] for key, found in ahead.items() if name in found},
+            {metric: found for (arm, metric), found in others.items() if arm == name},
+        )
+        for name, own in ran.items()
+    ]  # fmt: skip
 
 
-def _figures(name: str, lines: Sequence[Line], known: Mapping[tuple[str, int], Line]) -> ArmFigures:
-    keys = [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
-    scored = ("score",) if all("score" in line for line in lines) else ()
-    ahead, p = {}, {}
-    for key in () if is_rival(lines[0]) else keys:
-        differences = _differences(lines, known, key, "psnr")
-        if differences:
-            ahead[key], p[key] = bootstrap(differences), sign_flips(differences)
-    names = dict.fromkeys(metric for line in lines for metric in line.get("metrics", ()))
-    held = {} if is_rival(lines[0]) else {metric: _differences(lines, known, keys[0], metric) for metric in names}
-    values = {name: [value for line in lines if (value := value_of(line, name)) is not None] for name in names}
+def _keys(lines: Sequence[Line]) -> list[str]:
+    """Return the kinds of work and time that all lines of an arm have."""
+    return [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
+
+
+def _further(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(metric for line in lines for metric in line.get("metrics", ())))
+
+
+def _figures(
+    name: str, lines: Sequence[Line], ahead: Mapping[str, Judged], differences: Mapping[str, Judged]
+) -> ArmFigures:  # fmt: skip
+    seconds = [key for key in ("score", "seconds", "dense_seconds") if all(key in line for line in lines)]
+    values = {one: [value for line in lines if (value := value_of(line, one)) is not None] for one in _further(lines)}
     return ArmFigures(
         name=name,
         clips=len(lines),
-        means={key: float(np.mean([line[key] for line in lines])) for key in (*keys, "ssim", *scored)},
-        psnr=bootstrap([line["psnr"] for line in lines]),
+        means={key: float(np.mean([line[key] for line in lines])) for key in (*_keys(lines), "ssim", *seconds)},
+        psnr=estimate([line["psnr"] for line in lines]),
         ahead=ahead,
-        p=p,
-        metrics={name: bootstrap(found) for name, found in values.items() if found},
-        differences={name: bootstrap(found) for name, found in held.items() if found},
+        metrics={one: estimate(found) for one, found in values.items() if found},
+        differences=differences,
     )
 
 
@@ -103,31 +123,33 @@ def value_of(line: Line, metric: str) -> float | None:
     return line.get(metric) if metric in ("psnr", "ssim", "score") else line.get("metrics", {}).get(metric)
 
 
-def _differences(lines: Sequence[Line], known: Mapping[tuple[str, int], Line], key: str, metric: str) -> list[float]:
+def _differences(
+    lines: Sequence[Line], key: str, metric: str, value: Callable[[int, float, str], float | None]
+) -> list[float]:  # fmt: skip
     """Return an arm's values less those of the dense run of equal work, of the clips that have both."""
-    found = [(value_of(line, metric), equal_value(known, line["clip"], line[key], metric)) for line in lines]
+    found = [(value_of(line, metric), value(line["clip"], line[key], metric)) for line in lines]
     return [own - rival for own, rival in found if own is not None and rival is not None]
 
 
-def equal_value(known: Mapping[tuple[str, int], Line], clip: int, steps: float, metric: str) -> float | None:
-    """Return a clip's metric after so many dense steps, linear between whole numbers; None where one is missing."""
+def _equal(known: Mapping[tuple[str, int], Line], kind: str) -> Callable[[int, float, str], float | None]:
+    return lambda clip, steps, metric: equal_value(known, clip, steps, metric, kind)
+
+
+def equal_value(
+    known: Mapping[tuple[str, int], Line], clip: int, steps: float, metric: str, kind: str = BEST
+) -> float | None:  # fmt: skip
+    """Return a clip's metric after so many dense steps, linear between whole numbers; None where one is missing.
+
+    Args:
+        kind: of the dense runs, as `rival_kind` gives it.
+    """
     low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
-    ends = [known.get((dense_arm(count).name, clip)) for count in (low, high)]
+    ends = [known.get((f"{kind} {count}", clip)) for count in (low, high)]
     values = [value_of(line, metric) for line in ends if line is not None]
     if len(values) < len(ends) or None in values:
         return None
     below, above = (value for value in values if value is not None)
     return below + (above - below) * (steps - low) if high > low else below
-
-
-def verdict(difference: Interval, clips: int) -> str:
-    """Return ``ahead`` or ``behind`` where the interval excludes 0, else ``open``, as it is below `FEWEST` clips.
-
-    What is 0 as the table prints it is 0: a cache that skips nothing differs from dense by rounding alone.
-    """
-    if clips < FEWEST or round(difference.low, 2) <= 0 <= round(difference.high, 2):
-        return "open"
-    return "ahead" if difference.low > 0 else "behind"
 
 
 def decimals_of(metric: str) -> int:
@@ -136,17 +158,43 @@ def decimals_of(metric: str) -> int:
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
-    """Return the suite's Markdown table: a row an arm, means over clips, intervals by paired bootstrap."""
-    return table_of(figures(suite, lines), suite.clips)
+    """Return the suite's Markdown table: a row an arm, means over clips, and below it by what rule they are judged."""
+    arms = figures(suite, lines)
+    return f"{table_of(arms, suite.clips)}\n\n{rule_words(arms)} {rival_words(lines)}"
+
+
+def rule_words(arms: Sequence[ArmFigures]) -> str:
+    """Return in words how many arms are judged together, and by what rule."""
+    together = max((found.together for arm in arms for found in arm.ahead.values()), default=0)
+    if not together:
+        return f"No verdict: it takes {FEWEST} clips."
+    number = "1 arm" if together == 1 else f"{together} arms"
+    return f"Ahead and behind: after Holm's correction over {number}; else open."
+
+
+def rival_words(lines: Sequence[Line]) -> str:
+    """Return in words which dense runs arms are held against."""
+    rivals = [line for line in lines if is_rival(line)]
+    if rival_kind(lines) == BEST:
+        return "Fewer steps are UniPC's at the model's own noise shift, not the best solver and shift for each number."
+    found = {
+        line["num_inference_steps"]: setting_words(line["solver"], line["flow_shift"])
+        for line in rivals if line["arm"].startswith(f"{TUNED} ")
+    }  # fmt: skip
+    settings = dict.fromkeys(found[steps] for steps in sorted(found))
+    each = [f"{one} at {', '.join(str(steps) for steps in sorted(found) if found[steps] == one)}" for one in settings]
+    return f"Fewer steps are the best dense runs of the ladder of rivals: {'; '.join(each)} steps."
 
 
 def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     """Return the Markdown table of arms; those of fewer clips than ``clips``, None: than another, say how many."""
     whole = max((arm.clips for arm in arms), default=0) if clips is None else clips
-    works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in arms) else {})
-    against = [f"against UniPC at equal {words}, dB" for words in works.values()]
+    timed = any("steps_in_time" in arm.means for arm in arms)
+    works = WORKS | (TIMED if timed else {})
+    against = [f"against fewer steps at equal {words}, dB (median)" for words in works.values()]
     scored = ["score"] if any("score" in arm.means for arm in arms) else []
-    heads = ["arm", *works.values(), "PSNR to converged, dB", "SSIM", *scored, *against]
+    columns = [*works.values(), *(["seconds, of dense"] if timed else [])]
+    heads = ["arm", *columns, "PSNR to the reference, dB (median)", "SSIM", *scored, *against]
     named = [*dict.fromkeys(name for arm in arms for name in arm.metrics)]
     heads += named
     if any(arm.clips < whole for arm in arms):
@@ -155,11 +203,17 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     for arm in arms:
         cells = [arm.name, *([str(arm.clips)] if "clips" in heads else [])]
         cells += [f"{arm.means[key]:.2f}" if key in arm.means else "" for key in works]
-        cells += [str(arm.psnr), f"{arm.means['ssim']:.3f}"]
+        cells += [seconds_cell(arm)] if timed else []
+        cells += [arm.psnr.cell(), f"{arm.means['ssim']:.3f}"]
         cells += [f"{arm.means[key]:.0%}" if key in arm.means else "" for key in scored]
-        cells += [
-            f"{arm.ahead[key]:+} {verdict(arm.ahead[key], arm.clips)}" if key in arm.ahead else "" for key in works
-        ]
+        cells += [arm.ahead[key].judged() if key in arm.ahead else "" for key in works]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in named]
         rows.append(cells)
     return markdown_table(" | ".join(heads), rows)
+
+
+def seconds_cell(arm: ArmFigures) -> str:
+    """Return an arm's seconds, and their share of those of the dense run of as many steps, "" if not timed."""
+    if not {"seconds", "dense_seconds"} <= {*arm.means}:
+        return ""
+    return f"{arm.means['seconds']:.2f}, {arm.means['seconds'] / arm.means['dense_seconds']:.0%}"

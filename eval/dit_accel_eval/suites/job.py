@@ -20,9 +20,10 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
 from ..runs.model import check_guided, scheduler_of, shipped_scheduler
 from ..runs.results import Line, read_lines, write_lines
-from .arms import Arm
+from .arms import Arm, is_rival
 from .comparison import table
 from .judges import Judge, judge_of
+from .pairs import pairs_table
 from .reference import AGREE
 from .suite import Suite
 
@@ -81,6 +82,12 @@ class Job:
             return {**own, "call": call_of(self.suite, {**self.suite.call, **arm.call})}
         return own | ({"arm_call": own.pop("call")} if arm.call else {})
 
+    def settings(self, lines: Sequence[Line]) -> dict[str, Line]:
+        """Return arm -> what its lines must say, of the suite's arms and the rivals among lines."""
+        steps = {line["num_inference_steps"] for line in lines if is_rival(line)}
+        arms = [*self.suite.arms, *map(self.suite.rival, steps)]
+        return {arm.name: self.arm_setting(arm) for arm in arms}
+
 
 def reference_of(suite: Suite) -> str:
     """Return in words what a suite's arms are held against."""
@@ -109,9 +116,12 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
-    """Return a suite's Markdown table, by its judge or against converged runs."""
+    """Return a suite's Markdown tables: by its judge, or against the reference and of the pairs that it declares."""
     judge = judge_of(suite)
-    return table(suite, lines) if judge is None else judge.table(suite, lines)
+    if judge is not None:
+        return judge.table(suite, lines)
+    pairs = pairs_table(suite.pairs, lines, suite.reference_steps)
+    return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
 
 
 @contextlib.contextmanager
@@ -134,7 +144,7 @@ def checked(job: Job) -> Iterator[None]:
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
         known = read_lines(job.out)
-        check_lines(job.out, known, job.setting, {arm.name: job.arm_setting(arm) for arm in job.suite.arms})
+        check_lines(job.out, known, job.setting, job.settings(known))
         check_clips(job.out, known, job.suite.own)
         write_lines(job.out, known)
         yield
@@ -155,7 +165,9 @@ def _check_model(suite: Suite) -> None:
                 f"prompt_file for {suite.model}"
             )
     shipped = shipped_scheduler(source)
-    for arm in suite.arms:
+    ladder = suite.ladder
+    rungs = [ladder.arm(rung.num_inference_steps) for rung in ladder.rungs] if ladder else []
+    for arm in (*suite.arms, *rungs):
         try:
             scheduler_of(shipped, arm.solver, arm.scheduler, arm.flow_shift)
             if arm.guider:

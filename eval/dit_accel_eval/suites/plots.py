@@ -9,10 +9,14 @@ from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
+from .arms import TUNED
 from .comparison import WORKS, ArmFigures
 
 MARKS = "osv^"
 """Marks of groups beyond the ten colours."""
+
+RIVALS = {BEST: "k-", TUNED: "k--"}
+"""Dense runs that arms are held against -> their line."""
 
 DOTS = 80
 """Dots an inch; the pictures are committed, and stay small."""
@@ -65,21 +69,22 @@ def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:
     for arm in arms:
         series = _series(arm)
         groups.setdefault(series.partition(",")[0], {}).setdefault(series, []).append(arm)
-    others = [group for group in groups if group != BEST]
+    others = [group for group in groups if group not in RIVALS]
     looks = {group: (f"C{number % 10}", MARKS[number // 10 % len(MARKS)]) for number, group in enumerate(others)}
     for group, members in groups.items():
         for number, points in enumerate(members.values()):
             points.sort(key=lambda arm: arm.means[key])
             across, up = [arm.means[key] for arm in points], [arm.psnr.mean for arm in points]
             label = group if number == 0 else None
-            if group == BEST:
-                panel.plot(across, up, "k-", label=f"{BEST}, fewer steps")
-                low, high = [arm.psnr.low for arm in points], [arm.psnr.high for arm in points]
-                panel.fill_between(across, low, high, color="k", alpha=0.1, linewidth=0)
+            if group in RIVALS:
+                panel.plot(across, up, RIVALS[group], label=f"{group}, fewer steps")
+                sure = [arm for arm in points if arm.psnr.low is not None]
+                low, high = [arm.psnr.low for arm in sure], [arm.psnr.high for arm in sure]
+                panel.fill_between([arm.means[key] for arm in sure], low, high, color="k", alpha=0.1, linewidth=0)
             else:
                 colour, mark = looks[group]
                 panel.plot(across, up, f"{mark}-", color=colour, label=label, markersize=4, linewidth=0.7)
-    best = [arm for arm in frontier(arms, key) if _series(arm) != BEST]
+    best = [arm for arm in frontier(arms, key) if _series(arm) not in RIVALS]
     panel.plot([arm.means[key] for arm in best], [arm.psnr.mean for arm in best], "ko", markersize=8, fillstyle="none")
     panel.set_xlabel(f"{WORKS[key]}, in dense steps")
     panel.grid(alpha=0.3)

@@ -14,9 +14,14 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import Budget, OwnClips, read_budget
-from .arms import Arm, check_kinds, read_arms
+from .arms import Arm, check_kinds, dense_arm, read_arms
+from .ladder import Ladder, clip_words, read_ladder
+from .pairs import Pair, read_pairs
 
 SUITE_VERSION = 2
+
+MANY = 10
+"""Arms of a suite beyond which it says that their number makes verdicts harder to reach."""
 
 KINDS = {
     "name": str,
@@ -34,6 +39,10 @@ KINDS = {
     "warmup": int,
     "repeats": int,
     "budget": dict,
+    "timed": bool,
+    "rivals": str,
+    "chosen_on": list,
+    "compare": list,
 }
 """Key of a suite -> what it must be."""
 
@@ -58,6 +67,10 @@ class Suite:
         warmup: runs of every arm in each process that are not counted, before its first.
         repeats: times that each sample is made, whose seconds are given as median and quartiles.
         budget: what one call of `eval run` may take; None: all that it needs.
+        timed: whether each arm is timed beside the dense run of as many steps, as with ``--time``.
+        ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
+        chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
+        pairs: arms that are held against each other.
     """
 
     name: str
@@ -75,6 +88,10 @@ class Suite:
     warmup: int = 0
     repeats: int = 1
     budget: Budget | None = None
+    timed: bool = False
+    ladder: Ladder | None = None
+    chosen_on: tuple[int, int] | None = None
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def embedded(self) -> bool:
@@ -86,6 +103,21 @@ class Suite:
         """Return what diffusers loads of a model that is not embedded: a folder, beside the file if it is there."""
         beside = self.folder / Path(self.model).expanduser()
         return str(beside) if beside.is_dir() else self.model
+
+    def rival(self, steps: int) -> Arm:
+        """Return the dense run of so many steps, which arms are held against."""
+        return self.ladder.arm(steps) if self.ladder else dense_arm(steps)
+
+    @property
+    def many(self) -> str | None:
+        """What to know of a suite of many arms, None of others."""
+        count = sum(not arm.is_dense for arm in self.arms)
+        if count <= MANY:
+            return None
+        return (
+            f"{self.name} has {count} arms, more than {MANY}: each must stand after Holm's correction over all of them,"
+            " so write down the few that matter before the run"
+        )
 
 
 def read_suite(path: Path) -> Suite:
@@ -128,12 +160,58 @@ def read_suite(path: Path) -> Suite:
         metrics = check_names([str(name) for name in data.pop("metrics", [])])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    pairs, listed = data.pop("compare", []), read_arms(arms, path)
+    rivals, chosen_on = data.pop("rivals", None), data.pop("chosen_on", None)
     suite = Suite(
-        **data, metrics=metrics, arms=read_arms(arms, path), own=own,
-        budget=budget, folder=path.parent,
+        **data, metrics=metrics, arms=listed, own=own, budget=budget, folder=path.parent,
+        pairs=read_pairs(pairs, listed, str(path)), ladder=read_ladder(path.parent / rivals) if rivals else None,
+        chosen_on=_range(chosen_on, path),
     )  # fmt: skip
     _check_model(suite, path)
+    _check_judging(suite, path)
     return suite
+
+
+def _range(values: list[Any] | None, path: Path) -> tuple[int, int] | None:
+    """Return the first and the last clip of a key ``chosen_on``."""
+    if values is None:
+        return None
+    first, last = values if len(values) == 2 and all(type(one) is int for one in values) else (0, -1)
+    if not 0 <= first <= last:
+        raise ConfigError(f"{path} has chosen_on = {values}; give the first and the last clip, such as [0, 15]")
+    return first, last
+
+
+def _check_judging(suite: Suite, path: Path) -> None:
+    """Refuse clips that both choose and judge, and rivals and pairs that do not go with the suite."""
+    judging = range(suite.first_clip, suite.first_clip + suite.clips)
+    ladder, choosing = suite.ladder, dict[str, range]()
+    if suite.chosen_on:
+        choosing["its arms (chosen_on)"] = range(suite.chosen_on[0], suite.chosen_on[1] + 1)
+    if ladder:
+        choosing["its rivals"] = range(ladder.first_clip, ladder.first_clip + ladder.clips)
+    for what, clips in choosing.items() if suite.own is None else ():
+        if {*clips} & {*judging}:
+            raise ConfigError(
+                f"{path} judges on clips {clip_words(suite.first_clip, suite.clips)}, and {what} were chosen on clips "
+                f"{clip_words(clips.start, len(clips))}; judge on others, by first_clip"
+            )
+    if suite.judge and (ladder or suite.pairs or suite.timed):
+        raise ConfigError(
+            f"{path} has rivals, [[compare]] or timed beside judge = {suite.judge!r}, which holds clips against no "
+            "reference; leave them out"
+        )
+    if ladder:
+        for what, own, other in (
+            ("model", suite.model, ladder.model),
+            ("reference_steps", suite.reference_steps, ladder.reference_steps),
+            ("call", dict(suite.call), dict(ladder.call)),
+        ):
+            if own != other:
+                raise ConfigError(
+                    f"{path} has {what} {own!r}, and its rivals were chosen with {other!r}; make rivals for it with "
+                    "best_rival.py"
+                )
 
 
 def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:

@@ -27,6 +27,7 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, check_given, embedded_prompts
 from ..runs.model import OWN
 from ..runs.results import read_lines
+from ..statistics import FEWEST
 from ..suites.arms import Arm
 from ..suites.comparison import figures_of
 from ..suites.job import SCALES, Job, call_of
@@ -64,8 +65,8 @@ class TunedPipeline(Tuned):
         rows = [(p.arm.name, f"{p.quality:.4g}", f"{p.work:.2f}", f"{p.speedup:.2f}") for p in self.frontier]
         chosen = self.chosen
         remarks = [
-            f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g} [{chosen.low:.4g}, {chosen.high:.4g}], "
-            f"speed-up {chosen.speedup:.2f} over {chosen.prompts} held-out prompts, of which none chose it; asked was "
+            f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g} {_interval(chosen)}, speed-up "
+            f"{chosen.speedup:.2f} over {chosen.prompts} held-out prompts, of which none chose it; asked was "
             f"{self.target.name} {self.target.value:g}",
             f"`dit-accel recommend` lists it first for this model, from {self.kept}",
             f"tried {self.tried[0]} of {self.tried[1]} settings",
@@ -84,9 +85,16 @@ class TunedPipeline(Tuned):
         }
 
 
+def _interval(point: Point) -> str:
+    """Return the interval of a setting's quality in words."""
+    if point.interval is None:
+        return f"(no interval: it takes {FEWEST} prompts)"
+    return f"[{point.interval[0]:.4g}, {point.interval[1]:.4g}]"
+
+
 def _plain(point: Point) -> dict[str, Any]:
     return {"arm": point.arm.name, **point.arm.to_dict(), **{
-        key: getattr(point, key) for key in ("prompts", "quality", "low", "high", "work", "speedup")
+        key: getattr(point, key) for key in ("prompts", "quality", "interval", "work", "speedup")
     }}  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from dit_accel.errors import ConfigError, did_you_mean
 from ..metrics.registered import metric, metrics
 from ..runs.loaded import FIRST_PROMPT
 from ..runs.results import Line, latest, read_lines
-from ..statistics import bootstrap
-from ..suites.arms import Arm, dense_arm
+from ..statistics import estimate
+from ..suites.arms import Arm, dense_arm, is_rival
 from ..suites.compare import run
-from ..suites.comparison import is_rival, rival_steps, value_of
+from ..suites.comparison import rival_steps, value_of
 from ..suites.job import Job
 from .proposals import KEPT, Proposals
 
@@ -127,9 +127,8 @@ class Point:
         arm: the setting.
         prompts: on how many.
         quality: mean of the target's metric, or PSNR.
-        low: lower end of its 95 % interval over the prompts.
-        high: the upper one.
-        error: its standard error.
+        error: standard error of that mean.
+        interval: of that mean, 95 %; None of few prompts.
         work: mean, in steps of the dense model.
         speedup: steps of the model's own dense run over that.
     """
@@ -137,11 +136,10 @@ class Point:
     arm: Arm
     prompts: int
     quality: float
-    low: float
-    high: float
     error: float
     work: float
     speedup: float
+    interval: tuple[float, float] | None = None
 
 
 def read_target(text: str) -> Target:
@@ -209,10 +207,11 @@ class Search:
                 reasons = (line.get(key, {}).get(self.target.quality) for line in lines for key in UNMEASURED)
                 reason = next(filter(None, reasons), "it has no value")
                 raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
-            work, quality = float(np.mean([line["work"] for line in lines])), bootstrap(values)
+            work, found = float(np.mean([line["work"] for line in lines])), estimate(values)
             points.append(Point(
-                arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=quality.mean,
-                low=quality.low, high=quality.high, error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
+                arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=found.mean,
+                error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
+                interval=None if found.low is None or found.high is None else (found.low, found.high),
             ))  # fmt: skip
         return points
 

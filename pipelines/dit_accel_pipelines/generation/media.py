@@ -71,8 +71,11 @@ def read_video(path: Path) -> list["Image"]:
     return [cast("Image", frame).convert("RGB") for frame in frames]
 
 
-def write_media(path: Path, frames: Frames, *, fps: float) -> None:
+def write_media(path: Path, frames: Frames, *, fps: float, seeking: bool = False) -> None:
     """Write frames by the path's suffix: .mp4 (H.264), .gif, or .png (one frame, or a contact sheet of several).
+
+    Args:
+        seeking: whether an .mp4 is for a player that jumps to any frame: written sooner, with more key frames.
 
     Raises:
         ConfigError: for an unknown suffix, or odd sizes in an .mp4.
@@ -80,7 +83,7 @@ def write_media(path: Path, frames: Frames, *, fps: float) -> None:
     """
     suffix = path.suffix.lower()
     if suffix == ".mp4":
-        _write_mp4(path, frames, fps)
+        _write_mp4(path, frames, fps, ("veryfast", "-g", "8") if seeking else ("slow",))
     elif suffix == ".gif":
         _write_gif(path, frames, fps)
     elif suffix == ".png":
@@ -134,13 +137,13 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
     return sheet
 
 
-def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+def _write_mp4(path: Path, frames: Frames, fps: float, preset: Sequence[str]) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ConfigError(f"H.264 needs even sizes, got {width} x {height}; use --scale 2, .gif or .png")
     command = [_ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
-    command += ["-preset", "slow", "-movflags", "+faststart", "-threads", "1", f"file:{path}"]
+    command += ["-preset", *preset, "-movflags", "+faststart", "-threads", "1", f"file:{path}"]
     pixels = np.ascontiguousarray(frames).reshape(-1).data
     done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     if done.returncode:

@@ -1,6 +1,7 @@
 """The solvers that a run may name, as diffusers schedulers of a model's own noise schedule."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,19 +58,19 @@ def make_scheduler(shipped: Any, solver: str, flow_shift: float | None = None) -
     Args:
         shipped: the scheduler that the model ships with, whose noise schedule is kept.
         solver: a name of `SOLVERS`.
-        flow_shift: another shift; None: the model's own.
+        flow_shift: another shift; None: the model's own. Where that grows with the tokens, as FLUX's e^mu does with
+            diffusers' mu, it is the same for any number of them.
 
     Raises:
-        ConfigError: for an unknown solver, a model of neither flow nor betas, or a shift where the model has none or
-            one that grows with its tokens.
+        ConfigError: for an unknown solver, a model of neither flow nor betas, or a shift where the model has none.
     """
     check_solver(solver)
     flow = is_flow(shipped.config)
     if flow_shift is not None and not flow:
         raise ConfigError(f"{type(shipped).__name__} has no noise shift, got flow_shift {flow_shift}; leave it out")
-    if flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
-        raise ConfigError(f"this model's shift grows with its tokens, got flow_shift {flow_shift}; leave it out")
     shift = {} if flow_shift is None else {"flow_shift": flow_shift, "shift": flow_shift}
+    if flow_shift is not None and shipped.config.get("use_dynamic_shifting"):
+        shift |= {"base_shift": math.log(flow_shift), "max_shift": math.log(flow_shift)}
     return scheduler_like(shipped, SOLVERS[solver][0 if flow else 1], **shift)
 
 
@@ -93,7 +94,7 @@ def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:
         raise ConfigError(f"{name} knows no {kind}; take, say, UniPCMultistepScheduler")
     made = cls(**{key: value for key, value in {**schedule, **options}.items() if key in taken})
     # where the pipeline reads them, whatever the scheduler knows of them
-    dynamic = {key: value for key, value in schedule.items() if key in DYNAMIC and key not in taken}
+    dynamic = {key: value for key, value in {**schedule, **options}.items() if key in DYNAMIC and key not in taken}
     made.register_to_config(**dynamic)
     return made
 

@@ -1,0 +1,188 @@
+"""What the page of a report draws, as plain data: one colour an arm, leads by clip, maps by prompt, step and frame."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..runs.results import Line
+from ..suites.comparison import ArmFigures, decimals_of
+from .figures import Report, judged, leads_of, worst_first
+from .lines import words_of
+
+ACROSS = 320
+"""Width of the drawing of leads."""
+
+GOLDEN = 137.508
+"""Degrees between the hues of arms, so that neighbours differ most."""
+
+MIB = 2**20
+
+
+def hues(report: Report) -> dict[str, int]:
+    """Return arm -> its hue in degrees, the same in every drawing; dense runs have none and are drawn in black."""
+    arms = [arm.name for arm in report.arms if not report.is_dense(arm)]
+    return {name: round(250 + number * GOLDEN) % 360 for number, name in enumerate(arms)}
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round numbers from ``low`` to ``high``, about so many."""
+    size = (high - low) / about or 1.0
+    power = 10.0 ** math.floor(math.log10(size))
+    step = next(one * power for one in (1, 2, 5, 10) if one * power >= size * 0.999)
+    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """An arm's row of the drawing of leads, places across.
+
+    Attributes:
+        dots: clip -> its place.
+        ends: of the interval; None below the clips that a verdict takes.
+    """
+
+    dots: Mapping[int, float]
+    mean: float
+    ends: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forest:
+    """Every arm's leads over fewer steps, in dB, on one scale.
+
+    Attributes:
+        rows: arm -> its row.
+        marks: (place, dB) of the scale.
+        zero: the place of no lead.
+    """
+
+    rows: Mapping[str, Row]
+    marks: Sequence[tuple[float, float]]
+    zero: float
+
+
+def forest(report: Report) -> Forest | None:
+    """Return the leads at equal `Report.main`; None where no arm is held against fewer steps."""
+    key = report.main
+    arms = [arm for arm in judged(report) if key in arm.ahead]
+    leads = {arm.name: leads_of(report, arm) for arm in arms}
+    if not arms:
+        return None
+    every = [lead for found in leads.values() for lead in found.values()]
+    drawn = [end for arm in arms for end in _ends(arm, key) or ()]
+    low, high = min(0.0, *np.quantile(every, [0.02]), *drawn), max(0.0, *np.quantile(every, [0.98]), *drawn)
+    edge = 0.04 * (high - low) or 1.0
+    low, high = low - edge, high + edge
+
+    def place(value: float) -> float:
+        return round(float(np.clip((value - low) / (high - low), 0.01, 0.99)) * ACROSS, 1)
+
+    rows = {}
+    for arm in arms:
+        ends = _ends(arm, key)
+        rows[arm.name] = Row(
+            dots={clip: place(lead) for clip, lead in leads[arm.name].items()}, mean=place(arm.ahead[key].mean),
+            ends=(place(ends[0]), place(ends[1])) if ends else None,
+        )  # fmt: skip
+    return Forest(rows=rows, marks=[(place(one), one) for one in ticks(low, high)], zero=place(0.0))
+
+
+def _ends(arm: ArmFigures, key: str) -> tuple[float, float] | None:
+    low, high = arm.ahead[key].low, arm.ahead[key].high
+    return None if low is None or high is None else (low, high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Map:
+    """A table of values whose cells are shaded by them.
+
+    Attributes:
+        name: what its cells hold, in words.
+        heads: of the columns: a number, and what it stands for where that is more.
+        rows: arm -> its cells; None where it has no value.
+        digits: behind the point.
+    """
+
+    name: str
+    heads: Sequence[tuple[int, str]]
+    rows: Mapping[str, Sequence[float | None]]
+    digits: int
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        values = [value for row in self.rows.values() for value in row if value is not None]
+        return min(values), max(values)
+
+    def share(self, value: float) -> float:
+        """Return where a value lies between the ends, from 0 to 1."""
+        low, high = self.ends
+        return (value - low) / ((high - low) or 1.0)
+
+
+def prompt_map(report: Report, arms: Sequence[ArmFigures]) -> Map:
+    """Return the PSNR of arms by clip, the hardest clip first."""
+    values = {(line["arm"], line["clip"]): line["psnr"] for line in report.results.lines}
+    clips = worst_first(report)
+    rows = {arm.name: [values.get((arm.name, clip)) for clip in clips] for arm in arms}
+    return Map(name="PSNR in dB", heads=[(clip, report.prompts[clip]) for clip in clips], rows=rows, digits=1)
+
+
+def place_maps(report: Report) -> list[Map]:
+    """Return what result lines hold by step and by frame, means over clips, of the arms that are not dense runs."""
+    kinds: list[tuple[str, int, Callable[[Line], Sequence[float | None]]]] = [
+        ("Work of each step in dense steps: 0 where a cache skipped it, less than 1 where blocks or tiles were left "
+         "out, more where a method adds forwards", 2, lambda line: line.get("step_work", ())),
+        ("Seconds of each step", 3, lambda line: line.get("times", {}).get("steps", ())),
+        ("Exact share of the tiles of planned attention calls by step, mean over layers; none where all were dense or "
+         "skipped", 2, lambda line: [_known_mean(step) for step in line.get("density", ())]),
+    ]  # fmt: skip
+    for name in dict.fromkeys(name for line in report.results.lines for name in line.get("by_frame", ())):
+        of_frame = functools.partial(_by_frame, name=name)
+        kinds.append((f"{words_of(name)}, by frame or pair of neighbours", decimals_of(name), of_frame))
+    found = []
+    for name, digits, values_of in kinds:
+        rows = {arm.name: _mean(report.lines_of(arm), values_of) for arm in judged(report)}
+        rows = {arm: row for arm, row in rows.items() if any(value is not None for value in row)}
+        heads = [(place, "") for place in range(1, max(map(len, rows.values()), default=0) + 1)]
+        found += [Map(name=name, heads=heads, rows=rows, digits=digits)] if rows else []
+    return found
+
+
+def _by_frame(line: Line, name: str) -> Sequence[float]:
+    return line.get("by_frame", {}).get(name, ())
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _mean(lines: Sequence[Line], values_of: Callable[[Line], Sequence[float | None]]) -> list[float | None]:
+    """Return the mean over the lines that tell, place by place; none where they are of several lengths."""
+    rows = [row for row in map(values_of, lines) if row]
+    return [_known_mean(values) for values in zip(*rows, strict=True)] if len({len(row) for row in rows}) == 1 else []
+
+
+def costs(report: Report) -> dict[str, dict[str, float]]:
+    """Return arm -> what its stages took in seconds, and the most MiB that were held, means over clips that tell."""
+    found = {}
+    for arm in report.arms:
+        lines = [line for line in report.lines_of(arm) if "times" in line]
+        held = [max(line["peak_memory_bytes"].values()) / MIB for line in lines if line.get("peak_memory_bytes")]
+        if lines:
+            found[arm.name] = {
+                **{key: float(np.mean([one["times"][key] for one in lines])) for key in ("text", "denoise", "decode")},
+                "step": float(np.median([seconds for line in lines for seconds in line["times"]["steps"]])),
+                **({"memory": max(held)} if held else {}),
+            }
+    return found
+
+
+def threads_of(report: Report) -> str:
+    """Return in words on how many threads the arms ran."""
+    counts = sorted({line["times"]["threads"] for line in report.results.lines if "times" in line})
+    return " or ".join(map(str, counts)) + (" thread" if counts == [1] else " threads")

@@ -1,0 +1,90 @@
+"""Two reports side by side: what changed of each arm's quality, time and verdict between two files of results."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..runs.results import markdown_table
+from ..statistics import judge
+from ..suites.comparison import ArmFigures
+from .figures import Report, judged
+from .lines import ONE
+
+WORDS = {"ahead": "better", "behind": "worse"}
+"""Verdict of a change -> what it is called here."""
+
+
+def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
+    """Return an entry an arm that either report judges, those of the first in its order, then the new ones.
+
+    Each has the arm's ``name``; ``before`` and ``after`` its PSNR in dB, the dense steps that it costs by time, or by
+    own work where it was not timed, and its verdict against fewer steps, None where that report lacks the arm; and of
+    the clips that both have, with the same prompt, their number, the change of PSNR as `judge` gives it for all arms
+    together, and whether that is ``better`` or ``worse`` than before, the ``same``, ``open`` or of ``too few`` clips.
+    """
+    sides = [{arm.name: arm for arm in judged(report)} for report in (before, after)]
+    same = {clip for clip, prompt in before.prompts.items() if after.prompts.get(clip) == prompt}
+    names = dict.fromkeys([*sides[0], *sides[1]])
+    changes = {name: _changes(before, after, name, same) for name in names}
+    found = judge(changes)
+    return [
+        {
+            "name": name,
+            "before": _side(before, sides[0].get(name)),
+            "after": _side(after, sides[1].get(name)),
+            "clips": len(changes[name]),
+            "psnr_change": asdict(found[name]) if name in found else None,
+            "change": "same" if not any(changes[name]) else WORDS.get(found[name].verdict, found[name].verdict),
+        }
+        for name in names
+    ]
+
+
+def _changes(before: Report, after: Report, name: str, clips: set[int]) -> list[float]:
+    """Return by how much an arm's PSNR changed, of each clip that both have."""
+    own, other = (
+        {line["clip"]: line["psnr"] for line in report.results.lines if line["arm"] == name}
+        for report in (before, after)
+    )
+    return [other[clip] - own[clip] for clip in sorted(clips & {*own} & {*other})]
+
+
+def _side(report: Report, arm: ArmFigures | None) -> dict[str, Any] | None:
+    if arm is None:
+        return None
+    key = "steps_in_time" if "steps_in_time" in arm.means else "work"
+    verdict = arm.ahead[key].verdict if key in arm.ahead else ""
+    return {"psnr": arm.psnr.mean, "steps": arm.means[key], "by": report.works[key], "verdict": verdict}
+
+
+def others_of(before: Report, after: Report) -> list[str]:
+    """Return what the two files do not share, so that a difference may come from it: the model, the call, versions."""
+    first, second = before.results.lines[0], after.results.lines[0]
+    keys = (*ONE, "torch", "diffusers", "dit_accel", "device", "threads")
+    found = [f"{key} {first.get(key)!r}, then {second.get(key)!r}" for key in keys if first.get(key) != second.get(key)]
+    if before.prompts != after.prompts:
+        found.append(f"{len(before.prompts)} prompts, then {len(after.prompts)}")
+    return found
+
+
+def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:
+    """Return the entries as a Markdown table, before and after in one cell."""
+    rows = []
+    for entry in entries:
+        sides, change = [entry["before"], entry["after"]], entry["psnr_change"]
+        told = entry["change"] if change else ""
+        if change and told != "same":
+            ends = "" if change["low"] is None else f"[{change['low']:+.2f}, {change['high']:+.2f}] "
+            told = f"{change['mean']:+.2f} {ends}{told}"
+        kinds = dict.fromkeys(side["by"] for side in sides if side)
+        rows.append((
+            entry["name"], _arrow([f"{side['psnr']:.2f}" if side else "–" for side in sides]), told,
+            _arrow([f"{side['steps']:.2f}" if side else "–" for side in sides]) + f" ({', then '.join(kinds)})",
+            _arrow([(side["verdict"] or "–") if side else "–" for side in sides]),
+        ))  # fmt: skip
+    return markdown_table("arm | PSNR, dB | change, dB | dense steps' cost | verdict against fewer steps", rows)
+
+
+def _arrow(texts: Sequence[str]) -> str:
+    """Return both texts, once where they are alike."""
+    return texts[0] if texts[0] == texts[1] else " → ".join(texts)

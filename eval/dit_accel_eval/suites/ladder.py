@@ -1,0 +1,118 @@
+"""The ladder of rivals: at each number of steps the dense run that came nearest on clips kept for choosing.
+
+A suite is held against fewer steps of one solver at the model's own noise shift unless it names such a file, with
+``rivals = "../results/rivals-wan-tiny.toml"``. `eval/studies/best_rival.py` makes them.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel_pipelines.generation.solvers import check_solver
+
+from dit_accel import ConfigError
+
+from .arms import TUNED, Arm, check_kinds
+
+VERSION = 1
+
+KINDS = {"model": str, "first_clip": int, "clips": int, "reference_steps": int, "call": dict, "rung": list}
+"""Key of a file -> what it must be."""
+
+RUNG_KINDS = {"num_inference_steps": int, "solver": str, "flow_shift": (int, float), "psnr": float, "tried": dict}
+"""Key of a rung -> what it must be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """The best dense run of so many steps.
+
+    Attributes:
+        flow_shift: noise shift; None: the model's own.
+        psnr: its mean PSNR over the choosing clips, in dB.
+        tried: solver and shift in words -> the mean PSNR of each run that was tried.
+    """
+
+    num_inference_steps: int
+    solver: str
+    psnr: float
+    flow_shift: float | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.num_inference_steps} {setting_words(self.solver, self.flow_shift)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """What the arms of a suite are held against.
+
+    Attributes:
+        first_clip: of the held-out clips that chose.
+        clips: how many chose.
+        reference_steps: of the reference that chose, as a suite's.
+        call: arguments of the pipeline's call, as a suite's.
+        rungs: by steps.
+    """
+
+    model: str
+    first_clip: int
+    clips: int
+    rungs: tuple[Rung, ...]
+    reference_steps: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def arm(self, steps: int) -> Arm:
+        """Return the dense run of so many steps, by the rung of the nearest number of them, of two alike the lower."""
+        rung = min(self.rungs, key=lambda one: abs(math.log(one.num_inference_steps / steps)))
+        return Arm(name=f"{TUNED} {steps}", num_inference_steps=steps, solver=rung.solver, flow_shift=rung.flow_shift)
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(str, self.rungs))}, chosen on clips {clip_words(self.first_clip, self.clips)}"
+
+
+def setting_words(solver: str, flow_shift: float | None) -> str:
+    """Return a solver and a noise shift in words, None: the model's own."""
+    return solver if flow_shift is None else f"{solver} shift {flow_shift:g}"
+
+
+def clip_words(first: int, count: int) -> str:
+    """Return a range of clips in words."""
+    return str(first) if count == 1 else f"{first} to {first + count - 1}"
+
+
+def read_ladder(path: Path) -> Ladder:
+    """Read a ladder of rivals.
+
+    Raises:
+        ConfigError: for a missing file, another version, an unknown or ill-typed key, or no rung.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no rivals at {path}; make them with python eval/studies/best_rival.py, or leave rivals out")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if data.pop("version", None) != VERSION:
+        raise ConfigError(f"{path} is no file of rivals of version {VERSION}; make it anew with best_rival.py")
+    check_kinds(data, KINDS, str(path))
+    missing = [key for key in ("model", "first_clip", "clips", "rung") if not data.get(key) and data.get(key) != 0]
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; make it anew with best_rival.py")
+    rungs = tuple(_rung(one, str(path)) for one in data.pop("rung"))
+    return Ladder(**data, rungs=rungs)
+
+
+def _rung(values: Mapping[str, Any], where: str) -> Rung:
+    check_kinds(values, RUNG_KINDS, where)
+    missing = [key for key in ("num_inference_steps", "solver", "psnr") if key not in values]
+    if missing or values["num_inference_steps"] < 1:
+        raise ConfigError(f"{where} has a rung {dict(values)}, which needs steps from 1, solver and psnr; correct it")
+    try:
+        check_solver(values["solver"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return Rung(**values)

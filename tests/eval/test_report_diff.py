@@ -1,0 +1,76 @@
+"""Two files of results side by side: what changed of each arm, and what else differs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dit_accel_eval.report.diff import diff_of
+from dit_accel_eval.report.figures import report_of
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.runs.results import read_lines
+from typer.testing import CliRunner
+
+from dit_accel.cli.app import app
+
+BEFORE = Path(__file__).parents[2] / "eval" / "results" / "report-wan-tiny.jsonl"
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, ["eval", "diff", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def after(tmp_path_factory) -> Path:
+    """Results in which one arm is better and cheaper, one gone, one new, and one has fewer clips."""
+    lines = []
+    for line in read_lines(BEFORE):
+        if line["arm"] == "easycache hold 14":
+            line |= {"psnr": line["psnr"] + 1 + line["clip"] / 10, "work": 0.5 * line["work"]}
+        if line["arm"] == "radial pooled 12":
+            line["arm"] = "radial, new"
+        if line["arm"] == "sol 12":
+            line["psnr"] -= 1
+        if line["arm"] != "sol 12" or line["clip"] < 5:
+            lines.append({**line, "torch": "9.9"})
+    path = tmp_path_factory.mktemp("diff") / "after.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_changes_are_paired_by_clip_and_named(after):
+    before, then = (report_of(read_results(path), {}) for path in (BEFORE, after))
+    found = {entry["name"]: entry for entry in diff_of(before, then)}
+    assert {name for name in found if name.startswith("unipc")} == set()  # the rivals are not judged
+    better = found["easycache hold 14"]
+    assert (better["change"], better["clips"]) == ("better", 8)
+    assert better["psnr_change"]["mean"] == pytest.approx(1.35)
+    assert better["psnr_change"]["low"] > 1
+    assert better["after"]["steps"] == pytest.approx(better["before"]["steps"] / 2)
+    few = found["sol 12"]
+    assert (few["change"], few["clips"], few["after"]["verdict"]) == ("too few", 5, "too few")
+    assert few["psnr_change"]["mean"] == pytest.approx(-1)
+    assert (found["radial pooled 12"]["after"], found["radial, new"]["before"]) == (None, None)
+    assert found["euler 12"]["change"] == "same"
+    turned = {entry["name"]: entry for entry in diff_of(then, before)}["easycache hold 14"]
+    assert (turned["change"], turned["psnr_change"]["high"]) == ("worse", -better["psnr_change"]["low"])
+
+
+def test_the_table_has_before_and_after_in_a_cell(after):
+    result = run(BEFORE, after)
+    assert result.exit_code == 0
+    rows = {row.split(" | ")[0].strip("| "): row for row in result.stdout.splitlines()}
+    assert "| 30.19 → 31.54 | +1.35 [+1." in rows["easycache hold 14"]
+    assert "8.88 → 4.44 (own work)" in rows["easycache hold 14"]
+    assert "| 28.19 → 26.16 | -1.00 too few |" in rows["sol 12"]
+    assert "| 26.58 → – |  | 11.04 → – (own work) |" in rows["radial pooled 12"]
+    assert "| 27.02 | same | 12.00 (own work) |" in rows["euler 12"]
+    assert "they differ in more than the arms: torch '2.13.0+cpu', then '9.9'" in " ".join(result.stderr.split())
+    assert run(BEFORE, BEFORE).stderr == ""
+    data = json.loads(run(BEFORE, after, "--json").stdout)
+    assert [entry["name"] for entry in data][-1] == "radial, new"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    result = run(BEFORE, tmp_path / "none.jsonl")
+    assert result.exit_code == 2
+    assert "none.jsonl can't be read (No such file or directory)" in " ".join(result.stderr.split())

@@ -1,0 +1,244 @@
+"""The clips beside a report's page: files that browsers play, put there whole, and what keeps them from it."""
+
+import json
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from dit_accel_eval.report import media
+from dit_accel_eval.report.figures import quantile_clips, report_of, worst_first
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.media import difference, folder_of, kept_lines, media_beside
+from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
+from dit_accel_pipelines.generation.media import read_image, read_video
+from PIL import Image
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
+ARMS = ("easycache hold 14", "sol 12", "unipc 8", "unipc 9", "unipc 11")
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, ["eval", "report", *map(str, arguments)])
+
+
+def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
+    """Write result lines of which the frames of every run are kept, 64 x 48 pixels, each run of one grey."""
+    lines = [line for line in read_lines(RESULTS / "report-wan-tiny.jsonl") if line["arm"] in ARMS]
+    lines = [line for line in lines if line["clip"] < clips]
+    for line in lines:
+        paths = {key: kept_path(Path("frames"), name, line["clip"])
+                 for key, name in (("kept", line["arm"]), ("kept_reference", REFERENCE))}  # fmt: skip
+        grey = {"kept": (10 + 2 * ARMS.index(line["arm"])) / 100, "kept_reference": 0.1 + line["clip"] / 2}
+        made = {"kept": run_of(line), "kept_reference": reference_of(line)}
+        for key, path in paths.items():
+            keep(folder / path, np.full((frames, 48, 64, 3), grey[key], np.float32), made[key])
+        line |= {key: path.as_posix() for key, path in paths.items()}
+    path = folder / "r.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def report(path: Path):
+    return report_of(read_results(path), {})
+
+
+def data_of(page: Path) -> dict:
+    """Return the data of a page's script."""
+    _, _, rest = page.read_text().partition('<script type="application/json" id="data">')
+    return json.loads(rest.partition("</script>")[0])
+
+
+def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
+    clip = (np.arange(5 * 4 * 6 * 3) % 256).reshape(5, 4, 6, 3).astype(np.float32) / 255
+    line = read_lines(RESULTS / "report-wan-tiny.jsonl")[0]
+    keep(tmp_path / "a.png", clip, run_of(line))
+    assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
+    with pytest.raises(ConfigError, match=r"weights '.*', not 'other'"):
+        read_kept(tmp_path / "a.png", run_of({**line, "weights": "other"}))
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    for name in ("b.png", "none.png"):
+        with pytest.raises(ConfigError, match=r"no frames.*read"):
+            read_kept(tmp_path / name, run_of(line))
+    assert kept_path(tmp_path, "a, 1", 0) != kept_path(tmp_path, "a 1", 0)
+
+
+def test_differences_are_amplified_and_symmetric():
+    one, two = np.full((1, 2, 2, 3), 10, np.uint8), np.full((1, 2, 2, 3), 17, np.uint8)
+    assert difference(one, two).max() == difference(two, one).min() == 35
+    assert difference(one, np.full_like(one, 255)).max() == 255
+
+
+def test_a_page_has_its_clips_beside_it(tmp_path):
+    page = tmp_path / "my page.html"
+    result = run(kept(tmp_path), "-o", page)
+    assert (result.exit_code, result.stdout) == (0, f"{page}\n")
+    data = data_of(page)
+    assert data["root"] == "my%20page.media/"
+    folder = tmp_path / unquote(data["root"])
+    assert folder == folder_of(page)
+    (part,) = data["parts"]
+    assert part["fps"] == 8
+    arms = {arm["name"]: arm for arm in part["arms"]}
+    assert set(arms) == {*ARMS[:2]}
+    assert {one["frames"] for one in part["references"].values()} == {3}
+    assert {(one["width"], one["height"]) for one in part["references"].values()} == {(64, 48)}
+    names = [one["file"] for one in part["references"].values()]
+    names += [file for clips in part["rivals"].values() for file in clips.values()]
+    for name, arm in arms.items():
+        assert set(arm["clips"]) == {"0", "1"}
+        for clip, entry in arm["clips"].items():
+            names += [entry["own"], entry["difference"]]
+            grey, other = 10 + 2 * ARMS.index(name), 10 + 50 * int(clip)
+            shown = [np.asarray(frame).mean() / 2.55 for frame in read_video(folder / entry["own"])]
+            assert shown == pytest.approx([grey] * 3, abs=1)
+            frames = [np.asarray(frame).mean() / 2.55 for frame in read_video(folder / entry["difference"])]
+            assert frames == pytest.approx([min(100, 5 * abs(grey - other))] * 3, abs=2)
+            line = next(
+                one for one in read_lines(tmp_path / "r.jsonl") if (one["arm"], str(one["clip"])) == (name, clip)
+            )
+            near = min((8, 9, 11), key=lambda steps: abs(steps - line["work"]))
+            assert entry["rival"] == f"unipc {near}"
+            assert clip in part["rivals"][entry["rival"]]
+    posters = [Path(name).with_suffix(".webp").name for name in names]
+    assert {one.name for one in folder.iterdir()} == {*names, *posters, media.MANIFEST}
+    assert max((folder / name).stat().st_size for name in posters) < 5000
+    text = page.read_text()
+    assert 'preload: "none"' in text
+    assert "<video" not in text  # none is there before a clip is chosen
+    assert "no frames were kept" not in text
+
+
+def test_a_page_of_the_same_frames_takes_the_files_that_there_are(tmp_path, monkeypatch):
+    path, page = kept(tmp_path), tmp_path / "r.html"
+    assert run(path, "-o", page).exit_code == 0
+    before = {one.name: one.stat().st_ino for one in folder_of(page).iterdir()}
+    lines = read_lines(path)
+    for line in lines:
+        if line["arm"] == ARMS[0]:
+            keep(tmp_path / line["kept"], np.full((3, 48, 64, 3), 0.9, np.float32), run_of(line))
+    assert run(path, "-o", page).exit_code == 0
+    after = {one.name: one.stat().st_ino for one in folder_of(page).iterdir()}
+    same = {name for name in before if after.get(name) == before[name]}
+    assert {name for name in before if "easycache" not in name} - {media.MANIFEST} == same
+    assert len(after) == len(before)
+
+
+def test_pictures_lie_beside_the_page_as_pictures_however_large(tmp_path, monkeypatch):
+    page = tmp_path / "r.html"
+    path = kept(tmp_path, frames=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow takes pictures of twice as many for an attack
+    assert run(path, "-o", page).exit_code == 0
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    entry = data_of(page)["parts"][0]["arms"][0]["clips"]["1"]["own"]
+    assert entry.endswith(".png")
+    monkeypatch.undo()
+    assert np.unique(np.asarray(read_image(folder_of(page) / entry))).size == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "found"), [((48, 64), (192, 256)), ((161, 200), (322, 400)), ((480, 832), (480, 832))]
+)
+def test_videos_are_large_and_even(size, found):
+    assert media._enlarged(np.zeros((2, *size, 3), np.uint8)).shape == (2, *found, 3)
+
+
+def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
+    path = kept(tmp_path)
+    found = report(path)
+    assert set(kept_lines(found, 9)) == {0, 1}
+    assert list(kept_lines(found, 1)) == worst_first(found)[:1]
+    assert run(path, "-o", tmp_path / "r.html", "--clips", 0).exit_code == 0
+    assert not folder_of(tmp_path / "r.html").exists()
+    (part,) = data_of(tmp_path / "r.html")["parts"]
+    for arm in part["arms"]:
+        worst, median = quantile_clips([line for line in found.results.lines if line["arm"] == arm["name"]])
+        assert (arm["worst"], arm["median"], arm["even"]) == (worst["clip"], median["clip"], True)
+        assert worst is median
+
+
+def test_results_without_frames_say_how_to_get_clips(tmp_path):
+    page = tmp_path / "r.html"
+    assert run(RESULTS / "report-wan-tiny.jsonl", "-o", page).exit_code == 0
+    assert "no frames were kept. For clips run the suite with <code>--frames DIR</code>" in page.read_text()
+    assert [one.name for one in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_kept_frames_of_another_run_are_not_shown_but_named(tmp_path):
+    path, page = kept(tmp_path), tmp_path / "r.html"
+    gone, other = (line for line in read_lines(path) if line["arm"] == ARMS[0])
+    (tmp_path / gone["kept"]).unlink()
+    keep(tmp_path / other["kept"], np.zeros((3, 48, 64, 3), np.float32), run_of({**other, "weights": "other"}))
+    assert run(path, "-o", page).exit_code == 0
+    text = page.read_text().replace("&#39;", "'")
+    assert f"Clip {gone['clip']} of {ARMS[0]} is not shown: {tmp_path / gone['kept']} can't be read (No such" in text
+    assert f"Clip {other['clip']} of {ARMS[0]} is not shown: " in text
+    assert "holds frames of weights 'other', not '2dcea21ec1f8'" in text
+    shown = {arm["name"]: set(arm["clips"]) for arm in data_of(page)["parts"][0]["arms"]}
+    assert shown == {ARMS[0]: set(), ARMS[1]: {"0", "1"}}
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    path, page = kept(tmp_path), tmp_path / "r.html"
+    monkeypatch.setattr(media, "write_media", None)
+    folder_of(page).mkdir()
+    (folder_of(page) / "notes.txt").write_text("mine")
+    result = run(path, "-o", page)
+    assert result.exit_code == 2
+    assert "r.media, which holds 'notes.txt' that no report wrote; move that away" in " ".join(result.stderr.split())
+    assert ((folder_of(page) / "notes.txt").read_text(), page.exists()) == ("mine", False)
+    (folder_of(page) / "notes.txt").unlink()
+    folder_of(page).rmdir()
+    folder_of(page).write_text("a file")
+    assert "r.media, which is a file; choose another name" in " ".join(run(path, "-o", page).stderr.split())
+    assert "choose another name, in .html" in " ".join(run(path, "-o", tmp_path / "x.media").stderr.split())
+
+
+def test_clips_that_can_not_be_encoded_leave_everything_as_it_was(tmp_path, monkeypatch):
+    path, page = kept(tmp_path), tmp_path / "r.html"
+    assert run(path, "-o", page).exit_code == 0
+    before = {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())}
+    for line in read_lines(path):
+        keep(tmp_path / line["kept"], np.full((3, 48, 64, 3), 0.7, np.float32), run_of(line))
+    for error, message in (
+        (RuntimeError("ffmpeg ended with exit code 1"), "a clip of 3 frames of 64 x 48 can't be encoded (ffmpeg ended"),
+        (OSError(28, "No space left on device"), "can't be written"),
+    ):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(media, "write_media", fails)
+        result = run(path, "-o", page, "--csv", tmp_path / "r.csv")
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+    assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
+    assert not (tmp_path / "r.csv").exists()
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_a_folder_that_can_not_be_moved_leaves_the_one_before(tmp_path, monkeypatch):
+    page = tmp_path / "r.html"
+    for grey, fails in ((1, False), (2, True)):
+        with media_beside(page) as folder:
+            folder.add("a", grey, lambda grey=grey: np.full((1, 200, 200, 3), grey, np.uint8), fps=8)
+            if not fails:
+                folder.put()
+                continue
+            replace = Path.replace
+
+            def refuse(self, target, replace=replace):
+                if self.name == "media":
+                    raise OSError(13, "Permission denied")
+                return replace(self, target)
+
+            monkeypatch.setattr(Path, "replace", refuse)
+            with pytest.raises(OSError, match=r"Permission"):
+                folder.put()
+    (picture,) = folder_of(page).glob("*.png")
+    assert np.asarray(read_image(picture)).max() == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["r.media"]

@@ -1,0 +1,260 @@
+"""Suites that name a ladder of rivals, say which clips choose and which judge, and declare pairs of arms."""
+
+import dataclasses
+
+import best_rival
+import pytest
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites import compare
+from dit_accel_eval.suites.arms import Arm, dense_arm
+from dit_accel_eval.suites.compare import run
+from dit_accel_eval.suites.comparison import figures, table
+from dit_accel_eval.suites.job import Job, suite_table
+from dit_accel_eval.suites.ladder import read_ladder
+from dit_accel_eval.suites.pairs import Pair, pair_figures, pairs_table
+from dit_accel_eval.suites.suite import Suite, read_suite
+from fake_model import FakeModel
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
+ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
+THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n'
+LADDER = (
+    'version = 1\nmodel = "wan-plain"\nfirst_clip = 0\nclips = 4\n'
+    '[[rung]]\nnum_inference_steps = 3\nsolver = "dpm++"\nflow_shift = 8.0\npsnr = 20.0\n'
+    '[[rung]]\nnum_inference_steps = 7\nsolver = "unipc"\npsnr = 30.0\n'
+)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", [])
+    compare._loaded.cache_clear()
+    yield FakeModel
+    compare._loaded.cache_clear()
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "rivals.toml").write_text(LADDER)
+    return tmp_path
+
+
+def read(folder, text):
+    (folder / "s.toml").write_text(text)
+    return read_suite(folder / "s.toml")
+
+
+def judging(folder, more="", arms=THIN + ARM):
+    head = HEAD.replace("clips = 1", "clips = 2\nfirst_clip = 4")
+    return read(folder, f'{head}rivals = "rivals.toml"\n{more}{arms}')
+
+
+def test_arms_are_held_against_the_best_dense_run_of_their_work(folder, fake):
+    suite = judging(folder)
+    job = Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+    run(job, range(4, 6))
+    lines = read_lines(job.out)
+    dense = {line["arm"]: (line["solver"], line["flow_shift"]) for line in lines if line["arm"].startswith("dense")}
+    own, tuned = ("unipc", None), ("dpm++", 8.0)
+    assert dense == {"dense 2": tuned, "dense 6": own, "dense 7": own, "dense 8": own}
+    found = {arm.name: arm for arm in figures(suite, lines)}
+    assert list(found) == [*dense, "thin", "a"]
+    assert not found["dense 7"].ahead
+    assert {*found["thin"].ahead} == {"work", "work_real"}
+    known = {(line["arm"], line["clip"]): line["psnr"] for line in lines}
+    lead = [known["thin", c] - (known["dense 7", c] + known["dense 8", c]) / 2 for c in (4, 5)]
+    assert found["thin"].ahead["work"].mean == pytest.approx(sum(lead) / 2)
+    printed = table(suite, lines)
+    assert "best dense runs of the ladder of rivals: dpm++ shift 8 at 2; unipc at 6, 7, 8 steps." in printed
+    made = len(fake.made)
+    run(job, range(4, 6))
+    assert len(fake.made) == made
+    (folder / "rivals.toml").write_text(LADDER.replace("8.0", "5.0"))
+    with pytest.raises(ConfigError, match=r"arm 'dense 2'.*flow_shift 8\.0.*5\.0"):
+        run(dataclasses.replace(job, suite=judging(folder)), range(4, 6))
+
+
+def test_a_suite_without_a_ladder_says_so(folder, fake):
+    suite = read(folder, HEAD + THIN)
+    job = Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+    run(job, range(1))
+    assert "UniPC's at the model's own noise shift, not the best solver" in table(suite, read_lines(job.out))
+    assert suite.rival(9) == dense_arm(9)
+
+
+def test_the_ladder_s_nearest_rung_gives_solver_and_shift(folder):
+    ladder = read_ladder(folder / "rivals.toml")
+    assert [ladder.arm(steps).solver for steps in (1, 3, 4, 5, 7, 50)] == ["dpm++"] * 3 + ["unipc"] * 3
+    assert ladder.arm(4) == Arm(name="dense 4", num_inference_steps=4, solver="dpm++", flow_shift=8.0)
+    assert ladder.arm(9).is_dense  # found among the dense runs on disk
+    assert str(ladder) == "3 dpm++ shift 8, 7 unipc, chosen on clips 0 to 3"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("version = 1", "version = 9"), r"rivals\.toml.*version 1"),
+        (("first_clip = 0\n", ""), r"lacks first_clip"),
+        (("psnr = 20.0\n", ""), r"rung.*'dpm\+\+'.*needs"),
+        (('"dpm++"', '"dpm"'), r"rivals\.toml: .*solver 'dpm'"),
+        (("psnr = 30.0", "psnr = 30.0\nshift = 2"), r"'shift'.*'flow_shift'"),
+        (("[[rung]]", "[rung]]"), r"rivals\.toml.*TOML"),
+    ],
+)
+def test_bad_ladders_say_what_is_wrong(folder, change, message):
+    (folder / "rivals.toml").write_text(LADDER.replace(*change, 1))
+    with pytest.raises(ConfigError, match=message):
+        read_ladder(folder / "rivals.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('clips = 2\nrivals = "rivals.toml"\n', r"clips 0 to 1, and its rivals.*clips 0 to 3; .*first_clip"),
+        ('clips = 3\nfirst_clip = 3\nrivals = "rivals.toml"\n', r"clips 3 to 5, and its rivals"),
+        ("clips = 2\nfirst_clip = 15\nchosen_on = [0, 15]\n", r"15 to 16, and its arms \(chosen_on\).*0 to 15"),
+        ("clips = 2\nchosen_on = [3]\n", r"chosen_on = \[3\]"),
+        ("clips = 2\nchosen_on = [3, 1]\n", r"chosen_on = \[3, 1\]"),
+        ('clips = 2\nrivals = "none.toml"\n', r"rivals at.*none\.toml.*best_rival"),
+        ('clips = 2\nfirst_clip = 4\nreference_steps = 30\nrivals = "rivals.toml"\n', r"reference_steps 30.*None"),
+        ('clips = 2\nfirst_clip = 4\nrivals = "rivals.toml"\ncall = { num_frames = 5 }\n', r"call \{'num_frames': 5\}"),
+        ('clips = 2\njudge = "longer"\ntimed = true\n', r"timed beside judge = 'longer'"),
+        ("clips = 2\ntimed = 1\n", r"timed = 1"),
+    ],
+)
+def test_clips_that_choose_and_judge_and_rivals_of_another_run_are_refused(folder, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read(folder, HEAD.replace("clips = 1\n", text) + THIN)
+
+
+def test_a_ladder_of_another_model_is_refused(folder):
+    (folder / "rivals.toml").write_text(LADDER.replace("wan-plain", "wan-tiny"))
+    with pytest.raises(ConfigError, match=r"model 'wan-plain'.*'wan-tiny'.*best_rival"):
+        judging(folder)
+
+
+def test_names_of_rivals_are_theirs(folder):
+    with pytest.raises(ConfigError, match=r"'dense 4', a name.*ladder"):
+        read(folder, HEAD + THIN.replace('"thin"', '"dense 4"'))
+
+
+def test_a_suite_may_be_timed_by_itself_and_shows_seconds_and_equal_time(folder, fake):
+    (folder / "s.toml").write_text(HEAD + "timed = true\n" + THIN + ARM)
+    out = folder / "s.jsonl"
+    found = command("run", folder / "s.toml", "--out", out, "--cache", folder / "cache")
+    assert found.exit_code == 0, found.output
+    assert "seconds, of dense" in found.stdout
+    assert "| thin | 7.50 | 6.40 | 7.50 | 7.50, 75% |" in found.stdout
+    assert "against fewer steps at equal time, dB" in found.stdout
+    assert command("report", out, "-o", folder / "s.html").exit_code == 0
+    assert "7.50, 75%" in (folder / "s.html").read_text()
+
+
+def test_many_arms_are_warned_of_before_they_run(folder, fake):
+    arms = "".join(THIN.replace('"thin"', f'"thin {name}"') for name in "abcdefghijk")
+    (folder / "s.toml").write_text(HEAD + arms)
+    options = ("--out", folder / "s.jsonl", "--cache", folder / "cache")
+    found = command("run", folder / "s.toml", "--table", *options)
+    told = " ".join(found.stderr.split())
+    assert "s has 11 arms, more than 10: each must stand after Holm's correction over all of them" in told
+    assert not read(
+        folder, HEAD + THIN + '[[arm]]\nname = "unipc"\nnum_inference_steps = [1,2,3,4,5,6,7,8,9,10]\n'
+    ).many
+
+
+def lines_of(arm, leads, **more):
+    return [
+        {"arm": arm, "clip": clip, "num_inference_steps": 30, "psnr": 30.0 + clip % 3 + lead, "work": 20.0, **more}
+        for clip, lead in enumerate(leads)
+    ]
+
+
+OURS, WELL = [17.0, 16.0, 18.0, 15.5, 17.5, 16.5, 17.2, 16.8], [4.0, 5.0, 2.5, 4.5, 1.5, 5.5, 3.0, 3.9]
+RUNS = [
+    *lines_of("ours", OURS, steps_in_time=21.3), *lines_of("well", WELL, steps_in_time=22.2),
+    *lines_of("other", [0.0] * 8, steps_in_time=22.2), *lines_of("dear", WELL, steps_in_time=24.0),
+]  # fmt: skip
+
+
+def test_declared_pairs_are_judged_together_by_their_margins_and_tell_both_times():
+    wanted = [("ours", "other", 3.0), ("well", "other", 3.0), ("dear", "other", 0.0), ("other", "ours", 0.0)]
+    declared = [Pair(arm=arm, against=against, margin=margin) for arm, against, margin in wanted]
+    found = pair_figures(declared, RUNS, 30)
+    assert [one.verdict for one in found] == [
+        "ahead by more than 3 dB", "open", "ahead, at more time", "behind, at more time",
+    ]  # fmt: skip
+    assert found[1].ahead.low < 3 < found[1].ahead.mean
+    assert {one.ahead.together for one in found} == {4}
+    assert pair_figures([declared[0]], RUNS, 30)[0].ahead.p_holm < found[0].ahead.p_holm
+    rows = pairs_table(declared, RUNS, 30).splitlines()
+    assert rows[2] == "| pair | PSNR ahead, dB (median) | Holm p | verdict | share of dense time |"
+    assert rows[4].startswith("| ours vs other | +16.81 [")
+    assert rows[4].endswith("(+16.90) | < .001 | ahead by more than 3 dB | 0.71 vs 0.74 |")
+    assert pairs_table(declared, [], 30) == pairs_table([], RUNS) == ""
+
+
+def test_a_margin_that_is_clearly_missed_is_told_and_few_clips_give_no_verdict():
+    pair = Pair(arm="well", against="other", margin=9.0)
+    assert pair_figures([pair], RUNS)[0].verdict == "not 9 dB ahead"
+    short = [line for line in RUNS if line["clip"] < 5]
+    (few,) = pair_figures([pair], short)
+    assert (few.verdict, few.ahead.low) == ("too few", None)
+    assert "no verdict under 6 clips" in pairs_table([pair], short)
+    untimed = [{key: value for key, value in line.items() if key != "steps_in_time"} for line in RUNS]
+    assert "share of dense work |" in pairs_table([pair], untimed)
+    assert "| 0.67 vs 0.67 |" in pairs_table([pair], untimed)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('arm = "thin"\nagainst = "thn"\n', r"'thn'.*'thin'"),
+        ('arm = "thin"\n', r"without against"),
+        ('arm = "thin"\nagainst = "thin"\n', r"'thin' with 'thin'"),
+        ('arm = "thin"\nagainst = "a"\nmargn = 3\n', r"'margn'.*'margin'"),
+        ('arm = "thin"\nagainst = "a"\nmargin = "3"\n', r"margin = '3'"),
+    ],
+)
+def test_bad_pairs_say_what_is_wrong(folder, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read(folder, HEAD + THIN + ARM + "[[compare]]\n" + text)
+
+
+def test_the_pairs_of_a_suite_are_printed_below_its_table(folder, fake):
+    suite = read(folder, HEAD + THIN + ARM + '[[compare]]\narm = "thin"\nagainst = "a"\nmargin = 3\n')
+    assert suite.pairs == (Pair(arm="thin", against="a", margin=3),)
+    job = Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+    run(job, range(1))
+    assert "| thin vs a | +" in suite_table(suite, read_lines(job.out))
+
+
+def test_the_study_keeps_the_best_run_of_each_number_of_steps(folder):
+    arms = best_rival.grid(["unipc", "dpm++"], [5.0, 8.0], [4, 8], own=5.0)
+    assert [arm.name for arm in arms] == [
+        "unipc 4", "unipc 8", "unipc shift 8, 4", "unipc shift 8, 8", "dpm++, 4", "dpm++, 8", "dpm++ shift 8, 4",
+        "dpm++ shift 8, 8",
+    ]  # fmt: skip
+    suite = Suite(name="r", model="wan-plain", clips=2, first_clip=3, arms=arms, reference_steps=30)
+    better = {"dpm++ shift 8, 4": 9.0, "unipc 8": 5.0}
+    lines = [
+        {"arm": arm.name, "clip": clip, "psnr": 20.0 + clip + better.get(arm.name, 0)}
+        for arm in arms for clip in (3, 4)
+    ]  # fmt: skip
+    best_rival.write_ladder(best_rival.ladder_of(suite, lines), folder / "r.toml", "made so")
+    ladder = read_ladder(folder / "r.toml")
+    assert (ladder.model, ladder.first_clip, ladder.clips, ladder.reference_steps) == ("wan-plain", 3, 2, 30)
+    assert [(rung.num_inference_steps, rung.solver, rung.flow_shift, rung.psnr) for rung in ladder.rungs] == [
+        (4, "dpm++", 8.0, 32.5), (8, "unipc", None, 28.5),
+    ]  # fmt: skip
+    assert ladder.rungs[0].tried == {"unipc": 23.5, "unipc shift 8": 23.5, "dpm++": 23.5, "dpm++ shift 8": 32.5}
+    with pytest.raises(ConfigError, match=r"unipc 4.*clips \[4\]"):
+        best_rival.ladder_of(suite, lines[:1])
