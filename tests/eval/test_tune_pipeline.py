@@ -297,7 +297,8 @@ def test_targets_and_what_misses_them():
 
 
 def point(name: str, quality: float, work: float, error: float = 0.0) -> Point:
-    return Point(arm=Arm(name=name, num_inference_steps=1), prompts=6, quality=quality, error=error, work=work, speedup=20 / work)  # fmt: skip
+    arm = Arm(name=name, num_inference_steps=1)
+    return Point(arm=arm, prompts=6, quality=quality, error=error, work=work, speedup=20 / work)
 
 
 def test_the_choice_meets_the_target_by_a_standard_error():
