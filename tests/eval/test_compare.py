@@ -558,10 +558,10 @@ def test_a_judge_is_a_file_beside_the_suite_that_may_import_what_lies_there(tmp_
         (
             "broken_judge.py",
             "import nothing_of_this_name\n",
-            r"broken_judge.py can't be imported.*nothing_of",
+            r"broken_judge\.py.*ModuleNotFoundError.*nothing_of",
         ),
-        ("tableless_judge.py", "def measures(*of): return {}\n", r"tableless_judge.py has no function table"),
-        ("json.py", JUDGE, r"json.py has the name of the module .*json"),
+        ("tableless_judge.py", "def measures(*of): return {}\n", r"tableless_judge\.py.*function table"),
+        ("json.py", JUDGE, r"/json\.py.*module .*json.*rename"),
     ],
 )
 def test_judges_that_are_none_are_refused_by_file(tmp_path, name, text, message):
