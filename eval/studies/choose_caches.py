@@ -33,9 +33,27 @@ OURS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2)
 MASKS = ("slow", "medium", "fast", "ultra")
 """cache-dit's own masks of the steps that are computed."""
 
+BINS = {
+    "flux-tiny": {
+        "19 of 28": ((8, 3, 3, 3, 1, 1), (1, 2, 2, 2, 2)),
+        "17 of 28": ((7, 3, 2, 2, 2, 1), (1, 3, 3, 2, 2)),
+        "13 of 28": ((6, 1, 2, 1, 2, 1), (1, 3, 4, 4, 3)),
+    },
+    "wan-tiny": {"15 of 30": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 4, 4))},
+}
+"""Model -> masks of the same kind, of about the time of a level of ours: steps computed, steps skipped."""
 
-def settings(steps: int) -> dict[str, dict[str, Any]]:
+LEVELS = {
+    "careful": {"threshold": 0.1, "warmup_steps": 0.5, "max_consecutive": 2, "last_steps": 2},
+    "balanced": {"threshold": 0.1, "warmup_steps": 0.4, "max_consecutive": 3, "last_steps": 2},
+    "fast": {"threshold": 0.2, "warmup_steps": 0.35, "max_consecutive": 3, "last_steps": 1},
+}
+"""Levels whose skips in a row are bounded, the best of a search over warm-up, threshold, bound and last steps."""
+
+
+def settings(model: str) -> dict[str, dict[str, Any]]:
     """Return name -> options of `SuiteModel.run`."""
+    steps = STEPS[model]
     found: dict[str, dict[str, Any]] = {}
     for threshold in OURS:
         found[f"easycache {threshold:g}"] = {
@@ -50,6 +68,12 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
         options = {**usual, "Fn_compute_blocks": 1, "residual_diff_threshold": 0.3, "steps_computation_policy": policy,
                    "steps_computation_mask": _mask(mask, steps)}  # fmt: skip
         found[f"cache-dit, {mask} {policy} taylor {order}"] = {"rival": {"cache-dit": _with(options, order)}}
+    for (name, bins), order in itertools.product(BINS[model].items(), (None, 1)):
+        options = {**usual, "Fn_compute_blocks": 1, "residual_diff_threshold": 0.3,
+                   "steps_computation_policy": "static", "steps_computation_mask": _mask_of(bins, steps)}  # fmt: skip
+        found[f"cache-dit, {name} static taylor {order}"] = {"rival": {"cache-dit": _with(options, order)}}
+    for name, options in LEVELS.items():
+        found[f"easycache {name}"] = {"methods": (EasyCache(predictor="heun", min_steps=10, **options),)}
     native = [
         *(diffusers.FirstBlockCacheConfig(threshold=threshold) for threshold in (0.02, 0.05, 0.1)),
         *(diffusers.SeaCacheConfig(threshold=threshold) for threshold in (0.1, 0.25)),
@@ -78,13 +102,20 @@ def _mask(policy: str, steps: int) -> list[int]:
     return cache_dit.steps_mask(total_steps=steps, mask_policy=policy)
 
 
+def _mask_of(bins: tuple[tuple[int, ...], tuple[int, ...]], steps: int) -> list[int]:
+    import cache_dit
+
+    computed, skipped = map(list, bins)
+    return cache_dit.steps_mask(compute_bins=computed, cache_bins=skipped, total_steps=steps)
+
+
 def measure(model: str, out: Path) -> list[dict[str, Any]]:
     """Run what the file lacks, a line each, and return all lines."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(line["setting"], line["clip"]) for line in lines}
     steps, suite_model = STEPS[model], EmbeddedModel(model, {})
     for clip in CLIPS:
-        missing = {name: one for name, one in settings(steps).items() if (name, clip) not in done}
+        missing = {name: one for name, one in settings(model).items() if (name, clip) not in done}
         if not missing:
             continue
         dense = suite_model.run(clip, steps=steps, solver="unipc")

@@ -27,6 +27,7 @@ from finetuned import page_text as finetuned_text
 from guidance_cost import table as costs_table
 from overhead import table as overhead_table
 from positions_cost import page_text as additions_text
+from preset_table import table as levels_table
 from product_time import page_text as product_text
 from report_tables import demo_text, report_table, tuned_text
 from scaling import table as scaling_table
@@ -65,6 +66,7 @@ PAGES = {
     ),
     "docs/kernel-predictions.md": ("attention-shapes",),
     "docs/evaluating.md": ("false-verdicts",),
+    "docs/presets.md": ("presets", "presets-wan-tiny", "presets-flux-tiny"),
     "docs/scaling.md": ("scaling",),
     "docs/caching.md": ("budgets",),
     "docs/block-caches.md": (
@@ -234,6 +236,7 @@ def _budgets(root: Path) -> str:
 
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": _models,
+    "presets": levels_table,
     "speed": _speed,
     "demo": demo_text,
     "report": report_table,

@@ -50,12 +50,17 @@ def tiled(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if isinstance(METHODS[name], SparseConfig)]
 
 
+CLOCKED = ("timing", "why_not_faster", "measured_speedup")
+"""What a report says of its run's seconds, which no two runs share."""
+
+
 def outcome(transformer: Any, methods: tuple[MethodConfig, ...], steps: int = 3) -> tuple[torch.Tensor, dict] | str:
     """The latents and the report of a short run, or why it is refused."""
     try:
         with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             latents = denoise(transformer, steps, branches=("cond",))
-            return latents, attachment.report().to_dict()
+            found = attachment.report().to_dict()
+            return latents, {key: value for key, value in found.items() if key not in CLOCKED}
     except ConfigError as error:
         return str(error)
 

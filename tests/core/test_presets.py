@@ -32,10 +32,12 @@ def test_without_a_method_the_preset_balanced_is_attached_and_said(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_levels_are_a_ladder_of_one_indicator():
-    thresholds = [attached(tiny_transformer(), preset=level)["easycache"].threshold for level in LEVELS]
-    assert thresholds == sorted(thresholds)
-    assert len({*thresholds}) == 3
+@pytest.mark.parametrize("steps", [10, 20, 28, 50])
+def test_levels_are_a_ladder_of_steps_that_may_be_skipped(steps: int):
+    caches = [attached(tiny_transformer(), preset=level)["easycache"] for level in LEVELS]
+    assert [cache.threshold for cache in caches] == sorted(cache.threshold for cache in caches)
+    bound = [cache.skipped_steps(steps) for cache in caches]
+    assert bound == sorted({*bound}), "each level may skip more than the one before"
 
 
 def test_named_methods_win():

@@ -294,8 +294,10 @@ def test_the_command_describes_with_or_without_options(monkeypatch):
 
 def test_the_page_of_presets_has_the_rule_s_numbers():
     page = (Path(__file__).parents[2] / "docs/presets.md").read_text(encoding="utf-8")
-    thresholds = [f"{PRESETS[level][0].config.threshold:g}" for level in LEVELS]
-    assert f"threshold {', '.join(thresholds[:2])} or {thresholds[2]}" in page
+    for level in LEVELS:
+        cache = PRESETS[level][0].config
+        cells = (f"{cache.warmup_steps:.0%}", cache.last_steps, cache.max_consecutive, f"{cache.threshold:g}")
+        assert f"| `{level}` | {' | '.join(map(str, cells))} |" in page
     betas = [PRESETS[level][1].config.beta for level in LEVELS[1:]]
     assert f"beta {betas[0]} or {betas[1]}" in page
     assert f"from {SolAttention.worthwhile_tokens:,} visual tokens on" in page

@@ -37,6 +37,7 @@ def test_a_list_decides_which_steps_are_computed():
         (dict(warmup_steps=0.25), "###.......", "###......."),
         (dict(last_steps=2), "#.......##", "##......##"),
         (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
+        (dict(max_consecutive=3, growing=True, last_steps=1), "#.#.#..#.#", "##.#..#..#"),
         (dict(max_skips=4), "#....#####", "##....####"),
         (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
     ],
@@ -367,6 +368,7 @@ def test_memory_is_counted_and_freed():
             r"staticcache\.last_steps.*got -2",
         ),
         (dict(max_consecutive=0), r"staticcache\.max_consecutive.*got 0"),
+        (dict(growing=True), r"staticcache\.growing.*staticcache\.max_consecutive, got None"),
         (dict(max_skips=-1), r"staticcache\.max_skips.*got -1"),
         (
             dict(compute_at=(0.5, 11.0)),

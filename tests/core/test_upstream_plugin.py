@@ -120,7 +120,7 @@ def test_a_detach_that_raises_is_told():
 
 
 def test_attach_and_detach_must_leave_every_attribute_the_object_that_it_was(monkeypatch):
-    def leaves_something(model: Any, *methods: Any) -> Any:
+    def leaves_something(model: Any, *methods: Any, preset: str) -> Any:
         model.blocks[0].attn1.processor.kept = 1
         return attach(model, *methods, preset="none")
 
@@ -223,7 +223,7 @@ def test_forwards_under_a_cache_or_a_compiler_are_not_compared():
     cls = toy_class()
     watch, model = watched("neutral", cls), cls(**TINY)
     hook = types.SimpleNamespace(_is_stateful=True)
-    model.blocks[0]._diffusers_hook = types.SimpleNamespace(hooks={"cache": hook})
+    model.blocks[0]._diffusers_hook = types.SimpleNamespace(hooks={"cache": hook}, get_hook={"cache": hook}.get)
     forward(model)
     assert (watch.counts["forwards"], watch.counts["compared"]) == (1, 0)
     hook._is_stateful = False

@@ -23,7 +23,7 @@ from dit_accel_eval.runs.loaded import (
     local_folder,
 )
 from dit_accel_eval.runs.results import read_kept, read_lines, run_of
-from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import read_suite
 from model_folders import model_folder
@@ -62,7 +62,7 @@ def whole(folder: Path) -> Path:
     (folder / "s.toml").write_text(HEAD + OWN + 'metrics = ["psnr", "ms-ssim"]\n' + CALL + ARM + THIN)
     options = ["--out", folder / "s.jsonl", "--cache", folder / "cache", "--frames", folder / "frames"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
+        patch.setattr(reference, "converged", functools.partial(reference.converged, first=4, most=8))
         found = command("run", folder / "s.toml", *options, "--threads", 1)
     assert found.exit_code == 0, found.output
     assert "s: 2 clips, about" in found.stderr
@@ -268,7 +268,7 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
 
 @pytest.mark.slow
 def test_an_embedded_model_takes_prompts_of_one_s_own_without_a_score(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "converged", functools.partial(reference.converged, first=4, most=8))
+    monkeypatch.setattr(reference, "converged", functools.partial(reference.converged, first=4, most=8))
     text = HEAD.replace('"tiny"', '"wan-plain"') + OWN + "seeds = [3, 4]\n" + CALL + ARM
     (tmp_path / "s.toml").write_text(text)
     out = ["--out", tmp_path / "s.jsonl", "--cache", tmp_path / "cache", "--clips", 2, "--quiet"]

@@ -183,7 +183,7 @@ def test_repeats_take_clips_longer_than_trained():
     }
 
 
-@pytest.mark.parametrize("name", sorted(metrics()))
+@pytest.mark.parametrize("name", sorted(name for name, one in metrics().items() if one.of is None))
 def test_every_metric_says_what_it_is_and_takes_a_still_picture(name):
     one = metric(name)
     assert one.name == name

@@ -119,15 +119,15 @@ def test_bad_ladders_say_what_is_wrong(folder, change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('clips = 2\nrivals = "rivals.toml"\n', r"clips 0 to 1, and its rivals.*clips 0 to 3; .*first_clip"),
-        ('clips = 3\nfirst_clip = 3\nrivals = "rivals.toml"\n', r"clips 3 to 5, and its rivals"),
-        ("clips = 2\nfirst_clip = 15\nchosen_on = [0, 15]\n", r"15 to 16, and its arms \(chosen_on\).*0 to 15"),
+        ('clips = 2\nrivals = "rivals.toml"\n', r"0 to 1,.* 0 to 3;.*first_clip"),
+        ('clips = 3\nfirst_clip = 3\nrivals = "rivals.toml"\n', r"3 to 5,.*rivals"),
+        ("clips = 2\nfirst_clip = 15\nchosen_on = [0, 15]\n", r"15 to 16,.*\(chosen_on\).* 0 to 15"),
         ("clips = 2\nchosen_on = [3]\n", r"chosen_on = \[3\]"),
         ("clips = 2\nchosen_on = [3, 1]\n", r"chosen_on = \[3, 1\]"),
         ('clips = 2\nrivals = "none.toml"\n', r"rivals at.*none\.toml.*best_rival"),
         ('clips = 2\nfirst_clip = 4\nreference_steps = 30\nrivals = "rivals.toml"\n', r"reference_steps 30.*None"),
         ('clips = 2\nfirst_clip = 4\nrivals = "rivals.toml"\ncall = { num_frames = 5 }\n', r"call \{'num_frames': 5\}"),
-        ('clips = 2\njudge = "longer"\ntimed = true\n', r"timed beside judge = 'longer'"),
+        ('clips = 2\njudge = "longer"\ntimed = true\n', r"timed.*judge = 'longer'"),
         ("clips = 2\ntimed = 1\n", r"timed = 1"),
     ],
 )

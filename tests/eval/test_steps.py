@@ -68,7 +68,7 @@ def test_every_step_is_counted_where_it_ran(model):
     assert made.times.steps[1] < min(made.times.steps[0], made.times.steps[2])
     line = _cost(made, whole, model.own_share)
     assert line["step_work"] == [1, 0, 1, 0, 1]
-    assert set(line["times"]) == {"threads", "text", "denoise", "decode", "steps"}
+    assert set(line["times"]) == {"threads", "text", "denoise", "decode", "processor", "steps"}
 
 
 def test_the_steps_work_adds_up_to_the_runs(model):

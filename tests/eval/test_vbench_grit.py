@@ -95,17 +95,6 @@ def test_boxes_are_looked_into_cell_by_cell_at_the_level_of_their_size():
     assert (found[-1] == 0).all()  # without area, without samples
 
 
-@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision, to compare with, is not installed")
-def test_boxes_are_looked_into_as_torchvision_does():
-    from torchvision.ops import nms, roi_align
-
-    level, given = tiny.random(1, 5, 50, 75), some_boxes(80, 600, 400)
-    expected = roi_align(level, [given], 7, 1 / 8, 0, aligned=True)
-    assert torch.allclose(boxes.looked_into([level], (8,), given, 7), expected, atol=1e-5)
-    scores = torch.rand(len(given), generator=torch.Generator().manual_seed(1))
-    assert boxes.best(given[:-1], scores[:-1], 0.3).tolist() == nms(given[:-1], scores[:-1], 0.3).tolist()
-
-
 def test_boxes_move_by_shares_of_their_size_and_are_cut_off():
     given = torch.tensor([[10.0, 20.0, 30.0, 60.0]])
     by = torch.tensor([[0.5, -0.25, math.log(2), math.log(0.5)]])

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import tiny_inception
 import torch
 from dit_accel_eval.vbench import sampling, weight_files
-from dit_accel_eval.vbench.networks import preference
-from dit_accel_eval.vbench.networks.inception import average, inception
+from dit_accel_eval.vbench.networks import clip as networks_clip
+from dit_accel_eval.vbench.networks import inception
 from dit_accel_eval.vbench.networks.loading import Networks
 from PIL import Image
 from safetensors.torch import save_file
@@ -39,54 +40,40 @@ def test_inceptions_convolutions_are_as_many_as_published():
     assert sum(wide * narrow * high * across for _, wide, narrow, high, across in shapes) == 21_751_136
 
 
-class Read(dict):  # type: ignore[type-arg]
-    """Weights that note which of them were read."""
-
-    def __init__(self, held: dict[str, Tensor]) -> None:
-        super().__init__(held)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-
-def test_inception_reads_all_its_weights_and_only_those(tmp_path, monkeypatch):
-    held = Read(tiny_inception.weights())
-    frames = noise(2, 40, 56, 3)
+def test_inception_fills_a_network_with_all_its_weights_and_only_those(tmp_path, monkeypatch):
+    held = tiny_inception.weights()
+    network, frames = inception.network(held).eval(), noise(2, 40, 56, 3)
+    own = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    assert own.keys() == held.keys()
     with torch.inference_mode():
-        found = inception(sampling.tensor(frames) / 255, held)
+        found = inception.inception(network, sampling.tensor(frames) / 255)
     assert found.shape == (2, 2048)
-    assert held.names == set(held)
     assert found.std() > 0.01
-    assert torch.isfinite(found).all()
-    torch.save(dict(held) | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)},
+    torch.save(held | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)},
                place(tmp_path, monkeypatch, "inception"))  # fmt: skip
     assert torch.allclose(Networks(tmp_path).inception(frames), found, atol=1e-4)
+    del held["Mixed_7c.branch1x1.conv.weight"]
+    torch.save(held, place(tmp_path, monkeypatch, "inception"))
+    with pytest.raises(ConfigError, match=r"Mixed_7c\.branch1x1\.conv\.weight"):
+        Networks(tmp_path).inception(frames)
 
 
 def test_inceptions_averages_leave_the_padding_out_and_its_last_block_takes_the_maximum():
     x = torch.arange(9.0).reshape(1, 1, 3, 3)
-    assert average(x)[0, 0].tolist() == [[2.0, 2.5, 3.0], [3.5, 4.0, 4.5], [5.0, 5.5, 6.0]]
-    torchvision = pytest.importorskip("torchvision", reason="torchvision's Inception is what there is to compare with")
-    other = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False)
-    held = tiny_inception.weights()
-    other.load_state_dict(held, strict=False)
-    other.fc = nn.Identity()
-    for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b"):
-        pooled(getattr(other, block), average)
-    pooled(other.Mixed_7c, lambda inner: F.max_pool2d(inner, 3, 1, 1))
-    frames = torch.rand(1, 3, 299, 299)
+    assert inception.average(x)[0, 0].tolist() == [[2.0, 2.5, 3.0], [3.5, 4.0, 4.5], [5.0, 5.5, 6.0]]
+    network = inception.network(tiny_inception.weights()).eval()
+    given: dict[str, Tensor] = {}
+    for name in ("Mixed_5c", "Mixed_7b", "Mixed_7c"):
+        block = getattr(network, name)
+        block.register_forward_pre_hook(lambda module, inputs, name=name: given.update({name: inputs[0]}))
+        block.branch_pool.conv.register_forward_pre_hook(
+            lambda module, inputs, name=name: given.update({f"{name} pooled": inputs[0]})
+        )
     with torch.inference_mode():
-        assert torch.allclose(other.eval()(2 * frames - 1), inception(frames, held), rtol=1e-3, atol=1e-4)
-
-
-def pooled(block: nn.Module, pool) -> None:
-    """Let a block's pool branch get what FID's Inception gives it."""
-    forward = block.branch_pool.forward
-    given: list[Tensor] = []
-    block.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
-    block.branch_pool.forward = lambda x: forward(pool(given.pop()))
+        inception.inception(network, torch.rand(1, 3, 80, 80))
+    for name, pool in (("Mixed_5c", inception.average), ("Mixed_7b", inception.average)):
+        assert torch.equal(given[f"{name} pooled"], pool(given[name]))
+    assert torch.equal(given["Mixed_7c pooled"], F.max_pool2d(given["Mixed_7c"], 3, 1, 1))
 
 
 class Logits(nn.Module):
@@ -122,19 +109,10 @@ def clip() -> nn.Module:
     torch.manual_seed(0)
     config = CLIPConfig(
         projection_dim=32,
-        vision_config=tower | {"hidden_size": 80, "intermediate_size": 160, "patch_size": 56, "image_size": 224},
-        text_config=tower | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 600, "eos_token_id": 517},
+        vision_config=tower | {"hidden_size": 80, "intermediate_size": 320, "patch_size": 56, "image_size": 224},
+        text_config=tower | {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 49408, "eos_token_id": 49407},
     )
     return CLIPModel(config).eval()
-
-
-def words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Write CLIP's merges; return the tokens of ``the red``."""
-    import gzip
-
-    path = place(folder, monkeypatch, "clip-words")
-    path.write_bytes(gzip.compress(b"#version: 0.2\nt h\nth e</w>\nr e\nre d</w>"))
-    return torch.tensor([[516, 513, 515, 517]])
 
 
 def cosines(clip, frames: Tensor, tokens: Tensor) -> Tensor:
@@ -145,7 +123,7 @@ def cosines(clip, frames: Tensor, tokens: Tensor) -> Tensor:
 
 
 def test_pickscore_is_transformers_logit(clip, tmp_path, monkeypatch):
-    tokens = words(tmp_path, monkeypatch)
+    tokens = open_clip.tokenize("the red")
     save_file({name: value.contiguous() for name, value in clip.state_dict().items()},
               place(tmp_path, monkeypatch, "pickscore"))  # fmt: skip
     frames = noise(3, 60, 97, 3)
@@ -157,8 +135,8 @@ def test_pickscore_is_transformers_logit(clip, tmp_path, monkeypatch):
 
 
 def test_hpsv2_is_the_cosine_of_whole_frames_on_black_squares(clip, tmp_path, monkeypatch):
-    tokens = words(tmp_path, monkeypatch)
-    torch.save({"epoch": 1, "state_dict": preference.by_openai(clip.state_dict())},
+    tokens = open_clip.tokenize("the red")
+    torch.save({"epoch": 1, "state_dict": networks_clip.huge(clip.state_dict()).state_dict()},
                place(tmp_path, monkeypatch, "hpsv2"))  # fmt: skip
     frames = noise(2, 60, 97, 3)
     found = Networks(tmp_path).hpsv2(frames, "the red")
@@ -183,7 +161,6 @@ def test_pictures_are_sized_as_each_judge_has_it():
 
 
 def test_a_picture_model_by_another_name_is_told(tmp_path, monkeypatch):
-    words(tmp_path, monkeypatch)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, place(tmp_path, monkeypatch, "hpsv2"))
     with pytest.raises(ConfigError, match=r"lacks .visual\.conv1\.weight."):
         Networks(tmp_path).hpsv2(noise(1, 60, 97, 3), "the red")

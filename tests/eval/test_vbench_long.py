@@ -223,4 +223,6 @@ def test_dinov2_scales_what_its_blocks_add(tmp_path, monkeypatch):
     other.load_state_dict(held)
     frames = tiny.random(2, 3, 56, 56)
     with torch.inference_mode():
-        assert torch.allclose(vit.dino(frames, weights), other(frames).last_hidden_state[:, 0], atol=1e-5)
+        assert torch.allclose(
+            vit.dino(vit.tower(weights).eval(), frames), other(frames).last_hidden_state[:, 0], atol=1e-5
+        )

@@ -49,6 +49,8 @@ class StepCacheConfig(MethodConfig):
         switch: share of the run's steps that the first of two transformers makes. ``each`` needs it for a share of
             them, `plan` to know when the second begins.
         max_consecutive: most steps that are skipped in a row; unset: any number.
+        growing: ``max_consecutive`` holds at the run's end alone: the bound grows evenly from 1 over the steps after
+            the warm-up, as outputs change ever less from step to step.
         max_skips: most steps that are skipped in a run; unset: any number.
         steps: one number for each step of the run: 1 is computed, 0 may be skipped; unset: every step may.
         predictor: ``hold`` repeats what was stored last; ``taylor`` continues the polynomial through the last
@@ -69,6 +71,7 @@ class StepCacheConfig(MethodConfig):
     warmup_of: Literal["run", "each", "last"] | None = None
     switch: Annotated[float, gt(0), lt(1)] | None = None
     max_consecutive: Count | None = None
+    growing: bool = False
     max_skips: Annotated[int, ge(0)] | None = None
     steps: Annotated[tuple[Computed, ...], begins_with(1)] | None = None
     predictor: Literal["hold", "taylor", "heun", "chebyshev"] = "hold"
@@ -76,6 +79,11 @@ class StepCacheConfig(MethodConfig):
     variable: Literal["step", "sigma"] = "step"
     stored: Literal["residual", "output"] = "residual"
     branches: Literal["all", "uncond"] = "all"
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        if self.growing and self.max_consecutive is None:
+            raise ConfigError(f"{self.name}.growing = True needs {self.name}.max_consecutive, got None; set the bound")
 
     @property
     def kept_points(self) -> int:
@@ -145,14 +153,25 @@ class StepCacheConfig(MethodConfig):
         for index in range(count):
             begins = index in (0, switch)  # nothing is stored
             turn = Turn(switch if index >= switch else 0, index >= switch)
-            must = begins or self.always_computed(index, count, turn) or self.most_skipped(in_a_row, skipped)
+            must = begins or self.always_computed(index, count, turn)
+            must = must or self.most_skipped(in_a_row, skipped, index, count, turn)
             skip = not must and skips(index, in_a_row)
             in_a_row, skipped = (in_a_row + 1, skipped + 1) if skip else (0, skipped)
         return skipped
 
-    def most_skipped(self, in_a_row: int, skips: int) -> str | None:
-        """Return why a step is computed after so many that were skipped, in a row and in all, or None."""
-        if self.max_consecutive is not None and in_a_row >= self.max_consecutive:
+    def most_skipped(self, in_a_row: int, skips: int, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
+        """Return why a step is computed after so many that were skipped, in a row and in all, or None.
+
+        Raises:
+            ConfigError: if the bound grows over the run's steps, and how many they are is not known.
+        """
+        bound = self.max_consecutive
+        if bound is not None and self.growing:
+            if count is None:
+                raise unknown_steps(self, "growing", "leave it out")
+            first = self.first_steps(count, turn)
+            bound = min(bound, 1 + bound * (index - in_a_row - first) // max(count - first, 1))
+        if bound is not None and in_a_row >= bound:
             return f"{in_a_row} skipped in a row"
         if self.max_skips is not None and skips >= self.max_skips:
             return f"{skips} skipped in all"

@@ -280,9 +280,9 @@ class StepCacheHandler(Handler):
             return why
         if not self._stored(context):
             return "nothing stored"
-        if (
-            why := settings.most_skipped(decider.in_a_row, len(self._steps_skipped - {context.step_index}))
-        ) is not None:
+        index, count = context.step_index, context.num_inference_steps
+        skips = len(self._steps_skipped - {index})
+        if (why := settings.most_skipped(decider.in_a_row, skips, index, count, turn)) is not None:
             return why
         needing = self._needing(context)
         return needing and f"{needing} needs it"

@@ -7,7 +7,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 from dit_accel_pipelines.generation.options import RUN, Device, Dtype, Json, Pixels
-from dit_accel_pipelines.generation.request import Dtype as DtypeName
 
 from dit_accel.errors import ConfigError, did_you_mean
 
@@ -47,6 +46,8 @@ class BenchOptions:
 
     def check(self, methods: Sequence[Any]) -> None:
         """Raise `ConfigError` for neither a family nor shapes, for options of the other one, or an unknown dtype."""
+        from dit_accel_pipelines.generation.request import Dtype as DtypeName  # loads torch, which --help need not
+
         known = get_args(DtypeName)
         if self.dtype is not None and self.dtype not in known:
             raise ConfigError(f"no dtype is called {self.dtype!r}; {did_you_mean(self.dtype, known)}")

@@ -16,6 +16,9 @@ Clip = npt.NDArray[np.float32]
 
 Better = Literal["more", "less", "neither"]
 
+FAMILY = ":MODEL"
+"""How the name of what stands for the metrics of all models ends."""
+
 ROUNDING = 1e-3
 """How far a value may lie outside [0, 1]: resampling and number formats go past it a little."""
 
@@ -84,8 +87,11 @@ class Metric:
         reference: whether it compares with a reference.
         source: paper or definition, and where it is departed from.
         measure: the value of a sample.
-        missing: why it can't be measured here, None if it can; asked before anything is computed.
+        missing: why it can't be measured here, None if it can; asked before anything is computed. It raises a
+            `ConfigError` where what it rests on was named and is something else, such as another model's weights.
         decimals: digits behind the point in tables.
+        prompt: whether it compares with the prompt.
+        of: of a family, whose name ends in ``:MODEL``, what gives the metric of a model's name; None: of a metric.
     """
 
     name: str
@@ -97,12 +103,14 @@ class Metric:
     measure: Callable[[Sample], Measured | float]
     missing: Callable[[], str | None] = lambda: None
     decimals: int = 3
+    prompt: bool = False
+    of: "Callable[[str], Metric] | None" = None
 
     def __post_init__(self) -> None:
         if self.better not in ("more", "less", "neither"):
             raise ConfigError(f"metric {self.name!r} has better = {self.better!r}; say 'more', 'less' or 'neither'")
-        if not self.name or any(sign.isspace() or sign in "=," for sign in self.name):
-            raise ConfigError(f"a metric can't be called {self.name!r}; leave out blanks, commas and equals signs")
+        if not self.name or any(sign.isspace() or sign == "," for sign in self.name):
+            raise ConfigError(f"a metric can't be called {self.name!r}; leave out blanks and commas")
         if not self.bounds[0] < self.bounds[1]:
             raise ConfigError(f"metric {self.name!r} has bounds {self.bounds}; give the least value first")
 

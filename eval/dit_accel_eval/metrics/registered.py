@@ -1,14 +1,14 @@
 """The registry of metrics, which installed packages give by entry point, and the measuring of a sample by names."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from .metric import Measured, Metric, NotMeasured, Sample
+from .metric import FAMILY, Measured, Metric, NotMeasured, Sample
 
 METRIC_GROUP = "dit_accel.metrics"
 
@@ -38,12 +38,32 @@ def metrics() -> dict[str, Metric]:
 
 
 def metric(name: str) -> Metric:
-    """Return one metric by name; an unknown one is refused with the nearest."""
-    known = metrics()
+    """Return one metric by name; an unknown one is refused with the nearest, and so is the model that it names."""
+    known, (family, model) = metrics(), _family(name)
+    if family is not None and family.of is not None:
+        return family.of(model)
     if name not in known:
         hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
         raise ConfigError(f"there is no metric {name!r}; {hint}")
     return known[name]
+
+
+def described(name: str) -> Metric | None:
+    """Return a metric to read its words, sense and decimals of, whether or not it can be had here; None: unknown."""
+    family, model = _family(name)
+    return replace(family, name=name, words=f"{family.words}, {model}") if family else metrics().get(name)
+
+
+def _family(name: str) -> tuple[Metric | None, str]:
+    """Return the family that a name belongs to, None if to none, and the model that it names."""
+    first, _, model = name.partition(":")
+    return metrics().get(first + FAMILY), model
+
+
+def unavailable(names: Iterable[str]) -> dict[str, str]:
+    """Return why metrics can't be measured here, by name, of those that can't."""
+    reasons = ((name, metric(name).missing()) for name in names)
+    return {name: reason for name, reason in reasons if reason is not None}
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:

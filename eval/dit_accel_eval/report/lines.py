@@ -11,7 +11,7 @@ from typing import Any
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from ..metrics.registered import metrics
+from ..metrics.registered import described, metrics
 from ..runs.results import Line, latest
 
 ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
@@ -118,14 +118,16 @@ def words_of(metric: str) -> str:
     """Return a metric in words; its name alone where it is not installed."""
     if metric in ALWAYS:
         return ALWAYS[metric]
-    return metrics()[metric].words if metric in metrics() else metric
+    found = described(metric)
+    return found.words if found else metric
 
 
 def better_of(metric: str) -> str:
     """Return which way a metric is better: ``more``, ``less`` or ``neither``."""
     if metric in ALWAYS:
         return "more"
-    return metrics()[metric].better if metric in metrics() else "neither"
+    found = described(metric)
+    return found.better if found else "neither"
 
 
 def _check_one(path: Path, lines: Sequence[Line]) -> None:
@@ -151,10 +153,10 @@ def read_minimums(texts: Sequence[str]) -> Mapping[str, float]:
     """
     known, found = {*ALWAYS, *metrics()}, {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, value = text.rpartition("=")
         if not equals:
             raise ConfigError(f"--min {text!r} is not METRIC=VALUE; write, say, --min psnr=28")
-        if name not in known:
+        if name not in known and described(name) is None:
             hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
             raise ConfigError(f"--min {text!r} names no metric; {hint}")
         if better_of(name) == "neither":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from dit_accel_pipelines.generation.solvers import BEST
 
-from ..metrics.registered import metrics
+from ..metrics.registered import described
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import FEWEST, Estimate, Judged, estimate, judge
 from .arms import TUNED, is_rival
@@ -154,7 +154,8 @@ def equal_value(
 
 def decimals_of(metric: str) -> int:
     """Return how many digits behind the point a metric is shown with; 3 for one that is not installed."""
-    return metrics()[metric].decimals if metric in metrics() else 3
+    found = described(metric)
+    return found.decimals if found else 3
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:

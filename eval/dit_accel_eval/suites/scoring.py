@@ -14,6 +14,7 @@ from ..metrics.registered import check_names, metric, scores
 from ..metrics.weights import missing
 from ..runs.clip_files import ClipFile, clips_in, paired
 from ..runs.results import Line
+from ..vbench.prompts import prompts_by_name
 
 CAP = (
     "which caps PSNR and the like (near 39 dB at the quality that diffusers exports) and hides small errors; compare "
@@ -29,6 +30,8 @@ def score_files(
     *,
     fps: float,
     trained_frames: int | None = None,
+    prompt: str = "",
+    prompts: Path | None = None,
     warn: Callable[[str], None],
 ) -> Iterator[Line]:
     """Give a line for each clip, then one for all if distances between sets are asked for.
@@ -39,28 +42,36 @@ def score_files(
         names: of metrics, or of `SETS`.
         fps: frames per second of all clips.
         trained_frames: frames that the model was trained on; None: as many as there are.
+        prompt: what all clips should show.
+        prompts: JSON object {file name: prompt}, in place of that.
         warn: is given what should be known beforehand.
 
     Raises:
-        ConfigError: for an unknown metric, one that needs references where there are none, or clips that can't be read
-            or compared; what can be refused before anything is measured is.
+        ConfigError: for an unknown metric, one that needs references or prompts where there are none, or clips that
+            can't be read or compared; what can be refused before anything is measured is.
     """
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]
     comparing = [*(name for name in single if metric(name).reference), *sets]
     if comparing and references is None:
         raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
+    prompted = [name for name in single if metric(name).prompt]
+    if prompted and prompts is None and not prompt.strip():
+        raise ConfigError(
+            f"{', '.join(prompted)} compares with the prompt; give it with --prompt, or --prompts FILE.json"
+        )
     reason = missing(NET) if sets else None
     if reason is not None:
         raise ConfigError(f"{', '.join(sets)} can't be measured: {reason}")
     clips = clips_in(path)
     pairs = list(paired(clips, path, references))
+    said = prompts_by_name(prompts, [one.path.name for one in clips]) if prompts else {}
     lossy = [one.path.name for pair in pairs for one in pair if one is not None and not one.is_exact()]
     if lossy and comparing:
         warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {CAP}")
     both: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for clip, reference in pairs:
-        sample = _sample(clip, reference, fps, trained_frames)
+        sample = _sample(clip, reference, said.get(clip.path.name, prompt), fps, trained_frames)
         if sets and sample.reference is not None:
             both[0].append(features(sample.frames))
             both[1].append(features(sample.reference))
@@ -73,12 +84,13 @@ def score_files(
         yield _sets(sets, torch.cat(both[0]), torch.cat(both[1]), warn)
 
 
-def _sample(clip: ClipFile, reference: ClipFile | None, fps: float, trained_frames: int | None) -> Sample:
+def _sample(clip: ClipFile, reference: ClipFile | None, prompt: str, fps: float, trained_frames: int | None) -> Sample:
     frames: Clip = clip.frames()
     try:
         return Sample(
-            frames=frames, reference=reference.frames() if reference else None, fps=fps, trained_frames=trained_frames
-        )
+            frames=frames, reference=reference.frames() if reference else None, prompt=prompt, fps=fps,
+            trained_frames=trained_frames,
+        )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{clip.path}: {error}") from None
 

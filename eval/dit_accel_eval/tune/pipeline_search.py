@@ -11,7 +11,7 @@ from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel.errors import ConfigError, did_you_mean
 
-from ..metrics.registered import metric, metrics
+from ..metrics.registered import described, metric, metrics
 from ..runs.loaded import FIRST_PROMPT
 from ..runs.results import Line, latest, read_lines
 from ..statistics import estimate
@@ -110,7 +110,8 @@ class Target:
     @property
     def sign(self) -> int:
         """1 where more of the metric is better, -1 where less is."""
-        return -1 if self.quality in metrics() and metrics()[self.quality].better == "less" else 1
+        found = described(self.quality)
+        return -1 if found and found.better == "less" else 1
 
     def missed(self, point: "Point") -> float:
         """Return by how much a setting misses the target; 0 if it meets it."""
@@ -144,13 +145,13 @@ class Point:
 
 def read_target(text: str) -> Target:
     """Read a target, such as ``psnr=30``, ``lpips=0.1`` or ``speedup=2``; raises `ConfigError` for any other."""
-    name, equals, value = text.partition("=")
+    name, equals, value = text.rpartition("=")
     name = NICKNAMES.get(name, name)
     if not equals:
         raise ConfigError(f"--target {text!r} is not NAME=VALUE; write, say, --target psnr=30 or --target speedup=2")
     if name not in (SPEEDUP, "score"):
         known = {*metrics(), SPEEDUP, "score", *NICKNAMES}
-        if name not in known:
+        if name not in known and described(name) is None:
             hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
             raise ConfigError(f"--target {text!r} names no metric; {hint}")
         reason = metric(name).missing()

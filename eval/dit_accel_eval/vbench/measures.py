@@ -165,9 +165,9 @@ WAYS: dict[str, Way] = {
     "color": Way(measure=_color, networks=GRIT, observed=True),
     "spatial_relationship": Way(measure=_relation, networks=GRIT, observed=True),
     "scene": Way(measure=_scene, networks=("tag2text", "bert-words"), observed=True),
-    "appearance_style": Way(measure=_style, networks=("clip-b32", "clip-words")),
-    "temporal_style": Way(measure=_prompted, networks=("viclip", "clip-words")),
-    "overall_consistency": Way(measure=_prompted, networks=("viclip", "clip-words")),
+    "appearance_style": Way(measure=_style, networks=("clip-b32",)),
+    "temporal_style": Way(measure=_prompted, networks=("viclip",)),
+    "overall_consistency": Way(measure=_prompted, networks=("viclip",)),
 }  # fmt: skip
 """Dimension -> how."""
 

@@ -120,7 +120,13 @@ def module(name: str) -> Any:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Let ``vbench`` be the unpacked files, as if its own modules were empty, and afterwards what it was."""
+    """Let ``vbench`` be the unpacked files, as if its own modules were empty, and afterwards what it was.
+
+    AMT's code lets Pillow read pictures that are cut off; that is taken back as well.
+    """
+    from PIL import ImageFile
+
+    cut_off = ImageFile.LOAD_TRUNCATED_IMAGES
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "vbench"}
     root = types.ModuleType("vbench")
     root.__path__ = [str(unpacked() / "vbench")]
@@ -128,6 +134,7 @@ def _alone() -> Iterator[None]:
     try:
         yield
     finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = cut_off
         for name in [name for name in sys.modules if name.partition(".")[0] == "vbench"]:
             del sys.modules[name]
         sys.modules |= kept

@@ -177,14 +177,20 @@ def custom_videos(folder: Path, prompts_file: Path | None, names: Sequence[str])
     paths = _files(folder).values()
     prompts = {path.name: prompt_of(path) for path in paths}
     if prompts_file is not None:
-        prompts = _json(prompts_file)
-        if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-            raise ConfigError(f"prompts {prompts_file} must be a JSON object {{file name: prompt}}")
-        missing = next((path.name for path in paths if path.name not in prompts), None)
-        if missing is not None:
-            raise ConfigError(f"prompts {prompts_file} has no {missing!r}; {did_you_mean(missing, prompts)}")
+        prompts = prompts_by_name(prompts_file, prompts)
     served = tuple(names)
     return [Wanted(prompt=Prompt(text=prompts[path.name], dimensions=served), paths=(path,)) for path in paths]
+
+
+def prompts_by_name(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the prompts of files by name, from a JSON {file name: prompt} that has them all."""
+    prompts = _json(path)
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ConfigError(f"prompts {path} must be a JSON object {{file name: prompt}}")
+    missing = next((name for name in names if name not in prompts), None)
+    if missing is not None:
+        raise ConfigError(f"prompts {path} has no {missing!r}; {did_you_mean(missing, prompts)}")
+    return prompts
 
 
 def _json(path: Path) -> Any:

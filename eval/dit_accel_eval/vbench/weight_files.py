@@ -65,11 +65,8 @@ def absent(name: str, at: Path) -> str | None:
 
 @cache
 def _hash(path: Path, changed: int) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as opened:
-        while part := opened.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def hash_of(name: str, at: Path) -> str:

@@ -4,7 +4,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from dit_accel import ConfigError
 
 from .. import official, sampling, weight_files
 from ..sampling import Frames
-from . import bert, grit, ported, preference, tag2text, vit, words
-from .inception import inception
+from . import bert, clip, grit, inception, ported, tag2text, vit
 
 TOGETHER = 32
 """Frames that go through a network of features at once."""
@@ -42,20 +41,20 @@ class Networks:
     Args:
         folder: of the weights.
         device: on which they run.
-        head: width of an attention head of all transformers.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", head: int = vit.HEAD) -> None:
-        self.folder, self.device, self.head = folder, device, head
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
         self._read: dict[str, dict[str, Tensor]] = {}
-        self._towers: dict[str, Any] = {}
+        self._networks: dict[str, Any] = {}
 
     def missing(self, names: tuple[str, ...]) -> str | None:
         """Return why networks can't be had, None if they can; files, libraries and official code alike."""
         reasons = [weight_files.absent(name, self.folder) for name in names]
         if {"raft", "amt", "umt", "tag2text"} & set(names):
             reasons.append(official.missing())
-        reasons += [_no_library(*one) for name, one in LIBRARIES.items() if name in names]
+        modules = {module: package for name in names for module, package in LIBRARIES.get(name, {}).items()}
+        reasons += [_no_library(*one) for one in modules.items()]
         found = [reason for reason in reasons if reason is not None]
         return "; ".join(found) or None
 
@@ -78,13 +77,21 @@ class Networks:
     def _complete(self, name: str) -> Iterator[Mapping[str, Tensor]]:
         """Give a network's weights for inference; what they lack is named."""
         weights = self._weights(name)
+        with self._whole(name), torch.inference_mode():
+            yield weights
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[None]:
+        """Name what a file of weights lacks, or has too much or in another size."""
         try:
-            with torch.inference_mode():
-                yield weights
+            yield
         except KeyError as error:
             raise ConfigError(
                 f"{self._path(name)} lacks {error}, so it holds another network's weights; download it again"
             ) from None
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"{self._path(name)} holds another network's weights: {reason}") from None
 
     def _path(self, name: str, *, checked: bool = False) -> Path:
         """Return where a file lies; with its hash checked, if so wanted."""
@@ -94,37 +101,48 @@ class Networks:
 
     def _tower(self, name: str, make: Callable[..., Any], *options: Any) -> Any:
         """Return a network of `ported`, made once of the weights of a file."""
-        if name not in self._towers:
-            self._towers[name] = make(self._weights(name), *options)
-        return self._towers[name]
+        if name not in self._networks:
+            self._networks[name] = make(self._weights(name), *options)
+        return self._networks[name]
 
-    def _unit(self, name: str, given: Tensor, function: Callable[..., Tensor], *options: Any) -> Tensor:
-        """Return what a function of `vit` gives of frames, clips or tokens, brought to unit length."""
-        return F.normalize(self._ask(name, given, lambda x, held: function(x, held, *options, self.head)), dim=1)
+    def _made(self, name: str, make: Callable[[Mapping[str, Tensor]], Any]) -> Any:
+        """Return a network made once of the weights of a file; one that holds another network's is refused."""
+        if name not in self._networks:
+            with self._whole(name):
+                self._networks[name] = make(weight_files.read(name, self.folder)).to(self.device).eval()
+        return self._networks[name]
 
-    def dino(self, frames: Tensor) -> Tensor:
+    def _each(self, given: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what a network gives of frames or tokens, batch by batch."""
+        with torch.inference_mode():
+            return torch.cat([function(part.to(self.device)).cpu() for part in given.split(TOGETHER)])
+
+    def dino(self, frames: Tensor, name: str = "dino") -> Tensor:
         """Return DINO's features [F, D] of unit length, of frames as `sampling.for_dino` gives them."""
-        return self._unit("dino", frames, vit.dino)
+        return F.normalize(self._each(frames, partial(vit.dino, self._made(name, vit.tower))), dim=1)
 
     def dinov2(self, frames: Tensor) -> Tensor:
         """Return DINOv2's features [F, D] of unit length, of frames as `sampling.for_dinov2` gives them."""
-        return self._unit("dinov2", frames, vit.dino)
+        return self.dino(frames, "dinov2")
 
     def clip(self, name: str, frames: Tensor) -> Tensor:
         """Return CLIP's embeddings [F, D] of unit length, of frames as `sampling.for_clip` gives them."""
-        return self._unit(name, frames[:, :, None], vit.clip_video, "visual.")
+        return F.normalize(self._each(frames, self._made(name, clip.openai).encode_image), dim=1)
 
     def clip_words(self, name: str, text: str) -> Tensor:
         """Return CLIP's embedding [1, D] of unit length of a text, of which more than 77 tokens are refused."""
-        return self._unit(name, self._tokens(text, CONTEXT, cut=False), vit.clip_text, "")
+        tokens = clip.tokens(text, CONTEXT, cut=False)
+        return F.normalize(self._each(tokens, self._made(name, clip.openai).encode_text), dim=1)
 
     def viclip(self, frames: Tensor) -> Tensor:
         """Return ViCLIP's embedding [1, D] of unit length of 8 frames."""
-        return self._unit("viclip", frames.transpose(0, 1)[None], vit.clip_video, "vision_encoder.")
+        return F.normalize(self._each(frames, partial(clip.clip_video, self._made("viclip", clip.viclip))), dim=1)
 
     def viclip_words(self, text: str) -> Tensor:
         """Return ViCLIP's embedding [1, D] of unit length of a text, of which it reads 32 tokens."""
-        return self._unit("viclip", self._tokens(text, SHORT, cut=True), vit.clip_text, "text_encoder.")
+        network = self._made("viclip", clip.viclip)
+        tokens = clip.tokens(text, SHORT, places=network.context_length)
+        return F.normalize(self._each(tokens, network.encode_text), dim=1)
 
     def aesthetic(self, embeddings: Tensor) -> Tensor:
         """Return LAION's score, about 0 to 10, of CLIP L/14's embeddings [F, D] of unit length: [F]."""
@@ -132,8 +150,7 @@ class Networks:
 
     def umt(self, frames: Tensor) -> Tensor:
         """Return the logits [classes] of the actions of Kinetics-400, of 16 frames."""
-        clips = frames.transpose(0, 1)[None]
-        return self._ask("umt", clips, lambda x, held: vit.umt(x, held, self.head))[0]
+        return self._each(frames, partial(vit.umt, self._made("umt", vit.tower)))
 
     @cached_property
     def _words(self) -> list[str]:
@@ -170,7 +187,7 @@ class Networks:
         return found
 
     def _things(self, frames: Tensor, weights: Mapping[str, Tensor]) -> Iterator[grit.Things]:
-        tower = self._tower("grit", ported.vitdet, self.head)
+        tower = self._tower("grit", ported.vitdet, vit.HEAD)
         return (grit.things(frame.to(self.device), weights, tower) for frame in frames)
 
     def _said(self, tokens: Tensor) -> list[str]:
@@ -178,7 +195,8 @@ class Networks:
 
     def inception(self, frames: Frames) -> Tensor:
         """Return Inception's features [F, 2048] of uint8 frames, by which FID is measured."""
-        return self._ask("inception", sampling.tensor(frames) / 255, inception)
+        given = sampling.tensor(frames) / 255
+        return self._each(given, partial(inception.inception, self._made("inception", inception.network)))
 
     @cached_property
     def _i3d(self) -> Any:
@@ -202,19 +220,17 @@ class Networks:
 
     def pickscore(self, frames: Frames, text: str) -> float:
         """Return PickScore of uint8 frames and a prompt, of which 77 tokens are read: the mean over frames."""
-        tokens = self._tokens(text, CONTEXT, cut=True).to(self.device)
-
-        def score(x: Tensor, held: Mapping[str, Tensor]) -> Tensor:
-            plain = preference.by_openai(held)
-            return plain["logit_scale"].exp() * preference.cosines(x, tokens, plain)
-
-        return float(self._ask("pickscore", sampling.for_pickscore(frames), score).mean())
+        scale = float(self._made("pickscore", clip.huge).logit_scale.detach().exp())
+        return scale * self._preferred("pickscore", sampling.for_pickscore(frames), text)
 
     def hpsv2(self, frames: Frames, text: str) -> float:
         """Return HPSv2.1 of uint8 frames and a prompt, of which 77 tokens are read: the mean over frames."""
-        tokens = self._tokens(text, CONTEXT, cut=True).to(self.device)
-        given = sampling.for_hps(frames)
-        return float(self._ask("hpsv2", given, lambda x, held: preference.cosines(x, tokens, held)).mean())
+        return self._preferred("hpsv2", sampling.for_hps(frames), text)
+
+    def _preferred(self, name: str, given: Tensor, text: str) -> float:
+        tokens = clip.tokens(text, CONTEXT).to(self.device)
+        network = self._made(name, clip.huge)
+        return float(self._each(given, lambda part: clip.cosines(network, part, tokens)).mean())
 
     @cached_property
     def _raft(self) -> Any:
@@ -260,25 +276,9 @@ class Networks:
             return torch.stack([self._musiq(frame[None].to(self.device)).reshape(()).cpu() for frame in frames])
 
     def _filled(self, name: str, network: Any) -> Any:
-        try:
+        with self._whole(name):
             network.load_state_dict(self._weights(name))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ConfigError(f"{self._path(name)} holds another network's weights: {reason}") from None
         return network.to(self.device).eval()
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return words.tokenizer(self._path("clip-words"))
-
-    def _tokens(self, text: str, context: int, *, cut: bool) -> Tensor:
-        """Return a text's tokens int64 [1, context], zeros behind the last."""
-        found = words.tokens(self._tokenizer, text)
-        if len(found) > context:
-            if not cut:
-                raise ConfigError(f"CLIP reads {context} tokens, and {text!r} has {len(found)}; shorten it")
-            found = [*found[: context - 1], found[-1]]
-        return torch.tensor([found + [0] * (context - len(found))])
 
 
 @contextmanager
@@ -296,8 +296,14 @@ class _Options(types.SimpleNamespace):
         return name in vars(self)
 
 
-LIBRARIES = {"musiq": ("pyiqa", "pyiqa"), "umt": ("cv2", "opencv-python-headless"), "raft": ("scipy", "scipy")}
-"""Network -> the module that it takes, and its package."""
+_CLIP = {"open_clip": "open-clip-torch"}
+LIBRARIES = {
+    "musiq": {"pyiqa": "pyiqa"}, "raft": {"scipy": "scipy"}, "umt": {"cv2": "opencv-python-headless", "timm": "timm"},
+    **dict.fromkeys(("clip-b32", "clip-l14", "viclip", "hpsv2", "pickscore"), _CLIP),
+    "dino": {"timm": "timm"}, "dinov2": {"timm": "timm"},
+    "grit": {"torchvision": "torchvision"}, "inception": {"torchvision": "torchvision"},
+}  # fmt: skip
+"""Network -> the modules that it takes, and their packages."""
 
 
 def _no_library(module: str, package: str) -> str | None:

@@ -1,0 +1,136 @@
+"""What a CLIP model of open_clip's says of a clip: how near to its prompt and its reference it is, and how pretty."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dit_accel import ConfigError
+
+from .metric import FAMILY, Measured, Metric, NotMeasured, Sample, mean_of
+from .openclip import Weighted, no_library, weighted
+from .weights import folder
+
+HEADS = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
+PUBLISHED = tuple(f"sa_0_4_vit_{one}_linear.pth" for one in ("l_14", "b_32", "b_16"))
+"""The aesthetic heads that LAION has published, over the embeddings of OpenAI's weights, and where."""
+
+
+def score(by: Weighted, sample: Sample) -> Measured:
+    """Return 100 times the cosine of the prompt and each frame, at least 0: the mean over frames, and each frame's."""
+    seen, read = _both(by, sample)
+    return mean_of((100 * seen @ read).clamp(min=0).tolist())
+
+
+def alignment(by: Weighted, sample: Sample) -> Measured:
+    """Return the cosine of the prompt and the whole clip, the mean of its frames' embeddings; and each frame's."""
+    seen, read = _both(by, sample)
+    return Measured(value=float(normalize(seen.mean(0), dim=0) @ read), by_frame=tuple((seen @ read).tolist()))
+
+
+def likeness(by: Weighted, sample: Sample) -> Measured:
+    """Return the cosine of each frame and the reference's: the mean over frames, and each frame's."""
+    one, two = map(by.embedder().pictures, sample.pair())
+    return mean_of((one * two).sum(1).tolist())
+
+
+def _both(by: Weighted, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Return the unit embeddings of the frames, [F, D], and of the prompt, [D]."""
+    if not sample.prompt.strip():
+        raise NotMeasured("it compares with the prompt, and there is none")
+    return by.embedder().pictures(sample.frames), by.embedder().text(sample.prompt)
+
+
+def aesthetic(by: Weighted, sample: Sample) -> Measured:
+    """Return LAION's aesthetic score, about 1 to 10: the mean over frames, and each frame's."""
+    weight, bias = _head(by)
+    return mean_of((by.embedder().pictures(sample.frames) @ weight[0] + bias).tolist())
+
+
+def head_path(one: Weighted) -> Path:
+    """Return where the aesthetic head of a model lies: beside VBench's, by LAION's name."""
+    short = one.model.removesuffix("-quickgelu").lower().replace("-", "_")
+    return folder() / "vbench" / "aesthetic_model" / "emb_reader" / f"sa_0_4_{short}_linear.pth"
+
+
+def no_head(one: Weighted) -> str | None:
+    """Return why a model's aesthetic head can't be had, None if it can; another model's is refused."""
+    path = head_path(one)
+    if path.is_file():
+        _head(one)
+        return None
+    published = f"{HEADS}/{path.name}" if path.name in PUBLISHED else f"one of your own for {one.model}"
+    return f"the aesthetic head is not here: put {published} at {path}"
+
+
+def _head(one: Weighted) -> tuple[Tensor, Tensor]:
+    """Return the weight [1, D] and the bias [1] of a model's aesthetic head; one of another width is refused."""
+    path = head_path(one)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        weight, bias = held["weight"].float(), held["bias"].float()
+    except Exception as error:  # torch's readers raise all kinds
+        raise ConfigError(f"{path} can't be read as an aesthetic head ({error!r}); download it again") from None
+    if weight.shape != (1, width := one.width()):
+        raise ConfigError(
+            f"{path} is a head of {weight.shape[-1]} features, and {one.model} gives {width}; download it again"
+        )
+    return weight, bias
+
+
+def _family(
+    name: str, look: Callable[[Weighted, Sample], Measured], lack: Callable[[Weighted], str | None] = lambda one: None,
+    **about: Any,
+) -> Metric:  # fmt: skip
+    """Return what stands for a metric of every model; its ``of`` gives that of one, by name (`weighted`).
+
+    ``look`` measures by a model, and ``lack`` tells what it lacks besides its weights.
+    """
+
+    @cache
+    def of(text: str) -> Metric:
+        one = Weighted(text) if no_library() else weighted(text)
+        return replace(
+            family, name=f"{name}:{text}", words=f"{family.words}, {text}", measure=partial(look, one), of=None,
+            missing=lambda: no_library() or lack(one) or one.missing(),
+        )  # fmt: skip
+
+    family = Metric(
+        name=name + FAMILY, of=of, missing=lambda: no_library() or NAMELESS, measure=lambda sample: np.nan, **about
+    )
+    return family
+
+
+NAMELESS = "name a model with its weights, MODEL/TAG or MODEL=FILE, such as ViT-B-32/openai"
+
+CLIP_SCORES = (
+    _family(
+        "clip-score@open_clip", score, words="CLIP score", better="more", bounds=(0.0, 100.0), reference=False,
+        prompt=True, decimals=2,
+        source="Hessel et al. 2021 (arXiv 2104.08718) without its factor: 100 max(cosine, 0) of prompt and frame, mean "
+        "over frames; open_clip's model, tokenizer and preparation",
+    ),
+    _family(
+        "clip-align@open_clip", alignment, words="prompt alignment", better="more", bounds=(-1.0, 1.0),
+        reference=False, prompt=True,
+        source="cosine of the prompt and the mean of the frames' unit embeddings; open_clip",
+    ),
+    _family(
+        "clip-image@open_clip", likeness, words="CLIP likeness to the reference", better="more", bounds=(-1.0, 1.0),
+        reference=True, decimals=4,
+        source="cosine of each frame's embedding and the reference frame's, mean over frames; open_clip",
+    ),
+    _family(
+        "aesthetic@open_clip", aesthetic, no_head, words="aesthetic score", better="more", bounds=(-np.inf, np.inf),
+        reference=False, decimals=2,
+        source="LAION's linear aesthetic predictor (sa_0_4) over unit embeddings, mean over frames, about 1 to 10; "
+        "open_clip",
+    ),
+)  # fmt: skip
+"""Families: each gives a metric for any of open_clip's models."""

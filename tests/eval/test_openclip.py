@@ -1,0 +1,264 @@
+"""Metrics by open_clip: against its own forward on random weights of its smallest models, and every wrong name told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import tiny_vbench
+import torch
+from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, scores
+from dit_accel_eval.metrics import weights as metric_weights
+from dit_accel_eval.metrics.openclip import weighted
+from dit_accel_eval.metrics.registered import check_names, unavailable
+from dit_accel_eval.report.lines import better_of, read_minimums, words_of
+from dit_accel_eval.tune.objectives import objective_of
+from PIL import Image
+from torch.nn.functional import normalize
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError
+from dit_accel.cli.app import app
+
+MODEL, OTHER = "ViT-S-32-alt", "ViT-S-32"
+PROMPT = "A red kite over the sea, 5 o'clock"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A model of random weights by open_clip's own words, its preparation and tokenizer, and its file."""
+    torch.manual_seed(0)
+    network, _, prepare = open_clip.create_model_and_transforms(MODEL, pretrained=None)
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save(network.state_dict(), path)
+    return network.eval(), prepare, open_clip.get_tokenizer(MODEL), path
+
+
+def clip(seed: int = 0, frames: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).random((frames, 40, 56, 3), np.float32)
+
+
+def pictures(given, frames: np.ndarray) -> torch.Tensor:
+    network, prepare, _, _ = given
+    images = [prepare(Image.fromarray(np.rint(frame * 255).astype(np.uint8))) for frame in frames]
+    with torch.no_grad():
+        return normalize(network.encode_image(torch.stack(images)))
+
+
+def text(given, prompt: str = PROMPT) -> torch.Tensor:
+    with torch.no_grad():
+        return normalize(given[0].encode_text(given[2]([prompt])))[0]
+
+
+def values(name: str, sample: Sample) -> tuple[float, list[float]]:
+    found = metric(name)(sample)
+    return found.value, list(found.by_frame or ())
+
+
+def test_figures_are_those_of_open_clips_own_forward(given):
+    sample = Sample(frames=clip(), reference=clip(1), prompt=PROMPT)
+    seen, other, read = pictures(given, clip()), pictures(given, clip(1)), text(given)
+    cosines = seen @ read
+    by = f"open_clip:{MODEL}={given[3]}"
+    value, frames = values(f"clip-score@{by}", sample)
+    assert value == pytest.approx(float((100 * cosines).clamp(min=0).mean()), abs=1e-3)
+    assert frames == pytest.approx((100 * cosines).clamp(min=0).tolist(), abs=1e-3)
+    value, frames = values(f"clip-align@{by}", sample)
+    assert value == pytest.approx(float(normalize(seen.mean(0), dim=0) @ read), abs=1e-5)
+    assert frames == pytest.approx(cosines.tolist(), abs=1e-5)
+    value, frames = values(f"clip-image@{by}", sample)
+    assert frames == pytest.approx((seen * other).sum(1).tolist(), abs=1e-5)
+    assert value == pytest.approx(float((seen * other).sum(1).mean()), abs=1e-5)
+    assert values(f"clip-image@{by}", Sample(frames=clip(), reference=clip()))[0] == pytest.approx(1, abs=1e-5)
+    long = Sample(frames=clip(), prompt="sea " * 200)  # as many tokens are read as the model takes
+    assert values(f"clip-align@{by}", long)[1] == pytest.approx((seen @ text(given, "sea " * 75)).tolist(), abs=1e-5)
+
+
+def test_a_prompt_or_reference_that_lacks_is_told(given):
+    by = f"open_clip:{MODEL}={given[3]}"
+    found = scores([f"clip-score@{by}", f"clip-align@{by}", f"clip-image@{by}"], Sample(frames=clip(), prompt=" "))
+    assert not found.measured
+    assert [reason.split(" ")[3] for reason in found.skipped.values()] == ["the", "the", "a"]
+    assert "the prompt, and there is none" in found.skipped[f"clip-score@{by}"]
+
+
+def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkeypatch):
+    monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
+    name = f"aesthetic@open_clip:{MODEL}={given[3]}"
+    path = tmp_path / "vbench" / "aesthetic_model" / "emb_reader" / "sa_0_4_vit_s_32_alt_linear.pth"
+    reason = metric(name).missing()
+    assert reason == f"the aesthetic head is not here: put one of your own for {MODEL} at {path}"
+    path.parent.mkdir(parents=True)
+    head = torch.nn.Linear(256, 1)
+    torch.save(head.state_dict(), path)
+    with torch.no_grad():
+        expected = head(pictures(given, clip()))[:, 0]
+    value, frames = values(name, Sample(frames=clip()))
+    assert frames == pytest.approx(expected.tolist(), abs=1e-5)
+    assert objective_of(name, None)(clip(), "") == pytest.approx(value)
+    wide = metric(f"aesthetic@open_clip:{MODEL}={given[3]}")
+    torch.save(torch.nn.Linear(9, 1).state_dict(), path)
+    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt.*9 features.*256"):
+        wide.missing()
+    path.write_bytes(b"none")
+    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt_linear\.pth.*aesthetic head"):
+        unavailable([name])
+
+
+def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given, tmp_path, monkeypatch):
+    monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
+    source = "https://huggingface.co/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/resolve/main/open_clip_model.safetensors"
+    place = tmp_path / "open_clip" / "ViT-B-32" / "laion2b_s34b_b79k.safetensors"
+    name = "clip-score@open_clip:ViT-B-32/laion2b_s34b_b79k"
+    (reason,) = unavailable(["psnr", name]).values()
+    assert reason.endswith(f"put {source} at {place}")
+    assert "dit-accel eval setup --clip ViT-B-32/laion2b_s34b_b79k fetches them" in reason
+    assert name in scores([name], Sample(frames=clip(), prompt=PROMPT)).unavailable
+    with pytest.raises(ConfigError, match=r"objective 'clip-score@.*weights of ViT-B-32/"):
+        objective_of(name, None)
+    head = unavailable(["aesthetic@open_clip:ViT-L-14/openai"])["aesthetic@open_clip:ViT-L-14/openai"]
+    assert "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth at " in head
+    described = {"hf_hub": "a/b/", "quick_gelu": True, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: ["mine"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: described)
+    one = weighted(f"{MODEL}/mine")
+    one.place.parent.mkdir(parents=True)
+    from safetensors.torch import save_file
+
+    save_file(given[0].state_dict(), one.place)
+    assert one.missing() is None
+    made, _, prepare = open_clip.create_model_and_transforms(
+        MODEL, pretrained=None, force_quick_gelu=True, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
+        image_resize_mode="squash",
+    )  # fmt: skip
+    made.load_state_dict(given[0].state_dict())
+    expected = pictures((made.eval(), prepare, None, None), clip())
+    assert torch.allclose(one.embedder().pictures(clip()), expected, atol=1e-5)
+    assert not torch.allclose(pictures(given, clip()), expected, atol=1e-3)
+
+
+def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_told(given, tmp_path, monkeypatch):
+    tiny_vbench.scripted(dict(given[0].state_dict()), tmp_path / "theirs.pt")
+    one = weighted(f"{MODEL}={tmp_path}/theirs.pt")
+    made = open_clip.create_model(MODEL, force_quick_gelu=True)
+    made.load_state_dict(given[0].state_dict())
+    expected = pictures((made.eval(), *given[1:]), clip())
+    assert torch.allclose(one.embedder().pictures(clip()), expected, atol=1e-5)
+    monkeypatch.setattr("dit_accel_eval.metrics.openclip._tokenizer", lambda model: open_clip.no_such)
+    assert f"the tokenizer of {MODEL} is not here: " in str(one.missing())
+
+
+def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, tmp_path):
+    name = f"clip-score@open_clip:{OTHER}={given[3]}"
+    check_names([name])
+    with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
+        scores([name], Sample(frames=clip(), prompt=PROMPT))
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"bad\.pt .*weights of ViT-S-32-alt:"):
+        unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
+        ("MODEL", r"no model 'MODEL'"),
+        ("", r"no model ''"),
+        ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.* 16 more.*ViT-B-32=FILE"),
+        ("ViT-S-32", r"which weights; write ViT-S-32=FILE"),
+        ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
+        ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
+        ("ViT-B-32=nowhere.pt", r"nowhere\.pt .*ViT-B-32"),
+    ],
+)
+def test_wrong_names_are_refused_with_what_to_write(name, told):
+    with pytest.raises(ConfigError, match=told):
+        check_names([f"clip-score@open_clip:{name}"])
+    with pytest.raises(ConfigError, match=told):
+        objective_of(f"clip-score@open_clip:{name}", None)
+
+
+def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weights():
+    reason = metrics()["clip-score@open_clip:MODEL"].missing()
+    assert str(reason).startswith("name a model with its weights, MODEL/TAG or MODEL=FILE")
+    with pytest.raises(NotMeasured, match="MODEL=FILE"):
+        metrics()["clip-score@open_clip:MODEL"](Sample(frames=clip()))
+    gone = "clip-image@open_clip:ViT-S-32=/gone/x.pt"
+    assert (words_of(gone), better_of(gone)) == ("CLIP likeness to the reference, ViT-S-32=/gone/x.pt", "more")
+    assert read_minimums([f"{gone}=0.9"]) == {gone: 0.9}
+
+
+def test_an_objective_by_a_metric_is_higher_for_better(given):
+    by = f"open_clip:{MODEL}={given[3]}"
+    assert (
+        objective_of(f"clip-align@{by}", None)(clip(), PROMPT)
+        == values(f"clip-align@{by}", Sample(frames=clip(), prompt=PROMPT))[0]
+    )
+    assert objective_of("clipping", None)(clip(), "") == -metric("clipping")(Sample(frames=clip())).value
+    with pytest.raises(ConfigError, match=r"'clip-image@.*reference; take .*clip-score@open_clip"):
+        objective_of(f"clip-image@{by}", None)
+    with pytest.raises(ConfigError, match=r"'exposure' says neither"):
+        objective_of("exposure", None)
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_clips_in_files_are_scored_by_their_prompts(given, tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.rint(clip(ord(name), 1)[0] * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    name = f"clip-align@open_clip:{MODEL}={given[3]}"
+    lacks = run("score", tmp_path, "-m", name)
+    assert lacks.exit_code == 2
+    assert "compares with the prompt; give it with --prompt" in lacks.stderr
+    (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
+    for options, said in (
+        (("--prompt", PROMPT), [PROMPT] * 2),
+        (("--prompts", tmp_path / "p.json"), ["a sea", PROMPT]),
+    ):
+        found = run("score", tmp_path, "-m", name, *options, "--json")
+        assert found.exit_code == 0, found.output
+        own = [float(pictures(given, clip(ord(at), 1))[0] @ text(given, prompt))
+               for at, prompt in zip("ab", said, strict=True)]  # fmt: skip
+        assert [line["metrics"][name] for line in json.loads(found.stdout)] == pytest.approx(own, abs=1e-5)
+    (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea"}))
+    assert "has no 'b.png'" in run("score", tmp_path, "-m", name, "--prompts", tmp_path / "p.json").stderr
+
+
+def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
+    monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
+    own = run("setup", "--clip", f"{MODEL}={given[3]}")
+    assert own.exit_code == 0
+    assert f"{MODEL}={given[3]} is at {given[3]}" in own.stdout
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda described: (_ for _ in ()).throw(OSError("no net")))
+    found = run("setup", "--clip", "ViT-B-32/openai")
+    assert found.exit_code == 1
+    assert (
+        "could not be fetched (no net); put https://huggingface.co/timm/vit_base_patch32_clip_224.openai"
+        in found.stderr
+    )
+    assert f"at {tmp_path}/open_clip/ViT-B-32/openai.safetensors" in found.stderr
+    assert "sa_0_4_vit_b_32_linear.pth" in found.stdout
+    assert run("setup", "--clip", "ViT-B-32/openai", "--hub").exit_code == 2
+
+
+def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypatch):
+    monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
+    ran = []
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    monkeypatch.setattr("dit_accel_eval.suites.compare.run", lambda *given, **more: ran.append(given))
+    path = tmp_path / "s.toml"
+    text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
+    arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'
+    for model, code, told in (
+        ("ViT-B-32/openai", 0, "clip-score@open_clip:ViT-B-32/openai is left out: the weights of ViT-B-32/openai are"),
+        (f"{OTHER}={tmp_path}/bad.pt", 2, f"bad.pt does not hold the weights of {OTHER}"),
+        ("ViT-B-33/openai", 2, "s.toml: open_clip has no model 'ViT-B-33'; did you mean"),
+    ):
+        path.write_text(text.format(model) + arm)
+        found = run("run", path, "--out", tmp_path / "s.jsonl")
+        assert found.exit_code == code, found.output
+        assert told in found.stderr.replace("\n", " ")
+    assert len(ran) == 1
