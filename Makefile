@@ -7,7 +7,7 @@ PACKAGES := dit_accel kernels pipelines eval assets tests
 .PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m dit_accel_eval.demo --out demo
+	$(BIN)/python eval/studies/demo.py --out demo
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --durations=15 --durations-min=1
@@ -63,8 +63,8 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python eval/studies/every_set.py --model wan-plain
 	$(BIN)/python eval/studies/every_set.py --model flux-tiny
 	$(BIN)/python eval/studies/vbench_proxies.py
-	$(BIN)/python -m dit_accel_eval.demo --anew --out demo
-	cp demo/references.npz eval/dit_accel_eval/demo/references.npz
+	$(BIN)/python eval/studies/demo.py --anew --out demo
+	cp demo/references.npz eval/studies/demo_references.npz
 	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
 	$(BIN)/python eval/studies/readme.py
 

@@ -7,19 +7,31 @@ orders the damage to one clip as the world does.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from dit_accel_assets import painter, world
 from dit_accel_assets.world import Scene
-from dit_accel_eval.metrics import Sample, scores
+from dit_accel_eval.metrics import Sample, metric, scores
 from dit_accel_eval.runs.results import Line
-from dit_accel_eval.vbench.proxies import NAMES, correlations
+from dit_accel_eval.statistics import estimate, rank_correlation
 from dit_accel_eval.vbench.sampling import Frames
-from dit_accel_eval.vbench.world_scores import WORDS, world_scores
 from study import study
+from world_scores import WORDS, world_scores
+
+PROXIES: dict[str, tuple[str, ...]] = {
+    "subject_consistency": ("consistency@efflite0",),
+    "background_consistency": ("consistency@efflite0",),
+    "temporal_flickering": ("flickering", "warp-error@dis"),
+    "motion_smoothness": ("smoothness@rife", "warp-error@dis"),
+    "dynamic_degree": ("dynamic@dis", "motion"),
+    "imaging_quality": ("sharpness", "brisque"),
+}
+"""Dimension -> metrics that one might take for it; for the others there is none without a network of VBench's."""
+
+NAMES = tuple(dict.fromkeys(name for names in PROXIES.values() for name in names))
 
 SEED = 19
 """Of the scenes, which no model was trained on."""
@@ -160,6 +172,29 @@ def table(lines: Sequence[Line]) -> str:
         cells = [_mean([line["world"].get(dimension) for line in lines if line["damage"] == name]) for name in damages]
         rows.append(f"| {dimension} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def by_scene(lines: Iterable[Line], dimension: str, name: str) -> list[float]:
+    """Return the rank correlation of a metric with the world's score within each scene; turned where less is better."""
+    sign = -1 if metric(name).better == "less" else 1
+    kept: dict[int, list[tuple[float, float]]] = {}
+    for line in lines:
+        if dimension in line["world"] and name in line["metrics"]:
+            kept.setdefault(line["scene"], []).append((line["world"][dimension], sign * line["metrics"][name]))
+    found = (rank_correlation(*zip(*pairs, strict=True)) for pairs in kept.values() if len(pairs) > 2)
+    return [one for one in found if one == one]
+
+
+def correlations(lines: Sequence[Line], what: str) -> list[str]:
+    """Return the rows of a table of each proxy's rank correlation, a mean over scenes, which are called ``what``."""
+    rows = [f"| dimension | metric | rank correlation within a {what} | {what}s |", "|---|---|---|---|"]
+    for dimension, names in PROXIES.items():
+        for name in names:
+            found = by_scene(lines, dimension, name)
+            both = any(dimension in line["world"] and name in line["metrics"] for line in lines)
+            said = str(estimate(found)) if found else "constant" if both else "not measured"
+            rows.append(f"| {dimension} | `{name}` | {said} | {len(found)} |")
+    return rows
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
+import demo
+import demo_comparison
 import dit_accel_pipelines.finetuning.run as finetuning
 import dit_accel_pipelines.generation.generate as generation
 import pytest
 import torch
 import typer
-from dit_accel_eval.demo import __main__ as demo
-from dit_accel_eval.demo import comparison as demo_comparison
 from dit_accel_eval.suites import compare
 from dit_accel_eval.tune import magcache as tune_magcache
 from dit_accel_pipelines.generation.threads import CHOSEN_BY, one_thread, threads

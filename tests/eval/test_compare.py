@@ -22,8 +22,8 @@ from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import is_rival
 from dit_accel_eval.suites.compare import progress_of, run
 from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table
-from dit_accel_eval.suites.job import JUDGES, Job, check_lines
-from dit_accel_eval.suites.suite import JUDGES as NAMES
+from dit_accel_eval.suites.job import Job, check_lines
+from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.processes.ranks import Ranks
 from fake_model import FakeModel
@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
 
+LONGER = Path(__file__).parents[2] / "eval" / "studies" / "judge_longer.py"
 SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
 HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
 ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
@@ -107,7 +108,8 @@ def test_committed_suites_read_and_match_their_results(path):
         ("version", r"s\.toml.*TOML"),
         (HEAD + 'metrics = ["pnsr"]\n' + ARM, r"s.toml: .*metric 'pnsr'.*'psnr'"),
         (HEAD + "first_clip = -1\n" + ARM, "first_clip = -1"),
-        (HEAD + 'judge = "long"\n' + ARM, r"s.toml.*judge 'long'.*'longer'"),
+        (HEAD + 'judge = "longer"\n' + ARM, r"s.toml.*judge 'longer'.*name one"),
+        (HEAD + 'judge = "gone.py"\n' + ARM, r"s.toml.*judge 'gone.py'.*name one"),
         (HEAD + 'metrics = ["psnr", "psnr"]\n' + ARM, r"metric 'psnr'.*twice"),
     ],
 )
@@ -146,8 +148,8 @@ def test_a_list_of_steps_makes_an_arm_each(tmp_path):
             "arm 'a' has a call of its own, {'num_frames': 5}, and all are held against",
         ),
         (
-            HEAD + 'judge = "longer"\nmetrics = ["ssim"]\n' + ARM,
-            "s judges clips by themselves (longer), without a dense run",
+            HEAD + f'judge = "{LONGER}"\nmetrics = ["ssim"]\n' + ARM,
+            f"s judges clips by themselves ({LONGER}), without a dense run",
         ),
     ],
 )
@@ -527,8 +529,46 @@ def is_running(process):
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_every_judge_that_a_suite_may_name_is_there():
-    assert tuple(JUDGES) == NAMES
+JUDGE = """
+from own_words import WORDS
+
+def measures(model, clip, made):
+    return {"score": 0.25}
+
+def table(suite, lines):
+    return f"{WORDS} {suite.name}: {[line['score'] for line in lines]}"
+"""
+
+
+def test_a_judge_is_a_file_beside_the_suite_that_may_import_what_lies_there(tmp_path, fake):
+    (tmp_path / "own_judge.py").write_text(JUDGE)
+    (tmp_path / "own_words.py").write_text("WORDS = 'judged in'\n")
+    (tmp_path / "s.toml").write_text(HEAD + 'judge = "own_judge.py"\n' + ARM)
+    out = tmp_path / "s.jsonl"
+    ran = command("run", tmp_path / "s.toml", "--out", out)
+    assert ran.exit_code == 0, ran.output
+    assert "judged in s: [0.25]" in ran.stdout
+    assert [line["score"] for line in read_lines(out)] == [0.25]
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "broken_judge.py",
+            "import nothing_of_this_name\n",
+            r"broken_judge\.py.*ModuleNotFoundError.*nothing_of",
+        ),
+        ("tableless_judge.py", "def measures(*of): return {}\n", r"tableless_judge\.py.*function table"),
+        ("json.py", JUDGE, r"/json\.py.*module .*json.*rename"),
+    ],
+)
+def test_judges_that_are_none_are_refused_by_file(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "s.toml").write_text(HEAD + f'judge = "{name}"\n' + ARM)
+    with pytest.raises(ConfigError, match=message):
+        judge_of(read_suite(tmp_path / "s.toml"))
 
 
 def test_the_table_alone_generates_nothing(job, fake, tmp_path):

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import demo
+import demo_comparison
+import demo_references
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import typer
 from dit_accel_assets import held_out_prompts
-from dit_accel_eval.demo import __main__ as demo
-from dit_accel_eval.demo import comparison as demo_comparison
-from dit_accel_eval.demo import references as demo_references
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.suites.reference import AGREE, Reference
@@ -136,9 +136,9 @@ def test_what_holds_no_converged_runs_is_refused_by_name(tmp_path: Path):
         demo_references.read(tmp_path / "r.npz", EmbeddedModel(demo.MODEL, {}, "a red ring on a navy background"), 1)
 
 
-def test_the_demo_of_its_own_prompt_has_the_converged_runs_that_ship():
+def test_the_demo_of_its_own_prompt_has_the_converged_runs_that_are_committed():
     """Four seeds, of these very weights; none is made anew, so that the demo takes a minute or two."""
     asked = (demo.MODEL, {}, held_out_prompts(demo.MODEL, demo_comparison.PROMPT + 1)[demo_comparison.PROMPT])
-    found = demo_references.read(demo_references.SHIPPED, EmbeddedModel(*asked), 4)
+    found = demo_references.read(demo_references.COMMITTED, EmbeddedModel(*asked), 4)
     assert [*found] == [0, 1, 2, 3]
     assert all(one.agreement >= AGREE for one in found.values())

@@ -94,7 +94,7 @@ def test_clips_are_every_prompt_with_every_seed(prompts, seeds, clips):
         ('prompts = ["a"]\nclips = 3\n', r"clips.*held-out clips.*prompts"),
         ('prompts = ["a"]\nprompt_file = "p.txt"\n', r"prompts and.*prompt_file"),
         ('prompt_file = "p.txt"\n', r"prompt_file.*p.txt"),
-        ('prompts = ["a"]\njudge = "longer"\n', "judge = 'longer'"),
+        ('prompts = ["a"]\njudge = "j.py"\n', r"judge = 'j.py', which.*held-out"),
         ('prompts = ["a"]\ndtype = "float8"\n', r"'float8'.*'float32'"),
         ('prompts = ["a"]\nrepeats = 0\n', "repeats = 0"),
         ('prompts = ["a"]\nwarmup = -1\n', "warmup = -1"),
@@ -106,6 +106,7 @@ def test_clips_are_every_prompt_with_every_seed(prompts, seeds, clips):
 )
 def test_bad_suites_say_what_is_wrong(tmp_path, text, message):
     (tmp_path / "s.toml").write_text(HEAD + text + ARM)
+    (tmp_path / "j.py").touch()
     with pytest.raises(ConfigError, match=message):
         read_suite(tmp_path / "s.toml")
 

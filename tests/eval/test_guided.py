@@ -1,7 +1,7 @@
 """Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
 
 import arm_sheet
-import dit_accel_eval.suites.guided as guided
+import judge_guidance as guided
 import numpy as np
 import pytest
 from dit_accel_assets import clips, model_closeness
@@ -9,6 +9,7 @@ from dit_accel_assets.checker import closeness
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite, read_suite
+from drawn_model import STUDIES
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from dit_accel.cli.app import app
 SUITE = """
 version = 2
 name = "small"
-judge = "guidance"
+judge = "JUDGE"
 model = "wan-plain"
 clips = 1
 call = { height = 32, width = 32, num_frames = 5 }
@@ -35,7 +36,7 @@ name = "pag"
 num_inference_steps = 2
 call = { guidance_scale = 3.0 }
 pag = { layers = ["L3"] }
-"""
+""".replace("JUDGE", str(STUDIES / "judge_guidance.py"))
 
 
 def run(*arguments):

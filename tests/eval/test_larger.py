@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from dit_accel_assets.painter import draw
 from dit_accel_assets.world import scene_of
-from dit_accel_eval.suites.larger import judged, repetition, table
 from dit_accel_eval.suites.suite import read_suite
-from drawn_model import DrawnModel, run_suite, standing_in
+from drawn_model import STUDIES, DrawnModel, run_suite, standing_in
+from judge_larger import judged, repetition, table
 
 
 def drawn(number: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     suite.parent.mkdir()
     arm = '[[arm]]\nname = "{}"\nnum_inference_steps = 2\ncall = {{ height = {}, width = 96 }}\n'
     suite.write_text(
-        'version = 2\nname = "some"\njudge = "larger"\nmodel = "flux-tiny"\nclips = 2\n'
+        f'version = 2\nname = "some"\njudge = "{STUDIES}/judge_larger.py"\nmodel = "flux-tiny"\nclips = 2\n'
         + arm.format("1x", 96) + arm.format("2x", 192) + arm.format("2x, whole", 192) + "ultraimage = { }\n"
     )  # fmt: skip
     first = run_suite(suite)

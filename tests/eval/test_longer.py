@@ -7,9 +7,9 @@ import pytest
 from dit_accel_assets import catalog, model_path_error, painter, world
 from dit_accel_assets.checker import path_error
 from dit_accel_assets.clips import clip_of, draw
-from dit_accel_eval.suites.longer import by_stretch, loop, motion, repetition, sharpness, table
 from dit_accel_eval.suites.suite import read_suite
-from drawn_model import DrawnModel, run_suite, standing_in
+from drawn_model import STUDIES, DrawnModel, run_suite, standing_in
+from judge_longer import by_stretch, loop, motion, repetition, sharpness, table
 
 
 def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     suite.parent.mkdir()
     arm = '[[arm]]\nname = "{}"\nnum_inference_steps = 2\ncall = {{ num_frames = {} }}\n'
     suite.write_text(
-        'version = 2\nname = "some"\njudge = "longer"\nmodel = "wan-plain"\nclips = 2\n'
+        f'version = 2\nname = "some"\njudge = "{STUDIES}/judge_longer.py"\nmodel = "wan-plain"\nclips = 2\n'
         + arm.format("1x", 33) + arm.format("2x", 65) + arm.format("2x, decayed", 65) + "ultravico = { alpha = 0.8 }\n"
     )  # fmt: skip
     first = run_suite(suite)
@@ -120,9 +120,6 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     assert f"| {lines[0]['path_error']:.1f} (1) |" in table(read_suite(suite), lost)
     assert run_suite(tmp_path / "none.toml").exit_code == 2
     refused = run_suite(suite, "--time", "--frames", tmp_path)
-    assert (
-        "some judges clips by themselves (longer), without a dense run beside them; leave out --time and --frames"
-        in (refused.stderr)
-    )
+    assert "judge_longer.py), without a dense run beside them; leave out --time and --frames" in refused.stderr
     out.write_text(out.read_text().replace('"num_frames": 33', '"num_frames": 35'))
     assert "holds results of arm '1x' with call {" in run_suite(suite).stderr

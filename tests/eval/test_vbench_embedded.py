@@ -9,9 +9,8 @@ import vbench_proxies as proxies
 from dit_accel_assets import painter, world
 from dit_accel_assets.world import Scene
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
-from dit_accel_eval.vbench.proxies import by_scene
-from dit_accel_eval.vbench.world_scores import MEASURES, WORDS, Shown, world_scores
-from vbench_proxies import DAMAGES, table
+from vbench_proxies import DAMAGES, by_scene, table
+from world_scores import MEASURES, WORDS, Shown, world_scores
 
 
 @cache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_accel_eval.vbench.generating import pieces, share
+from dit_accel_eval.vbench.generating import own_pieces, pieces, read_augmented, share
 from dit_accel_eval.vbench.prompts import first_of, read_prompts
 from dit_accel_eval.vbench.sampling import read_video
 from typer.testing import CliRunner
@@ -50,6 +50,57 @@ def test_every_video_has_a_seed_of_its_own_whatever_is_asked_for(info, tmp_path)
     assert part == whole[:2]
     last = pieces(every, [every[2]], ["subject_consistency"], tmp_path, None, 100)
     assert last == whole[-5:]
+
+
+def test_augmented_prompts_are_shown_and_the_videos_called_by_vbenchs(info, tmp_path):
+    every = read_prompts(info)
+    file = tmp_path / "augmented.txt"
+    file.write_text("".join(f"{text}, in a very large picture\n" for text in PROMPTS))
+    augmented = read_augmented(file, every)
+    found = pieces(every, every, ["subject_consistency", "temporal_flickering"], tmp_path, None, 0, augmented)
+    assert [one.seed for one in found] == [*range(5), *range(100_000, 100_025), *range(200_000, 200_005)]
+    assert {one.prompt for one in found} == {*augmented}
+    assert found[7].path == tmp_path / f"{PROMPTS[1]}-2.mp4"
+    (one,) = pieces(every, [every[2]], ["subject_consistency"], tmp_path, 1, 7, augmented)
+    assert (one.prompt, one.seed) == (augmented[2], 200_007)
+    file.write_text(f"{PROMPTS[0]}\n")
+    with pytest.raises(ConfigError, match=r"augmented.txt has 1 augmented prompts, and VBench 3"):
+        read_augmented(file, every)
+    for other in (("--prompts", file), ("--protocol", "teacache")):
+        found, _, text = making(info, "--augmented", file, *other)
+        assert (found.exit_code, f"leave {other[0]} out" in text) == (2, True)
+
+
+def test_augmented_videos_are_made_and_others_of_their_names_are_refused(info, tmp_path):
+    file = tmp_path / "augmented.txt"
+    file.write_text("".join(f"{text.replace('moving', 'moving quickly')}\n" for text in PROMPTS))
+    arguments = ("-d", "dynamic_degree", "--samples", 1)
+    found, videos, _ = making(info, *arguments, "--augmented", file)
+    assert found.exit_code == 0, found.stderr
+    (path,) = videos.glob("*.mp4")
+    assert path.name == f"{PROMPTS[0]}-0.mp4"
+    assert json.loads(path.with_suffix(".mp4.json").read_text())["prompt"] == PROMPTS[0].replace(
+        "moving", "moving quickly"
+    )
+    found, _, text = making(info, *arguments)
+    assert (found.exit_code, "was made with prompt 'a red circle moving quickly" in text) == (2, True)
+
+
+def test_prompts_of_ones_own_need_no_protocol(tmp_path):
+    file, videos = tmp_path / "p.txt", tmp_path / "own"
+    file.write_text(f"{PROMPTS[2]}\n{PROMPTS[0]}\n")
+    arguments = ("--generate", "--prompts", file, "--samples", 1, "--num-frames", 5, "--num-inference-steps", 1)
+    found = CliRunner().invoke(app, ["eval", "vbench", "--videos", *map(str, (videos, *arguments))])
+    assert found.exit_code == 0, found.stderr
+    assert sorted(path.name for path in videos.glob("*.mp4")) == [f"{PROMPTS[at]}-0.mp4" for at in (2, 0)]
+    assert f"--videos {videos} --custom" in " ".join(found.stderr.split())
+    assert [one.seed for one in own_pieces(("a", "b", "a"), tmp_path, None, 3)] == list(range(3, 13))
+    file.unlink()
+    found = CliRunner().invoke(app, ["eval", "vbench", "--videos", *map(str, (videos, *arguments))])
+    assert (found.exit_code, "--prompts " in found.stderr) == (2, True)
+    for prompt, why in (("cats/dogs", "holds a slash"), ("a cat " * 50, "more than 249 bytes")):
+        with pytest.raises(ConfigError, match=why):
+            own_pieces((prompt,), tmp_path, 1, 0)
 
 
 def test_a_subset_is_the_first_prompts_of_each_dimension(info):
@@ -110,7 +161,9 @@ def test_words_that_an_embedded_model_does_not_know_are_refused_before_anything_
 def test_a_model_is_for_making_videos(info):
     found = CliRunner().invoke(app, ["eval", "vbench", "--videos", str(info.parent), "--radial"])
     assert found.exit_code == 2
-    assert "a model, its methods and shards are for making videos; add --generate" in " ".join(found.stderr.split())
+    assert "a model, its methods, shards and augmented prompts are for making videos; add --generate" in " ".join(
+        found.stderr.split()
+    )
 
 
 def test_the_cost_of_a_known_family_is_told_in_flops(monkeypatch, tmp_path):

@@ -3,19 +3,16 @@
 import json
 from pathlib import Path
 
+import judge_vbench as judged
 import numpy as np
 import pytest
 from dit_accel_assets import clips, held_out_prompts, painter
-from dit_accel_eval.metrics.metric import Sample
-from dit_accel_eval.metrics.registered import scores
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites import judged_by_vbench as judged
 from dit_accel_eval.suites.job import clips_of
 from dit_accel_eval.suites.suite import read_suite
-from dit_accel_eval.vbench.scenes import model_scores, numbers, scene_of
-from dit_accel_eval.vbench.world_metrics import WORLD_METRICS
-from dit_accel_eval.vbench.world_scores import TAKES_TIME
-from drawn_model import run_suite
+from drawn_model import STUDIES, run_suite
+from world_scenes import model_scores, numbers, scene_of
+from world_scores import TAKES_TIME
 
 from dit_accel import ConfigError
 
@@ -60,24 +57,6 @@ def test_drawn_clips_score_what_they_were_asked_for():
         model_scores("wan-plain", white, (frames / 255).astype(np.float32))
 
 
-def test_suites_and_reports_know_the_names_as_metrics():
-    number = numbers("wan-plain", 1)[0]
-    _, _, frames = clips.clip_of(number, held_out=True)
-    drawn = (frames / 255).astype(np.float32)
-    names = [metric.name for metric in WORLD_METRICS]
-    told = model_scores("wan-plain", number, drawn)
-    found = scores(names, Sample(frames=drawn, held_out=("wan-plain", number)))
-    assert found.values() == {f"{name}@world": value for name, value in told.items()}
-    assert set(found.skipped) == set(names) - set(found.measured)
-    grounds = {at: scene_of("wan-plain", at).ground for at in numbers("wan-plain", 8)}
-    apart = next(at for at, ground in grounds.items() if ground != grounds[number])
-    assert scores(["scene@world"], Sample(frames=drawn, held_out=("wan-plain", apart))).values() == {"scene@world": 0.0}
-    white = next(at for at in range(50) if "white" in held_out_prompts("wan-plain", at + 1)[at])
-    for held_out, why in (((("wan-plain", white)), "asks for a white object"), (None, "and the clip is of none")):
-        skipped = scores(["color@world"], Sample(frames=drawn, held_out=held_out)).skipped["color@world"]
-        assert why in skipped
-
-
 def test_of_pictures_nothing_is_asked_that_takes_time():
     scene = scene_of("flux-tiny", 0)
     assert scene is not None
@@ -93,19 +72,19 @@ def test_of_pictures_nothing_is_asked_that_takes_time():
 def suite(tmp_path) -> Path:
     (tmp_path / "suites").mkdir()
     path = tmp_path / "suites" / "s.toml"
-    path.write_text("""version = 2
+    path.write_text(f"""version = 2
 name = "s"
 model = "wan-plain"
-judge = "vbench"
+judge = "{STUDIES}/judge_vbench.py"
 clips = 1
-call = { num_frames = 5 }
+call = {{ num_frames = 5 }}
 [[arm]]
 name = "unipc"
 num_inference_steps = [2, 1]
 [[arm]]
 name = "easycache"
 num_inference_steps = 2
-easycache = { threshold = 0.1 }
+easycache = {{ threshold = 0.1 }}
 """)
     return path
 

@@ -1,6 +1,7 @@
 """Stands in for an embedded model where a suite is run: it draws what was asked for, and notes what that was."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from dit_accel_eval.suites import compare
 from typer.testing import CliRunner, Result
 
 from dit_accel.cli.app import app
+
+STUDIES = Path(__file__).parents[2] / "eval" / "studies"
+"""Where this repository's judges of suites lie, ``judge_NAME.py``."""
 
 
 class DrawnModel:

@@ -37,7 +37,6 @@ class Sample:
         prompt: what it should show.
         fps: frames per second.
         trained_frames: frames that the model was trained on; None: as many as there are.
-        held_out: the embedded model and the number of its held-out prompt that made it; None: another's.
 
     Raises:
         ConfigError: for frames of another form, values that are not finite or outside [0, 1], or shapes that differ.
@@ -48,7 +47,6 @@ class Sample:
     prompt: str = ""
     fps: float = 8.0
     trained_frames: int | None = None
-    held_out: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_clip(self.frames, "a clip")

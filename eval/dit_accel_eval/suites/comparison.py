@@ -14,7 +14,6 @@ from dit_accel_pipelines.generation.solvers import BEST
 from ..metrics.registered import described
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import FEWEST, Estimate, Judged, estimate, judge
-from ..vbench.world_metrics import WORLD
 from .arms import TUNED, is_rival
 from .ladder import setting_words
 from .suite import Suite
@@ -197,8 +196,7 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     scored = ["score"] if any("score" in arm.means for arm in arms) else []
     columns = [*works.values(), *(["seconds, of dense"] if timed else [])]
     heads = ["arm", *columns, "PSNR to the reference, dB (median)", "SSIM", *scored, *against]
-    every = dict.fromkeys(name for arm in arms for name in arm.metrics)
-    named = [name for name in every if not name.endswith(WORLD)]  # which have a table of their own
+    named = [*dict.fromkeys(name for arm in arms for name in arm.metrics)]
     heads += named
     if any(arm.clips < whole for arm in arms):
         heads.insert(1, "clips")

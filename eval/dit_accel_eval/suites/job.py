@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,45 +18,17 @@ from dit_accel.files import check_writable, held
 
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
-from ..runs.model import Run, SuiteModel, check_guided, scheduler_of, shipped_scheduler
+from ..runs.model import check_guided, scheduler_of, shipped_scheduler
 from ..runs.results import Line, read_lines, write_lines
-from ..vbench import scenes
-from . import guided, larger, longer
-from . import judged_by_vbench as judged
 from .arms import Arm, is_rival
 from .comparison import table
+from .judges import Judge, judge_of
 from .pairs import pairs_table
 from .reference import AGREE
 from .suite import Suite
 
 SCALES = ("guidance_scale", "true_cfg_scale")
 """What an arm's call may change where all are held against one converged run, which has the suite's own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judge:
-    """How clips are judged by themselves.
-
-    Attributes:
-        measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
-        table: (suite, lines) -> the Markdown table.
-        check: refuses a suite that can't be judged so; None: all can.
-        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
-    """
-
-    measures: Callable[[SuiteModel, int, Run], Line]
-    table: Callable[[Suite, Sequence[Line]], str]
-    check: Callable[[Suite], None] | None = None
-    numbers: Callable[[str, int, int], Sequence[int]] | None = None
-
-
-JUDGES: Mapping[str, Judge] = {
-    "longer": Judge(measures=longer.measures, table=longer.table),
-    "larger": Judge(measures=larger.measures, table=larger.table),
-    "guidance": Judge(measures=guided.measures, table=guided.table),
-    "vbench": Judge(measures=judged.measures, table=judged.table, check=judged.check_suite, numbers=scenes.numbers),
-}
-"""Name, one of `suite.JUDGES` -> the judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +57,7 @@ class Job:
     @property
     def judge(self) -> Judge | None:
         """How clips are judged by themselves; None: they are held against converged runs."""
-        return JUDGES[self.suite.judge] if self.suite.judge else None
+        return judge_of(self.suite)
 
     @functools.cached_property
     def setting(self) -> Line:
@@ -126,8 +98,9 @@ def reference_of(suite: Suite) -> str:
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
     """Return the clips to run: a suite's first ``most``, None: all; of those that its judge can judge."""
     count = suite.clips if most is None else min(most, suite.clips)
-    if suite.judge and (numbers := JUDGES[suite.judge].numbers):
-        return numbers(suite.model, count, suite.first_clip)
+    judge = judge_of(suite)
+    if judge is not None and judge.numbers is not None:
+        return judge.numbers(suite.model, count, suite.first_clip)
     return range(suite.first_clip, suite.first_clip + count)
 
 
@@ -144,8 +117,9 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return a suite's Markdown tables: by its judge, or against the reference and of the pairs that it declares."""
-    if suite.judge:
-        return JUDGES[suite.judge].table(suite, lines)
+    judge = judge_of(suite)
+    if judge is not None:
+        return judge.table(suite, lines)
     pairs = pairs_table(suite.pairs, lines, suite.reference_steps)
     return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
 
@@ -204,14 +178,14 @@ def _check_model(suite: Suite) -> None:
 
 def _check_kind(job: Job) -> None:
     """Refuse what clips without a reference can't have, and what those with one can't."""
-    suite = job.suite
-    if not suite.judge:
+    suite, judge = job.suite, job.judge
+    if judge is None:
         for arm in suite.arms:
             if {*arm.call} - {*SCALES}:
                 raise ConfigError(
                     f"arm {arm.name!r} has a call of its own, {dict(arm.call)}, and all are held against one converged "
                     f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
-                    'judge = "longer"'
+                    'judge = "FILE.py"'
                 )
             call_of(suite, {**suite.call, **arm.call})
         return
@@ -222,8 +196,8 @@ def _check_kind(job: Job) -> None:
             f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them; leave out "
             f"{' and '.join(requested)}"
         )
-    if check := JUDGES[suite.judge].check:
-        check(suite)
+    if judge.check_suite is not None:
+        judge.check_suite(suite)
 
 
 def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:

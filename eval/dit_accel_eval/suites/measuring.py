@@ -150,7 +150,7 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
     try:
         sample = Sample(
             frames=made.frames, reference=reference.frames, prompt=model.prompt(clip), trained_frames=trained,
-            fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS, held_out=(suite.model, clip) if held_out else None,
+            fps=EMBEDDED_FPS if suite.embedded else OTHER_FPS,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"clip {clip} of arm {sampled.arm.name!r}: {error}") from None

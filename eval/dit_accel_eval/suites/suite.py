@@ -1,7 +1,7 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import Budget, OwnClips, read_budget
-from ..runs.results import Line
 from .arms import Arm, check_kinds, dense_arm, read_arms
 from .ladder import Ladder, clip_words, read_ladder
 from .pairs import Pair, read_pairs
@@ -23,9 +22,6 @@ SUITE_VERSION = 2
 
 MANY = 10
 """Arms of a suite beyond which it says that their number makes verdicts harder to reach."""
-
-JUDGES = ("longer", "larger", "guidance", "vbench")
-"""How clips may be judged by themselves; see `job`."""
 
 KINDS = {
     "name": str,
@@ -61,7 +57,8 @@ class Suite:
         call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
-        judge: one of `JUDGES`, by which clips are judged by themselves; empty: they are held against converged runs.
+        judge: Python file, from the suite's folder, by which clips are judged by themselves (`judges`); empty: they are
+            held against converged runs.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
         folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
@@ -122,22 +119,6 @@ class Suite:
             " so write down the few that matter before the run"
         )
 
-    def plain(self, arm: Arm) -> Arm | None:
-        """Return the arm that differs from another only in having no methods."""
-        without = {**arm.to_dict(), "methods": {}}
-        return next((other for other in self.arms if other is not arm and other.to_dict() == without), None)
-
-
-def held_arms(
-    suite: Suite, lines: Sequence[Line], rival_of: Callable[[Arm], Arm | None]
-) -> Iterator[tuple[Arm, dict[int, Line], Arm | None, dict[int, Line]]]:
-    """Give each arm that ran with its lines by clip, then the arm that it is held against, if any, with its lines."""
-    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
-    for arm in suite.arms:
-        if by_arm[arm.name]:
-            rival = rival_of(arm)
-            yield arm, by_arm[arm.name], rival, by_arm[rival.name] if rival else {}
-
 
 def read_suite(path: Path) -> Suite:
     """Read a suite from a TOML file.
@@ -167,8 +148,9 @@ def read_suite(path: Path) -> Suite:
             raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
     if data.get("first_clip", 0) < 0:
         raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
-    if data.get("judge", "") not in ("", *JUDGES):
-        raise ConfigError(f"{path} has no judge {data['judge']!r}; {did_you_mean(data['judge'], JUDGES)}")
+    judge = data.get("judge")
+    if judge and not (judge.endswith(".py") and (path.parent / judge).is_file()):
+        raise ConfigError(f"{path} has judge {judge!r}, which is no Python file in or from {path.parent}; name one")
     if data.get("judge") and "reference_steps" in data:
         raise ConfigError(
             f"{path} has reference_steps beside judge = {data['judge']!r}, which takes no reference; leave it out"

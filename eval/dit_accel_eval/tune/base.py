@@ -8,10 +8,11 @@ run that was stopped goes on after the last part that was whole.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED, Request
 
 from dit_accel.errors import ConfigError
@@ -23,6 +24,14 @@ Part = TypeVar("Part")
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]
 """Columns, rows and remarks of what was found, for the command line."""
+
+
+def left_prompts(request: Request, progress: "Progress[Any]", stages: Stages, how: str = "") -> Iterator[str]:
+    """Give the prompts of which progress has no part yet, each told as a stage, with ``how`` behind."""
+    done = len(progress.done)
+    for number, prompt in enumerate(request.prompts[done:], done + 1):
+        stages.stage(f"prompt {number} of {len(request.prompts)}{how}")
+        yield prompt
 
 
 class Tuned:

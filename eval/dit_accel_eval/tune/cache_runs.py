@@ -18,7 +18,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import ForwardContext
 from dit_accel.methods.toml import to_toml
 
-from .base import Progress, check_output, run_settings
+from .base import Progress, check_output, left_prompts, run_settings
 
 Config = TypeVar("Config", bound=CalibratedConfig)
 
@@ -65,8 +65,7 @@ def watched_runs(
     with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
         handlers = attachment._execution.handlers
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
-        for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):
-            stages.stage(f"prompt {number} of {len(request.prompts)}")
+        for prompt in left_prompts(request, progress, stages):
             watch, notes = new_watch(), list[Note]()
             cache.computed = lambda context, decider, output, w=watch, n=notes: n.append(w(cache, context, output))
             run(pipe, prompt, request, stages=stages)

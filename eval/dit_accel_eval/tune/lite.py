@@ -29,7 +29,7 @@ from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.psnr import psnr
-from .base import Progress, Table, Tuned, check_output, run_settings
+from .base import Progress, Table, Tuned, check_output, left_prompts, run_settings
 from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
 
 NOTHING_VOTES = (
@@ -123,8 +123,7 @@ def tune_lite(
         (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
         layers = dict(Counter(layer.state.name for layer in execution.layers))
     _check_something_votes(lite.settings, steps, max(layers.values()))
-    for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):
-        stages.stage(f"prompt {number} of {len(request.prompts)}: dense, then tuned")
+    for prompt in left_prompts(request, progress, stages, ": dense, then tuned"):
         dense = run(pipe, prompt, request, stages=stages)
         with _tuning(pipe, request, target_error, METRICS[metric]) as (attachment, tuner):
             tuned = run(pipe, prompt, request, attachment=attachment, stages=stages)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from dit_accel_pipelines.generation.generate import run
@@ -23,6 +22,7 @@ from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.rotary import rope_of
+from dit_accel.files import written_whole
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
@@ -30,7 +30,8 @@ from dit_accel.plan.context import CallContext
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.rules.ultravico import DecayRule, extended_frames
 
-from .base import Progress, Table, Tuned, check_output, run_settings
+from ..suites.plots import new_figure
+from .base import Progress, Table, Tuned, check_output, left_prompts, run_settings
 from .cache_runs import write_config
 from .frame_periods import Spectrum, spectrum
 
@@ -161,8 +162,7 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
     frequencies = _frequencies(adapter, config)
     family = adapter.family(config)
     model = Model(adapter=adapter, family=family, heads=0, layers=0)
-    for number, prompt in enumerate(request.prompts[len(progress.done) :], len(progress.done) + 1):
-        stages.stage(f"prompt {number} of {len(request.prompts)}")
+    for prompt in left_prompts(request, progress, stages):
         with dit_accel.attach(pipe, preset="none") as attachment:
             watcher = Watcher(Watch(), model)
             attachment._execution.use((watcher,))
@@ -210,22 +210,18 @@ def _write(measured: Period, family: Family | None, prompts: int) -> None:
 
 
 def _draw(measured: Period) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True)
-    try:
-        distance = range(measured.frames)
-        upper.plot(distance, measured.curve)
-        upper.set_ylabel("mean logit at one place")
-        lower.plot(distance, measured.attention, label="as it is")
-        lower.plot(distance, measured.decayed, label=f"with decay, alpha {SAFE_ALPHA:g}")
-        lower.set(ylabel="share of the attention", xlabel="distance in latent frames", yscale="log")
-        lower.legend()
-        for multiple in range(1, int(measured.frames / (measured.found.period or np.inf)) + 1):
-            for axis in (upper, lower):
-                axis.axvline(multiple * (measured.found.period or 0), linestyle=":", color="grey")
-        figure.suptitle(f"{measured.model}: attention by distance")
-        figure.savefig(measured.picture, dpi=110)
-    finally:
-        pyplot.close(figure)
+    figure = new_figure(7, 6)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    distance = range(measured.frames)
+    upper.plot(distance, measured.curve)
+    upper.set_ylabel("mean logit at one place")
+    lower.plot(distance, measured.attention, label="as it is")
+    lower.plot(distance, measured.decayed, label=f"with decay, alpha {SAFE_ALPHA:g}")
+    lower.set(ylabel="share of the attention", xlabel="distance in latent frames", yscale="log")
+    lower.legend()
+    for multiple in range(1, int(measured.frames / (measured.found.period or np.inf)) + 1):
+        for axis in (upper, lower):
+            axis.axvline(multiple * (measured.found.period or 0), linestyle=":", color="grey")
+    figure.suptitle(f"{measured.model}: attention by distance")
+    with written_whole(measured.picture) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -1,8 +1,9 @@
 """Tunes a whole pipeline: among solvers, steps, caches and sparse attention the cheapest setting that meets a target.
 
-Settings are tried from the cheapest on, all on two prompts, the best of them on more; what one costs and how near
-it comes to the converged run is measured as `eval run` does, into result lines from which a run that was stopped goes
-on and of which `eval report` makes a page. What is written met the target on prompts that the search never saw.
+At most half of the settings are run, those set by hand first, then what optuna proposes: all on two prompts, those that
+are not behind on more. What one costs and how near it comes to the converged run is measured as `eval run` does, into
+result lines from which a run that was stopped goes on and of which `eval report` makes a page. The choice is judged
+once, on prompts that the search never saw, beside the best setting by hand, and written where it meets the target.
 """
 
 import dataclasses
@@ -34,8 +35,8 @@ from ..suites.plots import draw
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Table, Tuned
-from .pipeline_search import Point, Prompts, Search, Target, read_target, split
-from .space import default_space, guided_space, space_of
+from .pipeline_search import Point, Prompts, Search, Target, pareto, read_target, split
+from .space import BY_HAND, default_space, guided_space, space_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class TunedPipeline(Tuned):
         kept: its copy in the user's cache, where `dit_accel.recommend` finds it.
         target: what was asked for.
         chosen: the setting, as it was measured on the held-out prompts.
-        frontier: the settings of the last round that none surpasses at as little work, cheapest first.
+        frontier: the settings on all prompts of the search that none surpasses at as little work, cheapest first.
         tried: how many settings were run, and how many there are.
     """
 
@@ -65,10 +66,10 @@ class TunedPipeline(Tuned):
         chosen = self.chosen
         remarks = [
             f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g} {_interval(chosen)}, speed-up "
-            f"{chosen.speedup:.2f} over {chosen.prompts} held-out prompts; asked was "
+            f"{chosen.speedup:.2f} over {chosen.prompts} held-out prompts, of which none chose it; asked was "
             f"{self.target.name} {self.target.value:g}",
             f"`dit-accel recommend` lists it first for this model, from {self.kept}",
-            f"tried {self.tried[0]} of {self.tried[1]} settings; the others can't be cheaper, or missed by far",
+            f"tried {self.tried[0]} of {self.tried[1]} settings",
         ]
         return columns, rows, remarks
 
@@ -136,11 +137,12 @@ def tune_pipeline(
     search = Search(job=job, target=requested, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
     runs, steps = search.cost(arms)
     search.stages.note(
-        f"{len(arms)} settings: at most {runs} runs, {steps} steps, besides converged and dense runs of "
+        f"{len(arms)} settings: about {runs} runs, {steps} steps, besides converged and dense runs of "
         f"{prompts.rounds[-1]} + {prompts.held} prompts"
     )
-    frontier = search.frontier(arms)
-    chosen = search.verified(frontier)
+    by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
+    whole = search.tried(arms, by_hand)
+    frontier, chosen = pareto(whole, search.target.sign), search.judged(whole, by_hand)
     kept = _write(output, chosen, requested, _measured(request, suite, requested, chosen, own))
     draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
          output.with_suffix(".png"))  # fmt: skip

@@ -1,4 +1,4 @@
-"""The search of `tune pipeline`: few prompts for all settings, more for the best, held-out ones for the choice."""
+"""The search of `tune pipeline`: optuna proposes settings and prunes them, held-out prompts judge the choice once."""
 
 import dataclasses
 import math
@@ -15,25 +15,23 @@ from ..metrics.registered import described, metric, metrics
 from ..runs.loaded import FIRST_PROMPT
 from ..runs.results import Line, latest, read_lines
 from ..statistics import estimate
-from ..suites.arms import Arm
+from ..suites.arms import Arm, dense_arm, is_rival
 from ..suites.compare import run
-from ..suites.comparison import value_of
+from ..suites.comparison import rival_steps, value_of
 from ..suites.job import Job
+from .proposals import KEPT, Proposals
 
 ROUNDS = (2, 4, 6)
-"""Prompts on which each round's settings are measured, those of the round before among them."""
+"""Prompts on which a setting is measured before it may be pruned, and then all; those before are among them."""
 
-KEPT = (12, 6)
-"""Settings that go on after each round but the last."""
+TRIED, FEW = 0.5, 24
+"""Share of the settings that are run at most, those set by hand among them; of so few all may be."""
+
+LADDER = 5
+"""Dense runs of the space that are among the first, to tell what a quality is worth."""
 
 SPARE = 1.5
 """Times the work of the cheapest setting that meets the target on few prompts which others may need."""
-
-BAND = 0.15
-"""Share of a target by which a setting may be off on few prompts without being the further from it."""
-
-CHUNK = 8
-"""Settings between two looks at which of the dearer ones can still win."""
 
 CACHED_LEAST = 0.25
 """Share of its steps that a setting with a cache computes at least: its cost is not known beforehand."""
@@ -54,7 +52,7 @@ class Prompts:
 
     Attributes:
         first: the first of those on which settings are searched.
-        rounds: how many each round has.
+        rounds: how many there are before a setting may be pruned, rising; the last are all.
         held_first: the first of those on which the choice is verified.
         held: how many these are.
     """
@@ -130,6 +128,7 @@ class Point:
         arm: the setting.
         prompts: on how many.
         quality: mean of the target's metric, or PSNR.
+        error: standard error of that mean.
         interval: of that mean, 95 %; None of few prompts.
         work: mean, in steps of the dense model.
         speedup: steps of the model's own dense run over that.
@@ -138,6 +137,7 @@ class Point:
     arm: Arm
     prompts: int
     quality: float
+    error: float
     work: float
     speedup: float
     interval: tuple[float, float] | None = None
@@ -178,6 +178,7 @@ class Search:
         stages: shows each round.
         own: steps of the model's own dense run, against which speed-ups count.
         prompts: which clips are looked at.
+        ran: names of the settings that were measured.
     """
 
     job: Job
@@ -185,6 +186,7 @@ class Search:
     stages: Stages
     own: int
     prompts: Prompts = field(default_factory=Prompts)
+    ran: set[str] = field(default_factory=set)
 
     def last_round(self) -> list[Line]:
         """Return the lines of the last round's prompts, of the settings that have all of them."""
@@ -197,6 +199,7 @@ class Search:
         """Return settings as measured on prompts, made or found again."""
         run(dataclasses.replace(self.job, suite=dataclasses.replace(self.job.suite, arms=tuple(arms))), prompts)
         known = latest(read_lines(self.job.out))
+        self.ran.update(arm.name for arm in arms)
         points = []
         for arm in arms:
             lines = [known[arm.name, prompt] for prompt in prompts]
@@ -206,55 +209,58 @@ class Search:
                 reason = next(filter(None, reasons), "it has no value")
                 raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
             work, found = float(np.mean([line["work"] for line in lines])), estimate(values)
-            points.append(
-                Point(
-                    arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=found.mean,
-                    interval=None if found.low is None or found.high is None else (found.low, found.high),
-                )
-            )  # fmt: skip
+            points.append(Point(
+                arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=found.mean,
+                error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
+                interval=None if found.low is None or found.high is None else (found.low, found.high),
+            ))  # fmt: skip
         return points
 
-    def frontier(self, arms: Sequence[Arm]) -> list[Point]:
-        """Return the last round's settings that none surpasses at as little work, cheapest first."""
-        points = self.first_round(arms)
-        rounds = self.prompts.rounds
-        for number, prompts in enumerate(rounds[1:], 1):
-            kept = self.nearest(points, KEPT[number - 1])
-            self.stages.stage(f"round {number + 1} of {len(rounds)}: {len(kept)} settings on {prompts} prompts")
-            points = self.measured([point.arm for point in kept], self.prompts.searched(number))
-        return pareto(points, self.target.sign)
+    def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Point]:
+        """Return the settings that were measured on all prompts of the search.
 
-    def cost(self, arms: Sequence[Arm]) -> tuple[int, int]:
-        """Return the most runs that the search takes, and their denoising steps, besides converged and dense runs."""
-        steps = sorted((arm.num_inference_steps for arm in arms), reverse=True)
-        rounds = self.prompts.rounds
-        later = zip(KEPT, np.diff(rounds).tolist(), strict=False)
-        stages = [(len(arms), rounds[0]), *later, (KEPT[-1], self.prompts.held)]
-        runs = [(prompts, one) for count, prompts in stages for one in steps[:count]]
-        return sum(prompts for prompts, _ in runs), sum(prompts * one for prompts, one in runs)
+        Settings by hand and some dense runs come first, the cheapest before the others; what optuna's sampler proposes
+        follows. A setting whose work can't but be too much is not run; one that is behind others after the prompts of a
+        round is not run on more, those by hand apart.
 
-    def first_round(self, arms: Sequence[Arm]) -> list[Point]:
-        """Return all settings that might win, measured on the first prompts, from the cheapest on.
-
-        Once a setting meets the target, those that must cost `SPARE` times as much are left out: other prompts may be
-        harder. Where a speed-up is asked for, those that can't reach it are.
+        Raises:
+            ConfigError: without optuna, and where no setting can be as fast as the target.
         """
-        left, points = sorted(arms, key=least_work), list[Point]()
-        prompts = self.prompts.searched(0)
-        while left:
-            most = self.most_work(points)
-            chunk = [arm for arm in left if max(least_work(arm), known_work(arm, points)) <= most][:CHUNK]
-            if not chunk:
-                break
-            rounds = len(self.prompts.rounds)
-            self.stages.stage(f"round 1 of {rounds}: {len(points) + len(chunk)} of at most {len(arms)} settings")
-            points += self.measured(chunk, prompts)
-            left = [arm for arm in left if arm not in chunk]
-        if not points:
+        most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
+        first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
+        proposals = Proposals(arms, sorted({arm.name: arm for arm in first}.values(), key=least_work))
+        seen, whole = list[Point](), list[Point]()
+        while len(seen) < most and (arm := proposals.next()) is not None:
+            if max(least_work(arm), known_work(arm, seen)) > self.most_work(seen):
+                proposals.tell(None)
+                continue
+            self.stages.stage(f"setting {len(seen) + 1} of at most {most}, {len(arms)} in all: {arm.name}")
+            points = list[Point]()
+            for place in range(len(self.prompts.rounds)):
+                points += self.measured([arm], self.prompts.searched(place))
+                if proposals.is_behind(self.loss(points[-1]), place) and arm not in by_hand:
+                    break
+            else:
+                whole.append(points[-1])
+            seen.append(points[0])
+            proposals.tell(self.loss(points[-1]))
+        if not whole:
             raise ConfigError(
                 f"no setting can be {self.target.value:g} times as fast as {self.own} dense steps; ask for less"
             )
-        return points
+        return whole
+
+    def most_tried(self, arms: Sequence[Arm]) -> int:
+        """Return how many settings are run at most."""
+        return max(math.ceil(TRIED * len(arms)), min(len(arms), FEW))
+
+    def cost(self, arms: Sequence[Arm]) -> tuple[int, int]:
+        """Return about how many runs the search takes, and their denoising steps, besides converged and dense runs."""
+        steps = sorted((arm.num_inference_steps for arm in arms), reverse=True)
+        count, more = self.most_tried(arms), np.diff(self.prompts.rounds, prepend=0).tolist()
+        stages = [(math.ceil(count / KEPT**place), prompts) for place, prompts in enumerate(more)]
+        runs = [(prompts, one) for kept, prompts in (*stages, (2, self.prompts.held)) for one in steps[:kept]]
+        return sum(prompts for prompts, _ in runs), sum(prompts * one for prompts, one in runs)
 
     def most_work(self, points: Sequence[Point]) -> float:
         """Return the work above which no setting can win any more."""
@@ -262,52 +268,62 @@ class Search:
             return self.own / self.target.value
         return SPARE * min((point.work for point in points if not self.target.missed(point)), default=math.inf)
 
-    def nearest(self, points: Sequence[Point], count: int) -> list[Point]:
-        """Return the settings that go on: those nearest to the target and to the best at as little work.
+    def loss(self, point: Point) -> float:
+        """Return what the search makes small, in dense steps, by prompt, since prompts differ more than settings.
 
-        Prompts differ more than settings do, so that few of them show which settings are good, but not yet which meet
-        the target. Where a speed-up is asked for, those of the best quality that reach it go on.
+        That is what the target would cost at the setting's share of the dense steps that are as good, and the dense
+        steps by which it falls short, or half of those by which it goes beyond. Where a speed-up is asked for, it is
+        the quality.
         """
         sign = self.target.sign
         if self.target.name == SPEEDUP:
-            return self.by_cost(points)[:count]
+            return 1e6 * self.target.missed(point) - sign * point.quality
+        lines = latest(read_lines(self.job.out))
+        found = []
+        for clip in range(self.prompts.first, self.prompts.first + point.prompts):
+            ran = [lines[name, clip] for name in self.ran if (name, clip) in lines]
+            # a search that goes on has lines of later settings, which must not change what it proposes
+            steps = {line["num_inference_steps"] for line in ran if is_rival(line)}.union(*map(rival_steps, ran))
+            rivals = [lines[dense_arm(count).name, clip] for count in steps]
+            dense = sorted((one["work"], sign * (value_of(one, self.target.quality) or 0.0)) for one in rivals)
+            works, ladder = (np.array(one) for one in zip(*dense, strict=True))
+            own = lines[point.arm.name, clip]
+            values = [sign * (value_of(own, self.target.quality) or 0.0), sign * self.target.value]
+            same, goal = np.interp(values, np.maximum.accumulate(ladder), works, right=self.own)
+            found.append(own["work"] / same * goal + max(goal - same, (same - goal) / 2))
+        return float(np.mean(found))
 
-        def away(point: Point) -> float:
-            best = max(sign * other.quality for other in points if other.work <= point.work)
-            beyond = abs(point.quality - self.target.value) - BAND * abs(self.target.value)
-            return best - sign * point.quality + max(0.0, beyond)
+    def chosen(self, points: Sequence[Point]) -> Point:
+        """Return the cheapest setting whose quality meets the target by a standard error, else by its mean.
 
-        return sorted(points, key=away)[:count]
-
-    def by_cost(self, points: Sequence[Point]) -> list[Point]:
-        """Return the settings in the order of choice: what meets the target, the cheapest first, then the nearest.
-
-        Where a speed-up is asked for, the best first.
+        Where a speed-up is asked for, the best that reaches it. The nearest where none meets it.
         """
+        sign = self.target.sign
         if self.target.name == SPEEDUP:
-            return sorted(points, key=lambda p: (self.target.missed(p), -self.target.sign * p.quality))
-        return sorted(points, key=lambda p: (self.target.missed(p), p.work))
+            return min(points, key=lambda one: (self.target.missed(one), -sign * one.quality))
+        worse = {one.arm.name: dataclasses.replace(one, quality=one.quality - sign * one.error) for one in points}
+        sure = [one for one in points if not self.target.missed(worse[one.arm.name])]
+        return min(sure or points, key=lambda one: (self.target.missed(one), one.work))
 
-    def verified(self, frontier: Sequence[Point]) -> Point:
-        """Return the first choice that meets the target on the held-out prompts, as measured there.
+    def judged(self, points: Sequence[Point], by_hand: Sequence[Arm] = ()) -> Point:
+        """Return the choice as measured on the held-out prompts, or the best by hand where that is better there.
 
         Raises:
-            ConfigError: if none does, with the nearest.
+            ConfigError: if neither meets the target, with the nearer.
         """
-        prompts = self.prompts.verified()
-        found = []
-        for point in self.by_cost(frontier):
-            self.stages.stage(f"verifying {point.arm.name} on {self.prompts.held} held-out prompts")
-            (held,) = self.measured([point.arm], prompts)
-            if not self.target.missed(held):
-                return held
-            found.append(held)
-        nearest = min(found, key=self.target.missed)
-        message = f"{self.target.quality} {nearest.quality:.4g} and a speed-up of {nearest.speedup:.2f}"
-        raise ConfigError(
-            f"no setting reached {self.target.name} {self.target.value:g} on {self.prompts.held} held-out prompts; "
-            f"nearest came {nearest.arm.name} with {message}; ask for less, or give more settings with --space"
-        )
+        hand = [one for one in points if one.arm in by_hand]
+        arms = {one.arm.name: one.arm for one in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
+        self.stages.stage(f"judging {' and '.join(arms)} on {self.prompts.held} held-out prompts")
+        found = self.measured(list(arms.values()), self.prompts.verified())
+        sign, fast = self.target.sign, self.target.name == SPEEDUP
+        best = min(found, key=lambda one: (self.target.missed(one), -sign * one.quality if fast else one.work))
+        if self.target.missed(best):
+            message = f"{self.target.quality} {best.quality:.4g} and a speed-up of {best.speedup:.2f}"
+            raise ConfigError(
+                f"no setting reached {self.target.name} {self.target.value:g} on {self.prompts.held} held-out prompts; "
+                f"nearest came {best.arm.name} with {message}; ask for less, or give more settings with --space"
+            )
+        return best
 
 
 def least_work(arm: Arm) -> float:

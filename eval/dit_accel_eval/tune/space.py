@@ -41,19 +41,16 @@ ALONE: Mapping[str, MethodConfig] = {
     "sol 0.46": SolAttention(beta=0.46),
     "sparsed 0.5 pooled": SparseD(density=0.5, rest="pooled"),
     "radial pooled": RadialAttention(rest="pooled"),
+    "lite pooled": LiteAttention(threshold=-6.0, rest="pooled"),
 }
 """Sparse attention that is tried by itself; what a name says is what is set, the rest is the model's own."""
 
-CACHED: Mapping[str, MethodConfig] = {
-    "sol 0.46": ALONE["sol 0.46"],
-    "lite pooled": LiteAttention(threshold=-6.0, rest="pooled"),
-    "sparsed 0.5 pooled": ALONE["sparsed 0.5 pooled"],
-}
+CACHED: Mapping[str, MethodConfig] = {name: ALONE[name] for name in ("sol 0.46", "lite pooled", "sparsed 0.5 pooled")}
 """Sparse attention that is tried with a cache."""
 
 CACHES: Mapping[str, MethodConfig] = {
     **{f"easycache {at}": EasyCache(threshold=at, predictor=FORECAST) for at in (0.05, 0.08, 0.1, 0.15)},
-    "easycache hold 0.08": EasyCache(threshold=0.08, predictor="hold"),
+    **{f"easycache hold {at}": EasyCache(threshold=at, predictor="hold") for at in (0.08, 0.1)},
     **{f"teacache {at}": TeaCache(threshold=at, predictor=FORECAST) for at in (0.1, 0.2)},
     **{f"magcache {at}": MagCache(threshold=at, predictor=FORECAST) for at in (0.06, 0.12)},
     **{f"firstblockcache {at}": FirstBlockCache(threshold=at, predictor=FORECAST) for at in (0.1, 0.2)},
@@ -63,6 +60,12 @@ CACHES: Mapping[str, MethodConfig] = {
     "dfa every 2": DFA(every=2),
 }
 """Caches that are tried by themselves, DFA among them, whose background keeps its attention output."""
+
+BY_HAND = (
+    "easycache 0.05 30", "easycache 0.1 30", "easycache hold 0.1 14", "easycache hold 0.08 12", "easycache 0.08 16",
+    "lite pooled + easycache 0.1 16", "magcache 0.12 14", "firstblockcache 0.2 14", "lite pooled 12",
+)  # fmt: skip
+"""The settings of README.md, which the search always runs: what it chooses is no worse than the best of them."""
 
 CALIBRATED = (TeaCache, MagCache)
 """Caches that are tried where their numbers are known for the model."""
@@ -97,7 +100,13 @@ def space_of(own: int, adapter: Adapter, family: Family, *, block_size: int | No
         return known and adapter.verdict(method.name)[0] == "supported"
 
     tiles = {} if block_size is None else {"block_size": block_size}
-    every = (arm for steps in sorted({*STEPS, *further, own}) for arm in _arms(steps, tiles))
+    usual = {*STEPS, *further, own}
+    every = (
+        arm
+        for steps in sorted(usual | {int(name.rpartition(" ")[2]) for name in BY_HAND})
+        for arm in _arms(steps, tiles)
+        if steps in usual or arm.name in BY_HAND
+    )
     return tuple(arm for arm in every if all(map(taken, arm.methods)))
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from dit_accel.files import held
 from . import options as given
 
 if TYPE_CHECKING:
+    from . import generating
     from .networks.loading import Networks
     from .prompts import Prompt
     from .protocols import Protocol
-    from .run import Job
 
 _tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
 
@@ -31,8 +31,10 @@ def evaluate(
     totals: given.Totals = None, videos: given.Videos = None, dimension: given.Dimensions = None,
     full_info: given.FullInfo = None, samples: given.Samples = None, subset: given.Subset = None,
     filtered: given.Filtered = False, custom: given.Custom = False, prompts: given.Prompts = None,
+    augmented: given.Augmented = None,
     long: given.Long = False, long_config: given.LongConfig = None, folder: given.Folder = None,
-    observations: given.Observed = None, output: given.Output = Path("vbench"), name: given.Name = None,
+    observations: given.Observed = None, official: given.Official = None, output: given.Output = Path("vbench"),
+    name: given.Name = None,
     reference: given.Reference = None, protocol: given.Convention = None,
     generate: given.Generate = False, model: given.Model = None, height: given.Pixels = None,
     width: given.Pixels = None, num_frames: given.Frames = None, num_inference_steps: given.Steps = None,
@@ -46,9 +48,10 @@ def evaluate(
     named, with what to put where. Each video's score is kept as it is measured,
     so a run that was stopped goes on. The result files are laid out as VBench's.
 
-    With --generate the videos are made: those of the dimensions' prompts that
-    the folder lacks, each of another seed; what it costs is said first. With
-    --reference they are held against dense ones as published tables were.
+    With --generate the videos are made: those of the dimensions' prompts, or of
+    --prompts, that the folder lacks, each of another seed; what it costs is said
+    first. With --reference they are held against dense ones as published tables
+    were.
 
     Examples:
 
@@ -58,12 +61,13 @@ def evaluate(
 
     dit-accel eval vbench --videos out/ --custom -d temporal_flickering --json
 
+    dit-accel eval vbench --videos out/ --official vbench-env -d object_class
+
     dit-accel eval vbench --videos out/ --reference dense/ --protocol svg
 
     dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
     """
-    if (totals is None) == (videos is None):
-        raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
+    _refuse(locals())
     if videos is None:
         assert totals is not None
         return _print_totals(totals, json)
@@ -71,22 +75,38 @@ def evaluate(
         videos=videos, dimensions=tuple(dimension or ()), full_info=full_info, samples=samples, subset=subset,
         prompts=prompts, output=output, name=name or videos.resolve().name, folder=folder, device=device, json=json,
     )  # fmt: skip
-    if (long or long_config is not None) and (generate or protocol is not None or reference is not None):
-        raise ConfigError(
-            "--long is for measuring dimensions; leave it out with --generate, --reference and --protocol"
-        )
-    if generate and reference is not None:
-        raise ConfigError("--reference is for videos that are there; make them first, then compare")
+    if official is not None:
+        return _by_package(chosen, official, custom, filtered)
     if generate:
         making = {"model": model, "height": height, "width": width, "num_frames": num_frames, "fps": fps,
                   "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
                   "device": device, "offload": offload, "methods": tuple(methods)}  # fmt: skip
-        return _generate(chosen, seed, shard, protocol, making)
-    if methods or model is not None or shard is not None:
-        raise ConfigError("a model, its methods and shards are for making videos; add --generate")
+        return _generate(chosen, seed, shard, protocol, augmented, making)
     if protocol is not None or reference is not None:
         return _compare(chosen, protocol, reference)
     return _measure(chosen, custom, filtered, observations, long, long_config)
+
+
+_NOT_THE_PACKAGES = ("long", "long_config", "observations", "samples", "subset", "generate", "reference", "protocol")
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """Refuse options of `evaluate` that can't be asked for together, before anything is read."""
+    asked = {name for name, value in options.items() if value not in (None, False, [])}
+    if len(asked & {"totals", "videos"}) != 1:
+        raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
+    if "official" in asked:
+        for name in (name for name in _NOT_THE_PACKAGES if name in asked):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"--official runs the vbench package as it is, which has no {option}; leave one out")
+    if asked & {"long", "long_config"} and asked & {"generate", "protocol", "reference"}:
+        raise ConfigError(
+            "--long is for measuring dimensions; leave it out with --generate, --reference and --protocol"
+        )
+    if {"generate", "reference"} <= asked:
+        raise ConfigError("--reference is for videos that are there; make them first, then compare")
+    if "generate" not in asked and asked & {"methods", "model", "shard", "augmented"}:
+        raise ConfigError("a model, its methods, shards and augmented prompts are for making videos; add --generate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +163,25 @@ def _measure(
     with held(job.lines, "the results file"):
         found = measured(job, wanted)
     whole = chosen.samples in (None, 5) and chosen.subset is None and not custom and not long
-    _print_scores(found, job, whole=whole, json=chosen.json)
+    _print_scores(found, job.results, whole=whole, json=chosen.json)
+
+
+def _by_package(chosen: Chosen, environment: Path, custom: bool, filtered: bool) -> None:
+    """Measure videos by the official package, in an environment of its own."""
+    from .dimensions import DIMENSIONS
+    from .package_run import PackageRun, measure
+    from .prompts import ASKED
+    from .source import known_names
+
+    job = PackageRun(
+        environment=environment, videos=chosen.videos, output=chosen.output, name=chosen.name, custom=custom,
+        prompts_file=chosen.prompts, full_info=chosen.full_info, filtered=filtered, weights=chosen.folder,
+        device=chosen.device or "cuda", tell=_tell, warn=warn,
+    )  # fmt: skip
+    usual = [name for name in DIMENSIONS if not (custom and name in ASKED)]
+    keeps(f"each dimension's results stand in {chosen.output}, and the same command goes on with the next")
+    found = measure(job, known_names(chosen.dimensions) or usual)
+    _print_scores(found, job.results, whole=not custom, json=chosen.json)
 
 
 def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> None:
@@ -176,7 +214,9 @@ def _compare(chosen: Chosen, protocol: str | None, reference: Path | None) -> No
     _tell(f"written to {job.result}")
 
 
-def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None, making: dict[str, Any]) -> None:
+def _generate(
+    chosen: Chosen, seed: int, shard: str | None, protocol: str | None, augmented: Path | None, making: dict[str, Any]
+) -> None:
     """Make the videos that a folder lacks; the cost is printed before the model is loaded."""
     from dit_accel_pipelines.generation.request import Request
 
@@ -190,21 +230,36 @@ def _generate(chosen: Chosen, seed: int, shard: str | None, protocol: str | None
         chosen.videos.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the folder {chosen.videos} can't be made: {error.strerror}; name another") from None
-    if convention is None:
-        if chosen.prompts is not None:
-            raise ConfigError("--prompts with --generate is for a protocol whose prompts are its own; add --protocol")
-        every = generating.pieces(*_official(chosen), chosen.videos, chosen.samples, seed)
-    else:
-        every = generating.protocol_pieces(convention, _texts(chosen, convention), chosen.videos, chosen.samples, seed)
-    work = generating.share(every, shard)
+    work = generating.share(_pieces(chosen, convention, augmented, seed), shard)
     request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
     left = generating.remaining(work, request)
     _tell(generating.cost(request, len(work) - len(left), len(work)))
     if left:
         keeps(f"the videos in {chosen.videos} are whole, and the same command makes those that lack")
         generating.generate(left, request, _tell, sys.argv)
-    then = "" if convention is None else f" --reference DENSE --protocol {convention.name}"
+    then = " --custom" if chosen.prompts is not None else ""
+    then = then if convention is None else f" --reference DENSE --protocol {convention.name}"
     _tell(f"{chosen.videos} is whole; measure it: dit-accel eval vbench --videos {chosen.videos}{then}")
+
+
+def _pieces(
+    chosen: Chosen, convention: "Protocol | None", augmented: Path | None, seed: int
+) -> "Sequence[generating.Piece]":
+    """Return the videos to be made: of VBench's prompts, augmented or not, of a protocol's, or of one's own."""
+    from . import generating
+
+    if augmented is not None and (convention is not None or chosen.prompts is not None):
+        other = "--prompts" if convention is None else "--protocol"
+        raise ConfigError(f"--augmented words VBench's own prompts, so that they can't be another's; leave {other} out")
+    if convention is not None:
+        texts = _texts(chosen, convention)
+        return generating.protocol_pieces(convention, texts, chosen.videos, chosen.samples, seed)
+    if chosen.prompts is not None:
+        texts = generating.read_texts(chosen.prompts, "--prompts")[: chosen.subset]
+        return generating.own_pieces(texts, chosen.videos, chosen.samples, seed)
+    every, wanted, names = _official(chosen)
+    worded = () if augmented is None else generating.read_augmented(augmented, every)
+    return generating.pieces(every, wanted, names, chosen.videos, chosen.samples, seed, worded)
 
 
 def _official(chosen: Chosen) -> "tuple[list[Prompt], list[Prompt], list[str]]":
@@ -222,10 +277,10 @@ def _official(chosen: Chosen) -> "tuple[list[Prompt], list[Prompt], list[str]]":
 
 def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
     """Return a protocol's prompts: of a file, a line each, or VBench's."""
-    from dit_accel_pipelines.generation.request import read_prompts as read_lines
+    from .generating import read_texts
 
     if chosen.prompts is not None:
-        return read_lines(chosen.prompts)[: chosen.subset]
+        return read_texts(chosen.prompts, "--prompts")[: chosen.subset]
     if not protocol.own_prompts:
         raise ConfigError(
             f"the prompts of protocol {protocol.name} are {protocol.prompts}, which are not here; give them with "
@@ -234,14 +289,14 @@ def _texts(chosen: Chosen, protocol: "Protocol") -> Sequence[str]:
     return [one.text for one in _official(chosen)[1]]
 
 
-def _print_scores(found: dict[str, list[Any]], job: "Job", *, whole: bool, json: bool) -> None:
+def _print_scores(found: dict[str, list[Any]], results: Path, *, whole: bool, json: bool) -> None:
     from .dimensions import DIMENSIONS
     from .totals import totals
 
     scores = {name: held[0] for name, held in found.items()}
     sums = asdict(totals(scores)) if whole and len(scores) == len(DIMENSIONS) else None
     if json:
-        print_json({"scores": scores, "totals": sums, "results": str(job.results)})
+        print_json({"scores": scores, "totals": sums, "results": str(results)})
         return
     table = plain_table("dimension", "score", "videos", right=("score", "videos"))
     for name, (score, entries) in found.items():
@@ -249,7 +304,7 @@ def _print_scores(found: dict[str, list[Any]], job: "Job", *, whole: bool, json:
     OUT.print(table)
     if sums is not None:
         OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
-    _tell(f"written to {job.results}")
+    _tell(f"written to {results}")
 
 
 def _print_totals(path: Path, json: bool) -> None:

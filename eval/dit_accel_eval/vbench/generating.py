@@ -11,7 +11,15 @@ from typing import Any
 
 from dit_accel_pipelines.generation.generate import opened
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, embedded_name, settle, side_car_path
+from dit_accel_pipelines.generation.request import (
+    EMBEDDED,
+    Request,
+    check_words,
+    embedded_name,
+    read_prompts,
+    settle,
+    side_car_path,
+)
 
 from dit_accel import ConfigError
 from dit_accel.adapters import installed
@@ -22,6 +30,12 @@ from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
 from .protocols import Protocol
 
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
+
+AUGMENTED_APART = 100_000
+"""Between the seeds of two augmented prompts' first videos."""
+
+LONGEST_NAME = 249
+"""Bytes that a video's name may have, so that its side-car and its lock have names, too."""
 
 ASKED = (*SIZES, "guidance_scale", "solver")
 """What of a request an earlier video must have been made with, where it is asked for."""
@@ -38,19 +52,61 @@ class Piece:
 
 def pieces(
     every: Sequence[Prompt], wanted: Sequence[Prompt], names: Sequence[str], folder: Path, samples: int | None,
-    seed: int,
+    seed: int, augmented: Sequence[str] = (),
 ) -> list[Piece]:  # fmt: skip
     """Return the videos of wanted prompts: so many samples, else 5 of each, and 25 for the static filter's dimension.
 
-    A video's seed does not depend on which of all prompts are wanted; the first prompt's first one has ``seed``.
+    A video's seed does not depend on which of all prompts are wanted; the first prompt's first one has ``seed``. Where
+    there are augmented prompts, one for each of ``every``, the model is given those, and video j of prompt i has seed
+    100000 i + j: so VBench's leaderboard made its row of Wan 2.1 14B (github.com/Vchitect/VBench/issues/163).
     """
-    places = {text: place for place, text in enumerate(dict.fromkeys(one.text for one in every))}
+    texts = [one.text for one in every]
+    order = texts if augmented else list(dict.fromkeys(texts))
+    apart = AUGMENTED_APART if augmented else max(FILTERED_SAMPLES, samples or 0)
     found = []
     for one in wanted:
         count = FILTERED_SAMPLES if FLICKERING in one.dimensions and FLICKERING in names else SAMPLES
-        paths = [folder / f"{one.text}-{number}.mp4" for number in range(samples or count)]
-        found += _seeded(one.text, paths, seed + max(FILTERED_SAMPLES, samples or 0) * places[one.text])
+        paths = [clip_path(folder, one.text, number) for number in range(samples or count)]
+        place = order.index(one.text)
+        found += _seeded(augmented[place] if augmented else one.text, paths, seed + apart * place)
     return found
+
+
+def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
+    """Return a file's prompts, a line for each of VBench's in their order; another number of lines is refused."""
+    found = read_texts(path, "--augmented")
+    if len(found) != len(every):
+        raise ConfigError(
+            f"{path} has {len(found)} augmented prompts, and VBench {len(every)}; give a line for each, in order, "
+            "such as VBench's repository has them in prompts/augmented_prompts"
+        )
+    return found
+
+
+def read_texts(path: Path, option: str) -> tuple[str, ...]:
+    """Return a text file's prompts, a line each; errors call the file by the option that named it."""
+    try:
+        return read_prompts(path)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--prompt-file", option)) from None
+
+
+def own_pieces(texts: Sequence[str], folder: Path, samples: int | None, seed: int) -> list[Piece]:
+    """Return the videos ``{prompt}-{i}.mp4`` of prompts of one's own, 5 of each or so many, each of another seed."""
+    count, found = samples or SAMPLES, []
+    for number, text in enumerate(dict.fromkeys(texts)):
+        paths = [clip_path(folder, text, place) for place in range(count)]
+        found += _seeded(text, paths, seed + number * count)
+    return found
+
+
+def clip_path(folder: Path, prompt: str, number: int) -> Path:
+    """Return where a prompt's video lies; a prompt that can't be a file's name is refused."""
+    name = f"{prompt}-{number}.mp4"
+    if "/" in prompt or len(name.encode()) > LONGEST_NAME:
+        why = "it holds a slash" if "/" in prompt else f"it has more than {LONGEST_NAME} bytes"
+        raise ConfigError(f"{prompt[:60]!r} can't be the name of a video, since {why}; put it in other words")
+    return folder / name
 
 
 def _seeded(prompt: str, paths: Sequence[Path], first: int) -> list[Piece]:
@@ -120,6 +176,7 @@ def _is_made(piece: Piece, request: Request) -> bool:
         raise ConfigError(f"{piece.path} has no side-car that tells how it was made; move it away") from None
     methods = {method.name: method.to_dict() for method in request.methods}
     requested: dict[str, Any] = {"model": request.model or EMBEDDED, "seed": piece.seed, "methods": methods}
+    requested["prompt"] = piece.prompt
     requested |= {name: value for name in ASKED if (value := getattr(request, name)) is not None}
     for name, value in json.loads(json.dumps(requested)).items():
         if message.get(name) != value:

@@ -16,7 +16,9 @@ Totals = Annotated[
     Path | None, _one(None, "JSON of all sixteen raw scores, of which to print the totals.", "SCORES.json")
 ]
 Name = Annotated[str | None, _one(None, "What result files begin with; default: the videos' folder.", "NAME")]
-Device = Annotated[str | None, _one(None, "Default: cpu for networks, the accelerator for --generate.", "DEVICE")]
+Device = Annotated[
+    str | None, _one(None, "Default: cpu for networks, the accelerator for --generate, cuda for --official.", "DEVICE")
+]
 
 Videos = Annotated[Path | None, _one(VIDEOS, "Folder of videos {prompt}-{i}.mp4.", "DIR")]
 Dimensions = Annotated[
@@ -32,6 +34,12 @@ Prompts = Annotated[
     Path | None,
     _one(VIDEOS, "JSON {file name: prompt}; default: the files' names. With --generate: a prompt a line.", "FILE"),
 ]
+Augmented = Annotated[
+    Path | None,
+    _one(
+        MAKING, "VBench's prompts in other words, a line each, as the model is to get them; seeds 100000 i + j.", "FILE"
+    ),
+]
 Long = Annotated[bool, _one(VIDEOS, "VBench-Long: clips of 2 or 10 s, a score each.", None, "--long")]
 LongConfig = Annotated[
     Path | None,
@@ -41,6 +49,10 @@ Folder = Annotated[
     Path | None, _one(VIDEOS, "Weights, laid out as VBench's cache; default: see eval setup --tier 2.", "DIR")
 ]
 Observed = Annotated[Path | None, _one(VIDEOS, "JSON lines of what GRiT, Tag2Text or UMT saw elsewhere.", "FILE")]
+Official = Annotated[
+    Path | None,
+    _one(VIDEOS, "Measure by the vbench package itself, in this virtual environment, made if missing.", "ENV"),
+]
 Output = Annotated[Path, _one(VIDEOS, "Folder of the results.", "DIR", "--output", "-o")]
 
 Reference = Annotated[Path | None, _one(AGAINST, "Clips of the same names that the videos should be.", "DIR")]

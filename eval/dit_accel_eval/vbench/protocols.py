@@ -5,7 +5,8 @@ with every result. Sources: Sparse-VideoGen (svg/utils/metric.py, scripts; arXiv
 shared with PAB and MagCache; arXiv 2411.19108), cache-dit (metrics, bench), FastVideo (fastvideo.eval).
 """
 
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,8 +33,8 @@ class Size:
     model: str
     height: int
     width: int
-    num_frames: int | None
     num_inference_steps: int
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,8 @@ class Protocol:
     prompts: str
     own_prompts: bool
     samples: int
-    seed: Literal["0", "i"] | None
     file: str
+    seed: Literal["0", "i"] | None = None
     pictures_only: bool = False
     sets: str | None = None
 
@@ -112,71 +113,19 @@ def of_finite_frames(values: Sequence[Values]) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-_MP4 = "clips are read from decoded mp4 files, whose coding caps PSNR (near 38.5 dB at diffusers' default quality)"
+def _read() -> Iterator[Protocol]:
+    """Give the protocols of the table beside this file, their measures and means by the names of functions."""
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    means = {one.__name__: one for one in (of_clips, of_batches, of_finite_frames)}
+    for name, held in table.items():
+        measures = {key: getattr(rules, held[key]) for key in ("psnr", "ssim", "lpips")}
+        sizes, flaws = tuple(Size(**one) for one in held["sizes"]), tuple(held["flaws"])
+        yield Protocol(
+            **{**held, **measures, "name": name, "average": means[held["average"]], "sizes": sizes, "flaws": flaws}
+        )
 
-_ALL = (
-    Protocol(
-        name="svg", psnr=rules.psnr, ssim=rules.ssim_box, lpips=rules.lpips_vgg_unscaled, lpips_net="vgg",
-        average=of_clips, cut=False,
-        flaws=(
-            "LPIPS gets frames in [0, 1], where its network wants [-1, 1]: it comes out lower",
-            "SSIM takes a box window and zeros around the frame, not the Gaussian window of its definition",
-            "one frame that equals the reference's makes the mean PSNR infinite",
-            _MP4,
-        ),
-        sizes=(
-            Size(model="wan", height=720, width=1280, num_frames=81, num_inference_steps=50),
-            Size(model="hunyuan", height=720, width=1280, num_frames=129, num_inference_steps=50),
-        ),
-        prompts="of its own: Penguin Video Benchmark's, rewritten by VBench's rules", own_prompts=False, samples=1,
-        seed="0", file="{number}-0.mp4",
-    ),
-    Protocol(
-        name="teacache", psnr=rules.psnr_capped, ssim=rules.ssim_gauss, lpips=rules.lpips_alex_spread,
-        lpips_net="alex", average=of_batches, cut=False,
-        flaws=(
-            f"means are taken over batches of {BATCH} clips, so that each clip of a short last batch weighs more",
-            "which clips are in that batch hangs on the order in which a file system lists them; here it is by name",
-            "LPIPS is the mean of maps drawn to the frames' size, not of the maps themselves",
-            "its batch script resizes and crops a reference of another size; other sizes are refused here",
-            _MP4,
-        ),
-        sizes=(
-            Size(model="latte", height=512, width=512, num_frames=16, num_inference_steps=50),
-            Size(model="open-sora-plan", height=512, width=512, num_frames=65, num_inference_steps=150),
-        ),
-        prompts="VBench's", own_prompts=True, samples=5, seed="i", file="{prompt}-{i}.mp4",
-    ),
-    Protocol(
-        name="cache-dit", psnr=rules.psnr_wrapped, ssim=rules.ssim_skimage, lpips=rules.lpips_alex,
-        lpips_net="alex", average=of_finite_frames, cut=True, pictures_only=True, sets="fid@inception",
-        flaws=(
-            "PSNR's 8-bit differences and squares wrap at 256: it does not fall below about 28 dB however bad a "
-            "picture is; psnr@skimage is its other, right one",
-            "frames that equal the reference's are left out of the mean PSNR",
-            "SSIM takes scikit-image's box of 7 pixels, not the Gaussian window of its definition",
-            "its LPIPS of videos fails on the frames it is given; it has one of pictures alone",
-            "files whose names differ are left out without a word there; they are refused here",
-            "a longer clip is cut to the shorter",
-            "FID takes a video's frames for pictures, and so few of them that it comes out high",
-        ),
-        sizes=(Size(model="flux", height=1024, width=1024, num_frames=None, num_inference_steps=50),),
-        prompts="of its own: DrawBench's 200", own_prompts=False, samples=1, seed="0", file="img_{number}.png",
-    ),
-    Protocol(
-        name="fastvideo", psnr=rules.psnr_capped, ssim=rules.ssim_gauss_padded, lpips=rules.lpips_alex,
-        lpips_net="alex", average=of_clips, cut=True, sets="fvd@i3d",
-        flaws=(
-            "SSIM takes zeros around the frame",
-            "a longer clip is cut to the shorter",
-            "clips are paired by their place where folders hold as many; here they are by name",
-            _MP4,
-        ),
-        sizes=(), prompts="VBench's", own_prompts=True, samples=5, seed=None, file="{prompt}-{i}.mp4",
-    ),
-)  # fmt: skip
 
-PROTOCOLS: dict[str, Protocol] = {one.name: one for one in _ALL}
+PROTOCOLS: dict[str, Protocol] = {one.name: one for one in _read()}
 
 
 def protocol(name: str) -> Protocol:

@@ -1,4 +1,4 @@
-"""Judges arms by VBench's names on the embedded world, for suites with ``judge = "vbench"``.
+"""Judges arms by VBench's names on the embedded world, for suites with ``judge = "../studies/judge_vbench.py"``.
 
 Each arm makes the same held-out clips, which are judged by what their prompts ask for (`asked`), so no run is the
 reference; the suite's first arm is what the others are held against, clip by clip.
@@ -8,21 +8,22 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from dit_accel_eval.metrics import Sample, scores
+from dit_accel_eval.runs.counting import Counts, works
+from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.results import Line, latest
+from dit_accel_eval.statistics import Judged, judge
+from dit_accel_eval.suites.comparison import WORKS
+from dit_accel_eval.suites.suite import Suite
+from dit_accel_eval.vbench.dimensions import DIMENSIONS
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS
 from dit_accel_pipelines.generation.solvers import BEST
+from vbench_proxies import NAMES, correlations
+from world_scenes import model_scores, numbers
 
 from dit_accel import ConfigError
 
-from ..metrics import Sample, scores
-from ..runs.counting import Counts, works
-from ..runs.model import Run, SuiteModel
-from ..runs.results import Line, latest
-from ..statistics import Judged, judge
-from ..vbench.dimensions import DIMENSIONS
-from ..vbench.proxies import NAMES, correlations
-from ..vbench.scenes import model_scores
-from .comparison import WORKS
-from .suite import Suite
+__all__ = ["check_suite", "measures", "numbers", "table"]
 
 
 def check_suite(suite: Suite) -> None:

@@ -1,4 +1,4 @@
-"""Judges guidance at equal forwards, for suites with ``judge = "guidance"``.
+"""Judges guidance at equal forwards, for suites with ``judge = "../studies/judge_guidance.py"``.
 
 Guidance changes what is sought, so no converged run is the measure: each clip is judged by itself, by how near it
 comes to its prompt and by its sharpness. An arm is held, clip by clip, against the plain arm that `rival_of` names.
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import model_closeness, model_score
-
-from ..metrics.sharpness import sharpness
-from ..runs.model import Run, SuiteModel
-from ..runs.results import Line, markdown_table
-from ..statistics import judge
-from .arms import Arm
-from .suite import Suite, held_arms
+from dit_accel_eval.metrics.sharpness import sharpness
+from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.results import Line, markdown_table
+from dit_accel_eval.statistics import judge
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.suite import Suite
+from judging import held_arms
 
 EQUAL = 1.25
 """Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
@@ -54,7 +54,7 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     names = ("forwards", "score", "closeness", "sharpness")
-    held = list(held_arms(suite, lines, lambda arm: rival_of(suite, arm, lines)))
+    held = list(held_arms(suite, lines, rival_of))
     judged = judge({
         arm.name: [100 * (clips[clip]["closeness"] - others[clip]["closeness"])
                    for clip in sorted({*clips} & {*others})]

@@ -1,4 +1,4 @@
-"""Judges clips longer than trained, for suites with ``judge = "longer"``.
+"""Judges clips longer than trained, for suites with ``judge = "../studies/judge_longer.py"``.
 
 No clip has a reference, so each is judged by itself: the judge's score for its prompt, motion, sharpness, how near a
 later stretch comes to the opening one, and how much of a loop it is.
@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
-
-from ..metrics.loops import loop, repetition
-from ..metrics.metric import Clip
-from ..metrics.motion import motion
-from ..metrics.sharpness import sharpness
-from ..runs.model import Run, SuiteModel
-from ..runs.results import Line, markdown_table
-from ..statistics import paired_cell
-from .suite import Suite, held_arms
+from dit_accel_eval.metrics.loops import loop, repetition
+from dit_accel_eval.metrics.metric import Clip
+from dit_accel_eval.metrics.motion import motion
+from dit_accel_eval.metrics.sharpness import sharpness
+from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.results import Line, markdown_table
+from dit_accel_eval.statistics import paired_cell
+from dit_accel_eval.suites.suite import Suite
+from judging import held_arms
 
 STRETCHES = "closeness_by_stretch"
 """What a line calls how near each stretch comes to the prompt."""
@@ -58,7 +58,7 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
         "arm | clips | frames | score | closeness by stretch | path error, px | motion x 1000 | sharpness x 1000 | "
         "repetition RMS | loop | pairs computed | denoising, s"
     )
-    rows = ((arm.name, *_cells([*clips.values()])) for arm, clips, _, _ in held_arms(suite, lines, suite.plain))
+    rows = ((arm.name, *_cells([*clips.values()])) for arm, clips, _, _ in held_arms(suite, lines))
     against = (
         "arm | against | paired difference of the score, points | of the loop | of the path error, px | "
         "of the motion x 1000 | of the sharpness x 1000 | of the repetition RMS x 1000 | times its denoising"
@@ -91,7 +91,7 @@ def _cells(lines: list[Line]) -> tuple[str, ...]:
 
 
 def _differences(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
-    for arm, own, plain, others in held_arms(suite, lines, suite.plain):
+    for arm, own, plain, others in held_arms(suite, lines):
         if plain is None:
             continue
         cell = functools.partial(paired_cell, own, others)

@@ -1,7 +1,7 @@
-"""The converged runs that the demo is held against: those that ship with it; all others are made on every core.
+"""The converged runs that the demo is held against: those that are committed; all others are made on every core.
 
-They ship since they take longer than the demo: up to 256 steps each. `write` says what shapes each, as the dense runs'
-files do, so that a run of other weights, another prompt or another size is never taken for it.
+They are committed since they take longer than the demo: up to 256 steps each. `write` says what shapes each, as the
+dense runs' files do, so that a run of other weights, another prompt or another size is never taken for it.
 """
 
 import dataclasses
@@ -15,25 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.loaded import EmbeddedModel
+from dit_accel_eval.runs.pool import run_beside
+from dit_accel_eval.suites.reference import MOST, Reference, converged, run_setting
 from dit_accel_pipelines.generation.media import to_uint8
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import TALK
 from dit_accel.files import written_whole
 
-from ..runs.counting import Counts
-from ..runs.loaded import EmbeddedModel
-from ..runs.pool import run_beside
-from ..suites.reference import MOST, Reference, converged, run_setting
-
-SHIPPED = Path(__file__).with_name("references.npz")
+COMMITTED = Path(__file__).with_name("demo_references.npz")
 
 SOON = 128
-"""Steps at which the search ends for runs that do not ship, so that the demo of another prompt takes minutes."""
+"""Steps at which the search ends for runs that are not committed, so that the demo of another prompt takes minutes."""
 
 
 def references(
-    requested: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path, *, shipped: Path | None = SHIPPED
+    requested: Sequence[Any], model: EmbeddedModel, seeds: int, cache: Path, *, committed: Path | None = COMMITTED
 ) -> list[Reference]:
     """Return the converged run of every seed: those of a file, others made by processes of one thread, one a core.
 
@@ -42,10 +41,10 @@ def references(
         model: made of it.
         seeds: how many, from 0.
         cache: folder of dense runs, for those that are made.
-        shipped: file of `write`; None: make all, with as many steps as it takes.
+        committed: file of `write`; None: make all, with as many steps as it takes.
     """
-    found = {} if shipped is None else read(shipped, model, seeds)
-    most = MOST if shipped is None else SOON
+    found = {} if committed is None else read(committed, model, seeds)
+    most = MOST if committed is None else SOON
     missing = [seed for seed in range(seeds) if seed not in found]
     if missing:
         make = functools.partial(_converge, tuple(requested), cache, most)

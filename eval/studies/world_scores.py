@@ -16,9 +16,8 @@ from dit_accel_assets import tracking, world
 from dit_accel_assets.judge import Verdict, judge
 from dit_accel_assets.unmix import Parts, components, firm, unmix
 from dit_accel_assets.world import Scene
-
-from . import rules
-from .sampling import Frames, middle
+from dit_accel_eval.vbench import rules
+from dit_accel_eval.vbench.sampling import Frames, middle
 
 WORDS: dict[str, str] = {
     "subject_consistency": "the first object keeps its colour and shape",

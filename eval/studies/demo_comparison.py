@@ -9,9 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import demo_references
 import numpy as np
 import torch
 from dit_accel_assets import held_out_prompts
+from dit_accel_eval.metrics.metric import Clip
+from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.runs.conditions import processor
+from dit_accel_eval.runs.counting import work
+from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
+from dit_accel_eval.runs.model import Run
+from dit_accel_eval.statistics import FEWEST, estimate, judge
+from dit_accel_eval.suites.arms import Arm, dense_arm
+from dit_accel_eval.suites.reference import Reference
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, settle
 from dit_accel_pipelines.generation.threads import one_thread
@@ -20,17 +30,6 @@ from dit_accel import EasyCache
 from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.cli.stopping import keeps
 from dit_accel.files import held, json_text, new_folder, written_whole
-
-from ..metrics.metric import Clip
-from ..metrics.psnr import psnr
-from ..runs.conditions import processor
-from ..runs.counting import work
-from ..runs.loaded import EmbeddedModel, check_name, tuning_request
-from ..runs.model import Run
-from ..statistics import FEWEST, estimate, judge
-from ..suites.arms import Arm, dense_arm
-from ..suites.reference import Reference
-from . import references as demo_references
 
 PROMPT = 25
 """Number of the held-out prompt; the suites run those from 0 to 15."""
@@ -73,7 +72,7 @@ class Outcome:
 def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int | None, *, anew: bool) -> None:
     """Generate one prompt dense, accelerated, and dense in the same time; compare, and write the pictures.
 
-    The arguments are the options of the command in `__main__`.
+    The arguments are the options of the command in `demo`.
     """
     check_name(name)
     text = held_out_prompts(name, PROMPT + 1)[PROMPT] if prompt is None else prompt
@@ -83,8 +82,8 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
         call = {} if num_frames is None else {"num_frames": num_frames}
         requested = (name, call, text)
         model = EmbeddedModel(*requested)
-        shipped = None if anew else demo_references.SHIPPED
-        references = demo_references.references(requested, model, seeds, out / "references", shipped=shipped)
+        committed = None if anew else demo_references.COMMITTED
+        references = demo_references.references(requested, model, seeds, out / "references", committed=committed)
         if anew:
             demo_references.write(out / "references.npz", model, references)
         _write(out, model, references, compare(model, references))

@@ -1,4 +1,4 @@
-"""The demo: a prompt dense, accelerated, and dense with the steps of as much time: `python -m dit_accel_eval.demo`."""
+"""The demo: a prompt dense, accelerated, and dense with the steps of as much time: `python eval/studies/demo.py`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +18,10 @@ def main(
         int, typer.Option(help="Seeds of the noise, from 0; the pictures show the first.", min=1, max=1000)
     ] = 4,
     num_frames: Annotated[int | None, typer.Option(help="Output frames; default: the model's own.")] = None,
-    anew: Annotated[bool, typer.Option("--anew", help="Make the converged runs that ship anew: minutes.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Make the converged runs anew: minutes.")] = False,
 ) -> None:
     """Generate one prompt dense, accelerated, and dense in the same time; compare, and write the pictures."""
-    from .comparison import make
+    from demo_comparison import make
 
     make(out, model, prompt, seeds, num_frames, anew=anew)
 

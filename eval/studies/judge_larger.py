@@ -1,4 +1,4 @@
-"""Judges pictures larger than trained, for suites with ``judge = "larger"``.
+"""Judges pictures larger than trained, for suites with ``judge = "../studies/judge_larger.py"``.
 
 No picture has a reference, so each is judged by itself: objects too many or missing, the judge's score for its prompt
 (whether the ground's texture is the asked one by itself), how much of it comes again at a distance, and sharpness.
@@ -10,13 +10,13 @@ import numpy as np
 from dit_accel_assets import model_defaults
 from dit_accel_assets.judge import judge
 from dit_accel_assets.world import scene_of
-
-from ..metrics.metric import Clip
-from ..metrics.sharpness import sharpness
-from ..runs.model import Run, SuiteModel
-from ..runs.results import Line, markdown_table
-from ..statistics import paired_cell
-from .suite import Suite, held_arms
+from dit_accel_eval.metrics.metric import Clip
+from dit_accel_eval.metrics.sharpness import sharpness
+from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.results import Line, markdown_table
+from dit_accel_eval.statistics import paired_cell
+from dit_accel_eval.suites.suite import Suite
+from judging import held_arms
 
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
@@ -76,7 +76,7 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
     scales = (1, 100, 100, 1, 1000)
-    for arm, clips, plain, others in held_arms(suite, lines, suite.plain):
+    for arm, clips, plain, others in held_arms(suite, lines):
         wrong, score, ground, again, sharp = (float(np.mean([x[name] for x in clips.values()])) for name in NAMES)
         paired = [paired_cell(clips, others, name, scale=scale) for name, scale in zip(NAMES, scales, strict=True)]
         yield (

@@ -5,12 +5,11 @@ import itertools
 from dit_accel_assets import clips, model_score, world
 from dit_accel_assets.checker import check
 from dit_accel_assets.world import Scene, Thing
+from dit_accel_eval.metrics.metric import Clip
 from dit_accel_pipelines.generation.media import to_uint8
+from world_scores import MEASURES, world_scores
 
 from dit_accel import ConfigError
-
-from ..metrics.metric import Clip
-from .world_scores import MEASURES, world_scores
 
 SHAPES_MODEL = "wan-plain"
 """The model of one plain shape on plain ground, whose world is a part of `world` but for its paces and white."""

@@ -1,0 +1,58 @@
+"""Judges: Python files beside a suite that judge each clip by itself, where no converged run can be the measure."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel import ConfigError
+
+from ..runs.model import Run, SuiteModel
+from ..runs.results import Line
+from .suite import Suite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """How clips are judged by themselves, by functions of these names in a suite's file.
+
+    Attributes:
+        measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
+        table: (suite, lines) -> the Markdown table.
+        check_suite: refuses a suite that can't be judged so; None: all can.
+        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
+    """
+
+    measures: Callable[[SuiteModel, int, Run], Line]
+    table: Callable[[Suite, Sequence[Line]], str]
+    check_suite: Callable[[Suite], None] | None = None
+    numbers: Callable[[str, int, int], Sequence[int]] | None = None
+
+
+def judge_of(suite: Suite) -> Judge | None:
+    """Return a suite's judge; None where arms are held against converged runs.
+
+    The file is imported as a script's modules are, from its own folder, so that it may import what lies beside it.
+
+    Raises:
+        ConfigError: for a file that can't be imported, has the name of another module, or lacks a function.
+    """
+    if not suite.judge:
+        return None
+    path = (suite.folder / suite.judge).resolve()
+    sys.path.insert(0, str(path.parent))
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:  # whatever a file of one's own raises
+        raise ConfigError(f"the judge {path} can't be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if Path(module.__file__ or "").resolve() != path:
+        raise ConfigError(f"the judge {path} has the name of the module {module.__file__}; rename it")
+    functions: dict[str, Any] = {name: getattr(module, name, None) for name in Judge.__dataclass_fields__}
+    for name in ("measures", "table"):
+        if not callable(functions[name]):
+            raise ConfigError(f"the judge {path} has no function {name}; see Judge in {__name__}")
+    return Judge(**functions)

@@ -1,0 +1,42 @@
+"""Runs one dimension of the official vbench package, by the Python of an environment that has it (`package_run`).
+
+It imports nothing of this project. Its JSON file has ``videos``, ``output``, ``name``, ``dimension``, ``custom``,
+``prompts``, ``full_info``, ``device``, ``local``, and ``filter_to``, a folder: videos pass the static filter first.
+"""
+# pyright: reportMissingImports=false
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+
+def main(path: str) -> None:
+    """Filter the videos where that is asked for, and measure; the package writes its own result files."""
+    import torch
+    import vbench
+
+    with open(path, encoding="utf-8") as file:
+        given = SimpleNamespace(**json.load(file))
+    videos = given.videos
+    if given.filter_to:
+        from vbench.cli import static_filter as filtering
+        from vbench.utils import init_submodules
+
+        filtering.DEVICE = given.device
+        model = os.path.join(filtering.CACHE_DIR, "raft_model", "models", "raft-things.pth")
+        init_submodules(["dynamic_degree"], local=given.local)  # fetches RAFT where it is missing
+        filtering.static_filter(SimpleNamespace(
+            model=model, videos_path=videos, result_path=given.filter_to, store_name="filtered.json", small=False,
+            mixed_precision=False, alternate_corr=False, filter_scope="temporal_flickering",
+        ))  # fmt: skip
+        videos = os.path.join(given.filter_to, "filtered_videos")
+    vbench.VBench(torch.device(given.device), given.full_info, given.output).evaluate(
+        videos_path=videos, name=given.name, prompt_list=given.prompts, dimension_list=[given.dimension],
+        local=given.local, read_frame=False, mode="custom_input" if given.custom else "vbench_standard",
+        imaging_quality_preprocessing_mode="longer",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

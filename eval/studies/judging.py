@@ -1,0 +1,27 @@
+"""What the judges of suites share: each arm with the arm that it is held against."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from dit_accel_eval.runs.results import Line
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.suite import Suite
+
+
+def plain(suite: Suite, arm: Arm) -> Arm | None:
+    """Return the arm of a suite that differs from another only in having no methods."""
+    without = {**arm.to_dict(), "methods": {}}
+    return next((other for other in suite.arms if other is not arm and other.to_dict() == without), None)
+
+
+def held_arms(
+    suite: Suite, lines: Sequence[Line], rival_of: Callable[[Suite, Arm, Sequence[Line]], Arm | None] | None = None
+) -> Iterator[tuple[Arm, dict[int, Line], Arm | None, dict[int, Line]]]:
+    """Give each arm that ran with its lines by clip, then the arm that it is held against, if any, with its lines.
+
+    That is the one that ``rival_of`` gives for a suite, an arm and the lines; None: the `plain` one.
+    """
+    by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
+    for arm in suite.arms:
+        if by_arm[arm.name]:
+            rival = rival_of(suite, arm, lines) if rival_of else plain(suite, arm)
+            yield arm, by_arm[arm.name], rival, by_arm[rival.name] if rival else {}
