@@ -51,13 +51,11 @@ def run_suite(
 
     Each run is a JSON line, written as it ends. A suite that was stopped goes
     on where it stopped; one that is whole only prints its table. Suites with a
-    judge, such as longer-wan-tiny.toml, judge clips by themselves. The model is
-    an embedded one, or a folder or hub id that diffusers loads. Exit code 1
-    where the suite's budget did not hold all runs.
+    judge judge clips by themselves. The model is an embedded one, or a folder
+    or hub id. Exit code 1 where the suite's budget did not hold all runs.
 
-    Of the arms of a suite, a verdict stands after Holm's correction over all
-    of them, from 6 clips on: so few arms on many clips say the most. Pairs of
-    arms that it declares ([[compare]]) have a table of their own.
+    A verdict stands after Holm's correction over all arms, from 6 clips on.
+    Pairs that a suite declares ([[compare]]) have a table of their own.
 
     Examples:
 

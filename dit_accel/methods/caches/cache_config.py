@@ -49,8 +49,8 @@ class StepCacheConfig(MethodConfig):
         switch: share of the run's steps that the first of two transformers makes. ``each`` needs it for a share of
             them, `plan` to know when the second begins.
         max_consecutive: most steps that are skipped in a row; unset: any number.
-        growing: ``max_consecutive`` holds at the run's end alone: the bound grows evenly from 1 over the steps after
-            the warm-up, as outputs change ever less from step to step.
+        growing: true: ``max_consecutive`` holds at the run's end alone, and the bound grows to it evenly from 1 over
+            the steps after the warm-up, as outputs change ever less from step to step.
         max_skips: most steps that are skipped in a run; unset: any number.
         steps: one number for each step of the run: 1 is computed, 0 may be skipped; unset: every step may.
         predictor: ``hold`` repeats what was stored last; ``taylor`` continues the polynomial through the last
@@ -71,7 +71,7 @@ class StepCacheConfig(MethodConfig):
     warmup_of: Literal["run", "each", "last"] | None = None
     switch: Annotated[float, gt(0), lt(1)] | None = None
     max_consecutive: Count | None = None
-    growing: bool = False
+    growing: bool | None = None
     max_skips: Annotated[int, ge(0)] | None = None
     steps: Annotated[tuple[Computed, ...], begins_with(1)] | None = None
     predictor: Literal["hold", "taylor", "heun", "chebyshev"] = "hold"
