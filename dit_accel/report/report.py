@@ -92,7 +92,7 @@ class Report:
     calls: Sequence[CallReport] = field(default_factory=tuple)
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     sections: Sequence[Section] = field(default_factory=tuple)
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = field(default_factory=Timing, compare=False)
     predicted: Predicted | None = None
 
     @property

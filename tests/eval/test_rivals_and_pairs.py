@@ -1,6 +1,7 @@
 """Suites that name a ladder of rivals, say which clips choose and which judge, and declare pairs of arms."""
 
 import dataclasses
+from pathlib import Path
 
 import best_rival
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
 
+JUDGE = Path(__file__).parents[2] / "eval/studies/judge_longer.py"
 HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
 ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
 THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n'
@@ -127,7 +129,7 @@ def test_bad_ladders_say_what_is_wrong(folder, change, message):
         ('clips = 2\nrivals = "none.toml"\n', r"rivals at.*none\.toml.*best_rival"),
         ('clips = 2\nfirst_clip = 4\nreference_steps = 30\nrivals = "rivals.toml"\n', r"reference_steps 30.*None"),
         ('clips = 2\nfirst_clip = 4\nrivals = "rivals.toml"\ncall = { num_frames = 5 }\n', r"call \{'num_frames': 5\}"),
-        ('clips = 2\njudge = "longer"\ntimed = true\n', r"timed.*judge = 'longer'"),
+        (f'clips = 2\njudge = "{JUDGE}"\ntimed = true\n', r"timed.*judge = '.*judge_longer\.py'"),
         ("clips = 2\ntimed = 1\n", r"timed = 1"),
     ],
 )

@@ -18,8 +18,9 @@ WIDTH, SWIN, TAGS = 24, 8, 3429
 
 def networks_of(name: str, saved: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Networks:
     """Return the networks of a folder that holds one file of weights, and BERT's words, whose hashes are not asked."""
-    for one in (weight_files.WEIGHT_FILES[file] for file in (name, "bert-words")):
-        monkeypatch.setitem(weight_files.WEIGHT_FILES, one.name, replace(one, sha256=""))
+    for file in (name, "bert-words"):
+        one = weight_files.WEIGHT_FILES[file]
+        monkeypatch.setitem(weight_files.WEIGHT_FILES, file, replace(one, sha256=""))
         (folder / one.path).parent.mkdir(parents=True)
     write_words(folder / weight_files.WEIGHT_FILES["bert-words"].path)
     torch.save(saved, folder / weight_files.WEIGHT_FILES[name].path)
