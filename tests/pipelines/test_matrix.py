@@ -2,7 +2,8 @@
 
 Each row of a batch is that row alone, a second run is the first, whatever ran before; what does not go together is
 refused by name, as the adapter declares. `make test` runs a case of every third pipeline, with all methods and
-situations in turn, `make test-slow` every method on every pipeline, `make test-pipelines` all cases.
+situations in turn, `make test-slow` every method on every second pipeline, `make test-rare` on the others, `make
+test-pipelines` all cases.
 """
 
 import time
@@ -20,6 +21,9 @@ from dit_accel.methods.registry import handlers
 
 QUICK = list(PIPELINES)[1::3]
 """Pipelines whose one case `make test` runs; the others' is slow."""
+
+HALF = list(PIPELINES)[::2]
+"""Pipelines that `make test-slow` runs with every method, `make test-rare` the others."""
 
 
 def require_right(name: str, cases: list[Case], record: Callable[[str, object], None]) -> None:
@@ -39,7 +43,9 @@ def test_a_pipeline_is_right_with_a_method_in_a_situation(name, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[] if one in HALF else pytest.mark.rare) for one in PIPELINES]
+)
 def test_a_pipeline_is_right_with_every_method(name, record_property):
     require_right(name, many(name), record_property)
 
