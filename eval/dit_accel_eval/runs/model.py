@@ -150,7 +150,7 @@ class SuiteModel:
         counted = begin_peak()
         with (
             guided(self.pipe, guider or {}),
-            cached_by(self.pipe, rival or {}),
+            cached_by(self.pipe, rival) if rival else contextlib.nullcontext(),
             attached(self.pipe, [_with_timestep(method, self.pipe) for method in methods], "auto") as attachment,
             quiet_diffusers(),
             timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,

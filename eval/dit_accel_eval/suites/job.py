@@ -57,7 +57,7 @@ class Job:
     @property
     def judge(self) -> Judge | None:
         """How clips are judged by themselves; None: they are held against converged runs."""
-        return judge_of(self.suite)
+        return judge_of(self.suite) if self.suite.judge else None
 
     @functools.cached_property
     def setting(self) -> Line:
@@ -98,7 +98,7 @@ def reference_of(suite: Suite) -> str:
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
     """Return the clips to run: a suite's first ``most``, None: all; of those that its judge can judge."""
     count = suite.clips if most is None else min(most, suite.clips)
-    judge = judge_of(suite)
+    judge = judge_of(suite) if suite.judge else None
     if judge is not None and judge.numbers is not None:
         return judge.numbers(suite.model, count, suite.first_clip)
     return range(suite.first_clip, suite.first_clip + count)
@@ -117,10 +117,10 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return a suite's Markdown tables: by its judge, or against the reference and of the pairs that it declares."""
-    judge = judge_of(suite)
+    judge = judge_of(suite) if suite.judge else None
     if judge is not None:
         return judge.table(suite, lines)
-    pairs = pairs_table(suite.pairs, lines, suite.reference_steps)
+    pairs = pairs_table(suite.pairs, lines, suite.reference_steps) if suite.pairs else ""
     return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
 
 

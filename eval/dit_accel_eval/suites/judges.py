@@ -31,16 +31,14 @@ class Judge:
     numbers: Callable[[str, int, int], Sequence[int]] | None = None
 
 
-def judge_of(suite: Suite) -> Judge | None:
-    """Return a suite's judge; None where arms are held against converged runs.
+def judge_of(suite: Suite) -> Judge:
+    """Return the judge of a suite that has one.
 
     The file is imported as a script's modules are, from its own folder, so that it may import what lies beside it.
 
     Raises:
         ConfigError: for a file that can't be imported, has the name of another module, or lacks a function.
     """
-    if not suite.judge:
-        return None
     path = (suite.folder / suite.judge).resolve()
     sys.path.insert(0, str(path.parent))
     try:

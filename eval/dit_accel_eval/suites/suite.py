@@ -164,7 +164,8 @@ def read_suite(path: Path) -> Suite:
     rivals, chosen_on = data.pop("rivals", None), data.pop("chosen_on", None)
     suite = Suite(
         **data, metrics=metrics, arms=listed, own=own, budget=budget, folder=path.parent,
-        pairs=read_pairs(pairs, listed, str(path)), ladder=read_ladder(path.parent / rivals) if rivals else None,
+        pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
+        ladder=read_ladder(path.parent / rivals) if rivals else None,
         chosen_on=_range(chosen_on, path),
     )  # fmt: skip
     _check_model(suite, path)
