@@ -43,7 +43,7 @@ class Description:
 
     Attributes:
         transformers: one entry per transformer.
-        recommendation: what to attach at the model's default size; None where it can't be told.
+        recommendation: what to attach at the model's default size; None where it is not known.
         not_recommended: why it can't, empty where it can.
     """
 

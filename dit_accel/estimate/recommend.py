@@ -139,7 +139,7 @@ def recommend(
         width: output width in pixels.
         num_frames: output frames.
         num_inference_steps: denoising steps.
-        hardware: a card, such as ``"h100"``, of which the least seconds are told too, or its memory, such as
+        hardware: a card, such as ``"h100"``, of which the least seconds are given too, or its memory, such as
             ``"24GB"``.
 
     Raises:

@@ -72,13 +72,13 @@ def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:
     rows = []
     for entry in entries:
         sides, change = [entry["before"], entry["after"]], entry["psnr_change"]
-        told = entry["change"] if change else ""
-        if change and told != "same":
+        words = entry["change"] if change else ""
+        if change and words != "same":
             ends = "" if change["low"] is None else f"[{change['low']:+.2f}, {change['high']:+.2f}] "
-            told = f"{change['mean']:+.2f} {ends}{told}"
+            words = f"{change['mean']:+.2f} {ends}{words}"
         kinds = dict.fromkeys(side["by"] for side in sides if side)
         rows.append((
-            entry["name"], _arrow([f"{side['psnr']:.2f}" if side else "–" for side in sides]), told,
+            entry["name"], _arrow([f"{side['psnr']:.2f}" if side else "–" for side in sides]), words,
             _arrow([f"{side['steps']:.2f}" if side else "–" for side in sides]) + f" ({', then '.join(kinds)})",
             _arrow([(side["verdict"] or "–") if side else "–" for side in sides]),
         ))  # fmt: skip

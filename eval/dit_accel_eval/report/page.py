@@ -107,14 +107,14 @@ def summary(report: Report) -> str:
         clips = max(one.count for one in found.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
     names = {word: [name for name, one in found.items() if one.verdict == word] for word in ("ahead", "behind")}
-    told = [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
+    parts = [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
     counts = f"{len(names['ahead'])} of {len(found)} arms are ahead, {len(names['behind'])} behind"
-    told.insert(0, f"Against fewer steps at equal {report.works[report.main]}, {counts}; of the others these clips do "
+    parts.insert(0, f"Against fewer steps at equal {report.works[report.main]}, {counts}; of the others these clips do "
                    "not tell.")  # fmt: skip
     scores = judge({arm.name: [*leads_of(report, arm, "score").values()] for arm in judged(report)})
     if scores and {one.verdict for one in scores.values()} == {"open"}:
-        told.insert(0, "The judge's score tells none of these arms from fewer steps.")
-    return " ".join(told)
+        parts.insert(0, "The judge's score can't tell any of these arms from fewer steps.")
+    return " ".join(parts)
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:

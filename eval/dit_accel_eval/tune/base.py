@@ -27,7 +27,7 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]
 
 
 def left_prompts(request: Request, progress: "Progress[Any]", stages: Stages, how: str = "") -> Iterator[str]:
-    """Give the prompts of which progress has no part yet, each told as a stage, with ``how`` behind."""
+    """Give the prompts of which progress has no part yet, each shown as a stage, with ``how`` behind."""
     done = len(progress.done)
     for number, prompt in enumerate(request.prompts[done:], done + 1):
         stages.stage(f"prompt {number} of {len(request.prompts)}{how}")
