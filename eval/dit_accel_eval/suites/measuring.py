@@ -55,9 +55,9 @@ class Sampled:
 def line_of(sampled: Sampled) -> Line:
     """Return the line of one clip of one arm, held against the converged run or judged by itself.
 
-    A timed one has the seconds of its denoising loop, those of the dense run of as many steps right after it, and
-    ``steps_in_time``, how many dense steps take as long. Where samples are repeated, seconds are the median's, and
-    ``repeated`` has all with their quartiles.
+    ``steps_in_time`` is how many dense steps take as long: by processor time on a CPU, or, of a timed one, by the
+    seconds of its denoising loop beside those of the dense run of as many steps right after it. Where samples are
+    repeated, seconds are the median's, and ``repeated`` has all with their quartiles.
     """
     job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
     line = _about(sampled)
@@ -74,6 +74,8 @@ def line_of(sampled: Sampled) -> Line:
             "forwards": made.counts.blocks / reference.step.blocks,
             **_cost(made, reference.step, share),
         }
+        if reference.seconds and made.times and made.times.processor and sampled.model.device.type == "cpu":
+            line["steps_in_time"] = made.times.processor / reference.seconds
     if len(sampled.runs) > 1:
         line["repeated"] = repeated(sampled.runs)
     if job.frames is not None and reference is not None:

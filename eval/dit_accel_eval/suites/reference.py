@@ -44,12 +44,14 @@ class Reference:
         frames: [F, height, width, 3] in [0, 1].
         agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
         step: what one dense step computed.
+        seconds: processor seconds of one dense step; None where they are not known.
     """
 
     frames: Clip
     steps: int
     agreement: float
     step: Counts
+    seconds: float | None = None
 
 
 def default_cache() -> Path:
@@ -64,7 +66,7 @@ def reference_run(
     if steps is None:
         return converged(model, clip, cache, run)
     made = dense_run(model, clip, steps, cache, run)
-    return Reference(frames=made.frames, steps=steps, agreement=ITSELF, step=made.counts / steps)
+    return _reference(made, steps, ITSELF)
 
 
 def converged(
@@ -78,8 +80,13 @@ def converged(
         fine = dense_run(model, clip, steps, cache, run)
         agreement = psnr(fine.frames, coarse.frames)
         if agreement >= AGREE or 2 * steps > most:
-            return Reference(frames=fine.frames, steps=steps, agreement=agreement, step=fine.counts / steps)
+            return _reference(fine, steps, agreement)
         coarse = fine
+
+
+def _reference(made: Run, steps: int, agreement: float) -> Reference:
+    seconds = made.times.processor / steps if made.times and made.times.processor else None
+    return Reference(frames=made.frames, steps=steps, agreement=agreement, step=made.counts / steps, seconds=seconds)
 
 
 def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None) -> Run:
