@@ -57,14 +57,13 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-wan-plain.toml
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
-	$(BIN)/python eval/studies/call_error.py --plot docs/call-error.png
+	$(BIN)/python eval/studies/call_error.py --plot docs/evidence/call-error.png
 	$(BIN)/python eval/studies/dropped_mass.py
 	$(BIN)/python eval/studies/attention_spread.py
 	$(BIN)/python eval/studies/every_set.py --model wan-plain
 	$(BIN)/python eval/studies/every_set.py --model flux-tiny
 	$(BIN)/python eval/studies/vbench_proxies.py
-	$(BIN)/python eval/studies/demo.py --anew --out demo
-	cp demo/references.npz eval/studies/demo_references.npz
+	$(BIN)/python eval/studies/demo.py --out demo
 	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
 	$(BIN)/python eval/studies/readme.py
 

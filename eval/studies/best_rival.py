@@ -1,6 +1,7 @@
 """The ladder of rivals: for each number of steps the dense run of the best solver and noise shift on choosing clips."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,13 @@ from study import RESULTS
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
-STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 30)
-SHIFTS = (3.0, 8.0, 12.0)
-FLUX_SHIFTS = (1.0, 3.0)
+STEPS = (6, 8, 10, 12, 16, 20)
+SHIFTS = (3.0, 8.0, 12.0, 16.0)
+FLUX_SHIFTS = (1.0, 3.0, 5.0, 8.0)
 """Noise shifts besides the model's own, of a model whose shift grows with its tokens (1.65 at 256)."""
+
+FIRST, KEPT = 4, 3
+"""Choosing clips on which the whole grid runs, and how many of each number of steps then run on all of them."""
 
 
 def grid(solvers: Sequence[str], shifts: Sequence[float], steps: Sequence[int], own: float | None) -> tuple[Arm, ...]:
@@ -49,29 +53,46 @@ def grid(solvers: Sequence[str], shifts: Sequence[float], steps: Sequence[int], 
     return tuple(arms)
 
 
+def means(suite: Suite, lines: Sequence[Line], clips: int) -> dict[str, float]:
+    """Return name -> mean PSNR over the suite's first clips, of each arm that ran on all of them."""
+    known, wanted = latest(lines), range(suite.first_clip, suite.first_clip + clips)
+    ran = [arm.name for arm in suite.arms if all((arm.name, clip) in known for clip in wanted)]
+    return {name: float(np.mean([known[name, clip]["psnr"] for clip in wanted])) for name in ran}
+
+
+def finalists(suite: Suite, lines: Sequence[Line]) -> tuple[Arm, ...]:
+    """Return the arms that go on to all choosing clips: of each number of steps the best of the first clips."""
+    found = means(suite, lines, min(FIRST, suite.clips))
+    ranked = sorted((arm for arm in suite.arms if arm.name in found), key=lambda arm: -found[arm.name])
+    counts = sorted({arm.num_inference_steps for arm in suite.arms})
+    own = [[arm for arm in ranked if arm.num_inference_steps == count] for count in counts]
+    return tuple(arm for arms in own for arm in arms[:KEPT])
+
+
 def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     """Return the best run of each number of steps by mean PSNR over the suite's clips, as `read_ladder` knows it.
 
+    ``tried`` has that of every arm, over the first clips alone where it went no further.
+
     Raises:
-        ConfigError: where an arm has not run on every clip.
+        ConfigError: where no arm of a number of steps has run on every clip.
     """
-    known = latest(lines)
-    clips = range(suite.first_clip, suite.first_clip + suite.clips)
-    means = list[tuple[Arm, float]]()
-    for arm in suite.arms:
-        missing = [clip for clip in clips if (arm.name, clip) not in known]
-        if missing:
-            raise ConfigError(f"{arm.name} has not run on clips {missing}; run the study to its end")
-        means.append((arm, float(np.mean([known[arm.name, clip]["psnr"] for clip in clips]))))
+    whole = means(suite, lines, suite.clips)
+    found = means(suite, lines, min(FIRST, suite.clips)) | whole
     data = {"version": VERSION, "model": suite.model, "first_clip": suite.first_clip, "clips": suite.clips}
     data |= {"reference_steps": suite.reference_steps} if suite.reference_steps else {}
     rungs = []
     for count in sorted({arm.num_inference_steps for arm in suite.arms}):
-        own = [(arm, mean) for arm, mean in means if arm.num_inference_steps == count]
-        best, psnr = max(own, key=lambda one: one[1])
+        own = [arm for arm in suite.arms if arm.num_inference_steps == count]
+        ran = [arm for arm in own if arm.name in whole]
+        if not ran:
+            raise ConfigError(f"no run of {count} steps is on every clip yet; run the study to its end")
+        best = max(ran, key=lambda arm: whole[arm.name])
         shift = {} if best.flow_shift is None else {"flow_shift": best.flow_shift}
-        tried = {setting_words(arm.solver, arm.flow_shift): round(mean, 2) for arm, mean in own}
-        rung = {"num_inference_steps": count, "solver": best.solver, **shift, "psnr": round(psnr, 2)}
+        tried = {
+            setting_words(arm.solver, arm.flow_shift): round(found[arm.name], 2) for arm in own if arm.name in found
+        }
+        rung = {"num_inference_steps": count, "solver": best.solver, **shift, "psnr": round(whole[best.name], 2)}
         rungs.append({**rung, "tried": tried})
     return {**data, "rung": rungs}
 
@@ -115,16 +136,24 @@ def _run(options: argparse.Namespace) -> str:
         name=out.stem, model=options.model, clips=options.clips, first_clip=options.first_clip, arms=arms,
         reference_steps=options.reference_steps,
     )  # fmt: skip
+    first = dataclasses.replace(suite, clips=min(FIRST, suite.clips))
+    job = _run_suite(first, out, options.workers)
+    last = dataclasses.replace(suite, arms=finalists(suite, read_lines(job.out)))
+    _run_suite(last, out, options.workers)
+    command = f"python eval/studies/best_rival.py --model {options.model}"
+    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
+    write_ladder(ladder_of(suite, read_lines(job.out)), out, command)
+    return f"{out}: {read_ladder(out)}"
+
+
+def _run_suite(suite: Suite, out: Path, workers: int) -> Job:
     job = Job(
         suite=suite, out=out.with_suffix(".runs.jsonl"), cache=default_cache(), timed=False, threads=1, talk=False
     )
     clips = range(suite.first_clip, suite.first_clip + suite.clips)
     with SuiteProgress(suite, clips) as watch:
-        run(job, clips, workers=options.workers, watch=watch)
-    command = f"python eval/studies/best_rival.py --model {options.model}"
-    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
-    write_ladder(ladder_of(suite, read_lines(job.out)), out, command)
-    return f"{out}: {read_ladder(out)}"
+        run(job, clips, workers=workers, watch=watch)
+    return job
 
 
 if __name__ == "__main__":

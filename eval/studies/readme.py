@@ -40,14 +40,16 @@ SPEED = Path("kernels/bench/results/cpu.jsonl")
 SHAPES = Path("eval/results/attention-shapes.jsonl")
 PAGES = {
     "README.md": ("demo", "models", "report", "speed"),
-    "docs/guidance.md": (
-        "every-set-wan-plain",
-        "every-set-flux-tiny",
-        "guidance-wan-plain",
-        "guidance-flux-tiny",
-        "guidance-cost",
-    ),
-    "docs/quality.md": (
+    "docs/quality.md": ("rivals-wan-tiny", "rivals-flux-tiny", "report-wan-tiny", "report-flux-tiny"),
+    "docs/guidance.md": ("guidance-cost",),
+    "docs/kernel-predictions.md": ("attention-shapes",),
+    "docs/evaluating.md": ("false-verdicts",),
+    "docs/presets.md": ("presets", "presets-wan-tiny", "presets-flux-tiny"),
+    "docs/scaling.md": ("scaling",),
+    "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
+    "docs/longer.md": ("attention-spread", "positions-cost"),
+    "docs/vbench.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
+    "docs/evidence/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
         "call-error",
@@ -55,8 +57,6 @@ PAGES = {
         "caches-wan-tiny",
         "caches-time-wan-tiny",
         "caches-flux-tiny",
-        "report-wan-tiny",
-        "report-flux-tiny",
         "tuned-flux-tiny",
         "held-out-flux-tiny",
         "dropped-mass",
@@ -64,12 +64,14 @@ PAGES = {
         "overhead",
         "product-time",
     ),
-    "docs/kernel-predictions.md": ("attention-shapes",),
-    "docs/evaluating.md": ("false-verdicts",),
-    "docs/presets.md": ("presets", "presets-wan-tiny", "presets-flux-tiny"),
-    "docs/scaling.md": ("scaling",),
-    "docs/caching.md": ("budgets",),
-    "docs/block-caches.md": (
+    "docs/evidence/caching.md": ("budgets",),
+    "docs/evidence/guidance.md": (
+        "every-set-wan-plain",
+        "every-set-flux-tiny",
+        "guidance-wan-plain",
+        "guidance-flux-tiny",
+    ),
+    "docs/evidence/block-caches.md": (
         "profiling-wan-plain",
         "profiling-flux-tiny",
         "blocks-wan-plain",
@@ -77,9 +79,7 @@ PAGES = {
         "blocks-time-wan-plain",
         "blocks-time-flux-tiny",
     ),
-    "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
-    "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "attention-spread", "positions-cost"),
-    "docs/vbench.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
+    "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -134,7 +134,11 @@ def _suite(root: Path, name: str) -> str:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
     command += " --time" if any("seconds" in line for line in lines) else ""
     about = _seeds(suite, lines) if suite.judge else _clips(lines)
-    picture = f"![PSNR over work]({name}.png)\n\n" if not suite.judge and (root / f"docs/{name}.png").is_file() else ""
+    picture = (
+        f"![PSNR over work]({name}.png)\n\n"
+        if not suite.judge and (root / f"docs/evidence/{name}.png").is_file()
+        else ""
+    )
     return f"`{command}`: {suite.model}, {about}; 95 % intervals.\n\n{picture}{suite_table(suite, lines)}"
 
 

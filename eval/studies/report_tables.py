@@ -64,8 +64,9 @@ def tuned_text(root: Path) -> str:
     return (
         f"**Chosen by a search**: `dit-accel tune pipeline --model {TUNED_MODEL} --target {TARGET} -o {TUNED}` "
         f"tried {len(tried)} settings on 2, 4 and 6 prompts "
-        f"([picture](../{TUNED.with_suffix('.png')})) and took {chosen}: on {HELD_OUT} held-out prompts {psnr:.1f} dB "
-        f"at {own / work:.2f} times the speed of the model's own {own} steps by counted work, {work:.1f} steps' work. "
+        f"([picture](../../{TUNED.with_suffix('.png')})) and took {chosen}: "
+        f"on {HELD_OUT} held-out prompts {psnr:.1f} dB at {own / work:.2f} times the speed of the model's own {own} "
+        f"steps by counted work, {work:.1f} steps' work. "
         f"{_by_hand(root, work)}"
     )
 
@@ -104,10 +105,10 @@ def demo_text(root: Path) -> str:
     if against.verdict in ("open", TOO_FEW):
         why = {"open": "which is open", TOO_FEW: "too few for a verdict"}[against.verdict]
         return (
-            f"{seeds} it shows no difference: ours came {against:+.1f} dB nearer to the converged run in the mean, "
+            f"{seeds} it shows no difference: ours came {against:+.1f} dB nearer to the dense run in the mean, "
             f"{against.median:+.1f} in the median, {why}; it took {seconds}, {steps} dense steps {rival} {where}"
         )
     return (
-        f"{seeds} ours came {against:+.1f} dB (median {against.median:+.1f}) nearer to the converged run in {seconds} "
+        f"{seeds} ours came {against:+.1f} dB (median {against.median:+.1f}) nearer to the dense run in {seconds} "
         f"than {steps} dense steps did in {rival} {where}"
     )

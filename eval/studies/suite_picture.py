@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", type=Path)
     parser.add_argument("--results", type=Path, help="JSON lines; default: results/<suite>.jsonl beside the suites")
-    parser.add_argument("--out", type=Path, help="PNG; default: docs/<suite>.png")
+    parser.add_argument("--out", type=Path, help="PNG; default: docs/evidence/<suite>.png")
     options = parser.parse_args(arguments)
     try:
         suite = read_suite(options.suite)
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arms = figures(suite, read_lines(lines))
         clips = max((arm.clips for arm in arms), default=suite.clips)
         title = f"{suite.name}: {suite.model}, {clips} held-out clips"
-        draw(arms, title, options.out or Path("docs") / f"{suite.name}.png")
+        draw(arms, title, options.out or Path("docs/evidence") / f"{suite.name}.png")
     except DitAccelError as error:
         print(error, file=sys.stderr)
         return 2

@@ -258,5 +258,21 @@ def test_the_study_keeps_the_best_run_of_each_number_of_steps(folder):
         (4, "dpm++", 8.0, 32.5), (8, "unipc", None, 28.5),
     ]  # fmt: skip
     assert ladder.rungs[0].tried == {"unipc": 23.5, "unipc shift 8": 23.5, "dpm++": 23.5, "dpm++ shift 8": 32.5}
-    with pytest.raises(ConfigError, match=r"unipc 4.*clips \[4\]"):
+    with pytest.raises(ConfigError, match=r"4 steps.*to its end"):
         best_rival.ladder_of(suite, lines[:1])
+
+
+def test_the_best_of_the_first_clips_go_on_to_all(monkeypatch):
+    monkeypatch.setattr(best_rival, "FIRST", 2)
+    monkeypatch.setattr(best_rival, "KEPT", 1)
+    arms = best_rival.grid(["unipc", "dpm++"], [], [4, 8], own=5.0)
+    suite = Suite(name="r", model="wan-plain", clips=4, arms=arms)
+    psnrs = {"unipc 4": 20.0, "dpm++, 4": 21.0, "unipc 8": 31.0, "dpm++, 8": 30.0}
+    lines = [{"arm": name, "clip": clip, "psnr": psnr} for name, psnr in psnrs.items() for clip in range(2)]
+    kept = best_rival.finalists(suite, lines)
+    assert [arm.name for arm in kept] == ["dpm++, 4", "unipc 8"]
+    lines += [{"arm": arm.name, "clip": clip, "psnr": 10.0} for arm in kept for clip in (2, 3)]
+    rungs = best_rival.ladder_of(suite, lines)["rung"]
+    assert [(rung["solver"], rung["psnr"], rung["tried"]) for rung in rungs] == [
+        ("dpm++", 15.5, {"unipc": 20.0, "dpm++": 15.5}), ("unipc", 20.5, {"unipc": 20.5, "dpm++": 30.0}),
+    ]  # fmt: skip
