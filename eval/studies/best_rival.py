@@ -61,12 +61,12 @@ def means(suite: Suite, lines: Sequence[Line], clips: int) -> dict[str, float]:
 
 
 def finalists(suite: Suite, lines: Sequence[Line]) -> tuple[Arm, ...]:
-    """Return the arms that go on to all choosing clips: of each number of steps the best of the first clips."""
+    """Return the arms that go on to all choosing clips: of each number of steps the best of the first, and UniPC's."""
     found = means(suite, lines, min(FIRST, suite.clips))
     ranked = sorted((arm for arm in suite.arms if arm.name in found), key=lambda arm: -found[arm.name])
     counts = sorted({arm.num_inference_steps for arm in suite.arms})
     own = [[arm for arm in ranked if arm.num_inference_steps == count] for count in counts]
-    return tuple(arm for arms in own for arm in arms[:KEPT])
+    return tuple(arm for arms in own for at, arm in enumerate(arms) if at < KEPT or arm.is_dense)
 
 
 def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:

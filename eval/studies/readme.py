@@ -16,9 +16,11 @@ from budgets import table as budgets_table
 from call_error import table as calls_table
 from denoising_time import table as times_table
 from dit_accel_eval.bench.attention_table import page_text as shapes_text
-from dit_accel_eval.runs.results import Line, read_lines
+from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
+from dit_accel_eval.suites.ladder import clip_words, read_ladder, setting_words
 from dit_accel_eval.suites.suite import Suite, read_suite
+from dit_accel_pipelines.generation.solvers import BEST
 from dropped_mass import table as masses_table
 from every_set import Judged, Setting
 from every_set import table as every_table
@@ -29,7 +31,7 @@ from overhead import table as overhead_table
 from positions_cost import page_text as additions_text
 from preset_table import table as levels_table
 from product_time import page_text as product_text
-from report_tables import demo_text, report_table, tuned_text
+from report_tables import demo_text, report_table, score_words, tuned_text
 from scaling import table as scaling_table
 from vbench_proxies import page_text as proxies_text
 
@@ -139,7 +141,25 @@ def _suite(root: Path, name: str) -> str:
         if not suite.judge and (root / f"docs/evidence/{name}.png").is_file()
         else ""
     )
-    return f"`{command}`: {suite.model}, {about}; 95 % intervals.\n\n{picture}{suite_table(suite, lines)}"
+    head = f"`{command}`: {suite.model}, {about}; 95 % intervals."
+    head += f" {words}" if not suite.judge and (words := score_words(lines)) else ""
+    return f"{head}\n\n{picture}{suite_table(suite, lines)}"
+
+
+def _rivals(root: Path, model: str) -> str:
+    """The best dense runs of each number of steps on the choosing clips, beside UniPC's at the model's own shift."""
+    path, command = Path(f"eval/results/rivals-{model}.toml"), f"python eval/studies/best_rival.py --model {model}"
+    if not (root / path).is_file():
+        return f"Not measured yet; `{command}` measures it."
+    ladder = read_ladder(root / path)
+    rows = [
+        [str(rung.num_inference_steps), setting_words(rung.solver, rung.flow_shift), f"{rung.psnr:.1f}",
+         f"{rung.tried[BEST]:.1f}"]
+        for rung in ladder.rungs
+    ]  # fmt: skip
+    heads = "steps | best solver and noise shift | PSNR to converged, dB | UniPC at the model's own shift, dB"
+    clips = clip_words(ladder.first_clip, ladder.clips)
+    return f"`{command}`: {model}, choosing clips {clips}.\n\n{markdown_table(heads, rows)}"
 
 
 def _clips(lines: Sequence[Line]) -> str:
@@ -243,6 +263,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "presets": levels_table,
     "speed": _speed,
     "demo": demo_text,
+    "rivals-wan-tiny": partial(_rivals, model="wan-tiny"),
+    "rivals-flux-tiny": partial(_rivals, model="flux-tiny"),
     "report": report_table,
     "tuned-flux-tiny": tuned_text,
     "scaling": lambda _: scaling_table(),

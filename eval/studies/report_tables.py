@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from dit_accel_eval.runs.results import markdown_table, read_lines
+from dit_accel_eval.runs.results import Line, latest, markdown_table, read_lines
 from dit_accel_eval.statistics import TOO_FEW, judge
-from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.comparison import figures
+from dit_accel_eval.suites.arms import Arm, is_rival
+from dit_accel_eval.suites.comparison import equal_value, figures, rival_kind
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
 from dit_accel_eval.tune.space import default_space
@@ -24,25 +25,48 @@ DEMO = Path("eval/results/demo.json")
 
 
 def report_table(root: Path) -> str:
-    """Return the arms of the committed report, those first that are furthest ahead of fewer steps.
+    """Return the arms of the committed report, those first that are furthest ahead of the best dense runs by time.
 
     Args:
         root: the project's root folder.
     """
-    heads = "model | setting and steps | work in dense steps | PSNR to converged, dB (median) "
-    heads += "| against UniPC of equal work, dB (median)"
+    heads = "model | setting and steps | time in dense steps | PSNR to converged, dB (median) | LPIPS | score "
+    heads += "| against the best dense run of equal work, dB (median) | of equal time"
     rows = []
     for name in REPORTS:
         suite = read_suite(root / f"eval/suites/{name}.toml")
         lines = read_lines(root / f"eval/results/{name}.jsonl")
         if not lines:
             return "Not measured yet; `make report` does."
-        arms = [arm for arm in figures(suite, lines) if "work" in arm.ahead]
-        arms.sort(key=lambda arm: -arm.ahead["work"].mean)
+        arms = [arm for arm in figures(suite, lines) if "steps_in_time" in arm.ahead]
+        arms.sort(key=lambda arm: -arm.ahead["steps_in_time"].mean)
         for arm in arms:
-            row = (suite.model, arm.name, f"{arm.means['work']:.2f}", arm.psnr.cell(), arm.ahead["work"].judged())
+            row = (suite.model, arm.name, f"{arm.means['steps_in_time']:.1f}", arm.psnr.cell(".1f"))
+            row += (f"{arm.metrics['lpips@alex'].mean:.3f}", f"{arm.means['score']:.0%}")
+            row += (arm.ahead["work"].judged("+.1f"), arm.ahead["steps_in_time"].judged("+.1f"))
             rows.append(row)
     return markdown_table(heads, rows)
+
+
+def score_words(lines: Sequence[Line]) -> str:
+    """Return in words which arms the model's own judge tells from the dense runs of equal work; "" without scores."""
+    known, kind = latest(lines), rival_kind(lines)
+    leads: dict[str, list[float]] = {}
+    for (name, clip), line in known.items():
+        rival = None if is_rival(line) else equal_value(known, clip, line["work"], "score", kind)
+        if rival is not None and "score" in line:
+            leads.setdefault(name, []).append(100 * (line["score"] - rival))
+    if not leads:
+        return ""
+    judged = judge(leads)
+    told = [f"{name} ({one.judged('+.0f')})" for name, one in judged.items() if one.verdict not in ("open", TOO_FEW)]
+    if told:
+        return f"By the model's judge these differ from the dense runs of equal work, in points: {'; '.join(told)}."
+    means = [one.mean for one in judged.values()]
+    return (
+        f"**The model's judge tells none of these {len(judged)} arms from the dense runs of equal work**: "
+        f"its score differs by {min(means):+.1f} to {max(means):+.1f} points, all open."
+    )
 
 
 def tuned_text(root: Path) -> str:

@@ -74,7 +74,9 @@ def line_of(sampled: Sampled) -> Line:
             "forwards": made.counts.blocks / reference.step.blocks,
             **_cost(made, reference.step, share),
         }
-        if reference.seconds and made.times and made.times.processor and sampled.model.device.type == "cpu":
+        if not (sampled.arm.methods or sampled.arm.guider or sampled.arm.rival):
+            line["steps_in_time"] = float(sampled.arm.num_inference_steps)
+        elif reference.seconds and made.times and made.times.processor and sampled.model.device.type == "cpu":
             line["steps_in_time"] = made.times.processor / reference.seconds
     if len(sampled.runs) > 1:
         line["repeated"] = repeated(sampled.runs)
