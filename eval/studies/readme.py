@@ -79,7 +79,7 @@ PAGES = {
     ),
     "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
     "docs/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "attention-spread", "positions-cost"),
-    "docs/vbench.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
+    "eval/studies/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
