@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
-MODEL = "ViT-S-32-alt"
+MODEL, WIDTH = "ViT-S-32-alt", 256
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -40,7 +40,7 @@ def small(file, tmp_path, monkeypatch):
     for name in ("BASE", "LARGE"):
         monkeypatch.setattr(measures, name, by)
     monkeypatch.setattr(clip_scores, "folder", lambda: tmp_path)
-    head = {"weight": torch.randn(1, by.width()), "bias": torch.randn(1)}
+    head = {"weight": torch.randn(1, WIDTH), "bias": torch.randn(1)}
     clip_scores.head_path(by).parent.mkdir(parents=True)
     torch.save(head, clip_scores.head_path(by))
     for name, way in WAYS.items():
