@@ -93,7 +93,7 @@ $(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
 # what metrics that rest on networks need; they are skipped without it
 weights: $(VENV)/.ready-test
 	$(BIN)/dit-accel eval setup
-	-$(BIN)/dit-accel eval setup --tier 2  # VBench's prompts and two networks' code; its weights lie elsewhere
+	-$(BIN)/dit-accel eval setup --tier 2  # VBench's prompts
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

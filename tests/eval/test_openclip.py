@@ -241,7 +241,7 @@ def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
     )
     assert f"at {tmp_path}/open_clip/ViT-B-32/openai.safetensors" in found.stderr
     assert "sa_0_4_vit_b_32_linear.pth" in found.stdout
-    assert run("setup", "--clip", "ViT-B-32/openai", "--hub").exit_code == 2
+    assert run("setup", "--clip", "ViT-B-32/openai", "--tier", "2").exit_code == 2
 
 
 def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypatch):

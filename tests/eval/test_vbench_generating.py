@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.vbench.generating import own_pieces, pieces, read_augmented, share
 from dit_accel_eval.vbench.prompts import first_of, read_prompts
-from dit_accel_eval.vbench.sampling import read_video
+from dit_accel_pipelines.generation.media import read_video
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -29,6 +29,10 @@ FULL_INFO = [
 def info(tmp_path) -> Path:
     (tmp_path / "info.json").write_text(json.dumps(FULL_INFO))
     return tmp_path / "info.json"
+
+
+def frames_of(path: Path) -> np.ndarray:
+    return np.stack([np.asarray(frame) for frame in read_video(path)])
 
 
 def making(info: Path, *arguments: str | Path):
@@ -66,9 +70,10 @@ def test_augmented_prompts_are_shown_and_the_videos_called_by_vbenchs(info, tmp_
     file.write_text(f"{PROMPTS[0]}\n")
     with pytest.raises(ConfigError, match=r"augmented.txt has 1 augmented prompts, and VBench 3"):
         read_augmented(file, every)
-    for other in (("--prompts", file), ("--protocol", "teacache")):
-        found, _, text = making(info, "--augmented", file, *other)
-        assert (found.exit_code, f"leave {other[0]} out" in text) == (2, True)
+    refused, _, text = making(info, "--augmented", file, "--prompts", file)
+    assert (refused.exit_code, "leave --prompts out" in text) == (2, True)
+    refused, _, text = making(info, "--protocol", "teacache")
+    assert (refused.exit_code, "--reference and --protocol are for videos that are there" in text) == (2, True)
 
 
 def test_augmented_videos_are_made_and_others_of_their_names_are_refused(info, tmp_path):
@@ -129,7 +134,7 @@ def test_videos_are_made_once_with_the_cost_told_first(info):
     told = "2 of 2 videos to make, 0 are there; num_frames 5, height 64, width 64, num_inference_steps 1"
     assert text.index(told) < text.index("video 1 of 2") < text.index("to go")
     paths = [videos / f"{PROMPTS[0]}-{number}.mp4" for number in range(2)]
-    one, two = (read_video(path).frames for path in paths)
+    one, two = (frames_of(path) for path in paths)
     assert one.shape == (5, 64, 64, 3)
     assert not np.array_equal(one, two)
     record = json.loads((videos / f"{PROMPTS[0]}-1.mp4.json").read_text())
@@ -139,7 +144,7 @@ def test_videos_are_made_once_with_the_cost_told_first(info):
     found, _, text = making(info, *arguments)
     assert "1 of 2 videos to make, 1 are there" in text
     assert paths[0].stat().st_mtime_ns == before
-    assert np.array_equal(read_video(paths[1]).frames, two)
+    assert np.array_equal(frames_of(paths[1]), two)
     found, _, text = making(info, *arguments)
     assert (found.exit_code, "0 of 2 videos to make, 2 are there" in text) == (0, True)
     found, _, text = making(info, *arguments[:-1])
@@ -164,22 +169,3 @@ def test_a_model_is_for_making_videos(info):
     assert "a model, its methods, shards and augmented prompts are for making videos; add --generate" in " ".join(
         found.stderr.split()
     )
-
-
-def test_the_cost_of_a_known_family_is_told_in_flops(monkeypatch, tmp_path):
-    from dit_accel_eval.vbench import generating
-    from dit_accel_pipelines.generation.request import Request
-
-    from dit_accel.adapters import installed
-    from dit_accel.estimate.estimate import estimate
-
-    adapter = installed.adapters()["wan"]
-    family = adapter.families[0]
-    request = Request(prompts=("a kite",), output=tmp_path / "a.mp4", height=480, width=832, num_frames=81,
-                      num_inference_steps=50)  # fmt: skip
-    monkeypatch.setattr(generating, "settle", lambda request: (request, family, [], []))
-    whole = estimate(adapter, family, height=480, width=832, num_frames=81, num_inference_steps=50).total_flops
-    told = generating.cost(request, 2, 5)
-    assert told.startswith("3 of 5 videos to make, 2 are there; num_frames 81, height 480, width 832,")
-    assert f"; {3 * whole:.3g} FLOPs dense" in told
-    assert [generating._time(seconds) for seconds in (5, 600, 7200)] == ["5 s", "10 min", "2.0 h"]

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.vbench import package_run
+from dit_accel_eval.vbench import official
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -135,7 +135,7 @@ def test_what_can_not_be_measured_is_refused_with_the_packages_last_line(videos,
     assert (found.exit_code, "lacks 1 of 5: 'a red circle-3.mp4'" in text, calls) == (2, True, [])
     found, _, text = start(videos, videos, "-d", "subject_consistency")
     assert (found.exit_code, f"{videos} is no virtual environment" in text) == (2, True)
-    for option in (["--samples", "3"], ["--long"], ["--generate"], ["--reference", str(tmp_path)]):
+    for option in (["--samples", "3"], ["--generate"], ["--reference", str(tmp_path)]):
         found, _, text = start(videos, ready, *option)
         assert (found.exit_code, f"which has no {option[0]}; leave one out" in text) == (2, True)
 
@@ -144,7 +144,7 @@ def test_an_environment_of_another_version_is_refused(tmp_path):
     other = {name.replace("0.1.5", "0.1.4"): text.replace("Version: 0.1.5", "Version: 0.1.4")
              for name, text in FILES.items()}  # fmt: skip
     with pytest.raises(ConfigError, match=r"has vbench 0\.1\.4, and vbench==0\.1\.5"):
-        package_run.interpreter(environment(tmp_path / "env", other), lambda text: None)
+        official.interpreter(environment(tmp_path / "env", other), lambda text: None)
 
 
 @pytest.mark.slow
@@ -155,8 +155,8 @@ def test_a_missing_environment_is_made_and_the_package_installed(tmp_path, monke
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     told: list[str] = []
     with pytest.raises(ConfigError, match=r"vbench==0\.1\.5.*env.*ERROR"):
-        package_run.interpreter(tmp_path / "env", told.append)
+        official.interpreter(tmp_path / "env", told.append)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    python, package = package_run.interpreter(tmp_path / "env", told.append)  # goes on with what is there
+    python, package = official.interpreter(tmp_path / "env", told.append)  # goes on with what is there
     assert (python.is_file(), package.name) == (True, "vbench")
     assert [text.split()[0] for text in told] == ["making", "installing", "installing"]

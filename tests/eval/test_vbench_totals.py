@@ -10,8 +10,7 @@ import math
 from pathlib import Path
 
 import pytest
-from dit_accel_eval.vbench.dimensions import DIMENSIONS, dimension
-from dit_accel_eval.vbench.totals import totals
+from dit_accel_eval.vbench.dimensions import DIMENSIONS, dimension, totals
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError

@@ -1,10 +1,15 @@
-"""VBench's sixteen dimensions: the group of each, its weight there, and the range to which its score is brought.
+"""VBench's sixteen dimensions with their ranges and weights, and the totals of their raw scores, of all or not at all.
 
-Source: Huang et al., arXiv 2311.17982; the constants are those of the official totals (scripts/constant.py).
+Source: Huang et al., arXiv 2311.17982; the constants are those of the official totals (scripts/constant.py). The
+official script takes 0 for a dimension that is missing, which its range turns into less than 0.
 """
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
@@ -35,10 +40,6 @@ class Dimension:
     weight: float = 1.0
     least: float = 0.0
 
-    def normalized(self, raw: float) -> float:
-        """Return a raw score on the scale of the totals."""
-        return (raw - self.low) / (self.high - self.low)
-
 
 _ALL = (
     Dimension(name="subject_consistency", group="quality", low=0.1462),
@@ -65,3 +66,74 @@ def dimension(name: str) -> Dimension:
     if plain not in DIMENSIONS:
         raise ConfigError(f"there is no dimension {name!r} of VBench; {did_you_mean(plain, DIMENSIONS)}")
     return DIMENSIONS[plain]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """VBench's three totals, on a scale on which 1 is the range's upper end; the leaderboard shows them times 100.
+
+    ``normalized`` is each dimension's score in its range, before weights.
+    """
+
+    quality: float
+    semantic: float
+    total: float
+    normalized: dict[str, float]
+
+
+def totals(raw: Mapping[str, Any]) -> Totals:
+    """Return the totals of raw scores, dimension -> score; refuses missing ones, and those that no video can have."""
+    scores = _checked(raw)
+    missing = [name for name in DIMENSIONS if name not in scores]
+    if missing:
+        raise ConfigError(
+            f"VBench's totals take all {len(DIMENSIONS)} dimensions, and {len(missing)} are missing: "
+            f"{', '.join(missing)}; measure those, too, no total stands for a part"
+        )
+    normalized = {name: (scores[name] - one.low) / (one.high - one.low) for name, one in DIMENSIONS.items()}
+    groups = {}
+    for group in GROUP_WEIGHTS:
+        own = [one for one in DIMENSIONS.values() if one.group == group]
+        groups[group] = sum(one.weight * normalized[one.name] for one in own) / sum(one.weight for one in own)
+    total = sum(weight * groups[group] for group, weight in GROUP_WEIGHTS.items()) / sum(GROUP_WEIGHTS.values())
+    return Totals(**groups, total=total, normalized=normalized)
+
+
+def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Return dimension -> score by official names; refuses other names, those given twice, and impossible scores."""
+    found: dict[str, float] = {}
+    for given, score in raw.items():
+        one = dimension(given)
+        if one.name in found:
+            raise ConfigError(f"dimension {one.name} is given twice, last as {given!r}; leave one out")
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise ConfigError(f"the score of {one.name} must be a number, got {score!r}")
+        if not one.least <= score <= 1:
+            percent = "; divide percentages by 100" if 1 < score <= 100 else ""
+            raise ConfigError(f"the raw score of {one.name} must lie in [{one.least:g}, 1], got {score}{percent}")
+        found[one.name] = float(score)
+    return found
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists.
+
+    Official results are {dimension: [score, [one entry a video]]}. Any other file is refused.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+    except OSError as error:
+        raise ConfigError(f"scores {path} can't be read: {error.strerror}; name a JSON file") from None
+    except ValueError as error:
+        raise ConfigError(f"scores {path} are not JSON ({error}); write an object dimension -> raw score") from None
+    if not isinstance(held, dict):
+        raise ConfigError(f"scores {path} must be a JSON object dimension -> raw score, got {type(held).__name__}")
+    return {name: score[0] if isinstance(score, list) and score else score for name, score in held.items()}
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise ValueError(f"{double!r} is there twice")
+    return dict(pairs)

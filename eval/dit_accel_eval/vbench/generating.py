@@ -1,43 +1,30 @@
 """Generates VBench's videos: all prompts of the dimensions asked for, several seeds each; goes on where it stopped.
 
-The cost is printed first. Several processes, on as many devices, share the work by ``--shard``.
+Several processes, on as many devices, share the work by ``--shard``.
 """
 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dit_accel_pipelines.generation.generate import opened
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import (
-    EMBEDDED,
-    Request,
-    check_words,
-    embedded_name,
-    read_prompts,
-    settle,
-    side_car_path,
-)
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, read_prompts, settle, side_car_path
 
 from dit_accel import ConfigError
-from dit_accel.adapters import installed
-from dit_accel.estimate.estimate import estimate
 from dit_accel.files import held
 
 from .prompts import FILTERED_SAMPLES, FLICKERING, SAMPLES, Prompt
-from .protocols import Protocol
 
 SIZES = ("num_frames", "height", "width", "num_inference_steps")
-
-AUGMENTED_APART = 100_000
-"""Between the seeds of two augmented prompts' first videos."""
 
 LONGEST_NAME = 249
 """Bytes that a video's name may have, so that its side-car and its lock have names, too."""
 
-ASKED = (*SIZES, "guidance_scale", "solver")
+REQUESTED = (*SIZES, "guidance_scale", "solver")
 """What of a request an earlier video must have been made with, where it is asked for."""
 
 
@@ -62,14 +49,28 @@ def pieces(
     """
     texts = [one.text for one in every]
     order = texts if augmented else list(dict.fromkeys(texts))
-    apart = AUGMENTED_APART if augmented else max(FILTERED_SAMPLES, samples or 0)
+    apart = 100_000 if augmented else max(FILTERED_SAMPLES, samples or 0)
     found = []
     for one in wanted:
         count = FILTERED_SAMPLES if FLICKERING in one.dimensions and FLICKERING in names else SAMPLES
-        paths = [clip_path(folder, one.text, number) for number in range(samples or count)]
         place = order.index(one.text)
-        found += _seeded(augmented[place] if augmented else one.text, paths, seed + apart * place)
+        prompt = augmented[place] if augmented else one.text
+        found += _of_prompt(prompt, one.text, folder, samples or count, seed + apart * place)
     return found
+
+
+def own_pieces(texts: Sequence[str], folder: Path, samples: int | None, seed: int) -> list[Piece]:
+    """Return the videos ``{prompt}-{i}.mp4`` of prompts of one's own, 5 of each or so many, each of another seed."""
+    count, every = samples or SAMPLES, enumerate(dict.fromkeys(texts))
+    return [one for number, text in every for one in _of_prompt(text, text, folder, count, seed + number * count)]
+
+
+def _of_prompt(prompt: str, name: str, folder: Path, count: int, first: int) -> list[Piece]:
+    """Return the videos ``{name}-{i}.mp4`` of a prompt; one that can't be files' name is refused."""
+    if "/" in name or len(f"{name}-{count}.mp4".encode()) > LONGEST_NAME:
+        why = "it holds a slash" if "/" in name else f"it has more than {LONGEST_NAME} bytes"
+        raise ConfigError(f"{name[:60]!r} can't be the name of a video, since {why}; put it in other words")
+    return [Piece(prompt=prompt, path=folder / f"{name}-{i}.mp4", seed=first + i) for i in range(count)]
 
 
 def read_augmented(path: Path, every: Sequence[Prompt]) -> tuple[str, ...]:
@@ -91,64 +92,6 @@ def read_texts(path: Path, option: str) -> tuple[str, ...]:
         raise ConfigError(str(error).replace("--prompt-file", option)) from None
 
 
-def own_pieces(texts: Sequence[str], folder: Path, samples: int | None, seed: int) -> list[Piece]:
-    """Return the videos ``{prompt}-{i}.mp4`` of prompts of one's own, 5 of each or so many, each of another seed."""
-    count, found = samples or SAMPLES, []
-    for number, text in enumerate(dict.fromkeys(texts)):
-        paths = [clip_path(folder, text, place) for place in range(count)]
-        found += _seeded(text, paths, seed + number * count)
-    return found
-
-
-def clip_path(folder: Path, prompt: str, number: int) -> Path:
-    """Return where a prompt's video lies; a prompt that can't be a file's name is refused."""
-    name = f"{prompt}-{number}.mp4"
-    if "/" in prompt or len(name.encode()) > LONGEST_NAME:
-        why = "it holds a slash" if "/" in prompt else f"it has more than {LONGEST_NAME} bytes"
-        raise ConfigError(f"{prompt[:60]!r} can't be the name of a video, since {why}; put it in other words")
-    return folder / name
-
-
-def _seeded(prompt: str, paths: Sequence[Path], first: int) -> list[Piece]:
-    return [Piece(prompt=prompt, path=path, seed=first + number) for number, path in enumerate(paths)]
-
-
-def sized(protocol: Protocol, making: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Return the arguments of a request, sizes and steps that were not asked for as a protocol's tables have them.
-
-    Raises:
-        ConfigError: for a model that the protocol's tables don't have, unless all its sizes are asked for.
-    """
-    if embedded_name(making["model"]) is not None:
-        tell(f"an embedded model is in no table of {protocol.name}; it keeps its own sizes")
-        return making
-    if all(making[name] is not None for name in SIZES):
-        return making
-    size = protocol.size_of(making["model"])
-    if size is None:
-        return making
-    return making | {name: getattr(size, name) for name in SIZES if making[name] is None}
-
-
-def protocol_pieces(
-    protocol: Protocol, texts: Sequence[str], folder: Path, samples: int | None, seed: int
-) -> list[Piece]:
-    """Return the videos to be made as a protocol's are called and seeded; refuses several of one prompt and seed.
-
-    There are as many samples of each text as the protocol's, unless given; ``seed`` is added to the protocol's.
-    """
-    count = samples or protocol.samples
-    if protocol.seed == "0" and count > 1:
-        raise ConfigError(
-            f"protocol {protocol.name} has one seed for all its clips, got --samples {count}; leave it out"
-        )
-    found = []
-    for number, text in enumerate(dict.fromkeys(texts)):
-        paths = [protocol.path(folder, number, text, place) for place in range(count)]
-        found += _seeded(text, paths, seed + number * count if protocol.seed is None else seed)
-    return found
-
-
 def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
     """Return the i-th of n shares of the work, ``i/n`` with i from 0; one without work is refused."""
     if shard is None:
@@ -164,45 +107,34 @@ def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
 
 def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
     """Return the videos that are not there yet; refuses those that were made otherwise or without a side-car."""
-    return [piece for piece in work if not _is_made(piece, request)]
-
-
-def _is_made(piece: Piece, request: Request) -> bool:
-    if not piece.path.exists():
-        return False
-    try:
-        message = json.loads(side_car_path(piece.path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError(f"{piece.path} has no side-car that tells how it was made; move it away") from None
     methods = {method.name: method.to_dict() for method in request.methods}
-    requested: dict[str, Any] = {"model": request.model or EMBEDDED, "seed": piece.seed, "methods": methods}
-    requested["prompt"] = piece.prompt
-    requested |= {name: value for name in ASKED if (value := getattr(request, name)) is not None}
-    for name, value in json.loads(json.dumps(requested)).items():
-        if message.get(name) != value:
-            raise ConfigError(
-                f"{piece.path} was made with {name} {message.get(name)!r}, asked is {value!r}; name another folder"
-            )
-    return True
+    common: dict[str, Any] = {"model": request.model or EMBEDDED, "methods": methods}
+    common |= {name: value for name in REQUESTED if (value := getattr(request, name)) is not None}
+    common, left = json.loads(json.dumps(common)), []
+    for piece in work:
+        if not piece.path.exists():
+            left.append(piece)
+            continue
+        try:
+            made = json.loads(side_car_path(piece.path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ConfigError(f"{piece.path} has no side-car that tells how it was made; move it away") from None
+        for name, value in (common | {"seed": piece.seed, "prompt": piece.prompt}).items():
+            if made.get(name) != value:
+                raise ConfigError(
+                    f"{piece.path} was made with {name} {made.get(name)!r}, asked is {value!r}; name another folder"
+                )
+    return left
 
 
-def cost(request: Request, made: int, total: int) -> str:
-    """Return what making the videos takes, of which some are made, as far as it is known before a model is loaded."""
-    settled, family, *_ = settle(request)
-    sizes = {name: getattr(settled, name) for name in SIZES}
-    message = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None) or "the model's sizes"
-    text = f"{total - made} of {total} videos to make, {made} are there; {message}"
-    sizes["num_frames"] = sizes["num_frames"] or 1
-    adapter = next((one for one in installed.adapters().values() if family in one.families), None)
-    if family is None or adapter is None or None in sizes.values():
-        return text
-    planned = estimate(adapter, family, methods=settled.methods, **sizes)
-    flops = planned.total_flops * (total - made)
-    return f"{text}; {flops:.3g} FLOPs dense, of which methods save what dit-accel plan tells"
+def sizes_text(request: Request) -> str:
+    """Return the sizes and steps of a request's videos, as far as they are known before a model is loaded."""
+    known = ((name, getattr(settle(request)[0], name)) for name in SIZES)
+    return ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
 
 
 def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()) -> None:
-    """Make videos, each with its side-car, whole or not at all; after the first one, tell how long the rest takes.
+    """Make videos, each with its side-car, whole or not at all; after each, tell how long the rest takes.
 
     The prompts are checked before anything is loaded; the side-cars hold the command line.
     """
@@ -214,12 +146,5 @@ def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None
             with held(piece.path):
                 record = make(piece.prompt, piece.path, piece.seed).record
             seconds = record["seconds"]["denoise"] + record["seconds"]["decode"]
-            rest = f", about {_time(seconds * (len(work) - number))} to go" if number < len(work) else ""
-            tell(f"{piece.path.name}, video {number} of {len(work)}, {seconds:.1f} s{rest}")
-
-
-def _time(seconds: float) -> str:
-    """Return a time in words, in the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+            left = timedelta(seconds=round(seconds * (len(work) - number)))
+            tell(f"{piece.path.name}, video {number} of {len(work)}, {seconds:.1f} s, about {left} to go")

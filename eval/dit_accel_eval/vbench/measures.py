@@ -1,184 +1,145 @@
-"""How each of VBench's dimensions is measured: which frames, by which networks, by which rule."""
+"""The dimensions of VBench that are measured here, from a video's frames to its score, as vbench 0.1.5 computes them.
 
-from collections.abc import Callable
+They are those of pixels alone, and those that take CLIP, which is open_clip's. Source: Huang et al., arXiv 2311.17982.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from dit_accel_pipelines.generation.media import Frames
 from torch import Tensor
+from torch.nn import functional
 
-from . import official, rules, sampling
-from .networks.loading import Networks
-from .observations import BY, KINDS, SEEN, Observations
+from dit_accel import ConfigError
+
+from ..metrics.clip_scores import head_path, no_head
+from ..metrics.openclip import TOGETHER, Weighted
 from .prompts import Prompt
-from .rules import Numbers, VideoScore
-from .sampling import Frames, Video
+
+BASE, LARGE = Weighted("ViT-B-32", tag="openai"), Weighted("ViT-L-14", tag="openai")
+"""VBench's CLIP models."""
+
+COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+"""Mean and deviation by colour of what they take."""
+
+SIDE = 224
+"""Pixels of its side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Means:
-    """What measures need besides the video: networks, and observations by networks that ran elsewhere."""
-
-    networks: Networks
-    observations: Observations = field(default_factory=Observations)
-
-
-Measure = Callable[[Video, Prompt, Means], VideoScore | None]
-
-
-def _subject(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.consistency(means.networks.dino(sampling.for_dino(video.frames)))
-
-
-def _background(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.consistency(means.networks.clip("clip-b32", sampling.for_clip(video.frames)))
-
-
-def _flickering(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.flickering(video.frames)
-
-
-def _smoothness(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    def between(one: Frames, two: Frames) -> Frames:
-        first, second = (sampling.tensor(frame[None])[0] / 255 for frame in (one, two))
-        drawn = (means.networks.amt(first, second) * 255).clamp(0, 255)
-        return drawn.permute(1, 2, 0).numpy().astype(np.uint8)  # cut off, not rounded, as the official code does
-
-    return rules.smoothness(video.frames, between)
-
-
-def flow_by(networks: Networks) -> Callable[[Frames, Frames], Numbers]:
-    """Return RAFT's flow between two frames [height, width, 3]: [2, height, width] in pixels."""
-
-    def flow(one: Frames, two: Frames) -> Numbers:
-        first, second = (sampling.tensor(frame[None])[0] for frame in (one, two))
-        return networks.raft(first, second).double().numpy()
-
-    return flow
-
-
-def _dynamic(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.is_dynamic(sampling.eighths(video), flow_by(means.networks))
-
-
-def _aesthetic(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    seen = means.networks.clip("clip-l14", sampling.for_clip(video.frames))
-    return VideoScore(value=float((means.networks.aesthetic(seen) / 10).mean()))
-
-
-def _imaging(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return VideoScore(value=float(means.networks.musiq(sampling.for_musiq(video.frames)).mean()))
-
-
-def _seen(video: Video, name: str, means: Means, look: Callable[[Frames], Any]) -> Any:
-    """Return what was observed elsewhere of a video for a dimension, else what a network sees of its frames."""
-    if means.observations.has(name):
-        return means.observations.of(name, video.name)
-    return look(video.frames[sampling.middle(len(video.frames), SEEN)])
-
-
-def _detections(video: Video, name: str, means: Means) -> Any:
-    return _seen(video, name, means, lambda frames: means.networks.detections(sampling.for_grit(frames)))
-
-
-def _names(video: Video, name: str, means: Means) -> list[list[str]]:
-    return [[thing for thing, _ in frame] for frame in _detections(video, name, means)]
-
-
-def _object(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    seen = _names(video, "object_class", means)
-    return rules.share(prompt.targets["object_class"] in frame for frame in seen)
-
-
-def _objects(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    return rules.shows(_names(video, "multiple_objects", means), prompt.targets["multiple_objects"])
-
-
-def _action(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    def look(frames: Frames) -> Any:
-        likely = torch.sigmoid(means.networks.umt(sampling.for_umt(frames))).tolist()
-        return zip(official.actions(), likely, strict=True)
-
-    return rules.is_action(_seen(video, "human_action", means, look), video.name)
-
-
-def _color(video: Video, prompt: Prompt, means: Means) -> VideoScore | None:
-    def look(frames: Frames) -> Any:
-        return means.networks.sentences(sampling.for_grit(frames, rounded=True))
-
-    return rules.is_colored(_seen(video, "color", means, look), prompt.text, prompt.targets["color"])
-
-
-def _relation(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    requested = prompt.targets["spatial_relationship"]
-    seen = _detections(video, "spatial_relationship", means)
-    return rules.stands(seen, requested["object_a"], requested["object_b"], requested["relationship"])
-
-
-def _scene(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    captions = _seen(video, "scene", means, lambda frames: means.networks.scenes(sampling.for_tag2text(frames)))
-    return rules.is_scene(captions, prompt.targets["scene"])
-
-
-def _style(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    words = means.networks.clip_words("clip-b32", prompt.targets["appearance_style"])
-    return rules.likeness(words, means.networks.clip("clip-b32", sampling.for_clip_pictures(video.frames)))
-
-
-def _prompted(video: Video, prompt: Prompt, means: Means) -> VideoScore:
-    chosen = video.frames[sampling.middle(len(video.frames), 8)]
-    seen: Tensor = means.networks.viclip(sampling.for_clip(chosen, rounded=True))
-    return VideoScore(value=float((seen @ means.networks.viclip_words(prompt.text).T).item()))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How a dimension is measured.
+class VideoScore:
+    """What is measured of one video.
 
     Attributes:
-        measure: of one video; None where it says nothing about it.
-        networks: files that it takes.
-        observed: whether it takes observations by networks that ran elsewhere, if there are any.
-        scale: what the mean over videos is divided by.
+        parts: frames or pairs that it is the mean of, where the dimension weighs videos by those; else 1.
+        more: further entries of the official result.
     """
 
-    measure: Measure
-    networks: tuple[str, ...] = ()
-    observed: bool = False
-    scale: float = 1.0
+    value: float
+    parts: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
 
 
-GRIT = ("grit", "bert-words")
+def over_videos(scores: Sequence[VideoScore]) -> float:
+    """Return the mean of videos' scores, each weighed by its parts."""
+    return sum(one.value * one.parts for one in scores) / sum(one.parts for one in scores)
+
+
+def _check_pairs(frames: int) -> None:
+    if frames < 2:
+        raise ConfigError(f"it takes at least 2 frames, and there are {frames}")
+
+
+def consistency(features: Tensor) -> VideoScore:
+    """Return the mean over pairs of half the likeness to the frame before and half that to the first.
+
+    Args:
+        features: [F, D] of unit length; likeness below 0 counts as 0.
+    """
+    _check_pairs(len(features))
+    before = (features[1:] * features[:-1]).sum(1).clamp(min=0)
+    first = (features[1:] * features[0]).sum(1).clamp(min=0)
+    value, pairs = float(((before + first) / 2).double().mean()), len(features) - 1
+    return VideoScore(value=value, parts=pairs, more={"video_sim": value * pairs, "cnt_per_video": pairs})
+
+
+def flickering(frames: Frames) -> VideoScore:
+    """Return one minus the mean absolute difference of neighbouring 8-bit frames over 255."""
+    _check_pairs(len(frames))
+    levels = frames.astype(np.int16)
+    changes = [float(np.abs(two - one).mean()) for one, two in itertools.pairwise(levels)]
+    return VideoScore(value=(255 - float(np.mean(changes))) / 255)
+
+
+def likeness(text: Tensor, frames: Tensor) -> VideoScore:
+    """Return the mean cosine of a text's embedding [D] with those of frames [F, D], all of unit length."""
+    found = (frames @ text).double().tolist()
+    return VideoScore(
+        value=float(np.mean(found)), parts=len(found), more={"frame_results": found, "cur_sim": found[-1]}
+    )
+
+
+def clip_features(by: Weighted, frames: Frames) -> Tensor:
+    """Return CLIP's embeddings [F, D] of unit length of frames resized without antialiasing, bicubic."""
+    from torchvision.transforms import functional as pictures
+
+    given = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    given = pictures.resize(given, [SIDE], pictures.InterpolationMode.BICUBIC, antialias=False)
+    given = pictures.normalize(pictures.center_crop(given, [SIDE]) / 255, *COLORS)
+    network = by.embedder().network
+    with torch.inference_mode():
+        parts = given.to(next(network.parameters()).device).split(TOGETHER)
+        return torch.cat([network.encode_image(part, normalize=True).float().cpu() for part in parts])
+
+
+def _background(frames: Frames, prompt: Prompt) -> VideoScore:
+    return consistency(clip_features(BASE, frames))
+
+
+def _aesthetic(frames: Frames, prompt: Prompt) -> VideoScore:
+    head = torch.load(head_path(LARGE), map_location="cpu", weights_only=True)
+    scores = functional.linear(clip_features(LARGE, frames), head["weight"].float(), head["bias"].float())
+    return VideoScore(value=float((scores / 10).mean()))
+
+
+def _style(frames: Frames, prompt: Prompt) -> VideoScore:
+    clip = BASE.embedder()
+    return likeness(clip.text(prompt.style), clip.pictures(np.divide(frames, 255, dtype=np.float32)))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a dimension is measured of one video, and what it takes: a CLIP model, and the aesthetic head of one."""
+
+    measure: Callable[[Frames, Prompt], VideoScore]
+    clip: Weighted | None = None
+    head: Weighted | None = None
+
+    def missing(self) -> str | None:
+        """Return why it can't be measured, with what to do; None if it can."""
+        return (self.clip and self.clip.missing()) or (self.head and no_head(self.head))
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the files that it takes, by what they are."""
+        files = {str(self.clip): self.clip and self.clip.path(), "aesthetic": self.head and head_path(self.head)}
+        return {name: _hash(file) for name, file in files.items() if file is not None}
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
 
 WAYS: dict[str, Way] = {
-    "subject_consistency": Way(measure=_subject, networks=("dino",)),
-    "background_consistency": Way(measure=_background, networks=("clip-b32",)),
-    "temporal_flickering": Way(measure=_flickering),
-    "motion_smoothness": Way(measure=_smoothness, networks=("amt",)),
-    "dynamic_degree": Way(measure=_dynamic, networks=("raft",)),
-    "aesthetic_quality": Way(measure=_aesthetic, networks=("clip-l14", "aesthetic")),
-    "imaging_quality": Way(measure=_imaging, networks=("musiq",), scale=100.0),
-    "object_class": Way(measure=_object, networks=GRIT, observed=True),
-    "multiple_objects": Way(measure=_objects, networks=GRIT, observed=True),
-    "human_action": Way(measure=_action, networks=("umt",), observed=True),
-    "color": Way(measure=_color, networks=GRIT, observed=True),
-    "spatial_relationship": Way(measure=_relation, networks=GRIT, observed=True),
-    "scene": Way(measure=_scene, networks=("tag2text", "bert-words"), observed=True),
-    "appearance_style": Way(measure=_style, networks=("clip-b32",)),
-    "temporal_style": Way(measure=_prompted, networks=("viclip",)),
-    "overall_consistency": Way(measure=_prompted, networks=("viclip",)),
-}  # fmt: skip
-"""Dimension -> how."""
-
-
-def missing_reason(name: str, means: Means) -> str | None:
-    """Return why a dimension can't be measured, with what to put where; None if it can."""
-    way = WAYS[name]
-    if way.observed and means.observations.has(name):
-        return None
-    reason = means.networks.missing(way.networks)
-    if reason is None or not way.observed:
-        return reason
-    kind = KINDS[name]
-    return f"{reason}; or bring the {kind} by {BY[kind]} with --observations"
+    "background_consistency": Way(_background, BASE),
+    "temporal_flickering": Way(lambda frames, prompt: flickering(frames)),
+    "aesthetic_quality": Way(_aesthetic, LARGE, LARGE),
+    "appearance_style": Way(_style, BASE),
+}
+"""Dimension -> how; the networks of the others are the official package's alone."""

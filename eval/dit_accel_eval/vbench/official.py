@@ -1,17 +1,16 @@
-"""What is taken from the official package: its prompts, names of actions and tags, and the code of RAFT and AMT.
+"""Measures videos by the official vbench package itself, in an environment of its own: `eval vbench --official ENV`.
 
-The package can't be installed beside a current torch, and need not be: its wheel is unpacked, by its hash, and nothing
-of it runs but those two networks' modules.
+The package asks for libraries of 2023, which can't lie beside a current torch and diffusers. A dimension is a process,
+so that one that fails takes no other with it, and a run that was stopped goes on with the next.
 """
 
-import ast
-import importlib
+import json
+import os
+import shutil
+import subprocess
 import sys
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import PackageNotFoundError, files
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,122 +18,151 @@ from dit_accel import ConfigError
 
 from ..metrics import weights
 from ..metrics.weights import Archive, folder
+from .dimensions import DIMENSIONS
+from .job import Job
+from .prompts import FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_prompts
 
 PROMPTS = "vbench/VBench_full_info.json"
-ACTIONS = "vbench/third_party/umt/kinetics_400_categories.txt"
-_THIRD = "vbench/third_party"
-TAGS = f"{_THIRD}/tag2Text/tag_class.py"
-TAG_COUNT = 3429
-_RAFT = ("raft", "update", "extractor", "corr", "utils_core/utils")
-_AMT = ("networks/AMT-S", "utils/flow_utils", *(f"networks/blocks/{one}" for one in
-        ("feat_enc", "ifrnet", "multi_flow", "raft")))  # fmt: skip
 
 PACKAGE = Archive(
-    requirement="vbench==0.1.5", file="vbench-0.1.5-py3-none-any.whl",
-    licence="Apache-2.0; RAFT BSD-3-Clause, AMT CC BY-NC 4.0",
-    sha256="13266ed4715d91a7669ab58484b9e010bc91bb96e129d414fb512d4937890023", nets={},
-    modules=(
-        PROMPTS, ACTIONS, TAGS,
-        *(f"{_THIRD}/RAFT/core/{one}.py" for one in _RAFT), *(f"{_THIRD}/amt/{one}.py" for one in _AMT),
-    ),
+    requirement="vbench==0.1.5", file="vbench-0.1.5-py3-none-any.whl", licence="Apache-2.0",
+    sha256="13266ed4715d91a7669ab58484b9e010bc91bb96e129d414fb512d4937890023", nets={}, modules=(PROMPTS,),
 )  # fmt: skip
-"""AMT's code and weights may not be used commercially."""
+
+DRIVER = Path(__file__).with_name("package_driver.py")
+
+RESULTS = "official_eval_results.json"
+"""The file of all dimensions' results, laid out as the package's own."""
 
 
-def unpacked() -> Path:
-    """Return the folder into which the package's files are unpacked."""
-    return folder() / "vbench-package"
+def measure(job: Job, environment: Path) -> dict[str, list[Any]]:
+    """Measure dimensions by the package of an environment, and return its results: dimension -> [score, [entries]].
 
-
-def missing() -> str | None:
-    """Return why the package's files can't be had, None if they can."""
-    absent = [name for name in PACKAGE.modules if not (unpacked() / name).is_file()]
-    return f"{absent[0]} of vbench 0.1.5 is not in {unpacked()}; run dit-accel eval setup --tier 2" if absent else None
-
-
-def _path(name: str) -> Path:
-    """Return where a file of the package lies; refuses what is missing."""
-    reason = missing()
-    if reason is not None:
-        raise ConfigError(reason)
-    return unpacked() / name
-
-
-def unpack(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
-    """Unpack what is missing of the package; returns why it could not be, None if it is there.
-
-    ``given`` is a folder that holds the wheel already, None: pip downloads it, after a line to ``tell``.
+    A dimension that fails is left out with the last line that the package printed; refused is if all do.
     """
-    if missing() is None:
-        return None
-    tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts, tags, RAFT and AMT")
-    return weights.unpack(PACKAGE, given, unpacked())
-
-
-def prompts_path(given: Path | None = None) -> Path:
-    """Return the path of the official prompts: one that is given, the installed package's, or the unpacked one's."""
-    if given is not None:
-        return given
-    try:
-        listed = files("vbench") or []
-        installed = [Path(str(one.locate())) for one in listed if str(one) == PROMPTS]
-    except PackageNotFoundError:
-        installed = []
-    for path in (*installed, unpacked() / PROMPTS):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        "VBench's prompts are not here; run dit-accel eval setup --tier 2, or name their file with --full-info"
-    )
-
-
-def actions() -> list[str]:
-    """Return the names of UMT's actions in small letters, by class."""
-    lines = _path(ACTIONS).read_text(encoding="utf-8").splitlines()
-    found = {int(number): name.lower() for name, _, number in (line.strip().partition("\t") for line in lines)}
-    return [found[number] for number in sorted(found)]
-
-
-def tags() -> list[str]:
-    """Return Tag2Text's tags, by class; their file is read, not run."""
-    path = _path(TAGS)
-    lists = [node.value for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
-    found = next((ast.literal_eval(one) for one in lists if isinstance(one, ast.List)), [])
-    if len(found) != TAG_COUNT:
-        raise ConfigError(
-            f"{path} has {len(found)} tags, expected were {TAG_COUNT}; delete it, and run dit-accel eval setup --tier 2"
-        )
+    names = job.dimensions or tuple(name for name in DIMENSIONS if not (job.custom and name in FIXED))
+    if job.custom:
+        check_custom(names)
+        custom_videos(job.videos, job.prompts)
+    job.check(RESULTS)
+    python, package = interpreter(environment, job.tell)
+    full_info = (job.full_info or package / "VBench_full_info.json").resolve()
+    every = [] if job.custom else read_prompts(full_info)
+    for name in (name for name in names if every and name != FLICKERING):
+        all_videos_of(every, job.videos, name)
+    newest = max(one.stat().st_mtime for one in job.videos.iterdir())
+    found, failed = {}, {}
+    for name in names:
+        result = job.file(f"official_{name}_eval_results.json")
+        if result.is_file() and result.stat().st_mtime > newest:
+            job.tell(f"{name}: is in {result}")
+        else:
+            job.tell(f"{name}: by {PACKAGE.requirement}")
+            reason = _run(job, python, full_info, name, result)
+            if reason is not None:
+                failed[name] = reason
+                job.warn(f"{name} is left out: {reason}")
+                continue
+        found[name] = _read(result, name)
+    if not found:
+        raise ConfigError("; ".join(f"{name} can't be measured: {reason}" for name, reason in failed.items()))
+    job.write(RESULTS, found)
     return found
 
 
-@cache
-def module(name: str) -> Any:
-    """Return a module of the package by its dotted name below ``vbench.third_party``, imported apart from any other."""
-    _path(_THIRD)
-    with _alone():
-        try:
-            return importlib.import_module(f"vbench.third_party.{name}")
-        except ImportError as error:
-            raise ConfigError(f"{name} of vbench 0.1.5 can't be imported: {error}; install what it names") from None
+def interpreter(environment: Path, tell: Callable[[str], None]) -> tuple[Path, Path]:
+    """Return an environment's Python and the package's folder there; makes and installs what is missing.
 
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Let ``vbench`` be the unpacked files, as if its own modules were empty, and afterwards what it was.
-
-    AMT's code lets Pillow read pictures that are cut off; that is taken back as well.
+    A folder that is none, or where that fails, is refused.
     """
-    from PIL import ImageFile
+    python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.is_file():
+        if environment.exists() and (not environment.is_dir() or any(environment.iterdir())):
+            raise ConfigError(f"{environment} is no virtual environment; name one, or a folder that can be made")
+        tell(f"making the environment {environment}")
+        _done([sys.executable, "-m", "venv", str(environment)], f"the environment {environment} can't be made")
+    if _call([str(python), "-c", "import vbench"]).returncode:
+        tell(f"installing {PACKAGE.requirement} into {environment}, gigabytes with its torch")
+        install = [str(python), "-m", "pip", "install", "--quiet", PACKAGE.requirement]
+        _done(install, f"{PACKAGE.requirement} can't be installed into {environment}; install it there by hand")
+    asked = "import vbench, importlib.metadata as m; print(m.version('vbench')); print(vbench.__file__)"
+    version, file = _done([str(python), "-c", asked], f"vbench can't be imported in {environment}; mend it there")[-2:]
+    if PACKAGE.requirement != f"vbench=={version}":
+        raise ConfigError(f"{environment} has vbench {version}, and {PACKAGE.requirement} is what is run; name another")
+    return python, Path(file).parent
 
-    cut_off = ImageFile.LOAD_TRUNCATED_IMAGES
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "vbench"}
-    root = types.ModuleType("vbench")
-    root.__path__ = [str(unpacked() / "vbench")]
-    sys.modules["vbench"] = root
+
+def _run(job: Job, python: Path, full_info: Path, name: str, result: Path) -> str | None:
+    """Measure one dimension in a process; returns why it failed, None if its results are there."""
+    prompts = [] if job.prompts is None else json.loads(job.prompts.read_text(encoding="utf-8"))
+    kept = job.file("official_filtered")
+    if filters := name == FLICKERING and not (job.filtered or job.custom):
+        shutil.rmtree(kept, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="dit-accel-vbench-") as scratch:
+        given = {
+            "videos": str(job.videos.resolve()), "output": str(job.output.resolve()), "dimension": name,
+            "name": result.name.removesuffix("_eval_results.json"), "custom": job.custom, "prompts": prompts,
+            "full_info": str(full_info), "device": job.device, "local": job.cache is not None,
+            "filter_to": str(kept.resolve()) if filters else None,
+        }  # fmt: skip
+        file = Path(scratch) / "given.json"
+        file.write_text(json.dumps(given), encoding="utf-8")
+        more = {} if job.cache is None else {"VBENCH_CACHE_DIR": str(job.cache.resolve())}
+        ended = _call([str(python), str(DRIVER), str(file)], **more)
+    if ended.returncode == 0 and result.is_file():
+        return None
+    result.unlink(missing_ok=True)
+    return _last_line(ended)
+
+
+def _read(path: Path, name: str) -> list[Any]:
+    """Return one dimension's results as the package wrote them; a file of another form is refused."""
     try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = cut_off
-        for name in [name for name in sys.modules if name.partition(".")[0] == "vbench"]:
-            del sys.modules[name]
-        sys.modules |= kept
+        score, entries = json.loads(path.read_text(encoding="utf-8"))[name]
+        return [float(score), list(entries)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no result of vbench for {name} ({error}); delete it, and run again") from None
+
+
+def _done(command: Sequence[str], what: str) -> list[str]:
+    """Run a command, and return the lines that it printed; one that fails is refused with its last line."""
+    ended = _call(command)
+    if ended.returncode:
+        raise ConfigError(f"{what}: {_last_line(ended)}")
+    return ended.stdout.splitlines()
+
+
+def _call(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command apart from this process's own packages, and return what it printed."""
+    without = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    return subprocess.run(command, env=without | environment, capture_output=True, text=True, check=False)
+
+
+def _last_line(ended: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in (ended.stderr or ended.stdout).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"it ended with exit code {ended.returncode} and said nothing"
+
+
+def unpacked() -> Path:
+    """Return where the prompts are unpacked."""
+    return folder() / "vbench-package" / PROMPTS
+
+
+def unpack(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
+    """Unpack the prompts where they are missing; returns why that could not be, None if they are there.
+
+    ``given`` is a folder that holds the wheel already, None: pip downloads it, after a line to ``tell``.
+    """
+    if unpacked().is_file():
+        return None
+    tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts")
+    return weights.unpack(PACKAGE, given, folder() / "vbench-package")
+
+
+def prompts_path(given: Path | None = None) -> Path:
+    """Return the path of the official prompts: one that is given, or the unpacked one's."""
+    if given is None and not unpacked().is_file():
+        raise ConfigError(
+            "VBench's prompts are not here; run dit-accel eval setup --tier 2, or name their file with --full-info"
+        )
+    return given or unpacked()

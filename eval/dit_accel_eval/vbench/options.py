@@ -12,57 +12,32 @@ def _one(panel: str | None, words: str, metavar: str | None = None, *names: str,
     return typer.Option(*names, help=words, rich_help_panel=panel, metavar=metavar, **more)
 
 
-Totals = Annotated[
-    Path | None, _one(None, "JSON of all sixteen raw scores, of which to print the totals.", "SCORES.json")
-]
+Totals = Annotated[Path | None, _one(None, "JSON of all sixteen raw scores, to print their totals.", "SCORES.json")]
 Name = Annotated[str | None, _one(None, "What result files begin with; default: the videos' folder.", "NAME")]
-Device = Annotated[
-    str | None, _one(None, "Default: cpu for networks, the accelerator for --generate, cuda for --official.", "DEVICE")
-]
+Device = Annotated[str | None, _one(None, "Default: the accelerator for --generate, cuda for --official.", "DEVICE")]
 
 Videos = Annotated[Path | None, _one(VIDEOS, "Folder of videos {prompt}-{i}.mp4.", "DIR")]
-Dimensions = Annotated[
-    list[str] | None,
-    _one(VIDEOS, "May be repeated. Default: all that can be measured here.", None, "--dimension", "-d"),
-]
+_EACH = "May be repeated. Default: all that can be measured."
+Dimensions = Annotated[list[str] | None, _one(VIDEOS, _EACH, None, "--dimension", "-d")]
 FullInfo = Annotated[Path | None, _one(VIDEOS, "Official prompts; default: the vbench package's.", "JSON")]
 Samples = Annotated[int | None, _one(VIDEOS, "Videos of each prompt; default: 5.", min=1)]
 Subset = Annotated[int | None, _one(VIDEOS, "Only the first so many prompts of each dimension.", min=1)]
 Filtered = Annotated[bool, _one(VIDEOS, "temporal_flickering's videos passed its filter.", None, "--filtered")]
 Custom = Annotated[bool, _one(VIDEOS, "Any videos, of prompts of one's own.", None, "--custom")]
-Prompts = Annotated[
-    Path | None,
-    _one(VIDEOS, "JSON {file name: prompt}; default: the files' names. With --generate: a prompt a line.", "FILE"),
-]
-Augmented = Annotated[
-    Path | None,
-    _one(
-        MAKING, "VBench's prompts in other words, a line each, as the model is to get them; seeds 100000 i + j.", "FILE"
-    ),
-]
-Long = Annotated[bool, _one(VIDEOS, "VBench-Long: clips of 2 or 10 s, a score each.", None, "--long")]
-LongConfig = Annotated[
-    Path | None,
-    _one(VIDEOS, "Copy of vbench2_beta_long/configs, for subject_consistency between clips.", "DIR"),
-]
-Folder = Annotated[
-    Path | None, _one(VIDEOS, "Weights, laid out as VBench's cache; default: see eval setup --tier 2.", "DIR")
-]
-Observed = Annotated[Path | None, _one(VIDEOS, "JSON lines of what GRiT, Tag2Text or UMT saw elsewhere.", "FILE")]
-Official = Annotated[
-    Path | None,
-    _one(VIDEOS, "Measure by the vbench package itself, in this virtual environment, made if missing.", "ENV"),
-]
+_OWN = "JSON {file name: prompt}; default: the files' names. With --generate: a prompt a line."
+Prompts = Annotated[Path | None, _one(VIDEOS, _OWN, "FILE")]
+_BY = "Measure by the vbench package itself, in this virtual environment, made if missing."
+Official = Annotated[Path | None, _one(VIDEOS, _BY, "ENV")]
+Folder = Annotated[Path | None, _one(VIDEOS, "The package's folder of weights; default: its own.", "DIR")]
 Output = Annotated[Path, _one(VIDEOS, "Folder of the results.", "DIR", "--output", "-o")]
 
 Reference = Annotated[Path | None, _one(AGAINST, "Clips of the same names that the videos should be.", "DIR")]
-Convention = Annotated[
-    str | None,
-    _one(AGAINST, "PSNR, SSIM, LPIPS as svg, teacache, cache-dit or fastvideo have them; with --generate their sizes "
-         "and names.", "NAME"),
-]  # fmt: skip
+_AS = "PSNR, SSIM, LPIPS as svg, teacache, cache-dit or fastvideo have them."
+Convention = Annotated[str | None, _one(AGAINST, _AS, "NAME")]
 
 Generate = Annotated[bool, _one(MAKING, "Make the videos instead of measuring them.", None, "--generate")]
+_WORDED = "VBench's prompts in other words, a line each, as the model is to get them; seeds 100000 i + j."
+Augmented = Annotated[Path | None, _one(MAKING, _WORDED, "FILE")]
 Model = Annotated[str | None, _one(MAKING, "Hub id, folder or embedded model.", "ID|FOLDER|NAME")]
 Pixels = Annotated[int | None, _one(MAKING, "In pixels.", "PIXELS")]
 Frames = Annotated[int | None, _one(MAKING, "Frames of each.")]

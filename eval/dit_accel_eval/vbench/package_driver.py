@@ -1,4 +1,4 @@
-"""Runs one dimension of the official vbench package, by the Python of an environment that has it (`package_run`).
+"""Runs one dimension of the official vbench package, by the Python of an environment that has it (`official`).
 
 It imports nothing of this project. Its JSON file has ``videos``, ``output``, ``name``, ``dimension``, ``custom``,
 ``prompts``, ``full_info``, ``device``, ``local``, and ``filter_to``, a folder: videos pass the static filter first.

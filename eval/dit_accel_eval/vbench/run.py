@@ -1,230 +1,139 @@
-"""Runs dimensions over videos: a line each as it is measured, then the official result files.
+"""Measures dimensions of videos: a line each as it is measured, then the official result files.
 
 A run that was stopped goes on where it stopped; a video is measured again if its file, or a network's, has changed.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from dit_accel_pipelines.generation.media import read_video
+
 from dit_accel import ConfigError
-from dit_accel.files import check_writable, json_text, written_whole
+from dit_accel.files import held
 
 from ..runs.results import Line, append_line, read_lines
-from . import rules
-from .long import SUBJECT, Long
-from .measures import WAYS, Means, flow_by
-from .observations import KINDS
-from .prompts import FLICKERING, SAMPLES, Prompt, Wanted, for_filter, served
-from .rules import VideoScore
-from .sampling import Video, read_video
+from . import prompts as of_prompts
+from .dimensions import DIMENSIONS
+from .job import Job
+from .measures import WAYS, VideoScore, over_videos
+from .official import prompts_path
+from .prompts import FLICKERING, SAMPLES, Prompt, Wanted
 
-FILTER = "static_filter"
-"""What lines of the static filter stand under."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A run.
-
-    Attributes:
-        name: what its files begin with.
-        output: folder of its files.
-        means: networks and observations.
-        tell: is given a line of progress.
-        warn: is given what should be known of the scores.
-        long: how long videos are cut and scored; None: videos are scored whole.
-    """
-
-    name: str
-    output: Path
-    means: Means
-    tell: Callable[[str], None]
-    warn: Callable[[str], None]
-    long: Long | None = None
-
-    @property
-    def lines(self) -> Path:
-        """The file of lines, one a dimension and video."""
-        return self.output / f"{self.name}_lines.jsonl"
-
-    @property
-    def results(self) -> Path:
-        """The official result file."""
-        return self.output / f"{self.name}_eval_results.json"
-
-    @property
-    def others(self) -> tuple[Path, Path]:
-        """The official file of what was to be measured, and that of what the results rest on."""
-        return self.output / f"{self.name}_full_info.json", self.output / f"{self.name}_about.json"
+LINES, RESULTS, INFO, ABOUT = "lines.jsonl", "eval_results.json", "full_info.json", "about.json"
+"""Files: of lines, one a dimension and video; of official results; of what was measured; of what they rest on."""
 
 
-def check_results(output: Path, *files: Path) -> None:
-    """Make the folder of results, and refuse files there that can't be written, before anything is measured."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output {output} can't be made: {error.strerror}; name another folder") from None
-    for path in files:
-        check_writable(path, "results")
-
-
-def evaluate(job: Job, wanted: dict[str, list[Wanted]]) -> dict[str, list[Any]]:
+def measure(job: Job) -> dict[str, list[Any]]:
     """Measure videos, and return the official result: dimension -> [score, [one entry a video]].
 
-    Args:
-        job: the run.
-        wanted: dimension -> the videos, by prompt.
-
-    Raises:
-        ConfigError: for a video that can't be read or measured, by name.
+    Dimensions and videos that can't be measured, and missing ones, are refused by name.
     """
-    used = {name: _used(job, name) for name in wanted}
-    found: dict[str, list[Any]] = {}
-    for name, videos in wanted.items():
-        job.tell(f"{name}: {sum(len(one.paths) for one in videos)} videos")
-        # what was observed elsewhere may change without a file's changing, and costs nothing to look up
-        scorer = _Scorer(job, name, used[name], kept=not (WAYS[name].observed and job.means.observations.has(name)))
-        scores = [
-            (path, scorer.score(path, partial(_measured, job, name, one.prompt)))
-            for one in videos
-            for path in one.paths
-        ]
-        said = [(path, score) for path, score in scores if score is not None]
-        if not said:
-            raise ConfigError(f"{name} says nothing of any of the {len(scores)} videos, so it has no score")
-        if len(said) < len(scores):
-            job.warn(f"{name} says nothing of {len(scores) - len(said)} of {len(scores)} videos, which don't count")
-        mean = rules.over_videos([score for _, score in said]) / WAYS[name].scale
-        found[name] = [
-            mean, [{"video_path": str(path), "video_results": one.value, **one.more} for path, one in said]
-        ]  # fmt: skip
-    _write(job, wanted, found, used)
-    return found
-
-
-def _used(job: Job, name: str) -> dict[str, str]:
-    """Return the hashes of what a dimension's scores rest on; none where observations take the networks' place."""
-    if WAYS[name].observed and job.means.observations.has(name):
-        return {}
-    names = WAYS[name].networks
-    if job.long is None:
-        return job.means.networks.hashes(names)
-    names += ("dinov2",) if name == SUBJECT and job.long.fast is not None else ()
-    names += ("raft",) if name == FLICKERING and not job.long.filtered else ()
-    return job.means.networks.hashes(names) | job.long.options_text(name)
-
-
-class _Scorer:
-    """Scores videos by one measure; takes those from an earlier run's lines whose file and networks haven't changed."""
-
-    def __init__(self, job: Job, name: str, used: dict[str, str], *, kept: bool = True) -> None:
-        self.job, self.name, self.used = job, name, used
-        lines = read_lines(job.lines) if kept else []
-        self.earlier = {self._key(line): line for line in lines if line["dimension"] == name}
-
-    @staticmethod
-    def _key(line: Line) -> str:
-        return json.dumps([line[part] for part in ("video", "size", "changed", "networks")], sort_keys=True)
-
-    def score(self, path: Path, measure: Callable[[Video], VideoScore | None]) -> VideoScore | None:
-        """Return a video's score, and keep it as a line; None where the measure says nothing about it."""
-        stat = path.stat()
-        line: Line = {"dimension": self.name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
-                      "networks": self.used}  # fmt: skip
-        before = self.earlier.get(self._key(line))
-        if before is not None:
-            return VideoScore(value=before["value"], parts=before["parts"], more=before["more"])
-        try:
-            score = measure(read_video(path))
-        except ConfigError as error:
-            raise ConfigError(f"{self.name} can't be measured of {path}: {error}") from None
-        if score is not None:
-            append_line(self.job.lines, line | {"value": score.value, "parts": score.parts, "more": score.more})
-        return score
-
-
-def _measured(job: Job, name: str, prompt: Prompt, video: Video) -> VideoScore | None:
-    def measure(one: Video) -> VideoScore | None:
-        return WAYS[name].measure(one, prompt, job.means)
-
-    if job.long is None:
-        return measure(video)
-    return job.long.score(name, video, prompt.dimensions, measure, job.means.networks)
-
-
-def no_filter(job: Job) -> str | None:
-    """Return why the static filter of temporal flickering can't run, None if it can."""
-    reason = job.means.networks.missing(("raft",))
-    if reason is None:
-        return None
-    return (
-        f"{FLICKERING} is measured of videos that stand still, which RAFT tells: {reason}; or say with --filtered that "
-        "the videos have passed the filter"
-    )
-
-
-def filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
-    """Return the first 5 still videos of each prompt of temporal flickering, by the official static filter with RAFT.
-
-    The first are by the order of `for_filter`, not those of the lowest numbers. Refused where none stands still.
-    """
-    flow = flow_by(job.means.networks)
-    scorer = _Scorer(job, FILTER, job.means.networks.hashes(("raft",)))
-
-    def stands(video: Video) -> VideoScore:
-        return VideoScore(value=rules.is_static(video.frames, flow))
-
-    kept = []
-    for one in for_filter(prompts, folder):
-        still: list[Path] = []
-        for path in one.paths:
-            score = scorer.score(path, stands) if len(still) < SAMPLES else None
-            still += [path] if score is not None and score.value else []
-        kept.append(Wanted(prompt=one.prompt, paths=tuple(still)))
-    return _still(job, kept)
-
-
-def already_filtered(job: Job, prompts: Sequence[Prompt], folder: Path) -> list[Wanted]:
-    """Return up to 5 videos of each prompt of temporal flickering, which have passed a static filter before."""
-    kept = []
-    for prompt in served(prompts, FLICKERING):
-        paths = [folder / f"{prompt.text}-{number}.mp4" for number in range(SAMPLES)]
-        kept.append(Wanted(prompt=prompt, paths=tuple(path for path in paths if path.is_file())))
-    return _still(job, kept)
-
-
-def _still(job: Job, kept: Sequence[Wanted]) -> list[Wanted]:
-    few = [one for one in kept if len(one.paths) < SAMPLES]
-    found = [one for one in kept if one.paths]
-    if not found:
-        raise ConfigError(f"none of the videos of {FLICKERING} stands still, so it has no score; generate stiller ones")
-    if few:
-        none = [one.prompt.text for one in few if not one.paths]
-        job.warn(
-            f"{len(few)} of {len(kept)} prompts of {FLICKERING} have fewer than {SAMPLES} still videos, {len(none)} "
-            f"have none{f', such as {none[0]!r}' if none else ''}"
-        )
-    return found
-
-
-def _write(
-    job: Job, wanted: dict[str, list[Wanted]], found: dict[str, list[Any]], used: dict[str, dict[str, str]]
-) -> None:
-    """Write the official files, and beside them what the scores rest on."""
-    by = {name: () if used[name] else job.means.observations.by.get(KINDS.get(name, ""), ()) for name in found}
-    about = {
-        name: {"networks": used[name], "observed_by": sorted(by[name]), "videos": len(entries)}
-        for name, (_, entries) in found.items()
-    }
-    entries = [
+    of_prompts.files_in(job.videos)
+    wanted = _wanted(job)
+    job.check(LINES, RESULTS, INFO, ABOUT)
+    with held(job.file(LINES), "the results file"):
+        found = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
+    about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in found.items()}
+    info = [
         {"prompt_en": one.prompt.text, "dimension": [name], "video_list": [str(path) for path in one.paths]}
         for name, videos in wanted.items()
         for one in videos
     ]
-    for path, held in zip((*job.others, job.results), (entries, about, found), strict=True):
-        with written_whole(path) as temporary:
-            temporary.write_text(json_text(held) + "\n", encoding="utf-8")
+    for what, content in ((INFO, info), (ABOUT, about), (RESULTS, found)):
+        job.write(what, content)
+    return found
+
+
+def _wanted(job: Job) -> dict[str, list[Wanted]]:
+    """Return dimension -> its videos."""
+    if job.custom:
+        of_prompts.check_custom(job.dimensions)
+        names = _measurable(job, [name for name in DIMENSIONS if name not in of_prompts.FIXED])
+        if FLICKERING in names:
+            job.warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
+        return dict.fromkeys(names, of_prompts.custom_videos(job.videos, job.prompts))
+    every = of_prompts.read_prompts(prompts_path(job.full_info))
+    names = _measurable(job, [name for name in DIMENSIONS if any(name in one.dimensions for one in every)])
+    some = every if job.subset is None else of_prompts.first_of(every, names, job.subset)
+    wanted = {}
+    for name in names:
+        if name != FLICKERING:
+            wanted[name] = of_prompts.all_videos_of(some, job.videos, name, job.samples)
+        else:
+            wanted[name] = _still(job, of_prompts.videos_of(some, job.videos, name))
+    return wanted
+
+
+def _measurable(job: Job, usual: Sequence[str]) -> list[str]:
+    """Return the dimensions to measure: those asked for, or all usual ones that can be, warning of the others.
+
+    Refused are those asked for that can't be measured, and all if none can.
+    """
+    names = job.dimensions or usual
+    reasons = {name: reason for name in names if name in WAYS and (reason := _missing(job, name))}
+    elsewhere = [name for name in names if name not in WAYS]
+    told = [f"{name} can't be measured: {reason}" for name, reason in reasons.items()]
+    if elsewhere:
+        told += [f"{', '.join(elsewhere)} can't be measured here; --official ENV measures them by the vbench package"]
+    if told and (job.dimensions or len(reasons) + len(elsewhere) == len(names)):
+        raise ConfigError("; ".join(told))
+    for text in told:
+        job.warn(text)
+    return [name for name in names if name in WAYS and name not in reasons]
+
+
+def _missing(job: Job, name: str) -> str | None:
+    """Return why a dimension can't be measured here, None if it can."""
+    if name == FLICKERING and not (job.filtered or job.custom):
+        return (
+            "it is for videos that stand still; --official ENV filters them by the vbench package, or say with "
+            "--filtered that they have passed its filter"
+        )
+    return WAYS[name].missing()
+
+
+def _dimension(job: Job, name: str, wanted: Sequence[Wanted]) -> list[Any]:
+    """Measure one dimension; returns its official result."""
+    job.tell(f"{name}: {sum(len(one.paths) for one in wanted)} videos")
+    used = WAYS[name].hashes()
+    earlier = {_key(line): line for line in read_lines(job.file(LINES)) if line["dimension"] == name}
+    scores: list[tuple[Path, VideoScore]] = []
+    for one in wanted:
+        for path in one.paths:
+            stat = path.stat()
+            line: Line = {"dimension": name, "video": path.name, "size": stat.st_size, "changed": stat.st_mtime_ns,
+                          "networks": used}  # fmt: skip
+            if (before := earlier.get(_key(line))) is None:
+                before = line | _scored(name, path, one.prompt)
+                append_line(job.file(LINES), before)
+            scores.append((path, VideoScore(value=before["value"], parts=before["parts"], more=before["more"])))
+    entries = [{"video_path": str(path), "video_results": one.value, **one.more} for path, one in scores]
+    return [over_videos([score for _, score in scores]), entries]
+
+
+def _key(line: Line) -> str:
+    return json.dumps([line[part] for part in ("video", "size", "changed", "networks")], sort_keys=True)
+
+
+def _scored(name: str, path: Path, prompt: Prompt) -> Line:
+    """Measure a dimension of one video."""
+    try:
+        frames = np.stack([np.asarray(frame) for frame in read_video(path)])
+        return asdict(WAYS[name].measure(frames, prompt))
+    except ConfigError as error:
+        raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
+
+
+def _still(job: Job, kept: Sequence[Wanted]) -> list[Wanted]:
+    """Return the prompts that have still videos; warns of those with fewer than 5, and refuses where there is none."""
+    found = [one for one in kept if one.paths]
+    few, none = sum(len(one.paths) < SAMPLES for one in kept), len(kept) - len(found)
+    if not found:
+        raise ConfigError(f"there are no still videos of {FLICKERING}, so it has no score; generate some")
+    if few:
+        job.warn(f"{few} of {len(kept)} prompts of {FLICKERING} have fewer than {SAMPLES} videos, {none} have none")
+    return found

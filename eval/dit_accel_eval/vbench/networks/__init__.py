@@ -1,1 +1,0 @@
-"""Networks of VBench that no library has, and how they are loaded."""

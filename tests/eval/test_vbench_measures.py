@@ -1,0 +1,142 @@
+"""VBench's dimensions that are measured here, recomputed another way on random weights and made clips."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from dit_accel_eval.metrics import clip_scores
+from dit_accel_eval.metrics.openclip import Weighted
+from dit_accel_eval.vbench import measures
+from dit_accel_eval.vbench.measures import WAYS, VideoScore
+from dit_accel_eval.vbench.prompts import Prompt
+from PIL import Image
+from torch.nn import functional as F
+
+from dit_accel import ConfigError
+
+MODEL, WIDTH = "ViT-S-32-alt", 256
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A file of random weights of open_clip's smallest model."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save(open_clip.create_model(MODEL, pretrained=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def small(file, tmp_path, monkeypatch):
+    """That model and a random head in the places of VBench's."""
+    by = Weighted(MODEL, file=file)
+    for name in ("BASE", "LARGE"):
+        monkeypatch.setattr(measures, name, by)
+    monkeypatch.setattr(clip_scores, "folder", lambda: tmp_path)
+    head = {"weight": torch.randn(1, WIDTH), "bias": torch.randn(1)}
+    clip_scores.head_path(by).parent.mkdir(parents=True)
+    torch.save(head, clip_scores.head_path(by))
+    for name, way in WAYS.items():
+        monkeypatch.setitem(WAYS, name, replace(way, clip=way.clip and by, head=way.head and by))
+    return by.embedder().network, head
+
+
+def measured(name: str, frames: np.ndarray, **prompt: str) -> VideoScore:
+    assert WAYS[name].missing() is None
+    return WAYS[name].measure(frames, Prompt(text="a kite", dimensions=(name,), **prompt))
+
+
+def seen(network, frames: np.ndarray) -> torch.Tensor:
+    """Return embeddings of frames of 60 x 97 pixels, resized as tensors are: 224 x 362, of which 69 lie left."""
+    sized = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (224, 362), mode="bicubic")
+    mean, deviation = (torch.tensor(one)[:, None, None] for one in measures.COLORS)
+    with torch.inference_mode():
+        return F.normalize(network.encode_image((sized[..., 69:293] / 255 - mean) / deviation), dim=1)
+
+
+def test_background_consistency_follows_from_the_embeddings(small):
+    frames = noise(4, 60, 97, 3)
+    alike = seen(small[0], frames) @ seen(small[0], frames).T
+    pairs = [max(0.0, float(alike[at, at - 1])) / 2 + max(0.0, float(alike[at, 0])) / 2 for at in range(1, 4)]
+    found = measured("background_consistency", frames)
+    assert found.value == pytest.approx(np.mean(pairs), abs=1e-5)
+    assert measured("background_consistency", frames[:1].repeat(4, 0)).value == pytest.approx(1, abs=1e-5)
+
+
+def test_aesthetic_quality_is_the_heads_tenth(small):
+    network, head = small
+    frames = noise(3, 60, 97, 3)
+    expected = (seen(network, frames) @ head["weight"][0] + head["bias"]).mean() / 10
+    assert measured("aesthetic_quality", frames).value == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_appearance_style_is_the_likeness_of_frames_that_pillow_resized(small):
+    network, _ = small
+    frames = noise(2, 60, 97, 3)
+    sized = [np.asarray(Image.fromarray(one).resize((362, 224), Image.Resampling.BICUBIC)) for one in frames]
+    mean, deviation = (np.array(one) for one in measures.COLORS)
+    given = torch.from_numpy((np.stack(sized)[:, :, 69:293] / 255 - mean) / deviation).permute(0, 3, 1, 2).float()
+    with torch.inference_mode():
+        looks = F.normalize(network.encode_image(given), dim=1)
+        words = F.normalize(network.encode_text(open_clip.get_tokenizer(MODEL)(["oil painting"])), dim=1)
+    found = measured("appearance_style", frames, style="oil painting")
+    assert found.value == pytest.approx(float((looks @ words.T).mean()), abs=1e-5)
+    assert found.more["cur_sim"] == pytest.approx(float(looks[1] @ words[0]), abs=1e-5)
+
+
+def test_what_is_missing_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIT_ACCEL_METRIC_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert WAYS["temporal_flickering"].missing() is None
+    assert WAYS["temporal_flickering"].hashes() == {}
+    for name, model in (("background_consistency", "ViT-B-32/openai"), ("aesthetic_quality", "ViT-L-14/openai")):
+        assert f"dit-accel eval setup --clip {model} fetches them" in str(WAYS[name].missing())
+
+
+def test_hashes_are_of_the_model_and_the_head(small):
+    found = WAYS["aesthetic_quality"].hashes()
+    assert [len(one) for one in found.values()] == [64, 64]
+    assert list(found)[1] == "aesthetic"
+    assert list(WAYS["appearance_style"].hashes()) == list(found)[:1]
+    clip_scores.head_path(measures.LARGE).unlink()
+    assert "the aesthetic head is not here" in str(WAYS["aesthetic_quality"].missing())
+
+
+def test_consistency_is_that_of_angles_with_the_frame_before_and_the_first():
+    angles = np.radians([0, 10, 40, 160])
+    features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1))
+    pairs = [(10, 10), (30, 40), (120, 160)]  # degrees to the one before, and to the first
+    expected = np.mean([max(0, math.cos(math.radians(one))) / 2 + max(0, math.cos(math.radians(two))) / 2
+                        for one, two in pairs])  # fmt: skip
+    found = measures.consistency(features)
+    assert found.value == pytest.approx(expected)
+    assert (found.parts, found.more["cnt_per_video"]) == (3, 3)
+    assert found.more["video_sim"] == pytest.approx(3 * expected)
+    with pytest.raises(ConfigError, match=r"2 frames.*1"):
+        measures.consistency(features[:1])
+
+
+def test_videos_weigh_as_many_parts_as_they_have():
+    assert measures.over_videos([VideoScore(value=1.0, parts=1), VideoScore(value=0.0, parts=3)]) == 0.25
+
+
+def test_flickering_is_the_mean_difference_of_neighbours():
+    frames = noise(5, 6, 7, 3)
+    apart = [abs(int(two) - int(one)) for one, two in zip(frames[:-1].ravel(), frames[1:].ravel(), strict=True)]
+    assert measures.flickering(frames).value == pytest.approx(1 - sum(apart) / len(apart) / 255)
+    assert measures.flickering(np.repeat(frames[:1], 4, 0)).value == 1
+    with pytest.raises(ConfigError, match=r"2 frames.*1"):
+        measures.flickering(frames[:1])
+
+
+def test_likeness_is_a_mean_of_cosines():
+    frames = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    found = measures.likeness(torch.tensor([1.0, 0.0]), frames)
+    assert (found.value, found.parts, found.more["cur_sim"]) == (pytest.approx(1.6 / 3), 3, 0)
