@@ -12,7 +12,6 @@ from torch import Tensor
 from dit_accel import ConfigError
 from dit_accel.files import json_text, written_whole
 
-from ..metrics.distances import frechet
 from ..metrics.weights import missing
 from ..runs.clip_files import PICTURES, ClipFile, clips_in, paired
 from . import fidelity_rules as rules
@@ -46,6 +45,14 @@ class Comparison:
     def result(self) -> Path:
         """The file of the result."""
         return self.output / f"{self.name}_{self.protocol.name}.json"
+
+
+def frechet(one: Tensor, two: Tensor) -> float:
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features [n, d] and [m, d], two or more each."""
+    means = (one.double().mean(0) - two.double().mean(0)).square().sum()
+    first, second = ((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5 for x in (one, two))
+    root = torch.linalg.svdvals(first @ second.T).sum()
+    return float((means + first.square().sum() + second.square().sum() - 2 * root).clamp(min=0))
 
 
 @dataclass(slots=True)

@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
-from ..metrics.networks import MEAN, STD, normalized
-
 Frames = npt.NDArray[np.uint8]
 """[F, height, width, 3]."""
 
-IMAGENET = (MEAN, STD)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and deviation by colour."""
 
@@ -123,7 +121,8 @@ def centre(frames: Tensor, side: int = SIDE, to_whole: Callable[[float], int] = 
 
 def scaled(frames: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """Return frames in 0..255 as a network takes them: over 255, less its mean, over its deviation."""
-    return normalized(frames / 255, *by)
+    mean, std = (frames.new_tensor(one)[:, None, None] for one in by)
+    return (frames / 255 - mean) / std
 
 
 def for_dino(frames: Frames) -> Tensor:

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from dit_accel import ConfigError
 
-from ...metrics.openclip import SIZES
 from .vit import HEAD, Weights, _blocks
+
+SIZES = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI's files hold besides weights."""
 
 HUGE_HEAD = 80
 """Width of a head of ViT-H/14's picture tower; all others are 64 wide."""
