@@ -181,7 +181,7 @@ def test_distances_of_folders_are_torchmetrics(folders, monkeypatch):
     assert found["metrics"]["kid@inception"] == pytest.approx(within - 2 * kernels[2].mean(), rel=1e-3)
 
 
-def test_inception_is_torch_fidelitys(monkeypatch):
+def test_weights_that_can_not_be_fetched_are_told(monkeypatch):
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
     with pytest.raises(ConfigError, match=r"fid@inception can't.*weights.*\(no net\)"):

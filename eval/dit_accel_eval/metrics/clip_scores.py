@@ -76,14 +76,14 @@ def no_head(one: Weighted) -> str | None:
 
 def _head(one: Weighted) -> torch.nn.Linear:
     """Return a model's aesthetic head; a file that is none, or one of another width, is refused."""
-    made = torch.nn.Linear(one.width(), 1)
+    import open_clip
+
+    path, made = head_path(one), torch.nn.Linear((open_clip.get_model_config(one.model) or {})["embed_dim"], 1)
     try:
-        made.load_state_dict(torch.load(head_path(one), map_location="cpu", weights_only=True))
+        made.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch's readers raise all kinds
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(
-            f"{head_path(one)} is no aesthetic head of {one.model} ({reason}); download it again"
-        ) from None
+        raise ConfigError(f"{path} is no aesthetic head of {one.model} ({reason}); download it again") from None
     return made
 
 
@@ -91,10 +91,7 @@ def _family(
     name: str, look: Callable[[Weighted, Sample], Measured], lack: Callable[[Weighted], str | None] = lambda one: None,
     **about: Any,
 ) -> Metric:  # fmt: skip
-    """Return what stands for a metric of every model; its ``of`` gives that of one, by name (`weighted`).
-
-    ``look`` measures by a model, and ``lack`` tells what it lacks besides its weights.
-    """
+    """Return what stands for a metric of every model; ``look`` measures by one, ``lack`` tells what that lacks."""
 
     def of(text: str) -> Metric:
         one = Weighted(text) if no_library() else weighted(text)

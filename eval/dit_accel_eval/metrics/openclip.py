@@ -83,12 +83,6 @@ class Weighted:
         repository, _, file = self.described["hf_hub"].rpartition("/")
         return repository, (file, str(Path(file).with_suffix(".safetensors"))) if file else USUAL
 
-    def width(self) -> int:
-        """Return the features of an embedding."""
-        import open_clip
-
-        return (open_clip.get_model_config(self.model) or {})["embed_dim"]
-
     def path(self) -> Path | None:
         """Return where the weights lie; None where published ones are not in the hub's cache."""
         import huggingface_hub
@@ -173,7 +167,9 @@ class Embedder:
         import open_clip
 
         described, scripted = one.described, _is_scripted(path)
-        prepared = {f"image_{key}": described.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
+        prepared: dict[str, Any] = {
+            f"image_{key}": described.get(key) for key in ("mean", "std", "interpolation", "resize_mode")
+        }
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._tokenizer = open_clip.get_tokenizer(one.model)
@@ -184,19 +180,19 @@ class Embedder:
             theirs = _by_transformers(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                network, _, self._prepare = open_clip.create_model_and_transforms(
+                made: Any = open_clip.create_model_and_transforms(
                     one.model, pretrained=None if theirs else str(path), weights_only=not scripted,
                     force_quick_gelu=scripted or described.get("quick_gelu", False),  # OpenAI's were trained with it
                     device=self._device, **prepared,
                 )  # fmt: skip
             if theirs:
-                network.load_state_dict(theirs)
+                made[0].load_state_dict(theirs)
         except Exception as error:  # torch's readers and open_clip's networks raise all kinds
             raise ConfigError(
                 f"{path} does not hold the weights of {one.model}: {_line(error)}; name the model that it is of, "
                 "or download it again"
             ) from None
-        self.network: Any = network.eval()
+        self.network, self._prepare = made[0].eval(), made[2]
 
     @torch.inference_mode()
     def pictures(self, frames: Clip) -> Tensor:

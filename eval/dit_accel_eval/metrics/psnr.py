@@ -1,7 +1,8 @@
 """Peak signal-to-noise ratio: over all frames at once, frame by frame, and of how frames change."""
 
+from typing import Any
+
 import numpy as np
-import numpy.typing as npt
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from .metric import Clip, Measured, Metric, Sample, frames_first, mean_of, neighbours
@@ -16,7 +17,7 @@ def psnr(clip: Clip, reference: Clip) -> float:
     return min(CAP, float(peak_signal_noise_ratio(one, two, data_range=1.0)))
 
 
-def _decibels(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _decibels(errors: Any) -> Any:
     return -10 * np.log10(np.maximum(errors, 10 ** (-CAP / 10)))
 
 

@@ -67,9 +67,10 @@ def score_files(
     for clip, reference in pairs:
         sample = _sample(clip, reference, said.get(clip.path.name, prompt), fps, trained_frames)
         frames += len(sample.frames)
-        for one in distances if sample.reference is not None else ():
-            one.add(sample.frames, real=False)
-            one.add(sample.reference, real=True)
+        for one in distances:
+            own, other = sample.pair()
+            one.add(own, real=False)
+            one.add(other, real=True)
         found = scores(single, sample)
         line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": found.values()}
         line["by_frame"] = {name: one.by_frame for name, one in found.measured.items() if one.by_frame is not None}
