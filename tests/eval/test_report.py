@@ -333,7 +333,7 @@ def test_files_that_are_no_results(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr' or "),
+        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr'?"),
         ("motion=1", "--min 'motion=1': of motion neither more nor less is better by itself; leave it out"),
         ("psnr", "--min 'psnr' is not METRIC=VALUE; write, say, --min psnr=28"),
         ("psnr=high", "--min 'psnr=high' has no number behind the sign; write, say, --min psnr=28"),
