@@ -1,4 +1,4 @@
-"""Optical flow by OpenCV's DIS (Kroeger et al. 2016), and what follows from it: dynamic degree and warp error."""
+"""Dynamic degree and warp error, by OpenCV's optical flow DIS (Kroeger et al. 2016), which follows patches of 16."""
 
 import itertools
 import math
@@ -11,9 +11,6 @@ from .metric import Clip, Measured, Metric, Sample, levels, mean_of, neighbours,
 
 Flow = npt.NDArray[np.float32]
 """Where each pixel of a frame lies in another: [height, width, (right, down)], in pixels."""
-
-PATCH = 16
-"""Pixels of the short side from which DIS has a patch to follow."""
 
 CONSISTENT = 1.0
 """Pixels by which a way there and back may miss its start; more, and the pixel is taken as hidden."""
@@ -74,13 +71,13 @@ def warp_error(sample: Sample) -> Measured:
 
 DYNAMIC = Metric(
     name="dynamic@dis", words="dynamic degree, DIS", better="neither", bounds=(0.0, 1.0), reference=False,
-    measure=is_dynamic, missing=partial(no_module, "cv2", "OpenCV"), short_side=PATCH, decimals=2,
+    measure=is_dynamic, missing=partial(no_module, "cv2", "OpenCV"), short_side=16, decimals=2,
     source="VBench's rule (arXiv 2311.17982) with OpenCV's DIS for RAFT; its mean is the share of clips that move",
 )  # fmt: skip
 
 WARP_ERROR = Metric(
     name="warp-error@dis", words="warp error, RMS, DIS", better="less", bounds=(0.0, 1.0), reference=False,
-    measure=warp_error, missing=partial(no_module, "cv2", "OpenCV"), short_side=PATCH, decimals=4,
+    measure=warp_error, missing=partial(no_module, "cv2", "OpenCV"), short_side=16, decimals=4,
     source="after Lai et al. 2018 (arXiv 1808.00449): RMS over pixels seen in both frames, by OpenCV's DIS there and "
     "back",
 )  # fmt: skip
