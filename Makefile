@@ -90,7 +90,7 @@ $(RESULTS)/attention-shapes.jsonl: | $(VENV)/.ready
 $(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
 	$(BIN)/python eval/studies/denoising_time.py --out $@
 
-# what metrics that rest on networks need; they are skipped without it
+# the weights of LPIPS, which is skipped without them
 weights: $(VENV)/.ready-test
 	$(BIN)/dit-accel eval setup
 	-$(BIN)/dit-accel eval setup --tier 2  # VBench's prompts

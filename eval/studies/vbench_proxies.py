@@ -22,12 +22,10 @@ from study import study
 from world_scores import WORDS, world_scores
 
 PROXIES: dict[str, tuple[str, ...]] = {
-    "subject_consistency": ("consistency@efflite0",),
-    "background_consistency": ("consistency@efflite0",),
     "temporal_flickering": ("flickering", "warp-error@dis"),
-    "motion_smoothness": ("smoothness@rife", "warp-error@dis"),
+    "motion_smoothness": ("warp-error@dis",),
     "dynamic_degree": ("dynamic@dis", "motion"),
-    "imaging_quality": ("sharpness", "brisque"),
+    "imaging_quality": ("sharpness",),
 }
 """Dimension -> metrics that one might take for it; for the others there is none without a network of VBench's."""
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
-from dit_accel_eval.metrics import metrics
+from dit_accel_eval.metrics import Sample, metric, metrics
 from dit_accel_eval.metrics.psnr import psnr
-from dit_accel_eval.metrics.ssim import ssim
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.suites import compare, reference
@@ -49,10 +48,10 @@ def command(*arguments):
 def test_metrics_of_identity_and_of_a_known_error():
     one = clip()
     assert psnr(one, one) == 100.0
-    assert ssim(one, one) == pytest.approx(1.0)
+    assert metric("ssim")(Sample(frames=one, reference=one)).value == pytest.approx(1.0)
     half = np.full_like(one, 0.5)
     assert psnr(half + 0.1, half) == pytest.approx(20.0, abs=1e-3)
-    assert ssim(one, clip(1)) < 0.5
+    assert metric("ssim")(Sample(frames=one, reference=clip(1))).value < 0.5
     with pytest.raises(ValueError, match=r"clips.*one shape"):
         psnr(one, one[:2])
 

@@ -8,14 +8,17 @@ import open_clip
 import pytest
 import tiny_vbench
 import torch
-from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, scores
+from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, openclip, scores
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
 from dit_accel_eval.report.lines import better_of, read_minimums, words_of
 from dit_accel_eval.tune.objectives import objective_of
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -71,6 +74,9 @@ def test_figures_are_those_of_open_clips_own_forward(given):
     assert frames == pytest.approx((seen * other).sum(1).tolist(), abs=1e-5)
     assert value == pytest.approx(float((seen * other).sum(1).mean()), abs=1e-5)
     assert values(f"clip-image@{by}", Sample(frames=clip(), reference=clip()))[0] == pytest.approx(1, abs=1e-5)
+    value, frames = values(f"consistency@{by}", sample)
+    both = [(float(seen[at] @ seen[at - 1]) + float(seen[at] @ seen[0])) / 2 for at in (1, 2)]
+    assert (value, frames) == (pytest.approx(sum(both) / 2, abs=1e-5), pytest.approx(both, abs=1e-5))
     long = Sample(frames=clip(), prompt="sea " * 200)  # as many tokens are read as the model takes
     assert values(f"clip-align@{by}", long)[1] == pytest.approx((seen @ text(given, "sea " * 75)).tolist(), abs=1e-5)
 
@@ -99,7 +105,7 @@ def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkey
     assert objective_of(name, None)(clip(), "") == pytest.approx(value)
     wide = metric(f"aesthetic@open_clip:{MODEL}={given[3]}")
     torch.save(torch.nn.Linear(9, 1).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt.*9 features.*256"):
+    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt\S+ is no .* ViT-S-32-alt.*9\].*256\]"):
         wide.missing()
     path.write_bytes(b"none")
     with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt_linear\.pth.*aesthetic head"):
@@ -109,10 +115,9 @@ def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkey
 def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given, tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
     source = "https://huggingface.co/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/resolve/main/open_clip_model.safetensors"
-    place = tmp_path / "open_clip" / "ViT-B-32" / "laion2b_s34b_b79k.safetensors"
     name = "clip-score@open_clip:ViT-B-32/laion2b_s34b_b79k"
     (reason,) = unavailable(["psnr", name]).values()
-    assert reason.endswith(f"put {source} at {place}")
+    assert reason.endswith(f"download {source} and write ViT-B-32=FILE")
     assert "dit-accel eval setup --clip ViT-B-32/laion2b_s34b_b79k fetches them" in reason
     assert name in scores([name], Sample(frames=clip(), prompt=PROMPT)).unavailable
     with pytest.raises(ConfigError, match=r"objective 'clip-score@.*weights of ViT-B-32/"):
@@ -123,10 +128,9 @@ def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: ["mine"])
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: described)
     one = weighted(f"{MODEL}/mine")
-    one.place.parent.mkdir(parents=True)
-    from safetensors.torch import save_file
-
-    save_file(given[0].state_dict(), one.place)
+    save_file(given[0].state_dict(), tmp_path / "a.safetensors")
+    cached = {("a/b", "open_clip_model.safetensors"): str(tmp_path / "a.safetensors")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: cached.get(asked))
     assert one.missing() is None
     made, _, prepare = open_clip.create_model_and_transforms(
         MODEL, pretrained=None, force_quick_gelu=True, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
@@ -145,8 +149,34 @@ def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_
     made.load_state_dict(given[0].state_dict())
     expected = pictures((made.eval(), *given[1:]), clip())
     assert torch.allclose(one.embedder().pictures(clip()), expected, atol=1e-5)
-    monkeypatch.setattr("dit_accel_eval.metrics.openclip._tokenizer", lambda model: open_clip.no_such)
-    assert f"the tokenizer of {MODEL} is not here: " in str(one.missing())
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda model: open_clip.no_such)
+    openclip._embedder.cache_clear()
+    assert str(one.missing()).startswith(f"the tokenizer of {MODEL} is not here: ")
+
+
+def test_pickscore_and_hpsv2_are_tags_and_transformers_names_are_read(tmp_path, monkeypatch):
+    size = dict(num_attention_heads=4, num_hidden_layers=10, hidden_size=256, intermediate_size=1024)
+    seen = {**size, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_hidden_layers": 12}
+    torch.manual_seed(1)
+    config = CLIPConfig(projection_dim=256, text_config={**size, "hidden_act": "gelu", "eos_token_id": 49407},
+                        vision_config={**seen, "hidden_act": "gelu", "patch_size": 32})  # fmt: skip
+    theirs = CLIPModel(config).eval()
+    save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, tmp_path / "p.safetensors")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: str(tmp_path / asked[1]))
+    monkeypatch.setitem(openclip.JUDGES, (MODEL, "own"), {"hf_hub": "a/b/p.safetensors", "resize_mode": "longest"})
+    prepare = image_transform_v2(PreprocessCfg(size=224, resize_mode="longest"), is_train=False)
+    given = torch.stack([prepare(Image.fromarray(np.rint(frame * 255).astype(np.uint8))) for frame in clip()])
+    assert torch.equal(given[:, :, 0, 0], given[:, :, 20, 100])  # frames are padded above
+    with torch.no_grad():
+        logits = theirs(input_ids=open_clip.get_tokenizer(MODEL)([PROMPT]), pixel_values=given).logits_per_image[:, 0]
+    found = metric(f"clip-align@open_clip:{MODEL}/own")(Sample(frames=clip(), prompt=PROMPT))
+    assert found.by_frame == pytest.approx((logits / theirs.logit_scale.exp()).tolist(), abs=1e-5)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: None)
+    for tag, file in (("pickscore", "yuvalkirstain/PickScore_v1/resolve/main/model.safetensors"),
+                      ("hpsv2.1", "xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt")):  # fmt: skip
+        reason = metric(f"clip-score@open_clip:ViT-H-14/{tag}").missing()
+        assert f"the weights of ViT-H-14/{tag} are not here" in reason
+        assert file in reason
 
 
 def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, tmp_path):
@@ -165,7 +195,7 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
         ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
         ("MODEL", r"no model 'MODEL'"),
         ("", r"no model ''"),
-        ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.* 16 more.*ViT-B-32=FILE"),
+        ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.*ViT-B-32=FILE"),
         ("ViT-S-32", r"which weights; write ViT-S-32=FILE"),
         ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
         ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
@@ -195,11 +225,11 @@ def test_an_objective_by_a_metric_is_higher_for_better(given):
         objective_of(f"clip-align@{by}", None)(clip(), PROMPT)
         == values(f"clip-align@{by}", Sample(frames=clip(), prompt=PROMPT))[0]
     )
-    assert objective_of("clipping", None)(clip(), "") == -metric("clipping")(Sample(frames=clip())).value
+    assert objective_of("warp-error@dis", None)(clip(), "") == -metric("warp-error@dis")(Sample(frames=clip())).value
     with pytest.raises(ConfigError, match=r"'clip-image@.*reference; take .*clip-score@open_clip"):
         objective_of(f"clip-image@{by}", None)
-    with pytest.raises(ConfigError, match=r"'exposure' says neither"):
-        objective_of("exposure", None)
+    with pytest.raises(ConfigError, match=r"'motion' says neither"):
+        objective_of("motion", None)
 
 
 def run(*arguments: str | Path):
@@ -236,10 +266,10 @@ def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
     found = run("setup", "--clip", "ViT-B-32/openai")
     assert found.exit_code == 1
     assert (
-        "could not be fetched (no net); put https://huggingface.co/timm/vit_base_patch32_clip_224.openai"
+        "could not be fetched (no net); download https://huggingface.co/timm/vit_base_patch32_clip_224.openai"
         in found.stderr
     )
-    assert f"at {tmp_path}/open_clip/ViT-B-32/openai.safetensors" in found.stderr
+    assert found.stderr.rstrip().endswith("open_clip_model.safetensors and write ViT-B-32=FILE")
     assert "sa_0_4_vit_b_32_linear.pth" in found.stdout
     assert run("setup", "--clip", "ViT-B-32/openai", "--tier", "2").exit_code == 2
 

@@ -270,9 +270,9 @@ def test_minimums_of_what_is_better_less_are_the_most_allowed(tmp_path):
     assert missed.exit_code == 1
     assert "has a mean warp-error@dis of 0.2" in missed.stderr
     assert "asked were at most 0.1" in missed.stderr
-    lacking = run(path, "--min", "dists@vgg=0.1")
+    lacking = run(path, "--min", "lpips@vgg=0.1")
     assert lacking.exit_code == 2
-    assert "has no dists@vgg; name it among the suite's metrics and run again" in lacking.stderr
+    assert "has no lpips@vgg; name it among the suite's metrics and run again" in lacking.stderr
 
 
 def test_p_values_are_corrected_for_the_number_of_arms(tmp_path):
@@ -333,7 +333,7 @@ def test_files_that_are_no_results(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr' or "),
+        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr'?"),
         ("motion=1", "--min 'motion=1': of motion neither more nor less is better by itself; leave it out"),
         ("psnr", "--min 'psnr' is not METRIC=VALUE; write, say, --min psnr=28"),
         ("psnr=high", "--min 'psnr=high' has no number behind the sign; write, say, --min psnr=28"),

@@ -179,17 +179,17 @@ def line(number: int, damage: str, score: float, **metrics: float) -> dict:
 
 def test_correlations_are_by_scene_and_turned_where_less_is_better():
     lines = [
-        *(line(0, name, value, **{"smoothness@rife": value**2, "warp-error@dis": value}) for name, value in
+        *(line(0, name, value, **{"flickering": value**2, "warp-error@dis": value}) for name, value in
           (("none", 0.9), ("swapped", 0.5), ("shuffled", 0.2))),
-        *(line(1, name, value, **{"smoothness@rife": 1 - value, "warp-error@dis": 1 - value}) for name, value in
+        *(line(1, name, value, **{"flickering": 1 - value, "warp-error@dis": 1 - value}) for name, value in
           (("none", 0.9), ("swapped", 0.5), ("shuffled", 0.2))),
-        line(2, "none", 0.9, **{"smoothness@rife": 1.0}),  # one clip orders nothing
+        line(2, "none", 0.9, **{"flickering": 1.0}),  # one clip orders nothing
     ]  # fmt: skip
-    assert by_scene(lines, "motion_smoothness", "smoothness@rife") == pytest.approx([1, -1])
+    assert by_scene(lines, "motion_smoothness", "flickering") == pytest.approx([1, -1])
     assert by_scene(lines, "motion_smoothness", "warp-error@dis") == pytest.approx([-1, 1])
     text = table(lines)
-    assert "| motion_smoothness | `smoothness@rife` | 0.00 | 2 |" in text
-    assert "| imaging_quality | `brisque` | not measured | 0 |" in text
+    assert "| motion_smoothness | `warp-error@dis` | 0.00 | 2 |" in text
+    assert "| imaging_quality | `sharpness` | not measured | 0 |" in text
     assert "| name@world | none | swapped | shuffled |" in text
     assert "| motion_smoothness | 0.90 | 0.50 | 0.20 |" in text
 

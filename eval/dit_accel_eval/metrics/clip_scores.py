@@ -1,8 +1,8 @@
-"""What a CLIP model of open_clip's says of a clip: how near to its prompt and its reference it is, and how pretty."""
+"""What a CLIP model of open_clip's says of a clip: how near to its prompt, its reference and itself, and how pretty."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from dit_accel import ConfigError
 
-from .metric import FAMILY, Measured, Metric, NotMeasured, Sample, mean_of
+from .metric import FAMILY, Measured, Metric, Sample, mean_of, neighbours
 from .openclip import Weighted, no_library, weighted
 from .weights import folder
 
@@ -42,15 +42,20 @@ def likeness(by: Weighted, sample: Sample) -> Measured:
 
 def _both(by: Weighted, sample: Sample) -> tuple[Tensor, Tensor]:
     """Return the unit embeddings of the frames, [F, D], and of the prompt, [D]."""
-    if not sample.prompt.strip():
-        raise NotMeasured("it compares with the prompt, and there is none")
     return by.embedder().pictures(sample.frames), by.embedder().text(sample.prompt)
+
+
+def consistency(by: Weighted, sample: Sample) -> Measured:
+    """Return how alike frames are, half to the one before, half to the first: cosines of at least 0, and their mean."""
+    seen = by.embedder().pictures(neighbours(sample))
+    before, first = (seen[1:] * seen[:-1]).sum(1), seen[1:] @ seen[0]
+    return mean_of(((before.clamp(min=0) + first.clamp(min=0)) / 2).tolist())
 
 
 def aesthetic(by: Weighted, sample: Sample) -> Measured:
     """Return LAION's aesthetic score, about 1 to 10: the mean over frames, and each frame's."""
-    weight, bias = _head(by)
-    return mean_of((by.embedder().pictures(sample.frames) @ weight[0] + bias).tolist())
+    with torch.inference_mode():
+        return mean_of(_head(by)(by.embedder().pictures(sample.frames))[:, 0].tolist())
 
 
 def head_path(one: Weighted) -> Path:
@@ -69,31 +74,25 @@ def no_head(one: Weighted) -> str | None:
     return f"the aesthetic head is not here: put {published} at {path}"
 
 
-def _head(one: Weighted) -> tuple[Tensor, Tensor]:
-    """Return the weight [1, D] and the bias [1] of a model's aesthetic head; one of another width is refused."""
-    path = head_path(one)
+def _head(one: Weighted) -> torch.nn.Linear:
+    """Return a model's aesthetic head; a file that is none, or one of another width, is refused."""
+    import open_clip
+
+    path, made = head_path(one), torch.nn.Linear((open_clip.get_model_config(one.model) or {})["embed_dim"], 1)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        weight, bias = held["weight"].float(), held["bias"].float()
+        made.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch's readers raise all kinds
-        raise ConfigError(f"{path} can't be read as an aesthetic head ({error!r}); download it again") from None
-    if weight.shape != (1, width := one.width()):
-        raise ConfigError(
-            f"{path} is a head of {weight.shape[-1]} features, and {one.model} gives {width}; download it again"
-        )
-    return weight, bias
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(f"{path} is no aesthetic head of {one.model} ({reason}); download it again") from None
+    return made
 
 
 def _family(
     name: str, look: Callable[[Weighted, Sample], Measured], lack: Callable[[Weighted], str | None] = lambda one: None,
     **about: Any,
 ) -> Metric:  # fmt: skip
-    """Return what stands for a metric of every model; its ``of`` gives that of one, by name (`weighted`).
+    """Return what stands for a metric of every model; ``look`` measures by one, ``lack`` tells what that lacks."""
 
-    ``look`` measures by a model, and ``lack`` tells what it lacks besides its weights.
-    """
-
-    @cache
     def of(text: str) -> Metric:
         one = Weighted(text) if no_library() else weighted(text)
         return replace(
@@ -125,6 +124,11 @@ CLIP_SCORES = (
         "clip-image@open_clip", likeness, words="CLIP likeness to the reference", better="more", bounds=(-1.0, 1.0),
         reference=True, decimals=4,
         source="cosine of each frame's embedding and the reference frame's, mean over frames; open_clip",
+    ),
+    _family(
+        "consistency@open_clip", consistency, words="consistency of frames", better="more", bounds=(0.0, 1.0),
+        reference=False, decimals=4,
+        source="VBench's formula of background consistency (arXiv 2311.17982), which takes ViT-B-32/openai; open_clip",
     ),
     _family(
         "aesthetic@open_clip", aesthetic, no_head, words="aesthetic score", better="more", bounds=(-np.inf, np.inf),

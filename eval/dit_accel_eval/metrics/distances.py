@@ -1,48 +1,54 @@
-"""Distances between two sets of frames by their features: Frechet's and the kernel distance.
+"""Distances of two sets of frames by Inception's features: FID (Heusel et al. 2017), KID (Binkowski et al. 2018)."""
 
-Sources: FID, Heusel et al. 2017; KID, Binkowski et al. 2018. Both take Inception's features, which no package ships;
-here they are EfficientNet-Lite0's, so no figure can be held against a published one.
-"""
-
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+
+from dit_accel import ConfigError
+
+from .metric import Clip, levels
+
+SETS = ("fid@inception", "kid@inception")
+"""Distances of two folders' frames, by torchmetrics and torch-fidelity's network."""
 
 ENOUGH = 2048
-"""Frames below which Frechet's distance is well above that of many: it estimates 1280 x 1280 covariances."""
+"""Frames below which FID is well above that of many: it estimates 2048 x 2048 covariances."""
+
+TOGETHER = 32
+"""Frames that go through the network at once."""
 
 
-def frechet(one: Tensor, two: Tensor) -> float:
-    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features [n, d] and [m, d], two or more each."""
-    means = (one.double().mean(0) - two.double().mean(0)).square().sum()
-    first, second = _spread(one), _spread(two)
-    root = torch.linalg.svdvals(first @ second.T).sum()  # the trace of (C1 C2)^(1/2), for C = spread^T spread
-    return float((means + first.square().sum() + second.square().sum() - 2 * root).clamp(min=0))
+class Distance:
+    """One of `SETS`; torch-fidelity fetches the network's weights, 91 MB, into torch's hub folder when first asked.
 
-
-def _spread(features: Tensor) -> Tensor:
-    """Return a matrix [at most d, d] whose square is the covariance of features [n, d]."""
-    away = (features.double() - features.double().mean(0)) / (len(features) - 1) ** 0.5
-    return torch.linalg.qr(away).R if len(away) > away.shape[1] else away
-
-
-def kernel(one: Tensor, two: Tensor) -> float:
-    """Return the unbiased squared distance by the kernel (x.y / d + 1)^3 of features [n, d] and [m, d].
-
-    It may be below 0 for sets as alike as two draws of one.
+    Raises:
+        ConfigError: if torch-fidelity or the weights can't be had.
     """
-    one, two = one.double(), two.double()
 
-    def inner(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def __init__(self, name: str) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
 
-    def others(x: Tensor) -> Tensor:
-        whole = inner(x, x)
-        return (whole.sum() - whole.trace()) / (len(x) * (len(x) - 1))
+        self.name, self._counts = name, [0, 0]
+        try:
+            made: Any = FrechetInceptionDistance() if name == "fid@inception" else KernelInceptionDistance()
+        except ModuleNotFoundError:
+            raise ConfigError(f"{name} takes torch-fidelity; pip install 'dit-accel[metrics]'") from None
+        except OSError as error:
+            raise ConfigError(f"{name} can't be measured: Inception's weights can't be fetched ({error})") from None
+        self._metric = made.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    return float(others(one) + others(two) - 2 * inner(one, two).mean())
+    def add(self, clip: Clip, *, real: bool) -> None:
+        """Take the frames of a clip, as 8 bits, into the set of those as they should be, or into the other."""
+        frames = torch.from_numpy(levels(clip)).permute(0, 3, 1, 2)
+        self._counts[real] += len(frames)
+        for part in frames.split(TOGETHER):
+            self._metric.update(part.to(self._metric.device), real=real)
 
-
-SETS: dict[str, Callable[[Tensor, Tensor], float]] = {"fid@efflite0": frechet, "kid@efflite0": kernel}
-"""Distance of two folders' frames -> how it is computed from their features."""
+    def value(self) -> float:
+        """Return the distance; refuses sets of fewer than 2 frames."""
+        if (fewest := min(self._counts)) < 2:
+            raise ConfigError(f"{self.name} takes 2 frames of each set, and there are {fewest}; add clips")
+        self._metric.subset_size = min(1000, fewest)  # KID is the mean over a hundred subsets
+        found = self._metric.compute()
+        return float(found[0] if isinstance(found, tuple) else found)

@@ -1,5 +1,6 @@
 """What a metric is, and the sample that it measures."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Metric:
             `ConfigError` where what it rests on was named and is something else, such as another model's weights.
         decimals: digits behind the point in tables.
         prompt: whether it compares with the prompt.
+        short_side: pixels that the shorter side of frames must have.
         of: of a family, whose name ends in ``:MODEL``, what gives the metric of a model's name; None: of a metric.
     """
 
@@ -104,6 +106,7 @@ class Metric:
     missing: Callable[[], str | None] = lambda: None
     decimals: int = 3
     prompt: bool = False
+    short_side: int = 1
     of: "Callable[[str], Metric] | None" = None
 
     def __post_init__(self) -> None:
@@ -124,6 +127,10 @@ class Metric:
         reason = self.missing()
         if reason is not None:
             raise NotMeasured(reason)
+        if self.prompt and not sample.prompt.strip():
+            raise NotMeasured("it compares with the prompt, and there is none")
+        if (short := min(sample.frames.shape[1:3])) < self.short_side:
+            raise NotMeasured(f"it takes a short side of {self.short_side} pixels, and there are {short}")
         found = self.measure(sample)
         made = found if isinstance(found, Measured) else Measured(value=float(found))
         low, high = self.bounds
@@ -161,13 +168,6 @@ def levels(clip: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     return np.rint(np.clip(clip, 0, 1) * 255).astype(np.uint8)
 
 
-def check_short_side(frames: Clip, least: int, what: str) -> None:
-    """Refuse frames whose short side has too few pixels for what measures them."""
-    short = min(frames.shape[1:3])
-    if short < least:
-        raise NotMeasured(f"{what} a short side of {least} pixels, and there are {short}")
-
-
 def mean_of(values: Sequence[float]) -> Measured:
     """Return the mean of values by frame, which are kept."""
     return Measured(value=float(np.mean(values)), by_frame=tuple(map(float, values)))
@@ -180,6 +180,7 @@ def neighbours(sample: Sample, least: int = 2) -> Clip:
     return sample.frames
 
 
-def luma(clip: Clip) -> npt.NDArray[np.float64]:
-    """Return the luma of frames [F, height, width] in [0, 1], by Rec. 709's weights."""
-    return clip.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722])
+def no_module(name: str, package: str) -> str | None:
+    """Return why a module can't be had, None if it can: its package is not installed."""
+    found = importlib.util.find_spec(name) is not None
+    return None if found else f"{package} is not installed; pip install 'dit-accel[metrics]'"

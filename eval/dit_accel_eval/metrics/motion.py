@@ -26,5 +26,5 @@ FLICKERING = Metric(
     name="flickering", words="temporal flickering", better="more", bounds=(0.0, 1.0), reference=False,
     measure=flickering, decimals=4,
     source="VBench (arXiv 2311.17982), (255 - MAE of neighbouring 8-bit frames) / 255; motion lowers it as flicker "
-    "does, see flickering@static-dis",
+    "does",
 )  # fmt: skip

@@ -1,16 +1,14 @@
 """open_clip's models by name, with published weights or a file's: unit embeddings of frames and of texts.
 
-A model with its weights is written ``MODEL/TAG``, open_clip's own tag of published weights, such as
-``ViT-B-32/openai``, or ``MODEL=FILE`` for weights of one's own. Nothing is downloaded but by `fetch`.
+A model with its weights is written ``MODEL/TAG``, a tag of published weights, such as ``ViT-B-32/openai``, or
+``MODEL=FILE`` for weights of one's own. Nothing is downloaded but by `fetch`.
 """
 
-import importlib.util
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from torch.nn.functional import normalize
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
-from .metric import Clip, levels
-from .weights import folder
+from .metric import Clip, NotMeasured, levels, no_module
 
 TOGETHER = 32
 """Frames that go through a model at once."""
@@ -31,21 +28,22 @@ TOGETHER = 32
 USUAL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a hub repository that open_clip takes where a tag names none, the first of which it prefers."""
 
-SIZES = ("input_resolution", "context_length", "vocab_size")
-"""Numbers that OpenAI's files hold besides weights."""
+JUDGES = {
+    ("ViT-H-14", "hpsv2.1"): {"hf_hub": "xswu/HPSv2/HPS_v2.1_compressed.pt", "resize_mode": "longest"},
+    ("ViT-H-14", "pickscore"): {"hf_hub": "yuvalkirstain/PickScore_v1/model.safetensors"},
+}
+"""Tags besides open_clip's own, of models that people's choices trained: HPSv2 pads whole frames (arXiv 2306.09341)."""
 
-LISTED = 6
-"""The most tags that an error lists."""
+TRANSFORMERS = {
+    "text_model.": "", "vision_model.": "visual.", "encoder.layers": "transformer.resblocks",
+    "embeddings.patch_embedding": "conv1", "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.": "", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final",
+    "layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj", "q_proj.": "in_proj_",
+}  # fmt: skip
+"""Parts of the names that transformers gives a CLIP model's weights -> open_clip's, one after the other."""
 
-PREPARED = {"image_mean": "mean", "image_std": "std", "image_interpolation": "interpolation",
-            "image_resize_mode": "resize_mode"}  # fmt: skip
-"""open_clip's options of how pictures are prepared -> what they are called in a tag's description."""
-
-
-def no_library() -> str | None:
-    """Return why open_clip can't be had: it is not installed."""
-    found = importlib.util.find_spec("open_clip") is not None
-    return None if found else "open-clip-torch is not installed; pip install 'dit-accel[metrics]'"
+no_library = partial(no_module, "open_clip", "open-clip-torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,44 +64,34 @@ class Weighted:
         return f"{self.model}/{self.tag}" if self.file is None else f"{self.model}={self.file}"
 
     @property
-    def place(self) -> Path:
-        """Where a published file is looked for first, before the hub's cache."""
-        return folder() / "open_clip" / self.model / f"{self.tag}{Path(self._published[1][0]).suffix}"
+    def by_hand(self) -> str:
+        """How to get published weights without `fetch`."""
+        repository, files = self._published
+        return f"download https://huggingface.co/{repository}/resolve/main/{files[0]} and write {self.model}=FILE"
 
     @property
-    def source(self) -> str:
-        """The address of the published file."""
-        return f"https://huggingface.co/{self._published[0]}/resolve/main/{self._published[1][0]}"
-
-    @property
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """What is said of published weights: where they are, and how pictures are prepared for them."""
         import open_clip
 
-        return open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {}
+        own = JUDGES.get((self.model, self.tag))
+        return own or (open_clip.get_pretrained_cfg(self.model, self.tag) if self.tag else {})
 
     @property
     def _published(self) -> tuple[str, tuple[str, ...]]:
-        """The hub's repository, and the files there, the first of which is preferred."""
-        repository, _, file = self._described["hf_hub"].rpartition("/")
-        return repository, (str(Path(file).with_suffix(".safetensors")), file) if file else USUAL
-
-    def width(self) -> int:
-        """Return the features of an embedding."""
-        import open_clip
-
-        return (open_clip.get_model_config(self.model) or {})["embed_dim"]
+        """The hub's repository, and the names of the file there, the first of which is sure or preferred."""
+        repository, _, file = self.described["hf_hub"].rpartition("/")
+        return repository, (file, str(Path(file).with_suffix(".safetensors"))) if file else USUAL
 
     def path(self) -> Path | None:
-        """Return where the weights lie; None where published ones are neither at `place` nor in the hub's cache."""
-        from huggingface_hub import try_to_load_from_cache
+        """Return where the weights lie; None where published ones are not in the hub's cache."""
+        import huggingface_hub
 
         if self.file is not None:
             return self.file
         repository, files = self._published
-        held = (try_to_load_from_cache(repository, file) for file in files)
-        return next(
-            (Path(one) for one in (str(self.place), *held) if isinstance(one, str) and Path(one).is_file()), None
-        )
+        held = (huggingface_hub.try_to_load_from_cache(repository, file) for file in files)
+        return next((Path(one) for one in held if isinstance(one, str)), None)
 
     def missing(self) -> str | None:
         """Return why the model can't be had, None if it can, for which it is built.
@@ -111,25 +99,19 @@ class Weighted:
         Raises:
             ConfigError: for weights of another model.
         """
-        reason = no_library()
-        if reason is None and self.path() is None:
-            reason = f"the weights of {self} are not here; dit-accel eval setup --clip {self} fetches them, or put "
-            reason += f"{self.source} at {self.place}"
-        if reason is None:
-            try:
-                _tokenizer(self.model)
-            except Exception as error:  # of all kinds
-                return (
-                    f"the tokenizer of {self.model} is not here: {_line(error)}; run dit-accel eval setup --clip {self}"
-                )
+        try:
             self.embedder()
-        return reason
+        except NotMeasured as reason:
+            return str(reason)
+        return None
 
     def embedder(self) -> "Embedder":
-        """Return what embeds frames and texts by this model, built once of weights that are there."""
-        path = self.path()
-        if path is None:
-            raise ConfigError(str(self.missing()))
+        """Return what embeds frames and texts by this model, built once; raises `NotMeasured` if it can't be had."""
+        if (reason := no_library()) is not None:
+            raise NotMeasured(reason)
+        if (path := self.path()) is None:
+            fetching = f"dit-accel eval setup --clip {self} fetches them"
+            raise NotMeasured(f"the weights of {self} are not here; {fetching}, or {self.by_hand}")
         return _embedder(self, path, path.stat().st_mtime_ns)
 
 
@@ -146,10 +128,9 @@ def weighted(text: str) -> Weighted:
         hint = did_you_mean(model, open_clip.list_models())
         hint = hint.replace("`dit-accel models` lists", "open_clip.list_models() lists")
         raise ConfigError(f"open_clip has no model {model!r}; {hint}")
-    tags = open_clip.list_pretrained_tags_by_model(model)
+    tags = [tag for named, tag in JUDGES if named == model] + open_clip.list_pretrained_tags_by_model(model)
     if not rest:
-        more = f" and {len(tags) - LISTED} more" if len(tags) > LISTED else ""
-        published = f"{model}/TAG with a tag of {', '.join(tags[:LISTED])}{more}, or " if tags else ""
+        published = f"{model}/TAG with a tag of {', '.join(tags)}, or " if tags else ""
         raise ConfigError(f"{text!r} does not say which weights; write {published}{model}=FILE for a file of yours")
     if sign == "=":
         file = Path(rest).expanduser()
@@ -168,38 +149,56 @@ def fetch(one: Weighted) -> str | None:
 
     if one.path() is None:
         try:
-            open_clip.download_pretrained(one._described)
+            open_clip.download_pretrained(one.described)
         except Exception as error:  # the hub's client raises all kinds
-            return f"{one} could not be fetched ({_line(error)}); put {one.source} at {one.place}"
+            return f"{one} could not be fetched ({_line(error)}); {one.by_hand}"
     return one.missing()
 
 
-@cache
-def _tokenizer(model: str) -> Any:
-    import open_clip
-
-    return open_clip.get_tokenizer(model)
-
-
 class Embedder:
-    """A model of open_clip's, with what prepares its pictures and cuts its texts.
+    """A model of open_clip's with the weights of a file, on a CUDA device if there is one.
 
-    Args:
-        network: the model, on its device.
-        prepare: a Pillow image -> [3, height, width].
-        tokenizer: texts -> int64 [B, T].
+    Raises:
+        NotMeasured: if its tokenizer is not here.
+        ConfigError: if the file holds another model's weights, or none.
     """
 
-    def __init__(self, network: Any, prepare: Any, tokenizer: Callable[[str], Tensor]) -> None:
-        self.network, self._prepare, self._tokenizer = network, prepare, tokenizer
-        self._device = next(network.parameters()).device
+    def __init__(self, one: Weighted, path: Path) -> None:
+        import open_clip
+
+        described, scripted = one.described, _is_scripted(path)
+        prepared: dict[str, Any] = {
+            f"image_{key}": described.get(key) for key in ("mean", "std", "interpolation", "resize_mode")
+        }
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._tokenizer = open_clip.get_tokenizer(one.model)
+        except Exception as error:  # the hub's client raises all kinds
+            reason = f"the tokenizer of {one.model} is not here: {_line(error)}"
+            raise NotMeasured(f"{reason}; run dit-accel eval setup --clip {one}") from None
+        try:
+            theirs = _by_transformers(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made: Any = open_clip.create_model_and_transforms(
+                    one.model, pretrained=None if theirs else str(path), weights_only=not scripted,
+                    force_quick_gelu=scripted or described.get("quick_gelu", False),  # OpenAI's were trained with it
+                    device=self._device, **prepared,
+                )  # fmt: skip
+            if theirs:
+                made[0].load_state_dict(theirs)
+        except Exception as error:  # torch's readers and open_clip's networks raise all kinds
+            raise ConfigError(
+                f"{path} does not hold the weights of {one.model}: {_line(error)}; name the model that it is of, "
+                "or download it again"
+            ) from None
+        self.network, self._prepare = made[0].eval(), made[2]
 
     @torch.inference_mode()
     def pictures(self, frames: Clip) -> Tensor:
         """Return the embeddings [F, D] of unit length of frames [F, height, width, 3] in [0, 1]."""
-        images = [self._prepare(Image.fromarray(frame)) for frame in levels(frames)]
-        parts = torch.stack(images).split(TOGETHER)
-        found = [self.network.encode_image(part.to(self._device)).float().cpu() for part in parts]
+        images = torch.stack([self._prepare(Image.fromarray(frame)) for frame in levels(frames)])
+        found = [self.network.encode_image(part.to(self._device)).float().cpu() for part in images.split(TOGETHER)]
         return normalize(torch.cat(found), dim=1)
 
     @torch.inference_mode()
@@ -210,28 +209,7 @@ class Embedder:
 
 @cache
 def _embedder(one: Weighted, path: Path, changed: int) -> Embedder:
-    import open_clip
-
-    described = one._described
-    scripted = _is_scripted(path)
-    prepared = {option: described[key] for option, key in PREPARED.items() if key in described}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            network, _, prepare = open_clip.create_model_and_transforms(
-                one.model, pretrained=None if scripted else str(path),
-                force_quick_gelu=scripted or described.get("quick_gelu", False),  # OpenAI's were trained with it
-                device="cuda" if torch.cuda.is_available() else "cpu", **prepared,
-            )  # fmt: skip
-            if scripted:
-                held = torch.jit.load(path, map_location="cpu").state_dict()
-                network.load_state_dict({name: value for name, value in held.items() if name not in SIZES})
-    except Exception as error:  # torch's readers and open_clip's networks raise all kinds
-        raise ConfigError(
-            f"{path} does not hold the weights of {one.model}: {_line(error)}; name the model that it is of, "
-            "or download it again"
-        ) from None
-    return Embedder(network.eval(), prepare, _tokenizer(one.model))
+    return Embedder(one, path)
 
 
 def _is_scripted(path: Path) -> bool:
@@ -240,6 +218,27 @@ def _is_scripted(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as opened:
         return any("/code/" in name for name in opened.namelist())
+
+
+def _by_transformers(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a CLIP model that transformers saved, by open_clip's names; {} of another file."""
+    from safetensors.torch import load_file
+
+    held = load_file(path) if path.suffix == ".safetensors" else {}
+    if "visual_projection.weight" not in held:
+        return {}
+    found = {}
+    for theirs, value in held.items():
+        name = theirs
+        for part, mine in TRANSFORMERS.items():
+            name = name.replace(part, mine)
+        if name.endswith(("text_projection", "visual.proj")):
+            value = value.T
+        elif "in_proj_" in name:
+            value = torch.cat([held[theirs.replace("q_proj", f"{one}_proj")] for one in "qkv"])
+        if not any(one in name for one in ("k_proj", "v_proj", "position_ids")):
+            found[name] = value
+    return found
 
 
 def _line(error: Exception) -> str:

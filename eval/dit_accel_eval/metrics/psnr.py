@@ -1,9 +1,11 @@
-"""Peak signal-to-noise ratio: over all frames at once, and frame by frame."""
+"""Peak signal-to-noise ratio: over all frames at once, frame by frame, and of how frames change."""
+
+from typing import Any
 
 import numpy as np
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from .metric import Clip, Measured, Metric, Sample, frames_first, mean_of
+from .metric import Clip, Measured, Metric, Sample, frames_first, mean_of, neighbours
 
 CAP = 100.0
 """PSNR in dB of identical clips, so that means stay finite."""
@@ -15,15 +17,28 @@ def psnr(clip: Clip, reference: Clip) -> float:
     return min(CAP, float(peak_signal_noise_ratio(one, two, data_range=1.0)))
 
 
+def _decibels(errors: Any) -> Any:
+    return -10 * np.log10(np.maximum(errors, 10 ** (-CAP / 10)))
+
+
 def by_frame(clip: Clip, reference: Clip) -> Measured:
     """Return the mean of the frames' PSNR, each at most `CAP`, and each by itself."""
-    errors = np.mean((clip.astype(np.float64) - reference) ** 2, axis=(1, 2, 3))
-    return mean_of(-10 * np.log10(np.maximum(errors, 10 ** (-CAP / 10))))
+    return mean_of(_decibels(np.mean((clip.astype(np.float64) - reference) ** 2, axis=(1, 2, 3))))
 
 
 def _pooled(sample: Sample) -> Measured:
     clip, reference = sample.pair()
     return Measured(value=psnr(clip, reference), by_frame=by_frame(clip, reference).by_frame)
+
+
+def change_psnr(sample: Sample) -> Measured:
+    """Return the PSNR in dB of neighbouring frames' differences, over all pairs, and of each pair."""
+    clip, reference = sample.pair()
+    neighbours(sample)
+    errors = (np.diff(clip.astype(np.float64), axis=0) - np.diff(reference.astype(np.float64), axis=0)) ** 2
+    return Measured(
+        value=float(_decibels(errors.mean())), by_frame=tuple(map(float, _decibels(errors.mean((1, 2, 3)))))
+    )
 
 
 PSNR = Metric(
@@ -35,4 +50,10 @@ PSNR_FRAMES = Metric(
     name="psnr-frames", words="PSNR, mean of frames, dB", better="more", bounds=(-np.inf, CAP), reference=True,
     measure=lambda sample: by_frame(*sample.pair()), decimals=2,
     source="mean over frames of 10 log10(1 / MSE), each at most 100 dB, as TeaCache and Sparse-VideoGen print it",
+)  # fmt: skip
+
+CHANGE_PSNR = Metric(
+    name="psnr-change", words="PSNR of frame differences, dB", better="more", bounds=(-np.inf, CAP), reference=True,
+    measure=change_psnr, decimals=2,
+    source="10 log10(1 / MSE) of x[f + 1] - x[f] against the reference's, peak 1, at most 100 dB",
 )  # fmt: skip

@@ -5,15 +5,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from .metric import Clip, Measured, Metric, Sample, check_short_side, frames_first, mean_of
-
-NARROWEST = 161
-"""Pixels of the short side from which MS-SSIM's five scales fit its window of 11."""
-
-
-def ssim(clip: Clip, reference: Clip) -> float:
-    """Return the structural similarity (Gaussian window, 11 pixels) of clips of one shape, mean over frames."""
-    return by_frame(Sample(frames=clip, reference=reference)).value
+from .metric import Measured, Metric, Sample, frames_first, mean_of
 
 
 def by_frame(sample: Sample) -> Measured:
@@ -24,13 +16,8 @@ def by_frame(sample: Sample) -> Measured:
 
 def ms_ssim(sample: Sample) -> Measured:
     """Return the multi-scale structural similarity, mean over frames."""
-    clip, reference = sample.pair()
-    check_short_side(clip, NARROWEST, "its five scales take")
-    values = [
-        float(multiscale_structural_similarity_index_measure(frames_first(one), frames_first(two), data_range=1.0))
-        for one, two in zip(clip[:, None], reference[:, None], strict=True)
-    ]
-    return mean_of(values)
+    one, two = map(frames_first, sample.pair())
+    return mean_of(multiscale_structural_similarity_index_measure(one, two, data_range=1.0, reduction="none").tolist())
 
 
 SSIM = Metric(
@@ -40,5 +27,6 @@ SSIM = Metric(
 
 MS_SSIM = Metric(
     name="ms-ssim", words="MS-SSIM", better="more", bounds=(-1.0, 1.0), reference=True, measure=ms_ssim,
+    short_side=161,  # where its five scales fit the window of 11
     source="Wang, Simoncelli, Bovik 2003, five scales, mean over frames; torchmetrics",
 )  # fmt: skip

@@ -131,7 +131,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 def _columns(report: Report) -> list[str]:
     """Return the further metrics of the first table: those that compare frames as people do."""
-    return [name for name in report.further if name.startswith(("lpips", "dists"))][:1]
+    return [name for name in report.further if name.startswith("lpips")][:1]
 
 
 def _data(report: Report, media: Entry, prefix: str) -> dict[str, Any]:

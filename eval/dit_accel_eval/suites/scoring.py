@@ -3,15 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from dit_accel import ConfigError
 
-from ..metrics.consistency import NET, features
-from ..metrics.distances import ENOUGH, SETS
+from ..metrics.distances import ENOUGH, SETS, Distance
 from ..metrics.metric import Clip, Sample
 from ..metrics.registered import check_names, metric, scores
-from ..metrics.weights import missing
 from ..runs.clip_files import ClipFile, clips_in, paired
 from ..runs.results import Line
 from ..vbench.prompts import prompts_by_name
@@ -60,28 +56,30 @@ def score_files(
         raise ConfigError(
             f"{', '.join(prompted)} compares with the prompt; give it with --prompt, or --prompts FILE.json"
         )
-    reason = missing(NET) if sets else None
-    if reason is not None:
-        raise ConfigError(f"{', '.join(sets)} can't be measured: {reason}")
+    distances = [Distance(name) for name in sets]
     clips = clips_in(path)
     pairs = list(paired(clips, path, references))
     said = prompts_by_name(prompts, [one.path.name for one in clips]) if prompts else {}
     lossy = [one.path.name for pair in pairs for one in pair if one is not None and not one.is_exact()]
     if lossy and comparing:
         warn(f"{len(lossy)} of the files are compressed with loss ({lossy[0]}), {CAP}")
-    both: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    frames = 0
     for clip, reference in pairs:
         sample = _sample(clip, reference, said.get(clip.path.name, prompt), fps, trained_frames)
-        if sets and sample.reference is not None:
-            both[0].append(features(sample.frames))
-            both[1].append(features(sample.reference))
+        frames += len(sample.frames)
+        for one in distances:
+            own, other = sample.pair()
+            one.add(own, real=False)
+            one.add(other, real=True)
         found = scores(single, sample)
         line: Line = {"clip": clip.name, "reference": reference and reference.path.name, "metrics": found.values()}
         line["by_frame"] = {name: one.by_frame for name, one in found.measured.items() if one.by_frame is not None}
         line |= {key: text for key in ("skipped", "unavailable") if (text := getattr(found, key))}
         yield line
-    if sets:
-        yield _sets(sets, torch.cat(both[0]), torch.cat(both[1]), warn)
+    if distances:
+        if frames < ENOUGH and "fid@inception" in sets:
+            warn(f"fid@inception of {frames} frames is above that of many; hold it only against others of as many")
+        yield {"clip": None, "frames": frames, "metrics": {one.name: one.value() for one in distances}}
 
 
 def _sample(clip: ClipFile, reference: ClipFile | None, prompt: str, fps: float, trained_frames: int | None) -> Sample:
@@ -93,11 +91,3 @@ def _sample(clip: ClipFile, reference: ClipFile | None, prompt: str, fps: float,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{clip.path}: {error}") from None
-
-
-def _sets(names: Sequence[str], own: torch.Tensor, other: torch.Tensor, warn: Callable[[str], None]) -> Line:
-    if len(own) < 2:
-        raise ConfigError(f"{', '.join(names)} takes 2 frames of each set, and there are {len(own)}; add clips")
-    if len(own) < ENOUGH and "fid@efflite0" in names:
-        warn(f"fid@efflite0 of {len(own)} frames is above that of many; hold it only against others of as many frames")
-    return {"clip": None, "frames": len(own), "metrics": {name: SETS[name](own, other) for name in names}}

@@ -87,7 +87,7 @@ UNMEASURED = ("skipped", "unavailable")
 """What result lines call the metrics that have no value, with the reasons."""
 
 SPEEDUP = "speedup"
-NICKNAMES = {"checker": "score", "lpips": "lpips@alex", "dists": "dists@vgg"}
+NICKNAMES = {"checker": "score", "lpips": "lpips@alex"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
