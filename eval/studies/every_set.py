@@ -103,13 +103,13 @@ class Judged:
             write_lines(out, lines)  # without a last line that was cut off
         self._known = {(line["set"], line["clip"], line["steps"]): line for line in lines}
 
-    def line(self, name: str, clip: int, steps: int | None = None) -> Line:
+    def line(self, name: str, clip: int) -> Line:
         """Return the line of a set, `method_of`, on one prompt."""
-        key = name, clip, steps or self.setting.steps
+        key = name, clip, self.setting.steps
         if key not in self._known:
             if not self._generate:
                 raise ConfigError(f"{self._out} lacks the set {name} on clip {clip} in {key[2]} steps; drop --table")
-            self._known[key] = self._made(*key)
+            self._known[key] = self._made(name, clip)
             append_line(self._out, self._known[key])
         return self._known[key]
 
@@ -118,12 +118,12 @@ class Judged:
         clips = range(FIRST_PROMPT, FIRST_PROMPT + self.setting.prompts)
         return float(np.mean([self.line(name, clip)["closeness"] for clip in clips]))
 
-    def _made(self, name: str, clip: int, steps: int) -> Line:
+    def _made(self, name: str, clip: int) -> Line:
         model = self._model = self._model or EmbeddedModel(self.setting.model, PLAIN[self.setting.model])
         method = method_of(name)
-        made = model.run(clip, steps=steps, solver=BEST, methods=() if method is None else (method,))
+        made = model.run(clip, steps=self.setting.steps, solver=BEST, methods=() if method is None else (method,))
         return {
-            "set": name, "clip": clip, "steps": steps, "prompt": model.prompt(clip), **self._about,
+            "set": name, "clip": clip, "steps": self.setting.steps, "prompt": model.prompt(clip), **self._about,
             "forwards": made.counts.blocks / model.family.layers,
             "closeness": model_closeness(model.name, clip, made.frames), "sharpness": sharpness(made.frames),
             "torch": torch.__version__,

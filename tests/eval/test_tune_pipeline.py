@@ -323,6 +323,15 @@ def test_a_setting_by_hand_that_is_better_on_the_judging_prompts_is_taken(tune, 
     assert tune("psnr=32", "other.toml", by_hand=True).found["chosen"]["arm"] == "cached 14"
 
 
+def test_settings_by_hand_are_run_on_all_prompts_whatever_they_cost(tune, fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_pipeline, "BY_HAND", ("unipc 30",))
+    monkeypatch.setattr(tune_pipeline, "default_space", lambda model: read_suite(tmp_path / "space.toml").arms)
+    tune("psnr=20", by_hand=True)
+    ran = {clip for clip, steps, solver, methods in fake.made if steps == 30}
+    assert ran >= {*pipeline_search.HELD_OUT_PROMPTS.rounds[-1]}
+    assert not {steps for _, steps, *_ in fake.made} & {20, 24}  # others are left out
+
+
 def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_path):
     steps = [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     arms = [f'[[arm]]\nname = "unipc"\nnum_inference_steps = {steps}\n',

@@ -231,7 +231,7 @@ class Search:
             arm = known[min(known, key=lambda one: abs(one - count))]
             if arm.name not in losses:
                 losses[arm.name] = None
-                if max(least_work(arm), known_work(arm, seen)) <= self.most_work(seen):
+                if arm in by_hand or max(least_work(arm), known_work(arm, seen)) <= self.most_work(seen):
                     self.stages.stage(f"setting {len(seen) + 1} of at most {most}, {len(arms)} in all: {arm.name}")
                     points = self._rounds(arm, trial, arm in by_hand)
                     seen.append(points[0])
