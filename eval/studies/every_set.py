@@ -19,7 +19,7 @@ from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.loaded import FIRST_PROMPT, EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 from dit_accel_eval.statistics import estimate
-from dit_accel_eval.tune.head_search import Head, Job, rungs_of, search
+from dit_accel_eval.tune.heads import Job, search
 from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import PAG, SLG, ConfigError, SoftPAG
@@ -103,13 +103,13 @@ class Judged:
             write_lines(out, lines)  # without a last line that was cut off
         self._known = {(line["set"], line["clip"], line["steps"]): line for line in lines}
 
-    def line(self, name: str, clip: int, steps: int | None = None) -> Line:
+    def line(self, name: str, clip: int) -> Line:
         """Return the line of a set, `method_of`, on one prompt."""
-        key = name, clip, steps or self.setting.steps
+        key = name, clip, self.setting.steps
         if key not in self._known:
             if not self._generate:
                 raise ConfigError(f"{self._out} lacks the set {name} on clip {clip} in {key[2]} steps; drop --table")
-            self._known[key] = self._made(*key)
+            self._known[key] = self._made(name, clip)
             append_line(self._out, self._known[key])
         return self._known[key]
 
@@ -118,12 +118,12 @@ class Judged:
         clips = range(FIRST_PROMPT, FIRST_PROMPT + self.setting.prompts)
         return float(np.mean([self.line(name, clip)["closeness"] for clip in clips]))
 
-    def _made(self, name: str, clip: int, steps: int) -> Line:
+    def _made(self, name: str, clip: int) -> Line:
         model = self._model = self._model or EmbeddedModel(self.setting.model, PLAIN[self.setting.model])
         method = method_of(name)
-        made = model.run(clip, steps=steps, solver=BEST, methods=() if method is None else (method,))
+        made = model.run(clip, steps=self.setting.steps, solver=BEST, methods=() if method is None else (method,))
         return {
-            "set": name, "clip": clip, "steps": steps, "prompt": model.prompt(clip), **self._about,
+            "set": name, "clip": clip, "steps": self.setting.steps, "prompt": model.prompt(clip), **self._about,
             "forwards": made.counts.blocks / model.family.layers,
             "closeness": model_closeness(model.name, clip, made.frames), "sharpness": sharpness(made.frames),
             "torch": torch.__version__,
@@ -145,36 +145,36 @@ def method_of(name: str) -> MethodConfig | None:
     return SoftPAG(heads=tuple(name.split("+")), u=1.0)
 
 
-def heads_of(setting: Setting) -> list[Head]:
+def heads_of(setting: Setting) -> list[str]:
     """Return all heads of the model."""
     _, family = read_model_files(str(model_path(setting.model))).identify()
     return [f"L{layer}H{head}" for layer in range(family.layers) for head in range(family.heads)]
 
 
-def layers_of(heads: Sequence[Head]) -> list[str]:
+def layers_of(heads: Sequence[str]) -> list[str]:
     """Return the layers of heads, in their order."""
     return list(dict.fromkeys(head.partition("H")[0] for head in heads))
 
 
-def sets_of(heads: Sequence[Head]) -> tuple[list[str], list[str], list[str]]:
+def sets_of(heads: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the names of all single heads, all pairs, and all layers with either method."""
     pairs = ["+".join(pair) for pair in combinations(heads, 2)]
     layers = [f"{kind} {layer} {scale}" for kind, scale in SCALES.items() for layer in layers_of(heads)]
     return list(heads), pairs, layers
 
 
-def hunted(judged: Judged, heads: Sequence[Head]) -> tuple[list[str], list[Line]]:
+def hunted(judged: Judged, heads: Sequence[str]) -> tuple[list[str], list[Line]]:
     """Return what HeadHunter selects, one head a round, round by round, and the lines of all that it asked."""
     requested: dict[Job, Line] = {}
 
-    def evaluate(chosen: tuple[Head, ...], prompt: int, steps: int) -> float:
-        line = requested[chosen, prompt, steps] = judged.line("+".join(chosen), FIRST_PROMPT + prompt, steps)
-        return line["closeness"]
+    def evaluate(jobs: Sequence[Job]) -> list[float]:
+        for chosen, prompt in jobs:
+            requested[chosen, prompt] = judged.line("+".join(chosen), FIRST_PROMPT + prompt)
+        return [requested[job]["closeness"] for job in jobs]
 
-    rungs = rungs_of(judged.setting.prompts, judged.setting.steps, halvings=1)
-    rounds = search(heads, evaluate, rungs, rounds=ROUNDS, per_round=1)
+    rounds = search(heads, evaluate, prompts=judged.setting.prompts, rounds=ROUNDS, per_round=1)
     order = {head: at for at, head in enumerate(heads)}
-    found = [head for one in rounds for head in one.heads]
+    found = [head for _, head, _ in rounds]
     return ["+".join(sorted(found[:many], key=order.__getitem__)) for many in (1, 2)], list(requested.values())
 
 
@@ -193,7 +193,7 @@ def run(judged: Judged) -> None:
     judged.tuning(NONE)
 
 
-def shown(judged: Judged, heads: Sequence[Head]) -> dict[str, str]:
+def shown(judged: Judged, heads: Sequence[str]) -> dict[str, str]:
     """Return what the table shows -> the set's name."""
     singles, pairs, layers = sets_of(heads)
     found, _ = hunted(judged, heads)
@@ -212,7 +212,7 @@ def table(judged: Judged) -> str:
     return "\n".join(_rows(judged, heads_of(judged.setting)))
 
 
-def _rows(judged: Judged, heads: Sequence[Head]) -> Iterator[str]:
+def _rows(judged: Judged, heads: Sequence[str]) -> Iterator[str]:
     singles, pairs, _ = sets_of(heads)
     clips = range(judged.setting.held_out)
     yield "| what | set | rank by tuning | closeness, tuning | closeness, held out | gained over no guidance, points |"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 from dit_accel_eval.suites import compare
-from dit_accel_eval.tune import magcache as tune_magcache
+from dit_accel_eval.tune import caches as tune_caches
 from dit_accel_pipelines.generation.threads import CHOSEN_BY, one_thread, threads
 from typer.testing import CliRunner
 
@@ -111,7 +111,7 @@ def seen(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(generation, "load_pipeline", reached)
     monkeypatch.setattr(finetuning, "_trained", reached)
-    monkeypatch.setattr(tune_magcache, "tune_magcache", reached)
+    monkeypatch.setattr(tune_caches, "tune_magcache", reached)
     monkeypatch.setattr(demo_comparison, "EmbeddedModel", reached)
     monkeypatch.setattr(compare, "_loaded", reached)
     for name in CHOSEN_BY:

@@ -17,8 +17,9 @@ def made(monkeypatch):
     """Every picture that is made, of which each head adds its worth to the closeness; pairs of L0H1 add less."""
     asked = []
 
-    def make(self, name, clip, steps):
-        asked.append((name, clip, steps))
+    def make(self, name, clip):
+        asked.append((name, clip))
+        steps = self.setting.steps
         heads = name.split("+") if name.startswith("L") else []
         close = 0.2 + sum(WORTH[head] for head in heads) - 0.28 * (len(heads) == 2 and "L0H1" in heads)
         close += {"pag L1 3.0": 0.1, "slg L2 1.0": 0.2}.get(name, 0.0) + 0.001 * clip
@@ -35,7 +36,7 @@ def test_all_sets_are_judged_once_and_a_run_goes_on(made, tmp_path):
     assert len(made) == len(set(made)) == len(read_lines(out))
     singles, pairs, layers = sets_of(HEADS)
     assert (len(singles), len(pairs), len(layers)) == (6, 15, 2 * 3)
-    assert {name for name, _, _ in made} >= {*singles, *pairs, *layers, "none"}
+    assert {name for name, _ in made} >= {*singles, *pairs, *layers, "none"}
     before = list(made)
     run(Judged(SETTING, out))
     assert made == before
@@ -62,7 +63,7 @@ def test_the_table_tells_the_rank_of_what_was_selected_and_the_forwards(made, tm
 
 
 def test_a_table_of_an_unfinished_run_names_what_is_lacking(made, tmp_path):
-    with pytest.raises(ConfigError, match=r"set L0H0.*clip 64.*4 steps.*--table"):
+    with pytest.raises(ConfigError, match=r"set L0H0.*clip 64.*8 steps.*--table"):
         table(Judged(SETTING, tmp_path / "lines.jsonl", generate=False))
 
 

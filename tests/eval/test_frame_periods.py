@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from dit_accel_eval.tune.frame_periods import Spectrum, harmonics, spectrum
+from dit_accel_eval.tune.period import Spectrum, harmonics, spectrum
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -4,12 +4,11 @@ import itertools
 import json
 
 import dit_accel_eval
-import dit_accel_eval.tune.cache_runs as cache_runs
+import dit_accel_eval.tune.base as base
 import numpy as np
 import pytest
 from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
-from dit_accel_eval.tune.magcache import tune_magcache
-from dit_accel_eval.tune.teacache import tune_teacache
+from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
 from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.request import settle
@@ -41,7 +40,7 @@ def forwards(prompt, **changes):
         seen.append((kwargs["hidden_states"].numpy().copy(), output[0].numpy().copy(), time.detach().numpy()))
 
     pipe.transformer.register_forward_hook(note, with_kwargs=True)
-    cache_runs.run(pipe, prompt, asked)
+    base.run(pipe, prompt, asked)
     return seen[::2]
 
 
@@ -55,13 +54,13 @@ def untouched():
 
 
 def test_ratios_are_those_of_what_is_stored(tmp_path, untouched):
-    found = tune_magcache(request(), tmp_path / "mag.toml")
+    found = tune_magcache(request(), tmp_path / "mag.toml").found
     sizes = np.array([[size(v - x) for x, v, _ in run] for run in untouched])
     ratios = sizes[:, 1:] / sizes[:, :-1]
-    assert found.ratios == pytest.approx([1, *np.sqrt(ratios[0] * ratios[1])], abs=2e-5)
-    assert found.spread == pytest.approx([1, *(ratios.max(0) / ratios.min(0))], abs=2e-5)
+    assert found["ratios"] == pytest.approx([1, *np.sqrt(ratios[0] * ratios[1])], abs=2e-5)
+    assert found["spread"] == pytest.approx([1, *(ratios.max(0) / ratios.min(0))], abs=2e-5)
     (config,) = select_methods([], tmp_path / "mag.toml", [])
-    assert config == MagCache(ratios=found.ratios, measured_on="wan-plain")
+    assert config == MagCache(ratios=found["ratios"], measured_on="wan-plain")
     assert (
         (tmp_path / "mag.toml")
         .read_text()
@@ -71,32 +70,34 @@ def test_ratios_are_those_of_what_is_stored(tmp_path, untouched):
 
 
 def test_the_output_may_be_what_is_stored(tmp_path, untouched):
-    found = tune_magcache(request(MagCache(stored="output", threshold=0.3)), tmp_path / "mag.toml")
+    found = tune_magcache(request(MagCache(stored="output", threshold=0.3)), tmp_path / "mag.toml").found
     sizes = np.array([[size(v) for _, v, _ in run] for run in untouched])
-    assert found.ratios[1:] == pytest.approx(np.sqrt(np.prod(sizes[:, 1:] / sizes[:, :-1], 0)), abs=2e-5)
+    assert found["ratios"][1:] == pytest.approx(np.sqrt(np.prod(sizes[:, 1:] / sizes[:, :-1], 0)), abs=2e-5)
     (config,) = select_methods([], tmp_path / "mag.toml", [])
     assert (config.stored, config.threshold) == ("output", 0.3)
 
 
 def test_the_polynomial_fits_what_holding_is_off_by(tmp_path, untouched):
-    found = tune_teacache(request(), tmp_path / "tea.toml")
+    found = tune_teacache(request(), tmp_path / "tea.toml").found
     pairs = [(one, two) for run in untouched for one, two in itertools.pairwise(run)]
     signal = [size(two[2] - one[2]) / size(one[2]) for one, two in pairs]
     off = [size((two[1] - two[0]) - (one[1] - one[0])) / size(one[1]) for one, two in pairs]
-    (fit,) = found.fits
-    assert (fit.transformer, fit.points) == ("transformer", 2 * (STEPS - 1))
-    assert (fit.lowest, fit.highest) == pytest.approx((min(signal), max(signal)), rel=1e-4)
-    assert np.polyval(fit.polynomial, signal) == pytest.approx(np.polyval(np.polyfit(signal, off, 4), signal), rel=1e-3)
-    assert 0 < fit.off <= fit.spread
+    (fit,) = found["fits"]
+    assert (fit["transformer"], fit["points"]) == ("transformer", 2 * (STEPS - 1))
+    assert (fit["lowest"], fit["highest"]) == pytest.approx((min(signal), max(signal)), rel=1e-4)
+    assert np.polyval(fit["polynomial"], signal) == pytest.approx(
+        np.polyval(np.polyfit(signal, off, 4), signal), rel=1e-3
+    )
+    assert 0 < fit["off"] <= fit["spread"]
     (config,) = select_methods([], tmp_path / "tea.toml", [])
-    assert config == TeaCache(polynomial=fit.polynomial, measured_on="wan-plain")
+    assert config == TeaCache(polynomial=fit["polynomial"], measured_on="wan-plain")
 
 
 @pytest.mark.parametrize("name", some(TUNERS, "magcache"))
 def test_a_run_that_was_stopped_goes_on(name, tmp_path, monkeypatch):
     tune, output, ran = TUNERS[name], tmp_path / "own.toml", []
     whole = tune(request(), tmp_path / "whole.toml")
-    real = cache_runs.run
+    real = base.run
 
     def stopped(pipe, prompt, *arguments, **options):
         if len(ran) == 1:
@@ -104,7 +105,7 @@ def test_a_run_that_was_stopped_goes_on(name, tmp_path, monkeypatch):
         ran.append(prompt)
         return real(pipe, prompt, *arguments, **options)
 
-    monkeypatch.setattr(cache_runs, "run", stopped)
+    monkeypatch.setattr(base, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         tune(request(), output)
     with pytest.raises(ConfigError, match=r"progress.*seed = 0.*1"):
@@ -112,7 +113,7 @@ def test_a_run_that_was_stopped_goes_on(name, tmp_path, monkeypatch):
     assert not output.exists()
     ran.insert(0, "")
     monkeypatch.setattr(
-        cache_runs,
+        base,
         "run",
         lambda pipe, prompt, *rest, **options: ran.append(prompt) or real(pipe, prompt, *rest, **options),
     )
@@ -163,10 +164,10 @@ def test_too_few_steps_for_a_polynomial(steps, text, tmp_path):
 
 def test_another_method_may_be_attached(tmp_path):
     lite = LiteAttention(block_size=16, dense_steps=0, threshold=-1.0)
-    alone = tune_magcache(request(prompts=PROMPTS[:1]), tmp_path / "alone.toml")
-    beside = tune_magcache(request(lite, prompts=PROMPTS[:1]), tmp_path / "beside.toml")
-    assert beside.ratios != alone.ratios
-    assert beside.ratios == pytest.approx(alone.ratios, rel=0.1)
+    alone = tune_magcache(request(prompts=PROMPTS[:1]), tmp_path / "alone.toml").found
+    beside = tune_magcache(request(lite, prompts=PROMPTS[:1]), tmp_path / "beside.toml").found
+    assert beside["ratios"] != alone["ratios"]
+    assert beside["ratios"] == pytest.approx(alone["ratios"], rel=0.1)
 
 
 @pytest.fixture
@@ -216,9 +217,9 @@ def test_prompts_of_its_own_are_none_that_suites_evaluate():
 @pytest.mark.slow
 def test_the_committed_numbers_of_the_embedded_model_are_what_the_commands_measure(tmp_path):
     asked = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 4))
-    ratios = tune_magcache(asked, tmp_path / "mag.toml").ratios
+    ratios = tune_magcache(asked, tmp_path / "mag.toml").found["ratios"]
     assert ratios == pytest.approx(MAGCACHE["wan-plain"]["ratios"], abs=1e-4)
-    (fit,) = tune_teacache(asked, tmp_path / "tea.toml").fits
-    changes = np.linspace(fit.lowest, fit.highest, 20)
+    (fit,) = tune_teacache(asked, tmp_path / "tea.toml").found["fits"]
+    changes = np.linspace(fit["lowest"], fit["highest"], 20)
     committed = np.polyval(TEACACHE["wan-plain"]["polynomial"], changes)
-    assert np.polyval(fit.polynomial, changes) == pytest.approx(committed, abs=1e-3)
+    assert np.polyval(fit["polynomial"], changes) == pytest.approx(committed, abs=1e-3)

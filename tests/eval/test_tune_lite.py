@@ -5,21 +5,23 @@ import math
 from pathlib import Path
 
 import dit_accel_eval
-import dit_accel_eval.tune.lite as tuning
+import dit_accel_eval.tune.base as base
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import tuning_request
-from dit_accel_eval.tune.lite import TunedPrompt, combine, tune_lite
-from dit_accel_eval.tune.lite_search import (
+from dit_accel_eval.tune.base import Runs
+from dit_accel_eval.tune.lite import (
     CLOSE,
     HIGHEST,
     LOWEST,
-    METRICS,
     NEAR,
-    Found,
     Tuner,
+    combine,
+    error_of,
     search_level,
     threshold_of,
+    tune_lite,
+    tuning,
 )
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
@@ -78,12 +80,10 @@ def test_the_level_found_is_within_the_target_and_the_next_is_not(steps, target,
     assert level == HIGHEST or error_at(level) >= NEAR * target or error_at(min(level + CLOSE, HIGHEST)) > target
 
 
-def test_metrics_are_relative_to_the_reference():
-    reference, found = torch.tensor([3.0, 4.0]).double(), torch.tensor([3.0, 3.0]).double()
-    assert METRICS["l1"](found, reference) == pytest.approx(1 / 7)
-    assert METRICS["l2"](found, reference) == pytest.approx(1 / 5)
-    assert METRICS["cosine"](found, reference) == pytest.approx(1 - 21 / (5 * 18**0.5))
-    assert all(metric(reference, reference) == pytest.approx(0, abs=1e-6) for metric in METRICS.values())
+def test_errors_are_relative_to_the_reference():
+    reference, found = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])
+    assert error_of(found, reference) == pytest.approx(1 / 7)
+    assert error_of(reference, reference) == 0
 
 
 def test_thresholds_of_levels():
@@ -114,38 +114,31 @@ class Stage:
 
 
 @pytest.mark.parametrize("criterion", ["maxgap", "mass"])
-@pytest.mark.parametrize("metric", ["l1", "l2"])
-def test_votes_stay_under_the_target_and_the_figures_are_what_is_measured(criterion, metric):
+def test_votes_stay_under_the_target_and_the_figures_are_what_is_measured(criterion):
     """On unchanged inputs: each call differs from the one before by what its votes were said to add."""
     adapter = Adapter(name="any", transformers=(), self_attention=())
     model = Model(adapter=adapter, family=None, heads=2, layers=1, tiling=Tiling(16))
-    tuner = Tuner(LiteAttention(dense_steps=0, criterion=criterion), model, 0.05, METRICS[metric])
+    tuner = Tuner(LiteAttention(dense_steps=0, criterion=criterion), model, 0.05)
     stage = Stage(tuner)
     q, k, v = (torch.randn(1, 192, 2, 8, dtype=torch.float64) for _ in range(3))
     outs = [stage.call(step, 3 * q, k, v) for step in range(6)]
-    assert [found.step for found in tuner.found] == [0, 1, 2, 3, 4]  # nobody would read the last call's votes
+    assert [found["step"] for found in tuner.found] == [0, 1, 2, 3, 4]  # nobody would read the last call's votes
     for found, before, after in zip(tuner.found, outs, outs[1:], strict=False):
-        assert 0 < found.added <= 0.05
-        assert METRICS[metric](after.float(), before.float()) == pytest.approx(found.added, rel=1e-4)
-        assert METRICS[metric](before.float(), outs[0].float()) == pytest.approx(found.dense, rel=1e-3, abs=1e-6)
-    kept = [found.kept for found in tuner.found]
+        assert 0 < found["added"] <= 0.05
+        assert error_of(after, before) == pytest.approx(found["added"], rel=1e-4)
+        assert error_of(before, outs[0]) == pytest.approx(found["dense"], rel=1e-3, abs=1e-6)
+    kept = [found["kept"] for found in tuner.found]
     assert kept == sorted(kept, reverse=True)
     assert kept[0] < 1
-    assert tuner.found[-1].dense > tuner.found[1].added  # errors add up, which the target alone does not show
+    assert tuner.found[-1]["dense"] > tuner.found[1]["added"]  # errors add up, which the target alone does not show
 
 
 def test_the_lowest_threshold_of_prompts_and_branches_is_written():
-    def found(threshold: float, step: int, branch: str = "cond", layer: int = 0) -> Found:
-        return Found(
-            transformer="transformer", branch=branch, layer=layer, step=step, threshold=threshold, kept=0.5, added=0.01,
-            dense=0.02,
-        )  # fmt: skip
+    def found(threshold: float, step: int, layer: int = 0) -> dict:
+        return {"transformer": "transformer", "layer": layer, "step": step, "threshold": threshold}
 
-    prompts = [
-        TunedPrompt(prompt="a", psnr=30.0, calls=(found(-3.0, 1), found(-5.0, 1, "uncond"), found(-2.0, 2))),
-        TunedPrompt(prompt="b", psnr=30.0, calls=(found(-4.0, 1), found(-2.5, 2), found(-1.0, 2, layer=1))),
-    ]
-    table = combine(prompts, {"transformer": 2}, 4, "m", "maxgap", 0.01)
+    calls = [found(-3.0, 1), found(-5.0, 1), found(-2.0, 2), found(-4.0, 1), found(-2.5, 2), found(-1.0, 2, layer=1)]
+    table = combine(calls, {"transformer": 2}, 4, "m", "maxgap", 0.01)
     none = -math.inf
     assert table.thresholds == {"transformer": ((none, -5.0, -2.5, none), (none, none, -1.0, none))}
     assert (table.model, table.num_inference_steps, table.target_error) == ("m", 4, 0.01)
@@ -158,14 +151,13 @@ def test_the_lowest_threshold_of_prompts_and_branches_is_written():
 def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path):
     asked = request(LITE)
     tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
-    assert read_thresholds(tuned.output) == tuned.thresholds
-    assert tuned.thresholds.model == "wan-plain"
+    assert read_thresholds(tuned.output).model == tuned.found["model"] == "wan-plain"
     assert [path.name for path in tmp_path.iterdir()] == ["lite.toml"]
-    rows = tuned.by_step()
-    assert [row.step for row in rows] == [0, 1, 2]
-    assert all(row.added <= 0.05 for row in rows)
-    assert rows[0].dense < 1e-5
-    assert rows[2].dense > rows[1].dense > 0
+    rows = tuned.found["steps"]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["added"] <= 0.05 for row in rows)
+    assert rows[0]["dense"] < 1e-5
+    assert rows[2]["dense"] > rows[1]["dense"] > 0
     pipe = load_pipeline(asked)
     dense = run(pipe, PROMPTS[0], asked)
     config = LiteAttention(block_size=16, dense_steps=0, thresholds_file=str(tuned.output))
@@ -173,11 +165,11 @@ def test_a_run_with_the_file_is_the_run_that_was_tuned(tmp_path: Path):
         made = run(pipe, PROMPTS[0], asked)
         densities = [step.density for step in attachment.report().steps]
     assert densities[0] == 1.0
-    assert densities[1:] == pytest.approx([row.kept for row in rows], abs=0.01)
+    assert densities[1:] == pytest.approx([row["kept"] for row in rows], abs=0.01)
     assert densities[-1] < 0.95
     difference = torch.from_numpy(made.frames).double() - torch.from_numpy(dense.frames).double()
     psnr = 20 * math.log10(255 / float(difference.square().mean().sqrt()))
-    assert tuned.prompts[0].psnr == pytest.approx(psnr, abs=1.0)
+    assert tuned.found["prompts"][0]["psnr"] == pytest.approx(psnr, abs=1.0)
 
 
 @pytest.mark.slow
@@ -192,16 +184,16 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch):
         ran.append(prompt)
         return run(pipe, prompt, *args, **options)
 
-    monkeypatch.setattr(tuning, "run", stopping)
+    monkeypatch.setattr(base, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lite.toml.progress.json", "whole.toml"]
     ran.clear()
-    monkeypatch.setattr(tuning, "run", lambda pipe, prompt, *a, **o: ran.append(prompt) or run(pipe, prompt, *a, **o))
+    monkeypatch.setattr(base, "run", lambda pipe, prompt, *a, **o: ran.append(prompt) or run(pipe, prompt, *a, **o))
     tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
     assert ran == [PROMPTS[1]] * 2
-    assert tuned.thresholds == whole.thresholds
-    assert tuned.prompts == whole.prompts
+    assert read_thresholds(tuned.output) == read_thresholds(whole.output)
+    assert tuned.found == whole.found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lite.toml", "whole.toml"]
 
 
@@ -209,13 +201,11 @@ def test_it_tunes_inside_another_methods_tiles(tmp_path: Path):
     radial = RadialAttention(block_size=16, decay_factor=0.2, near="half", dense_steps=0, dense_layers=0)
     asked = request(radial, LiteAttention(dense_steps=0), num_inference_steps=3)
     tuned = tune_lite(asked, tmp_path / "lite.toml", target_error=0.05)
-    assert max(row.kept for row in tuned.by_step()) < 0.9
+    assert max(row["kept"] for row in tuned.found["steps"]) < 0.9
 
 
-def test_who_works_with_lite_works_with_the_tuner():
-    asked = request(LITE, DeltaAttention())
-    pipe = load_pipeline(asked)
-    with tuning._tuning(pipe, asked, 0.05, METRICS["l1"]) as (attachment, tuner):
+def test_who_works_with_lite_works_with_the_tuner(tmp_path):
+    with tuning(Runs(request(LITE, DeltaAttention()), tmp_path / "a.toml", ".toml", None), 0.05) as (attachment, tuner):
         handlers = attachment._execution.handlers
         assert [handler.name for handler in handlers] == ["lite", "delta"]
         assert handlers[0] is tuner
@@ -231,7 +221,6 @@ def test_who_works_with_lite_works_with_the_tuner():
         ((LiteAttention(threshold=-5.0),), {}, r"tune lite.*got lite\.threshold = -5\.0"),
         ((LiteAttention(target_density=0.5),), {}, r"got lite\.target_density = 0\.5"),
         ((LiteAttention(criterion="budget"),), {}, r"lite\.criterion 'maxgap'.*'mass', got 'budget'"),
-        ((LITE,), {"metric": "l3"}, r"metric 'l3'.*'l2'\?"),
         ((LITE,), {"target_error": 0.0}, r"target_error.*0 and 1, got 0\.0"),
     ],
 )
@@ -254,9 +243,8 @@ def test_a_file_that_can_not_be_written(tmp_path):
 
 
 def test_progress_of_another_run_or_none_at_all_is_refused(tmp_path):
-    asked = tuning.settle(request(LITE))[0]
-    progress = tmp_path / "lite.toml.progress.json"
-    tuning.lite_progress(asked, tmp_path / "lite.toml", 0.05, "l1").add(TunedPrompt(prompt="p", psnr=1.0, calls=()))
+    asked, progress = request(LITE), tmp_path / "lite.toml.progress.json"
+    Runs(asked, tmp_path / "lite.toml", ".toml", None, target_error=0.05).add({"calls": []})
     with pytest.raises(ConfigError, match=r"progress.*target_error = 0\.05.*0\.01"):
         tune_lite(asked, tmp_path / "lite.toml")
     for text in ("{", '{"version": 9, "settings": {}, "prompts": []}', "[]", json.dumps({"version": 1})):
@@ -282,7 +270,7 @@ def test_the_command_tunes_and_tells(tmp_path, cli):
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(f"{output}\nstep  threshold  tiles kept  error added  error to dense\n")
     assert f"dB to the dense run: {PROMPTS[0]}" in result.stderr
-    result = cli("lite", "--prompt", PROMPTS[0], *sizes, *lite, "-o", str(output), "--json", "--metric", "cosine")
+    result = cli("lite", "--prompt", PROMPTS[0], *sizes, *lite, "-o", str(output), "--json")
     told = json.loads(result.stdout)
     assert (told["output"], told["criterion"], told["num_inference_steps"]) == (str(output), "maxgap", 3)
     assert [row["step"] for row in told["steps"]] == [0, 1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
+from dit_accel_eval.runs.loaded import FIRST_PROMPT, embedded_prompts, tuning_request
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites import compare, reference
@@ -35,7 +35,7 @@ class FakeModel:
     call = {"num_frames": 3}  # noqa: RUF012
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: list = []  # noqa: RUF012
-    spoil = spoil_cached = 1.0
+    spoil = spoil_cached = shifted = 1.0
 
     def __init__(self, name, call):
         pass
@@ -54,8 +54,8 @@ class FakeModel:
             (8.0 if solver == "euler" else 4.0) / steps**2 * (1.1 if methods else 1) * (self.spoil if held_out else 1)
         )
         error *= self.spoil_cached if held_out and methods else 1
+        error *= self.shifted if flow_shift else 1
         forwards = steps / 2 if any(isinstance(one, EasyCache) for one in methods) else steps
-        forwards /= 2 if call and call["guidance_scale"] == 1 else 1
         counts = Counts(blocks=12 * forwards, attention=12 * forwards)
         return Run(frames=np.clip(base + error, 0, 1), counts=counts, attended=1.0, seconds=1.0)
 
@@ -104,72 +104,62 @@ def tune(tmp_path, fake):
     (tmp_path / "space.toml").write_text(SPACE)
 
     def run(target: str, name: str = "fast.toml", by_hand: bool = False, **further):
-        request = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 1))
+        request = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 1), **further)
         space = None if by_hand else tmp_path / "space.toml"
         options = dict(target=target, space=space, cache=tmp_path / "cache")
-        return tune_pipeline.tune_pipeline(request, tmp_path / name, **options, **further)
+        return tune_pipeline.tune_pipeline(request, tmp_path / name, **options)
 
     return run
 
 
-def test_the_picture_has_all_settings_of_the_last_round(tune, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(tune_pipeline, "draw", lambda arms, title, path: drawn.extend(arms))
-    found = tune("psnr=32")
-    assert {point.arm.name for point in found.frontier} <= {one.name for one in drawn}
-    assert {one.clips for one in drawn} == {pipeline_search.ROUNDS[-1]}
-
-
 def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune, tmp_path):
     """32 dB are an error of .025: 4 x 1.1 / n^2 is that at 13.3 steps, so a cache of 14, which cost 7, is cheapest."""
-    found = tune("psnr=32")
-    assert found.chosen.arm.name == "cached 14"
-    assert (found.chosen.work, found.chosen.prompts) == (7.0, pipeline_search.HELD_OUT)
-    assert found.chosen.interval[0] >= 32
-    assert f"psnr {found.chosen.quality:.4g} [{found.chosen.interval[0]:.4g}, " in found.table()[2][0]
+    tuned = tune("psnr=32")
+    found = json.loads(json.dumps(tuned.to_dict()))
+    chosen = found["chosen"]
+    assert chosen["arm"] == "cached 14"
+    assert (chosen["work"], chosen["prompts"]) == (7.0, pipeline_search.HELD_OUT)
+    assert chosen["interval"][0] >= 32
+    assert f"psnr {chosen['quality']:.4g} [{chosen['interval'][0]:.4g}, " in tuned.remarks[0]
     text = (tmp_path / "fast.toml").read_text()
     (method,) = from_toml(text)
     assert method == EasyCache(threshold=0.05)
     assert run_table(text) == {"num_inference_steps": 14, "solver": "unipc"}
-    assert (tmp_path / "fast.png").stat().st_size > 1000
-    works = [point.work for point in found.frontier]
+    works = [point["work"] for point in found["frontier"]]
     assert works == sorted(works)
-    data = json.loads(json.dumps(found.to_dict()))
-    assert data["chosen"]["arm"] == "cached 14"
-    assert any("cached 14" in row for row in found.table()[1])
-    assert found.kept.read_text() == text
-    assert f"`dit-accel recommend` lists it first for this model, from {found.kept}" in found.table()[2]
-    assert data["kept"] == str(found.kept)
+    assert any("cached 14" in row for row in tuned.rows)
+    assert Path(found["kept"]).read_text() == text
+    assert f"`dit-accel recommend` lists it first for this model, from {found['kept']}" in tuned.remarks
 
 
 def test_recommend_lists_first_what_was_tuned(tune):
-    found = tune("psnr=32")
+    found = tune("psnr=32").found
     first = dit_accel.recommend("wan-plain").settings[0]
     assert first.name == "psnr=32-64x64x17-20"
     assert (first.speedup, first.losses) == (
-        pytest.approx(found.chosen.speedup, abs=1e-3),
-        {"psnr": pytest.approx(found.chosen.quality, abs=1e-3)},
+        pytest.approx(found["chosen"]["speedup"], abs=1e-3),
+        {"psnr": pytest.approx(found["chosen"]["quality"], abs=1e-3)},
     )
-    assert str(found.kept) in first.sources[first.name]
+    assert found["kept"] in first.sources[first.name]
     assert "easycache" in first.methods
     assert "num_inference_steps 14" in first.methods["run"]
     elsewhere = dit_accel.recommend("wan-plain", num_inference_steps=30)
     assert elsewhere.settings[0].name == "fast"
-    assert f"tuned at another size, 64 x 64, 17 frames, 20 steps: {found.kept}" in elsewhere.notes
+    assert f"tuned at another size, 64 x 64, 17 frames, 20 steps: {found['kept']}" in elsewhere.notes
     assert dit_accel.recommend("wan-tiny").settings[0].name == "fast"
 
 
-def test_guidance_is_tried_where_it_is_asked_for_and_written(tune, tmp_path):
-    """Without guidance the fake's steps cost half and lose nothing, so the cache of 14 steps costs 3.5."""
-    found = tune("psnr=32", try_guidance=[1.0])
-    assert (found.chosen.arm.name, found.chosen.work) == ("cached 14, guidance 1", 3.5)
+def test_guidance_and_shift_are_written_as_they_were_tried(tune, tmp_path):
+    shifted = SPACE + '[[arm]]\nname = "shifted"\nnum_inference_steps = 6\nflow_shift = 8.0\n'
+    (tmp_path / "space.toml").write_text(shifted)
+    FakeModel.shifted = 0.1
+    try:
+        found = tune("psnr=32", guidance_scale=3.0)
+    finally:
+        FakeModel.shifted = 1.0
+    assert found.found["chosen"]["arm"] == "shifted"
     run = run_table((tmp_path / "fast.toml").read_text())
-    assert run == {"num_inference_steps": 14, "solver": "unipc", "guidance_scale": 1.0}
-    assert {line["arm"] for line in read_lines(tmp_path / "fast.runs.jsonl") if "arm_call" in line}
-    report = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "fast.runs.jsonl")])
-    assert "Guidance seeks other clips" in report.stdout
-    with pytest.raises(ConfigError, match=r"--try-guidance \[nan\]"):
-        tune("psnr=32", "other.toml", try_guidance=[float("nan")])
+    assert run == {"num_inference_steps": 6, "solver": "unipc", "flow_shift": 8.0, "guidance_scale": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -185,9 +175,16 @@ def test_guidance_is_tried_where_it_is_asked_for_and_written(tune, tmp_path):
 )
 def test_half_of_one_s_own_prompts_are_held_out(count, rounds, held_first, held):
     found = pipeline_search.split(count)
-    assert (found.first, found.rounds, found.held_first, found.held) == (0, rounds, held_first, held)
-    assert not {*found.searched(-1)} & {*found.verified()}
-    assert found.verified()[-1] < count
+    assert found.rounds == tuple(map(range, rounds))
+    assert found.held == range(held_first, held_first + held)
+    assert not {*found.rounds[-1]} & {*found.held}
+    assert found.held[-1] < count
+
+
+def test_the_held_out_prompts_of_an_embedded_model_are_none_of_those_that_chose():
+    own = pipeline_search.HELD_OUT_PROMPTS
+    assert not {*own.rounds[-1]} & {*own.held}
+    assert own.rounds[0][0] >= FIRST_PROMPT  # beyond all that suites judge on
 
 
 def test_too_few_prompts_of_one_s_own_are_told():
@@ -222,7 +219,7 @@ def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monk
     (tmp_path / "p.txt").write_text("\n".join(prompts))
     size = ["--height", "32", "--width", "32", "--num-frames", "5", "--model", str(model), "--device", "cpu"]
     asked = ["--target", "speedup=2", "--space", str(tmp_path / "space.toml"), "--num-inference-steps", "12"]
-    command = ["tune", "pipeline", *size, *asked, "--prompt-file", str(tmp_path / "p.txt"), "--try-guidance", "1"]
+    command = ["tune", "pipeline", *size, *asked, "--prompt-file", str(tmp_path / "p.txt")]
     found = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
@@ -236,7 +233,7 @@ def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monk
         app, ["generate", prompts[0], *size, "--config", str(tmp_path / "fast.toml"), "-o", str(tmp_path / "a.gif")]
     )
     assert made.exit_code == 0, made.output
-    few = CliRunner().invoke(app, [*command[:-4], "--prompt", "a", "-o", str(tmp_path / "few.toml")])
+    few = CliRunner().invoke(app, [*command[:-2], "--prompt", "a", "-o", str(tmp_path / "few.toml")])
     assert (few.exit_code, "takes 4 prompts at least" in few.stderr) == (2, True)
     scored = CliRunner().invoke(app, [*command, "--target", "checker=0.9", "-o", str(tmp_path / "s.toml")])
     assert (scored.exit_code, "the judge knows held-out prompts" in scored.stderr) == (2, True)
@@ -249,9 +246,9 @@ def test_settings_that_can_not_be_cheaper_are_never_run(tune, fake):
 
 
 def test_a_speed_up_is_met_by_the_best_quality_at_that_cost(tune):
-    found = tune("speedup=2.5")
-    assert found.chosen.speedup >= 2.5  # of 20 dense steps
-    assert found.chosen.arm.name == "cached 16"
+    chosen = tune("speedup=2.5").found["chosen"]
+    assert chosen["speedup"] >= 2.5  # of 20 dense steps
+    assert chosen["arm"] == "cached 16"
 
 
 def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake):
@@ -266,10 +263,10 @@ def test_a_search_goes_on_where_it_stopped_and_can_be_reported(tune, tmp_path, f
     whole = tune("psnr=32")
     made = len(fake.made)
     again = tune("psnr=32")
-    assert (dataclasses.replace(again), len(fake.made)) == (whole, made)
+    assert (again, len(fake.made)) == (whole, made)
     lines = (tmp_path / "fast.runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "fast.runs.jsonl").write_text("".join(lines[:-3]) + lines[-1][:20])  # stopped while it wrote
-    assert tune("psnr=32").chosen == whole.chosen
+    assert tune("psnr=32").found["chosen"] == whole.found["chosen"]
     report = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "fast.runs.jsonl"), "--min", "psnr=1"])
     assert report.exit_code == 0, report.output
 
@@ -279,7 +276,7 @@ def test_less_is_better_for_some_metrics(tune):
     with pytest.raises(ConfigError, match=r"warp-error@dis 0\.001"):
         tune("warp-error@dis=0.001")
     found = tune("warp-error@dis=0.5", "other.toml")
-    assert found.chosen.quality <= 0.5
+    assert found.found["chosen"]["quality"] <= 0.5
 
 
 def test_a_pareto_set_holds_what_none_surpasses():
@@ -321,9 +318,18 @@ def test_a_setting_by_hand_that_is_better_on_the_judging_prompts_is_taken(tune, 
     monkeypatch.setattr(tune_pipeline, "BY_HAND", ("unipc 16",))
     monkeypatch.setattr(tune_pipeline, "default_space", lambda model: read_suite(tmp_path / "space.toml").arms)
     monkeypatch.setattr(fake, "spoil_cached", 6.0)
-    assert tune("psnr=32", by_hand=True).chosen.arm == by_hand
+    assert tune("psnr=32", by_hand=True).found["chosen"]["arm"] == by_hand.name
     monkeypatch.setattr(fake, "spoil_cached", 1.0)
-    assert tune("psnr=32", "other.toml", by_hand=True).chosen.arm.name == "cached 14"
+    assert tune("psnr=32", "other.toml", by_hand=True).found["chosen"]["arm"] == "cached 14"
+
+
+def test_settings_by_hand_are_run_on_all_prompts_whatever_they_cost(tune, fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_pipeline, "BY_HAND", ("unipc 30",))
+    monkeypatch.setattr(tune_pipeline, "default_space", lambda model: read_suite(tmp_path / "space.toml").arms)
+    tune("psnr=20", by_hand=True)
+    ran = {clip for clip, steps, solver, methods in fake.made if steps == 30}
+    assert ran >= {*pipeline_search.HELD_OUT_PROMPTS.rounds[-1]}
+    assert not {steps for _, steps, *_ in fake.made} & {20, 24}  # others are left out
 
 
 def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_path):
@@ -339,11 +345,12 @@ def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_
     found = tune("psnr=32")
     lines = [line for line in read_lines(tmp_path / "fast.runs.jsonl") if line["clip"] < pipeline_search.HELD_OUT_FIRST]
     of_space = [line for line in lines if "easycache" in line["methods"] or line["solver"] == "euler"]
-    assert found.tried[1] == 75
-    assert found.tried[0] <= 38 + 5  # the dense runs between which others are held are settings of the space, too
-    assert found.chosen.work <= 7.5  # 14 steps of a cache cost 7
+    ran, every = found.found["tried"]
+    assert every == 75
+    assert ran <= 38 + 5  # the dense runs between which others are held are settings of the space, too
+    assert found.found["chosen"]["work"] <= 7.5  # 14 steps of a cache cost 7
     assert len(of_space) < 0.5 * 60 * pipeline_search.ROUNDS[-1]
-    assert any("of 75 settings" in remark for remark in found.table()[2])
+    assert any("of 75 settings" in remark for remark in found.remarks)
 
 
 def test_more_steps_of_the_same_methods_take_no_less_work():
@@ -376,7 +383,7 @@ def test_optuna_is_asked_for_before_anything_runs(tmp_path, monkeypatch):
         (["--target", "psnr=30", "-o", "x.json"], "the config must be a .toml, got x.json"),
         (["--target", "psnr=30", "--model", "no-tiny", "--prompt", "a"], "'no-tiny' is no embedded model"),
         (["--target", "psnr=30", "--space", "none.toml"], "no suite at none.toml"),
-        (["--target", "psnr=30", "--metric", "l1"], "No such option: --metric"),
+        (["--target", "psnr=30", "--try-guidance", "1"], "No such option: --try-guidance"),
     ],
 )
 def test_what_can_not_be_tuned_is_told(arguments, message, tmp_path, monkeypatch):
@@ -391,6 +398,10 @@ def test_arms_that_no_config_can_hold_are_refused(tune, tmp_path):
     native = SPACE + '[[arm]]\nname = "n"\nnum_inference_steps = 9\ndiffusers = { FirstBlockCacheConfig = {} }\n'
     (tmp_path / "space.toml").write_text(native)
     with pytest.raises(ConfigError, match=r"arm 'n'.*config"):
+        tune("psnr=30")
+    rival = SPACE + '[[arm]]\nname = "r"\nnum_inference_steps = 9\nrival = { cache-dit = {} }\n'
+    (tmp_path / "space.toml").write_text(rival)
+    with pytest.raises(ConfigError, match=r"arm 'r'.*config.*rival"):
         tune("psnr=30")
     (tmp_path / "space.toml").write_text(SPACE.replace("wan-plain", "flux-tiny"))
     with pytest.raises(ConfigError, match=r"suite.*flux-tiny.*wan-plain"):

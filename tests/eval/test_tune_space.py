@@ -1,10 +1,14 @@
-"""The settings that `tune pipeline` tries: all that a model takes, and none that it refuses."""
+"""The settings that `tune pipeline` tries: all that a model takes, README's winners, and none that it refuses."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from dit_accel_assets import model_names, model_path
-from dit_accel_eval.tune.space import default_space, space_of
+from dit_accel_eval.runs.model import shipped_scheduler
+from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.tune.space import BY_HAND, default_space, space_of
 
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.toml import from_toml, to_toml
@@ -34,3 +38,29 @@ def test_the_default_space_has_every_kind_of_setting(model):
     assert {method.name for arm in space for method in arm.methods} == sparse | caches
     for arm in space:
         assert from_toml(to_toml(arm.methods)) == list(arm.methods)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_winners_of_the_readme_are_always_run():
+    """Those that its table calls ahead; tiles are the model's own business."""
+    rows = re.findall(r"^\| ([\w-]+) \| ([^|]+) \|.* ahead \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows
+    for model, name in rows:
+        arms = {arm.name: arm for arm in read_suite(ROOT / f"eval/suites/report-{model}.toml").arms}
+        known = [_bare(arm) for arm in default_space(model) if arm.name in BY_HAND]
+        assert _bare(arms[name]) in known
+
+
+def _bare(arm):
+    methods = [{**one.to_dict(), "name": one.name, "block_size": None} for one in arm.methods]
+    return arm.num_inference_steps, arm.solver, arm.flow_shift, methods
+
+
+def test_other_noise_shifts_are_tried_where_the_model_has_one():
+    path = str(model_path("wan-plain"))
+    adapter, family = read_model_files(path).identify()
+    with_shift = space_of(20, adapter, family, scheduler=shipped_scheduler(path))
+    assert {arm.flow_shift for arm in with_shift} == {None, 3.0, 8.0}
+    assert {arm.flow_shift for arm in space_of(20, adapter, family)} == {None}

@@ -50,7 +50,7 @@ def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tup
         )
     if not entries[name]["cached"]:
         raise ConfigError(
-            f"{option} = {path!r} names 0 blocks of {name} that may be cached; measure it with another threshold"
+            f"{option} = {path!r} names 0 blocks of {name} that may be cached; measure it with --cached"
         )
     return tuple(sorted(entries[name]["cached"]))
 

@@ -1,9 +1,43 @@
-"""Which blocks a profile lets be cached, and how far two profiles agree."""
+"""Which blocks a profile lets be cached: how they attend to the foreground, and how scores split them."""
 
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+
+SCORES = 2**24
+"""Logits that are held at a time."""
+
+
+def attention_received(
+    q: Tensor, k: Tensor, *, scale: float | None = None, key_mask: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """Return what each key receives of the queries' attention, float32 [S], which sum to 1; no matrix is held.
+
+    Source: ProfilingDiT (arXiv 2504.03140), a_i = mean_j A_ji of the row softmax A; mean over heads and batch too.
+
+    Args:
+        q: queries [B, H, S, D].
+        k: keys [B, H or fewer, S, D].
+        scale: factor on the logits; None: 1 / sqrt(D).
+        key_mask: bool [B, S], True for a valid key; None: all.
+        rows: int64, the queries that are looked at; None: all.
+    """
+    batch, heads, queries, size = q.shape
+    looked = torch.arange(queries, device=q.device) if rows is None else rows
+    factor = size**-0.5 if scale is None else scale
+    chunk = max(1, SCORES // (heads * k.shape[2]))
+    total = torch.zeros(k.shape[2], dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        wide = k[b].repeat_interleave(heads // k.shape[1], 0).float()
+        for part in looked.split(chunk):
+            logits = (q[b, :, part].float() @ wide.mT) * factor
+            if key_mask is not None:
+                logits = logits.masked_fill(~key_mask[b], -torch.inf)
+            total += logits.softmax(-1).mean(0).double().sum(0)
+    return (total / (batch * len(looked))).float()
 
 
 def foreground_ratio(received: np.ndarray, foreground: np.ndarray) -> float:
@@ -24,23 +58,16 @@ def foreground_ratio(received: np.ndarray, foreground: np.ndarray) -> float:
     return float((both[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
 
 
-def cached_blocks(
-    scores: Sequence[float], threshold: float | None = None, count: int | None = None
-) -> tuple[list[int], float]:
+def cached_blocks(scores: Sequence[float], count: int | None = None) -> tuple[list[int], float]:
     """Return the blocks of low scores, rising by number, and the threshold that splits them off.
 
     Args:
         scores: one a block; one that is not a number is never cached.
-        threshold: blocks below it; None, and no ``count``: those below the largest gap between neighbouring scores.
-        count: so many of the lowest, instead.
+        count: so many of the lowest; None: those below the largest gap between neighbouring scores.
     """
-    known = [(score, block) for block, score in enumerate(scores) if score == score]
-    known.sort()
-    if threshold is None:
-        if count is None:
-            gaps = [two[0] - one[0] for one, two in itertools.pairwise(known)]
-            count = 1 + int(np.argmax(gaps)) if gaps else 0
-        low = known[:count]
-        edges = [one[0] for one in known[max(count - 1, 0) : count + 1]] or [0.0]
-        return sorted(block for _, block in low), float(np.mean(edges))
-    return sorted(block for score, block in known if score < threshold), threshold
+    known = sorted((score, block) for block, score in enumerate(scores) if score == score)
+    if count is None:
+        gaps = [two[0] - one[0] for one, two in itertools.pairwise(known)]
+        count = 1 + int(np.argmax(gaps)) if gaps else 0
+    edges = [one[0] for one in known[max(count - 1, 0) : count + 1]] or [0.0]
+    return sorted(block for _, block in known[:count]), float(np.mean(edges))

@@ -1,7 +1,10 @@
 """Tunes LiteAttention: thresholds by layer and step for a target error, found on a model's own generations.
 
-Source: the calibration of LiteAttention (arXiv 2511.11062), see `lite_search`. Beyond the original: branches are tuned
-apart, several prompts count, the error to dense attention that has built up is reported, and a run can be stopped.
+Source: the calibration of LiteAttention (arXiv 2511.11062): at every attention call, on its own queries, keys and
+values, a threshold's votes, used on the same inputs, may change the output by a target error. Where we depart from it:
+the highest threshold found within the target is taken, and if there is none between the limits, nothing is dropped.
+Branches are tuned apart, several prompts count, the error to dense attention that has built up is reported, and a run
+can be stopped.
 """
 
 import contextlib
@@ -9,28 +12,51 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_pipelines.generation.generate import run
-from dit_accel_pipelines.generation.loading import load_pipeline
+import torch
+from dit_accel_kernels import Selection, block_sparse_attention_eager, count_bits
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request
+from torch import Tensor
 
-import dit_accel
 from dit_accel import ConfigError, LiteAttention
-from dit_accel.errors import did_you_mean
 from dit_accel.methods.attention.lite.handler import LiteHandler
 from dit_accel.methods.attention.lite.thresholds import LiteThresholds, write_thresholds
 from dit_accel.methods.attention.sparse import SparseConfig
+from dit_accel.methods.base import Model
 from dit_accel.methods.config import MethodConfig
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext, Key
+from dit_accel.plan.exact_rows import dense_rows
+from dit_accel.plan.plan import AttentionPlan
 
 from ..metrics.psnr import psnr
-from .base import Progress, Table, Tuned, check_output, left_prompts, run_settings
-from .lite_search import METRICS, Found, Metric, Tuner, threshold_of
+from .base import Runs, Tuned
+
+LOWEST, HIGHEST = -20.0, -(2.0**-6)
+"""Log2 levels between which thresholds are searched."""
+
+START = -10.0
+"""Where a search begins without a hint: the published threshold."""
+
+FIRST_STRIDE = 0.5
+NEAR = 0.9
+"""Share of the target error at which a search is over."""
+
+CLOSE = 0.03125
+"""Log2 units at which a search is over: tiles are whole, so not every error can be met."""
+
+FAINTEST = -40.0
+"""Log2 of a share of the mass that drops next to nothing."""
+
+Found = dict[str, Any]
+"""What was found for one attention call: ``transformer``, ``branch``, ``layer``, ``step``, all as its context has them;
+``threshold``, for `LiteAttention`; ``kept``, the share of the tiles that the next call keeps; ``added``, the error that
+the votes would add to this call; ``dense``, the error of this call to dense attention on the same inputs."""
 
 NOTHING_VOTES = (
     "tune lite has nothing to tune, got num_inference_steps = {steps}: each step is dense by lite's dense_ options, or "
@@ -38,116 +64,61 @@ NOTHING_VOTES = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TunedPrompt:
-    """One prompt's tuning run: its calls, and the PSNR of its frames to the dense run's, in dB."""
-
-    prompt: str
-    psnr: float
-    calls: tuple[Found, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRow:
-    """One step over all layers, branches and prompts: the median threshold written, and means of `Found`'s figures."""
-
-    step: int
-    threshold: float
-    kept: float
-    added: float
-    dense: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TunedLite(Tuned):
-    """What `tune_lite` found and wrote."""
-
-    output: Path
-    thresholds: LiteThresholds
-    prompts: tuple[TunedPrompt, ...]
-
-    def by_step(self) -> list[StepRow]:
-        """Return one row for each step that voted."""
-        calls = [call for prompt in self.prompts for call in prompt.calls]
-        rows = []
-        for step in sorted({call.step for call in calls}):
-            now = [call for call in calls if call.step == step]
-            written = {(c.transformer, c.layer): self.thresholds.at(c.transformer, c.layer, step) for c in now}
-            means = {name: statistics.fmean(getattr(call, name) for call in now) for name in ("kept", "added", "dense")}
-            rows.append(StepRow(step=step, threshold=statistics.median(written.values()), **means))
-        return rows
-
-    def table(self) -> Table:
-        """Return what was found by step, and the clips' PSNR."""
-        columns = ("step", "threshold", "tiles kept", "error added", "error to dense")
-        rows = [
-            (str(row.step), f"{row.threshold:.2f}", f"{row.kept:.3f}", f"{row.added:.4f}", f"{row.dense:.4f}")
-            for row in self.by_step()
-        ]
-        return columns, rows, [f"{one.psnr:.1f} dB to the dense run: {one.prompt}" for one in self.prompts]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the single calls as plain values, for JSON."""
-        return {
-            "output": str(self.output),
-            "model": self.thresholds.model,
-            "criterion": self.thresholds.criterion,
-            "num_inference_steps": self.thresholds.num_inference_steps,
-            "target_error": self.thresholds.target_error,
-            "steps": [dataclasses.asdict(row) for row in self.by_step()],
-            "prompts": [{"prompt": one.prompt, "psnr": one.psnr} for one in self.prompts],
-        }
-
-
-def tune_lite(
-    request: Request, output: Path, *, target_error: float = 0.01, metric: str = "l1", stages: Stages | None = None
-) -> TunedLite:
+def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, stages: Stages | None = None) -> Tuned:
     """Tune on every prompt of a request, which may hold a `LiteAttention` without thresholds; write their TOML file.
 
-    One vote may add an error of ``target_error`` to the next call, by a metric of `METRICS` and in its units.
+    One vote may add a relative L1 error of ``target_error`` to the next call. Found are of each of the ``steps`` the
+    median threshold and the means of `Found`'s figures, and of each of the ``prompts`` the PSNR of the frames to those
+    of the dense run, in dB.
     """
     config, others = _lite_of(request)
-    if metric not in METRICS:
-        raise ConfigError(f"tune has no metric {metric!r}; {did_you_mean(metric, METRICS)}")
     if not 0 < target_error < 1:
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
-    check_output(output, ".toml")
-    request, *_ = settle(dataclasses.replace(request, methods=(config, *others)))
-    progress = lite_progress(request, output, target_error, metric)
-    stages = stages or Stages(quiet=True)
-    stages.stage("loading")
-    pipe = load_pipeline(request)
-    steps = request.num_inference_steps
-    with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
-        execution = attachment._execution
-        (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
-        layers = dict(Counter(layer.state.name for layer in execution.layers))
+    request = dataclasses.replace(request, methods=(config, *others))
+    runs = Runs(request, output, ".toml", stages, target_error=target_error)
+    steps = runs.request.num_inference_steps
+    with runs.attached() as attachment:
+        layers = dict(Counter(layer.state.name for layer in attachment._execution.layers))
+        lite = _handler(attachment)
     _check_something_votes(lite.settings, steps, max(layers.values()))
-    for prompt in left_prompts(request, progress, stages, ": dense, then tuned"):
-        dense = run(pipe, prompt, request, stages=stages)
-        with _tuning(pipe, request, target_error, METRICS[metric]) as (attachment, tuner):
-            tuned = run(pipe, prompt, request, attachment=attachment, stages=stages)
+    for prompt in runs.left(": dense, then tuned"):
+        dense = runs.run(prompt)
+        with tuning(runs, target_error) as (attachment, tuner):
+            tuned = runs.run(prompt, attachment)
         steps = len(tuned.timings.steps)
         if not tuner.found:
             raise ConfigError(NOTHING_VOTES.format(steps=steps))
         frames, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
-        progress.add(TunedPrompt(prompt=prompt, psnr=psnr(frames, reference), calls=tuple(tuner.found)))
+        runs.add({"prompt": prompt, "psnr": psnr(frames, reference), "calls": tuner.found})
     assert steps is not None
-    thresholds = combine(progress.done, layers, steps, lite.model.name, config.criterion, target_error)
-    write_thresholds(output, thresholds)
-    progress.finish()
-    return TunedLite(output=output, thresholds=thresholds, prompts=tuple(progress.done))
+    parts = runs.done
+    calls = [call for part in parts for call in part["calls"]]
+    table = combine(calls, layers, steps, lite.model.name, config.criterion, target_error)
+    write_thresholds(output, table)
+    runs.finish()
+    by_step = _by_step(calls, table)
+    found = {name: getattr(table, name) for name in ("model", "criterion", "num_inference_steps", "target_error")}
+    return Tuned(
+        output=output,
+        found={**found, "steps": by_step, "prompts": [{key: one[key] for key in ("prompt", "psnr")} for one in parts]},
+        columns=("step", "threshold", "tiles kept", "error added", "error to dense"),
+        rows=[
+            (str(row["step"]), f"{row['threshold']:.2f}", f"{row['kept']:.3f}", f"{row['added']:.4f}",
+             f"{row['dense']:.4f}") for row in by_step
+        ],
+        remarks=[f"{part['psnr']:.1f} dB to the dense run: {part['prompt']}" for part in parts],
+    )  # fmt: skip
 
 
 def combine(
-    prompts: Sequence[TunedPrompt], layers: dict[str, int], steps: int, model: str, criterion: Any, target_error: float
+    calls: Sequence[Found], layers: Mapping[str, int], steps: int, model: str, criterion: Any, target_error: float
 ) -> LiteThresholds:
     """Return for each layer and step the lowest threshold that any prompt or branch asked for, else one for nothing."""
     nothing = threshold_of(criterion, -math.inf)
     lowest: dict[tuple[str, int, int], float] = {}
-    for call in (call for prompt in prompts for call in prompt.calls):
-        key = call.transformer, call.layer, call.step
-        lowest[key] = min(call.threshold, lowest.get(key, call.threshold))
+    for call in calls:
+        key = call["transformer"], call["layer"], call["step"]
+        lowest[key] = min(call["threshold"], lowest.get(key, call["threshold"]))
     tables = {
         name: tuple(tuple(lowest.get((name, layer, step), nothing) for step in range(steps)) for layer in range(count))
         for name, count in layers.items()
@@ -157,27 +128,33 @@ def combine(
     )
 
 
+def _by_step(calls: Sequence[Found], table: LiteThresholds) -> list[dict[str, Any]]:
+    """Return one row for each step that voted, over all layers, branches and prompts."""
+    rows = []
+    for step in sorted({call["step"] for call in calls}):
+        now = [call for call in calls if call["step"] == step]
+        written = {(c["transformer"], c["layer"]): table.at(c["transformer"], c["layer"], step) for c in now}
+        means = {name: statistics.fmean(call[name] for call in now) for name in ("kept", "added", "dense")}
+        rows.append({"step": step, "threshold": statistics.median(written.values()), **means})
+    return rows
+
+
+def _handler(attachment: Any) -> LiteHandler:
+    (lite,) = (handler for handler in attachment._execution.handlers if isinstance(handler, LiteHandler))
+    return lite
+
+
 @contextlib.contextmanager
-def _tuning(pipe: Any, request: Request, target_error: float, metric: Metric) -> Iterator[tuple[Any, Tuner]]:
+def tuning(runs: Runs, target_error: float) -> Iterator["tuple[Any, Tuner]"]:
     """Attach the request's methods with a `Tuner` in LiteAttention's place."""
-    with dit_accel.attach(pipe, *request.methods, preset="none", backend=request.backend) as attachment:
-        execution = attachment._execution
-        (lite,) = (handler for handler in execution.handlers if isinstance(handler, LiteHandler))
-        tuner = Tuner(request.methods[0], lite.model, target_error, metric)  # type: ignore[arg-type]
+    with runs.attached() as attachment:
+        execution, lite = attachment._execution, _handler(attachment)
+        tuner = Tuner(runs.request.methods[0], lite.model, target_error)  # type: ignore[arg-type]
         handlers = [tuner if handler is lite else handler for handler in execution.handlers]
         for handler in handlers:  # who works with LiteAttention works with the tuner
             handler.check_with([other for other in handlers if other is not handler])
         execution.use(handlers)
         yield attachment, tuner
-
-
-def lite_progress(request: Request, output: Path, target_error: float, metric: str) -> Progress[TunedPrompt]:
-    """Return what a tuning run has done so far."""
-    return Progress(output, run_settings(request, target_error=target_error, metric=metric), _read_prompt)
-
-
-def _read_prompt(saved: dict[str, Any]) -> TunedPrompt:
-    return TunedPrompt(**{**saved, "calls": tuple(Found(**call) for call in saved["calls"])})
 
 
 def _check_something_votes(settings: SparseConfig, steps: int | None, layers: int) -> None:
@@ -201,3 +178,121 @@ def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]
             "tune lite tunes lite.criterion 'maxgap' or 'mass', got 'budget', which bounds its own error; use one"
         )
     return config, others
+
+
+def error_of(out: Tensor, reference: Tensor) -> float:
+    """Return the relative L1 error of a call's output against another, over the whole tensor."""
+    out, reference = out.float(), reference.float()
+    return float((out - reference).abs().sum() / reference.abs().sum().clamp(min=1e-30))
+
+
+class Rerun:
+    """One attention call, run again with other votes and other bits."""
+
+    def __init__(self, plan: AttentionPlan, call: Call, out: Tensor) -> None:
+        assert plan.selection is not None
+        assert plan.selection.vote is not None
+        self.plan, self.call, self.out = plan, call, out
+        self.selection = plan.selection
+        self.vote = plan.selection.vote
+
+    def votes(self, level: float) -> Tensor:
+        """Return the bits that votes at a log2 level keep."""
+        vote = dataclasses.replace(self.vote, threshold=threshold_of(self.vote.criterion, level))
+        return self._attend(dataclasses.replace(self.selection, vote=vote))[2]
+
+    def after(self, kept: Tensor | None) -> tuple[float, float]:
+        """Return the error that bits add to this call, and the share of the tiles that they leave exact."""
+        selection = dataclasses.replace(self.selection, keep=kept, vote=None, reverse=not self.selection.reverse)
+        out, exact = self._attend(selection)
+        tiles = self.plan.tiles
+        assert tiles is not None
+        share = float(count_bits(exact).sum()) / (exact[..., 0].numel() * tiles.key_tiles)
+        return error_of(out, self.out), share
+
+    def to_dense(self) -> float:
+        """Return the error of the call as it ran to dense attention on its inputs."""
+        every = torch.arange(self.call.q.shape[2], device=self.out.device)
+        return error_of(self.out, dense_rows(self.plan, self.call, every))
+
+    def _attend(self, selection: Selection) -> tuple[Tensor, ...]:
+        plan, call = self.plan, self.call
+        assert plan.tiles is not None
+        q, k, v = call.as_held(call.q, call.k, call.v)
+        result = block_sparse_attention_eager(
+            q, k, v, plan.tiles, **call.kernel_layout, scale=call.scale, head_scale=plan.head_scale,
+            key_mask=call.key_mask(), frame_decay=plan.frame_decay, token_order=plan.token_order,
+            identity_mix=plan.identity_mix, identity_rows=plan.identity_rows, selection=selection, return_tiles=True,
+            backend=call.backend,
+        )  # fmt: skip
+        assert isinstance(result, tuple)
+        return call.heads_first(result[0]), *result[1:]
+
+
+def threshold_of(criterion: str, level: float) -> float:
+    """Return the threshold of a log2 level; -inf gives one that drops nothing."""
+    if criterion == "maxgap":
+        return level
+    return 2.0 ** max(level, FAINTEST)
+
+
+def search_level(error_at: Callable[[float], float], target: float, start: float = START) -> float:
+    """Return the highest log2 level found whose error is within the target; -inf where even `LOWEST` exceeds it.
+
+    Args:
+        error_at: error of a level, which rises with it.
+        target: the error to stay within; a search ends at `NEAR` of it or within `CLOSE`.
+        start: a level near the one sought, such as the step before's.
+    """
+    low, high, stride = -math.inf, math.inf, FIRST_STRIDE
+    level = min(max(start, LOWEST), HIGHEST)
+    while high - low >= CLOSE:
+        error = error_at(level)
+        if error <= target:
+            low = level
+            if error >= NEAR * target or level == HIGHEST:
+                break
+        else:
+            high = level
+            if level == LOWEST:
+                break
+        if math.isinf(high - low):  # not between two levels yet: go on in longer and longer strides
+            level = min(low + stride, HIGHEST) if low > -math.inf else max(high - stride, LOWEST)
+            stride *= 2
+        else:
+            level = (low + high) / 2
+    return low
+
+
+class Tuner(LiteHandler):
+    """LiteAttention that searches the threshold of every vote on the tensors at hand and follows it."""
+
+    def __init__(self, config: LiteAttention, model: Model, target_error: float) -> None:
+        super().__init__(config, model)
+        self.target_error = target_error
+        self.found: list[Found] = []
+        self._levels: dict[Key, float] = {}
+
+    def learn(self, context: CallContext, kept: Tensor) -> None:
+        """Leave the plan's own votes aside: they were cast before the threshold was known."""
+
+    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
+        """Search the threshold on this call's tensors and learn its votes; the output stays."""
+        if plan.selection is None or plan.selection.vote is None:
+            return out
+        again = Rerun(plan, call, out)
+        level = search_level(
+            lambda level: again.after(again.votes(level))[0], self.target_error, self._levels.get(context.key, START)
+        )
+        self._levels[context.key] = level
+        kept = plan.selection.keep
+        if level > -math.inf:
+            kept = again.votes(level)
+            super().learn(context, kept)
+        added, share = again.after(kept)
+        self.found.append({
+            "transformer": context.transformer, "branch": context.branch, "layer": context.layer,
+            "step": context.step_index, "threshold": threshold_of(again.vote.criterion, level), "kept": share,
+            "added": added, "dense": again.to_dense(),
+        })  # fmt: skip
+        return out

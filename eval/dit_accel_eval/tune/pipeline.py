@@ -7,14 +7,10 @@ once, on prompts that the search never saw, beside the best setting by hand, and
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dit_accel_assets import model_defaults, model_names
+from dit_accel_assets import model_defaults
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED, Request
 
@@ -25,77 +21,16 @@ from dit_accel.methods.caches.native import DiffusersCache
 
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, check_given, embedded_prompts
-from ..runs.model import OWN
+from ..runs.model import OWN, shipped_scheduler
 from ..runs.results import read_lines
 from ..statistics import FEWEST
 from ..suites.arms import Arm
-from ..suites.comparison import figures_of
-from ..suites.job import SCALES, Job, call_of
-from ..suites.plots import draw
+from ..suites.job import Job
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
-from .base import Table, Tuned
-from .pipeline_search import Point, Prompts, Search, Target, pareto, read_target, split
-from .space import BY_HAND, default_space, guided_space, space_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TunedPipeline(Tuned):
-    """What `tune_pipeline` found and wrote.
-
-    Attributes:
-        output: the config.
-        kept: its copy in the user's cache, where `dit_accel.recommend` finds it.
-        target: what was asked for.
-        chosen: the setting, as it was measured on the held-out prompts.
-        frontier: the settings on all prompts of the search that none surpasses at as little work, cheapest first.
-        tried: how many settings were run, and how many there are.
-    """
-
-    output: Path
-    kept: Path
-    target: Target
-    chosen: Point
-    frontier: tuple[Point, ...]
-    tried: tuple[int, int]
-
-    def table(self) -> Table:
-        """Return the Pareto set, and what was chosen."""
-        columns = ("setting", self.target.quality, "work in dense steps", "speed-up")
-        rows = [(p.arm.name, f"{p.quality:.4g}", f"{p.work:.2f}", f"{p.speedup:.2f}") for p in self.frontier]
-        chosen = self.chosen
-        remarks = [
-            f"{chosen.arm.name}: {self.target.quality} {chosen.quality:.4g} {_interval(chosen)}, speed-up "
-            f"{chosen.speedup:.2f} over {chosen.prompts} held-out prompts, of which none chose it; asked was "
-            f"{self.target.name} {self.target.value:g}",
-            f"`dit-accel recommend` lists it first for this model, from {self.kept}",
-            f"tried {self.tried[0]} of {self.tried[1]} settings",
-        ]
-        return columns, rows, remarks
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return {
-            "output": str(self.output),
-            "kept": str(self.kept),
-            "target": dataclasses.asdict(self.target),
-            "chosen": _plain(self.chosen),
-            "frontier": [_plain(point) for point in self.frontier],
-            "tried": list(self.tried),
-        }
-
-
-def _interval(point: Point) -> str:
-    """Return the interval of a setting's quality in words."""
-    if point.interval is None:
-        return f"(no interval: it takes {FEWEST} prompts)"
-    return f"[{point.interval[0]:.4g}, {point.interval[1]:.4g}]"
-
-
-def _plain(point: Point) -> dict[str, Any]:
-    return {"arm": point.arm.name, **point.arm.to_dict(), **{
-        key: getattr(point, key) for key in ("prompts", "quality", "interval", "work", "speedup")
-    }}  # fmt: skip
+from .base import Tuned
+from .pipeline_search import HELD_OUT_PROMPTS, Point, Prompts, Search, Target, pareto, read_target, split
+from .space import BY_HAND, default_space, space_of
 
 
 def tune_pipeline(
@@ -104,52 +39,72 @@ def tune_pipeline(
     *,
     target: str | None = None,
     space: Path | None = None,
-    try_guidance: Sequence[float] = (),
     cache: Path | None = None,
     stages: Stages | None = None,
-) -> TunedPipeline:
+) -> Tuned:
     """Search, and verify on held-out prompts; a target that no setting meets is refused, and nothing is written.
 
     Args:
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
-        output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` and ``.png`` lie beside it.
-            `dit_accel.recommend` finds a copy in the user's cache.
+        output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` lies beside it.
         target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
-        try_guidance: guidance scales that every setting is tried with besides the run's own, all held against the
-            converged run of that.
         cache: folder of dense runs; None: the user's.
         stages: progress; None shows none.
+
+    Returns:
+        Found are the setting ``chosen``, as measured on the held-out prompts; the ``frontier`` of those that none
+        surpasses on all prompts of the search at as little work; how many were ``tried``, of how many; and ``kept``,
+        the copy of the config for `dit_accel.recommend`.
     """
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")
     requested, model = read_target(target), request.model or EMBEDDED
     _check(request, output)
     suite, prompts = _suite(request, model, requested)
-    arms = guided_space(_space(space, suite, request), _guidance(suite, try_guidance))
+    own = _sizes(request, suite)["num_inference_steps"]
+    arms = _space(space, suite, own)
     suite = dataclasses.replace(suite, arms=arms)
     job = Job(
         suite=suite, out=output.with_suffix(".runs.jsonl"), cache=cache or default_cache(), timed=False, talk=False,
         threads=1 if suite.embedded else None, machine=Machine(device=request.device, offload=request.offload),
     )  # fmt: skip
-    own = _own_steps(request, suite)
     search = Search(job=job, target=requested, stages=stages or Stages(quiet=True), own=own, prompts=prompts)
-    runs, steps = search.cost(arms)
-    search.stages.note(
-        f"{len(arms)} settings: about {runs} runs, {steps} steps, besides converged and dense runs of "
-        f"{prompts.rounds[-1]} + {prompts.held} prompts"
-    )
+    search.stages.note(f"{len(arms)} settings: {search.cost(arms)}")
     by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
     whole = search.tried(arms, by_hand)
-    frontier, chosen = pareto(whole, search.target.sign), search.judged(whole, by_hand)
-    kept = _write(output, chosen, requested, _measured(request, suite, requested, chosen, own))
-    draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
-         output.with_suffix(".png"))  # fmt: skip
-    tried = {line["arm"] for line in read_lines(job.out)} & {arm.name for arm in arms}
-    return TunedPipeline(
-        output=output, kept=kept, target=requested, chosen=chosen, frontier=tuple(frontier),
-        tried=(len(tried), len(arms)),
+    frontier, chosen = pareto(whole, requested.sign), search.judged(whole, by_hand)
+    measured = Measured(
+        model=model_key(suite.model), **_sizes(request, suite), metric=requested.quality,
+        quality=round(chosen.quality, 4), speedup=round(chosen.speedup, 4), prompts=chosen.prompts,
+    )  # fmt: skip
+    kept = _write(output, chosen.arm, request.guidance_scale, requested, measured)
+    ran = {line["arm"] for line in read_lines(job.out)} & {arm.name for arm in arms}
+    return _tuned(output, kept, requested, chosen, frontier, (len(ran), len(arms)))
+
+
+def _tuned(
+    output: Path, kept: Path, target: Target, chosen: Point, frontier: list[Point], tried: tuple[int, int]
+) -> Tuned:
+    """Return what was found, with the Pareto set as a table."""
+    interval = f"(no interval: it takes {FEWEST} prompts)"
+    if chosen.interval is not None:
+        interval = f"[{chosen.interval[0]:.4g}, {chosen.interval[1]:.4g}]"
+    return Tuned(
+        output=output,
+        found={
+            "kept": str(kept), "target": dataclasses.asdict(target), "chosen": chosen.to_dict(),
+            "frontier": [point.to_dict() for point in frontier], "tried": list(tried),
+        },
+        columns=("setting", target.quality, "work in dense steps", "speed-up"),
+        rows=[(one.arm.name, f"{one.quality:.4g}", f"{one.work:.2f}", f"{one.speedup:.2f}") for one in frontier],
+        remarks=[
+            f"{chosen.arm.name}: {target.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} over "
+            f"{chosen.prompts} prompts that the search never saw; asked was {target.name} {target.value:g}",
+            f"`dit-accel recommend` lists it first for this model, from {kept}",
+            f"tried {tried[0]} of {tried[1]} settings",
+        ],
     )  # fmt: skip
 
 
@@ -166,14 +121,14 @@ def _check(request: Request, output: Path) -> None:
 def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts]:
     """Return what is run, without arms, and which of its clips are searched and held out."""
     extra = () if target.quality in ("psnr", "ssim", "score") else (target.quality,)
-    suite = Suite(
-        name="tune-pipeline", model=model, clips=1, arms=(), call=_call(request), metrics=extra,
-        dtype=None if model in model_names() else request.dtype,
-    )  # fmt: skip
+    named = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
+    call = {key: value for key in named if (value := getattr(request, key)) is not None}
+    suite = Suite(name="tune-pipeline", model=model, clips=1, arms=(), call=call, metrics=extra)
     if suite.embedded and request.prompts == embedded_prompts(model, len(request.prompts)):
-        return suite, Prompts()
+        return suite, HELD_OUT_PROMPTS
     if not suite.embedded:
         check_given(suite.source)
+        suite = dataclasses.replace(suite, dtype=request.dtype)
     if target.quality == "score":
         raise ConfigError(
             f"--target {target.name}: the judge knows held-out prompts of embedded models alone; ask for psnr, or name "
@@ -184,11 +139,12 @@ def _suite(request: Request, model: str, target: Target) -> tuple[Suite, Prompts
     return dataclasses.replace(suite, own=own, clips=len(own)), prompts
 
 
-def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]:
+def _space(path: Path | None, suite: Suite, own: int) -> tuple[Arm, ...]:
     if path is None:
         if suite.embedded:
             return default_space(suite.model)
-        return space_of(_own_steps(request, suite), *check_given(suite.source)[0].identify())
+        adapter, family = check_given(suite.source)[0].identify()
+        return space_of(own, adapter, family, scheduler=shipped_scheduler(suite.source))
     requested = read_suite(path)
     if requested.model != suite.model:
         raise ConfigError(
@@ -196,60 +152,31 @@ def _space(path: Path | None, suite: Suite, request: Request) -> tuple[Arm, ...]
         )
     for arm in requested.arms:
         native = any(isinstance(method, DiffusersCache) for method in arm.methods)
-        if arm.call or arm.guider or arm.scheduler or native:
+        if arm.call or arm.guider or arm.scheduler or arm.rival or native:
             raise ConfigError(
-                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler and "
-                "diffusers"
+                f"{path}: arm {arm.name!r} can't be written as a config; leave out its call, guider, scheduler, rival "
+                "and diffusers"
             )
     return requested.arms
 
 
-def _guidance(suite: Suite, scales: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Return words for a guidance scale, a finite number -> the arguments of the call that set it."""
-    if not scales:
-        return {}
-    if not all(math.isfinite(scale) for scale in scales):
-        raise ConfigError(f"--try-guidance {list(scales)} has no finite number; write, say, --try-guidance 1")
-    taken = call_of(suite, {**suite.call, "guidance_scale": 1.0})
-    keys = [key for key in SCALES if key == "guidance_scale" or (suite.embedded and key in taken)]
-    return {f"guidance {scale:g}": dict.fromkeys(keys, float(scale)) for scale in dict.fromkeys(scales)}
-
-
-def _call(request: Request) -> dict[str, Any]:
-    return {key: value for key in ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
-            if (value := getattr(request, key)) is not None}  # fmt: skip
-
-
-def _own_steps(request: Request, suite: Suite) -> int:
-    if request.num_inference_steps:
-        return request.num_inference_steps
+def _sizes(request: Request, suite: Suite) -> dict[str, int]:
+    """Return the output's size and the model's own number of steps: as asked for, else the model's."""
+    names = (*SIZES, "num_inference_steps")
     if suite.embedded:
-        return int(model_defaults(suite.model)["num_inference_steps"])
-    return check_given(suite.source)[1].num_inference_steps
+        known = model_defaults(suite.model)
+    else:
+        family = check_given(suite.source)[1]
+        known = {name: getattr(family, name) for name in names}
+    return {name: int(getattr(request, name) or known.get(name) or 1) for name in names}
 
 
-def _measured(request: Request, suite: Suite, target: Target, chosen: Point, own: int) -> Measured:
-    """Return how the choice came out, and at which size."""
-    family = None if suite.embedded else check_given(suite.source)[1]
-    known = model_defaults(suite.model) if family is None else {name: getattr(family, name) for name in SIZES}
-    size = {name: int(getattr(request, name) or known.get(name) or 1) for name in SIZES}
-    return Measured(
-        model=model_key(suite.model), **size, num_inference_steps=own, metric=target.quality,
-        quality=round(float(chosen.quality), 4), speedup=round(float(chosen.speedup), 4), prompts=chosen.prompts,
-    )  # fmt: skip
-
-
-def _write(output: Path, chosen: Point, target: Target, measured: Measured) -> Path:
+def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target, measured: Measured) -> Path:
     """Write the config, and its copy for `dit_accel.recommend`; returns that."""
-    arm = chosen.arm
-    run_table: dict[str, Any] = {"num_inference_steps": arm.num_inference_steps}
-    if arm.solver != OWN:
-        run_table["solver"] = arm.solver
-    if "guidance_scale" in arm.call:
-        run_table["guidance_scale"] = arm.call["guidance_scale"]
-    if arm.flow_shift is not None:
-        run_table["flow_shift"] = arm.flow_shift
-    text = tuned_text(arm.methods, run_table, measured, arm.name)
+    solver = None if arm.solver == OWN else arm.solver
+    run = {"num_inference_steps": arm.num_inference_steps, "solver": solver, "flow_shift": arm.flow_shift}
+    run = {key: value for key, value in {**run, "guidance_scale": guidance_scale}.items() if value is not None}
+    text = tuned_text(arm.methods, run, measured, arm.name)
     with written_whole(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     size = f"{measured.width}x{measured.height}x{measured.num_frames}"

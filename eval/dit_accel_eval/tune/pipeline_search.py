@@ -1,10 +1,11 @@
 """The search of `tune pipeline`: optuna proposes settings and prunes them, held-out prompts judge the choice once."""
 
 import dataclasses
+import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
@@ -19,13 +20,18 @@ from ..suites.arms import Arm, dense_arm, is_rival
 from ..suites.compare import run
 from ..suites.comparison import rival_steps, value_of
 from ..suites.job import Job
-from .proposals import KEPT, Proposals
 
 ROUNDS = (2, 4, 6)
 """Prompts on which a setting is measured before it may be pruned, and then all; those before are among them."""
 
 TRIED, FEW = 0.5, 24
 """Share of the settings that are run at most, those set by hand among them; of so few all may be."""
+
+KEPT = 3
+"""Of so many settings one goes on to more prompts."""
+
+REPEATS = 8
+"""Times the number of settings that the sampler is asked: it proposes some again."""
 
 LADDER = 5
 """Dense runs of the space that are among the first, to tell what a quality is worth."""
@@ -36,39 +42,28 @@ SPARE = 1.5
 CACHED_LEAST = 0.25
 """Share of its steps that a setting with a cache computes at least: its cost is not known beforehand."""
 
-UNGUIDED = 0.5
-"""Share of a guided step that one without guidance computes: it leaves the negative prompt out."""
-
 HELD_OUT, HELD_OUT_FIRST = 6, FIRST_PROMPT + 32
 """Prompts on which the choice is verified, and the first of them."""
 
 FEWEST_PROMPTS = 4
 """Prompts of one's own that a search takes at least: half of them are held out."""
 
+SPEEDUP = "speedup"
+NICKNAMES = {"checker": "score", "lpips": "lpips@alex", "dists": "dists@vgg"}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """Which clips a search looks at, by their numbers.
 
-    Attributes:
-        first: the first of those on which settings are searched.
-        rounds: how many there are before a setting may be pruned, rising; the last are all.
-        held_first: the first of those on which the choice is verified.
-        held: how many these are.
-    """
+class Prompts(NamedTuple):
+    """Numbers of clips: of each round, more and more, those before among them; and of those that verify the choice."""
 
-    first: int = FIRST_PROMPT
-    rounds: tuple[int, ...] = ROUNDS
-    held_first: int = HELD_OUT_FIRST
-    held: int = HELD_OUT
+    rounds: tuple[range, ...]
+    held: range
 
-    def searched(self, place: int) -> range:
-        """Return the clips of a round, counted from 0; the last is -1."""
-        return range(self.first, self.first + self.rounds[place])
 
-    def verified(self) -> range:
-        """Return the held-out clips."""
-        return range(self.held_first, self.held_first + self.held)
+HELD_OUT_PROMPTS = Prompts(
+    rounds=tuple(range(FIRST_PROMPT, FIRST_PROMPT + count) for count in ROUNDS),
+    held=range(HELD_OUT_FIRST, HELD_OUT_FIRST + HELD_OUT),
+)
+"""Prompts that an embedded model never saw."""
 
 
 def split(count: int) -> Prompts:
@@ -79,15 +74,8 @@ def split(count: int) -> Prompts:
             "with --prompt or --prompt-file"
         )
     half = min(ROUNDS[-1], count // 2)
-    rounds = tuple(dict.fromkeys(min(prompts, half) for prompts in ROUNDS))
-    return Prompts(first=0, rounds=rounds, held_first=half, held=min(HELD_OUT, count - half))
-
-
-UNMEASURED = ("skipped", "unavailable")
-"""What result lines call the metrics that have no value, with the reasons."""
-
-SPEEDUP = "speedup"
-NICKNAMES = {"checker": "score", "lpips": "lpips@alex"}
+    rounds = tuple(range(most) for most in dict.fromkeys(min(most, half) for most in ROUNDS))
+    return Prompts(rounds=rounds, held=range(half, min(count, half + HELD_OUT)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +103,13 @@ class Target:
 
     def missed(self, point: "Point") -> float:
         """Return by how much a setting misses the target; 0 if it meets it."""
-        found = point.speedup if self.name == SPEEDUP else self.sign * point.quality
-        requested = self.value if self.name == SPEEDUP else self.sign * self.value
-        return max(0.0, requested - found)
+        if self.name == SPEEDUP:
+            return max(0.0, self.value - point.speedup)
+        return max(0.0, self.sign * (self.value - point.quality))
+
+    def rank(self, point: "Point") -> tuple[float, float]:
+        """Return what is least of the best setting: what it misses, then its work, or for a speed-up its quality."""
+        return self.missed(point), -self.sign * point.quality if self.name == SPEEDUP else point.work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +133,11 @@ class Point:
     work: float
     speedup: float
     interval: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the setting and its figures as plain values."""
+        figures = ("prompts", "quality", "interval", "work", "speedup")
+        return {"arm": self.arm.name, **self.arm.to_dict(), **{name: getattr(self, name) for name in figures}}
 
 
 def read_target(text: str) -> Target:
@@ -185,36 +182,28 @@ class Search:
     target: Target
     stages: Stages
     own: int
-    prompts: Prompts = field(default_factory=Prompts)
+    prompts: Prompts = HELD_OUT_PROMPTS
     ran: set[str] = field(default_factory=set)
-
-    def last_round(self) -> list[Line]:
-        """Return the lines of the last round's prompts, of the settings that have all of them."""
-        prompts = self.prompts.searched(-1)
-        known = [line for line in latest(read_lines(self.job.out)).values() if line["clip"] in prompts]
-        counts = Counter(line["arm"] for line in known)
-        return [line for line in known if counts[line["arm"]] == len(prompts)]
 
     def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Point]:
         """Return settings as measured on prompts, made or found again."""
         run(dataclasses.replace(self.job, suite=dataclasses.replace(self.job.suite, arms=tuple(arms))), prompts)
         known = latest(read_lines(self.job.out))
         self.ran.update(arm.name for arm in arms)
-        points = []
-        for arm in arms:
-            lines = [known[arm.name, prompt] for prompt in prompts]
-            values = [value for line in lines if (value := value_of(line, self.target.quality)) is not None]
-            if len(values) < len(lines):
-                reasons = (line.get(key, {}).get(self.target.quality) for line in lines for key in UNMEASURED)
-                reason = next(filter(None, reasons), "it has no value")
-                raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
-            work, found = float(np.mean([line["work"] for line in lines])), estimate(values)
-            points.append(Point(
-                arm=arm, prompts=len(prompts), work=work, speedup=self.own / work, quality=found.mean,
-                error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
-                interval=None if found.low is None or found.high is None else (found.low, found.high),
-            ))  # fmt: skip
-        return points
+        return [self._point(arm, [known[arm.name, prompt] for prompt in prompts]) for arm in arms]
+
+    def _point(self, arm: Arm, lines: Sequence[Line]) -> Point:
+        values = [value for line in lines if (value := value_of(line, self.target.quality)) is not None]
+        if len(values) < len(lines):
+            kept = (line.get(key, {}) for line in lines for key in ("skipped", "unavailable"))
+            reason = next(filter(None, (one.get(self.target.quality) for one in kept)), "it has no value")
+            raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
+        work, found = float(np.mean([line["work"] for line in lines])), estimate(values)
+        return Point(
+            arm=arm, prompts=len(lines), work=work, speedup=self.own / work, quality=found.mean,
+            error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
+            interval=None if found.low is None or found.high is None else (found.low, found.high),
+        )  # fmt: skip
 
     def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Point]:
         """Return the settings that were measured on all prompts of the search.
@@ -228,39 +217,62 @@ class Search:
         """
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
-        proposals = Proposals(arms, sorted({arm.name: arm for arm in first}.values(), key=least_work))
-        seen, whole = list[Point](), list[Point]()
-        while len(seen) < most and (arm := proposals.next()) is not None:
-            if max(least_work(arm), known_work(arm, seen)) > self.most_work(seen):
-                proposals.tell(None)
-                continue
-            self.stages.stage(f"setting {len(seen) + 1} of at most {most}, {len(arms)} in all: {arm.name}")
-            points = list[Point]()
-            for place in range(len(self.prompts.rounds)):
-                points += self.measured([arm], self.prompts.searched(place))
-                if proposals.is_behind(self.loss(points[-1]), place) and arm not in by_hand:
-                    break
-            else:
-                whole.append(points[-1])
-            seen.append(points[0])
-            proposals.tell(self.loss(points[-1]))
+        optuna, kinds = _optuna(), _by_kind(arms)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=KEPT)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0), pruner=pruner)
+        for arm in sorted({arm.name: arm for arm in first}.values(), key=least_work):
+            study.enqueue_trial({"kind": _kind(arm), "steps": arm.num_inference_steps})
+        steps = [arm.num_inference_steps for arm in arms]
+        seen, whole, losses = list[Point](), list[Point](), dict[str, float | None]()
+
+        def objective(trial: Any) -> float:
+            known = kinds[trial.suggest_categorical("kind", list(kinds))]
+            count = trial.suggest_int("steps", min(steps), max(steps))
+            arm = known[min(known, key=lambda one: abs(one - count))]
+            if arm.name not in losses:
+                losses[arm.name] = None
+                if arm in by_hand or max(least_work(arm), known_work(arm, seen)) <= self.most_work(seen):
+                    self.stages.stage(f"setting {len(seen) + 1} of at most {most}, {len(arms)} in all: {arm.name}")
+                    points = self._rounds(arm, trial, arm in by_hand)
+                    seen.append(points[0])
+                    whole.extend(points[len(self.prompts.rounds) - 1 :])
+                    losses[arm.name] = self.loss(points[-1])
+            if (loss := losses[arm.name]) is None:
+                raise optuna.TrialPruned  # not run: its work can't but be too much
+            return loss
+
+        study.optimize(
+            objective, REPEATS * len(arms), callbacks=[lambda study, _: study.stop() if len(seen) == most else None]
+        )
         if not whole:
             raise ConfigError(
                 f"no setting can be {self.target.value:g} times as fast as {self.own} dense steps; ask for less"
             )
         return whole
 
+    def _rounds(self, arm: Arm, trial: Any, whole: bool) -> list[Point]:
+        """Return a setting as measured on more and more prompts; ``whole``: on all, also where others are ahead."""
+        points = list[Point]()
+        for place, prompts in enumerate(self.prompts.rounds):
+            points += self.measured([arm], prompts)
+            trial.report(self.loss(points[-1]), KEPT**place)
+            if trial.should_prune() and not whole:
+                break
+        return points
+
     def most_tried(self, arms: Sequence[Arm]) -> int:
         """Return how many settings are run at most."""
         return max(math.ceil(TRIED * len(arms)), min(len(arms), FEW))
 
-    def cost(self, arms: Sequence[Arm]) -> tuple[int, int]:
-        """Return about how many runs the search takes, and their denoising steps, besides converged and dense runs."""
-        steps = sorted((arm.num_inference_steps for arm in arms), reverse=True)
-        count, more = self.most_tried(arms), np.diff(self.prompts.rounds, prepend=0).tolist()
-        stages = [(math.ceil(count / KEPT**place), prompts) for place, prompts in enumerate(more)]
-        runs = [(prompts, one) for kept, prompts in (*stages, (2, self.prompts.held)) for one in steps[:kept]]
-        return sum(prompts for prompts, _ in runs), sum(prompts * one for prompts, one in runs)
+    def cost(self, arms: Sequence[Arm]) -> str:
+        """Return in words about how many runs the search takes: of the settings that run a `KEPT`-th goes on."""
+        count, rounds = self.most_tried(arms), [len(one) for one in self.prompts.rounds]
+        steps, held = [arm.num_inference_steps for arm in arms], len(self.prompts.held)
+        runs = count * rounds[0] + math.ceil(count / KEPT) * (rounds[-1] - rounds[0]) + 2 * held
+        return (
+            f"about {runs} runs of {min(steps)} to {max(steps)} steps, besides converged and dense runs of "
+            f"{rounds[-1]} + {held} prompts"
+        )
 
     def most_work(self, points: Sequence[Point]) -> float:
         """Return the work above which no setting can win any more."""
@@ -280,7 +292,7 @@ class Search:
             return 1e6 * self.target.missed(point) - sign * point.quality
         lines = latest(read_lines(self.job.out))
         found = []
-        for clip in range(self.prompts.first, self.prompts.first + point.prompts):
+        for clip in self.prompts.rounds[-1][: point.prompts]:
             ran = [lines[name, clip] for name in self.ran if (name, clip) in lines]
             # a search that goes on has lines of later settings, which must not change what it proposes
             steps = {line["num_inference_steps"] for line in ran if is_rival(line)}.union(*map(rival_steps, ran))
@@ -298,12 +310,10 @@ class Search:
 
         Where a speed-up is asked for, the best that reaches it. The nearest where none meets it.
         """
-        sign = self.target.sign
-        if self.target.name == SPEEDUP:
-            return min(points, key=lambda one: (self.target.missed(one), -sign * one.quality))
-        worse = {one.arm.name: dataclasses.replace(one, quality=one.quality - sign * one.error) for one in points}
-        sure = [one for one in points if not self.target.missed(worse[one.arm.name])]
-        return min(sure or points, key=lambda one: (self.target.missed(one), one.work))
+        target = self.target
+        worse = [dataclasses.replace(one, quality=one.quality - target.sign * one.error) for one in points]
+        sure = [one for one, low in zip(points, worse, strict=True) if not target.missed(low)]
+        return min(points if target.name == SPEEDUP else sure or points, key=target.rank)
 
     def judged(self, points: Sequence[Point], by_hand: Sequence[Arm] = ()) -> Point:
         """Return the choice as measured on the held-out prompts, or the best by hand where that is better there.
@@ -313,33 +323,49 @@ class Search:
         """
         hand = [one for one in points if one.arm in by_hand]
         arms = {one.arm.name: one.arm for one in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
-        self.stages.stage(f"judging {' and '.join(arms)} on {self.prompts.held} held-out prompts")
-        found = self.measured(list(arms.values()), self.prompts.verified())
-        sign, fast = self.target.sign, self.target.name == SPEEDUP
-        best = min(found, key=lambda one: (self.target.missed(one), -sign * one.quality if fast else one.work))
+        self.stages.stage(f"judging {' and '.join(arms)} on {len(self.prompts.held)} held-out prompts")
+        best = min(self.measured(list(arms.values()), self.prompts.held), key=self.target.rank)
         if self.target.missed(best):
             message = f"{self.target.quality} {best.quality:.4g} and a speed-up of {best.speedup:.2f}"
             raise ConfigError(
-                f"no setting reached {self.target.name} {self.target.value:g} on {self.prompts.held} held-out prompts; "
-                f"nearest came {best.arm.name} with {message}; ask for less, or give more settings with --space"
+                f"no setting reached {self.target.name} {self.target.value:g} on {len(self.prompts.held)} held-out "
+                f"prompts; nearest came {best.arm.name} with {message}; ask for less, or give more settings with "
+                "--space"
             )
         return best
 
 
+def _optuna() -> Any:
+    try:
+        import optuna  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        missing = "tune pipeline searches with optuna, which is not here: pip install 'dit-accel[tune]'"
+        raise ConfigError(missing) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _by_kind(arms: Sequence[Arm]) -> dict[str, dict[int, Arm]]:
+    """Return what settings have in common that differ in their steps alone -> steps -> the setting."""
+    kinds: dict[str, dict[int, Arm]] = {}
+    for arm in arms:
+        kinds.setdefault(_kind(arm), {})[arm.num_inference_steps] = arm
+    return kinds
+
+
+def _kind(arm: Arm) -> str:
+    return json.dumps({**arm.to_dict(), "num_inference_steps": None}, sort_keys=True)
+
+
 def least_work(arm: Arm) -> float:
-    """Return the least that a setting can cost, in dense steps: its own, fewer where a method or guidance skips."""
-    return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0) * (UNGUIDED if arm.call else 1.0)
+    """Return the least that a setting can cost, in dense steps: its own, fewer where a method skips some."""
+    return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0)
 
 
 def known_work(arm: Arm, points: Sequence[Point]) -> float:
     """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
-    same = [
-        point.work
-        for point in points
-        if (point.arm.methods, point.arm.call) == (arm.methods, arm.call)
-        and point.arm.num_inference_steps <= arm.num_inference_steps
-    ]
-    return max(same, default=0.0)
+    same = (one for one in points if one.arm.methods == arm.methods)
+    return max((one.work for one in same if one.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)
 
 
 def pareto(points: Sequence[Point], sign: int) -> list[Point]:

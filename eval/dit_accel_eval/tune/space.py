@@ -1,71 +1,30 @@
-"""The settings among which `tune pipeline` looks: solvers, steps, caches and sparse attention, alone and together."""
+"""The settings among which `tune pipeline` looks, `space.toml`: those that a model takes, by numbers of steps."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from dit_accel_assets import model_defaults, model_path
-from dit_accel_pipelines.generation.solvers import BEST
+from dit_accel_pipelines.generation.solvers import is_flow, shift_of
 
-from dit_accel import (
-    DFA,
-    DBCache,
-    DBPrune,
-    EasyCache,
-    FirstBlockCache,
-    LiteAttention,
-    MagCache,
-    RadialAttention,
-    SolAttention,
-    SparseD,
-    StaticCache,
-    TeaCache,
-)
+from dit_accel import MagCache, TeaCache
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.model_files import read_model_files
+from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
 
-from ..suites.arms import Arm, dense_arm
+from ..runs.model import shipped_scheduler
+from ..suites.arms import Arm, dense_arm, read_arms
+
+SPACE = Path(__file__).with_name("space.toml")
 
 STEPS = (4, 5, 6, 8, 10, 12, 14, 16, 20)
 """Denoising steps that are tried; a model's own number is added."""
 
 LARGER = (0.5, 0.6, 0.8)
 """Shares of a model's own number that are tried too, for models whose own is far beyond `STEPS`."""
-
-CACHED_FROM = 12
-"""Steps from which a cache has some to skip: with fewer, embedded models change too much from one to the next."""
-
-FORECAST = "taylor"
-ALONE: Mapping[str, MethodConfig] = {
-    "sol 0.46": SolAttention(beta=0.46),
-    "sparsed 0.5 pooled": SparseD(density=0.5, rest="pooled"),
-    "radial pooled": RadialAttention(rest="pooled"),
-    "lite pooled": LiteAttention(threshold=-6.0, rest="pooled"),
-}
-"""Sparse attention that is tried by itself; what a name says is what is set, the rest is the model's own."""
-
-CACHED: Mapping[str, MethodConfig] = {name: ALONE[name] for name in ("sol 0.46", "lite pooled", "sparsed 0.5 pooled")}
-"""Sparse attention that is tried with a cache."""
-
-CACHES: Mapping[str, MethodConfig] = {
-    **{f"easycache {at}": EasyCache(threshold=at, predictor=FORECAST) for at in (0.05, 0.08, 0.1, 0.15)},
-    **{f"easycache hold {at}": EasyCache(threshold=at, predictor="hold") for at in (0.08, 0.1)},
-    **{f"teacache {at}": TeaCache(threshold=at, predictor=FORECAST) for at in (0.1, 0.2)},
-    **{f"magcache {at}": MagCache(threshold=at, predictor=FORECAST) for at in (0.06, 0.12)},
-    **{f"firstblockcache {at}": FirstBlockCache(threshold=at, predictor=FORECAST) for at in (0.1, 0.2)},
-    "dbcache 2 blocks 0.1": DBCache(threshold=0.1, first_blocks=2, predictor=FORECAST),
-    "dbprune 0.1": DBPrune(threshold=0.1, predictor=FORECAST),
-    "staticcache every 2": StaticCache(every=2, predictor=FORECAST),
-    "dfa every 2": DFA(every=2),
-}
-"""Caches that are tried by themselves, DFA among them, whose background keeps its attention output."""
-
-BY_HAND = (
-    "easycache 0.05 30", "easycache 0.1 30", "easycache hold 0.1 14", "easycache hold 0.08 12", "easycache 0.08 16",
-    "lite pooled + easycache 0.1 16", "magcache 0.12 14", "firstblockcache 0.2 14", "lite pooled 12",
-)  # fmt: skip
-"""The settings of README.md, which the search always runs: what it chooses is no worse than the best of them."""
 
 CALIBRATED = (TeaCache, MagCache)
 """Caches that are tried where their numbers are known for the model."""
@@ -74,14 +33,23 @@ EMBEDDED_TILES = 16
 """Tokens of a tile on embedded models; others have what the methods choose by themselves."""
 
 
+def _tables() -> list[dict[str, Any]]:
+    return tomllib.loads(SPACE.read_text(encoding="utf-8"))["arm"]
+
+
+BY_HAND = frozenset(f"{table['name']} {steps}" for table in _tables() for steps in table.get("by_hand", ()))
+"""Names of the settings that the search always runs."""
+
+
 def default_space(model: str) -> tuple[Arm, ...]:
     """Return the settings that are tried on an embedded model where a user names none."""
-    adapter, family = read_model_files(str(model_path(model))).identify()
-    own = int(model_defaults(model)["num_inference_steps"])
-    return space_of(own, adapter, family, block_size=EMBEDDED_TILES)
+    source, own = str(model_path(model)), int(model_defaults(model)["num_inference_steps"])
+    return space_of(own, *read_model_files(source).identify(), scheduler=shipped_scheduler(source), tile=EMBEDDED_TILES)
 
 
-def space_of(own: int, adapter: Adapter, family: Family, *, block_size: int | None = None) -> tuple[Arm, ...]:
+def space_of(
+    own: int, adapter: Adapter, family: Family, *, scheduler: Any = None, tile: int | None = None
+) -> tuple[Arm, ...]:
     """Return the settings that are tried on a model.
 
     Left out is what the model does not take, and `ProfilingCache`, which takes the blocks that `tune profile` finds.
@@ -91,49 +59,37 @@ def space_of(own: int, adapter: Adapter, family: Family, *, block_size: int | No
         own: the model's own number of steps.
         adapter: of its transformer.
         family: its recipes.
-        block_size: tokens of a sparse method's tile; None: what that chooses.
+        scheduler: with which it ships, which tells its noise shift; None: other shifts are not tried.
+        tile: tokens of a sparse method's tile; None: what that chooses.
     """
     further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
-
-    def taken(method: MethodConfig) -> bool:
-        known = method.name in family.recipes or not isinstance(method, CALIBRATED)
-        return known and adapter.verdict(method.name)[0] == "supported"
-
-    tiles = {} if block_size is None else {"block_size": block_size}
     usual = {*STEPS, *further, own}
-    every = (
-        arm
-        for steps in sorted(usual | {int(name.rpartition(" ")[2]) for name in BY_HAND})
-        for arm in _arms(steps, tiles)
-        if steps in usual or arm.name in BY_HAND
-    )
-    return tuple(arm for arm in every if all(map(taken, arm.methods)))
+    shifts = scheduler is not None and is_flow(scheduler.config)
+
+    def taken(arm: Arm) -> bool:
+        if arm.flow_shift is not None:
+            return shifts and arm.flow_shift != shift_of(scheduler)
+        known = (one.name in family.recipes or not isinstance(one, CALIBRATED) for one in arm.methods)
+        return all(known) and all(adapter.verdict(one.name)[0] == "supported" for one in arm.methods)
+
+    found = [dense_arm(steps) for steps in usual]
+    found += [
+        dataclasses.replace(arm, methods=tuple(_tiled(arm.methods, tile))) for arm in _arms(usual) if taken(arm)
+    ]  # fmt: skip
+    return tuple(sorted(found, key=lambda arm: arm.num_inference_steps))
 
 
-def guided_space(arms: Iterable[Arm], calls: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
-    """Return arms, and each with other guidance, by words behind its name -> the arguments of the call."""
-    listed = tuple(arms)
-    return listed + tuple(
-        dataclasses.replace(arm, name=f"{arm.name}, {words}", call=call)
-        for words, call in calls.items()
-        for arm in listed
-    )
+def _arms(usual: set[int]) -> tuple[Arm, ...]:
+    """Return all settings, each with the usual numbers of steps from its first on, and those of README.md."""
+    tables = _tables()
+    for table in tables:
+        first = table.pop("from", 0)
+        steps = {*table.pop("by_hand", ()), *(count for count in usual if count >= first)}
+        table["num_inference_steps"] = sorted(steps)
+    return read_arms(tables, SPACE)
 
 
-def _arms(steps: int, tiles: Mapping[str, int]) -> Iterator[Arm]:
-    yield dense_arm(steps)
-    for solver in ("dpm++", "euler"):
-        yield Arm(name=f"{solver} {steps}", num_inference_steps=steps, solver=solver)
-    for name, sparse in ALONE.items():
-        yield _arm(name, steps, dataclasses.replace(sparse, **tiles))
-    if steps < CACHED_FROM:
-        return
-    for name, cache in CACHES.items():
-        yield _arm(name, steps, cache)
-    for name, sparse in CACHED.items():
-        both = dataclasses.replace(sparse, **tiles), EasyCache(threshold=0.1, predictor=FORECAST)
-        yield _arm(f"{name} + easycache 0.1", steps, *both)
-
-
-def _arm(name: str, steps: int, *methods: MethodConfig) -> Arm:
-    return Arm(name=f"{name} {steps}", num_inference_steps=steps, solver=BEST, methods=methods)
+def _tiled(methods: tuple[MethodConfig, ...], tile: int | None) -> Iterator[MethodConfig]:
+    for method in methods:
+        sized = tile is not None and isinstance(method, SparseConfig)
+        yield dataclasses.replace(method, block_size=tile) if sized else method

@@ -1,0 +1,188 @@
+"""Tunes MagCache and TeaCache: measures their numbers on a model's own generations, of which all steps are computed.
+
+Sources: the calibrations of MagCache (arXiv 2506.09045) and TeaCache (arXiv 2411.19108). Where we depart from them:
+sizes are means of absolute values, of what is stored here, not of the last block's residual; MagCache's ratios are
+averaged over prompts, geometrically; TeaCache's polynomial fits not the change of the output, but that of what is
+stored here, relative to the output, which is the error of holding it for one step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import Request
+from torch import Tensor
+
+from dit_accel import ConfigError, MagCache, TeaCache
+from dit_accel.methods.caches.calibrated import CalibratedConfig, CalibratedHandler
+from dit_accel.methods.caches.easy import mean_change, mean_size
+from dit_accel.methods.site import ForwardContext, target_sample
+from dit_accel.rules.caching import rescaled
+
+from .base import Runs, Tuned, write_config
+
+DEGREE = 4
+"""Of TeaCache's polynomial."""
+
+Config = TypeVar("Config", bound=CalibratedConfig)
+
+Note = dict[str, Any]
+"""What was noted of one forward, as plain values; with ``transformer`` and ``step``."""
+
+Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
+"""(handler, context, output) -> a note of a forward of the branch that decides."""
+
+
+def tune_magcache(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
+    """Measure the ratios on every prompt, for ``--config``; the request may hold a `MagCache` without ratios.
+
+    Found are ``ratios``, one for each step, the geometric mean over the prompts, the first of which is 1, and
+    ``spread``, of each step the largest ratio of a prompt over the smallest.
+    """
+    requested = config_of(request, MagCache)
+    config = dataclasses.replace(requested, threshold=0.0, ratios=(1.0,), branches="all")
+    runs, model, steps = watched_runs(request, output, config, lambda: _note_size, stages)
+    curves = np.array([_ratios(notes, steps) for notes in runs.done])
+    ratios, spread = (
+        tuple(round(float(ratio), 5) for ratio in values)
+        for values in (np.exp(np.log(curves).mean(0)), curves.max(0) / curves.min(0))
+    )
+    about = f"Measured by dit-accel tune magcache on {model}: {steps} steps, {len(curves)} prompts."
+    write_config(output, dataclasses.replace(requested, ratios=ratios, measured_on=model), [about])
+    runs.finish()
+    return Tuned(
+        output=output,
+        found={"model": model, "ratios": ratios, "spread": spread, "prompts": len(curves)},
+        columns=("step", "ratio", "largest over smallest"),
+        rows=[(str(step), f"{ratios[step]:.5f}", f"{spread[step]:.5f}") for step in range(steps)],
+    )
+
+
+def _note_size(handler: CalibratedHandler, context: ForwardContext, output: Any) -> Note:
+    size = float(mean_size(handler.stored(context)))
+    return {"transformer": context.transformer, "step": context.step_index, "size": size}
+
+
+def _ratios(notes: Sequence[Note], steps: int) -> np.ndarray:
+    """Return the ratios of one prompt's run; of two forwards of a step the last counts."""
+    sizes = {note["step"]: note["size"] for note in notes}
+    for step in range(steps):
+        if not sizes.get(step, 0) > 0:
+            raise ConfigError(
+                f"tune magcache needs a size above 0 for every step, got {sizes.get(step)} at step {step}; show "
+                "something else"
+            )
+    values = np.array([sizes[step] for step in range(steps)])
+    return np.concatenate([[1.0], values[1:] / values[:-1]])
+
+
+def tune_teacache(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
+    """Fit the polynomials on every prompt, for ``--config``; the request may hold a `TeaCache` without polynomials.
+
+    Found are the ``fits``, one a transformer: its ``polynomial``, the highest power first, the ``lowest`` and
+    ``highest`` change of the signal, how many ``points`` were fitted, the root mean square of what the fit is ``off``
+    by, and the standard deviation of what was fitted, its ``spread``.
+    """
+    requested = config_of(request, TeaCache)
+    nothing = (0.0,)
+    config = dataclasses.replace(requested, threshold=0.0, polynomial=nothing, polynomial_2=nothing, branches="all")
+    runs, model, steps = watched_runs(request, output, config, _Changes, stages)
+    notes = [note for prompt in runs.done for note in prompt if "signal" in note]
+    fits = [_fit(name, notes) for name in sorted({note["transformer"] for note in notes})]
+    if not fits:
+        raise ConfigError(f"tune teacache needs steps to compare, got {steps}; ask for {DEGREE + 2} or more")
+    first, second = (*(fit["polynomial"] for fit in fits), None)[:2]
+    prompts = len(runs.done)
+    about = [f"Fitted by dit-accel tune teacache on {model}: {steps} steps, {prompts} prompts."]
+    about += [
+        f"{fit['transformer']}: changes of the signal from {fit['lowest']:.4g} to {fit['highest']:.4g}, off by "
+        f"{fit['off']:.3g} where they spread by {fit['spread']:.3g}"
+        for fit in fits
+    ]
+    measured = dataclasses.replace(requested, polynomial=first, polynomial_2=second, measured_on=model)
+    write_config(output, measured, about)
+    runs.finish()
+    numbers = ("lowest", "highest", "off", "spread")
+    return Tuned(
+        output=output,
+        found={"model": model, "steps": steps, "prompts": prompts, "fits": fits},
+        columns=("transformer", "points", "smallest change", "largest", "off by", "spread"),
+        rows=[(fit["transformer"], str(fit["points"]), *(f"{fit[name]:.4g}" for name in numbers)) for fit in fits],
+    )
+
+
+class _Changes:
+    """Notes how the signal and what is stored changed since the step before of the same transformer."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int, Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, handler: CalibratedHandler, context: ForwardContext, output: Any) -> Note:
+        note: Note = {"transformer": context.transformer, "step": context.step_index}
+        assert handler.model.adapter.signal is not None
+        with torch.no_grad():
+            signal = handler.model.adapter.signal(handler.transformer_of(context), context.inputs).detach()
+        stored, given = handler.stored(context), target_sample(output)
+        if self._last is not None and self._last[:2] == (context.transformer, context.step_index - 1):
+            _, _, signal_before, stored_before, given_before = self._last
+            note["signal"] = float(mean_change(signal, signal_before) / mean_size(signal_before))
+            note["output"] = float(mean_change(stored, stored_before) / mean_size(given_before))
+        self._last = context.transformer, context.step_index, signal, stored, given
+        return note
+
+
+def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
+    own = [note for note in notes if note["transformer"] == transformer]
+    signal, output = (np.array([note[name] for note in own]) for name in ("signal", "output"))
+    different = len({*signal.round(12).tolist()})
+    if different <= DEGREE:
+        raise ConfigError(
+            f"tune teacache fits {DEGREE + 1} coefficients and saw {different} changes of the signal of {transformer}; "
+            "ask for more steps"
+        )
+    if not (np.isfinite(signal).all() and np.isfinite(output).all()):
+        raise ConfigError(f"tune teacache saw changes of {transformer} that are no numbers; check the model's type")
+    polynomial = tuple(float(f"{value:.9g}") for value in np.polyfit(signal, output, DEGREE))
+    fitted = np.array([rescaled(polynomial, change) for change in signal])
+    off, spread = float(np.sqrt(np.mean((fitted - output) ** 2))), float(output.std())
+    return {
+        "transformer": transformer, "polynomial": polynomial, "lowest": float(signal.min()),
+        "highest": float(signal.max()), "points": len(own), "off": off, "spread": spread,
+    }  # fmt: skip
+
+
+def watched_runs(
+    request: Request, output: Path, config: CalibratedConfig, new_watch: Callable[[], Watch], stages: Stages | None
+) -> tuple[Runs, str, int]:
+    """Generate every prompt of a request with all steps computed; the notes of each are a part that is done.
+
+    Attached are the request's methods, with ``config`` in place of one of its type, whose numbers are not used;
+    ``new_watch`` makes what notes one prompt's forwards. Returned are the runs, the model's name, and the steps.
+    """
+    others = [method for method in request.methods if not isinstance(method, type(config))]
+    runs = Runs(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
+    with runs.attached() as attachment:
+        handlers = attachment._execution.handlers
+        cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
+        for prompt in runs.left():
+            watch, notes = new_watch(), list[Note]()
+            cache.computed = lambda context, decider, output, w=watch, n=notes: n.append(w(cache, context, output))
+            runs.run(prompt)
+            runs.add(notes)
+    return runs, cache.model.name, 1 + max(note["step"] for notes in runs.done for note in notes)
+
+
+def config_of(request: Request, config_type: type[Config]) -> Config:
+    """Return the request's config of a cache; one that has numbers is refused."""
+    config = next((one for one in request.methods if isinstance(one, config_type)), config_type())
+    for name in (config.numbers, "family", "measured_on"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"tune {config.name} measures the {config.numbers} itself, got {config.name}.{name} = "
+                f"{getattr(config, name)!r}; leave it out"
+            )
+    return config
