@@ -27,7 +27,7 @@ from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
 from .conditions import Budget, HeldOutClips, OwnClips
-from .counting import Counter, Counts, attended, density_map, own_share
+from .counting import Counter, Counts, attended, density_map, planned
 from .rivals import cached_by
 
 DIGITS = 4
@@ -86,6 +86,8 @@ class SuiteModel:
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
         device: where it runs.
+        own_share: self-attention's share of the FLOPs at the size of its call, as `dit-accel plan` counts them.
+        tokens: of a forward.
     """
 
     dtype: str | None = None
@@ -98,7 +100,8 @@ class SuiteModel:
         self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
         self.adapter, self.family = adapter, family
-        self.own_share = own_share(adapter, family, self.call)
+        size = planned(adapter, family, self.call)
+        self.own_share, self.tokens = size.attention_share, size.layout.tokens
         self.shipped = pipe.scheduler
         self.transformers = transformers_of(pipe)
         self._counter = Counter(self.transformers, adapter)
