@@ -212,11 +212,21 @@ def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch):
     assert "times dense" in found.stdout
     assert "radial" in found.stdout
     assert "backends that do not run here: " in found.stderr
+    assert "wan2.1-1.3b, 128 tokens\nround 1 of 1 is done" in found.stderr
     count = len(read_lines(out))
     found = CliRunner().invoke(app, [*arguments, "--quiet", "--json"])
     assert found.exit_code == 0
     assert json.loads(found.stdout) == read_lines(out)[count:]
     assert len(read_lines(out)) == 2 * count
+
+
+def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table(monkeypatch):
+    arms = lambda methods: [BenchArm(name="dense"), BenchArm(name="radial", methods=tuple(methods))]  # noqa: E731
+    monkeypatch.setattr(forwards, "arms_of", arms)
+    found = CliRunner().invoke(app, ["bench", "--shapes", "flux.1-dev:64x64", "--rounds", "1", "--radial"])
+    assert found.exit_code == 2
+    assert "flux.1-dev, 2 layers of 2 of 24 heads, 528 tokens" in found.stdout
+    assert "it can't run here: radial: radial makes no sense on flux" in " ".join(found.stderr.split())
 
 
 def test_shapes_are_timed_dense_and_by_the_presets_where_no_method_is_named():

@@ -128,6 +128,8 @@ def run_shapes(
 ) -> Iterator[Line]:  # fmt: skip
     """Give the lines of one shape after another, those of least work first; the longest may find no time.
 
+    What one took foretells the next, and further rounds leave the later ones the time of a first.
+
     Args:
         options: settled; how much of each model, how often, and the seconds of all.
 
@@ -136,13 +138,15 @@ def run_shapes(
     """
     plans = sorted((Plan.of(shape, options) for shape in shapes), key=lambda plan: plan.dense.total_flops)
     deadline, rate = time.perf_counter() + options.budget, math.inf
-    for plan in plans:
+    for number, plan in enumerate(plans, 1):
         started, expected = time.perf_counter(), plan.dense.total_flops / rate
+        later = sum(other.dense.total_flops for other in plans[number:]) / rate
         if started + expected > deadline:
             say(f"{plan.shape.name} is left out: it would take about {expected:,.0f} s; raise --budget")
             continue
         say(f"{plan.shape.name}, {plan.dense.layout.tokens:,} tokens")
-        lines = run_bench(make_bench(plan, device, dtype), arms, rounds=options.rounds, deadline=deadline, say=say)
+        bench, until = make_bench(plan, device, dtype), deadline - later
+        lines = run_bench(bench, arms, rounds=options.rounds, deadline=until, say=say)
         rounds = next(line["rounds"] for line in lines if "rounds" in line)
         rate = plan.dense.total_flops / (time.perf_counter() - started) * (1 + rounds) / 2
         yield from lines
