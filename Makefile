@@ -85,7 +85,7 @@ kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@
 
 $(RESULTS)/attention-shapes.jsonl: | $(VENV)/.ready
-	$(BIN)/dit-accel bench --shapes all --threads 2 -o $@
+	$(BIN)/python eval/studies/attention_calls.py --out $@
 
 $(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
 	$(BIN)/python eval/studies/denoising_time.py --out $@

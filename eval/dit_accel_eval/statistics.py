@@ -7,8 +7,8 @@ given from `FEWEST` clips on, where the difference stands after Holm's correctio
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -61,14 +61,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged(Estimate):
-    """A mean paired difference with its verdict.
+    """A mean paired difference with its verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`.
 
     Attributes:
-        margin: what the difference is tested against.
         p: two-sided p-value of its being ``margin``; None under `FEWEST` clips.
         p_holm: the same, corrected for the differences that are judged together.
         together: how many those are.
-        verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`.
     """
 
     margin: float = 0.0
@@ -97,14 +95,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
     data = np.asarray(values, dtype=np.float64)
-    mean, median, count = float(data.mean()), float(np.median(data)), len(data)
-    if count < FEWEST:
-        return Estimate(mean=mean, median=median, count=count)
+    found = Estimate(mean=float(data.mean()), median=float(np.median(data)), count=len(data))
+    if found.count < FEWEST:
+        return found
     error, skew = _error(data)
-    reach = float(stdtrit(count - 1, (1 + LEVEL) / 2))
+    reach = float(stdtrit(found.count - 1, (1 + LEVEL) / 2))
     ends = [*_shortened(np.array([reach, -reach]), skew), reach, -reach]
-    low, high = (mean - error * one for one in (max(ends), min(ends)))
-    return Estimate(mean=mean, median=median, count=count, low=low, high=high)
+    return replace(found, low=found.mean - error * max(ends), high=found.mean - error * min(ends))
 
 
 def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
@@ -118,11 +115,11 @@ def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
     distance = float(data.mean()) - margin
     if error == 0:
         return 1.0 if distance == 0 else 0.0
-    ratio = distance / error
-    both = (ratio, _lengthened(ratio, skew))
-    if both[0] * both[1] <= 0:  # to the other side of the margin, once its skewness is allowed for
+    student = distance / error
+    willink = skew + student + 2 * skew * student**2 + 4 / 3 * skew**2 * student**3  # the inverse of `_shortened`
+    if student * willink <= 0:  # to the other side of the margin, once its skewness is allowed for
         return 1.0
-    return float(max(2 * stdtr(len(data) - 1, -abs(one)) for one in both))
+    return 2 * float(stdtr(len(data) - 1, -min(abs(student), abs(willink))))
 
 
 def _error(data: np.ndarray) -> tuple[float, float]:
@@ -142,14 +139,7 @@ def _shortened(reach: np.ndarray, skew: float) -> np.ndarray:
     return (np.cbrt(1 + 6 * skew * (reach - skew)) - 1) / (2 * skew)
 
 
-def _lengthened(ratio: float, skew: float) -> float:
-    """Return the inverse of `_shortened`: the t value as it would be without the skewness."""
-    return skew + ratio + 2 * skew * ratio**2 + 4 / 3 * skew**2 * ratio**3
-
-
-def judge(
-    differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, float] | None = None
-) -> dict[Key, Judged]:  # fmt: skip
+def judge(differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, float] | None = None) -> dict[Key, Judged]:
     """Return what is said of paired differences that are judged together, such as those of all arms of a suite.
 
     What is 0 as tables print it is 0: a cache that skips nothing differs from dense by rounding alone.
@@ -159,17 +149,13 @@ def judge(
         margins: key -> what its difference is tested against, by default 0.
     """
     found = {key: estimate(values) for key, values in differences.items() if len(values)}
-    least = margins or {}
-    p = {
-        key: p_value(differences[key], least.get(key, 0.0))
-        for key, one in found.items()
-        if one.count >= FEWEST
-    }  # fmt: skip
+    least = {key: (margins or {}).get(key, 0.0) for key in found}
+    p = {key: p_value(differences[key], least[key]) for key, one in found.items() if one.count >= FEWEST}
     corrected = holm(p)
     return {
         key: Judged(
-            **asdict(one), margin=least.get(key, 0.0), p=p.get(key), p_holm=corrected.get(key), together=len(p),
-            verdict=_verdict(one, least.get(key, 0.0), corrected.get(key)),
+            **asdict(one), margin=least[key], p=p.get(key), p_holm=corrected.get(key), together=len(p),
+            verdict=_verdict(one, least[key], corrected.get(key)),
         )
         for key, one in found.items()
     }  # fmt: skip
@@ -186,28 +172,6 @@ def _verdict(one: Estimate, margin: float, p: float | None) -> str:
 def p_words(p: float | None) -> str:
     """Return a p-value as tables print it, "" for none."""
     return "" if p is None else "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
-
-
-def paired_cell(
-    own: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], name: str, *, scale: float = 1.0,
-    ratio: bool = False,
-) -> str:  # fmt: skip
-    """Return a table's cell of the paired difference of a measure, "" without a clip that has both.
-
-    The mean with its interval, from `FEWEST` clips on, and the number of clips where some have no finite value.
-
-    Args:
-        own: clip -> measures of the arm.
-        others: the same of the arm that it is held against.
-        scale: factor on the difference.
-        ratio: whether to give the arm's over the other's instead.
-    """
-    both = sorted(set(own) & set(others))
-    pairs = [(own[clip].get(name, np.nan), others[clip].get(name, np.nan)) for clip in both]
-    values = [scale * (one / other if ratio else one - other) for one, other in pairs if np.isfinite(one - other)]
-    if not values:
-        return ""
-    return str(estimate(values)) + (f" ({len(values)})" if len(values) < len(both) else "")
 
 
 def holm(values: Mapping[Key, float]) -> dict[Key, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from dit_accel_assets import model_path
-from dit_accel_eval.bench.timing import in_turn
+from dit_accel_eval.bench.loop import in_turn
 from dit_accel_eval.runs.results import Line, markdown_table
 from study import about, study
 from torch import Tensor

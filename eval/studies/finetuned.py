@@ -22,7 +22,6 @@ from dit_accel_eval.metrics.motion import motion
 from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.loaded import EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, latest, markdown_table, read_lines, write_lines
-from dit_accel_eval.statistics import paired_cell
 from dit_accel_eval.suites.job import check_lines
 from dit_accel_pipelines.finetuning.checkpoint import latest as latest_checkpoint
 from dit_accel_pipelines.finetuning.recipe import FineTuning
@@ -30,6 +29,7 @@ from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.generation.lora import load_lora
 from dit_accel_pipelines.generation.media import contact_sheet, to_uint8
 from dit_accel_pipelines.generation.solvers import BEST
+from judging import paired_cell
 
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.errors import did_you_mean

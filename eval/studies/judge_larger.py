@@ -14,9 +14,8 @@ from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.model import Run, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
-from dit_accel_eval.statistics import paired_cell
 from dit_accel_eval.suites.suite import Suite
-from judging import held_arms
+from judging import held_arms, paired_cell
 
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 

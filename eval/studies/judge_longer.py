@@ -15,9 +15,8 @@ from dit_accel_eval.metrics.motion import motion
 from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.model import Run, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
-from dit_accel_eval.statistics import paired_cell
 from dit_accel_eval.suites.suite import Suite
-from judging import held_arms
+from judging import held_arms, paired_cell
 
 STRETCHES = "closeness_by_stretch"
 """What a line calls how near each stretch comes to the prompt."""

@@ -1,8 +1,11 @@
-"""What the judges of suites share: each arm with the arm that it is held against."""
+"""What the judges of suites share: each arm with the arm that it is held against, and their difference in a cell."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from dit_accel_eval.runs.results import Line
+from dit_accel_eval.statistics import estimate
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite
 
@@ -25,3 +28,25 @@ def held_arms(
         if by_arm[arm.name]:
             rival = rival_of(suite, arm, lines) if rival_of else plain(suite, arm)
             yield arm, by_arm[arm.name], rival, by_arm[rival.name] if rival else {}
+
+
+def paired_cell(
+    own: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], name: str, *, scale: float = 1.0,
+    ratio: bool = False,
+) -> str:  # fmt: skip
+    """Return a table's cell of the paired difference of a measure, "" without a clip that has both.
+
+    The mean with its interval, from `FEWEST` clips on, and the number of clips where some have no finite value.
+
+    Args:
+        own: clip -> measures of the arm.
+        others: the same of the arm that it is held against.
+        scale: factor on the difference.
+        ratio: whether to give the arm's over the other's instead.
+    """
+    both = sorted(set(own) & set(others))
+    pairs = [(own[clip].get(name, np.nan), others[clip].get(name, np.nan)) for clip in both]
+    values = [scale * (one / other if ratio else one - other) for one, other in pairs if np.isfinite(one - other)]
+    if not values:
+        return ""
+    return f"{estimate(values)}" + (f" ({len(values)})" if len(values) < len(both) else "")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_eval.bench.timing import in_turn
+from dit_accel_eval.bench.loop import in_turn
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_kernels import block_sparse_attention_eager
 from product_time import make_transformer

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from dit_accel_eval.bench.timing import in_turn
+from dit_accel_eval.bench.loop import in_turn
 from dit_accel_eval.runs.results import Line
 from dit_accel_pipelines.families.wan import WAN
 from study import about, seconds_of, study

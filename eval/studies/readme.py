@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from attention_spread import table as spread_table
+from attention_table import page_text as shapes_text
 from block_choices import choices, scores_of, whole
 from block_choices import table as choices_table
 from budgets import table as budgets_table
 from call_error import table as calls_table
 from denoising_time import table as times_table
-from dit_accel_eval.bench.attention_table import page_text as shapes_text
 from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.ladder import clip_words, read_ladder, setting_words
@@ -210,7 +210,7 @@ def _run(root: Path, study: str, write: Callable[[list[dict[str, Any]]], str]) -
 
 def _shapes(root: Path) -> str:
     """What calls of released models' sizes take on a CPU, and what share of the tiles Sol keeps of trained models."""
-    lines, command = read_lines(root / SHAPES), f"dit-accel bench --shapes all -o {SHAPES}"
+    lines, command = read_lines(root / SHAPES), "python eval/studies/attention_calls.py"
     measured = f"`{command}`: {shapes_text(lines)}" if lines else f"Not measured yet; `{command}` measures it."
     kept: dict[float, dict[str, list[float]]] = {}
     for line in read_lines(root / "eval/results/call-error.jsonl"):

@@ -1,24 +1,24 @@
-"""The bench: real shapes of every family that it knows, arms that take turns, and what can't run here."""
+"""The bench: real shapes of every family that it knows, arms that take turns, a budget, and what can't run here."""
 
-import dataclasses
 import json
-import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from dit_accel_eval.bench import timing as bench_module
-from dit_accel_eval.bench.real_shapes import BUILDERS, find_family, make_model
-from dit_accel_eval.bench.timing import BenchArm, arms_of, make_bench, run_bench
+from dit_accel_eval.bench import forwards
+from dit_accel_eval.bench.forwards import BenchArm, Plan, arms_of, make_bench, preset_arms, run_bench
+from dit_accel_eval.bench.loop import in_turn
+from dit_accel_eval.bench.options import BenchOptions
+from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model
+from dit_accel_eval.bench.shapes import SHAPES, Shape, shapes_of
 from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, StaticCache
-from dit_accel.adapters import installed
 from dit_accel.cli.app import app
-from dit_accel.estimate.sizes import token_layout
-from dit_accel.methods.caches.native import DiffusersCache
+from dit_accel.estimate.estimate import estimate
 
 FAMILIES = {
     "cogvideox": "cogvideox-2b", "flux": "flux.1-dev", "hunyuan-video": "hunyuan-video", "ltx": "ltx-video-2b",
@@ -26,32 +26,33 @@ FAMILIES = {
 }  # fmt: skip
 
 
+CPU = torch.device("cpu")
+
+
 def narrow(name: str = "wan2.1-1.3b", steps: int = 4, layers: int = 2):
     """A bench of a released model, of two heads."""
-    adapter, family = find_family(name)
-    family = dataclasses.replace(family, heads=2, ffn_dim=64)
-    frames = {} if family.vae[0] == 1 else {"num_frames": 4 * family.vae[0] + 1}
-    return make_bench(
-        adapter, family, layers=layers, steps=steps, height=128, width=192, device=torch.device("cpu"),
-        dtype=torch.float32, **frames,
-    )  # fmt: skip
+    _, family = find_family(name)
+    frames = None if family.vae[0] == 1 else 4 * family.vae[0] + 1
+    shape = Shape(name=name, family=name, height=128, width=192, num_frames=frames)
+    options = BenchOptions(family=name, heads=2, layers=layers, num_inference_steps=steps)
+    return make_bench(Plan.of(shape, options), CPU, torch.float32)
 
 
 QUICK = ("ltx", "wan")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(BUILDERS)]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(LATENTS)]
 )
 def test_every_family_that_is_described_runs_with_the_plan_s_layout(name):
     """`make_model` holds the forward's grid against the plan's."""
     made = narrow(FAMILIES[name])
-    (line,) = run_bench(made, [BenchArm(name="dense", kind="dense")], rounds=1)
+    (line,) = run_bench(made, [BenchArm(name="dense")], rounds=1)
     assert line["work"] == pytest.approx(1)
     assert (line["ratio"]["median"], line["against"]) == (1, "dense")
-    assert line["tokens"] == made.planned.layout.tokens
+    assert line["tokens"] == made.plan.dense.layout.tokens
     assert 0 < line["attention_seconds"]["median"] < line["block_seconds"]["median"] < line["step_seconds"]["median"]
-    assert line["flops_a_step"] == pytest.approx(made.planned.total_flops / made.planned.forwards)
+    assert line["flops_a_step"] == pytest.approx(made.plan.dense.total_flops / made.plan.dense.forwards)
     assert line["tflops"] == pytest.approx(line["flops_a_step"] / line["step_seconds"]["median"] / 1e12)
 
 
@@ -59,25 +60,21 @@ def test_a_whole_config_is_that_of_the_released_model():
     """All layers of a family, empty: the count of parameters is the released model's."""
     from accelerate import init_empty_weights
 
-    _, family = find_family("wan2.1-1.3b")
-    layout = token_layout(family, height=64, width=64, num_frames=5)
+    adapter, family = find_family("wan2.1-1.3b")
     with init_empty_weights():
-        transformer, _ = make_model(
-            installed.adapters()["wan"], family, family.layers, layout, height=64, width=64, num_frames=5
-        )
+        transformer, _ = make_model(adapter, family, estimate(adapter, family, height=64, width=64, num_frames=5))
     assert sum(one.numel() for one in transformer.parameters()) == pytest.approx(1.42e9, rel=0.01)
 
 
 @pytest.mark.slow
-def test_methods_and_caches_are_timed_beside_dense_with_their_work_and_prediction():
+def test_methods_are_timed_beside_dense_with_their_work_and_prediction():
     made = narrow(steps=6)
     radial = RadialAttention(dense_steps=0, dense_last_steps=0, dense_layers=0, block_size=16, decay_factor=0.2)
     cache = StaticCache(every=2, warmup_steps=2, last_steps=1)
     arms = arms_of([radial, cache])
-    assert [arm.name for arm in arms if arm.kind != "dense"] == [
-        "radial", "staticcache", "radial + staticcache", "FirstBlockCacheConfig", "TaylorSeerCacheConfig",
-    ]  # fmt: skip
-    wanted = [arm for arm in arms if arm.kind != "dense" or arm.backend in ("native", "_native_math", "sage")]
+    assert [arm.name for arm in arms if arm.methods] == ["radial", "staticcache", "radial + staticcache"]
+    wanted = [arm for arm in arms if arm.methods or arm.backend in ("native", "sage")]
+    wanted.append(BenchArm(name="dense, _native_math", backend="_native_math"))
     lines = {line["arm"]: line for line in run_bench(made, wanted, rounds=2)}
     assert "reason" in lines["dense, sage"]
     assert "step_seconds" not in lines["dense, sage"]
@@ -88,7 +85,7 @@ def test_methods_and_caches_are_timed_beside_dense_with_their_work_and_predictio
     assert lines["staticcache"]["work"] < 0.9
     assert lines["radial + staticcache"]["work"] < min(lines["radial"]["work"], lines["staticcache"]["work"])
     assert lines["staticcache"]["predicted"] > 1.2
-    assert lines["FirstBlockCacheConfig"]["predicted"] is None
+    assert lines["dense, native"]["predicted"] is None
     dense = [lines["dense, native"], lines["dense, _native_math"]]
     quickest = min(dense, key=lambda one: one["step_seconds"]["median"])
     assert {line["against"] for line in lines.values() if "against" in line} == {quickest["arm"]}
@@ -99,15 +96,10 @@ def test_methods_and_caches_are_timed_beside_dense_with_their_work_and_predictio
 def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_seconds_told(monkeypatch):
     """One slow step makes a backend's mean the worse one, however quick most of its steps are."""
     took = {"native": [0.1, 0.1, 0.1, 1.0], "_native_math": [0.2] * 4}
-    made, ran = narrow(steps=4), BenchArm(name="dense", kind="dense")
-    bench_module._run(made, ran, 4)
-
-    def run(bench, arm, steps):
-        arm.steps += took[arm.backend][:steps]
-        arm.counts = ran.counts
-
-    monkeypatch.setattr(bench_module, "_run", run)
-    arms = [BenchArm(name=name, kind="dense", backend=name) for name in took]
+    made = narrow(steps=4)
+    ran = forwards._run(made, BenchArm(name="dense"), 4)
+    monkeypatch.setattr(forwards, "_run", lambda bench, arm, steps: replace(ran, steps=took[arm.backend][:steps]))
+    arms = [BenchArm(name=name, backend=name) for name in took]
     lines = run_bench(made, arms, rounds=2)
     assert [line["step_seconds"]["median"] for line in lines] == pytest.approx([0.325, 0.2])
     assert {line["against"] for line in lines} == {"_native_math"}
@@ -115,22 +107,71 @@ def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_
 
 def test_a_dense_backend_is_the_process_wide_choice_no_longer_than_its_arm():
     before = _AttentionBackendRegistry.get_active_backend()
-    arm = BenchArm(name="math", kind="dense", backend="_native_math")
+    arm = BenchArm(name="math", backend="_native_math")
     (line,) = run_bench(narrow(), [arm], rounds=1)
     assert "step_seconds" in line
     assert _AttentionBackendRegistry.get_active_backend() == before
 
 
-def test_an_arm_that_fails_is_told_and_the_others_run():
-    made = narrow()
-    bad = BenchArm(name="bad", kind="native", methods=(DiffusersCache(config=FirstBlockCacheConfig(threshold=-1.0)),))
-    told: list[str] = []
-    lines = run_bench(made, [BenchArm(name="dense", kind="dense"), bad], rounds=1, say=told.append)
-    assert "threshold must be >= 0" in lines[1]["reason"]
-    assert told[0].startswith("bad can't run here: ")
-    assert math.isfinite(lines[0]["step_seconds"]["median"])
+def test_an_arm_that_fails_is_told_and_the_others_run(monkeypatch):
+    made, bad = narrow(steps=2), BenchArm(name="bad", methods=(StaticCache(every=2),))
+    monkeypatch.setattr(forwards.dit_accel, "attach", lambda *_, **__: 1 / 0)
+    lines = run_bench(made, [BenchArm(name="dense"), bad], rounds=1)
+    assert lines[1]["reason"] == "ZeroDivisionError: division by zero"
+    assert lines[0]["step_seconds"]["median"] > 0
     with pytest.raises(ConfigError, match=r"attention backend.*diffusers"):
-        run_bench(made, [BenchArm(name="dense", kind="dense", backend="sage")], rounds=1)
+        run_bench(made, [BenchArm(name="dense", backend="sage")], rounds=1)
+
+
+def test_the_named_shapes_are_the_sequences_of_the_released_models():
+    """Tokens by hand: latents of an eighth, patches of two, a frame and one for every four; text where it joins."""
+    options = BenchOptions(shapes="all", num_inference_steps=1)
+    plans = {shape.name: Plan.of(shape, options) for shape in shapes_of("all")}
+    assert {name: plan.dense.layout.tokens for name, plan in plans.items()} == {
+        "flux-1mp": 64 * 64 + 512, "flux-4mp": 128 * 128 + 512, "wan-480p": 21 * 30 * 52, "wan-720p": 21 * 45 * 80,
+        "hunyuan-720p": 33 * 45 * 80 + 256,
+    }  # fmt: skip
+    assert list(plans) == list(SHAPES)
+    assert shapes_of("wan-480p, wan-480p") == [plans["wan-480p"].shape]
+
+
+def test_a_few_heads_are_a_share_of_the_model():
+    plan = narrow().plan
+    assert (plan.family.heads, plan.all_heads, plan.family.ffn_dim) == (2, 12, 8960 // 6)
+
+
+def test_the_presets_sparse_parts_act_in_every_step_and_layer_at_any_size():
+    """480 tokens, 8 tiles."""
+    arms = preset_arms()
+    assert [arm.name for arm in arms] == ["dense", "sol of balanced", "sol of fast"]
+    dense, balanced, fast = run_bench(narrow(steps=1), arms, rounds=1)
+    assert dense["attended"] == 1 > balanced["attended"] >= fast["attended"]
+    assert fast["attention_ratio"] > 0
+
+
+def test_no_round_begins_that_the_time_left_is_too_short_for():
+    runs = []
+    arms = {"a": lambda: runs.append("a") or time.sleep(0.02), "b": lambda: runs.append("b")}
+    assert len(list(in_turn(arms, 2))) == 2
+    assert runs == ["a", "b"] * 3
+    assert len(list(in_turn(arms, 50, deadline=time.perf_counter() + 0.1))) < 7
+    assert len(list(in_turn(arms, 50, warm_up=0, deadline=0.0))) == 1
+
+
+def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
+    """By the one before it, of which a pass takes 1 s."""
+    clock = iter([0.0, 0.0, 2.0, 2.0])
+    monkeypatch.setattr(forwards.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(forwards, "make_bench", lambda plan, *_: plan)
+    monkeypatch.setattr(forwards, "run_bench", lambda plan, *_, **__: [{"shape": plan.shape.name, "rounds": 1}])
+    said: list[str] = []
+    long, short = shapes_of("wan2.1-1.3b:384x384x17,wan2.1-1.3b:128x128x17")
+    options = BenchOptions(shapes="", heads=1, num_inference_steps=1, budget=15)
+    lines = list(forwards.run_shapes([long, short], [], options=options, device=CPU, dtype=torch.float32,
+                                     say=said.append))  # fmt: skip
+    assert [line["shape"] for line in lines] == [short.name]
+    work = [Plan.of(shape, options).dense.total_flops for shape in (long, short)]
+    assert f"{long.name} is left out: it would take about {2 * work[0] / work[1]:.0f} s; raise --budget" in said
 
 
 @pytest.mark.parametrize(
@@ -142,7 +183,16 @@ def test_an_arm_that_fails_is_told_and_the_others_run():
         (["--family", "wan2.1-1.3b", "--height", "100"], "height must be a multiple of 16 for wan2.1-1.3b, got 100"),
         (["--family", "flux.1-dev", "--layers", "1", "--height", "64", "--width", "64"], "has two kinds of blocks"),
         (["--family", "wan2.1-1.3b", "--device", "cuda:7"], "can't be used here"),
+        (["--family", "wan2.1-1.3b", "--heads", "13"], "wan2.1-1.3b has 12 heads, got --heads 13; ask for 1 to 12"),
         (["--family", "wan2.1-1.3b", "-o", "/no/folder/x.jsonl"], "is not a folder; create it first"),
+        ([], "bench needs either --family NAME, such as wan2.1-1.3b, or --shapes all; give one"),
+        (["--shapes", "all", "--family", "sd3-medium"], "bench needs either --family NAME"),
+        (["--shapes", "all", "--num-frames", "5"], "--shapes have sizes of their own, got --num-frames; write FAMILY:"),
+        (["--shapes", "wan-48p"], "no shape is called 'wan-48p'; did you mean 'wan-480p'?"),
+        (["--shapes", "wan2.1-1.3:480x832x81"], "no model family is called 'wan2.1-1.3'; did you mean"),
+        (["--shapes", "wan2.1-1.3b:481x832x81"], "height must be a multiple of 16 for wan2.1-1.3b, got 481"),
+        (["--shapes", ","], "--shapes names none; say all, or some of flux-1mp"),
+        (["--shapes", "all", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'?"),
     ],
 )
 def test_what_can_not_be_timed_is_told(arguments, message):
@@ -152,16 +202,36 @@ def test_what_can_not_be_timed_is_told(arguments, message):
 
 
 def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "make_bench", lambda *_, **__: narrow(steps=2))
-    quick = lambda *given, **options: [arm for arm in arms_of(*given, **options) if arm.backend != "flex"]  # noqa: E731
-    monkeypatch.setattr(bench_module, "arms_of", quick)
+    monkeypatch.setattr(forwards, "arms_of", lambda methods: [one for one in arms_of(methods) if one.backend != "flex"])
     out = tmp_path / "b.jsonl"
-    arguments = ["bench", "--family", "wan2.1-1.3b", "--radial", "--rounds", "1", "-o", str(out)]
-    found = CliRunner().invoke(app, [*arguments, "--no-native-caches"])
+    arguments = ["bench", "--family", "wan2.1-1.3b", "--heads", "2", "--height", "128", "--width", "128", "--radial"]
+    arguments += ["--num-frames", "5", "--num-inference-steps", "2", "--rounds", "1", "-o", str(out)]
+    found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
+    assert "2 layers of 2 of 12 heads, 128 tokens (128 x 128, 5 frames), float32" in found.stdout
     assert "times dense" in found.stdout
     assert "radial" in found.stdout
     assert "backends that do not run here: " in found.stderr
+    assert "wan2.1-1.3b, 128 tokens\nround 1 of 1 is done" in found.stderr
     count = len(read_lines(out))
-    assert CliRunner().invoke(app, [*arguments, "--no-native-caches", "--quiet", "--json"]).exit_code == 0
+    found = CliRunner().invoke(app, [*arguments, "--quiet", "--json"])
+    assert found.exit_code == 0
+    assert json.loads(found.stdout) == read_lines(out)[count:]
     assert len(read_lines(out)) == 2 * count
+
+
+def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table(monkeypatch):
+    arms = lambda methods: [BenchArm(name="dense"), BenchArm(name="radial", methods=tuple(methods))]  # noqa: E731
+    monkeypatch.setattr(forwards, "arms_of", arms)
+    found = CliRunner().invoke(app, ["bench", "--shapes", "flux.1-dev:64x64", "--rounds", "1", "--radial"])
+    assert found.exit_code == 2
+    assert "flux.1-dev, 2 layers of 2 of 24 heads, 528 tokens" in found.stdout
+    assert "it can't run here: radial: radial makes no sense on flux" in " ".join(found.stderr.split())
+
+
+def test_shapes_are_timed_dense_and_by_the_presets_where_no_method_is_named():
+    found = CliRunner().invoke(app, ["bench", "--shapes", "wan2.1-1.3b:64x64x5,ltx-video-2b:64x64x9", "--rounds", "1"])
+    assert found.exit_code == 0, found.output
+    assert "wan2.1-1.3b, 2 layers of 2 of 12 heads, 32 tokens" in found.stdout
+    assert "ltx-video-2b, 2 layers of 2 of 32 heads" in found.stdout
+    assert found.stdout.count("sol of fast") == 2

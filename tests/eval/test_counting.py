@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from dit_accel_eval.runs.counting import Counter, Counts, attended, own_share, work
+from dit_accel_eval.runs.counting import Counter, Counts, attended, planned, work
 from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
 from wan_tiny import denoise, tiny_transformer
 
@@ -81,5 +81,5 @@ def test_work_is_in_steps_of_the_dense_model():
 
 def test_the_own_share_grows_with_the_tokens():
     call = {"height": 64, "width": 64, "guidance_scale": 4.0}
-    shares = [own_share(WAN, WAN_PLAIN, {**call, "num_frames": frames}) for frames in (17, 129)]
+    shares = [planned(WAN, WAN_PLAIN, {**call, "num_frames": frames}).attention_share for frames in (17, 129)]
     assert 0.1 < shares[0] < shares[1] < 0.9

@@ -6,7 +6,8 @@ from itertools import permutations
 import false_verdicts
 import numpy as np
 import pytest
-from dit_accel_eval.statistics import FEWEST, estimate, holm, judge, p_value, p_words, paired_cell, rank_correlation
+from dit_accel_eval.statistics import FEWEST, estimate, holm, judge, p_value, p_words, rank_correlation
+from judging import paired_cell
 from scipy import stats
 
 MILD = [shape for shape in false_verdicts.SHAPES if "exponential" not in shape and "lognormal" not in shape]

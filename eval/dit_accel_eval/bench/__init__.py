@@ -1,1 +1,1 @@
-"""Times the attention of a model at the sizes of real calls, `dit-accel bench`."""
+"""Times forwards of models at real sizes with random weights, `dit-accel bench`."""

@@ -1,6 +1,5 @@
 """The command `bench` of the command line."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from dit_accel_pipelines.generation.options import with_option_fields
@@ -13,28 +12,28 @@ from dit_accel.files import check_writable
 
 from .options import BenchOptions
 
-WIDTH = 140
+WIDTH = 150
 """Characters that the table takes; cells that wrap can't be compared."""
 
-SHOWN = ("median", "low", "high")
+COLUMNS = ("step, ms", "block, ms", "attention, ms", "x dense", "work", "TFLOP/s", "times dense", "plan")
 
-Say = Callable[[str], None]
+Line = dict[str, Any]
 
 
 @with_option_fields
 def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     """Time a model's real shapes with random weights, a few layers of it; downloads nothing.
 
-    Dense attention by every backend of diffusers that runs here, the methods
-    that are switched on, and caches of diffusers take turns. Beside each time
-    stand the work that ran, useful TFLOP/s, and the speed-up that plan
-    predicts for so many steps and layers. Random weights decide nothing: what
-    a cache skips here is not what it would skip on the real model.
+    Dense attention by every backend of diffusers that runs here and the
+    methods that are switched on take turns. Beside each time stand the work
+    that ran, useful TFLOP/s, and the speed-up that plan predicts for so many
+    steps and layers. Random weights decide nothing: what a cache skips here
+    is not what it would skip on the real model.
 
-    With --shapes no model is made: single self-attention calls of real sizes
-    and of a few heads, dense, by each preset's sparse part, and by
-    FlexAttention. It says how long it will take before it starts; what the
-    output file holds already is not timed again.
+    With --shapes several models at real sizes, two heads of each, since heads
+    do not depend on each other: their attention's time is a share of the
+    model's, the rest of a step is not. Without methods the sparse parts of
+    the presets are timed, whether the presets' rules take them there or not.
 
     Examples:
 
@@ -45,71 +44,56 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     dit-accel bench --shapes all --budget 1500 -o shapes.jsonl
     """
     import torch
+    from dit_accel_pipelines.generation.loading import pick_device
 
-    options.check(methods)
+    from ..runs.results import append_line
+    from .forwards import arms_of, preset_arms, run_shapes
+
+    options = options.settled()
     if options.output is not None:
         check_writable(options.output, "the bench's lines")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     say = (lambda text: None) if options.quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
-    if options.shapes is None:
-        _bench_family(options, methods, say)
-    else:
-        from .attention_command import bench_attention, show_attention
-
-        lines = bench_attention(options, say)
-        print_json(lines) if options.json else show_attention(lines)
-
-
-def _bench_family(options: BenchOptions, methods: Sequence[Any], say: Say) -> None:
-    """Time a few layers of a family, append the lines and show them."""
-    import torch
-    from dit_accel_pipelines.generation.loading import pick_device
-
-    from ..runs.results import append_line
-    from .real_shapes import find_family
-    from .timing import arms_of, make_bench, run_bench
-
-    sizes, where = find_family(options.family or ""), pick_device(options.device)
-    usual = "float32" if where.type == "cpu" else "bfloat16"
-    bench = make_bench(
-        *sizes, layers=options.layers, steps=options.num_inference_steps, height=options.height, width=options.width,
-        num_frames=options.num_frames, device=where, dtype=getattr(torch, options.dtype or usual),
-    )  # fmt: skip
-    lines = run_bench(bench, arms_of(methods, native_caches=options.native_caches), rounds=options.rounds, say=say)
-    if options.output is not None:
-        for line in lines:
+    device = pick_device(options.device)
+    lines: list[Line] = []
+    for line in run_shapes(
+        options.wanted(), preset_arms() if options.shapes and not methods else arms_of(methods), options=options,
+        device=device, dtype=getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16")),
+        say=say,
+    ):  # fmt: skip
+        lines.append(line)
+        if options.output is not None:
             append_line(options.output, line)
     if options.json:
-        print_json(lines)
-        return
-    _show(lines)
-    _tell_absent(lines, say)
-
-
-def _tell_absent(lines: list[dict[str, Any]], say: Say) -> None:
-    """Name the backends that do not run here, and refuse methods that were asked for and can't."""
-    absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and line["kind"] == "dense"]
-    say(f"backends that do not run here: {', '.join(absent) or 'none'}")
-    failed = [f"{line['arm']}: {line['reason']}" for line in lines if "reason" in line and line["kind"] == "method"]
+        return print_json(lines)
+    for shape in dict.fromkeys(line["shape"] for line in lines):
+        _show([line for line in lines if line["shape"] == shape])
+    absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and not line["methods"]]
+    say(f"backends that do not run here: {', '.join(dict.fromkeys(absent)) or 'none'}")
+    failed = [f"{line['arm']}: {line['reason']}" for line in lines if "reason" in line and line["methods"]]
     if failed:
         raise ConfigError(f"asked for, but it can't run here: {'; '.join(failed)}")
 
 
-def _show(lines: list[dict[str, Any]]) -> None:
+def _show(lines: list[Line]) -> None:
+    """Print the table of one shape."""
     first = lines[0]
     size = f"{first['tokens']:,} tokens ({first['width']} x {first['height']}, {first['num_frames']} frames)"
+    blocks = f"{first['layers']} layers of {first['heads']} of {first['all_heads']} heads"
     machine = f"{first['dtype']}, {first['threads']} threads, {first['device']}"
-    OUT.print(f"{first['family']}, {first['layers']} layers, {size}, {machine}", markup=False, soft_wrap=True)
-    columns = ("step, ms", "block, ms", "attention, ms", "work", "TFLOP/s", "times dense", "plan")
-    table = plain_table("arm", *columns, right=columns)
+    OUT.print(f"{first['family']}, {blocks}, {size}, {machine}", markup=False, soft_wrap=True)
+    table = plain_table("arm", *COLUMNS, right=COLUMNS)
     for line in lines:
-        if "reason" in line:
-            continue
-        times = (line[f"{key}_seconds"] for key in ("step", "block", "attention"))
-        table.add_row(
-            line["arm"], *("{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * one[key] for key in SHOWN)) for one in times),
-            f"{line['work']:.2f}", f"{line['tflops']:.3g}",
-            "{:.2f} [{:.2f}, {:.2f}]".format(*(line["ratio"][key] for key in SHOWN)),
-            f"{line['predicted']:.2f}" if line["predicted"] is not None else "",
-        )  # fmt: skip
+        if "reason" not in line:
+            times = [_spread(line[f"{key}_seconds"], 1000, 1) for key in ("step", "block", "attention")]
+            predicted = "" if line["predicted"] is None else f"{line['predicted']:.2f}"
+            table.add_row(
+                line["arm"], *times, f"{line['attention_ratio']:.2f}", f"{line['work']:.2f}", f"{line['tflops']:.3g}",
+                _spread(line["ratio"], 1, 2), predicted,
+            )  # fmt: skip
     Console(highlight=False, width=max(OUT.width, WIDTH)).print(table)
+
+
+def _spread(one: dict[str, float], factor: float, digits: int) -> str:
+    median, low, high = (f"{factor * one[key]:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} [{low}, {high}]"

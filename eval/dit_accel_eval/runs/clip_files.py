@@ -47,9 +47,8 @@ class ClipFile:
             kept = _kept_frames(self.path)
             frames = strip_frames(pictures, kept) if kept else pictures[None]
         else:
-            read = [np.asarray(frame) for frame in read_video(self.path)]
+            frames = np.stack([np.asarray(frame) for frame in read_video(self.path)])
             _check_whole(self.path)
-            frames = np.stack(read)
         return np.divide(frames, 255, dtype=np.float32)
 
     def is_exact(self) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from dit_accel import Report
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.block_lists import block_lists, blocks_of
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.estimate import Estimate, estimate
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.find import attention_modules
 
@@ -81,14 +81,12 @@ class Counter:
         module.forward = counted
 
 
-def own_share(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> float:
-    """Return self-attention's share of a model's FLOPs at the size of a call, as `dit-accel plan` counts them."""
-    return estimate(adapter, family, **_sizes(call)).attention_share
-
-
-def tokens_of(adapter: Adapter, family: Family, call: Mapping[str, Any]) -> int:
-    """Return how many tokens a forward has at the size of a call, the text's left out."""
-    return estimate(adapter, family, **_sizes(call)).layout.tokens
+def planned(
+    adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig] = ()
+) -> Estimate:
+    """Return what `dit-accel plan` says of a run at the size of a call."""
+    sizes: dict[str, Any] = {name: call[name] for name in ("height", "width", "num_frames") if name in call}
+    return estimate(adapter, family, methods=methods, **sizes)
 
 
 def attended(
@@ -107,8 +105,7 @@ def attended(
         return 1.0, {}
     sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
     tile = min(sizes, default=1)  # without tiles nothing is pooled
-    savings = estimate(adapter, family, methods=methods, **_sizes(call)).savings
-    probes = sum(saving.exact_rows for saving in savings.values())
+    probes = sum(saving.exact_rows for saving in planned(adapter, family, call, methods).savings.values())
     by_step: dict[int, list[tuple[int, float]]] = {}
     for step in report.steps:
         if calls := step.dense_layers + step.sparse_layers:
@@ -150,7 +147,3 @@ def works(counts: Counts, dense_step: Counts, attended: float, own_share: float)
     """Return what a line says of a run's `work`: at its model's own share of self-attention, and at `REAL_SHARE`."""
     shares = {"work": own_share, "work_real": REAL_SHARE}
     return {key: round(work(counts, dense_step, attended, share), 6) for key, share in shares.items()}
-
-
-def _sizes(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: call[name] for name in ("height", "width", "num_frames") if name in call}

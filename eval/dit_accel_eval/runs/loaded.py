@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
-from dit_accel_pipelines.generation.loading import load_pipeline, pick_device
+from dit_accel_pipelines.generation.loading import load_pipeline, open_pipeline, pick_device
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import Dtype, Request, check_words
@@ -49,18 +49,14 @@ class EmbeddedModel(SuiteModel):
     def __init__(
         self, name: str, call: Mapping[str, Any], prompt: str | None = None, own: OwnClips | None = None
     ) -> None:
-        from diffusers import DiffusionPipeline
-
         check_name(name)
         for text in (*([] if prompt is None else [prompt]), *(own.prompts if own else ())):
             check_words(text, name)
-        with quiet_diffusers():
-            pipe: Any = DiffusionPipeline.from_pretrained(model_path(name), dtype=torch.float32)
-        adapter, family = read_model_files(str(model_path(name))).identify()
-        settled = embedded_call(name, call)
+        source = str(model_path(name))
+        adapter, family = read_model_files(source).identify()
         super().__init__(
-            pipe, name=name, weights=weights_hash(name), call=settled, adapter=adapter, family=family,
-            clips=own or HeldOutClips(model=name, only=prompt),
+            open_pipeline(source, dtype="float32"), name=name, weights=weights_hash(name), adapter=adapter,
+            family=family, call=embedded_call(name, call), clips=own or HeldOutClips(model=name, only=prompt),
         )  # fmt: skip
 
 

@@ -5,17 +5,18 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_pipelines.generation.generate import attached
+from dit_accel_pipelines.generation.generate import any_pictures_of, attached
+from dit_accel_pipelines.generation.loading import transformers_of
 from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.solvers import SOLVERS, make_scheduler, scheduler_like
-from dit_accel_pipelines.generation.timing import timed_steps
+from dit_accel_pipelines.generation.timing import Timings, timed_steps
 
 from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters.adapter import Adapter, Family
@@ -26,7 +27,7 @@ from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
 from .conditions import Budget, HeldOutClips, OwnClips
-from .counting import Counter, Counts, attended, density_map, own_share
+from .counting import Counter, Counts, attended, density_map, planned
 from .rivals import cached_by
 
 DIGITS = 4
@@ -36,25 +37,11 @@ OWN = "own"
 """The solver that stands for the scheduler which a model ships with."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """Seconds of a run's stages, beside whatever else the machine did.
-
-    Attributes:
-        threads: of torch.
-        text: until the first step begins: encoding the prompt, and what else is prepared.
-        denoise: all steps.
-        decode: from the last step to the frames.
-        steps: of each step.
-        processor: processor seconds of all steps, which other processes hardly change; of all threads together.
-    """
+@dataclass(slots=True, kw_only=True)
+class Times(Timings):
+    """Seconds of a run's stages by so many threads of torch, beside whatever else the machine did."""
 
     threads: int
-    text: float
-    denoise: float
-    decode: float
-    steps: tuple[float, ...]
-    processor: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, to a tenth of a millisecond."""
@@ -99,6 +86,8 @@ class SuiteModel:
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
         device: where it runs.
+        own_share: self-attention's share of the FLOPs at the size of its call, as `dit-accel plan` counts them.
+        tokens: of a forward.
     """
 
     dtype: str | None = None
@@ -111,10 +100,10 @@ class SuiteModel:
         self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
         self.adapter, self.family = adapter, family
-        self.own_share = own_share(adapter, family, self.call)
+        size = planned(adapter, family, self.call)
+        self.own_share, self.tokens = size.attention_share, size.layout.tokens
         self.shipped = pipe.scheduler
-        parts = (getattr(pipe, part, None) for part in ("transformer", "transformer_2"))
-        self.transformers = [part for part in parts if part is not None]
+        self.transformers = transformers_of(pipe)
         self._counter = Counter(self.transformers, adapter)
 
     def run(
@@ -161,18 +150,11 @@ class SuiteModel:
             report = attachment.report() if attachment else None
         share, shares = attended(report, self.adapter, self.family, call, methods)
         return Run(
-            frames=_frames(out),
+            frames=any_pictures_of(out).astype(np.float32, copy=False),
             counts=sum(counts, self._counter.take()),
             attended=share,
             seconds=timings.denoise,
-            times=Times(
-                threads=torch.get_num_threads(),
-                text=timings.text,
-                denoise=timings.denoise,
-                decode=timings.decode,
-                steps=tuple(timings.steps),
-                processor=timings.processor,
-            ),
+            times=Times(**asdict(timings), threads=torch.get_num_threads()),
             by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
             density=density_map(report, len(counts)),
             memory=peak_memory() if counted else None,
@@ -239,11 +221,11 @@ def guided(pipe: Any, guider: Mapping[str, Mapping[str, Any]]) -> Iterator[None]
 
     check_guided(type(pipe))
     ((name, options),) = guider.items()
-    own = pipe.guider
     try:
-        pipe.guider = getattr(diffusers, name)(**options)
+        made = getattr(diffusers, name)(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} does not accept {dict(options)}: {error}") from None
+    own, pipe.guider = pipe.guider, made
     try:
         yield
     finally:
@@ -266,15 +248,6 @@ def _with_timestep(method: MethodConfig, pipe: Any) -> MethodConfig:
     config: Any = copy.copy(method.config)
     config.current_timestep_callback = lambda: pipe.current_timestep
     return DiffusersCache(config=config)
-
-
-def _frames(out: Any) -> Clip:
-    """Return a pipeline's frames [F, height, width, 3] in [0, 1], of a batch the first clip; a picture is one frame."""
-    name = next(name for name in ("frames", "video", "images", "image") if getattr(out, name, None) is not None)
-    pictures = np.asarray(getattr(out, name), dtype=np.float32)
-    while pictures.ndim > 4:
-        pictures = pictures[0]
-    return pictures[:1] if name in ("images", "image") else pictures
 
 
 def check_scheduler(name: str, options: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dit_accel_pipelines.generation.loading import transformers_of
+
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
@@ -46,7 +48,7 @@ def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[Non
     configs: dict[str, Any] = {"cache_config": DBCacheConfig(**given)} if given else {}
     if order is not None:
         configs["calibrator_config"] = TaylorSeerCalibratorConfig(taylorseer_order=order)
-    with _unchanged(pipe), _silent("cache_dit"):
+    with _unchanged(pipe), _silent():
         try:
             cache_dit.enable_cache(pipe, **configs)
             yield
@@ -55,24 +57,20 @@ def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _silent(package: str) -> Iterator[None]:
-    """Keep a package's loggers, each of which has a level of its own, from anything but errors for the block."""
-    names = [name for name in logging.Logger.manager.loggerDict if name.split(".")[0] == package]
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
+def _silent() -> Iterator[None]:
+    """Keep back what is logged but errors for the block; cache-dit's loggers have levels of their own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 @contextlib.contextmanager
 def _unchanged(pipe: Any) -> Iterator[None]:
     """Put the attributes of a pipeline's transformers back behind the block, and the order of their children."""
-    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    modules = [module for part in parts if part is not None for module in part.modules()]
+    modules = [module for part in transformers_of(pipe) for module in part.modules()]
     held = [(module, dict(vars(module)), dict(module._modules)) for module in modules]
     try:
         yield

@@ -16,7 +16,7 @@ from dit_accel import ConfigError
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
 from ..runs.conditions import device_name, processor
-from ..runs.counting import Counts, tokens_of, work, works
+from ..runs.counting import Counts, work, works
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, keep_beside
 from .arms import Arm
@@ -112,7 +112,7 @@ def _about(sampled: Sampled) -> Line:
         "suite": job.suite.name,
         "prompt": model.prompt(clip),
         **({"seed": model.seed(clip)} if job.suite.own else {}),
-        **({} if embedded else {"tokens": tokens_of(model.adapter, model.family, model.call)}),
+        **({} if embedded else {"tokens": model.tokens}),
         **job.setting,
         **job.arm_setting(arm),
         "torch": torch.__version__,

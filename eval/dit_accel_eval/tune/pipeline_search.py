@@ -49,7 +49,7 @@ FEWEST_PROMPTS = 4
 """Prompts of one's own that a search takes at least: half of them are held out."""
 
 SPEEDUP = "speedup"
-NICKNAMES = {"checker": "score", "lpips": "lpips@alex", "dists": "dists@vgg"}
+NICKNAMES = {"checker": "score", "lpips": "lpips@alex"}
 
 
 class Prompts(NamedTuple):

@@ -308,27 +308,28 @@ def frames_of(output: Any) -> Frames:
 
 
 def pictures_of(output: Any) -> np.ndarray:
-    """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
-
-    Args:
-        output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
-            [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
-
-    Raises:
-        ConfigError: for values that are not finite.
-    """
-    name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
-    pictures = np.asarray(getattr(output, name))
+    """Return the frames of a pipeline's output, as `any_pictures_of`; `ConfigError` for values that are not finite."""
+    pictures = any_pictures_of(output)
     if not np.isfinite(pictures).all():
         raise ConfigError(
             "the model made values that are no numbers (nan or infinite), which no picture can show; take a guidance "
             "scale nearer to the model's own, or a number format of more range, such as --dtype bfloat16"
         )
+    return pictures
+
+
+def any_pictures_of(output: Any) -> np.ndarray:
+    """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
+
+    Args:
+        output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
+            [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
+    """
+    name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
+    pictures = np.asarray(getattr(output, name))
     while pictures.ndim > 4:
         pictures = pictures[0]
-    if name in ("images", "image"):
-        pictures = pictures[:1]
-    return pictures
+    return pictures[:1] if name in ("images", "image") else pictures
 
 
 def _write(output: Path, frames: Frames, record: dict[str, Any], request: Request) -> None:

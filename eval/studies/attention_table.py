@@ -1,18 +1,20 @@
-"""What lines of `attention_timing` come to: the table, and from which length on sparse attention pays by the clock."""
+"""What lines of `attention_calls` come to: the table, and from which length on sparse attention pays by the clock."""
 
 from collections.abc import Iterable, Sequence
 
-from ..runs.results import Line, markdown_table
-from .attention_budget import INPUTS, key_of
-from .attention_shapes import DENSE, SPARSE
+from dit_accel_eval.runs.results import Line, markdown_table
+
+DENSE = "dense SDPA"
+SPARSE = "sparse"
+
+KEY = ("family", "height", "width", "num_frames", "heads", "dtype", "arm", "threads", "torch", "device")
+"""What tells one line from another; of lines that are alike in it the last one counts."""
 
 PAYS = 1.1
 """A run that is so many times as fast is worth an approximation: less than that nobody sees."""
 
 COLUMNS = ("shape", "tokens", "dtype", "call", "preset", "exact", "seconds", "x dense", "plan", "table", "block", "run")
 """Heads of the table; `EXPLAINED` says what they mean."""
-
-RIGHT = ("tokens", "exact", "seconds", "x dense", "plan", "table", "block", "run")
 
 EXPLAINED = (
     "`exact`: share of the tiles that are computed key by key; `seconds` of one call, median and quartiles of the "
@@ -27,7 +29,7 @@ def last_of(lines: Iterable[Line]) -> list[Line]:
     """Return of lines that are of one call on one machine the last, a measured one before one that was left out."""
     found: dict[tuple[object, ...], Line] = {}
     for line in lines:
-        key = key_of(line)
+        key = tuple(line[name] for name in KEY)
         if "reason" not in line or "reason" in found.get(key, {"reason": ""}):
             found[key] = line
     return sorted(found.values(), key=lambda line: (line["tokens"], line["shape"], line["dtype"] != "float32"))
@@ -93,7 +95,7 @@ def conditions(lines: Sequence[Line]) -> str:
     count = f" rounds: {' to '.join(map(str, rounds[:: max(1, len(rounds) - 1)]))};" if rounds else ""
     busy = [line["load"] for line in lines if line.get("load") is not None]
     load = f" The system's load before the measurement was {max(busy):.1f} at most." if busy else ""
-    return f"{machine_of(lines[0])};{count} {INPUTS} inputs; {shapes_in(lines)}.{load}"
+    return f"{machine_of(lines[0])};{count} standard normal inputs; {shapes_in(lines)}.{load}"
 
 
 def verdicts(lines: Sequence[Line]) -> list[str]:

@@ -1,0 +1,284 @@
+"""Times forwards of real shapes with random weights: dense by every backend, and methods; a step and its layers.
+
+Random weights say nothing of quality, nor of what a cache or a method that looks at values would decide on a real
+model; the work that ran stands beside each time.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from dit_accel_pipelines.generation.quiet import quiet_diffusers
+
+import dit_accel
+from dit_accel import ConfigError
+from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.estimate.estimate import Estimate, estimate
+from dit_accel.methods.attention.sparse import SparseConfig
+from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.presets import PRESETS
+
+from ..runs.counting import Counter, Counts, attended, work
+from ..runs.results import Line
+from .loop import in_turn, machine, now, quartiles, why_not
+from .options import BenchOptions
+from .real_shapes import Inputs, find_family, make_model, to_device
+from .shapes import Shape
+
+WARM = 2
+"""Steps at most with which every arm is run before it counts: compilation, allocation, lists of tiles."""
+
+WHOLE = "_native_math"
+"""The backend that holds every logit, which real sizes have no memory for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is made of a shape.
+
+    Attributes:
+        family: the model's sizes, with as many layers and heads as are made.
+        all_heads: of the released model.
+        dense: what `dit-accel plan` says of a dense run of it.
+    """
+
+    shape: Shape
+    adapter: Adapter
+    family: Family
+    all_heads: int
+    dense: Estimate
+
+    @classmethod
+    def of(cls, shape: Shape, options: BenchOptions) -> "Plan":
+        """Return the plan of a shape; `ConfigError` for sizes, layers or heads that the model can't have."""
+        adapter, family = find_family(shape.family)
+        most = {"layers": family.layers, "heads": family.heads}
+        asked = {"layers": options.layers, "heads": options.heads or family.heads}
+        for name, number in asked.items():
+            if number > most[name]:
+                raise ConfigError(
+                    f"{family.name} has {most[name]} {name}, got --{name} {number}; ask for 1 to {most[name]}"
+                )
+        part = dataclasses.replace(family, **asked, ffn_dim=family.ffn_dim * asked["heads"] // family.heads)
+        sizes: dict[str, Any] = shape.sizes
+        dense = estimate(adapter, part, num_inference_steps=options.num_inference_steps, **sizes)
+        return cls(shape=shape, adapter=adapter, family=part, all_heads=family.heads, dense=dense)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Height, width and frames, by the names that estimates give them."""
+        return {name: getattr(self.dense, name) for name in ("height", "width", "num_frames")}
+
+    def speedup(self, methods: Sequence[MethodConfig]) -> float:
+        """Return how many times faster `dit-accel plan` says that such a run is with methods."""
+        steps = self.dense.num_inference_steps
+        return estimate(self.adapter, self.family, num_inference_steps=steps, methods=methods, **self.sizes).speedup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """A model that is timed."""
+
+    plan: Plan
+    transformer: Any
+    inputs: Inputs
+    device: torch.device
+    counter: Counter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchArm:
+    """One arm: methods, or dense attention by one of diffusers' backends."""
+
+    name: str
+    methods: tuple[MethodConfig, ...] = ()
+    backend: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What one run of an arm took.
+
+    Attributes:
+        steps: seconds of every step.
+        blocks: seconds of every block that ran.
+        attention: seconds of every self-attention that ran.
+        counts: what ran.
+        attended: share of the pairs that ran.
+    """
+
+    steps: list[float]
+    blocks: list[float]
+    attention: list[float]
+    counts: Counts
+    attended: float = 1.0
+
+
+def run_shapes(
+    shapes: Sequence[Shape], arms: Sequence[BenchArm], *, options: BenchOptions, device: torch.device,
+    dtype: torch.dtype, say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Line]:  # fmt: skip
+    """Give the lines of one shape after another, those of least work first; the longest may find no time.
+
+    What one took foretells the next, and further rounds leave the later ones the time of a first.
+
+    Args:
+        options: settled; how much of each model, how often, and the seconds of all.
+
+    Raises:
+        ConfigError: for a model, sizes, layers or heads that can't be made, before anything is timed.
+    """
+    plans = sorted((Plan.of(shape, options) for shape in shapes), key=lambda plan: plan.dense.total_flops)
+    deadline, rate = time.perf_counter() + options.budget, math.inf
+    for number, plan in enumerate(plans, 1):
+        started, expected = time.perf_counter(), plan.dense.total_flops / rate
+        later = sum(other.dense.total_flops for other in plans[number:]) / rate
+        if started + expected > deadline:
+            say(f"{plan.shape.name} is left out: it would take about {expected:,.0f} s; raise --budget")
+            continue
+        say(f"{plan.shape.name}, {plan.dense.layout.tokens:,} tokens")
+        bench, until = make_bench(plan, device, dtype), deadline - later
+        lines = run_bench(bench, arms, rounds=options.rounds, deadline=until, say=say)
+        rounds = next(line["rounds"] for line in lines if "rounds" in line)
+        rate = plan.dense.total_flops / (time.perf_counter() - started) * (1 + rounds) / 2
+        yield from lines
+
+
+def make_bench(plan: Plan, device: torch.device, dtype: torch.dtype) -> Bench:
+    """Make a model and its inputs."""
+    transformer, inputs = make_model(plan.adapter, plan.family, plan.dense)
+    with _silent():
+        transformer = transformer.to(device, dtype).requires_grad_(False)
+    counter = Counter([transformer], plan.adapter, partial(now, device))
+    inputs = to_device(inputs, device, dtype)
+    return Bench(plan=plan, transformer=transformer, inputs=inputs, device=device, counter=counter)
+
+
+def arms_of(methods: Sequence[MethodConfig]) -> list[BenchArm]:
+    """Return the arms: dense by diffusers' attention backends, the methods by themselves and together."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = [one.value for one in AttentionBackendName if one.value != WHOLE]
+    arms = [BenchArm(name=f"dense, {one}", backend=one) for one in known]
+    arms += [BenchArm(name=method.name, methods=(method,)) for method in methods]
+    if len(methods) > 1:
+        arms.append(BenchArm(name=" + ".join(method.name for method in methods), methods=tuple(methods)))
+    return arms
+
+
+def preset_arms() -> list[BenchArm]:
+    """Return the arms of real sizes: dense, and the sparse part of each preset, acting in every step and layer."""
+    always: Any = dict(dense_steps=0, dense_last_steps=0, dense_layers=0, dense_above_sigma=None, min_tokens=None)
+    sparse = [
+        BenchArm(name=f"{choice.config.name} of {level}", methods=(dataclasses.replace(choice.config, **always),))
+        for level, preset in PRESETS.items()
+        for choice in preset
+        if isinstance(choice.config, SparseConfig)
+    ]
+    return [BenchArm(name="dense"), *sparse]
+
+
+def run_bench(
+    bench: Bench, arms: Sequence[BenchArm], *, rounds: int, deadline: float = math.inf,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Line]:  # fmt: skip
+    """Run all arms in turn, round by round, and return a line for each, those that can't run here with their reason.
+
+    Raises:
+        ConfigError: if no backend of diffusers runs here.
+    """
+    steps = bench.plan.dense.num_inference_steps
+    reasons = {arm.name: why_not(partial(_run, bench, arm, min(WARM, steps))) for arm in arms}
+    running = [arm for arm in arms if reasons[arm.name] is None]
+    if all(arm.methods for arm in running):
+        raise ConfigError(f"no attention backend of diffusers runs here: {reasons[arms[0].name]}")
+    runs: dict[str, list[Ran]] = {arm.name: [] for arm in running}
+    takes = {arm.name: partial(_run, bench, arm, steps) for arm in running}
+    for number, made in enumerate(in_turn(takes, rounds, warm_up=0, deadline=deadline), 1):
+        say(f"round {number} of {rounds} is done")
+        for name, ran in made.items():
+            runs[name].append(ran)
+    dense = min((arm.name for arm in running if not arm.methods), key=lambda name: np.median(_rounds(runs[name])))
+    found = {arm.name: _figures(bench.plan, arm, runs[arm.name], dense, runs[dense]) for arm in running}
+    return [_about(bench, arm) | found.get(arm.name, {"reason": reasons[arm.name]}) for arm in arms]
+
+
+def _rounds(runs: Sequence[Ran]) -> np.ndarray:
+    """Return the mean seconds of a step in each round; their median is what a line tells."""
+    return np.array([np.mean(ran.steps) for ran in runs])
+
+
+def _run(bench: Bench, arm: BenchArm, steps: int) -> Ran:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    bench.counter.take()
+    nothing = contextlib.nullcontext()
+    backend = attention_backend(arm.backend) if arm.backend else nothing  # not set_attention_backend, which would last
+    with (
+        _silent(),
+        backend,
+        dit_accel.attach(bench.transformer, *arm.methods, preset="none") if arm.methods else nothing as attachment,
+    ):
+        seconds = list(_denoise(bench, steps))
+        report = attachment.report() if attachment is not None else None
+    share = attended(report, bench.plan.adapter, bench.plan.family, bench.plan.sizes, arm.methods)[0]
+    return Ran(steps=seconds, **bench.counter.seconds, counts=bench.counter.take(), attended=share)
+
+
+@torch.no_grad()
+def _denoise(bench: Bench, steps: int) -> Iterator[float]:
+    """Run steps as a pipeline without guidance does, and give the seconds of each."""
+    name, none = bench.plan.adapter.latents, lambda *args, **kwargs: contextlib.nullcontext()
+    context = getattr(bench.transformer, "cache_context", none)  # a few have none, and timesteps tell
+    clock = bench.plan.adapter.timestep
+    x, timestep = bench.inputs[name], bench.inputs[clock]
+    for step in range(steps):
+        inputs = {**bench.inputs, name: x, clock: timestep * 2 * (1 - step / steps)}
+        started = now(bench.device)
+        with context("cond", step_index=step, num_inference_steps=steps):
+            out = bench.transformer(**inputs, return_dict=False)[0]
+        yield now(bench.device) - started
+        if out.shape == x.shape:
+            x = x - out / steps
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep back what diffusers and torch say of every backend that is tried."""
+    with quiet_diffusers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _about(bench: Bench, arm: BenchArm) -> Line:
+    plan = bench.plan
+    return {
+        "shape": plan.shape.name, "arm": arm.name, "kind": "method" if arm.methods else "dense",
+        "family": plan.family.name, "layers": plan.family.layers, "heads": plan.family.heads,
+        "all_heads": plan.all_heads, **plan.sizes, "tokens": plan.dense.layout.tokens,
+        "steps": plan.dense.num_inference_steps, "methods": {one.name: one.to_dict() for one in arm.methods},
+        **machine(bench.device, bench.transformer.dtype),
+    }  # fmt: skip
+
+
+def _figures(plan: Plan, arm: BenchArm, runs: Sequence[Ran], against: str, dense: Sequence[Ran]) -> Line:
+    """Return what an arm took; ratios are to the fastest dense backend: of the steps, and of one attention layer."""
+    last, seconds, steps = runs[-1], _rounds(runs), plan.dense.num_inference_steps
+    own, other = ([one for ran in ones for one in ran.attention] for ones in (runs, dense))
+    done = work(last.counts, dense[-1].counts / steps, last.attended, plan.dense.attention_share) / steps
+    flops = done * plan.dense.total_flops / plan.dense.forwards
+    return {
+        "rounds": len(runs), "step_seconds": quartiles(seconds), "ratio": quartiles(_rounds(dense) / seconds),
+        "block_seconds": quartiles([one for ran in runs for one in ran.blocks]), "attention_seconds": quartiles(own),
+        "attention_ratio": float(np.median(other) / np.median(own)), "against": against, "work": done,
+        "attended": last.attended, "flops_a_step": flops, "tflops": flops / float(np.median(seconds)) / 1e12,
+        "predicted": plan.speedup(arm.methods) if arm.methods else None,
+    }  # fmt: skip

@@ -1,0 +1,77 @@
+"""Times arms in turn, so that what else the machine does falls on all alike; `bench` and the studies do."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from dit_accel.errors import DitAccelError
+
+from ..runs.conditions import device_name
+
+Made = TypeVar("Made")
+
+
+def in_turn(
+    arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1, deadline: float = math.inf
+) -> Iterator[dict[str, Made]]:
+    """Give what the arms made in each round, one arm after another.
+
+    Args:
+        arms: name -> what runs.
+        rounds: that count, at most; the first always runs.
+        warm_up: rounds before them that don't.
+        deadline: as `time.perf_counter` counts; no round begins that would end behind it, taken as long as the last.
+    """
+    taken = 0.0
+    for number in range(1 - warm_up, rounds + 1):
+        started = time.perf_counter()
+        if number > 1 and started + taken > deadline:
+            return
+        made = {name: arm() for name, arm in arms.items()}
+        taken = time.perf_counter() - started
+        if number > 0:
+            yield made
+
+
+def why_not(run: Callable[[], object]) -> str | None:
+    """Run something once, which warms it up; return why it can't run here, None if it can."""
+    try:
+        run()
+    except DitAccelError as error:
+        return str(error)
+    except Exception as error:  # a backend that is not here, or does not fit: each has errors of its own
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds, after all that the device has to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call on a device."""
+    started = now(device)
+    run()
+    return now(device) - started
+
+
+def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Return the median and the quartiles; nan where nothing ran."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) if len(values) else [math.nan] * 3
+    return {"median": float(middle), "low": float(low), "high": float(high)}
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what every line says of where it was timed; the load is that of the last minute, of all processes."""
+    return {
+        "dtype": str(dtype)[6:], "device": device_name(device), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "load": os.getloadavg()[0],
+    }  # fmt: skip

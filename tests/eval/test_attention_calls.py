@@ -1,0 +1,210 @@
+"""The study of attention calls: real layouts, presets' rules, lines and the table."""
+
+import dataclasses
+import json
+
+import attention_calls
+import numpy as np
+import pytest
+import torch
+from attention_calls import Attention, handler_of, sparse_call, timed
+from attention_table import COLUMNS, DENSE, PAYS, SPARSE, cells, last_of, page_text, run_ratio, verdicts
+from dit_accel_eval.bench.shapes import SHAPES, shapes_of
+from dit_accel_eval.runs.results import read_lines
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel import SolAttention
+from dit_accel.estimate.estimate import KERNEL_COST
+from dit_accel.methods.compose import make_handlers
+from dit_accel.methods.presets import PRESETS
+
+SMALL = "wan2.1-1.3b:128x128x17"  # 320 tokens, 5 tiles
+
+
+def attention(name=SMALL, heads=1):
+    return Attention(shape=shapes_of(name)[0], heads=heads, dtype=torch.float32, rate=1e11)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fixed rates in place of those that are measured."""
+    monkeypatch.setattr(attention_calls, "dense_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(attention_calls, "feed_forward_rate", lambda family, dtype: 2e11)
+
+
+def lines_of(name=SMALL, rounds=2, flex=False):
+    one = attention(name)
+    arms = [arm for arm in one.arms if flex or arm.backend != "flex"]
+    return list(timed(one, arms, rounds, np.inf))
+
+
+def test_the_named_shapes_are_the_sequences_of_the_released_models():
+    """Tokens by hand: latents of an eighth, patches of two, a frame and one for every four; text where it joins."""
+    found = {name: attention(name) for name in SHAPES}
+    assert {name: one.layout.tokens for name, one in found.items()} == {
+        "flux-1mp": 64 * 64 + 512, "flux-4mp": 128 * 128 + 512, "wan-480p": 21 * 30 * 52, "wan-720p": 21 * 45 * 80,
+        "hunyuan-720p": 33 * 45 * 80 + 256,
+    }  # fmt: skip
+    assert (found["flux-1mp"].layout.text_before, found["hunyuan-720p"].layout.text_after) == (512, 256)
+    heads = {name: (one.of[1].heads, one.of[1].head_dim) for name, one in found.items()}
+    assert heads == {"flux-1mp": (24, 128), "flux-4mp": (24, 128), "wan-480p": (12, 128), "wan-720p": (40, 128),
+                     "hunyuan-720p": (24, 128)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("flux-4mp", "dense by rule: video models alone"),
+        ("wan-480p", "dense by rule: below 40,000 visual tokens"),
+        ("wan-720p", SPARSE),
+    ],
+)
+def test_arms_are_the_presets_sparse_parts_with_what_their_rule_says(name, rule):
+    dense, *others, flex = attention(name).arms
+    assert (dense.name, dense.presets) == (DENSE, {"careful": "no sparse part"})
+    assert [(arm.name, arm.backend, arm.presets) for arm in others] == [
+        ("sol, beta 1", "auto", {"balanced": rule}), ("sol, beta 1.3", "auto", {"fast": rule}),
+    ]  # fmt: skip
+    assert (flex.name, flex.backend) == ("sol, beta 1, flex", "flex")
+    acting = others[0].acting
+    assert (acting.min_tokens, acting.dense_steps, acting.dense_layers, acting.beta) == (None, 0, 0, 1.0)
+
+
+def test_a_line_tells_what_was_measured_and_what_was_predicted(quick):
+    dense, sparse, _ = lines_of()
+    assert (dense["arm"], dense["density"], dense["ratio"]["median"], dense["rounds"]) == (DENSE, 1.0, 1.0, 2)
+    assert (sparse["tokens"], sparse["heads"], sparse["all_heads"], sparse["dtype"]) == (320, 1, 12, "float32")
+    assert (sparse["threads"], sparse["torch"]) == (torch.get_num_threads(), torch.__version__)
+    assert sparse["predicted"] == pytest.approx(1 / (sparse["pair_density"] * KERNEL_COST))
+    assert sparse["min_tokens"] == 40_000
+    assert sparse["dense_share"] == pytest.approx(1 - 0.8 * 29 / 30)  # a fifth of the steps, and a layer of thirty
+    family, rest = attention().of[1], sparse["rest_seconds"]
+    width, tokens = 12 * 128, 320
+    linear = (8 + 4) * tokens * width**2 + 4 * tokens * width * family.ffn_dim
+    cross = 4 * 512 * width**2 + 4 * tokens * 512 * width
+    assert rest == pytest.approx((linear + cross) / 2e11)
+    whole = {line["arm"]: 12 * line["seconds"]["median"] for line in (dense, sparse)}
+    assert sparse["block_ratio"] == pytest.approx((rest + whole[DENSE]) / (rest + whole["sol, beta 1"]))
+    json.dumps([dense, sparse], allow_nan=False)
+
+
+def test_of_normal_data_sol_keeps_what_its_beta_stands_for(quick):
+    """64 tiles of one head, with the diagonal and its neighbours."""
+    one = attention("wan2.1-1.3b:256x256x61")
+    lines = lines_of(one.shape.name, rounds=1)
+    assert lines[0]["tokens"] == 4096
+    for arm, line in zip(one.arms[1:], lines[1:], strict=False):
+        assert line["density"] == pytest.approx(one.with_methods(arm.acting).tiles.density, abs=0.02)
+
+
+def sparse_result(beta, tokens=320):
+    one = attention(heads=2)
+    arm = dataclasses.replace(one.arms[1], config=SolAttention(beta=beta))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, tokens, 128) for _ in range(3))
+    return (q, k, v), sparse_call(*handler_of(arm, one), q, k, v)
+
+
+def test_a_call_that_keeps_every_tile_is_dense_attention():
+    (q, k, v), (_, out, _) = sparse_result(-8.0)
+    assert torch.allclose(out, scaled_dot_product_attention(q, k, v), atol=1e-5)
+
+
+def test_a_call_is_planned_as_an_attachment_plans_it():
+    (_, k, _), (plan, _, exact) = sparse_result(1.0)
+    (handler,) = make_handlers([PRESETS["balanced"][1].config], attention().model(2))
+    assert plan.selection.routing.beta == handler.settings.beta == 1.0
+    assert plan.tiles.block_q == handler.settings.block_size == 64
+    assert exact.shape == (1, 2, 5, 1)
+    assert plan.tiles.num_k == k.shape[2]
+
+
+@pytest.mark.slow
+def test_flexattention_runs_by_the_same_tiles(quick):
+    lines = {line["arm"]: line for line in lines_of(rounds=1, flex=True)}
+    assert lines["sol, beta 1, flex"]["density"] == lines["sol, beta 1"]["density"]
+
+
+def test_an_arm_that_can_not_run_here_is_left_out_with_its_reason(quick):
+    one = attention()
+    dense, sparse = one.arms[:2]
+    other = dataclasses.replace(sparse, name="sol by fa4", backend="fa4")
+    lines = {line["arm"]: line for line in timed(one, [dense, sparse, other], 1, np.inf)}
+    assert "fa4" in lines["sol by fa4"]["reason"]
+    assert "seconds" in lines["sol, beta 1"]
+
+
+def test_what_the_budget_has_no_time_for_says_so(quick, tmp_path, capsys):
+    """At 1e11 FLOP/s a dense call of 32,760 tokens and 128 channels takes 5.5 s."""
+    out = tmp_path / "calls.jsonl"
+    assert attention_calls.main(["--shapes", "wan-480p", "--budget", "5", "--out", str(out)]) == 0
+    lines = read_lines(out)
+    assert [(line["dtype"], "reason" in line) for line in lines] == [("float32", True)] * 4 + [("bfloat16", True)] * 4
+    assert "would take about 5 s more than a budget of 5 s has left" in capsys.readouterr().out
+
+
+def test_rates_are_those_of_this_machine(monkeypatch):
+    monkeypatch.setattr(attention_calls, "PROBE_TOKENS", 256)
+    monkeypatch.setattr(attention_calls, "SLICE", 16)
+    rates = (
+        attention_calls.dense_rate(torch.float32),
+        attention_calls.feed_forward_rate(attention().of[1], torch.float32),
+    )
+    for rate in rates:
+        assert 1e8 < rate < 1e14
+
+
+def made(tokens, ratio, block, **others):
+    """A line of the curve of Sol at beta 1."""
+    quartiles = {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
+    return {
+        "shape": f"s{tokens}", "family": "f", "height": 64, "width": 96, "num_frames": 5, "tokens": tokens,
+        "visual_tokens": tokens, "heads": 2, "all_heads": 12, "head_dim": 128, "inputs": "standard normal",
+        "arm": "sol, beta 1", "methods": {}, "backend": "auto", "presets": {"balanced": SPARSE}, "dtype": "float32",
+        "device": "a processor", "threads": 2, "torch": "2", "density": 0.17, "rounds": 3, "seconds": quartiles,
+        "ratio": quartiles, "block_ratio": block, "dense_share": 0.2, "predicted": 4.0, "predicted_by_table": 4.5,
+        "min_tokens": 40_000, "load": 0.1, **others,
+    }  # fmt: skip
+
+
+def test_a_run_gains_less_than_a_block():
+    line = made(50_000, 4.0, 2.0)
+    assert run_ratio(line) == pytest.approx(1 / (0.2 + 0.8 / 2))
+    assert cells(line) == (
+        "s50000", "50,000", "float32", "sol, beta 1", "balanced", "0.170", "4 [3.9, 4.1]", "4.00 [3.90, 4.10]", "4.00",
+        "4.50", "2.00", "1.67",
+    )  # fmt: skip
+    assert len(cells(line | {"reason": "no time"})) == len(COLUMNS)
+
+
+def test_the_threshold_is_held_against_the_clock_both_ways():
+    short, long = made(5_000, 2.0, 1.5), made(75_600, 4.0, 2.5)
+    (text,) = verdicts([short, long])
+    assert "5,000: 2.0 / 1.36, 75,600: 4.0 / 1.92" in text
+    assert "the presets' 40,000 is too high on this machine" in text
+    assert f"{PAYS:g} times as fast at 5,000 too" in text
+    assert "From 40,000 on all that was measured pays" in text
+    (text,) = verdicts([made(5_000, 1.2, 1.05), made(75_600, 1.2, 1.05)])
+    assert "Below the presets' 40,000 no measured run would be 1.1 times as fast" in text
+    assert "At 75,600 the rule switches it on, and a run would not be 1.1 times as fast" in text
+    assert verdicts([made(5_000, 2.0, 1.5, arm=DENSE, backend=None, min_tokens=None)]) == []
+
+
+def test_of_lines_that_are_alike_the_last_measured_one_counts():
+    early, late = made(5_000, 2.0, 1.5), made(5_000, 3.0, 1.5)
+    left_out = {"reason": "no time", **{name: value for name, value in early.items() if name != "seconds"}}
+    assert last_of([early, late]) == [late]
+    assert last_of([left_out, late]) == [late]
+    assert last_of([late, left_out]) == [late]
+    assert len(last_of([late, made(5_000, 3.0, 1.5, dtype="bfloat16"), made(5_000, 3.0, 1.5, threads=1)])) == 3
+
+
+def test_the_page_says_where_and_how_it_was_measured():
+    text = page_text([made(5_000, 2.0, 1.5), made(75_600, 4.0, 2.5, device="another", rounds=1)])
+    assert (
+        "a processor, 2 threads, torch 2; rounds: 3; standard normal inputs; s5000 is f at 64 x 96 x 5, 2 of its"
+        in text
+    )
+    assert "another, 2 threads, torch 2; rounds: 1;" in text
+    assert "load before the measurement was 0.1 at most" in text
+    assert text.count("| shape | tokens |") == 2
