@@ -136,12 +136,14 @@ def report_results(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")
     ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="One row an arm.", metavar="FILE")] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="All figures, by a versioned schema.", metavar="FILE")
     ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="The table and what it warns of.", metavar="FILE")
+    suite: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"
+        ),
     ] = None,
     minimum: Annotated[
         list[str] | None,
@@ -156,7 +158,7 @@ def report_results(
         typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
     ] = None,
 ) -> None:
-    """Report a suite's results: a page that opens offline, or tables; without a file to write, a table to stdout.
+    """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
 
     With --min, exit code 1 where an arm misses what is asked; dense runs of
     fewer steps, which the arms are held against, are not judged.
@@ -169,13 +171,12 @@ def report_results(
 
     dit-accel eval report smoke.jsonl --min psnr=28 --min lpips@alex=0.2
     """
-    from .report.figures import misses, report_of
-    from .report.lines import read_minimums, read_results
+    from .report.figures import misses, reports_of
+    from .report.lines import read_minimums
     from .report.writing import markdown_text, write_reports
 
-    requested = read_minimums(minimum or ())
-    reports = [report_of(read_results(path), requested) for path in results]
-    wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
+    reports = reports_of(results, read_minimums(minimum or ()), suite or ())
+    wanted = {"html": output, "json": json}
     written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, clips=clips)
     for path in written:
         OUT.print(str(path), markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,11 +12,13 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..runs.results import Line, latest
-from ..statistics import FEWEST, WRONG
+from ..statistics import FEWEST
 from ..suites.arms import is_rival
 from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_of, rival_kind, rival_words, value_of
+from ..suites.pairs import PairFigures, pair_figures
 from ..suites.reference import AGREE, ITSELF
-from .lines import ALWAYS, Results, better_of, further_metrics
+from ..suites.suite import Suite, read_suite
+from .lines import ALWAYS, Results, better_of, further_metrics, read_results
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -31,6 +34,7 @@ class Report:
         prompts: clip -> its prompt, clips in order.
         minimums: metric -> what every arm's mean must reach.
         warnings: what a reader should know before believing the figures.
+        pairs: the figures of the pairs that the suite declares.
     """
 
     results: Results
@@ -39,6 +43,12 @@ class Report:
     prompts: Mapping[int, str]
     minimums: Mapping[str, float]
     warnings: tuple[str, ...]
+    pairs: tuple[PairFigures, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The suite's name."""
+        return self.results.name
 
     @property
     def further(self) -> list[str]:
@@ -66,14 +76,9 @@ class Report:
         """Whether arms are held against the model's own steps instead of a converged run."""
         return self.results.lines[0]["reference_agreement"] == ITSELF
 
-    def speedup(self, arm: ArmFigures) -> float:
-        """Return how many times as fast an arm is as the dense run of `full_steps`, by time or by work as `main`."""
-        return self.full_steps / max(arm.means.get(self.main, math.nan), 1e-9)
-
-    @property
-    def timed(self) -> bool:
-        """Whether an arm was timed."""
-        return any("seconds" in arm.means for arm in self.arms)
+    def speedup(self, line: Mapping[str, float], key: str) -> float | None:
+        """Return how many times as fast means or a line are as the dense run of `full_steps`, by a kind of work."""
+        return self.full_steps / line[key] if line.get(key) else None
 
     def mean(self, arm: ArmFigures, metric: str) -> float:
         """Return an arm's mean of a metric; nan where it has none."""
@@ -95,8 +100,13 @@ class Report:
         return is_rival(self.settings[arm.name])
 
 
-def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
-    """Return the report of result lines."""
+def report_of(results: Results, minimums: Mapping[str, float], suite: Suite | None = None) -> Report:
+    """Return the report of result lines.
+
+    Args:
+        minimums: metric -> what every arm's mean must reach.
+        suite: of the results; None: one of their name that lies beside them, or in ``suites`` beside their folder.
+    """
     lines = results.lines
     settings = {line["arm"]: line for line in reversed(lines)}
     listed = list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))
@@ -110,10 +120,36 @@ def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
     if missing:
         text = " and no ".join(missing)
         raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
-    warnings = tuple(_warnings(results, arms, prompts))
+    suite, unread = (suite, "") if suite else _suite_of(results)
+    pairs = pair_figures(suite.pairs, lines, suite.reference_steps) if suite else ()
+    warnings = (*([unread] if unread else []), *_warnings(results, arms, prompts))
     return Report(
-        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings
+        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
+        pairs=tuple(pairs),
     )  # fmt: skip
+
+
+def reports_of(paths: Sequence[Path], minimums: Mapping[str, float], suites: Sequence[Path] = ()) -> list[Report]:
+    """Return the reports of files of result lines, each with the suite of its name among those that are given."""
+    read, given = [read_results(path) for path in paths], {one.name: one for one in map(read_suite, suites)}
+    names = [results.name for results in read]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"--suite {name!r} is none of {', '.join(names)}, whose results these are; leave it out")
+    return [report_of(results, minimums, given.get(results.name)) for results in read]
+
+
+def _suite_of(results: Results) -> tuple[Suite | None, str]:
+    """Return the suite of results where it lies near them, or why it can't be read."""
+    folder = results.path.resolve().parent
+    for path in (folder / f"{results.name}.toml", folder.parent / "suites" / f"{results.name}.toml"):
+        if path.is_file():
+            try:
+                suite = read_suite(path)
+            except ConfigError as error:
+                return None, f"Pairs that the suite may declare are not shown: {error}."
+            return (suite, "") if suite.name == results.name else (None, "")
+    return None, ""
 
 
 def judged(report: Report) -> list[ArmFigures]:
@@ -168,7 +204,6 @@ def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int
         yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(text)}."
     if len(prompts) < FEWEST:
         yield f"With {len(prompts)} clips there is no verdict; it takes {FEWEST}."
-    yield from _undecided(arms)
     yield rival_words(lines)
     yield from _guided(lines)
     yield from _unmeasured(lines)
@@ -176,21 +211,6 @@ def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int
         versions = sorted({str(line[key]) for line in lines if key in line})
         if len(versions) > 1:
             yield f"The runs are of several versions of {key}: {', '.join(versions)}."
-
-
-def _undecided(arms: Sequence[ArmFigures]) -> Iterator[str]:
-    """Say which arms are neither better nor worse than fewer steps, and which are so but for their number."""
-    for key, words in (WORKS | TIMED).items():
-        held = {arm.name: arm.ahead[key] for arm in arms if key in arm.ahead and arm.ahead[key].p is not None}
-        open_ = [name for name, found in held.items() if found.verdict == "open"]
-        if open_:
-            yield (
-                f"At equal {words} neither better nor worse than fewer steps, after Holm's correction over {len(held)} "
-                f"{'arm' if len(held) == 1 else 'arms'}: {_some(open_)}."
-            )
-        alone = [name for name in open_ if (held[name].p or 0.0) < WRONG]
-        if alone and len(held) > 1:
-            yield f"Of these, intervals leave out 0, and it is their number alone that leaves them so: {_some(alone)}."
 
 
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
