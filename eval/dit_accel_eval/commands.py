@@ -145,14 +145,6 @@ def report_results(
             help="Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"
         ),
     ] = None,
-    minimum: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--min",
-            help="What every arm's mean must reach, such as psnr=28, or at most where less is better; may be repeated.",
-            metavar="METRIC=VALUE",
-        ),
-    ] = None,
     clips: Annotated[
         int | None,
         typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
@@ -160,33 +152,24 @@ def report_results(
 ) -> None:
     """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
 
-    With --min, exit code 1 where an arm misses what is asked; dense runs of
-    fewer steps, which the arms are held against, are not judged.
-
     Examples:
 
     dit-accel eval report smoke.jsonl -o smoke.html
 
     dit-accel eval report wan.jsonl flux.jsonl -o both.html
 
-    dit-accel eval report smoke.jsonl --min psnr=28 --min lpips@alex=0.2
+    dit-accel eval report smoke.jsonl --json smoke.json
     """
-    from .report.figures import misses, reports_of
-    from .report.lines import read_minimums
+    from .report.figures import reports_of
     from .report.writing import markdown_text, write_reports
 
-    reports = reports_of(results, read_minimums(minimum or ()), suite or ())
+    reports = reports_of(results, suite or ())
     wanted = {"html": output, "json": json}
     written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, clips=clips)
     for path in written:
         OUT.print(str(path), markup=False, soft_wrap=True)
     if not written:
         print("\n\n".join(map(markdown_text, reports)))
-    missed = [text for report in reports for text in misses(report)]
-    for text in missed:
-        print_error(text)
-    if missed:
-        raise typer.Exit(1)
 
 
 @eval_app.command("diff")
@@ -209,7 +192,7 @@ def compare_results(
     from .report.figures import report_of
     from .report.lines import read_results
 
-    first, second = (report_of(read_results(path), {}) for path in (before, after))
+    first, second = (report_of(read_results(path)) for path in (before, after))
     for text in others_of(first, second):
         warn(f"they differ in more than the arms: {text}")
     entries = diff_of(first, second)

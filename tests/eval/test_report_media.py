@@ -44,7 +44,7 @@ def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
 
 
 def report(path: Path):
-    return report_of(read_results(path), {})
+    return report_of(read_results(path))
 
 
 def data_of(page: Path) -> dict:

@@ -112,14 +112,6 @@ def tune(tmp_path, fake):
     return run
 
 
-def test_the_picture_has_all_settings_of_the_last_round(tune, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(tune_pipeline, "draw", lambda arms, title, path: drawn.extend(arms))
-    found = tune("psnr=32")
-    assert {point.arm.name for point in found.frontier} <= {one.name for one in drawn}
-    assert {one.clips for one in drawn} == {pipeline_search.ROUNDS[-1]}
-
-
 def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune, tmp_path):
     """32 dB are an error of .025: 4 x 1.1 / n^2 is that at 13.3 steps, so a cache of 14, which cost 7, is cheapest."""
     found = tune("psnr=32")
@@ -131,7 +123,6 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     (method,) = from_toml(text)
     assert method == EasyCache(threshold=0.05)
     assert run_table(text) == {"num_inference_steps": 14, "solver": "unipc"}
-    assert (tmp_path / "fast.png").stat().st_size > 1000
     works = [point.work for point in found.frontier]
     assert works == sorted(works)
     data = json.loads(json.dumps(found.to_dict()))

@@ -1,15 +1,12 @@
-"""What the page of a report draws, as plain data: one colour an arm, leads by clip, maps by prompt, step and frame."""
+"""What the page of a report draws, as plain data: one colour an arm, leads by clip, maps by prompt and step."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..runs.results import Line
-from ..suites.comparison import ArmFigures, decimals_of
+from ..suites.comparison import ArmFigures
 from .figures import Report, judged, leads_of, worst_first
-from .lines import words_of
 
 ACROSS = 320
 """Width of the drawing of leads."""
@@ -124,36 +121,19 @@ def prompt_map(report: Report, arms: Sequence[ArmFigures]) -> Map:
     return Map(name="PSNR in dB", heads=[(clip, report.prompts[clip]) for clip in clips], rows=rows, digits=1)
 
 
-def place_maps(report: Report) -> list[Map]:
-    """Return what result lines hold by step and by frame, means over clips, of the arms that are not dense runs."""
-    kinds: list[tuple[str, int, Callable[[Line], Sequence[float | None]]]] = [
-        ("Work of each step in dense steps: 0 where a cache skipped it, less than 1 where blocks or tiles were left "
-         "out, more where a method adds forwards", 2, lambda line: line.get("step_work", ())),
-        ("Seconds of each step", 3, lambda line: line.get("times", {}).get("steps", ())),
-        ("Exact share of the tiles of planned attention calls by step, mean over layers; none where all were dense or "
-         "skipped", 2, lambda line: [_mean(step) for step in line.get("density", ())]),
-    ]  # fmt: skip
-    for name in dict.fromkeys(name for line in report.results.lines for name in line.get("by_frame", ())):
-        of_frame = functools.partial(lambda name, line: line.get("by_frame", {}).get(name, ()), name)
-        kinds.append((f"{words_of(name)}, by frame or pair of neighbours", decimals_of(name), of_frame))
-    found = []
-    for name, digits, values_of in kinds:
-        rows = {arm.name: _means([values_of(line) for line in report.lines_of(arm)]) for arm in judged(report)}
-        rows = {arm: row for arm, row in rows.items() if any(value is not None for value in row)}
-        heads = [(place, "") for place in range(1, max(map(len, rows.values()), default=0) + 1)]
-        found += [Map(name=name, heads=heads, rows=rows, digits=digits)] if rows else []
-    return found
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _means(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Return the mean over the clips that tell, place by place; none where they are of several lengths."""
-    rows = [row for row in rows if row]
-    return [_mean(values) for values in zip(*rows, strict=True)] if len({len(row) for row in rows}) == 1 else []
+def step_map(report: Report) -> Map | None:
+    """Return the work of each step of the arms that are not dense runs, means over clips; None where no line tells."""
+    rows = {}
+    for arm in judged(report):
+        works = [line["step_work"] for line in report.lines_of(arm) if line.get("step_work")]
+        if len({len(work) for work in works}) == 1:
+            rows[arm.name] = [float(one) for one in np.mean(works, axis=0)]
+    name = (
+        "Work of each step in dense steps: 0 where a cache skipped it, less than 1 where blocks or tiles were left "
+        "out, more where a method adds forwards"
+    )
+    heads = [(step, "") for step in range(1, max(map(len, rows.values()), default=0) + 1)]
+    return Map(name=name, heads=heads, rows=rows, digits=2) if rows else None
 
 
 def costs(report: Report) -> dict[str, dict[str, float]]:

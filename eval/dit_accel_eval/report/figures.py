@@ -1,6 +1,5 @@
-"""What a report says: the figures of every arm, what it warns of, and which arms miss what was asked of them."""
+"""What a report says: the figures of every arm and of declared pairs, and what it warns of."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_o
 from ..suites.pairs import PairFigures, pair_figures
 from ..suites.reference import AGREE, ITSELF
 from ..suites.suite import Suite, read_suite
-from .lines import ALWAYS, Results, better_of, further_metrics, read_results
+from .lines import Results, further_metrics, read_results
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -32,7 +31,6 @@ class Report:
         arms: their figures: dense runs by steps, then the others as they first appear.
         settings: arm -> a line of it, which tells what ran.
         prompts: clip -> its prompt, clips in order.
-        minimums: metric -> what every arm's mean must reach.
         warnings: what a reader should know before believing the figures.
         pairs: the figures of the pairs that the suite declares.
     """
@@ -41,7 +39,6 @@ class Report:
     arms: tuple[ArmFigures, ...]
     settings: Mapping[str, Line]
     prompts: Mapping[int, str]
-    minimums: Mapping[str, float]
     warnings: tuple[str, ...]
     pairs: tuple[PairFigures, ...] = ()
 
@@ -80,17 +77,6 @@ class Report:
         """Return how many times as fast means or a line are as the dense run of `full_steps`, by a kind of work."""
         return self.full_steps / line[key] if line.get(key) else None
 
-    def mean(self, arm: ArmFigures, metric: str) -> float:
-        """Return an arm's mean of a metric; nan where it has none."""
-        if metric in arm.metrics:
-            return arm.metrics[metric].mean
-        return arm.psnr.mean if metric == "psnr" else arm.means.get(metric, math.nan)
-
-    def reaches(self, arm: ArmFigures, metric: str) -> bool:
-        """Whether an arm's mean is as good as what is asked: at least that, or at most where less is better."""
-        mean, requested = self.mean(arm, metric), self.minimums[metric]
-        return mean <= requested if better_of(metric) == "less" else mean >= requested
-
     def lines_of(self, arm: ArmFigures) -> list[Line]:
         """Return the lines of an arm."""
         return [line for line in self.results.lines if line["arm"] == arm.name]
@@ -100,11 +86,10 @@ class Report:
         return is_rival(self.settings[arm.name])
 
 
-def report_of(results: Results, minimums: Mapping[str, float], suite: Suite | None = None) -> Report:
+def report_of(results: Results, suite: Suite | None = None) -> Report:
     """Return the report of result lines.
 
     Args:
-        minimums: metric -> what every arm's mean must reach.
         suite: of the results; None: one of their name that lies beside them, or in ``suites`` beside their folder.
     """
     lines = results.lines
@@ -112,31 +97,23 @@ def report_of(results: Results, minimums: Mapping[str, float], suite: Suite | No
     listed = list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))
     arms = tuple(figures_of(lines, listed))
     prompts = {line["clip"]: line["prompt"] for line in sorted(lines, key=lambda line: line["clip"])}
-    known = {*ALWAYS, *further_metrics(lines)} - ({"score"} if any("score" not in line for line in lines) else set())
-    if "score" in minimums and "score" not in known:
-        why = next((line.get("skipped", {}).get("score") for line in lines if "score" not in line), None)
-        raise ConfigError(f"{results.path} has no score: {why or 'its lines tell none'}; ask for another metric")
-    missing = [metric for metric in minimums if metric not in known]
-    if missing:
-        text = " and no ".join(missing)
-        raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
     suite, unread = (suite, "") if suite else _suite_of(results)
     pairs = pair_figures(suite.pairs, lines, suite.reference_steps) if suite else ()
     warnings = (*([unread] if unread else []), *_warnings(results, arms, prompts))
     return Report(
-        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings,
+        results=results, arms=arms, settings=settings, prompts=prompts, warnings=warnings,
         pairs=tuple(pairs),
     )  # fmt: skip
 
 
-def reports_of(paths: Sequence[Path], minimums: Mapping[str, float], suites: Sequence[Path] = ()) -> list[Report]:
+def reports_of(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[Report]:
     """Return the reports of files of result lines, each with the suite of its name among those that are given."""
     read, given = [read_results(path) for path in paths], {one.name: one for one in map(read_suite, suites)}
     names = [results.name for results in read]
     for name in given:
         if name not in names:
             raise ConfigError(f"--suite {name!r} is none of {', '.join(names)}, whose results these are; leave it out")
-    return [report_of(results, minimums, given.get(results.name)) for results in read]
+    return [report_of(results, given.get(results.name)) for results in read]
 
 
 def _suite_of(results: Results) -> tuple[Suite | None, str]:
@@ -153,21 +130,8 @@ def _suite_of(results: Results) -> tuple[Suite | None, str]:
 
 
 def judged(report: Report) -> list[ArmFigures]:
-    """Return the arms of which something is asked: all but the dense runs, or those if there are no others."""
+    """Return the arms under test: all but the dense runs, or those if there are no others."""
     return [arm for arm in report.arms if not report.is_dense(arm)] or list(report.arms)
-
-
-def misses(report: Report) -> list[str]:
-    """Return a sentence for every arm and metric that is under what was asked."""
-    found = []
-    for metric, least in report.minimums.items():
-        for arm in judged(report):
-            if not report.reaches(arm, metric):
-                requested = f"at most {least:g}" if better_of(metric) == "less" else f"{least:g}"
-                found.append(
-                    f"{arm.name} has a mean {metric} of {report.mean(arm, metric):.4g}, asked were {requested}"
-                )
-    return found
 
 
 def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:

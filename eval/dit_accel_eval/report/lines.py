@@ -3,14 +3,13 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dit_accel import ConfigError
-from dit_accel.errors import did_you_mean
 
-from ..metrics.registered import described, metrics
+from ..metrics.registered import described
 from ..runs.results import Line, latest
 
 ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
@@ -125,29 +124,3 @@ def _check_one(path: Path, lines: Sequence[Line]) -> None:
         setting = json.dumps([line.get(key) for key in keys], sort_keys=True)
         if settings.setdefault(line["arm"], setting) != setting:
             raise ConfigError(f"{path} has arm {line['arm']!r} with two settings; rename one, or delete its lines")
-
-
-def read_minimums(texts: Sequence[str]) -> Mapping[str, float]:
-    """Read what is asked of every arm, each as ``metric=value``.
-
-    Raises:
-        ConfigError: for another form, an unknown metric, with the nearest, one that is neither better nor worse by
-            itself, or a value that is no finite number.
-    """
-    known, found = {*ALWAYS, *metrics()}, {}
-    for text in texts:
-        name, equals, value = text.rpartition("=")
-        if not equals:
-            raise ConfigError(f"--min {text!r} is not METRIC=VALUE; write, say, --min psnr=28")
-        if name not in known and described(name) is None:
-            hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
-            raise ConfigError(f"--min {text!r} names no metric; {hint}")
-        if better_of(name) == "neither":
-            raise ConfigError(f"--min {text!r}: of {name} neither more nor less is better by itself; leave it out")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if not math.isfinite(found[name]):
-            raise ConfigError(f"--min {text!r} has no number behind the sign; write, say, --min {name}=28")
-    return found

@@ -8,8 +8,8 @@ from ..runs.results import Line
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words
 from ..suites.comparison import ArmFigures, decimals_of, rule_words, seconds_cell
 from ..suites.pairs import pairs_rule
-from .charts import costs, forest, hues, place_maps, prompt_map
-from .figures import Report, judged, leads_of, misses, quantile_clips
+from .charts import costs, forest, hues, prompt_map, step_map
+from .figures import Report, judged, leads_of, quantile_clips
 from .lines import ALWAYS, better_of, words_of
 from .media import AMPLIFIED, Entry, fps_of
 from .reproduce import commands_of, suite_text, tokens_of, versions_of
@@ -59,7 +59,6 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         level: of its headings.
     """
     lines, groups, scores = report.results.lines, _groups(report), score_leads(report)
-    by_most = {metric: better_of(metric) == "less" for metric in report.minimums}
     return {
         "prefix": prefix,
         "level": level,
@@ -69,10 +68,6 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "first": lines[0],
         "reference": f"the model's own {report.full_steps} steps" if report.own else "the converged run",
         "warnings": [*report.warnings, *failed],
-        "misses": misses(report),
-        "asked": ", ".join(
-            f"{name} of at {'most' if by_most[name] else 'least'} {least:g}" for name, least in report.minimums.items()
-        ),
         "rows": _rows(report, scores),
         "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report),
@@ -85,14 +80,13 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "better_of": better_of,
         "digits": lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
         "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),
-        "maps": place_maps(report),
+        "step_map": step_map(report),
         "costs": costs(report),
         "threads": sorted({line["times"]["threads"] for line in lines if "times" in line}),
         "p_words": p_words,
         "seconds_cell": seconds_cell,
         "rule": rule_words(report.arms),
         "pairs_rule": pairs_rule(report.pairs) if report.pairs else "",
-        "reached": lambda arm: _reached(report, arm),
         "shows": bool(media.get("runs")),
         "options": _options,
         "commands": commands_of(report),
@@ -190,13 +184,6 @@ def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
     groups = {"Arms": [arm for arm in report.arms if arm not in dense]}
     groups["Dense runs of fewer steps"] = [arm for arm in dense if arm.clips == most]
     return [(head, arms) for head, arms in groups.items() if arms]
-
-
-def _reached(report: Report, arm: ArmFigures) -> str:
-    if arm not in judged(report):
-        return "not judged"
-    low = [metric for metric in report.minimums if not report.reaches(arm, metric)]
-    return f"misses {', '.join(low)}" if low else "reached"
 
 
 def _options(line: Line) -> list[tuple[str, str]]:

@@ -12,13 +12,13 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 from ..suites.comparison import ArmFigures, rule_words, table_of
 from ..suites.pairs import pairs_text
-from .figures import Report, misses
+from .figures import Report
 from .lines import better_of
 from .media import Media, kept_lines, shown
 from .page import page
 from .reproduce import versions_of
 
-SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 2
+SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 3
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
 FURTHER = ("scheduler", "guider", "arm_call")
 """What only some arms set."""
@@ -82,8 +82,6 @@ def data_of(report: Report) -> dict[str, Any]:
         ],
         "arms": [_arm(report, arm) for arm in report.arms],
         "pairs": [{**asdict(one), "verdict": one.verdict} for one in report.pairs],
-        "minimums": dict(report.minimums),
-        "misses": misses(report),
         "warnings": list(report.warnings),
     }  # fmt: skip
 
@@ -114,11 +112,9 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
 
 
 def markdown_text(report: Report) -> str:
-    """Return the table of all arms, and below it what to know and what was missed."""
+    """Return the table of all arms, and below it that of declared pairs and what to know."""
     first = report.results.lines[0]
     parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals. {rule_words(report.arms)}"]
     parts += [table_of(report.arms), *([pairs_text(report.pairs)] if report.pairs else [])]
-    for head, texts in (("Warnings", report.warnings), ("Missed", misses(report))):
-        if texts:
-            parts.append("\n".join([f"{head}:", "", *(f"- {text}" for text in texts)]))
+    parts += ["\n".join(["Warnings:", "", *(f"- {text}" for text in report.warnings)])] if report.warnings else []
     return "\n\n".join(parts)

@@ -280,10 +280,10 @@ def pipeline(
 ) -> None:
     """Search solver, steps, caches and sparse attention together for the cheapest setting that meets a target.
 
-    It is verified on held-out prompts before it is written, with a plot of the
-    Pareto set beside the file. Every run is kept beside the file too, so that a
-    search that was stopped goes on. A model that is not embedded takes four
-    prompts or more, of which the second half is held out.
+    It is verified on held-out prompts before it is written. Every run is kept
+    beside the file, so that a search that was stopped goes on, and eval report
+    makes a page of it. A model that is not embedded takes four prompts or more,
+    of which the second half is held out.
 
     Examples:
 

@@ -30,7 +30,6 @@ from dit_accel.plan.context import CallContext
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.rules.ultravico import DecayRule, extended_frames
 
-from ..suites.plots import new_figure
 from .base import Progress, Table, Tuned, check_output, left_prompts, run_settings
 from .cache_runs import write_config
 from .frame_periods import Spectrum, spectrum
@@ -210,7 +209,9 @@ def _write(measured: Period, family: Family | None, prompts: int) -> None:
 
 
 def _draw(measured: Period) -> None:
-    figure = new_figure(7, 6)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     distance = range(measured.frames)
     upper.plot(distance, measured.curve)

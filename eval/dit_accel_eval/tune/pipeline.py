@@ -29,9 +29,7 @@ from ..runs.model import OWN
 from ..runs.results import read_lines
 from ..statistics import FEWEST
 from ..suites.arms import Arm
-from ..suites.comparison import figures_of
 from ..suites.job import SCALES, Job, call_of
-from ..suites.plots import draw
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Table, Tuned
@@ -113,7 +111,7 @@ def tune_pipeline(
     Args:
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
-        output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` and ``.png`` lie beside it.
+        output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` lies beside it.
             `dit_accel.recommend` finds a copy in the user's cache.
         target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
@@ -144,8 +142,6 @@ def tune_pipeline(
     whole = search.tried(arms, by_hand)
     frontier, chosen = pareto(whole, search.target.sign), search.judged(whole, by_hand)
     kept = _write(output, chosen, requested, _measured(request, suite, requested, chosen, own))
-    draw(figures_of(search.last_round(), [arm.name for arm in arms if not arm.is_dense]), f"{model}: {target}",
-         output.with_suffix(".png"))  # fmt: skip
     tried = {line["arm"] for line in read_lines(job.out)} & {arm.name for arm in arms}
     return TunedPipeline(
         output=output, kept=kept, target=requested, chosen=chosen, frontier=tuple(frontier),

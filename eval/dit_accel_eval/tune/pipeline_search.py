@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from dit_accel.errors import ConfigError, did_you_mean
 
 from ..metrics.registered import described, metric, metrics
 from ..runs.loaded import FIRST_PROMPT
-from ..runs.results import Line, latest, read_lines
+from ..runs.results import latest, read_lines
 from ..statistics import estimate
 from ..suites.arms import Arm, dense_arm, is_rival
 from ..suites.compare import run
@@ -187,13 +186,6 @@ class Search:
     own: int
     prompts: Prompts = field(default_factory=Prompts)
     ran: set[str] = field(default_factory=set)
-
-    def last_round(self) -> list[Line]:
-        """Return the lines of the last round's prompts, of the settings that have all of them."""
-        prompts = self.prompts.searched(-1)
-        known = [line for line in latest(read_lines(self.job.out)).values() if line["clip"] in prompts]
-        counts = Counter(line["arm"] for line in known)
-        return [line for line in known if counts[line["arm"]] == len(prompts)]
 
     def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Point]:
         """Return settings as measured on prompts, made or found again."""

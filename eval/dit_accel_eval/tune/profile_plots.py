@@ -8,15 +8,16 @@ import numpy as np
 
 from dit_accel.files import written_whole
 
-from ..suites.plots import new_figure
-
 
 def write_heat_map(content: Mapping[str, Any], path: Path) -> None:
     """Write the heat map of a profile's content as a PNG: a row a transformer, a panel a criterion it knows."""
+    from matplotlib.figure import Figure
+
     entries = content["transformers"]
     criteria = [name for name, rows in next(iter(entries.values()))["by_step"].items() if any(rows)]
     tallest = max(entry["blocks"] for entry in entries.values())
-    figure = new_figure(4.2 * len(criteria), max(2.6, 0.9 + 0.12 * tallest) * len(entries))
+    size = (4.2 * len(criteria), max(2.6, 0.9 + 0.12 * tallest) * len(entries))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(entries), len(criteria), squeeze=False)
     for row, (name, entry) in zip(axes, entries.items(), strict=True):
         for axis, criterion in zip(row, criteria, strict=True):
