@@ -91,7 +91,7 @@ class Map:
 
     Attributes:
         name: what its cells hold, in words.
-        heads: of the columns: a number, and what it stands for where that is more.
+        heads: of the columns: a number, and what it stands for, "" for no more.
         rows: arm -> its cells; None where it has no value.
         digits: behind the point.
     """

@@ -16,7 +16,7 @@ from ..suites.arms import is_rival
 from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_of, rival_kind, rival_words, value_of
 from ..suites.pairs import PairFigures, pair_figures
 from ..suites.reference import AGREE, ITSELF
-from ..suites.suite import Suite, read_suite
+from ..suites.suite import read_suite
 from .lines import Results, further_metrics, read_results
 
 LISTED = 8
@@ -33,6 +33,7 @@ class Report:
         prompts: clip -> its prompt, clips in order.
         warnings: what a reader should know before believing the figures.
         pairs: the figures of the pairs that the suite declares.
+        suite: its TOML, as it is now; empty where it was not found.
     """
 
     results: Results
@@ -40,7 +41,8 @@ class Report:
     settings: Mapping[str, Line]
     prompts: Mapping[int, str]
     warnings: tuple[str, ...]
-    pairs: tuple[PairFigures, ...] = ()
+    pairs: tuple[PairFigures, ...]
+    suite: str
 
     @property
     def name(self) -> str:
@@ -86,47 +88,40 @@ class Report:
         return is_rival(self.settings[arm.name])
 
 
-def report_of(results: Results, suite: Suite | None = None) -> Report:
+def report_of(results: Results, suite: Path | None = None) -> Report:
     """Return the report of result lines.
 
     Args:
-        suite: of the results; None: one of their name that lies beside them, or in ``suites`` beside their folder.
+        suite: TOML of their suite; None: one of its name beside them, or in ``suites`` beside their folder, if there.
     """
-    lines = results.lines
-    settings = {line["arm"]: line for line in reversed(lines)}
-    listed = list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))
-    arms = tuple(figures_of(lines, listed))
+    lines, folder, near = results.lines, results.path.resolve().parent, f"{results.name}.toml"
+    arms = tuple(figures_of(lines, list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))))
     prompts = {line["clip"]: line["prompt"] for line in sorted(lines, key=lambda line: line["clip"])}
-    suite, unread = (suite, "") if suite else _suite_of(results)
-    pairs = pair_figures(suite.pairs, lines, suite.reference_steps) if suite else ()
-    warnings = (*([unread] if unread else []), *_warnings(results, arms, prompts))
+    warnings, pairs, text = list(_warnings(results, arms, prompts)), list[PairFigures](), ""
+    path = suite or next(filter(Path.is_file, (folder / near, folder.parent / "suites" / near)), None)
+    try:
+        read = read_suite(path) if path else None
+    except ConfigError as error:
+        if suite:
+            raise
+        warnings.append(f"Pairs that the suite may declare are not shown: {error}.")
+        read = None
+    if path and read and read.name == results.name:
+        pairs, text = pair_figures(read.pairs, lines, read.reference_steps), path.read_text(encoding="utf-8")
     return Report(
-        results=results, arms=arms, settings=settings, prompts=prompts, warnings=warnings,
-        pairs=tuple(pairs),
+        results=results, arms=arms, settings={line["arm"]: line for line in reversed(lines)}, prompts=prompts,
+        warnings=tuple(warnings), pairs=tuple(pairs), suite=text,
     )  # fmt: skip
 
 
 def reports_of(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[Report]:
     """Return the reports of files of result lines, each with the suite of its name among those that are given."""
-    read, given = [read_results(path) for path in paths], {one.name: one for one in map(read_suite, suites)}
+    read, given = [read_results(path) for path in paths], {read_suite(path).name: path for path in suites}
     names = [results.name for results in read]
     for name in given:
         if name not in names:
             raise ConfigError(f"--suite {name!r} is none of {', '.join(names)}, whose results these are; leave it out")
     return [report_of(results, given.get(results.name)) for results in read]
-
-
-def _suite_of(results: Results) -> tuple[Suite | None, str]:
-    """Return the suite of results where it lies near them, or why it can't be read."""
-    folder = results.path.resolve().parent
-    for path in (folder / f"{results.name}.toml", folder.parent / "suites" / f"{results.name}.toml"):
-        if path.is_file():
-            try:
-                suite = read_suite(path)
-            except ConfigError as error:
-                return None, f"Pairs that the suite may declare are not shown: {error}."
-            return (suite, "") if suite.name == results.name else (None, "")
-    return None, ""
 
 
 def judged(report: Report) -> list[ArmFigures]:
@@ -210,10 +205,8 @@ def _some(names: Sequence[str]) -> str:
 
 def worst_first(report: Report) -> list[int]:
     """Return the clips, those first at which the arms' mean PSNR is lowest."""
-    names = {arm.name for arm in judged(report)}
-    means = {
-        clip: float(np.mean([line["psnr"] for line in report.results.lines
-                             if line["clip"] == clip and line["arm"] in names] or [np.inf]))
-        for clip in report.prompts
-    }  # fmt: skip
-    return sorted(means, key=lambda clip: means[clip])
+    found: dict[int, list[float]] = {clip: [] for clip in report.prompts}
+    for arm in judged(report):
+        for line in report.lines_of(arm):
+            found[line["clip"]].append(line["psnr"])
+    return sorted(found, key=lambda clip: float(np.mean(found[clip] or [np.inf])))

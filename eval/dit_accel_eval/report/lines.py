@@ -12,7 +12,7 @@ from dit_accel import ConfigError
 from ..metrics.registered import described
 from ..runs.results import Line, latest
 
-ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
+ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
 NUMBERS = (

@@ -190,7 +190,7 @@ def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) 
     Raises:
         ConfigError: as `Media.add`.
     """
-    references, rivals, runs = dict[int, Entry](), dict[str, Entry](), dict[str, Entry]()
+    references, rivals, runs = dict[int, Entry](), dict[str, dict[int, str]](), dict[str, dict[int, Entry]]()
     failed: list[str] = []
     folder, fps = report.results.path.parent, fps_of(report)
 

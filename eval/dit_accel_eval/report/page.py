@@ -1,5 +1,6 @@
 """The page of a report: one HTML file that opens offline, with its clips in a folder beside it."""
 
+import shlex
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +13,14 @@ from .charts import costs, forest, hues, prompt_map, step_map
 from .figures import Report, judged, leads_of, quantile_clips
 from .lines import ALWAYS, better_of, words_of
 from .media import AMPLIFIED, Entry, fps_of
-from .reproduce import commands_of, suite_text, tokens_of, versions_of
 
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0}
 """Verdict -> its place when the table is sorted by it."""
 
 SPEEDS = {"steps_in_time": "time", "work": "work"}
 """Kinds of work by which the first table gives speed-ups -> in words."""
+
+VERSIONS = ("dit_accel", "diffusers", "torch", "python")
 
 NAMED = 4
 """Arms that a sentence names; the table has the others."""
@@ -59,6 +61,7 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         level: of its headings.
     """
     lines, groups, scores = report.results.lines, _groups(report), score_leads(report)
+    scored = any("score" in arm.means for arm in report.arms)
     return {
         "prefix": prefix,
         "level": level,
@@ -74,7 +77,7 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "hues": hues(report),
         "groups": groups,
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
-        "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scores},
+        "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scored},
         "columns": _columns(report),
         "words_of": words_of,
         "better_of": better_of,
@@ -89,11 +92,10 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "pairs_rule": pairs_rule(report.pairs) if report.pairs else "",
         "shows": bool(media.get("runs")),
         "options": _options,
-        "commands": commands_of(report),
-        "suite": suite_text(report),
+        "commands": _commands(report),
         "versions": versions_of(lines),
         "machines": "; ".join(sorted({line["device"] for line in lines if "device" in line})),
-        "tokens": tokens_of(lines[0]),
+        "tokens": lines[0].get("tokens"),
         "data": _data(report, media, prefix),
     }
 
@@ -184,6 +186,21 @@ def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
     groups = {"Arms": [arm for arm in report.arms if arm not in dense]}
     groups["Dense runs of fewer steps"] = [arm for arm in dense if arm.clips == most]
     return [(head, arms) for head, arms in groups.items() if arms]
+
+
+def versions_of(lines: Sequence[Line]) -> dict[str, str]:
+    """Return package -> its versions among the lines; lines made before a version was kept tell none."""
+    found = {key: sorted({str(line[key]) for line in lines if key in line}) for key in VERSIONS}
+    return {key: ", ".join(versions) for key, versions in found.items() if versions}
+
+
+def _commands(report: Report) -> list[str]:
+    """Return the commands that make the results anew, and the page from those."""
+    path, lines = report.results.path, report.results.lines
+    suite, out, page = (shlex.quote(name) for name in (f"{report.name}.toml", path.name, f"{path.stem}.html"))
+    timed = " --time" if any("seconds" in line for line in lines) else ""
+    kept = " --frames frames" if any("kept" in line for line in lines) else ""
+    return [f"dit-accel eval run {suite} --out {out}{timed}{kept}", f"dit-accel eval report {out} -o {page}"]
 
 
 def _options(line: Line) -> list[tuple[str, str]]:

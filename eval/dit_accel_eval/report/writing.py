@@ -15,8 +15,7 @@ from ..suites.pairs import pairs_text
 from .figures import Report
 from .lines import better_of
 from .media import Media, kept_lines, shown
-from .page import page
-from .reproduce import versions_of
+from .page import page, versions_of
 
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 3
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")

@@ -103,16 +103,25 @@ def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...
     return tuple(made.values())
 
 
-def read_table(path: Path, version: int, what: str, remedy: str) -> dict[str, Any]:
-    """Return the keys of a TOML file of a version, which it says first; ``remedy`` is for one that is missing."""
+def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """Return the keys of a TOML file of a version, which it says first.
+
+    Args:
+        kinds: key -> what it must be.
+        remedy: what is not there if the file is missing, and what to do; ``{}`` is its path.
+
+    Raises:
+        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
+    """
     if not path.is_file():
-        raise ConfigError(f"no {what} at {path}; {remedy}")
+        raise ConfigError(remedy.format(path))
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     if data.pop("version", None) != version:
         raise ConfigError(f"{path} is not of version {version}, which this release reads; make it anew for that")
+    check_kinds(data, kinds, str(path))
     return data
 
 

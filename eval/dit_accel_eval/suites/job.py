@@ -120,8 +120,8 @@ def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
     judge = judge_of(suite) if suite.judge else None
     if judge is not None:
         return judge.table(suite, lines)
-    pairs = pairs_text(pair_figures(suite.pairs, lines, suite.reference_steps))
-    return "\n\n".join(filter(None, [table(suite, lines), pairs]))
+    pairs = pairs_text(pair_figures(suite.pairs, lines, suite.reference_steps)) if suite.pairs else ""
+    return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
 
 
 @contextlib.contextmanager

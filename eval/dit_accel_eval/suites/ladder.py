@@ -86,8 +86,8 @@ def read_ladder(path: Path) -> Ladder:
     Raises:
         ConfigError: for a missing file, another version, an unknown or ill-typed key, or no rung.
     """
-    data = read_table(path, VERSION, "rivals", "make them with python eval/studies/best_rival.py, or leave rivals out")
-    check_kinds(data, KINDS, str(path))
+    remedy = "no rivals at {}; make them with python eval/studies/best_rival.py, or leave rivals out"
+    data = read_table(path, VERSION, KINDS, remedy)
     missing = [key for key in ("model", "first_clip", "clips", "rung") if data.get(key) in (None, [])]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; make it anew with best_rival.py")

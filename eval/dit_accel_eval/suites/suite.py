@@ -13,7 +13,7 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import Budget, OwnClips, read_budget
-from .arms import Arm, check_kinds, dense_arm, read_arms, read_table
+from .arms import Arm, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
 from .pairs import Pair, read_pairs
 
@@ -25,7 +25,7 @@ MANY = 10
 KINDS = {
     **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals"), str),
     **dict.fromkeys(("clips", "first_clip", "reference_steps", "warmup", "repeats"), int),
-    **dict.fromkeys(("prompts", "seeds", "metrics", "chosen_on", "compare"), list),
+    **dict.fromkeys(("prompts", "seeds", "metrics", "chosen_on", "compare", "arm"), list),
     **{"call": dict, "budget": dict, "timed": bool},
 }
 """Key of a suite -> what it must be."""
@@ -113,9 +113,9 @@ def read_suite(path: Path) -> Suite:
     Raises:
         ConfigError: for a missing file, another version, or an unknown or ill-typed key.
     """
-    data = read_table(path, SUITE_VERSION, "suite", "name a TOML file such as eval/suites/knee-wan-tiny.toml")
+    remedy = "no suite at {}; name a TOML file such as eval/suites/knee-wan-tiny.toml"
+    data = read_table(path, SUITE_VERSION, KINDS, remedy)
     arms = data.pop("arm", [])
-    check_kinds(data, KINDS, str(path))
     own = _own_clips(data, path)
     data |= {"clips": len(own)} if own is not None else {}
     missing = [key for key in ("name", "model", "clips") if key not in data]
@@ -139,7 +139,7 @@ def read_suite(path: Path) -> Suite:
     data |= {"chosen_on": (first, last)} if "chosen_on" in data else {}
     data |= {"budget": read_budget(data["budget"], str(path))} if "budget" in data else {}
     suite = Suite(
-        **data, arms=listed, own=own, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)),
+        **data, arms=listed, own=own, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
         ladder=read_ladder(path.parent / rivals) if rivals else None,
     )  # fmt: skip
     _check_model(suite, path)
@@ -184,7 +184,7 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
     if file is None and prompts is None:
         if seeds is not None:
             raise ConfigError(
-                f"{path} has seeds but no prompts; add prompts, or leave seeds out: of held-out clips it is the number"
+                f"{path} has seeds but no prompts; add prompts = [...], or leave seeds out: held-out clips have theirs"
             )
         return None
     if file is not None and prompts is not None:
