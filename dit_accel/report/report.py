@@ -138,12 +138,12 @@ class Report:
         return [*lines, *(f"why not faster: {cause}" for cause in self.why_not_faster())]
 
     def plot(self, path: str | Path) -> None:
-        """Write what was kept, by step, layer and head, and which steps were skipped, as a PNG; needs matplotlib.
+        """Write what was kept, by step, layer and head, and which steps were skipped, as a PNG.
 
         Raises:
             ConfigError: if nothing followed a plan and no step was a cache's to skip, or the path is not a .png in
                 an existing folder.
-            MissingBackend: without matplotlib, or a package that draws reports.
+            MissingBackend: without a package that draws reports.
         """
         draw = _drawing("plot")
         if draw is None:

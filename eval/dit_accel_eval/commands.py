@@ -136,19 +136,13 @@ def report_results(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write, .html; opens offline.", metavar="FILE")
     ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="One row an arm.", metavar="FILE")] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="All figures, by a versioned schema.", metavar="FILE")
     ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="The table and what it warns of.", metavar="FILE")
-    ] = None,
-    minimum: Annotated[
-        list[str] | None,
+    suite: Annotated[
+        list[Path] | None,
         typer.Option(
-            "--min",
-            help="What every arm's mean must reach, such as psnr=28, or at most where less is better; may be repeated.",
-            metavar="METRIC=VALUE",
+            help="Suite whose pairs are shown; default: ../suites/NAME.toml. May be repeated.", metavar="FILE"
         ),
     ] = None,
     clips: Annotated[
@@ -156,10 +150,7 @@ def report_results(
         typer.Option(help="Prompts shown where frames were kept, the hardest first; default: all.", min=0),
     ] = None,
 ) -> None:
-    """Report a suite's results: a page that opens offline, or tables; without a file to write, a table to stdout.
-
-    With --min, exit code 1 where an arm misses what is asked; dense runs of
-    fewer steps, which the arms are held against, are not judged.
+    """Report a suite's results: a page that opens offline, or JSON; without a file to write, a Markdown table.
 
     Examples:
 
@@ -167,25 +158,18 @@ def report_results(
 
     dit-accel eval report wan.jsonl flux.jsonl -o both.html
 
-    dit-accel eval report smoke.jsonl --min psnr=28 --min lpips@alex=0.2
+    dit-accel eval report smoke.jsonl --json smoke.json
     """
-    from .report.figures import misses, report_of
-    from .report.lines import read_minimums, read_results
+    from .report.figures import reports_of
     from .report.writing import markdown_text, write_reports
 
-    requested = read_minimums(minimum or ())
-    reports = [report_of(read_results(path), requested) for path in results]
-    wanted = {"html": output, "csv": csv, "json": json, "markdown": markdown}
+    reports = reports_of(results, suite or ())
+    wanted = {"html": output, "json": json}
     written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, clips=clips)
     for path in written:
         OUT.print(str(path), markup=False, soft_wrap=True)
     if not written:
         print("\n\n".join(map(markdown_text, reports)))
-    missed = [text for report in reports for text in misses(report)]
-    for text in missed:
-        print_error(text)
-    if missed:
-        raise typer.Exit(1)
 
 
 @eval_app.command("diff")
@@ -208,7 +192,7 @@ def compare_results(
     from .report.figures import report_of
     from .report.lines import read_results
 
-    first, second = (report_of(read_results(path), {}) for path in (before, after))
+    first, second = (report_of(read_results(path)) for path in (before, after))
     for text in others_of(first, second):
         warn(f"they differ in more than the arms: {text}")
     entries = diff_of(first, second)

@@ -87,10 +87,9 @@ def tuned_text(root: Path) -> str:
     own = max(_plain(space), key=lambda arm: arm.num_inference_steps).num_inference_steps
     return (
         f"**Chosen by a search**: `dit-accel tune pipeline --model {TUNED_MODEL} --target {TARGET} -o {TUNED}` "
-        f"tried {len(tried)} settings on 2, 4 and 6 prompts "
-        f"([picture](../../{TUNED.with_suffix('.png')})) and took {chosen}: "
-        f"on {HELD_OUT} held-out prompts {psnr:.1f} dB at {own / work:.2f} times the speed of the model's own {own} "
-        f"steps by counted work, {work:.1f} steps' work. "
+        f"tried {len(tried)} settings on 2, 4 and 6 prompts and took {chosen}: on {HELD_OUT} held-out prompts "
+        f"{psnr:.1f} dB at {own / work:.2f} times the speed of the model's own {own} steps by counted work, "
+        f"{work:.1f} steps' work. "
         f"{_by_hand(root, work)}"
     )
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
-from dit_accel_eval.report.reproduce import tokens_of
 from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor
 from dit_accel_eval.runs.loaded import (
@@ -138,30 +137,18 @@ def test_a_suite_of_a_folder_runs_goes_on_and_reports(whole):
     assert {line["weights"] for line in lines} == {given_weights(str(whole / "tiny"))}
     assert {line["dtype"] for line in lines} == {"float32"}
     assert all("score" not in line and "tiny has no judge" in line["skipped"]["score"] for line in lines)
-    embedded = {"model": "wan-plain", "call": lines[0]["call"]}
-    assert {line["tokens"] for line in lines} == {tokens_of(embedded)} == {tokens_of(lines[0])}
+    (tokens,) = {line["tokens"] for line in lines}
     thin = next(line for line in lines if line["arm"] == "thin")
     assert 0.3 < thin["attended"] < 0.9
     assert read_kept(whole / thin["kept"], run_of(thin)).shape == (5, 32, 32, 3)
     again = command("run", whole / "s.toml", "--out", whole / "s.jsonl", "--cache", whole / "cache")
     assert (again.exit_code, read_lines(whole / "s.jsonl")) == (0, lines)
     assert "| score |" not in again.stdout
-    page = command("report", whole / "s.jsonl", "-o", whole / "s.html", "--csv", whole / "s.csv", "--json", whole / "r")
+    page = command("report", whole / "s.jsonl", "-o", whole / "s.html", "--json", whole / "r")
     assert page.exit_code == 0, page.output
-    assert "score was skipped on 2 clips: tiny has no judge of its own." in (whole / "s.html").read_text()
-    asked = command("report", whole / "s.jsonl", "--min", "score=0.5")
-    assert (asked.exit_code, "has no score: tiny has no judge of its own" in asked.stderr) == (2, True)
-
-
-@pytest.mark.slow
-def test_a_report_tells_the_suite_that_made_it(whole):
-    page = command("report", whole / "s.jsonl", "--json", whole / "r.json", "-o", whole / "s.html").exit_code
-    text = (whole / "s.html").read_text().replace("&#34;", '"')
-    begin = text.index("version = 2")
-    (whole / "again.toml").write_text(text[begin : text.index("</code>", begin)])
-    suite, again = read_suite(whole / "s.toml"), read_suite(whole / "again.toml")
-    assert (page, again.own, again.source) == (0, suite.own, suite.source)
-    assert {arm.name: arm.to_dict() for arm in suite.arms}.items() <= {a.name: a.to_dict() for a in again.arms}.items()
+    text = (whole / "s.html").read_text()
+    assert "score was skipped on 2 clips: tiny has no judge of its own." in text
+    assert f"steps of the dense model, of {tokens} tokens, less" in text
 
 
 @pytest.mark.slow

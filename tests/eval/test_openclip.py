@@ -12,7 +12,7 @@ from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, opencli
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
-from dit_accel_eval.report.lines import better_of, read_minimums, words_of
+from dit_accel_eval.report.lines import better_of, words_of
 from dit_accel_eval.tune.objectives import objective_of
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -216,7 +216,6 @@ def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weigh
         metrics()["clip-score@open_clip:MODEL"](Sample(frames=clip()))
     gone = "clip-image@open_clip:ViT-S-32=/gone/x.pt"
     assert (words_of(gone), better_of(gone)) == ("CLIP likeness to the reference, ViT-S-32=/gone/x.pt", "more")
-    assert read_minimums([f"{gone}=0.9"]) == {gone: 0.9}
 
 
 def test_an_objective_by_a_metric_is_higher_for_better(given):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import suite_picture
 from dit_accel_eval.statistics import Estimate
-from dit_accel_eval.suites import plots
 from dit_accel_eval.suites.comparison import ArmFigures
 from PIL import Image
 
@@ -23,20 +22,20 @@ DENSE = [figure(f"unipc {steps}", 20 + steps, steps) for steps in range(6, 12)]
 
 def test_the_frontier_is_what_none_surpasses_at_as_little_work():
     good, bad = figure("a, 0.1 12", 33, 9.5), figure("a, 0.2 12", 27, 9)
-    assert plots.frontier([*DENSE, good, bad], "work") == [*DENSE[:4], good]
+    assert suite_picture.frontier([*DENSE, good, bad], "work") == [*DENSE[:4], good]
 
 
 @pytest.mark.parametrize(("real", "panels"), [(None, 1), (6.0, 2)])
 def test_a_picture_has_a_panel_for_each_work_that_differs_and_is_small(tmp_path, real, panels):
     arms = [*DENSE, *(figure(f"group {n}, {s} 12", 25 + n, 6 + s, real) for n in range(9) for s in range(6))]
-    plots.draw(arms, "a suite", tmp_path / "s.png")
-    assert Image.open(tmp_path / "s.png").width == pytest.approx((3.5 + 5.5 * panels) * plots.DOTS, abs=1)
+    suite_picture.draw(arms, "a suite", tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").width == pytest.approx((3.5 + 5.5 * panels) * suite_picture.DOTS, abs=1)
     assert (tmp_path / "s.png").stat().st_size < 150_000
 
 
 def test_arms_of_fewer_clips_are_left_out(tmp_path):
-    plots.draw(DENSE, "t", tmp_path / "a.png")
-    plots.draw([*DENSE, figure("unipc 12", 90, 12, clips=1)], "t", tmp_path / "b.png")
+    suite_picture.draw(DENSE, "t", tmp_path / "a.png")
+    suite_picture.draw([*DENSE, figure("unipc 12", 90, 12, clips=1)], "t", tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

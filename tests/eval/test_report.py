@@ -1,9 +1,6 @@
 """The report: figures as the table's, a page that stands alone, every error by name, nothing half written."""
 
-import csv
-import dataclasses
 import functools
-import io
 import json
 import math
 from html.parser import HTMLParser
@@ -13,17 +10,15 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.charts import forest, hues, ticks
-from dit_accel_eval.report.figures import leads_of, misses, quantile_clips, report_of
-from dit_accel_eval.report.lines import read_minimums, read_results
-from dit_accel_eval.report.page import page, summary
-from dit_accel_eval.report.reproduce import suite_text
+from dit_accel_eval.report.figures import leads_of, quantile_clips, report_of
+from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.page import page, score_leads, summary
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.comparison import figures, table
 from dit_accel_eval.suites.reference import ITSELF
 from dit_accel_eval.suites.suite import read_suite
 from typer.testing import CliRunner
 
-from dit_accel import ConfigError
 from dit_accel.cli.app import app
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -42,13 +37,11 @@ def lines_in(path: Path, lines: list[dict]) -> Path:
 
 @functools.cache
 def committed():
-    return report_of(read_results(WAN), {})
+    return report_of(read_results(WAN))
 
 
-def report(path: Path = WAN, **minimums: float):
-    if path == WAN:
-        return dataclasses.replace(committed(), minimums=minimums)
-    return report_of(read_results(path), minimums)
+def report(path: Path = WAN):
+    return committed() if path == WAN else report_of(read_results(path))
 
 
 def few(tmp_path: Path, name: str, clips: int) -> Path:
@@ -107,32 +100,31 @@ def test_several_results_make_one_page(tmp_path):
     out = tmp_path / "both.html"
     assert run(WAN, FLUX, "-o", out).exit_code == 0
     assert out.read_text() == text
-    refused = run(WAN, FLUX, "--csv", tmp_path / "both.csv")
+    refused = run(WAN, FLUX, "--json", tmp_path / "both.json")
     assert refused.exit_code == 2
-    assert "csv holds one file of results, got 2; report each by itself" in refused.stderr
-    both = run(WAN, FLUX, "--min", "psnr=99")
-    assert both.exit_code == 1
-    assert both.stderr.count("has a mean psnr of") > len(report().arms) - 1
+    assert "json holds one file of results, got 2; report each by itself" in refused.stderr
+    assert run(WAN, FLUX).stdout.count("| arm |") == 2
 
 
 @pytest.mark.parametrize("clips", [2, 6])
-def test_json_csv_and_markdown_agree(tmp_path, clips):
+def test_json_and_markdown_agree(tmp_path, clips):
     path = few(tmp_path, "report-wan-tiny", clips)
-    data = writing.data_of(report(path, psnr=20.0))
-    assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 2)
-    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(writing.csv_text(report(path))))}
-    assert set(rows) == {arm["name"] for arm in data["arms"]}
+    data = writing.data_of(report(path))
+    assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 3)
+    printed = writing.markdown_text(report(path)).splitlines()
+    rows = {row.split(" | ")[0].strip("| "): row for row in printed if row.startswith("| ")}
+    assert set(rows) - {"arm"} == {arm["name"] for arm in data["arms"]}
     for arm in data["arms"]:
-        row = rows[arm["name"]]
-        assert float(row["psnr"]) == arm["psnr"]["mean"] == pytest.approx(np.mean([one["psnr"] for one in arm["runs"]]))
-        assert (row["dense"] == "true") == arm["dense"] == (not arm["against_fewer_steps"])
-        for key, found in arm["against_fewer_steps"].items():
-            assert row[f"ahead_{key}_verdict"] == found["verdict"]
-            assert float(row[f"ahead_{key}_median"]) == found["median"]
+        row, psnr = rows[arm["name"]], arm["psnr"]
+        assert f"| {psnr['mean']:.2f}" in row
+        assert psnr["mean"] == pytest.approx(np.mean([one["psnr"] for one in arm["runs"]]))
+        assert arm["dense"] == (not arm["against_fewer_steps"])
+        for found in arm["against_fewer_steps"].values():
+            assert f"({found['median']:+.2f}) {found['verdict']}" in row
             if found["count"] < 6:
-                assert (found["low"], row[f"ahead_{key}_high"], found["verdict"]) == (None, "", "too few")
+                assert (found["low"], found["verdict"]) == (None, "too few")
             else:
-                assert float(row[f"ahead_{key}_low"]) == found["low"] <= found["mean"] <= found["high"]
+                assert f"[{found['low']:+.2f}, {found['high']:+.2f}]" in row
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
@@ -165,16 +157,13 @@ def test_what_a_page_shows_is_escaped(tmp_path):
     assert "&lt;script&gt;alert(1)" in text
 
 
-@pytest.mark.parametrize("name", ["profiling-wan-plain", "caches-wan-tiny"])
-def test_the_suite_of_a_page_runs_the_same_arms(tmp_path, name):
-    path = few(tmp_path, name, 1)
-    (tmp_path / "s.toml").write_text(suite_text(report(path)))
-    suite = read_suite(tmp_path / "s.toml")
-    lines = {line["arm"]: line for line in read_lines(path)}
-    assert {arm.name for arm in suite.arms} == set(lines)
-    for arm in suite.arms:
-        told = json.loads(json.dumps(arm.to_dict()))
-        assert told == {key: lines[arm.name][key] for key in told}
+def test_the_page_has_the_suite_that_lies_near_and_says_where_it_does_not(tmp_path):
+    suite = (EVAL / "suites" / "profiling-wan-plain.toml").read_text()
+    assert suite.strip() in "".join(Page(page(report())).texts)
+    commands = "dit-accel eval run profiling-wan-plain.toml --out profiling-wan-plain.jsonl\n"
+    assert commands in "".join(Page(page(report())).texts)
+    alone = page(report(few(tmp_path, "profiling-wan-plain", 1)))
+    assert "It was not found beside the results; <code>--suite FILE</code> names it." in alone
 
 
 def test_warnings_say_what_not_to_believe(tmp_path):
@@ -202,31 +191,6 @@ def test_warnings_say_what_not_to_believe(tmp_path):
     assert all(text in page(found).replace("&#39;", "'") for text in found.warnings)
 
 
-def test_open_verdicts_are_told_and_what_their_number_alone_leaves_open(tmp_path):
-    found = report(few(tmp_path, "caches-flux-tiny", 6))
-    arms = [arm.ahead["work"] for arm in found.arms if arm.ahead]
-    told = "\n".join(found.warnings)
-    assert (
-        f"At equal own work neither better nor worse than fewer steps, after Holm's correction over {len(arms)} "
-        in (told)
-    )
-    assert [one for one in arms if one.verdict == "open" and one.p < 0.05]
-    assert "Of these, intervals leave out 0, and it is their number alone that leaves them so: " in told
-    assert "at the model's own noise shift, not the best solver and shift" in told
-
-
-def test_minimums_judge_the_arms_and_not_their_rivals():
-    arms = {arm.name: arm for arm in report().arms}
-    ours = {name: arm.psnr.mean for name, arm in arms.items() if not name.startswith("unipc")}
-    least = sorted(ours.values())[1]
-    missed = misses(report(psnr=least))
-    worst = min(ours, key=lambda name: ours[name])
-    assert missed == [f"{worst} has a mean psnr of {ours[worst]:.4g}, asked were {least:g}"]
-    assert min(arm.psnr.mean for arm in arms.values()) < least  # a dense run of few steps
-    assert "misses psnr" in page(report(psnr=least))
-    assert misses(report(psnr=0.0, ssim=0.0, score=0.0)) == []
-
-
 def measured(tmp_path: Path) -> Path:
     """Return results in which the warp error is the PSNR's hundredth of the clip and arm, and no clip has an LPIPS."""
     lines = read_lines(few(tmp_path, "knee-flux-tiny", 6))
@@ -237,7 +201,7 @@ def measured(tmp_path: Path) -> Path:
     return lines_in(tmp_path / "m.jsonl", lines)
 
 
-def test_further_metrics_have_intervals_paired_differences_and_curves(tmp_path):
+def test_further_metrics_have_intervals_and_paired_differences(tmp_path):
     found = report(measured(tmp_path))
     assert found.further == ["warp-error@dis", "mine"]
     arms = [arm for arm in found.arms if not found.is_dense(arm)]
@@ -254,25 +218,9 @@ def test_further_metrics_have_intervals_paired_differences_and_curves(tmp_path):
         "less",
         arms[-1].differences["warp-error@dis"].mean,
     )
-    rows = list(csv.DictReader(io.StringIO(writing.csv_text(found))))
-    assert float(rows[-1]["warp-error@dis"]) == arms[-1].metrics["warp-error@dis"].mean
     text = page(found)
     assert "warp error, RMS, DIS, less is better" in Page(text).texts
-    assert "PSNR to converged, dB, by frame or pair of neighbours, mean over clips; darker is more" in text
     assert "warp-error@dis" in writing.markdown_text(found)
-    assert 'metrics = [\n    "psnr",\n    "warp-error@dis",' in suite_text(found)
-
-
-def test_minimums_of_what_is_better_less_are_the_most_allowed(tmp_path):
-    path = measured(tmp_path)
-    assert run(path, "--min", "warp-error@dis=0.9").exit_code == 0
-    missed = run(path, "--min", "warp-error@dis=0.1")
-    assert missed.exit_code == 1
-    assert "has a mean warp-error@dis of 0.2" in missed.stderr
-    assert "asked were at most 0.1" in missed.stderr
-    lacking = run(path, "--min", "lpips@vgg=0.1")
-    assert lacking.exit_code == 2
-    assert "has no lpips@vgg; name it among the suite's metrics and run again" in lacking.stderr
 
 
 def test_p_values_are_corrected_for_the_number_of_arms(tmp_path):
@@ -283,13 +231,10 @@ def test_p_values_are_corrected_for_the_number_of_arms(tmp_path):
     assert all(one.p_holm >= one.p and one.together == len(arms) for one in arms)
 
 
-def test_exit_codes(tmp_path):
-    good = run(WAN, "--min", "psnr=1", "-o", tmp_path / "r.html")
-    assert (good.exit_code, good.stdout) == (0, f"{tmp_path / 'r.html'}\n")
-    bad = run(WAN, "--min", "psnr=99", "--json", tmp_path / "r.json")
-    assert bad.exit_code == 1
-    assert "has a mean psnr of" in bad.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["misses"]
+def test_what_is_written_is_listed(tmp_path):
+    good = run(WAN, "-o", tmp_path / "r.html", "--json", tmp_path / "r.json")
+    assert (good.exit_code, good.stdout) == (0, f"{tmp_path / 'r.html'}\n{tmp_path / 'r.json'}\n")
+    assert len(json.loads((tmp_path / "r.json").read_text())["arms"]) == len(report().arms)
     table_only = run(WAN)
     assert table_only.exit_code == 0
     assert table_only.stdout == writing.markdown_text(report()) + "\n"
@@ -309,7 +254,7 @@ def test_exit_codes(tmp_path):
         (lambda lines: [{**lines[0], "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
         (lambda lines: [{**lines[0], "metrics": 3}], "line 1 has metrics 3, which is no table"),
         (lambda lines: [lines[0], [1]], "line 2 is no result but '[1]'"),
-        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks reference, psnr, ssim,"),
+        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
     ],
 )
 def test_results_that_no_report_can_be_true_of(tmp_path, change, message):
@@ -330,31 +275,15 @@ def test_files_that_are_no_results(tmp_path):
     assert "c.jsonl, line 2 is not JSON (" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("psrn=28", "--min 'psrn=28' names no metric; did you mean 'psnr'?"),
-        ("motion=1", "--min 'motion=1': of motion neither more nor less is better by itself; leave it out"),
-        ("psnr", "--min 'psnr' is not METRIC=VALUE; write, say, --min psnr=28"),
-        ("psnr=high", "--min 'psnr=high' has no number behind the sign; write, say, --min psnr=28"),
-        ("psnr=nan", "--min 'psnr=nan' has no number behind the sign"),
-    ],
-)
-def test_bad_minimums(text, message):
-    with pytest.raises(ConfigError) as caught:
-        read_minimums([text])
-    assert message in str(caught.value)
-
-
 def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
     results = tmp_path / "r.jsonl"
     results.write_bytes(WAN.read_bytes())
     good = tmp_path / "r.html"
     for options, message in (
-        (["--csv", tmp_path / "none" / "r.csv"], "is not a folder; create it first"),
-        (["--csv", good], "csv would overwrite"),
+        (["--json", tmp_path / "none" / "r.json"], "is not a folder; create it first"),
+        (["--json", good], "json would overwrite"),
         (["--json", results], "the results that are read; choose another name"),
-        (["--markdown", tmp_path], "it is a folder; name a file in it"),
+        (["--json", tmp_path], "it is a folder; name a file in it"),
     ):
         result = run(results, "-o", good, *options)
         assert (result.exit_code, good.exists()) == (2, False)
@@ -390,7 +319,7 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
     for arm in ours:
         cells = rows[arm.name]
         lead = arm.ahead["steps_in_time"]
-        assert f"{lead.mean:+.2f}" in cells
+        assert f"{lead.mean:+.2f} ({lead.median:+.2f})" in cells
         assert f"{lead.low:+.2f} to {lead.high:+.2f}" in cells
         assert f"{timed.full_steps / arm.means['steps_in_time']:.2f}×" in cells
         assert lead.verdict in cells
@@ -405,10 +334,13 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
         assert {int(clip): cells["lead"] for clip, cells in arm["cells"].items()} == {
             clip: f"{lead:+.2f}" for clip, lead in leads.items()
         }
-        steps = [timed.full_steps / float(cells["speedup"][:-1]) for cells in arm["cells"].values()]
+        steps = [timed.full_steps / float(cells["steps_in_time"][:-1]) for cells in arm["cells"].values()]
         assert np.mean(steps) == pytest.approx(found.means["steps_in_time"], rel=0.01)
-    assert "by time, over 30 dense steps." in text
-    assert "by work, over 12 dense steps; these runs were not timed." in page(report())
+    assert "Speed-ups are over 30 dense steps." in text
+    assert [text.count(f'<button type="button">speed-up by {unit}<') for unit in ("time", "work")] == [1, 1]
+    untimed = page(report())
+    assert "Speed-ups are over 12 dense steps; these runs were not timed." in untimed
+    assert "speed-up by time" not in untimed
 
 
 def test_a_drawn_lead_is_right_of_the_line_where_the_arm_is_ahead():
@@ -443,9 +375,60 @@ def test_of_few_clips_it_says_so_and_draws_no_interval():
 def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
     path = EVAL / "results" / "report-wan-tiny.jsonl"
     words = "The judge's score can't tell any of these arms from fewer steps."
-    assert summary(report(path)).startswith(words)
+    assert first_words(path).startswith(words)
     lines = [{**line, "score": (0.8 if line["methods"] else 0.2) + line["clip"] / 100} for line in read_lines(path)]
-    assert words not in summary(report(lines_in(tmp_path / "r.jsonl", lines)))
+    assert words not in first_words(lines_in(tmp_path / "r.jsonl", lines))
+
+
+def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(tmp_path):
+    path = EVAL / "results" / "presets-wan-tiny.jsonl"
+    found = report(path)
+    assert [str(one.pair) for one in found.pairs] == [
+        "careful vs cache-dit, slow", "balanced vs cache-dit, medium", "fast vs cache-dit, 15 of 30",
+        "fast vs cache-dit, fast",
+    ]  # fmt: skip
+    text = page(found)
+    table = text.partition('id="pairs">')[2].partition("</table>")[0]
+    assert text.index('id="table"') < text.index('id="pairs"') < text.index("<details")
+    for one in found.pairs:
+        assert f"{one.ahead.mean:+.2f} ({one.ahead.median:+.2f})<small>{one.ahead.low:+.2f} to " in table
+        assert one.score.mean == pytest.approx(
+            100 * np.mean([own["score"] - other["score"] for own, other in both(found, one.pair)])
+        )
+        assert f"{one.score.mean:+.1f} ({one.score.median:+.1f})" in table
+    assert "ahead by more than 3 dB" in table
+    assert "Pairs declared in the suite, PSNR clip by clip; p by Holm&#39;s rule over 4," in table
+    assert first_words(path).startswith("The judge's score can't tell the arms of any declared pair apart. ")
+    assert "| careful vs cache-dit, slow | +5.40 [" in writing.markdown_text(found)
+    assert writing.data_of(found)["pairs"][0]["pair"]["against"] == "cache-dit, slow"
+    assert "[[compare]]" in text
+
+
+def both(found, pair):
+    lines = {(line["arm"], line["clip"]): line for line in found.results.lines}
+    return [(lines[pair.arm, clip], lines[pair.against, clip]) for clip in found.prompts]
+
+
+def first_words(path: Path) -> str:
+    found = report(path)
+    return summary(found, score_leads(found))
+
+
+def test_pairs_are_those_of_the_suite_that_is_named_or_lies_near(tmp_path):
+    suite = EVAL / "suites" / "presets-wan-tiny.toml"
+    path = few(tmp_path, "presets-wan-tiny", 51)
+    page_of = tmp_path / "r.html"
+    assert run(path, "-o", page_of).exit_code == 0
+    assert 'id="pairs"' not in page_of.read_text()
+    assert run(path, "-o", page_of, "--suite", suite).exit_code == 0
+    assert "there is no verdict under 6 clips" in page_of.read_text()
+    refused = run(path, "-o", page_of, "--suite", EVAL / "suites" / "smoke.toml")
+    assert refused.exit_code == 2
+    assert "--suite 'smoke' is none of presets-wan-tiny, whose results these are" in refused.stderr
+    (tmp_path / "presets-wan-tiny.toml").write_text("version = 2\nname = 3\n")
+    assert any("pairs that the suite may declare" in text.lower() for text in report(path).warnings)
+    (tmp_path / "presets-wan-tiny.toml").write_text(suite.read_text())
+    assert len(report(path).pairs) == 4
 
 
 def test_every_arm_has_one_colour_and_dense_runs_none():

@@ -9,7 +9,7 @@ import pytest
 from dit_accel_eval.report import media
 from dit_accel_eval.report.figures import quantile_clips, report_of, worst_first
 from dit_accel_eval.report.lines import read_results
-from dit_accel_eval.report.media import difference, folder_of, kept_lines, media_beside
+from dit_accel_eval.report.media import difference, folder_of, kept_lines
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_pipelines.generation.media import read_image, read_video
 from PIL import Image
@@ -44,7 +44,7 @@ def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
 
 
 def report(path: Path):
-    return report_of(read_results(path), {})
+    return report_of(read_results(path))
 
 
 def data_of(page: Path) -> dict:
@@ -105,7 +105,7 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
             assert entry["rival"] == f"unipc {near}"
             assert clip in part["rivals"][entry["rival"]]
     posters = [Path(name).with_suffix(".webp").name for name in names]
-    assert {one.name for one in folder.iterdir()} == {*names, *posters, media.MANIFEST}
+    assert {one.name for one in folder.iterdir()} == {*names, *posters}
     assert max((folder / name).stat().st_size for name in posters) < 5000
     text = page.read_text()
     assert 'preload: "none"' in text
@@ -124,7 +124,7 @@ def test_a_page_of_the_same_frames_takes_the_files_that_there_are(tmp_path, monk
     assert run(path, "-o", page).exit_code == 0
     after = {one.name: one.stat().st_ino for one in folder_of(page).iterdir()}
     same = {name for name in before if after.get(name) == before[name]}
-    assert {name for name in before if "easycache" not in name} - {media.MANIFEST} == same
+    assert {name for name in before if "easycache" not in name} == same
     assert len(after) == len(before)
 
 
@@ -175,7 +175,7 @@ def test_kept_frames_of_another_run_are_not_shown_but_named(tmp_path):
     keep(tmp_path / other["kept"], np.zeros((3, 48, 64, 3), np.float32), run_of({**other, "weights": "other"}))
     assert run(path, "-o", page).exit_code == 0
     text = page.read_text().replace("&#39;", "'")
-    assert f"Clip {gone['clip']} of {ARMS[0]} is not shown: {tmp_path / gone['kept']} can't be read (No such" in text
+    assert f"Clip {gone['clip']} of {ARMS[0]} is not shown: {tmp_path / gone['kept']} holds no frames that" in text
     assert f"Clip {other['clip']} of {ARMS[0]} is not shown: " in text
     assert "holds frames of weights 'other', not '2dcea21ec1f8'" in text
     shown = {arm["name"]: set(arm["clips"]) for arm in data_of(page)["parts"][0]["arms"]}
@@ -198,7 +198,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_encode
     assert "choose another name, in .html" in " ".join(run(path, "-o", tmp_path / "x.media").stderr.split())
 
 
-def test_clips_that_can_not_be_encoded_leave_everything_as_it_was(tmp_path, monkeypatch):
+def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were(tmp_path, monkeypatch):
     path, page = kept(tmp_path), tmp_path / "r.html"
     assert run(path, "-o", page).exit_code == 0
     before = {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())}
@@ -212,33 +212,35 @@ def test_clips_that_can_not_be_encoded_leave_everything_as_it_was(tmp_path, monk
         def fails(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(media, "write_media", fails)
-        result = run(path, "-o", page, "--csv", tmp_path / "r.csv")
+        with monkeypatch.context() as patch:
+            patch.setattr(media, "write_media", fails)
+            result = run(path, "-o", page, "--json", tmp_path / "r.json")
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())
     assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
-    assert not (tmp_path / "r.csv").exists()
+    assert not (tmp_path / "r.json").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
-def test_a_folder_that_can_not_be_moved_leaves_the_one_before(tmp_path, monkeypatch):
-    page = tmp_path / "r.html"
-    for grey, fails in ((1, False), (2, True)):
-        with media_beside(page) as folder:
-            folder.add("a", grey, lambda grey=grey: np.full((1, 200, 200, 3), grey, np.uint8), fps=8)
-            if not fails:
-                folder.put()
-                continue
-            replace = Path.replace
+def test_a_report_that_was_stopped_goes_on_and_clears_up(tmp_path, monkeypatch):
+    path, page = kept(tmp_path), tmp_path / "r.html"
+    write, done = media.write_media, []
 
-            def refuse(self, target, replace=replace):
-                if self.name == "media":
-                    raise OSError(13, "Permission denied")
-                return replace(self, target)
+    def stops(*arguments, **options):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        write(*arguments, **options)
+        done.append(arguments[0])
 
-            monkeypatch.setattr(Path, "replace", refuse)
-            with pytest.raises(OSError, match=r"Permission"):
-                folder.put()
-    (picture,) = folder_of(page).glob("*.png")
-    assert np.asarray(read_image(picture)).max() == 1
-    assert [one.name for one in tmp_path.iterdir()] == ["r.media"]
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "write_media", stops)
+        run(path, "-o", page)
+    assert not page.exists()
+    left = {one.name: one.stat().st_ino for one in folder_of(page).iterdir()}
+    assert len(left) == 2 * 3  # whole clips with their posters
+    (folder_of(page) / ".dit-accel-piece.mp4").touch()  # of a process that was killed
+    (folder_of(page) / "gone-0123456789ab.mp4").touch()
+    assert run(path, "-o", page).exit_code == 0
+    after = {one.name: one.stat().st_ino for one in folder_of(page).iterdir()}
+    assert left.items() <= after.items()
+    assert {name[:4] for name in after} == {"clip"}

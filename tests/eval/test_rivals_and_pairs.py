@@ -12,7 +12,7 @@ from dit_accel_eval.suites.compare import run
 from dit_accel_eval.suites.comparison import figures, table
 from dit_accel_eval.suites.job import Job, suite_table
 from dit_accel_eval.suites.ladder import read_ladder
-from dit_accel_eval.suites.pairs import Pair, pair_figures, pairs_table
+from dit_accel_eval.suites.pairs import Pair, pair_figures, pairs_text
 from dit_accel_eval.suites.suite import Suite, read_suite
 from fake_model import FakeModel
 from typer.testing import CliRunner
@@ -197,11 +197,22 @@ def test_declared_pairs_are_judged_together_by_their_margins_and_tell_both_times
     assert found[1].ahead.low < 3 < found[1].ahead.mean
     assert {one.ahead.together for one in found} == {4}
     assert pair_figures([declared[0]], RUNS, 30)[0].ahead.p_holm < found[0].ahead.p_holm
-    rows = pairs_table(declared, RUNS, 30).splitlines()
+    rows = pairs_text(found).splitlines()
     assert rows[2] == "| pair | PSNR ahead, dB (median) | Holm p | verdict | share of dense time |"
     assert rows[4].startswith("| ours vs other | +16.81 [")
     assert rows[4].endswith("(+16.90) | < .001 | ahead by more than 3 dB | 0.71 vs 0.74 |")
-    assert pairs_table(declared, [], 30) == pairs_table([], RUNS) == ""
+    assert pairs_text(pair_figures(declared, [], 30)) == pairs_text(pair_figures([], RUNS)) == ""
+
+
+def test_the_judge_s_score_stands_beside_the_pairs_lead():
+    lines = [{**line, "score": 0.5 + 0.1 * (line["arm"] == "ours") + line["clip"] % 3 / 100} for line in RUNS]
+    found = pair_figures([Pair(arm="ours", against="other"), Pair(arm="well", against="other")], lines, 30)
+    assert [one.score.mean for one in found] == pytest.approx([10, 0])
+    assert [one.score.verdict for one in found] == ["ahead", "open"]
+    rows = pairs_text(found).splitlines()
+    assert rows[2].endswith("| verdict | score, % | share of dense time |")
+    assert rows[4].endswith("(+10.0) ahead | 0.71 vs 0.74 |")
+    assert pair_figures([Pair(arm="ours", against="other")], RUNS, 30)[0].score is None
 
 
 def test_a_margin_that_is_clearly_missed_is_told_and_few_clips_give_no_verdict():
@@ -210,10 +221,11 @@ def test_a_margin_that_is_clearly_missed_is_told_and_few_clips_give_no_verdict()
     short = [line for line in RUNS if line["clip"] < 5]
     (few,) = pair_figures([pair], short)
     assert (few.verdict, few.ahead.low) == ("too few", None)
-    assert "no verdict under 6 clips" in pairs_table([pair], short)
+    assert "no verdict under 6 clips" in pairs_text([few])
     untimed = [{key: value for key, value in line.items() if key != "steps_in_time"} for line in RUNS]
-    assert "share of dense work |" in pairs_table([pair], untimed)
-    assert "| 0.67 vs 0.67 |" in pairs_table([pair], untimed)
+    printed = pairs_text(pair_figures([pair], untimed))
+    assert "share of dense work |" in printed
+    assert "| 0.67 vs 0.67 |" in printed
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from dit_accel_eval.report.charts import costs, place_maps
+from dit_accel_eval.report.charts import costs, step_map
 from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
@@ -21,7 +21,7 @@ from dit_accel_pipelines.generation.memory import begin_peak, peak_memory
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.timing import timed_steps
 
-from dit_accel import ConfigError, SolAttention, StaticCache
+from dit_accel import SolAttention, StaticCache
 
 SMALL = dict(num_frames=5, height=32, width=32)
 CACHE = StaticCache(every=2, warmup_steps=1, last_steps=1)
@@ -126,11 +126,10 @@ def line(arm: str, clip: int, amount: float) -> dict:
 
 
 def test_the_report_shows_steps_and_stages(tmp_path):
-    report = report_of(read_results(written(tmp_path)), {})
-    work, seconds = place_maps(report)
+    report = report_of(read_results(written(tmp_path)))
+    work = step_map(report)
     assert work.rows == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
-    assert seconds.rows["skips 4"] == [1.0, 1.0, 0.5, 1.5]
-    assert (seconds.ends, seconds.share(1.0)) == ((0.5, 1.5), 0.5)
+    assert (work.ends, work.share(0.5)) == ((0, 1), 0.5)
     stages = {"text": 0.5, "denoise": 4.0, "decode": 0.25, "step": 1.0, "memory": 301.0}
     assert costs(report) == {"whole 4": stages, "skips 4": stages}
     text = page(report)
@@ -141,34 +140,9 @@ def test_the_report_shows_steps_and_stages(tmp_path):
     assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
 
 
-def test_the_share_of_tiles_is_the_mean_of_what_followed_a_plan(tmp_path):
-    path = written(tmp_path, density=[[None, 0.5], [1.0, 0.25], [None, None], [1.0, 0.75]])
-    report = report_of(read_results(path), {})
-    (found,) = (one for one in place_maps(report) if one.name.startswith("Exact share"))
-    assert found.rows == {"whole 4": [0.5, 0.625, None, 0.875]}
-    assert "none where all were dense or skipped, mean over clips; darker is more, from 0.50 to 0.88." in page(report)
-
-
 def test_results_without_steps_are_reported_as_before(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(line(arm, 0, 4)) + "\n" for arm in ("whole 4", "unipc 4")))
-    text = page(report_of(read_results(path), {}))
+    text = page(report_of(read_results(path)))
     assert "Step by step" not in text
     assert "decoding, s" not in text
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"times": {"text": 1}},
-        {"times": 3},
-        {"times": {"threads": 1, "text": 0, "denoise": 0, "decode": 0, "steps": []}},
-        {"step_work": [1, float("nan")]},
-        {"step_work": "much"},
-        {"density": [["all"]]},
-        {"peak_memory_bytes": {"host": None}},
-    ],
-)
-def test_steps_that_are_no_numbers_are_refused(tmp_path, changed):
-    with pytest.raises(ConfigError, match=r"line 1 .*times.*density.*no numbers"):
-        read_results(written(tmp_path, **changed))

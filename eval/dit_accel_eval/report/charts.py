@@ -1,16 +1,12 @@
-"""What the page of a report draws, as plain data: one colour an arm, leads by clip, maps by prompt, step and frame."""
+"""What the page of a report draws, as plain data: one colour an arm, leads by clip, maps by prompt and step."""
 
-import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..runs.results import Line
-from ..suites.comparison import ArmFigures, decimals_of
+from ..suites.comparison import ArmFigures
 from .figures import Report, judged, leads_of, worst_first
-from .lines import words_of
 
 ACROSS = 320
 """Width of the drawing of leads."""
@@ -27,12 +23,12 @@ def hues(report: Report) -> dict[str, int]:
     return {name: round(250 + number * GOLDEN) % 360 for number, name in enumerate(arms)}
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers from ``low`` to ``high``, about so many."""
-    size = (high - low) / about or 1.0
-    power = 10.0 ** math.floor(math.log10(size))
-    step = next(one * power for one in (1, 2, 5, 10) if one * power >= size * 0.999)
-    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers from ``low`` to ``high``."""
+    from matplotlib.ticker import MaxNLocator
+
+    found = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [float(one) for one in found if low <= one <= high]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,33 +62,27 @@ class Forest:
 
 def forest(report: Report) -> Forest | None:
     """Return the leads at equal `Report.main`; None where no arm is held against fewer steps."""
-    key = report.main
-    arms = [arm for arm in judged(report) if key in arm.ahead]
-    leads = {arm.name: leads_of(report, arm) for arm in arms}
+    arms = {arm.name: arm.ahead[report.main] for arm in judged(report) if report.main in arm.ahead}
+    leads = {arm.name: leads_of(report, arm) for arm in judged(report) if arm.name in arms}
     if not arms:
         return None
-    every = [lead for found in leads.values() for lead in found.values()]
-    drawn = [end for arm in arms for end in _ends(arm, key) or ()]
-    low, high = min(0.0, *np.quantile(every, [0.02]), *drawn), max(0.0, *np.quantile(every, [0.98]), *drawn)
+    every = np.array([lead for found in leads.values() for lead in found.values()])
+    ends = [end for one in arms.values() for end in (one.low, one.high) if end is not None]
+    low, high = min(0.0, np.quantile(every, 0.02), *ends), max(0.0, np.quantile(every, 0.98), *ends)
     edge = 0.04 * (high - low) or 1.0
-    low, high = low - edge, high + edge
+    low, high = float(low - edge), float(high + edge)
 
     def place(value: float) -> float:
         return round(float(np.clip((value - low) / (high - low), 0.01, 0.99)) * ACROSS, 1)
 
-    rows = {}
-    for arm in arms:
-        ends = _ends(arm, key)
-        rows[arm.name] = Row(
-            dots={clip: place(lead) for clip, lead in leads[arm.name].items()}, mean=place(arm.ahead[key].mean),
-            ends=(place(ends[0]), place(ends[1])) if ends else None,
-        )  # fmt: skip
+    rows = {
+        name: Row(
+            dots={clip: place(lead) for clip, lead in leads[name].items()}, mean=place(one.mean),
+            ends=None if one.low is None or one.high is None else (place(one.low), place(one.high)),
+        )
+        for name, one in arms.items()
+    }  # fmt: skip
     return Forest(rows=rows, marks=[(place(one), one) for one in ticks(low, high)], zero=place(0.0))
-
-
-def _ends(arm: ArmFigures, key: str) -> tuple[float, float] | None:
-    low, high = arm.ahead[key].low, arm.ahead[key].high
-    return None if low is None or high is None else (low, high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +91,7 @@ class Map:
 
     Attributes:
         name: what its cells hold, in words.
-        heads: of the columns: a number, and what it stands for where that is more.
+        heads: of the columns: a number, and what it stands for, "" for no more.
         rows: arm -> its cells; None where it has no value.
         digits: behind the point.
     """
@@ -131,40 +121,19 @@ def prompt_map(report: Report, arms: Sequence[ArmFigures]) -> Map:
     return Map(name="PSNR in dB", heads=[(clip, report.prompts[clip]) for clip in clips], rows=rows, digits=1)
 
 
-def place_maps(report: Report) -> list[Map]:
-    """Return what result lines hold by step and by frame, means over clips, of the arms that are not dense runs."""
-    kinds: list[tuple[str, int, Callable[[Line], Sequence[float | None]]]] = [
-        ("Work of each step in dense steps: 0 where a cache skipped it, less than 1 where blocks or tiles were left "
-         "out, more where a method adds forwards", 2, lambda line: line.get("step_work", ())),
-        ("Seconds of each step", 3, lambda line: line.get("times", {}).get("steps", ())),
-        ("Exact share of the tiles of planned attention calls by step, mean over layers; none where all were dense or "
-         "skipped", 2, lambda line: [_known_mean(step) for step in line.get("density", ())]),
-    ]  # fmt: skip
-    for name in dict.fromkeys(name for line in report.results.lines for name in line.get("by_frame", ())):
-        of_frame = functools.partial(_by_frame, name=name)
-        kinds.append((f"{words_of(name)}, by frame or pair of neighbours", decimals_of(name), of_frame))
-    found = []
-    for name, digits, values_of in kinds:
-        rows = {arm.name: _mean(report.lines_of(arm), values_of) for arm in judged(report)}
-        rows = {arm: row for arm, row in rows.items() if any(value is not None for value in row)}
-        heads = [(place, "") for place in range(1, max(map(len, rows.values()), default=0) + 1)]
-        found += [Map(name=name, heads=heads, rows=rows, digits=digits)] if rows else []
-    return found
-
-
-def _by_frame(line: Line, name: str) -> Sequence[float]:
-    return line.get("by_frame", {}).get(name, ())
-
-
-def _known_mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _mean(lines: Sequence[Line], values_of: Callable[[Line], Sequence[float | None]]) -> list[float | None]:
-    """Return the mean over the lines that tell, place by place; none where they are of several lengths."""
-    rows = [row for row in map(values_of, lines) if row]
-    return [_known_mean(values) for values in zip(*rows, strict=True)] if len({len(row) for row in rows}) == 1 else []
+def step_map(report: Report) -> Map | None:
+    """Return the work of each step of the arms that are not dense runs, means over clips; None where no line tells."""
+    rows = {}
+    for arm in judged(report):
+        works = [line["step_work"] for line in report.lines_of(arm) if line.get("step_work")]
+        if len({len(work) for work in works}) == 1:
+            rows[arm.name] = [float(one) for one in np.mean(works, axis=0)]
+    name = (
+        "Work of each step in dense steps: 0 where a cache skipped it, less than 1 where blocks or tiles were left "
+        "out, more where a method adds forwards"
+    )
+    heads = [(step, "") for step in range(1, max(map(len, rows.values()), default=0) + 1)]
+    return Map(name=name, heads=heads, rows=rows, digits=2) if rows else None
 
 
 def costs(report: Report) -> dict[str, dict[str, float]]:
@@ -180,9 +149,3 @@ def costs(report: Report) -> dict[str, dict[str, float]]:
                 **({"memory": max(held)} if held else {}),
             }
     return found
-
-
-def threads_of(report: Report) -> str:
-    """Return in words on how many threads the arms ran."""
-    counts = sorted({line["times"]["threads"] for line in report.results.lines if "times" in line})
-    return " or ".join(map(str, counts)) + (" thread" if counts == [1] else " threads")

@@ -22,31 +22,27 @@ def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
     the clips that both have, with the same prompt, their number, the change of PSNR as `judge` gives it for all arms
     together, and whether that is ``better`` or ``worse`` than before, the ``same``, ``open`` or of ``too few`` clips.
     """
-    sides = [{arm.name: arm for arm in judged(report)} for report in (before, after)]
-    same = {clip for clip, prompt in before.prompts.items() if after.prompts.get(clip) == prompt}
-    names = dict.fromkeys([*sides[0], *sides[1]])
-    changes = {name: _changes(before, after, name, same) for name in names}
+    reports = (before, after)
+    sides = [{arm.name: arm for arm in judged(report)} for report in reports]
+    first, second = ({(line["arm"], line["clip"]): line["psnr"] for line in one.results.lines} for one in reports)
+    same = [clip for clip, prompt in before.prompts.items() if after.prompts.get(clip) == prompt]
+    both = first.keys() & second.keys()
+    changes = {
+        name: [second[name, clip] - first[name, clip] for clip in same if (name, clip) in both]
+        for name in dict.fromkeys([*sides[0], *sides[1]])
+    }
     found = judge(changes)
     return [
         {
             "name": name,
             "before": _side(before, sides[0].get(name)),
             "after": _side(after, sides[1].get(name)),
-            "clips": len(changes[name]),
-            "psnr_change": asdict(found[name]) if name in found else None,
-            "change": "same" if not any(changes[name]) else WORDS.get(found[name].verdict, found[name].verdict),
+            "clips": len(own),
+            "psnr_change": asdict(found[name]) if own else None,
+            "change": "" if not own else WORDS.get(found[name].verdict, found[name].verdict) if any(own) else "same",
         }
-        for name in names
+        for name, own in changes.items()
     ]
-
-
-def _changes(before: Report, after: Report, name: str, clips: set[int]) -> list[float]:
-    """Return by how much an arm's PSNR changed, of each clip that both have."""
-    own, other = (
-        {line["clip"]: line["psnr"] for line in report.results.lines if line["arm"] == name}
-        for report in (before, after)
-    )
-    return [other[clip] - own[clip] for clip in sorted(clips & {*own} & {*other})]
 
 
 def _side(report: Report, arm: ArmFigures | None) -> dict[str, Any] | None:
@@ -71,17 +67,16 @@ def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:
     """Return the entries as a Markdown table, before and after in one cell."""
     rows = []
     for entry in entries:
-        sides, change = [entry["before"], entry["after"]], entry["psnr_change"]
-        words = entry["change"] if change else ""
+        sides, change, words = [entry["before"], entry["after"]], entry["psnr_change"], entry["change"]
         if change and words != "same":
             ends = "" if change["low"] is None else f"[{change['low']:+.2f}, {change['high']:+.2f}] "
             words = f"{change['mean']:+.2f} {ends}{words}"
         kinds = dict.fromkeys(side["by"] for side in sides if side)
-        rows.append((
-            entry["name"], _arrow([f"{side['psnr']:.2f}" if side else "–" for side in sides]), words,
-            _arrow([f"{side['steps']:.2f}" if side else "–" for side in sides]) + f" ({', then '.join(kinds)})",
-            _arrow([(side["verdict"] or "–") if side else "–" for side in sides]),
-        ))  # fmt: skip
+        cells = [
+            _arrow([form.format(side[key] or "–") if side else "–" for side in sides])
+            for key, form in (("psnr", "{:.2f}"), ("steps", "{:.2f}"), ("verdict", "{}"))
+        ]
+        rows.append((entry["name"], cells[0], words, f"{cells[1]} ({', then '.join(kinds)})", cells[2]))
     return markdown_table("arm | PSNR, dB | change, dB | dense steps' cost | verdict against fewer steps", rows)
 
 

@@ -1,8 +1,8 @@
-"""What a report says: the figures of every arm, what it warns of, and which arms miss what was asked of them."""
+"""What a report says: the figures of every arm and of declared pairs, and what it warns of."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,11 +11,13 @@ from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
 from ..runs.results import Line, latest
-from ..statistics import FEWEST, WRONG
+from ..statistics import FEWEST
 from ..suites.arms import is_rival
 from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_of, rival_kind, rival_words, value_of
+from ..suites.pairs import PairFigures, pair_figures
 from ..suites.reference import AGREE, ITSELF
-from .lines import ALWAYS, Results, better_of, further_metrics
+from ..suites.suite import read_suite
+from .lines import Results, further_metrics, read_results
 
 LISTED = 8
 """Names that a warning lists, before it counts the rest."""
@@ -29,16 +31,23 @@ class Report:
         arms: their figures: dense runs by steps, then the others as they first appear.
         settings: arm -> a line of it, which tells what ran.
         prompts: clip -> its prompt, clips in order.
-        minimums: metric -> what every arm's mean must reach.
         warnings: what a reader should know before believing the figures.
+        pairs: the figures of the pairs that the suite declares.
+        suite: its TOML, as it is now; empty where it was not found.
     """
 
     results: Results
     arms: tuple[ArmFigures, ...]
     settings: Mapping[str, Line]
     prompts: Mapping[int, str]
-    minimums: Mapping[str, float]
     warnings: tuple[str, ...]
+    pairs: tuple[PairFigures, ...]
+    suite: str
+
+    @property
+    def name(self) -> str:
+        """The suite's name."""
+        return self.results.name
 
     @property
     def further(self) -> list[str]:
@@ -66,25 +75,9 @@ class Report:
         """Whether arms are held against the model's own steps instead of a converged run."""
         return self.results.lines[0]["reference_agreement"] == ITSELF
 
-    def speedup(self, arm: ArmFigures) -> float:
-        """Return how many times as fast an arm is as the dense run of `full_steps`, by time or by work as `main`."""
-        return self.full_steps / max(arm.means.get(self.main, math.nan), 1e-9)
-
-    @property
-    def timed(self) -> bool:
-        """Whether an arm was timed."""
-        return any("seconds" in arm.means for arm in self.arms)
-
-    def mean(self, arm: ArmFigures, metric: str) -> float:
-        """Return an arm's mean of a metric; nan where it has none."""
-        if metric in arm.metrics:
-            return arm.metrics[metric].mean
-        return arm.psnr.mean if metric == "psnr" else arm.means.get(metric, math.nan)
-
-    def reaches(self, arm: ArmFigures, metric: str) -> bool:
-        """Whether an arm's mean is as good as what is asked: at least that, or at most where less is better."""
-        mean, requested = self.mean(arm, metric), self.minimums[metric]
-        return mean <= requested if better_of(metric) == "less" else mean >= requested
+    def speedup(self, line: Mapping[str, float], key: str) -> float | None:
+        """Return how many times as fast means or a line are as the dense run of `full_steps`, by a kind of work."""
+        return self.full_steps / line[key] if line.get(key) else None
 
     def lines_of(self, arm: ArmFigures) -> list[Line]:
         """Return the lines of an arm."""
@@ -95,43 +88,45 @@ class Report:
         return is_rival(self.settings[arm.name])
 
 
-def report_of(results: Results, minimums: Mapping[str, float]) -> Report:
-    """Return the report of result lines."""
-    lines = results.lines
-    settings = {line["arm"]: line for line in reversed(lines)}
-    listed = list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))
-    arms = tuple(figures_of(lines, listed))
+def report_of(results: Results, suite: Path | None = None) -> Report:
+    """Return the report of result lines.
+
+    Args:
+        suite: TOML of their suite; None: one of its name beside them, or in ``suites`` beside their folder, if there.
+    """
+    lines, folder, near = results.lines, results.path.resolve().parent, f"{results.name}.toml"
+    arms = tuple(figures_of(lines, list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))))
     prompts = {line["clip"]: line["prompt"] for line in sorted(lines, key=lambda line: line["clip"])}
-    known = {*ALWAYS, *further_metrics(lines)} - ({"score"} if any("score" not in line for line in lines) else set())
-    if "score" in minimums and "score" not in known:
-        why = next((line.get("skipped", {}).get("score") for line in lines if "score" not in line), None)
-        raise ConfigError(f"{results.path} has no score: {why or 'its lines tell none'}; ask for another metric")
-    missing = [metric for metric in minimums if metric not in known]
-    if missing:
-        text = " and no ".join(missing)
-        raise ConfigError(f"{results.path} has no {text}; name it among the suite's metrics and run again")
-    warnings = tuple(_warnings(results, arms, prompts))
+    warnings, pairs, text = list(_warnings(results, arms, prompts)), list[PairFigures](), ""
+    path = suite or next(filter(Path.is_file, (folder / near, folder.parent / "suites" / near)), None)
+    try:
+        read = read_suite(path) if path else None
+    except ConfigError as error:
+        if suite:
+            raise
+        warnings.append(f"Pairs that the suite may declare are not shown: {error}.")
+        read = None
+    if path and read and read.name == results.name:
+        pairs, text = pair_figures(read.pairs, lines, read.reference_steps), path.read_text(encoding="utf-8")
     return Report(
-        results=results, arms=arms, settings=settings, prompts=prompts, minimums=minimums, warnings=warnings
+        results=results, arms=arms, settings={line["arm"]: line for line in reversed(lines)}, prompts=prompts,
+        warnings=tuple(warnings), pairs=tuple(pairs), suite=text,
     )  # fmt: skip
 
 
+def reports_of(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[Report]:
+    """Return the reports of files of result lines, each with the suite of its name among those that are given."""
+    read, given = [read_results(path) for path in paths], {read_suite(path).name: path for path in suites}
+    names = [results.name for results in read]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"--suite {name!r} is none of {', '.join(names)}, whose results these are; leave it out")
+    return [report_of(results, given.get(results.name)) for results in read]
+
+
 def judged(report: Report) -> list[ArmFigures]:
-    """Return the arms of which something is asked: all but the dense runs, or those if there are no others."""
+    """Return the arms under test: all but the dense runs, or those if there are no others."""
     return [arm for arm in report.arms if not report.is_dense(arm)] or list(report.arms)
-
-
-def misses(report: Report) -> list[str]:
-    """Return a sentence for every arm and metric that is under what was asked."""
-    found = []
-    for metric, least in report.minimums.items():
-        for arm in judged(report):
-            if not report.reaches(arm, metric):
-                requested = f"at most {least:g}" if better_of(metric) == "less" else f"{least:g}"
-                found.append(
-                    f"{arm.name} has a mean {metric} of {report.mean(arm, metric):.4g}, asked were {requested}"
-                )
-    return found
 
 
 def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:
@@ -168,7 +163,6 @@ def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int
         yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(text)}."
     if len(prompts) < FEWEST:
         yield f"With {len(prompts)} clips there is no verdict; it takes {FEWEST}."
-    yield from _undecided(arms)
     yield rival_words(lines)
     yield from _guided(lines)
     yield from _unmeasured(lines)
@@ -176,21 +170,6 @@ def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int
         versions = sorted({str(line[key]) for line in lines if key in line})
         if len(versions) > 1:
             yield f"The runs are of several versions of {key}: {', '.join(versions)}."
-
-
-def _undecided(arms: Sequence[ArmFigures]) -> Iterator[str]:
-    """Say which arms are neither better nor worse than fewer steps, and which are so but for their number."""
-    for key, words in (WORKS | TIMED).items():
-        held = {arm.name: arm.ahead[key] for arm in arms if key in arm.ahead and arm.ahead[key].p is not None}
-        open_ = [name for name, found in held.items() if found.verdict == "open"]
-        if open_:
-            yield (
-                f"At equal {words} neither better nor worse than fewer steps, after Holm's correction over {len(held)} "
-                f"{'arm' if len(held) == 1 else 'arms'}: {_some(open_)}."
-            )
-        alone = [name for name in open_ if (held[name].p or 0.0) < WRONG]
-        if alone and len(held) > 1:
-            yield f"Of these, intervals leave out 0, and it is their number alone that leaves them so: {_some(alone)}."
 
 
 def _guided(lines: Sequence[Line]) -> Iterator[str]:
@@ -226,10 +205,8 @@ def _some(names: Sequence[str]) -> str:
 
 def worst_first(report: Report) -> list[int]:
     """Return the clips, those first at which the arms' mean PSNR is lowest."""
-    names = {arm.name for arm in judged(report)}
-    means = {
-        clip: float(np.mean([line["psnr"] for line in report.results.lines
-                             if line["clip"] == clip and line["arm"] in names] or [np.inf]))
-        for clip in report.prompts
-    }  # fmt: skip
-    return sorted(means, key=lambda clip: means[clip])
+    found: dict[int, list[float]] = {clip: [] for clip in report.prompts}
+    for arm in judged(report):
+        for line in report.lines_of(arm):
+            found[line["clip"]].append(line["psnr"])
+    return sorted(found, key=lambda clip: float(np.mean(found[clip] or [np.inf])))

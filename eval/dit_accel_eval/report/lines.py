@@ -3,21 +3,22 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dit_accel import ConfigError
-from dit_accel.errors import did_you_mean
 
-from ..metrics.registered import described, metrics
+from ..metrics.registered import described
 from ..runs.results import Line, latest
 
-ALWAYS = {"psnr": "PSNR to converged, dB", "ssim": "SSIM", "score": "score"}
+ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
 
-NUMBERS = ("psnr", "ssim", "work", "work_real", "attended", "reference_agreement", "reference_steps")
+NUMBERS = (
+    "clip", "num_inference_steps", "psnr", "ssim", "work", "work_real", "attended", "reference_agreement",
+    "reference_steps",
+)  # fmt: skip
 TEXTS = ("arm", "prompt", "model", "weights", "solver")
 ONE = ("model", "weights", "dtype", "call", "reference")
 """What all lines of one report must share."""
@@ -35,6 +36,11 @@ class Results:
     path: Path
     lines: tuple[Line, ...]
     cut: bool
+
+    @property
+    def name(self) -> str:
+        """The suite's name, or the file's where lines tell none."""
+        return next((line["suite"] for line in self.lines if "suite" in line), self.path.stem)
 
 
 def read_results(path: Path) -> Results:
@@ -64,49 +70,29 @@ def _line(where: str, text: str) -> Line:
         raise ConfigError(f"{where} is not JSON ({error}); delete that line, and run the suite again") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{where} is no result but {text[:40]!r}; delete that line")
-    needed = ("clip", "num_inference_steps", "call", "methods", "reference", "flow_shift", *NUMBERS, *TEXTS)
-    missing = [key for key in needed if key not in line]
+    missing = [key for key in (*NUMBERS, *TEXTS, "call", "methods", "reference", "flow_shift") if key not in line]
     if missing:
         raise ConfigError(
             f"{where} lacks {', '.join(missing)}; a report takes results that are held against converged runs, and "
             "dit-accel eval run SUITE.toml --table prints those of a suite with a judge"
         )
-    scored = ["score"] if "score" in line else []
-    metrics = {"metrics": line.get("metrics", {})}
-    _check(where, line, (*NUMBERS, "clip", "num_inference_steps", *scored), _is_finite, "finite number")
-    _check(where, line, TEXTS, lambda value: isinstance(value, str), "text")
-    _check(where, metrics, metrics, lambda value: isinstance(value, dict), "table")
-    _check(where, metrics["metrics"], metrics["metrics"], _is_finite, "finite number")
-    _check_steps(where, line)
-    _check(where, line, ("call", "methods"), lambda value: isinstance(value, dict), "table")
+    metrics = line.get("metrics", {})
+    kinds = {"finite number": {key: line[key] for key in (*NUMBERS, "score") if key in line},
+             "text": {key: line[key] for key in TEXTS},
+             "table": {"metrics": metrics, "call": line["call"], "methods": line["methods"]}}  # fmt: skip
+    for kind, values in kinds.items():
+        for key, value in values.items():
+            _check(where, key, value, kind)
+    for key, value in metrics.items():
+        _check(where, key, value, "finite number")
     return line
 
 
-def _check(where: str, line: Line, keys: Iterable[str], right: Callable[[Any], bool], kind: str) -> None:
+def _check(where: str, key: str, value: object, kind: str) -> None:
     """Refuse a value that is not of a kind."""
-    for key in keys:
-        if not right(line[key]):
-            raise ConfigError(f"{where} has {key} {line[key]!r}, which is no {kind}; delete it and run again")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_steps(where: str, line: Line) -> None:
-    """Refuse times and work by step that are no numbers; lines of earlier releases have none."""
-    times = line.get("times", {"text": 0, "denoise": 0, "decode": 0, "threads": 1, "steps": [0]})
-    try:
-        values = [*(times[key] for key in ("text", "denoise", "decode", "threads")), *times["steps"]]
-        values += [*line.get("step_work", ()), *line.get("peak_memory_bytes", {}).values()]
-        values += [one for step in line.get("density", ()) for one in step if one is not None]
-        right = bool(times["steps"]) and all(math.isfinite(value) for value in values)
-    except (KeyError, TypeError, AttributeError):
-        right = False
-    if not right:
-        raise ConfigError(
-            f"{where} has times, work by step, density or memory that are no numbers; delete it and run again"
-        )
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not {"finite number": number, "text": isinstance(value, str), "table": isinstance(value, dict)}[kind]:
+        raise ConfigError(f"{where} has {key} {value!r}, which is no {kind}; delete it and run again")
 
 
 def further_metrics(lines: Sequence[Line]) -> list[str]:
@@ -116,18 +102,14 @@ def further_metrics(lines: Sequence[Line]) -> list[str]:
 
 def words_of(metric: str) -> str:
     """Return a metric in words; its name alone where it is not installed."""
-    if metric in ALWAYS:
-        return ALWAYS[metric]
     found = described(metric)
-    return found.words if found else metric
+    return ALWAYS.get(metric) or (found.words if found else metric)
 
 
 def better_of(metric: str) -> str:
     """Return which way a metric is better: ``more``, ``less`` or ``neither``."""
-    if metric in ALWAYS:
-        return "more"
     found = described(metric)
-    return found.better if found else "neither"
+    return "more" if metric in ALWAYS else found.better if found else "neither"
 
 
 def _check_one(path: Path, lines: Sequence[Line]) -> None:
@@ -142,29 +124,3 @@ def _check_one(path: Path, lines: Sequence[Line]) -> None:
         setting = json.dumps([line.get(key) for key in keys], sort_keys=True)
         if settings.setdefault(line["arm"], setting) != setting:
             raise ConfigError(f"{path} has arm {line['arm']!r} with two settings; rename one, or delete its lines")
-
-
-def read_minimums(texts: Sequence[str]) -> Mapping[str, float]:
-    """Read what is asked of every arm, each as ``metric=value``.
-
-    Raises:
-        ConfigError: for another form, an unknown metric, with the nearest, one that is neither better nor worse by
-            itself, or a value that is no finite number.
-    """
-    known, found = {*ALWAYS, *metrics()}, {}
-    for text in texts:
-        name, equals, value = text.rpartition("=")
-        if not equals:
-            raise ConfigError(f"--min {text!r} is not METRIC=VALUE; write, say, --min psnr=28")
-        if name not in known and described(name) is None:
-            hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
-            raise ConfigError(f"--min {text!r} names no metric; {hint}")
-        if better_of(name) == "neither":
-            raise ConfigError(f"--min {text!r}: of {name} neither more nor less is better by itself; leave it out")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if not math.isfinite(found[name]):
-            raise ConfigError(f"--min {text!r} has no number behind the sign; write, say, --min {name}=28")
-    return found

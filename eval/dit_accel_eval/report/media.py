@@ -1,13 +1,12 @@
 """The clips of a report in files beside its page: videos that every browser plays, or pictures, each with a poster."""
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ from dit_accel_pipelines.generation.media import Frames, upscale, write_media
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
-from dit_accel.files import no_room, no_space
+from dit_accel.files import no_room, no_space, written_whole
 
-from ..runs.results import Line, read_kept, reference_of, run_of
+from ..runs.results import Line, kept_shape, read_kept, reference_of, run_of
 from ..suites.comparison import rival_kind
 from .figures import Report, judged, worst_first
 
 AMPLIFIED = 5
 """How many times larger differences are shown."""
 
-MANIFEST = "report.json"
-"""Names the files of the folder, so that nothing else is ever replaced, and what each was made from."""
+OURS = re.compile(r".+-[0-9a-f]{12}\.(mp4|png|webp)|\.dit-accel-.*")
+"""Names of the files that reports write, whose digits say what they were made from, and of pieces of them."""
 
 LEAST, POSTER = 160, 240
 """Pixels of the smaller side below which a video is enlarged, and of a poster's width."""
@@ -40,100 +39,74 @@ def folder_of(page: Path) -> Path:
     return Path(os.path.realpath(page)).with_suffix(".media")
 
 
-def check_folder(page: Path) -> None:
-    """Refuse a page whose folder of media would take the place of something else, before anything is encoded.
+class Media:
+    """The folder beside a page, into which clips are put once: what is there is taken, and never replaced.
+
+    Args:
+        page: which is written after its clips; if that fails, they stay for the next time.
 
     Raises:
-        ConfigError: for a file of that name, or a folder that holds what no report wrote.
+        ConfigError: for a file of the folder's name, or a folder that holds what no report wrote.
     """
-    folder = folder_of(page)
-    if page.suffix == folder.suffix or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"the page's clips need the folder {folder}, which is a file; choose another name, in .html")
-    if folder.is_dir():
-        ours = {MANIFEST} | {name for entry in _manifest(folder).values() for name in (entry["file"], entry["poster"])}
-        others = sorted(one.name for one in folder.iterdir() if one.name not in ours)
+
+    def __init__(self, page: Path) -> None:
+        self.folder = folder = folder_of(page)
+        if page.suffix == folder.suffix or (folder.exists() and not folder.is_dir()):
+            raise ConfigError(
+                f"the page's clips need the folder {folder}, which is a file; choose another name, in .html"
+            )
+        others = sorted(one.name for one in folder.glob("*") if not OURS.fullmatch(one.name))
         if others:
             raise ConfigError(
                 f"the page's clips need the folder {folder}, which holds {others[0]!r} that no report wrote; move that "
                 "away, or choose another name for the page"
             )
+        self._used = set[str]()
 
-
-def _manifest(folder: Path) -> dict[str, Entry]:
-    try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-class Media:
-    """A folder of media that is being filled.
-
-    Args:
-        new: the folder.
-        old: the page's folder so far, from which files of the same frames are taken.
-    """
-
-    def __init__(self, new: Path, old: Path) -> None:
-        self._new, self._old = new, old
-        self._before = _manifest(old)
-        self._entries: dict[str, Entry] = {}
-
-    def add(self, label: str, key: Any, frames: Callable[[], Frames], *, fps: float) -> Entry:
-        """Put frames into the folder, once; returns their file, poster, number, width and height.
+    def add(self, label: str, key: Any, frames: Callable[[], Frames], *, fps: float, video: bool) -> str:
+        """Put frames into the folder, with a poster, where they are not there yet; returns their file's name.
 
         Args:
-            label: begins the file's name.
+            label: begins the name.
             key: what they are made from, as plain values.
-            frames: makes them, where they are in neither folder.
+            frames: makes them.
             fps: frames per second of a video.
 
         Raises:
             ConfigError: if they can't be encoded, or written.
         """
-        name = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
-        if name not in self._entries:
-            self._entries[name] = self._taken(name) or self._encoded(name, frames(), fps)
-        return self._entries[name]
+        stem = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
+        file, poster = (self.folder / f"{stem}.{suffix}" for suffix in ("mp4" if video else "png", "webp"))
+        if not (file.is_file() and poster.is_file()):
+            self._encode(frames(), fps, file, poster)
+        self._used |= {file.name, poster.name}
+        return file.name
 
-    def put(self) -> None:
-        """Move the folder to its place, whole, if anything was added; the one before goes."""
-        if not self._entries:
-            return
-        (self._new / MANIFEST).write_text(json.dumps(self._entries, indent=1), encoding="utf-8")
-        before = self._new.with_name("before")
-        if self._old.exists():
-            self._old.replace(before)
-        try:
-            self._new.replace(self._old)
-        except OSError:
-            if before.exists():
-                before.replace(self._old)
-            raise
+    def _encode(self, frames: Frames, fps: float, file: Path, poster: Path) -> None:
+        from PIL import Image
 
-    def _taken(self, name: str) -> Entry | None:
-        entry = self._before.get(name)
-        try:
-            for file in (entry["file"], entry["poster"]) if entry else ():
-                os.link(self._old / file, self._new / file)
-        except OSError:  # it is gone, or the file system has no such links
-            return None
-        return entry
-
-    def _encoded(self, name: str, frames: Frames, fps: float) -> Entry:
         count, height, width = frames.shape[:3]
-        file, poster = f"{name}.{'mp4' if count > 1 else 'png'}", f"{name}.webp"
+        small = Image.fromarray(frames[count // 2])
+        small.thumbnail((POSTER, POSTER))
         try:
-            write_media(self._new / file, _enlarged(frames) if count > 1 else frames, fps=fps, seeking=True)
-            _write_poster(self._new / poster, frames[count // 2])
+            self.folder.mkdir(exist_ok=True)
+            with written_whole(file) as temporary:
+                write_media(temporary, _enlarged(frames) if count > 1 else frames, fps=fps, seeking=True)
+            with written_whole(poster) as temporary:
+                small.save(temporary, format="webp", quality=70)
         except (ConfigError, RuntimeError, OSError, ValueError) as error:
             if no_room(error):
-                raise no_space(self._old, error) from None
+                raise no_space(self.folder, error) from None
             raise ConfigError(
                 f"a clip of {count} frames of {width} x {height} can't be encoded ({error}); pip install "
                 "imageio-ffmpeg, or leave the clips out with --clips 0"
             ) from None
-        return {"file": file, "poster": poster, "frames": count, "width": width, "height": height}
+
+    def tidy(self) -> None:
+        """Delete what pages before showed and this one does not."""
+        for path in self.folder.glob("*"):
+            if OURS.fullmatch(path.name) and path.name not in self._used:
+                path.unlink(missing_ok=True)
 
 
 def _enlarged(frames: Frames) -> Frames:
@@ -143,38 +116,9 @@ def _enlarged(frames: Frames) -> Frames:
     return upscale(frames, scale * (2 if odd else 1)) if scale > 1 or odd else frames
 
 
-def _write_poster(path: Path, frame: np.ndarray) -> None:
-    from PIL import Image
-
-    image = Image.fromarray(frame)
-    image.thumbnail((POSTER, POSTER))
-    image.save(path, format="webp", quality=70)
-
-
-@contextlib.contextmanager
-def media_beside(page: Path) -> Iterator[Media]:
-    """Give a folder to fill, which `put` moves to its place; it vanishes at the end of the block otherwise.
-
-    Raises:
-        ConfigError: as `check_folder`.
-    """
-    check_folder(page)
-    folder = folder_of(page)
-    room = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dit-accel-"))
-    try:
-        (room / "media").mkdir()
-        yield Media(room / "media", folder)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-
-
 def fps_of(report: Report) -> int:
     """Return the frames per second of a report's clips."""
     return EMBEDDED_FPS if report.results.lines[0]["model"] in model_names() else OTHER_FPS
-
-
-class _UnreadableError(ConfigError):
-    """Frames that were kept are missing or those of another run."""
 
 
 def kept_lines(report: Report, most: int) -> dict[int, list[tuple[Line, Line | None]]]:
@@ -191,12 +135,44 @@ def kept_lines(report: Report, most: int) -> dict[int, list[tuple[Line, Line | N
         dense = [line for line in kept if line["clip"] == clip and line["arm"] not in arms]
         dense = [line for line in dense if line["arm"].startswith(f"{kind} ")]
         if own and len(found) < most:
-            found[clip] = [(line, _nearest(dense, line.get(report.main, line["work"]))) for line in own]
+            steps = [line.get(report.main, line["work"]) for line in own]
+            near = [min(dense, key=lambda one: abs(one["num_inference_steps"] - at), default=None) for at in steps]
+            found[clip] = list(zip(own, near, strict=True))
     return found
 
 
-def _nearest(dense: Sequence[Line], steps: float) -> Line | None:
-    return min(dense, key=lambda line: abs(line["num_inference_steps"] - steps), default=None)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """Kept frames that are read when they are needed.
+
+    Attributes:
+        made_by: what they are of, as JSON.
+        shape: their number, height and width.
+    """
+
+    path: Path
+    made_by: str
+    shape: tuple[int, int, int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.path.parent.name}-{self.path.stem}"
+
+    @property
+    def key(self) -> list[Any]:
+        return [self.made_by, self.path.stat().st_size, self.path.stat().st_mtime_ns]
+
+    def frames(self) -> Frames:
+        return _read(self.path, self.made_by)
+
+
+@functools.lru_cache(maxsize=2)  # an arm's and its reference's
+def _read(path: Path, made_by: str) -> Frames:
+    return read_kept(path, json.loads(made_by))
+
+
+def _kept(path: Path, made_by: Entry) -> _Kept:
+    return _Kept(path=path, made_by=json.dumps(made_by, sort_keys=True), shape=kept_shape(path, made_by))
 
 
 def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:
@@ -207,83 +183,48 @@ def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) 
         advance: called after every arm of every clip.
 
     Returns:
-        ``references``, clip -> its frames; ``rivals``, dense run -> clip -> its frames; ``runs``, arm -> clip -> its
-        ``own`` frames, their amplified ``difference`` to the reference and the name of its ``rival``; frames as
-        `Media.add` gives them. And why others are not shown.
+        ``references``, clip -> its file, number of frames, width and height; ``rivals``, dense run -> clip -> its file;
+        ``runs``, arm -> clip -> its ``own`` file, that of its amplified ``difference`` to the reference, and the name
+        of its ``rival``. And why others are not shown.
 
     Raises:
         ConfigError: as `Media.add`.
     """
-    references: dict[int, Entry] = {}
-    rivals: dict[str, dict[int, Entry]] = {}
-    runs: dict[str, dict[int, Entry]] = {}
+    references, rivals, runs = dict[int, Entry](), dict[str, dict[int, str]](), dict[str, dict[int, Entry]]()
     failed: list[str] = []
-    folder, add = report.results.path.parent, functools.partial(media.add, fps=fps_of(report))
+    folder, fps = report.results.path.parent, fps_of(report)
+
+    def add(one: _Kept) -> str:
+        return media.add(one.label, one.key, one.frames, fps=fps, video=one.shape[0] > 1)
+
     for clip, pairs in kept_lines(report, most).items():
         for line, dense in pairs:
             try:
-                own, reference = _Kept(folder / line["kept"], run_of(line)), _Kept.reference(folder, line)
-                references[clip] = add(reference.label, reference.key, reference.frames)
-                entry: Entry = {"own": add(own.label, own.key, own.frames)}
-                entry["difference"] = add(
+                own = _kept(folder / line["kept"], run_of(line))
+                reference = _kept(folder / line["kept_reference"], reference_of(line))
+                rival = _kept(folder / dense["kept"], run_of(dense)) if dense else None
+                if own.shape != reference.shape:
+                    raise ConfigError(f"its frames are of shape {own.shape}, its reference's of {reference.shape}")
+            except ConfigError as error:
+                failed.append(f"Clip {clip} of {line['arm']} is not shown: {error}.")
+            else:
+                count, height, width = reference.shape
+                references[clip] = {"file": add(reference), "frames": count, "width": width, "height": height}
+                entry = runs.setdefault(line["arm"], {})[clip] = {"own": add(own)}
+                entry["difference"] = media.add(
                     f"{own.label}-difference", [AMPLIFIED, own.key, reference.key],
                     lambda own=own, reference=reference: difference(own.frames(), reference.frames()),
+                    fps=fps, video=count > 1,
                 )  # fmt: skip
-                if dense is not None:
-                    rival = _Kept(folder / dense["kept"], run_of(dense))
-                    rivals.setdefault(dense["arm"], {})[clip] = add(rival.label, rival.key, rival.frames)
+                if dense and rival:
+                    rivals.setdefault(dense["arm"], {})[clip] = add(rival)
                     entry["rival"] = dense["arm"]
-                runs.setdefault(line["arm"], {})[clip] = entry
-            except _UnreadableError as error:
-                failed.append(f"Clip {clip} of {line['arm']} is not shown: {error}.")
             advance()
     _read.cache_clear()
     return {"references": references, "rivals": rivals, "runs": runs}, failed
 
 
-class _Kept:
-    """Kept frames that are read when they are needed.
-
-    Attributes:
-        label: names them.
-        key: tells them from all others, as plain values.
-    """
-
-    def __init__(self, path: Path, made_by: Entry) -> None:
-        self.label = f"{path.parent.name}-{path.stem}"
-        self._path, self._made_by = path, json.dumps(made_by, sort_keys=True)
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise _UnreadableError(f"{path} can't be read ({error.strerror})") from None
-        self.key = [self._made_by, found.st_size, found.st_mtime_ns]
-
-    @classmethod
-    def reference(cls, folder: Path, line: Line) -> "_Kept":
-        """Return the frames of the run that a line is held against."""
-        return cls(folder / line["kept_reference"], reference_of(line))
-
-    def frames(self) -> Frames:
-        """Return the frames, uint8 [F, height, width, 3]."""
-        return _read(self._path, self._made_by)
-
-
-@functools.lru_cache(maxsize=2)  # an arm's and its reference's
-def _read(path: Path, made_by: str) -> Frames:
-    from PIL import Image
-
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # all frames of a long video are one large picture
-    try:
-        return read_kept(path, json.loads(made_by))
-    except ConfigError as error:
-        raise _UnreadableError(str(error)) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
-
-
 def difference(clip: Frames, reference: Frames) -> Frames:
     """Return the amplified absolute difference of two clips, uint8."""
-    if clip.shape != reference.shape:
-        raise _UnreadableError(f"its frames are of shape {clip.shape}, its reference's of {reference.shape}")
     apart = np.maximum(clip, reference) - np.minimum(clip, reference)
     return np.minimum(apart, 255 // AMPLIFIED) * np.uint8(AMPLIFIED)

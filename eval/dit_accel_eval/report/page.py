@@ -1,19 +1,26 @@
 """The page of a report: one HTML file that opens offline, with its clips in a folder beside it."""
 
+import shlex
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..statistics import FEWEST, TOO_FEW, judge, p_words
+from ..runs.results import Line
+from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words
 from ..suites.comparison import ArmFigures, decimals_of, rule_words, seconds_cell
-from .charts import costs, forest, hues, place_maps, prompt_map, threads_of
-from .figures import Report, judged, leads_of, misses, quantile_clips
+from ..suites.pairs import pairs_rule
+from .charts import costs, forest, hues, prompt_map, step_map
+from .figures import Report, judged, leads_of, quantile_clips
 from .lines import ALWAYS, better_of, words_of
 from .media import AMPLIFIED, Entry, fps_of
-from .reproduce import commands_of, machines_of, name_of, suite_text, tokens_of, versions_of
 
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0}
 """Verdict -> its place when the table is sorted by it."""
+
+SPEEDS = {"steps_in_time": "time", "work": "work"}
+"""Kinds of work by which the first table gives speed-ups -> in words."""
+
+VERSIONS = ("dit_accel", "diffusers", "torch", "python")
 
 NAMED = 4
 """Arms that a sentence names; the table has the others."""
@@ -41,7 +48,7 @@ def page(*reports: Report, shown: Sequence[Shown] = (), folder: str = "") -> str
         _part(report, *one, prefix="" if alone else f"p{number}-", level=2 if alone else 3)
         for number, (report, one) in enumerate(zip(reports, clips, strict=True), 1)
     ]
-    title = parts[0]["title"] if alone else f"{len(parts)} suites: {', '.join(map(name_of, reports))}"
+    title = parts[0]["title"] if alone else f"{len(parts)} suites: {', '.join(report.name for report in reports)}"
     data = {"root": f"{urllib.parse.quote(folder)}/", "parts": [part.pop("data") for part in parts]}
     return environment.get_template("page.html.jinja").render(title=title, parts=parts, data=data)
 
@@ -53,53 +60,54 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         prefix: of the part's ids.
         level: of its headings.
     """
-    first, scored = report.results.lines[0], any("score" in arm.means for arm in report.arms)
+    lines, groups, scores = report.results.lines, _groups(report), score_leads(report)
+    scored = any("score" in arm.means for arm in report.arms)
     return {
         "prefix": prefix,
         "level": level,
-        "title": f"{name_of(report)}: {first['model']}, {len(report.prompts)} clips",
-        "summary": summary(report),
+        "title": f"{report.name}: {lines[0]['model']}, {len(report.prompts)} clips",
+        "summary": summary(report, scores),
         "report": report,
-        "first": first,
+        "first": lines[0],
         "reference": f"the model's own {report.full_steps} steps" if report.own else "the converged run",
         "warnings": [*report.warnings, *failed],
-        "misses": misses(report),
-        "asked": ", ".join(
-            f"{metric} of at {'most' if better_of(metric) == 'less' else 'least'} {least:g}"
-            for metric, least in report.minimums.items()
-        ),
-        "rows": _rows(report),
+        "rows": _rows(report, scores),
+        "speeds": {key: f"speed-up by {words}" for key, words in SPEEDS.items() if key in report.works},
         "forest": forest(report),
         "hues": hues(report),
-        "groups": _groups(report),
-        "hidden": len(report.arms) - sum(len(arms) for _, arms in _groups(report)),
+        "groups": groups,
+        "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
         "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scored},
         "columns": _columns(report),
         "words_of": words_of,
         "better_of": better_of,
         "digits": lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
-        "prompt_map": prompt_map(report, [arm for _, arms in _groups(report) for arm in arms]),
-        "maps": place_maps(report),
+        "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),
+        "step_map": step_map(report),
         "costs": costs(report),
-        "threads": threads_of(report),
+        "threads": sorted({line["times"]["threads"] for line in lines if "times" in line}),
         "p_words": p_words,
         "seconds_cell": seconds_cell,
         "rule": rule_words(report.arms),
-        "reached": lambda arm: _reached(report, arm),
+        "pairs_rule": pairs_rule(report.pairs) if report.pairs else "",
         "shows": bool(media.get("runs")),
         "options": _options,
-        "commands": commands_of(report),
-        "suite": suite_text(report),
-        "suite_name": name_of(report),
-        "versions": versions_of(report.results.lines),
-        "machines": machines_of(report.results.lines),
-        "tokens": tokens_of(first),
+        "commands": _commands(report),
+        "versions": versions_of(lines),
+        "machines": "; ".join(sorted({line["device"] for line in lines if "device" in line})),
+        "tokens": lines[0].get("tokens"),
         "data": _data(report, media, prefix),
     }
 
 
-def summary(report: Report) -> str:
-    """Return in a sentence or two how the arms stand against fewer steps, and whether a judge can tell them apart."""
+def score_leads(report: Report) -> dict[str, Judged]:
+    """Return arm -> by how many percent the judge's score is above that of fewer steps, of the arms that have one."""
+    leads = {arm.name: leads_of(report, arm, "score").values() for arm in judged(report)}
+    return judge({name: [100 * one for one in found] for name, found in leads.items()})
+
+
+def summary(report: Report, scores: Mapping[str, Judged]) -> str:
+    """Return in a sentence or two whether the judge can tell the arms from fewer steps, and how they stand."""
     found = {arm.name: arm.ahead[report.main] for arm in judged(report) if report.main in arm.ahead}
     if not found:
         return "No arm is held against fewer steps here."
@@ -107,24 +115,29 @@ def summary(report: Report) -> str:
         clips = max(one.count for one in found.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
     names = {word: [name for name, one in found.items() if one.verdict == word] for word in ("ahead", "behind")}
-    parts = [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
-    counts = f"{len(names['ahead'])} of {len(found)} arms are ahead, {len(names['behind'])} behind"
-    parts.insert(0, f"Against fewer steps at equal {report.works[report.main]}, {counts}; of the others these clips do "
-                   "not tell.")  # fmt: skip
-    scores = judge({arm.name: [*leads_of(report, arm, "score").values()] for arm in judged(report)})
-    if scores and {one.verdict for one in scores.values()} == {"open"}:
-        parts.insert(0, "The judge's score can't tell any of these arms from fewer steps.")
+    parts = [] if not _alike(scores) else ["The judge's score can't tell any of these arms from fewer steps."]
+    parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(found)} arms"
+                 f" are ahead, {len(names['behind'])} behind; of the others these clips do not tell.")  # fmt: skip
+    parts += [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
+    pairs = {str(one.pair): one.score for one in report.pairs if one.score}
+    if _alike(pairs):
+        parts.insert(0, "The judge's score can't tell the arms of any declared pair apart.")
     return " ".join(parts)
 
 
-def _rows(report: Report) -> list[dict[str, Any]]:
+def _alike(scores: Mapping[str, Judged]) -> bool:
+    return {one.verdict for one in scores.values()} == {"open"}
+
+
+def _rows(report: Report, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
     """Return the rows of the first table, the arm that is furthest ahead first."""
     rows = []
     for arm in judged(report):
         lead = arm.ahead.get(report.main)
-        stand = lead.verdict if lead else ""
+        stands = lead.verdict if lead else ""
         rows.append({
-            "arm": arm, "lead": lead, "stands": stand, "rank": RANKS[stand], "speedup": report.speedup(arm),
+            "arm": arm, "lead": lead, "stands": stands, "rank": RANKS[stands], "score": scores.get(arm.name),
+            "speedups": {key: report.speedup(arm.means, key) for key in report.works},
         })  # fmt: skip
     return sorted(rows, key=lambda row: -(row["lead"].mean if row["lead"] else -1e9))
 
@@ -140,20 +153,14 @@ def _data(report: Report, media: Entry, prefix: str) -> dict[str, Any]:
     for arm in judged(report):
         lines = report.lines_of(arm)
         worst, median = quantile_clips(lines)
-        clips = {
-            clip: {key: one["file"] if isinstance(one, dict) else one for key, one in entry.items()}
-            for clip, entry in media.get("runs", {}).get(arm.name, {}).items()
-        }
         arms.append({
             "name": arm.name, "hue": colours.get(arm.name), "worst": worst["clip"], "median": median["clip"],
-            "even": len(lines) % 2 == 0, "cells": _cells(report, arm), "clips": clips,
+            "even": len(lines) % 2 == 0, "cells": _cells(report, arm),
+            "clips": media.get("runs", {}).get(arm.name, {}),
         })  # fmt: skip
-    rivals = {
-        name: {clip: entry["file"] for clip, entry in clips.items()} for name, clips in media.get("rivals", {}).items()
-    }
     return {
         "prefix": prefix, "prompts": report.prompts, "arms": arms, "references": media.get("references", {}),
-        "rivals": rivals, "fps": fps_of(report), "amplified": AMPLIFIED,
+        "rivals": media.get("rivals", {}), "fps": fps_of(report), "amplified": AMPLIFIED,
         "reference": f"own {report.full_steps} steps" if report.own else "converged",
     }  # fmt: skip
 
@@ -164,40 +171,48 @@ def _cells(report: Report, arm: ArmFigures) -> dict[int, dict[str, str]]:
     for line in report.lines_of(arm):
         cells = {"psnr": f"{line['psnr']:.2f}"}
         cells |= {"lead": f"{leads[line['clip']]:+.2f}"} if line["clip"] in leads else {}
-        cells |= {"speedup": f"{report.full_steps / line[report.main]:.2f}×"} if line.get(report.main) else {}
-        cells |= {"score": f"{line['score']:.0%}".replace("%", " %")} if "score" in line else {}
-        for name in _columns(report):
-            value = line.get("metrics", {}).get(name)
-            cells |= {name: f"{value:.{decimals_of(name)}f}"} if value is not None else {}
+        cells |= {key: f"{speed:.2f}×" for key in report.works if (speed := report.speedup(line, key))}
+        cells |= {"score": f"{100 * line['score']:.0f} %"} if "score" in line else {}
+        values = line.get("metrics", {})
+        cells |= {name: f"{values[name]:.{decimals_of(name)}f}" for name in _columns(report) if name in values}
         found[line["clip"]] = cells
     return found
 
 
 def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
     """Return the rows of the table of all figures under their heads; dense runs are those that most clips have."""
-    most = max((arm.clips for arm in report.arms if report.is_dense(arm)), default=0)
-    dense = [arm for arm in report.arms if report.is_dense(arm) and arm.clips == most]
-    others = [arm for arm in report.arms if not report.is_dense(arm)]
-    groups = [("Arms", others), ("Dense runs of fewer steps", dense)]
-    return [(head, arms) for head, arms in groups if arms]
+    dense = [arm for arm in report.arms if report.is_dense(arm)]
+    most = max((arm.clips for arm in dense), default=0)
+    groups = {"Arms": [arm for arm in report.arms if arm not in dense]}
+    groups["Dense runs of fewer steps"] = [arm for arm in dense if arm.clips == most]
+    return [(head, arms) for head, arms in groups.items() if arms]
 
 
-def _reached(report: Report, arm: ArmFigures) -> str:
-    if arm not in judged(report):
-        return "not judged"
-    low = [metric for metric in report.minimums if not report.reaches(arm, metric)]
-    return f"misses {', '.join(low)}" if low else "reached"
+def versions_of(lines: Sequence[Line]) -> dict[str, str]:
+    """Return package -> its versions among the lines; lines made before a version was kept tell none."""
+    found = {key: sorted({str(line[key]) for line in lines if key in line}) for key in VERSIONS}
+    return {key: ", ".join(versions) for key, versions in found.items() if versions}
 
 
-def _options(line: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _commands(report: Report) -> list[str]:
+    """Return the commands that make the results anew, and the page from those."""
+    path, lines = report.results.path, report.results.lines
+    suite, out, page = (shlex.quote(name) for name in (f"{report.name}.toml", path.name, f"{path.stem}.html"))
+    timed = " --time" if any("seconds" in line for line in lines) else ""
+    kept = " --frames frames" if any("kept" in line for line in lines) else ""
+    return [f"dit-accel eval run {suite} --out {out}{timed}{kept}", f"dit-accel eval report {out} -o {page}"]
+
+
+def _options(line: Line) -> list[tuple[str, str]]:
     """Return (method, its options in words) of what a line ran."""
-    found = []
-    further = {f"scheduler {line['solver']}": line["scheduler"]} if "scheduler" in line else {}
-    further |= {"call": line["arm_call"]} if "arm_call" in line else {}
-    for method, options in {**line["methods"], **further, **line.get("guider", {})}.items():
-        message = [f"{key} = {_short(value)}" for key, value in options.items() if value is not None]
-        found.append((method, ", ".join(message)))
-    return found
+    ran = dict(line["methods"])
+    ran |= {f"scheduler {line['solver']}": line["scheduler"]} if "scheduler" in line else {}
+    ran |= {"call": line["arm_call"]} if "arm_call" in line else {}
+    ran |= {**line.get("guider", {}), **line.get("rival", {})}
+    return [
+        (method, ", ".join(f"{key} = {_short(value)}" for key, value in options.items() if value is not None))
+        for method, options in ran.items()
+    ]
 
 
 def _short(value: Any) -> str:

@@ -160,23 +160,39 @@ def strip_frames(strip: Frames, count: int) -> Frames:
     return strip.reshape(count, -1, *strip.shape[1:])
 
 
+@contextlib.contextmanager
+def _opened(path: Path, made_by: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
+    """Give the picture of kept frames, which of a long video is large, and their number; raises as `read_kept`."""
+    from PIL import Image
+
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            about = json.loads(image.info[_KEY])
+            found, count = about["made_by"], about["frames"]
+            for name, value in json.loads(json.dumps(dict(made_by))).items():
+                if found.get(name) != value:
+                    raise ConfigError(f"{path} holds frames of {name} {found.get(name)!r}, not {value!r}")
+            yield image, count
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} holds no frames that can be read ({type(error).__name__}: {error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+
+
+def kept_shape(path: Path, made_by: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the number, height and width of kept frames, without reading them; raises as `read_kept`."""
+    with _opened(path, made_by) as (image, count):
+        return count, image.height // count, image.width
+
+
 def read_kept(path: Path, made_by: Mapping[str, Any]) -> Frames:
     """Return kept frames, uint8 [F, height, width, 3].
 
     Raises:
         ConfigError: for a file that is missing, can't be read, or holds the frames of another run.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = json.loads(getattr(image, "text", {})[_KEY])
-            strip, count, found = np.asarray(image.convert("RGB")), text["frames"], text["made_by"]
-        frames = strip_frames(strip, count)
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
-        raise ConfigError(f"{path} holds no frames that can be read ({type(error).__name__}: {error})") from None
-    for name, value in json.loads(json.dumps(dict(made_by))).items():
-        if found.get(name) != value:
-            raise ConfigError(f"{path} holds frames of {name} {found.get(name)!r}, not {value!r}")
-    return frames
+    with _opened(path, made_by) as (image, count):
+        return strip_frames(np.asarray(image.convert("RGB")), count)

@@ -1,5 +1,6 @@
 """The arms of a suite: what is attached, how many steps of which solver or scheduler, and which guider."""
 
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,21 +61,21 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the arm runs, without its name, as JSON knows it."""
-        further = {key: dict(value) for key in TABLES if (value := getattr(self, key))}
         return {
             "num_inference_steps": self.num_inference_steps,
             "solver": self.solver,
             "flow_shift": self.flow_shift,
             "methods": {one.name: one.to_dict() for one in self.methods},
-            **further,
+            **self._tables(),
         }
 
     def run_options(self) -> dict[str, Any]:
         """Return the arguments with which a model runs this arm; what is as usual is left out."""
-        usual = {"scheduler": {}, "guider": {}, "rival": {}, "call": {}}
         found = {"steps": self.num_inference_steps, "solver": self.solver, "flow_shift": self.flow_shift}
-        found |= {key: value for key, empty in usual.items() if (value := getattr(self, key)) != empty}
-        return {**found, "methods": self.methods}
+        return {**found, **self._tables(), "methods": self.methods}
+
+    def _tables(self) -> dict[str, Any]:
+        return {key: dict(value) for key in TABLES if (value := getattr(self, key))}
 
 
 def dense_arm(steps: int) -> Arm:
@@ -94,12 +95,34 @@ def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...
         ConfigError: for an unknown or ill-typed key, a method, cache, scheduler or guider that is not known, or a name
             that is missing, given twice or kept for dense runs.
     """
-    made = tuple(arm for values in tables for arm in _arms(values, path))
-    names = [arm.name for arm in made]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{path} has two arms called {name!r}; rename one")
-    return made
+    made = {}
+    for arm in (arm for values in tables for arm in _arms(values, path)):
+        if arm.name in made:
+            raise ConfigError(f"{path} has two arms called {arm.name!r}; rename one")
+        made[arm.name] = arm
+    return tuple(made.values())
+
+
+def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """Return the keys of a TOML file of a version, which it says first.
+
+    Args:
+        kinds: key -> what it must be.
+        remedy: what is not there if the file is missing, and what to do; ``{}`` is its path.
+
+    Raises:
+        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
+    """
+    if not path.is_file():
+        raise ConfigError(remedy.format(path))
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if data.pop("version", None) != version:
+        raise ConfigError(f"{path} is not of version {version}, which this release reads; make it anew for that")
+    check_kinds(data, kinds, str(path))
+    return data
 
 
 def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
@@ -131,37 +154,34 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
             for one in (_natives(value) if key == NATIVE else [method(key)(**value)])
         )  # fmt: skip
         plain |= _solver(plain)
-        _check_guider(plain.get("guider", {}))
-        _check_rival(plain.get("rival", {}), methods)
+        _check_tables(plain, methods)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    name = plain.pop("name")
-    arms = []
+    name, arms = plain.pop("name"), list[Arm]()
     for count in several:
         full = f"{name} {count}" if isinstance(steps, list) else name
-        arm = Arm(name=full, num_inference_steps=count, methods=methods, **plain)
-        _check_name(full, arm, where)
-        arms.append(arm)
+        arms.append(Arm(name=full, num_inference_steps=count, methods=methods, **plain))
+        _check_name(arms[-1], where)
     return arms
 
 
-def _check_name(full: str, arm: Arm, where: str) -> None:
+def _check_name(arm: Arm, where: str) -> None:
     """Refuse a dense run of the best solver that has a name of its own, and another arm that has such a run's name.
 
     These runs are what all arms are held against, and are found again by their names.
     """
     dense = dense_arm(arm.num_inference_steps).name
-    if arm.is_dense and full != dense:
+    if arm.is_dense and arm.name != dense:
         raise ConfigError(
             f"{where} has no method, and {BEST} (the default) as its solver: a plain run, of the kind that all arms "
             f"are compared with and that is found by its name; call it {dense!r}, or leave it out: what is needed of "
             "them is made by itself"
         )
-    solver, _, steps = full.rpartition(" ")
+    solver, _, steps = arm.name.rpartition(" ")
     if not arm.is_dense and solver in (BEST, TUNED) and steps.isdigit():
         raise ConfigError(
-            f"{where} is called {full!r}, a name for runs of {BEST} without a method, or of a ladder of rivals, which "
-            "other arms are compared with; give it another name"
+            f"{where} is called {arm.name!r}, a name for runs of {BEST} without a method, or of a ladder of rivals, "
+            "which other arms are compared with; give it another name"
         )
 
 
@@ -189,37 +209,26 @@ def _one_class(table: Mapping[str, Any], key: str, example: str) -> tuple[str, d
     return next(iter(table.items()))
 
 
-def _check_guider(table: Mapping[str, Any]) -> None:
-    """Refuse what is none of diffusers' guiders, or an option that it has not."""
-    if not table:
-        return
-    import diffusers
-    from diffusers.guiders import BaseGuidance
+def _check_tables(plain: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
+    """Refuse what is none of diffusers' guiders or no rival, an option that it has not, and methods beside a rival."""
+    if plain.get("guider"):
+        import diffusers
 
-    name, options = _one_class(table, "guider", "ClassifierFreeGuidance")
-    known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != BaseGuidance.__name__]
-    check_options("guider", name, options, known)
-
-
-def _check_rival(table: Mapping[str, Any], methods: tuple[MethodConfig, ...]) -> None:
-    """Refuse what is no rival, an option that it has not, and methods beside it."""
-    if not table:
-        return
-    name, options = _one_class(table, "rival", "cache-dit")
-    check_rival(name, options)
-    if methods:
-        raise ConfigError(f"rival = {name} stands beside {methods[0].name}; give each an arm of its own")
+        known = [one for one in dir(diffusers) if one.endswith("Guidance") and one != "BaseGuidance"]
+        check_options("guider", *_one_class(plain["guider"], "guider", "ClassifierFreeGuidance"), known)
+    if plain.get("rival"):
+        name, options = _one_class(plain["rival"], "rival", "cache-dit")
+        check_rival(name, options)
+        if methods:
+            raise ConfigError(f"rival = {name} stands beside {methods[0].name}; give each an arm of its own")
 
 
 def _natives(tables: Mapping[str, Any]) -> list[MethodConfig]:
     """Return diffusers' own caches, given as ``diffusers = { FirstBlockCacheConfig = { threshold = 0.05 } }``."""
     import diffusers
 
-    made = []
     for name, options in tables.items():
-        check_options("cache", name, (), CONFIGS)
         if not isinstance(options, dict):
             raise ConfigError(f"{name} = {options!r} is no table; write {name} = {{}} or options in the braces")
         check_options("cache", name, options, CONFIGS)
-        made.append(DiffusersCache(config=getattr(diffusers, name)(**options)))
-    return made
+    return [DiffusersCache(config=getattr(diffusers, name)(**options)) for name, options in tables.items()]

@@ -5,7 +5,7 @@ own noise shift.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,8 @@ from .suite import Suite
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
 TIMED = {"steps_in_time": "time"}
+MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")
+"""Keys of a line of which there are means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,74 +67,49 @@ def rival_kind(lines: Sequence[Line]) -> str:
 
 def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]:
     """Return the figures of every arm that ran: dense runs by steps, then the others as listed."""
-    known = latest(lines)
-    kinds = [BEST, TUNED] if rival_kind(lines) == TUNED else [BEST]
+    known, kind = latest(lines), rival_kind(lines)
     dense = sorted({line["num_inference_steps"] for line in known.values() if line["arm"] not in listed})
-    names = [*(f"{kind} {steps}" for kind in kinds for steps in dense), *listed]
-    by_arm: dict[str, list[Line]] = {name: [] for name in names}
+    ran: dict[str, list[Line]] = {f"{one} {steps}": [] for one in dict.fromkeys((BEST, kind)) for steps in dense}
+    ran |= {name: [] for name in listed}
     for (name, _), line in sorted(known.items(), key=lambda one: one[0][1]):
-        if name in by_arm:
-            by_arm[name].append(line)
-    ran = {name: own for name, own in by_arm.items() if own}
+        if name in ran:
+            ran[name].append(line)
+    ran = {name: own for name, own in ran.items() if own}
     held = {name: own for name, own in ran.items() if not is_rival(own[0])}
-    value, keys = _equal(known, kinds[-1]), {name: _keys(own) for name, own in ran.items()}
-    ahead = {
-        key: judge({name: _differences(own, key, "psnr", value) for name, own in held.items() if key in keys[name]})
+    further = {name: dict.fromkeys(key for line in own for key in line.get("metrics", ())) for name, own in ran.items()}
+
+    def ahead(own: Sequence[Line], key: str, metric: str) -> list[float]:
+        found = [(value_of(line, metric), equal_value(known, line["clip"], line[key], metric, kind)) for line in own]
+        return [value - rival for value, rival in found if value is not None and rival is not None]
+
+    leads = {
+        key: judge({name: ahead(own, key, "psnr") for name, own in held.items() if _all_have(key, own)})
         for key in (*WORKS, *TIMED)
     }
-    others = judge({
-        (name, metric): _differences(own, keys[name][0], metric, value)
-        for name, own in held.items() for metric in _further(own)
-    })  # fmt: skip
+    others = judge({(name, one): ahead(own, "work", one) for name, own in held.items() for one in further[name]})
+    values = {
+        name: {one: [line["metrics"][one] for line in own if one in line.get("metrics", ())] for one in further[name]}
+        for name, own in ran.items()
+    }
     return [
-        _figures(
-            name, own, {key: found[name] for key, found in ahead.items() if name in found},
-            {metric: found for (arm, metric), found in others.items() if arm == name},
+        ArmFigures(
+            name=name, clips=len(own), psnr=estimate([line["psnr"] for line in own]),
+            means={key: float(np.mean([line[key] for line in own])) for key in MEANS if _all_have(key, own)},
+            ahead={key: found[name] for key, found in leads.items() if name in found},
+            metrics={one: estimate(found) for one, found in values[name].items()},
+            differences={one: found for (arm, one), found in others.items() if arm == name},
         )
         for name, own in ran.items()
     ]  # fmt: skip
 
 
-def _keys(lines: Sequence[Line]) -> list[str]:
-    """Return the kinds of work and time that all lines of an arm have."""
-    return [key for key in (*WORKS, *TIMED) if all(line.get(key) is not None for line in lines)]
-
-
-def _further(lines: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(metric for line in lines for metric in line.get("metrics", ())))
-
-
-def _figures(
-    name: str, lines: Sequence[Line], ahead: Mapping[str, Judged], differences: Mapping[str, Judged]
-) -> ArmFigures:  # fmt: skip
-    seconds = [key for key in ("score", "seconds", "dense_seconds") if all(key in line for line in lines)]
-    values = {one: [value for line in lines if (value := value_of(line, one)) is not None] for one in _further(lines)}
-    return ArmFigures(
-        name=name,
-        clips=len(lines),
-        means={key: float(np.mean([line[key] for line in lines])) for key in (*_keys(lines), "ssim", *seconds)},
-        psnr=estimate([line["psnr"] for line in lines]),
-        ahead=ahead,
-        metrics={one: estimate(found) for one, found in values.items() if found},
-        differences=differences,
-    )
+def _all_have(key: str, lines: Sequence[Line]) -> bool:
+    return all(line.get(key) is not None for line in lines)
 
 
 def value_of(line: Line, metric: str) -> float | None:
     """Return a line's value of a metric, None where it has none."""
     return line.get(metric) if metric in ("psnr", "ssim", "score") else line.get("metrics", {}).get(metric)
-
-
-def _differences(
-    lines: Sequence[Line], key: str, metric: str, value: Callable[[int, float, str], float | None]
-) -> list[float]:  # fmt: skip
-    """Return an arm's values less those of the dense run of equal work, of the clips that have both."""
-    found = [(value_of(line, metric), value(line["clip"], line[key], metric)) for line in lines]
-    return [own - rival for own, rival in found if own is not None and rival is not None]
-
-
-def _equal(known: Mapping[tuple[str, int], Line], kind: str) -> Callable[[int, float, str], float | None]:
-    return lambda clip, steps, metric: equal_value(known, clip, steps, metric, kind)
 
 
 def equal_value(

@@ -23,7 +23,7 @@ from ..runs.results import Line, read_lines, write_lines
 from .arms import Arm, is_rival
 from .comparison import table
 from .judges import Judge, judge_of
-from .pairs import pairs_table
+from .pairs import pair_figures, pairs_text
 from .reference import AGREE
 from .suite import Suite
 
@@ -120,7 +120,7 @@ def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
     judge = judge_of(suite) if suite.judge else None
     if judge is not None:
         return judge.table(suite, lines)
-    pairs = pairs_table(suite.pairs, lines, suite.reference_steps) if suite.pairs else ""
+    pairs = pairs_text(pair_figures(suite.pairs, lines, suite.reference_steps)) if suite.pairs else ""
     return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
 
 

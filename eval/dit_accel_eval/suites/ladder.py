@@ -5,7 +5,6 @@ A suite is held against fewer steps of one solver at the model's own noise shift
 """
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from dit_accel_pipelines.generation.solvers import check_solver
 
 from dit_accel import ConfigError
 
-from .arms import TUNED, Arm, check_kinds
+from .arms import TUNED, Arm, check_kinds, read_table
 
 VERSION = 1
 
@@ -48,14 +47,11 @@ class Rung:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
-    """What the arms of a suite are held against.
+    """What the arms of a suite are held against: rungs by steps, chosen on so many held-out clips of a model.
 
     Attributes:
-        first_clip: of the held-out clips that chose.
-        clips: how many chose.
         reference_steps: of the reference that chose, as a suite's.
         call: arguments of the pipeline's call, as a suite's.
-        rungs: by steps.
     """
 
     model: str
@@ -90,29 +86,18 @@ def read_ladder(path: Path) -> Ladder:
     Raises:
         ConfigError: for a missing file, another version, an unknown or ill-typed key, or no rung.
     """
-    if not path.is_file():
-        raise ConfigError(f"no rivals at {path}; make them with python eval/studies/best_rival.py, or leave rivals out")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    if data.pop("version", None) != VERSION:
-        raise ConfigError(f"{path} is no file of rivals of version {VERSION}; make it anew with best_rival.py")
-    check_kinds(data, KINDS, str(path))
-    missing = [key for key in ("model", "first_clip", "clips", "rung") if not data.get(key) and data.get(key) != 0]
+    remedy = "no rivals at {}; make them with python eval/studies/best_rival.py, or leave rivals out"
+    data = read_table(path, VERSION, KINDS, remedy)
+    missing = [key for key in ("model", "first_clip", "clips", "rung") if data.get(key) in (None, [])]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; make it anew with best_rival.py")
-    rungs = tuple(_rung(one, str(path)) for one in data.pop("rung"))
+    for rung in data["rung"]:
+        check_kinds(rung, RUNG_KINDS, str(path))
+        if not {"num_inference_steps", "solver", "psnr"} <= {*rung} or rung["num_inference_steps"] < 1:
+            raise ConfigError(f"{path} has a rung {dict(rung)}, which needs steps from 1, solver and psnr; correct it")
+        try:
+            check_solver(rung["solver"])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    rungs = tuple(Rung(**rung) for rung in data.pop("rung"))
     return Ladder(**data, rungs=rungs)
-
-
-def _rung(values: Mapping[str, Any], where: str) -> Rung:
-    check_kinds(values, RUNG_KINDS, where)
-    missing = [key for key in ("num_inference_steps", "solver", "psnr") if key not in values]
-    if missing or values["num_inference_steps"] < 1:
-        raise ConfigError(f"{where} has a rung {dict(values)}, which needs steps from 1, solver and psnr; correct it")
-    try:
-        check_solver(values["solver"])
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return Rung(**values)

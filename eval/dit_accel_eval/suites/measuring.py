@@ -60,33 +60,26 @@ def line_of(sampled: Sampled) -> Line:
     repeated, seconds are the median's, and ``repeated`` has all with their quartiles.
     """
     job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
-    line = _about(sampled)
+    line, share = _about(sampled), sampled.model.own_share
     if reference is None:
         assert job.judge is not None
-        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
+        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, share)}
     else:
-        share = sampled.model.own_share
-        line |= {
-            "reference_steps": reference.steps,
-            "reference_agreement": reference.agreement,
-            **_measured(sampled, made, reference),
-            **works(made.counts, reference.step, made.attended, share),
-            "forwards": made.counts.blocks / reference.step.blocks,
-            **_cost(made, reference.step, share),
-        }
+        line |= {"reference_steps": reference.steps, "reference_agreement": reference.agreement}
+        line |= {**_measured(sampled, made, reference), **works(made.counts, reference.step, made.attended, share)}
+        line |= {"forwards": made.counts.blocks / reference.step.blocks, **_cost(made, reference.step, share)}
         if not (sampled.arm.methods or sampled.arm.guider or sampled.arm.rival):
             line["steps_in_time"] = float(sampled.arm.num_inference_steps)
         elif reference.seconds and made.times and made.times.processor and sampled.model.device.type == "cpu":
             line["steps_in_time"] = made.times.processor / reference.seconds
+        if job.frames is not None:
+            line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if len(sampled.runs) > 1:
         line["repeated"] = repeated(sampled.runs)
-    if job.frames is not None and reference is not None:
-        line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if sampled.beside:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
-        line["processor"] = processor()
-        line["steps_in_time"] = sampled.arm.num_inference_steps * seconds / dense
+        line |= {"processor": processor(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
     return line
 
 

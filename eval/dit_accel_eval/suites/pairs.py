@@ -32,6 +32,9 @@ class Pair:
     against: str
     margin: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.arm} vs {self.against}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFigures:
@@ -39,29 +42,24 @@ class PairFigures:
 
     Attributes:
         ahead: by how many dB of PSNR the arm is ahead, clip by clip.
-        costs: of the arm and of the other, in dense steps.
+        score: the same of the judge's score, in percent; None where clips have none.
+        costs: of the arm and of the other, as shares of the dense run's.
         by: what costs are: measured ``time``; ``processor time``, where arms ran on one thread beside other work; or
             counted ``work``.
-        dense: steps of the dense run that costs are a share of.
     """
 
     pair: Pair
     ahead: Judged
+    score: Judged | None
     costs: tuple[float, float]
     by: str
-    dense: int
-
-    @property
-    def dearer(self) -> bool:
-        """Whether the arm costs more than the one that it is held against."""
-        return self.costs[0] > EQUAL * self.costs[1]
 
     @property
     def verdict(self) -> str:
         """What is said of the pair, its margin and cost within."""
-        said, margin = self.ahead.verdict, self.pair.margin
+        said, margin, dearer = self.ahead.verdict, self.pair.margin, self.costs[0] > EQUAL * self.costs[1]
         words = {"ahead": f"ahead by more than {margin:g} dB", "behind": f"not {margin:g} dB ahead"} if margin else {}
-        more = f", at more {self.by}" if self.dearer and said not in ("open", TOO_FEW) else ""
+        more = f", at more {self.by}" if dearer and said not in ("open", TOO_FEW) else ""
         return words.get(said, said) + more
 
 
@@ -83,7 +81,7 @@ def read_pairs(tables: Sequence[Any], arms: Sequence[Arm], where: str) -> tuple[
         for name in (pair.arm, pair.against):
             if name not in names:
                 raise ConfigError(f"{where} compares {name!r}, which is none of its arms; {did_you_mean(name, names)}")
-        if pair.arm == pair.against or (pair.arm, pair.against) in [(one.arm, one.against) for one in found]:
+        if pair.arm == pair.against or str(pair) in map(str, found):
             raise ConfigError(f"{where} compares {pair.arm!r} with {pair.against!r}, itself or a second time; drop it")
         found.append(pair)
     return tuple(found)
@@ -98,36 +96,40 @@ def pair_figures(
         reference_steps: of the reference, where that is the model's own run: what costs are a share of; None: the steps
             of the arm of most.
     """
-    known = latest(lines)
-    shared = {pair: _shared(pair, known) for pair in pairs}
-    differences = {pair: [own["psnr"] - other["psnr"] for own, other in both] for pair, both in shared.items()}
-    judged = judge(differences, {pair: pair.margin for pair in pairs})
+    known, both = latest(lines), dict[Pair, list[tuple[Line, Line]]]()
+    for pair in pairs:
+        clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
+        both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
+    ahead = judge(
+        {pair: [own["psnr"] - other["psnr"] for own, other in ends] for pair, ends in both.items()},
+        {pair: pair.margin for pair in pairs},
+    )
+    scores = judge({
+        pair: [100 * (own["score"] - other["score"]) for own, other in ends if "score" in own and "score" in other]
+        for pair, ends in both.items()
+    })  # fmt: skip
     found = []
-    for pair, ahead in judged.items():
-        both = shared[pair]
-        dense = reference_steps or max(line["num_inference_steps"] for ends in both for line in ends)
-        by, costs = _costs(both, known, dense)
-        found.append(PairFigures(pair=pair, ahead=ahead, costs=costs, by=by, dense=dense))
+    for pair, one in ahead.items():
+        dense = reference_steps or max(line["num_inference_steps"] for ends in both[pair] for line in ends)
+        by, costs = _costs(both[pair], known, dense)
+        found.append(PairFigures(pair=pair, ahead=one, score=scores.get(pair), costs=costs, by=by))
     return found
 
 
 def _costs(
     both: Sequence[tuple[Line, Line]], known: Mapping[tuple[str, int], Line], dense: int
 ) -> tuple[str, tuple[float, float]]:
-    """Return what two arms cost in dense steps, the mean over clips, and by what: see `PairFigures`."""
-    lines = [line for ends in both for line in ends]
-    of_clip = {clip: _busy(line) for (name, clip), line in known.items() if name == dense_arm(dense).name}
-
-    def processor_steps(line: Line) -> float:
-        return dense * _busy(line) / of_clip[line["clip"]]
-
-    by, cost = "work", lambda line: float(line["work"])
-    if all("steps_in_time" in line for line in lines):
-        by, cost = "time", lambda line: float(line["steps_in_time"])
-    elif all(_busy(line) and of_clip.get(line["clip"]) for line in lines):
-        by, cost = "processor time", processor_steps
-    own, other = (float(np.mean([cost(ends[place]) for ends in both])) for place in (0, 1))
-    return by, (own, other)
+    """Return by what two arms' costs are told, the best that all lines have, and these; see `PairFigures`."""
+    whole = {clip: _busy(line) for (name, clip), line in known.items() if name == dense_arm(dense).name}
+    kinds = {
+        "time": lambda line: line.get("steps_in_time", 0) / dense,
+        "processor time": lambda line: _busy(line) / (whole.get(line["clip"]) or np.inf),
+        "work": lambda line: line["work"] / dense,
+    }
+    found = {by: np.array([[cost(line) for line in ends] for ends in both]) for by, cost in kinds.items()}
+    by = next((by for by, costs in found.items() if costs.all()), "work")
+    own, other = found[by].mean(0)
+    return by, (float(own), float(other))
 
 
 def _busy(line: Line) -> float:
@@ -136,32 +138,27 @@ def _busy(line: Line) -> float:
     return float(times.get("processor", 0.0)) if times.get("threads") == 1 else 0.0
 
 
-def _shared(pair: Pair, known: Mapping[tuple[str, int], Line]) -> list[tuple[Line, Line]]:
-    """Return the lines of both arms, of the clips that both have."""
-    clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
-    return [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
+def pairs_rule(found: Sequence[PairFigures]) -> str:
+    """Return in words how pairs are judged."""
+    together = max(one.ahead.together for one in found)
+    if not together:
+        return f"Pairs declared in the suite, PSNR clip by clip; there is no verdict under {FEWEST} clips."
+    return (
+        f"Pairs declared in the suite, PSNR clip by clip; p by Holm's rule over {together}, of the difference being 0, "
+        "or the margin where one is given."
+    )
 
 
-def pairs_table(
-    pairs: Sequence[Pair], lines: Sequence[Line], reference_steps: int | None = None
-) -> str:  # fmt: skip
-    """Return the Markdown table of declared pairs and how they were judged, "" where none is declared or ran."""
-    found = pair_figures(pairs, lines, reference_steps)
+def pairs_text(found: Sequence[PairFigures]) -> str:
+    """Return the Markdown table of pairs and how they were judged, "" where there is none."""
     if not found:
         return ""
-    cost = found[0].by
+    scored, cost = any(one.score for one in found), found[0].by
+    heads = "pair | PSNR ahead, dB (median) | Holm p | verdict "
+    heads += f"{'| score, % ' if scored else ''}| share of dense {cost}"
     rows = []
     for one in found:
-        own, other = (share / one.dense for share in one.costs)
-        text = f"{own:.2f} vs {other:.2f}" + ("" if one.by == cost else f" by {one.by}")
-        name = f"{one.pair.arm} vs {one.pair.against}"
-        rows.append((name, one.ahead.cell("+"), p_words(one.ahead.p_holm), one.verdict, text))
-    together = max(one.ahead.together for one in found)
-    about = (
-        f"Pairs declared in the suite, PSNR clip by clip; p by Holm's rule over {together}, of the difference being "
-    )
-    about += "0, or the margin where one is given."
-    if not together:
-        about = f"Pairs declared in the suite, PSNR clip by clip; there is no verdict under {FEWEST} clips."
-    heads = f"pair | PSNR ahead, dB (median) | Holm p | verdict | share of dense {cost}"
-    return f"{about}\n\n{markdown_table(heads, rows)}"
+        costs = f"{one.costs[0]:.2f} vs {one.costs[1]:.2f}" + ("" if one.by == cost else f" by {one.by}")
+        cells = [str(one.pair), one.ahead.cell("+"), p_words(one.ahead.p_holm), one.verdict]
+        rows.append((*cells, *([one.score.judged("+.1f") if one.score else ""] if scored else []), costs))
+    return f"{pairs_rule(found)}\n\n{markdown_table(heads, rows)}"

@@ -1,6 +1,5 @@
 """Suites: which arms are compared on which prompts and seeds of a model, read from versioned TOML files."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import Budget, OwnClips, read_budget
-from .arms import Arm, check_kinds, dense_arm, read_arms
+from .arms import Arm, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
 from .pairs import Pair, read_pairs
 
@@ -24,27 +23,15 @@ MANY = 10
 """Arms of a suite beyond which it says that their number makes verdicts harder to reach."""
 
 KINDS = {
-    "name": str,
-    "model": str,
-    "clips": int,
-    "first_clip": int,
-    "reference_steps": int,
-    "prompts": list,
-    "prompt_file": str,
-    "seeds": list,
-    "dtype": str,
-    "call": dict,
-    "metrics": list,
-    "judge": str,
-    "warmup": int,
-    "repeats": int,
-    "budget": dict,
-    "timed": bool,
-    "rivals": str,
-    "chosen_on": list,
-    "compare": list,
+    **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals"), str),
+    **dict.fromkeys(("clips", "first_clip", "reference_steps", "warmup", "repeats"), int),
+    **dict.fromkeys(("prompts", "seeds", "metrics", "chosen_on", "compare", "arm"), list),
+    **{"call": dict, "budget": dict, "timed": bool},
 }
 """Key of a suite -> what it must be."""
+
+LEAST = {"clips": 1, "first_clip": 0, "reference_steps": 1, "warmup": 0, "repeats": 1}
+"""Key of a suite -> the least number that it may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,110 +113,86 @@ def read_suite(path: Path) -> Suite:
     Raises:
         ConfigError: for a missing file, another version, or an unknown or ill-typed key.
     """
-    if not path.is_file():
-        raise ConfigError(f"no suite at {path}; name a TOML file such as eval/suites/knee-wan-tiny.toml")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    if data.pop("version", None) != SUITE_VERSION:
-        raise ConfigError(f"{path} is not of version {SUITE_VERSION}, which this release reads; rewrite it for that")
+    remedy = "no suite at {}; name a TOML file such as eval/suites/knee-wan-tiny.toml"
+    data = read_table(path, SUITE_VERSION, KINDS, remedy)
     arms = data.pop("arm", [])
-    check_kinds(data, KINDS, str(path))
     own = _own_clips(data, path)
-    if own is not None:
-        data["clips"] = len(own)
+    data |= {"clips": len(own)} if own is not None else {}
     missing = [key for key in ("name", "model", "clips") if key not in data]
     if missing or not arms:
         or_prompts = ", or prompts = [...] of your own" if missing == ["clips"] else ""
         raise ConfigError(f"{path} lacks {', '.join(missing) or 'an [[arm]]'}{or_prompts}; add what is missing")
-    for key, least in (("clips", 1), ("repeats", 1), ("warmup", 0), ("reference_steps", 1)):
+    for key, least in LEAST.items():
         if data.get(key, least) < least:
             raise ConfigError(f"{path} has {key} = {data[key]}; ask for {least} or more")
-    if data.get("first_clip", 0) < 0:
-        raise ConfigError(f"{path} has first_clip = {data['first_clip']}; clips are counted from 0")
+    first, last = _pair_of(data.get("chosen_on", [0, 0]))
+    if not 0 <= first <= last:
+        raise ConfigError(f"{path} has chosen_on = {data['chosen_on']}; give the first and the last clip, as [0, 15]")
     judge = data.get("judge")
     if judge and not (judge.endswith(".py") and (path.parent / judge).is_file()):
         raise ConfigError(f"{path} has judge {judge!r}, which is no Python file in or from {path.parent}; name one")
-    if data.get("judge") and "reference_steps" in data:
-        raise ConfigError(
-            f"{path} has reference_steps beside judge = {data['judge']!r}, which takes no reference; leave it out"
-        )
-    budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
+    listed, pairs, rivals = read_arms(arms, path), data.pop("compare", []), data.pop("rivals", None)
     try:
-        metrics = check_names([str(name) for name in data.pop("metrics", [])])
+        data["metrics"] = check_names([str(name) for name in data.get("metrics", [])])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    pairs, listed = data.pop("compare", []), read_arms(arms, path)
-    rivals, chosen_on = data.pop("rivals", None), data.pop("chosen_on", None)
+    data |= {"chosen_on": (first, last)} if "chosen_on" in data else {}
+    data |= {"budget": read_budget(data["budget"], str(path))} if "budget" in data else {}
     suite = Suite(
-        **data, metrics=metrics, arms=listed, own=own, budget=budget, folder=path.parent,
-        pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
+        **data, arms=listed, own=own, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
         ladder=read_ladder(path.parent / rivals) if rivals else None,
-        chosen_on=_range(chosen_on, path),
     )  # fmt: skip
     _check_model(suite, path)
     _check_judging(suite, path)
     return suite
 
 
-def _range(values: list[Any] | None, path: Path) -> tuple[int, int] | None:
-    """Return the first and the last clip of a key ``chosen_on``."""
-    if values is None:
-        return None
-    first, last = values if len(values) == 2 and all(type(one) is int for one in values) else (0, -1)
-    if not 0 <= first <= last:
-        raise ConfigError(f"{path} has chosen_on = {values}; give the first and the last clip, such as [0, 15]")
-    return first, last
+def _pair_of(values: list[Any]) -> tuple[int, int]:
+    """Return two whole numbers, (0, -1) for anything else."""
+    return (values[0], values[1]) if len(values) == 2 and all(type(one) is int for one in values) else (0, -1)
 
 
 def _check_judging(suite: Suite, path: Path) -> None:
     """Refuse clips that both choose and judge, and rivals and pairs that do not go with the suite."""
     judging = range(suite.first_clip, suite.first_clip + suite.clips)
-    ladder, choosing = suite.ladder, dict[str, range]()
-    if suite.chosen_on:
-        choosing["its arms (chosen_on)"] = range(suite.chosen_on[0], suite.chosen_on[1] + 1)
-    if ladder:
-        choosing["its rivals"] = range(ladder.first_clip, ladder.first_clip + ladder.clips)
-    for what, clips in choosing.items() if suite.own is None else ():
-        if {*clips} & {*judging}:
+    ladder, (first, last) = suite.ladder, suite.chosen_on or (0, -1)
+    choosing = {"its arms (chosen_on)": range(first, last + 1)}
+    choosing |= {"its rivals": range(ladder.first_clip, ladder.first_clip + ladder.clips)} if ladder else {}
+    for what, clips in choosing.items():
+        if suite.own is None and {*clips} & {*judging}:
             raise ConfigError(
                 f"{path} judges on clips {clip_words(suite.first_clip, suite.clips)}, and {what} were chosen on clips "
                 f"{clip_words(clips.start, len(clips))}; judge on others, by first_clip"
             )
-    if suite.judge and (ladder or suite.pairs or suite.timed):
+    if suite.judge and (ladder or suite.pairs or suite.timed or suite.reference_steps):
         raise ConfigError(
-            f"{path} has rivals, [[compare]] or timed beside judge = {suite.judge!r}, which holds clips against no "
-            "reference; leave them out"
+            f"{path} has rivals, [[compare]], timed or reference_steps beside judge = {suite.judge!r}, which holds "
+            "clips against no reference; leave them out"
         )
-    if ladder:
-        for what, own, other in (
-            ("model", suite.model, ladder.model),
-            ("reference_steps", suite.reference_steps, ladder.reference_steps),
-            ("call", dict(suite.call), dict(ladder.call)),
-        ):
-            if own != other:
-                raise ConfigError(
-                    f"{path} has {what} {own!r}, and its rivals were chosen with {other!r}; make rivals for it with "
-                    "best_rival.py"
-                )
+    for what in ("model", "reference_steps", "call") if ladder else ():
+        own, other = getattr(suite, what), getattr(ladder, what)
+        if own != other:
+            raise ConfigError(
+                f"{path} has {what} {own!r}, and its rivals were chosen with {other!r}; make rivals for it with "
+                "best_rival.py"
+            )
 
 
 def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
     """Take the prompts and seeds out of a suite's keys; None where there are none of one's own."""
-    file, prompts, seeds = data.pop("prompt_file", None), data.pop("prompts", None), data.pop("seeds", None)
+    file, prompts, seeds = (data.pop(key, None) for key in ("prompt_file", "prompts", "seeds"))
     if file is None and prompts is None:
         if seeds is not None:
-            raise ConfigError(f"{path} has seeds but no prompts; add prompts = [...], or leave them out for held-out "
-                              "clips, whose number is their seed")  # fmt: skip
+            raise ConfigError(
+                f"{path} has seeds but no prompts; add prompts = [...], or leave seeds out: held-out clips have theirs"
+            )
         return None
     if file is not None and prompts is not None:
         raise ConfigError(f"{path} has prompts and a prompt_file; give one of them")
     counted = [key for key in ("clips", "first_clip") if key in data]
     if counted:
         raise ConfigError(
-            f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts of its own; leave them "
-            "out: every prompt is run"
+            f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts; leave them out: all run"
         )
     try:
         listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file)
