@@ -8,13 +8,15 @@ from typing import Any
 
 from dit_accel_assets import model_names
 from dit_accel_pipelines.generation.request import DTYPES, Dtype, read_prompts
+from dit_accel_pipelines.generation.solvers import BEST, SOLVERS
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
 from ..runs.conditions import Budget, OwnClips, read_budget
-from .arms import Arm, check_kinds, dense_arm, read_arms
+from ..runs.model import OWN
+from .arms import TUNED, Arm, check_kinds, dense_arm, read_arms
 from .ladder import Ladder, clip_words, read_ladder
 from .pairs import Pair, read_pairs
 
@@ -29,6 +31,7 @@ KINDS = {
     "clips": int,
     "first_clip": int,
     "reference_steps": int,
+    "reference_solver": str,
     "prompts": list,
     "prompt_file": str,
     "seeds": list,
@@ -60,6 +63,7 @@ class Suite:
         judge: Python file, from the suite's folder, by which clips are judged by themselves (`judges`); empty: they are
             held against converged runs.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
+        reference_solver: of that run and of the dense ones of fewer steps: a name of `SOLVERS`, or `OWN`.
         folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
         dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
@@ -82,6 +86,7 @@ class Suite:
     first_clip: int = 0
     judge: str = ""
     reference_steps: int | None = None
+    reference_solver: str = BEST
     folder: Path = Path()
     own: OwnClips | None = None
     dtype: Dtype | None = None
@@ -106,7 +111,11 @@ class Suite:
 
     def rival(self, steps: int) -> Arm:
         """Return the dense run of so many steps, which arms are held against."""
-        return self.ladder.arm(steps) if self.ladder else dense_arm(steps)
+        if self.ladder:
+            return self.ladder.arm(steps)
+        if self.reference_solver == BEST:
+            return dense_arm(steps)
+        return Arm(name=f"{TUNED} {steps}", num_inference_steps=steps, solver=self.reference_solver)
 
     @property
     def many(self) -> str | None:
@@ -155,6 +164,11 @@ def read_suite(path: Path) -> Suite:
         raise ConfigError(
             f"{path} has reference_steps beside judge = {data['judge']!r}, which takes no reference; leave it out"
         )
+    solver = data.get("reference_solver", BEST)
+    if solver not in (*SOLVERS, OWN):
+        raise ConfigError(f"{path} has no reference_solver {solver!r}; {did_you_mean(solver, (*SOLVERS, OWN))}")
+    if "reference_solver" in data and "reference_steps" not in data:
+        raise ConfigError(f"{path} has reference_solver without reference_steps; the converged run is {BEST}'s")
     budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
     try:
         metrics = check_names([str(name) for name in data.pop("metrics", [])])
@@ -206,6 +220,7 @@ def _check_judging(suite: Suite, path: Path) -> None:
         for what, own, other in (
             ("model", suite.model, ladder.model),
             ("reference_steps", suite.reference_steps, ladder.reference_steps),
+            ("reference_solver", suite.reference_solver, BEST),
             ("call", dict(suite.call), dict(ladder.call)),
         ):
             if own != other:
@@ -232,10 +247,10 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
             "out: every prompt is run"
         )
     try:
-        listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file)
+        listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file, "prompt_file")
         return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).replace('--prompt-file', 'prompt_file')}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _check_model(suite: Suite, path: Path) -> None:
