@@ -154,17 +154,15 @@ def _check_output(page: Path) -> Path:
     from dit_accel.files import check_writable
 
     from .report.lines import read_results
-    from .report.media import check_folder
     from .runs.results import read_lines
 
-    lines, frames = page.with_suffix(".jsonl"), page.with_suffix(".frames")
+    lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media"))
     if page.suffix != ".html":
         raise ConfigError(f"the page must be a .html, got {page}; write, say, -o {page.with_suffix('.html')}")
     check_writable(page, "the page")
-    check_folder(page)
     if read_lines(lines):
         read_results(lines)  # refuses what no run wrote
-    for path in (page, frames) if not lines.exists() else ():
+    for path in (page, *folders) if not lines.exists() else ():
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise ConfigError(f"{path} is there, and no {lines} of the runs that made it; move it away, or name "
                               "another file with --output")  # fmt: skip
@@ -311,7 +309,7 @@ def arms_table(report: "Report") -> "Table":
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
     for arm in judged(report):
         lead = arm.ahead.get(main)
-        cells = [arm.name, f"{arm.means[main]:.2f}", f"{report.speedup(arm):.2f}", arm.psnr.cell()]
+        cells = [arm.name, f"{arm.means[main]:.2f}", f"{report.full_steps / arm.means[main]:.2f}", arm.psnr.cell()]
         cells += [f"{arm.metrics[one]:.{decimals_of(one)}f}" if one in arm.metrics else "" for one in further]
         rows.append((-lead.mean if lead else 0.0, [*cells, *((lead.cell("+"), lead.verdict) if lead else ("", ""))]))
     for _, cells in sorted(rows, key=lambda row: row[0]):

@@ -34,12 +34,12 @@ def clip_steps(job: Job, lines: Sequence[Line]) -> dict[str, Bounds]:
     held = set[int]().union(*(rival_steps(line) for line in lines if not is_rival(line)))
     dense |= {suite.rival(one).name: one for one in held}
     possible = [one for one in range(max(missing, default=0) + 1, 0, -1) if one not in dense.values()]
-    more = possible[: 2 * len(missing) * len({**WORKS, **(TIMED if job.timed else {})})]
+    more = possible[: 2 * len(missing) * len({**WORKS, **TIMED})]
     low = suite.repeats * sum(dense.values())
     return {
         "references": _references(job, lines),
         "arms": np.array([own, own]),
-        "dense runs to hold them against": np.array([low, low + suite.repeats * sum(more)]),
+        "dense runs of as much work": np.array([low, low + suite.repeats * sum(more)]),
     }
 
 
