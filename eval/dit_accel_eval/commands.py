@@ -52,7 +52,7 @@ def run_suite(
     Each run is a JSON line, written as it ends. A suite that was stopped goes
     on where it stopped; one that is whole only prints its table. Suites with a
     judge judge clips by themselves. The model is an embedded one, or a folder
-    or hub id. Exit code 1 where the suite's budget did not hold all runs.
+    or hub id.
 
     A verdict stands after Holm's correction over all arms, from 6 clips on.
     Pairs that a suite declares ([[compare]]) have a table of their own.
@@ -97,12 +97,9 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     from .runs.results import read_lines
     from .suites.job import clips_of
 
-    stopped = run_job(job, clips_of(job.suite, clips), workers, quiet)
+    run_job(job, clips_of(job.suite, clips), workers, quiet)
     if not quiet and Ranks().first:
         _show_run(job, read_lines(job.out), written=True)
-    if stopped:
-        warn(f"stopped at the budget: {stopped}; run the same again to go on, or raise the budget")
-        raise typer.Exit(1)
 
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:

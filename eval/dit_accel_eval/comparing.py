@@ -280,8 +280,8 @@ def _say_rules(suite: "Suite", clips: int) -> None:
         warn(suite.many)
 
 
-def run_job(job: "Job", clips: Sequence[int], workers: int, quiet: bool) -> str | None:
-    """Run what a job's file does not hold yet, with its cost and progress; returns why it stopped at its budget."""
+def run_job(job: "Job", clips: Sequence[int], workers: int, quiet: bool) -> None:
+    """Run what a job's file does not hold yet, with its cost and progress."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .metrics.registered import unavailable
@@ -295,7 +295,7 @@ def run_job(job: "Job", clips: Sequence[int], workers: int, quiet: bool) -> str 
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
     job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
     with SuiteProgress(job, clips, quiet=quiet, workers=workers * ranks.count) as watch:
-        return run(job, clips, workers=workers, watch=watch)
+        run(job, clips, workers=workers, watch=watch)
 
 
 def arms_table(report: "Report") -> "Table":
@@ -305,11 +305,20 @@ def arms_table(report: "Report") -> "Table":
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    columns = ("setting", cost, "speed-up", "PSNR, dB", *further, "ahead of fewer steps, dB (median)", "verdict")
+    columns = (
+        "setting",
+        cost,
+        "speed-up",
+        "PSNR, dB (median)",
+        *further,
+        "ahead of fewer steps, dB",
+        "verdict",
+    )
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
     for arm in judged(report):
-        lead = arm.ahead.get(main)
-        cells = [arm.name, f"{arm.means[main]:.2f}", f"{report.full_steps / arm.means[main]:.2f}", arm.psnr.cell()]
+        lead, steps = arm.ahead.get(main), arm.means[main]
+        cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
+        cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[one]:.{decimals_of(one)}f}" if one in arm.metrics else "" for one in further]
         rows.append((-lead.mean if lead else 0.0, [*cells, *((lead.cell("+"), lead.verdict) if lead else ("", ""))]))
     for _, cells in sorted(rows, key=lambda row: row[0]):

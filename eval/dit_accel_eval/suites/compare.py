@@ -18,9 +18,9 @@ from dit_accel_pipelines.processes.ranks import Ranks
 from dit_accel import ConfigError
 
 from ..metrics.registered import metric
-from ..runs.conditions import Budget, Machine, OwnClips
+from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
-from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
+from ..runs.model import Run, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines
 from .arms import Arm, is_rival
@@ -36,7 +36,7 @@ EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "r
 
 def run(
     job: Job, clips: Sequence[int], *, workers: int = 1, watch: Callable[[Sequence[Line]], None] = lambda lines: None
-) -> str | None:
+) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
     Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
@@ -44,9 +44,6 @@ def run(
 
     Args:
         watch: is given the lines so far, now and then; for progress.
-
-    Returns:
-        Why this process stopped before all was made, where the suite's budget did not hold it; else None.
 
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
@@ -60,47 +57,43 @@ def run(
         raise ConfigError(f"accelerate launch started {ranks.count} processes, got {requested} besides; leave one out")
     with checked(job) if ranks.first else contextlib.nullcontext():
         ranks.wait()
-        stopped = _run(job, ranks.own(clips), ranks.count, workers, lambda: watch(read_lines(job.out)))
+        _run(job, ranks.own(clips), workers, lambda: watch(read_lines(job.out)))
         ranks.wait()
         if ranks.first:
             places = {arm.name: place for place, arm in enumerate(job.suite.arms)}
             lines = latest(read_lines(job.out)).values()  # dense runs that were added stand last
             key = lambda line: (line["clip"], places.get(line["arm"], len(places)), line["num_inference_steps"])  # noqa: E731
             write_lines(job.out, sorted(lines, key=key))
-    return stopped
 
 
-def _run(job: Job, clips: Sequence[int], processes: int, workers: int, look: Callable[[], None]) -> str | None:
-    """Run clips here or in worker processes, and return why one of them stopped before all was made."""
+def _run(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None]) -> None:
+    """Run clips here or in worker processes."""
     look()
     workers = max(1, min(workers, len(clips)))
-    budget = job.suite.budget.share(workers * processes) if job.suite.budget else None
-    stopped: list[str | None] = []
-    if workers == 1:
-        runner = Runner(job, budget)
-        stopped = [runner.run_clip(clip, look) for clip in clips]
-    else:
-        run_beside(_run_there, clips, workers, stopped.append, begin=_begin, given=(job, budget), look=look)
-    return next(filter(None, stopped), None)
+    if workers > 1:
+        return run_beside(_run_there, clips, workers, lambda _: None, begin=_begin, given=(job,), look=look)
+    runner = Runner(job)
+    for clip in clips:
+        runner.run_clip(clip, look)
 
 
 _there: "list[Runner]" = []
 """What a process of a pool runs; set when it begins."""
 
 
-def _begin(job: Job, budget: Budget | None) -> None:
-    _there.append(Runner(job, budget))
+def _begin(job: Job) -> None:
+    _there.append(Runner(job))
 
 
-def _run_there(clip: int) -> str | None:
-    return _there[-1].run_clip(clip)
+def _run_there(clip: int) -> None:
+    _there[-1].run_clip(clip)
 
 
 class Runner:
-    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget."""
+    """Runs clips of a job in one process: the model, loaded when it is first needed."""
 
-    def __init__(self, job: Job, budget: Budget | None = None) -> None:
-        self.job, self._spending, self._warm = job, Spending(budget), set[str]()
+    def __init__(self, job: Job) -> None:
+        self.job, self._warm = job, set[str]()
 
     @functools.cached_property
     def model(self) -> SuiteModel:
@@ -109,68 +102,52 @@ class Runner:
         given = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
         return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, given)
 
-    @functools.cached_property
-    def _run(self) -> Callable[..., Run]:
-        """Makes a run as `SuiteModel.run` does, if the budget holds it."""
-        return functools.partial(self._spending.run, self.model.run)
-
-    def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> str | None:
-        """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each.
-
-        Returns:
-            Why it stopped, where the budget did not hold all; what had been made is written.
-        """
+    def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> None:
+        """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each."""
         job = self.job
         known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
         if not any(_missing_arms(job, known)):
-            return None
-        try:
-            with threads(job.threads):
-                if job.timed:
-                    self._run(clip, steps=1, solver=BEST)  # warms up
-                own = job.suite.reference_steps, job.suite.reference_solver
-                reference = None if job.judge else reference_run(self.model, clip, job.cache, self._run, *own)
-                if reference and reference.agreement < AGREE and job.talk:
-                    print(f"clip {clip}: {reference.steps} steps agree with half as many to "
-                          f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
-                          file=sys.stderr)  # fmt: skip
-                while arm := next(_missing_arms(job, known), None):
-                    runs, beside = self.sample(arm, clip)
-                    line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
-                                           runs=runs, beside=beside))  # fmt: skip
-                    earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
-                    known[arm.name] = line = {**earlier, **line}
-                    append_line(job.out, line)
-                    look()
-                    if job.talk:
-                        figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
-                        print(f"clip {clip} {arm.name}: {figures.format(**line)}", file=sys.stderr)
-        except BudgetSpent as spent:
-            return str(spent)
-        return None
+            return
+        with threads(job.threads):
+            if job.timed:
+                self.model.run(clip, steps=1, solver=BEST)  # warms up
+            own = {"steps": job.suite.reference_steps, "solver": job.suite.reference_solver}
+            reference = None if job.judge else reference_run(self.model, clip, job.cache, **own)
+            if reference and reference.agreement < AGREE and job.talk:
+                print(f"clip {clip}: {reference.steps} steps agree with half as many to "
+                      f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
+                      file=sys.stderr)  # fmt: skip
+            while arm := next(_missing_arms(job, known), None):
+                runs, beside = self.sample(arm, clip)
+                line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
+                                       runs=runs, beside=beside))  # fmt: skip
+                earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
+                known[arm.name] = line = {**earlier, **line}
+                append_line(job.out, line)
+                look()
+                if job.talk:
+                    figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
+                    print(f"clip {clip} {arm.name}: {figures.format(**line)}", file=sys.stderr)
 
     def sample(self, arm: Arm, clip: int) -> tuple[list[Run], list[Run]]:
         """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
 
         A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
-
-        Raises:
-            BudgetSpent: before a run that the budget does not hold.
         """
         suite = self.job.suite
         plain = arm.is_dense or (not suite.ladder and arm == suite.rival(arm.num_inference_steps))
         dense = plain and not self.job.judge
         if dense and suite.repeats == 1:
-            return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, self._run, arm.solver)], []
+            return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, solver=arm.solver)], []
         if arm.name not in self._warm:
             for _ in range(suite.warmup):
-                self._run(clip, **arm.run_options())
+                self.model.run(clip, **arm.run_options())
             self._warm.add(arm.name)
         runs, beside = list[Run](), list[Run]()
         for _ in range(suite.repeats):
-            runs.append(self._run(clip, **arm.run_options()))
+            runs.append(self.model.run(clip, **arm.run_options()))
             if self.job.timed and not dense and arm != suite.rival(arm.num_inference_steps):
-                beside.append(self._run(clip, steps=arm.num_inference_steps, solver=BEST))
+                beside.append(self.model.run(clip, steps=arm.num_inference_steps, solver=BEST))
         return runs, beside
 
 

@@ -33,7 +33,9 @@ def clip_steps(job: Job, lines: Sequence[Line]) -> dict[str, Bounds]:
     dense = {arm.name: arm.num_inference_steps for arm in suite.arms if arm not in arms}
     held = set[int]().union(*(rival_steps(line) for line in lines if not is_rival(line)))
     dense |= {suite.rival(one).name: one for one in held}
-    possible = [one for one in range(max(missing, default=0) + 1, 0, -1) if one not in dense.values()]
+    again = _again(job)
+    dense = {name: steps for name, steps in dense.items() if steps != again}
+    possible = [one for one in range(max(missing, default=0) + 1, 0, -1) if one not in (again, *dense.values())]
     more = possible[: 2 * len(missing) * len({**WORKS, **TIMED})]
     low = suite.repeats * sum(dense.values())
     return {
@@ -41,6 +43,11 @@ def clip_steps(job: Job, lines: Sequence[Line]) -> dict[str, Bounds]:
         "arms": np.array([own, own]),
         "dense runs of as much work": np.array([low, low + suite.repeats * sum(more)]),
     }
+
+
+def _again(job: Job) -> int | None:
+    """Return the steps of the dense run that is the reference, and is not made twice; None where there is none."""
+    return job.suite.reference_steps if job.suite.repeats == 1 and not job.suite.ladder else None
 
 
 def _references(job: Job, lines: Sequence[Line]) -> Bounds:
@@ -53,8 +60,9 @@ def _references(job: Job, lines: Sequence[Line]) -> Bounds:
 def steps_of(job: Job, lines: Sequence[Line]) -> int:
     """Return the denoising steps behind the lines of one clip: its runs, and the search for its reference."""
     searched = int(_references(job, lines)[0]) if lines and not job.judge else 0
-    runs = (len(line.get("repeated", {}).get("seconds", (0,))) * (1 + ("seconds" in line)) for line in lines)
-    return searched + sum(line["num_inference_steps"] * count for line, count in zip(lines, runs, strict=True))
+    made = [line for line in lines if not (is_rival(line) and line["num_inference_steps"] == _again(job))]
+    runs = (len(line.get("repeated", {}).get("seconds", (0,))) * (1 + ("seconds" in line)) for line in made)
+    return searched + sum(line["num_inference_steps"] * count for line, count in zip(made, runs, strict=True))
 
 
 def progress_of(job: Job, clips: Sequence[int], lines: Sequence[Line]) -> tuple[int, tuple[int, int]]:
@@ -73,14 +81,13 @@ def progress_of(job: Job, clips: Sequence[int], lines: Sequence[Line]) -> tuple[
 
 
 def cost_of(job: Job, clips: Sequence[int], lines: Sequence[Line]) -> str:
-    """Return in words what is still to be run, beside the budget where the suite has one."""
+    """Return in words what is still to be run."""
     suite, (done, needed) = job.suite, progress_of(job, clips, lines)
     warm = suite.warmup * sum(arm.num_inference_steps for arm in suite.arms)
     text = f"{suite.name}: {len(clips)} clip{'s' * (len(clips) != 1)}, "
     text += f"{_span(end + warm - done for end in needed)} denoising steps to run"
-    parts = {what: _span(len(clips) * ends) for what, ends in clip_steps(job, ()).items()}
-    text += f", {done:,} are done" if done else f" ({', '.join(f'{what} {span}' for what, span in parts.items())})"
-    return text + (f"; this call may take {suite.budget}" if suite.budget else "")
+    parts = ", ".join(f"{what} {_span(len(clips) * ends)}" for what, ends in clip_steps(job, ()).items())
+    return text + (f", {done:,} are done" if done else f" ({parts})")
 
 
 def _span(ends: Any) -> str:

@@ -14,7 +14,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
-from ..runs.conditions import Budget, OwnClips, read_budget
+from ..runs.conditions import OwnClips
 from ..runs.model import OWN
 from .arms import TUNED, Arm, check_kinds, dense_arm, read_arms
 from .ladder import Ladder, clip_words, read_ladder
@@ -41,7 +41,6 @@ KINDS = {
     "judge": str,
     "warmup": int,
     "repeats": int,
-    "budget": dict,
     "timed": bool,
     "rivals": str,
     "chosen_on": list,
@@ -70,7 +69,6 @@ class Suite:
             former.
         warmup: runs of every arm in each process that are not counted, before its first.
         repeats: times that each sample is made, whose seconds are given as median and quartiles.
-        budget: what one call of `eval run` may take; None: all that it needs.
         timed: whether each arm is timed beside the dense run of as many steps, as with ``--time``.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
@@ -92,7 +90,6 @@ class Suite:
     dtype: Dtype | None = None
     warmup: int = 0
     repeats: int = 1
-    budget: Budget | None = None
     timed: bool = False
     ladder: Ladder | None = None
     chosen_on: tuple[int, int] | None = None
@@ -169,7 +166,6 @@ def read_suite(path: Path) -> Suite:
         raise ConfigError(f"{path} has no reference_solver {solver!r}; {did_you_mean(solver, (*SOLVERS, OWN))}")
     if "reference_solver" in data and "reference_steps" not in data:
         raise ConfigError(f"{path} has reference_solver without reference_steps; the converged run is {BEST}'s")
-    budget = read_budget(data.pop("budget"), str(path)) if "budget" in data else None
     try:
         metrics = check_names([str(name) for name in data.pop("metrics", [])])
     except ConfigError as error:
@@ -177,7 +173,7 @@ def read_suite(path: Path) -> Suite:
     pairs, listed = data.pop("compare", []), read_arms(arms, path)
     rivals, chosen_on = data.pop("rivals", None), data.pop("chosen_on", None)
     suite = Suite(
-        **data, metrics=metrics, arms=listed, own=own, budget=budget, folder=path.parent,
+        **data, metrics=metrics, arms=listed, own=own, folder=path.parent,
         pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
         ladder=read_ladder(path.parent / rivals) if rivals else None,
         chosen_on=_range(chosen_on, path),
