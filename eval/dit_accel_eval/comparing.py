@@ -7,21 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from dit_accel_pipelines.generation.options import (
-    RUN,
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Model,
-    NegativePrompt,
-    Offload,
-    Pixels,
-    Quiet,
-    Solver,
-    fields_of,
-    with_option_fields,
-)
+from dit_accel_pipelines.generation import options as shared
 
 from dit_accel import ConfigError
 from dit_accel.cli import SettingList
@@ -45,7 +31,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 class CompareOptions:
     """What `eval compare` is given besides methods."""
 
-    model: Model = None
+    model: shared.Model = None
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
     prompt: Annotated[
         list[str] | None,
@@ -67,12 +53,12 @@ class CompareOptions:
         typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
     ] = None
     frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
-    height: Pixels = None
-    width: Pixels = None
-    num_frames: Frames = None
-    solver: Solver = None
-    guidance_scale: Guidance = None
-    negative_prompt: NegativePrompt = None
+    height: shared.Pixels = None
+    width: shared.Pixels = None
+    num_frames: shared.Frames = None
+    solver: shared.Solver = None
+    guidance_scale: shared.Guidance = None
+    negative_prompt: shared.NegativePrompt = None
     preset: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,16 +66,16 @@ class CompareOptions:
             rich_help_panel=PANEL,
         ),
     ] = None  # fmt: skip
-    dtype: Dtype = None
-    device: Device = None
-    offload: Offload = "none"
+    dtype: shared.Dtype = None
+    device: shared.Device = None
+    offload: shared.Offload = "none"
     timed: Annotated[
-        bool, typer.Option("--time", help="Time each setting beside a dense run of its steps.", rich_help_panel=RUN)
+        bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
     ] = False
-    quiet: Quiet = False
+    quiet: shared.Quiet = False
 
 
-@with_option_fields
+@shared.with_option_fields
 def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     """Compare settings on your pipeline and prompts with its own dense runs: a table, and a page with clips.
 
@@ -137,7 +123,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         machine=Machine(device=started_process().device(options.device), offload=options.offload),
     )  # fmt: skip
     clips = clips_of(suite, options.clips)
-    if not options.quiet and first:
+    if first and not options.quiet:
         _say_rules(suite, len(clips))
     run_job(job, clips, 1, options.quiet)
     if first:
@@ -192,7 +178,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     read_model_files(model_source(model))  # first of all, so that a misspelt name is refused as such
     if not settings and not options.preset:
         raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
-    if options.reference not in ("own", "converged"):
+    if options.reference not in (OWN, "converged"):
         raise ConfigError(f"there is no reference {options.reference!r}; take own or converged")
     if options.prompts and options.prompt:
         raise ConfigError("eval compare takes --prompt or --prompts, got both; give one of them")
@@ -202,7 +188,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     if not listed and ((options.clips or 0) > MOST_CLIPS or options.seed):
         raise ConfigError(f"{model} has {MOST_CLIPS} held-out prompts for this, each with its seed; add --prompts FILE")
     own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
-    given = {name: value for name, value in fields_of(Request, options).items()
+    given = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
     settled = settle(tuning_request(
         prompts=listed or tuple(held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
@@ -237,9 +223,8 @@ def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
     from dit_accel.methods.base import Model as OfModel
     from dit_accel.methods.presets import choices, spell
 
-    found = []
+    found, (adapter, family) = list[Setting](), read_model_files(request.source).identify()
     for level in options.preset or ():
-        adapter, family = read_model_files(request.source).identify()
         chosen = choices(level, OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers))
         if not chosen:
             raise ConfigError(f"{spell(level, chosen)}; leave it out")
@@ -289,7 +274,7 @@ def run_job(job: "Job", clips: Sequence[int], workers: int, quiet: bool) -> None
     from .suites.cost import SuiteProgress
 
     ranks = Ranks()
-    quiet = quiet or not ranks.first
+    quiet |= not ranks.first
     for name, reason in unavailable(job.suite.metrics).items() if ranks.first else ():
         warn(f"{name} is left out: {reason}")
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
@@ -305,15 +290,7 @@ def arms_table(report: "Report") -> "Table":
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
-    columns = (
-        "setting",
-        cost,
-        "speed-up",
-        "PSNR, dB (median)",
-        *further,
-        "ahead of fewer steps, dB",
-        "verdict",
-    )
+    columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, "ahead of fewer steps, dB", "verdict")
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
     for arm in judged(report):
         lead, steps = arm.ahead.get(main), arm.means[main]

@@ -33,9 +33,9 @@ def clip_steps(job: Job, lines: Sequence[Line]) -> dict[str, Bounds]:
     dense = {arm.name: arm.num_inference_steps for arm in suite.arms if arm not in arms}
     held = set[int]().union(*(rival_steps(line) for line in lines if not is_rival(line)))
     dense |= {suite.rival(one).name: one for one in held}
-    again = _again(job)
-    dense = {name: steps for name, steps in dense.items() if steps != again}
-    possible = [one for one in range(max(missing, default=0) + 1, 0, -1) if one not in (again, *dense.values())]
+    dense = {name: steps for name, steps in dense.items() if steps != _again(job)}
+    past = {_again(job), *dense.values()}
+    possible = [one for one in range(max(missing, default=0) + 1, 0, -1) if one not in past]
     more = possible[: 2 * len(missing) * len({**WORKS, **TIMED})]
     low = suite.repeats * sum(dense.values())
     return {
