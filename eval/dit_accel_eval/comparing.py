@@ -297,7 +297,7 @@ def arms_table(report: "Report") -> "Table":
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[one]:.{decimals_of(one)}f}" if one in arm.metrics else "" for one in further]
-        rows.append((-lead.mean if lead else 0.0, [*cells, *((lead.cell("+"), lead.verdict) if lead else ("", ""))]))
+        rows.append((-lead.mean if lead else 0.0, [*cells, *((f"{lead:+}", lead.verdict) if lead else ("", ""))]))
     for _, cells in sorted(rows, key=lambda row: row[0]):
         table.add_row(*cells)
     return table
