@@ -2,12 +2,14 @@
 
 A command asks for them with one parameter annotated `MethodList`, and for a preset with one annotated `Preset`. The
 switches come from the registry, so a new method needs no edit here. Later settings win: the config file's tables, then
-the switches, then each --set in order. A --set for a method that is not switched on switches it on.
+the switches, then each --set in order. A --set for a method that is not switched on switches it on. A command that
+compares asks with `SettingList`: each --config is a setting then, and the switches with --set are one more.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,24 @@ if TYPE_CHECKING:
 else:  # the methods load torch, and a list of commands need not wait for it
     MethodList = Annotated[list, "from the method switches"]
 """Annotation of the parameter through which a command receives its method configs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Methods that are attached together.
+
+    Attributes:
+        name: the config file's, or the methods that were switched on, with what was set of them.
+        run: what the config file says of the run besides.
+    """
+
+    name: str
+    methods: "tuple[MethodConfig, ...]"
+    run: Mapping[str, Any]
+
+
+SettingList = Annotated[list[Setting], "from the method switches and each config"]
+"""Annotation of the parameter through which a command receives settings to compare."""
 
 RunTable = Annotated[dict, "from the config's [run] table"]
 """Annotation of the parameter through which a command receives what the config file says of the run."""
@@ -52,10 +72,12 @@ def first_line(documented: object) -> str:
 def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``command`` with its `MethodList` parameter replaced by method options; unchanged if it has none."""
     signature = inspect.signature(command, eval_str=True)
-    taking = [name for name, parameter in signature.parameters.items() if parameter.annotation is MethodList]
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    taking = [name for name, kind in kinds.items() if kind in (MethodList, SettingList)]
     if not taking:
         return command
-    asking = [name for name, parameter in signature.parameters.items() if parameter.annotation is RunTable]
+    several = kinds[taking[0]] is SettingList
+    asking = [name for name, kind in kinds.items() if kind is RunTable]
     from ..methods import registry
 
     names = list(registry.methods())
@@ -65,15 +87,17 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         from ..methods.toml import run_table
 
         switched = [name for name in names if arguments.pop(name)]
-        config = arguments.pop("method_config")
-        methods = select_methods(switched, config, arguments.pop("method_set") or ())
+        config, settings = arguments.pop("method_config"), arguments.pop("method_set") or ()
+        if several:
+            return command(**arguments, **{taking[0]: _settings(switched, config or (), settings)})
+        methods = select_methods(switched, config, settings)
         table = run_table(_text(config), f"--config {config}") if config else {}
         if table and not asking:
             note(f"the [run] table of {config} is for generate, and is left out here")
         return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
 
     kept = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
-    run.__signature__ = signature.replace(parameters=[*kept, *_parameters(names)])  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=[*kept, *_parameters(names, several)])  # type: ignore[attr-defined]
     return run
 
 
@@ -91,6 +115,24 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
         name, option, value = _parse_setting(setting)
         values.setdefault(name, {})[option] = value
     return [registry.method(name)(**options) for name, options in values.items()]
+
+
+def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequence[str]) -> list[Setting]:
+    """Return a setting of each config file, then one of the switches and what was set, if there are any."""
+    from ..methods.toml import run_table
+
+    found = [
+        Setting(
+            name=path.stem, methods=tuple(select_methods((), path, ())), run=run_table(_text(path), f"--config {path}")
+        )
+        for path in configs
+    ]  # fmt: skip
+    methods = select_methods(switched, None, settings)
+    if methods:
+        options = [setting.strip().partition(".") for setting in settings]
+        parts = [" ".join([one.name, *(rest for name, _, rest in options if name == one.name)]) for one in methods]
+        found.append(Setting(name=" + ".join(parts), methods=tuple(methods), run={}))
+    return found
 
 
 def _text(path: Path) -> str:
@@ -117,7 +159,7 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
     return name, option, parse_value(value.strip())
 
 
-def _parameters(names: Sequence[str]) -> list[inspect.Parameter]:
+def _parameters(names: Sequence[str], several: bool = False) -> list[inspect.Parameter]:
     from ..methods import registry
 
     def option(name: str, kind: Any, default: Any, flag: str, **info: Any) -> inspect.Parameter:
@@ -125,8 +167,10 @@ def _parameters(names: Sequence[str]) -> list[inspect.Parameter]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
     methods = registry.methods()
+    config: Any = list[Path] | None if several else Path | None
+    more = " A setting of its own; may be repeated." if several else ""
     return [
         *(option(name, bool, False, f"--{name.replace('_', '-')}", help=first_line(methods[name])) for name in names),
-        option("method_config", Path | None, None, "--config", help=CONFIG_HELP, metavar="FILE"),
+        option("method_config", config, None, "--config", help=CONFIG_HELP + more, metavar="FILE"),
         option("method_set", list[str] | None, None, "--set", help=SET_HELP, metavar="METHOD.OPTION=VALUE"),
     ]

@@ -1,6 +1,5 @@
 """The commands of `dit-accel eval`; what they need is loaded when they run."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +8,8 @@ from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
-from dit_accel.cli.stopping import keeps
 
+from .comparing import compare_settings, run_job
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from .suites.job import Job
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
+eval_app.command("compare")(compare_settings)
 eval_app.command("vbench")(evaluate)
 
 
@@ -26,7 +26,7 @@ def run_suite(
     suite: Annotated[Path, typer.Argument(help="Suite of arms, such as eval/suites/smoke.toml.", metavar="SUITE.toml")],
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON lines; default: results/SUITE.jsonl beside the suite's folder.", metavar="FILE"),
+        typer.Option(help="JSON lines; default: beside the suite, or in results/ beside suites/.", metavar="FILE"),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 1,
     clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None,
@@ -52,7 +52,7 @@ def run_suite(
     Each run is a JSON line, written as it ends. A suite that was stopped goes
     on where it stopped; one that is whole only prints its table. Suites with a
     judge judge clips by themselves. The model is an embedded one, or a folder
-    or hub id. Exit code 1 where the suite's budget did not hold all runs.
+    or hub id.
 
     A verdict stands after Holm's correction over all arms, from 6 clips on.
     Pairs that a suite declares ([[compare]]) have a table of their own.
@@ -77,10 +77,11 @@ def run_suite(
     timed = timed or read.timed
     if read.many and not quiet:
         warn(read.many)
+    beside = suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
     usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
-        suite=read, out=out or suite.parent.parent / "results" / f"{read.name}.jsonl", cache=cache or default_cache(),
-        timed=timed, threads=threads or usual, frames=frames, talk=not quiet and not TALK.is_terminal,
+        suite=read, out=out or beside / f"{read.name}.jsonl", cache=cache or default_cache(),
+        timed=timed, threads=threads or usual, frames=frames, talk=not quiet,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
     if not only_table:
@@ -93,24 +94,12 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     """Run what a job's file does not hold yet, and show all."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .metrics.registered import unavailable
     from .runs.results import read_lines
-    from .suites.compare import SuiteProgress, run
     from .suites.job import clips_of
 
-    quiet = quiet or not Ranks().first
-    wanted = clips_of(job.suite, clips)
-    for name, reason in unavailable(job.suite.metrics).items() if Ranks().first else ():
-        warn(f"{name} is left out: {reason}")
-    keeps(f"what has run stands in {job.out}, and the same command goes on there")
-    job = dataclasses.replace(job, talk=job.talk and not quiet)
-    with SuiteProgress(job.suite, wanted, quiet=quiet) as watch:
-        stopped = run(job, wanted, workers=workers, watch=watch)
-    if not quiet:
+    run_job(job, clips_of(job.suite, clips), workers, quiet)
+    if not quiet and Ranks().first:
         _show_run(job, read_lines(job.out), written=True)
-    if stopped:
-        warn(f"stopped at the budget: {stopped}; run the same again to go on, or raise the budget")
-        raise typer.Exit(1)
 
 
 def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:

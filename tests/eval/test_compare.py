@@ -19,8 +19,9 @@ from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import is_rival
-from dit_accel_eval.suites.compare import progress_of, run
+from dit_accel_eval.suites.compare import run
 from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table
+from dit_accel_eval.suites.cost import progress_of
 from dit_accel_eval.suites.job import Job, check_lines
 from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.suite import read_suite
@@ -362,11 +363,12 @@ def test_frames_are_kept_and_missing_ones_made_up_for(job, fake):
 
 def test_progress_is_in_steps_and_ends_when_all_is_done(job):
     seen = []
-    run(job, range(2), watch=lambda lines: seen.append(progress_of(job.suite, range(2), lines)))
-    done = [one for one, _ in seen]
-    assert done[0] == 0 < seen[0][1]
+    run(job, range(2), watch=lambda lines: seen.append(progress_of(job, range(2), lines)))
+    done, whole = [one for one, _ in seen], 2 * (2 * 32 - 16 + 10 + 2 + 2 + 6 + 7 + 8)
+    assert (done[0], done[-1], seen[-1][1]) == (0, whole, (whole, whole))
     assert done == sorted(done)
-    assert seen[-1][0] == seen[-1][1] == 2 * (2 * 32 - 16 + 10 + 2 + 2 + 6 + 7 + 8)
+    assert all(one <= low <= whole <= high for one, (low, high) in seen)
+    assert [low < high for _, (low, high) in seen[:3]] == [True, True, False]  # both arms tell what they are held to
 
 
 def test_the_command_runs_a_suite_goes_on_and_reports(job, fake, tmp_path):

@@ -1,4 +1,4 @@
-"""Suites of any model: a folder or hub id with prompts and seeds of one's own, its budget, warm-up and repeats."""
+"""Suites of any model: a folder or hub id with prompts and seeds of one's own, warm-up and repeats."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ def whole(folder: Path) -> Path:
         patch.setattr(reference, "converged", functools.partial(reference.converged, first=4, most=8))
         found = command("run", folder / "s.toml", *options, "--threads", 1)
     assert found.exit_code == 0, found.output
-    assert "s: 2 clips, about" in found.stderr
+    assert "s: 2 clips, " in found.stderr
     return folder
 
 
@@ -97,10 +97,6 @@ def test_clips_are_every_prompt_with_every_seed(prompts, seeds, clips):
         ('prompts = ["a"]\ndtype = "float8"\n', r"'float8'.*'float32'"),
         ('prompts = ["a"]\nrepeats = 0\n', "repeats = 0"),
         ('prompts = ["a"]\nwarmup = -1\n', "warmup = -1"),
-        ('prompts = ["a"]\nbudget = {}\n', r"empty budget.*budget = "),
-        ('prompts = ["a"]\nbudget = { hours = 1 }\n', r"budget.*'hours'.*seconds, steps"),
-        ('prompts = ["a"]\nbudget = { steps = 2.5 }\n', r"budget.*steps = 2.5"),
-        ('prompts = ["a"]\nbudget = { seconds = 0 }\n', r"budget.*seconds = 0"),
     ],
 )
 def test_bad_suites_say_what_is_wrong(tmp_path, text, message):

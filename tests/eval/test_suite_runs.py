@@ -1,4 +1,4 @@
-"""What a suite asks of its runs besides: budgets, warm-up and repeats, schedulers by class, guiders, a full disk."""
+"""What a suite asks of its runs besides: warm-up and repeats, schedulers by class, guiders, a full disk."""
 
 import errno
 import os
@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs import results
-from dit_accel_eval.runs.conditions import Budget
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import EmbeddedModel
-from dit_accel_eval.runs.model import OWN, BudgetSpent, Run, Spending, SuiteModel, check_guided, guided, scheduler_of
+from dit_accel_eval.runs.model import OWN, Run, SuiteModel, check_guided, guided, scheduler_of
 from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import Arm
@@ -78,44 +77,6 @@ def ready(tmp_path, fake):
         return CliRunner().invoke(app, ["eval", "run", str(tmp_path / "s.toml"), *out, *options])
 
     return run
-
-
-def test_a_budget_of_steps_stops_before_the_run_that_exceeds_it_and_goes_on(ready, fake, tmp_path):
-    first = ready("budget = { steps = 50 }\n")
-    assert first.exit_code == 1
-    told = " ".join(first.stderr.split())
-    assert "this call may take 50 steps" in told
-    assert "stopped at the budget: the next run takes 2 steps, and 50 of the budget of 50 are spent; run" in told
-    # a clip's converged run takes 16 + 32, the arm and the dense run beside it 2 each
-    assert [steps for _, steps, _ in fake.made] == [16, 32, 2]
-    assert [line["arm"] for line in read_lines(tmp_path / "s.jsonl")] == ["a"]
-    assert ready("budget = { steps = 50 }\n").exit_code == 1
-    assert ready("budget = { steps = 50 }\n").exit_code == 0
-    assert len(fake.made) == 2 * 4  # nothing was made twice
-    assert len(read_lines(tmp_path / "s.jsonl")) == 4
-
-
-def test_a_budget_that_can_not_hold_one_run_says_how_much_it_takes(ready, fake):
-    found = ready("budget = { steps = 10 }\n")
-    assert (found.exit_code, fake.made) == (1, [])
-    assert "the next run takes 16 steps, and 0 of the budget of 10 are spent" in " ".join(found.stderr.split())
-
-
-def test_seconds_are_foretold_from_the_runs_so_far():
-    now = [0.0]
-    spending = Spending(Budget(seconds=10.0), clock=lambda: now[0])
-
-    def lasting(seconds, steps):
-        now[0] += seconds
-        return seconds
-
-    assert spending.run(lasting, 4.0, steps=4) == 4.0
-    assert spending.run(lasting, 5.0, steps=5) == 5.0
-    with pytest.raises(BudgetSpent, match=r"2 seconds.*9 .*budget of 10"):
-        spending.run(lambda clip, steps: pytest.fail("it was begun"), 0, steps=2)
-    assert spending.run(lasting, 1.0, steps=1) == 1.0
-    assert Budget(steps=9, seconds=4.0).share(2) == Budget(steps=4, seconds=4.0)
-    assert str(Budget(steps=9, seconds=4.0)) == "9 steps and 4 seconds"
 
 
 def test_repeats_are_told_by_median_and_quartiles_and_warm_up_is_not(ready, fake, tmp_path):

@@ -1,12 +1,9 @@
-"""What is asked of runs: the prompt and seed of each clip, the machine, and the budget of one call of `eval run`."""
+"""What is asked of runs: the prompt and seed of each clip, and the machine."""
 
-import math
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from dit_accel_assets import held_out_prompts
@@ -15,8 +12,6 @@ from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
-
-KINDS = ("steps", "seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,42 +109,3 @@ def device_name(device: torch.device) -> str:
         return processor()
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(name(device)) if name else str(device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What one call of `eval run` may take; each process of several has its share of the steps.
-
-    Attributes:
-        steps: denoising steps that are run, converged runs, warm-up and repeats among them; None: any number.
-        seconds: from the first run to the last one's end; None: any time.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    def share(self, processes: int) -> "Budget":
-        """Return one process's share."""
-        return Budget(steps=None if self.steps is None else self.steps // processes, seconds=self.seconds)
-
-    def __str__(self) -> str:
-        text = (("steps", self.steps), ("seconds", self.seconds))
-        return " and ".join(f"{value:g} {key}" for key, value in text if value is not None)
-
-
-def read_budget(values: Mapping[str, Any], where: str) -> Budget:
-    """Read a suite's ``budget = { steps = 2000 }``, ``{ seconds = 3600 }`` or both.
-
-    Raises:
-        ConfigError: for another key, or a number that is not above 0.
-    """
-    for key, value in values.items():
-        if key not in KINDS:
-            raise ConfigError(f"{where} has a budget of {key!r}; {did_you_mean(key, KINDS)}")
-        whole = isinstance(value, int) or (key == "seconds" and isinstance(value, float))
-        if isinstance(value, bool) or not whole or not 0 < value < math.inf:
-            kind = "whole number" if key == "steps" else "number"
-            raise ConfigError(f"{where} has a budget of {key} = {value!r}; give a {kind} above 0")
-    if not values:
-        raise ConfigError(f"{where} has an empty budget; write budget = {{ steps = 2000 }} or {{ seconds = 3600 }}")
-    return Budget(**values)

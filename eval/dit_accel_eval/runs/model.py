@@ -3,8 +3,7 @@
 import contextlib
 import copy
 import inspect
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,12 +20,12 @@ from dit_accel_pipelines.generation.timing import Timings, timed_steps
 from dit_accel import ConfigError, UnsupportedModel
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.model_files import read_config
-from dit_accel.errors import DitAccelError, did_you_mean
+from dit_accel.errors import did_you_mean
 from dit_accel.methods.caches.native import DiffusersCache
 from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
-from .conditions import Budget, HeldOutClips, OwnClips
+from .conditions import HeldOutClips, OwnClips
 from .counting import Counter, Counts, attended, density_map, planned
 from .rivals import cached_by
 
@@ -159,52 +158,6 @@ class SuiteModel:
             density=density_map(report, len(counts)),
             memory=peak_memory() if counted else None,
         )
-
-
-class BudgetSpent(DitAccelError):  # noqa: N818 - reads as what it is
-    """The next run would go beyond the budget; all before it are written."""
-
-
-class Spending:
-    """What one process has spent of its budget.
-
-    Args:
-        budget: what it may spend; None: any amount.
-        clock: the seconds now.
-    """
-
-    def __init__(self, budget: Budget | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.budget, self._clock = budget or Budget(), clock
-        self._begun: float | None = None
-        self._busy = 0.0
-        self.steps = 0
-
-    def run(self, make: Callable[..., Run], clip: int, *, steps: int, **options: Any) -> Run:
-        """Return what ``make`` does of a clip with so many denoising steps, if the budget holds it.
-
-        A run's seconds are foretold from the runs so far, a step like another; the first is always begun.
-
-        Raises:
-            BudgetSpent: before the run, if it would go beyond.
-        """
-        now = self._clock()
-        self._begun = now if self._begun is None else self._begun
-        most = self.budget
-        if most.steps is not None and self.steps + steps > most.steps:
-            raise BudgetSpent(
-                f"the next run takes {steps} steps, and {self.steps} of the budget of {most.steps} are spent"
-            )
-        if most.seconds is not None and self.steps:
-            took, needed = now - self._begun, steps * self._busy / self.steps
-            if took + needed > most.seconds:
-                raise BudgetSpent(
-                    f"the next run takes about {needed:.3g} seconds, and {took:.3g} of the budget of {most.seconds:g} "
-                    "are spent"
-                )
-        made = make(clip, steps=steps, **options)
-        self._busy += self._clock() - now
-        self.steps += steps
-        return made
 
 
 @contextlib.contextmanager

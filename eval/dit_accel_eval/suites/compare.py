@@ -14,23 +14,20 @@ from dit_accel_pipelines.generation.request import Dtype
 from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel_pipelines.generation.threads import threads
 from dit_accel_pipelines.processes.ranks import Ranks
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dit_accel import ConfigError
-from dit_accel.cli.console import TALK
 
 from ..metrics.registered import metric
-from ..runs.conditions import Budget, Machine, OwnClips
+from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
-from ..runs.model import BudgetSpent, Run, Spending, SuiteModel
+from ..runs.model import Run, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import Line, append_line, latest, read_lines, write_lines
 from .arms import Arm, is_rival
 from .comparison import rival_steps
 from .job import Job, checked
 from .measuring import ALWAYS, Sampled, line_of
-from .reference import AGREE, FIRST, dense_run, reference_run
-from .suite import Suite
+from .reference import AGREE, dense_run, reference_run
 
 KEPT = ("kept", "kept_reference")
 EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "repeated", *KEPT)
@@ -39,7 +36,7 @@ EXTRA = ("seconds", "dense_seconds", "threads", "processor", "steps_in_time", "r
 
 def run(
     job: Job, clips: Sequence[int], *, workers: int = 1, watch: Callable[[Sequence[Line]], None] = lambda lines: None
-) -> str | None:
+) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
     Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
@@ -47,9 +44,6 @@ def run(
 
     Args:
         watch: is given the lines so far, now and then; for progress.
-
-    Returns:
-        Why this process stopped before all was made, where the suite's budget did not hold it; else None.
 
     Raises:
         ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
@@ -63,47 +57,43 @@ def run(
         raise ConfigError(f"accelerate launch started {ranks.count} processes, got {requested} besides; leave one out")
     with checked(job) if ranks.first else contextlib.nullcontext():
         ranks.wait()
-        stopped = _run(job, ranks.own(clips), ranks.count, workers, lambda: watch(read_lines(job.out)))
+        _run(job, ranks.own(clips), workers, lambda: watch(read_lines(job.out)))
         ranks.wait()
         if ranks.first:
             places = {arm.name: place for place, arm in enumerate(job.suite.arms)}
             lines = latest(read_lines(job.out)).values()  # dense runs that were added stand last
             key = lambda line: (line["clip"], places.get(line["arm"], len(places)), line["num_inference_steps"])  # noqa: E731
             write_lines(job.out, sorted(lines, key=key))
-    return stopped
 
 
-def _run(job: Job, clips: Sequence[int], processes: int, workers: int, look: Callable[[], None]) -> str | None:
-    """Run clips here or in worker processes, and return why one of them stopped before all was made."""
+def _run(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None]) -> None:
+    """Run clips here or in worker processes."""
     look()
     workers = max(1, min(workers, len(clips)))
-    budget = job.suite.budget.share(workers * processes) if job.suite.budget else None
-    stopped: list[str | None] = []
-    if workers == 1:
-        runner = Runner(job, budget)
-        stopped = [runner.run_clip(clip, look) for clip in clips]
-    else:
-        run_beside(_run_there, clips, workers, stopped.append, begin=_begin, given=(job, budget), look=look)
-    return next(filter(None, stopped), None)
+    if workers > 1:
+        return run_beside(_run_there, clips, workers, lambda _: None, begin=_begin, given=(job,), look=look)
+    runner = Runner(job)
+    for clip in clips:
+        runner.run_clip(clip, look)
 
 
 _there: "list[Runner]" = []
 """What a process of a pool runs; set when it begins."""
 
 
-def _begin(job: Job, budget: Budget | None) -> None:
-    _there.append(Runner(job, budget))
+def _begin(job: Job) -> None:
+    _there.append(Runner(job))
 
 
-def _run_there(clip: int) -> str | None:
-    return _there[-1].run_clip(clip)
+def _run_there(clip: int) -> None:
+    _there[-1].run_clip(clip)
 
 
 class Runner:
-    """Runs clips of a job in one process: the model, loaded when it is first needed, within the budget."""
+    """Runs clips of a job in one process: the model, loaded when it is first needed."""
 
-    def __init__(self, job: Job, budget: Budget | None = None) -> None:
-        self.job, self._spending, self._warm = job, Spending(budget), set[str]()
+    def __init__(self, job: Job) -> None:
+        self.job, self._warm = job, set[str]()
 
     @functools.cached_property
     def model(self) -> SuiteModel:
@@ -112,69 +102,52 @@ class Runner:
         given = None if suite.embedded else (suite.source, machine.dtype(suite.dtype), machine)
         return _loaded(suite.model, json.dumps(suite.call, sort_keys=True), suite.own, given)
 
-    @functools.cached_property
-    def _run(self) -> Callable[..., Run]:
-        """Makes a run as `SuiteModel.run` does, if the budget holds it."""
-        return functools.partial(self._spending.run, self.model.run)
-
-    def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> str | None:
-        """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each.
-
-        Returns:
-            Why it stopped, where the budget did not hold all; what had been made is written.
-        """
+    def run_clip(self, clip: int, look: Callable[[], None] = lambda: None) -> None:
+        """Run what one clip lacks: arms, then the dense runs between which each is held; ``look`` follows each."""
         job = self.job
         known = {name: line for (name, at), line in latest(read_lines(job.out)).items() if at == clip}
         if not any(_missing_arms(job, known)):
-            return None
-        try:
-            with threads(job.threads):
-                if job.timed:
-                    self._run(clip, steps=1, solver=BEST)  # warms up
-                reference = (
-                    None
-                    if job.judge
-                    else reference_run(self.model, clip, job.cache, self._run, job.suite.reference_steps)
-                )
-                if reference and reference.agreement < AGREE and job.talk:
-                    print(f"clip {clip}: {reference.steps} steps agree with half as many to "
-                          f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
-                          file=sys.stderr)  # fmt: skip
-                while arm := next(_missing_arms(job, known), None):
-                    runs, beside = self.sample(arm, clip)
-                    line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
-                                           runs=runs, beside=beside))  # fmt: skip
-                    earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
-                    known[arm.name] = line = {**earlier, **line}
-                    append_line(job.out, line)
-                    look()
-                    if job.talk:
-                        figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
-                        print(f"clip {clip} {arm.name}: {figures.format(**line)}", file=sys.stderr)
-        except BudgetSpent as spent:
-            return str(spent)
-        return None
+            return
+        with threads(job.threads):
+            if job.timed:
+                self.model.run(clip, steps=1, solver=BEST)  # warms up
+            own = {"steps": job.suite.reference_steps, "solver": job.suite.reference_solver}
+            reference = None if job.judge else reference_run(self.model, clip, job.cache, **own)
+            if reference and reference.agreement < AGREE and job.talk:
+                print(f"clip {clip}: {reference.steps} steps agree with half as many to "
+                      f"{reference.agreement:.1f} dB only; the search for the converged run ends there",
+                      file=sys.stderr)  # fmt: skip
+            while arm := next(_missing_arms(job, known), None):
+                runs, beside = self.sample(arm, clip)
+                line = line_of(Sampled(job=job, arm=arm, clip=clip, model=self.model, reference=reference,
+                                       runs=runs, beside=beside))  # fmt: skip
+                earlier = {key: value for key, value in known.get(arm.name, {}).items() if key in EXTRA}
+                known[arm.name] = line = {**earlier, **line}
+                append_line(job.out, line)
+                look()
+                if job.talk:
+                    figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
+                    print(f"clip {clip} {arm.name}: {figures.format(**line)}", file=sys.stderr)
 
     def sample(self, arm: Arm, clip: int) -> tuple[list[Run], list[Run]]:
         """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
 
         A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
-
-        Raises:
-            BudgetSpent: before a run that the budget does not hold.
         """
-        suite, dense = self.job.suite, arm.is_dense and not self.job.judge
+        suite = self.job.suite
+        plain = arm.is_dense or (not suite.ladder and arm == suite.rival(arm.num_inference_steps))
+        dense = plain and not self.job.judge
         if dense and suite.repeats == 1:
-            return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, self._run)], []
+            return [dense_run(self.model, clip, arm.num_inference_steps, self.job.cache, solver=arm.solver)], []
         if arm.name not in self._warm:
             for _ in range(suite.warmup):
-                self._run(clip, **arm.run_options())
+                self.model.run(clip, **arm.run_options())
             self._warm.add(arm.name)
         runs, beside = list[Run](), list[Run]()
         for _ in range(suite.repeats):
-            runs.append(self._run(clip, **arm.run_options()))
+            runs.append(self.model.run(clip, **arm.run_options()))
             if self.job.timed and not dense and arm != suite.rival(arm.num_inference_steps):
-                beside.append(self._run(clip, steps=arm.num_inference_steps, solver=BEST))
+                beside.append(self.model.run(clip, steps=arm.num_inference_steps, solver=BEST))
         return runs, beside
 
 
@@ -204,89 +177,3 @@ def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype,
     assert own is not None  # `checked` refuses it
     source, dtype, machine = given
     return GivenModel(name, source, json.loads(call), own, dtype, machine)
-
-
-USUAL = 64
-"""Steps of a converged run, where none is known yet."""
-
-
-def steps_of(lines: Sequence[Line]) -> int:
-    """Return the denoising steps behind the lines of one clip: its runs, and the search for its converged run."""
-    searched = max((_search(line["reference_steps"], line) for line in lines if "reference_steps" in line), default=0)
-    return searched + sum(
-        line["num_inference_steps"] * len(line.get("repeated", {}).get("seconds", (0,))) for line in lines
-    )
-
-
-def _search(steps: int, line: Line) -> int:
-    """Return the steps that were run for a reference of so many steps: with those of the search if there was one."""
-    return steps if line["reference"].endswith("of its own") else 2 * steps - FIRST
-
-
-def clip_steps(suite: Suite, lines: Sequence[Line]) -> int:
-    """Return the steps that a clip takes in all, as far as its lines tell: arms that lack are as listed."""
-    known = {line["arm"]: line for line in lines}
-    arms = {arm.name: arm.num_inference_steps for arm in suite.arms}
-    if suite.judge:
-        return suite.repeats * sum(arms.values())
-    searched = suite.reference_steps or 2 * next((line["reference_steps"] for line in lines), USUAL) - FIRST
-    rivals: set[int] = set().union(*(rival_steps(line) for line in known.values() if not is_rival(line)))
-    if not lines:  # an arm is held against two dense runs, of half its steps or more
-        rivals = {steps for count in arms.values() for steps in (count, count - 1) if steps > 0}
-    missing = {suite.rival(steps).name: steps for steps in rivals}
-    ran = {name: line["num_inference_steps"] for name, line in known.items()}
-    return searched + suite.repeats * sum({**arms, **missing, **ran}.values())
-
-
-def cost_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> str:
-    """Return in words what is still to be run, beside the budget where the suite has one."""
-    done, total = progress_of(suite, clips, lines)
-    warm = suite.warmup * sum(arm.num_inference_steps for arm in suite.arms)
-    text = f"{suite.name}: {len(clips)} clips, about {total + warm - done} denoising steps to run"
-    text += f", {done} are done" if done else ""
-    return text + (f"; this call may take {suite.budget}" if suite.budget else "")
-
-
-class SuiteProgress:
-    """A bar over the clips of a suite; a context manager, and what `compare.run` calls with the lines so far."""
-
-    def __init__(self, suite: Suite, clips: Sequence[int], *, quiet: bool = False) -> None:
-        self._suite, self._clips, self._quiet = suite, clips, quiet
-        self._told = False
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=TALK,
-            disable=quiet or not TALK.is_terminal,
-        )
-        self._task = self._progress.add_task(suite.name, total=None)
-
-    def __enter__(self) -> Callable[[Sequence[Line]], None]:
-        self._progress.__enter__()
-        return self.show
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, lines: Sequence[Line]) -> None:
-        """Move the bar to what these lines say; the first time, tell what is still to be run."""
-        if not self._told and not self._quiet:
-            TALK.print(cost_of(self._suite, self._clips, lines), markup=False, soft_wrap=True)
-        self._told = True
-        done, total = progress_of(self._suite, self._clips, lines)
-        text = f"{self._suite.name}: {len({*latest(lines)})} runs"
-        self._progress.update(self._task, completed=done, total=total, description=text)
-
-
-def progress_of(suite: Suite, clips: Sequence[int], lines: Sequence[Line]) -> tuple[int, int]:
-    """Return the denoising steps that are done, and those that the clips take in all, as far as is known."""
-    by_clip: Mapping[int, list[Line]] = {clip: [] for clip in clips}
-    for (_, clip), line in latest(lines).items():
-        if clip in by_clip:
-            by_clip[clip].append(line)
-    done = {clip: steps_of(own) for clip, own in by_clip.items()}
-    return sum(done.values()), sum(max(done[clip], clip_steps(suite, own)) for clip, own in by_clip.items())

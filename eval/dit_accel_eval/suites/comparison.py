@@ -12,6 +12,7 @@ import numpy as np
 from dit_accel_pipelines.generation.solvers import BEST
 
 from ..metrics.registered import described
+from ..runs.model import OWN
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import FEWEST, Estimate, Judged, estimate, judge
 from .arms import TUNED, is_rival
@@ -155,6 +156,10 @@ def rival_words(lines: Sequence[Line]) -> str:
     rivals = [line for line in lines if is_rival(line)]
     if rival_kind(lines) == BEST:
         return "Fewer steps are UniPC's at the model's own noise shift, not the best solver and shift for each number."
+    solver = rivals[0]["reference"].partition(",")[0]
+    if solver != BEST:
+        whose = "the model's own scheduler" if solver == OWN else solver
+        return f"The reference and fewer steps are runs of {whose}, not of the best solver and shift for each number."
     found = {
         line["num_inference_steps"]: setting_words(line["solver"], line["flow_shift"])
         for line in rivals if line["arm"].startswith(f"{TUNED} ")

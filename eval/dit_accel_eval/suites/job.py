@@ -15,6 +15,8 @@ from dit_accel_pipelines.generation.solvers import BEST
 from dit_accel import ConfigError
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
+from dit_accel.methods.base import Model
+from dit_accel.methods.compose import make_handlers
 
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
@@ -92,7 +94,7 @@ class Job:
 def reference_of(suite: Suite) -> str:
     """Return in words what a suite's arms are held against."""
     own = suite.reference_steps
-    return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{BEST}, {own} steps of its own"
+    return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{suite.reference_solver}, {own} steps of its own"
 
 
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
@@ -151,7 +153,7 @@ def checked(job: Job) -> Iterator[None]:
 
 
 def _check_model(suite: Suite) -> None:
-    """Refuse a model that suites can't run, and prompts, schedulers and guiders that it does not take."""
+    """Refuse a model that suites can't run, and prompts, schedulers, guiders and methods that it does not take."""
     if suite.embedded:
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
@@ -165,6 +167,10 @@ def _check_model(suite: Suite) -> None:
                 f"prompt_file for {suite.model}"
             )
     shipped = shipped_scheduler(source)
+    adapter, family = files.identify()
+    taken = Model(
+        adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
+    )  # fmt: skip
     ladder = suite.ladder
     rungs = [ladder.arm(rung.num_inference_steps) for rung in ladder.rungs] if ladder else []
     for arm in (*suite.arms, *rungs):
@@ -172,6 +178,7 @@ def _check_model(suite: Suite) -> None:
             scheduler_of(shipped, arm.solver, arm.scheduler, arm.flow_shift)
             if arm.guider:
                 check_guided(pipeline_class(files))
+            make_handlers(arm.methods, taken)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name!r}: {error}") from None
 

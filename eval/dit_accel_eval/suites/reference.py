@@ -60,13 +60,13 @@ def default_cache() -> Path:
 
 
 def reference_run(
-    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, steps: int | None = None
-) -> Reference:
-    """Return a clip's reference: the model's own dense run of so many steps; None: the converged one."""
+    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, steps: int | None = None,
+    solver: str = BEST,
+) -> Reference:  # fmt: skip
+    """Return a clip's reference: the model's own dense run of so many steps of a solver; None: the converged one."""
     if steps is None:
         return converged(model, clip, cache, run)
-    made = dense_run(model, clip, steps, cache, run)
-    return _reference(made, steps, ITSELF)
+    return _reference(dense_run(model, clip, steps, cache, run, solver), steps, ITSELF)
 
 
 def converged(
@@ -89,20 +89,23 @@ def _reference(made: Run, steps: int, agreement: float) -> Reference:
     return Reference(frames=made.frames, steps=steps, agreement=agreement, step=made.counts / steps, seconds=seconds)
 
 
-def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None) -> Run:
-    """Return a dense run of the best solver with the model's own noise shift, made or found again, with its times.
+def dense_run(
+    model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None, solver: str = BEST
+) -> Run:
+    """Return a dense run of a solver with the model's own noise shift, made or found again, with its times.
 
     Args:
         run: makes a run as `SuiteModel.run` does; None: that.
+        solver: a name of `SOLVERS`, or `OWN`.
 
     Raises:
         ConfigError: if the file that should hold it holds another run, or can't be written.
     """
-    setting = run_setting(model, clip, steps)
+    setting = run_setting(model, clip, steps, solver)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{name}.npz"
     if not path.exists():
-        made = (run or model.run)(clip, steps=steps, solver=BEST)
+        made = (run or model.run)(clip, steps=steps, solver=solver)
         meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
         with explained_disk_errors(path):
@@ -112,7 +115,7 @@ def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, run: Callab
     return _read(path, setting)
 
 
-def run_setting(model: SuiteModel, clip: int, steps: int) -> dict[str, Any]:
+def run_setting(model: SuiteModel, clip: int, steps: int, solver: str = BEST) -> dict[str, Any]:
     """Return all that shapes a dense run, as JSON knows it."""
     return {
         "model": model.name,
@@ -120,7 +123,7 @@ def run_setting(model: SuiteModel, clip: int, steps: int) -> dict[str, Any]:
         "prompt": model.prompt(clip),
         "seed": model.seed(clip),
         "call": model.call,
-        "solver": BEST,
+        "solver": solver,
         "flow_shift": shift_of(model.shipped),
         "steps": steps,
         **({} if model.dtype is None else {"dtype": model.dtype}),

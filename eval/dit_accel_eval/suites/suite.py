@@ -7,13 +7,15 @@ from typing import Any
 
 from dit_accel_assets import model_names
 from dit_accel_pipelines.generation.request import DTYPES, Dtype, read_prompts
+from dit_accel_pipelines.generation.solvers import BEST, SOLVERS
 
 from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
-from ..runs.conditions import Budget, OwnClips, read_budget
-from .arms import Arm, dense_arm, read_arms, read_table
+from ..runs.conditions import OwnClips
+from ..runs.model import OWN
+from .arms import TUNED, Arm, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
 from .pairs import Pair, read_pairs
 
@@ -23,10 +25,10 @@ MANY = 10
 """Arms of a suite beyond which it says that their number makes verdicts harder to reach."""
 
 KINDS = {
-    **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals"), str),
+    **dict.fromkeys(("name", "model", "prompt_file", "dtype", "judge", "rivals", "reference_solver"), str),
     **dict.fromkeys(("clips", "first_clip", "reference_steps", "warmup", "repeats"), int),
     **dict.fromkeys(("prompts", "seeds", "metrics", "chosen_on", "compare", "arm"), list),
-    **{"call": dict, "budget": dict, "timed": bool},
+    **{"call": dict, "timed": bool},
 }
 """Key of a suite -> what it must be."""
 
@@ -47,13 +49,13 @@ class Suite:
         judge: Python file, from the suite's folder, by which clips are judged by themselves (`judges`); empty: they are
             held against converged runs.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
+        reference_solver: of that run and of the dense ones of fewer steps: a name of `SOLVERS`, or `OWN`.
         folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
         dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
             former.
         warmup: runs of every arm in each process that are not counted, before its first.
         repeats: times that each sample is made, whose seconds are given as median and quartiles.
-        budget: what one call of `eval run` may take; None: all that it needs.
         timed: whether each arm is timed beside the dense run of as many steps, as with ``--time``.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
@@ -69,12 +71,12 @@ class Suite:
     first_clip: int = 0
     judge: str = ""
     reference_steps: int | None = None
+    reference_solver: str = BEST
     folder: Path = Path()
     own: OwnClips | None = None
     dtype: Dtype | None = None
     warmup: int = 0
     repeats: int = 1
-    budget: Budget | None = None
     timed: bool = False
     ladder: Ladder | None = None
     chosen_on: tuple[int, int] | None = None
@@ -93,7 +95,11 @@ class Suite:
 
     def rival(self, steps: int) -> Arm:
         """Return the dense run of so many steps, which arms are held against."""
-        return self.ladder.arm(steps) if self.ladder else dense_arm(steps)
+        if self.ladder:
+            return self.ladder.arm(steps)
+        if self.reference_solver == BEST:
+            return dense_arm(steps)
+        return Arm(name=f"{TUNED} {steps}", num_inference_steps=steps, solver=self.reference_solver)
 
     @property
     def many(self) -> str | None:
@@ -132,12 +138,16 @@ def read_suite(path: Path) -> Suite:
     if judge and not (judge.endswith(".py") and (path.parent / judge).is_file()):
         raise ConfigError(f"{path} has judge {judge!r}, which is no Python file in or from {path.parent}; name one")
     listed, pairs, rivals = read_arms(arms, path), data.pop("compare", []), data.pop("rivals", None)
+    solver = data.get("reference_solver", BEST)
+    if solver not in (*SOLVERS, OWN):
+        raise ConfigError(f"{path} has no reference_solver {solver!r}; {did_you_mean(solver, (*SOLVERS, OWN))}")
+    if "reference_solver" in data and "reference_steps" not in data:
+        raise ConfigError(f"{path} has reference_solver without reference_steps; the converged run is {BEST}'s")
     try:
         data["metrics"] = check_names([str(name) for name in data.get("metrics", [])])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     data |= {"chosen_on": (first, last)} if "chosen_on" in data else {}
-    data |= {"budget": read_budget(data["budget"], str(path))} if "budget" in data else {}
     suite = Suite(
         **data, arms=listed, own=own, folder=path.parent, pairs=read_pairs(pairs, listed, str(path)) if pairs else (),
         ladder=read_ladder(path.parent / rivals) if rivals else None,
@@ -169,8 +179,8 @@ def _check_judging(suite: Suite, path: Path) -> None:
             f"{path} has rivals, [[compare]], timed or reference_steps beside judge = {suite.judge!r}, which holds "
             "clips against no reference; leave them out"
         )
-    for what in ("model", "reference_steps", "call") if ladder else ():
-        own, other = getattr(suite, what), getattr(ladder, what)
+    for what in ("model", "reference_steps", "reference_solver", "call") if ladder else ():
+        own, other = getattr(suite, what), getattr(ladder, what, BEST)
         if own != other:
             raise ConfigError(
                 f"{path} has {what} {own!r}, and its rivals were chosen with {other!r}; make rivals for it with "
@@ -195,10 +205,10 @@ def _own_clips(data: dict[str, Any], path: Path) -> OwnClips | None:
             f"{path} has {' and '.join(counted)}, which count held-out clips, beside prompts; leave them out: all run"
         )
     try:
-        listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file)
+        listed = tuple(prompts or ()) if file is None else read_prompts(path.parent / file, "prompt_file")
         return OwnClips(prompts=listed, seeds=tuple(seeds or ()))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).replace('--prompt-file', 'prompt_file')}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _check_model(suite: Suite, path: Path) -> None:

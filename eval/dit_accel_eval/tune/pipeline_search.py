@@ -14,7 +14,7 @@ from dit_accel.errors import ConfigError, did_you_mean
 
 from ..metrics.registered import described, metric, metrics
 from ..runs.loaded import FIRST_PROMPT
-from ..runs.results import latest, read_lines
+from ..runs.results import Line, latest, read_lines
 from ..statistics import estimate
 from ..suites.arms import Arm, dense_arm, is_rival
 from ..suites.compare import run

@@ -17,13 +17,16 @@ from .options import (
     Backend,
     Device,
     Dtype,
+    Frames,
     Guidance,
     Json,
     Model,
+    NegativePrompt,
     Offload,
     Pixels,
     Quiet,
     Seed,
+    Solver,
     fields_of,
     require_one_document,
     with_option_fields,
@@ -39,9 +42,7 @@ class GenerateOptions:
 
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
     prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")
-    ] = None
+    negative_prompt: NegativePrompt = None
     image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None
     video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None
     output: Annotated[
@@ -50,11 +51,9 @@ class GenerateOptions:
     model: Model = None
     height: Pixels = None
     width: Pixels = None
-    num_frames: Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")] = None
+    num_frames: Frames = None
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
-    solver: Annotated[
-        str | None, typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME")
-    ] = None
+    solver: Solver = None
     guidance_scale: Guidance = None
     seed: Seed = 0
     same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False

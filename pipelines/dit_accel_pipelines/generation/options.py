@@ -21,6 +21,9 @@ Model = Annotated[
 ]
 Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
+Frames = Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")]
+Solver = Annotated[str | None, typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[
     str | None,

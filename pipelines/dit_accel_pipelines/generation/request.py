@@ -293,8 +293,8 @@ def read_pictures(request: Request) -> dict[str, Any]:
     return pictures
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read prompts from a text file, one per line; empty lines are left out.
+def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
+    """Read prompts from a text file, one per line; empty lines are left out. Errors say how it was ``named``.
 
     Raises:
         ConfigError: if the file can't be read or has no prompt in it.
@@ -304,11 +304,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--prompt-file {path} can't be read ({reason}); give a text file with one prompt per line"
+            f"{named} {path} can't be read ({reason}); give a text file with one prompt per line"
         ) from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ConfigError(f"--prompt-file {path} has no prompt in it; write one per line")
+        raise ConfigError(f"{named} {path} has no prompt in it; write one per line")
     return prompts
 
 

@@ -1,0 +1,303 @@
+"""The command `dit-accel eval compare`: settings of one's own pipeline against its dense runs, in one call."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from dit_accel_pipelines.generation import options as shared
+
+from dit_accel import ConfigError
+from dit_accel.cli import SettingList
+from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
+from dit_accel.cli.method_options import PANEL, Setting
+from dit_accel.cli.stopping import keeps
+
+if TYPE_CHECKING:
+    from dit_accel_pipelines.generation.request import Request
+    from rich.table import Table
+
+    from .report.figures import Report
+    from .suites.job import Job
+    from .suites.suite import Suite
+
+FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
+"""The first held-out prompt of an embedded model that is compared on, which chose no preset; how many, and at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """What `eval compare` is given besides methods."""
+
+    model: shared.Model = None
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt instead; may be repeated. Default: held-out ones of an embedded model."),
+    ] = None
+    seed: Annotated[
+        list[int] | None, typer.Option(help="A seed of every prompt; may be repeated. Default: its place in the list.")
+    ] = None
+    clips: Annotated[int | None, typer.Option(help="Run only the first so many clips.", min=1)] = None
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.", min=1)] = None
+    reference: Annotated[
+        str, typer.Option(help="own: the model's own steps; converged: many more.", metavar="own|converged")
+    ] = "own"
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Page to write; its runs are kept beside it.", metavar="FILE.html")
+    ] = Path("compare.html")
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
+    ] = None
+    frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
+    height: shared.Pixels = None
+    width: shared.Pixels = None
+    num_frames: shared.Frames = None
+    solver: shared.Solver = None
+    guidance_scale: shared.Guidance = None
+    negative_prompt: shared.NegativePrompt = None
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL",
+            rich_help_panel=PANEL,
+        ),
+    ] = None  # fmt: skip
+    dtype: shared.Dtype = None
+    device: shared.Device = None
+    offload: shared.Offload = "none"
+    timed: Annotated[
+        bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
+    ] = False
+    quiet: shared.Quiet = False
+
+
+@shared.with_option_fields
+def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
+    """Compare settings on your pipeline and prompts with its own dense runs: a table, and a page with clips.
+
+    The method switches with --set are one setting; each --preset and each
+    --config is one more. A setting runs every prompt, and is held against the
+    model's own steps of the same seed, and against dense runs of fewer steps
+    that cost as much. What that takes, and by what rule there is a verdict, is
+    said before it starts; a verdict takes 6 clips.
+
+    Each run is a JSON line beside the page, written as it ends; the same
+    command goes on where it was stopped.
+
+    Examples:
+
+    dit-accel eval compare --easycache --preset fast
+
+    dit-accel eval compare --model DIR --radial --easycache --prompts p.txt
+
+    dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
+    """
+    from dit_accel_pipelines.processes.processes import started_process
+    from dit_accel_pipelines.processes.ranks import Ranks
+
+    from .report.figures import report_of
+    from .report.lines import read_results
+    from .report.writing import write_reports
+    from .runs.conditions import Machine
+    from .runs.results import read_lines
+    from .suites.arms import is_rival
+    from .suites.job import Job, clips_of
+    from .suites.reference import default_cache
+
+    lines, first = _check_output(options.output), Ranks().first
+    suite = suite_of(options, settings)
+    names = {arm.name for arm in suite.arms}
+    others = {line["arm"] for line in read_lines(lines) if not is_rival(line)} - names
+    if others:  # what is judged together is named before it runs
+        found, named = (", ".join(sorted(one)) for one in (others, names))
+        raise ConfigError(f"{lines} holds results of {found}, which is none of {named}; name all settings in one call, "
+                          "or another file with --output")  # fmt: skip
+    job = Job(
+        suite=suite, out=lines, cache=default_cache(), timed=options.timed, talk=not options.quiet,
+        threads=(2 if options.timed else 1) if suite.embedded else None,
+        frames=lines.with_suffix(".frames") if options.frames else None,
+        machine=Machine(device=started_process().device(options.device), offload=options.offload),
+    )  # fmt: skip
+    clips = clips_of(suite, options.clips)
+    if first and not options.quiet:
+        _say_rules(suite, len(clips))
+    run_job(job, clips, 1, options.quiet)
+    if first:
+        report = report_of(read_results(lines))
+        write_reports([report], {"html": options.output})
+        if not options.quiet:
+            OUT.print(arms_table(report))
+            TALK.print("\n".join(report.warnings), markup=False, soft_wrap=True)
+        OUT.print(str(options.output), markup=False, soft_wrap=True)
+
+
+def _check_output(page: Path) -> Path:
+    """Refuse a page that can't be written, or would take the place of something else; returns the lines' file."""
+    from dit_accel.files import check_writable
+
+    from .report.lines import read_results
+    from .runs.results import read_lines
+
+    lines, *folders = (page.with_suffix(suffix) for suffix in (".jsonl", ".frames", ".media"))
+    if page.suffix != ".html":
+        raise ConfigError(f"the page must be a .html, got {page}; write, say, -o {page.with_suffix('.html')}")
+    check_writable(page, "the page")
+    if read_lines(lines):
+        read_results(lines)  # refuses what no run wrote
+    for path in (page, *folders) if not lines.exists() else ():
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise ConfigError(f"{path} is there, and no {lines} of the runs that made it; move it away, or name "
+                              "another file with --output")  # fmt: skip
+    return lines
+
+
+def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
+    """Return what is run: the model, the prompts, and an arm of each setting.
+
+    Raises:
+        ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
+        UnsupportedModel: if the model is not found, or no adapter can take it.
+    """
+    from dit_accel_assets import held_out_prompts
+    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
+
+    from dit_accel.adapters.model_files import model_source, read_model_files
+
+    from .metrics.registered import check_names
+    from .runs.conditions import OwnClips
+    from .runs.loaded import tuning_request
+    from .runs.model import OWN
+    from .suites.arms import read_arms
+    from .suites.suite import Suite
+
+    model, embedded = options.model or EMBEDDED, embedded_name(options.model)
+    read_model_files(model_source(model))  # first of all, so that a misspelt name is refused as such
+    if not settings and not options.preset:
+        raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
+    if options.reference not in (OWN, "converged"):
+        raise ConfigError(f"there is no reference {options.reference!r}; take own or converged")
+    if options.prompts and options.prompt:
+        raise ConfigError("eval compare takes --prompt or --prompts, got both; give one of them")
+    listed = read_prompts(options.prompts, "--prompts") if options.prompts else tuple(options.prompt or ())
+    if not listed and not embedded:
+        raise ConfigError(f"eval compare has no prompts of its own for {model}; give some with --prompts FILE")
+    if not listed and ((options.clips or 0) > MOST_CLIPS or options.seed):
+        raise ConfigError(f"{model} has {MOST_CLIPS} held-out prompts for this, each with its seed; add --prompts FILE")
+    own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
+    given = {name: value for name, value in shared.fields_of(Request, options).items()
+             if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
+    settled = settle(tuning_request(
+        prompts=listed or tuple(held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
+    ))  # fmt: skip
+    for text in (*settled.notes, *settled.warnings):
+        note(text)
+    request, steps = settled.request, settled.request.num_inference_steps or 0
+    arms = [_arm(one, request) for one in (*_presets(options, request), *settings)]
+    reference = {"reference_steps": steps, "reference_solver": options.solver or OWN}
+    return Suite(
+        name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,
+        first_clip=0 if own else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
+        metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
+        dtype=None if embedded else request.dtype, **(reference if options.reference == "own" else {}),
+    )  # fmt: skip
+
+
+def _call(request: "Request") -> dict[str, Any]:
+    """Return the arguments of the pipeline's call as `generate` sets them, without the steps."""
+    from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+
+    from dit_accel.adapters.model_files import read_model_files
+
+    taken = PipelineCall.of(pipeline_class(read_model_files(request.source)))
+    call = {**request.call_arguments(), **request.beside(taken)}
+    return {key: value for key, value in call.items() if key != "num_inference_steps"}
+
+
+def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
+    """Return the settings that presets are on the model."""
+    from dit_accel.adapters.model_files import read_model_files
+    from dit_accel.methods.base import Model as OfModel
+    from dit_accel.methods.presets import choices, spell
+
+    found, (adapter, family) = list[Setting](), read_model_files(request.source).identify()
+    for level in options.preset or ():
+        chosen = choices(level, OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers))
+        if not chosen:
+            raise ConfigError(f"{spell(level, chosen)}; leave it out")
+        if not options.quiet:
+            note(spell(level, chosen))
+        found.append(Setting(name=level, methods=tuple(one.config for one in chosen), run={}))
+    return found
+
+
+def _arm(one: Setting, request: "Request") -> dict[str, Any]:
+    """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
+    from .runs.model import OWN
+    from .suites.job import SCALES
+
+    run = {"num_inference_steps": request.num_inference_steps, "solver": OWN, **one.run}
+    if request.solver is not None:
+        run = {**run, "solver": request.solver, "flow_shift": None}
+    scale = run.pop("guidance_scale", None)
+    if scale is not None:
+        call = _call(dataclasses.replace(request, guidance_scale=scale))
+        run["call"] = {key: value for key, value in call.items() if key in SCALES}
+    tables = {method.name: method.to_dict() for method in one.methods}
+    return {"name": one.name, **{key: value for key, value in run.items() if value is not None}, **tables}
+
+
+def _say_rules(suite: "Suite", clips: int) -> None:
+    """Say before anything runs what settings are held against, and by what rule they are judged."""
+    from .statistics import FEWEST, WRONG
+
+    count = "1 setting" if len(suite.arms) == 1 else f"{len(suite.arms)} settings"
+    whose = f"the model's own {steps} steps" if (steps := suite.reference_steps) else "the converged run"
+    note(f"PSNR of {count} to {whose} of the same prompt and seed, against that of dense runs of as much work")
+    note(f"ahead or behind is what differs from 0 over the clips, by Student's t widened for skew and Holm's "
+         f"correction over all settings ({WRONG:.0%}); else open")  # fmt: skip
+    if clips < FEWEST:
+        warn(f"too few clips for a verdict: {clips}, and it takes {FEWEST}; add prompts, or seeds: --seed 0 --seed 1")
+    if suite.many:
+        warn(suite.many)
+
+
+def run_job(job: "Job", clips: Sequence[int], workers: int, quiet: bool) -> None:
+    """Run what a job's file does not hold yet, with its cost and progress."""
+    from dit_accel_pipelines.processes.ranks import Ranks
+
+    from .metrics.registered import unavailable
+    from .suites.compare import run
+    from .suites.cost import SuiteProgress
+
+    ranks = Ranks()
+    quiet |= not ranks.first
+    for name, reason in unavailable(job.suite.metrics).items() if ranks.first else ():
+        warn(f"{name} is left out: {reason}")
+    keeps(f"what has run stands in {job.out}, and the same command goes on there")
+    job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
+    with SuiteProgress(job, clips, quiet=quiet, workers=workers * ranks.count) as watch:
+        run(job, clips, workers=workers, watch=watch)
+
+
+def arms_table(report: "Report") -> "Table":
+    """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
+    from .report.figures import judged
+    from .suites.comparison import decimals_of
+
+    main, further = report.main, report.further
+    cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
+    columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, "ahead of fewer steps, dB", "verdict")
+    table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
+    for arm in judged(report):
+        lead, steps = arm.ahead.get(main), arm.means[main]
+        cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
+        cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
+        cells += [f"{arm.metrics[one]:.{decimals_of(one)}f}" if one in arm.metrics else "" for one in further]
+        rows.append((-lead.mean if lead else 0.0, [*cells, *((f"{lead:+}", lead.verdict) if lead else ("", ""))]))
+    for _, cells in sorted(rows, key=lambda row: row[0]):
+        table.add_row(*cells)
+    return table
