@@ -72,8 +72,6 @@ def test_augmented_prompts_are_shown_and_the_videos_called_by_vbenchs(info, tmp_
         read_augmented(file, every)
     refused, _, text = making(info, "--augmented", file, "--prompts", file)
     assert (refused.exit_code, "leave --prompts out" in text) == (2, True)
-    refused, _, text = making(info, "--protocol", "teacache")
-    assert (refused.exit_code, "--reference and --protocol are for videos that are there" in text) == (2, True)
 
 
 def test_augmented_videos_are_made_and_others_of_their_names_are_refused(info, tmp_path):

@@ -14,7 +14,6 @@ from dit_accel import ConfigError
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 from dit_accel.cli.stopping import keeps
-from dit_accel.errors import did_you_mean
 
 from . import options as given
 from .dimensions import DIMENSIONS, read_scores, totals
@@ -29,9 +28,8 @@ def evaluate(
     full_info: given.FullInfo = None, samples: given.Samples = None, subset: given.Subset = None,
     filtered: given.Filtered = False, custom: given.Custom = False, prompts: given.Prompts = None,
     official: given.Official = None, folder: given.Folder = None, output: given.Output = Path("vbench"),
-    name: given.Name = None, reference: given.Reference = None, protocol: given.Convention = None,
-    generate: given.Generate = False, augmented: given.Augmented = None, model: given.Model = None,
-    height: given.Pixels = None, width: given.Pixels = None, num_frames: given.Frames = None,
+    name: given.Name = None, generate: given.Generate = False, augmented: given.Augmented = None,
+    model: given.Model = None, height: given.Pixels = None, width: given.Pixels = None, num_frames: given.Frames = None,
     num_inference_steps: given.Steps = None, guidance_scale: given.Guidance = None, fps: given.Fps = None,
     dtype: given.Dtype = None, offload: given.Offload = "none", seed: given.Seed = 0, shard: given.Shard = None,
     device: given.Device = None, json: Json = False, *, methods: MethodList,
@@ -43,8 +41,7 @@ def evaluate(
     video's score kept as it is measured, so that a run that was stopped goes on.
 
     With --generate the videos are made: those of the dimensions' prompts, or of
-    --prompts, that the folder lacks, each of another seed. With --reference they
-    are held against dense ones as published tables were.
+    --prompts, that the folder lacks, each of another seed.
 
     Examples:
 
@@ -53,8 +50,6 @@ def evaluate(
     dit-accel eval vbench --videos out/ --official vbench-env
 
     dit-accel eval vbench --videos out/ -d background_consistency -d aesthetic_quality
-
-    dit-accel eval vbench --videos out/ --reference dense/ --protocol svg
 
     dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
     """
@@ -72,8 +67,6 @@ def evaluate(
                   "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
                   "device": device, "offload": offload, "methods": tuple(methods)}  # fmt: skip
         return _generate(job, samples, augmented, seed, shard, making)
-    if reference is not None:
-        return _compare(job, str(protocol), reference, json)
     if official is not None:
         from .official import RESULTS, measure
 
@@ -92,43 +85,17 @@ def _refuse(options: Mapping[str, Any]) -> None:
     asked = {name for name, value in options.items() if value not in (None, False, [])}
     if len(asked & {"totals", "videos"}) != 1:
         raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
-    for name in ("samples", "subset", "generate", "reference", "protocol"):
+    for name in ("samples", "subset", "generate"):
         if {"official", name} <= asked:
             raise ConfigError(f"--official runs the vbench package as it is, which has no --{name}; leave one out")
     if "folder" in asked and "official" not in asked:
         raise ConfigError("--folder is where the vbench package has its weights; add --official ENV")
-    if "generate" in asked and asked & {"reference", "protocol"}:
-        raise ConfigError("--reference and --protocol are for videos that are there; make them first, then compare")
-    if len(asked & {"reference", "protocol"}) == 1:
-        missing = "--reference, the dense clips" if "protocol" in asked else "--protocol, such as svg"
-        raise ConfigError(f"a comparison takes a reference and a protocol; add {missing}")
-    if "reference" in asked and "dimension" in asked:
-        raise ConfigError(f"{options['dimension'][0]} is measured without a reference; leave --protocol or -d out")
     if "generate" not in asked and asked & {"methods", "model", "shard", "augmented"}:
         raise ConfigError("a model, its methods, shards and augmented prompts are for making videos; add --generate")
     if "prompts" in asked and not asked & {"generate", "custom"}:
         raise ConfigError("--prompts tells prompts of one's own; add --custom")
     if {"augmented", "prompts"} <= asked:
         raise ConfigError("--augmented words VBench's own prompts, no others; leave --prompts out")
-
-
-def _compare(job: Job, name: str, reference: Path, json: bool) -> None:
-    """Hold videos against a reference as a published code base does."""
-    from .protocols import PROTOCOLS, compare, rows
-
-    if name not in PROTOCOLS:
-        raise ConfigError(f"there is no protocol {name!r}; {did_you_mean(name, PROTOCOLS)}")
-    found, result = compare(job, PROTOCOLS[name], reference), job.file(f"{name}.json")
-    if json:
-        print_json({key: value for key, value in found.items() if key != "by_clip"} | {"result": str(result)})
-        return
-    table = plain_table("", f"by {name}", "beside it", right=(f"by {name}", "beside it"))
-    for row in rows(found):
-        table.add_row(*row)
-    OUT.print(table)
-    for flaw in found["flaws"]:
-        OUT.print(f"of {name}: {flaw}", markup=False, soft_wrap=True)
-    _tell(f"written to {result}")
 
 
 def _generate(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-VIDEOS, MAKING, AGAINST = "Videos", "Making videos", "Against a reference"
+VIDEOS, MAKING = "Videos", "Making videos"
 
 
 def _one(panel: str | None, words: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
@@ -30,10 +30,6 @@ _BY = "Measure by the vbench package itself, in this virtual environment, made i
 Official = Annotated[Path | None, _one(VIDEOS, _BY, "ENV")]
 Folder = Annotated[Path | None, _one(VIDEOS, "The package's folder of weights; default: its own.", "DIR")]
 Output = Annotated[Path, _one(VIDEOS, "Folder of the results.", "DIR", "--output", "-o")]
-
-Reference = Annotated[Path | None, _one(AGAINST, "Clips of the same names that the videos should be.", "DIR")]
-_AS = "PSNR, SSIM, LPIPS as svg, teacache, cache-dit or fastvideo have them."
-Convention = Annotated[str | None, _one(AGAINST, _AS, "NAME")]
 
 Generate = Annotated[bool, _one(MAKING, "Make the videos instead of measuring them.", None, "--generate")]
 _WORDED = "VBench's prompts in other words, a line each, as the model is to get them; seeds 100000 i + j."
