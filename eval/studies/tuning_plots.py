@@ -16,8 +16,9 @@ import numpy as np
 from dit_accel_eval.runs.results import latest, read_lines
 from dit_accel_eval.suites.arms import is_rival
 from dit_accel_eval.suites.comparison import figures_of
-from dit_accel_eval.suites.plots import new_figure, picture
 from dit_accel_eval.tune.pipeline_search import HELD_OUT_PROMPTS
+from matplotlib.figure import Figure
+from suite_picture import picture
 
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
@@ -28,7 +29,7 @@ def heat_map(profile: Mapping[str, Any]) -> Any:
     entries = profile["transformers"]
     criteria = [name for name, rows in next(iter(entries.values()))["by_step"].items() if any(rows)]
     tallest = max(entry["blocks"] for entry in entries.values())
-    figure = new_figure(4.2 * len(criteria), max(2.6, 0.9 + 0.12 * tallest) * len(entries))
+    figure = Figure((4.2 * len(criteria), max(2.6, 0.9 + 0.12 * tallest) * len(entries)), layout="constrained")
     axes = figure.subplots(len(entries), len(criteria), squeeze=False)
     for row, (name, entry) in zip(axes, entries.items(), strict=True):
         for axis, criterion in zip(row, criteria, strict=True):
@@ -47,7 +48,7 @@ def heat_map(profile: Mapping[str, Any]) -> Any:
 
 def curve(found: Mapping[str, Any]) -> Any:
     """Return a curve's picture, with the multiples of the dominant period."""
-    figure = new_figure(7, 3.5)
+    figure = Figure((7, 3.5), layout="constrained")
     axis = figure.subplots()
     axis.plot(found["curve"])
     axis.set(ylabel="mean logit at one place", xlabel="distance in latent frames")

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
+from dit_accel.cli.console import OUT
 from dit_accel.cli.method_options import Setting
 
 PROMPTS = "a red circle moving right\n\na blue square going up\n"
@@ -29,6 +30,7 @@ def here(tmp_path: Path, monkeypatch) -> Path:
     """An empty folder to run in, whose dense runs are kept in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(OUT, "_width", 160)
     return tmp_path
 
 
@@ -42,7 +44,7 @@ def fake(here, monkeypatch):
 
 
 def command(*arguments):
-    return CliRunner().invoke(app, ["eval", "compare", *map(str, arguments)], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["eval", "compare", *map(str, arguments)])
 
 
 FAKED = ("--model", "wan-plain", "--steps", 10, "--sol", "-m", "flickering")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dit_accel.cli.app import app
 
-BEFORE = Path(__file__).parents[2] / "eval" / "results" / "report-wan-tiny.jsonl"
+BEFORE = Path(__file__).parent / "results" / "report-wan-tiny.jsonl"
 
 
 def run(*arguments: str | Path):

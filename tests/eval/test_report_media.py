@@ -28,7 +28,9 @@ def run(*arguments: str | Path):
 
 def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
     """Write result lines of which the frames of every run are kept, 64 x 48 pixels, each run of one grey."""
-    lines = [line for line in read_lines(RESULTS / "report-wan-tiny.jsonl") if line["arm"] in ARMS]
+    lines = [
+        line for line in read_lines(Path(__file__).parent / "results" / "report-wan-tiny.jsonl") if line["arm"] in ARMS
+    ]
     lines = [line for line in lines if line["clip"] < clips]
     for line in lines:
         paths = {key: kept_path(Path("frames"), name, line["clip"])
@@ -55,7 +57,7 @@ def data_of(page: Path) -> dict:
 
 def test_frames_are_kept_without_loss_and_known_by_what_made_them(tmp_path):
     clip = (np.arange(5 * 4 * 6 * 3) % 256).reshape(5, 4, 6, 3).astype(np.float32) / 255
-    line = read_lines(RESULTS / "report-wan-tiny.jsonl")[0]
+    line = read_lines(Path(__file__).parent / "results" / "report-wan-tiny.jsonl")[0]
     keep(tmp_path / "a.png", clip, run_of(line))
     assert np.array_equal(read_kept(tmp_path / "a.png", run_of(line)), np.round(clip * 255))
     with pytest.raises(ConfigError, match=r"weights '.*', not 'other'"):
@@ -163,7 +165,7 @@ def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
 
 def test_results_without_frames_say_how_to_get_clips(tmp_path):
     page = tmp_path / "r.html"
-    assert run(RESULTS / "report-wan-tiny.jsonl", "-o", page).exit_code == 0
+    assert run(Path(__file__).parent / "results" / "report-wan-tiny.jsonl", "-o", page).exit_code == 0
     assert "no frames were kept. For clips run the suite with <code>--frames DIR</code>" in page.read_text()
     assert [one.name for one in tmp_path.iterdir()] == ["r.html"]
 

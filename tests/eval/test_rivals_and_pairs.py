@@ -270,7 +270,7 @@ def test_the_study_keeps_the_best_run_of_each_number_of_steps(folder):
         (4, "dpm++", 8.0, 32.5), (8, "unipc", None, 28.5),
     ]  # fmt: skip
     assert ladder.rungs[0].tried == {"unipc": 23.5, "unipc shift 8": 23.5, "dpm++": 23.5, "dpm++ shift 8": 32.5}
-    with pytest.raises(ConfigError, match=r"4 steps.*to its end"):
+    with pytest.raises(ConfigError, match=r"of 4 steps"):
         best_rival.ladder_of(suite, lines[:1])
 
 

@@ -173,7 +173,7 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
     """Return the Markdown table of arms; those of fewer clips than ``clips``, None: than another, say how many."""
     whole = max((arm.clips for arm in arms), default=0) if clips is None else clips
     timed = any("seconds" in arm.means for arm in arms)
-    works = WORKS | (TIMED if any("steps_in_time" in arm.means for arm in arms) else {})
+    works = WORKS | (TIMED if any("steps_in_time" in arm.ahead for arm in arms) else {})
     against = [f"against fewer steps at equal {words}, dB (median)" for words in works.values()]
     scored = ["score"] if any("score" in arm.means for arm in arms) else []
     columns = [*works.values(), *(["seconds, of dense"] if timed else [])]

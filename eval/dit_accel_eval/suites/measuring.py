@@ -60,11 +60,12 @@ def line_of(sampled: Sampled) -> Line:
     repeated, seconds are the median's, and ``repeated`` has all with their quartiles.
     """
     job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
-    line, share = _about(sampled), sampled.model.own_share
+    line = _about(sampled)
     if reference is None:
         assert job.judge is not None
-        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, share)}
+        line |= {**job.judge.measures(sampled.model, sampled.clip, made), **_cost(made, None, 0.0)}
     else:
+        share = sampled.model.own_share
         line |= {"reference_steps": reference.steps, "reference_agreement": reference.agreement}
         line |= {**_measured(sampled, made, reference), **works(made.counts, reference.step, made.attended, share)}
         line |= {"forwards": made.counts.blocks / reference.step.blocks, **_cost(made, reference.step, share)}
