@@ -48,7 +48,7 @@ def report(path: Path = WAN):
 
 def few(tmp_path: Path, name: str, clips: int) -> Path:
     kept = EARLIER if name == "report-wan-tiny" else EVAL / "results"
-    lines = read_lines(kept / f"{name.replace('presets-wan-tiny', 'presets-wan-tiny-first')}.jsonl")
+    lines = read_lines(kept / f"{name}.jsonl")
     return lines_in(tmp_path / f"{name}.jsonl", [line for line in lines if line["clip"] < clips])
 
 
@@ -384,7 +384,7 @@ def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
 
 
 def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(tmp_path):
-    path = EVAL / "results" / "presets-wan-tiny-first.jsonl"
+    path = EVAL / "results" / "presets-wan-tiny.jsonl"
     found = report(path)
     assert [str(one.pair) for one in found.pairs] == [
         "careful vs cache-dit, slow", "balanced vs cache-dit, medium", "fast vs cache-dit, 15 of 30",

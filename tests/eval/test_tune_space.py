@@ -44,10 +44,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_winners_of_the_readme_are_always_run():
-    """Those that its table calls ahead; tiles are the model's own business."""
+    """Those that its table calls ahead by time, but for diffusers' own caches; tiles are the model's own business."""
     rows = re.findall(r"^\| ([\w-]+) \| ([^|]+) \|.* ahead \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert rows
-    for model, name in rows:
+    ours = [(model, name) for model, name in rows if not name.startswith("diffusers ")]
+    assert ours
+    for model, name in ours:
         arms = {arm.name: arm for arm in read_suite(ROOT / f"eval/suites/report-{model}.toml").arms}
         known = [_bare(arm) for arm in default_space(model) if arm.name in BY_HAND]
         assert _bare(arms[name]) in known

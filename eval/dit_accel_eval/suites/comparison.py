@@ -137,9 +137,13 @@ def decimals_of(metric: str) -> int:
 
 
 def table(suite: Suite, lines: Sequence[Line]) -> str:
-    """Return the suite's Markdown table: a row an arm, means over clips, and below it by what rule they are judged."""
+    """Return the suite's Markdown table: a row an arm, means over clips, and below it by what rule they are judged.
+
+    Dense runs that only some clips needed as rivals have no row.
+    """
     arms = figures(suite, lines)
-    return f"{table_of(arms, suite.clips)}\n\n{rule_words(arms)} {rival_words(lines)}"
+    most = max((arm.clips for arm in arms), default=0)
+    return f"{table_of([arm for arm in arms if arm.ahead or arm.clips == most], suite.clips)}\n\n{rule_words(arms)} {rival_words(lines)}"
 
 
 def rule_words(arms: Sequence[ArmFigures]) -> str:

@@ -69,10 +69,10 @@ def line_of(sampled: Sampled) -> Line:
         line |= {"reference_steps": reference.steps, "reference_agreement": reference.agreement}
         line |= {**_measured(sampled, made, reference), **works(made.counts, reference.step, made.attended, share)}
         line |= {"forwards": made.counts.blocks / reference.step.blocks, **_cost(made, reference.step, share)}
-        if not (sampled.arm.methods or sampled.arm.guider or sampled.arm.rival):
-            line["steps_in_time"] = float(sampled.arm.num_inference_steps)
-        elif reference.seconds and made.times and made.times.processor and sampled.model.device.type == "cpu":
-            line["steps_in_time"] = made.times.processor / reference.seconds
+        if reference.seconds and made.times and sampled.model.device.type == "cpu":
+            plain = not (sampled.arm.methods or sampled.arm.guider or sampled.arm.rival)
+            steps = sampled.arm.num_inference_steps if plain else made.times.processor / reference.seconds
+            line["steps_in_time"] = float(steps)
         if job.frames is not None:
             line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if len(sampled.runs) > 1:

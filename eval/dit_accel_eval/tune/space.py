@@ -67,8 +67,8 @@ def space_of(
     shifts = scheduler is not None and is_flow(scheduler.config)
 
     def taken(arm: Arm) -> bool:
-        if arm.flow_shift is not None:
-            return shifts and arm.flow_shift != shift_of(scheduler)
+        if arm.flow_shift is not None and not (shifts and arm.flow_shift != shift_of(scheduler)):
+            return False
         known = (one.name in family.recipes or not isinstance(one, CALIBRATED) for one in arm.methods)
         return all(known) and all(adapter.verdict(one.name)[0] == "supported" for one in arm.methods)
 
