@@ -9,7 +9,7 @@ from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
 
-from .comparing import compare_settings, run_job
+from .comparing import compare_settings
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
@@ -95,9 +95,10 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.results import read_lines
+    from .suites.compare import run_job
     from .suites.job import clips_of
 
-    run_job(job, clips_of(job.suite, clips), workers, quiet)
+    run_job(job, clips_of(job.suite, clips), workers, quiet=quiet)
     if not quiet and Ranks().first:
         _show_run(job, read_lines(job.out), written=True)
 

@@ -13,14 +13,12 @@ from dit_accel import ConfigError
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
 from dit_accel.cli.method_options import PANEL, Setting
-from dit_accel.cli.stopping import keeps
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
     from rich.table import Table
 
     from .report.figures import Report
-    from .suites.job import Job
     from .suites.suite import Suite
 
 FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
@@ -105,6 +103,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .runs.conditions import Machine
     from .runs.results import read_lines
     from .suites.arms import is_rival
+    from .suites.compare import run_job
     from .suites.job import Job, clips_of
     from .suites.reference import default_cache
 
@@ -125,7 +124,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     clips = clips_of(suite, options.clips)
     if first and not options.quiet:
         _say_rules(suite, len(clips))
-    run_job(job, clips, 1, options.quiet)
+    run_job(job, clips, 1, quiet=options.quiet)
     if first:
         report = report_of(read_results(lines))
         write_reports([report], {"html": options.output})
@@ -263,24 +262,6 @@ def _say_rules(suite: "Suite", clips: int) -> None:
         warn(f"too few clips for a verdict: {clips}, and it takes {FEWEST}; add prompts, or seeds: --seed 0 --seed 1")
     if suite.many:
         warn(suite.many)
-
-
-def run_job(job: "Job", clips: Sequence[int], workers: int, quiet: bool) -> None:
-    """Run what a job's file does not hold yet, with its cost and progress."""
-    from dit_accel_pipelines.processes.ranks import Ranks
-
-    from .metrics.registered import unavailable
-    from .suites.compare import run
-    from .suites.cost import SuiteProgress
-
-    ranks = Ranks()
-    quiet |= not ranks.first
-    for name, reason in unavailable(job.suite.metrics).items() if ranks.first else ():
-        warn(f"{name} is left out: {reason}")
-    keeps(f"what has run stands in {job.out}, and the same command goes on there")
-    job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
-    with SuiteProgress(job, clips, quiet=quiet, workers=workers * ranks.count) as watch:
-        run(job, clips, workers=workers, watch=watch)
 
 
 def arms_table(report: "Report") -> "Table":

@@ -13,8 +13,7 @@ from dit_accel_assets import model_names, model_path
 from dit_accel_eval.runs.model import shipped_scheduler
 from dit_accel_eval.runs.results import Line, latest, read_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
-from dit_accel_eval.suites.compare import run
-from dit_accel_eval.suites.cost import SuiteProgress
+from dit_accel_eval.suites.compare import SuiteProgress, run
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import VERSION, read_ladder, setting_words
 from dit_accel_eval.suites.reference import default_cache

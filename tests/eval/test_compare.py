@@ -19,9 +19,8 @@ from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
 from dit_accel_eval.suites import compare, reference
 from dit_accel_eval.suites.arms import is_rival
-from dit_accel_eval.suites.compare import run
+from dit_accel_eval.suites.compare import progress_of, run
 from dit_accel_eval.suites.comparison import equal_value, figures, rival_steps, table
-from dit_accel_eval.suites.cost import progress_of
 from dit_accel_eval.suites.job import Job, check_lines
 from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.suite import read_suite

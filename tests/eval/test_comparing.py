@@ -10,7 +10,7 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST
 from dit_accel_eval.suites import compare
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.cost import SuiteProgress, clip_steps, cost_of
+from dit_accel_eval.suites.compare import SuiteProgress, clip_steps, cost_of
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import Suite, read_suite
 from fake_model import FakeModel

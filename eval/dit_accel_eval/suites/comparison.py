@@ -143,7 +143,8 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
     """
     arms = figures(suite, lines)
     most = max((arm.clips for arm in arms), default=0)
-    return f"{table_of([arm for arm in arms if arm.ahead or arm.clips == most], suite.clips)}\n\n{rule_words(arms)} {rival_words(lines)}"
+    shown = [arm for arm in arms if arm.ahead or arm.clips == most]
+    return f"{table_of(shown, suite.clips)}\n\n{rule_words(arms)} {rival_words(lines)}"
 
 
 def rule_words(arms: Sequence[ArmFigures]) -> str:
