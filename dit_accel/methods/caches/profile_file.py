@@ -49,9 +49,7 @@ def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tup
             "dit-accel tune profile"
         )
     if not entries[name]["cached"]:
-        raise ConfigError(
-            f"{option} = {path!r} names 0 blocks of {name} that may be cached; measure it with --cached"
-        )
+        raise ConfigError(f"{option} = {path!r} names 0 blocks of {name} that may be cached; measure it with --cached")
     return tuple(sorted(entries[name]["cached"]))
 
 
