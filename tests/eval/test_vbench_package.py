@@ -135,7 +135,7 @@ def test_what_can_not_be_measured_is_refused_with_the_packages_last_line(videos,
     assert (found.exit_code, "lacks 1 of 5: 'a red circle-3.mp4'" in text, calls) == (2, True, [])
     found, _, text = start(videos, videos, "-d", "subject_consistency")
     assert (found.exit_code, f"{videos} is no virtual environment" in text) == (2, True)
-    for option in (["--samples", "3"], ["--generate"], ["--reference", str(tmp_path)]):
+    for option in (["--samples", "3"], ["--generate"]):
         found, _, text = start(videos, ready, *option)
         assert (found.exit_code, f"which has no {option[0]}; leave one out" in text) == (2, True)
 
