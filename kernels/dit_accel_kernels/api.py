@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends import cpu, reference
-from dit_accel_kernels.backends import flex as flex_backend
-from dit_accel_kernels.backends.fa4 import attend as fa4_backend
-from dit_accel_kernels.backends.torch import attend as torch_backend
-from dit_accel_kernels.backends.torch import backward
-from dit_accel_kernels.backends.triton import support as triton_support
-from dit_accel_kernels.checks import problem_of
-from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import FrameDecay, wide_dtype
-from dit_accel_kernels.packing import SCHEMA, flatten, restore
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import Selection, words_of
-from dit_accel_kernels.states import resolved
-from dit_accel_kernels.tiles import TileLists
-from dit_accel_kernels.values import check_values
+from .backends import cpu, reference
+from .backends import flex as flex_backend
+from .backends.fa4 import attend as fa4_backend
+from .backends.torch import attend as torch_backend
+from .backends.torch import backward
+from .backends.triton import support as triton_support
+from .checks import problem_of
+from .errors import BackendUnavailableError
+from .features import FrameDecay, wide_dtype
+from .packing import SCHEMA, flatten, restore
+from .problem import Problem
+from .selection import Selection, words_of
+from .states import resolved
+from .tiles import TileLists
+from .values import check_values
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 """Output [B, H, S_q, D], LSE [B, H, S_q], exact tiles and kept bits of a call; what it doesn't give is empty."""

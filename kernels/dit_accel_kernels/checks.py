@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import FrameDecay
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import words_of
-from dit_accel_kernels.tiles import TileLists
+from .features import FrameDecay
+from .problem import Problem
+from .selection import words_of
+from .tiles import TileLists
 
 BACKENDS = ("auto", "triton", "fa4", "torch", "flex", "reference")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache, capturing, count_writes
+from .cache import StorageCache, capturing, count_writes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)

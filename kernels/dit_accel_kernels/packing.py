@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import Routing, Selection, Vote
+from .problem import Problem
+from .selection import Routing, Selection, Vote
 
 _PLAIN = (
     "Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "

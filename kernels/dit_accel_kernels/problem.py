@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.selection import Selection
-from dit_accel_kernels.tiles import TileLists
+from .cache import StorageCache
+from .selection import Selection
+from .tiles import TileLists
 
 _FRAMES: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 

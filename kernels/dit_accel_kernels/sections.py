@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import split_tiles
-from dit_accel_kernels.problem import Problem
+from .features import split_tiles
+from .problem import Problem
 
 PLAIN, CONSTANT, SLOW, ABSENT = range(4)
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import tile_means, wide_dtype
-from dit_accel_kernels.problem import Problem, by_head, lists_of
-from dit_accel_kernels.sections import sections_of
-from dit_accel_kernels.selection import LOG2_E, Routing, pack_bits, unpack_bits
-from dit_accel_kernels.tiles import EXACT, PARTS, POOLED, SKIPPED, TileLists
+from .features import tile_means, wide_dtype
+from .problem import Problem, by_head, lists_of
+from .sections import sections_of
+from .selection import LOG2_E, Routing, pack_bits, unpack_bits
+from .tiles import EXACT, PARTS, POOLED, SKIPPED, TileLists
 
 
 def list_states(problem: Problem) -> Tensor:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache, changed, count_writes
+from .cache import StorageCache, changed, count_writes
 
 SKIPPED, POOLED, EXACT = 0, 1, 2
 

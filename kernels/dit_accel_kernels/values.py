@@ -7,8 +7,8 @@ import os
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache, capturing, readable
-from dit_accel_kernels.problem import Problem, lists_of
+from .cache import StorageCache, capturing, readable
+from .problem import Problem, lists_of
 
 SWITCH = "DIT_ACCEL_VALIDATE"
 """Environment variable: 1 checks values in every call on a GPU too, which waits for it."""

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.sections import valid_tiles
-from dit_accel_kernels.selection import pack_bits, unpack_bits
-from dit_accel_kernels.states import list_states, visiting_order
-from dit_accel_kernels.tiles import EXACT
+from .problem import Problem
+from .sections import valid_tiles
+from .selection import pack_bits, unpack_bits
+from .states import list_states, visiting_order
+from .tiles import EXACT
 
 VOTE_BYTES = 16 << 20  # in which a backend may keep what votes go by until they are settled
 _HOLDING = Lock()  # by one thread at a time

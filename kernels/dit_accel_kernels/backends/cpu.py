@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dit_accel_kernels.backends import flex
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.tiles import TileLists
+from ..problem import Problem
+from ..tiles import TileLists
+from . import flex
 
 TABLE = Path(__file__).with_name("cpu_table.json")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import decay_by_frame, tile_means
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.sections import valid_tiles
-from dit_accel_kernels.states import list_states, resolved
-from dit_accel_kernels.tiles import EXACT, POOLED, padded_rows
+from ..cache import StorageCache
+from ..errors import BackendUnavailableError
+from ..features import decay_by_frame, tile_means
+from ..problem import Problem
+from ..sections import valid_tiles
+from ..states import list_states, resolved
+from ..tiles import EXACT, POOLED, padded_rows
 
 
 class Blocks(NamedTuple):

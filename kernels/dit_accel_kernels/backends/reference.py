@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.features import decay_by_frame, split_tiles, tile_means, wide_dtype
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import LOG2_E, pack_bits
-from dit_accel_kernels.states import selected_states
-from dit_accel_kernels.tiles import EXACT, POOLED
-from dit_accel_kernels.votes import Tally
+from ..features import decay_by_frame, split_tiles, tile_means, wide_dtype
+from ..problem import Problem
+from ..selection import LOG2_E, pack_bits
+from ..states import selected_states
+from ..tiles import EXACT, POOLED
+from ..votes import Tally
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

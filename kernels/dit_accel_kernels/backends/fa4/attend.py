@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.fa4.support import missing_requirement, rows_joined
-from dit_accel_kernels.cache import StorageCache, capturing
-from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.features import decay_by_frame, last_frame
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.sections import valid_tiles
-from dit_accel_kernels.selection import pack_bits
-from dit_accel_kernels.states import list_states, resolved
-from dit_accel_kernels.tiles import EXACT, padded_rows
+from ...cache import StorageCache, capturing
+from ...errors import BackendUnavailableError
+from ...features import decay_by_frame, last_frame
+from ...problem import Problem
+from ...sections import valid_tiles
+from ...selection import pack_bits
+from ...states import list_states, resolved
+from ...tiles import EXACT, padded_rows
+from .support import missing_requirement, rows_joined
 
 
 class Blocks(NamedTuple):
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
     empty: Tensor | None
 
 
-MODIFIERS = "dit_accel_kernels.backends.fa4.modifiers"  # which needs flash-attn-4
+MODIFIERS = f"{__package__}.modifiers"  # which needs flash-attn-4
 _BLOCKS: StorageCache[Blocks] = StorageCache()
 _NOTHING_EXACT: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
@@ -74,7 +74,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     out, lse = _exact_tiles(problem, need_lse=need_lse or pools)
     if pools:
         assert lse is not None
-        from dit_accel_kernels.backends.triton import attend as triton
+        from ..triton import attend as triton
 
         out, lse = triton.add_pooled(_without_exact(problem), out, lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None or not need_lse else lse, exact, None

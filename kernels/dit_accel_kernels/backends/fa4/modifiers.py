@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from flash_attn.cute import utils
 
-from dit_accel_kernels.backends.fa4.support import TILE
+from .support import TILE
 
 WORD = 32 * TILE  # keys of a word of bits
 

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from dit_accel_kernels.backends.triton.launch import architecture
-from dit_accel_kernels.backends.triton.support import missing_requirement as triton_requirement
+from ..triton.launch import architecture
+from ..triton.support import missing_requirement as triton_requirement
 
 PACKAGE = "flash-attn-4"
 DTYPES = (torch.bfloat16, torch.float16)

@@ -16,16 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch import fused
-from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
-from dit_accel_kernels.backends.torch.memory import cast
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut
-from dit_accel_kernels.backends.torch.workers import buffer, run_all, worker_threads
-from dit_accel_kernels.features import product_dtype, wide_dtype
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import LOG2_E
-from dit_accel_kernels.states import resolved
-from dit_accel_kernels.votes import Tally
+from ...features import product_dtype, wide_dtype
+from ...problem import Problem
+from ...selection import LOG2_E
+from ...states import resolved
+from ...votes import Tally
+from . import fused
+from .chunks import Chunk, chunks_of
+from .memory import cast
+from .tiled import Tiled, cut
+from .workers import buffer, run_all, worker_threads
 
 CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the caches
 GPU_CHUNKS = 256  # a GPU's chunks are this many times larger

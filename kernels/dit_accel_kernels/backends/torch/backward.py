@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.attend import chunk_sizes, taken, transform, weights_of, without_keys
-from dit_accel_kernels.backends.torch.chunks import Chunk, chunks_of
-from dit_accel_kernels.backends.torch.tiled import Tiled, cut, tiles_of
-from dit_accel_kernels.backends.torch.workers import buffer, thread_buffers
-from dit_accel_kernels.features import wide_dtype
-from dit_accel_kernels.problem import Problem
+from ...features import wide_dtype
+from ...problem import Problem
+from .attend import chunk_sizes, taken, transform, weights_of, without_keys
+from .chunks import Chunk, chunks_of
+from .tiled import Tiled, cut, tiles_of
+from .workers import buffer, thread_buffers
 
 TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.problem import Problem
+from ...cache import StorageCache
+from ...problem import Problem
 
 WASTE = 1 / 8  # most of a chunk's columns that padding may be
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_accel_kernels.backends.torch.binding import bound
+from .binding import bound
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 SWITCH = "DIT_ACCEL_CPU_LOOP"

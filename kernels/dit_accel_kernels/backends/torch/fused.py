@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.binding import Call
-from dit_accel_kernels.backends.torch.chunks import Lists, flat_lists, key_heads
-from dit_accel_kernels.backends.torch.compiled import library, loop
-from dit_accel_kernels.backends.torch.memory import fresh
-from dit_accel_kernels.backends.torch.tiled import Tiled
-from dit_accel_kernels.backends.torch.workers import run_all, worker_threads
-from dit_accel_kernels.features import product_dtype
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import LOG2_E
-from dit_accel_kernels.votes import VOTE_BYTES, Tally
+from ...features import product_dtype
+from ...problem import Problem
+from ...selection import LOG2_E
+from ...votes import VOTE_BYTES, Tally
+from .binding import Call
+from .chunks import Lists, flat_lists, key_heads
+from .compiled import library, loop
+from .memory import fresh
+from .tiled import Tiled
+from .workers import run_all, worker_threads
 
 WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
 PIECES = 8  # a worker, so that none waits long for the last

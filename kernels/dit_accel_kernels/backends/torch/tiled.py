@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.torch.memory import cast
-from dit_accel_kernels.features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.sections import valid_tiles
+from ...features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
+from ...problem import Problem
+from ...sections import valid_tiles
+from .memory import cast
 
 
 @dataclass(slots=True)

@@ -14,9 +14,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_accel_kernels.backends.triton.expand import Lists, bits_of_lists, expand, static_lists
-from dit_accel_kernels.backends.triton.forward import _fwd_kernel
-from dit_accel_kernels.backends.triton.launch import (
+from ...errors import BackendUnavailableError
+from ...problem import Problem
+from ...selection import LOG2_E, narrows, words_of
+from .expand import Lists, bits_of_lists, expand, static_lists
+from .forward import _fwd_kernel
+from .launch import (
     Launch,
     architecture,
     bulk_copies,
@@ -29,15 +32,12 @@ from dit_accel_kernels.backends.triton.launch import (
     warps,
     with_order,
 )
-from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
-from dit_accel_kernels.backends.triton.pool import pool
-from dit_accel_kernels.backends.triton.route import route
-from dit_accel_kernels.backends.triton.slices import joined, part_of, slices
-from dit_accel_kernels.backends.triton.support import missing_requirement
-from dit_accel_kernels.backends.triton.votes import fold
-from dit_accel_kernels.errors import BackendUnavailableError
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import LOG2_E, narrows, words_of
+from .plan import RowPlan, row_plan
+from .pool import pool
+from .route import route
+from .slices import joined, part_of, slices
+from .support import missing_requirement
+from .votes import fold
 
 
 def check(problem: Problem) -> None:

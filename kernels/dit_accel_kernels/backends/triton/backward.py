@@ -21,17 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.attend import check, fitting, on_device
-from dit_accel_kernels.backends.triton.backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
-from dit_accel_kernels.backends.triton.expand import Lists, expand, expand_columns, static_lists
-from dit_accel_kernels.backends.triton.launch import Launch, architecture, key_block, launch_of, query_block
-from dit_accel_kernels.backends.triton.loads import _load_part
-from dit_accel_kernels.backends.triton.plan import RowPlan, row_plan
-from dit_accel_kernels.backends.triton.pool import pool
-from dit_accel_kernels.backends.triton.slices import joined, key_part, part_of, slices
-from dit_accel_kernels.backends.triton.transpose import WORD, ColumnPlan, column_plan
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import LOG2_E, narrows
+from ...problem import Problem
+from ...selection import LOG2_E, narrows
+from .attend import check, fitting, on_device
+from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
+from .expand import Lists, expand, expand_columns, static_lists
+from .launch import Launch, architecture, key_block, launch_of, query_block
+from .loads import _load_part
+from .plan import RowPlan, row_plan
+from .pool import pool
+from .slices import joined, key_part, part_of, slices
+from .transpose import WORD, ColumnPlan, column_plan
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.backends.triton.forward import (
+from .forward import (
     _full_chunk,
     _pooled_bits,
     _pooled_range,
     _store_part,
 )
-from dit_accel_kernels.backends.triton.loads import _load_part
-from dit_accel_kernels.backends.triton.votes import _sections
+from .loads import _load_part
+from .votes import _sections
 
 
 @triton.jit

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import RowPlan
-from dit_accel_kernels.backends.triton.transpose import ColumnPlan, bits_of
-from dit_accel_kernels.problem import Problem, by_head
-from dit_accel_kernels.selection import words_of
+from ...problem import Problem, by_head
+from ...selection import words_of
+from .plan import RowPlan
+from .transpose import ColumnPlan, bits_of
 
 BLOCK = 512  # list entries that are looked at together
 BLOCK_COLUMNS = 256  # of a key tile's list, where 512 spill registers on Ampere

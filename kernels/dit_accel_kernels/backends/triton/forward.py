@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel_kernels.backends.triton.loads import _load, _load_near, _queries
-from dit_accel_kernels.backends.triton.votes import _begin, _sections, _store_rest, _vote
+from .loads import _load, _load_near, _queries
+from .votes import _begin, _sections, _store_rest, _vote
 
 
 @triton.jit

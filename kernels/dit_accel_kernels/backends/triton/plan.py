@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.features import decay_by_frame, last_frame, tile_means
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.sections import decay_of_tiles, sections_of
-from dit_accel_kernels.tiles import row_of_entry
+from ...cache import StorageCache
+from ...features import decay_by_frame, last_frame, tile_means
+from ...problem import Problem
+from ...sections import decay_of_tiles, sections_of
+from ...tiles import row_of_entry
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)

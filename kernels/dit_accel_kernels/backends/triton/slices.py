@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.selection import narrows
+from ...problem import Problem
+from ...selection import narrows
 
 SCRATCH_BYTES = 1 << 30  # of lists that one launch may read; at 460k tokens and 40 heads all of them take 8 GB
 Slice = tuple[slice, slice]  # of batches and of heads

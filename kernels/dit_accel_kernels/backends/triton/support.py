@@ -35,7 +35,7 @@ def _interpreter_problem(dtype: torch.dtype | None) -> str | None:
     """What is wrong with Triton's interpreter for this dtype, or None."""
     if dtype != torch.bfloat16:
         return None
-    from dit_accel_kernels.backends.triton.probe import bfloat16_products
+    from .probe import bfloat16_products
 
     if bfloat16_products():
         return None

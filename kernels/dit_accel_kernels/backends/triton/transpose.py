@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.backends.triton.plan import grouped, list_strides
-from dit_accel_kernels.cache import StorageCache
-from dit_accel_kernels.problem import Problem
-from dit_accel_kernels.sections import decay_of_tiles
-from dit_accel_kernels.selection import pack_bits
-from dit_accel_kernels.tiles import row_of_entry
+from ...cache import StorageCache
+from ...problem import Problem
+from ...sections import decay_of_tiles
+from ...selection import pack_bits
+from ...tiles import row_of_entry
+from .plan import grouped, list_strides
 
 WORD = 32  # key tiles a word of a bitmap
 
