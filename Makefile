@@ -110,19 +110,19 @@ format: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 clean:
-	rm -rf $(VENV) .diffusers build dist demo report.html report.media *.egg-info
+	rm -rf $(VENV) .diffusers build kernels/build dist demo report.html report.media *.egg-info kernels/*.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ./kernels --editable .
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[dev]"
 	touch $@
