@@ -30,7 +30,7 @@ def score_files(
     prompts: Path | None = None,
     warn: Callable[[str], None],
 ) -> Iterator[Line]:
-    """Give a line for each clip, then one for all if distances between sets are asked for.
+    """Give a line for each clip, then one for all if distances between sets are requested.
 
     Args:
         path: a clip, or a folder of clips.
