@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,6 +231,31 @@ def test_a_process_whose_card_answers_no_more_is_left(working, monkeypatch):
     assert [case.name for case in working.remaining(cases)] == ["good"]
     assert gpu.work("a", cases, working, None) == 0
     assert not working.remaining(cases)
+
+
+class Launch:
+    def __init__(self, name, seconds=0.0, compiled=()):
+        self.name, self.seconds, self.done = name, seconds, compiled
+
+    def compiled(self):
+        time.sleep(self.seconds)
+        self.done.append(self.name)
+
+
+def test_compiling_ahead_takes_each_launch_once_and_no_longer_than_it_may(monkeypatch):
+    """A case whose launches can't be told, or don't compile, says so itself when it runs."""
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    done = []
+    shared, slow = Launch("shared", compiled=done), Launch("slow", 2.0, done)
+    broken = Launch("broken", compiled=None)
+    cases = [Fake("first"), Fake("second"), Fake("raises"), Fake("third")]
+    into = {"first": {"a": shared}, "second": {"a": shared, "b": broken}, "third": {"c": slow, "d": slow}}
+    monkeypatch.setattr(Fake, "launches", lambda self, target: into[self.name], raising=False)
+    start = time.monotonic()
+    gpu.compile_ahead(cases, ThreadPoolExecutor(1), 0.2)
+    assert time.monotonic() - start < 1
+    assert done == ["shared"]
 
 
 def test_findings_of_another_card_or_code_do_not_count(working):
