@@ -212,13 +212,11 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
         for i in {0, tiles.query_tiles // 2, tiles.query_tiles - 1}:
             rows = slice(i * block, min((i + 1) * block, tiles.num_q))
             at = (slice(0, 1), slice(h, h + 1))
-            states, frames = _states_of(call, exact, h, i), call.arguments.get("frame_decay")
+            frames = call.arguments.get("frame_decay")
             frames = None if frames is None else replace(frames, q_frames=frames.q_frames[rows])
             part = Call(
                 inputs=(q[at][:, :, rows], k[at], v[at]),
-                tiles=TileLists.from_states(
-                    states, block_q=block, block_k=tiles.block_k, num_q=rows.stop - rows.start, num_k=tiles.num_k
-                ),
+                tiles=replace(_lists_of(call, exact, h, i), num_q=rows.stop - rows.start),
                 arguments={"layout": "bhsd"} if frames is None else {"layout": "bhsd", "frame_decay": frames},
                 grad_out=None if call.grad_out is None else call.grad_out[at][:, :, rows],
             )
@@ -228,14 +226,22 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
     return worst(list(errors(*map(torch.cat, result), q.dtype).values()))
 
 
-def _states_of(call: Call, exact: Tensor | None, head: int, q_tile: int) -> Tensor:
-    """Tile states uint8 [1, NK] of one query tile in the first batch, selection applied; lists are shared."""
-    states, count = call.tiles.states()[0, q_tile], call.tiles.key_tiles
-    if exact is None:
-        return states[None]
-    selection: Selection = call.arguments["selection"]
-    keep = None if selection.keep is None else unpack_bits(selection.keep[0, head, q_tile], count)
-    return left_by(selection, states, unpack_bits(exact[0, head, q_tile], count), keep)[None]
+def _lists_of(call: Call, exact: Tensor | None, head: int, i: int) -> TileLists:
+    """Lists of one query tile in the first batch, selection applied; the call's are shared by all heads."""
+    tiles, parts = call.tiles, {}
+    sizes = dict(block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.block_q, num_k=tiles.num_k)
+    if exact is not None:
+        selection: Selection = call.arguments["selection"]
+        keep = None if selection.keep is None else unpack_bits(selection.keep[0, head, i], tiles.key_tiles)
+        stays = unpack_bits(exact[0, head, i], tiles.key_tiles)
+        return TileLists.from_states(left_by(selection, tiles.states()[0, i], stays, keep)[None], **sizes)
+    for name, more in (("exact", ("exact_indices", "mask_ids")), ("pooled", ("pooled_indices",))):
+        offsets = getattr(tiles, f"{name}_offsets")
+        if offsets is not None:
+            first, end = offsets[0, i : i + 2].tolist()
+            parts[f"{name}_offsets"] = offsets.new_tensor([[0, end - first]])
+            parts |= {at: x[first:end] for at in more if (x := getattr(tiles, at)) is not None}
+    return TileLists(**sizes, **parts, mask_bits=tiles.mask_bits)
 
 
 def key_gradients(call: Call, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]) -> Errors:
