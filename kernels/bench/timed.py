@@ -212,12 +212,16 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
         for i in {0, tiles.query_tiles // 2, tiles.query_tiles - 1}:
             rows = slice(i * block, min((i + 1) * block, tiles.num_q))
             at = (slice(0, 1), slice(h, h + 1))
-            frames = call.arguments.get("frame_decay")
-            frames = None if frames is None else replace(frames, q_frames=frames.q_frames[rows])
+            arguments = {
+                name: x for name, x in call.arguments.items() if name in ("layout", "frame_decay", "precision")
+            }
+            if "frame_decay" in arguments:
+                frames = arguments["frame_decay"]
+                arguments["frame_decay"] = replace(frames, q_frames=frames.q_frames[rows])
             part = Call(
                 inputs=(q[at][:, :, rows], k[at], v[at]),
                 tiles=replace(_lists_of(call, exact, h, i), num_q=rows.stop - rows.start),
-                arguments={"layout": "bhsd"} if frames is None else {"layout": "bhsd", "frame_decay": frames},
+                arguments=arguments,
                 grad_out=None if call.grad_out is None else call.grad_out[at][:, :, rows],
             )
             yardstick, truth = part.run("reference")[0], part.to(torch.float64).run("reference")[0]
