@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...cache import StorageCache
 from ...problem import Problem
+from ...tiles import PARTS
 
 WASTE = 1 / 8  # most of a chunk's columns that padding may be
 
@@ -22,11 +23,14 @@ class Lists:
     counts: Tensor
     tiles: Tensor
 
-    def padded(self, q_tiles: Tensor, length: int) -> Tensor:
-        """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last, where it has one."""
+    def positions(self, q_tiles: Tensor, length: int) -> Tensor:
+        """Where the key tiles of some query tiles are, int64 [R, length], padded by each one's last where it has one."""
         column = torch.arange(length, device=self.tiles.device)
-        positions = torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
-        return self.tiles[positions].long()
+        return torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
+
+    def padded(self, q_tiles: Tensor, length: int) -> Tensor:
+        """The key tiles at these positions, int64 [R, length]."""
+        return self.tiles[self.positions(q_tiles, length)].long()
 
 
 def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
@@ -46,7 +50,8 @@ class Chunk:
 
     `q_tiles` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p], counted through all batches and key heads; of
     them `exact_counts` and `pooled_counts` [R] are each one's own. `tokens` [R] counts the keys of exact tiles, from
-    `least` to `most`, a ragged tail's padding left out.
+    `least` to `most`, a ragged tail's padding left out. `partial` int64 [3, N]: row, column in `exact` and number of
+    the mask of every tile that has one; None where none has.
     """
 
     q_tiles: Tensor
@@ -57,6 +62,7 @@ class Chunk:
     tokens: Tensor
     least: int
     most: int
+    partial: Tensor | None
 
 
 _CHUNKS: StorageCache[list[Chunk]] = StorageCache()
@@ -73,7 +79,7 @@ def chunks_of(problem: Problem, columns: int, multiple: int, *, remember: bool) 
     """
     if not remember:
         return _build(problem, columns, multiple)
-    parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
+    parts = [getattr(problem, name) for name in PARTS]
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k, columns, multiple)
     return _CHUNKS.get(parts, shapes, lambda: _build(problem, columns, multiple))
 
@@ -107,9 +113,19 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
                 tokens=part[2],
                 least=least,
                 most=most,
+                partial=_partial(problem.mask_ids, exact.positions(q_tiles, longest)),
             )
         )
     return chunks
+
+
+def _partial(mask_ids: Tensor | None, positions: Tensor) -> Tensor | None:
+    """The tiles with masks among those at some positions of the lists: see Chunk."""
+    if mask_ids is None or not positions.shape[1]:
+        return None
+    ids = mask_ids[positions].long()
+    row, column = (ids >= 0).nonzero(as_tuple=True)
+    return torch.stack([row, column, ids[row, column]]) if len(row) else None
 
 
 def _cuts(
