@@ -21,7 +21,7 @@ from .bits import words_of
 from .checks import problem_of
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
-from .packing import SCHEMA, flatten, restore
+from .packing import PLAIN, SCHEMA, flatten, restore
 from .problem import Problem
 from .selection import Selection
 from .states import resolved
@@ -54,7 +54,9 @@ def block_sparse_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
+    """Attention over the exact and pooled tiles of `tiles`, differentiable and opaque to torch.compile.
+
+    Gradients are those of q, k, v and `head_scale`.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
     they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
@@ -63,12 +65,15 @@ def block_sparse_attention(
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton
-            and reference backends other rows of that head too. What a mask leaves out may hold anything.
+        v: like k, with any head dim, which is the output's too. NaN and infinity in q, k or v reach every row that sees
+            them, as in dense attention; on the triton and reference backends other rows of that head too. What
+            `key_mask` and `key_length` leave out may hold anything, on the torch backend also what a mask inside a
+            tile hides.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.
-        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda).
+        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda). Its
+            gradient is sum(q . grad_q) / head_scale, exact at 0 too (with decay, which bends there, that of one side).
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
@@ -100,7 +105,7 @@ def block_sparse_attention(
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
     call = problem
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, head_scale)):
         call = _for_gradients(problem)
     return _wanted(torch.ops.dit_accel_kernels.block_sparse_attention(*flatten(call)), problem)
 
@@ -386,10 +391,22 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     problem = restore(tuple(inputs))
     if ctx.routed:
         problem = _after_routing(problem, saved[-1])
+    call, of_scale = problem, None
+    if ctx.needs_input_grad[_HEAD_SCALE] and problem.head_scale is not None:
+        # where it is 0, queries of 0 give the same logits, and a gradient that can be divided
+        zero = problem.head_scale == 0
+        q, head_scale = problem.q.masked_fill(zero[:, :, None, None], 0), problem.head_scale.masked_fill(zero, 1)
+        call = replace(problem, q=q, head_scale=head_scale)
     grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
-        grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
+        grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(call)
     )
-    return (*grads, *(None for _ in inputs[3:]))
+    if call is not problem:
+        of_scale = (problem.q.to(head_scale.dtype) * grads[0]).sum((2, 3)) / head_scale
+        of_scale = of_scale if len(head_scale) > 1 else of_scale.sum(0, keepdim=True)
+        grads[0] = grads[0].masked_fill(zero[:, :, None, None], 0)
+    rest = (of_scale if i == _HEAD_SCALE else None for i in range(3, len(inputs)))
+    return (*grads, *rest)
 
 
+_HEAD_SCALE = PLAIN.index("head_scale")
 _op.register_autograd(_autograd, setup_context=_setup_context)

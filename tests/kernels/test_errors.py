@@ -53,9 +53,9 @@ CASES = [
     (dict(head_scale=torch.ones(3)), ValueError, r"head_scale.*\[4\].*\[2, 4\].*found \[3\]"),
     (dict(head_scale=torch.ones(4).int()), TypeError, r"head_scale.*found torch\.int32"),
     (
-        dict(head_scale=torch.ones(4, requires_grad=True)),
+        dict(identity_mix=torch.ones(4, requires_grad=True)),
         ValueError,
-        r"head_scale.*found requires_grad=True",
+        r"identity_mix.*found requires_grad=True",
     ),
     (dict(head_scale=torch.ones(4).to("meta")), ValueError, r"head_scale.*cpu.*found meta"),
     (dict(identity_mix=torch.ones(1, 4)), ValueError, r"identity_mix.*\[4\].*\[2, 4\]"),
