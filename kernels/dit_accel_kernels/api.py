@@ -220,7 +220,7 @@ def _run(problem: Problem) -> Results:
         return _attend(problem)
 
 
-MASKED = ("reference", "torch")  # backends that take masks inside tiles and a head dim of v of its own
+MASKED = ("reference", "torch", "flex")  # backends that take masks inside tiles and a head dim of v of its own
 
 
 def _require_support(problem: Problem) -> None:

@@ -24,7 +24,7 @@ class Lists:
     tiles: Tensor
 
     def positions(self, q_tiles: Tensor, length: int) -> Tensor:
-        """Where the key tiles of some query tiles are, int64 [R, length], padded by each one's last where it has one."""
+        """Where some query tiles' key tiles are, int64 [R, length], padded by repeats of each one's last, if any."""
         column = torch.arange(length, device=self.tiles.device)
         return torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
 
