@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cache import StorageCache
-from ..csr import EXACT, POOLED, padded_rows, row_of_entry
+from ..csr import EXACT, POOLED, padded_rows
 from ..errors import BackendUnavailableError
 from ..features import decay_by_frame, tile_means
-from ..problem import Problem, by_head
+from ..masks import seen_by_mask
+from ..problem import Problem, by_head, lists_of
 from ..sections import valid_tiles
 from ..states import list_states, resolved
 from ..tiles import PARTS
@@ -171,7 +172,7 @@ def flex_call(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) ->
         keep = seen[place]
         if masks is not None and bits is not None:
             key = (column - pooled) % block_k  # of no meaning in pooled columns, which have no mask
-            keep = keep & (bits[masks[place], q_index % block_q, key // 32] >> key % 32 & 1 == 1)
+            keep = keep & seen_by_mask(bits, masks[place], q_index % block_q, key)
         return keep if valid is None else keep & valid[b, column]
 
     def score_mod(x: Tensor, b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
@@ -236,13 +237,9 @@ def _blocks(problem: Problem, pooled: int) -> Blocks:
     seen = masks = bits = None
     if pooled or problem.key_valid is not None or problem.mask_ids is not None:
         seen = torch.cat([means, exact], -1)
-    if problem.mask_ids is not None and problem.mask_bits is not None:
-        size = 1 << len(problem.mask_bits).bit_length()  # so that few numbers of masks are compiled for
-        bits = pad(problem.mask_bits, (0, 0, 0, 0, 0, size - len(problem.mask_bits)), value=-1)
-        masks = seen.new_full((problem.exact_offsets.shape[0], *seen.shape[2:]), size - 1, dtype=torch.int64)
-        row = row_of_entry(problem.exact_offsets, problem.mask_ids.numel())
-        masks.flatten(0, 1)[row, pooled + problem.exact_indices.long()] = problem.mask_ids.long() % size
-        masks = by_head(masks, problem.q.shape[1]).expand_as(seen)
+    if seen is not None and problem.mask_ids is not None:
+        masks, bits = lists_of(problem).mask_table()
+        masks = by_head(pad(masks, (pooled, 0), value=len(bits) - 1), problem.q.shape[1]).expand_as(seen)
     return Blocks(*padded_rows(partial), *padded_rows(full), seen, masks, bits)
 
 
