@@ -1,4 +1,4 @@
-"""The page about masks: its code runs as it stands, computes the masks that it speaks of, and its pictures are drawn."""
+"""The page about masks: its code runs, computes the masks that it speaks of, and its pictures are drawn from it."""
 
 import re
 import runpy

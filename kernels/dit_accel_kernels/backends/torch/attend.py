@@ -112,7 +112,7 @@ def _attend_chunk(
         p.copy_(x if total is None else x.div_(total[:, :, None]))
     if columns:
         v = taken(tiled.v, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, tiled.v.shape[2])[:, :columns]
-        _weigh(p[:, :, :columns], v, hidden, result)
+        _weigh(p[:, :, :columns], v, None if tiled.finite else hidden, result)
     else:
         result.zero_()
     if pools and tiled.v_mean is not None:
@@ -154,7 +154,7 @@ def transform(
 
 def _weigh(p: Tensor, v: Tensor, hidden: Tensor | None, out: Tensor) -> None:
     """Write p @ v, where values that are no numbers reach the rows that see them alone: 0 times NaN is not 0."""
-    if hidden is None or (v.device.type == "cpu" and bool(v.isfinite().all())):
+    if hidden is None:
         torch.bmm(p, v, out=out)
         return
     torch.bmm(p, v.nan_to_num(0.0, 0.0, 0.0), out=out)
@@ -214,11 +214,11 @@ def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor | None, 
     absent = None
     if tiled.absent is not None and chunk.exact.shape[1]:
         absent = tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
-    if tiled.bits is not None and chunk.partial is not None:
+    if tiled.bits is not None and chunk.partial is not None and chunk.masks is not None:
         (rows, tiles), block_k = chunk.exact.shape, tiled.k.shape[1]
-        row, column, mask = chunk.partial
+        row, column, place = chunk.partial
         hidden = torch.zeros(rows, tiled.q.shape[1], tiles, block_k, dtype=torch.bool, device=tiled.q.device)
-        hidden[row, :, column] = ~unpack_bits(tiled.bits[mask], block_k)
+        hidden[row, :, column] = (~unpack_bits(tiled.bits[chunk.masks], block_k))[place]
         hidden = hidden.flatten(2)[:, :, :columns]
         absent = hidden if absent is None else hidden.logical_or_(absent)
     if absent is None:

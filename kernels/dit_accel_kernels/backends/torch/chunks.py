@@ -50,8 +50,8 @@ class Chunk:
 
     `q_tiles` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p], counted through all batches and key heads; of
     them `exact_counts` and `pooled_counts` [R] are each one's own. `tokens` [R] counts the keys of exact tiles, from
-    `least` to `most`, a ragged tail's padding left out. `partial` int64 [3, N]: row, column in `exact` and number of
-    the mask of every tile that has one; None where none has.
+    `least` to `most`, a ragged tail's padding left out. `partial` int64 [3, N]: row and column in `exact` and place in
+    `masks` of every tile that has a mask; `masks` [M'] are their numbers, each once. None where none has.
     """
 
     q_tiles: Tensor
@@ -63,6 +63,7 @@ class Chunk:
     least: int
     most: int
     partial: Tensor | None
+    masks: Tensor | None
 
 
 _CHUNKS: StorageCache[list[Chunk]] = StorageCache()
@@ -103,6 +104,7 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
     for start, stop, longest, most_pooled, least, most in cuts:
         q_tiles, part = order[start:stop], counts[:, start:stop]
         shift = first[q_tiles, None]
+        partial, masks = _partial(problem.mask_ids, exact.positions(q_tiles, longest))
         chunks.append(
             Chunk(
                 q_tiles=q_tiles,
@@ -113,19 +115,21 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
                 tokens=part[2],
                 least=least,
                 most=most,
-                partial=_partial(problem.mask_ids, exact.positions(q_tiles, longest)),
+                partial=partial,
+                masks=masks,
             )
         )
     return chunks
 
 
-def _partial(mask_ids: Tensor | None, positions: Tensor) -> Tensor | None:
-    """The tiles with masks among those at some positions of the lists: see Chunk."""
+def _partial(mask_ids: Tensor | None, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The tiles with masks among those at some positions of the lists, and their masks: see Chunk."""
     if mask_ids is None or not positions.shape[1]:
-        return None
+        return None, None
     ids = mask_ids[positions].long()
     row, column = (ids >= 0).nonzero(as_tuple=True)
-    return torch.stack([row, column, ids[row, column]]) if len(row) else None
+    masks, place = ids[row, column].unique(return_inverse=True)
+    return (torch.stack([row, column, place]), masks) if len(row) else (None, None)
 
 
 def _cuts(
