@@ -112,7 +112,7 @@ def _attend_chunk(
         p.copy_(x if total is None else x.div_(total[:, :, None]))
     if columns:
         v = taken(tiled.v, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, tiled.v.shape[2])[:, :columns]
-        _weigh(p[:, :, :columns], v, None if tiled.finite else hidden, result)
+        _weigh(p[:, :, :columns], v, hidden, result)
     else:
         result.zero_()
     if pools and tiled.v_mean is not None:
@@ -133,8 +133,8 @@ def transform(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Decay logits, mask what is absent and add a pooled tile's length, in place.
 
-    Returns the decay t; which rows see no key, bool [R, 1 or block_q] (None: all of them do); and in chunks with masks
-    inside tiles what each row does not see, bool [R, block_q, columns].
+    Returns the decay t; which rows see no key, bool [R, 1 or block_q] (None: all of them do); and where masks inside
+    tiles may hide what is no number, what each row does not see, bool [R, block_q, columns].
     """
     t = decay_of(tiled, chunk, columns, buffers)
     if t is not None:
@@ -144,12 +144,13 @@ def transform(
         x[:, :, start:columns].masked_fill_(absent, -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
-    if tiled.absent is None and chunk.partial is None:
-        return t, None, None
-    empty = x.new_ones(len(x), 1, dtype=torch.bool) if absent is None else absent.all(-1)
-    if weights is not None:
-        empty = empty & (weights == -torch.inf).all(1, keepdim=True)
-    return t, empty, None if chunk.partial is None else absent
+    empty = hidden = None
+    if tiled.absent is not None or (chunk.partial is not None and chunk.partial.alone):
+        empty = x.new_ones(len(x), 1, dtype=torch.bool) if absent is None else absent.all(-1)
+        empty = empty if weights is None else empty & (weights == -torch.inf).all(1, keepdim=True)
+    if absent is not None and chunk.partial is not None and not tiled.finite:
+        hidden = torch.nn.functional.pad(absent, (start, 0))
+    return t, empty, hidden
 
 
 def _weigh(p: Tensor, v: Tensor, hidden: Tensor | None, out: Tensor) -> None:
@@ -211,21 +212,23 @@ def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor | None, 
     Bool [R, 1 or block_q, columns - start]; None where all are seen.
     """
     padded = beyond(chunk.tokens, columns, chunk.least)[:, None] if chunk.least < columns else None
-    absent = None
+    block_k, partial, absent, start = tiled.k.shape[1], chunk.partial, None, 0
     if tiled.absent is not None and chunk.exact.shape[1]:
         absent = tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
-    if tiled.bits is not None and chunk.partial is not None and chunk.masks is not None:
-        (rows, tiles), block_k = chunk.exact.shape, tiled.k.shape[1]
-        row, column, place = chunk.partial
-        hidden = torch.zeros(rows, tiled.q.shape[1], tiles, block_k, dtype=torch.bool, device=tiled.q.device)
-        hidden[row, :, column] = (~unpack_bits(tiled.bits[chunk.masks], block_k))[place]
-        hidden = hidden.flatten(2)[:, :, :columns]
+    if tiled.bits is not None and partial is not None:
+        first = min(partial.first, chunk.least // block_k) if absent is None else 0
+        row, column, place = partial.tiles
+        sizes = (len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1] - first, block_k)
+        hidden = torch.zeros(sizes, dtype=torch.bool, device=tiled.q.device)
+        hidden[row, :, column - first] = (~unpack_bits(tiled.bits[partial.masks], block_k))[place]
+        start = first * block_k
+        hidden = hidden.flatten(2)[:, :, : columns - start]
         absent = hidden if absent is None else hidden.logical_or_(absent)
     if absent is None:
         return padded, chunk.least
     if padded is not None:
-        absent[:, :, chunk.least :] |= padded
-    return absent, 0
+        absent[:, :, chunk.least - start :] |= padded
+    return absent, start
 
 
 def decay_of(tiled: Tiled, chunk: Chunk, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:

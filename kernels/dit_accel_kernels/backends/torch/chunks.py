@@ -45,13 +45,27 @@ def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Partial:
+    """Tiles of a chunk that have a mask.
+
+    `tiles` int64 [3, N]: row and column in the chunk's `exact`, and place in `masks` int64 [M'], which are numbers of
+    masks, each once. `first` is the first column that has one; `alone` tells whether a query tile sees no other tiles.
+    """
+
+    tiles: Tensor
+    masks: Tensor
+    first: int
+    alone: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Chunk:
     """Query tiles computed together, their key tiles padded to one length by repeats of each one's last.
 
     `q_tiles` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p], counted through all batches and key heads; of
     them `exact_counts` and `pooled_counts` [R] are each one's own. `tokens` [R] counts the keys of exact tiles, from
-    `least` to `most`, a ragged tail's padding left out. `partial` int64 [3, N]: row and column in `exact` and place in
-    `masks` of every tile that has a mask; `masks` [M'] are their numbers, each once. None where none has.
+    `least` to `most`, a ragged tail's padding left out. `partial` are those of its tiles that have a mask; None where
+    none has.
     """
 
     q_tiles: Tensor
@@ -62,8 +76,7 @@ class Chunk:
     tokens: Tensor
     least: int
     most: int
-    partial: Tensor | None
-    masks: Tensor | None
+    partial: Partial | None
 
 
 _CHUNKS: StorageCache[list[Chunk]] = StorageCache()
@@ -104,7 +117,6 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
     for start, stop, longest, most_pooled, least, most in cuts:
         q_tiles, part = order[start:stop], counts[:, start:stop]
         shift = first[q_tiles, None]
-        partial, masks = _partial(problem.mask_ids, exact.positions(q_tiles, longest))
         chunks.append(
             Chunk(
                 q_tiles=q_tiles,
@@ -115,21 +127,23 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
                 tokens=part[2],
                 least=least,
                 most=most,
-                partial=partial,
-                masks=masks,
+                partial=_partial(problem.mask_ids, exact.positions(q_tiles, longest)),
             )
         )
     return chunks
 
 
-def _partial(mask_ids: Tensor | None, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The tiles with masks among those at some positions of the lists, and their masks: see Chunk."""
+def _partial(mask_ids: Tensor | None, positions: Tensor) -> Partial | None:
+    """The tiles with masks among those at some positions of the lists."""
     if mask_ids is None or not positions.shape[1]:
-        return None, None
+        return None
     ids = mask_ids[positions].long()
-    row, column = (ids >= 0).nonzero(as_tuple=True)
+    masked = ids >= 0
+    row, column = masked.nonzero(as_tuple=True)
+    if not len(row):
+        return None
     masks, place = ids[row, column].unique(return_inverse=True)
-    return (torch.stack([row, column, place]), masks) if len(row) else (None, None)
+    return Partial(torch.stack([row, column, place]), masks, int(column.min()), bool(masked.all(1).any()))
 
 
 def _cuts(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cache import readable
 from ...features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
 from ...problem import Problem
 from .memory import cast
@@ -25,7 +26,7 @@ class Tiled:
     v: Tensor  # its head dim, like that of v_mean, is its own
     absent: Tensor | None  # bool [B * HK * NK, block_k], the keys that a mask leaves out
     bits: Tensor | None  # int32 [M, block_q, ceil(block_k / 32)], the masks inside tiles
-    finite: bool  # whether all values are known to be numbers; looked at on a CPU only, for masks inside tiles
+    finite: bool  # whether keys and values are known to be numbers; looked at on a CPU, for masks inside tiles
     k_mean: Tensor | None  # [B * HK * NK, D]
     v_mean: Tensor | None
     log_length: Tensor | None  # [B * HK * NK], natural log of a pooled tile's length
@@ -71,7 +72,7 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
         v=tiles_of(v, problem.block_k),
         absent=absent,
         bits=problem.mask_bits,
-        finite=problem.mask_bits is not None and v.device.type == "cpu" and bool(v.isfinite().all()),
+        finite=problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v)),
         k_mean=k_mean,
         v_mean=v_mean,
         log_length=log_length,
