@@ -100,8 +100,8 @@ def check_features(problem: Problem) -> None:
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have four dimensions, found {list(tensor.shape)}")
+        if tensor.dim() != 4 or tensor.shape[3] == 0:
+            raise ValueError(f"{name} must have four dimensions, the last at least 1, found {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, found {tensor.dtype}")
         if tensor.device != q.device:

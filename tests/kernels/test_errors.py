@@ -31,7 +31,8 @@ CASES = [
         ValueError,
         r"backend.*auto, triton, fa4, torch, flex.*found 'cudnn'",
     ),
-    (dict(q=Q[0]), ValueError, r"q.*dimensions, found \[4, 20, 8\]"),
+    (dict(q=Q[0]), ValueError, r"q.*dimensions.*found \[4, 20, 8\]"),
+    (dict(v=V[..., :0]), ValueError, r"v.*at least 1, found \[2, 2, 20, 0\]"),
     (dict(q=Q.long()), TypeError, r"q.*bfloat16, float16, float32.*float64, found torch\.int64"),
     (
         dict(k=K.double()),
