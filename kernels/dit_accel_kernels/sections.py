@@ -1,8 +1,9 @@
 """Sections of tiles by what a kernel must do in them: the order of visits is section by section.
 
 *Plain*: every key is there and no decay applies. *Constant*: every key is there and the tile has one decay t. *Slow*:
-the ragged last tile, tiles with invalid keys or a mask inside, tiles whose decay differs by element, and every tile
-where the tile size is no multiple of 16, in which chunks do not divide it. *Absent*: no valid key, never visited.
+the ragged last tile, tiles with invalid keys, tiles whose decay differs by element, and every tile where the tile size
+is no multiple of 16, in which chunks do not divide it. *Absent*: no valid key, never visited. An exact tile with a mask
+of its own is slow too, unless it is absent.
 """
 
 from __future__ import annotations
@@ -37,14 +38,6 @@ def sections_of(problem: Problem) -> Tensor:
         section = torch.where(all_valid[:, None], section, SLOW)
         section = torch.where(any_valid[:, None], section, ABSENT)
     return section.to(torch.uint8)
-
-
-def sections_of_entries(
-    problem: Problem, batch: Tensor, q_tile: Tensor, k_tile: Tensor, mask_ids: Tensor | None
-) -> Tensor:
-    """Section of each entry of lists of exact tiles, int64 [nnz], by its batch, its tiles and its mask."""
-    section = sections_of(problem)[batch, q_tile, k_tile.long()].long()
-    return section if mask_ids is None else torch.where(mask_ids < 0, section, section.clamp(min=SLOW))
 
 
 def valid_tiles(valid: Tensor, block: int) -> tuple[Tensor, Tensor]:
