@@ -185,9 +185,8 @@ def resolve_backend(
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        if lists is None or lists.mask_ids is not None:
-            return "torch"
-        return cpu.choice(dtype, lists, min(lists.num_q, lists.num_k))[0]
+        timed = lists if lists is not None and lists.mask_ids is None else None
+        return "torch" if timed is None else cpu.choice(dtype, timed, min(timed.num_q, timed.num_k))[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
