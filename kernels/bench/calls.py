@@ -7,7 +7,7 @@ running the methods on tiny models (tests/support/method_calls.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def make(kind: str, at: Setting, device: str) -> Call:
         return torch.randn(shape, generator=generator).to(device, DTYPES[at.dtype])
 
     q = random(at.batch, tokens, at.heads, at.dim)
-    k, v = (random(at.batch, tokens, at.key_heads, at.dim) for _ in range(2))
+    k = random(at.batch, tokens, at.key_heads, at.dim)
+    v = random(at.batch, tokens, at.key_heads, at.dim * 2 // 3 // 16 * 16 if "narrow" in words else at.dim)
     if "fused" in words:
         v = random(at.batch, tokens, 3, at.key_heads, at.dim)[:, :, 2]
     elif at.layout == "bhsd":
@@ -119,6 +120,8 @@ def make(kind: str, at: Setting, device: str) -> Call:
     rest = POOLED if "pooled" in words else SKIPPED
     selects = bool(words & {"keep", "pinned", "route", "route-exact", "routed", "reverse", *VOTES})
     tiles = lists(tokens, at.tile, 1.0 if selects and rest == SKIPPED else 0.5, rest, device, groups=at.groups)
+    if "partial" in words:
+        tiles = _partial(tiles, generator)
     arguments: dict[str, Any] = {"layout": layout, "return_lse": "backward" not in words}
     if "mask" in words:
         arguments["key_mask"] = (torch.rand(at.batch, tokens, generator=generator) < 0.9).to(device)
@@ -135,8 +138,17 @@ def make(kind: str, at: Setting, device: str) -> Call:
         inputs=(q, k, v),
         tiles=tiles,
         arguments=arguments,
-        grad_out=torch.randn(q.shape, generator=generator).to(q) if "backward" in words else None,
+        grad_out=torch.randn(*q.shape[:3], v.shape[3], generator=generator).to(q) if "backward" in words else None,
     )
+
+
+def _partial(tiles: TileLists, generator: torch.Generator) -> TileLists:
+    """Lists of which every second exact tile has one of two random masks."""
+    entries = torch.arange(tiles.tiles_exact, dtype=torch.int32)
+    shape = (2, tiles.block_q, -(-tiles.block_k // 32))
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+    ids = torch.where(entries % 2 == 0, entries // 2 % 2, -1)
+    return replace(tiles, mask_ids=ids.to(tiles.device), mask_bits=bits.to(tiles.device))
 
 
 def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device: str) -> Selection:
@@ -156,6 +168,6 @@ def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device:
 
 
 WORDS = (
-    "fused", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route", "route-exact", "routed",
-    *VOTES, "reverse", "backward",
+    "fused", "narrow", "partial", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route",
+    "route-exact", "routed", *VOTES, "reverse", "backward",
 )  # fmt: skip

@@ -146,14 +146,14 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
         yield
 
 
-def started_of(at: calls.Setting, target: str, into: dict[str, Recorded]) -> None:
-    """Record what adds pooled tiles to the output and LSE of exact ones, as the fa4 backend's calls launch it."""
-    call = calls.make("pooled", at, "cpu")
+def started_of(kind: str, at: calls.Setting, target: str, into: dict[str, Recorded]) -> None:
+    """Record what adds other tiles to the output and LSE of whole exact ones, as the fa4 backend's calls launch it."""
+    call = calls.make(kind, at, "cpu")
     q = call.inputs[0]
     exact = torch.zeros_like(q).transpose(1, 2), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     fa4 = importlib.import_module("dit_accel_kernels.backends.fa4.attend")
     with (
-        recording(target, into, f"{at.name}-pooled+started"),
+        recording(target, into, f"{at.name}-{kind}+started"),
         mock.patch.object(fa4, "missing_requirement", return_value=None),
         mock.patch.object(fa4, "_exact_tiles", return_value=exact),
     ):

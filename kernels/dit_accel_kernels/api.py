@@ -154,7 +154,8 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
     if problem.backend != "auto":
         return problem.backend
     if problem.q.device.type != "cpu":
-        return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
+        dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
+        return "triton" if dims == {"triton"} else "torch"
     timed = timed and not (problem.return_lse or problem.votes or problem.decay)
     tokens = min(problem.q.shape[2], problem.k.shape[2])
     return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
@@ -215,7 +216,7 @@ def _run(problem: Problem) -> Results:
         return _attend(problem)
 
 
-MASKED = ("reference",)  # backends that take masks inside tiles and a head dim of v of its own
+MASKED = ("reference", "triton", "fa4")  # backends that take masks inside tiles and a head dim of v of its own
 
 
 def _require_support(problem: Problem) -> None:

@@ -125,7 +125,7 @@ from calls import Setting
 from recorded import started_of
 
 into = {}
-started_of(Setting(), "sm_90", into)
+started_of("pooled", Setting(), "sm_90", into)
 forward = next(x for x in into.values() if x.kernel_name == "fwd")
 names = list(forward.signature)
 started, bits = (forward.constexprs.get((names.index(name),)) for name in ("STARTED", "pooled_bits_ptr"))
