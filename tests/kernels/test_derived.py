@@ -89,6 +89,19 @@ def test_a_plan_is_made_once_for_the_same_keys(ordered):
             assert operations(tiles, inputs, **order, **keys) > least + 20
 
 
+@pytest.mark.parametrize("features", ["order", "order decay"])
+def test_the_specification_compiles_with_what_is_remembered_elsewhere(features):
+    """It is plain eager code, which a compiler traces: what it would find in the cache it makes."""
+    q, k, v = qkv(1, 2, 2, TOKENS, TOKENS, 16, torch.float32)
+    tiles, order, mask = random_lists(1, TOKENS, TOKENS, 16, 16), torch.randperm(TOKENS), torch.rand(1, TOKENS) > 0.3
+    options = dict(frame_decay=decay()) if "decay" in features else {}
+
+    def attend(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return call("reference", tiles, (q, k, v), key_mask=mask, token_order=order, **options)
+
+    assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(q, mask), attend(q, mask))
+
+
 @BACKENDS
 def test_an_order_changed_in_place_counts(backend):
     inputs, tiles = qkv(1, 2, 2, TOKENS, TOKENS, 16, torch.float32), random_lists(1, TOKENS, TOKENS, 16, 16)
