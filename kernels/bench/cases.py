@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calls import Setting
-from recorded import Recorded, launches_of, started_of
+from recorded import Recorded, launches_of
 
 CASES = (
     (
@@ -33,4 +33,4 @@ def record_cases(target: str, into: dict[str, Recorded]) -> None:
             launches_of(kind, at, target, into)
     if target in STARTED:
         for kind in ("pooled", "partial+pooled"):
-            started_of(kind, Setting(), target, into)
+            launches_of(kind, Setting(), target, into, "fa4")

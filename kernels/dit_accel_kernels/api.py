@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .backends import cpu, reference
 from .backends import flex as flex_backend
 from .backends.fa4 import attend as fa4_backend
@@ -102,7 +103,7 @@ def block_sparse_attention(
     call = problem
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         call = _for_gradients(problem)
-    return _wanted(torch.ops.dit_accel_kernels.block_sparse_attention(*flatten(call)), problem)
+    return _wanted(ops.block_sparse_attention(*flatten(call)), problem)
 
 
 def _wanted(results: Results, problem: Problem) -> Tensor | tuple[Tensor, ...]:
@@ -188,7 +189,7 @@ def _triton(module: str = "attend") -> ModuleType:
     """A module with kernels, imported on first use: importing this package must not import triton."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
+    return importlib.import_module(f".backends.triton.{module}", __package__)
 
 
 def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
@@ -351,7 +352,7 @@ def _backward_fake(
 # the compiler captures around the op would replay one call's decisions, on memory that is its own.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention",
+    add_op_namespace_prefix("block_sparse_attention"),
     _forward,
     mutates_args=(),
     schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -359,7 +360,7 @@ _op = torch.library.custom_op(
 )
 _op.register_fake(_forward_fake)
 _backward_op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention_backward",
+    add_op_namespace_prefix("block_sparse_attention_backward"),
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
@@ -387,7 +388,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     problem = restore(tuple(inputs))
     if ctx.routed:
         problem = _after_routing(problem, saved[-1])
-    grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
+    grads = ops.block_sparse_attention_backward(
         grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
     )
     return (*grads, *(None for _ in inputs[3:]))
