@@ -153,13 +153,16 @@ def test_the_card_s_example_runs(tmp_path):
     text = (ROOT / "kernels" / "hub" / "CARD.md").read_text().split("```python\n")[1].split("```")[0]
     for old, new in (
         ("from kernels import get_kernel", "import dit_accel_kernels as kernel"),
-        ('kernel = get_kernel("{{ repo_id }}", version={{ version }}, trust_remote_code=True)\n', ""),
-        ('device="cuda", dtype=torch.bfloat16', "dtype=torch.float32"), ('.to("cuda")', ""), ("4096", "512"), ("32", "4"),
-    ):  # fmt: skip
+        ('kernel = get_kernel("{{ repo_id }}", version={{version}}, trust_remote_code=True)\n', ""),
+        ('device="cuda", dtype=torch.bfloat16', "dtype=torch.float32"),
+        ('.to("cuda")', ""),
+        ("4096", "512"),
+        ("eye(32", "eye(4"),
+    ):
         assert old in text
         text = text.replace(old, new)
     names: dict = {}
-    exec(text.replace("torch.float4", "torch.float32"), names)
+    exec(text, names)
     assert names["out"].shape == (1, 512, 8, 128)
     assert (names["tiles"].states() == names["kernel"].POOLED).sum() == 12
     pools, q = names["k"].unflatten(1, (4, 128)).mean(2), names["q"][:, :128]
