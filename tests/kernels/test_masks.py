@@ -257,7 +257,8 @@ def test_what_a_mask_hides_may_hold_anything(value, pooled, holders):
     tiles = TileLists.from_mask_mod(causal, **sizes)
     if pooled:  # all that is left of the diagonal
         lists = TileLists.from_states(torch.ones(3, 3, dtype=torch.uint8).tril() + torch.eye(3).byte(), **sizes)
-        tiles = replace(lists, mask_ids=torch.zeros(3, dtype=torch.int32), mask_bits=tiles.mask_bits)
+        mask = pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril())
+        tiles = replace(lists, mask_ids=torch.zeros(3, dtype=torch.int32), mask_bits=mask)
     given, results = qkv(1, 1, 1, 40, 40, 8, torch.float32), []
     for bad in (False, True):
         q, k, v = (x.clone() for x in given)
@@ -311,6 +312,8 @@ def ones(*shape, dtype=torch.int32):
     ("call", "error", "text"),
     [
         (lambda: TileLists.from_mask(ones(4, 4), block_q=4, block_k=4), TypeError, r"mask.*bool.*torch\.int32"),
+        (lambda: TileLists.from_mask(ones(4, 4).bool(), block_q=0, block_k=4), ValueError, r"block_q.*1, found 0"),
+        (lambda: TileLists.from_block_mask(ones(4, 4)), TypeError, r"block_mask.*BlockMask, found Tensor"),
         (lambda: TileLists.from_mask(ones(4, dtype=torch.bool), block_q=4, block_k=4), ValueError, r"S_q.*\[4\]"),
         (
             lambda: TileLists.from_mask_mod(lambda b, h, q, k: q - k, **SIZES),

@@ -81,7 +81,7 @@ def _select(case: Case, rng: np.random.Generator, votes: bool) -> None:
         case.pinned = rng.random((rows, tiles)) < 0.3
         case.pinned[:, 0] |= rng.random() < 0.5
     if rng.random() < 0.4:
-        case.routing = (float(rng.choice([-0.7, 0.3, 1.0])), str(rng.choice(["diag", "exact"])))
+        case.routing = (float(rng.choice([-0.7, 0.3, 0.9])), str(rng.choice(["diag", "exact"])))
     if votes and rng.random() < 0.7:
         case.vote = (criterion := str(rng.choice(list(CRITERIA))), float(rng.choice(CRITERIA[criterion])))
         if case.table is not None:  # so that a tile's distances have no gaps, and its section is plain to see
