@@ -36,15 +36,13 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
-    loop = fused.runs(problem)
-    tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
-    if loop:
-        out, lse = fused.attend(problem, tiled, tally, need_lse=need_lse)
+    if fused.runs(problem):
+        out, lse = fused.attend(problem, tally, need_lse=need_lse)
     else:
-        out, lse = _by_chunks(problem, tiled, tally, need_lse=need_lse, remember=not selects)
-    batch, heads, tokens, dim = problem.q.shape
-    out = cast(out.view(batch, heads, -1, dim)[:, :, :tokens], problem.q.dtype)
-    lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
+        out, lse = _by_chunks(problem, cut(problem), tally, need_lse=need_lse, remember=not selects)
+        batch, heads, tokens, dim = problem.q.shape
+        out = cast(out.view(batch, heads, -1, dim)[:, :, :tokens], problem.q.dtype)
+        lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
     return out, lse, exact, None if tally is None else tally.kept()
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 POINTERS = (
-    "q", "keys", "values", "key_means", "value_means", "lengths", "absent", "decay", "mean_decay", "frames",
-    "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "evidence_starts",
-    "out", "lse", "evidence",
+    "q", "k", "v", "out", "keys", "values", "key_means", "value_means", "lengths", "valid", "head_scale", "decay",
+    "mean_decay", "frames", "exact_offsets", "exact", "pooled_offsets", "pooled", "evidence_starts", "lse", "evidence",
+    "done",
 )  # fmt: skip
+STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides")
 SIZES = (
-    "query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass", "narrow_q", "narrow_out",
+    "batch", "heads", "key_heads", "groups", "num_q", "num_k", "rows", "columns", "dim", "value_dim", "by_mass",
+    "narrow", "pairs", "threads", "next", "end",
 )  # fmt: skip
 
 
@@ -21,8 +23,10 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64 * 3) for name in STRIDES),
         *((name, ctypes.c_int64) for name in SIZES),
         ("scale", ctypes.c_double),
+        ("seconds", ctypes.c_double),
     )
 
 
@@ -34,8 +38,8 @@ def bound(path: Path) -> ctypes.CDLL:
     """
     loaded = ctypes.CDLL(str(path))
     try:
-        loaded.panel.restype = loaded.call_bytes.restype = ctypes.c_int64
-        for function in (loaded.attend, loaded.pack_keys, loaded.pack_values):
+        loaded.panel.restype = loaded.call_bytes.restype = loaded.has_pairs.restype = ctypes.c_int64
+        for function in (loaded.attend, loaded.pack):
             function.restype, function.errcheck = ctypes.c_int64, _require_memory
     except AttributeError as error:
         raise OSError(f"{path} is no compiled loop: {error}") from None
