@@ -49,7 +49,7 @@ class MaskHandler(SparseHandler):
     def mask(self, q: Tokens, k: Tokens, layout: TokenLayout) -> Tensor:
         """Return which queries see which keys, bool; element by element of tensors that broadcast against each other.
 
-        It is asked for one row of a frame at a time, so that the mask of 75,600 tokens need not fit into memory.
+        It is called for one row of a frame at a time, so that the mask of 75,600 tokens need not fit into memory.
 
         Args:
             q: the queries, of shapes that broadcast to [X, F, Y, X]: those of one row, by all keys.
