@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
+from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, api, block_sparse_attention
 from dit_accel_kernels.backends.torch import attend, compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
@@ -181,8 +181,8 @@ def test_a_call_gets_the_threads_that_it_is_worth_whatever_the_machine_has(monke
 def test_an_interrupt_ends_a_long_call(threads):
     """As Ctrl-C does it; the threads are gone then, and the next call runs."""
     threads(2)
-    q, k, v = qkv(1, 8, 8, 8192, 8192, 64, torch.float32)
-    tiles = TileLists.full(8192, 8192, block_q=64, block_k=64)
+    q, k, v = qkv(1, 40, 40, 16384, 16384, 16, torch.bfloat16)  # many seconds
+    tiles = TileLists.full(16384, 16384, block_q=64, block_k=64)
     main, running = threading.get_ident(), threading.active_count()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
@@ -190,8 +190,7 @@ def test_an_interrupt_ends_a_long_call(threads):
     timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            for _ in range(20):
-                block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+            block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
     finally:
         timer.join()
         signal.signal(signal.SIGINT, before)
@@ -240,6 +239,37 @@ def test_bfloat16_stays_within_rounding(block_q, block_k, dim, layout):
     ]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     check_against_reference(q, k, v, tiles, layout=layout, key_mask=mask)
+
+
+def masked_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
+    """Causal up to the last key, with a gap, and rows that see no key."""
+    rows, keys = torch.arange(num_q)[:, None], torch.arange(num_k)
+    seen = (keys - (num_k - num_q)) <= rows
+    seen = seen & (rows % 29 != 3) & ((keys - rows) % 50 != 7)
+    return TileLists.from_mask(seen.expand(groups, -1, -1), block_q=block_q, block_k=block_k)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(40, 40), (5, 24), (64, 7)])
+def test_masks_inside_tiles_and_a_head_dim_of_v(monkeypatch, dim, value_dim, block_q, block_k, dtype):
+    """Rows without a key among others of their tile, key masks, decay, strides; whole tiles beside masked ones."""
+    monkeypatch.setattr(api, "MASKED", (*api.MASKED, "torch"), raising=False)
+    q, k, _ = qkv(2, 4, 2, 150, 700, dim, dtype)
+    v = torch.randn(2, 2, 700, value_dim).to(dtype)
+    tiles = masked_lists(1, 150, 700, block_q, block_k)
+    assert tiles.mask_ids is not None
+    check_against_reference(q, k, v, tiles, layout="bhsd")
+    frames = torch.arange(700, dtype=torch.int32) // 90
+    decay = FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=frames[:150], k_frames=frames)
+    mask = torch.rand(2, 700) > 0.3
+    check_against_reference(q, k, v, tiles, layout="bhsd", key_mask=mask, frame_decay=decay)
+    out, lse = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend="torch")
+    assert out.shape == (2, 4, 150, value_dim)
+    assert not out[:, :, 3::29].any()
+    assert lse[:, :, 3::29].eq(-torch.inf).all()
+    assert lse[:, :, 4::29].isfinite().all()
 
 
 @needs_compiler

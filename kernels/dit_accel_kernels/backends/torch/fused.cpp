@@ -73,6 +73,7 @@ extern "C" struct Call {
   const float *decay, *mean_decay;                 // [F + 2, NK * columns] and [F + 2, NK]; null: none
   const int64_t *frames;                           // [NQ * rows], rows of `decay`
   const int32_t *exact_offsets, *exact, *pooled_offsets, *pooled;  // [groups, NQ + 1], and key tiles of a head
+  const int32_t *mask_ids, *mask_bits;             // [exact tiles], -1: none; [masks, rows, words of columns]; null: none
   const int64_t *evidence_starts;                  // [B * H * NQ], where a query tile's `evidence` begins
   float *lse, *evidence;                           // [B * H, S_q]; [exact tiles, rows]; null: unused
   int64_t *done;                                   // [threads], pieces that each one did
@@ -252,17 +253,19 @@ struct Pack : Sizes {
 // Attends from a query tile; what one thread needs for it
 struct Attend : Sizes {
   const long step;  // columns of a row of logits
-  std::vector<float> logits, out, peak, sum, bias, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
+  std::vector<float> logits, out, peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
+  std::vector<uint8_t> seen;  // rows that have seen a key in tiles with masks
   long batch = 0, head = 0, first_row = 0, live = 0, tiles_before = 0;  // of the query tile; its rows that are queries
   double scale = 1;
-  bool any = false;  // whether the query tile has seen a key
+  bool any = false;  // whether all rows have seen a key
 
   explicit Attend(const Call& c)
       : Sizes(c), step(std::max(CHUNK / wide * wide, wide)), logits(rows * std::max(step, CHUNK)), out(rows * wide_dim),
-        peak(rows), sum(rows), bias(std::max(step, CHUNK)), decay(std::max(step, CHUNK)), queries(rows * depth) {}
+        peak(rows), sum(rows), bias(std::max(step, CHUNK)), masked(bias.size()), decay(bias.size()), queries(rows * depth), seen(rows) {}
 
-  // Logits [live, n] to weights: `first` says that nothing came before; `tiles`: the exact ones, 0 for pooled ones
-  void weigh(long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot) {
+  // Logits [live, n] to weights: `first` says that nothing came before; `tiles`: the exact ones, 0 for pooled ones;
+  // `ids`: their masks, null where none has one
+  void weigh(long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot, const int32_t* ids) {
     const bool decayed = call.decay != nullptr;
     // a float alone would err in every logit the same way; what it lacks has its sign, and so has infinity times that
     float most = static_cast<float>(scale);
@@ -276,6 +279,8 @@ struct Attend : Sizes {
         const int64_t own = call.frames[first_row + r];
         if (own != frame) gather_decay(frame = own, n, tiles, listed);
       }
+      if (ids) mask_row(r, tiles, ids);
+      const float* absent = ids ? masked.data() : bias.data();
       Vec top = all(NONE);
       for (long c = 0; c < n; c += WIDTH) {
         const Vec raw = load(x + c);
@@ -285,7 +290,7 @@ struct Attend : Sizes {
           value = value < less ? value : less;
         }
         if (biased) {  // what is absent is so whatever its logit, which is NaN where the query is
-          const Vec more = load(bias.data() + c);
+          const Vec more = load(absent + c);
           value = more > all(NONE) ? value + more : more;
         }
         store(x + c, value);
@@ -314,6 +319,18 @@ struct Attend : Sizes {
     }
   }
 
+  // What a row of some tiles sees by their masks too, in `masked`
+  void mask_row(long row, long tiles, const int32_t* ids) {
+    const long words = (columns + 31) / 32;
+    for (long j = 0; j < tiles; j++) {
+      const float* plain_row = &bias[j * wide];
+      float* to = &masked[j * wide];
+      const int32_t* bits = ids[j] < 0 ? nullptr : call.mask_bits + (ids[j] * rows + row) * words;
+      for (long c = 0; c < wide; c++) to[c] = !bits || (c < columns && bits[c / 32] >> c % 32 & 1) ? plain_row[c] : NONE;
+    }
+    seen[row] |= span_largest(masked.data(), tiles * wide) > NONE;
+  }
+
   void gather_decay(int64_t frame, long n, long tiles, const int32_t* listed) {
     if (tiles == 0) {
       for (long c = 0; c < n; c++) decay[c] = listed[c] < 0 ? 1 : call.mean_decay[frame * key_tiles + listed[c]];
@@ -340,13 +357,16 @@ struct Attend : Sizes {
         multiply(pairs, queries.data(), depth, keys, &logits[j * wide], step, live, wide, depth, false);
         biased |= tile == key_tiles - 1 && last < columns;
       }
+      const int32_t* ids = call.mask_ids ? call.mask_ids + begin + at : nullptr;
+      if (ids && *std::max_element(ids, ids + tiles) < 0) ids = nullptr;
+      biased |= ids != nullptr;
       for (long j = 0; biased && j < tiles; j++) {
         const long tile = listed[at + j], here = tile == key_tiles - 1 ? last : columns;
         const uint8_t* valid = call.valid ? call.valid + batch * call.num_k + tile * columns : nullptr;
         for (long c = 0; c < wide; c++) bias[j * wide + c] = c >= here || (valid && !valid[c]) ? NONE : 0;
       }
-      any = any || !biased || span_largest(bias.data(), tiles * wide) > NONE;
-      weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at);
+      any = any || (!ids && (!biased || span_largest(bias.data(), tiles * wide) > NONE));
+      weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at, ids);
       for (long j = 0; j < tiles; j++) {
         const float* values = call.values + (tiles_of_head + listed[at + j]) * value_depth * wide_dim;
         const float* weights = &logits[pairs ? j * wide / 2 : j * wide];
@@ -392,7 +412,7 @@ struct Attend : Sizes {
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[tiles_of_head + own[c]] : NONE;
       any = any || span_largest(bias.data(), filled) > NONE;
       multiply(false, q, dim, packed_keys.data(), logits.data(), CHUNK, live, filled, dim, false);
-      weigh(filled, CHUNK, true, first, 0, own.data(), 0);
+      weigh(filled, CHUNK, true, first, 0, own.data(), 0, nullptr);
       multiply(false, logits.data(), CHUNK, packed_values.data(), out.data(), wide_dim, live, wide_dim, n, !first);
       first = false;
     }
@@ -407,11 +427,12 @@ struct Attend : Sizes {
       fetch(&queries[r * depth], call.q, at(call.q_strides, batch, head, first_row + r), dim, call.narrow, pairs);
     bool first = true;
     any = false;
+    std::fill(seen.begin(), seen.end(), 0);
     // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
     if (call.pooled_offsets) pooled(first);
     exact(query_tile, first);
-    const bool empty = !any;  // no key, which a logit of -infinity is
     for (long r = 0; r < live; r++) {
+      const bool empty = !any && !seen[r];  // no key, which a logit of -infinity is
       float* row = &out[r * wide_dim];
       const long to = at(call.out_strides, batch, head, first_row + r);
       const float share = 1 / sum[r];

@@ -75,8 +75,8 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         "q": q, "k": k, "v": v, "out": out, "lse": lse if need_lse else None,
         "keys": _panels("keys", (key_tiles, wide, dim // each)),
         "values": _panels("values", (key_tiles, wide_dim, -(-problem.block_k // each))),
-        "exact_offsets": problem.exact_offsets.int().contiguous(),
-        "exact": problem.exact_indices.int().contiguous(),
+        "exact_offsets": problem.exact_offsets.contiguous(),
+        "exact": problem.exact_indices.contiguous(),
         "groups": problem.exact_offsets.shape[0],
         "done": torch.zeros(threads, dtype=torch.int64),
         "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
@@ -84,6 +84,8 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         "by_mass": tally is not None and tally.by_mass, "narrow": narrow, "pairs": pairs,
         "threads": threads, "scale": problem.scale * LOG2_E, "seconds": SLICE,
     }  # fmt: skip
+    if problem.mask_ids is not None and problem.mask_bits is not None:
+        shared |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous()}
     if problem.head_scale is not None:
         shared["head_scale"] = problem.head_scale.expand(batch, -1).contiguous()
     if problem.key_valid is not None:
@@ -92,8 +94,8 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         key_means, value_means, log_length = pools(problem, k.float(), v.float())
         shared |= {
             "key_means": key_means, "value_means": value_means, "lengths": log_length * LOG2_E,  # pyright: ignore
-            "pooled_offsets": problem.pooled_offsets.int().contiguous(),
-            "pooled": problem.pooled_indices.int().contiguous(),
+            "pooled_offsets": problem.pooled_offsets.contiguous(),
+            "pooled": problem.pooled_indices.contiguous(),
         }  # fmt: skip
     if problem.decay is not None:
         shared["decay"], shared["mean_decay"], shared["frames"], _ = decays(problem, torch.float32)
@@ -115,7 +117,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _panels(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Memory that the loop fills: of small calls what the last one had, since new pages take longer than to fill them."""
+    """Memory that the loop fills: in small calls what the last one had, since new pages take longer than filling it."""
     if 4 * math.prod(shape) >= LEAST_BYTES:
         return fresh(shape, torch.float32)
     return buffer(thread_buffers(), name, torch.empty(0), shape, torch.float32)
