@@ -26,7 +26,8 @@ constexpr int WIDTH = 16, ROWS = 12;  // of 32 registers 24 hold sums
 constexpr int WIDTH = 8, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * WIDTH;
-constexpr long CHUNK = 512;  // columns of logits that are kept at a time
+constexpr long CHUNK = 512;   // columns of logits that are kept at a time
+constexpr long SUMMED = 256;  // of float32 weights that are summed up in one go
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -100,24 +101,29 @@ static void fetch(float* to, const void* x, long from, long n, bool half, bool p
   }
 }
 
-// C [R, PANEL] = (C +) A [R, K] B [K, PANEL], summed up before it is added: a sum over all tiles would round at its size
+// C [R, PANEL] = (C +) A [R, K] B [K, PANEL], summed up before it is added: a sum over all tiles would round at its size.
+// A and B come in parts: A `next` words apart, B the n-th panel of each part; K, lda and next count words.
 template <int R, bool P>
-static inline void product(const float* a, long lda, const float* b, float* c, long ldc, long K, bool add) {
+static inline void product(const float* a, long lda, long next, const float* const* b, long parts, long n, float* c,
+                           long ldc, long K, bool add) {
   Vec sum[R][2];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < 2; j++) sum[r][j] = Vec{};
-  for (long k = 0; k < K; k++) {
-    const Vec left = load(b + k * PANEL), right = load(b + k * PANEL + WIDTH);
+  for (long part = 0; part < parts; part++, a += next) {
+    const float* panel = b[part] + n * K * PANEL;
+    for (long k = 0; k < K; k++, panel += PANEL) {
+      const Vec left = load(panel), right = load(panel + WIDTH);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      if (P) {
-        const Vec x = (Vec)(reinterpret_cast<const Bits*>(a)[r * lda + k] - Ints{});
-        sum[r][0] = add_pairs(sum[r][0], x, left);
-        sum[r][1] = add_pairs(sum[r][1], x, right);
-      } else {
-        const Vec x = all(a[r * lda + k]);
-        sum[r][0] += x * left;
-        sum[r][1] += x * right;
+      for (int r = 0; r < R; r++) {
+        if (P) {
+          const Vec x = (Vec)(reinterpret_cast<const Bits*>(a)[r * lda + k] - Ints{});
+          sum[r][0] = add_pairs(sum[r][0], x, left);
+          sum[r][1] = add_pairs(sum[r][1], x, right);
+        } else {
+          const Vec x = all(a[r * lda + k]);
+          sum[r][0] += x * left;
+          sum[r][1] += x * right;
+        }
       }
     }
   }
@@ -125,21 +131,22 @@ static inline void product(const float* a, long lda, const float* b, float* c, l
     for (int j = 0; j < 2; j++) store(c + r * ldc + j * WIDTH, add ? load(c + r * ldc + j * WIDTH) + sum[r][j] : sum[r][j]);
 }
 
-// C [M, N] = (C +) A [M, K] B, with B in N / PANEL panels of K rows; K, lda and panels count words
+// C [M, N] = (C +) A [M, K] B of parts, each of N / PANEL panels
 template <bool P>
-static void multiply(const float* a, long lda, const float* b, float* c, long ldc, long M, long N, long K, bool add) {
-  for (long n = 0; n < N; n += PANEL, b += K * PANEL) {
+static void multiply(const float* a, long lda, long next, const float* const* b, long parts, float* c, long ldc, long M,
+                     long N, long K, bool add) {
+  for (long n = 0; n < N / PANEL; n++, c += PANEL) {
     long m = 0;
-    for (; m + ROWS <= M; m += ROWS) product<ROWS, P>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
-    for (; m + 4 <= M; m += 4) product<4, P>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
-    for (; m < M; m++) product<1, P>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
+    for (; m + ROWS <= M; m += ROWS) product<ROWS, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
+    for (; m + 4 <= M; m += 4) product<4, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
+    for (; m < M; m++) product<1, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
   }
 }
 
-static void multiply(bool pairs, const float* a, long lda, const float* b, float* c, long ldc, long M, long N, long K,
-                     bool add) {
-  if (HAS_PAIRS && pairs) multiply<true>(a, lda, b, c, ldc, M, N, K, add);
-  else multiply<false>(a, lda, b, c, ldc, M, N, K, add);
+static void multiply(bool pairs, const float* a, long lda, long next, const float* const* b, long parts, float* c,
+                     long ldc, long M, long N, long K, bool add) {
+  if (HAS_PAIRS && pairs) multiply<true>(a, lda, next, b, parts, c, ldc, M, N, K, add);
+  else multiply<false>(a, lda, next, b, parts, c, ldc, M, N, K, add);
 }
 
 // 2^x for x <= 0, to the last bit or two; 0 below the smallest normal number, NaN of NaN
@@ -254,6 +261,7 @@ struct Pack : Sizes {
 struct Attend : Sizes {
   const long step;  // columns of a row of logits
   std::vector<float> logits, out, peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
+  const float* panels[CHUNK / PANEL];
   std::vector<uint8_t> seen;  // rows that have seen a key in tiles with masks
   long batch = 0, head = 0, first_row = 0, live = 0, tiles_before = 0;  // of the query tile; its rows that are queries
   double scale = 1;
@@ -354,7 +362,7 @@ struct Attend : Sizes {
       for (long j = 0; j < tiles; j++) {
         const long tile = listed[at + j];
         const float* keys = call.keys + (tiles_of_head + tile) * wide * depth;
-        multiply(pairs, queries.data(), depth, keys, &logits[j * wide], step, live, wide, depth, false);
+        multiply(pairs, queries.data(), depth, 0, &keys, 1, &logits[j * wide], step, live, wide, depth, false);
         biased |= tile == key_tiles - 1 && last < columns;
       }
       const int32_t* ids = call.mask_ids ? call.mask_ids + begin + at : nullptr;
@@ -367,11 +375,12 @@ struct Attend : Sizes {
       }
       any = any || (!ids && (!biased || span_largest(bias.data(), tiles * wide) > NONE));
       weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at, ids);
-      for (long j = 0; j < tiles; j++) {
-        const float* values = call.values + (tiles_of_head + listed[at + j]) * value_depth * wide_dim;
-        const float* weights = &logits[pairs ? j * wide / 2 : j * wide];
-        multiply(pairs, weights, step, values, out.data(), wide_dim, live, wide_dim, value_depth, !first);
-        first = false;
+      const long next = pairs ? wide / 2 : wide;
+      for (long j = 0, parts; j < tiles; j += parts, first = false) {
+        parts = std::min(tiles - j, pairs ? tiles : std::max(1L, SUMMED / wide));
+        for (long part = 0; part < parts; part++)
+          panels[part] = call.values + (tiles_of_head + listed[at + j + part]) * value_depth * wide_dim;
+        multiply(pairs, &logits[j * next], step, next, panels, parts, out.data(), wide_dim, live, wide_dim, value_depth, !first);
       }
     }
     if (call.evidence && call.by_mass)  // sums were relative to the largest logit so far
@@ -411,9 +420,11 @@ struct Attend : Sizes {
       }
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[tiles_of_head + own[c]] : NONE;
       any = any || span_largest(bias.data(), filled) > NONE;
-      multiply(false, q, dim, packed_keys.data(), logits.data(), CHUNK, live, filled, dim, false);
+      panels[0] = packed_keys.data();
+      multiply(false, q, dim, 0, panels, 1, logits.data(), CHUNK, live, filled, dim, false);
       weigh(filled, CHUNK, true, first, 0, own.data(), 0, nullptr);
-      multiply(false, logits.data(), CHUNK, packed_values.data(), out.data(), wide_dim, live, wide_dim, n, !first);
+      panels[0] = packed_values.data();
+      multiply(false, logits.data(), CHUNK, 0, panels, 1, out.data(), wide_dim, live, wide_dim, n, !first);
       first = false;
     }
   }
