@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from dit_accel_kernels import (
     TileLists,
     Vote,
     block_sparse_attention,
+    dense_speed,
     predicted_speedup,
     resolve_backend,
 )
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
+from dit_accel_kernels.backends.torch import compiled, fused
 from kernel_cases import qkv
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
@@ -186,3 +189,46 @@ def test_auto_runs_where_torch_compile_is_switched_off(flex_calls, monkeypatch):
     assert torch.equal(found, block_sparse_attention(q, k, v, **call, backend="torch"))
     with pytest.raises(BackendUnavailableError, match="switched off"):
         block_sparse_attention(q, k, v, **call, backend="flex")
+
+
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+
+
+@needs_compiler
+def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generator(monkeypatch):
+    monkeypatch.delenv(cpu.DENSE, raising=False)
+    monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
+    cpu._dense_speed.cache_clear()
+    torch.manual_seed(0)
+    before, taken = torch.get_rng_state(), []
+    monkeypatch.setattr(cpu, "_loop", lambda problem, real=cpu._loop: taken.append(problem.q.shape) or real(problem))
+    found = [dense_speed(torch.float32, 32) for _ in range(2)]
+    assert found[0] == found[1] > 0
+    assert taken == [(1, torch.get_num_threads(), 128, 32)] * 6
+    assert torch.equal(torch.get_rng_state(), before)
+    dense_speed(torch.float32, 16)
+    assert len(taken) == 12
+    cpu._dense_speed.cache_clear()
+
+
+@needs_compiler
+def test_the_slower_way_is_told_as_such(monkeypatch):
+    monkeypatch.delenv(cpu.DENSE, raising=False)
+    monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
+    for name, slow in (("_loop", 0.0), ("_dense", float("inf"))):
+        cpu._dense_speed.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, name, lambda problem: time.sleep(0.05))
+            speed = dense_speed(torch.float32, 16)
+            assert speed is not None
+            assert (speed < 1) == (slow == 0.0)
+    cpu._dense_speed.cache_clear()
+
+
+@needs_compiler
+def test_a_measurement_is_replaced_by_the_environments_and_other_calls_have_none(monkeypatch):
+    monkeypatch.setenv(cpu.DENSE, "1.75")
+    assert dense_speed(torch.float32, 64) == 1.75
+    assert dense_speed(torch.float64, 64) is None
+    monkeypatch.setattr(fused, "library", lambda: None)
+    assert dense_speed(torch.float32, 64) is None

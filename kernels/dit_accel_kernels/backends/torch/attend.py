@@ -36,7 +36,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
-    if fused.runs(problem):
+    if fused.takes(problem.q.device, problem.q.dtype):
         out, lse = fused.attend(problem, tally, need_lse=need_lse)
     else:
         out, lse = _by_chunks(problem, cut(problem), tally, need_lse=need_lse, remember=not selects)

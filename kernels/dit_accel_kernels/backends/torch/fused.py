@@ -26,9 +26,9 @@ PACK_FLOPS = 25  # what it computes while a number is packed
 SLICE = 0.5  # seconds after which the loop comes back to Python, which looks for signals, and goes on
 
 
-def runs(problem: Problem) -> bool:
-    """Say whether the loop takes a call: on a CPU, in products that it has, where it could be compiled."""
-    return problem.q.device.type == "cpu" and library() is not None and _has_products(problem.q.dtype)
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the loop takes calls: on a CPU, in products that it has, where it could be compiled."""
+    return device.type == "cpu" and library() is not None and _has_products(dtype)
 
 
 def _has_products(dtype: torch.dtype) -> bool:
