@@ -72,35 +72,40 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
 
 
 def dense_speed(dtype: torch.dtype, dim: int) -> float | None:
-    """How many times as fast as torch's SDPA the compiled loop computes dense attention on this CPU.
+    """How many times as fast as torch's SDPA the compiled loop computes dense attention on a core of this CPU.
 
-    Measured once a process for each dtype, head dim and number of threads, in some tens of milliseconds; what the
-    environment variable DIT_ACCEL_CPU_DENSE holds, if it is set. None where the loop takes no such calls.
+    Measured once a process for each dtype and head dim, in some tens of milliseconds of one thread's own time, which
+    other work on the machine hardly changes; what the environment variable DIT_ACCEL_CPU_DENSE holds, if it is set.
+    None where the loop takes no such calls.
     """
     if not fused.takes(torch.device("cpu"), dtype):
         return None
     named = os.environ.get(DENSE)
-    return _dense_speed(dtype, dim, torch.get_num_threads()) if named is None else float(named)
+    return _dense_speed(dtype, dim) if named is None else float(named)
 
 
 @lru_cache(maxsize=64)
-def _dense_speed(dtype: torch.dtype, dim: int, threads: int) -> float:
-    """The ratio of the best of five calls each, in turn; as many heads as threads."""
+def _dense_speed(dtype: torch.dtype, dim: int) -> float:
+    """The ratio of the best of five calls each, in turn."""
     generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
-    q, k, v = (torch.randn(1, threads, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
+    q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
     tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
     problem = Problem(
         q=q, k=k, v=v, **{name: getattr(tiles, name) for name in PARTS}, block_q=DENSE_TILE, block_k=DENSE_TILE,
         scale=dim**-0.5,
     )  # fmt: skip
-    best = [float("inf")] * 2
-    with torch.no_grad():
-        for turn in range(6):
-            for i, call in enumerate((_dense, _loop)):
-                began = time.perf_counter()
-                call(problem)
-                if turn:
-                    best[i] = min(best[i], time.perf_counter() - began)
+    best, threads = [float("inf")] * 2, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for turn in range(6):
+                for i, call in enumerate((_dense, _loop)):
+                    began = time.thread_time()
+                    call(problem)
+                    if turn:  # the first fills caches
+                        best[i] = min(best[i], time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
     return best[0] / best[1]
 
 
