@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 POINTERS = (
     "q", "k", "v", "out", "keys", "values", "key_means", "value_means", "lengths", "valid", "head_scale", "decay",
     "mean_decay", "frames", "exact_offsets", "exact", "pooled_offsets", "pooled", "mask_ids",
-    "mask_bits", "evidence_starts", "lse", "evidence", "done",
+    "mask_bits", "evidence_starts", "lse", "evidence", "done", "parallel",
 )  # fmt: skip
 STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides")
 SIZES = (
     "batch", "heads", "key_heads", "groups", "num_q", "num_k", "rows", "columns", "dim", "value_dim", "by_mass",
-    "narrow", "pairs", "threads", "next", "end",
+    "narrow", "pairs", "team", "threads", "next", "end",
 )  # fmt: skip
 
 
@@ -52,3 +56,22 @@ def _require_memory(failed: Any, function: Any, _: Any) -> Any:
     if failed:
         raise MemoryError(f"{function.__name__} of the compiled loop found no memory for what it keeps beside the call")
     return failed
+
+
+@lru_cache(maxsize=1)
+def torchs_threads() -> int | None:
+    """Return where GOMP_parallel is, which runs a function on the threads that torch keeps; None: torch has none such.
+
+    A child process has none of its parent's threads, and libgomp waits for them there: it starts its own.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(torchs_threads=lambda: None))

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <system_error>
 #include <thread>
@@ -78,9 +79,10 @@ extern "C" struct Call {
   const int64_t *evidence_starts;                  // [B * H * NQ], where a query tile's `evidence` begins
   float *lse, *evidence;                           // [B * H, S_q]; [exact tiles, rows]; null: unused
   int64_t *done;                                   // [threads], pieces that each one did
+  void *parallel;                                  // GOMP_parallel of the threads that torch keeps; null: start some
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];  // of batch, head and token, in numbers
   int64_t batch, heads, key_heads, groups, num_q, num_k, rows, columns, dim, value_dim, by_mass, narrow, pairs;
-  int64_t threads, next, end;                      // pieces from `next` to `end` are still to be done
+  int64_t team, threads, next, end;                // torch's threads, those that may work; pieces from `next` to `end` are still to be done
   double scale, seconds;
 };
 
@@ -455,16 +457,35 @@ struct Attend : Sizes {
   }
 };
 
+// Run a function on a call's threads at once. Torch's own wait for work for a while after each operation, on the cores
+// that threads of ours would need; a smaller team than torch's would have libgomp end the others.
+static void on_threads(const Call& call, const std::function<void()>& run) {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  if (call.threads > 1 && call.parallel) {
+    const auto start = reinterpret_cast<Parallel>(call.parallel);
+    start([](void* f) { (*static_cast<const std::function<void()>*>(f))(); }, const_cast<void*>((const void*)&run), call.team, 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  try {
+    for (int64_t thread = 1; thread < call.threads; thread++) others.emplace_back(run);
+  } catch (...) {  // as many as the system gives
+  }
+  run();
+  for (std::thread& other : others) other.join();
+}
+
 // Do the pieces of a call, each by whichever thread is free, and take none anew after `seconds`: the caller can be
 // interrupted in between. 1 if memory ran out.
 template <class Work>
 static int64_t share(Call& call) {
-  std::atomic<int64_t> next{call.next};
+  std::atomic<int64_t> next{call.next}, started{0};
   std::atomic<bool> failed{false};
   const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(call.seconds);
-  const auto run = [&](int64_t thread) {
+  on_threads(call, [&] {
     try {  // an exception must leave neither a thread nor for Python
-      if (next >= call.end) return;
+      const int64_t thread = started++;
+      if (thread >= call.threads || next >= call.end) return;
       Work work(call);
       for (int64_t piece; !failed && (piece = next++) < call.end;) {
         work.run(piece);
@@ -474,14 +495,7 @@ static int64_t share(Call& call) {
     } catch (...) {
       failed = true;
     }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int64_t thread = 1; thread < call.threads; thread++) others.emplace_back(run, thread);
-  } catch (...) {  // as many as the system gives
-  }
-  run(0);
-  for (std::thread& other : others) other.join();
+  });
   call.next = std::min<int64_t>(next, call.end);
   return failed;
 }

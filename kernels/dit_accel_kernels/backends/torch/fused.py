@@ -14,6 +14,7 @@ from ...features import product_dtype
 from ...problem import Problem
 from ...selection import LOG2_E
 from ...votes import VOTE_BYTES, Tally
+from . import binding
 from .binding import STRIDES, Call
 from .chunks import Lists, flat_lists
 from .compiled import library, loop
@@ -21,7 +22,7 @@ from .memory import LEAST_BYTES, cast, fresh
 from .tiled import decays, pools
 from .workers import buffer, thread_buffers
 
-START_FLOPS = 2.5e6  # what a thread computes while one more is started
+START_FLOPS = 5e5  # what a thread computes while one more joins in
 PACK_FLOPS = 25  # what it computes while a number is packed
 SLICE = 0.5  # seconds after which the loop comes back to Python, which looks for signals, and goes on
 
@@ -82,7 +83,8 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
         "rows": problem.block_q, "columns": problem.block_k, "dim": dim, "value_dim": value_dim,
         "by_mass": tally is not None and tally.by_mass, "narrow": narrow, "pairs": pairs,
-        "threads": threads, "scale": problem.scale * LOG2_E, "seconds": SLICE,
+        "parallel": binding.torchs_threads(), "team": torch.get_num_threads(), "threads": threads,
+        "scale": problem.scale * LOG2_E, "seconds": SLICE,
     }  # fmt: skip
     if problem.mask_ids is not None and problem.mask_bits is not None:
         shared |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous()}
@@ -99,15 +101,18 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         }  # fmt: skip
     if problem.decay is not None:
         shared["decay"], shared["mean_decay"], shared["frames"], _ = decays(problem, torch.float32)
-    packing = {"threads": min(threads, _threads(float(PACK_FLOPS * (k.numel() + v.numel()))))}
-    _finish(built.pack, shared | packing, 0, key_tiles)
+    call = _call(shared)
+    call.threads = min(threads, _threads(float(PACK_FLOPS * (k.numel() + v.numel()))))
+    _finish(built.pack, call, 0, key_tiles)
+    call.threads = threads
     if tally is None:
-        _finish(built.attend, shared, 0, batch * heads * problem.query_tiles)
+        _finish(built.attend, call, 0, batch * heads * problem.query_tiles)
     else:
         lists = flat_lists(problem)
-        for first, last, of_votes in _ranges(problem, lists, tally):
-            _finish(built.attend, shared | of_votes, first, last)
-            _settle(tally, lists, first, last, of_votes["evidence"])
+        for first, last, starts, evidence in _ranges(problem, lists, tally):
+            call.evidence_starts, call.evidence = starts.data_ptr(), evidence.data_ptr()
+            _finish(built.attend, call, first, last)
+            _settle(tally, lists, first, last, evidence)
     return cast(out, problem.q.dtype), lse
 
 
@@ -131,24 +136,26 @@ def _threads(flops: float) -> int:
     return max(1, min(torch.get_num_threads(), int(math.sqrt(flops / START_FLOPS))))
 
 
-def _finish(function: Any, values: dict[str, Any], first: int, last: int) -> None:
-    """Do the pieces of a call from `first` to `last` by a function of the loop; the tensors must outlive it."""
+def _call(values: dict[str, Any]) -> Call:
+    """The structure of a call; the tensors must outlive it."""
     call = Call()
     for name, value in values.items():
         setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
     for name in STRIDES:
         setattr(call, name, values[name.removesuffix("_strides")].stride()[:3])
+    return call
+
+
+def _finish(function: Any, call: Call, first: int, last: int) -> None:
+    """Do the pieces of a call from `first` to `last` by a function of the loop."""
     call.next, call.end = first, last
-    while call.next < call.end:
+    while call.next < last:
         function(ctypes.byref(call))
 
 
-def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Give runs of query tiles, and what votes find of them: few enough to keep that; without votes one run of all."""
+def _ranges(problem: Problem, lists: Lists, tally: Tally) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Give runs of query tiles, few enough to keep what votes go by: where each tile's begins, and room for it."""
     count = len(lists.counts)
-    if tally is None:
-        yield 0, count, {}
-        return
     most, ends = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
     first = 0
     while first < count:
@@ -156,7 +163,7 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
         last = max(first + 1, int(torch.searchsorted(ends, before + most, right=True)))
         starts = ends - lists.counts - before
         evidence = torch.empty(int(ends[last - 1]) - before, problem.block_q)
-        yield first, last, {"evidence": evidence, "evidence_starts": starts}
+        yield first, last, starts, evidence
         first = last
 
 
