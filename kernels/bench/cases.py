@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calls import Setting
-from recorded import Recorded, launches_of, started_of
+from recorded import Recorded, launches_of
 
 CASES = (
     (
@@ -28,4 +28,4 @@ def record_cases(target: str, into: dict[str, Recorded]) -> None:
         for kind in kinds:
             launches_of(kind, at, target, into)
     if target in STARTED:
-        started_of(Setting(), target, into)
+        launches_of("pooled", Setting(), target, into, "fa4")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .backends import cpu, reference
 from .backends import flex as flex_backend
 from .backends.fa4 import attend as fa4_backend
@@ -54,7 +55,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
+    """Attention over exact and pooled tiles, differentiable in q, k, v and `head_scale`, opaque to torch.compile.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
     they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
@@ -63,12 +64,14 @@ def block_sparse_attention(
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton
-            and reference backends other rows of that head too. What a mask leaves out may hold anything.
+        v: like k, of any head dim, which is the output's. NaN and infinity in q, k or v reach every row that sees them,
+            as in dense attention; on the triton and reference backends other rows of that head too. What key masks
+            leave out may hold anything; on the torch backend what a mask inside a tile hides, too.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.
-        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda).
+        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda). Its
+            gradient is that of queries multiplied by it, in their dtype: exact at 0 too.
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
@@ -100,9 +103,12 @@ def block_sparse_attention(
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
     call = problem
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        call = _for_gradients(problem)
-    return _wanted(torch.ops.dit_accel_kernels.block_sparse_attention(*flatten(call)), problem)
+    if problem.head_scale is not None and problem.head_scale.requires_grad:  # scaled queries hand it its gradient
+        scaled = problem.q * problem.head_scale[:, :, None, None]
+        call = replace(problem, q=scaled.to(problem.q.dtype), head_scale=None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, k, v)):
+        call = _for_gradients(call)
+    return _wanted(ops.block_sparse_attention(*flatten(call)), problem)
 
 
 def _wanted(results: Results, problem: Problem) -> Tensor | tuple[Tensor, ...]:
@@ -155,7 +161,7 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
         return problem.backend
     if problem.q.device.type != "cpu":
         return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
-    timed = timed and not (problem.return_lse or problem.votes or problem.decay)
+    timed = timed and not (problem.return_lse or problem.votes or problem.decay or problem.mask_ids is not None)
     tokens = min(problem.q.shape[2], problem.k.shape[2])
     return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
 
@@ -173,12 +179,14 @@ def resolve_backend(
     compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. fa4, which has run on no card
     yet, runs only where it is named. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by
     what the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and
-    frame decay (which was not timed), None stands for any other. A named backend is returned as it is.
+    frame decay (which was not timed, nor were masks inside tiles), None stands for any other. A named backend is
+    returned as it is.
     """
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        return "torch" if lists is None else cpu.choice(dtype, lists, min(lists.num_q, lists.num_k))[0]
+        timed = lists if lists is not None and lists.mask_ids is None else None
+        return "torch" if timed is None else cpu.choice(dtype, timed, min(timed.num_q, timed.num_k))[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -187,7 +195,7 @@ def _triton(module: str = "attend") -> ModuleType:
     """A module with kernels, imported on first use: importing this package must not import triton."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
+    return importlib.import_module(f".backends.triton.{module}", __package__)
 
 
 def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
@@ -215,16 +223,13 @@ def _run(problem: Problem) -> Results:
         return _attend(problem)
 
 
-MASKED = ("reference",)  # backends that take masks inside tiles and a head dim of v of its own
+MASKED = ("reference", "torch", "flex")  # backends that take masks inside tiles and a head dim of v of its own
 
 
 def _require_support(problem: Problem) -> None:
-    own = problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]
-    if own and _backend(problem) not in MASKED:
-        raise BackendUnavailableError(
-            "masks inside tiles and a head dim of v that is not q's need backend='reference', found "
-            f"{_backend(problem)!r}"
-        )
+    name, new = _backend(problem), problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]
+    if new and name not in MASKED:
+        raise BackendUnavailableError(f"masks inside tiles and v's own head dim need {MASKED}, found {name!r}")
 
 
 def _attend(problem: Problem) -> Results:
@@ -350,7 +355,7 @@ def _backward_fake(
 # the compiler captures around the op would replay one call's decisions, on memory that is its own.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention",
+    add_op_namespace_prefix("block_sparse_attention"),
     _forward,
     mutates_args=(),
     schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -358,7 +363,7 @@ _op = torch.library.custom_op(
 )
 _op.register_fake(_forward_fake)
 _backward_op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention_backward",
+    add_op_namespace_prefix("block_sparse_attention_backward"),
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
@@ -386,7 +391,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     problem = restore(tuple(inputs))
     if ctx.routed:
         problem = _after_routing(problem, saved[-1])
-    grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
+    grads = ops.block_sparse_attention_backward(
         grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
     )
     return (*grads, *(None for _ in inputs[3:]))

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, api, block_sparse_attention
+from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
 from dit_accel_kernels.backends.torch import attend, binding, compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
@@ -259,9 +259,8 @@ def masked_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
 @pytest.mark.parametrize(("dim", "value_dim"), [(40, 40), (5, 24), (64, 7)])
-def test_masks_inside_tiles_and_a_head_dim_of_v(monkeypatch, dim, value_dim, block_q, block_k, dtype):
+def test_masks_inside_tiles_and_a_head_dim_of_v(dim, value_dim, block_q, block_k, dtype):
     """Rows without a key among others of their tile, key masks, decay, strides; whole tiles beside masked ones."""
-    monkeypatch.setattr(api, "MASKED", (*api.MASKED, "torch"), raising=False)
     q, k, _ = qkv(2, 4, 2, 150, 700, dim, dtype)
     v = torch.randn(2, 2, 700, value_dim).to(dtype)
     tiles = masked_lists(1, 150, 700, block_q, block_k)

@@ -13,7 +13,7 @@ import torch
 POINTERS = (
     "q", "k", "v", "out", "keys", "values", "key_means", "value_means", "lengths", "valid", "head_scale", "decay",
     "mean_decay", "frames", "exact_offsets", "exact", "pooled_offsets", "pooled", "mask_ids",
-    "mask_bits", "evidence_starts", "lse", "evidence", "done", "parallel",
+    "mask_bits", "odd", "evidence_starts", "lse", "evidence", "done", "parallel",
 )  # fmt: skip
 STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides")
 SIZES = (

@@ -76,6 +76,7 @@ extern "C" struct Call {
   const int64_t *frames;                           // [NQ * rows], rows of `decay`
   const int32_t *exact_offsets, *exact, *pooled_offsets, *pooled;  // [groups, NQ + 1], and key tiles of a head
   const int32_t *mask_ids, *mask_bits;             // [exact tiles], -1: none; [masks, rows, words of columns]; null: none
+  uint8_t *odd;                                    // [B * HK * NK], tiles with values that are no finite numbers; with masks
   const int64_t *evidence_starts;                  // [B * H * NQ], where a query tile's `evidence` begins
   float *lse, *evidence;                           // [B * H, S_q]; [exact tiles, rows]; null: unused
   int64_t *done;                                   // [threads], pieces that each one did
@@ -219,16 +220,16 @@ struct Sizes {
       : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.value_dim, PANEL)),
         query_tiles((c.num_q + c.rows - 1) / c.rows), key_tiles((c.num_k + c.columns - 1) / c.columns),
         pairs(c.pairs != 0), depth(pairs ? c.dim / 2 : c.dim), value_depth(pairs ? (c.columns + 1) / 2 : c.columns) {}
+
+  bool absent(long batch, long token) const {
+    return token >= call.num_k || (call.valid && !call.valid[batch * call.num_k + token]);
+  }
 };
 
 // Packs the keys and values of a key tile
 struct Pack : Sizes {
   std::vector<float> tile, row;
   explicit Pack(const Call& c) : Sizes(c), tile(wide * depth), row(wide_dim) {}
-
-  bool absent(long batch, long token) const {
-    return token >= call.num_k || (call.valid && !call.valid[batch * call.num_k + token]);
-  }
 
   void run(long key_tile) {
     const long of = key_tile / key_tiles, batch = of / call.key_heads, head = of % call.key_heads;
@@ -240,6 +241,7 @@ struct Pack : Sizes {
     }
     to_key_panels(call.keys + key_tile * wide * depth, tile.data(), wide, depth);
     float* values = call.values + key_tile * value_depth * wide_dim;
+    bool odd = false;
     for (long k = 0; k < value_depth; k++) {
       std::fill(row.begin(), row.end(), 0.0f);
       for (long one = 0; one < (pairs ? 2 : 1); one++) {
@@ -251,11 +253,19 @@ struct Pack : Sizes {
           continue;
         }
         const uint16_t* halves = static_cast<const uint16_t*>(call.v) + from;
-        Bits* words = reinterpret_cast<Bits*>(row.data());
-        for (long d = 0; d < call.value_dim; d++) words[d] |= static_cast<Bits>(halves[d]) << 16 * one;
+        Bits* both = reinterpret_cast<Bits*>(row.data());
+        for (long d = 0; d < call.value_dim; d++) both[d] |= static_cast<Bits>(halves[d]) << 16 * one;
       }
+      Bits* words = reinterpret_cast<Bits*>(row.data());
+      for (long d = 0; call.odd && d < call.value_dim; d++)
+        for (const Bits half : {0x7f800000u, 0x7f80u}) {  // an exponent of ones
+          if ((words[d] & half) != half || (half == 0x7f80u && !pairs)) continue;
+          odd = true;
+          words[d] &= pairs ? (half == 0x7f80u ? 0xffff0000u : 0xffffu) : 0;
+        }
       to_value_panels(values, row.data(), k, value_depth, wide_dim);
     }
+    if (call.odd) call.odd[key_tile] = odd;
   }
 };
 
@@ -341,6 +351,20 @@ struct Attend : Sizes {
     seen[row] |= span_largest(masked.data(), tiles * wide) > NONE;
   }
 
+  // Values that are no finite numbers, which are packed as 0, to the rows that see them: 0 times them would not be 0
+  void add_odd(long tile, int32_t id) {
+    std::vector<float> row(call.value_dim);
+    for (long c = 0; c < columns; c++) {
+      if (absent(batch, tile * columns + c)) continue;
+      const long key_head = head * call.key_heads / call.heads;
+      fetch(row.data(), call.v, at(call.v_strides, batch, key_head, tile * columns + c), call.value_dim, call.narrow, false);
+      for (long d = 0; d < call.value_dim; d++)
+        for (long r = 0; r < live && !(std::abs(row[d]) <= std::numeric_limits<float>::max()); r++)
+          if (id < 0 || call.mask_bits[(id * rows + r) * ((columns + 31) / 32) + c / 32] >> c % 32 & 1)
+            out[r * wide_dim + d] += row[d];
+    }
+  }
+
   void gather_decay(int64_t frame, long n, long tiles, const int32_t* listed) {
     if (tiles == 0) {
       for (long c = 0; c < n; c++) decay[c] = listed[c] < 0 ? 1 : call.mean_decay[frame * key_tiles + listed[c]];
@@ -384,6 +408,8 @@ struct Attend : Sizes {
           panels[part] = call.values + (tiles_of_head + listed[at + j + part]) * value_depth * wide_dim;
         multiply(pairs, &logits[j * next], step, next, panels, parts, out.data(), wide_dim, live, wide_dim, value_depth, !first);
       }
+      for (long j = 0; call.odd && j < tiles; j++)
+        if (call.odd[tiles_of_head + listed[at + j]]) add_odd(listed[at + j], ids ? ids[j] : -1);
     }
     if (call.evidence && call.by_mass)  // sums were relative to the largest logit so far
       for (long at = 0, part = 0; at < count; at += group, part++)

@@ -88,6 +88,7 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
     }  # fmt: skip
     if problem.mask_ids is not None and problem.mask_bits is not None:
         shared |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous()}
+        shared["odd"] = torch.empty(key_tiles, dtype=torch.bool)
     if problem.head_scale is not None:
         shared["head_scale"] = problem.head_scale.expand(batch, -1).contiguous()
     if problem.key_valid is not None:
