@@ -307,3 +307,21 @@ def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):
     x = torch.randn(1, 2, 3000, 512).transpose(1, 2)
     assert torch.equal(memory.cast(x, torch.bfloat16), x.to(torch.bfloat16))
     assert memory.cast(x, torch.float32) is x
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("key", [20, 33])
+def test_what_is_no_number_reaches_the_rows_that_see_it_alone(key, value, dtype):
+    """Of either half of a pair; behind a key mask it reaches none."""
+    q, k, v = qkv(1, 2, 1, 50, 50, 16, dtype)
+    tiles = TileLists.from_mask(torch.ones(50, 50, dtype=torch.bool).tril(), block_q=16, block_k=8)
+    clean = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    v[:, :, key, 3] = value
+    found = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    assert torch.equal(found[:, :, :key], clean[:, :, :key])
+    assert not found[:, :, key:, 3].isfinite().any()
+    assert torch.equal(found[:, :, :, 4:], clean[:, :, :, 4:])
+    masked = dict(key_mask=(torch.arange(50) != key)[None], layout="bhsd", backend="torch")
+    assert block_sparse_attention(q, k, v, tiles, **masked).isfinite().all()

@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..problem import Problem
@@ -90,10 +89,8 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
     tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
-    problem = Problem(
-        q=q, k=k, v=v, **{name: getattr(tiles, name) for name in PARTS}, block_q=DENSE_TILE, block_k=DENSE_TILE,
-        scale=dim**-0.5,
-    )  # fmt: skip
+    lists = {name: getattr(tiles, name) for name in PARTS}
+    problem = Problem(q=q, k=k, v=v, **lists, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
     best, threads = [float("inf")] * 2, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -109,12 +106,12 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     return best[0] / best[1]
 
 
-def _dense(problem: Problem) -> Tensor:
-    return scaled_dot_product_attention(problem.q, problem.k, problem.v)
+def _dense(problem: Problem) -> None:
+    scaled_dot_product_attention(problem.q, problem.k, problem.v)
 
 
-def _loop(problem: Problem) -> Tensor:
-    return fused.attend(problem, None, need_lse=False)[0]
+def _loop(problem: Problem) -> None:
+    fused.attend(problem, None, need_lse=False)
 
 
 def _flex_runs(tiles: TileLists | Problem) -> bool:

@@ -86,22 +86,7 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         "parallel": binding.torchs_threads(), "team": torch.get_num_threads(), "threads": threads,
         "scale": problem.scale * LOG2_E, "seconds": SLICE,
     }  # fmt: skip
-    if problem.mask_ids is not None and problem.mask_bits is not None:
-        shared |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous()}
-        shared["odd"] = torch.empty(key_tiles, dtype=torch.bool)
-    if problem.head_scale is not None:
-        shared["head_scale"] = problem.head_scale.expand(batch, -1).contiguous()
-    if problem.key_valid is not None:
-        shared["valid"] = problem.key_valid.contiguous()
-    if problem.pooled_indices is not None and problem.pooled_offsets is not None:
-        key_means, value_means, log_length = pools(problem, k.float(), v.float())
-        shared |= {
-            "key_means": key_means, "value_means": value_means, "lengths": log_length * LOG2_E,  # pyright: ignore
-            "pooled_offsets": problem.pooled_offsets.contiguous(),
-            "pooled": problem.pooled_indices.contiguous(),
-        }  # fmt: skip
-    if problem.decay is not None:
-        shared["decay"], shared["mean_decay"], shared["frames"], _ = decays(problem, torch.float32)
+    shared |= _features(problem, k, v)
     call = _call(shared)
     call.threads = min(threads, _threads(float(PACK_FLOPS * (k.numel() + v.numel()))))
     _finish(built.pack, call, 0, key_tiles)
@@ -115,6 +100,27 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
             _finish(built.attend, call, first, last)
             _settle(tally, lists, first, last, evidence)
     return cast(out, problem.q.dtype), lse
+
+
+def _features(problem: Problem, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What a call has beside queries, keys, values and exact tiles."""
+    found: dict[str, Any] = {}
+    if problem.mask_ids is not None and problem.mask_bits is not None:
+        odd = torch.empty(k.shape[0] * k.shape[1] * problem.key_tiles, dtype=torch.bool)
+        found |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous(), "odd": odd}
+    if problem.head_scale is not None:
+        found["head_scale"] = problem.head_scale.expand(len(k), -1).contiguous()
+    if problem.key_valid is not None:
+        found["valid"] = problem.key_valid.contiguous()
+    if problem.pooled_indices is not None and problem.pooled_offsets is not None:
+        found["key_means"], found["value_means"], log_length = pools(problem, k.float(), v.float())
+        assert log_length is not None
+        found["lengths"] = log_length * LOG2_E
+        found["pooled_offsets"] = problem.pooled_offsets.contiguous()
+        found["pooled"] = problem.pooled_indices.contiguous()
+    if problem.decay is not None:
+        found["decay"], found["mean_decay"], found["frames"], _ = decays(problem, torch.float32)
+    return found
 
 
 def _rows(x: Tensor) -> Tensor:
