@@ -7,7 +7,7 @@ running the methods on tiny models (tests/support/method_calls.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -115,7 +115,8 @@ def make(kind: str, at: Setting, device: str, *, empty: bool = False) -> Call:
         return torch.randn(shape, generator=on_device, device=device).to(DTYPES[at.dtype])
 
     q = random(at.batch, tokens, at.heads, at.dim)
-    k, v = (random(at.batch, tokens, at.key_heads, at.dim) for _ in range(2))
+    k = random(at.batch, tokens, at.key_heads, at.dim)
+    v = random(at.batch, tokens, at.key_heads, at.dim * 2 // 3 // 16 * 16 if "narrow" in words else at.dim)
     if "fused" in words:
         v = random(at.batch, tokens, 3, at.key_heads, at.dim)[:, :, 2]
     elif at.layout == "bhsd":
@@ -125,6 +126,8 @@ def make(kind: str, at: Setting, device: str, *, empty: bool = False) -> Call:
     selects = bool(words & {"keep", "pinned", "route", "route-exact", "routed", "reverse", *VOTES})
     density = 1.0 if selects and rest == SKIPPED else at.density or 0.5
     tiles = lists(tokens, at.tile, density, rest, device, groups=at.groups)
+    if "partial" in words:
+        tiles = _partial(tiles, generator)
     arguments: dict[str, Any] = {"layout": layout}
     arguments["return_lse"] = "backward" not in words and (selects or at.density is None)
     if "mask" in words:
@@ -142,8 +145,17 @@ def make(kind: str, at: Setting, device: str, *, empty: bool = False) -> Call:
         inputs=(q, k, v),
         tiles=tiles,
         arguments=arguments,
-        grad_out=random(*q.shape) if "backward" in words else None,
+        grad_out=random(*q.shape[:3], v.shape[3]) if "backward" in words else None,
     )
+
+
+def _partial(tiles: TileLists, generator: torch.Generator) -> TileLists:
+    """Lists of which every second exact tile has one of two random masks."""
+    entries = torch.arange(tiles.tiles_exact, dtype=torch.int32)
+    shape = (2, tiles.block_q, -(-tiles.block_k // 32))
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+    ids = torch.where(entries % 2 == 0, entries // 2 % 2, -1)
+    return replace(tiles, mask_ids=ids.to(tiles.device), mask_bits=bits.to(tiles.device))
 
 
 def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device: str) -> Selection:
@@ -164,6 +176,6 @@ def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device:
 
 
 WORDS = (
-    "fused", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route", "route-exact", "routed",
-    *VOTES, "reverse", "backward",
+    "fused", "narrow", "partial", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route",
+    "route-exact", "routed", *VOTES, "reverse", "backward",
 )  # fmt: skip

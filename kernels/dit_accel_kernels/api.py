@@ -160,7 +160,8 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
     if problem.backend != "auto":
         return problem.backend
     if problem.q.device.type != "cpu":
-        return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
+        dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
+        return "triton" if dims == {"triton"} else "torch"
     timed = timed and not (problem.return_lse or problem.votes or problem.decay or problem.mask_ids is not None)
     tokens = min(problem.q.shape[2], problem.k.shape[2])
     return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
@@ -215,21 +216,11 @@ def _run(problem: Problem) -> Results:
 
     Autocast has no part in it: products are made in the dtype that was given.
     """
-    _require_support(problem)
     if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
         return _empty_results(problem)
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         return _attend(problem)
-
-
-MASKED = ("reference", "torch", "flex")  # backends that take masks inside tiles and a head dim of v of its own
-
-
-def _require_support(problem: Problem) -> None:
-    name, new = _backend(problem), problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]
-    if new and name not in MASKED:
-        raise BackendUnavailableError(f"masks inside tiles and v's own head dim need {MASKED}, found {name!r}")
 
 
 def _attend(problem: Problem) -> Results:
