@@ -1,11 +1,11 @@
 """The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-On a CPU float32 runs in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk of query
-tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and votes
-are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the cores to
-torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the shorter the
-fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of one call's
-lists is remembered.
+On a CPU float32 and bfloat16 run in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk
+of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and
+votes are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the
+cores to torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the
+shorter the fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of
+one call's lists is remembered.
 
 bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
 gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
