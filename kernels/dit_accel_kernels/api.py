@@ -21,6 +21,7 @@ from .checks import problem_of
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .packing import SCHEMA, flatten, restore
+from .precision import Precision
 from .problem import Problem
 from .selection import Selection, words_of
 from .states import resolved
@@ -51,6 +52,7 @@ def block_sparse_attention(
     selection: Selection | None = None,
     return_tiles: bool = False,
     return_lse: bool = False,
+    precision: Precision | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
@@ -79,6 +81,11 @@ def block_sparse_attention(
         return_tiles: also return which tiles were exact, as bits int32 [B, H, NQ, ceil(NK / 32)]; needs a selection.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
+        precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits, with a scale
+            for each query row and each key tile, keys less their mean over the valid ones (as they are with
+            `frame_decay`, to which a shift matters). Of the triton backend ("reference" simulates it), int8 wherever
+            that runs, fp8 from compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given.
+            Source: SageAttention, arXiv 2410.02367. None: the dtype of q.
         backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
             from the triton backend's own kernels, for fa4 too, and else from the torch backend's recomputation, except
             with "reference", which autograd differentiates.
@@ -94,7 +101,8 @@ def block_sparse_attention(
     problem = problem_of(
         q, k, v, tiles, layout=layout, scale=scale, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
         frame_decay=frame_decay, token_order=token_order, identity_mix=identity_mix, identity_rows=identity_rows,
-        selection=selection, return_tiles=return_tiles, return_lse=return_lse, backend=backend,
+        selection=selection, return_tiles=return_tiles, return_lse=return_lse, precision=precision,
+        backend=backend,
     )  # fmt: skip
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
@@ -132,6 +140,8 @@ def block_sparse_attention_backward(
             so again, unless it says what was `routed`.
     """
     problem = problem_of(q, k, v, tiles, **arguments)
+    if problem.precision is not None:
+        raise ValueError(f"precision {problem.precision!r} has no gradient: leave it out of forward and backward")
     grads = _gradients(problem, grad_out if problem.heads_first else grad_out.transpose(1, 2), None, None, None)
     grad_q, grad_k, grad_v = (x if problem.heads_first else x.transpose(1, 2) for x in grads)
     return grad_q, grad_k, grad_v
@@ -150,8 +160,8 @@ def _for_gradients(problem: Problem) -> Problem:
 
 def _backend(problem: Problem, *, timed: bool = True) -> str:
     """The backend that runs a call; where it is not `timed`, one that runs any, whatever the CPU's table says."""
-    if problem.backend != "auto":
-        return problem.backend
+    if problem.backend != "auto" or problem.precision is not None:
+        return "triton" if problem.backend == "auto" else problem.backend
     if problem.q.device.type != "cpu":
         return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
     timed = timed and not (problem.return_lse or problem.votes or problem.decay)

@@ -47,6 +47,7 @@ class Problem:
     selection: Selection | None = None
     return_tiles: bool = False
     return_lse: bool = False
+    precision: str | None = None
     backend: str = "auto"
 
     @property

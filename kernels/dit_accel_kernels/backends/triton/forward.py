@@ -18,17 +18,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .eight import _beside, _centre_logits, _small_queries, _with_keys
 from .loads import _load, _load_near, _queries
 from .votes import _begin, _sections, _store_rest, _vote
 
 
 @triton.jit
 def _products(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """Raw logits of query rows and keys."""
+    """Raw logits of query rows and keys, whose integers are summed as such."""
     x = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
     if D2 > 0:
         x = tl.dot(q2, tl.trans(k2), x, input_precision=PRECISION)
-    return x
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -194,6 +195,7 @@ def _fwd_kernel(
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
     pooled_bits_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [G, NQ, W], [B, HK, NK, D] twice, [B, NK]; or None
+    k_scale_ptr, mean_scale_ptr, centre_ptr,  # [B, HK, NK] twice and [B, HK, D] of keys in eight bits, or None
     words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes by visit, or None
     k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D] in blocks of [1, 1, BLOCK_K, D], or None
     k_mean_desc, v_mean_desc,  # of their means, in blocks of BLOCK_P, or None
@@ -247,7 +249,10 @@ def _fwd_kernel(
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
-    q1, q2, scale = _queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2)
+    q1, q2, row_scale = _queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2)
+    if k_scale_ptr is not None:
+        q1, q2, row_scale = _small_queries(q1, q2, row_scale, D2, k_ptr.dtype.element_ty)
+        k_scale_ptr += (batch * key_heads + hk) * k_tiles
     if table_ptr is not None:  # rows outside the video have frame -1 and never decay
         q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
         last_frame = tl.max(q_frame, 0)
@@ -269,11 +274,12 @@ def _fwd_kernel(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
         )  # fmt: skip
+        factor = _with_keys(row_scale, k_scale_ptr, ahead)
         ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
         x = _products(q1, q2, k1, k2, D2, PRECISION)
-        top = tl.max(x, 1) * scale
+        top = tl.max(x, 1) * factor
         m_new = tl.maximum(m, top)
-        p, alpha = tl.exp2(x * scale - m_new[:, None]), tl.exp2(m - m_new)
+        p, alpha = tl.exp2(x * _beside(factor) - m_new[:, None]), tl.exp2(m - m_new)
         total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
         if VOTE is not None:
             word, state, limit = _vote(
@@ -290,13 +296,15 @@ def _fwd_kernel(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2,
             )  # fmt: skip
+            factor = _with_keys(row_scale, k_scale_ptr, ahead)
             ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
-            low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
+            low = factor * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
             x = _products(q1, q2, k1, k2, D2, PRECISION)
             top = tl.max(x, 1)  # min(s x, t s x) rises with x
-            top = tl.minimum(top * scale, top * low)
+            top = tl.minimum(top * factor, top * low)
             m_new = tl.maximum(m, top)
-            p, alpha = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None])), tl.exp2(m - m_new)
+            p = tl.exp2(tl.minimum(x * _beside(factor) - m_new[:, None], x * _beside(low) - m_new[:, None]))
+            alpha = tl.exp2(m - m_new)
             total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
             if VOTE is not None:
                 word, state, limit = _vote(
@@ -311,7 +319,8 @@ def _fwd_kernel(
     for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
         position = origin + n * step
         k_offset = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-        key = tl.load(indices_ptr + position // SUBS_S) * TILE_K + k_offset
+        k_tile = tl.load(indices_ptr + position // SUBS_S)
+        key = k_tile * TILE_K + k_offset
         here = (k_offset < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
@@ -320,7 +329,7 @@ def _fwd_kernel(
             k_row = tl.load(token_order_ptr + key, mask=here, other=0)
         k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
         v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM, D1, D2)
-        x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+        x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(_with_keys(row_scale, k_scale_ptr, k_tile))
         if table_ptr is not None:
             k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
             for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
@@ -348,7 +357,10 @@ def _fwd_kernel(
                 k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P, DIM,
                 D1, D2,
             )  # fmt: skip
-            x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+            x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(row_scale)
+            if mean_scale_ptr is not None:
+                of_tile = mean_scale_ptr + (batch * key_heads + hk) * k_tiles + k_tile
+                x *= tl.load(of_tile, mask=k_tile < k_tiles, other=0.0)[None, :]
             if pooled_t_ptr is not None:
                 for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
                     t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile, mask=k_tile < k_tiles, other=1.0)
@@ -360,5 +372,9 @@ def _fwd_kernel(
     total = tl.where(empty, 1.0, total)
     _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
     if lse_ptr is not None:
-        lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+        m += tl.log2(total)
+        if centre_ptr is not None:
+            centre_ptr += (batch * key_heads + hk) * DIM
+            m += _centre_logits(q_ptr, centre_ptr, q_row, live, stride_qs, DIM, D1, D2) * scale
+        lse = tl.where(empty, float("-inf"), m * 0.6931471805599453)
         tl.store(lse_ptr + q_row, lse, mask=live)

@@ -8,11 +8,15 @@ import os
 
 import torch
 
+from .launch import architecture, eight_bit_number
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 256
 
 
-def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None) -> str | None:
+def missing_requirement(
+    device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None, precision: str | None = None
+) -> str | None:
     """What the triton backend would need here and does not find, or None; dtype and dim None: any it supports."""
     if dtype is not None and dtype not in DTYPES:
         return f"bfloat16, float16 or float32 (found {dtype})"
@@ -28,6 +32,8 @@ def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, 
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"compute capability 8.0 or newer (found {capability[0]}.{capability[1]})"
+    if precision is not None and eight_bit_number(architecture(device), precision) is None:
+        return f"compute capability 8.9, gfx942 or newer for products of {precision} (found {architecture(device)})"
     return None
 
 
