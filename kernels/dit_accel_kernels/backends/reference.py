@@ -32,7 +32,8 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     weight = None if problem.key_valid is None else problem.key_valid[:, None]
-    k_mean, length = tile_means(k, problem.block_k, weight)
+    # eight bits are made of what is not rounded before
+    k_mean, length = tile_means(k if problem.precision is None else k.to(wide), problem.block_k, weight)
     v_mean, _ = tile_means(v, problem.block_k, weight)
     if weight is not None:
         # 0 * inf is not 0: what an invalid key holds must not matter, nor in the gradient

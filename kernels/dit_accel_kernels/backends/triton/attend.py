@@ -103,7 +103,10 @@ def _attend(
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
         if problem.may_pool or problem.precision is not None:
-            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
+            means = pool(
+                k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid,
+                wide=problem.precision is not None,
+            )  # fmt: skip
         lists, exact = _select(problem, plan, means)
         if problem.precision is not None:
             number = eight_bit_number(architecture(q.device), problem.precision)
@@ -133,7 +136,7 @@ def _select(
     if selection.routing is not None:
         assert means is not None
         products = fp32_products(architecture(problem.q.device))
-        routed = route(problem, selection.routing, problem.q, means[0], means[2], products)
+        routed = route(problem, selection.routing, problem.q, means[0].to(problem.k.dtype), means[2], products)
     return expand(problem, plan, routed)
 
 

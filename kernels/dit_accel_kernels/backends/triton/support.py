@@ -25,7 +25,7 @@ def missing_requirement(
     if importlib.util.find_spec("triton") is None:
         return "the triton package (found none)"
     if device.type == "cpu" and interpreted():
-        return _interpreter_problem(dtype)
+        return _interpreter_problem(dtype, precision)
     if device.type not in ("cuda", "xpu"):
         return f"a CUDA, ROCm or XPU device (found {device.type}; TRITON_INTERPRET=1 interprets it on a CPU)"
     if device.type == "cuda" and torch.version.hip is None:
@@ -37,15 +37,17 @@ def missing_requirement(
     return None
 
 
-def _interpreter_problem(dtype: torch.dtype | None) -> str | None:
-    """What is wrong with Triton's interpreter for this dtype, or None."""
-    if dtype != torch.bfloat16:
+def _interpreter_problem(dtype: torch.dtype | None, precision: str | None) -> str | None:
+    """What is wrong with Triton's interpreter for this dtype and precision, or None."""
+    if dtype != torch.bfloat16 and precision != "fp8":
         return None
-    from .probe import bfloat16_products
+    from .probe import bfloat16_products, rounds_to_float8
 
-    if bfloat16_products():
-        return None
     version = importlib.metadata.version("triton")
+    if precision == "fp8" and not rounds_to_float8():
+        return f"'int8' in Triton's interpreter (found 'fp8', to which Triton {version} does not round there)"
+    if dtype != torch.bfloat16 or bfloat16_products():
+        return None
     return (
         f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {version} "
         "multiplies the bit patterns there; TRITON_INTERPRET=1 is set)"
