@@ -74,7 +74,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
 def _in_eight_bits(
     problem: Problem, q: Tensor, k: Tensor, k_mean: Tensor, length: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and mean keys [B, H, *, D] in a call's precision, and what its centring took off q . k, [B, H, S_q, 1].
+    """Queries, keys and mean keys [B, H, *, D] in a call's precision, and what centring took off q . k, [B, H, S_q, 1].
 
     Decay compares logits with 0, so keys stay where they are with it.
     """

@@ -110,7 +110,8 @@ def _attend(
         lists, exact = _select(problem, plan, means)
         if problem.precision is not None:
             number = eight_bit_number(architecture(q.device), problem.precision)
-            assert means is not None and number is not None
+            assert means is not None
+            assert number is not None
             problem, means, scales = eight_bits(problem, means, plan.valid, number)
         words = None
         if problem.votes:

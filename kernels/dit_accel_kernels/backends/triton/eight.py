@@ -31,8 +31,7 @@ Scales = tuple[Tensor | None, Tensor | None, Tensor | None]
 @triton.jit
 def _scale_of(top, NUMBER: tl.constexpr):
     """The scale of numbers whose largest magnitude this is."""
-    largest: tl.constexpr = 127.0 if NUMBER == tl.int8 else (448.0 if NUMBER == tl.float8e4nv else 240.0)
-    return tl.maximum(top, 1e-30) / largest
+    return tl.maximum(top, 1e-30) / (127.0 if NUMBER.is_int() else (448.0 if NUMBER.is_fp8e4nv() else 240.0))
 
 
 @triton.jit
@@ -40,7 +39,7 @@ def _small(x, scale, NUMBER: tl.constexpr):
     """Float32 numbers over their scale, in eight bits; zeros where that is no number."""
     x /= scale
     x = tl.where(x == x, x, 0.0)
-    return (tl.floor(x + 0.5) if NUMBER == tl.int8 else x).to(NUMBER)
+    return (tl.floor(x + 0.5) if NUMBER.is_int() else x).to(NUMBER)
 
 
 @triton.jit
@@ -149,7 +148,7 @@ def eight_bits(
 def _quantise(
     k: Tensor, tile: int, order: Tensor | None, valid: Tensor | None, centre: Tensor | None, number: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys [B, HK, S, D] less the centre in eight bits, laid out like them, and scales of their tiles [B, HK, tiles]."""
+    """Keys [B, HK, S, D] less the centre in eight bits, laid out like them, and their tiles' scales [B, HK, tiles]."""
     batch, heads, tokens, dim = k.shape
     tiles = -(-tokens // tile)
     out, scale = torch.empty_like(k, dtype=number), k.new_empty(batch, heads, tiles, dtype=torch.float32)
