@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...precision import centre_of
 from ...problem import Problem
-from .loads import _load
+from .loads import _load, _queries
 
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
@@ -43,26 +43,42 @@ def _small(x, scale, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _small_queries(q1, q2, scale, D2: tl.constexpr, NUMBER: tl.constexpr):
-    """Query rows in eight bits, and the logits' scale with that of each row, [BLOCK_Q]; NaN where a row is not finite.
+def _scaled_queries(
+    ptr, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, k_ptr, k_scale_ptr
+):  # fmt: skip
+    """Query rows as `_queries` gives them, and the logits' scale; in the eight bits of the keys, where these have a
+    scale, and then with the scale of each row, [BLOCK_Q], NaN where the row is not finite.
 
     A maximum leaves NaN out, and no integer is one: the sum of zeros is there for it.
     """
-    q1 = q1.to(tl.float32)
-    top, bad = tl.max(tl.abs(q1), 1), tl.sum(q1 * 0.0, 1)
-    if D2 > 0:
-        q2 = q2.to(tl.float32)
-        top, bad = tl.maximum(top, tl.max(tl.abs(q2), 1)), bad + tl.sum(q2 * 0.0, 1)
-    of_row = _scale_of(top, NUMBER)
-    q1, q2 = _small(q1, of_row[:, None], NUMBER), _small(q2, of_row[:, None], NUMBER) if D2 > 0 else q2
-    return q1, q2, scale * (of_row + bad)
+    q1, q2, scale = _queries(ptr, rows, live, stride, scale, DIM, D1, D2)
+    if k_scale_ptr is not None:
+        NUMBER: tl.constexpr = k_ptr.dtype.element_ty
+        q1 = q1.to(tl.float32)
+        top, bad = tl.max(tl.abs(q1), 1), tl.sum(q1 * 0.0, 1)
+        if D2 > 0:
+            q2 = q2.to(tl.float32)
+            top, bad = tl.maximum(top, tl.max(tl.abs(q2), 1)), bad + tl.sum(q2 * 0.0, 1)
+        of_row = _scale_of(top, NUMBER)
+        q1, q2 = _small(q1, of_row[:, None], NUMBER), _small(q2, of_row[:, None], NUMBER) if D2 > 0 else q2
+        scale *= of_row + bad
+    return q1, q2, scale
 
 
 @triton.jit
-def _with_keys(scale, scale_ptr, k_tile):
-    """The logits' scale, one for each row, with that of a key tile; as it is without eight bits."""
+def _with_keys(scale, scale_ptr, tile):
+    """The logits' scale, one for each row, with that of a key tile of a key head; as it is without eight bits."""
     if scale_ptr is not None:
-        scale *= tl.load(scale_ptr + k_tile)
+        scale *= tl.load(scale_ptr + tile)
+    return scale
+
+
+@triton.jit
+def _with_means(scale, scale_ptr, bhk, k_tile, k_tiles):
+    """What logits of mean keys are multiplied by: the scale, and with eight bits that of each key tile."""
+    scale = _beside(scale)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr + bhk * k_tiles + k_tile, mask=k_tile < k_tiles, other=0.0)[None, :]
     return scale
 
 
@@ -74,13 +90,15 @@ def _beside(scale):
 
 @triton.jit
 def _centre_logits(
-    q_ptr, centre_ptr, rows, live, stride, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+    q_ptr, centre_ptr, bhk, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
-    """The product of query rows, read anew, and what was subtracted from the keys."""
+    """The scaled product of query rows, read anew, and what was subtracted from the keys; 0 where nothing was."""
+    if centre_ptr is None:
+        return 0.0
     q1, q2 = _load(q_ptr, rows, live, stride, True, DIM, D1, D2)
-    c1, c2 = _load(centre_ptr, rows, live, 0, True, DIM, D1, D2)
+    c1, c2 = _load(centre_ptr + bhk * DIM, rows, live, 0, True, DIM, D1, D2)
     x = tl.sum(q1.to(tl.float32) * c1, 1)
-    return x + tl.sum(q2.to(tl.float32) * c2, 1) if D2 > 0 else x
+    return (x + tl.sum(q2.to(tl.float32) * c2, 1) if D2 > 0 else x) * scale
 
 
 @triton.jit

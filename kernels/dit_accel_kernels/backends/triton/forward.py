@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .eight import _beside, _centre_logits, _small_queries, _with_keys
-from .loads import _load, _load_near, _queries
+from .eight import _beside, _centre_logits, _scaled_queries, _with_keys, _with_means
+from .loads import _load, _load_near
 from .votes import _begin, _sections, _store_rest, _vote
 
 
@@ -49,6 +49,16 @@ def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.co
 def _decay_rows(x, t, chosen):
     """Logits with the decay t of each key in the chosen rows: one row of t a frame, since a tile has few frames."""
     return tl.where(chosen[:, None], tl.minimum(x, x * t[None, :]), x)
+
+
+@triton.jit
+def _frames(q_frames_ptr, token, live):
+    """The frame of each row, the first and the last one; rows outside the video have frame -1 and never decay."""
+    if q_frames_ptr is None:
+        return 0, 0, 0
+    q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+    last = tl.max(q_frame, 0)
+    return q_frame, tl.min(tl.where(q_frame < 0, last, q_frame), 0), last
 
 
 @triton.jit
@@ -235,7 +245,7 @@ def _fwd_kernel(
     indices_ptr += start
     if entry_t_ptr is not None:
         entry_t_ptr += start
-    batch = b.to(tl.int64)
+    batch, bhk = b.to(tl.int64), b.to(tl.int64) * key_heads + hk
     if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
         stride_vs = stride_ks
     k_ptr += batch * stride_kb + hk.to(tl.int64) * stride_kh
@@ -249,14 +259,8 @@ def _fwd_kernel(
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
-    q1, q2, row_scale = _queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2)
-    if k_scale_ptr is not None:
-        q1, q2, row_scale = _small_queries(q1, q2, row_scale, D2, k_ptr.dtype.element_ty)
-        k_scale_ptr += (batch * key_heads + hk) * k_tiles
-    if table_ptr is not None:  # rows outside the video have frame -1 and never decay
-        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
-        last_frame = tl.max(q_frame, 0)
-        first_frame = tl.min(tl.where(q_frame < 0, last_frame, q_frame), 0)
+    q1, q2, row_scale = _scaled_queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2, k_ptr, k_scale_ptr)
+    q_frame, first_frame, last_frame = _frames(q_frames_ptr, token, live)
 
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
     if lse_ptr is not None:
@@ -274,7 +278,7 @@ def _fwd_kernel(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
             BLOCK_K, TILE_K, DIM, D1, D2,
         )  # fmt: skip
-        factor = _with_keys(row_scale, k_scale_ptr, ahead)
+        factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
         ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
         x = _products(q1, q2, k1, k2, D2, PRECISION)
         top = tl.max(x, 1) * factor
@@ -296,7 +300,7 @@ def _fwd_kernel(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2,
             )  # fmt: skip
-            factor = _with_keys(row_scale, k_scale_ptr, ahead)
+            factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
             ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
             low = factor * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
             x = _products(q1, q2, k1, k2, D2, PRECISION)
@@ -329,7 +333,8 @@ def _fwd_kernel(
             k_row = tl.load(token_order_ptr + key, mask=here, other=0)
         k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
         v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM, D1, D2)
-        x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(_with_keys(row_scale, k_scale_ptr, k_tile))
+        factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + k_tile)
+        x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(factor)
         if table_ptr is not None:
             k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
             for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
@@ -357,10 +362,7 @@ def _fwd_kernel(
                 k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P, DIM,
                 D1, D2,
             )  # fmt: skip
-            x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(row_scale)
-            if mean_scale_ptr is not None:
-                of_tile = mean_scale_ptr + (batch * key_heads + hk) * k_tiles + k_tile
-                x *= tl.load(of_tile, mask=k_tile < k_tiles, other=0.0)[None, :]
+            x = _products(q1, q2, k1, k2, D2, PRECISION) * _with_means(row_scale, mean_scale_ptr, bhk, k_tile, k_tiles)
             if pooled_t_ptr is not None:
                 for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
                     t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile, mask=k_tile < k_tiles, other=1.0)
@@ -372,9 +374,5 @@ def _fwd_kernel(
     total = tl.where(empty, 1.0, total)
     _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
     if lse_ptr is not None:
-        m += tl.log2(total)
-        if centre_ptr is not None:
-            centre_ptr += (batch * key_heads + hk) * DIM
-            m += _centre_logits(q_ptr, centre_ptr, q_row, live, stride_qs, DIM, D1, D2) * scale
-        lse = tl.where(empty, float("-inf"), m * 0.6931471805599453)
-        tl.store(lse_ptr + q_row, lse, mask=live)
+        m += tl.log2(total) + _centre_logits(q_ptr, centre_ptr, bhk, q_row, live, stride_qs, scale, DIM, D1, D2)
+        tl.store(lse_ptr + q_row, tl.where(empty, float("-inf"), m * 0.6931471805599453), mask=live)
