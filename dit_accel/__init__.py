@@ -1,6 +1,6 @@
 """dit-accel: sparse attention, longer generation, caching and guidance for diffusers' diffusion transformers.
 
-Names are loaded when they are asked for, so that `import dit_accel` loads no torch, and --help stays quick; type
+Names are loaded when they are requested, so that `import dit_accel` loads no torch, and --help stays quick; type
 checkers read ``__init__.pyi``.
 """
 

@@ -1,4 +1,4 @@
-"""The errors dit-accel raises: what was asked, what was found, what to do."""
+"""The errors dit-accel raises: what was requested, what was found, what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -17,7 +17,7 @@ class UnsupportedModel(DitAccelError, LookupError):  # noqa: N818 - reads as wha
 
 
 class AttachError(DitAccelError, RuntimeError):
-    """Attach or detach asked for in a state that does not allow it."""
+    """Attach or detach requested in a state that does not allow it."""
 
 
 class MissingBackend(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is

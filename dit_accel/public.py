@@ -1,4 +1,4 @@
-"""The public names of `dit_accel`, loaded when they are asked for from the modules that ``__init__.pyi`` names."""
+"""The public names of `dit_accel`, loaded when they are requested from the modules that ``__init__.pyi`` names."""
 
 import ast
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Judges a clip by the scene it was asked to show: continuous answers, each with the pass mark that drawn clips meet.
+"""Judges a clip by the scene it was meant to show: continuous answers, each with the pass mark that drawn clips meet.
 
 Where an object starts, how large it is and at what phase its texture lies are left open by the prompt, and are free
 here too: only what the words say is held against the clip, at any length.
@@ -42,7 +42,7 @@ class Verdict:
         return float(np.mean([_nearness(name, answer.value) for name, answer in self.answers.items()]))
 
     def share(self, question: str) -> float | None:
-        """Return the share passed of one question over the clip's things; None where it was not asked."""
+        """Return the share passed of one question over the clip's things; None where it was not requested."""
         marks = [answer.passed for name, answer in self.answers.items() if name.partition(".")[0] == question]
         return float(np.mean(marks)) if marks else None
 
@@ -69,7 +69,7 @@ objects too many or few, share of frames, RGB distance, probability, pixels a fr
 def judge(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = None) -> Verdict:
     """Judge a clip [F, H, W, 3], uint8 or float in 0..1, by the words of `scene`; ValueError for another form.
 
-    A picture is a clip of one frame, of which nothing is asked that takes time. With `first` and `end` the stretch of
+    A picture is a clip of one frame, for which questions about time are left out. With `first` and `end` the stretch of
     those frames alone is judged: later on nothing is asked of what moves and is nowhere whole, which may have left, nor
     of relations.
     """
@@ -77,11 +77,11 @@ def judge(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = 
     values: dict[str, float] = {}
     things = scene.things[:1] if scene.grouped else scene.things
     tracks = [tracking.track(parts.masks[thing.color]) for thing in things]
-    asked = []
+    requested = []
     for index, (thing, found) in enumerate(zip(things, tracks, strict=True)):
         if first and _may_leave(scene, thing) and not found.whole.any():
             continue
-        asked.append(thing)
+        requested.append(thing)
         values |= {f"{name}.{index}": value for name, value in _thing(parts, scene, thing, found, first).items()}
     values["count"] = _count_error(parts, len(scene.things), first)
     if scene.relation and not first:
@@ -91,7 +91,7 @@ def judge(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = 
     values["ground_texture"] = _ground_texture(parts, scene.ground_texture)
     if scene.ground_texture not in ("plain", "shaded") and len(parts.video) > 1:
         values["camera"] = tracking.camera_error(parts, -scene.pan_velocity)
-    style = _style(parts, asked, scene.style)
+    style = _style(parts, requested, scene.style)
     if style is not None:
         values["style"] = style
     return Verdict(answers={name: Answer(value=v, passed=_passes(name, v)) for name, v in values.items()})
@@ -164,7 +164,7 @@ def _presence(scene: Scene, thing: Thing, found: tracking.Track, first: int) -> 
 
 
 def _looks(parts: Parts, thing: Thing, picks: np.ndarray, first: int) -> dict[str, float]:
-    """Return colour distance, IoU of the asked shape (0 where another fits better) and the texture's probability."""
+    """Return colour distance, IoU of the shape (0 where another fits better) and the texture's probability."""
     mask, shapes, textures, colors = parts.masks[thing.color], [], [], []
     for frame in picks:
         pieces = components(firm(mask[frame]), tracking.LEAST)
@@ -196,7 +196,7 @@ def _color_distance(frame: np.ndarray, mask: np.ndarray, color: str) -> float:
 
 
 def _turn(parts: Parts, thing: Thing, picks: np.ndarray) -> float:
-    """Return by how much templates that turn as asked overlap better than still ones (best start of each)."""
+    """Return by how much templates that turn as requested overlap better than still ones (best start of each)."""
     mask, gains = parts.masks[thing.color], []
     starts = np.radians(np.arange(0, {"square": 90, "cross": 90}.get(thing.shape, 120), 10))
     for rate in (world.TURN, 0.0, -world.TURN):
@@ -225,7 +225,7 @@ def _count_error(parts: Parts, count: int, first: int) -> int:
 
 
 def _relation(one: tracking.Track, other: tracking.Track, relation: str) -> float:
-    """Return the share of the trained frames in which the first thing stands to the second as asked."""
+    """Return the share of the trained frames in which the first thing stands to the second as requested."""
     x, y = world.RELATIONS[relation]
     offset = (one.centers - other.centers)[: world.FRAMES]
     along, across = offset @ np.array([x, y]), np.abs(offset @ np.array([y, x]))
@@ -241,7 +241,7 @@ def _ground_texture(parts: Parts, texture: str) -> float:
 
 
 def _style(parts: Parts, things: Sequence[Thing], style: str) -> float | None:
-    """Return the probability of the asked style; None where no object shows that could tell."""
+    """Return the probability of the requested style; None where no object shows that could tell."""
     if parts.dim or style == "dim":
         return float(parts.dim and style == "dim")
     features = []

@@ -114,7 +114,7 @@ def kept_figures(path: Path, subject: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the gates asked for, print each, and keep the figures of the others."""
+    """Run the gates requested, print each, and keep the figures of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     subjects.add_arguments(parser)
     parser.add_argument("--gates", nargs="*", default=GATES, choices=GATES, metavar="GATE", help=" ".join(GATES))

@@ -140,7 +140,7 @@ def average_gradients(modules: dict[str, nn.Module]) -> None:
 def read_arguments(description: str | None, recipe: type, run: Path, **paths: Path) -> argparse.Namespace:
     """Read the command line that all trainings share; `paths` become options of their own.
 
-    The result holds `config` (the recipe with the changes asked for), `budget`, `run`, `change` and the paths.
+    The result holds `config` (the recipe with the changes requested), `budget`, `run`, `change` and the paths.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run", type=Path, default=run, help="folder of checkpoint and log (default %(default)s)")
@@ -187,7 +187,7 @@ def restore(
         return 0, {}
     state = torch.load(path, weights_only=False)
     saved = state["recipe"]
-    differs = [f"{k}: {saved.get(k)!r} there, {recipe.get(k)!r} asked" for k in recipe if saved.get(k) != recipe[k]]
+    differs = [f"{k}: {saved.get(k)!r} there, {recipe.get(k)!r} requested" for k in recipe if saved.get(k) != recipe[k]]
     if differs and not change:
         raise ValueError(
             f"{path} was made by another recipe ({'; '.join(differs)}); "

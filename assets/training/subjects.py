@@ -157,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(args: argparse.Namespace) -> tuple[Subject, Any, str]:
-    """Return the kind of model asked for, its pipeline and its name, and set the threads."""
+    """Return the kind of model requested, its pipeline and its name, and set the threads."""
     torch.set_num_threads(args.threads)
     subject = Image() if args.image else Video()
     return subject, *subject.load(args.model, args.runs)

@@ -56,7 +56,7 @@ class FluxTraining(FlowRecipe):
     picture: int = 96
     batch: int = 20
     reading: float = 0.3
-    """Weight of the second question, what is seen at each token, asked of the last block of both streams."""
+    """Weight of the second question, what is seen at each token, put to the last block of both streams."""
 
 
 def draw_pictures(rng: np.random.Generator, picture: int, crop: int, batch: int) -> tuple[Tensor, list[world.Scene]]:

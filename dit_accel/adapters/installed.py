@@ -36,16 +36,16 @@ def adapters() -> dict[str, Adapter]:
 
 def _load(entry: EntryPoint) -> Sequence[Adapter]:
     """Return the adapters that an entry point gives."""
-    asked = f"the entry point {entry.value!r} of {ADAPTER_GROUP}"
+    entry_point = f"the entry point {entry.value!r} of {ADAPTER_GROUP}"
     try:
         given = entry.load()
     except (AttributeError, ModuleNotFoundError) as error:
         raise ConfigError(
-            f"{asked} can't be loaded: {error}; name a tuple of adapters in pyproject.toml and install it again"
+            f"{entry_point} can't be loaded: {error}; name a tuple of adapters in pyproject.toml and install it again"
         ) from error
     if not isinstance(given, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in given):
         raise ConfigError(
-            f"{asked} must give a tuple of adapters, got {type(given).__name__}; name ADAPTERS = (MY_ADAPTER,) in it"
+            f"{entry_point} must give a tuple of adapters, got {type(given).__name__}; set ADAPTERS = (MINE,) there"
         )
     return given
 

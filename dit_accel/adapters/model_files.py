@@ -37,7 +37,7 @@ class ModelFiles:
     """The configs of a diffusers pipeline.
 
     Attributes:
-        name: the folder or hub id that was asked for.
+        name: the folder or hub id that was requested.
         index: model_index.json, component name -> (library, class).
         transformer: config of the transformer.
         vae: config of the autoencoder; empty where the pipeline has none.

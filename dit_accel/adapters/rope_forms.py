@@ -1,7 +1,7 @@
 """How rotary positions are changed in each form that models give them.
 
 - ``theta``: a method asks ``theta`` (`Rope.parts`) for powers, axis by axis: it runs with a stand-in that answers.
-- ``theta of all axes``: asked once, one set of frequencies for all axes, laid over coordinates [..., axes, 1].
+- ``theta of all axes``: requested once, one set of frequencies for all axes, laid over coordinates [..., axes, 1].
 - ``theta of a function``: a function in the class's module takes ``theta``; the method runs with that global replaced.
 - ``tables``: the constructor makes tables from ``theta``: they are made again with a stand-in, and a method reads them.
 - ``object of tables``: the same of an object that is not a module; another one takes its place.
@@ -130,7 +130,7 @@ class _Quotient:
 
 
 class _Theta:
-    """Stands in for a rope's base; each power that is asked for is that of the next axis, then those of text."""
+    """Stands in for a rope's base; each power that is requested is that of the next axis, then those of text."""
 
     def __init__(self, value: float, asks: Iterator[int], resolve: Resolve) -> None:
         self.value, self.asks, self.resolve = value, asks, resolve

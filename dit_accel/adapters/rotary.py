@@ -76,7 +76,7 @@ class Rope:
             ``halves`` (cos and sin in one tensor, joined along the dimension 1).
         parts: attributes of the owner that hold base, tables or frequencies: one for all axes, or one for each.
         caches: attributes of the owner that keep what it made, for bases.
-        asks: for bases: the axes in the order in which they are asked for, by index; None: each once.
+        asks: for bases: the axes in the order in which they are requested, by index; None: each once.
         axes: transformer config -> the axes in the model's order.
         text: forward inputs by name -> which rows of the positions are text: how many of the first ones, or bool
             [..., rows]. None: text has no positions along the visual axes.
@@ -159,14 +159,14 @@ def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> 
     raise ConfigError(f"{name} has no rotary positions that could be changed: {why}; leave this method out")
 
 
-def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], asked: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the names of the axes whose frequencies may be changed: those asked for, or all where none is.
+def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], requested: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the axes whose frequencies may be changed: those requested, or all where none is.
 
     Raises:
         ConfigError: for an axis that the model does not have, or fits to the trained size; if there is none.
     """
     has = [axis.name for axis in rope.axes(config) if axis.name in VISUAL_AXES]
-    for axis in asked:
+    for axis in requested:
         if axis not in has:
             raise ConfigError(f"{name} has rotary positions along {', '.join(has)}, not {axis!r}; name one of them")
         if axis in rope.fitted:
@@ -174,7 +174,7 @@ def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], asked: Seq
                 f"{name} scales its positions along {axis} to the trained size, so that none is too long; leave "
                 f"{axis!r} out"
             )
-    left = tuple(axis for axis in has if axis not in rope.fitted and (not asked or axis in asked))
+    left = tuple(axis for axis in has if axis not in rope.fitted and (not requested or axis in requested))
     if not left:
         raise ConfigError(
             f"{name} scales its positions along {', '.join(has)} to the trained size, so that none is too long; leave "

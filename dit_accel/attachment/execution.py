@@ -112,7 +112,7 @@ class Execution:
         """
         known, _ = (None, 0) if state.unseen else state.layouts.get(state.branch, (None, 0))
         forward, step = self.forward, replace(self.state.context(state), layout=known)
-        if forward.step is None or replace(forward.step, batch=step.batch) != step:  # else the context's begin asked
+        if forward.step is None or replace(forward.step, batch=step.batch) != step:  # else set when the context began
             forward.acting = {layer: self.acting(step, layer.depth) for layer in state.layers}
             forward.switch()
         forward.step = step

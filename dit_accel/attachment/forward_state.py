@@ -36,8 +36,8 @@ class ForwardState:
         min_keys: attention calls over fewer keys stay dense (`Adapter.separate_text_attention`); 0: none do.
         shards: how tokens and heads are shared between processes; None: they are not.
         batch: rows of the forward; None where they are not known.
-        step: where the denoising stands; None: nobody has asked yet.
-        acting: layer -> the methods that change its attention, over `layout`; asked once a layer.
+        step: where the denoising stands; None: not read yet.
+        acting: layer -> the methods that change its attention, over `layout`; collected once a layer.
         calls: layer -> attention calls that it has made.
         reached: numbers of the layers that ran, but for those of compiled blocks.
     """

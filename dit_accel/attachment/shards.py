@@ -8,6 +8,7 @@ text, video, text, video. Tiles, frames and masks count tokens in the sequence's
 here, and back. Ulysses' exchange itself is diffusers'.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..plan.heads import HeadShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SequenceShards:
+class SequenceShards(ABC):
     """How the tokens of one forward are shared between processes.
 
     Attributes:
@@ -48,9 +49,9 @@ class SequenceShards:
         """Return the heads of this process, of so many; None: all."""
         return None
 
+    @abstractmethod
     def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what this process computes one attention call with, of its tokens' q, k and v, [B, S', H, D]."""
-        raise NotImplementedError
 
     def scatter(self, x: Tensor, heads: int) -> Tensor:
         """Return this process's tokens of all heads, [B, S', H, D], of what it computed."""

@@ -37,7 +37,7 @@ class TransformerSite(Site):
     """One transformer as one handler sees it; the core undoes all that goes through it.
 
     Attributes:
-        forwards: what to run around forwards, in the order in which it was asked for.
+        forwards: what to run around forwards, in the order in which it was requested.
         around: block index -> what to run around it, in the same order.
     """
 
@@ -168,7 +168,7 @@ class TransformerSite(Site):
         return contextlib.nullcontext() if self._context is None else self._context(branch)
 
     def install_blocks(self) -> None:
-        """Wrap the blocks that methods asked for; `ConfigError` in a transformer that is compiled whole."""
+        """Wrap the blocks that methods requested; `ConfigError` in a transformer that is compiled whole."""
         if not self.around:
             return
         if self.compiled:

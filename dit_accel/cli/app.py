@@ -70,7 +70,7 @@ class SubGroup(TyperGroup):
 
 
 class CommandGroup(TyperGroup):
-    """The built-in commands and those of installed packages, each built when it is asked for."""
+    """The built-in commands and those of installed packages, each built when it is requested."""
 
     show_traceback = False
 

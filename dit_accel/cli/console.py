@@ -13,7 +13,7 @@ from rich.text import Text
 from ..files import json_text
 
 OUT = Console(highlight=False, soft_wrap=False)
-"""Tables and other data that a user asked for."""
+"""Tables and other data that a user requested."""
 
 TALK = Console(stderr=True, highlight=False)
 """Notes, warnings, progress and errors."""
@@ -52,7 +52,7 @@ def warn(text: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print one line: what was asked, what was found, what to do."""
+    """Print one line: what was requested, what was found, what to do."""
     TALK.print(Text("error: ", style="bold red") + Text(" ".join(text.split())), soft_wrap=True)
 
 

@@ -50,8 +50,8 @@ def plan(
         chosen = choices(preset, of, methods)
         methods = [*methods, *(one.config for one in chosen)]
         _note_preset(preset, chosen)
-    asked = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
-    estimated = estimate(adapter, sizes, **asked, methods=methods, kernel_cost=kernel_cost, config=config)
+    requested = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
+    estimated = estimate(adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config)
     if num_frames is not None and estimated.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
     for text in estimated.notes:

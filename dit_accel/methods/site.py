@@ -4,6 +4,7 @@ The core gives every handler a site for each transformer; all that a method chan
 can undo it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ AroundCall = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], 
 """(run, args, kwargs) -> output. ``run(*args, **kwargs)`` is the module's own call."""
 
 
-class Site:
+class Site(ABC):
     """One transformer as one handler sees it while it installs itself.
 
     Attributes:
@@ -79,40 +80,40 @@ class Site:
     compiled: bool
     blocks: tuple[Block, ...]
 
+    @abstractmethod
     def around_forward(self, function: AroundForward) -> None:
         """Run ``function`` in place of every forward; it may skip the forward, run it again in a branch, or pass on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def around_blocks(self, function: AroundBlock, blocks: tuple[Block, ...] | None = None) -> None:
         """Run ``function`` in place of blocks (None: all); it may skip a block or change its streams."""
-        raise NotImplementedError
 
+    @abstractmethod
     def around_module(self, module: nn.Module, function: AroundCall) -> None:
         """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stand_in(self, module: nn.Module, function: AroundCall) -> AbstractContextManager[None]:
         """Run ``function`` in place of a submodule's calls inside the block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, buffer or parameter of an object until the methods are detached."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` when the methods are detached: for what only another library can take back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reached(self) -> int:
         """Return how many of the attention layers that methods may change ran in the forward that ended last.
 
         Those of compiled blocks are not seen.
         """
-        raise NotImplementedError
 
 
 def target_sample(of: Any) -> Tensor:

@@ -157,7 +157,7 @@ def _require_lengths(case: Case, inputs: dict[str, Any], blocks: Sequence[Block]
 def _require_handed_on(case: Case, inputs: dict[str, Any], blocks: Sequence[Block], results: dict[str, Any]) -> None:
     """Check that each block of a list gets the streams that the one before it got, where all are skipped.
 
-    What a block gives back as one stream must reach that stream of the next block, and no other. That is asked by
+    What a block gives back as one stream must reach that stream of the next block, and no other. That is checked by
     changing it, and not by equality: a model may add to streams between its blocks, such as by a control branch.
     """
 

@@ -30,8 +30,8 @@ def check_places(case: Case) -> None:
     install = "install the package whose entry point gives this adapter"
     require(known.get(name) is case.adapter, f"{problem}; {install}, and import the adapter from there")
     forward = list(inspect.signature(type(case.transformer).forward).parameters)[1:]
-    for asked in (case.adapter.latents, case.adapter.timestep):
-        require(asked in forward, f"forward has no input {asked!r}; it has {', '.join(forward)}")
+    for requested in (case.adapter.latents, case.adapter.timestep):
+        require(requested in forward, f"forward has no input {requested!r}; it has {', '.join(forward)}")
     attended = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
     places = [n for n, _, _ in attention_modules(case.transformer, case.adapter)]
     require(len(set(places)) == len(places), f"patterns overlap: {places}")

@@ -72,7 +72,7 @@ def _check_axis(case: Case, samples: "_Samples", axis: Axis, plain: list[Tensor]
     with samples.changed({axis.name: same}):
         for now, before in zip(samples.take(), plain, strict=True):
             require(torch.equal(now, before), f"{axis.name}: its own frequencies give other positions")
-    require(bool(seen), f"{axis.name}: nothing asked for its frequencies")
+    require(bool(seen), f"{axis.name}: nothing read its frequencies")
     if axis.theta is not None:
         formula = axis.frequencies()
         require(

@@ -50,20 +50,16 @@ def run_suite(
     """Run a suite: every arm on every clip, held against a converged run and against fewer steps.
 
     Each run is a JSON line, written as it ends. A suite that was stopped goes
-    on where it stopped; one that is whole only prints its table. Suites with a
-    judge judge clips by themselves. The model is an embedded one, or a folder
-    or hub id.
+    on where it stopped; one that is whole only prints its table. The model is
+    an embedded one, or a folder or hub id.
 
     A verdict stands after Holm's correction over all arms, from 6 clips on.
-    Pairs that a suite declares ([[compare]]) have a table of their own.
 
     Examples:
 
     dit-accel eval run eval/suites/smoke.toml --out smoke.jsonl --workers 2
 
     accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
-
-    dit-accel eval report smoke.jsonl -o smoke.html
     """
     from dit_accel_pipelines.processes.processes import started_process
 
@@ -75,19 +71,21 @@ def run_suite(
 
     read = read_suite(suite)
     timed = timed or read.timed
-    if read.many and not quiet:
-        warn(read.many)
-    beside = suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
     usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
-        suite=read, out=out or beside / f"{read.name}.jsonl", cache=cache or default_cache(),
-        timed=timed, threads=threads or usual, frames=frames, talk=not quiet,
+        suite=read, out=out or _results_of(suite) / f"{read.name}.jsonl", timed=timed,
+        cache=cache or default_cache(), threads=threads or usual, frames=frames, talk=not quiet,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
     if not only_table:
         _run(job, clips, workers, quiet)
     elif not quiet:
         _show_run(job, read_lines(job.out), written=False)
+
+
+def _results_of(suite: Path) -> Path:
+    """Return the folder of a suite's results where none was named: beside it, or results/ beside suites/."""
+    return suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
 
 
 def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
@@ -98,6 +96,8 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     from .suites.compare import run_job
     from .suites.job import clips_of
 
+    if job.suite.many and not quiet:
+        warn(job.suite.many)
     run_job(job, clips_of(job.suite, clips), workers, quiet=quiet)
     if not quiet and Ranks().first:
         _show_run(job, read_lines(job.out), written=True)
@@ -355,6 +355,11 @@ def score_clips(
     if json:
         print_json(lines)
         return
+    _show_scores(lines, names)
+
+
+def _show_scores(lines: "list[Line]", names: list[str]) -> None:
+    """Print a row a clip, and what was skipped with its reason."""
     table = plain_table("clip", *names, right=tuple(names))
     for line in lines:
         cells = [f"{line['metrics'][name]:.4f}" if name in line["metrics"] else "" for name in names]

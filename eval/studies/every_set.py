@@ -164,7 +164,7 @@ def sets_of(heads: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def hunted(judged: Judged, heads: Sequence[str]) -> tuple[list[str], list[Line]]:
-    """Return what HeadHunter selects, one head a round, round by round, and the lines of all that it asked."""
+    """Return what HeadHunter selects, one head a round, round by round, and the lines of all that it tried."""
     requested: dict[Job, Line] = {}
 
     def evaluate(jobs: Sequence[Job]) -> list[float]:

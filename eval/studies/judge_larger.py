@@ -1,7 +1,7 @@
 """Judges pictures larger than trained, for suites with ``judge = "../studies/judge_larger.py"``.
 
 No picture has a reference, so each is judged by itself: objects too many or missing, the judge's score for its prompt
-(whether the ground's texture is the asked one by itself), how much of it comes again at a distance, and sharpness.
+(whether the ground's texture is the requested one by itself), how much of it comes again at a distance, and sharpness.
 """
 
 from collections.abc import Iterator, Sequence

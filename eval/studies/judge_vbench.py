@@ -1,6 +1,6 @@
 """Judges arms by VBench's names on the embedded world, for suites with ``judge = "../studies/judge_vbench.py"``.
 
-Each arm makes the same held-out clips, which are judged by what their prompts ask for (`asked`), so no run is the
+Each arm makes the same held-out clips, which are judged by what their prompts ask for , so no run is the
 reference; the suite's first arm is what the others are held against, clip by clip.
 """
 

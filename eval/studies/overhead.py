@@ -55,7 +55,7 @@ class Subject(NamedTuple):
 
     Attributes:
         name: what the table calls it.
-        make: builds it, with as many blocks as are asked for; None: all that it has.
+        make: builds it, with as many blocks as are requested; None: all that it has.
         latents: [B, C, T, H, W].
         text: tokens of a prompt.
     """

@@ -95,7 +95,7 @@ def tuned_text(root: Path) -> str:
 
 
 TARGET = "speedup=2"
-"""What the committed search was asked for."""
+"""The target of the committed search."""
 
 
 def _plain(space: tuple[Arm, ...]) -> list[Arm]:

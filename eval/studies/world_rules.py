@@ -46,7 +46,7 @@ def is_colored(
     Args:
         captions: by frame, (caption, object) of what is there.
         thing: the object.
-        color: the one that is asked for.
+        color: the one that is requested.
         words: the colours that there are; a caption that holds one within another word counts.
     """
     mine = [[text for text, name in frame if name == thing] for frame in captions]
@@ -55,7 +55,7 @@ def is_colored(
 
 
 def stands(frames: Sequence[Sequence[tuple[str, Box]]], one: str, other: str, relation: str) -> float:
-    """Return the mean over frames of how well the best pair of two objects' boxes stands as asked.
+    """Return the mean over frames of how well the best pair of two objects' boxes stands as requested.
 
     As in the official code, left is as good as right and above as below, and two of the one object are a pair.
 

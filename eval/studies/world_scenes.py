@@ -53,7 +53,7 @@ def numbers(model: str, count: int, first: int = 0) -> list[int]:
 def model_scores(model: str, number: int, frames: Clip) -> dict[str, float]:
     """Return VBench's names -> scores on the world of what a model made of a held-out prompt, by its number.
 
-    ``wan-plain``'s motion and consistency are judged by its own checker: whether the direction is the one asked for,
+    ``wan-plain``'s motion and consistency are judged by its own checker: whether the direction is the one requested,
     and the share of its questions. A prompt whose scene is not known is refused.
     """
     scene = scene_of(model, number)

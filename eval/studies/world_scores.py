@@ -1,6 +1,6 @@
 """VBench's names on the embedded models' world, where what a clip shows can be read off its pixels without a network.
 
-The scene that a clip was asked to show is known, and colours, shapes and places can be read off; VBench's own rules
+The scene that a clip was meant to show is known, and colours, shapes and places can be read off; VBench's own rules
 then say what they say of detections. What they stand for here is in `WORDS`; scores are ``name@world``, no figures of
 VBench's. Aesthetics can't be judged; imaging quality only of a clip whose undamaged drawing is at hand.
 """
@@ -27,13 +27,13 @@ WORDS: dict[str, str] = {
     "dynamic_degree": "an object's centre moves by more than 6 pixels on 256 in a quarter of the pairs",
     "imaging_quality": "PSNR to the drawing over 100, where there is one",
     "object_class": "the first object's shape shows",
-    "multiple_objects": "both shapes, or as many objects as asked, show",
-    "human_action": "objects move, grow and turn as asked",
+    "multiple_objects": "both shapes, or as many objects as requested, show",
+    "human_action": "objects move, grow and turn as requested",
     "color": "the first object's shape shows in its colour",
-    "spatial_relationship": "the objects' boxes stand as asked, left as good as right",
-    "scene": "the ground is the one asked for",
+    "spatial_relationship": "the objects' boxes stand as requested, left as good as right",
+    "scene": "the ground is the one requested",
     "appearance_style": "probability of the style and the textures",
-    "temporal_style": "the camera moves as asked",
+    "temporal_style": "the camera moves as requested",
     "overall_consistency": "share of all the judge's questions",
 }
 """Dimension -> what it is here. ``aesthetic_quality`` has no counterpart."""
@@ -63,7 +63,7 @@ class Found:
 
 
 class Shown:
-    """What a clip [F, height, width, 3], uint8, shows of a scene; each part is worked out when first asked for."""
+    """What a clip [F, height, width, 3], uint8, shows of a scene; each part is worked out when first requested."""
 
     def __init__(self, frames: Frames, scene: Scene) -> None:
         self.frames, self.scene = frames, scene
@@ -140,11 +140,11 @@ def world_scores(
 ) -> dict[str, float]:
     """Return VBench's names -> scores of a clip on the embedded world, without those that it does not ask for.
 
-    A picture is a clip of one frame, of which nothing is asked that takes time.
+    A picture is a clip of one frame, for which questions about time are left out.
 
     Args:
         frames: uint8 [F, height, width, 3].
-        scene: what it was asked to show.
+        scene: what it was meant to show.
         drawn: what each frame shows, drawn without damage, for imaging quality.
         names: which; None: all.
     """
@@ -168,7 +168,7 @@ def _subject(shown: Shown) -> float:
     thing = shown.scene.things[0]
     seen = []
     for place, objects in zip(shown.places, shown.objects, strict=True):
-        # the largest object of the asked shape, or of the asked colour: what stands for the subject here
+        # the largest object of the requested shape, or of the requested colour: what stands for the subject here
         mine = [one for one in objects if one.shape == thing.shape or one.color == thing.color]
         best = max(mine, key=lambda one: (one.shape == thing.shape) + (one.color == thing.color), default=None)
         seen.append(None if best is None else (shown.colors(best.color)[place], best.shape == thing.shape, best.fit))
@@ -206,7 +206,7 @@ def _flickering(shown: Shown) -> float | None:
 
 
 def _centers(shown: Shown) -> list[npt.NDArray[np.float64]]:
-    """Return the centres of all colours that show: how things move does not hang on whether they were asked for."""
+    """Return the centres of all colours that show: how things move does not hang on whether they were requested."""
     centers = (shown.centers(color) for color in world.COLORS if firm(shown.parts.masks[color]).any())
     return [found for found in centers if not np.isnan(found).all()]
 
@@ -262,7 +262,7 @@ def _scene(shown: Shown) -> float:
 
 
 def _answered(shown: Shown, part: str, *questions: str) -> float | None:
-    """Return the mean of a part of the judge's answers to questions; None where none of them was asked."""
+    """Return the mean of a part of the judge's answers to questions; None where none of them was requested."""
     answers = shown.verdict.answers.items()
     found = [getattr(answer, part) for name, answer in answers if name.partition(".")[0] in questions]
     return float(np.mean(found)) if found else None

@@ -11,16 +11,18 @@ from .backends.fa4.support import missing_requirement as fa4_requirement
 from .backends.flex import missing_requirement as flex_requirement
 from .backends.torch.fused import way as torch_way
 from .backends.triton.support import missing_requirement as triton_requirement
+from .bits import count_bits, pack_bits, unpack_bits
 from .cache import release_captured
 from .checks import BACKENDS
+from .csr import EXACT, PARTIAL, POOLED, SKIPPED
 from .errors import BackendUnavailableError
 from .features import FrameDecay
-from .selection import Routing, Selection, Vote, count_bits, pack_bits, unpack_bits
-from .tiles import EXACT, POOLED, SKIPPED, TileLists
+from .selection import Routing, Selection, Vote
+from .tiles import TileLists
 
 __all__ = [
-    "BACKENDS", "EXACT", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing", "Selection",
-    "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward", "block_sparse_attention_eager",
-    "count_bits", "fa4_requirement", "flex_requirement", "pack_bits", "predicted_speedup", "release_captured",
-    "resolve_backend", "torch_way", "triton_requirement", "unpack_bits",
+    "BACKENDS", "EXACT", "PARTIAL", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing",
+    "Selection", "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward",
+    "block_sparse_attention_eager", "count_bits", "fa4_requirement", "flex_requirement", "pack_bits",
+    "predicted_speedup", "release_captured", "resolve_backend", "torch_way", "triton_requirement", "unpack_bits",
 ]  # fmt: skip

@@ -17,13 +17,14 @@ from .backends.fa4 import attend as fa4_backend
 from .backends.torch import attend as torch_backend
 from .backends.torch import backward
 from .backends.triton import support as triton_support
+from .bits import words_of
 from .checks import problem_of
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .packing import SCHEMA, flatten, restore
 from .precision import Precision
 from .problem import Problem
-from .selection import Selection, words_of
+from .selection import Selection
 from .states import resolved
 from .tiles import TileLists
 from .values import check_values
@@ -216,11 +217,24 @@ def _run(problem: Problem) -> Results:
 
     Autocast has no part in it: products are made in the dtype that was given.
     """
+    _require_support(problem)
     if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
         return _empty_results(problem)
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         return _attend(problem)
+
+
+MASKED = ("reference",)  # backends that take masks inside tiles and a head dim of v of its own
+
+
+def _require_support(problem: Problem) -> None:
+    own = problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]
+    if own and _backend(problem) not in MASKED:
+        raise BackendUnavailableError(
+            "masks inside tiles and a head dim of v that is not q's need backend='reference', found "
+            f"{_backend(problem)!r}"
+        )
 
 
 def _attend(problem: Problem) -> Results:
@@ -267,7 +281,7 @@ def _empty_results(problem: Problem) -> Results:
     q = problem.q
     bits = (*q.shape[:2], problem.query_tiles, words_of(problem.key_tiles))
     return (
-        problem.empty_like(q),
+        problem.empty_output(),
         q.new_empty(q.shape[:3] if problem.return_lse else (0,), dtype=wide_dtype(q.dtype)),
         q.new_empty(bits if problem.return_tiles else (0,), dtype=torch.int32),
         q.new_empty(bits if problem.votes else (0,), dtype=torch.int32),

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bits import words_of
 from .errors import BackendUnavailableError
 from .features import FrameDecay
 from .precision import PRECISIONS
 from .problem import Problem
-from .selection import words_of
-from .tiles import TileLists
+from .tiles import PARTS, TileLists
 
 BACKENDS = ("auto", "triton", "fa4", "torch", "flex", "reference")
 
@@ -32,9 +32,8 @@ def problem_of(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     _check_per_head("head_scale", head_scale, q)
     problem = Problem(
-        q=q, k=k, v=v, exact_offsets=tiles.exact_offsets, exact_indices=tiles.exact_indices,
-        pooled_offsets=tiles.pooled_offsets, pooled_indices=tiles.pooled_indices, block_q=tiles.block_q,
-        block_k=tiles.block_k, scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        q=q, k=k, v=v, **{name: getattr(tiles, name) for name in PARTS}, block_q=tiles.block_q, block_k=tiles.block_k,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         heads_first=layout == "bhsd",
         head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
         decay=None if frame_decay is None else (frame_decay.table, frame_decay.q_frames, frame_decay.k_frames),
@@ -52,8 +51,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, layout: str
     axis = 2 if layout == "bshd" else 1
     batch, heads, dim = q.shape[0], q.shape[axis], q.shape[3]
     num_q, num_k = q.shape[3 - axis], k.shape[3 - axis]
-    if tuple(k.shape) != tuple(v.shape):
-        raise ValueError(f"k and v must have one shape, found {list(k.shape)} and {list(v.shape)}")
+    if tuple(k.shape[:3]) != tuple(v.shape[:3]):
+        raise ValueError(f"k and v must agree but for the head dim, found {list(k.shape)} and {list(v.shape)}")
     if k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(f"q and k must share batch and head dim, found {list(q.shape)} and {list(k.shape)} ({layout})")
     if heads % k.shape[axis]:
@@ -90,6 +89,8 @@ def check_features(problem: Problem) -> None:
     if problem.identity_rows is not None and problem.identity_mix is None:
         raise ValueError("identity_rows chooses rows for identity_mix, found no identity_mix: give both")
     if problem.selection is not None:
+        if problem.mask_ids is not None:
+            raise ValueError("a selection chooses among whole tiles, found tiles with masks inside: give one of both")
         bits = (problem.query_tiles, words_of(problem.key_tiles))
         _check("selection.keep", problem.selection.keep, (*q.shape[:2], *bits), torch.int32, device)
         _check("selection.routed", problem.selection.routed, (*q.shape[:2], *bits), torch.int32, device)

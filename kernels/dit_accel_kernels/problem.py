@@ -18,11 +18,12 @@ _FRAMES: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 class Problem:
     """One attention call, checked and carried from the API to a backend: all arguments by their names.
 
-    q, k, v and the output are [B, H, S, D] here, whatever the caller's layout; `heads_first` says in which order heads
-    and tokens lie in the output's memory. The lists are those of TileLists. `scale` is the softmax scale; `head_scale`,
-    float32 [B or 1, H] or None, multiplies it. `decay` is (table, q_frames, k_frames) or None. With a `token_order`, q,
-    k, v, decay, `key_length` and `key_mask` are in the caller's order; `tiled()` gives the call in tiled order, where
-    valid keys are the bool [B, S_k] `key_valid` (None: all). A `selection` narrows the lists for this call.
+    q, k, v and the output are [B, H, S, D] here, whatever the caller's layout, with a head dim of their own for v and
+    the output; `heads_first` says in which order heads and tokens lie in the output's memory. The lists are those of
+    TileLists. `scale` is the softmax scale; `head_scale`, float32 [B or 1, H] or None, multiplies it. `decay` is
+    (table, q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the
+    caller's order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None:
+    all). A `selection` narrows the lists for this call.
     """
 
     q: Tensor
@@ -32,6 +33,8 @@ class Problem:
     exact_indices: Tensor
     pooled_offsets: Tensor | None = None
     pooled_indices: Tensor | None = None
+    mask_ids: Tensor | None = None
+    mask_bits: Tensor | None = None
     block_q: int
     block_k: int
     scale: float
@@ -79,10 +82,16 @@ class Problem:
         routes = selection.routing is not None or selection.routed is not None
         return routes or (selection.keep is not None and selection.rest == "pooled")
 
-    def empty_like(self, x: Tensor) -> Tensor:
-        """Memory for a [B, H, S, D] like x, laid out like the call's output."""
-        batch, heads, tokens, dim = x.shape
-        return x.new_empty(x.shape) if self.heads_first else x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    def empty_like(self, x: Tensor, dim: int | None = None) -> Tensor:
+        """Memory for a [B, H, S, D] like x, or with so many columns, laid out like the call's output."""
+        batch, heads, tokens, dim = (*x.shape[:3], dim or x.shape[3])
+        first, second = (heads, tokens) if self.heads_first else (tokens, heads)
+        empty = x.new_empty(batch, first, second, dim)
+        return empty if self.heads_first else empty.transpose(1, 2)
+
+    def empty_output(self) -> Tensor:
+        """Memory for the output, [B, H, S_q, Dv]."""
+        return self.empty_like(self.q, self.v.shape[3])
 
     def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
@@ -131,4 +140,6 @@ def lists_of(problem: Problem) -> TileLists:
         exact_indices=problem.exact_indices,
         pooled_offsets=problem.pooled_offsets,
         pooled_indices=problem.pooled_indices,
+        mask_ids=problem.mask_ids,
+        mask_bits=problem.mask_bits,
     )

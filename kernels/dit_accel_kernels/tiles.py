@@ -14,22 +14,10 @@ import torch
 from torch import Tensor
 
 from .cache import StorageCache, changed, count_writes
+from .csr import EXACT, POOLED, check_csr, check_values, csr_of, row_of_entry, spelled
+from .masks import check_mask_ids, check_masks, tiles_of_rows
 
-SKIPPED, POOLED, EXACT = 0, 1, 2
-
-_INT32_MAX = 2**31 - 1
-PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
-
-
-def _csr(selected: Tensor) -> tuple[Tensor, Tensor]:
-    """CSR of a boolean [G, NQ, NK]: absolute offsets int32 [G, NQ + 1] and ascending indices int32 [nnz]."""
-    groups, rows, _ = selected.shape
-    indices = selected.nonzero()[:, 2].to(torch.int32)
-    if indices.numel() > _INT32_MAX:
-        raise ValueError(f"tile lists hold at most {_INT32_MAX} entries, found {indices.numel()}: use larger tiles")
-    ends = selected.sum(-1, dtype=torch.int64).flatten().cumsum(0).view(groups, rows)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]])
-    return torch.cat([starts[:, None], ends], 1).to(torch.int32), indices
+PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices", "mask_ids", "mask_bits")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -39,7 +27,13 @@ class TileLists:
     `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and
     `pooled_indices` (int32 [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and
     dtypes only and never reads the values (no device sync); `validate` reads them. Raises ValueError or TypeError where
-    the parts don't fit. Tensors made under `torch.inference_mode` are copied, since nothing could tell that they
+    the parts don't fit.
+
+    An exact tile may have a mask, and is a *partial* tile then: `mask_ids` int32 [nnz], beside `exact_indices`, is -1
+    where every pair of a tile counts, else the number of a mask in `mask_bits` int32 [M, block_q, ceil(block_k / 32)],
+    where bit j % 32 of word [m, r, j // 32] is set if the tile's query r sees its key j. `from_mask` makes them.
+
+    Tensors made under `torch.inference_mode` are copied, since nothing could tell that they
     changed.
 
     What backends derive from lists lives as long as these tensors do. Writes by torch's own operations are followed,
@@ -57,6 +51,8 @@ class TileLists:
     exact_indices: Tensor
     pooled_offsets: Tensor | None = None
     pooled_indices: Tensor | None = None
+    mask_ids: Tensor | None = None
+    mask_bits: Tensor | None = None
 
     def __post_init__(self) -> None:
         count_writes(self, PARTS)
@@ -65,14 +61,15 @@ class TileLists:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if (self.pooled_offsets is None) != (self.pooled_indices is None):
             raise ValueError("pooled_offsets and pooled_indices come together: give both or neither")
-        _check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
+        check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
-            _check_csr("pooled", self.pooled_offsets, self.pooled_indices, self.query_tiles)
+            check_csr("pooled", self.pooled_offsets, self.pooled_indices, self.query_tiles)
             if self.pooled_offsets.shape != self.exact_offsets.shape:
                 raise ValueError(
                     f"pooled_offsets must have the shape of exact_offsets, {tuple(self.exact_offsets.shape)}, "
                     f"found {tuple(self.pooled_offsets.shape)}"
                 )
+        check_masks(self.mask_ids, self.mask_bits, self.tiles_exact, self.block_q, self.block_k)
 
     @classmethod
     def from_states(cls, states: Tensor, *, block_q: int, block_k: int, num_q: int, num_k: int) -> TileLists:
@@ -89,18 +86,42 @@ class TileLists:
             )
         if states.numel() and int(states.max()) > EXACT:
             raise ValueError(f"states must be 0 (skipped), 1 (pooled) or 2 (exact), found {int(states.max())}")
-        exact_offsets, exact_indices = _csr(states == EXACT)
-        pooled_offsets, pooled_indices = _csr(states == POOLED)
+        return cls._of_states(states, None, None, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, block_q: int, block_k: int) -> TileLists:
+        """Lists of the tiles that a mask leaves, exactly: whole ones, and partial ones with their part of the mask.
+
+        Args:
+            mask: bool [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k] (G = B * H), True where a query sees a key.
+            block_q: queries of a tile.
+            block_k: keys of a tile.
+
+        Raises:
+            TypeError, ValueError: a mask of another dtype or shape.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool, True where a query sees a key; found {mask.dtype}")
+        if mask.dim() not in (2, 3, 4):
+            raise ValueError(f"mask must be [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k], found {list(mask.shape)}")
+        masks = mask.reshape(-1, *mask.shape[-2:])
+        sizes = dict(block_q=block_q, block_k=block_k, num_q=masks.shape[1], num_k=masks.shape[2])
+        rows = tiles_of_rows(lambda g, first, end: masks[g, first:end], len(masks), device=mask.device, **sizes)
+        return cls._of_states(*rows, **sizes)
+
+    @classmethod
+    def _of_states(cls, states: Tensor, mask_ids: Tensor | None, mask_bits: Tensor | None, **sizes: int) -> TileLists:
+        exact_offsets, exact_indices = csr_of(states >= EXACT)
+        pooled_offsets, pooled_indices = csr_of(states == POOLED)
         empty = pooled_indices.numel() == 0
         return cls(
-            block_q=block_q,
-            block_k=block_k,
-            num_q=num_q,
-            num_k=num_k,
+            **sizes,
             exact_offsets=exact_offsets,
             exact_indices=exact_indices,
             pooled_offsets=None if empty else pooled_offsets,
             pooled_indices=None if empty else pooled_indices,
+            mask_ids=mask_ids,
+            mask_bits=mask_bits,
         )
 
     @classmethod
@@ -165,11 +186,12 @@ class TileLists:
         return _COPIES.get(parts.values(), (device, self.block_q, self.block_k, self.num_q, self.num_k), copy)
 
     def states(self) -> Tensor:
-        """Tile states uint8 [G, NQ, NK]: the inverse of `from_states`."""
+        """Tile states uint8 [G, NQ, NK]: the inverse of `from_states`, but for partial tiles, which are 3."""
         states = torch.zeros(self.groups, self.query_tiles, self.key_tiles, dtype=torch.uint8, device=self.device)
+        exact = EXACT if self.mask_ids is None else (self.mask_ids >= 0).to(torch.uint8) + EXACT
         for value, offsets, indices in (
             (POOLED, self.pooled_offsets, self.pooled_indices),
-            (EXACT, self.exact_offsets, self.exact_indices),
+            (exact, self.exact_offsets, self.exact_indices),
         ):
             if offsets is not None and indices is not None:
                 states.view(-1)[row_of_entry(offsets, indices.numel()) * self.key_tiles + indices] = value
@@ -188,16 +210,17 @@ class TileLists:
         Raises:
             ValueError: values that don't fit, with their position and what they may be.
         """
-        _check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
+        check_mask_ids(self.mask_ids, self.mask_bits)
+        check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
-            _check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
+            check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
             exact = row_of_entry(self.exact_offsets, self.tiles_exact) * self.key_tiles + self.exact_indices
             pooled = row_of_entry(self.pooled_offsets, self.tiles_pooled) * self.key_tiles + self.pooled_indices
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)
                 raise ValueError(
-                    f"a tile is exact or pooled, not both: found tile {tile} twice {_spelled(row, self.exact_offsets)}"
+                    f"a tile is exact or pooled, not both: found tile {tile} twice {spelled(row, self.exact_offsets)}"
                 )
         return self
 
@@ -211,70 +234,3 @@ def _full(num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
         raise ValueError(f"sizes must be at least 1, found {num_q} x {num_k} tokens in tiles of {block_q} x {block_k}")
     states = torch.full((-(-num_q // block_q), -(-num_k // block_k)), EXACT, dtype=torch.uint8)
     return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
-
-
-def row_of_entry(offsets: Tensor, entries: int) -> Tensor:
-    """Row g * NQ + i of every entry of a CSR with offsets [G, NQ + 1], int64 [nnz], without a device sync."""
-    counts = (offsets[:, 1:] - offsets[:, :-1]).flatten()
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=offsets.device), counts, output_size=entries)
-
-
-def padded_rows(chosen: Tensor, read: bool = False) -> tuple[Tensor, Tensor]:
-    """Bool [.., NK] as counts int32 [..] and ascending indices int32 [.., N], which come before what pads them.
-
-    N is NK, or if `read` the longest row's count, which is read from the device.
-    """
-    counts = chosen.sum(-1, dtype=torch.int32)
-    width = max(1, int(counts.max())) if read else chosen.shape[-1]
-    indices = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-    return counts, indices.to(torch.int32).contiguous()
-
-
-def _check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
-    """Shapes, dtypes and devices of one CSR, without reading values."""
-    for part, tensor in (("offsets", offsets), ("indices", indices)):
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name}_{part} must be torch.int32, found {tensor.dtype}")
-    if offsets.dim() != 2 or offsets.shape[1] != rows + 1:
-        raise ValueError(f"{name}_offsets must be [G, {rows + 1}] for {rows} query tiles, found {list(offsets.shape)}")
-    if indices.dim() != 1:
-        raise ValueError(f"{name}_indices must have one dimension, found {list(indices.shape)}")
-    if offsets.device != indices.device:
-        raise ValueError(
-            f"{name}_offsets and {name}_indices must share a device, found {offsets.device} and {indices.device}"
-        )
-
-
-def _check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> None:
-    """Values of one CSR: offsets rise from 0 to nnz, indices lie in range and ascend strictly in a row."""
-    flat = torch.cat([offsets[:1, 0], offsets[:, 1:].flatten()])
-    if int(flat[0]) != 0 or int(flat[-1]) != indices.numel() or bool((flat[1:] < flat[:-1]).any()):
-        raise ValueError(f"{name}_offsets must rise from 0 to {indices.numel()}, found {flat.tolist()[:8]}")
-    if bool((offsets[1:, 0] != offsets[:-1, -1]).any()):
-        found = f"found {offsets[1:, 0].tolist()[:8]} after {offsets[:-1, -1].tolist()[:8]}"
-        raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends, {found}")
-    if indices.numel() == 0:
-        return
-    rows = row_of_entry(offsets, indices.numel())
-    low, high = map(int, indices.aminmax())
-    if low < 0 or high >= tiles:
-        position = int(((indices < 0) | (indices >= tiles)).nonzero()[0])
-        raise ValueError(
-            f"{name}_indices must lie in 0..{tiles - 1} (NK = {tiles} key tiles), found {int(indices[position])} at "
-            f"position {position}, {_spelled(rows[position], offsets)}"
-        )
-    keys = rows * tiles + indices
-    repeats = keys[1:] <= keys[:-1]
-    if bool(repeats.any()):
-        position = int(repeats.nonzero()[0]) + 1
-        raise ValueError(
-            f"{name}_indices must ascend strictly in every query tile, found {int(indices[position])} after "
-            f"{int(indices[position - 1])} at position {position}, {_spelled(rows[position], offsets)}: sort them, "
-            "remove repeats"
-        )
-
-
-def _spelled(row: Tensor | int, offsets: Tensor) -> str:
-    """A row of lists in words."""
-    group, tile = divmod(int(row), offsets.shape[1] - 1)
-    return f"in query tile {tile} of list set {group}"

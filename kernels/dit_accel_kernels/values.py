@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .cache import StorageCache, capturing, readable
 from .problem import Problem, lists_of
+from .tiles import PARTS
 
 SWITCH = "DIT_ACCEL_VALIDATE"
 """Environment variable: 1 checks values in every call on a GPU too, which waits for it."""
@@ -23,7 +24,7 @@ def check_values(problem: Problem) -> None:
     order, device = problem.token_order, problem.q.device
     if readable(device):
         sizes = (problem.block_q, problem.block_k, problem.q.shape[2], problem.k.shape[2])
-        parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
+        parts = [getattr(problem, name) for name in PARTS]
         _CHECKED.get(parts, sizes, lambda: _check_lists(problem))
         if order is not None:
             _CHECKED.get([order], (), lambda: _check_order(order))

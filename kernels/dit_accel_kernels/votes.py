@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .bits import pack_bits, unpack_bits
 from .problem import Problem
 from .sections import valid_tiles
-from .selection import pack_bits, unpack_bits
 from .states import list_states, visiting_order
 from .tiles import EXACT
 

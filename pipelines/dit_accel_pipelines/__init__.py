@@ -14,7 +14,7 @@ __all__ = ["ADAPTERS", "COMMANDS", "VIDEO"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the families when they are asked for: what only lists commands has no need of them."""
+    """Load the families when they are requested: what only lists commands has no need of them."""
     if name not in ("ADAPTERS", "VIDEO"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .families import all_families

@@ -84,7 +84,7 @@ def test_the_transformers_training_resumes_bit_for_bit_and_refuses_another_recip
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("pause", 1), ("start", 1), ("end", 4)]
     assert events[2]["config"]["seed"] == TRANSFORMER.seed
     other = replace(TRANSFORMER, steps=5, shift=3.0)
-    with pytest.raises(ValueError, match=r"steps: 4 there, 5 asked; .*shift: 5.0 there, 3.0 asked"):
+    with pytest.raises(ValueError, match=r"steps: 4 there, 5 requested; .*shift: 5.0 there, 3.0 requested"):
         train(other, tmp_path / "parts", tmp_path / "vae", Steps(1))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dit_accel_kernels import EXACT, FrameDecay, Routing, Selection, TileLists, block_sparse_attention
-from dit_accel_kernels import tiles as tiles_module
+from dit_accel_kernels import csr as csr_module
 from kernel_cases import qkv, random_lists
 
 Q, K, V = qkv(2, 4, 2, 20, 20, 8, torch.float32)
@@ -155,7 +155,7 @@ def test_values_of_lists_are_checked_on_demand(indices, text, compiled, monkeypa
 
 
 def test_more_entries_than_int32_holds(monkeypatch):
-    monkeypatch.setattr(tiles_module, "_INT32_MAX", 8)
+    monkeypatch.setattr(csr_module, "_INT32_MAX", 8)
     with pytest.raises(ValueError, match=r"tile lists.*8 entries, found 9"):
         TileLists.from_states(torch.full((3, 3), EXACT, dtype=torch.uint8), block_q=8, block_k=8, num_q=20, num_k=20)
 

@@ -25,9 +25,9 @@ from dit_accel_kernels.backends.triton.launch import row_of, table
 from dit_accel_kernels import states as states_module
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import tile_means
-from dit_accel_kernels.selection import count_bits
+from dit_accel_kernels import count_bits
 from dit_accel_kernels.states import selected_states
-from dit_accel_kernels.tiles import EXACT, POOLED
+from dit_accel_kernels import EXACT, POOLED
 from dit_accel_kernels.backends.triton.plan import grouped
 from dit_accel_kernels.backends.triton.transpose import bits_of, column_plan
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists

@@ -115,7 +115,7 @@ def test_elsewhere_values_are_read_on_demand_alone(monkeypatch):
     tiles, order = lists_with(3, 5), torch.zeros(TOKENS, dtype=torch.int64)
     q, k, _ = inputs()
     problem = SimpleNamespace(
-        q=q, k=k, block_q=BLOCK, block_k=BLOCK, token_order=order,
+        q=q, k=k, block_q=BLOCK, block_k=BLOCK, token_order=order, mask_ids=None, mask_bits=None,
         **{f"{kind}_{part}": getattr(tiles, f"{kind}_{part}") for kind in ("exact", "pooled") for part in PARTS},
     )  # fmt: skip
     monkeypatch.setattr(values, "readable", lambda device: False)

@@ -296,10 +296,10 @@ def test_values_out_of_range(tmp_path: Path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 4}, "rank: 2 there, 4 asked; "),
+        ({"rank": 4}, "rank: 2 there, 4 requested; "),
         ({"methods": ()}, r"methods: \{'radial'"),
-        ({"num_frames": 5}, "num_frames: 9 there, 5 asked"),
-        ({"batch_size": 2}, "a step: 1 there, 2 asked"),
+        ({"num_frames": 5}, "num_frames: 9 there, 5 requested"),
+        ({"batch_size": 2}, "a step: 1 there, 2 requested"),
         ({"model": "other"}, "model's weights: "),
         ({"data": "fewer"}, "captions: "),
     ],

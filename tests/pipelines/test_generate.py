@@ -199,7 +199,7 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
         (
             ["a circle", "--backend", "torch"],
-            "backend 'torch' was asked for, but no method would use it; switch one",
+            "backend 'torch' was requested, but no method would use it; switch one",
         ),
         (
             ["a circle", "--model", "none"],
@@ -489,8 +489,8 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--check"], "no method was asked for; switch one on, such as --preset balanced"),
-        (["--check", "--preset", "none"], "no method was asked for"),
+        (["--check"], "no method was requested; switch one on, such as --preset balanced"),
+        (["--check", "--preset", "none"], "no method was requested"),
         (["--preset", "balance"], "there is no preset 'balance'"),
         (["--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
     ],

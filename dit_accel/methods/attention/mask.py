@@ -1,5 +1,6 @@
 """Base of sparse methods that are one fixed mask: who writes one says which token sees which, and nothing else."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ class Tokens(NamedTuple):
     x: Tensor
 
 
-class MaskHandler(SparseHandler):
+class MaskHandler(SparseHandler, ABC):
     """A sparse method that is one fixed mask: a tile is exact where any of its queries may see any of its keys.
 
     Text sees all and is seen by all. Where the config has an option ``rest = "pooled"``, the other tiles enter as one
@@ -46,17 +47,17 @@ class MaskHandler(SparseHandler):
         self._kept: dict[TokenLayout, np.ndarray] = {}
         self._lists: dict[tuple[TokenLayout, str], TileLists] = {}
 
+    @abstractmethod
     def mask(self, q: Tokens, k: Tokens, layout: TokenLayout) -> Tensor:
         """Return which queries see which keys, bool; element by element of tensors that broadcast against each other.
 
-        It is asked for one row of a frame at a time, so that the mask of 75,600 tokens need not fit into memory.
+        It is called for one row of a frame at a time, so that the mask of 75,600 tokens need not fit into memory.
 
         Args:
             q: the queries, of shapes that broadcast to [X, F, Y, X]: those of one row, by all keys.
             k: all visual tokens as keys, likewise.
             layout: the whole sequence.
         """
-        raise NotImplementedError
 
     def kept(self, layout: TokenLayout, device: torch.device | str = "cpu") -> np.ndarray:
         """Return which visual tiles are exact, bool [N, N] over the visual tokens alone; made on ``device``."""

@@ -33,7 +33,7 @@ class RadialAttention(SparseConfig):
     """Sparse self-attention that keeps all of near frames and ever thinner bands of far ones (arXiv 2506.19852).
 
     For unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`. A layout of one frame is
-    refused, by whatever is asked about it.
+    refused, by every function here.
 
     Attributes:
         decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is

@@ -37,7 +37,7 @@ class Decider:
         step: the last step that was decided.
         reuse: the step is skipped.
         reason: why.
-        value: the indicator, where it was asked for.
+        value: the indicator, where it was requested.
         in_a_row: steps skipped since the last computed one.
         kept: whatever the cache keeps from step to step; a subclass may have fields of its own beside it.
     """
@@ -146,7 +146,7 @@ class StepCacheHandler(Handler):
         site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
 
     def check_with(self, others: Sequence[Handler]) -> None:
-        """Note the other methods, which are asked what steps they need."""
+        """Note the other methods, which say what steps they need."""
         self._others = tuple(others)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
@@ -288,7 +288,7 @@ class StepCacheHandler(Handler):
         return needing and f"{needing} needs it"
 
     def _needing(self, context: ForwardContext) -> str | None:
-        """Return the name of a method that needs the step; asked before any of it runs."""
+        """Return the name of a method that needs the step; called before any of it runs."""
         return next((other.name for other in self._others if other.needs_step(context)), None)
 
     def _stored(self, context: ForwardContext) -> bool:

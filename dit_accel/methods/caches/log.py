@@ -17,7 +17,7 @@ class CachedForward:
         branch: name of the denoising call.
         reused: it was skipped, and a forecast given.
         reason: why.
-        value: the indicator; None where it was not asked for.
+        value: the indicator; None where it was not requested.
     """
 
     transformer: str

@@ -238,7 +238,7 @@ class ProfilingHandler(SpanHandler):
 
     def _must_compute(self, context: Any, decider: Any) -> str | None:
         groups = {*self._groups[context.transformer].values()}
-        refreshed = [  # asked first, so that a list that is too long is refused at the first step
+        refreshed = [  # read first, so that a list that is too long is refused at the first step
             self.settings.refreshes(group, context.step_index, context.num_inference_steps) for group in groups
         ]
         why = super()._must_compute(context, decider)

@@ -134,7 +134,7 @@ class SpanHandler(StepCacheHandler):
     # What a cache says.
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Tell whether a block is skipped in a forward in which some are; asked once, in running order."""
+        """Tell whether a block is skipped in a forward in which some are; called once, in running order."""
         return True
 
     def joins(self, now: Pass, block: Block) -> bool:

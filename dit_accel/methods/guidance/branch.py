@@ -5,6 +5,7 @@ to each prediction of a step alike, is added to the result: unc + s (cond - unc)
 whatever s is in that step, in two calls or one, with guidance embedded or off.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -80,9 +81,9 @@ class PerturbedHandler(WindowedHandler):
         """Whether the settings change nothing."""
         return self.settings.scale == 0 or not self.specs
 
+    @abstractmethod
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers that are perturbed; raise `ConfigError` for those that can't be."""
-        raise NotImplementedError
 
     def skipped_blocks(self, site: Site) -> frozenset[int]:
         """Return the blocks that a perturbed pass leaves out."""

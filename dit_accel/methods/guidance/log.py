@@ -1,6 +1,7 @@
 """What a method of guidance did in a run, and a word where it did nothing."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ class UnperturbedRun(UserWarning):
     """A run perturbed nothing though a method that perturbs was attached."""
 
 
-class WindowedHandler(Handler):
+class WindowedHandler(Handler, ABC):
     """A method of guidance on one model that acts in a part of the run, and notes in which forwards it did."""
 
     phase = Phase.GUIDANCE
@@ -37,9 +38,9 @@ class WindowedHandler(Handler):
         self._warned = self._warned_of_window = False
 
     @property
+    @abstractmethod
     def neutral(self) -> bool:
         """Whether the settings change nothing."""
-        raise NotImplementedError
 
     def acts(self, context: ForwardContext, latents: Any) -> bool:
         """Tell whether it acts in a forward; it counts that, and warns once of a window that is too short."""

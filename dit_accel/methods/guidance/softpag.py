@@ -1,5 +1,6 @@
 """SoftPAG and PAG: guidance away from a forward whose chosen heads see themselves alone, wholly or in part."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -89,6 +90,7 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
     u: float = 1.0
     """How far they are perturbed, in [0, 1]; 0 changes nothing."""
 
+    @abstractmethod
     def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Return the plan of an attention call with the chosen heads perturbed.
 
@@ -98,7 +100,6 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
             whole: every head and row of the call is perturbed.
             context: where the call stands.
         """
-        raise NotImplementedError
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
         super().__init__(config, model)

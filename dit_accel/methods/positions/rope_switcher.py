@@ -36,7 +36,7 @@ def trained_lengths(method: str, given: Mapping[str, int | None], family: Family
 
 
 def require_kind(model: Model, kind: str, requested: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` for a model whose positions can't be changed, or not by a kind or along axes that were asked.
+    """Raise `ConfigError` for a model whose positions can't be changed, or not by this kind or along these axes.
 
     Of a model that is not there yet this is checked as far as its family's sizes tell. ``requested``: the axes; empty:
     all that can change.

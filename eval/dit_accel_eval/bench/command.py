@@ -72,7 +72,7 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     say(f"backends that do not run here: {', '.join(dict.fromkeys(absent)) or 'none'}")
     failed = [f"{line['arm']}: {line['reason']}" for line in lines if "reason" in line and line["methods"]]
     if failed:
-        raise ConfigError(f"asked for, but it can't run here: {'; '.join(failed)}")
+        raise ConfigError(f"requested, but it can't run here: {'; '.join(failed)}")
 
 
 def _show(lines: list[Line]) -> None:

@@ -61,13 +61,13 @@ class Plan:
         """Return the plan of a shape; `ConfigError` for sizes, layers or heads that the model can't have."""
         adapter, family = find_family(shape.family)
         most = {"layers": family.layers, "heads": family.heads}
-        asked = {"layers": options.layers, "heads": options.heads or family.heads}
-        for name, number in asked.items():
+        requested = {"layers": options.layers, "heads": options.heads or family.heads}
+        for name, number in requested.items():
             if number > most[name]:
                 raise ConfigError(
                     f"{family.name} has {most[name]} {name}, got --{name} {number}; ask for 1 to {most[name]}"
                 )
-        part = dataclasses.replace(family, **asked, ffn_dim=family.ffn_dim * asked["heads"] // family.heads)
+        part = dataclasses.replace(family, **requested, ffn_dim=family.ffn_dim * requested["heads"] // family.heads)
         sizes: dict[str, Any] = shape.sizes
         dense = estimate(adapter, part, num_inference_steps=options.num_inference_steps, **sizes)
         return cls(shape=shape, adapter=adapter, family=part, all_heads=family.heads, dense=dense)

@@ -66,7 +66,7 @@ class BenchOptions:
         )  # fmt: skip
 
     def wanted(self) -> list[Shape]:
-        """Return the shapes that are asked for; `ConfigError` for an unknown one."""
+        """Return the shapes that are requested; `ConfigError` for an unknown one."""
         if self.family is None:
             return shapes_of(self.shapes or "")
         sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames")}

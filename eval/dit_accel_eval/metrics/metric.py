@@ -88,7 +88,7 @@ class Metric:
         reference: whether it compares with a reference.
         source: paper or definition, and where it is departed from.
         measure: the value of a sample.
-        missing: why it can't be measured here, None if it can; asked before anything is computed. It raises a
+        missing: why it can't be measured here, None if it can; called before anything is computed. It raises a
             `ConfigError` where what it rests on was named and is something else, such as another model's weights.
         decimals: digits behind the point in tables.
         prompt: whether it compares with the prompt.

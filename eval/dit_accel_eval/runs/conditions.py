@@ -1,4 +1,4 @@
-"""What is asked of runs: the prompt and seed of each clip, and the machine."""
+"""What runs are made with: the prompt and seed of each clip, and the machine."""
 
 import os
 import platform
@@ -91,7 +91,7 @@ class Machine:
             raise ConfigError(f"there is no offload {self.offload!r}; {did_you_mean(self.offload, OFFLOADS)}")
 
     def dtype(self, requested: Dtype | None) -> Dtype:
-        """Return the number format of the weights: what was asked for, else float32 on a CPU and bfloat16 elsewhere."""
+        """Return the number format of the weights: what was requested, else float32 on a CPU and bfloat16 elsewhere."""
         return requested or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
 
 

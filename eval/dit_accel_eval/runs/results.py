@@ -1,4 +1,4 @@
-"""What a suite's runs leave on disk: a JSON line a clip and arm, and where asked the frames, as PNG without loss."""
+"""What a suite's runs leave on disk: a JSON line a clip and arm, and if requested the frames, as lossless PNG."""
 
 import contextlib
 import hashlib

@@ -30,7 +30,7 @@ def score_files(
     prompts: Path | None = None,
     warn: Callable[[str], None],
 ) -> Iterator[Line]:
-    """Give a line for each clip, then one for all if distances between sets are asked for.
+    """Give a line for each clip, then one for all if distances between sets are requested.
 
     Args:
         path: a clip, or a folder of clips.
@@ -48,14 +48,7 @@ def score_files(
     """
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]
-    comparing = [*(name for name in single if metric(name).reference), *sets]
-    if comparing and references is None:
-        raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
-    prompted = [name for name in single if metric(name).prompt]
-    if prompted and prompts is None and not prompt.strip():
-        raise ConfigError(
-            f"{', '.join(prompted)} compares with the prompt; give it with --prompt, or --prompts FILE.json"
-        )
+    comparing = _compared(single, sets, references, prompt, prompts)
     distances = [Distance(name) for name in sets]
     clips = clips_in(path)
     pairs = list(paired(clips, path, references))
@@ -80,6 +73,21 @@ def score_files(
         if frames < ENOUGH and "fid@inception" in sets:
             warn(f"fid@inception of {frames} frames is above that of many; hold it only against others of as many")
         yield {"clip": None, "frames": frames, "metrics": {one.name: one.value() for one in distances}}
+
+
+def _compared(
+    single: Sequence[str], sets: Sequence[str], references: Path | None, prompt: str, prompts: Path | None
+) -> list[str]:
+    """Return the metrics that compare with references; `ConfigError` if one lacks its references or prompts."""
+    comparing = [*(name for name in single if metric(name).reference), *sets]
+    if comparing and references is None:
+        raise ConfigError(f"{', '.join(comparing)} compares with a reference; name clips with --reference")
+    prompted = [name for name in single if metric(name).prompt]
+    if prompted and prompts is None and not prompt.strip():
+        raise ConfigError(
+            f"{', '.join(prompted)} compares with the prompt; give it with --prompt, or --prompts FILE.json"
+        )
+    return comparing
 
 
 def _sample(clip: ClipFile, reference: ClipFile | None, prompt: str, fps: float, trained_frames: int | None) -> Sample:

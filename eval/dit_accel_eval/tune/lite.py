@@ -113,7 +113,7 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
 def combine(
     calls: Sequence[Found], layers: Mapping[str, int], steps: int, model: str, criterion: Any, target_error: float
 ) -> LiteThresholds:
-    """Return for each layer and step the lowest threshold that any prompt or branch asked for, else one for nothing."""
+    """Return for each layer and step the lowest threshold that any prompt or branch needs, else one for nothing."""
     nothing = threshold_of(criterion, -math.inf)
     lowest: dict[tuple[str, int, int], float] = {}
     for call in calls:

@@ -101,7 +101,7 @@ def _tuned(
         rows=[(one.arm.name, f"{one.quality:.4g}", f"{one.work:.2f}", f"{one.speedup:.2f}") for one in frontier],
         remarks=[
             f"{chosen.arm.name}: {target.quality} {chosen.quality:.4g} {interval}, speed-up {chosen.speedup:.2f} over "
-            f"{chosen.prompts} prompts that the search never saw; asked was {target.name} {target.value:g}",
+            f"{chosen.prompts} prompts that the search never saw; requested was {target.name} {target.value:g}",
             f"`dit-accel recommend` lists it first for this model, from {kept}",
             f"tried {tried[0]} of {tried[1]} settings",
         ],
@@ -161,7 +161,7 @@ def _space(path: Path | None, suite: Suite, own: int) -> tuple[Arm, ...]:
 
 
 def _sizes(request: Request, suite: Suite) -> dict[str, int]:
-    """Return the output's size and the model's own number of steps: as asked for, else the model's."""
+    """Return the output's size and the model's own number of steps: as requested, else the model's."""
     names = (*SIZES, "num_inference_steps")
     if suite.embedded:
         known = model_defaults(suite.model)

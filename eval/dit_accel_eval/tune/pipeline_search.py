@@ -31,7 +31,7 @@ KEPT = 3
 """Of so many settings one goes on to more prompts."""
 
 REPEATS = 8
-"""Times the number of settings that the sampler is asked: it proposes some again."""
+"""Times the number of settings that the sampler may propose: it proposes some again."""
 
 LADDER = 5
 """Dense runs of the space that are among the first, to tell what a quality is worth."""
@@ -80,7 +80,7 @@ def split(count: int) -> Prompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is asked for.
+    """What is requested.
 
     Attributes:
         name: ``speedup``, ``score`` or a metric's name.
@@ -92,7 +92,7 @@ class Target:
 
     @property
     def quality(self) -> str:
-        """The metric by which settings are compared: PSNR where a speed-up is asked for."""
+        """The metric by which settings are compared: PSNR where a speed-up is requested."""
         return "psnr" if self.name == SPEEDUP else self.name
 
     @property
@@ -171,7 +171,7 @@ class Search:
 
     Attributes:
         job: what runs settings, and where their lines go.
-        target: what is asked for.
+        target: what is requested.
         stages: shows each round.
         own: steps of the model's own dense run, against which speed-ups count.
         prompts: which clips are looked at.
@@ -284,7 +284,7 @@ class Search:
         """Return what the search makes small, in dense steps, by prompt, since prompts differ more than settings.
 
         That is what the target would cost at the setting's share of the dense steps that are as good, and the dense
-        steps by which it falls short, or half of those by which it goes beyond. Where a speed-up is asked for, it is
+        steps by which it falls short, or half of those by which it goes beyond. Where a speed-up is requested, it is
         the quality.
         """
         sign = self.target.sign
@@ -308,7 +308,7 @@ class Search:
     def chosen(self, points: Sequence[Point]) -> Point:
         """Return the cheapest setting whose quality meets the target by a standard error, else by its mean.
 
-        Where a speed-up is asked for, the best that reaches it. The nearest where none meets it.
+        Where a speed-up is requested, the best that reaches it. The nearest where none meets it.
         """
         target = self.target
         worse = [dataclasses.replace(one, quality=one.quality - target.sign * one.error) for one in points]

@@ -81,20 +81,20 @@ def evaluate(
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
-    """Refuse options of `evaluate` that can't be asked for together, before anything is read."""
-    asked = {name for name, value in options.items() if value not in (None, False, [])}
-    if len(asked & {"totals", "videos"}) != 1:
+    """Refuse options of `evaluate` that can't be requested together, before anything is read."""
+    requested = {name for name, value in options.items() if value not in (None, False, [])}
+    if len(requested & {"totals", "videos"}) != 1:
         raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
     for name in ("samples", "subset", "generate"):
-        if {"official", name} <= asked:
+        if {"official", name} <= requested:
             raise ConfigError(f"--official runs the vbench package as it is, which has no --{name}; leave one out")
-    if "folder" in asked and "official" not in asked:
+    if "folder" in requested and "official" not in requested:
         raise ConfigError("--folder is where the vbench package has its weights; add --official ENV")
-    if "generate" not in asked and asked & {"methods", "model", "shard", "augmented"}:
+    if "generate" not in requested and requested & {"methods", "model", "shard", "augmented"}:
         raise ConfigError("a model, its methods, shards and augmented prompts are for making videos; add --generate")
-    if "prompts" in asked and not asked & {"generate", "custom"}:
+    if "prompts" in requested and not requested & {"generate", "custom"}:
         raise ConfigError("--prompts tells prompts of one's own; add --custom")
-    if {"augmented", "prompts"} <= asked:
+    if {"augmented", "prompts"} <= requested:
         raise ConfigError("--augmented words VBench's own prompts, no others; leave --prompts out")
 
 

@@ -1,4 +1,4 @@
-"""Generates VBench's videos: all prompts of the dimensions asked for, several seeds each; goes on where it stopped.
+"""Generates VBench's videos: all prompts of the dimensions requested, several seeds each; goes on where it stopped.
 
 Several processes, on as many devices, share the work by ``--shard``.
 """
@@ -25,7 +25,7 @@ LONGEST_NAME = 249
 """Bytes that a video's name may have, so that its side-car and its lock have names, too."""
 
 REQUESTED = (*SIZES, "guidance_scale", "solver")
-"""What of a request an earlier video must have been made with, where it is asked for."""
+"""What of a request an earlier video must have been made with, where it is requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
         for name, value in (common | {"seed": piece.seed, "prompt": piece.prompt}).items():
             if made.get(name) != value:
                 raise ConfigError(
-                    f"{piece.path} was made with {name} {made.get(name)!r}, asked is {value!r}; name another folder"
+                    f"{piece.path} was made with {name} {made.get(name)!r}, requested is {value!r}; name another folder"
                 )
     return left
 

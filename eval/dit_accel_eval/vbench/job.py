@@ -16,7 +16,7 @@ class Job:
     Attributes:
         videos: folder of videos, called ``{prompt}-{i}`` as VBench calls them.
         name: what result files in ``output`` begin with.
-        dimensions: those asked for, by their official names; none: all that can be measured.
+        dimensions: those requested, by their official names; none: all that can be measured.
         cache: the package's folder of weights; None: its own.
         device: where the package's networks run.
         tell: is given a line of progress.

@@ -85,8 +85,8 @@ def interpreter(environment: Path, tell: Callable[[str], None]) -> tuple[Path, P
         tell(f"installing {PACKAGE.requirement} into {environment}, gigabytes with its torch")
         install = [str(python), "-m", "pip", "install", "--quiet", PACKAGE.requirement]
         _done(install, f"{PACKAGE.requirement} can't be installed into {environment}; install it there by hand")
-    asked = "import vbench, importlib.metadata as m; print(m.version('vbench')); print(vbench.__file__)"
-    version, file = _done([str(python), "-c", asked], f"vbench can't be imported in {environment}; mend it there")[-2:]
+    probe = "import vbench, importlib.metadata as m; print(m.version('vbench')); print(vbench.__file__)"
+    version, file = _done([str(python), "-c", probe], f"vbench can't be imported in {environment}; mend it there")[-2:]
     if PACKAGE.requirement != f"vbench=={version}":
         raise ConfigError(f"{environment} has vbench {version}, and {PACKAGE.requirement} is what is run; name another")
     return python, Path(file).parent

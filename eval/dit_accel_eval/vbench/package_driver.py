@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main(path: str) -> None:
-    """Filter the videos where that is asked for, and measure; the package writes its own result files."""
+    """Filter the videos where that is requested, and measure; the package writes its own result files."""
     import torch
 
     package: Any = import_module("vbench")  # by name: a type checker takes this file's own folder for it

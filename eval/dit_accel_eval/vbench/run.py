@@ -69,9 +69,9 @@ def _wanted(job: Job) -> dict[str, list[Wanted]]:
 
 
 def _measurable(job: Job, usual: Sequence[str]) -> list[str]:
-    """Return the dimensions to measure: those asked for, or all usual ones that can be, warning of the others.
+    """Return the dimensions to measure: those requested, or all usual ones that can be, warning of the others.
 
-    Refused are those asked for that can't be measured, and all if none can.
+    Refused are those requested that can't be measured, and all if none can.
     """
     names = job.dimensions or usual
     reasons = {name: reason for name in names if name in WAYS and (reason := _missing(job, name))}

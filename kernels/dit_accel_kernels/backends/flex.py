@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cache import StorageCache
+from ..csr import EXACT, POOLED, padded_rows
 from ..errors import BackendUnavailableError
 from ..features import decay_by_frame, tile_means
 from ..problem import Problem
 from ..sections import valid_tiles
 from ..states import list_states, resolved
-from ..tiles import EXACT, POOLED, padded_rows
 
 
 class Blocks(NamedTuple):

@@ -1,9 +1,10 @@
 """The specification of block-sparse attention: eager, dense with masks, O(S^2) memory, any dtype, differentiable.
 
 Every other backend is tested against this one. The formulas, for a query row with logits x = scale * head_scale *
-(q . k): exact tiles give one column a token; a pooled tile gives one column with x = scale * (q . mean K), weight len *
-e^x and value mean V (the same as numerator += e^x * sum V, denominator += e^x * len); decay is min(x, t * x) before the
-length enters; skipped tiles are absent. A pooled tile counts its valid tokens only, and a tile without any is absent.
+(q . k): exact tiles give one column a token, those left out that a tile's mask hides from the row; a pooled tile gives
+one column with x = scale * (q . mean K), weight len * e^x and value mean V (the same as numerator += e^x * sum V,
+denominator += e^x * len); decay is min(x, t * x) before the length enters; skipped tiles are absent. A pooled tile
+counts its valid tokens only, and a tile without any is absent.
 With a `precision` logits are those of the numbers that eight bits can hold (precision.py), multiplied without rounding.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..bits import pack_bits
+from ..csr import EXACT, POOLED
 from ..features import decay_by_frame, split_tiles, tile_means, wide_dtype
 from ..precision import centre_of, rounded
 from ..problem import Problem
-from ..selection import LOG2_E, pack_bits
-from ..states import selected_states
-from ..tiles import EXACT, POOLED
+from ..selection import LOG2_E
+from ..states import pair_mask, selected_states
 from ..votes import Tally
 
 
@@ -44,7 +46,10 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
         x_q, x_k, x_mean, shift = _in_eight_bits(problem, q, k, k_mean, length, weight)
     tile_states = selected_states(problem)
     states = tile_states.repeat_interleave(problem.block_q, 2)[:, :, : q.shape[2]]
-    exact = (states == EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
+    exact = (states >= EXACT).repeat_interleave(problem.block_k, -1)[..., : k.shape[2]]
+    seen = pair_mask(problem)
+    if seen is not None:
+        exact = exact & seen
     if weight is not None:
         exact = exact & weight[..., None, :]
     pooled = (states == POOLED) & (length > 0).unsqueeze(-2)

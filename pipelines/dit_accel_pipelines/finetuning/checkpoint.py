@@ -74,7 +74,7 @@ def check_output(recipe: FineTuning) -> None:
         raise ConfigError(f"output {output} is a file; name a folder")
     found = latest(output)
     if recipe.resume and found is None:
-        raise ConfigError(f"--resume was asked for, but {output} holds no checkpoint; leave it out to begin")
+        raise ConfigError(f"--resume was requested, but {output} holds no checkpoint; leave it out to begin")
     if not recipe.resume and found is not None:
         raise ConfigError(
             f"output {output} holds checkpoints of an earlier training; go on with --resume, or choose another folder"
@@ -108,7 +108,7 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
             f"the checkpoint {path} can't be read ({reason}); delete it to go on from the one before"
         ) from None
     differs = [
-        f"{WORDS.get(name, name)}: {_shown(checkpoint.identity.get(name))} there, {_shown(value)} asked"
+        f"{WORDS.get(name, name)}: {_shown(checkpoint.identity.get(name))} there, {_shown(value)} requested"
         for name, value in identity.items()
         if checkpoint.identity.get(name) != value
     ]

@@ -106,7 +106,7 @@ def finetune_model(options: FinetuneOptions, *, methods: MethodList) -> None:
     diffusers load, finetune.json, log.jsonl, checkpoints and samples.
 
     Clips and captions are encoded once, and kept by hash. All videos must have
-    the size asked for, and as many frames or more.
+    the size requested, and as many frames or more.
 
     Started by accelerate launch or torchrun, processes share each step's
     clips; with --ulysses N, groups of N do, and each group shares its clips'

@@ -53,7 +53,7 @@ def part_hash(part: Any) -> str:
 
 
 class Encoded:
-    """The encoded clips of one training, read from disk when they are asked for.
+    """The encoded clips of one training, read from disk when they are requested.
 
     Attributes:
         digest: what tells these clips and captions, as encoded, from others; hexadecimal.

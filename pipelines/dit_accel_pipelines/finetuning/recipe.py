@@ -1,4 +1,4 @@
-"""What `finetune` is asked for, and every check that can be made before weights are loaded."""
+"""What `finetune` takes, and every check that can be made before weights are loaded."""
 
 import dataclasses
 import math

@@ -158,7 +158,7 @@ def _with_dtype(recipe: FineTuning, pipe: Any) -> FineTuning:
 def _encoded(
     pipe: Any, trainable: Trainable, clips: list[Clip], recipe: FineTuning, device: Any, ranks: Ranks, stages: Stages
 ) -> tuple[Encoded, Sampler | None]:
-    """Encode the clips, and make what samples, if asked for; leave the pipeline no more than training needs."""
+    """Encode the clips, and make what samples, if requested; leave the pipeline no more than training needs."""
     encoders = {name: part for name, part in text_parts(pipe).items() if isinstance(part, nn.Module)}
     for part in (pipe.vae, *encoders.values()):
         part.to(device)
@@ -178,7 +178,7 @@ def _encoded(
 
 
 def _existing(recipe: FineTuning) -> Path | None:
-    """Return the checkpoint to go on from, if asked for."""
+    """Return the checkpoint to go on from, if requested."""
     return latest(recipe.output) if recipe.resume else None
 
 
@@ -195,7 +195,7 @@ def _spread(transformer: Any, degree: int) -> None:
 
 @contextmanager
 def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
-    """Give accelerate's accelerator, with the tracker that was asked for."""
+    """Give accelerate's accelerator, with the tracker that was requested."""
     from accelerate import Accelerator
 
     made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -124,19 +124,15 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     from ..processes.processes import started_process
     from .generate import generate
     from .progress import Stages
-    from .request import Request, read_prompts
+    from .request import Request
 
-    prompt, file = options.prompt, options.prompt_file
-    if (prompt is None) == (file is None):
-        got = "neither" if prompt is None else "both"
-        raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
+    prompts = _prompts(options)
     process = started_process(together=options.ulysses)
     many = process.count > 1
     require_one_document(options.json, process.count)
     given = fields_of(Request, options)
     given |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if given[name] is None}
     given |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
-    prompts = (prompt,) if prompt is not None else read_prompts(cast(Path, file))
     request = Request(prompts=prompts, methods=tuple(methods), **given)
     if len(request.prompts) > 1:
         keeps("outputs that were made are whole, and the same command with --resume makes the others")
@@ -150,6 +146,18 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
         print(one.record["output"])
         if not options.quiet:
             _print_written(one)
+
+
+def _prompts(options: GenerateOptions) -> tuple[str, ...]:
+    """Return the prompts, named or from a file; `ConfigError` unless there is one of both."""
+    from .request import read_prompts
+
+    if options.prompt is not None and options.prompt_file is None:
+        return (options.prompt,)
+    if options.prompt is None and options.prompt_file is not None:
+        return tuple(read_prompts(options.prompt_file))
+    got = "neither" if options.prompt is None else "both"
+    raise ConfigError(f"generate takes a prompt in quotes or --prompt-file, got {got}; give one of them")
 
 
 def describe_model(

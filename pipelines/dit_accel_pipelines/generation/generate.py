@@ -45,7 +45,7 @@ class Written:
         record: the side-car's content.
         report: the attachment's report; None without methods.
         kept: an earlier run wrote it, and it was left as it is.
-        check: how near it is to the dense run of its seed, where that was asked for.
+        check: how near it is to the dense run of its seed, where that was requested.
     """
 
     record: dict[str, Any]
@@ -233,7 +233,7 @@ def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request,
 def attached(
     pipe: Any, methods: Sequence[MethodConfig], backend: Backend, *, preset: str | None = None, quiet: bool = False
 ) -> Iterator[Any]:
-    """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is asked for.
+    """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is requested.
 
     ``quiet``: what the preset is is not said.
     """
@@ -294,7 +294,7 @@ def _compared(dense: Generation, made: Generation) -> Check:
 
 
 def _resolved(request: Request, pipe: Any) -> Request:
-    """Return the request with what the pipeline chose where nothing was asked for, for the side-car."""
+    """Return the request with what the pipeline chose where nothing was requested, for the side-car."""
     guidance = request.guidance_scale
     if guidance is None:
         guidance = PipelineCall.of(type(pipe)).default("guidance_scale")

@@ -113,7 +113,7 @@ def transformers_of(pipe: Any) -> list[Any]:
 
 
 def pick_device(requested: str | None) -> Any:
-    """Return the torch device asked for, or the accelerator, or the CPU.
+    """Return the torch device requested, or the accelerator, or the CPU.
 
     Raises:
         ConfigError: for a device torch does not know or this machine does not have.

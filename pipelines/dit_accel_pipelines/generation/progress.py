@@ -49,12 +49,12 @@ class Stages:
         self._progress.advance(self._task)
 
     def note(self, text: str) -> None:
-        """Say what the user may want to know, unless quiet was asked for."""
+        """Say what the user may want to know, unless quiet was requested."""
         if not self.quiet:
             note(text)
 
     def warn(self, text: str) -> None:
-        """Say what the user probably wants to change, also when quiet was asked for."""
+        """Say what the user probably wants to change, also when quiet was requested."""
         if not self._silent:
             warn(text)
 

@@ -1,4 +1,4 @@
-"""What `generate` is asked for, and every check that can be made before weights are loaded."""
+"""What `generate` takes, and every check that can be made before weights are loaded."""
 
 import dataclasses
 import math
@@ -157,11 +157,11 @@ class Request(NamesModel):
             )
         if self.backend != "auto" and not self.attaches:
             raise ConfigError(
-                f"backend {self.backend!r} was asked for, but no method would use it; switch one on, such as --radial"
+                f"backend {self.backend!r} was requested, but no method would use it; switch one on, such as --radial"
             )
         if self.check and not self.attaches:
             raise ConfigError(
-                "check compares methods with the dense run, and no method was asked for; switch one on, such as "
+                "check compares methods with the dense run, and no method was requested; switch one on, such as "
                 "--preset balanced"
             )
         if self.lora is not None:
@@ -174,7 +174,7 @@ class Request(NamesModel):
 
     @property
     def attaches(self) -> bool:
-        """Return whether any method is asked for, by name or by a preset."""
+        """Return whether any method is requested, by name or by a preset."""
         return bool(self.methods) or self.preset not in (None, NONE)
 
     @property
@@ -245,7 +245,7 @@ def settle(request: Request) -> Settled:
     Raises:
         ConfigError: for words the embedded model does not know, sizes the model can't make (with the nearest), or
             what its pipeline does not take or needs besides.
-        UnsupportedModel: if the model is not found, or no adapter can take the methods asked for.
+        UnsupportedModel: if the model is not found, or no adapter can take the methods requested.
     """
     embedded = request.embedded
     if embedded:

@@ -50,7 +50,7 @@ def side_car(
     """Return the content of a side-car as plain values.
 
     Args:
-        request: the settled request, with what the pipeline chose where nothing was asked for.
+        request: the settled request, with what the pipeline chose where nothing was requested.
         made: the generation.
         output: the file beside which the side-car lies.
         loading: seconds that loading the pipeline took.

@@ -57,7 +57,7 @@ class Process:
         return list(listed[self.rank // self.together :: self.count // self.together])
 
     def device(self, requested: str | None) -> str | None:
-        """Return the device of this process, given what was asked for: of one kind, each takes the next.
+        """Return the device of this process, given what the user named: of one kind, each takes the next.
 
         Raises:
             ConfigError: for one numbered device for several processes, or fewer devices than processes.

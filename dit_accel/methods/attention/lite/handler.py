@@ -40,7 +40,7 @@ class CallState:
         votes: how many of them voted.
         spent: share of the budget that votes were given.
         calibrator: what finds the threshold for a target density; None: it is given.
-        counts: the first call's scores in bins, for the calibrator; None once the calibrator was asked.
+        counts: the first call's scores in bins, for the calibrator; None once the calibrator has them.
         given: the running call's selection, where it may be repeated.
     """
 
@@ -205,7 +205,7 @@ class LiteHandler(SparseHandler):
         state = self._states.get(context.key)
         if state is None or state.given is None:
             raise ConfigError(
-                f"lite was asked to repeat {context.transformer} layer {context.layer} at step {context.step_index}, "
+                f"lite was called to repeat {context.transformer} layer {context.layer} at step {context.step_index}, "
                 "which ran without gradients; use gradient checkpointing with use_reentrant=False"
             )
         return replace(state.given, vote=None)

@@ -59,8 +59,7 @@ class LiteThresholds:
         if layer >= len(layers):
             known = ", ".join(f"{len(rows)} layers of {name}" for name, rows in self.thresholds.items())
             raise ConfigError(
-                f"lite thresholds were asked for {transformer} layer {layer}, but the file has {known}; tune on this "
-                "model"
+                f"lite needs thresholds for {transformer} layer {layer}, but the file has {known}; tune on this model"
             )
         return layers[layer][step_index]
 

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...bits import pack_bits
 from ...cache import StorageCache, capturing
+from ...csr import EXACT, padded_rows
 from ...errors import BackendUnavailableError
 from ...features import decay_by_frame, last_frame
 from ...problem import Problem
 from ...sections import valid_tiles
-from ...selection import pack_bits
 from ...states import list_states, resolved
-from ...tiles import EXACT, padded_rows
 from .support import missing_requirement, rows_joined
 
 

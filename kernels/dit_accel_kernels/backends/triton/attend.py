@@ -14,9 +14,10 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...bits import words_of
 from ...errors import BackendUnavailableError
 from ...problem import Problem
-from ...selection import LOG2_E, narrows, words_of
+from ...selection import LOG2_E, narrows
 from .eight import Scales, eight_bits
 from .expand import Lists, bits_of_lists, expand, static_lists
 from .forward import _fwd_kernel
@@ -68,7 +69,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
     out, lse, exact, kept = (list(part) for part in zip(*parts, strict=True))
     return (
-        joined(problem.empty_like(problem.q), out, cuts),
+        joined(problem.empty_output(), out, cuts),
         joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
         joined(exact[0].new_empty(words), exact, cuts),
         None if kept[0] is None else joined(kept[0].new_empty(words), kept, cuts),
@@ -165,7 +166,7 @@ def _launch(
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
     if start is None:
-        out, lse = problem.empty_like(q), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
+        out, lse = problem.empty_output(), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
     else:
         out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)

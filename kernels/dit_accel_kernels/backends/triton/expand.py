@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...bits import words_of
 from ...problem import Problem, by_head
-from ...selection import words_of
 from .plan import RowPlan
 from .transpose import ColumnPlan, bits_of
 

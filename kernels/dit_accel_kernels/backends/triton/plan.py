@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...cache import StorageCache
+from ...csr import row_of_entry
 from ...features import decay_by_frame, last_frame, tile_means
 from ...problem import Problem
 from ...sections import decay_of_tiles, sections_of
-from ...tiles import row_of_entry
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...bits import unpack_bits, words_of
 from ...problem import Problem
-from ...selection import LOG2_E, Routing, unpack_bits, words_of
+from ...selection import LOG2_E, Routing
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
 BLOCK_ROWS = 16  # query tiles that one program routes

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bits import pack_bits
 from ...cache import StorageCache
+from ...csr import row_of_entry
 from ...problem import Problem
 from ...sections import decay_of_tiles
-from ...selection import pack_bits
-from ...tiles import row_of_entry
 from .plan import grouped, list_strides
 
 WORD = 32  # key tiles a word of a bitmap
