@@ -27,6 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from calls import PRECISIONS
 from compiled import describe
 from dit_accel_kernels.backends.triton.launch import table
 from predictions import pick
@@ -161,6 +162,8 @@ def faults(record: Record) -> list[str]:
         words.append(f"{record['shared']} bytes of shared memory of {record['shared_limit']}")
     if on_tensor_cores(record) and expected not in record["tensor"]:
         words.append(f"hot loop on {record['tensor']!r}, not {expected}")
+    if in_eight_bits(record) and "eight_bits" not in record:
+        words.append("no products of eight bits in its hot loop")
     return words
 
 
@@ -184,6 +187,12 @@ def on_tensor_cores(record: Record) -> bool:
     if dtype not in ("bf16", "fp16"):
         return False
     return kernel == "fwd" or (kernel in ("dq", "dkdv") and int(dim[1:]) <= 128 and "decay" not in kind.split("+"))
+
+
+def in_eight_bits(record: Record) -> bool:
+    """Whether a launch is to multiply queries and keys in eight bits."""
+    kernel, *words = re.split("[-+]", record["launch"])
+    return kernel == "fwd" and not set(PRECISIONS).isdisjoint(words)
 
 
 @lru_cache(maxsize=1)

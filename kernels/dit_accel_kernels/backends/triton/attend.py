@@ -95,7 +95,8 @@ def _attend(
     """`attend` of batches and heads that are computed together, or `add_pooled` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
-    features = ("decay",) if problem.decay is not None else ()
+    has = {"eight": problem.precision is not None, "decay": problem.decay is not None}
+    features = [name for name in has if has[name]]
     launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q, features=features)
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)

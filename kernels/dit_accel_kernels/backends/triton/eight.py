@@ -93,12 +93,13 @@ def _centre_logits(
     q_ptr, centre_ptr, bhk, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
     """The scaled product of query rows, read anew, and what was subtracted from the keys; 0 where nothing was."""
-    if centre_ptr is None:
-        return 0.0
-    q1, q2 = _load(q_ptr, rows, live, stride, True, DIM, D1, D2)
-    c1, c2 = _load(centre_ptr + bhk * DIM, rows, live, 0, True, DIM, D1, D2)
-    x = tl.sum(q1.to(tl.float32) * c1, 1)
-    return (x + tl.sum(q2.to(tl.float32) * c2, 1) if D2 > 0 else x) * scale
+    x = 0.0
+    if centre_ptr is not None:
+        q1, q2 = _load(q_ptr, rows, live, stride, True, DIM, D1, D2)
+        c1, c2 = _load(centre_ptr + bhk * DIM, rows, live, 0, True, DIM, D1, D2)
+        x = tl.sum(q1.to(tl.float32) * c1, 1)
+        x = (x + tl.sum(q2.to(tl.float32) * c2, 1) if D2 > 0 else x) * scale
+    return x
 
 
 @triton.jit

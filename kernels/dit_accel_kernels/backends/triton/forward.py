@@ -54,11 +54,12 @@ def _decay_rows(x, t, chosen):
 @triton.jit
 def _frames(q_frames_ptr, token, live):
     """The frame of each row, the first and the last one; rows outside the video have frame -1 and never decay."""
-    if q_frames_ptr is None:
+    if q_frames_ptr is not None:
+        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+        last = tl.max(q_frame, 0)
+        return q_frame, tl.min(tl.where(q_frame < 0, last, q_frame), 0), last
+    else:
         return 0, 0, 0
-    q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
-    last = tl.max(q_frame, 0)
-    return q_frame, tl.min(tl.where(q_frame < 0, last, q_frame), 0), last
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Sizes of the launches of forward and backward: launch_table.json and what follows from it.
 
 A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), an architecture ("": any) and its family, a kind of
-dtype, a head dim and a tile up to a size, and the calls with a feature ("decay", "mask"; "": any). Its `source` says
-how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the bounds of bench/aot.py), or
-the card, date and seconds of a measurement.
+dtype, a head dim and a tile up to a size, and the calls with a feature ("eight" for eight bits, "decay", "mask"; "":
+any). Its `source` says how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the
+bounds of bench/aot.py), or the card, date and seconds of a measurement.
 """
 
 from __future__ import annotations
