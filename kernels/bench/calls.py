@@ -74,9 +74,10 @@ class Call:
     def run(self, backend: str) -> tuple[Tensor, ...]:
         """What the call gives: output and what else was asked for, or gradients of q, k and v.
 
-        The gradient of "reference", the specification, is autograd's.
+        The gradient of "reference", the specification, is autograd's; that of "fa4" is too, so that it starts from
+        fa4's output and LSE.
         """
-        if self.grad_out is not None and backend == "reference":
+        if self.grad_out is not None and backend in ("reference", "fa4"):
             leaves = [x.detach().requires_grad_() for x in self.inputs]
             out = block_sparse_attention(*leaves, self.tiles, **self.arguments, backend=backend)
             return torch.autograd.grad(out, leaves, self.grad_out)

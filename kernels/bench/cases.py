@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calls import Setting
 from dit_accel_kernels.backends.triton.launch import eight_bit_number
-from recorded import Recorded, launches_of, started_of
+from recorded import Recorded, launches_of
 
 CASES = (
     (
@@ -30,4 +30,4 @@ def record_cases(target: str, into: dict[str, Recorded]) -> None:
             if "fp8" not in kind or eight_bit_number(target, "fp8") is not None:
                 launches_of(kind, at, target, into)
     if target in STARTED:
-        started_of(Setting(), target, into)
+        launches_of("pooled", Setting(), target, into, "fa4")

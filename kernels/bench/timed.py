@@ -1,17 +1,20 @@
 """The calls that gpu.py times: ours at several densities and features, dense attention, FlexAttention; and their check.
 
 Some query tiles of every timed call, and some key tiles of a backward, are computed again by the specification: what
-is fast and wrong must not pass.
+is fast and wrong must not pass. A timed call is added in CALLS, with what is special about it in `prepare`.
 """
 
 from __future__ import annotations
 
+import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from calls import Call
+from calls import DTYPES, Call
 from dit_accel_kernels import (
     EXACT,
     POOLED,
@@ -21,25 +24,127 @@ from dit_accel_kernels import (
     TileLists,
     Vote,
     count_bits,
+    fa4_requirement,
     pack_bits,
     unpack_bits,
 )
 from dit_accel_kernels.checks import problem_of
 from grid import errors, left_by
 from inputs import decay, keep_bits, lists
-from predictions import Shape
+from predictions import CANDIDATES, SHAPES, Shape, card_of, predict
+from recorded import Recorded, recording, without_flash_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
 BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
 Errors = tuple[float, float]  # measured and allowed
+Record = dict[str, Any]
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v)
+
+
+def _flash(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = importlib.import_module(module).flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+DENSE = {
+    "sdpa-flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa-efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "flash-attn-3": partial(_flash, "flash_attn_interface"),
+    "flash-attn-4": partial(_flash, "flash_attn.cute.interface"),
+}
+"""Rivals: dense attention of q, k and v [B, H, S, D]. FlexAttention, our backend "flex", is one too."""
+
+CALLS = (
+    ("triton", RADIAL), *((name, 1.0) for name in DENSE), ("triton", 1.0), ("flex", RADIAL), ("fa4", RADIAL),
+    ("triton", 0.1), ("triton-backward", RADIAL), ("triton-decay", RADIAL), ("triton-pooled", 0.1), ("fa4-pooled", 0.1),
+    ("fa4-decay", RADIAL), ("triton-routed", 0.1), ("triton-kept", RADIAL), ("triton-votes", RADIAL), ("triton", 0.25),
+    ("triton", 0.5),
+)  # fmt: skip
+"""Candidates and densities of a model's shape, the telling ones first; ours are those of triton and fa4."""
+
+FEW = (
+    ("triton", RADIAL), ("sdpa-flash", 1.0), ("sdpa-efficient", 1.0), ("triton", 1.0), ("triton-backward", RADIAL),
+    ("triton-pooled", 0.1),
+)  # fmt: skip
+ORDER = ("wan-720p", "128k", "hunyuan-720p", "cogvideox1.5", "wan-480p", "mochi")
+FURTHER = (
+    (Shape(name="heads-192", heads=16, tokens=32768, dim=192), "bf16"),
+    (Shape(name="heads-256", heads=16, tokens=32768, dim=256), "bf16"),
+    (Shape(name="fp32", heads=8, tokens=16384, dim=128), "fp32"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """A candidate to be timed at a density on a shape."""
+
+    shape: Shape
+    candidate: str
+    density: float
+    dtype: str = "bf16"
+    seconds = 5  # that it takes on a card at most, compiling included
+
+    @property
+    def name(self) -> str:
+        """Such as "wan-720p triton 0.27"."""
+        return f"{self.shape.name} {self.candidate} {self.density:g}"
+
+    @property
+    def group(self) -> str:
+        """The timings that it shares a process with: those of its shape."""
+        return f"time-{self.shape.name}"
+
+    @property
+    def backend(self) -> str:
+        """What computes it: triton, fa4, flex, or a rival's name."""
+        return self.candidate if self.candidate in DENSE else self.candidate.partition("-")[0]
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of our kernels: that a rival can't run here, or errs, is no fault of a run."""
+        return self.backend in ("triton", "fa4")
+
+    def missing(self, device: str) -> str | None:
+        """What the candidate needs and does not find here, or None."""
+        if self.candidate.startswith("flash-attn"):
+            try:
+                importlib.import_module(DENSE[self.candidate].args[0])
+            except (ImportError, OSError) as error:
+                return str(error)
+        if self.backend != "fa4":
+            return None
+        block = (self.shape.block, self.shape.block)
+        return fa4_requirement(torch.device(device), DTYPES[self.dtype], self.shape.dim, block)
+
+    def launches(self, target: str) -> dict[str, Recorded]:
+        """What it launches on a target, by identity; of fa4 what Triton compiles, of rivals nothing."""
+        into: dict[str, Recorded] = {}
+        if self.ours:
+            with recording(target, into, self.name.replace(" ", "-")), without_flash_attention():
+                prepare(self, "cpu", torch.empty).run()
+        return into
+
+    def run(self, device: str) -> list[Record]:
+        """Its findings."""
+        return [measure(self, device)]
+
+
+def timings() -> list[Timing]:
+    """Everything that is timed, shape by shape."""
+    models = [(SHAPES[name], "bf16", CALLS) for name in ORDER]
+    return [
+        Timing(shape=shape, candidate=candidate, density=density, dtype=dtype)
+        for shape, dtype, calls in (*models, *((*further, FEW) for further in FURTHER))
+        for candidate, density in calls
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,55 +156,77 @@ class Timed:
     density_of: Callable[[Any], float]
 
 
-def calls_of(shape: Shape, dtype: torch.dtype, device: str) -> dict[tuple[str, float], Callable[[], Timed]]:
-    """What to time for one shape: (candidate, density) -> a function that prepares it, the telling ones first."""
-    q, k, v = (
-        torch.randn(shape.batch, shape.heads, shape.tokens, shape.dim, device=device, dtype=dtype) for _ in range(3)
+def prepare(case: Timing, device: str, values: Callable[..., Tensor] = torch.randn) -> Timed:
+    """A call ready to be timed, on tensors that `values` makes."""
+    shape, density, (_, _, feature) = case.shape, case.density, case.candidate.partition("-")
+    sizes = (shape.batch, shape.heads, shape.tokens, shape.dim)
+    inputs = (q, k, v) = tuple(values(sizes, device=device, dtype=DTYPES[case.dtype]) for _ in range(3))
+    arguments: dict[str, Any] = {"layout": "bhsd"}
+    if feature in ("routed", "kept", "votes") and case.candidate not in DENSE:
+        tiles = TileLists.full(shape.tokens, shape.tokens, block_q=shape.block, block_k=shape.block).to(device)
+        arguments |= {"selection": _selection(feature, shape, tiles, density, device)}
+        arguments |= {"return_tiles": True, "return_lse": True}
+    else:
+        tiles = lists(shape.tokens, shape.block, density, POOLED if feature == "pooled" else SKIPPED, device)
+    if feature == "backward":
+        return gradients(inputs, tiles, density)
+    if feature == "decay":
+        arguments["frame_decay"] = decay(shape.tokens, device)
+    call = Call(inputs=inputs, tiles=tiles, arguments=arguments)
+    if case.candidate in DENSE:
+        run = lambda: (DENSE[case.candidate](q, k, v),)  # noqa: E731
+        return Timed(run=run, check=lambda results: sampled(call, results), density_of=lambda results: density)
+    return timed_call(call, case.backend, density)
+
+
+def _selection(feature: str, shape: Shape, tiles: TileLists, kept: float, device: str) -> Selection:
+    """LiteAttention: kept tiles of every head, with votes or without. SolAttention: routing, diagonal pinned."""
+    routes = feature == "routed"
+    return Selection(
+        keep=None if routes else keep_bits(shape.batch, shape.heads, tiles.key_tiles, kept, device),
+        pinned=pack_bits(torch.eye(tiles.key_tiles, dtype=torch.bool, device=device)),
+        routing=Routing(beta=BETA) if routes else None,
+        vote=Vote() if feature == "votes" else None,
     )
 
-    def tiles_of(density: float, rest: int = SKIPPED) -> TileLists:
-        return lists(shape.tokens, shape.block, density, rest, device)
 
-    def ours(density: float, rest: int = SKIPPED, backend: str = "triton", **arguments: Any) -> Timed:
-        call = Call(inputs=(q, k, v), tiles=tiles_of(density, rest), arguments={"layout": "bhsd", **arguments})
-        return timed_call(call, backend, density)
+def measure(case: Timing, device: str) -> Record:
+    """Time a candidate and compare some of what it gave."""
+    call = prepare(case, device)
+    results = call.run()
+    visited, (error, allowed) = call.density_of(results), call.check(results)
+    del results
+    median, low, high = seconds_of(call, device)
+    shape, backward = case.shape, case.candidate.endswith("-backward")
+    products = 4 * shape.batch * shape.heads * shape.tokens**2 * shape.dim * visited * (2.5 if backward else 1.0)
+    record = {
+        "kind": "time", "shape": shape.name, "candidate": case.candidate, "density": case.density, "dtype": case.dtype,
+        "density_found": visited, "seconds": median, "seconds_p20": low, "seconds_p80": high,
+        "tflops": products / median / 1e12, "rows_error": error, "rows_allowed": allowed,
+        "ok" if case.ours else "agrees": error <= allowed,
+    }  # fmt: skip
+    return {**record, **prediction(case, visited, device)}
 
-    def selected(kept: float, votes: bool = False, routes: bool = False) -> Timed:
-        """LiteAttention: kept tiles of every head, with votes or without. SolAttention: routing, diagonal pinned."""
-        tiles = TileLists.full(shape.tokens, shape.tokens, block_q=shape.block, block_k=shape.block).to(device)
-        selection = Selection(
-            keep=None if routes else keep_bits(shape.batch, shape.heads, tiles.key_tiles, kept, device),
-            pinned=pack_bits(torch.eye(tiles.key_tiles, dtype=torch.bool, device=device)),
-            routing=Routing(beta=BETA) if routes else None,
-            vote=Vote() if votes else None,
-        )
-        arguments = {"layout": "bhsd", "selection": selection, "return_tiles": True, "return_lse": True}
-        return timed_call(Call(inputs=(q, k, v), tiles=tiles, arguments=arguments), "triton", kept)
 
-    def dense(name: str) -> Timed:
-        def run() -> tuple[Tensor, ...]:
-            with sdpa_kernel(SDPA[name]):
-                return (scaled_dot_product_attention(q, k, v),)
+def seconds_of(call: Timed, device: str) -> tuple[float, float, float]:
+    """Seconds of a call: median, 20th and 80th percentile, after a warm-up."""
+    if device != "cpu":
+        from triton.testing import do_bench
 
-        call = Call(inputs=(q, k, v), tiles=tiles_of(1.0), arguments={"layout": "bhsd"})
-        return Timed(run=run, check=lambda results: sampled(call, results), density_of=lambda results: 1.0)
+        quantiles = do_bench(call.run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
+        return tuple(x / 1e3 for x in quantiles)  # pyright: ignore
+    start = time.perf_counter()
+    call.run()
+    return (time.perf_counter() - start,) * 3
 
-    prepared: dict[tuple[str, float], Callable[[], Timed]] = {}
-    prepared["triton", RADIAL] = lambda: ours(RADIAL)
-    for name in SDPA:
-        prepared[name, 1.0] = lambda name=name: dense(name)
-    prepared["triton", 1.0] = lambda: ours(1.0)
-    prepared["flex", RADIAL] = lambda: ours(RADIAL, backend="flex")
-    prepared["triton", 0.1] = lambda: ours(0.1)
-    prepared["triton-backward", RADIAL] = lambda: gradients((q, k, v), tiles_of(RADIAL), RADIAL)
-    prepared["triton-decay", RADIAL] = lambda: ours(RADIAL, frame_decay=decay(shape.tokens, device))
-    prepared["triton-pooled", 0.1] = lambda: ours(0.1, POOLED)
-    prepared["triton-routed", 0.1] = lambda: selected(0.1, routes=True)
-    prepared["triton-kept", RADIAL] = lambda: selected(RADIAL)
-    prepared["triton-votes", RADIAL] = lambda: selected(RADIAL, votes=True)
-    for density in (0.25, 0.5):
-        prepared["triton", density] = lambda density=density: ours(density)
-    return prepared
+
+def prediction(case: Timing, density: float, device: str) -> Record:
+    """The least seconds that the call can take and its slowest engine, if predictions.py knows this card and call."""
+    card = None if device == "cpu" else card_of(torch.cuda.get_device_name())
+    if card is None or case.candidate not in CANDIDATES or case.dtype != "bf16" or case.shape.name not in SHAPES:
+        return {}
+    predicted = predict(case.shape, case.candidate, density, card)
+    return {"predicted_bound": predicted["bound"], "predicted_limit": predicted["limit"]}
 
 
 def timed_call(call: Call, backend: str, density: float) -> Timed:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .backends import cpu, reference
 from .backends import flex as flex_backend
 from .backends.fa4 import attend as fa4_backend
@@ -23,7 +24,7 @@ from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .packing import SCHEMA, flatten, restore
 from .precision import Precision
-from .problem import Problem
+from .problem import Problem, mix_weight
 from .selection import Selection
 from .states import resolved
 from .tiles import TileLists
@@ -82,11 +83,9 @@ def block_sparse_attention(
         return_tiles: also return which tiles were exact, as bits int32 [B, H, NQ, ceil(NK / 32)]; needs a selection.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
-        precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits, with a scale
-            for each query row and each key tile, keys less their mean over the valid ones (as they are with
-            `frame_decay`, to which a shift matters). Of the triton backend ("reference" simulates it), int8 wherever
-            that runs, fp8 from compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given.
-            Source: SageAttention, arXiv 2410.02367. None: the dtype of q.
+        precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits as
+            precision.py says, on the triton backend ("reference" simulates it): int8 wherever that runs, fp8 from
+            compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given. None: the dtype of q.
         backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
             from the triton backend's own kernels, for fa4 too, and else from the torch backend's recomputation, except
             with "reference", which autograd differentiates.
@@ -110,7 +109,7 @@ def block_sparse_attention(
     call = problem
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         call = _for_gradients(problem)
-    return _wanted(torch.ops.dit_accel_kernels.block_sparse_attention(*flatten(call)), problem)
+    return _wanted(ops.block_sparse_attention(*flatten(call)), problem)
 
 
 def _wanted(results: Results, problem: Problem) -> Tensor | tuple[Tensor, ...]:
@@ -197,15 +196,7 @@ def _triton(module: str = "attend") -> ModuleType:
     """A module with kernels, imported on first use: importing this package must not import triton."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
-
-
-def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
-    """Identity weight w, broadcastable to [B, H, S, D], 0 outside the chosen rows."""
-    if problem.identity_mix is None:
-        return None
-    w = problem.identity_mix.to(dtype).reshape(-1, problem.q.shape[1])[:, :, None, None]
-    return w if problem.identity_rows is None else w * problem.identity_rows[:, None]
+    return importlib.import_module(f".backends.triton.{module}", __package__)
 
 
 def _forward(*arguments: Any) -> Results:
@@ -360,7 +351,7 @@ def _backward_fake(
 # the compiler captures around the op would replay one call's decisions, on memory that is its own.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention",
+    add_op_namespace_prefix("block_sparse_attention"),
     _forward,
     mutates_args=(),
     schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -368,7 +359,7 @@ _op = torch.library.custom_op(
 )
 _op.register_fake(_forward_fake)
 _backward_op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention_backward",
+    add_op_namespace_prefix("block_sparse_attention_backward"),
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
@@ -396,7 +387,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     problem = restore(tuple(inputs))
     if ctx.routed:
         problem = _after_routing(problem, saved[-1])
-    grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
+    grads = ops.block_sparse_attention_backward(
         grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
     )
     return (*grads, *(None for _ in inputs[3:]))

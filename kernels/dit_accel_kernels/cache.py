@@ -13,7 +13,8 @@ from torch import Tensor
 
 Derived = TypeVar("Derived")
 Version = tuple[int, int, int]
-_ATTRIBUTE, _WRITES, _COPIED = "_dit_accel_derived", "_dit_accel_writes", "_dit_accel_copied"  # of a storage
+_WRITES = "_dit_accel_writes"  # of a storage: a count, the same for every copy of this package
+_ATTRIBUTE, _COPIED = f"_derived_{__package__}", f"_copied_{__package__}"  # of a storage, for this copy alone
 _CAPTURED: dict[int, tuple[_Entry, list[Tensor]]] = {}  # what captured graphs read must not move or go
 
 

@@ -39,8 +39,7 @@ class TileLists:
     What backends derive from lists lives as long as these tensors do. Writes by torch's own operations are followed,
     and on a CPU all others too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after
     them. A captured CUDA graph goes on with the lists as they were at its capture, whatever is written to them between
-    replays, also by `copy_`: capture it again. Lists that were captured stay in memory until
-    `dit_accel_kernels.release_captured()`.
+    replays, also by `copy_`: capture it again. Lists that were captured stay in memory until `release_captured()`.
     """
 
     block_q: int

@@ -116,7 +116,7 @@ def test_nothing_derived_holds_what_it_is_derived_from():
             call(backend, tiles, inputs, **options).sum().backward()
     given = (tiles.exact_offsets, tiles.exact_indices, frames.table, frames.q_frames, frames.k_frames)
     storages = [weakref.ref(x.untyped_storage()) for x in given]
-    assert tiles.exact_offsets.untyped_storage()._dit_accel_derived
+    assert tiles.exact_offsets.untyped_storage()._derived_dit_accel_kernels
     del tiles, frames, given, options
     gc.collect()
     assert [x() for x in storages] == [None] * 5

@@ -243,7 +243,7 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", none)
-    assert fa4_requirement(CPU) == "the flash-attn-4 package (found none: pip install 'dit-accel[fa4]')"
+    assert fa4_requirement(CPU) == "the flash-attn-4 package (found none: pip install 'dit-accel-kernels[fa4]')"
     support.package_problem.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: support.COMPILED)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
@@ -263,7 +263,7 @@ def test_another_version_is_refused_by_name(monkeypatch):
 
 
 def test_the_extra_asks_for_the_version_that_was_compiled():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "kernels" / "pyproject.toml").read_text()
     first, number = support.COMPILED.split("b")
     assert f'fa4 = ["flash-attn-4>={support.COMPILED},<{first}b{int(number) + 1}; ' in text
 
