@@ -106,7 +106,7 @@ def test_a_machine_without_such_products_is_told_what_it_lacks(monkeypatch):
 def test_training_is_refused():
     layer = OneLayer(radial(precision="int8"))
     q, k, v = (torch.randn(1, 2, LAYOUT.tokens, 8, requires_grad=True) for _ in range(3))
-    with pytest.raises(ConfigError, match=r"radial\.precision = 'int8' has no gradient"):
+    with pytest.raises(ConfigError, match=r"radial\.precision = 'int8'.*train"):
         layer.call(q, k, v, LAYOUT)
 
 

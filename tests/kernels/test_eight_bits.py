@@ -188,7 +188,7 @@ def test_auto_is_triton_and_others_are_refused_by_name():
     for backend in ("torch", "flex", "fa4"):
         with pytest.raises(BackendUnavailableError, match=f"'int8' needs backend 'triton' .*found '{backend}'"):
             attend(q, k, v, tiles, backend, precision="int8")
-    with pytest.raises(ValueError, match=r"precision must be .*'int4'"):
+    with pytest.raises(ValueError, match=r"precision .*'int8', 'fp8'.*'int4'"):
         attend(q, k, v, tiles, precision="int4")
     with pytest.raises(BackendUnavailableError, match=r"'fp8' needs backend 'triton' with .*\(found torch.float64\)"):
         attend(q.double(), k.double(), v.double(), tiles, "auto", precision="fp8")
@@ -198,9 +198,9 @@ def test_gradients_are_refused():
     q, k, v = qkv(1, 1, 1, 32, 32, 16, torch.float32)
     tiles = random_lists(1, 32, 32, 16, 16)
     for backend in ("auto", "reference"):
-        with pytest.raises(ValueError, match="precision 'int8' has no gradient, found requires_grad=True"):
+        with pytest.raises(ValueError, match=r"'int8'.*requires_grad=True"):
             attend(q, k.clone().requires_grad_(), v, tiles, backend, precision="int8")
-    with pytest.raises(ValueError, match="precision 'fp8' has no gradient"):
+    with pytest.raises(ValueError, match="precision 'fp8'"):
         block_sparse_attention_backward(q, q, k, v, tiles, layout="bhsd", precision="fp8")
     leaf = k.clone().requires_grad_()
     out = block_sparse_attention_eager(q, leaf, v, tiles, layout="bhsd", precision="int8", backend="reference")
