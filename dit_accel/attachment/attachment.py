@@ -3,17 +3,15 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import torch
-from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, triton_requirement
 from torch import nn
 
 from ..adapters.installed import adapter_for
-from ..errors import AttachError, ConfigError, MissingBackend, did_you_mean
+from ..errors import AttachError, ConfigError
 from ..estimate.predicted import predicted
-from ..methods.base import AttentionHandler, Handler, Model
+from ..methods.base import Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.find import (
@@ -27,6 +25,7 @@ from ..methods.find import (
 from ..methods.presets import Level, choices, spell
 from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
+from .backends import check_backend
 from .check import Check, check
 from .diagnosis import (
     ReplacedTransformer,
@@ -250,7 +249,7 @@ def _attach(model: Any, methods: tuple[MethodConfig, ...], backend: Backend, lay
                 "(dit_accel.attachment_of gives it)"
             )
     handlers = make_handlers(methods, _model_of(transformers))
-    _check_backend(backend, handlers)
+    check_backend(backend, handlers)
     pipe = model if parts.get("transformer") is not model else None
     made = Execution(handlers, backend, pipe)
 
@@ -291,20 +290,6 @@ def attachment_of(model: Any) -> Attachment | None:
             if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):
                 return owner
     return None
-
-
-def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
-    if backend not in BACKENDS:
-        raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
-    # the model may still wait in main memory: ask the device it will run on; a torch built for one may find none
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
-    requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
-    if backend in requirements and (missing := requirements[backend](device)):
-        raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
-    voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
-    if backend in ("flex", "fa4") and voting:
-        raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
 
 def _model_of(transformers: dict[str, Any]) -> Model:

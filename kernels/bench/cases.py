@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calls import Setting
+from dit_accel_kernels.backends.triton.launch import eight_bit_number
 from recorded import Recorded, launches_of
 
 CASES = (
@@ -11,11 +12,11 @@ CASES = (
         (
             "plain", "fused", "decay", "pooled", "mask", "order", "keep+maxgap", "keep+mass", "keep+budget",
             "pinned+route", "decay+keep+maxgap", "mask+keep+pinned+maxgap", "order+keep+maxgap", "backward",
-            "pinned+routed+backward",
+            "pinned+routed+backward", "int8", "fp8", "pooled+int8", "pooled+fp8", "order+fp8", "decay+fp8",
         ),
     ),
-    (Setting(dim=64), ("plain", "pooled")),
-    (Setting(dim=96), ("plain",)),
+    (Setting(dim=64), ("plain", "pooled", "int8", "pooled+fp8")),
+    (Setting(dim=96), ("plain", "pooled+fp8")),
     (Setting(tile=64), ("plain", "pooled", "keep+maxgap", "pinned+route")),
     (Setting(dtype="fp32"), ("plain",)),
 )  # fmt: skip
@@ -30,7 +31,8 @@ def record_cases(target: str, into: dict[str, Recorded]) -> None:
     """Record what these calls launch on a target."""
     for at, kinds in (*CASES, *OTHERS):
         for kind in kinds:
-            launches_of(kind, at, target, into)
+            if "fp8" not in kind or eight_bit_number(target, "fp8") is not None:
+                launches_of(kind, at, target, into)
     if target in STARTED:
         for kind in ("pooled", "partial+pooled"):
             launches_of(kind, Setting(), target, into, "fa4")

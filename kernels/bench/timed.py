@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from calls import DTYPES, Call
+from calls import DTYPES, PRECISIONS, Call
 from dit_accel_kernels import (
     EXACT,
     POOLED,
@@ -26,6 +26,7 @@ from dit_accel_kernels import (
     count_bits,
     fa4_requirement,
     pack_bits,
+    triton_requirement,
     unpack_bits,
 )
 from dit_accel_kernels.checks import problem_of
@@ -65,8 +66,8 @@ DENSE = {
 CALLS = (
     ("triton", RADIAL), *((name, 1.0) for name in DENSE), ("triton", 1.0), ("flex", RADIAL), ("fa4", RADIAL),
     ("triton", 0.1), ("triton-backward", RADIAL), ("triton-decay", RADIAL), ("triton-pooled", 0.1), ("fa4-pooled", 0.1),
-    ("fa4-decay", RADIAL), ("triton-routed", 0.1), ("triton-kept", RADIAL), ("triton-votes", RADIAL), ("triton", 0.25),
-    ("triton", 0.5),
+    ("fa4-decay", RADIAL), ("triton-routed", 0.1), ("triton-int8", RADIAL), ("triton-fp8", RADIAL),
+    ("triton-kept", RADIAL), ("triton-votes", RADIAL), ("triton", 0.25), ("triton", 0.5),
 )  # fmt: skip
 """Candidates and densities of a model's shape, the telling ones first; ours are those of triton and fa4."""
 
@@ -119,6 +120,8 @@ class Timing:
                 importlib.import_module(DENSE[self.candidate].args[0])
             except (ImportError, OSError) as error:
                 return str(error)
+        if (precision := self.candidate.partition("-")[2]) in PRECISIONS:
+            return triton_requirement(torch.device(device), DTYPES[self.dtype], self.shape.dim, precision)
         if self.backend != "fa4":
             return None
         block = (self.shape.block, self.shape.block)
@@ -172,6 +175,8 @@ def prepare(case: Timing, device: str, values: Callable[..., Tensor] = torch.ran
         return gradients(inputs, tiles, density)
     if feature == "decay":
         arguments["frame_decay"] = decay(shape.tokens, device)
+    if feature in PRECISIONS:
+        arguments["precision"] = feature
     call = Call(inputs=inputs, tiles=tiles, arguments=arguments)
     if case.candidate in DENSE:
         run = lambda: (DENSE[case.candidate](q, k, v),)  # noqa: E731
@@ -274,13 +279,15 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
             rows = slice(i * block, min((i + 1) * block, tiles.num_q))
             at = (slice(0, 1), slice(h, h + 1))
             states, frames = _states_of(call, exact, h, i), call.arguments.get("frame_decay")
-            frames = None if frames is None else replace(frames, q_frames=frames.q_frames[rows])
+            arguments = {name: call.arguments[name] for name in ("layout", "precision") if name in call.arguments}
+            if frames is not None:
+                arguments["frame_decay"] = replace(frames, q_frames=frames.q_frames[rows])
             part = Call(
                 inputs=(q[at][:, :, rows], k[at], v[at]),
                 tiles=TileLists.from_states(
                     states, block_q=block, block_k=tiles.block_k, num_q=rows.stop - rows.start, num_k=tiles.num_k
                 ),
-                arguments={"layout": "bhsd"} if frames is None else {"layout": "bhsd", "frame_decay": frames},
+                arguments=arguments,
                 grad_out=None if call.grad_out is None else call.grad_out[at][:, :, rows],
             )
             yardstick, truth = part.run("reference")[0], part.to(torch.float64).run("reference")[0]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .bits import words_of
+from .errors import BackendUnavailableError
 from .features import FrameDecay
+from .precision import PRECISIONS
 from .problem import Problem
 from .tiles import PARTS, TileLists
 
@@ -71,6 +73,7 @@ def check_features(problem: Problem) -> None:
     q, device, num_q, num_k = problem.q, problem.q.device, problem.q.shape[2], problem.k.shape[2]
     if problem.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {problem.backend!r}")
+    _check_precision(problem)
     _check_per_head("identity_mix", problem.identity_mix, q)
     _check_keys(problem)
     if problem.decay is not None:
@@ -94,6 +97,21 @@ def check_features(problem: Problem) -> None:
         _check("selection.pinned", problem.selection.pinned, bits, torch.int32, device)
     elif problem.return_tiles:
         raise ValueError("return_tiles tells what a selection chose, found no selection: give one, or read the lists")
+
+
+def _check_precision(problem: Problem) -> None:
+    precision = problem.precision
+    if precision is None:
+        return
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be 'int8', 'fp8' or None, found {precision!r}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+        raise ValueError(f"precision {precision!r} has no gradient, found requires_grad=True: detach, or leave it out")
+    if problem.backend not in ("auto", "triton", "reference"):
+        raise BackendUnavailableError(
+            f"precision {precision!r} needs backend 'triton' (or 'reference', which simulates it), found "
+            f"{problem.backend!r}: name one of them, or leave precision out"
+        )
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter multiplies bfloat16 as numbers: it may multiply the bit patterns."""
+"""Whether Triton's interpreter multiplies bfloat16 as numbers, not bit patterns, and rounds to float8."""
 
 # Device code is typed by Triton's compiler:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -20,6 +20,18 @@ def _square_kernel(a_ptr, out_ptr, SIDE: tl.constexpr):
     at = i[:, None] * SIDE + i[None, :]
     a = tl.load(a_ptr + at)
     tl.store(out_ptr + at, tl.dot(a, a))
+
+
+@triton.jit
+def _round_kernel(out_ptr):
+    tl.store(out_ptr + tl.arange(0, 1), tl.full([1], 1.99, tl.float32).to(tl.float8e4nv).to(tl.float32))
+
+
+@lru_cache(maxsize=1)
+def rounds_to_float8() -> bool:
+    """Whether the interpreter makes a float32 the nearest float8: tried once in a process."""
+    _round_kernel[(1,)](out := torch.empty(1))
+    return float(out) == 2.0
 
 
 @lru_cache(maxsize=1)
