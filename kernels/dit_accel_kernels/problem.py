@@ -21,10 +21,10 @@ class Problem:
 
     q, k, v and the output are [B, H, S, D] here, whatever the caller's layout, with a head dim of their own for v and
     the output; `heads_first` says in which order heads and tokens lie in the output's memory. The lists are those of
-    TileLists. `scale` is the softmax scale; `head_scale`, float32 [B or 1, H] or None, multiplies it. `decay` is
-    (table, q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the
-    caller's order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None:
-    all). A `selection` narrows the lists for this call.
+    TileLists. `scale` is the softmax scale; `head_scale`, [B or 1, H] in float32 (float64 for float64) or None,
+    multiplies it. `decay` is (table, q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length`
+    and `key_mask` are in the caller's order; `tiled()` gives the call in tiled order, where valid keys are the bool
+    [B, S_k] `key_valid` (None: all). A `selection` narrows the lists for this call.
     """
 
     q: Tensor

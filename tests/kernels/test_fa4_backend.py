@@ -24,6 +24,7 @@ from dit_accel_kernels import (
     pack_bits,
     resolve_backend,
 )
+from dit_accel_kernels import api
 from dit_accel_kernels.backends.fa4 import support
 from kernel_cases import WIDE, assert_within_rounding, check_against_reference, qkv, random_lists
 
@@ -275,6 +276,8 @@ def test_auto_leaves_it_alone_while_it_has_run_on_no_card(monkeypatch):
     fa4_stand_in.install(monkeypatch, "sm_90")
     assert fa4_requirement(CPU, torch.bfloat16, 128, (128, 128)) is None
     assert resolve_backend("auto", CPU, torch.bfloat16, 128) == "torch"
+    monkeypatch.setattr(api.triton_support, "missing_requirement", lambda *given: None)
+    assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16, 128) == "triton"
     q, k, v = qkv(1, 2, 2, 300, 300, 16, torch.bfloat16)
     block_sparse_attention(q, k, v, LISTS, layout="bhsd")
     assert not fa4_stand_in.calls
