@@ -34,7 +34,6 @@ from predictions import pick
 from recorded import Recorded, gpu_target
 from targets import EVERY, TARGETS
 
-PACKAGE = "dit_accel_kernels"
 Key = tuple[str, str]  # launch, target
 Record = dict[str, Any]
 SPILLS = 96  # words that a kernel may spill outside of its hot loop: once a tile or less
@@ -93,8 +92,9 @@ def _options(launch: Recorded) -> dict[str, Any]:
 def fingerprint(launch: Recorded) -> str:
     """Digest of all that decides a record, but for Triton's version.
 
-    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations
-    and without the modules that functions lie in; options, the target's limits, and how machine code is read.
+    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations,
+    its functions numbered, since their names hold modules and constants; options, the target's limits, and how machine
+    code is read.
     """
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
@@ -107,7 +107,12 @@ def fingerprint(launch: Recorded) -> str:
     backend.load_dialects(context)
     front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
     rest = (_options(launch), EVERY[launch.target], READING)
-    text = re.sub(rf"\b{PACKAGE}(?:\.[a-z]\w*)*\.(?=_)", "", source.make_ir(gpu, options, *front).str_nodebug())
+    names: dict[str, int] = {}
+    text = re.sub(
+        r"@[\w.$]+",
+        lambda name: f"@{names.setdefault(name[0], len(names))}",
+        source.make_ir(gpu, options, *front).str_nodebug(),
+    )
     return hashlib.sha256((text + repr(rest)).encode()).hexdigest()[:16]
 
 

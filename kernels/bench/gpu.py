@@ -8,7 +8,7 @@ first one stopped, as long as the card, torch, Triton and the kernels' files are
 numpy alone, and runs flash-attn-3, flash-attn-4 and our fa4 backend where they are installed.
 
 `--dry-run sm_90` goes the same way without a card and compiles, ahead of time for that target, what each case would
-launch. Ends with 1 if a case of ours was wrong, raised or is left over, or if nothing was compared.
+launch. Ends with 1 if a case of ours was wrong, raised or did not run, or if nothing was compared.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ import timed
 import torch
 import triton
 from dit_accel_kernels.backends.triton.launch import architecture
+from grid import Case
 from inputs import append
 from predictions import pick
 from recorded import Recorded
 from targets import EVERY
 
 FIRST = ("methods", "time-wan-720p", "fa4", "time-128k", "bf16-d128", "bf16-d64", "d256")  # the most telling groups
-PIECE_SECONDS = 450
-START_SECONDS = 30  # of a group's limit, beside those of its cases
-CASE_SECONDS = 60  # after which a case hangs
+PIECE_SECONDS = 440
+START_SECONDS = 40  # of a group's limit, beside those of its cases
+CASE_SECONDS = 120  # after which a case hangs
 DRY_PATIENCE = 30  # times as long a dry run may take, on few cores
 BROKEN = 3  # exit code of a process that can't go on, though its case is recorded
 ROOT = Path(__file__).parents[1]
-Case = grid.Case | timed.Timing
 Plan = dict[str, list[Case]]
 Record = dict[str, Any]
 
 
 def groups() -> Plan:
     """All cases by group, the most telling groups first."""
-    found: Plan = {name: [] for name in FIRST}
+    plan: Plan = {name: [] for name in FIRST}
     for case in (*grid.cases(), *timed.timings()):
-        found.setdefault(case.group, []).append(case)
-    return found
+        plan.setdefault(case.group, []).append(case)
+    return plan
 
 
 def limit(cases: list[Case]) -> int:
@@ -68,10 +68,10 @@ def limit(cases: list[Case]) -> int:
     return START_SECONDS + sum(case.seconds for case in cases)
 
 
-def pieces(found: Plan) -> list[Plan]:
+def pieces(plan: Plan) -> list[Plan]:
     """The groups, each in the first piece that has time for it."""
     packed: list[Plan] = []
-    for name, cases in found.items():
+    for name, cases in plan.items():
         fits = [piece for piece in packed if sum(map(limit, piece.values())) + limit(cases) <= PIECE_SECONDS]
         if not fits:
             packed += (fits := [{}])
@@ -90,34 +90,34 @@ def setting(target: str | None) -> Record:
 class Results:
     """The file of findings, of which those of one setting count."""
 
-    def __init__(self, path: Path, here: Record) -> None:
-        self.path, self.here = path, here
+    def __init__(self, path: Path, setting: Record) -> None:
+        self.path, self.setting = path, setting
 
     def add(self, case: Case | str, group: str, record: Record) -> None:
         """Write a finding and print it."""
         name = case if isinstance(case, str) else case.name
-        append(self.path, {**self.here, "group": group, "case": name, **record})
+        append(self.path, {**self.setting, "group": group, "case": name, **record})
         print(line(name, record), flush=True)
 
     def read(self) -> dict[str, list[Record]]:
         """The findings by case; a line that was cut short counts as not written."""
-        found: dict[str, list[Record]] = {}
+        by_case: dict[str, list[Record]] = {}
         for text in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(ValueError):
                 record = json.loads(text)
-                if record.items() >= self.here.items():
-                    found.setdefault(record["case"], []).append(record)
-        return found
+                if record.items() >= self.setting.items():
+                    by_case.setdefault(record["case"], []).append(record)
+        return by_case
 
-    def left(self, cases: list[Case]) -> list[Case]:
+    def remaining(self, cases: list[Case]) -> list[Case]:
         """The cases without a finding."""
-        found = self.read()
-        return [case for case in cases if case.name not in found]
+        by_case = self.read()
+        return [case for case in cases if case.name not in by_case]
 
 
 def work(group: str, cases: list[Case], results: Results, target: str | None) -> int:
     """Run what is left of a group in this process, one case after the other; the exit code."""
-    todo = results.left(cases)
+    todo = results.remaining(cases)
     pool = aot.workers(os.cpu_count() or 1)
     if not target:
         compile_ahead(todo, pool, limit(cases) / 2)
@@ -188,14 +188,14 @@ def verdict(case: Case, kind: str, error: str, **more: Any) -> Record:
 def supervise(group: str, cases: list[Case], results: Results, target: str | None) -> None:
     """Run a group in processes until nothing is left or its time is over; record the case at which one ended."""
     deadline = time.monotonic() + limit(cases) * (DRY_PATIENCE if target else 1)
-    while (todo := results.left(cases)) and time.monotonic() < deadline:
+    while (todo := results.remaining(cases)) and time.monotonic() < deadline:
         code, begun, tail = one_process(group, results.path, target, deadline - time.monotonic())
         why = f"its process ended with {code}" if code is not None else f"the {limit(cases)} s of its group were over"
-        left = results.left(cases)
-        case = next((case for case in left if case.name == begun), None)
+        rest = results.remaining(cases)
+        case = next((case for case in rest if case.name == begun), None)
         if case is not None:
             results.add(case, group, verdict(case, "ended", why, output=tail))
-        elif len(left) == len(todo):  # it ended before its first case
+        elif len(rest) == len(todo):  # it ended before its first case
             results.add(f"{group}: start", group, {"kind": "ended", "error": why, "ok": False, "output": tail})
             return
 
@@ -247,14 +247,14 @@ def line(name: str, r: Record) -> str:
 
 def report(plan: Plan, results: Results) -> bool:
     """Print what the findings come to; whether the run failed."""
-    found = [r for group in results.read().values() for r in group if r["group"] in plan and "ok" in r]
-    wrong, left = [r for r in found if not r["ok"]], [x.name for cases in plan.values() for x in results.left(cases)]
-    print(f"{results.here['device']}: {len(found) - len(wrong)} of {len(found)} findings as they should be")
+    judged = [r for group in results.read().values() for r in group if r["group"] in plan and "ok" in r]
+    wrong, rest = [r for r in judged if not r["ok"]], results.remaining([x for cases in plan.values() for x in cases])
+    print(f"{results.setting['device']}: {len(judged) - len(wrong)} of {len(judged)} findings as they should be")
     for r in wrong:
         print(line(r["case"], r))
-    if left:
-        print(f"left over, start again to go on: {', '.join(left)}")
-    return bool(wrong or left or not found)
+    if rest:
+        print(f"not run, start again to go on: {', '.join(case.name for case in rest)}")
+    return bool(wrong or rest or not judged)
 
 
 def arguments() -> argparse.Namespace:
@@ -276,8 +276,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run, list or dry-run; exits with 1 as said above."""
-    args, found = arguments(), groups()
-    every = dict(enumerate(pieces(found), 1))
+    args, everything = arguments(), groups()
+    every = dict(enumerate(pieces(everything), 1))
     if args.piece not in (None, *every):
         raise SystemExit(f"--piece takes 1 to {len(every)}, found {args.piece}")
     plan = every if args.piece is None else {args.piece: every[args.piece]}
@@ -288,7 +288,7 @@ def main() -> None:
         return
     results = Results(args.out, setting(args.dry_run))
     if args.group:
-        [cases] = pick(args.group, found, "group")
+        [cases] = pick(args.group, everything, "group")
         torch.manual_seed(0)
         sys.exit(work(args.group, cases, results, args.dry_run))
     if args.out.exists() and not args.out.read_text().endswith("\n"):

@@ -70,7 +70,7 @@ class Case:
     bulk: bool = False
     backend: str = "triton"
     ours = True
-    seconds = 2  # that it takes on a card at most, compiling included
+    seconds = 2  # on a card at most, compiling included
 
     @property
     def name(self) -> str:

@@ -57,7 +57,7 @@ def block_sparse_attention(
     precision: Precision | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
+    """Attention over exact and pooled tiles, differentiable in q, k, v and `head_scale`, opaque to torch.compile.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
     they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
@@ -66,12 +66,14 @@ def block_sparse_attention(
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton
-            and reference backends other rows of that head too. What a mask leaves out may hold anything.
+        v: like k, of any head dim, which is the output's. NaN and infinity in q, k or v reach every row that sees them,
+            as in dense attention; on the triton and reference backends other rows of that head too. What key masks
+            leave out may hold anything; on the torch backend what a mask inside a tile hides, too.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.
-        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda).
+        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda). Its
+            gradient is that of queries multiplied by it, in their dtype: exact at 0 too.
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
@@ -107,8 +109,11 @@ def block_sparse_attention(
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
     call = problem
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        call = _for_gradients(problem)
+    if problem.head_scale is not None and problem.head_scale.requires_grad:  # scaled queries hand it its gradient
+        scaled = problem.q * problem.head_scale[:, :, None, None]
+        call = replace(problem, q=scaled.to(problem.q.dtype), head_scale=None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, k, v)):
+        call = _for_gradients(call)
     return _wanted(ops.block_sparse_attention(*flatten(call)), problem)
 
 
@@ -163,8 +168,9 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
     if problem.backend != "auto" or problem.precision is not None:
         return "triton" if problem.backend == "auto" else problem.backend
     if problem.q.device.type != "cpu":
-        return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
-    timed = timed and not (problem.return_lse or problem.votes or problem.decay)
+        dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
+        return "triton" if dims == {"triton"} else "torch"
+    timed = timed and not (problem.return_lse or problem.votes or problem.decay or problem.mask_ids is not None)
     tokens = min(problem.q.shape[2], problem.k.shape[2])
     return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
 
@@ -182,12 +188,14 @@ def resolve_backend(
     compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. fa4, which has run on no card
     yet, runs only where it is named. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by
     what the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and
-    frame decay (which was not timed), None stands for any other. A named backend is returned as it is.
+    frame decay (which was not timed, nor were masks inside tiles), None stands for any other. A named backend is
+    returned as it is.
     """
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        return "torch" if lists is None else cpu.choice(dtype, lists, min(lists.num_q, lists.num_k))[0]
+        timed = lists if lists is not None and lists.mask_ids is None else None
+        return "torch" if timed is None else cpu.choice(dtype, timed, min(timed.num_q, timed.num_k))[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -208,24 +216,11 @@ def _run(problem: Problem) -> Results:
 
     Autocast has no part in it: products are made in the dtype that was given.
     """
-    _require_support(problem)
     if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
         return _empty_results(problem)
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         return _attend(problem)
-
-
-MASKED = ("reference",)  # backends that take masks inside tiles and a head dim of v of its own
-
-
-def _require_support(problem: Problem) -> None:
-    own = problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]
-    if own and _backend(problem) not in MASKED:
-        raise BackendUnavailableError(
-            "masks inside tiles and a head dim of v that is not q's need backend='reference', found "
-            f"{_backend(problem)!r}"
-        )
 
 
 def _attend(problem: Problem) -> Results:

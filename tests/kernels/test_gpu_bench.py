@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +19,11 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
+import calls  # noqa: E402
 import gpu  # noqa: E402
 import grid  # noqa: E402
 import timed  # noqa: E402
-from inputs import keep_bits, lists  # noqa: E402
+from inputs import keep_bits  # noqa: E402
 from predictions import SHAPES  # noqa: E402
 
 DRY = BENCH / "results" / "gpu-dry.jsonl"
@@ -139,14 +142,14 @@ def test_the_plan_is_of_short_pieces_and_holds_what_it_must():
     assert all(found.values())
     cases = [case for group in found.values() for case in group]
     assert len({case.name for case in cases}) == len(cases)
-    checks, timings = ([x for x in cases if isinstance(x, kind)] for kind in (grid.Case, timed.Timing))
+    checks, timings = ([x for x in cases if type(x) is kind] for kind in (grid.Case, timed.Timing))
     assert {64, 96, 128, 192, 256} == {case.at.dim for case in checks}
     wide = {(case.at.dim, case.at.dtype) for case in checks if "backward" in case.kind}
     assert {(128, "fp32"), (192, "fp32"), (256, "fp32"), (192, "bf16"), (256, "bf16")} <= wide
     assert {case.backend for case in checks} == {"triton", "fa4"}
     assert {case.backend for case in timings} == {"triton", "fa4", "flex", *timed.DENSE}
-    assert {case.shape.dim for case in timings} >= {64, 128, 192, 256}
-    assert ("fp32", "triton-backward") in {(case.dtype, case.candidate) for case in timings}
+    assert {case.at.dim for case in timings} >= {64, 128, 192, 256}
+    assert ("fp32", "triton-backward") in {(case.at.dtype, case.candidate) for case in timings}
     assert set(timed.ORDER) == set(SHAPES)
 
 
@@ -157,7 +160,7 @@ def test_the_plan_can_be_read(monkeypatch, capsys):
     assert re.findall(r"^piece (\d+): ", shown, re.MULTILINE) == [
         str(i + 1) for i in range(len(gpu.pieces(gpu.groups())))
     ]
-    assert "  time-wan-720p: 22 cases, 140 s\n" in shown
+    assert "  time-wan-720p: 22 cases, 150 s\n" in shown
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--list", "--piece", "99"])
     with pytest.raises(SystemExit, match=r"--piece takes 1 to .*99"):
         gpu.main()
@@ -225,16 +228,41 @@ def test_a_process_whose_card_answers_no_more_is_left(working, monkeypatch):
     monkeypatch.setattr(gpu, "usable", lambda: False)
     cases = [Fake("raises"), Fake("good")]
     assert gpu.work("a", cases, working, None) == gpu.BROKEN
-    assert [case.name for case in working.left(cases)] == ["good"]
+    assert [case.name for case in working.remaining(cases)] == ["good"]
     assert gpu.work("a", cases, working, None) == 0
-    assert not working.left(cases)
+    assert not working.remaining(cases)
+
+
+class Launch:
+    def __init__(self, name, seconds=0.0, compiled=()):
+        self.name, self.seconds, self.done = name, seconds, compiled
+
+    def compiled(self):
+        time.sleep(self.seconds)
+        self.done.append(self.name)
+
+
+def test_compiling_ahead_takes_each_launch_once_and_no_longer_than_it_may(monkeypatch):
+    """A case whose launches can't be told, or don't compile, says so itself when it runs."""
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    done = []
+    shared, slow = Launch("shared", compiled=done), Launch("slow", 2.0, done)
+    broken = Launch("broken", compiled=None)
+    cases = [Fake("first"), Fake("second"), Fake("raises"), Fake("third")]
+    into = {"first": {"a": shared}, "second": {"a": shared, "b": broken}, "third": {"c": slow, "d": slow}}
+    monkeypatch.setattr(Fake, "launches", lambda self, target: into[self.name], raising=False)
+    start = time.monotonic()
+    gpu.compile_ahead(cases, ThreadPoolExecutor(1), 0.2)
+    assert time.monotonic() - start < 1
+    assert done == ["shared"]
 
 
 def test_findings_of_another_card_or_code_do_not_count(working):
     working.add(Fake("good"), "a", {"kind": "check", "part": "out", "error": 0.0, "allowed": 1.0, "ok": True})
     for other in ({"device": "another"}, {"code": "2"}):
-        assert gpu.Results(working.path, {**HERE, **other}).left([Fake("good")])
-    assert not working.left([Fake("good")])
+        assert gpu.Results(working.path, {**HERE, **other}).remaining([Fake("good")])
+    assert not working.remaining([Fake("good")])
 
 
 def test_a_group_that_can_not_start_is_a_fault(working, monkeypatch, capsys):
@@ -273,7 +301,7 @@ def test_the_committed_dry_run_has_no_fault():
 
 
 TINY = replace(SHAPES["wan-720p"], heads=2, tokens=120, dim=16, block=32)
-TIMINGS = [replace(x, shape=TINY, dtype="fp32") for x in timed.timings() if x.shape.name == "wan-720p"]
+TIMINGS = [timed.timing(TINY, candidate, density, "fp32") for candidate, density in timed.CALLS]
 
 
 @pytest.mark.slow
@@ -282,7 +310,7 @@ def test_a_timed_call_is_timed_and_compared(case):
     [record] = case.run("cpu")
     assert record["seconds"] > 0
     assert record.get("ok", record.get("agrees"))
-    assert (record["shape"], record["candidate"], record["density"]) == ("wan-720p", case.candidate, case.density)
+    assert [record["shape"], record["candidate"], f"{record['density']:g}"] == case.name.split()
     assert 0 <= record["rows_error"] <= record["rows_allowed"]
     assert 0 < record["density_found"] <= 1
 
@@ -302,20 +330,20 @@ def test_rows_of_a_timed_call_are_compared():
     for case in TIMINGS:
         if case.name.split()[1:] not in (["triton", "0.27"], ["triton-decay", "0.27"], ["triton-routed", "0.1"]):
             continue
-        call = timed.prepare(case, "cpu")
-        out, *rest = call.run()
-        error, allowed = call.check((out, *rest))
+        run, check = timed.prepared(calls.make(case.kind, case.at, "cpu"), case.backend)
+        out, *rest = run()
+        error, allowed = check((out, *rest))
         assert error <= allowed
         out[:, -1, -1] += 0.01
-        error, allowed = call.check((out, *rest))
+        error, allowed = check((out, *rest))
         assert error > allowed
-    inputs = tuple(torch.randn(1, 2, 120, 16) for _ in range(3))
-    call = timed.gradients(inputs, lists(120, 32, 0.5, 0, "cpu"), 0.5)
-    grads = [x.clone() for x in call.run()]
-    error, allowed = call.check(tuple(grads))
+    backward = timed.timing(TINY, "triton-backward", 0.5, "fp32")
+    run, check = timed.prepared(calls.make(backward.kind, backward.at, "cpu"), "triton")
+    grads = [x.clone() for x in run()]
+    error, allowed = check(tuple(grads))
     assert error <= allowed
     grads[2][:, -1, 64:96] *= 1.01
-    error, allowed = call.check(tuple(grads))
+    error, allowed = check(tuple(grads))
     assert error > allowed
 
 

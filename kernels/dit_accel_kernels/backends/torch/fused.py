@@ -27,6 +27,8 @@ PIECES = 8  # a worker, so that none waits long for the last
 def runs(problem: Problem) -> bool:
     """Say whether the loop takes a call: products in float32 on a CPU, where it could be compiled."""
     device = problem.q.device.type
+    if problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]:
+        return False
     return device == "cpu" and product_dtype(problem.q.dtype, device) == torch.float32 and library() is not None
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cache import readable
 from ...features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
 from ...problem import Problem
-from ...sections import valid_tiles
 from .memory import cast
 
 
@@ -23,9 +23,10 @@ class Tiled:
 
     q: Tensor  # [B * H * NQ, block_q, D]
     k: Tensor  # [B * HK * NK, block_k, D]
-    v: Tensor
+    v: Tensor  # its head dim, like that of v_mean, is its own
     absent: Tensor | None  # bool [B * HK * NK, block_k], the keys that a mask leaves out
-    absent_tiles: Tensor | None  # bool [B * HK * NK], the tiles that a mask leaves out whole
+    bits: Tensor | None  # int32 [M, block_q, ceil(block_k / 32)], the masks inside tiles
+    finite: bool  # whether keys and values are known to be numbers; looked at on a CPU, for masks inside tiles
     k_mean: Tensor | None  # [B * HK * NK, D]
     v_mean: Tensor | None
     log_length: Tensor | None  # [B * HK * NK], natural log of a pooled tile's length
@@ -47,13 +48,11 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
     q, k, v = (x if held else cast(x, dtype) for x in (problem.q, problem.k, problem.v))
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(dtype)
-    absent = absent_tiles = weight = None
+    absent = weight = None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
         weight = valid[:, None].expand(-1, k.shape[1], -1)
         absent = tiles_of(~weight[..., None], problem.block_k)[..., 0]
-        absent_tiles = ~valid_tiles(valid, problem.block_k)[1]
-        absent_tiles = absent_tiles[:, None].expand(-1, k.shape[1], -1).flatten()
     k_mean = v_mean = log_length = None
     if problem.pooled_indices is not None:
         k_mean, length = tile_means(k.to(dtype), problem.block_k, weight)
@@ -72,7 +71,8 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
         k=tiles_of(k, problem.block_k),
         v=tiles_of(v, problem.block_k),
         absent=absent,
-        absent_tiles=absent_tiles,
+        bits=problem.mask_bits,
+        finite=problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v)),
         k_mean=k_mean,
         v_mean=v_mean,
         log_length=log_length,

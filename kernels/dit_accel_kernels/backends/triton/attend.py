@@ -46,17 +46,18 @@ from .votes import fold
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the kernel's reach, saying why."""
     q, precision = problem.q, problem.precision
-    missing = missing_requirement(q.device, q.dtype, q.shape[-1], precision)
-    if missing and precision is not None:
-        raise BackendUnavailableError(f"precision {precision!r} needs backend 'triton' with {missing}: leave it out")
-    if missing:
-        raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
+    for dim in (q.shape[-1], problem.v.shape[-1]):
+        missing = missing_requirement(q.device, q.dtype, dim, precision)
+        if missing and precision is not None:
+            raise BackendUnavailableError(f"precision {precision!r} needs backend 'triton' and {missing}: leave it out")
+        if missing:
+            raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
 
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output, LSE, exact tiles and the bits that a vote keeps of one call, without a device sync.
 
-    Output [B, H, S_q, D] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
+    Output [B, H, S_q, Dv] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
     in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32
     [B, H, NQ, W], None without a selection and without a vote. Only a head dim that is not contiguous costs a copy.
     """
@@ -76,12 +77,12 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     )
 
 
-def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and LSE with the tiles of a call added to those of other keys, into whose memory they are written.
+def add_rest(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call, from those of its exact tiles without a mask, into whose memory they are written.
 
     Args:
         problem: a call without a selection, in tiled order.
-        out: [B, H, S_q, D] in q's dtype, last dimension contiguous, 0 in rows without a key.
+        out: [B, H, S_q, Dv] in q's dtype, last dimension contiguous, 0 in rows without a key.
         lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
     """
     check(problem)
@@ -92,16 +93,16 @@ def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 def _attend(
     problem: Problem, need_lse: bool, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`attend` of batches and heads that are computed together, or `add_pooled` to a start."""
+    """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
     has = {"eight": problem.precision is not None, "decay": problem.decay is not None}
     features = [name for name in has if has[name]]
-    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q, features=features)
+    launch = launch_of(architecture(q.device), q.dtype, wider(problem), problem.block_q, features=features)
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
     block_q = query_block(problem.block_q, launch.block_q)
-    plan = row_plan(problem)
+    plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
         if problem.may_pool or problem.precision is not None:
@@ -171,7 +172,7 @@ def _launch(
     else:
         out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)
-    d1, d2 = column_parts(dim, 32 // k.element_size() if scales[0] is not None else 16)
+    (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
@@ -180,7 +181,7 @@ def _launch(
     _fwd_kernel[(programs,)](
         q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
-        None if means is None else plan.pooled_t, lists.pooled_bits, *pooled, *scales, words,
+        None if means is None else plan.pooled_t, *masks_of(problem, plan), lists.pooled_bits, *pooled, *scales, words,
         *_descriptors((k, v), block_k, problem.token_order is None and problem.block_k % block_k == 0),
         *((None, None) if means is None else _descriptors(means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
@@ -191,12 +192,23 @@ def _launch(
         0 if table is None else table.numel() - 1, problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_S=min(block_k, launch.block_s), BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2,
+        BLOCK_S=min(block_k, launch.block_s, launch.block_s if plan.entry_mask is None else 32),
+        BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2, DIM_V=v.shape[3], D1V=d1v, D2V=d2v,
         PRECISION=products, VOTE=None if vote is None else vote.criterion,
         STARTED=start is not None,
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def wider(problem: Problem) -> int:
+    """The larger head dim of a call, which chooses its row of the launch table."""
+    return max(problem.q.shape[-1], problem.v.shape[-1])
+
+
+def masks_of(problem: Problem, plan: RowPlan) -> tuple[Tensor | None, Tensor | None]:
+    """The number of each entry's mask and the masks, where a call has some."""
+    return plan.entry_mask, None if problem.mask_bits is None else problem.mask_bits.contiguous()
 
 
 def pooled_block(problem: Problem, launch: Launch) -> int:
@@ -214,20 +226,16 @@ def pooled_block(problem: Problem, launch: Launch) -> int:
 def _descriptors(
     tensors: Sequence[Tensor], rows: int, in_sequence: bool
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Two tensors [B, HK, N, D] for bulk copies of chunks of so many rows, where the card has them and they fit.
+    """Two tensors [B, HK, N, D or Dv] for bulk copies of chunks of so many rows, where the card has them and they fit.
 
     They copy whole power-of-2 rows, those of a chunk `in_sequence`, from addresses and strides of whole 16 bytes.
     """
-    dim, size = tensors[0].shape[-1], tensors[0].element_size()
-    whole = in_sequence and dim * size >= 32 and dim & (dim - 1) == 0
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 and n > 0 for n in x.stride()[:3])
-        for x in tensors
-    )
+    whole = in_sequence and all(x.shape[-1] * x.element_size() >= 32 and x.shape[-1].bit_count() == 1 for x in tensors)
+    strides = [n * x.element_size() for x in tensors for n in x.stride()[:3]]
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and n > 0 for n in strides)
     if not bulk_copies(architecture(tensors[0].device), tensors[1].dtype) or not whole or not aligned:
         return None, None
-    block = [1, 1, rows, dim]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors)  # pyright: ignore
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in tensors)  # pyright: ignore
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -246,7 +254,7 @@ def fitting(kernel: str, problem: Problem, features: Iterable[str], tile: int = 
     except OutOfResources as error:
         q = problem.q
         arch = architecture(q.device)
-        row = row_of(arch, q.dtype, q.shape[-1], tile, kernel, features)
+        row = row_of(arch, q.dtype, wider(problem), tile, kernel, features)
         named = ", ".join(f"{name} {value!r}" for name, value in row._asdict().items())
         raise BackendUnavailableError(
             f"backend 'triton' needs {error.required} of {error.name} for the row of launch_table.json with {named} "

@@ -1,7 +1,8 @@
 """The forward kernel: one program attends one query tile (or a part of it) over its exact and pooled key tiles.
 
 Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
-branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
+branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing, t differs by element or a
+mask hides pairs.
 Pooled tiles come last: the means of all key tiles lie in sequence, and a chunk of them is one product on the full query
 rows, with log2 of the true length added to the logit, -inf for those that the row's bits leave out. At few exact tiles
 nearly all are pooled: a walk that skips none of them needs no list. All share one running maximum and one row sum.
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .eight import _beside, _centre_logits, _scaled_queries, _with_keys, _with_means
-from .loads import _load, _load_near
+from .loads import _load, _load_near, _seen_keys
 from .votes import _begin, _sections, _store_rest, _vote
 
 
@@ -49,6 +50,18 @@ def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.co
 def _decay_rows(x, t, chosen):
     """Logits with the decay t of each key in the chosen rows: one row of t a frame, since a tile has few frames."""
     return tl.where(chosen[:, None], tl.minimum(x, x * t[None, :]), x)
+
+
+@triton.jit
+def _decayed(x, table_ptr, k_frames_ptr, key, here, table_last, q_frame, first_frame, last_frame):
+    """Logits of a chunk of keys with the decay of each pair's frames, where a call has some."""
+    if table_ptr is not None:
+        k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
+        for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
+            distance = tl.minimum(tl.abs(k_frame - frame), table_last)
+            t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
+            x = _decay_rows(x, t, q_frame == frame)
+    return x
 
 
 @triton.jit
@@ -97,19 +110,20 @@ def _store_rows(
 def _full_chunk(
     first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs,
     BLOCK: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM_B: tl.constexpr, D1B: tl.constexpr, D2B: tl.constexpr,
 ):  # fmt: skip
     """Two tensors' tokens from `first` on, in two column parts each, and the rows that hold them; all are there."""
     row = first + tl.arange(0, BLOCK)
     if token_order_ptr is None:
         a_ptr += first * stride_as
         b_ptr += first * stride_bs
-        a1, b1 = _load_near(a_ptr, stride_as, BLOCK, 0, D1, DIM), _load_near(b_ptr, stride_bs, BLOCK, 0, D1, DIM)
+        a1, b1 = _load_near(a_ptr, stride_as, BLOCK, 0, D1, DIM), _load_near(b_ptr, stride_bs, BLOCK, 0, D1B, DIM_B)
         a2 = _load_near(a_ptr, stride_as, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
-        b2 = _load_near(b_ptr, stride_bs, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
+        b2 = _load_near(b_ptr, stride_bs, BLOCK, D1B, D2B, DIM_B) if D2B > 0 else 0.0
     else:
         row = tl.load(token_order_ptr + row)
         a1, a2 = _load(a_ptr, row, row, stride_as, False, DIM, D1, D2)
-        b1, b2 = _load(b_ptr, row, row, stride_bs, False, DIM, D1, D2)
+        b1, b2 = _load(b_ptr, row, row, stride_bs, False, DIM_B, D1B, D2B)
     return row, a1, a2, b1, b2
 
 
@@ -117,6 +131,7 @@ def _full_chunk(
 def _keys_and_values(
     k_tile, position, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM_V: tl.constexpr, D1V: tl.constexpr, D2V: tl.constexpr,
 ):  # fmt: skip
     """K and V of one chunk of a tile, in two column parts each; every key is there.
 
@@ -127,10 +142,10 @@ def _keys_and_values(
     if k_desc is not None:
         key = k_tile * TILE_K + position % SUBS_K * BLOCK_K
         k1 = k_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1)
-        return k1, 0.0, v_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1), 0.0
+        return k1, 0.0, v_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1V), 0.0
     first = k_tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
     _, k1, k2, v1, v2 = _full_chunk(
-        first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, D1, D2
+        first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, D1, D2, DIM_V, D1V, D2V
     )  # fmt: skip
     return k1, k2, v1, v2
 
@@ -186,16 +201,17 @@ def _sums(
 @triton.jit
 def _means(
     k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P: tl.constexpr,
-    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DIM_V: tl.constexpr, D1V: tl.constexpr, D2V: tl.constexpr,
 ):  # fmt: skip
     """Mean keys and values of the tiles from ``n`` on; those beyond the end are zeros, or the last tile's."""
     if k_mean_desc is not None:
         k1, k2 = k_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
-        v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
+        v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1V), 0.0
     else:
         start, row = (b.to(tl.int64) * key_heads + hk) * k_tiles * DIM, tl.minimum(k_tile, k_tiles - 1)
         k1, k2 = _load(k_mean_ptr + start, row, row, DIM, False, DIM, D1, D2)
-        v1, v2 = _load(v_mean_ptr + start, row, row, DIM, False, DIM, D1, D2)
+        v_start = start if DIM_V == DIM else start // DIM * DIM_V
+        v1, v2 = _load(v_mean_ptr + v_start, row, row, DIM_V, False, DIM_V, D1V, D2V)
     return k1, k2, v1, v2
 
 
@@ -205,10 +221,11 @@ def _fwd_kernel(
     indices_ptr, bounds_ptr, q_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
+    entry_mask_ptr, mask_bits_ptr,  # int32 [nnz], [M, TILE_Q, words of TILE_K], or None
     pooled_bits_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [G, NQ, W], [B, HK, NK, D] twice, [B, NK]; or None
     k_scale_ptr, mean_scale_ptr, centre_ptr,  # [B, HK, NK] twice and [B, HK, D] of keys in eight bits, or None
     words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes by visit, or None
-    k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D] in blocks of [1, 1, BLOCK_K, D], or None
+    k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D or Dv] in blocks of [1, 1, BLOCK_K, D or Dv], or None
     k_mean_desc, v_mean_desc,  # of their means, in blocks of BLOCK_P, or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
@@ -216,6 +233,7 @@ def _fwd_kernel(
     num_q, num_k, heads, key_heads, q_tiles, k_tiles, table_last, scale, step, vote_threshold,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM_V: tl.constexpr, D1V: tl.constexpr, D2V: tl.constexpr,
     PRECISION: tl.constexpr, VOTE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE of one part of one query tile.
@@ -235,17 +253,18 @@ def _fwd_kernel(
     hk = h // (heads // key_heads)
     lists = (b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles
     q_tile = tl.load(q_order_ptr + lists + part // SUBS_Q)
+    base = 0
     if stride_ib is not None:
         lists = bh.to(tl.int64) * q_tiles
         base = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
-        indices_ptr += base
-        if entry_t_ptr is not None:
-            entry_t_ptr += base
     bounds_ptr += (lists + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
+    start += base
     indices_ptr += start
     if entry_t_ptr is not None:
         entry_t_ptr += start
+    if entry_mask_ptr is not None:
+        entry_mask_ptr += start
     batch, bhk = b.to(tl.int64), b.to(tl.int64) * key_heads + hk
     if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
         stride_vs = stride_ks
@@ -266,7 +285,7 @@ def _fwd_kernel(
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
     if lse_ptr is not None:
         lse_ptr += bh.to(tl.int64) * num_q
-    m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM, D1, D2)
+    m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM_V, D1V, D2V)
     if VOTE is not None:
         words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
         word, limit = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
@@ -277,7 +296,7 @@ def _fwd_kernel(
     for n in tl.range(0, end_plain * SUBS_K):
         k1, k2, v1, v2 = _keys_and_values(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
-            BLOCK_K, TILE_K, DIM, D1, D2,
+            BLOCK_K, TILE_K, DIM, D1, D2, DIM_V, D1V, D2V,
         )  # fmt: skip
         factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
         ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
@@ -285,7 +304,7 @@ def _fwd_kernel(
         top = tl.max(x, 1) * factor
         m_new = tl.maximum(m, top)
         p, alpha = tl.exp2(x * _beside(factor) - m_new[:, None]), tl.exp2(m - m_new)
-        total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+        total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2V, PRECISION)
         if VOTE is not None:
             word, state, limit = _vote(
                 word, state, limit, 0, n, top, m, m_new, alpha, mass, total, vote_threshold, words_ptr, live,
@@ -299,7 +318,7 @@ def _fwd_kernel(
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
             k1, k2, v1, v2 = _keys_and_values(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
-                BLOCK_K, TILE_K, DIM, D1, D2,
+                BLOCK_K, TILE_K, DIM, D1, D2, DIM_V, D1V, D2V,
             )  # fmt: skip
             factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
             ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
@@ -310,7 +329,7 @@ def _fwd_kernel(
             m_new = tl.maximum(m, top)
             p = tl.exp2(tl.minimum(x * _beside(factor) - m_new[:, None], x * _beside(low) - m_new[:, None]))
             alpha = tl.exp2(m - m_new)
-            total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+            total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2V, PRECISION)
             if VOTE is not None:
                 word, state, limit = _vote(
                     word, state, limit, end_plain, n, top, m, m_new, alpha, mass, total, vote_threshold,
@@ -333,17 +352,15 @@ def _fwd_kernel(
         if token_order_ptr is not None:
             k_row = tl.load(token_order_ptr + key, mask=here, other=0)
         k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
-        v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM, D1, D2)
+        v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM_V, D1V, D2V)
         factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + k_tile)
         x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(factor)
-        if table_ptr is not None:
-            k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
-            for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
-                distance = tl.minimum(tl.abs(k_frame - frame), table_last)
-                t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
-                x = _decay_rows(x, t, q_frame == frame)
+        x = _decayed(x, table_ptr, k_frames_ptr, key, here, table_last, q_frame, first_frame, last_frame)
         x = tl.where(here[None, :], x, float("-inf"))
-        m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+        if entry_mask_ptr is not None:
+            seen = _seen_keys(entry_mask_ptr, mask_bits_ptr, position, offset, k_offset, BLOCK_S, TILE_Q, TILE_K)
+            x = tl.where(seen, x, float("-inf"))
+        m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
         if VOTE is not None:
             word, state, limit = _vote(
                 word, state, limit, end_constant, n, top, m, m_new, alpha, mass, total, vote_threshold,
@@ -361,7 +378,7 @@ def _fwd_kernel(
             bias = _pooled_bias(log_length_ptr + b * k_tiles, bits, k_tile, k_tiles)
             k1, k2, v1, v2 = _means(
                 k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P, DIM,
-                D1, D2,
+                D1, D2, DIM_V, D1V, D2V,
             )  # fmt: skip
             x = _products(q1, q2, k1, k2, D2, PRECISION) * _with_means(row_scale, mean_scale_ptr, bhk, k_tile, k_tiles)
             if pooled_t_ptr is not None:
@@ -369,11 +386,11 @@ def _fwd_kernel(
                     t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile, mask=k_tile < k_tiles, other=1.0)
                     x = _decay_rows(x, t, q_frame == frame)
             x += bias[None, :]
-            m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+            m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
 
     empty = total == 0  # rows without a key
     total = tl.where(empty, 1.0, total)
-    _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
+    _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM_V, D1V, D2V)
     if lse_ptr is not None:
         m += tl.log2(total) + _centre_logits(q_ptr, centre_ptr, bhk, q_row, live, stride_qs, scale, DIM, D1, D2)
         tl.store(lse_ptr + q_row, tl.where(empty, float("-inf"), m * 0.6931471805599453), mask=live)
