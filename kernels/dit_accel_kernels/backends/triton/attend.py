@@ -26,7 +26,6 @@ from .launch import (
     architecture,
     bulk_copies,
     column_parts,
-    eight_bit_number,
     fp32_products,
     key_block,
     launch_of,
@@ -96,8 +95,8 @@ def _attend(
     """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
-    has = {"eight": problem.precision is not None, "decay": problem.decay is not None}
-    features = [name for name in has if has[name]]
+    eight = problem.precision is not None
+    features = ("eight",) * eight + ("decay",) * (problem.decay is not None)
     launch = launch_of(architecture(q.device), q.dtype, wider(problem), problem.block_q, features=features)
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
@@ -105,17 +104,11 @@ def _attend(
     plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
-        if problem.may_pool or problem.precision is not None:
-            means = pool(
-                k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid,
-                wide=problem.precision is not None,
-            )  # fmt: skip
+        if problem.may_pool or eight:
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, wide=eight)
         lists, exact = _select(problem, plan, means)
-        if problem.precision is not None:
-            number = eight_bit_number(architecture(q.device), problem.precision)
-            assert means is not None
-            assert number is not None
-            problem, means, scales = eight_bits(problem, means, plan.valid, number)
+        if eight:
+            problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
         words = None
         if problem.votes:
             parts = -(-problem.block_q // block_q)
