@@ -103,16 +103,15 @@ def check_features(problem: Problem) -> None:
 
 def _check_precision(problem: Problem) -> None:
     precision = problem.precision
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be 'int8', 'fp8' or None, found {precision!r}")
     if precision is None:
         return
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be 'int8', 'fp8' or None, found {precision!r}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
         raise ValueError(f"precision {precision!r} has no gradient, found requires_grad=True: detach, or leave it out")
     if problem.backend not in ("auto", "triton", "reference"):
         raise BackendUnavailableError(
-            f"precision {precision!r} needs backend 'triton' (or 'reference', which simulates it), found "
-            f"{problem.backend!r}: name one of them, or leave precision out"
+            f"precision {precision!r} needs backend 'triton' or 'reference', found {problem.backend!r}: leave one out"
         )
 
 

@@ -40,8 +40,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     if weight is not None:
         # 0 * inf is not 0: what an invalid key holds must not matter, nor in the gradient
         k, v = (x.masked_fill(~weight[..., None], 0) for x in (k, v))
-    shift = q.new_zeros(())
-    x_q, x_k, x_mean = q, k, k_mean
+    x_q, x_k, x_mean, shift = q, k, k_mean, None
     if problem.precision is not None:
         x_q, x_k, x_mean, shift = _in_eight_bits(problem, q, k, k_mean, length, weight)
     tile_states = selected_states(problem)
@@ -67,8 +66,9 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
     empty = ~torch.cat([exact.any(-1, keepdim=True), pooled.any(-1, keepdim=True)], -1).any(-1, keepdim=True)
     p = torch.softmax(x.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     out = p.to(q.dtype) @ torch.cat([v, v_mean], 2)
-    lse = torch.logsumexp(x.masked_fill(empty, 0.0), -1) + (shift * scale).squeeze(-1)
-    lse = lse.masked_fill(empty[..., 0], -torch.inf)
+    lse = torch.logsumexp(x.masked_fill(empty, 0.0), -1).masked_fill(empty[..., 0], -torch.inf)
+    if shift is not None:
+        lse = lse + (shift[..., None] * scale)[..., 0]
     if problem.selection is None:
         return out, lse, None, None
     chosen = (tile_states == EXACT).expand(*q.shape[:2], -1, -1)
@@ -79,17 +79,12 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | No
 def _in_eight_bits(
     problem: Problem, q: Tensor, k: Tensor, k_mean: Tensor, length: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and mean keys [B, H, *, D] in a call's precision, and what centring took off q . k, [B, H, S_q, 1].
-
-    Decay compares logits with 0, so keys stay where they are with it.
-    """
-    precision, centre = problem.precision, k.new_zeros(())
-    assert precision is not None
-    if problem.decay is None:
-        centre = centre_of(k_mean, length)
+    """Queries, keys and mean keys [B, H, *, D] in a call's precision, and what centring took off q . k, [B, H, S_q]."""
+    precision, block = problem.precision or "", problem.block_k
+    centre = centre_of(k_mean, length) if problem.decay is None else k_mean.new_zeros(())
     off = k - centre if weight is None else (k - centre).masked_fill(~weight[..., None], 0)
-    shift = (q.to(off.dtype) * centre).sum(-1, keepdim=True)
-    return rounded(q, precision), rounded(off, precision, problem.block_k), rounded(k_mean - centre, precision), shift
+    shift = (q.to(off.dtype) * centre).sum(-1)
+    return rounded(q, precision), rounded(off, precision, block), rounded(k_mean - centre, precision), shift
 
 
 def _kept(problem: Problem, visited: Tensor, x: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from .launch import (
     architecture,
     bulk_copies,
     column_parts,
-    eight_bit_number,
     fp32_products,
     key_block,
     launch_of,
@@ -49,9 +48,7 @@ def check(problem: Problem) -> None:
     for dim in (q.shape[-1], problem.v.shape[-1]):
         missing = missing_requirement(q.device, q.dtype, dim, precision)
         if missing and precision is not None:
-            raise BackendUnavailableError(
-                f"precision {precision!r} needs backend 'triton' with {missing}: leave it out"
-            )
+            raise BackendUnavailableError(f"precision {precision!r} needs backend 'triton' and {missing}: leave it out")
         if missing:
             raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
 
@@ -98,8 +95,8 @@ def _attend(
     """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
-    has = {"eight": problem.precision is not None, "decay": problem.decay is not None}
-    features = tuple(name for name in has if has[name])
+    eight = problem.precision is not None
+    features = ("eight",) * eight + ("decay",) * (problem.decay is not None)
     launch = launch_of(architecture(q.device), q.dtype, wider(problem), problem.block_q, features=features)
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
@@ -107,17 +104,11 @@ def _attend(
     plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
-        if problem.may_pool or problem.precision is not None:
-            means = pool(
-                k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid,
-                wide=problem.precision is not None,
-            )  # fmt: skip
+        if problem.may_pool or eight:
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, wide=eight)
         lists, exact = _select(problem, plan, means)
-        if problem.precision is not None:
-            number = eight_bit_number(architecture(q.device), problem.precision)
-            assert means is not None
-            assert number is not None
-            problem, means, scales = eight_bits(problem, means, plan.valid, number)
+        if eight:
+            problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
         words = None
         if problem.votes:
             parts = -(-problem.block_q // block_q)
@@ -174,8 +165,7 @@ def _launch(
     else:
         out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)
-    d1, d2 = column_parts(dim, 32 // k.element_size() if scales[0] is not None else 16)
-    d1v, d2v = column_parts(v.shape[3])
+    (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
@@ -234,10 +224,8 @@ def _descriptors(
     They copy whole power-of-2 rows, those of a chunk `in_sequence`, from addresses and strides of whole 16 bytes.
     """
     whole = in_sequence and all(x.shape[-1] * x.element_size() >= 32 and x.shape[-1].bit_count() == 1 for x in tensors)
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 and n > 0 for n in x.stride()[:3])
-        for x in tensors
-    )
+    strides = [n * x.element_size() for x in tensors for n in x.stride()[:3]]
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and n > 0 for n in strides)
     if not bulk_copies(architecture(tensors[0].device), tensors[1].dtype) or not whole or not aligned:
         return None, None
     made = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in tensors]

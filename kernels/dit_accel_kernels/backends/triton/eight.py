@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...precision import centre_of
 from ...problem import Problem
+from .launch import eight_bit_number
 from .loads import _load, _queries
 
 BLOCK_N = 64  # tokens read at once
@@ -142,25 +143,23 @@ def _quantise_kernel(
 
 
 def eight_bits(
-    problem: Problem, means: Means, valid: Tensor | None, number: torch.dtype
+    problem: Problem, means: Means | None, valid: Tensor | None, arch: str
 ) -> tuple[Problem, Means | None, Scales]:
-    """The call and its pooled tiles, if any, with keys and mean keys in eight bits, and their scales, without a sync.
+    """A call and its pooled tiles, if any, with keys and mean keys in eight bits, and their scales.
 
-    Args:
-        problem: in the caller's token order, the last dimension of k contiguous.
-        means: as `pool` gives them.
-        valid: uint8 [B, S_k] in tiled order, the keys that count; None: all.
-        number: int8, or one of torch's e4m3.
+    The problem is in the caller's token order, the means are `pool`'s, `valid` are the keys that count, uint8 [B, S_k]
+    in tiled order. Nothing waits for the device.
     """
-    k_mean, v_mean, length = means
-    # decay compares logits with 0, which a shift would move
-    centre = None if problem.decay is not None else centre_of(k_mean, length).contiguous()
+    number = eight_bit_number(arch, problem.precision or "")
+    assert means is not None
+    assert number is not None
+    centre = None if problem.decay is not None else centre_of(means[0], means[2]).contiguous()
     k, k_scale = _quantise(problem.k, problem.block_k, problem.token_order, valid, centre, number)
     problem = replace(problem, k=k)
     if not problem.may_pool:
         return problem, None, (k_scale, None, centre)
-    k_mean, mean_scale = _quantise(k_mean, 1, None, None, centre, number)
-    return problem, (k_mean, v_mean, length), (k_scale, mean_scale, centre)
+    k_mean, mean_scale = _quantise(means[0], 1, None, None, centre, number)
+    return problem, (k_mean, *means[1:]), (k_scale, mean_scale, centre)
 
 
 def _quantise(

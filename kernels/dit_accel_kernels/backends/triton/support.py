@@ -41,12 +41,12 @@ def _interpreter_problem(dtype: torch.dtype | None, precision: str | None) -> st
     """What is wrong with Triton's interpreter for this dtype and precision, or None."""
     if dtype != torch.bfloat16 and precision != "fp8":
         return None
-    from .probe import bfloat16_products, rounds_to_float8
+    from .probe import multiplies
 
     version = importlib.metadata.version("triton")
-    if precision == "fp8" and not rounds_to_float8():
+    if precision == "fp8" and not multiplies(torch.float8_e4m3fn):
         return f"'int8' in Triton's interpreter (found 'fp8', to which Triton {version} does not round there)"
-    if dtype != torch.bfloat16 or bfloat16_products():
+    if dtype != torch.bfloat16 or multiplies(dtype):
         return None
     return (
         f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {version} "
