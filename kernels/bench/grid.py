@@ -54,9 +54,20 @@ EXTRA = (
     "keep+maxgap+int8",
     "fp8",
     "pooled+order+fp8",
+    "partial",
+    "partial+mask+scale",
+    "decay+partial+pooled",
+    "partial+backward",
+    "decay+partial+pooled+mask+scale+order+backward",
+    "narrow",
+    "narrow+partial+pooled",
+    "narrow+pooled+backward",
 )
 WIDE = ("plain", "pooled", "decay", "keep+maxgap", "backward", "pooled+backward", "decay+backward")
-FA4 = ("plain", "pooled", "mask", "decay", "scale", "pooled+decay+mask+scale", "backward", "pooled+backward")
+FA4 = (
+    "plain", "pooled", "mask", "decay", "scale", "pooled+decay+mask+scale", "backward", "pooled+backward", "partial",
+    "partial+pooled+backward",
+)  # fmt: skip
 SHAPE = Setting(batch=3, heads=2, key_heads=1)
 Record = dict[str, Any]
 
