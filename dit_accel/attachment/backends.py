@@ -25,6 +25,16 @@ def check_backend(backend: Any, dense: Any, handlers: Sequence[Handler]) -> None
     requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
     if backend in requirements and (missing := requirements[backend](device)):
         raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
-    voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
+    attention = [handler for handler in handlers if isinstance(handler, AttentionHandler)]
+    for handler in attention:
+        precision = handler.precision
+        if precision is None or backend == "reference":  # which simulates it
+            continue
+        needs = f"{handler.name}.precision = {precision!r} needs kernel backend 'triton'"
+        if backend not in ("auto", "triton"):
+            raise MissingBackend(f"{needs}, got {backend!r}; use 'auto', or leave the precision out")
+        if missing := triton_requirement(device, precision=precision):
+            raise MissingBackend(f"{needs}, which needs {missing}; leave the precision out")
+    voting = [handler.name for handler in attention if handler.votes]
     if backend in ("flex", "fa4") and voting:
         raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")

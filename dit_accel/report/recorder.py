@@ -54,6 +54,7 @@ class Recorder:
         self.backends: set[str] = set()
         self.torch_ways: set[str] = set()
         self.loop_calls: Counter[str] = Counter()
+        self.precisions: set[str] = set()
         self.seen: set[int] = set()
         self.forwards_run = self.reduced = 0
         self.clock = Clock()
@@ -64,14 +65,17 @@ class Recorder:
         return any(entry.calls for entry in self.forwards.values())
 
     def spell_backend(self, requested_name: str) -> str:
-        """Return the requested backend and, once a planned call ran, what it resolved to and how torch computed."""
+        """Return the requested backend and, once a planned call ran, what it resolved to and how it computed."""
         used = ", ".join(sorted(self.backends))
         spelled = f"{requested_name} ({used})" if used and used != requested_name else requested_name
-        return "; ".join([spelled, *(f"torch: {way}" for way in sorted(self.torch_ways))])
+        eight = (f"queries and keys in {precision}" for precision in sorted(self.precisions))
+        return "; ".join([spelled, *(f"torch: {way}" for way in sorted(self.torch_ways)), *eight])
 
-    def ran_by(self, backend: str, q: Tensor) -> None:
-        """Keep which backend ran a planned call."""
+    def ran_by(self, backend: str, q: Tensor, precision: str | None = None) -> None:
+        """Keep which backend ran a planned call, and in which precision where the call names one."""
         self.backends.add(backend)
+        if precision is not None:
+            self.precisions.add(precision)
         if backend == "torch":
             self.torch_ways.add(torch_way(q.device, q.dtype))
 
