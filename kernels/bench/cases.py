@@ -12,17 +12,20 @@ CASES = (
         (
             "plain", "fused", "decay", "pooled", "mask", "order", "keep+maxgap", "keep+mass", "keep+budget",
             "pinned+route", "decay+keep+maxgap", "mask+keep+pinned+maxgap", "order+keep+maxgap", "backward",
-            "pinned+routed+backward", "int8", "fp8", "pooled+int8", "pooled+fp8", "order+fp8", "decay+fp8",
+            "pinned+routed+backward",
         ),
     ),
-    (Setting(dim=64), ("plain", "pooled", "int8", "pooled+fp8")),
-    (Setting(dim=96), ("plain", "pooled+fp8")),
+    (Setting(dim=64), ("plain", "pooled")),
+    (Setting(dim=96), ("plain",)),
     (Setting(tile=64), ("plain", "pooled", "keep+maxgap", "pinned+route")),
     (Setting(dtype="fp32"), ("plain",)),
 )  # fmt: skip
 OTHERS = (
     (Setting(), ("partial", "decay+partial+pooled", "narrow+pooled", "narrow+backward")),
     (Setting(dim=192), ("narrow",)),
+    (Setting(), ("int8", "fp8", "pooled+int8", "pooled+fp8", "order+fp8", "decay+fp8", "narrow+partial+pooled+int8")),
+    (Setting(dim=64), ("int8", "pooled+fp8")),
+    (Setting(dim=96), ("pooled+fp8",)),
 )
 STARTED = ("sm_90", "sm_100")  # where FlashAttention-4 attends to whole exact tiles and ours adds the others
 
