@@ -207,17 +207,10 @@ def table_versions() -> frozenset[str]:
 
 
 def line(record: Record) -> str:
-    """One record under HEADER."""
-    head = f"{record['launch']:64} {record['target']:7} {record['warps']}/{record['stages']}"
-    if "error" in record:
-        return f"{head} {record['error'][:80]}"
-    shared = f"{record['shared'] / 1024:.0f}/{record['shared_limit'] // 1024}"
-    return (
-        f"{head} {record['registers']:4} {record['spills']:6} {shared:>9} {record['tensor']:8}{record['seconds']:7.1f}"
-    )
-
-
-HEADER = f"{'launch':64} {'target':7} w/s regs spills shared KB tensor        s"
+    """One record in words."""
+    names = ("warps", "stages", "registers", "spills", "shared", "tensor", "seconds")
+    found = ", ".join(f"{name} {record[name]}" for name in names if name in record)
+    return f"{record['launch']} on {record['target']}: {record.get('error', found)}"
 
 
 def read(path: Path | None, order: dict[Key, int]) -> dict[Key, Record]:
@@ -277,7 +270,6 @@ def main() -> None:
             records[_key_of(launch)] |= row_of(launch)
     if args.sample is not None:
         todo = chosen = spread(todo, args.sample)
-    print(HEADER)
     for record in run(todo, args.jobs):
         print(line(record), flush=True)
         records[record["launch"], record["target"]] = record

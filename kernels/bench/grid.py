@@ -48,6 +48,14 @@ EXTRA = (
     "keep+maxgap+reverse",
     "decay+mass+reverse",
     "pooled+decay+mask+scale+order+backward",
+    "partial",
+    "partial+mask+scale",
+    "decay+partial+pooled",
+    "partial+backward",
+    "decay+partial+pooled+mask+scale+order+backward",
+    "narrow",
+    "narrow+partial+pooled",
+    "narrow+pooled+backward",
     "int8",
     "pooled+mask+scale+order+int8",
     "decay+int8",
@@ -56,7 +64,10 @@ EXTRA = (
     "pooled+order+fp8",
 )
 WIDE = ("plain", "pooled", "decay", "keep+maxgap", "backward", "pooled+backward", "decay+backward")
-FA4 = ("plain", "pooled", "mask", "decay", "scale", "pooled+decay+mask+scale", "backward", "pooled+backward")
+FA4 = (
+    "plain", "pooled", "mask", "decay", "scale", "pooled+decay+mask+scale", "backward", "pooled+backward", "partial",
+    "partial+pooled+backward",
+)  # fmt: skip
 SHAPE = Setting(batch=3, heads=2, key_heads=1)
 Record = dict[str, Any]
 

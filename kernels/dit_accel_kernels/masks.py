@@ -24,9 +24,7 @@ def tiles_of_rows(
     One row of tiles is looked at at a time, so that memory is linear in the tokens. Masks are None where no tile is
     partial; each distinct one is kept once.
     """
-    known: dict[bytes, int] = {}
-    masks: list[Tensor] = []
-    states, ids = [], []
+    states, masks = [], []
     for group in range(groups):
         for first in range(0, num_q, block_q):
             seen = rows(group, first, min(first + block_q, num_q))
@@ -34,21 +32,15 @@ def tiles_of_rows(
             tiled = split_tiles(torch.nn.functional.pad(seen, (0, 0, 0, block_q - len(seen))), 1, block_k, False)
             state = torch.where(tiled.any(2).any(0), torch.where(whole, EXACT, PARTIAL), SKIPPED)
             states.append(state.to(torch.uint8))
-            listed = state[state != SKIPPED]
-            packed = pack_bits(tiled[:, state == PARTIAL]).transpose(0, 1).contiguous().cpu()
-            own = []
-            for mask in packed:
-                found = known.setdefault(mask.numpy().tobytes(), len(masks))
-                if found == len(masks):
-                    masks.append(mask)
-                own.append(found)
-            entry = torch.full(listed.shape, -1, dtype=torch.int32, device=device)
-            entry[listed == PARTIAL] = torch.tensor(own, dtype=torch.int32, device=device)
-            ids.append(entry)
+            masks.append(pack_bits(tiled[:, state == PARTIAL]).transpose(0, 1))
     all_states = torch.stack(states).view(groups, -1, states[0].shape[0])
-    if not masks:
+    partial = all_states[all_states >= EXACT] == PARTIAL
+    if not bool(partial.any()):
         return all_states, None, None
-    return all_states, torch.cat(ids), torch.stack(masks).to(device)
+    bits, numbers = torch.cat(masks).unique(dim=0, return_inverse=True)
+    ids = torch.full(partial.shape, -1, dtype=torch.int32, device=device)
+    ids[partial] = numbers.to(torch.int32)
+    return all_states, ids, bits
 
 
 def rows_of_mask_mod(mask_mod: Callable[..., Tensor], heads: int, num_k: int, device: torch.device) -> Rows:

@@ -71,9 +71,7 @@ class TileLists:
 
     def __post_init__(self) -> None:
         count_writes(self, PARTS)
-        for name in ("block_q", "block_k", "num_q", "num_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        _check_sizes(block_q=self.block_q, block_k=self.block_k, num_q=self.num_q, num_k=self.num_k)
         if (self.pooled_offsets is None) != (self.pooled_indices is None):
             raise ValueError("pooled_offsets and pooled_indices come together: give both or neither")
         check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
@@ -158,8 +156,10 @@ class TileLists:
             block_q: queries of a tile, and `block_k` keys: the BlockMask's own by default, any others are converted.
 
         Raises:
-            ValueError: blocks that don't fit the BlockMask's lengths, or a mask by batch and not by head.
+            TypeError, ValueError: no BlockMask, blocks that don't fit its lengths, a mask by batch and not by head.
         """
+        if not hasattr(block_mask, "seq_lengths"):
+            raise TypeError(f"block_mask must be FlexAttention's BlockMask, found {type(block_mask).__name__}")
         (num_q, num_k), (own_q, own_k) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
         batch, heads = block_mask.kv_num_blocks.shape[:2]
         if batch > 1 and heads == 1:
@@ -200,6 +200,7 @@ class TileLists:
 
     @classmethod
     def _of_rows(cls, rows: Rows, groups: int, device: torch.device, **sizes: int) -> TileLists:
+        _check_sizes(**sizes)
         return cls._of_states(*tiles_of_rows(rows, groups, device=device, **sizes), **sizes)
 
     @classmethod
@@ -368,6 +369,12 @@ class TileLists:
 
 
 _COPIES: StorageCache[TileLists] = StorageCache()
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, found {size}")
 
 
 @lru_cache(maxsize=16)

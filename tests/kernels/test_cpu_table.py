@@ -19,7 +19,7 @@ from dit_accel_kernels import (
 )
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
-from kernel_cases import qkv
+from kernel_cases import qkv, with_masks
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -158,7 +158,7 @@ def flex_calls(monkeypatch):
     return found
 
 
-def test_calls_go_to_flex_but_for_votes_lse_decay_and_gradients(flex_calls):
+def test_calls_go_to_flex_but_for_votes_lse_decay_masks_and_gradients(flex_calls):
     q, k, v = qkv(1, 2, 2, 64, 64, 8, torch.float32)
     tiles, frames = lists(0.5, 64, 16), torch.arange(64, dtype=torch.int32) // 16
     decay = FrameDecay(table=torch.tensor([1.0, 0.5]), q_frames=frames, k_frames=frames)
@@ -170,6 +170,9 @@ def test_calls_go_to_flex_but_for_votes_lse_decay_and_gradients(flex_calls):
         dict(backend="torch"),
     ):  # fmt: skip
         block_sparse_attention(q, k, v, tiles, layout="bhsd", **arguments)
+    masked = with_masks(tiles)
+    block_sparse_attention(q, k, v, masked, layout="bhsd")
+    assert resolve_backend("auto", CPU, torch.float32, 8, masked) == "torch"
     leaves = [x.requires_grad_() for x in (q, k, v)]
     block_sparse_attention(*leaves, tiles, layout="bhsd").sum().backward()
     assert len(flex_calls) == 2

@@ -222,26 +222,56 @@ def test_masks_and_pooled_tiles_in_one_row():
     torch.testing.assert_close(found, expected)
 
 
+def test_rows_of_lists_that_are_longer_than_others_have_the_masks():
+    """Query tiles that see 18 and 20 key tiles are computed together; only the last of the longer list has a mask."""
+    mask = torch.zeros(48, 160, dtype=torch.bool)
+    mask[:16, :144] = mask[16:, :157] = True
+    tiles = TileLists.from_mask(mask, block_q=16, block_k=8)
+    assert (tiles.exact_offsets.diff() == torch.tensor([18, 20, 20])).all()
+    check_against_dense(tiles, mask)
+
+
+def test_masks_that_change_in_place_are_followed():
+    tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=40, num_k=40)
+    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
+    before = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    tiles.mask_bits.copy_(pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril(-1)))
+    narrower = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    mask = torch.arange(40)[:, None] // 16 > torch.arange(40) // 16
+    mask |= torch.ones(40, 40, dtype=torch.bool).tril(-1)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask).nan_to_num(0.0)
+    torch.testing.assert_close(narrower, expected)
+    tiles.mask_ids.fill_(-1)
+    whole = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    mask = torch.arange(40)[:, None] // 16 >= torch.arange(40) // 16
+    torch.testing.assert_close(whole, scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    assert not torch.equal(before, narrower)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_what_a_mask_hides_may_hold_anything(value, pooled):
+@pytest.mark.parametrize("holders", ["k", "v", "kv"])
+def test_what_a_mask_hides_may_hold_anything(value, pooled, holders):
     """A key that no row before it sees, in a tile that they do: output and gradients of those rows stay as they are."""
     sizes = dict(block_q=16, block_k=16, num_q=40, num_k=40)
     tiles = TileLists.from_mask_mod(causal, **sizes)
     if pooled:  # all that is left of the diagonal
         lists = TileLists.from_states(torch.ones(3, 3, dtype=torch.uint8).tril() + torch.eye(3).byte(), **sizes)
-        tiles = replace(lists, mask_ids=torch.zeros(3, dtype=torch.int32), mask_bits=tiles.mask_bits)
+        mask = pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril())
+        tiles = replace(lists, mask_ids=torch.zeros(3, dtype=torch.int32), mask_bits=mask)
     given, results = qkv(1, 1, 1, 40, 40, 8, torch.float32), []
     for bad in (False, True):
         q, k, v = (x.clone() for x in given)
         if bad:
-            k[0, 0, 20], v[0, 0, 20] = value, value
+            for name in holders:
+                dict(k=k, v=v)[name][0, 0, 20] = value
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch")
         results.append((out.detach(), *torch.autograd.grad(out[:, :, :20].square().sum(), leaves)))
     (clean, *grads), (found, *others) = results
     assert torch.equal(found[:, :, :20], clean[:, :, :20])
-    assert not found[0, 0, 20:].isfinite().all(-1).any()
+    if holders != "k":  # a key of -inf may weigh nothing
+        assert not found[0, 0, 20:].isfinite().all(-1).any()
     assert torch.equal(others[0][:, :, :20], grads[0][:, :, :20])
 
 
@@ -282,6 +312,8 @@ def ones(*shape, dtype=torch.int32):
     ("call", "error", "text"),
     [
         (lambda: TileLists.from_mask(ones(4, 4), block_q=4, block_k=4), TypeError, r"mask.*bool.*torch\.int32"),
+        (lambda: TileLists.from_mask(ones(4, 4).bool(), block_q=0, block_k=4), ValueError, r"block_q.*1, found 0"),
+        (lambda: TileLists.from_block_mask(ones(4, 4)), TypeError, r"block_mask.*BlockMask, found Tensor"),
         (lambda: TileLists.from_mask(ones(4, dtype=torch.bool), block_q=4, block_k=4), ValueError, r"S_q.*\[4\]"),
         (
             lambda: TileLists.from_mask_mod(lambda b, h, q, k: q - k, **SIZES),
