@@ -148,6 +148,31 @@ def test_the_hub_tree_loads_under_a_foreign_name_and_computes(tmp_path, forget):
         prepare.prepare(out)
 
 
+def test_the_card_s_example_runs(tmp_path):
+    """As it stands, but for what loads the kernel, on a smaller call on a CPU."""
+    text = (ROOT / "kernels" / "hub" / "CARD.md").read_text().split("```python\n")[1].split("```")[0]
+    for old, new in (
+        ("from kernels import get_kernel", "import dit_accel_kernels as kernel"),
+        ('kernel = get_kernel("{{ repo_id }}", version={{version}}, trust_remote_code=True)\n', ""),
+        ('device="cuda", dtype=torch.bfloat16', "dtype=torch.float32"),
+        ('.to("cuda")', ""),
+        ("4096", "512"),
+        ("eye(32", "eye(4"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    names: dict = {}
+    exec(text, names)
+    assert names["out"].shape == (1, 512, 8, 128)
+    assert (names["tiles"].states() == names["kernel"].POOLED).sum() == 12
+    pools, q = names["k"].unflatten(1, (4, 128)).mean(2), names["q"][:, :128]
+    logits = torch.einsum("bshd,bjhd->bhsj", q, pools[:, 1:]) / 128**0.5 + torch.tensor(128.0).log()
+    own = torch.einsum("bshd,bjhd->bhsj", q, names["k"][:, :128]) / 128**0.5
+    values = torch.cat([names["v"].unflatten(1, (4, 128)).mean(2)[:, 1:], names["v"][:, :128]], 1)
+    expected = torch.einsum("bhsj,bjhd->bshd", torch.cat([logits, own], -1).softmax(-1), values)
+    torch.testing.assert_close(names["out"][:, :128], expected)
+
+
 def test_the_version_stands_in_one_place():
     number = (ROOT / "kernels" / "VERSION").read_text().strip()
     outer, inner = (tomllib.loads((ROOT / at / "pyproject.toml").read_text()) for at in (".", "kernels"))
