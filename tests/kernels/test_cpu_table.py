@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from dit_accel_kernels import (
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
 from dit_accel_kernels.backends.torch import compiled, fused
-from kernel_cases import qkv, with_masks
+from kernel_cases import qkv
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -172,7 +173,7 @@ def test_calls_go_to_flex_but_for_votes_lse_decay_masks_and_gradients(flex_calls
         dict(backend="torch"),
     ):  # fmt: skip
         block_sparse_attention(q, k, v, tiles, layout="bhsd", **arguments)
-    masked = with_masks(tiles)
+    masked = replace(tiles, mask_ids=torch.zeros_like(tiles.exact_indices), mask_bits=-torch.ones(1, 16, 1).int())
     block_sparse_attention(q, k, v, masked, layout="bhsd")
     assert resolve_backend("auto", CPU, torch.float32, 8, masked) == "torch"
     leaves = [x.requires_grad_() for x in (q, k, v)]
