@@ -30,6 +30,7 @@ from torch import Tensor
 
 FILE = Path(__file__).with_name("calls.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = ("int8", "fp8")
 VOTES = {
     "maxgap": Vote(threshold=-6.0),
     "mass": Vote(criterion="mass", threshold=0.02),
@@ -138,6 +139,8 @@ def make(kind: str, at: Setting, device: str, *, empty: bool = False) -> Call:
         arguments["head_scale"] = torch.linspace(0.5, 1.5, at.heads, device=device)
     if "order" in words:
         arguments["token_order"] = torch.randperm(tokens, generator=generator).to(device)
+    for precision in words & set(PRECISIONS):
+        arguments["precision"] = precision
     if selects:
         arguments["selection"] = _selection(words, at, tiles.query_tiles, tiles.key_tiles, device)
         arguments["return_tiles"] = "backward" not in words
@@ -177,5 +180,5 @@ def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device:
 
 WORDS = (
     "fused", "narrow", "partial", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route",
-    "route-exact", "routed", *VOTES, "reverse", "backward",
+    "route-exact", "routed", *VOTES, "reverse", "backward", *PRECISIONS,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calls import Setting
+from dit_accel_kernels.backends.triton.launch import eight_bit_number
 from recorded import Recorded, launches_of
 
 CASES = (
@@ -22,6 +23,9 @@ CASES = (
 OTHERS = (
     (Setting(), ("partial", "decay+partial+pooled", "narrow+pooled", "narrow+backward")),
     (Setting(dim=192), ("narrow",)),
+    (Setting(), ("int8", "fp8", "pooled+int8", "pooled+fp8", "order+fp8", "decay+fp8", "narrow+partial+pooled+int8")),
+    (Setting(dim=64), ("int8", "pooled+fp8")),
+    (Setting(dim=96), ("pooled+fp8",)),
 )
 STARTED = ("sm_90", "sm_100")  # where FlashAttention-4 attends to whole exact tiles and ours adds the others
 
@@ -30,7 +34,8 @@ def record_cases(target: str, into: dict[str, Recorded]) -> None:
     """Record what these calls launch on a target."""
     for at, kinds in (*CASES, *OTHERS):
         for kind in kinds:
-            launches_of(kind, at, target, into)
+            if "fp8" not in kind or eight_bit_number(target, "fp8") is not None:
+                launches_of(kind, at, target, into)
     if target in STARTED:
         for kind in ("pooled", "partial+pooled"):
             launches_of(kind, Setting(), target, into, "fa4")

@@ -21,8 +21,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from calls import DTYPES, Call, Setting, kinds, make
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, Selection, TileLists, fa4_requirement, unpack_bits
+from calls import DTYPES, PRECISIONS, Call, Setting, kinds, make
+from dit_accel_kernels import (
+    EXACT,
+    POOLED,
+    SKIPPED,
+    Selection,
+    TileLists,
+    fa4_requirement,
+    triton_requirement,
+    unpack_bits,
+)
 from dit_accel_kernels.problem import by_head
 from recorded import Recorded, launches_of
 from torch import Tensor
@@ -39,6 +48,12 @@ EXTRA = (
     "keep+maxgap+reverse",
     "decay+mass+reverse",
     "pooled+decay+mask+scale+order+backward",
+    "int8",
+    "pooled+mask+scale+order+int8",
+    "decay+int8",
+    "keep+maxgap+int8",
+    "fp8",
+    "pooled+order+fp8",
     "partial",
     "partial+mask+scale",
     "decay+partial+pooled",
@@ -87,6 +102,8 @@ class Case:
     def missing(self, device: str) -> str | None:
         """What the backend needs and does not find here, or None."""
         at = self.at
+        for precision in set(PRECISIONS) & set(self.kind.split("+")):
+            return triton_requirement(torch.device(device), DTYPES[at.dtype], at.dim, precision)
         if self.backend != "fa4":
             return None
         return fa4_requirement(torch.device(device), DTYPES[at.dtype], at.dim, (at.tile, at.tile))

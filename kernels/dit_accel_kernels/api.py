@@ -23,7 +23,8 @@ from .checks import problem_of
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .packing import SCHEMA, flatten, restore
-from .problem import Problem
+from .precision import Precision
+from .problem import Problem, mix_weight
 from .selection import Selection
 from .states import resolved
 from .tiles import TileLists
@@ -53,6 +54,7 @@ def block_sparse_attention(
     selection: Selection | None = None,
     return_tiles: bool = False,
     return_lse: bool = False,
+    precision: Precision | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over exact and pooled tiles, differentiable in q, k, v and `head_scale`, opaque to torch.compile.
@@ -83,6 +85,9 @@ def block_sparse_attention(
         return_tiles: also return which tiles were exact, as bits int32 [B, H, NQ, ceil(NK / 32)]; needs a selection.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
+        precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits as
+            precision.py says, on the triton backend ("reference" simulates it): int8 wherever that runs, fp8 from
+            compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given. None: the dtype of q.
         backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
             from the triton backend's own kernels, for fa4 too, and else from the torch backend's recomputation, except
             with "reference", which autograd differentiates.
@@ -98,7 +103,8 @@ def block_sparse_attention(
     problem = problem_of(
         q, k, v, tiles, layout=layout, scale=scale, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
         frame_decay=frame_decay, token_order=token_order, identity_mix=identity_mix, identity_rows=identity_rows,
-        selection=selection, return_tiles=return_tiles, return_lse=return_lse, backend=backend,
+        selection=selection, return_tiles=return_tiles, return_lse=return_lse, precision=precision,
+        backend=backend,
     )  # fmt: skip
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
@@ -139,6 +145,8 @@ def block_sparse_attention_backward(
             so again, unless it says what was `routed`.
     """
     problem = problem_of(q, k, v, tiles, **arguments)
+    if problem.precision is not None:
+        raise ValueError(f"precision {problem.precision!r} has no gradient: leave it out of forward and backward")
     grads = _gradients(problem, grad_out if problem.heads_first else grad_out.transpose(1, 2), None, None, None)
     grad_q, grad_k, grad_v = (x if problem.heads_first else x.transpose(1, 2) for x in grads)
     return grad_q, grad_k, grad_v
@@ -157,8 +165,8 @@ def _for_gradients(problem: Problem) -> Problem:
 
 def _backend(problem: Problem, *, timed: bool = True) -> str:
     """The backend that runs a call; where it is not `timed`, one that runs any, whatever the CPU's table says."""
-    if problem.backend != "auto":
-        return problem.backend
+    if problem.backend != "auto" or problem.precision is not None:
+        return "triton" if problem.backend == "auto" else problem.backend
     if problem.q.device.type != "cpu":
         dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
         return "triton" if dims == {"triton"} else "torch"
@@ -197,14 +205,6 @@ def _triton(module: str = "attend") -> ModuleType:
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
     return importlib.import_module(f".backends.triton.{module}", __package__)
-
-
-def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
-    """Identity weight w, broadcastable to [B, H, S, D], 0 outside the chosen rows."""
-    if problem.identity_mix is None:
-        return None
-    w = problem.identity_mix.to(dtype).reshape(-1, problem.q.shape[1])[:, :, None, None]
-    return w if problem.identity_rows is None else w * problem.identity_rows[:, None]
 
 
 def _forward(*arguments: Any) -> Results:

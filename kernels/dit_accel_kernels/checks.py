@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .bits import words_of
+from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
+from .precision import PRECISIONS
 from .problem import Problem
 from .tiles import PARTS, TileLists
 
@@ -71,6 +73,7 @@ def check_features(problem: Problem) -> None:
     q, device, num_q, num_k = problem.q, problem.q.device, problem.q.shape[2], problem.k.shape[2]
     if problem.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {problem.backend!r}")
+    _check_precision(problem)
     _check_per_head("identity_mix", problem.identity_mix, q)
     if problem.identity_mix is not None and problem.identity_mix.requires_grad:
         raise ValueError("identity_mix gets no gradient, found requires_grad=True: detach it")
@@ -96,6 +99,20 @@ def check_features(problem: Problem) -> None:
         _check("selection.pinned", problem.selection.pinned, bits, torch.int32, device)
     elif problem.return_tiles:
         raise ValueError("return_tiles tells what a selection chose, found no selection: give one, or read the lists")
+
+
+def _check_precision(problem: Problem) -> None:
+    precision = problem.precision
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be 'int8', 'fp8' or None, found {precision!r}")
+    if precision is None:
+        return
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+        raise ValueError(f"precision {precision!r} has no gradient, found requires_grad=True: detach, or leave it out")
+    if problem.backend not in ("auto", "triton", "reference"):
+        raise BackendUnavailableError(
+            f"precision {precision!r} needs backend 'triton' or 'reference', found {problem.backend!r}: leave one out"
+        )
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

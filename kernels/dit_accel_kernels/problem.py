@@ -51,6 +51,7 @@ class Problem:
     selection: Selection | None = None
     return_tiles: bool = False
     return_lse: bool = False
+    precision: str | None = None
     backend: str = "auto"
 
     @property
@@ -152,3 +153,11 @@ def lists_of(problem: Problem) -> TileLists:
         mask_ids=problem.mask_ids,
         mask_bits=problem.mask_bits,
     )
+
+
+def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
+    """Identity weight w, broadcastable to [B, H, S, D], 0 outside the chosen rows."""
+    if problem.identity_mix is None:
+        return None
+    w = problem.identity_mix.to(dtype).reshape(-1, problem.q.shape[1])[:, :, None, None]
+    return w if problem.identity_rows is None else w * problem.identity_rows[:, None]

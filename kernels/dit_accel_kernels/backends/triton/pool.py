@@ -59,7 +59,7 @@ def _pool_kernel(
 
 
 def pool(
-    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None
+    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None, wide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean K and V, [B, HK, NK, D] and [B, HK, NK, Dv] in the inputs' dtype, and true lengths, float32 [B, NK].
 
@@ -69,10 +69,12 @@ def pool(
         block_k: tokens a tile.
         token_order: integer [S_k], tiled position -> row of k and v; None: they are in tiled order.
         valid: uint8 [B, S_k] in tiled order, the keys that count; None: all.
+        wide: let mean K be float32.
     """
     batch, heads, tokens, dim = k.shape
     tiles = -(-tokens // block_k)
-    k_mean, v_mean = (x.new_empty(batch, heads, tiles, x.shape[3]) for x in (k, v))
+    k_mean = k.new_empty(batch, heads, tiles, dim, dtype=torch.float32 if wide else k.dtype)
+    v_mean = v.new_empty(batch, heads, tiles, v.shape[3])
     length = k.new_empty(batch, tiles, dtype=torch.float32)
     _pool_kernel[(batch * heads * tiles,)](
         k, v, token_order, valid, k_mean, v_mean, length, *k.stride()[:3], *v.stride()[:3], tokens, heads, tiles,
