@@ -92,8 +92,8 @@ def _options(launch: Recorded) -> dict[str, Any]:
 def fingerprint(launch: Recorded) -> str:
     """Digest of all that decides a record, but for Triton's version.
 
-    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations,
-    its functions numbered, since their names hold modules and constants; options, the target's limits, and how machine
+    The kernel as Triton's first passes make it of signature and constants for that target: without locations, functions
+    inlined, dead code gone, and here constants in place of their names; options, the target's limits, and how machine
     code is read.
     """
     from triton._C.libtriton import ir
@@ -106,13 +106,13 @@ def fingerprint(launch: Recorded) -> str:
     ir.load_dialects(context)
     backend.load_dialects(context)
     front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    text = stages["ttir"](source.make_ir(gpu, options, *front), {}).str_nodebug()
+    constant = r"^ *(%\w+) = (arith\.constant .*)\n"
+    values = dict(re.findall(constant, text, re.M))
+    text = re.sub(r"%\w+", lambda name: values.get(name[0], name[0]), re.sub(constant, "", text, flags=re.M))
     rest = (_options(launch), EVERY[launch.target], READING)
-    names: dict[str, int] = {}
-    text = re.sub(
-        r"@[\w.$]+",
-        lambda name: f"@{names.setdefault(name[0], len(names))}",
-        source.make_ir(gpu, options, *front).str_nodebug(),
-    )
     return hashlib.sha256((text + repr(rest)).encode()).hexdigest()[:16]
 
 

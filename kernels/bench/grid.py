@@ -48,6 +48,12 @@ EXTRA = (
     "keep+maxgap+reverse",
     "decay+mass+reverse",
     "pooled+decay+mask+scale+order+backward",
+    "int8",
+    "pooled+mask+scale+order+int8",
+    "decay+int8",
+    "keep+maxgap+int8",
+    "fp8",
+    "pooled+order+fp8",
     "partial",
     "partial+mask+scale",
     "decay+partial+pooled",
@@ -56,12 +62,6 @@ EXTRA = (
     "narrow",
     "narrow+partial+pooled",
     "narrow+pooled+backward",
-    "int8",
-    "pooled+mask+scale+order+int8",
-    "decay+int8",
-    "keep+maxgap+int8",
-    "fp8",
-    "pooled+order+fp8",
 )
 WIDE = ("plain", "pooled", "decay", "keep+maxgap", "backward", "pooled+backward", "decay+backward")
 FA4 = (

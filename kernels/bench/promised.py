@@ -17,7 +17,7 @@ from recorded import Recorded, launches_of
 NAMES = {"half": "bf16", "fp32": "fp32"}  # of the dtype that stands for a kind of a row
 ALL = "pooled+mask+scale+keep+pinned+maxgap"  # every loop of the forward, and what its loops hold most of
 PARTIAL = "partial+mask+scale"  # what a selection excludes
-FORWARD = (ALL, f"decay+{ALL}", PARTIAL, f"{ALL}+int8")  # the first two take pooled tiles in chunks of their own
+FORWARD = (ALL, f"decay+{ALL}", PARTIAL, f"{ALL}+int8")  # all but the third take pooled tiles in chunks of their own
 GRADS = "partial+pooled+mask+scale+order+backward"
 BACKWARD = (f"decay+{GRADS}", GRADS, "scale+backward")
 KERNELS = ("fwd", "dq", "dkdv", "pooled")

@@ -49,17 +49,16 @@ DENSE = {
 
 KINDS = {
     "": "plain", "backward": "backward", "decay": "decay", "pooled": "pooled", "routed": "pinned+route",
-    "kept": "keep+pinned", "votes": "keep+pinned+maxgap", "partial": "partial", "int8": "int8",
-    "fp8": "fp8",
+    "kept": "keep+pinned", "votes": "keep+pinned+maxgap", "partial": "partial", "int8": "int8", "fp8": "fp8",
 }  # fmt: skip
 """What stands behind triton- or fa4-: LiteAttention's kept tiles and votes, SolAttention's routing, and so on."""
 
 CALLS = (
     ("triton", RADIAL), *((name, 1.0) for name in DENSE), ("triton", 1.0), ("flex", RADIAL), ("fa4", RADIAL),
     ("triton", 0.1), ("triton-backward", RADIAL), ("triton-decay", RADIAL), ("triton-pooled", 0.1), ("fa4-pooled", 0.1),
-    ("fa4-decay", RADIAL), ("triton-routed", 0.1), ("triton-kept", RADIAL), ("triton-votes", RADIAL), ("triton", 0.25),
-    ("triton", 0.5), ("triton-partial", RADIAL), ("fa4-partial", RADIAL), ("triton-int8", RADIAL),
-    ("triton-fp8", RADIAL),
+    ("fa4-decay", RADIAL), ("triton-routed", 0.1), ("triton-int8", RADIAL), ("triton-fp8", RADIAL),
+    ("triton-kept", RADIAL), ("triton-votes", RADIAL), ("triton", 0.25), ("triton", 0.5), ("triton-partial", RADIAL),
+    ("fa4-partial", RADIAL),
 )  # fmt: skip
 """Candidates and densities of a model's shape, the telling ones first."""
 

@@ -211,3 +211,11 @@ def test_flash_attention_refuses_a_head_dim_of_v_of_its_own(monkeypatch):
     v = torch.randn(1, 1, 128, 32).bfloat16()
     with pytest.raises(BackendUnavailableError, match="found 32 and 64"):
         block_sparse_attention(q, k, v, mixed(128, 128, (128, 128), 1), layout="bhsd", backend="fa4")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_masks_with_queries_and_keys_in_eight_bits(precision):
+    """Hidden keys take part in a tile's scale, as its others do; V keeps its own head dim and dtype."""
+    q, k, _ = qkv(1, 2, 1, 40, 75, 32, torch.float32)
+    v = torch.randn(1, 1, 75, 48)
+    check_against_reference(q, k + 2, v, mixed(40, 75, (16, 32), 2), "triton", layout="bhsd", precision=precision)

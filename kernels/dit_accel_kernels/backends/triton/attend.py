@@ -228,7 +228,8 @@ def _descriptors(
     aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and n > 0 for n in strides)
     if not bulk_copies(architecture(tensors[0].device), tensors[1].dtype) or not whole or not aligned:
         return None, None
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in tensors)  # pyright: ignore
+    made = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in tensors]
+    return made[0], made[1]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

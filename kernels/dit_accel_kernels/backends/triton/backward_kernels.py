@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .forward import _full_chunk, _pooled_bits, _pooled_range, _store_part
-from .loads import _load_part, _pair_decay, _seen, _seen_keys, _token_rows
+from .loads import _load_part, _pair_decay, _seen, _token_rows, _unmasked
 from .votes import _sections
 
 
@@ -155,7 +155,7 @@ def _dq_kernel(
             t = _pair_decay(q_frame[:, None], k_frame[None, :], table_ptr, table_last)
         pair_base = base[:, None]
         if entry_mask_ptr is not None:
-            seen = _seen_keys(entry_mask_ptr, mask_bits_ptr, n, offset, k_offset, BLOCK_S, TILE_Q, TILE_K)
+            seen = _unmasked(entry_mask_ptr, mask_bits_ptr, n, offset, k_offset, BLOCK_S, TILE_Q, TILE_K)
             pair_base = tl.where(seen, pair_base, float("inf"))
         p, grad_s = _weights(x, t, pair_base, 1.0, grad_p, delta[:, None], table_ptr is not None, NATURAL)
         if NATURAL:

@@ -90,16 +90,15 @@ def _beside(scale):
 
 
 @triton.jit
-def _centre_logits(
-    q_ptr, centre_ptr, bhk, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+def _with_centre(
+    x, q_ptr, centre_ptr, bhk, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
-    """The scaled product of query rows, read anew, and what was subtracted from the keys; 0 where nothing was."""
-    x = 0.0
+    """Logits of query rows, which are read anew, with the product of what was subtracted from the keys, if anything."""
     if centre_ptr is not None:
         q1, q2 = _load(q_ptr, rows, live, stride, True, DIM, D1, D2)
         c1, c2 = _load(centre_ptr + bhk * DIM, rows, live, 0, True, DIM, D1, D2)
-        x = tl.sum(q1.to(tl.float32) * c1, 1)
-        x = (x + tl.sum(q2.to(tl.float32) * c2, 1) if D2 > 0 else x) * scale
+        product = tl.sum(q1.to(tl.float32) * c1, 1)
+        x += (product + tl.sum(q2.to(tl.float32) * c2, 1) if D2 > 0 else product) * scale
     return x
 
 

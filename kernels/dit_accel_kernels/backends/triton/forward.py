@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .eight import _beside, _centre_logits, _scaled_queries, _with_keys, _with_means
-from .loads import _load, _load_near, _seen_keys
+from .eight import _beside, _scaled_queries, _with_centre, _with_keys, _with_means
+from .loads import _load, _load_near, _token_rows, _unmasked
 from .votes import _begin, _sections, _store_rest, _vote
 
 
@@ -50,18 +50,6 @@ def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.co
 def _decay_rows(x, t, chosen):
     """Logits with the decay t of each key in the chosen rows: one row of t a frame, since a tile has few frames."""
     return tl.where(chosen[:, None], tl.minimum(x, x * t[None, :]), x)
-
-
-@triton.jit
-def _decayed(x, table_ptr, k_frames_ptr, key, here, table_last, q_frame, first_frame, last_frame):
-    """Logits of a chunk of keys with the decay of each pair's frames, where a call has some."""
-    if table_ptr is not None:
-        k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
-        for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
-            distance = tl.minimum(tl.abs(k_frame - frame), table_last)
-            t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
-            x = _decay_rows(x, t, q_frame == frame)
-    return x
 
 
 @triton.jit
@@ -249,22 +237,20 @@ def _fwd_kernel(
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
     SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S
     bh, part = tl.program_id(0) // (q_tiles * SUBS_Q), tl.program_id(0) % (q_tiles * SUBS_Q)
-    b, h = bh // heads, bh % heads
-    hk = h // (heads // key_heads)
+    b, h, hk = bh // heads, bh % heads, bh % heads // (heads // key_heads)
     lists = (b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles
     q_tile = tl.load(q_order_ptr + lists + part // SUBS_Q)
-    base = 0
     if stride_ib is not None:
         lists = bh.to(tl.int64) * q_tiles
         base = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
+        indices_ptr += base
+        if entry_t_ptr is not None:
+            entry_t_ptr += base
     bounds_ptr += (lists + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
-    start += base
     indices_ptr += start
     if entry_t_ptr is not None:
         entry_t_ptr += start
-    if entry_mask_ptr is not None:
-        entry_mask_ptr += start
     batch, bhk = b.to(tl.int64), b.to(tl.int64) * key_heads + hk
     if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
         stride_vs = stride_ks
@@ -273,9 +259,8 @@ def _fwd_kernel(
 
     offset = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token = q_tile * TILE_Q + offset
-    live, q_row = (offset < TILE_Q) & (token < num_q), token
-    if token_order_ptr is not None:
-        q_row = tl.load(token_order_ptr + token, mask=live, other=0)
+    live = (offset < TILE_Q) & (token < num_q)
+    q_row = _token_rows(token, live, token_order_ptr)
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
@@ -343,22 +328,24 @@ def _fwd_kernel(
     for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
         position = origin + n * step
         k_offset = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-        k_tile = tl.load(indices_ptr + position // SUBS_S)
-        key = k_tile * TILE_K + k_offset
+        tile = tl.load(indices_ptr + position // SUBS_S)
+        key = tile * TILE_K + k_offset
         here = (k_offset < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
-        k_row = key
-        if token_order_ptr is not None:
-            k_row = tl.load(token_order_ptr + key, mask=here, other=0)
+        k_row = _token_rows(key, here, token_order_ptr)
         k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
         v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM_V, D1V, D2V)
-        factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + k_tile)
-        x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(factor)
-        x = _decayed(x, table_ptr, k_frames_ptr, key, here, table_last, q_frame, first_frame, last_frame)
+        x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(_with_keys(row_scale, k_scale_ptr, bhk * k_tiles + tile))
+        if table_ptr is not None:
+            k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
+            for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
+                distance = tl.minimum(tl.abs(k_frame - frame), table_last)
+                t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
+                x = _decay_rows(x, t, q_frame == frame)
         x = tl.where(here[None, :], x, float("-inf"))
         if entry_mask_ptr is not None:
-            seen = _seen_keys(entry_mask_ptr, mask_bits_ptr, position, offset, k_offset, BLOCK_S, TILE_Q, TILE_K)
+            seen = _unmasked(entry_mask_ptr + start, mask_bits_ptr, position, offset, k_offset, BLOCK_S, TILE_Q, TILE_K)
             x = tl.where(seen, x, float("-inf"))
         m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
         if VOTE is not None:
@@ -388,9 +375,9 @@ def _fwd_kernel(
             x += bias[None, :]
             m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
 
-    empty = total == 0  # rows without a key
-    total = tl.where(empty, 1.0, total)
+    empty, total = total == 0, tl.where(total == 0, 1.0, total)  # rows without a key
     _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM_V, D1V, D2V)
     if lse_ptr is not None:
-        m += tl.log2(total) + _centre_logits(q_ptr, centre_ptr, bhk, q_row, live, stride_qs, scale, DIM, D1, D2)
-        tl.store(lse_ptr + q_row, tl.where(empty, float("-inf"), m * 0.6931471805599453), mask=live)
+        m = _with_centre(m + tl.log2(total), q_ptr, centre_ptr, bhk, q_row, live, stride_qs, scale, DIM, D1, D2)
+        lse = tl.where(empty, float("-inf"), m * 0.6931471805599453)
+        tl.store(lse_ptr + q_row, lse, mask=live)

@@ -56,7 +56,7 @@ def _seen(bits_ptr, mask_id, q_offset, k_word, bit, inside, TILE_Q: tl.constexpr
 
 
 @triton.jit
-def _seen_keys(
+def _unmasked(
     entry_mask_ptr, bits_ptr, position, q_offset, k_offset, BLOCK: tl.constexpr, TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
 ):  # fmt: skip
