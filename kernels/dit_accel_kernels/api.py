@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -120,8 +121,8 @@ def block_sparse_attention(
 def _wanted(results: Results, problem: Problem) -> Tensor | tuple[Tensor, ...]:
     """What the caller of a problem gets of its results: the output in the caller's layout, and what else it named."""
     out, lse, exact, kept = results
-    given = [out if problem.heads_first else out.transpose(1, 2)]
-    given += [lse] * problem.return_lse + [exact] * problem.return_tiles + [kept] * problem.votes
+    given = [problem.in_layout(out)] + [lse] * problem.return_lse + [exact] * problem.return_tiles
+    given += [kept] * problem.votes
     return tuple(given) if len(given) > 1 else given[0]
 
 
@@ -147,9 +148,8 @@ def block_sparse_attention_backward(
     problem = problem_of(q, k, v, tiles, **arguments)
     if problem.precision is not None:
         raise ValueError(f"precision {problem.precision!r} has no gradient: leave it out of forward and backward")
-    grads = _gradients(problem, grad_out if problem.heads_first else grad_out.transpose(1, 2), None, None, None)
-    grad_q, grad_k, grad_v = (x if problem.heads_first else x.transpose(1, 2) for x in grads)
-    return grad_q, grad_k, grad_v
+    grad_q, grad_k, grad_v = _gradients(problem, problem.in_layout(grad_out), None, None, None)
+    return problem.in_layout(grad_q), problem.in_layout(grad_k), problem.in_layout(grad_v)
 
 
 def _for_gradients(problem: Problem) -> Problem:
@@ -171,17 +171,13 @@ def _backend(problem: Problem, *, timed: bool = True) -> str:
         dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
         return "triton" if dims == {"triton"} else "torch"
     timed = timed and not (problem.return_lse or problem.votes or problem.decay or problem.mask_ids is not None)
-    tokens = min(problem.q.shape[2], problem.k.shape[2])
-    return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
+    return cpu.choice(problem.q.dtype, problem)[0] if timed else "torch"
 
 
 def resolve_backend(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    dim: int | None = None,
+    backend: str, device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None,
     lists: TileLists | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """What "auto" means here: triton on CUDA, ROCm and XPU devices that can run it, torch or flex on a CPU.
 
     Triton needs its package, bfloat16, float16 or float32, a head dim that is a multiple of 8 up to 256 and, on NVIDIA,
@@ -195,7 +191,7 @@ def resolve_backend(
         return backend
     if device.type == "cpu":
         timed = lists if lists is not None and lists.mask_ids is None else None
-        return "torch" if timed is None else cpu.choice(dtype, timed, min(timed.num_q, timed.num_k))[0]
+        return "torch" if timed is None else cpu.choice(dtype, timed)[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -249,7 +245,7 @@ def _attend(problem: Problem) -> Results:
 
 def _laid_out(x: Tensor, problem: Problem) -> Tensor:
     """[B, H, S, D] contiguous in the caller's layout."""
-    return x.contiguous() if problem.heads_first else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return problem.in_layout(problem.in_layout(x).contiguous())
 
 
 def _by_torch(problem: Problem, *, compiled: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -274,10 +270,6 @@ def _empty_results(problem: Problem) -> Results:
     )
 
 
-def _forward_fake(*arguments: Any) -> Results:
-    return _empty_results(restore(arguments))
-
-
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
@@ -285,12 +277,16 @@ def _backward(
     return _gradients(restore(arguments), grad_out, grad_lse, out, lse)
 
 
+def _empty_gradients(problem: Problem) -> list[Tensor]:
+    return [problem.empty_like(x) for x in (problem.q, problem.k, problem.v)]
+
+
 def _gradients(
     problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None
 ) -> list[Tensor]:
     """Gradients of q, k and v, [B, H, S, D]."""
     if problem.q.shape[0] == 0:
-        return [problem.empty_like(x) for x in (problem.q, problem.k, problem.v)]
+        return _empty_gradients(problem)
     if problem.selection is not None:  # votes decide about another call
         problem = replace(problem, selection=replace(problem.selection, vote=None))
     with torch.autocast(problem.q.device.type, enabled=False):
@@ -335,32 +331,18 @@ def _after_routing(problem: Problem, exact: Tensor | None) -> Problem:
     return replace(problem, selection=replace(problem.selection, routing=None, routed=exact))
 
 
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *arguments: Any
-) -> list[Tensor]:
-    problem = restore(arguments)
-    return [problem.empty_like(x) for x in (problem.q, problem.k, problem.v)]
-
-
 # Plans are made on the host at a list's first use, and masks and backends decide there what is launched: a graph that
 # the compiler captures around the op would replay one call's decisions, on memory that is its own.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
-_op = torch.library.custom_op(
-    add_op_namespace_prefix("block_sparse_attention"),
-    _forward,
-    mutates_args=(),
-    schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_op.register_fake(_forward_fake)
-_backward_op = torch.library.custom_op(
-    add_op_namespace_prefix("block_sparse_attention_backward"),
-    _backward,
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
-    tags=_TAGS,
-)
-_backward_op.register_fake(_backward_fake)
+def _op_of(name: str, run: Callable[..., Any], schema: str) -> Any:
+    tags = (torch.Tag.cudagraph_unsafe,)
+    return torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=(), schema=schema, tags=tags)
+
+
+_op = _op_of("block_sparse_attention", _forward, f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+_op.register_fake(lambda *arguments: _empty_results(restore(arguments)))
+_given = "Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse"
+_backward_op = _op_of("block_sparse_attention_backward", _backward, f"({_given}, {SCHEMA}) -> Tensor[]")
+_backward_op.register_fake(lambda *arguments: _empty_gradients(restore(arguments[4:])))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -382,9 +364,8 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     problem = restore(tuple(inputs))
     if ctx.routed:
         problem = _after_routing(problem, saved[-1])
-    grads = ops.block_sparse_attention_backward(
-        grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
-    )
+    grad_lse = grad_lse if problem.return_lse else None
+    grads = ops.block_sparse_attention_backward(grad_out, grad_lse, out, lse, *flatten(problem))
     return (*grads, *(None for _ in inputs[3:]))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Derived = TypeVar("Derived")
+Tensors = Iterable[Tensor | None]
 Version = tuple[int, int, int]
 _WRITES = "_dit_accel_writes"  # of a storage: a count, the same for every copy of this package
 _ATTRIBUTE, _COPIED = f"_derived_{__package__}", f"_copied_{__package__}"  # of a storage, for this copy alone
@@ -54,11 +55,7 @@ class StorageCache(Generic[Derived]):
     """
 
     def get(
-        self,
-        parts: Iterable[Tensor | None],
-        key: tuple[Hashable, ...],
-        build: Callable[[], Derived],
-        loose: Iterable[Tensor | None] = (),
+        self, parts: Tensors, key: tuple[Hashable, ...], build: Callable[[], Derived], loose: Tensors = ()
     ) -> Derived:
         """The value for these tensors and this key, built on first use.
 
@@ -95,13 +92,8 @@ class StorageCache(Generic[Derived]):
             stream = current_stream(device)
             for old in [k for k, entry in list(entries.items()) if any(x() is None for x in entry.storages)]:
                 entries.pop(old, None)
-            entries[slot] = _Entry(
-                value=value,
-                storages=tuple(map(weakref.ref, storages)),
-                versions=versions,
-                stream=stream,
-                event=None if stream is None else stream.record_event(),
-            )
+            event = None if stream is None else stream.record_event()
+            entries[slot] = _Entry(value, tuple(map(weakref.ref, storages)), versions, stream, event)
         return value
 
 
@@ -130,7 +122,7 @@ def readable(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def changed(tensors: Iterable[Tensor | None]) -> None:
+def changed(tensors: Tensors) -> None:
     """Tell that tensors were written to in a way that torch doesn't count: what was derived from them is made anew."""
     for x in tensors:
         if x is None:
@@ -175,11 +167,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
+    parts = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else value
+    if isinstance(parts, (list, tuple)):
+        for part in parts:
             yield from tensors_in(part)
 
 

@@ -12,7 +12,7 @@ from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .precision import PRECISIONS
 from .problem import Problem
-from .tiles import PARTS, TileLists
+from .tiles import TileLists
 
 BACKENDS = ("auto", "triton", "fa4", "torch", "flex", "reference")
 
@@ -32,7 +32,7 @@ def problem_of(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     _check_per_head("head_scale", head_scale, q)
     problem = Problem(
-        q=q, k=k, v=v, **{name: getattr(tiles, name) for name in PARTS}, block_q=tiles.block_q, block_k=tiles.block_k,
+        q=q, k=k, v=v, **tiles.parts, block_q=tiles.block_q, block_k=tiles.block_k,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         heads_first=layout == "bhsd",
         head_scale=None if head_scale is None else head_scale.to(wide_dtype(q.dtype)).reshape(-1, q.shape[1]),
@@ -139,10 +139,6 @@ def _check(
         raise TypeError(f"{name} must be {dtype}, found {tensor.dtype}")
     if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, found {list(tensor.shape)}")
-    _check_device(name, tensor, device)
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like q, found {tensor.device}")
 
@@ -155,7 +151,7 @@ def _check_per_head(name: str, tensor: Tensor | None, q: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
     if tuple(tensor.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"{name} must be [{heads}] or [{batch}, {heads}] ([H] or [B, H]), found {list(tensor.shape)}")
-    _check_device(name, tensor, q.device)
+    _check(name, tensor, None, tensor.dtype, q.device)
 
 
 def _check_keys(problem: Problem) -> None:
@@ -165,5 +161,5 @@ def _check_keys(problem: Problem) -> None:
             raise TypeError(f"key_length must be an integer tensor, found {key_length.dtype}")
         if tuple(key_length.shape) != (batch,):
             raise ValueError(f"key_length must be [{batch}] ([B]), found {list(key_length.shape)}")
-        _check_device("key_length", key_length, problem.q.device)
+        _check("key_length", key_length, None, key_length.dtype, problem.q.device)
     _check("key_mask", problem.key_mask, (batch, problem.k.shape[2]), torch.bool, problem.q.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,46 +42,58 @@ def padded_rows(chosen: Tensor, read: bool = False) -> tuple[Tensor, Tensor]:
 
 def check_csr(name: str, offsets: Tensor, indices: Tensor, rows: int) -> None:
     """Shapes, dtypes and devices of one CSR, without reading values."""
-    for part, tensor in (("offsets", offsets), ("indices", indices)):
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name}_{part} must be torch.int32, found {tensor.dtype}")
+    check_int32(**{f"{name}_offsets": offsets, f"{name}_indices": indices})
     if offsets.dim() != 2 or offsets.shape[1] != rows + 1:
         raise ValueError(f"{name}_offsets must be [G, {rows + 1}] for {rows} query tiles, found {list(offsets.shape)}")
     if indices.dim() != 1:
         raise ValueError(f"{name}_indices must have one dimension, found {list(indices.shape)}")
-    if offsets.device != indices.device:
-        raise ValueError(
-            f"{name}_offsets and {name}_indices must share a device, found {offsets.device} and {indices.device}"
-        )
 
 
-def check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> None:
-    """Values of one CSR: offsets rise from 0 to nnz, indices lie in range and ascend strictly in a row."""
+def check_int32(**tensors: Tensor) -> None:
+    """Raise where one of two tensors is not int32 or they lie on two devices."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be torch.int32, found {tensor.dtype}")
+    first, second = (tensor.device for tensor in tensors.values())
+    if first != second:
+        raise ValueError(f"{' and '.join(tensors)} must share a device, found {first} and {second}")
+
+
+def check_range(
+    name: str, values: Tensor, low: int, high: int, what: str, where: Callable[[int], str] = lambda position: ""
+) -> None:
+    """Raise with the first of some values that lies outside of low..high; `where` adds to the text."""
+    outside = (values < low) | (values > high)
+    if bool(outside.any()):
+        i = int(outside.nonzero()[0])
+        found = f"found {int(values[i])} at position {i}{where(i)}"
+        raise ValueError(f"{name} must lie in {low}..{high} ({what}), {found}")
+
+
+def check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
+    """Values of one CSR: offsets rise from 0 to nnz, indices lie in range and ascend strictly in a row.
+
+    Returns where each entry is among all tiles of all rows, int64 [nnz].
+    """
     flat = torch.cat([offsets[:1, 0], offsets[:, 1:].flatten()])
     if int(flat[0]) != 0 or int(flat[-1]) != indices.numel() or bool((flat[1:] < flat[:-1]).any()):
         raise ValueError(f"{name}_offsets must rise from 0 to {indices.numel()}, found {flat.tolist()[:8]}")
     if bool((offsets[1:, 0] != offsets[:-1, -1]).any()):
         found = f"found {offsets[1:, 0].tolist()[:8]} after {offsets[:-1, -1].tolist()[:8]}"
         raise ValueError(f"{name}_offsets are absolute: every list set must start where the one before ends, {found}")
-    if indices.numel() == 0:
-        return
     rows = row_of_entry(offsets, indices.numel())
-    low, high = map(int, indices.aminmax())
-    if low < 0 or high >= tiles:
-        position = int(((indices < 0) | (indices >= tiles)).nonzero()[0])
-        raise ValueError(
-            f"{name}_indices must lie in 0..{tiles - 1} (NK = {tiles} key tiles), found {int(indices[position])} at "
-            f"position {position}, {spelled(rows[position], offsets)}"
-        )
+    check_range(
+        f"{name}_indices", indices, 0, tiles - 1, f"NK = {tiles} key tiles", lambda i: f", {spelled(rows[i], offsets)}"
+    )
     keys = rows * tiles + indices
     repeats = keys[1:] <= keys[:-1]
     if bool(repeats.any()):
-        position = int(repeats.nonzero()[0]) + 1
+        i = int(repeats.nonzero()[0]) + 1
         raise ValueError(
-            f"{name}_indices must ascend strictly in every query tile, found {int(indices[position])} after "
-            f"{int(indices[position - 1])} at position {position}, {spelled(rows[position], offsets)}: sort them, "
-            "remove repeats"
+            f"{name}_indices must ascend strictly in every query tile, found {int(indices[i])} after "
+            f"{int(indices[i - 1])} at position {i}, {spelled(rows[i], offsets)}: sort them, remove repeats"
         )
+    return keys
 
 
 def spelled(row: Tensor | int, offsets: Tensor) -> str:

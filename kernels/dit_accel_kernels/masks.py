@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bits import pack_bits, words_of
-from .csr import EXACT, PARTIAL, SKIPPED
+from .csr import EXACT, PARTIAL, SKIPPED, check_int32
 from .features import split_tiles
 
 Rows = Callable[[int, int, int], Tensor]
@@ -128,9 +128,7 @@ def check_masks(ids: Tensor | None, bits: Tensor | None, entries: int, block_q: 
         if ids is not bits:
             raise ValueError("mask_ids and mask_bits come together: give both or neither")
         return
-    for name, tensor in (("mask_ids", ids), ("mask_bits", bits)):
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be torch.int32, found {tensor.dtype}")
+    check_int32(mask_ids=ids, mask_bits=bits)
     if tuple(ids.shape) != (entries,):
         raise ValueError(f"mask_ids must be [{entries}] like exact_indices, found {list(ids.shape)}")
     words = words_of(block_k)
@@ -138,19 +136,4 @@ def check_masks(ids: Tensor | None, bits: Tensor | None, entries: int, block_q: 
         raise ValueError(
             f"mask_bits must be [M, {block_q}, {words}] (block_q rows of ceil(block_k / 32) words) with M >= 1, found "
             f"{list(bits.shape)}"
-        )
-    if ids.device != bits.device:
-        raise ValueError(f"mask_ids and mask_bits must share a device, found {ids.device} and {bits.device}")
-
-
-def check_mask_ids(ids: Tensor | None, bits: Tensor | None) -> None:
-    """Values of the ids: -1 or the number of a mask."""
-    if ids is None or bits is None or ids.numel() == 0:
-        return
-    low, high = map(int, ids.aminmax())
-    if low < -1 or high >= len(bits):
-        position = int(((ids < -1) | (ids >= len(bits))).nonzero()[0])
-        raise ValueError(
-            f"mask_ids must lie in -1..{len(bits) - 1} ({len(bits)} masks), found {int(ids[position])} at position "
-            f"{position}"
         )

@@ -19,7 +19,7 @@ _SELECTION = (
     "bool selects, Tensor? keep, str rest, Tensor? pinned, float? beta, str threshold, str? criterion, "
     "float vote_threshold, bool reverse, Tensor? routed"
 )
-SCHEMA = f"({_PLAIN}, {_DECAY}, {_SELECTION})"
+SCHEMA = f"{_PLAIN}, {_DECAY}, {_SELECTION}"
 PLAIN = tuple(argument.split()[-1] for argument in _PLAIN.split(", "))
 """Fields of a Problem that go through as they are; `decay` and `selection` follow them, cut into their parts."""
 
@@ -42,15 +42,10 @@ def restore(arguments: tuple[Any, ...]) -> Problem:
 
 
 def _flat_selection(selection: Selection | None) -> tuple[Any, ...]:
-    if selection is None:  # only the first is read
-        return False, None, "", None, None, "", None, 0.0, False, None
-    routing, vote = selection.routing, selection.vote
-    return (
-        True, selection.keep, selection.rest, selection.pinned,
-        None if routing is None else float(routing.beta), "" if routing is None else routing.threshold,
-        None if vote is None else vote.criterion, 0.0 if vote is None else float(vote.threshold), selection.reverse,
-        selection.routed,
-    )  # fmt: skip
+    given = selection or Selection()
+    routing = (None, "") if given.routing is None else (float(given.routing.beta), given.routing.threshold)
+    vote = (None, 0.0) if given.vote is None else (given.vote.criterion, float(given.vote.threshold))
+    return selection is not None, given.keep, given.rest, given.pinned, *routing, *vote, given.reverse, given.routed
 
 
 def _selection(
@@ -61,6 +56,4 @@ def _selection(
         return None
     routing = None if beta is None else Routing(beta=beta, threshold=threshold)
     vote = None if criterion is None else Vote(criterion=criterion, threshold=vote_threshold)
-    return Selection(
-        keep=keep, rest=rest, pinned=pinned, routing=routing, vote=vote, reverse=reverse, routed=routed
-    )  # fmt: skip
+    return Selection(keep=keep, rest=rest, pinned=pinned, routing=routing, vote=vote, reverse=reverse, routed=routed)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .cache import StorageCache
 from .selection import Selection
-from .tiles import TileLists
+from .tiles import Grid, TileLists
 
 _FRAMES: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 _VALID: StorageCache[Tensor] = StorageCache()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class Problem:
+class Problem(Grid):
     """One attention call, checked and carried from the API to a backend: all arguments by their names.
 
     q, k, v and the output are [B, H, S, D] here, whatever the caller's layout, with a head dim of their own for v and
@@ -55,19 +55,14 @@ class Problem:
     backend: str = "auto"
 
     @property
-    def query_tiles(self) -> int:
-        """Number of query tiles, NQ."""
-        return -(-self.q.shape[2] // self.block_q)
+    def num_q(self) -> int:
+        """Number of queries, S_q."""
+        return self.q.shape[2]
 
     @property
-    def key_tiles(self) -> int:
-        """Number of key tiles, NK."""
-        return -(-self.k.shape[2] // self.block_k)
-
-    @property
-    def density(self) -> float:
-        """Share of the lists' tiles that are exact, in [0, 1]."""
-        return self.exact_indices.numel() / (self.exact_offsets.shape[0] * self.query_tiles * self.key_tiles)
+    def num_k(self) -> int:
+        """Number of keys, S_k."""
+        return self.k.shape[2]
 
     @property
     def votes(self) -> bool:
@@ -83,12 +78,16 @@ class Problem:
         routes = selection.routing is not None or selection.routed is not None
         return routes or (selection.keep is not None and selection.rest == "pooled")
 
+    def in_layout(self, x: Tensor) -> Tensor:
+        """[B, H, S, D] as the caller's layout has it, or back."""
+        return x if self.heads_first else x.transpose(1, 2)
+
     def empty_like(self, x: Tensor, dim: int | None = None) -> Tensor:
         """Memory for a [B, H, S, D] like x, or with so many columns, laid out like the call's output."""
         batch, heads, tokens, dim = (*x.shape[:3], dim or x.shape[3])
-        first, second = (heads, tokens) if self.heads_first else (tokens, heads)
-        empty = x.new_empty(batch, first, second, dim)
-        return empty if self.heads_first else empty.transpose(1, 2)
+        if self.heads_first:
+            return x.new_empty(batch, heads, tokens, dim)
+        return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
     def empty_output(self) -> Tensor:
         """Memory for the output, [B, H, S_q, Dv]."""
@@ -141,18 +140,7 @@ def by_head(x: Tensor, heads: int) -> Tensor:
 
 def lists_of(problem: Problem) -> TileLists:
     """The lists of a call, selection left out."""
-    return TileLists(
-        block_q=problem.block_q,
-        block_k=problem.block_k,
-        num_q=problem.q.shape[2],
-        num_k=problem.k.shape[2],
-        exact_offsets=problem.exact_offsets,
-        exact_indices=problem.exact_indices,
-        pooled_offsets=problem.pooled_offsets,
-        pooled_indices=problem.pooled_indices,
-        mask_ids=problem.mask_ids,
-        mask_bits=problem.mask_bits,
-    )
+    return TileLists(**problem.parts, **problem.sizes)
 
 
 def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:

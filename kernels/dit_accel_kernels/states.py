@@ -13,7 +13,7 @@ from .features import tile_means, wide_dtype
 from .problem import Problem, by_head, lists_of
 from .sections import sections_of
 from .selection import LOG2_E, Routing
-from .tiles import PARTS, TileLists
+from .tiles import TileLists
 
 
 def list_states(problem: Problem) -> Tensor:
@@ -27,7 +27,7 @@ def pair_mask(problem: Problem) -> Tensor | None:
         return None
     table, bits = lists_of(problem).mask_table()
     seen = unpack_bits(bits, problem.block_k)[table].transpose(2, 3).flatten(3).flatten(1, 2)
-    return by_head(seen[:, : problem.q.shape[2], : problem.k.shape[2]], problem.q.shape[1])
+    return by_head(seen[:, : problem.num_q, : problem.num_k], problem.q.shape[1])
 
 
 def selected_states(problem: Problem) -> Tensor:
@@ -92,10 +92,8 @@ def resolved(problem: Problem) -> tuple[Problem, Tensor | None]:
         return problem, None
     batch, heads = problem.q.shape[:2]
     states = selected_states(problem).expand(batch, heads, -1, -1)
-    sizes = dict(block_q=problem.block_q, block_k=problem.block_k, num_q=problem.q.shape[2], num_k=problem.k.shape[2])
-    lists = TileLists.from_states(states.flatten(0, 1), **sizes)
-    parts = {name: getattr(lists, name) for name in PARTS}
-    return replace(problem, selection=None, **parts), pack_bits(states == EXACT)
+    lists = TileLists.from_states(states.flatten(0, 1), **problem.sizes)
+    return replace(problem, selection=None, **lists.parts), pack_bits(states == EXACT)
 
 
 def visiting_order(problem: Problem, reverse: bool) -> Tensor:

@@ -10,25 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import csr, masks
 from .bits import words_of
 from .cache import StorageCache, changed, count_writes
-from .csr import EXACT, PARTIAL, POOLED, check_csr, check_values, csr_of, padded_rows, row_of_entry, spelled
-from .masks import (
-    Rows,
-    check_mask_ids,
-    check_masks,
-    check_offsets,
-    rows_of_block_mask,
-    rows_of_mask_mod,
-    rows_of_sequences,
-    seen_by_mask,
-    tiles_of_rows,
-)  # fmt: skip
+from .csr import EXACT, PARTIAL, POOLED
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -36,26 +26,75 @@ if TYPE_CHECKING:
 PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices", "mask_ids", "mask_bits")
 
 
+class Grid:
+    """What follows from tile sides, tokens and lists, for TileLists and for the Problem of a call by them."""
+
+    __slots__ = ()
+    block_q: int
+    block_k: int
+    num_q: int
+    num_k: int
+    exact_offsets: Tensor
+    exact_indices: Tensor
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The lists' tensors by name, None for those that are not there."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Tile sides and tokens by name."""
+        return {"block_q": self.block_q, "block_k": self.block_k, "num_q": self.num_q, "num_k": self.num_k}
+
+    @property
+    def groups(self) -> int:
+        """Number of list sets, G: 1 (shared), H (per head) or B*H."""
+        return self.exact_offsets.shape[0]
+
+    @property
+    def query_tiles(self) -> int:
+        """Number of query tiles, NQ."""
+        return -(-self.num_q // self.block_q)
+
+    @property
+    def key_tiles(self) -> int:
+        """Number of key tiles, NK."""
+        return -(-self.num_k // self.block_k)
+
+    @property
+    def tiles_total(self) -> int:
+        """Tiles of all G list sets together, G * NQ * NK."""
+        return self.groups * self.query_tiles * self.key_tiles
+
+    @property
+    def tiles_exact(self) -> int:
+        """Exact tiles of all list sets together."""
+        return self.exact_indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of tiles that are exact, in [0, 1]; pooled tiles do not count."""
+        return self.tiles_exact / self.tiles_total
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class TileLists:
+class TileLists(Grid):
     """Exact and pooled key tiles of every query tile; what is in neither list is skipped.
 
     `exact_offsets` and `pooled_offsets` are int32 [G, NQ + 1], absolute positions in `exact_indices` and
     `pooled_indices` (int32 [nnz], ascending within a row). `num_q` and `num_k` count tokens. Creation checks shapes and
-    dtypes only and never reads the values (no device sync); `validate` reads them. Raises ValueError or TypeError where
-    the parts don't fit.
+    dtypes, with ValueError or TypeError, and never reads the values (no device sync); `validate` reads them.
 
     An exact tile may have a mask, and is a *partial* tile then: `mask_ids` int32 [nnz], beside `exact_indices`, is -1
     where every pair of a tile counts, else the number of a mask in `mask_bits` int32 [M, block_q, ceil(block_k / 32)],
     where bit j % 32 of word [m, r, j // 32] is set if the tile's query r sees its key j. `from_mask` makes them.
 
-    Tensors made under `torch.inference_mode` are copied, since nothing could tell that they
-    changed.
-
-    What backends derive from lists lives as long as these tensors do. Writes by torch's own operations are followed,
-    and on a CPU all others too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after
-    them. A captured CUDA graph goes on with the lists as they were at its capture, whatever is written to them between
-    replays, also by `copy_`: capture it again. Lists that were captured stay in memory until `release_captured()`.
+    Tensors made under `torch.inference_mode` are copied, since nothing could tell that they changed. What backends
+    from lists lives as long as these tensors do. Writes by torch's own operations are followed, and on a CPU all others
+    too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after them. A captured CUDA
+    graph goes on with the lists as they were at its capture, whatever is written to them between replays, also by
+    `copy_`: capture it again. Lists that were captured stay in memory until `release_captured()`.
     """
 
     block_q: int
@@ -71,18 +110,18 @@ class TileLists:
 
     def __post_init__(self) -> None:
         count_writes(self, PARTS)
-        _check_sizes(block_q=self.block_q, block_k=self.block_k, num_q=self.num_q, num_k=self.num_k)
+        _check_sizes(**self.sizes)
         if (self.pooled_offsets is None) != (self.pooled_indices is None):
             raise ValueError("pooled_offsets and pooled_indices come together: give both or neither")
-        check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
+        csr.check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
-            check_csr("pooled", self.pooled_offsets, self.pooled_indices, self.query_tiles)
+            csr.check_csr("pooled", self.pooled_offsets, self.pooled_indices, self.query_tiles)
             if self.pooled_offsets.shape != self.exact_offsets.shape:
                 raise ValueError(
                     f"pooled_offsets must have the shape of exact_offsets, {tuple(self.exact_offsets.shape)}, "
                     f"found {tuple(self.pooled_offsets.shape)}"
                 )
-        check_masks(self.mask_ids, self.mask_bits, self.tiles_exact, self.block_q, self.block_k)
+        masks.check_masks(self.mask_ids, self.mask_bits, self.tiles_exact, self.block_q, self.block_k)
 
     @classmethod
     def from_states(cls, states: Tensor, *, block_q: int, block_k: int, num_q: int, num_k: int) -> TileLists:
@@ -117,9 +156,9 @@ class TileLists:
             raise TypeError(f"mask must be torch.bool, True where a query sees a key; found {mask.dtype}")
         if mask.dim() not in (2, 3, 4):
             raise ValueError(f"mask must be [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k], found {list(mask.shape)}")
-        masks = mask.reshape(-1, *mask.shape[-2:])
-        sizes = dict(block_q=block_q, block_k=block_k, num_q=masks.shape[1], num_k=masks.shape[2])
-        return cls._of_rows(lambda g, first, end: masks[g, first:end], len(masks), mask.device, **sizes)
+        mask = mask.reshape(-1, *mask.shape[-2:])
+        sizes = dict(block_q=block_q, block_k=block_k, num_q=mask.shape[1], num_k=mask.shape[2])
+        return cls._of_rows(lambda g, first, end: mask[g, first:end], len(mask), mask.device, **sizes)
 
     @classmethod
     def from_mask_mod(
@@ -142,7 +181,7 @@ class TileLists:
         if heads is None and (batch or 1) > 1:
             raise ValueError(f"a mask by batch needs the number of heads too, found batch={batch} and heads=None")
         sizes = dict(block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
-        rows = rows_of_mask_mod(mask_mod, heads or 1, num_k, torch.device(device))
+        rows = masks.rows_of_mask_mod(mask_mod, heads or 1, num_k, torch.device(device))
         return cls._of_rows(rows, (batch or 1) * (heads or 1), torch.device(device), **sizes)
 
     @classmethod
@@ -165,7 +204,7 @@ class TileLists:
         if batch > 1 and heads == 1:
             raise ValueError(f"a mask by batch must be one by head too, found a block_mask of {batch} x 1: repeat it")
         sizes = dict(block_q=block_q or own_q, block_k=block_k or own_k, num_q=num_q, num_k=num_k)
-        return cls._of_rows(rows_of_block_mask(block_mask), batch * heads, block_mask.kv_indices.device, **sizes)
+        return cls._of_rows(masks.rows_of_block_mask(block_mask), batch * heads, block_mask.kv_indices.device, **sizes)
 
     @classmethod
     def from_cu_seqlens(
@@ -186,37 +225,29 @@ class TileLists:
             TypeError, ValueError: offsets that are none.
         """
         cu_k = cu_q if cu_k is None else cu_k
-        check_offsets("cu_q", cu_q)
-        check_offsets("cu_k", cu_k)
+        masks.check_offsets("cu_q", cu_q)
+        masks.check_offsets("cu_k", cu_k)
         if len(cu_q) != len(cu_k) or cu_q.device != cu_k.device:
             raise ValueError(
                 f"cu_q and cu_k must be of the same sequences on one device, found {len(cu_q) - 1} on {cu_q.device} "
                 f"and {len(cu_k) - 1} on {cu_k.device}"
             )
         left, right = (-1, -1) if window is None else window
-        rows = rows_of_sequences(cu_q, cu_k, left, 0 if causal else right)
+        rows = masks.rows_of_sequences(cu_q, cu_k, left, 0 if causal else right)
         sizes = dict(block_q=block_q, block_k=block_k, num_q=int(cu_q[-1]), num_k=int(cu_k[-1]))
         return cls._of_rows(rows, 1, cu_q.device, **sizes)
 
     @classmethod
-    def _of_rows(cls, rows: Rows, groups: int, device: torch.device, **sizes: int) -> TileLists:
+    def _of_rows(cls, rows: masks.Rows, groups: int, device: torch.device, **sizes: int) -> TileLists:
         _check_sizes(**sizes)
-        return cls._of_states(*tiles_of_rows(rows, groups, device=device, **sizes), **sizes)
+        return cls._of_states(*masks.tiles_of_rows(rows, groups, device=device, **sizes), **sizes)
 
     @classmethod
     def _of_states(cls, states: Tensor, mask_ids: Tensor | None, mask_bits: Tensor | None, **sizes: int) -> TileLists:
-        exact_offsets, exact_indices = csr_of(states >= EXACT)
-        pooled_offsets, pooled_indices = csr_of(states == POOLED)
-        empty = pooled_indices.numel() == 0
-        return cls(
-            **sizes,
-            exact_offsets=exact_offsets,
-            exact_indices=exact_indices,
-            pooled_offsets=None if empty else pooled_offsets,
-            pooled_indices=None if empty else pooled_indices,
-            mask_ids=mask_ids,
-            mask_bits=mask_bits,
-        )
+        pooled = csr.csr_of(states == POOLED)
+        parts = (*csr.csr_of(states >= EXACT), *(pooled if len(pooled[1]) else (None, None)), mask_ids, mask_bits)
+        named: dict[str, Any] = {**sizes, **dict(zip(PARTS, parts, strict=True))}
+        return cls(**named)
 
     @classmethod
     def full(
@@ -226,39 +257,9 @@ class TileLists:
         return _full(num_q, num_k, block_q, block_k).to(device)
 
     @property
-    def groups(self) -> int:
-        """Number of list sets, G: 1 (shared), H (per head) or B*H."""
-        return self.exact_offsets.shape[0]
-
-    @property
-    def query_tiles(self) -> int:
-        """Number of query tiles, NQ."""
-        return -(-self.num_q // self.block_q)
-
-    @property
-    def key_tiles(self) -> int:
-        """Number of key tiles, NK."""
-        return -(-self.num_k // self.block_k)
-
-    @property
-    def tiles_total(self) -> int:
-        """Tiles of all G list sets together, G * NQ * NK."""
-        return self.groups * self.query_tiles * self.key_tiles
-
-    @property
-    def tiles_exact(self) -> int:
-        """Exact tiles of all list sets together."""
-        return self.exact_indices.numel()
-
-    @property
     def tiles_pooled(self) -> int:
         """Pooled tiles of all list sets together."""
         return 0 if self.pooled_indices is None else self.pooled_indices.numel()
-
-    @property
-    def density(self) -> float:
-        """Share of tiles that are exact, in [0, 1]; pooled tiles do not count."""
-        return self.tiles_exact / self.tiles_total
 
     @property
     def device(self) -> torch.device:
@@ -272,12 +273,12 @@ class TileLists:
             device = torch.empty(0, device=device).device  # "cuda" is the current one of them
         if device == self.device:
             return self
-        parts = {name: getattr(self, name) for name in PARTS}
+        parts = self.parts
 
         def copy() -> TileLists:
             return replace(self, **{name: None if x is None else x.to(device) for name, x in parts.items()})
 
-        return _COPIES.get(parts.values(), (device, self.block_q, self.block_k, self.num_q, self.num_k), copy)
+        return _COPIES.get(parts.values(), (device, *self.sizes.values()), copy)
 
     def states(self) -> Tensor:
         """Tile states uint8 [G, NQ, NK]: the inverse of `from_states`, but for partial tiles, which are 3."""
@@ -288,7 +289,7 @@ class TileLists:
             (exact, self.exact_offsets, self.exact_indices),
         ):
             if offsets is not None and indices is not None:
-                states.view(-1)[row_of_entry(offsets, indices.numel()) * self.key_tiles + indices] = value
+                states.view(-1)[csr.row_of_entry(offsets, indices.numel()) * self.key_tiles + indices] = value
         return states
 
     def mask_table(self) -> tuple[Tensor, Tensor]:
@@ -302,7 +303,7 @@ class TileLists:
         bits = torch.nn.functional.pad(bits, (0, 0, 0, 0, 0, size - len(bits)), value=-1)
         table = torch.full((self.groups * self.query_tiles, self.key_tiles), size - 1, device=self.device)
         if self.mask_ids is not None:
-            row = row_of_entry(self.exact_offsets, self.tiles_exact)
+            row = csr.row_of_entry(self.exact_offsets, self.tiles_exact)
             table[row, self.exact_indices.long()] = self.mask_ids.long() % size
         return table.view(self.groups, self.query_tiles, self.key_tiles), bits
 
@@ -329,12 +330,12 @@ class TileLists:
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             place = (b % states.shape[0], h % heads, q_idx // self.block_q, kv_idx // self.block_k)
-            inside = seen_by_mask(bits, table[place], q_idx % self.block_q, kv_idx % self.block_k)
+            inside = masks.seen_by_mask(bits, table[place], q_idx % self.block_q, kv_idx % self.block_k)
             return (states[place] >= EXACT) & inside
 
         return BlockMask.from_kv_blocks(
-            *padded_rows(states == PARTIAL),
-            *padded_rows(states == EXACT),
+            *csr.padded_rows(states == PARTIAL),
+            *csr.padded_rows(states == EXACT),
             BLOCK_SIZE=(self.block_q, self.block_k),
             mask_mod=mask_mod,
             seq_lengths=(self.num_q, self.num_k),
@@ -342,7 +343,7 @@ class TileLists:
 
     def changed(self) -> None:
         """Tell that the lists were written to by a kernel that torch knows nothing of; see above."""
-        changed(getattr(self, name) for name in PARTS)
+        changed(self.parts.values())
 
     def validate(self) -> TileLists:
         """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self.
@@ -353,18 +354,17 @@ class TileLists:
         Raises:
             ValueError: values that don't fit, with their position and what they may be.
         """
-        check_mask_ids(self.mask_ids, self.mask_bits)
-        check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
+        if self.mask_ids is not None and self.mask_bits is not None:
+            count = len(self.mask_bits)
+            csr.check_range("mask_ids", self.mask_ids, -1, count - 1, f"{count} masks")
+        exact = csr.check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
-            check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
-            exact = row_of_entry(self.exact_offsets, self.tiles_exact) * self.key_tiles + self.exact_indices
-            pooled = row_of_entry(self.pooled_offsets, self.tiles_pooled) * self.key_tiles + self.pooled_indices
+            pooled = csr.check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)
-                raise ValueError(
-                    f"a tile is exact or pooled, not both: found tile {tile} twice {spelled(row, self.exact_offsets)}"
-                )
+                where = csr.spelled(row, self.exact_offsets)
+                raise ValueError(f"a tile is exact or pooled, not both: found tile {tile} twice {where}")
         return self
 
 
@@ -379,7 +379,6 @@ def _check_sizes(**sizes: int) -> None:
 
 @lru_cache(maxsize=16)
 def _full(num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
-    if min(num_q, num_k, block_q, block_k) < 1:
-        raise ValueError(f"sizes must be at least 1, found {num_q} x {num_k} tokens in tiles of {block_q} x {block_k}")
+    _check_sizes(num_q=num_q, num_k=num_k, block_q=block_q, block_k=block_k)
     states = torch.full((-(-num_q // block_q), -(-num_k // block_k)), EXACT, dtype=torch.uint8)
     return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)

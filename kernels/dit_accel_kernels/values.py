@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .cache import StorageCache, capturing, readable
+from .csr import check_range
 from .problem import Problem, lists_of
-from .tiles import PARTS
 
 SWITCH = "DIT_ACCEL_VALIDATE"
 """Environment variable: 1 checks values in every call on a GPU too, which waits for it."""
@@ -23,9 +23,7 @@ def check_values(problem: Problem) -> None:
         return
     order, device = problem.token_order, problem.q.device
     if readable(device):
-        sizes = (problem.block_q, problem.block_k, problem.q.shape[2], problem.k.shape[2])
-        parts = [getattr(problem, name) for name in PARTS]
-        _CHECKED.get(parts, sizes, lambda: _check_lists(problem))
+        _CHECKED.get(problem.parts.values(), tuple(problem.sizes.values()), lambda: _check_lists(problem))
         if order is not None:
             _CHECKED.get([order], (), lambda: _check_order(order))
     elif os.environ.get(SWITCH) == "1" and not capturing(device):
@@ -41,13 +39,7 @@ def _check_lists(problem: Problem) -> None:
 def _check_order(order: Tensor) -> None:
     """Every token once."""
     tokens = order.numel()
-    low, high = map(int, order.aminmax())
-    if low < 0 or high >= tokens:
-        position = int(((order < 0) | (order >= tokens)).nonzero()[0])
-        raise ValueError(
-            f"token_order must lie in 0..{tokens - 1} ({tokens} tokens), found {int(order[position])} at position "
-            f"{position}"
-        )
+    check_range("token_order", order, 0, tokens - 1, f"{tokens} tokens")
     count = torch.zeros(tokens, dtype=torch.int64, device=order.device).scatter_add_(0, order, torch.ones_like(order))
     if bool((count != 1).any()):
         token = int((count != 1).nonzero()[0])

@@ -21,11 +21,11 @@ from dit_accel_kernels import (
     release_captured,
     values,
 )
+from dit_accel_kernels.problem import Problem
 from kernel_cases import qkv, random_lists
 from torch import Tensor
 
 TOKENS, BLOCK = 60, 16  # four tiles a side
-PARTS = ("offsets", "indices")
 SIZES = dict(block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS)
 
 
@@ -113,18 +113,15 @@ def test_lists_are_checked_once_until_they_change(monkeypatch):
 
 def test_elsewhere_values_are_read_on_demand_alone(monkeypatch):
     tiles, order = lists_with(3, 5), torch.zeros(TOKENS, dtype=torch.int64)
-    q, k, _ = inputs()
-    problem = SimpleNamespace(
-        q=q, k=k, block_q=BLOCK, block_k=BLOCK, token_order=order, mask_ids=None, mask_bits=None,
-        **{f"{kind}_{part}": getattr(tiles, f"{kind}_{part}") for kind in ("exact", "pooled") for part in PARTS},
-    )  # fmt: skip
+    q, k, v = inputs()
+    problem = Problem(q=q, k=k, v=v, **tiles.parts, block_q=BLOCK, block_k=BLOCK, scale=1.0, token_order=order)
     monkeypatch.setattr(values, "readable", lambda device: False)
     monkeypatch.delenv(values.SWITCH, raising=False)
     values.check_values(problem)
     monkeypatch.setenv(values.SWITCH, "1")
     with pytest.raises(ValueError, match="found 5 at position 3"):
         values.check_values(problem)
-    problem.exact_indices = lists_with(3, 2).exact_indices
+    problem = replace(problem, exact_indices=lists_with(3, 2).exact_indices)
     with pytest.raises(ValueError, match="token 0 60 times"):
         values.check_values(problem)
     monkeypatch.setattr(values, "capturing", lambda device: True)

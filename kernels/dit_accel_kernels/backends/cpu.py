@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..problem import Problem
-from ..tiles import PARTS, TileLists
+from ..tiles import Grid, TileLists
 from . import flex
 from .torch import fused
 
@@ -46,18 +46,20 @@ def processor() -> str:
     return next((name for name, probe in _PROBES.items() if getattr(torch.cpu, probe, bool)()), "other")
 
 
-def choice(dtype: torch.dtype | None, tiles: TileLists | Problem, tokens: int) -> tuple[str, float | None]:
-    """The faster backend for a call of so many tokens by these lists, and its predicted speed over dense SDPA.
+def choice(dtype: torch.dtype | None, tiles: Grid) -> tuple[str, float | None]:
+    """The faster backend for a call by these lists, and its predicted speed over dense SDPA.
 
     The speed is None where it is not known. Pooled tiles count nothing. flex counts where there is a C++ compiler and
     tile sides are powers of 2; that the call has neither votes nor LSE is the caller's to know.
     """
     tile = 64 if min(tiles.block_q, tiles.block_k) <= 64 else 128
-    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, tokens, tile)
+    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, min(tiles.num_q, tiles.num_k), tile)
     density = max(tiles.density, 1e-9)
     speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
     ahead = sorted(speed, key=speed.__getitem__, reverse=True)
-    fastest = next((name for name in ahead if name != "flex" or _flex_runs(tiles)), "torch")
+    takes_flex = flex.takes_tiles(tiles.block_q, tiles.block_k)
+    runs = (n for n in ahead if n != "flex" or (takes_flex and flex.missing_requirement("cpu") is None))
+    fastest = next(runs, "torch")
     return fastest, speed.get(fastest)
 
 
@@ -67,7 +69,7 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
     Known on processors and from the sizes on that backends/cpu_table.json has. `block_sparse_attention` computes what
     it is asked for, whatever this says.
     """
-    return choice(dtype, lists, min(lists.num_q, lists.num_k))[1] if device.type == "cpu" else None
+    return choice(dtype, lists)[1] if device.type == "cpu" else None
 
 
 def dense_speed(dtype: torch.dtype, dim: int) -> float | None:
@@ -89,8 +91,7 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
     q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
     tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
-    lists = {name: getattr(tiles, name) for name in PARTS}
-    problem = Problem(q=q, k=k, v=v, **lists, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
+    problem = Problem(q=q, k=k, v=v, **tiles.parts, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
     best, threads = [float("inf")] * 2, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,10 +113,6 @@ def _dense(problem: Problem) -> None:
 
 def _loop(problem: Problem) -> None:
     fused.attend(problem, None, need_lse=False)
-
-
-def _flex_runs(tiles: TileLists | Problem) -> bool:
-    return flex.takes_tiles(tiles.block_q, tiles.block_k) and flex.missing_requirement("cpu") is None
 
 
 @lru_cache(maxsize=64)

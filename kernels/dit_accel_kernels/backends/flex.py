@@ -32,7 +32,6 @@ from ..masks import seen_by_mask
 from ..problem import Problem, by_head, lists_of
 from ..sections import valid_tiles
 from ..states import list_states, resolved
-from ..tiles import PARTS
 
 
 class Blocks(NamedTuple):
@@ -127,9 +126,8 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     pooled = -(-problem.key_tiles // problem.block_k) * problem.block_k if pools else 0
     if selection is None and problem.key_valid is None:
-        parts = [getattr(problem, name) for name in PARTS]
-        sizes = (problem.block_q, problem.block_k, *q.shape[1:3], problem.k.shape[2])
-        blocks = _blocks_of_lists.get(parts, sizes, lambda: _blocks(problem, pooled))
+        sizes = (q.shape[1], *problem.sizes.values())
+        blocks = _blocks_of_lists.get(problem.parts.values(), sizes, lambda: _blocks(problem, pooled))
     else:
         blocks = _blocks(problem, pooled)
     made_for = MadeFor(problem.block_q, problem.block_k, pooled, problem.scale, need_lse)

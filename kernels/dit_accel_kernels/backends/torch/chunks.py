@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...cache import StorageCache
 from ...problem import Problem
-from ...tiles import PARTS
 
 WASTE = 1 / 8  # most of a chunk's columns that padding may be
 
@@ -93,9 +92,8 @@ def chunks_of(problem: Problem, columns: int, multiple: int, *, remember: bool) 
     """
     if not remember:
         return _build(problem, columns, multiple)
-    parts = [getattr(problem, name) for name in PARTS]
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k, columns, multiple)
-    return _CHUNKS.get(parts, shapes, lambda: _build(problem, columns, multiple))
+    return _CHUNKS.get(problem.parts.values(), shapes, lambda: _build(problem, columns, multiple))
 
 
 def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:

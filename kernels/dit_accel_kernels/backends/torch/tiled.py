@@ -36,7 +36,6 @@ class Tiled:
     one_frame: Tensor | None  # bool [NQ], whether it is that of all queries of the tile
     scale: float
     key_tiles: int
-    tail: int  # padded tokens in the last key tile
 
 
 def cut(problem: Problem) -> Tiled:
@@ -49,26 +48,10 @@ def cut(problem: Problem) -> Tiled:
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
         absent = tiles_of(~valid[:, None, :, None].expand(-1, k.shape[1], -1, -1), problem.block_k)[..., 0]
-    k_mean, v_mean, log_length = pools(problem, k, v)
-    t, t_mean, frames, one_frame = decays(problem, dtype)
-    return Tiled(
-        q=tiles_of(q, problem.block_q),
-        k=tiles_of(k, problem.block_k),
-        v=tiles_of(v, problem.block_k),
-        absent=absent,
-        bits=problem.mask_bits,
-        finite=problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v)),
-        k_mean=k_mean,
-        v_mean=v_mean,
-        log_length=log_length,
-        t=t,
-        t_mean=t_mean,
-        frames=frames,
-        one_frame=one_frame,
-        scale=problem.scale,
-        key_tiles=problem.key_tiles,
-        tail=problem.key_tiles * problem.block_k - k.shape[2],
-    )
+    finite = problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v))
+    tiles = tiles_of(q, problem.block_q), tiles_of(k, problem.block_k), tiles_of(v, problem.block_k)
+    rest = (*pools(problem, k, v), *decays(problem, dtype), problem.scale, problem.key_tiles)
+    return Tiled(*tiles, absent, problem.mask_bits, finite, *rest)
 
 
 def pools(problem: Problem, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
