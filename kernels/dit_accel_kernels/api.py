@@ -140,10 +140,8 @@ def block_sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output, for callers inside a custom op of their own.
 
-    Args:
-        grad_out: shaped like the output, in the layout of q.
-        q: as in `block_sparse_attention`; so are k, v, tiles and the keyword arguments. A selection that routes does
-            so again, unless it says what was `routed`.
+    `grad_out` is shaped like the output, in the layout of q; all else is as in `block_sparse_attention`. A selection
+    that routes does so again, unless it says what was `routed`.
     """
     problem = problem_of(q, k, v, tiles, **arguments)
     if problem.precision is not None:
@@ -208,10 +206,7 @@ def _forward(*arguments: Any) -> Results:
 
 
 def _run(problem: Problem) -> Results:
-    """Results of one call, output and LSE in the caller's order of tokens.
-
-    Autocast has no part in it: products are made in the dtype that was given.
-    """
+    """Results of one call in the caller's order of tokens. Autocast has no part: products are in the given dtype."""
     if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
         return _empty_results(problem)
     with torch.autocast(problem.q.device.type, enabled=False):
@@ -221,26 +216,25 @@ def _run(problem: Problem) -> Results:
 
 def _attend(problem: Problem) -> Results:
     """`_run` of a batch that is there."""
-    q, order, name = problem.q, problem.token_order, _backend(problem)
+    q, name = problem.q, _backend(problem)
     if name == "triton":
-        out, lse, exact, kept = _triton().attend(problem, need_lse=problem.return_lse)  # in the caller's order
+        out, lse, exact, kept = _triton().attend(problem, need_lse=problem.return_lse)
     elif name == "fa4":
         out, lse, exact, kept = fa4_backend.attend(problem.tiled(), need_lse=problem.return_lse)
     elif name == "reference":
         out, lse, exact, kept = reference.attend(problem.tiled())
     else:
         out, lse, exact, kept = _by_torch(problem.tiled(), compiled=name == "flex")
-    lse = lse if problem.return_lse else q.new_empty(0, dtype=lse.dtype)
-    if order is not None and name != "triton":
-        out = torch.empty_like(out).index_copy_(2, order, out)
-        lse = torch.empty_like(lse).index_copy_(2, order, lse) if problem.return_lse else lse
+    order = None if name == "triton" else problem.token_order  # triton gives the caller's order
+    out = _in_callers_order(out, order)
+    lse = _in_callers_order(lse, order) if problem.return_lse else q.new_empty(0, dtype=lse.dtype)
     w = mix_weight(problem, out.dtype)
     if w is not None:
         v = problem.v.repeat_interleave(q.shape[1] // problem.v.shape[1], 1)
         out = torch.where(w == 0, out, torch.lerp(out, v, w.expand_as(out)))  # 0 times inf is not 0
-    none = q.new_empty(0, dtype=torch.int32)
-    exact = exact if problem.return_tiles and exact is not None else none
-    return _laid_out(out, problem), lse.contiguous(), exact, none.clone() if kept is None else kept
+    exact = exact if problem.return_tiles and exact is not None else q.new_empty(0, dtype=torch.int32)
+    kept = q.new_empty(0, dtype=torch.int32) if kept is None else kept
+    return _laid_out(out, problem), lse.contiguous(), exact, kept
 
 
 def _laid_out(x: Tensor, problem: Problem) -> Tensor:
@@ -292,11 +286,9 @@ def _gradients(
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         w = mix_weight(problem, grad_out.dtype)
-        grad_mixed = None
-        if w is not None:
-            grad_mixed = grad_out * w
-            grad_out = grad_out - grad_mixed
-            out = None  # what is at hand is mixed
+        grad_mixed = None if w is None else grad_out * w
+        if grad_mixed is not None:
+            grad_out, out = grad_out - grad_mixed, None  # the output that is at hand is mixed
         if _backend(problem, timed=False) in TRITON_GRADIENTS:
             if out is None or lse is None or _routes(problem):
                 out, lse, exact, _ = _triton().attend(problem, need_lse=True)
@@ -317,7 +309,12 @@ def _torch_gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None
         grad_out = grad_out.index_select(2, order)
         grad_lse = None if grad_lse is None else grad_lse.index_select(2, order)
     grads = backward.attend_backward(resolved(problem.tiled())[0], grad_out, grad_lse)
-    return grads if order is None else tuple(torch.empty_like(g).index_copy_(2, order, g) for g in grads)
+    return tuple(_in_callers_order(x, order) for x in grads)
+
+
+def _in_callers_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """[B, H, S, ...] in tiled order as the caller has its tokens."""
+    return x if order is None else torch.empty_like(x).index_copy_(2, order, x)
 
 
 def _routes(problem: Problem) -> bool:

@@ -57,14 +57,11 @@ class StorageCache(Generic[Derived]):
     def get(
         self, parts: Tensors, key: tuple[Hashable, ...], build: Callable[[], Derived], loose: Tensors = ()
     ) -> Derived:
-        """The value for these tensors and this key, built on first use.
+        """The value that `build` makes of some tensors and a key, built on first use.
 
-        Args:
-            parts: what it is derived from, None for what is absent; the first one there owns the value.
-            key: what else it depends on.
-            build: makes it. It must not hold the tensors themselves, which would keep each other alive.
-            loose: more of what it is derived from, which a caller may write to between replays of a graph: a capture
-                builds what depends on it anew, inside of the graph.
+        `parts` are what it is derived from, None for what is absent; the first one there owns the value, which must not
+        hold the tensors themselves: they would keep each other alive. `loose` are more of them, which a caller may
+        write to between replays of a graph: a capture builds what depends on these anew, inside of the graph.
         """
         if torch.compiler.is_compiling():
             return build()

@@ -27,16 +27,12 @@ class FrameDecay:
     k_frames: Tensor
 
     def __post_init__(self) -> None:
-        if self.table.dtype != torch.float32 or self.table.dim() != 1 or self.table.numel() == 0:
-            raise ValueError(
-                f"frame_decay.table must be float32 with one dimension and at least one entry, "
-                f"found {self.table.dtype} {list(self.table.shape)}"
-            )
-        for name in ("q_frames", "k_frames"):
-            frames = getattr(self, name)
-            if frames.dtype != torch.int32 or frames.dim() != 1:
+        for name, dtype in (("table", "float32"), ("q_frames", "int32"), ("k_frames", "int32")):
+            given = getattr(self, name)
+            if given.dtype != getattr(torch, dtype) or given.dim() != 1 or given.numel() == 0:
+                found = f"found {given.dtype} {list(given.shape)}"
                 raise ValueError(
-                    f"frame_decay.{name} must be int32 with one dimension, found {frames.dtype} {list(frames.shape)}"
+                    f"frame_decay.{name} must be {dtype}, of one dimension with at least one entry; {found}"
                 )
         count_writes(self, ("table", "q_frames", "k_frames"))  # what is derived from them is remembered
 

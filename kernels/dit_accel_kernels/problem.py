@@ -96,8 +96,10 @@ class Problem(Grid):
     def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
         decay, order = self.decay, self.token_order
-        if order is not None:
-            decay = None if decay is None else (decay[0], *_frames_in_order(decay[1], decay[2], order))
+        if order is not None and decay is not None:  # kept, since what is derived from frames is kept with them
+            table, q_frames, k_frames = decay
+            frames = _FRAMES.get((q_frames, k_frames), (), lambda: (q_frames[order], k_frames[order]), loose=[order])
+            decay = (table, *frames)
         if self.key_length is None and self.key_mask is None:
             return self.key_valid, decay
         keys = [self.key_length, self.key_mask, self.key_valid]
@@ -126,11 +128,6 @@ class Problem(Grid):
         return replace(
             self, q=q, k=k, v=v, key_valid=valid, decay=decay, token_order=None, key_length=None, key_mask=None
         )
-
-
-def _frames_in_order(q_frames: Tensor, k_frames: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames in tiled order, the same tensors in every call, since what is derived from them is kept with them."""
-    return _FRAMES.get((q_frames, k_frames), (), lambda: (q_frames[order], k_frames[order]), loose=[order])
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

@@ -144,13 +144,8 @@ class TileLists(Grid):
     def from_mask(cls, mask: Tensor, *, block_q: int, block_k: int) -> TileLists:
         """Lists of the tiles that a mask leaves, exactly: whole ones, and partial ones with their part of the mask.
 
-        Args:
-            mask: bool [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k] (G = B * H), True where a query sees a key.
-            block_q: queries of a tile.
-            block_k: keys of a tile.
-
-        Raises:
-            TypeError, ValueError: a mask of another dtype or shape.
+        `mask` is bool [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k] (G = B * H), True where a query sees a key, else
+        TypeError or ValueError is raised; `block_q` and `block_k` are a tile's queries and keys.
         """
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be torch.bool, True where a query sees a key; found {mask.dtype}")
@@ -168,15 +163,12 @@ class TileLists(Grid):
         """Lists of what a FlexAttention mask_mod lets through, exactly, in memory linear in the tokens.
 
         Args:
-            mask_mod: function of 0-d tensors b, h, q_idx, kv_idx, of positions in the tiled order; bool, True where the
-                query sees the key. It is mapped over them as FlexAttention does, row of tiles by row of tiles.
+            mask_mod: function of 0-d tensors b, h, q_idx, kv_idx, of positions in the tiled order; bool (else TypeError
+                is raised), True where the query sees the key. It is mapped over them row of tiles by row of tiles.
             block_q: queries of a tile; `block_k` are keys of a tile, `num_q` and `num_k` tokens.
             batch: as FlexAttention's B and H, so are `heads`: None where the mask is one for all. A mask by batch needs
-                `heads` too.
+                `heads` too, else ValueError is raised.
             device: where the mask is evaluated, on which its tensors are, and the lists.
-
-        Raises:
-            TypeError, ValueError: a function that returns another dtype; `batch` without `heads`.
         """
         if heads is None and (batch or 1) > 1:
             raise ValueError(f"a mask by batch needs the number of heads too, found batch={batch} and heads=None")
@@ -190,12 +182,9 @@ class TileLists(Grid):
     ) -> TileLists:
         """Lists of what FlexAttention would see by a BlockMask, exactly: its full blocks, and partial ones by mask_mod.
 
-        Args:
-            block_mask: of any batch and heads, on the device where the lists will be.
-            block_q: queries of a tile, and `block_k` keys: the BlockMask's own by default, any others are converted.
-
-        Raises:
-            TypeError, ValueError: no BlockMask, blocks that don't fit its lengths, a mask by batch and not by head.
+        The lists will be on its device, with `block_q` queries and `block_k` keys a tile: the BlockMask's own by
+        default, any others are converted. Raises TypeError or ValueError for what is no BlockMask, blocks that don't
+        fit its lengths, a mask by batch and not by head.
         """
         if not hasattr(block_mask, "seq_lengths"):
             raise TypeError(f"block_mask must be FlexAttention's BlockMask, found {type(block_mask).__name__}")
@@ -221,8 +210,7 @@ class TileLists(Grid):
                 flash-attn; a query before the first key sees none, and its output is 0.
             window: so many keys to the left and to the right of the query, -1 for all of them.
 
-        Raises:
-            TypeError, ValueError: offsets that are none.
+        Raises TypeError or ValueError for offsets that are none.
         """
         cu_k = cu_q if cu_k is None else cu_k
         masks.check_offsets("cu_q", cu_q)
@@ -310,11 +298,8 @@ class TileLists(Grid):
     def to_block_mask(self, heads: int | None = None) -> BlockMask:
         """The lists as a BlockMask of FlexAttention, which masks exactly what they mask.
 
-        Args:
-            heads: H where the lists are those of every batch and head; all G list sets are heads by default.
-
-        Raises:
-            ValueError: pooled tiles, which FlexAttention has not; heads that don't divide the list sets.
+        `heads` is H where the lists are those of every batch and head; all G list sets are heads by default. Raises
+        ValueError for pooled tiles, which FlexAttention has not, and heads that don't divide the list sets.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -349,10 +334,8 @@ class TileLists(Grid):
         """Read every value: offsets rise to nnz, indices ascend in range, no tile is exact and pooled; returns self.
 
         Calls on a CPU do this by themselves, once until the lists change; elsewhere they do where the environment
-        variable DIT_ACCEL_VALIDATE is 1, each time, since it waits for the device.
-
-        Raises:
-            ValueError: values that don't fit, with their position and what they may be.
+        variable DIT_ACCEL_VALIDATE is 1, each time, since it waits for the device. Raises ValueError with the position
+        of a value that doesn't fit and what it may be.
         """
         if self.mask_ids is not None and self.mask_bits is not None:
             count = len(self.mask_bits)

@@ -81,13 +81,12 @@ _blocks_of_lists: StorageCache[Blocks] = StorageCache()
 
 def check(problem: Problem, *, need_lse: bool) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of FlexAttention's reach, saying why."""
+    sides = f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16"
     unsupported = {
         "votes": problem.votes,
         "LSE on a CPU": need_lse and problem.q.device.type == "cpu",
         "float64": problem.q.dtype == torch.float64,
-        f"block_q {problem.block_q} and block_k {problem.block_k}, which are not powers of 2 of at least 16": (
-            not takes_tiles(problem.block_q, problem.block_k)
-        ),
+        sides: not takes_tiles(problem.block_q, problem.block_k),
     }
     reasons = [reason for reason, applies in unsupported.items() if applies]
     if reasons:
@@ -179,24 +178,14 @@ def flex_call(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) ->
         return x if bias is None else x + bias[b % bias.shape[0], column]
 
     mask = BlockMask.from_kv_blocks(
-        *blocks[:4],
-        BLOCK_SIZE=(block_q, block_k),
-        mask_mod=None if seen is None else mask_mod,
-        seq_lengths=(q.shape[2], k.shape[2]),
-        compute_q_blocks=False,
-    )
+        *blocks[:4], BLOCK_SIZE=(block_q, block_k), mask_mod=None if seen is None else mask_mod,
+        seq_lengths=(q.shape[2], k.shape[2]), compute_q_blocks=False,
+    )  # fmt: skip
     attention: Any = flex_attention  # its overloads take a literal return_lse
     results = attention(
-        q,
-        k,
-        v,
-        block_mask=mask,
-        score_mod=None if bias is None and t is None else score_mod,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-        kernel_options=_kernel_options(q, block_q, block_k),
-        return_lse=need_lse,
-    )
+        q, k, v, block_mask=mask, score_mod=None if bias is None and t is None else score_mod, scale=scale,
+        enable_gqa=k.shape[1] != q.shape[1], kernel_options=_kernel_options(q, block_q, block_k), return_lse=need_lse,
+    )  # fmt: skip
     return results if need_lse else (results, None)
 
 

@@ -39,16 +39,17 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
     columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], thread_buffers()
     exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), weights_of(tiled, chunk)
     q = tiled.q[chunk.q_tiles]
-    k, v = (
-        _columns(getattr(tiled, name), getattr(tiled, f"{name}_mean"), exact, pooled, len(q), buffers, name)
-        for name in "kv"
-    )
     wide, shape = wide_dtype(q.dtype), (*q.shape[:2], columns + chunk.pooled.shape[1])
+
+    def columns_of(tokens: Tensor, means: Tensor | None, name: str) -> Tensor:
+        near = taken(tokens, exact, buffers, name).view(len(q), -1, tokens.shape[-1])
+        return near if means is None else torch.cat([near, means[pooled].view(len(q), -1, tokens.shape[-1])], 1)
 
     def product(a: Tensor, b: Tensor, name: str) -> Tensor:
         x = torch.bmm(a, b.mT, out=buffer(buffers, f"{name} product", q, shape, q.dtype))
         return x if x.dtype == wide else buffer(buffers, name, q, shape, wide).copy_(x)
 
+    k, v = columns_of(tiled.k, tiled.k_mean, "k"), columns_of(tiled.v, tiled.v_mean, "v")
     raw = product(q, k, "logits").mul_(tiled.scale)
     x = buffer(buffers, "weights", q, shape, wide).copy_(raw)
     t, empty, hidden = transform(x, tiled, chunk, columns, weights, buffers)
@@ -70,15 +71,6 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
         sums[name].index_add_(0, exact, grad[:, :columns].reshape(-1, *sums[name].shape[1:]))
         if pooled.numel():
             sums[f"{name}_mean"].index_add_(0, pooled, grad[:, columns:].flatten(0, 1))
-
-
-def _columns(
-    tokens: Tensor, means: Tensor | None, exact: Tensor, pooled: Tensor, count: int, buffers: dict[str, Tensor],
-    name: str,
-) -> Tensor:  # fmt: skip
-    """Keys or values of `count` query tiles, exact ones and then pooled ones, [count, C, D]."""
-    near = taken(tokens, exact, buffers, name).view(count, -1, tokens.shape[-1])
-    return near if means is None else torch.cat([near, means[pooled].view(count, -1, tokens.shape[-1])], 1)
 
 
 def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,8 +37,7 @@ class Call(ctypes.Structure):
 def bound(path: Path) -> ctypes.CDLL:
     """Load the loop from a file whose bytes are known to be its own.
 
-    Raises:
-        OSError: if it can't be loaded, lacks a function or was built for another structure.
+    Raises OSError if it can't be loaded, lacks a function or was built for another structure.
     """
     loaded = ctypes.CDLL(str(path))
     try:

@@ -84,11 +84,9 @@ _CHUNKS: StorageCache[list[Chunk]] = StorageCache()
 def chunks_of(problem: Problem, columns: int, multiple: int, *, remember: bool) -> list[Chunk]:
     """The chunks of a call's lists, those that see most first of each kind; a query tile that sees nothing is in none.
 
-    Args:
-        problem: the call, its selection resolved.
-        columns: most exact keys and pooled tiles of a chunk's query tiles, padding included, unless one has more.
-        multiple: a number of query tiles that is better divided.
-        remember: keep them with the lists; those of one call only are not worth it.
+    A chunk's query tiles have at most so many `columns` of exact keys and pooled tiles, padding included, unless one
+    alone has more; their number is better divided by `multiple`. The call's selection is resolved. `remember` keeps the
+    chunks with the lists; those of one call only are not worth it.
     """
     if not remember:
         return _build(problem, columns, multiple)
@@ -108,26 +106,17 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
     key = (kind * ((tiles + 1) * block) + tokens) * (tiles + 1) + pooled.counts
     order = key.argsort(descending=True, stable=True)
     counts = torch.stack([exact.counts, pooled.counts, tokens])[:, order]
-    first = (torch.tensor(key_heads(problem), device=order.device) * tiles).repeat_interleave(problem.query_tiles)
+    batch_heads, shared_by = problem.q.shape[0] * problem.q.shape[1], problem.q.shape[1] // problem.k.shape[1]
+    first = (torch.arange(batch_heads, device=order.device) // shared_by * tiles).repeat_interleave(problem.query_tiles)
     chunks = []
-    exact_counts, pooled_counts, token_counts = counts.tolist()
-    cuts = _cuts(exact_counts, pooled_counts, token_counts, columns, multiple, block)
-    for start, stop, longest, most_pooled, least, most in cuts:
-        q_tiles, part = order[start:stop], counts[:, start:stop]
+    for start, stop, longest, most_pooled, least, most in _cuts(counts.tolist(), columns, multiple, block):
+        q_tiles = order[start:stop]
         shift = first[q_tiles, None]
-        chunks.append(
-            Chunk(
-                q_tiles=q_tiles,
-                exact=exact.padded(q_tiles, longest).add_(shift) if longest else shift[:, :0],
-                pooled=pooled.padded(q_tiles, most_pooled).add_(shift) if most_pooled else shift[:, :0],
-                exact_counts=part[0],
-                pooled_counts=part[1],
-                tokens=part[2],
-                least=least,
-                most=most,
-                partial=_partial(problem.mask_ids, exact.positions(q_tiles, longest)),
-            )
-        )
+        near = exact.padded(q_tiles, longest).add_(shift) if longest else shift[:, :0]
+        far = pooled.padded(q_tiles, most_pooled).add_(shift) if most_pooled else shift[:, :0]
+        partial = _partial(problem.mask_ids, exact.positions(q_tiles, longest))
+        own = counts[:, start:stop]
+        chunks.append(Chunk(q_tiles, near, far, own[0], own[1], own[2], least, most, partial))
     return chunks
 
 
@@ -145,9 +134,10 @@ def _partial(mask_ids: Tensor | None, positions: Tensor) -> Partial | None:
 
 
 def _cuts(
-    exact: list[int], pooled: list[int], tokens: list[int], most: int, multiple: int, block: int
+    counts: list[list[int]], most: int, multiple: int, block: int
 ) -> Iterator[tuple[int, int, int, int, int, int]]:
     """Query tiles, those that see most first of each kind, cut into chunks of little padding; none that see nothing."""
+    exact, pooled, tokens = counts
     end = next((i for i, tiles in enumerate(zip(exact, pooled, strict=True)) if not any(tiles)), len(exact))
     start = 0
     while start < end:
@@ -162,9 +152,3 @@ def _cuts(
             stop -= (stop - start) % multiple
         yield start, stop, exact[start], max(pooled[start:stop]), tokens[stop - 1], tokens[start]
         start = stop
-
-
-def key_heads(problem: Problem) -> tuple[int, ...]:
-    """The key head of every batch and head, counted through all batches."""
-    batch, heads, key_heads = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
-    return tuple(b * key_heads + h * key_heads // heads for b in range(batch) for h in range(heads))

@@ -83,11 +83,7 @@ def _without(why: str) -> Loop:
 
 
 def _commands() -> list[list[str]]:
-    """Return the compilers to try, as commands.
-
-    Raises:
-        ValueError: if CXX names one that is not there, or is no command.
-    """
+    """Return the compilers to try, as commands. Raises ValueError if CXX names one that is not there, or is none."""
     named = os.environ.get("CXX", "").strip()
     if not named:
         return [[program_path] for name in COMPILERS if (program_path := shutil.which(name))]
@@ -104,9 +100,7 @@ def _commands() -> list[list[str]]:
 def cache_folder() -> Path:
     """Return the folder of libraries, made if need be, which only this user can write to.
 
-    Raises:
-        OSError: if it can't be made or belongs to somebody else.
-        RuntimeError: if there is no home folder.
+    Raises OSError if it can't be made or belongs to somebody else, RuntimeError if there is no home folder.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root.mkdir(parents=True, exist_ok=True)
@@ -130,23 +124,20 @@ def _trusted_owner(status: os.stat_result) -> bool:
 def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     """Return the library that a compiler makes, from the folder if it is there and whole, else built.
 
-    Raises:
-        OSError: if the folder can't be written or the library can't be loaded.
-        subprocess.SubprocessError: if the compiler fails or takes minutes.
+    Raises OSError if the folder can't be written or the library can't be loaded, subprocess.SubprocessError if the
+    compiler fails or takes minutes.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), *command, version, *flags, processor())
     made_of = _digest("\n".join(parts).encode())
     there = sorted(folder.glob(f"fused-{made_of}-*.so"))
-    damaged = [path for path in there if not whole(path)]
-    for path in there:
-        if path not in damaged:
-            try:
-                return bound(path)
-            except OSError:  # of another machine that shares the folder
-                continue
+    for path in filter(whole, there):
+        try:
+            return bound(path)
+        except OSError:  # of another machine that shares the folder
+            continue
     loaded = bound(_built(folder, made_of, [*command, *flags]))
-    for path in damaged:
+    for path in there:
         if not whole(path):  # what was just built may have taken its name
             path.unlink(missing_ok=True)
     return loaded
@@ -156,9 +147,8 @@ def whole(path: Path) -> bool:
     """Return whether a library is what its name says and nobody else's: only then may it be loaded."""
     try:
         status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or not _trusted_owner(status):
-            return False
-        if hasattr(os, "getuid") and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        shared = hasattr(os, "getuid") and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not stat.S_ISREG(status.st_mode) or not _trusted_owner(status) or shared:
             return False
         return path.stem.rpartition("-")[2] == _digest(path.read_bytes())
     except OSError:
@@ -169,9 +159,8 @@ def _built(folder: Path, made_of: str, command: list[str]) -> Path:
     """Build the library and put it under its name in one step, whole and on the disk: others may look at any time."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / "fused.so"
-        subprocess.run(
-            [*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True, timeout=300
-        )
+        build = [*command, str(SOURCE), "-o", str(made)]
+        subprocess.run(build, capture_output=True, text=True, check=True, timeout=300)
         made.chmod(0o700)
         with made.open("rb+") as file:
             os.fsync(file.fileno())

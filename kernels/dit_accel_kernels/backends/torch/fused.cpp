@@ -170,33 +170,25 @@ static inline Vec exp2_of(const Vec given) {
   return given == given ? p : given;
 }
 
-static inline float largest(Vec v) {
-  float x[WIDTH];
-  store(x, v);
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto plus = [](auto a, auto b) { return a + b; };
+
+// n numbers, a multiple of WIDTH, made one by an operation on vectors and on floats
+template <class F>
+static inline float fold(const float* x, long n, F of) {
+  Vec v = load(x);
+  for (long c = WIDTH; c < n; c += WIDTH) v = of(v, load(x + c));
+  float one[WIDTH];
+  store(one, v);
   for (int w = WIDTH / 2; w; w /= 2)
-    for (int c = 0; c < w; c++) x[c] = x[c] > x[c + w] ? x[c] : x[c + w];
-  return x[0];
+    for (int c = 0; c < w; c++) one[c] = of(one[c], one[c + w]);
+  return one[0];
 }
 
-static inline float total(Vec v) {
-  float x[WIDTH];
-  store(x, v);
-  for (int w = WIDTH / 2; w; w /= 2)
-    for (int c = 0; c < w; c++) x[c] += x[c + w];
-  return x[0];
-}
-
-static float span_largest(const float* x, long n) {
-  Vec top = load(x);
-  for (long c = WIDTH; c < n; c += WIDTH) top = top > load(x + c) ? top : load(x + c);
-  return largest(top);
-}
-
-static float span_total(const float* x, long n) {
-  Vec sum = load(x);
-  for (long c = WIDTH; c < n; c += WIDTH) sum += load(x + c);
-  return total(sum);
-}
+static inline float largest(const float* x, long n) { return fold(x, n, larger); }
+static inline float total(const float* x, long n) { return fold(x, n, plus); }
+static inline float largest(Vec v) { return largest(reinterpret_cast<const float*>(&v), WIDTH); }
+static inline float total(Vec v) { return total(reinterpret_cast<const float*>(&v), WIDTH); }
 
 // Rows [columns, K] of words to panels of keys, [columns / PANEL][K][PANEL]
 static void to_key_panels(float* to, const float* rows, long columns, long K) {
@@ -275,7 +267,8 @@ struct Attend : Sizes {
   std::vector<float> logits, out, peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
   const float* panels[CHUNK / PANEL];
   std::vector<uint8_t> seen;  // rows that have seen a key in tiles with masks
-  long batch = 0, head = 0, first_row = 0, live = 0, tiles_before = 0;  // of the query tile; its rows that are queries
+  long batch = 0, head = 0, key_head = 0, first_row = 0, live = 0;  // of the query tile; its rows that are queries
+  long tiles_before = 0, tiles_of_head = 0;  // where its lists are, and the key head's first key tile
   double scale = 1;
   bool any = false;  // whether all rows have seen a key
 
@@ -320,7 +313,7 @@ struct Attend : Sizes {
       const float base = now == NONE ? 0 : now, factor = before == NONE ? 0 : std::exp2(before - base);
       float* evidence = call.evidence && tiles ? call.evidence + slot * rows + r : nullptr;
       if (evidence && !call.by_mass)
-        for (long j = 0; j < tiles; j++) evidence[j * rows] = span_largest(x + j * wide, wide);
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = largest(x + j * wide, wide);
       Vec added = Vec{};
       for (long c = 0; c < n; c += WIDTH) {
         const Vec p = exp2_of(load(x + c) - all(base));
@@ -328,7 +321,7 @@ struct Attend : Sizes {
         added += p;
       }
       if (evidence && call.by_mass) {
-        for (long j = 0; j < tiles; j++) evidence[j * rows] = span_total(x + j * wide, wide);
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = total(x + j * wide, wide);
         peaks.push_back(now);
       }
       sum[r] = (first ? 0 : sum[r] * factor) + total(added);
@@ -348,7 +341,7 @@ struct Attend : Sizes {
       const int32_t* bits = ids[j] < 0 ? nullptr : call.mask_bits + (ids[j] * rows + row) * words;
       for (long c = 0; c < wide; c++) to[c] = !bits || (c < columns && bits[c / 32] >> c % 32 & 1) ? plain_row[c] : NONE;
     }
-    seen[row] |= span_largest(masked.data(), tiles * wide) > NONE;
+    seen[row] |= largest(masked.data(), tiles * wide) > NONE;
   }
 
   // Values that are no finite numbers, which are packed as 0, to the rows that see them: 0 times them would not be 0
@@ -356,7 +349,6 @@ struct Attend : Sizes {
     std::vector<float> row(call.value_dim);
     for (long c = 0; c < columns; c++) {
       if (absent(batch, tile * columns + c)) continue;
-      const long key_head = head * call.key_heads / call.heads;
       fetch(row.data(), call.v, at(call.v_strides, batch, key_head, tile * columns + c), call.value_dim, call.narrow, false);
       for (long d = 0; d < call.value_dim; d++)
         for (long r = 0; r < live && !(std::abs(row[d]) <= std::numeric_limits<float>::max()); r++)
@@ -379,8 +371,8 @@ struct Attend : Sizes {
   void exact(long query_tile, bool& first) {
     const long begin = call.exact_offsets[tiles_before], count = call.exact_offsets[tiles_before + 1] - begin;
     const int32_t* listed = call.exact + begin;
-    const long group = step / wide, tiles_of_head = (batch * call.key_heads + head * call.key_heads / call.heads) * key_tiles;
-    const long slot = call.evidence ? call.evidence_starts[query_tile] : 0, last = call.num_k - (key_tiles - 1) * columns;
+    const long group = step / wide, slot = call.evidence ? call.evidence_starts[query_tile] : 0;
+    const long last = call.num_k - (key_tiles - 1) * columns;
     peaks.clear();
     for (long at = 0; at < count; at += group) {
       const long tiles = std::min(group, count - at);
@@ -399,7 +391,7 @@ struct Attend : Sizes {
         const uint8_t* valid = call.valid ? call.valid + batch * call.num_k + tile * columns : nullptr;
         for (long c = 0; c < wide; c++) bias[j * wide + c] = c >= here || (valid && !valid[c]) ? NONE : 0;
       }
-      any = any || (!ids && (!biased || span_largest(bias.data(), tiles * wide) > NONE));
+      any = any || (!ids && (!biased || largest(bias.data(), tiles * wide) > NONE));
       weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at, ids);
       const long next = pairs ? wide / 2 : wide;
       for (long j = 0, parts; j < tiles; j += parts, first = false) {
@@ -422,7 +414,6 @@ struct Attend : Sizes {
   void pooled(bool& first) {
     const long begin = call.pooled_offsets[tiles_before], count = call.pooled_offsets[tiles_before + 1] - begin;
     const int32_t* listed = call.pooled + begin;
-    const long tiles_of_head = (batch * call.key_heads + head * call.key_heads / call.heads) * key_tiles;
     const float* q = queries.data();
     if (pairs && count) {  // means are float32
       plain.resize(rows * dim);
@@ -447,7 +438,7 @@ struct Attend : Sizes {
         to_value_panels(packed_values.data(), gathered.data(), c, n, wide_dim);
       }
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[tiles_of_head + own[c]] : NONE;
-      any = any || span_largest(bias.data(), filled) > NONE;
+      any = any || largest(bias.data(), filled) > NONE;
       panels[0] = packed_keys.data();
       multiply(false, q, dim, 0, panels, 1, logits.data(), CHUNK, live, filled, dim, false);
       weigh(filled, CHUNK, true, first, 0, own.data(), 0, nullptr);
@@ -460,6 +451,7 @@ struct Attend : Sizes {
   void run(long query_tile) {
     const long of = query_tile / query_tiles, tile = query_tile % query_tiles;
     batch = of / call.heads, head = of % call.heads, first_row = tile * rows, live = std::min(rows, call.num_q - first_row);
+    key_head = head * call.key_heads / call.heads, tiles_of_head = (batch * call.key_heads + key_head) * key_tiles;
     tiles_before = of % call.groups * (query_tiles + 1) + tile;
     scale = call.scale * (call.head_scale ? call.head_scale[of] : 1);
     for (long r = 0; r < live; r++)

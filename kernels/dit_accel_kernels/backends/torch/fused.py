@@ -29,17 +29,17 @@ SLICE = 0.5  # seconds after which the loop comes back to Python, which looks fo
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the loop takes calls: on a CPU, in products that it has, where it could be compiled."""
-    return device.type == "cpu" and library() is not None and _has_products(dtype)
+    built = library() if device.type == "cpu" else None
+    return built is not None and _has_products(built, dtype)
 
 
-def _has_products(dtype: torch.dtype) -> bool:
+def _has_products(built: ctypes.CDLL, dtype: torch.dtype) -> bool:
     """Whether the loop multiplies a dtype as fast as torch: in float32, or bfloat16 in pairs; AMX is far ahead."""
-    return product_dtype(dtype, "cpu") == torch.float32 or (dtype == torch.bfloat16 and _in_pairs())
-
-
-def _in_pairs() -> bool:
-    built, has_amx = library(), getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    return built is not None and bool(built.has_pairs()) and not has_amx()
+    if product_dtype(dtype, "cpu") == torch.float32:
+        return True
+    return (
+        dtype == torch.bfloat16 and bool(built.has_pairs()) and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    )
 
 
 def way(device: torch.device, dtype: torch.dtype) -> str:
@@ -49,8 +49,9 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
     here = loop()
     if here.library is None:
         return f"gathered tiles, since {here.why}"
-    lacking = f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
-    return f"loop {here.why}" if _has_products(dtype) else lacking
+    if _has_products(here.library, dtype):
+        return f"loop {here.why}"
+    return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
 
 
 def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -62,11 +63,11 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
     assert built is not None
     narrow = problem.q.dtype == torch.bfloat16
     pairs = narrow and product_dtype(problem.q.dtype, "cpu") != torch.float32 and problem.q.shape[3] % 2 == 0
-    q, k, v = (_rows(x if narrow else cast(x, torch.float32)) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (x if narrow else cast(x, torch.float32) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))  # rows in one piece each
     (batch, heads, num_q, dim), (_, key_heads, num_k, value_dim) = q.shape, v.shape
     axes = (heads, num_q) if problem.heads_first else (num_q, heads)
-    out = fresh((batch, *axes, value_dim), q.dtype)
-    out = out if problem.heads_first else out.transpose(1, 2)
+    out = problem.in_layout(fresh((batch, *axes, value_dim), q.dtype))
     lse = torch.empty((batch, heads, num_q) if need_lse else (0,))
     wide, wide_dim = (size + -size % built.panel() for size in (problem.block_k, value_dim))
     key_tiles, each = batch * key_heads * problem.key_tiles, 2 if pairs else 1
@@ -121,11 +122,6 @@ def _features(problem: Problem, k: Tensor, v: Tensor) -> dict[str, Any]:
     if problem.decay is not None:
         found["decay"], found["mean_decay"], found["frames"], _ = decays(problem, torch.float32)
     return found
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor, whose rows lie in one piece each."""
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _panels(name: str, shape: tuple[int, ...]) -> Tensor:

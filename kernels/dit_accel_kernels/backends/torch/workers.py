@@ -25,9 +25,12 @@ _LOCAL = local()
 
 def worker_threads(device: torch.device) -> tuple[int, int]:
     """How many workers a device's work is shared by here, and how many torch threads each of them has."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return _shared_out(torch.get_num_threads() if device.type == "cpu" else 1)
+
+
+def _shared_out(threads: int) -> tuple[int, int]:
     workers = min(threads, MOST_WORKERS)
-    return workers, threads_of_each(threads)
+    return workers, threads // workers
 
 
 def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iterable[Piece], workers: int) -> None:
@@ -58,7 +61,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
         return
     threads = torch.get_num_threads()
     pool = _pool(threads)
-    torch.set_num_threads(threads_of_each(threads))  # MKL knows one setting for all threads
+    torch.set_num_threads(_shared_out(threads)[1])  # MKL knows one setting for all threads
     try:
         futures = [pool.submit(drain) for _ in range(workers)]
         while wait(futures, timeout=0.5).not_done:  # a signal that comes just before a wait without end is not seen
@@ -91,15 +94,10 @@ def thread_buffers() -> dict[str, torch.Tensor]:
     return kept
 
 
-def threads_of_each(threads: int) -> int:
-    """Torch threads of each worker, where so many are shared out."""
-    return threads // min(threads, MOST_WORKERS)
-
-
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """The workers for a number of torch threads; they start once and wait for work."""
-    workers = min(threads, MOST_WORKERS)
+    workers, each = _shared_out(threads)
     everybody = Barrier(workers)
 
     def settle(count: int) -> None:
@@ -107,7 +105,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         everybody.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="dit-accel")
-    list(pool.map(settle, [threads_of_each(threads)] * workers))
+    list(pool.map(settle, [each] * workers))
     torch.set_num_threads(threads)  # threads that start later inherit the last setting
     return pool
 
