@@ -104,8 +104,7 @@ def block_sparse_attention(
     problem = problem_of(
         q, k, v, tiles, layout=layout, scale=scale, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
         frame_decay=frame_decay, token_order=token_order, identity_mix=identity_mix, identity_rows=identity_rows,
-        selection=selection, return_tiles=return_tiles, return_lse=return_lse, precision=precision,
-        backend=backend,
+        selection=selection, return_tiles=return_tiles, return_lse=return_lse, precision=precision, backend=backend,
     )  # fmt: skip
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
@@ -153,12 +152,8 @@ def block_sparse_attention_backward(
 def _for_gradients(problem: Problem) -> Problem:
     """The same call with what its gradient will want: its backend, the LSE on triton, and what a routing chose."""
     name = _backend(problem, timed=False)
-    return replace(
-        problem,
-        return_tiles=problem.return_tiles or _routes(problem),
-        return_lse=problem.return_lse or name in TRITON_GRADIENTS,
-        backend=name,
-    )
+    tiles, lse = problem.return_tiles or _routes(problem), problem.return_lse or name in TRITON_GRADIENTS
+    return replace(problem, return_tiles=tiles, return_lse=lse, backend=name)
 
 
 def _backend(problem: Problem, *, timed: bool = True) -> str:
@@ -188,8 +183,7 @@ def resolve_backend(
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        timed = lists if lists is not None and lists.mask_ids is None else None
-        return "torch" if timed is None else cpu.choice(dtype, timed)[0]
+        return "torch" if lists is None or lists.mask_ids is not None else cpu.choice(dtype, lists)[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 

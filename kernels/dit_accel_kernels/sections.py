@@ -17,16 +17,11 @@ from .problem import Problem
 PLAIN, CONSTANT, SLOW, ABSENT = range(4)
 
 
-def whole_chunks(block_k: int) -> bool:
-    """Whether chunks of at least 16 keys divide a tile."""
-    return block_k % 16 == 0
-
-
 def sections_of(problem: Problem) -> Tensor:
     """Section of every pair of tiles, uint8 [B or 1, NQ, NK]; the problem may be in either token order."""
     valid, decay = problem.features_in_tiled_order()
     rows, tiles = problem.query_tiles, problem.key_tiles
-    start = PLAIN if whole_chunks(problem.block_k) else SLOW
+    start = PLAIN if problem.block_k % 16 == 0 else SLOW
     section = torch.full((1, rows, tiles), start, dtype=torch.uint8, device=problem.q.device)
     if problem.k.shape[2] % problem.block_k:
         section[..., -1] = SLOW

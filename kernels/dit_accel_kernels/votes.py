@@ -48,17 +48,15 @@ class Tally:
         tiles, q_tiles, valid = problem.key_tiles, problem.query_tiles, problem.key_valid
         self.none = tiles  # stands for no tile where lists are padded to one length
         self.visit: Tensor | None = None  # of each key tile in the order of visits, where it is none of the usual two
-        ragged, self.backwards = problem.k.shape[2] % problem.block_k > 0, False
-        if selection.reverse and not ragged and valid is None and problem.decay is None:
-            self.backwards = True  # one section
-        elif selection.reverse or valid is not None or problem.decay is not None:
+        alike = valid is None and problem.decay is None  # all in one section, but for a ragged last tile
+        self.backwards = selection.reverse and alike and problem.num_k % problem.block_k == 0
+        if not self.backwards and (selection.reverse or not alike):
             visit = visiting_order(problem, selection.reverse).argsort(-1)
             visit = visit.expand(batch, -1, -1)[:, None].expand(-1, heads, -1, -1).flatten(0, 2)
             self.visit = pad(visit, (0, 1), value=tiles)
         self.absent: Tensor | None = None  # key tiles without a valid key
         if valid is not None:
-            absent = ~valid_tiles(valid, problem.block_k)[1]
-            absent = pad(absent, (0, 1), value=True)
+            absent = pad(~valid_tiles(valid, problem.block_k)[1], (0, 1), value=True)
             self.absent = absent.repeat_interleave(heads * q_tiles, 0)
         self.q_tiles, self.last = q_tiles, queries - (q_tiles - 1) * problem.block_q  # queries of the last query tile
         self.down = torch.zeros(batch * heads * q_tiles, tiles + 1, dtype=torch.bool, device=problem.q.device)
@@ -131,8 +129,6 @@ class Tally:
         down, pinned = self.down.view(shape)[..., : self.none], self.selection.pinned
         if pinned is not None:
             down = down & ~unpack_bits(pinned, self.none)
-        if self.selection.keep is None:
-            bits = list_states(self.problem) == EXACT
-        else:
-            bits = unpack_bits(self.selection.keep, self.none)
+        keep = self.selection.keep
+        bits = list_states(self.problem) == EXACT if keep is None else unpack_bits(keep, self.none)
         return pack_bits(bits & ~down)

@@ -204,7 +204,10 @@ def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generat
     cpu._dense_speed.cache_clear()
     torch.manual_seed(0)
     before, taken = torch.get_rng_state(), []
-    monkeypatch.setattr(cpu, "_loop", lambda problem, real=cpu._loop: taken.append(problem.q.shape) or real(problem))
+    real = cpu.fused.attend
+    monkeypatch.setattr(
+        cpu.fused, "attend", lambda problem, *a, **more: taken.append(problem.q.shape) or real(problem, *a, **more)
+    )
     found = [dense_speed(torch.float32, 32) for _ in range(2)]
     assert found[0] == found[1] > 0
     assert taken == [(1, 1, 128, 32)] * 6
@@ -218,10 +221,11 @@ def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generat
 def test_the_slower_way_is_told_as_such(monkeypatch):
     monkeypatch.delenv(cpu.DENSE, raising=False)
     monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
-    for name, slow in (("_loop", 0.0), ("_dense", float("inf"))):
+    ways = ((cpu.fused, "attend", 0.0), (cpu, "scaled_dot_product_attention", float("inf")))
+    for module, name, slow in ways:
         cpu._dense_speed.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, name, lambda problem: [sum(range(1000)) for _ in range(1000)])
+            patch.setattr(module, name, lambda *_, **more: [sum(range(1000)) for _ in range(1000)])
             speed = dense_speed(torch.float32, 16)
             assert speed is not None
             assert (speed < 1) == (slow == 0.0)

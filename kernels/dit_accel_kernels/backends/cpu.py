@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,14 +92,15 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
     tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
     problem = Problem(q=q, k=k, v=v, **tiles.parts, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
+    dense, loop = partial(scaled_dot_product_attention, q, k, v), partial(fused.attend, problem, None, need_lse=False)
     best, threads = [float("inf")] * 2, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             for turn in range(6):
-                for i, call in enumerate((_dense, _loop)):
+                for i, call in enumerate((dense, loop)):
                     began = time.thread_time()
-                    call(problem)
+                    call()
                     if turn:  # the first fills caches
                         best[i] = min(best[i], time.thread_time() - began)
     finally:
@@ -107,25 +108,13 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     return best[0] / best[1]
 
 
-def _dense(problem: Problem) -> None:
-    scaled_dot_product_attention(problem.q, problem.k, problem.v)
-
-
-def _loop(problem: Problem) -> None:
-    fused.attend(problem, None, need_lse=False)
-
-
 @lru_cache(maxsize=64)
 def _serving(kind: str, dtype: str | None, tokens: int, tile: int) -> dict[str, Shares]:
     """Backend -> shares, of the rows measured nearest to such calls: first by the tile, then by the tokens."""
-    rows = [row for row in _table() if (row["processor"], row["dtype"]) == (kind, dtype) and row["tokens"] <= tokens]
+    table = json.loads(TABLE.read_text())
+    rows = [row for row in table if (row["processor"], row["dtype"]) == (kind, dtype) and row["tokens"] <= tokens]
     rows.sort(key=lambda row: (row["tile"] == tile, row["tokens"]))
     return {row["backend"]: tuple(map(tuple, row["shares"])) for row in rows}
-
-
-@lru_cache(maxsize=1)
-def _table() -> list[dict]:
-    return json.loads(TABLE.read_text())
 
 
 def _at(shares: Shares, density: float) -> float:

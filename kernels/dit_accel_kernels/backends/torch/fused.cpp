@@ -35,7 +35,6 @@ constexpr float LN_2 = 0.6931471805599453f;
 typedef float Vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((may_alias));
-typedef uint16_t Half __attribute__((may_alias));
 
 static inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 static inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
@@ -332,15 +331,15 @@ struct Attend : Sizes {
     }
   }
 
+  // Whether a row sees a key of a tile by the tile's mask, if any
+  bool sees(int32_t id, long row, long c) const {
+    return id < 0 || (c < columns && call.mask_bits[(id * rows + row) * ((columns + 31) / 32) + c / 32] >> c % 32 & 1);
+  }
+
   // What a row of some tiles sees by their masks too, in `masked`
   void mask_row(long row, long tiles, const int32_t* ids) {
-    const long words = (columns + 31) / 32;
-    for (long j = 0; j < tiles; j++) {
-      const float* plain_row = &bias[j * wide];
-      float* to = &masked[j * wide];
-      const int32_t* bits = ids[j] < 0 ? nullptr : call.mask_bits + (ids[j] * rows + row) * words;
-      for (long c = 0; c < wide; c++) to[c] = !bits || (c < columns && bits[c / 32] >> c % 32 & 1) ? plain_row[c] : NONE;
-    }
+    for (long j = 0; j < tiles; j++)
+      for (long c = j * wide; c < (j + 1) * wide; c++) masked[c] = sees(ids[j], row, c - j * wide) ? bias[c] : NONE;
     seen[row] |= largest(masked.data(), tiles * wide) > NONE;
   }
 
@@ -352,8 +351,7 @@ struct Attend : Sizes {
       fetch(row.data(), call.v, at(call.v_strides, batch, key_head, tile * columns + c), call.value_dim, call.narrow, false);
       for (long d = 0; d < call.value_dim; d++)
         for (long r = 0; r < live && !(std::abs(row[d]) <= std::numeric_limits<float>::max()); r++)
-          if (id < 0 || call.mask_bits[(id * rows + r) * ((columns + 31) / 32) + c / 32] >> c % 32 & 1)
-            out[r * wide_dim + d] += row[d];
+          if (sees(id, r, c)) out[r * wide_dim + d] += row[d];
     }
   }
 
@@ -521,13 +519,9 @@ static int64_t share(Call& call) {
 extern "C" {
 
 int64_t panel() { return PANEL; }
-
 int64_t call_bytes() { return sizeof(Call); }
-
 int64_t has_pairs() { return HAS_PAIRS; }
-
 int64_t pack(Call* call) { return share<Pack>(*call); }
-
 int64_t attend(Call* call) { return share<Attend>(*call); }
 
 }  // extern "C"

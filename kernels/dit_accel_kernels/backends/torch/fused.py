@@ -77,9 +77,7 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
         "q": q, "k": k, "v": v, "out": out, "lse": lse if need_lse else None,
         "keys": _panels("keys", (key_tiles, wide, dim // each)),
         "values": _panels("values", (key_tiles, wide_dim, -(-problem.block_k // each))),
-        "exact_offsets": problem.exact_offsets.contiguous(),
-        "exact": problem.exact_indices.contiguous(),
-        "groups": problem.exact_offsets.shape[0],
+        "groups": problem.groups,
         "done": torch.zeros(threads, dtype=torch.int64),
         "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
         "rows": problem.block_q, "columns": problem.block_k, "dim": dim, "value_dim": value_dim,
@@ -104,24 +102,21 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
 
 
 def _features(problem: Problem, k: Tensor, v: Tensor) -> dict[str, Any]:
-    """What a call has beside queries, keys, values and exact tiles."""
-    found: dict[str, Any] = {}
-    if problem.mask_ids is not None and problem.mask_bits is not None:
-        odd = torch.empty(k.shape[0] * k.shape[1] * problem.key_tiles, dtype=torch.bool)
-        found |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous(), "odd": odd}
+    """What a call has beside queries, keys and values."""
+    found: dict[str, Any] = {
+        "exact_offsets": problem.exact_offsets, "exact": problem.exact_indices, "valid": problem.key_valid,
+        "pooled_offsets": problem.pooled_offsets, "pooled": problem.pooled_indices,
+        "mask_ids": problem.mask_ids, "mask_bits": problem.mask_bits,
+    }  # fmt: skip
+    if problem.mask_ids is not None:
+        found["odd"] = torch.empty(k.shape[0] * k.shape[1] * problem.key_tiles, dtype=torch.bool)
     if problem.head_scale is not None:
-        found["head_scale"] = problem.head_scale.expand(len(k), -1).contiguous()
-    if problem.key_valid is not None:
-        found["valid"] = problem.key_valid.contiguous()
-    if problem.pooled_indices is not None and problem.pooled_offsets is not None:
+        found["head_scale"] = problem.head_scale.expand(len(k), -1)
+    if problem.pooled_indices is not None:
         found["key_means"], found["value_means"], log_length = pools(problem, k.float(), v.float())
-        assert log_length is not None
-        found["lengths"] = log_length * LOG2_E
-        found["pooled_offsets"] = problem.pooled_offsets.contiguous()
-        found["pooled"] = problem.pooled_indices.contiguous()
-    if problem.decay is not None:
-        found["decay"], found["mean_decay"], found["frames"], _ = decays(problem, torch.float32)
-    return found
+        found["lengths"] = None if log_length is None else log_length * LOG2_E
+    found["decay"], found["mean_decay"], found["frames"], _ = decays(problem, torch.float32)
+    return {name: x.contiguous() for name, x in found.items() if x is not None}
 
 
 def _panels(name: str, shape: tuple[int, ...]) -> Tensor:
