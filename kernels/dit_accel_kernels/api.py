@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
-from .backends import cpu, reference
-from .backends import flex as flex_backend
+from .backends import cpu, flex, reference
 from .backends.fa4 import attend as fa4_backend
 from .backends.torch import attend as torch_backend
 from .backends.torch import backward
@@ -38,34 +36,19 @@ TRITON_GRADIENTS = ("triton", "fa4")  # backends whose backward is triton's, fro
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: TileLists,
-    *,
-    layout: str = "bshd",
-    scale: float | None = None,
-    head_scale: Tensor | None = None,
-    key_length: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    frame_decay: FrameDecay | None = None,
-    token_order: Tensor | None = None,
-    identity_mix: Tensor | None = None,
-    identity_rows: Tensor | None = None,
-    selection: Selection | None = None,
-    return_tiles: bool = False,
-    return_lse: bool = False,
-    precision: Precision | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, ...]:
+    q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, *, layout: str = "bshd", scale: float | None = None,
+    head_scale: Tensor | None = None, key_length: Tensor | None = None, key_mask: Tensor | None = None,
+    frame_decay: FrameDecay | None = None, token_order: Tensor | None = None, identity_mix: Tensor | None = None,
+    identity_rows: Tensor | None = None, selection: Selection | None = None, return_tiles: bool = False,
+    return_lse: bool = False, precision: Precision | None = None, backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Attention over exact and pooled tiles, differentiable in q, k, v and `head_scale`, opaque to torch.compile.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
     they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
 
     Args:
-        q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
-            backends.
+        q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 on torch and reference alone.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
         v: like k, of any head dim, which is the output's. NaN and infinity in q, k or v reach every row that sees them,
             as in dense attention; on the triton and reference backends other rows of that head too. What key masks
@@ -195,10 +178,6 @@ def _triton(module: str = "attend") -> ModuleType:
     return importlib.import_module(f".backends.triton.{module}", __package__)
 
 
-def _forward(*arguments: Any) -> Results:
-    return _run(restore(arguments))
-
-
 def _run(problem: Problem) -> Results:
     """Results of one call in the caller's order of tokens. Autocast has no part: products are in the given dtype."""
     if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
@@ -240,7 +219,7 @@ def _by_torch(problem: Problem, *, compiled: bool) -> tuple[Tensor, Tensor, Tens
     """What FlexAttention gives, where it is chosen, and else the torch backend."""
     if compiled:
         try:
-            return flex_backend.attend(problem, need_lse=problem.return_lse)
+            return flex.attend(problem, need_lse=problem.return_lse)
         except BackendUnavailableError:  # torch.compile is switched off
             if problem.backend != "auto":
                 raise
@@ -329,7 +308,8 @@ def _op_of(name: str, run: Callable[..., Any], schema: str) -> Any:
     return torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=(), schema=schema, tags=tags)
 
 
-_op = _op_of("block_sparse_attention", _forward, f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+_results = "(Tensor, Tensor, Tensor, Tensor)"
+_op = _op_of("block_sparse_attention", lambda *arguments: _run(restore(arguments)), f"({SCHEMA}) -> {_results}")
 _op.register_fake(lambda *arguments: _empty_results(restore(arguments)))
 _given = "Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse"
 _backward_op = _op_of("block_sparse_attention_backward", _backward, f"({_given}, {SCHEMA}) -> Tensor[]")

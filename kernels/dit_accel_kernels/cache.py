@@ -47,11 +47,9 @@ class StorageCache(Generic[Derived]):
     tensors live and none was written to: torch counts its own writes, on a CPU the tensors are also compared with
     copies of what they held, and elsewhere `changed` must tell of writes by kernels that torch knows nothing of.
     Nothing is kept of inference tensors, whose writes nobody counts, nor while a call is compiled or a stream captures,
-    since memory is then the graph's. A stream other than the one that made a value waits for it.
-
-    A capture takes the value that is there, and its graph's replays go on with it, whatever happens to the tensors: it
-    is kept for good, until `release_captured`. Replays run no Python, so nothing can look there; a later call outside
-    the graph that finds the tensors changed warns.
+    since memory is then the graph's. A stream other than the one that made a value waits for it. A capture takes the
+    value that is there for all replays of its graph, and keeps it until `release_captured`, whatever happens to the
+    tensors: replays run no Python that could look. A later call outside that finds them changed warns.
     """
 
     def get(

@@ -107,10 +107,8 @@ class Problem(Grid):
         return _VALID.get((), key, self._valid_in_tiled_order, loose=[*keys, order]), decay
 
     def _valid_in_tiled_order(self) -> Tensor:
-        tokens = torch.arange(self.k.shape[2], device=self.k.device)
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        if self.key_length is not None:
-            valid = tokens < self.key_length[:, None]
+        length = self.num_k if self.key_length is None else self.key_length[:, None]
+        valid = torch.arange(self.num_k, device=self.k.device) < length
         if self.key_mask is not None:
             valid = self.key_mask & valid
         if self.token_order is not None:

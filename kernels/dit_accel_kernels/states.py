@@ -67,10 +67,9 @@ def routing_scores(problem: Problem, routing: Routing, pinned: Tensor | None) ->
         counted = counted & ~pinned.all(0)
     weight = counted.to(wide).expand(*k_mean.shape[:2], -1)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-    scale = problem.scale * LOG2_E
     if problem.head_scale is not None:
         q_mean = q_mean * problem.head_scale.to(wide)[:, :, None, None]
-    q_mean = q_mean * scale
+    q_mean = q_mean * (problem.scale * LOG2_E)
     scores = q_mean @ k_mean.mT
     centre = (weight[..., None] * k_mean).sum(2, keepdim=True)
     mean = (q_mean * centre).sum(-1, keepdim=True)

@@ -63,10 +63,7 @@ class Tally:
 
     @property
     def by_mass(self) -> bool:
-        """Whether the vote asks for sums of exponentials relative to any maximum that a query's tiles share.
-
-        Else it asks for the largest logits, in log2 units.
-        """
+        """Whether sums of exponentials over any maximum that a query's tiles share are asked for, or log2 logits."""
         return self.vote.criterion != "maxgap"
 
     def settle(self, q_tiles: Tensor, tiles: Tensor, evidence: Tensor) -> None:

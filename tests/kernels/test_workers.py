@@ -98,7 +98,8 @@ def test_one_thread_works_in_place():
     names = []
     run_all(lambda piece, buffers: names.append(threading.current_thread()), range(3), 1)
     assert set(names) == {threading.current_thread()}
-    assert worker_threads(torch.device("meta"))[0] == 1
+    assert worker_threads(1) == (1, 1)
+    assert worker_threads(64) == (workers.MOST_WORKERS, 64 // workers.MOST_WORKERS)
 
 
 def test_buffers_serve_later_calls_unless_they_are_large(monkeypatch):

@@ -119,9 +119,6 @@ def _serving(kind: str, dtype: str | None, tokens: int, tile: int) -> dict[str, 
 
 def _at(shares: Shares, density: float) -> float:
     """The share of the ideal at a density."""
-    if density <= shares[0][0]:
-        return shares[0][1]
-    for (low, first), (high, last) in pairwise(shares):
-        if density <= high:
-            return first + (last - first) * (density - low) / (high - low)
-    return shares[-1][1]
+    ends = ((0.0, shares[0][1]), *shares, (1.0, shares[-1][1]))
+    (low, first), (high, last) = next(pair for pair in pairwise(ends) if density <= pair[1][0])
+    return first + (last - first) * (density - low) / (high - low)

@@ -4,12 +4,10 @@ It is a backend, and what "auto" takes, because of the rows for bf16 on processo
 ideal it reached .50, .58 and .67 at densities of .1, .25 and .5 (16,384 tokens), the torch backend .38, .38 and .39;
 these rows were reported, not measured here. In all rows measured by bench/block_sparse.py torch is ahead.
 
-Exact tiles are FlexAttention's blocks. The means of all key tiles stand before the keys as columns of their own, padded
-to whole blocks; `mask_mod` says which of them a query tile sees and `score_mod` adds the log of their true lengths.
-Tiles whose keys are all valid are listed as full blocks, which no mask touches; masks inside tiles are read bit by bit.
-Decay is in `score_mod`. Tensors reach both functions as arguments of one compiled function, so that new lists and masks
-compile nothing anew; a new shape, or another set of features, does. Votes are refused, since a named backend never
-falls back.
+Exact tiles are FlexAttention's blocks, full ones where all keys are valid and no mask is inside. The means of all key
+tiles stand before the keys as columns of their own, padded to whole blocks; `mask_mod` says which of them a query tile
+sees, `score_mod` adds the log of their true lengths and has the decay. Tensors reach both as arguments of one compiled
+function, so that new lists and masks compile nothing anew; a new shape, or another set of features, does.
 """
 
 from __future__ import annotations
@@ -66,15 +64,8 @@ class Columns(NamedTuple):
     t_rows: Tensor | None
 
 
-class MadeFor(NamedTuple):
-    """What one compiled function is made for beside the shapes: tile sizes, pooled columns, scale, LSE or not."""
-
-    block_q: int
-    block_k: int
-    pooled: int
-    scale: float
-    need_lse: bool
-
+MadeFor = tuple[int, int, int, float, bool]
+"""What one compiled function is made for beside shapes: block_q, block_k, pooled columns, scale, LSE or not."""
 
 _blocks_of_lists: StorageCache[Blocks] = StorageCache()
 
@@ -129,7 +120,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         blocks = _blocks_of_lists.get(problem.parts.values(), sizes, lambda: _blocks(problem, pooled))
     else:
         blocks = _blocks(problem, pooled)
-    made_for = MadeFor(problem.block_q, problem.block_k, pooled, problem.scale, need_lse)
+    made_for = (problem.block_q, problem.block_k, pooled, problem.scale, need_lse)
     with torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         out, lse = _compiled()(q, _columns(problem, pooled), blocks, made_for)
     empty = (blocks.partial_counts + blocks.full_counts == 0).repeat_interleave(problem.block_q, -1)[..., : q.shape[2]]

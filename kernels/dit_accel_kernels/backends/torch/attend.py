@@ -1,17 +1,15 @@
 """The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-On a CPU float32 and bfloat16 run in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk
-of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and
-votes are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the
-cores to torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the
-shorter the fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of
-one call's lists is remembered.
-
-bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
-gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
+On a CPU with a compiler most dtypes run in a compiled loop instead (fused.py). For all else a chunk of query tiles is a
+gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and votes are applied
+while the logits are there. Long calls are shared by workers, chunk by chunk; short ones leave the cores to torch, whose
+threads take milliseconds to come back from others. A selection is turned into lists of every batch and head first.
+bench/block_sparse.py times other ways to write it, bench/selection.py what selections cost.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,10 +52,7 @@ def _by_chunks(
     out = tiled.q.new_zeros(*tiled.q.shape[:2], tiled.v.shape[2])  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
     workers, columns, multiple = chunk_sizes(problem)
-
-    def work(chunk: Chunk, buffers: dict[str, Tensor]) -> None:
-        _attend_chunk(tiled, chunk, out, lse if need_lse else None, tally, buffers)
-
+    work = partial(_attend_chunk, tiled, out, lse if need_lse else None, tally)
     run_all(work, chunks_of(problem, columns, multiple, remember=remember), workers)
     return out, lse
 
@@ -72,13 +67,13 @@ def chunk_sizes(problem: Problem) -> tuple[int, int, int]:
     repeats = problem.q.shape[0] * problem.q.shape[1] // problem.exact_offsets.shape[0]
     logits = problem.exact_indices.numel() * problem.block_k * block_q * repeats
     if 4 * problem.q.shape[3] * logits >= WORKERS_FLOPS * threads:
-        workers, each = worker_threads(problem.q.device)
+        workers, each = worker_threads(threads)
         return workers, columns * each, each
     return 1, columns * threads, threads  # as many rows for each thread stay in its own cache
 
 
 def _attend_chunk(
-    tiled: Tiled, chunk: Chunk, out: Tensor, lse: Tensor | None, tally: Tally | None, buffers: dict[str, Tensor]
+    tiled: Tiled, out: Tensor, lse: Tensor | None, tally: Tally | None, chunk: Chunk, buffers: dict[str, Tensor]
 ) -> None:
     """Write output and LSE of one chunk, and what votes need of it."""
     wide, pools = wide_dtype(tiled.q.dtype), chunk.pooled.shape[1] > 0

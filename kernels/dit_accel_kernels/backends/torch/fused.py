@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,11 +92,7 @@ def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Te
     if tally is None:
         _finish(built.attend, call, 0, batch * heads * problem.query_tiles)
     else:
-        lists = flat_lists(problem)
-        for first, last, starts, evidence in _ranges(problem, lists, tally):
-            call.evidence_starts, call.evidence = starts.data_ptr(), evidence.data_ptr()
-            _finish(built.attend, call, first, last)
-            _settle(tally, lists, first, last, evidence)
+        _attend_and_vote(built.attend, call, problem, tally)
     return cast(out, problem.q.dtype), lse
 
 
@@ -151,17 +146,18 @@ def _finish(function: Any, call: Call, first: int, last: int) -> None:
         function(ctypes.byref(call))
 
 
-def _ranges(problem: Problem, lists: Lists, tally: Tally) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Give runs of query tiles, few enough to keep what votes go by: where each tile's begins, and room for it."""
-    count = len(lists.counts)
-    most, ends = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
-    first = 0
-    while first < count:
+def _attend_and_vote(function: Any, call: Call, problem: Problem, tally: Tally) -> None:
+    """Attend from runs of query tiles, few enough to keep what votes go by, and settle each run's votes."""
+    lists = flat_lists(problem)
+    most, ends, first = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0), 0
+    while first < len(ends):
         before = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(torch.searchsorted(ends, before + most, right=True)))
         starts = ends - lists.counts - before
         evidence = torch.empty(int(ends[last - 1]) - before, problem.block_q)
-        yield first, last, starts, evidence
+        call.evidence_starts, call.evidence = starts.data_ptr(), evidence.data_ptr()
+        _finish(function, call, first, last)
+        _settle(tally, lists, first, last, evidence)
         first = last
 
 

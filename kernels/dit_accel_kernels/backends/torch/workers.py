@@ -23,12 +23,8 @@ Piece = TypeVar("Piece")
 _LOCAL = local()
 
 
-def worker_threads(device: torch.device) -> tuple[int, int]:
-    """How many workers a device's work is shared by here, and how many torch threads each of them has."""
-    return _shared_out(torch.get_num_threads() if device.type == "cpu" else 1)
-
-
-def _shared_out(threads: int) -> tuple[int, int]:
+def worker_threads(threads: int) -> tuple[int, int]:
+    """How many workers share so many torch threads, and how many each of them has."""
     workers = min(threads, MOST_WORKERS)
     return workers, threads // workers
 
@@ -61,7 +57,7 @@ def run_all(work: Callable[[Piece, dict[str, torch.Tensor]], None], pieces: Iter
         return
     threads = torch.get_num_threads()
     pool = _pool(threads)
-    torch.set_num_threads(_shared_out(threads)[1])  # MKL knows one setting for all threads
+    torch.set_num_threads(worker_threads(threads)[1])  # MKL knows one setting for all threads
     try:
         futures = [pool.submit(drain) for _ in range(workers)]
         while wait(futures, timeout=0.5).not_done:  # a signal that comes just before a wait without end is not seen
@@ -97,7 +93,7 @@ def thread_buffers() -> dict[str, torch.Tensor]:
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """The workers for a number of torch threads; they start once and wait for work."""
-    workers, each = _shared_out(threads)
+    workers, each = worker_threads(threads)
     everybody = Barrier(workers)
 
     def settle(count: int) -> None:
