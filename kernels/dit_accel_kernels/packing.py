@@ -27,7 +27,11 @@ PLAIN = tuple(argument.split()[-1] for argument in _PLAIN.split(", "))
 def flatten(problem: Problem) -> tuple[Any, ...]:
     """The problem as the op's arguments, in the order of the schema."""
     decay = (None, None, None) if problem.decay is None else problem.decay
-    return (*[getattr(problem, name) for name in PLAIN], *decay, *_flat_selection(problem.selection))
+    given = problem.selection or Selection()
+    routing = (None, "") if given.routing is None else (float(given.routing.beta), given.routing.threshold)
+    vote = (None, 0.0) if given.vote is None else (given.vote.criterion, float(given.vote.threshold))
+    selection = (given.keep, given.rest, given.pinned, *routing, *vote, given.reverse, given.routed)
+    return (*[getattr(problem, name) for name in PLAIN], *decay, problem.selection is not None, *selection)
 
 
 def restore(arguments: tuple[Any, ...]) -> Problem:
@@ -39,13 +43,6 @@ def restore(arguments: tuple[Any, ...]) -> Problem:
         decay=None if decay[0] is None else decay,  # pyright: ignore
         selection=_selection(*arguments[end + 3 :]),
     )
-
-
-def _flat_selection(selection: Selection | None) -> tuple[Any, ...]:
-    given = selection or Selection()
-    routing = (None, "") if given.routing is None else (float(given.routing.beta), given.routing.threshold)
-    vote = (None, 0.0) if given.vote is None else (given.vote.criterion, float(given.vote.threshold))
-    return selection is not None, given.keep, given.rest, given.pinned, *routing, *vote, given.reverse, given.routed
 
 
 def _selection(

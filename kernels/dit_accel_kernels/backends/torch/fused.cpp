@@ -172,22 +172,22 @@ static inline Vec exp2_of(const Vec given) {
 constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto plus = [](auto a, auto b) { return a + b; };
 
-// n numbers, a multiple of WIDTH, made one by an operation on vectors and on floats
+// The numbers of a vector, or n of them in a row, made one by an operation on vectors and on floats
 template <class F>
-static inline float fold(const float* x, long n, F of) {
-  Vec v = load(x);
-  for (long c = WIDTH; c < n; c += WIDTH) v = of(v, load(x + c));
-  float one[WIDTH];
-  store(one, v);
+static inline float fold(Vec v, F of) {
+  float x[WIDTH];
+  store(x, v);
   for (int w = WIDTH / 2; w; w /= 2)
-    for (int c = 0; c < w; c++) one[c] = of(one[c], one[c + w]);
-  return one[0];
+    for (int c = 0; c < w; c++) x[c] = of(x[c], x[c + w]);
+  return x[0];
 }
 
-static inline float largest(const float* x, long n) { return fold(x, n, larger); }
-static inline float total(const float* x, long n) { return fold(x, n, plus); }
-static inline float largest(Vec v) { return largest(reinterpret_cast<const float*>(&v), WIDTH); }
-static inline float total(Vec v) { return total(reinterpret_cast<const float*>(&v), WIDTH); }
+template <class F>
+static float fold(const float* x, long n, F of) {
+  Vec v = load(x);
+  for (long c = WIDTH; c < n; c += WIDTH) v = of(v, load(x + c));
+  return fold(v, of);
+}
 
 // Rows [columns, K] of words to panels of keys, [columns / PANEL][K][PANEL]
 static void to_key_panels(float* to, const float* rows, long columns, long K) {
@@ -265,11 +265,10 @@ struct Attend : Sizes {
   const long step;  // columns of a row of logits
   std::vector<float> logits, out, peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
   const float* panels[CHUNK / PANEL];
-  std::vector<uint8_t> seen;  // rows that have seen a key in tiles with masks
+  std::vector<uint8_t> seen;  // rows that have seen a key
   long batch = 0, head = 0, key_head = 0, first_row = 0, live = 0;  // of the query tile; its rows that are queries
   long tiles_before = 0, tiles_of_head = 0;  // where its lists are, and the key head's first key tile
   double scale = 1;
-  bool any = false;  // whether all rows have seen a key
 
   explicit Attend(const Call& c)
       : Sizes(c), step(std::max(CHUNK / wide * wide, wide)), logits(rows * std::max(step, CHUNK)), out(rows * wide_dim),
@@ -308,11 +307,11 @@ struct Attend : Sizes {
         store(x + c, value);
         top = top > value ? top : value;
       }
-      const float before = first ? NONE : peak[r], now = std::max(before, largest(top));
+      const float before = first ? NONE : peak[r], now = std::max(before, fold(top, larger));
       const float base = now == NONE ? 0 : now, factor = before == NONE ? 0 : std::exp2(before - base);
       float* evidence = call.evidence && tiles ? call.evidence + slot * rows + r : nullptr;
       if (evidence && !call.by_mass)
-        for (long j = 0; j < tiles; j++) evidence[j * rows] = largest(x + j * wide, wide);
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = fold(x + j * wide, wide, larger);
       Vec added = Vec{};
       for (long c = 0; c < n; c += WIDTH) {
         const Vec p = exp2_of(load(x + c) - all(base));
@@ -320,10 +319,10 @@ struct Attend : Sizes {
         added += p;
       }
       if (evidence && call.by_mass) {
-        for (long j = 0; j < tiles; j++) evidence[j * rows] = total(x + j * wide, wide);
+        for (long j = 0; j < tiles; j++) evidence[j * rows] = fold(x + j * wide, wide, plus);
         peaks.push_back(now);
       }
-      sum[r] = (first ? 0 : sum[r] * factor) + total(added);
+      sum[r] = (first ? 0 : sum[r] * factor) + fold(added, plus);
       if (!first && factor != 1)
         for (long d = 0; d < wide_dim; d += WIDTH) store(&out[r * wide_dim + d], load(&out[r * wide_dim + d]) * all(factor));
       peak[r] = now;
@@ -340,7 +339,7 @@ struct Attend : Sizes {
   void mask_row(long row, long tiles, const int32_t* ids) {
     for (long j = 0; j < tiles; j++)
       for (long c = j * wide; c < (j + 1) * wide; c++) masked[c] = sees(ids[j], row, c - j * wide) ? bias[c] : NONE;
-    seen[row] |= largest(masked.data(), tiles * wide) > NONE;
+    seen[row] |= fold(masked.data(), tiles * wide, larger) > NONE;
   }
 
   // Values that are no finite numbers, which are packed as 0, to the rows that see them: 0 times them would not be 0
@@ -389,7 +388,7 @@ struct Attend : Sizes {
         const uint8_t* valid = call.valid ? call.valid + batch * call.num_k + tile * columns : nullptr;
         for (long c = 0; c < wide; c++) bias[j * wide + c] = c >= here || (valid && !valid[c]) ? NONE : 0;
       }
-      any = any || (!ids && (!biased || largest(bias.data(), tiles * wide) > NONE));
+      if (!ids && (!biased || fold(bias.data(), tiles * wide, larger) > NONE)) std::fill(seen.begin(), seen.end(), 1);
       weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at, ids);
       const long next = pairs ? wide / 2 : wide;
       for (long j = 0, parts; j < tiles; j += parts, first = false) {
@@ -436,7 +435,7 @@ struct Attend : Sizes {
         to_value_panels(packed_values.data(), gathered.data(), c, n, wide_dim);
       }
       for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[tiles_of_head + own[c]] : NONE;
-      any = any || largest(bias.data(), filled) > NONE;
+      if (fold(bias.data(), filled, larger) > NONE) std::fill(seen.begin(), seen.end(), 1);
       panels[0] = packed_keys.data();
       multiply(false, q, dim, 0, panels, 1, logits.data(), CHUNK, live, filled, dim, false);
       weigh(filled, CHUNK, true, first, 0, own.data(), 0, nullptr);
@@ -455,13 +454,12 @@ struct Attend : Sizes {
     for (long r = 0; r < live; r++)
       fetch(&queries[r * depth], call.q, at(call.q_strides, batch, head, first_row + r), dim, call.narrow, pairs);
     bool first = true;
-    any = false;
     std::fill(seen.begin(), seen.end(), 0);
     // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
     if (call.pooled_offsets) pooled(first);
     exact(query_tile, first);
     for (long r = 0; r < live; r++) {
-      const bool empty = !any && !seen[r];  // no key, which a logit of -infinity is
+      const bool empty = !seen[r];  // no key, which a logit of -infinity is
       float* row = &out[r * wide_dim];
       const long to = at(call.out_strides, batch, head, first_row + r);
       const float share = 1 / sum[r];
