@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from .problem import Problem
 from .selection import Routing, Selection, Vote
 
-_PLAIN = (
-    "Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "
-    "Tensor? pooled_indices, Tensor? mask_ids, Tensor? mask_bits, int block_q, int block_k, bool heads_first, "
-    "float scale, Tensor? head_scale, Tensor? key_length, Tensor? key_mask, Tensor? token_order, "
-    "Tensor? identity_mix, Tensor? identity_rows, bool return_tiles, bool return_lse, str? precision, "
-    "str backend"
-)
+_FIELDS = [field for field in fields(Problem) if field.name not in ("key_valid", "decay", "selection")]
+_PLAIN = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in _FIELDS)
 _DECAY = "Tensor? decay_table, Tensor? q_frames, Tensor? k_frames"
 _SELECTION = (
     "bool selects, Tensor? keep, str rest, Tensor? pinned, float? beta, str threshold, str? criterion, "
     "float vote_threshold, bool reverse, Tensor? routed"
 )
 SCHEMA = f"{_PLAIN}, {_DECAY}, {_SELECTION}"
-PLAIN = tuple(argument.split()[-1] for argument in _PLAIN.split(", "))
+PLAIN = tuple(field.name for field in _FIELDS)
 """Fields of a Problem that go through as they are; `decay` and `selection` follow them, cut into their parts."""
 
 
