@@ -25,7 +25,7 @@ from ..methods.find import (
 from ..methods.presets import Level, choices, spell
 from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
-from .backends import check_backend
+from .backends import Backend, Dense, check_backend
 from .check import Check, check
 from .diagnosis import (
     ReplacedTransformer,
@@ -43,8 +43,6 @@ from .processor import dense_attention_of, retire_processor, unwrap_processor, w
 from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
-
-Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
 
 
 class Attachment:
@@ -151,7 +149,7 @@ class Attachment:
         execution, recorder = self._execution, self._execution.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        notes = [*filter(None, [self._preset]), *recorder.notes]
+        notes = [*filter(None, [self._preset]), *recorder.dense_notes(), *recorder.notes]
         if self._attached:
             reasons = (replaced_transformers, unplanned_reason, replaced_processors)
             notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
@@ -197,6 +195,7 @@ def attach(
     *methods: MethodConfig,
     preset: Level | Literal["none"] | None = None,
     backend: Backend = "auto",
+    dense: Dense | None = None,
     layers: LayerFilter | None = None,
 ) -> Attachment:
     """Attach methods to one pipeline or transformer; all of them or, on any error, none.
@@ -209,6 +208,9 @@ def attach(
             was chosen is printed to stderr.
         backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
             tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
+        dense: what computes dense calls, steps and layers: ``user``, the attention set in diffusers, or ``auto``, on a
+            CPU our compiled loop where a short test has it faster: outputs are within rounding, the report says so.
+            Unset: ``auto`` with a preset, else ``user``, under which a method that changes nothing changes no bit.
         layers: the attention layers that methods may change; the others stay as they are. Indices in each transformer,
             such as ``"3-20"`` or ``"0, 3-20"``, or a function of a module's name and the module. None: all.
 
@@ -223,11 +225,11 @@ def attach(
     """
     level = preset or ("none" if methods else "balanced")
     if level == "none":
-        return _attach(model, methods, backend, layers)
+        return _attach(model, methods, backend, layers, dense or "user")
     chosen = choices(level, _model_of(find_transformers(model)), methods)
     while True:
         try:
-            attachment = _attach(model, (*methods, *(one.config for one in chosen)), backend, layers)
+            attachment = _attach(model, (*methods, *(x.config for x in chosen)), backend, layers, dense or "auto")
             break
         except ConfigError:  # such as positions of a transformer that is compiled whole
             if not chosen:
@@ -239,7 +241,9 @@ def attach(
     return attachment
 
 
-def _attach(model: Any, methods: tuple[MethodConfig, ...], backend: Backend, layers: LayerFilter | None) -> Attachment:
+def _attach(
+    model: Any, methods: tuple[MethodConfig, ...], backend: Backend, layers: LayerFilter | None, dense: Dense
+) -> Attachment:
     transformers = find_transformers(model)
     parts = components_of(model)
     for name, transformer in transformers.items():
@@ -249,12 +253,12 @@ def _attach(model: Any, methods: tuple[MethodConfig, ...], backend: Backend, lay
                 "(dit_accel.attachment_of gives it)"
             )
     handlers = make_handlers(methods, _model_of(transformers))
-    check_backend(backend, handlers)
+    check_backend(backend, dense, handlers)
     pipe = model if parts.get("transformer") is not model else None
-    made = Execution(handlers, backend, pipe)
+    made = Execution(handlers, backend, pipe, dense)
 
     def put_on(attachment: Attachment) -> None:
-        attachment._begin(Execution(make_handlers(methods, _model_of(transformers)), backend, pipe))
+        attachment._begin(Execution(make_handlers(methods, _model_of(transformers)), backend, pipe, dense))
         _install(attachment, transformers, parts, layers)
 
     attachment = Attachment(made, _described(transformers), put_on)

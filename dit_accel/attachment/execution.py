@@ -53,11 +53,12 @@ class Execution:
         handlers: the attached methods, in the order in which they act.
         backend: the kernel backend's name.
         pipe: the pipeline, or None.
+        dense: what computes dense attention: ``user``, or ``auto`` for the faster on a CPU.
     """
 
-    def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None) -> None:
+    def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None, dense: str = "user") -> None:
         self.number = next(_NUMBERS)
-        self.backend = backend
+        self.backend, self.dense = backend, dense
         self.forward = ForwardState()
         self.state = DenoisingState(pipe, self.forward, self.begin_run, self.reset)
         self.threads = OneThread()

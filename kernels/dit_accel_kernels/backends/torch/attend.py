@@ -1,11 +1,11 @@
 """The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-On a CPU float32 runs in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk of query
-tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and votes
-are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the cores to
-torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the shorter the
-fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of one call's
-lists is remembered.
+On a CPU float32 and bfloat16 run in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk
+of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and
+votes are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the
+cores to torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the
+shorter the fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of
+one call's lists is remembered.
 
 bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
 gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
@@ -37,15 +37,13 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
-    loop = fused.runs(problem)
-    tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
-    if loop:
-        out, lse = fused.attend(problem, tiled, tally, need_lse=need_lse)
+    if fused.takes(problem.q.device, problem.q.dtype):
+        out, lse = fused.attend(problem, tally, need_lse=need_lse)
     else:
-        out, lse = _by_chunks(problem, tiled, tally, need_lse=need_lse, remember=not selects)
-    batch, heads, tokens, _ = problem.q.shape
-    out = cast(out.view(batch, heads, -1, out.shape[-1])[:, :, :tokens], problem.q.dtype)
-    lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
+        out, lse = _by_chunks(problem, cut(problem), tally, need_lse=need_lse, remember=not selects)
+        batch, heads, tokens, _ = problem.q.shape
+        out = cast(out.view(batch, heads, -1, out.shape[-1])[:, :, :tokens], problem.q.dtype)
+        lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
     return out, lse, exact, None if tally is None else tally.kept()
 
 
