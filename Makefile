@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := dit_accel kernels pipelines eval assets tests
 
-.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python eval/studies/demo.py --out demo
@@ -36,12 +36,14 @@ mutants: $(VENV)/.ready-dev
 bench: $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py
 
-# on a machine with a GPU, torch and triton, and nothing else from the index: less than eight minutes for each command;
-# both run, and the worse exit code is this target's
+# on a machine with a GPU, torch and triton, and nothing else from the index: pieces of less than eight minutes, less than
+# forty in all; a second start goes on where the first stopped, `gpu.py --list` names the pieces, `--piece 2` runs one
 bench-gpu:
-	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py check --out kernels/bench/results/gpu-checks.jsonl; checked=$$?; \
-	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py time --out kernels/bench/results/gpu.jsonl; timed=$$?; \
-	exit $$((checked > timed ? checked : timed))
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/gpu.py
+
+# the same way without a GPU: compiles what every case would launch, about an hour of one core from nothing
+bench-gpu-dry: $(VENV)/.ready-test
+	PYTHONPATH=kernels $(BIN)/python kernels/bench/gpu.py --dry-run sm_90
 
 # every table and picture of README.md and docs/; what has run is kept, so it goes on where it stopped. From nothing the suites
 # of wan-tiny and flux-tiny take about four core-hours (AMD EPYC, references included); the other runs were not timed together
@@ -58,6 +60,7 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-wan-plain.toml
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
 	$(BIN)/python eval/studies/call_error.py --plot docs/evidence/call-error.png
+	$(BIN)/python eval/studies/eight_bits.py
 	$(BIN)/python eval/studies/dropped_mass.py
 	$(BIN)/python eval/studies/attention_spread.py
 	$(BIN)/python eval/studies/every_set.py --model wan-plain
@@ -110,19 +113,19 @@ format: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 clean:
-	rm -rf $(VENV) .diffusers build dist demo report.html report.media *.egg-info
+	rm -rf $(VENV) .diffusers build kernels/build dist demo report.html report.media *.egg-info kernels/*.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ./kernels --editable .
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[dev]"
 	touch $@

@@ -3,17 +3,15 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import torch
-from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, triton_requirement
 from torch import nn
 
 from ..adapters.installed import adapter_for
-from ..errors import AttachError, ConfigError, MissingBackend, did_you_mean
+from ..errors import AttachError, ConfigError
 from ..estimate.predicted import predicted
-from ..methods.base import AttentionHandler, Handler, Model
+from ..methods.base import Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.find import (
@@ -27,6 +25,7 @@ from ..methods.find import (
 from ..methods.presets import Level, choices, spell
 from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
+from .backends import Backend, Dense, check_backend
 from .check import Check, check
 from .diagnosis import (
     ReplacedTransformer,
@@ -44,8 +43,6 @@ from .processor import dense_attention_of, retire_processor, unwrap_processor, w
 from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
-
-Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
 
 
 class Attachment:
@@ -152,7 +149,7 @@ class Attachment:
         execution, recorder = self._execution, self._execution.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        notes = [*filter(None, [self._preset]), *recorder.notes]
+        notes = [*filter(None, [self._preset]), *recorder.dense_notes(), *recorder.notes]
         if self._attached:
             reasons = (replaced_transformers, unplanned_reason, replaced_processors)
             notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
@@ -198,6 +195,7 @@ def attach(
     *methods: MethodConfig,
     preset: Level | Literal["none"] | None = None,
     backend: Backend = "auto",
+    dense: Dense | None = None,
     layers: LayerFilter | None = None,
 ) -> Attachment:
     """Attach methods to one pipeline or transformer; all of them or, on any error, none.
@@ -210,6 +208,9 @@ def attach(
             was chosen is printed to stderr.
         backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
             tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
+        dense: what computes dense calls, steps and layers: ``user``, the attention set in diffusers, or ``auto``, on a
+            CPU our compiled loop where a short test has it faster: outputs are within rounding, the report says so.
+            Unset: ``auto`` with a preset, else ``user``, under which a method that changes nothing changes no bit.
         layers: the attention layers that methods may change; the others stay as they are. Indices in each transformer,
             such as ``"3-20"`` or ``"0, 3-20"``, or a function of a module's name and the module. None: all.
 
@@ -224,11 +225,11 @@ def attach(
     """
     level = preset or ("none" if methods else "balanced")
     if level == "none":
-        return _attach(model, methods, backend, layers)
+        return _attach(model, methods, backend, layers, dense or "user")
     chosen = choices(level, _model_of(find_transformers(model)), methods)
     while True:
         try:
-            attachment = _attach(model, (*methods, *(one.config for one in chosen)), backend, layers)
+            attachment = _attach(model, (*methods, *(x.config for x in chosen)), backend, layers, dense or "auto")
             break
         except ConfigError:  # such as positions of a transformer that is compiled whole
             if not chosen:
@@ -240,7 +241,9 @@ def attach(
     return attachment
 
 
-def _attach(model: Any, methods: tuple[MethodConfig, ...], backend: Backend, layers: LayerFilter | None) -> Attachment:
+def _attach(
+    model: Any, methods: tuple[MethodConfig, ...], backend: Backend, layers: LayerFilter | None, dense: Dense
+) -> Attachment:
     transformers = find_transformers(model)
     parts = components_of(model)
     for name, transformer in transformers.items():
@@ -250,12 +253,12 @@ def _attach(model: Any, methods: tuple[MethodConfig, ...], backend: Backend, lay
                 "(dit_accel.attachment_of gives it)"
             )
     handlers = make_handlers(methods, _model_of(transformers))
-    _check_backend(backend, handlers)
+    check_backend(backend, dense, handlers)
     pipe = model if parts.get("transformer") is not model else None
-    made = Execution(handlers, backend, pipe)
+    made = Execution(handlers, backend, pipe, dense)
 
     def put_on(attachment: Attachment) -> None:
-        attachment._begin(Execution(make_handlers(methods, _model_of(transformers)), backend, pipe))
+        attachment._begin(Execution(make_handlers(methods, _model_of(transformers)), backend, pipe, dense))
         _install(attachment, transformers, parts, layers)
 
     attachment = Attachment(made, _described(transformers), put_on)
@@ -291,20 +294,6 @@ def attachment_of(model: Any) -> Attachment | None:
             if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):
                 return owner
     return None
-
-
-def _check_backend(backend: Any, handlers: Sequence[Handler]) -> None:
-    if backend not in BACKENDS:
-        raise MissingBackend(f"attach has no kernel backend {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
-    # the model may still wait in main memory: ask the device it will run on; a torch built for one may find none
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
-    requirements = {"triton": triton_requirement, "fa4": fa4_requirement, "flex": lambda on: flex_requirement(on.type)}
-    if backend in requirements and (missing := requirements[backend](device)):
-        raise MissingBackend(f"kernel backend {backend!r} needs {missing}; use 'auto' or 'torch'")
-    voting = [handler.name for handler in handlers if isinstance(handler, AttentionHandler) and handler.votes]
-    if backend in ("flex", "fa4") and voting:
-        raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
 
 
 def _model_of(transformers: dict[str, Any]) -> Model:

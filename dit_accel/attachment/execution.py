@@ -53,11 +53,12 @@ class Execution:
         handlers: the attached methods, in the order in which they act.
         backend: the kernel backend's name.
         pipe: the pipeline, or None.
+        dense: what computes dense attention: ``user``, or ``auto`` for the faster on a CPU.
     """
 
-    def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None) -> None:
+    def __init__(self, handlers: Sequence[Handler], backend: str, pipe: Any = None, dense: str = "user") -> None:
         self.number = next(_NUMBERS)
-        self.backend = backend
+        self.backend, self.dense = backend, dense
         self.forward = ForwardState()
         self.state = DenoisingState(pipe, self.forward, self.begin_run, self.reset)
         self.threads = OneThread()
@@ -282,6 +283,12 @@ class Execution:
                     raise
                 others = ", ".join(other.name for other in handlers[:index])
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None
+        if (asking := next((one for one in handlers if one.precision is not None), None)) is not None:
+            if context.differentiate:
+                raise ConfigError(
+                    f"{asking.name}.precision = {asking.precision!r} has no gradient; leave it out to train"
+                )
+            return replace(plan, precision=asking.precision)
         if call.backend != "auto" or context.differentiate or context.training:
             return plan
         return without_slow_lists(plan, call, context, self.recorder) if all(x.only_saves for x in handlers) else plan
@@ -359,7 +366,7 @@ class Execution:
         arguments = {**arguments, "backend": name} if differentiate else arguments
         q, k, v = call.as_held(call.q, call.k, call.v)
         result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
-        self.recorder.ran_by(name, call.q)
+        self.recorder.ran_by(name, call.q, plan.precision)
         if isinstance(result, Tensor):
             return call.heads_first(result), None, None
         votes = plan.selection is not None and plan.selection.vote is not None
@@ -383,6 +390,8 @@ class Execution:
 
 def _backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, differentiate: bool) -> str:
     """Return the backend that runs a plan over its tiles, or of which a backward may ask."""
+    if plan.precision is not None and call.backend == "auto":
+        return "triton"
     votes = plan.selection is not None and plan.selection.vote is not None
     lists = None if votes or plan.frame_decay is not None or differentiate else tiles
     return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)

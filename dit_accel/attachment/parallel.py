@@ -77,6 +77,7 @@ def require_agreement(execution: Execution, state: TransformerState, config: Any
         "methods": {handler.name: handler.settings.to_dict() for handler in execution.handlers},
         "layers": [layer.index for layer in state.layers],
         "backend": execution.backend,
+        "dense": execution.dense,
         "num_inference_steps": execution.state.num_inference_steps,
         "step_index": execution.state.step_index,
         "branch": state.branch,

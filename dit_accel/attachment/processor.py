@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModel
 from ..plan.call import call_of
+from .dense import with_loop
 from .execution import Execution
 from .forward_state import ForwardState
 from .layers import DenseAttention
@@ -81,11 +82,11 @@ def _subclass(cls: type, execution: Execution) -> type:
     names = _names(function.__code__) if isinstance(function, types.FunctionType) else set()
     if "dispatch_attention_fn" in names:
         name = "dispatch_attention_fn"
-        dense = function.__globals__[name]
+        dense = with_loop(function.__globals__[name], True, execution)
         replacement: Any = _dispatch(dense, execution)
     elif "scaled_dot_product_attention" in names and function.__globals__.get("F") is F:
-        name, dense = "F", F.scaled_dot_product_attention
-        ours = _sdpa(execution)
+        name, dense = "F", with_loop(F.scaled_dot_product_attention, False, execution)
+        ours = _sdpa(dense, execution)
         replacement = types.SimpleNamespace(**dict(vars(F), scaled_dot_product_attention=ours))
     else:
         raise UnsupportedModel(
@@ -155,8 +156,8 @@ def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..
         if goes_dense(forward, key.shape[1]):
             attn_mask = attn_mask if shards is None else shards.gathered_mask(attn_mask)
             return own(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
-                backend=backend, parallel_config=parallel_config,
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+                attention_kwargs=attention_kwargs, backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
         require_plain(dropout_p, is_causal, parallel_config if shards is None else None)
         if shards is None:
@@ -168,9 +169,9 @@ def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..
     return dispatch_attention_fn
 
 
-def _sdpa(execution: Execution) -> Callable[..., Tensor]:
+def _sdpa(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
     """Return a stand-in for ``F.scaled_dot_product_attention``: tensors [B, H, S, D]."""
-    forward, own = execution.forward, _own_attention(F.scaled_dot_product_attention, execution)
+    forward, own = execution.forward, _own_attention(dense, execution)
 
     def scaled_dot_product_attention(
         query: Tensor,

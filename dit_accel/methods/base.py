@@ -200,6 +200,11 @@ class AttentionHandler(Handler):
     by_place: ClassVar[bool] = False
     """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
 
+    @property
+    def precision(self) -> str | None:
+        """In which queries and keys are multiplied where it acts, ``int8`` or ``fp8``; None: it asks for nothing."""
+        return None
+
     def is_active(self, step: StepContext, depth: int) -> bool:
         """Tell whether the method changes attention in this layer at this step; decided before the forward runs."""
         return True

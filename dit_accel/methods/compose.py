@@ -57,6 +57,7 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
     requested: dict[str, int] = {}
     usual: list[int] = []
     orders: dict[str, str] = {}
+    precisions: dict[str, str] = {}
     for config in configs:
         size, otherwise = config.tile_size(model.adapter.recipe(config.name, model.family))
         if size is not None:
@@ -65,12 +66,18 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
             usual.append(otherwise)
         if (order := config.tile_order()) is not None:
             orders[config.name] = order
-    for what, values in (("block_size", requested), ("order", orders)):
+        if (precision := getattr(config, "precision", None)) is not None:
+            precisions[config.name] = precision
+    for what, values, one in (
+        ("block_size", requested, "cut it into the same tiles"),
+        ("order", orders, "cut it into the same tiles"),
+        ("precision", precisions, "let it multiply in one precision"),
+    ):
         if len(set(values.values())) > 1:
             parts = " and ".join(f"{name}.{what} = {value!r}" for name, value in values.items())
             raise ConfigError(
-                f"{parts} can't be attached together: all methods of an attention call cut it into the same tiles; set "
-                "them alike, or leave all but one unset"
+                f"{parts} can't be attached together: all methods of an attention call {one}; set them alike, or leave "
+                "all but one unset"
             )
     size = next(iter(requested.values()), None) or next(iter(usual), TILE)
     return Tiling(size, next(iter(orders.values()), "raster"))  # type: ignore[arg-type] - configs check their order

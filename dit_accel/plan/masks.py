@@ -1,12 +1,14 @@
 """Attention masks as models pass them: the valid keys of each row."""
 
 import torch
+from dit_accel_kernels.cache import StorageCache
 from torch import Tensor
 
 from ..errors import ConfigError
 
 HIDDEN = -1e4
 """An additive bias at or below this hides a key: its exponential is 0 in every dtype."""
+_VALID: StorageCache[Tensor] = StorageCache()
 
 
 def visible_row(mask: Tensor | None, query: int) -> Tensor | None:
@@ -24,7 +26,8 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     """Return key validity, bool [B, K], of a mask that hides keys: from all queries, or from all that it doesn't hide.
 
     A query that the mask hides altogether has no defined result (zero or NaN, depending on the dense backend); the
-    kernels let it see the valid keys.
+    kernels let it see the valid keys. The same mask gives the same memory until it is written to: what is derived from
+    that is made once for all layers that a model hands the mask to.
 
     Args:
         mask: [B, K] or [B, H, Q, K], sizes of 1 broadcast: bool, True for a valid pair; or an additive bias of 0 and
@@ -34,8 +37,19 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
         keys: K.
 
     Raises:
-        ConfigError: for any other mask. All but boolean key padding is read back from the device to be sure.
+        ConfigError: for any other mask. All but boolean key padding is read back from the device to be sure, once.
     """
+    if mask.dtype == torch.bool and _is_padding(mask, batch, keys):
+        return mask.reshape(-1, keys).expand(batch, keys)
+    return _VALID.get((), (batch, queries, keys), lambda: _read(mask, batch, queries, keys), loose=[mask])
+
+
+def _is_padding(mask: Tensor, batch: int, keys: int) -> bool:
+    return mask.shape[-1] == keys and mask.numel() in (keys, batch * keys)
+
+
+def _read(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """`key_validity` of a mask that must be read to be sure."""
     expected = f"sparse attention follows masks that hide keys, [{batch}, 1, 1, {keys}] or the like"
     actual = f"the model passes {mask.dtype} {list(mask.shape)}"
     if not mask.dtype.is_floating_point and mask.dtype != torch.bool:
@@ -47,7 +61,7 @@ def key_validity(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
                 "booleans (prompt_attention_mask=mask.bool()) where the pipeline takes it, or detach the sparse methods"
             )
         mask = mask == 0
-    if mask.shape[-1] == keys and mask.numel() in (keys, batch * keys):
+    if _is_padding(mask, batch, keys):
         return mask.reshape(-1, keys).expand(batch, keys)
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
         raise ConfigError(f"{expected}; {actual}; detach the sparse methods from this model")

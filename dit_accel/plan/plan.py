@@ -67,6 +67,7 @@ class AttentionPlan:
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
         reused: rows that are not computed.
         guidance: rows of the batch that are guided away from others, last of all.
+        precision: in which our kernels multiply queries and keys, ``int8`` or ``fp8``; None: their own dtype.
     """
 
     key_mean: Tensor | None = None
@@ -81,6 +82,7 @@ class AttentionPlan:
     row_override: RowOverride | None = None
     reused: ReusedRows | None = None
     guidance: NormalizedGuidance | None = None
+    precision: str | None = None
 
     @property
     def needs_kernel(self) -> bool:
@@ -104,6 +106,7 @@ class AttentionPlan:
             "identity_mix": self.identity_mix,
             "identity_rows": self.identity_rows,
             "selection": self.selection,
+            "precision": self.precision,
             "backend": call.backend,
         }
 

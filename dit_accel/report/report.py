@@ -71,8 +71,8 @@ class Report:
 
     Attributes:
         methods: method name -> its options, every recipe value filled in.
-        backend: the requested kernel backend, what ``auto`` chose, and how the torch backend computed: by its compiled
-            loop, or else why not.
+        backend: the requested kernel backend, what ``auto`` chose, how the torch backend computed (by its compiled
+            loop, or else why not), and in which precision queries and keys were multiplied, if not in their own.
         model: component name -> adapter and family.
         steps: one entry per denoising call, in the order of the run.
         notes: remarks of the methods, such as a sequence too short to gain.

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..attachment.attachment import Attachment, Backend, attach
+from ..attachment.attachment import Attachment, attach
+from ..attachment.backends import Backend
 from ..methods.base import Place
 from .method_cases import MethodCase, apart, cases_for, configs_of, warm_of
 from .recording import recorded, require, require_as_planned, require_same, require_text_exact

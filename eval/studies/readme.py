@@ -185,6 +185,8 @@ def _speed(root: Path) -> str:
         f"B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, {first['lists']} lists. Times "
         f"faster than dense SDPA in the same process, and that as a share of 1 / density."
     )
+    others = [record for record in records if record["shape"] != first["shape"] and record["candidate"] == "torch"]
+    records = [record for record in records if record["shape"] == first["shape"]]
     settings = sorted({(r["dtype"], r["density"]) for r in records if r["candidate"] != "dense"})
     settings.sort(key=lambda setting: setting[0], reverse=True)  # fp32 first
     rows = ["| processor | candidate | " + " | ".join(f"{dtype} {density:.2f}" for dtype, density in settings) + " |"]
@@ -194,6 +196,26 @@ def _speed(root: Path) -> str:
         for name in dict.fromkeys(r["candidate"] for r in own if r["candidate"] != "dense"):
             cells = [_cell(own, name, *setting) for setting in settings]
             rows.append(f"| {device} | {name} | " + " | ".join(cells) + " |")
+    return f"{head}\n\n" + "\n".join(rows) + (f"\n\n{_other_sizes(others)}" if others else "")
+
+
+SHARES = (0.1, 0.25, 0.5, 0.8)
+
+
+def _other_sizes(records: list[dict[str, Any]]) -> str:
+    """The torch backend at other sizes, in columns by the share of `SHARES` that a density is nearest to."""
+    columns = [(dtype, share) for dtype in ("fp32", "bf16") for share in SHARES]
+    rows = ["| processor | B, H, S, D | " + " | ".join(f"{dtype} {share:.2f}" for dtype, share in columns) + " |"]
+    rows.append("|---" * (len(columns) + 2) + "|")
+    for device, *shape in dict.fromkeys((record["device"], *record["shape"]) for record in records):
+        own = {
+            (r["dtype"], min(SHARES, key=lambda share, r=r: abs(share - r["density"]))): f"{r['speedup']:.2f}x"
+            for r in records
+            if [r["device"], *r["shape"]] == [device, *shape]
+        }
+        cells = " | ".join(own.get(column, "") for column in columns)
+        rows.append(f"| {device} | {', '.join(map(str, shape))} | {cells} |")
+    head = "`torch` at other sizes, tiles as long as D, at the densities nearest to these that so many tiles have:"
     return f"{head}\n\n" + "\n".join(rows)
 
 

@@ -27,13 +27,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from calls import PRECISIONS
 from compiled import describe
 from dit_accel_kernels.backends.triton.launch import table
 from predictions import pick
 from recorded import Recorded, gpu_target
 from targets import EVERY, TARGETS
 
-PACKAGE = "dit_accel_kernels"
 Key = tuple[str, str]  # launch, target
 Record = dict[str, Any]
 SPILLS = 96  # words that a kernel may spill outside of its hot loop: once a tile or less
@@ -92,8 +92,9 @@ def _options(launch: Recorded) -> dict[str, Any]:
 def fingerprint(launch: Recorded) -> str:
     """Digest of all that decides a record, but for Triton's version.
 
-    The kernel with everything it calls, as Triton's front end makes it from signature and constants, without locations
-    and without the modules that functions lie in; options, the target's limits, and how machine code is read.
+    The kernel as Triton's first passes make it of signature and constants for that target: without locations, functions
+    inlined, dead code gone, and here constants in place of their names; options, the target's limits, and how machine
+    code is read.
     """
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
@@ -105,8 +106,13 @@ def fingerprint(launch: Recorded) -> str:
     ir.load_dialects(context)
     backend.load_dialects(context)
     front = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    text = stages["ttir"](source.make_ir(gpu, options, *front), {}).str_nodebug()
+    constant = r"^ *(%\w+) = (arith\.constant .*)\n"
+    values = dict(re.findall(constant, text, re.M))
+    text = re.sub(r"%\w+", lambda name: values.get(name[0], name[0]), re.sub(constant, "", text, flags=re.M))
     rest = (_options(launch), EVERY[launch.target], READING)
-    text = re.sub(rf"\b{PACKAGE}(?:\.[a-z]\w*)*\.(?=_)", "", source.make_ir(gpu, options, *front).str_nodebug())
     return hashlib.sha256((text + repr(rest)).encode()).hexdigest()[:16]
 
 
@@ -161,6 +167,8 @@ def faults(record: Record) -> list[str]:
         words.append(f"{record['shared']} bytes of shared memory of {record['shared_limit']}")
     if on_tensor_cores(record) and expected not in record["tensor"]:
         words.append(f"hot loop on {record['tensor']!r}, not {expected}")
+    if in_eight_bits(record) and "eight_bits" not in record:
+        words.append("no products of eight bits in its hot loop")
     return words
 
 
@@ -186,6 +194,12 @@ def on_tensor_cores(record: Record) -> bool:
     return kernel == "fwd" or (kernel in ("dq", "dkdv") and int(dim[1:]) <= 128 and "decay" not in kind.split("+"))
 
 
+def in_eight_bits(record: Record) -> bool:
+    """Whether a launch is to multiply queries and keys in eight bits."""
+    kernel, *words = re.split("[-+]", record["launch"])
+    return kernel == "fwd" and not set(PRECISIONS).isdisjoint(words)
+
+
 @lru_cache(maxsize=1)
 def table_versions() -> frozenset[str]:
     """Versions of Triton that made the committed table."""
@@ -193,17 +207,10 @@ def table_versions() -> frozenset[str]:
 
 
 def line(record: Record) -> str:
-    """One record under HEADER."""
-    head = f"{record['launch']:64} {record['target']:7} {record['warps']}/{record['stages']}"
-    if "error" in record:
-        return f"{head} {record['error'][:80]}"
-    shared = f"{record['shared'] / 1024:.0f}/{record['shared_limit'] // 1024}"
-    return (
-        f"{head} {record['registers']:4} {record['spills']:6} {shared:>9} {record['tensor']:8}{record['seconds']:7.1f}"
-    )
-
-
-HEADER = f"{'launch':64} {'target':7} w/s regs spills shared KB tensor        s"
+    """One record in words."""
+    names = ("warps", "stages", "registers", "spills", "shared", "tensor", "seconds")
+    found = ", ".join(f"{name} {record[name]}" for name in names if name in record)
+    return f"{record['launch']} on {record['target']}: {record.get('error', found)}"
 
 
 def read(path: Path | None, order: dict[Key, int]) -> dict[Key, Record]:
@@ -263,7 +270,6 @@ def main() -> None:
             records[_key_of(launch)] |= row_of(launch)
     if args.sample is not None:
         todo = chosen = spread(todo, args.sample)
-    print(HEADER)
     for record in run(todo, args.jobs):
         print(line(record), flush=True)
         records[record["launch"], record["target"]] = record

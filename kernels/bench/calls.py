@@ -7,8 +7,9 @@ running the methods on tiny models (tests/support/method_calls.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 FILE = Path(__file__).with_name("calls.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = ("int8", "fp8")
 VOTES = {
     "maxgap": Vote(threshold=-6.0),
     "mass": Vote(criterion="mass", threshold=0.02),
@@ -54,6 +56,7 @@ class Setting:
     tokens: int = 0  # two and a half tiles
     groups: int = 1  # list sets: 1, heads or batch * heads
     layout: str = "bshd"
+    density: float | None = None  # share of exact tiles; None: of a call to be checked, half of them or more
 
     @property
     def name(self) -> str:
@@ -73,9 +76,10 @@ class Call:
     def run(self, backend: str) -> tuple[Tensor, ...]:
         """What the call gives: output and what else was asked for, or gradients of q, k and v.
 
-        The gradient of "reference", the specification, is autograd's.
+        The gradient of "reference", the specification, is autograd's; that of "fa4" is too, so that it starts from
+        fa4's output and LSE.
         """
-        if self.grad_out is not None and backend == "reference":
+        if self.grad_out is not None and backend in ("reference", "fa4"):
             leaves = [x.detach().requires_grad_() for x in self.inputs]
             out = block_sparse_attention(*leaves, self.tiles, **self.arguments, backend=backend)
             return torch.autograd.grad(out, leaves, self.grad_out)
@@ -97,20 +101,23 @@ class Call:
         )
 
 
-def make(kind: str, at: Setting, device: str) -> Call:
-    """A call of a kind on random tensors, the same ones every time."""
+def make(kind: str, at: Setting, device: str, *, empty: bool = False) -> Call:
+    """A call of a kind on random tensors, on a device the same ones every time; `empty`: on what memory holds."""
     words = set(kind.split("+")) - {"plain"}
     unknown = words - set(WORDS)
     if unknown:
         raise ValueError(f"a kind joins {', '.join(WORDS)} by +: found {', '.join(sorted(unknown))} in {kind!r}")
     tokens = at.tokens or 2 * at.tile + at.tile // 2
-    generator = torch.Generator().manual_seed(0)
+    generator, on_device = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, DTYPES[at.dtype])
+        if empty:
+            return torch.empty(shape, dtype=DTYPES[at.dtype], device=device)
+        return torch.randn(shape, generator=on_device, device=device).to(DTYPES[at.dtype])
 
     q = random(at.batch, tokens, at.heads, at.dim)
-    k, v = (random(at.batch, tokens, at.key_heads, at.dim) for _ in range(2))
+    k = random(at.batch, tokens, at.key_heads, at.dim)
+    v = random(at.batch, tokens, at.key_heads, at.dim * 2 // 3 // 16 * 16 if "narrow" in words else at.dim)
     if "fused" in words:
         v = random(at.batch, tokens, 3, at.key_heads, at.dim)[:, :, 2]
     elif at.layout == "bhsd":
@@ -118,8 +125,12 @@ def make(kind: str, at: Setting, device: str) -> Call:
     layout = "bshd" if "fused" in words else at.layout
     rest = POOLED if "pooled" in words else SKIPPED
     selects = bool(words & {"keep", "pinned", "route", "route-exact", "routed", "reverse", *VOTES})
-    tiles = lists(tokens, at.tile, 1.0 if selects and rest == SKIPPED else 0.5, rest, device, groups=at.groups)
-    arguments: dict[str, Any] = {"layout": layout, "return_lse": "backward" not in words}
+    density = 1.0 if selects and rest == SKIPPED else at.density or 0.5
+    tiles = lists(tokens, at.tile, density, rest, device, groups=at.groups)
+    if "partial" in words:
+        tiles = _partial(tiles, generator)
+    arguments: dict[str, Any] = {"layout": layout}
+    arguments["return_lse"] = "backward" not in words and (selects or at.density is None)
     if "mask" in words:
         arguments["key_mask"] = (torch.rand(at.batch, tokens, generator=generator) < 0.9).to(device)
     if "decay" in words:
@@ -128,6 +139,8 @@ def make(kind: str, at: Setting, device: str) -> Call:
         arguments["head_scale"] = torch.linspace(0.5, 1.5, at.heads, device=device)
     if "order" in words:
         arguments["token_order"] = torch.randperm(tokens, generator=generator).to(device)
+    for precision in words & set(PRECISIONS):
+        arguments["precision"] = precision
     if selects:
         arguments["selection"] = _selection(words, at, tiles.query_tiles, tiles.key_tiles, device)
         arguments["return_tiles"] = "backward" not in words
@@ -135,20 +148,30 @@ def make(kind: str, at: Setting, device: str) -> Call:
         inputs=(q, k, v),
         tiles=tiles,
         arguments=arguments,
-        grad_out=torch.randn(q.shape, generator=generator).to(q) if "backward" in words else None,
+        grad_out=random(*q.shape[:3], v.shape[3]) if "backward" in words else None,
     )
+
+
+def _partial(tiles: TileLists, generator: torch.Generator) -> TileLists:
+    """Lists of which every second exact tile has one of two random masks."""
+    entries = torch.arange(tiles.tiles_exact, dtype=torch.int32)
+    shape = (2, tiles.block_q, -(-tiles.block_k // 32))
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+    ids = torch.where(entries % 2 == 0, entries // 2 % 2, -1)
+    return replace(tiles, mask_ids=ids.to(tiles.device), mask_bits=bits.to(tiles.device))
 
 
 def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device: str) -> Selection:
     """The selection that the words of a kind ask for."""
-    kept = keep_bits(at.batch, at.heads, k_tiles, 0.7, device)
+    kept = keep_bits(at.batch, at.heads, k_tiles, at.density or 0.7, device)
+    beta = 0.5 if at.density is None else -NormalDist().inv_cdf(at.density)  # of random inputs it keeps that share
     routes = words & {"route", "route-exact"}
     vote = words & set(VOTES)
     return Selection(
         keep=kept if "keep" in words else None,
         rest="pooled" if "rest" in words else "skip",
         pinned=pack_bits(torch.eye(q_tiles, k_tiles, dtype=torch.bool)).to(device) if "pinned" in words else None,
-        routing=Routing(beta=0.5, threshold="exact" if "route-exact" in words else "diag") if routes else None,
+        routing=Routing(beta=beta, threshold="exact" if "route-exact" in words else "diag") if routes else None,
         routed=kept if "routed" in words else None,
         vote=VOTES[vote.pop()] if vote else None,
         reverse="reverse" in words,
@@ -156,6 +179,6 @@ def _selection(words: set[str], at: Setting, q_tiles: int, k_tiles: int, device:
 
 
 WORDS = (
-    "fused", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route", "route-exact", "routed",
-    *VOTES, "reverse", "backward",
+    "fused", "narrow", "partial", "pooled", "mask", "decay", "scale", "order", "keep", "rest", "pinned", "route",
+    "route-exact", "routed", *VOTES, "reverse", "backward", *PRECISIONS,
 )  # fmt: skip

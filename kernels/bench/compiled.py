@@ -21,6 +21,7 @@ TENSOR = {  # instruction families of tensor cores, by the heads of their opcode
     "tcgen05": ("UTCHMMA", "UTCQMMA", "UTCIMMA"),
     "mfma": ("v_mfma",),
 }
+EIGHT_BITS = ("IGMMA", "QGMMA", "IMMA", "QMMA", "UTCIMMA", "UTCQMMA", "v_mfma_i32")
 SPILLS = ("STL", "LDL", "scratch_store", "scratch_load")
 MULTIPLY_ADDS = ("FFMA", "v_fma", "v_pk_fma", "v_fmac", "v_pk_fmac")
 EXITS = ("EXIT", "s_endpgm")
@@ -39,6 +40,11 @@ class Instruction:
     def tensor(self) -> str:
         """The tensor-core family: wgmma, mma, tcgen05, mfma; empty for any other instruction."""
         return next((family for family, heads in TENSOR.items() if self.opcode.startswith(heads)), "")
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether it multiplies numbers of eight bits on tensor cores."""
+        return bool(self.tensor) and (self.opcode.startswith(EIGHT_BITS) or "fp8" in self.opcode)
 
 
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -112,7 +118,8 @@ def read_resources(text: str, names: dict[str, str]) -> dict[str, int]:
 def describe(asm: dict[str, Any], shared: int, target: Target) -> dict[str, Any]:
     """Registers, stack, spills, shared memory (bytes) and tensor cores of one compiled kernel, from its texts.
 
-    `hot_spills` counts those of the hot loop; it is there only where anything spills and a loop holds products.
+    `hot_spills` counts those of the hot loop; it is there only where anything spills and a loop holds products, and
+    `eight_bits` where some of these are of eight bits.
     """
     if target.backend == "cuda":
         text = _disassemble(asm["cubin"])
@@ -128,6 +135,7 @@ def describe(asm: dict[str, Any], shared: int, target: Target) -> dict[str, Any]
         **({"hot_spills": spilled_words(hot)} if resources["spills"] and hot is not None else {}),
         "shared": shared,
         "shared_limit": target.shared_block,
+        **({"eight_bits": True} if any(x.eight_bits for x in hot or ()) else {}),
         "tensor": "+".join(sorted({x.tensor for x in hot or ()} - {""})),
     }
 

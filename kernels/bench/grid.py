@@ -1,8 +1,9 @@
 """The grid of kernel calls that are checked against the float64 specification, on a card or in Triton's interpreter.
 
 Every kind of call that the methods make (calls.json), and the usual kinds over head dims, dtypes, tile sizes, layouts
-and sharing of lists, always with batch 3, query heads that share key heads and ragged ends; and chunks that come by
-descriptors beside chunks that come by pointers. The tests run the same grid (tests/kernels/test_grid.py).
+and sharing of lists, always with batch 3, query heads that share key heads and ragged ends; wide heads; chunks that
+come by descriptors beside chunks that come by pointers; and what fa4 takes. The tests run the same grid
+(tests/kernels/test_grid.py), gpu.py runs it on a card: a case is added in `cases`, a feature to calls.py.
 
 Errors are in maximum and in root mean square over the truth's, allowed twice what the specification itself errs in the
 low dtype, plus one rounding step. A selection chooses tiles: the share of tiles on which it differs from the float64
@@ -14,15 +15,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
-from calls import DTYPES, Call, Setting, kinds, make
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, Selection, TileLists, unpack_bits
+from calls import DTYPES, PRECISIONS, Call, Setting, kinds, make
+from dit_accel_kernels import (
+    EXACT,
+    POOLED,
+    SKIPPED,
+    Selection,
+    TileLists,
+    fa4_requirement,
+    triton_requirement,
+    unpack_bits,
+)
 from dit_accel_kernels.problem import by_head
+from recorded import Recorded, launches_of
 from torch import Tensor
 
 USUAL = (
@@ -37,23 +48,77 @@ EXTRA = (
     "keep+maxgap+reverse",
     "decay+mass+reverse",
     "pooled+decay+mask+scale+order+backward",
+    "int8",
+    "pooled+mask+scale+order+int8",
+    "decay+int8",
+    "keep+maxgap+int8",
+    "fp8",
+    "pooled+order+fp8",
+    "partial",
+    "partial+mask+scale",
+    "decay+partial+pooled",
+    "partial+backward",
+    "decay+partial+pooled+mask+scale+order+backward",
+    "narrow",
+    "narrow+partial+pooled",
+    "narrow+pooled+backward",
 )
+WIDE = ("plain", "pooled", "decay", "keep+maxgap", "backward", "pooled+backward", "decay+backward")
+FA4 = (
+    "plain", "pooled", "mask", "decay", "scale", "pooled+decay+mask+scale", "backward", "pooled+backward", "partial",
+    "partial+pooled+backward",
+)  # fmt: skip
 SHAPE = Setting(batch=3, heads=2, key_heads=1)
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One call of the grid; `bulk`: descriptors are compared with pointers, bit for bit."""
+    """One call of the grid by one of our backends; `bulk`: descriptors are compared with pointers, bit for bit."""
 
     kind: str
     at: Setting
     bulk: bool = False
+    backend: str = "triton"
+    ours = True
+    seconds = 2  # on a card at most, compiling included
 
     @property
     def name(self) -> str:
         """Such as "bf16-d64-b128-bhsd-g2-pooled+backward"."""
-        return f"{self.at.name}-{self.at.layout}-g{self.at.groups}-{self.kind}{'-bulk' if self.bulk else ''}"
+        more = "-bulk" * self.bulk + "-fa4" * (self.backend == "fa4")
+        return f"{self.at.name}-{self.at.layout}-g{self.at.groups}-{self.kind}{more}"
+
+    @property
+    def group(self) -> str:
+        """The cases that it shares a process with: those of its sizes, or of what is special about it."""
+        at = self.at
+        if self.bulk or self.backend == "fa4":
+            return "bulk" if self.bulk else "fa4"
+        if at == SHAPE:
+            return "methods"
+        return f"d{at.dim}" if at.dim > 128 else f"{at.dtype}-d{at.dim}"
+
+    def missing(self, device: str) -> str | None:
+        """What the backend needs and does not find here, or None."""
+        at = self.at
+        for precision in set(PRECISIONS) & set(self.kind.split("+")):
+            return triton_requirement(torch.device(device), DTYPES[at.dtype], at.dim, precision)
+        if self.backend != "fa4":
+            return None
+        return fa4_requirement(torch.device(device), DTYPES[at.dtype], at.dim, (at.tile, at.tile))
+
+    def launches(self, target: str) -> dict[str, Recorded]:
+        """What it launches on a target, by identity; of fa4 what Triton compiles."""
+        into: dict[str, Recorded] = {}
+        for bulk in (True, False) if self.bulk else (None,):
+            with nullcontext() if bulk is None else descriptors(bulk):
+                launches_of(self.kind, self.at, target, into, self.backend)
+        return into
+
+    def run(self, device: str) -> list[Record]:
+        """Its findings."""
+        return check(self, device)
 
 
 def cases() -> list[Case]:
@@ -68,18 +133,24 @@ def cases() -> list[Case]:
             )
         next(sharing)  # another layout for the next size's first kind
     grid += [Case(kind=kind, at=replace(SHAPE, dtype="fp32")) for kind in USUAL]
+    grid += [
+        Case(kind=kind, at=replace(SHAPE, dim=dim, dtype=dtype))
+        for dim, dtype, kind in itertools.product((192, 256), ("bf16", "fp32"), WIDE)
+    ]
     grid = list(dict.fromkeys(grid))
     for kind, dim, layout in itertools.product(("plain", "decay", "keep+maxgap"), (64, 128), ("bshd", "bhsd")):
         grid.append(Case(kind=kind, at=replace(SHAPE, dim=dim, layout=layout), bulk=True))
-    return grid
+    return grid + [
+        Case(kind=kind, at=replace(SHAPE, dim=dim), backend="fa4") for dim, kind in itertools.product((64, 128), FA4)
+    ]
 
 
 def check(case: Case, device: str) -> list[Record]:
-    """Run one case by the triton backend: a record for each part of its result."""
+    """Run one case by its backend: a record for each part of its result."""
     call = make(case.kind, case.at, device)
     if case.bulk:
         return [_compared_bits(case, call)]
-    dtype, results = DTYPES[case.at.dtype], call.run("triton")
+    dtype, results = DTYPES[case.at.dtype], call.run(case.backend)
     selection = call.arguments.get("selection")
     records = []
     if selection is not None and call.grad_out is None:

@@ -1,7 +1,7 @@
-"""Print the least time that block-sparse attention can take on a card, from its arithmetic and its bytes.
+"""The least time that block-sparse attention can take on a card, from its arithmetic and its bytes.
 
-`python kernels/bench/predictions.py` prints the table without a card, `--measured` sets the JSON lines of gpu.py beside
-it, and `--page docs/kernel-predictions.md` writes that page's table. A call takes at least the time of its slowest
+`python kernels/bench/predictions.py --page docs/kernel-predictions.md` writes that page's table, and gpu.py shows the
+bound of each call that it times on a card known here. A call takes at least the time of its slowest
 engine, and a few microseconds a kernel launch: tensor cores (products), exp2 (one a logit), the second-level cache
 (every chunk of keys and values that a program visits) and memory (every tensor once). What else a loop does in between
 is not in it: it is a bound to hold measurements to, not a forecast.
@@ -10,7 +10,6 @@ is not in it: it is a bound to hold measurements to, not a forecast.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -161,28 +160,17 @@ def card_of(device: str) -> Card | None:
     return next((card for name, card in CARDS.items() if name in device), None)
 
 
-def measured(path: Path | None, shape: str, card: str, candidate: str, density: float) -> float | None:
-    """Median seconds that gpu.py's JSON lines hold for a call on this card (the last of them), None without any."""
-    seconds = None
-    for record in map(json.loads, path.read_text().splitlines()) if path else ():
-        here = record.get("kind", "time") == "time" and card in record["device"] and record["shape"] == shape
-        if here and (record["candidate"], record["density"]) == (candidate, density):
-            seconds = record.get("seconds")
-    return seconds
-
-
-def table(calls: Iterable[tuple[Shape, Card, float, str]], path: Path | None = None) -> str:
-    """Milliseconds of every engine, the bound, dense attention over it, and what was measured, as a Markdown table."""
-    head = ["call", *ENGINES, "bound", "by", "x dense", "measured"]
+def table(calls: Iterable[tuple[Shape, Card, float, str]]) -> str:
+    """Milliseconds of every engine, the bound, and dense attention over it, as a Markdown table."""
+    head = ["call", *ENGINES, "bound", "by", "x dense"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for shape, card, density, candidate in calls:
         bound, dense = predict(shape, candidate, density, card), predict_dense(shape, card)
-        took = measured(path, shape.name, card.name, candidate, density)
         name = f"{shape.name} at {density:g}, {card.name}, {candidate.removeprefix('triton-')}"
         name += f", tiles of {shape.block}" * (shape.block != 128)
         cells = [f"{bound[engine] * 1e3:.1f}" for engine in (*ENGINES, "bound")]
         faster = "" if dense is None or "backward" in candidate else f"{dense / bound['bound']:.1f}"
-        lines.append([name, *cells, bound["limit"], faster, "" if took is None else f"{took * 1e3:.1f}"])
+        lines.append([name, *cells, bound["limit"], faster])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -214,22 +202,11 @@ def pick(names: str, known: dict[str, Any], option: str) -> list[Any]:
 
 
 def main() -> None:
-    """Print the table, or write the page."""
+    """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=",".join(SHAPES), help="comma list (default %(default)s)")
-    parser.add_argument("--card", default=",".join(CARDS), help="comma list (default %(default)s)")
-    parser.add_argument("--density", default="0.1,0.27,0.5,1.0", help="comma list of kept shares (default %(default)s)")
-    parser.add_argument("--candidate", default="triton", help=f"comma list of {', '.join(CANDIDATES)}")
-    parser.add_argument("--measured", type=Path, help="JSON lines of gpu.py, to be shown beside the prediction")
-    parser.add_argument("--page", type=Path, help="write this page's table, and print none")
-    args = parser.parse_args()
-    if args.page:
-        args.page.write_text(page(args.page.read_text()))
-        return
-    candidates = pick(args.candidate, {name: name for name in CANDIDATES}, "candidate")
-    densities = [float(x) for x in args.density.split(",")]
-    shapes, cards = pick(args.shape, SHAPES, "shape"), pick(args.card, CARDS, "card")
-    print(table(product(shapes, cards, densities, candidates), args.measured))
+    parser.add_argument("--page", type=Path, required=True, help="the page whose table to write anew")
+    path = parser.parse_args().page
+    path.write_text(page(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from recorded import Recorded, launches_of
 
 NAMES = {"half": "bf16", "fp32": "fp32"}  # of the dtype that stands for a kind of a row
 ALL = "pooled+mask+scale+keep+pinned+maxgap"  # every loop of the forward, and what its loops hold most of
-FORWARD = (ALL, f"decay+{ALL}")  # they take pooled tiles in chunks of their own
-BACKWARD = ("decay+pooled+mask+scale+order+backward", "pooled+mask+scale+order+backward", "scale+backward")
+PARTIAL = "partial+mask+scale"  # what a selection excludes
+FORWARD = (ALL, f"decay+{ALL}", PARTIAL, f"{ALL}+int8")  # all but the third take pooled tiles in chunks of their own
+GRADS = "partial+pooled+mask+scale+order+backward"
+BACKWARD = (f"decay+{GRADS}", GRADS, "scale+backward")
 KERNELS = ("fwd", "dq", "dkdv", "pooled")
-FEATURES = ((), ("decay",), ("mask",), ("decay", "mask"))  # of a call, in the order in which rows are looked up
+FEATURES = ((), ("decay",), ("mask",), ("decay", "mask"), ("eight",))  # of a call, in the order of looking rows up
 
 
 def sizes() -> list[tuple[str, int, int]]:
@@ -31,7 +33,7 @@ def promised(target: str) -> set[Key]:
     """The rows that calls on a target are served by, at the sizes that they are for."""
     rows = set()
     for (kind, dim, tile), kernel, features in product(sizes(), KERNELS, FEATURES):
-        given = features if kernel != "fwd" else tuple(x for x in features if x == "decay")
+        given = tuple(x for x in features if x != ("mask" if kernel == "fwd" else "eight"))
         row = row_of(target, DTYPES[NAMES[kind]], dim, tile, kernel, given)
         if (row.dim, row.tile) == (dim, tile):
             rows.add(row)

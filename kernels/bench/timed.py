@@ -1,135 +1,202 @@
 """The calls that gpu.py times: ours at several densities and features, dense attention, FlexAttention; and their check.
 
 Some query tiles of every timed call, and some key tiles of a backward, are computed again by the specification: what
-is fast and wrong must not pass.
+is fast and wrong must not pass. A timed call is added in CALLS.
 """
 
 from __future__ import annotations
 
+import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from calls import Call
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    count_bits,
-    pack_bits,
-    unpack_bits,
-)
+from calls import Call, Setting, make
+from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, unpack_bits
 from dit_accel_kernels.checks import problem_of
-from grid import errors, left_by
-from inputs import decay, keep_bits, lists
-from predictions import Shape
+from grid import Case, Record, errors, left_by
+from predictions import CANDIDATES, SHAPES, Shape, card_of, predict
+from recorded import Recorded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 RADIAL = 0.27  # RadialAttention's density at Wan 720p, 81 frames
-BETA = 1.2816  # routes a tenth of the tiles of random inputs to exact ones: 1 - Phi(BETA) = 0.1
 Errors = tuple[float, float]  # measured and allowed
 
 
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v)
+
+
+def _flash(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = importlib.import_module(module).flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+DENSE = {
+    "sdpa-flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa-efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "flash-attn-3": partial(_flash, "flash_attn_interface"),
+    "flash-attn-4": partial(_flash, "flash_attn.cute.interface"),
+}
+"""Dense attention of q, k and v [B, H, S, D]: rivals, as FlexAttention is, our backend "flex"."""
+
+KINDS = {
+    "": "plain", "backward": "backward", "decay": "decay", "pooled": "pooled", "routed": "pinned+route",
+    "kept": "keep+pinned", "votes": "keep+pinned+maxgap", "partial": "partial", "int8": "int8", "fp8": "fp8",
+}  # fmt: skip
+"""What stands behind triton- or fa4-: LiteAttention's kept tiles and votes, SolAttention's routing, and so on."""
+
+CALLS = (
+    ("triton", RADIAL), *((name, 1.0) for name in DENSE), ("triton", 1.0), ("flex", RADIAL), ("fa4", RADIAL),
+    ("triton", 0.1), ("triton-backward", RADIAL), ("triton-decay", RADIAL), ("triton-pooled", 0.1), ("fa4-pooled", 0.1),
+    ("fa4-decay", RADIAL), ("triton-routed", 0.1), ("triton-int8", RADIAL), ("triton-fp8", RADIAL),
+    ("triton-kept", RADIAL), ("triton-votes", RADIAL), ("triton", 0.25), ("triton", 0.5), ("triton-partial", RADIAL),
+    ("fa4-partial", RADIAL),
+)  # fmt: skip
+"""Candidates and densities of a model's shape, the telling ones first."""
+
+FEW = (
+    ("triton", RADIAL), ("sdpa-flash", 1.0), ("sdpa-efficient", 1.0), ("triton", 1.0), ("triton-backward", RADIAL),
+    ("triton-pooled", 0.1),
+)  # fmt: skip
+ORDER = ("wan-720p", "128k", "hunyuan-720p", "cogvideox1.5", "wan-480p", "mochi")
+FURTHER = (
+    (Shape(name="heads-192", heads=16, tokens=32768, dim=192), "bf16"),
+    (Shape(name="heads-256", heads=16, tokens=32768, dim=256), "bf16"),
+    (Shape(name="fp32", heads=8, tokens=16384, dim=128), "fp32"),
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Timed:
-    """A call to be timed: `run` makes it, `check` compares some of what it gave, `density_of` tells what it visited."""
+class Timing(Case):
+    """A candidate on a shape; `backend` is triton, fa4, flex, or a dense rival's name."""
 
-    run: Callable[[], Any]
-    check: Callable[[Any], Errors]
-    density_of: Callable[[Any], float]
+    shape: Shape
+    candidate: str
+    seconds = 4
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of our kernels: that a rival can't run here, or errs, is no fault of a run."""
+        return self.backend in ("triton", "fa4")
 
-def calls_of(shape: Shape, dtype: torch.dtype, device: str) -> dict[tuple[str, float], Callable[[], Timed]]:
-    """What to time for one shape: (candidate, density) -> a function that prepares it, the telling ones first."""
-    q, k, v = (
-        torch.randn(shape.batch, shape.heads, shape.tokens, shape.dim, device=device, dtype=dtype) for _ in range(3)
-    )
+    @property
+    def name(self) -> str:
+        """Such as "wan-720p triton 0.27"."""
+        return f"{self.shape.name} {self.candidate} {self.at.density:g}"
 
-    def tiles_of(density: float, rest: int = SKIPPED) -> TileLists:
-        return lists(shape.tokens, shape.block, density, rest, device)
+    @property
+    def group(self) -> str:
+        """The timings that it shares a process with: those of its shape."""
+        return f"time-{self.shape.name}"
 
-    def ours(density: float, rest: int = SKIPPED, backend: str = "triton", **arguments: Any) -> Timed:
-        call = Call(inputs=(q, k, v), tiles=tiles_of(density, rest), arguments={"layout": "bhsd", **arguments})
-        return timed_call(call, backend, density)
+    def missing(self, device: str) -> str | None:
+        """What the candidate needs and does not find here, or None."""
+        if not self.candidate.startswith("flash-attn"):
+            return Case.missing(self, device)
+        try:
+            importlib.import_module(DENSE[self.candidate].args[0])
+        except (ImportError, OSError) as error:
+            return str(error)
+        return None
 
-    def selected(kept: float, votes: bool = False, routes: bool = False) -> Timed:
-        """LiteAttention: kept tiles of every head, with votes or without. SolAttention: routing, diagonal pinned."""
-        tiles = TileLists.full(shape.tokens, shape.tokens, block_q=shape.block, block_k=shape.block).to(device)
-        selection = Selection(
-            keep=None if routes else keep_bits(shape.batch, shape.heads, tiles.key_tiles, kept, device),
-            pinned=pack_bits(torch.eye(tiles.key_tiles, dtype=torch.bool, device=device)),
-            routing=Routing(beta=BETA) if routes else None,
-            vote=Vote() if votes else None,
-        )
-        arguments = {"layout": "bhsd", "selection": selection, "return_tiles": True, "return_lse": True}
-        return timed_call(Call(inputs=(q, k, v), tiles=tiles, arguments=arguments), "triton", kept)
+    def launches(self, target: str) -> dict[str, Recorded]:
+        """What it launches on a target, by identity; of rivals nothing."""
+        return Case.launches(self, target) if self.ours else {}
 
-    def dense(name: str) -> Timed:
-        def run() -> tuple[Tensor, ...]:
-            with sdpa_kernel(SDPA[name]):
-                return (scaled_dot_product_attention(q, k, v),)
-
-        call = Call(inputs=(q, k, v), tiles=tiles_of(1.0), arguments={"layout": "bhsd"})
-        return Timed(run=run, check=lambda results: sampled(call, results), density_of=lambda results: 1.0)
-
-    prepared: dict[tuple[str, float], Callable[[], Timed]] = {}
-    prepared["triton", RADIAL] = lambda: ours(RADIAL)
-    for name in SDPA:
-        prepared[name, 1.0] = lambda name=name: dense(name)
-    prepared["triton", 1.0] = lambda: ours(1.0)
-    prepared["flex", RADIAL] = lambda: ours(RADIAL, backend="flex")
-    prepared["triton", 0.1] = lambda: ours(0.1)
-    prepared["triton-backward", RADIAL] = lambda: gradients((q, k, v), tiles_of(RADIAL), RADIAL)
-    prepared["triton-decay", RADIAL] = lambda: ours(RADIAL, frame_decay=decay(shape.tokens, device))
-    prepared["triton-pooled", 0.1] = lambda: ours(0.1, POOLED)
-    prepared["triton-routed", 0.1] = lambda: selected(0.1, routes=True)
-    prepared["triton-kept", RADIAL] = lambda: selected(RADIAL)
-    prepared["triton-votes", RADIAL] = lambda: selected(RADIAL, votes=True)
-    for density in (0.25, 0.5):
-        prepared["triton", density] = lambda density=density: ours(density)
-    return prepared
+    def run(self, device: str) -> list[Record]:
+        """Its findings."""
+        return [measure(self, device)]
 
 
-def timed_call(call: Call, backend: str, density: float) -> Timed:
-    """One of our calls by a backend."""
-
-    def density_of(results: tuple[Tensor, ...]) -> float:
-        if not call.arguments.get("return_tiles"):
-            return density
-        exact = results[2]
-        return float(count_bits(exact).sum()) / (exact[..., 0].numel() * call.tiles.key_tiles)
-
-    return Timed(run=lambda: call.run(backend), check=lambda results: sampled(call, results), density_of=density_of)
+def timings() -> list[Timing]:
+    """Everything that is timed, shape by shape."""
+    models = [(SHAPES[name], "bf16", CALLS) for name in ORDER]
+    return [
+        timing(shape, candidate, density, dtype)
+        for shape, dtype, calls in (*models, *((*further, FEW) for further in FURTHER))
+        for candidate, density in calls
+    ]
 
 
-def gradients(inputs: tuple[Tensor, Tensor, Tensor], tiles: TileLists, density: float) -> Timed:
-    """The backward alone, of a plain call."""
+def timing(shape: Shape, candidate: str, density: float, dtype: str) -> Timing:
+    """A candidate at a density on a shape."""
+    at = Setting(
+        dtype=dtype, dim=shape.dim, tile=shape.block, batch=shape.batch, heads=shape.heads, key_heads=shape.heads,
+        tokens=shape.tokens, layout="bhsd", density=density,
+    )  # fmt: skip
+    backend, _, feature = (candidate, "", "") if candidate in DENSE else candidate.partition("-")
+    return Timing(kind=KINDS[feature], at=at, backend=backend, shape=shape, candidate=candidate)
+
+
+def measure(case: Timing, device: str) -> Record:
+    """Time a candidate and compare some of what it gave."""
+    call, shape = make(case.kind, case.at, device), case.shape
+    run, check = prepared(call, case.backend)
+    results = run()
+    visited, (error, allowed) = visited_by(call, results) or case.at.density, check(results)
+    del results
+    median, low, high = seconds_of(run, device)
+    products = 4 * shape.batch * shape.heads * shape.tokens**2 * shape.dim * visited
+    products *= 2.5 if case.kind == "backward" else 1.0
+    record = {
+        "kind": "time", "shape": shape.name, "candidate": case.candidate, "density": case.at.density,
+        "dtype": case.at.dtype, "density_found": visited, "seconds": median, "seconds_p20": low, "seconds_p80": high,
+        "tflops": products / median / 1e12, "rows_error": error, "rows_allowed": allowed,
+        "ok" if case.ours else "agrees": error <= allowed,
+    }  # fmt: skip
+    return {**record, **prediction(case, visited, device)}
+
+
+def prepared(call: Call, backend: str) -> tuple[Callable[[], Any], Callable[[Any], Errors]]:
+    """What makes a call, of a backward the backward alone, and what compares some of its results."""
+    if call.grad_out is None:
+        run = (lambda: (DENSE[backend](*call.inputs),)) if backend in DENSE else (lambda: call.run(backend))
+        return run, lambda results: sampled(call, results)
     from dit_accel_kernels.backends.triton.attend import attend
     from dit_accel_kernels.backends.triton.backward import attend_backward
 
-    problem = problem_of(*inputs, tiles, layout="bhsd")
+    problem = problem_of(*call.inputs, call.tiles, layout="bhsd")
     out, lse, *_ = attend(problem, need_lse=True)
-    grad_out = torch.randn_like(out)
-    call = Call(inputs=inputs, tiles=tiles, arguments={"layout": "bhsd"}, grad_out=grad_out)
-
-    def check(results: tuple[Tensor, ...]) -> Errors:
-        return worst([sampled(call, results[:1]), key_gradients(call, out, lse, results)])
-
-    return Timed(
-        run=lambda: attend_backward(problem, out, lse, grad_out, None), check=check, density_of=lambda results: density
+    return (
+        lambda: attend_backward(problem, out, lse, call.grad_out, None),
+        lambda results: worst([sampled(call, results[:1]), key_gradients(call, out, lse, results)]),
     )
+
+
+def visited_by(call: Call, results: tuple[Tensor, ...]) -> float | None:
+    """The share of tiles that a selection left exact, None without a selection."""
+    if not call.arguments.get("return_tiles"):
+        return None
+    return float(count_bits(results[2]).sum()) / (results[2][..., 0].numel() * call.tiles.key_tiles)
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> tuple[float, float, float]:
+    """Seconds of a call: median, 20th and 80th percentile, after a warm-up."""
+    if device != "cpu":
+        from triton.testing import do_bench
+
+        quantiles = do_bench(run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
+        return tuple(x / 1e3 for x in quantiles)  # pyright: ignore
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start,) * 3
+
+
+def prediction(case: Timing, density: float, device: str) -> Record:
+    """The least seconds that the call can take and its slowest engine, if predictions.py knows this card and call."""
+    card = None if device == "cpu" else card_of(torch.cuda.get_device_name())
+    if card is None or case.candidate not in CANDIDATES or case.shape.name not in SHAPES:
+        return {}
+    predicted = predict(case.shape, case.candidate, density, card)
+    return {"predicted_bound": predicted["bound"], "predicted_limit": predicted["limit"]}
 
 
 def worst(pairs: list[Errors]) -> Errors:
@@ -146,14 +213,16 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
         for i in {0, tiles.query_tiles // 2, tiles.query_tiles - 1}:
             rows = slice(i * block, min((i + 1) * block, tiles.num_q))
             at = (slice(0, 1), slice(h, h + 1))
-            states, frames = _states_of(call, exact, h, i), call.arguments.get("frame_decay")
-            frames = None if frames is None else replace(frames, q_frames=frames.q_frames[rows])
+            arguments = {
+                name: x for name, x in call.arguments.items() if name in ("layout", "frame_decay", "precision")
+            }
+            if "frame_decay" in arguments:
+                frames = arguments["frame_decay"]
+                arguments["frame_decay"] = replace(frames, q_frames=frames.q_frames[rows])
             part = Call(
                 inputs=(q[at][:, :, rows], k[at], v[at]),
-                tiles=TileLists.from_states(
-                    states, block_q=block, block_k=tiles.block_k, num_q=rows.stop - rows.start, num_k=tiles.num_k
-                ),
-                arguments={"layout": "bhsd"} if frames is None else {"layout": "bhsd", "frame_decay": frames},
+                tiles=replace(_lists_of(call, exact, h, i), num_q=rows.stop - rows.start),
+                arguments=arguments,
                 grad_out=None if call.grad_out is None else call.grad_out[at][:, :, rows],
             )
             yardstick, truth = part.run("reference")[0], part.to(torch.float64).run("reference")[0]
@@ -162,14 +231,22 @@ def sampled(call: Call, results: tuple[Tensor, ...]) -> Errors:
     return worst(list(errors(*map(torch.cat, result), q.dtype).values()))
 
 
-def _states_of(call: Call, exact: Tensor | None, head: int, q_tile: int) -> Tensor:
-    """Tile states uint8 [1, NK] of one query tile in the first batch, selection applied; lists are shared."""
-    states, count = call.tiles.states()[0, q_tile], call.tiles.key_tiles
-    if exact is None:
-        return states[None]
-    selection: Selection = call.arguments["selection"]
-    keep = None if selection.keep is None else unpack_bits(selection.keep[0, head, q_tile], count)
-    return left_by(selection, states, unpack_bits(exact[0, head, q_tile], count), keep)[None]
+def _lists_of(call: Call, exact: Tensor | None, head: int, i: int) -> TileLists:
+    """Lists of one query tile in the first batch, selection applied; the call's are shared by all heads."""
+    tiles, parts = call.tiles, {}
+    sizes = dict(block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.block_q, num_k=tiles.num_k)
+    if exact is not None:
+        selection: Selection = call.arguments["selection"]
+        keep = None if selection.keep is None else unpack_bits(selection.keep[0, head, i], tiles.key_tiles)
+        stays = unpack_bits(exact[0, head, i], tiles.key_tiles)
+        return TileLists.from_states(left_by(selection, tiles.states()[0, i], stays, keep)[None], **sizes)
+    for name, more in (("exact", ("exact_indices", "mask_ids")), ("pooled", ("pooled_indices",))):
+        offsets = getattr(tiles, f"{name}_offsets")
+        if offsets is not None:
+            first, end = offsets[0, i : i + 2].tolist()
+            parts[f"{name}_offsets"] = offsets.new_tensor([[0, end - first]])
+            parts |= {at: x[first:end] for at in more if (x := getattr(tiles, at)) is not None}
+    return TileLists(**sizes, **parts, mask_bits=tiles.mask_bits)
 
 
 def key_gradients(call: Call, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]) -> Errors:

@@ -6,7 +6,7 @@ from .api import (
     block_sparse_attention_eager,
     resolve_backend,
 )  # fmt: skip
-from .backends.cpu import predicted_speedup
+from .backends.cpu import dense_speed, predicted_speedup
 from .backends.fa4.support import missing_requirement as fa4_requirement
 from .backends.flex import missing_requirement as flex_requirement
 from .backends.torch.fused import way as torch_way
@@ -23,6 +23,6 @@ from .tiles import TileLists
 __all__ = [
     "BACKENDS", "EXACT", "PARTIAL", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing",
     "Selection", "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward",
-    "block_sparse_attention_eager", "count_bits", "fa4_requirement", "flex_requirement", "pack_bits",
+    "block_sparse_attention_eager", "count_bits", "dense_speed", "fa4_requirement", "flex_requirement", "pack_bits",
     "predicted_speedup", "release_captured", "resolve_backend", "torch_way", "triton_requirement", "unpack_bits",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .backends import cpu, reference
 from .backends import flex as flex_backend
 from .backends.fa4 import attend as fa4_backend
@@ -22,7 +23,8 @@ from .checks import problem_of
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .packing import SCHEMA, flatten, restore
-from .problem import Problem
+from .precision import Precision
+from .problem import Problem, mix_weight
 from .selection import Selection
 from .states import resolved
 from .tiles import TileLists
@@ -52,9 +54,10 @@ def block_sparse_attention(
     selection: Selection | None = None,
     return_tiles: bool = False,
     return_lse: bool = False,
+    precision: Precision | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over the exact and pooled tiles of `tiles`, differentiable in q, k and v, opaque to torch.compile.
+    """Attention over exact and pooled tiles, differentiable in q, k, v and `head_scale`, opaque to torch.compile.
 
     Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
     they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
@@ -63,12 +66,14 @@ def block_sparse_attention(
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 too on the torch and reference
             backends.
         k: like q with S_k tokens and any number of heads that divides H (query heads share key heads in order).
-        v: like k. NaN and infinity in q, k or v reach every row that sees them, as in dense attention; on the triton
-            and reference backends other rows of that head too. What a mask leaves out may hold anything.
+        v: like k, of any head dim, which is the output's. NaN and infinity in q, k or v reach every row that sees them,
+            as in dense attention; on the triton and reference backends other rows of that head too. What key masks
+            leave out may hold anything; on the torch backend what a mask inside a tile hides, too.
         tiles: tile lists in the tiled token order; every token outside its exact and pooled tiles is absent.
         layout: "bshd" or "bhsd", of q, k, v and the output.
         scale: logit scale; 1 / sqrt(D) by default.
-        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda).
+        head_scale: float [H] or [B, H], multiplies the logits of a head (UltraImage's and UltraViCo's lambda). Its
+            gradient is that of queries multiplied by it, in their dtype: exact at 0 too.
         key_length: integer [B], the first key_length[b] keys (caller's order) are valid.
         key_mask: bool [B, S_k], True where a key is valid; with key_length both must hold.
         frame_decay: logit decay by frame distance, see FrameDecay.
@@ -80,6 +85,9 @@ def block_sparse_attention(
         return_tiles: also return which tiles were exact, as bits int32 [B, H, NQ, ceil(NK / 32)]; needs a selection.
         return_lse: also return the natural-log sum of exponentials of the transformed logits, float32 [B, H, S_q]
             (float64 for float64), pooled mass included; -inf for rows without a key, whose attention output is 0.
+        precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits as
+            precision.py says, on the triton backend ("reference" simulates it): int8 wherever that runs, fp8 from
+            compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given. None: the dtype of q.
         backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
             from the triton backend's own kernels, for fa4 too, and else from the torch backend's recomputation, except
             with "reference", which autograd differentiates.
@@ -95,14 +103,18 @@ def block_sparse_attention(
     problem = problem_of(
         q, k, v, tiles, layout=layout, scale=scale, head_scale=head_scale, key_length=key_length, key_mask=key_mask,
         frame_decay=frame_decay, token_order=token_order, identity_mix=identity_mix, identity_rows=identity_rows,
-        selection=selection, return_tiles=return_tiles, return_lse=return_lse, backend=backend,
+        selection=selection, return_tiles=return_tiles, return_lse=return_lse, precision=precision,
+        backend=backend,
     )  # fmt: skip
     if backend == "reference":  # plain eager code, whose gradient by autograd specifies everybody's
         return _wanted(_run(problem), problem)
     call = problem
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        call = _for_gradients(problem)
-    return _wanted(torch.ops.dit_accel_kernels.block_sparse_attention(*flatten(call)), problem)
+    if problem.head_scale is not None and problem.head_scale.requires_grad:  # scaled queries hand it its gradient
+        scaled = problem.q * problem.head_scale[:, :, None, None]
+        call = replace(problem, q=scaled.to(problem.q.dtype), head_scale=None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, k, v)):
+        call = _for_gradients(call)
+    return _wanted(ops.block_sparse_attention(*flatten(call)), problem)
 
 
 def _wanted(results: Results, problem: Problem) -> Tensor | tuple[Tensor, ...]:
@@ -133,6 +145,8 @@ def block_sparse_attention_backward(
             so again, unless it says what was `routed`.
     """
     problem = problem_of(q, k, v, tiles, **arguments)
+    if problem.precision is not None:
+        raise ValueError(f"precision {problem.precision!r} has no gradient: leave it out of forward and backward")
     grads = _gradients(problem, grad_out if problem.heads_first else grad_out.transpose(1, 2), None, None, None)
     grad_q, grad_k, grad_v = (x if problem.heads_first else x.transpose(1, 2) for x in grads)
     return grad_q, grad_k, grad_v
@@ -151,11 +165,12 @@ def _for_gradients(problem: Problem) -> Problem:
 
 def _backend(problem: Problem, *, timed: bool = True) -> str:
     """The backend that runs a call; where it is not `timed`, one that runs any, whatever the CPU's table says."""
-    if problem.backend != "auto":
-        return problem.backend
+    if problem.backend != "auto" or problem.precision is not None:
+        return "triton" if problem.backend == "auto" else problem.backend
     if problem.q.device.type != "cpu":
-        return resolve_backend("auto", problem.q.device, problem.q.dtype, problem.q.shape[-1])
-    timed = timed and not (problem.return_lse or problem.votes or problem.decay)
+        dims = {resolve_backend("auto", problem.q.device, problem.q.dtype, x.shape[-1]) for x in (problem.q, problem.v)}
+        return "triton" if dims == {"triton"} else "torch"
+    timed = timed and not (problem.return_lse or problem.votes or problem.decay or problem.mask_ids is not None)
     tokens = min(problem.q.shape[2], problem.k.shape[2])
     return cpu.choice(problem.q.dtype, problem, tokens)[0] if timed else "torch"
 
@@ -173,12 +188,14 @@ def resolve_backend(
     compute capability 8.0. `dtype` and `dim` None stand for any that a backend supports. fa4, which has run on no card
     yet, runs only where it is named. On a CPU flex needs to run there and to be ahead in backends/cpu_table.json, by
     what the processor has, dtype, tokens and density: `lists` are those of a call without votes, LSE, gradient and
-    frame decay (which was not timed), None stands for any other. A named backend is returned as it is.
+    frame decay (which was not timed, nor were masks inside tiles), None stands for any other. A named backend is
+    returned as it is.
     """
     if backend != "auto":
         return backend
     if device.type == "cpu":
-        return "torch" if lists is None else cpu.choice(dtype, lists, min(lists.num_q, lists.num_k))[0]
+        timed = lists if lists is not None and lists.mask_ids is None else None
+        return "torch" if timed is None else cpu.choice(dtype, timed, min(timed.num_q, timed.num_k))[0]
     fits = device.type in ("cuda", "xpu") and triton_support.missing_requirement(device, dtype, dim) is None
     return "triton" if fits else "torch"
 
@@ -187,15 +204,7 @@ def _triton(module: str = "attend") -> ModuleType:
     """A module with kernels, imported on first use: importing this package must not import triton."""
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError("backend 'triton' needs the triton package (found none): use 'torch' or 'auto'")
-    return importlib.import_module(f"dit_accel_kernels.backends.triton.{module}")
-
-
-def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
-    """Identity weight w, broadcastable to [B, H, S, D], 0 outside the chosen rows."""
-    if problem.identity_mix is None:
-        return None
-    w = problem.identity_mix.to(dtype).reshape(-1, problem.q.shape[1])[:, :, None, None]
-    return w if problem.identity_rows is None else w * problem.identity_rows[:, None]
+    return importlib.import_module(f".backends.triton.{module}", __package__)
 
 
 def _forward(*arguments: Any) -> Results:
@@ -207,24 +216,11 @@ def _run(problem: Problem) -> Results:
 
     Autocast has no part in it: products are made in the dtype that was given.
     """
-    _require_support(problem)
     if problem.q.shape[0] == 0 and problem.backend != "reference":  # whose gradient is autograd's
         return _empty_results(problem)
     with torch.autocast(problem.q.device.type, enabled=False):
         check_values(problem)
         return _attend(problem)
-
-
-MASKED = ("reference",)  # backends that take masks inside tiles and a head dim of v of its own
-
-
-def _require_support(problem: Problem) -> None:
-    own = problem.mask_ids is not None or problem.v.shape[3] != problem.q.shape[3]
-    if own and _backend(problem) not in MASKED:
-        raise BackendUnavailableError(
-            "masks inside tiles and a head dim of v that is not q's need backend='reference', found "
-            f"{_backend(problem)!r}"
-        )
 
 
 def _attend(problem: Problem) -> Results:
@@ -350,7 +346,7 @@ def _backward_fake(
 # the compiler captures around the op would replay one call's decisions, on memory that is its own.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention",
+    add_op_namespace_prefix("block_sparse_attention"),
     _forward,
     mutates_args=(),
     schema=SCHEMA + " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -358,7 +354,7 @@ _op = torch.library.custom_op(
 )
 _op.register_fake(_forward_fake)
 _backward_op = torch.library.custom_op(
-    "dit_accel_kernels::block_sparse_attention_backward",
+    add_op_namespace_prefix("block_sparse_attention_backward"),
     _backward,
     mutates_args=(),
     schema="(Tensor grad_out, Tensor? grad_lse, Tensor? out, Tensor? lse, " + SCHEMA[1:] + " -> Tensor[]",
@@ -386,7 +382,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, *_: Any) -> t
     problem = restore(tuple(inputs))
     if ctx.routed:
         problem = _after_routing(problem, saved[-1])
-    grads = torch.ops.dit_accel_kernels.block_sparse_attention_backward(
+    grads = ops.block_sparse_attention_backward(
         grad_out, grad_lse if problem.return_lse else None, out, lse, *flatten(problem)
     )
     return (*grads, *(None for _ in inputs[3:]))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 Derived = TypeVar("Derived")
 Version = tuple[int, int, int]
-_ATTRIBUTE, _WRITES, _COPIED = "_dit_accel_derived", "_dit_accel_writes", "_dit_accel_copied"  # of a storage
+_WRITES = "_dit_accel_writes"  # of a storage: a count, the same for every copy of this package
+_ATTRIBUTE, _COPIED = f"_derived_{__package__}", f"_copied_{__package__}"  # of a storage, for this copy alone
 _CAPTURED: dict[int, tuple[_Entry, list[Tensor]]] = {}  # what captured graphs read must not move or go
 
 
@@ -44,8 +45,8 @@ class StorageCache(Generic[Derived]):
     A storage rather than a Python object holds them: compiled graphs hand over aliases. A value counts while all its
     tensors live and none was written to: torch counts its own writes, on a CPU the tensors are also compared with
     copies of what they held, and elsewhere `changed` must tell of writes by kernels that torch knows nothing of.
-    Nothing is kept of inference tensors, whose writes nobody counts, nor while a stream captures, since memory is then
-    the graph's. A stream other than the one that made a value waits for it.
+    Nothing is kept of inference tensors, whose writes nobody counts, nor while a call is compiled or a stream captures,
+    since memory is then the graph's. A stream other than the one that made a value waits for it.
 
     A capture takes the value that is there, and its graph's replays go on with it, whatever happens to the tensors: it
     is kept for good, until `release_captured`. Replays run no Python, so nothing can look there; a later call outside
@@ -68,6 +69,8 @@ class StorageCache(Generic[Derived]):
             loose: more of what it is derived from, which a caller may write to between replays of a graph: a capture
                 builds what depends on it anew, inside of the graph.
         """
+        if torch.compiler.is_compiling():
+            return build()
         parts, loose = list(parts), [x for x in loose if x is not None]
         here = [x for x in (*parts, *loose) if x is not None]
         device = here[0].device

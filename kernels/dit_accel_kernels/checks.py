@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .bits import words_of
-from .features import FrameDecay
+from .errors import BackendUnavailableError
+from .features import FrameDecay, wide_dtype
+from .precision import PRECISIONS
 from .problem import Problem
 from .tiles import PARTS, TileLists
 
@@ -33,7 +35,7 @@ def problem_of(
         q=q, k=k, v=v, **{name: getattr(tiles, name) for name in PARTS}, block_q=tiles.block_q, block_k=tiles.block_k,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         heads_first=layout == "bhsd",
-        head_scale=None if head_scale is None else head_scale.float().reshape(-1, q.shape[1]),
+        head_scale=None if head_scale is None else head_scale.to(wide_dtype(q.dtype)).reshape(-1, q.shape[1]),
         decay=None if frame_decay is None else (frame_decay.table, frame_decay.q_frames, frame_decay.k_frames),
         **features,
     )  # fmt: skip
@@ -71,7 +73,10 @@ def check_features(problem: Problem) -> None:
     q, device, num_q, num_k = problem.q, problem.q.device, problem.q.shape[2], problem.k.shape[2]
     if problem.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {problem.backend!r}")
+    _check_precision(problem)
     _check_per_head("identity_mix", problem.identity_mix, q)
+    if problem.identity_mix is not None and problem.identity_mix.requires_grad:
+        raise ValueError("identity_mix gets no gradient, found requires_grad=True: detach it")
     _check_keys(problem)
     if problem.decay is not None:
         table, q_frames, k_frames = problem.decay
@@ -96,10 +101,24 @@ def check_features(problem: Problem) -> None:
         raise ValueError("return_tiles tells what a selection chose, found no selection: give one, or read the lists")
 
 
+def _check_precision(problem: Problem) -> None:
+    precision = problem.precision
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be 'int8', 'fp8' or None, found {precision!r}")
+    if precision is None:
+        return
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v)):
+        raise ValueError(f"precision {precision!r} has no gradient, found requires_grad=True: detach, or leave it out")
+    if problem.backend not in ("auto", "triton", "reference"):
+        raise BackendUnavailableError(
+            f"precision {precision!r} needs backend 'triton' or 'reference', found {problem.backend!r}: leave one out"
+        )
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have four dimensions, found {list(tensor.shape)}")
+        if tensor.dim() != 4 or tensor.shape[3] == 0:
+            raise ValueError(f"{name} must have four dimensions, the last at least 1, found {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, found {tensor.dtype}")
         if tensor.device != q.device:
@@ -136,8 +155,6 @@ def _check_per_head(name: str, tensor: Tensor | None, q: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, found {tensor.dtype}")
     if tuple(tensor.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"{name} must be [{heads}] or [{batch}, {heads}] ([H] or [B, H]), found {list(tensor.shape)}")
-    if tensor.requires_grad:
-        raise ValueError(f"{name} gets no gradient, found requires_grad=True: detach it")
     _check_device(name, tensor, q.device)
 
 

@@ -11,7 +11,8 @@ _PLAIN = (
     "Tensor q, Tensor k, Tensor v, Tensor exact_offsets, Tensor exact_indices, Tensor? pooled_offsets, "
     "Tensor? pooled_indices, Tensor? mask_ids, Tensor? mask_bits, int block_q, int block_k, bool heads_first, "
     "float scale, Tensor? head_scale, Tensor? key_length, Tensor? key_mask, Tensor? token_order, "
-    "Tensor? identity_mix, Tensor? identity_rows, bool return_tiles, bool return_lse, str backend"
+    "Tensor? identity_mix, Tensor? identity_rows, bool return_tiles, bool return_lse, str? precision, "
+    "str backend"
 )
 _DECAY = "Tensor? decay_table, Tensor? q_frames, Tensor? k_frames"
 _SELECTION = (

@@ -12,6 +12,7 @@ from .selection import Selection
 from .tiles import TileLists
 
 _FRAMES: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
+_VALID: StorageCache[Tensor] = StorageCache()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -20,10 +21,10 @@ class Problem:
 
     q, k, v and the output are [B, H, S, D] here, whatever the caller's layout, with a head dim of their own for v and
     the output; `heads_first` says in which order heads and tokens lie in the output's memory. The lists are those of
-    TileLists. `scale` is the softmax scale; `head_scale`, float32 [B or 1, H] or None, multiplies it. `decay` is
-    (table, q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length` and `key_mask` are in the
-    caller's order; `tiled()` gives the call in tiled order, where valid keys are the bool [B, S_k] `key_valid` (None:
-    all). A `selection` narrows the lists for this call.
+    TileLists. `scale` is the softmax scale; `head_scale`, [B or 1, H] in float32 (float64 for float64) or None,
+    multiplies it. `decay` is (table, q_frames, k_frames) or None. With a `token_order`, q, k, v, decay, `key_length`
+    and `key_mask` are in the caller's order; `tiled()` gives the call in tiled order, where valid keys are the bool
+    [B, S_k] `key_valid` (None: all). A `selection` narrows the lists for this call.
     """
 
     q: Tensor
@@ -50,6 +51,7 @@ class Problem:
     selection: Selection | None = None
     return_tiles: bool = False
     return_lse: bool = False
+    precision: str | None = None
     backend: str = "auto"
 
     @property
@@ -94,16 +96,25 @@ class Problem:
 
     def features_in_tiled_order(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
         """Valid keys, bool [B, S_k] or None, and decay (table, q_frames, k_frames) or None, in tiled order."""
-        valid, decay, order = self.key_mask, self.decay, self.token_order
-        if self.key_length is not None:
-            prefix = torch.arange(self.k.shape[2], device=self.k.device) < self.key_length[:, None]
-            valid = prefix if valid is None else valid & prefix
+        decay, order = self.decay, self.token_order
         if order is not None:
-            valid = None if valid is None else valid.index_select(1, order)
             decay = None if decay is None else (decay[0], *_frames_in_order(decay[1], decay[2], order))
-        if self.key_valid is not None:
-            valid = self.key_valid if valid is None else valid & self.key_valid
-        return valid, decay
+        if self.key_length is None and self.key_mask is None:
+            return self.key_valid, decay
+        keys = [self.key_length, self.key_mask, self.key_valid]
+        key = (self.k.shape[2], *(x is not None for x in keys))
+        return _VALID.get((), key, self._valid_in_tiled_order, loose=[*keys, order]), decay
+
+    def _valid_in_tiled_order(self) -> Tensor:
+        tokens = torch.arange(self.k.shape[2], device=self.k.device)
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        if self.key_length is not None:
+            valid = tokens < self.key_length[:, None]
+        if self.key_mask is not None:
+            valid = self.key_mask & valid
+        if self.token_order is not None:
+            valid = valid.index_select(1, self.token_order)
+        return valid if self.key_valid is None else valid & self.key_valid
 
     def tiled(self) -> Problem:
         """The same call with tensors, decay and `key_valid` in tiled order and nothing left in the caller's."""
@@ -142,3 +153,11 @@ def lists_of(problem: Problem) -> TileLists:
         mask_ids=problem.mask_ids,
         mask_bits=problem.mask_bits,
     )
+
+
+def mix_weight(problem: Problem, dtype: torch.dtype) -> Tensor | None:
+    """Identity weight w, broadcastable to [B, H, S, D], 0 outside the chosen rows."""
+    if problem.identity_mix is None:
+        return None
+    w = problem.identity_mix.to(dtype).reshape(-1, problem.q.shape[1])[:, :, None, None]
+    return w if problem.identity_rows is None else w * problem.identity_rows[:, None]

@@ -2,7 +2,8 @@
 
 *Plain*: every key is there and no decay applies. *Constant*: every key is there and the tile has one decay t. *Slow*:
 the ragged last tile, tiles with invalid keys, tiles whose decay differs by element, and every tile where the tile size
-is no multiple of 16, in which chunks do not divide it. *Absent*: no valid key, never visited.
+is no multiple of 16, in which chunks do not divide it. *Absent*: no valid key, never visited. An exact tile with a mask
+of its own is slow too, unless it is absent.
 """
 
 from __future__ import annotations

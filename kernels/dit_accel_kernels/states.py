@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
-from .csr import EXACT, POOLED, SKIPPED, row_of_entry
+from .csr import EXACT, POOLED, SKIPPED
 from .features import tile_means, wide_dtype
 from .problem import Problem, by_head, lists_of
 from .sections import sections_of
@@ -23,16 +23,11 @@ def list_states(problem: Problem) -> Tensor:
 
 def pair_mask(problem: Problem) -> Tensor | None:
     """Which pairs of tokens the masks inside tiles let through, bool [B or 1, H or 1, S_q, S_k]; None: all of them."""
-    if problem.mask_ids is None or problem.mask_bits is None:
+    if problem.mask_ids is None:
         return None
-    sets, block_k = problem.exact_offsets.shape[0], problem.block_k
-    sizes = (sets * problem.query_tiles, problem.key_tiles, problem.block_q, block_k)
-    seen = torch.ones(sizes, dtype=torch.bool, device=problem.q.device)
-    row, masked = row_of_entry(problem.exact_offsets, problem.mask_ids.numel()), problem.mask_ids >= 0
-    masks = unpack_bits(problem.mask_bits, block_k)[problem.mask_ids.clamp(min=0).long()]
-    seen[row, problem.exact_indices.long()] = masks | ~masked[:, None, None]
-    seen = seen.view(sets, problem.query_tiles, problem.key_tiles, problem.block_q, block_k).transpose(2, 3)
-    return by_head(seen.flatten(3).flatten(1, 2)[:, : problem.q.shape[2], : problem.k.shape[2]], problem.q.shape[1])
+    table, bits = lists_of(problem).mask_table()
+    seen = unpack_bits(bits, problem.block_k)[table].transpose(2, 3).flatten(3).flatten(1, 2)
+    return by_head(seen[:, : problem.q.shape[2], : problem.k.shape[2]], problem.q.shape[1])
 
 
 def selected_states(problem: Problem) -> Tensor:

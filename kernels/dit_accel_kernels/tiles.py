@@ -7,15 +7,31 @@ each (G = H or B*H).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .bits import words_of
 from .cache import StorageCache, changed, count_writes
-from .csr import EXACT, POOLED, check_csr, check_values, csr_of, row_of_entry, spelled
-from .masks import check_mask_ids, check_masks, tiles_of_rows
+from .csr import EXACT, PARTIAL, POOLED, check_csr, check_values, csr_of, padded_rows, row_of_entry, spelled
+from .masks import (
+    Rows,
+    check_mask_ids,
+    check_masks,
+    check_offsets,
+    rows_of_block_mask,
+    rows_of_mask_mod,
+    rows_of_sequences,
+    seen_by_mask,
+    tiles_of_rows,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 PARTS = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices", "mask_ids", "mask_bits")
 
@@ -39,8 +55,7 @@ class TileLists:
     What backends derive from lists lives as long as these tensors do. Writes by torch's own operations are followed,
     and on a CPU all others too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after
     them. A captured CUDA graph goes on with the lists as they were at its capture, whatever is written to them between
-    replays, also by `copy_`: capture it again. Lists that were captured stay in memory until
-    `dit_accel_kernels.release_captured()`.
+    replays, also by `copy_`: capture it again. Lists that were captured stay in memory until `release_captured()`.
     """
 
     block_q: int
@@ -56,9 +71,7 @@ class TileLists:
 
     def __post_init__(self) -> None:
         count_writes(self, PARTS)
-        for name in ("block_q", "block_k", "num_q", "num_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        _check_sizes(block_q=self.block_q, block_k=self.block_k, num_q=self.num_q, num_k=self.num_k)
         if (self.pooled_offsets is None) != (self.pooled_indices is None):
             raise ValueError("pooled_offsets and pooled_indices come together: give both or neither")
         check_csr("exact", self.exact_offsets, self.exact_indices, self.query_tiles)
@@ -106,8 +119,89 @@ class TileLists:
             raise ValueError(f"mask must be [S_q, S_k], [G, S_q, S_k] or [B, H, S_q, S_k], found {list(mask.shape)}")
         masks = mask.reshape(-1, *mask.shape[-2:])
         sizes = dict(block_q=block_q, block_k=block_k, num_q=masks.shape[1], num_k=masks.shape[2])
-        rows = tiles_of_rows(lambda g, first, end: masks[g, first:end], len(masks), device=mask.device, **sizes)
-        return cls._of_states(*rows, **sizes)
+        return cls._of_rows(lambda g, first, end: masks[g, first:end], len(masks), mask.device, **sizes)
+
+    @classmethod
+    def from_mask_mod(
+        cls, mask_mod: Callable[..., Tensor], *, block_q: int, block_k: int, num_q: int, num_k: int,
+        batch: int | None = None, heads: int | None = None, device: torch.device | str = "cpu",
+    ) -> TileLists:  # fmt: skip
+        """Lists of what a FlexAttention mask_mod lets through, exactly, in memory linear in the tokens.
+
+        Args:
+            mask_mod: function of 0-d tensors b, h, q_idx, kv_idx, of positions in the tiled order; bool, True where the
+                query sees the key. It is mapped over them as FlexAttention does, row of tiles by row of tiles.
+            block_q: queries of a tile; `block_k` are keys of a tile, `num_q` and `num_k` tokens.
+            batch: as FlexAttention's B and H, so are `heads`: None where the mask is one for all. A mask by batch needs
+                `heads` too.
+            device: where the mask is evaluated, on which its tensors are, and the lists.
+
+        Raises:
+            TypeError, ValueError: a function that returns another dtype; `batch` without `heads`.
+        """
+        if heads is None and (batch or 1) > 1:
+            raise ValueError(f"a mask by batch needs the number of heads too, found batch={batch} and heads=None")
+        sizes = dict(block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
+        rows = rows_of_mask_mod(mask_mod, heads or 1, num_k, torch.device(device))
+        return cls._of_rows(rows, (batch or 1) * (heads or 1), torch.device(device), **sizes)
+
+    @classmethod
+    def from_block_mask(
+        cls, block_mask: BlockMask, *, block_q: int | None = None, block_k: int | None = None
+    ) -> TileLists:
+        """Lists of what FlexAttention would see by a BlockMask, exactly: its full blocks, and partial ones by mask_mod.
+
+        Args:
+            block_mask: of any batch and heads, on the device where the lists will be.
+            block_q: queries of a tile, and `block_k` keys: the BlockMask's own by default, any others are converted.
+
+        Raises:
+            TypeError, ValueError: no BlockMask, blocks that don't fit its lengths, a mask by batch and not by head.
+        """
+        if not hasattr(block_mask, "seq_lengths"):
+            raise TypeError(f"block_mask must be FlexAttention's BlockMask, found {type(block_mask).__name__}")
+        (num_q, num_k), (own_q, own_k) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+        batch, heads = block_mask.kv_num_blocks.shape[:2]
+        if batch > 1 and heads == 1:
+            raise ValueError(f"a mask by batch must be one by head too, found a block_mask of {batch} x 1: repeat it")
+        sizes = dict(block_q=block_q or own_q, block_k=block_k or own_k, num_q=num_q, num_k=num_k)
+        return cls._of_rows(rows_of_block_mask(block_mask), batch * heads, block_mask.kv_indices.device, **sizes)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_q: Tensor, cu_k: Tensor | None = None, *, block_q: int, block_k: int, causal: bool = False,
+        window: tuple[int, int] | None = None,
+    ) -> TileLists:  # fmt: skip
+        """Lists of sequences packed into one, [1, total, H, D], each of which sees itself alone; flash-attn's varlen.
+
+        Args:
+            cu_q: int32 or int64 [N + 1], where each sequence's queries begin, from 0 to their total.
+            cu_k: the same for keys; those of the queries by default.
+            block_q: queries of a tile, and `block_k` keys.
+            causal: no key after the query. With unequal lengths the last query stands at the last key, as in
+                flash-attn; a query before the first key sees none, and its output is 0.
+            window: so many keys to the left and to the right of the query, -1 for all of them.
+
+        Raises:
+            TypeError, ValueError: offsets that are none.
+        """
+        cu_k = cu_q if cu_k is None else cu_k
+        check_offsets("cu_q", cu_q)
+        check_offsets("cu_k", cu_k)
+        if len(cu_q) != len(cu_k) or cu_q.device != cu_k.device:
+            raise ValueError(
+                f"cu_q and cu_k must be of the same sequences on one device, found {len(cu_q) - 1} on {cu_q.device} "
+                f"and {len(cu_k) - 1} on {cu_k.device}"
+            )
+        left, right = (-1, -1) if window is None else window
+        rows = rows_of_sequences(cu_q, cu_k, left, 0 if causal else right)
+        sizes = dict(block_q=block_q, block_k=block_k, num_q=int(cu_q[-1]), num_k=int(cu_k[-1]))
+        return cls._of_rows(rows, 1, cu_q.device, **sizes)
+
+    @classmethod
+    def _of_rows(cls, rows: Rows, groups: int, device: torch.device, **sizes: int) -> TileLists:
+        _check_sizes(**sizes)
+        return cls._of_states(*tiles_of_rows(rows, groups, device=device, **sizes), **sizes)
 
     @classmethod
     def _of_states(cls, states: Tensor, mask_ids: Tensor | None, mask_bits: Tensor | None, **sizes: int) -> TileLists:
@@ -197,6 +291,55 @@ class TileLists:
                 states.view(-1)[row_of_entry(offsets, indices.numel()) * self.key_tiles + indices] = value
         return states
 
+    def mask_table(self) -> tuple[Tensor, Tensor]:
+        """The number of each pair of tiles' mask, int64 [G, NQ, NK], and the masks, int32 [M', block_q, W].
+
+        The last masks hide nothing. M' is a power of 2, so that what is compiled for a number of masks serves others.
+        """
+        bits = self.exact_indices.new_empty(0, self.block_q, words_of(self.block_k))
+        bits = bits if self.mask_bits is None else self.mask_bits
+        size = 1 << len(bits).bit_length()
+        bits = torch.nn.functional.pad(bits, (0, 0, 0, 0, 0, size - len(bits)), value=-1)
+        table = torch.full((self.groups * self.query_tiles, self.key_tiles), size - 1, device=self.device)
+        if self.mask_ids is not None:
+            row = row_of_entry(self.exact_offsets, self.tiles_exact)
+            table[row, self.exact_indices.long()] = self.mask_ids.long() % size
+        return table.view(self.groups, self.query_tiles, self.key_tiles), bits
+
+    def to_block_mask(self, heads: int | None = None) -> BlockMask:
+        """The lists as a BlockMask of FlexAttention, which masks exactly what they mask.
+
+        Args:
+            heads: H where the lists are those of every batch and head; all G list sets are heads by default.
+
+        Raises:
+            ValueError: pooled tiles, which FlexAttention has not; heads that don't divide the list sets.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        heads = self.groups if heads is None else heads
+        if self.tiles_pooled:
+            raise ValueError(
+                f"a BlockMask has no pooled tiles, found {self.tiles_pooled}: make them exact or skip them"
+            )
+        if heads < 1 or self.groups % heads:
+            raise ValueError(f"heads must divide the {self.groups} list sets, found {heads}")
+        table, bits = self.mask_table()
+        states, table = (x.view(-1, heads, *x.shape[1:]) for x in (self.states(), table))
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            place = (b % states.shape[0], h % heads, q_idx // self.block_q, kv_idx // self.block_k)
+            inside = seen_by_mask(bits, table[place], q_idx % self.block_q, kv_idx % self.block_k)
+            return (states[place] >= EXACT) & inside
+
+        return BlockMask.from_kv_blocks(
+            *padded_rows(states == PARTIAL),
+            *padded_rows(states == EXACT),
+            BLOCK_SIZE=(self.block_q, self.block_k),
+            mask_mod=mask_mod,
+            seq_lengths=(self.num_q, self.num_k),
+        )
+
     def changed(self) -> None:
         """Tell that the lists were written to by a kernel that torch knows nothing of; see above."""
         changed(getattr(self, name) for name in PARTS)
@@ -226,6 +369,12 @@ class TileLists:
 
 
 _COPIES: StorageCache[TileLists] = StorageCache()
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, found {size}")
 
 
 @lru_cache(maxsize=16)

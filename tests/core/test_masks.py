@@ -41,6 +41,16 @@ def test_key_validity_is_read_off_every_form(mask):
     assert torch.equal(key_validity(mask, 2, 4, 6), KEYS)
 
 
+@pytest.mark.parametrize("mask", [KEYS[:, None, None].clone(), PAIRS.clone(), additive(KEYS[:, None, None])])
+def test_the_same_mask_gives_the_same_memory_until_it_is_written_to(mask):
+    """So that the kernels find the plan that they made of it for another layer."""
+    first, second = (key_validity(mask, 2, 4, 6).untyped_storage() for _ in range(2))
+    assert first is second
+    changed = torch.ones_like(mask) if mask.dtype == torch.bool else torch.zeros_like(mask)
+    mask.copy_(changed)
+    assert key_validity(mask, 2, 4, 6).all()
+
+
 def test_one_row_serves_the_whole_batch():
     assert torch.equal(key_validity(KEYS[:1, None, None], 3, 4, 6), KEYS[:1].expand(3, 6))
     assert torch.equal(key_validity(PAIRS[:1], 3, 4, 6), KEYS[:1].expand(3, 6))

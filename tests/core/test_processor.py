@@ -228,7 +228,7 @@ def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
 
 
 def test_the_stand_in_for_torchs_attention_has_its_defaults():
-    taken = inspect.signature(_sdpa(Execution([], "reference"))).parameters
+    taken = inspect.signature(_sdpa(F.scaled_dot_product_attention, Execution([], "reference"))).parameters
     defaults = {name: one.default for name, one in taken.items() if one.default is not inspect.Parameter.empty}
     assert defaults == {
         "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,

@@ -122,10 +122,10 @@ def test_comments_and_lines_leave_a_fingerprint_alone(tmp_path, monkeypatch):
 
 STARTED = """
 from calls import Setting
-from recorded import started_of
+from recorded import launches_of
 
 into = {}
-started_of(Setting(), "sm_90", into)
+launches_of("pooled", Setting(), "sm_90", into, "fa4")
 forward = next(x for x in into.values() if x.kernel_name == "fwd")
 names = list(forward.signature)
 started, bits = (forward.constexprs.get((names.index(name),)) for name in ("STARTED", "pooled_bits_ptr"))

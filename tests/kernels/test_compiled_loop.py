@@ -24,12 +24,12 @@ __attribute__((constructor)) void begun() { if (FILE* f = fopen("%s", "w")) fclo
 extern "C" {
 int64_t panel() { return 16; }
 int64_t call_bytes() { return %s; }
-int64_t attend(void*, int64_t, int64_t) { return 0; }
-int64_t pack_values() { return 0; }
+int64_t has_pairs() { return 0; }
+int64_t attend(void*) { return 0; }
 %s
 }
 """
-KEYS = "int64_t pack_keys() { return 0; }"
+KEYS = "int64_t pack() { return 0; }"
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path, lacks):
     size = ctypes.sizeof(binding.Call) - 8 * (lacks == "bytes of a call")
     keys = "" if lacks == "a function" else KEYS
     compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", size, keys))
-    why = r"no compiled.*pack_keys" if keys == "" else rf"{size} bytes, not of {size + 8}"
+    why = r"no compiled.*pack" if keys == "" else rf"{size} bytes, not of {size + 8}"
     with pytest.warns(UserWarning, match=why):
         assert compiled.loop().library is None
 
@@ -267,12 +267,15 @@ def test_a_file_of_another_machine_is_left_alone(quick):
 @needs_compiler
 def test_no_memory_is_an_error_and_not_the_end():
     loop = compiled.library()
-    call = binding.Call(rows=1 << 40, columns=64, dim=64)
+    done = (ctypes.c_int64 * 3)()
+    sizes = dict(columns=64, num_q=9, num_k=9, batch=1, heads=1, key_heads=1, groups=1, threads=3, end=9)
+    call = binding.Call(rows=1 << 40, dim=64, value_dim=64, done=ctypes.addressof(done), **sizes)
     with pytest.raises(MemoryError, match=r"attend.*no memory"):
-        loop.attend(ctypes.byref(call), ctypes.c_int64(0), ctypes.c_int64(0))
-    sizes = (ctypes.c_int64(x) for x in (0, 1, 1 << 40, 1 << 10, 1))
-    with pytest.raises(MemoryError, match=r"pack_values.*no memory"):
-        loop.pack_values(None, None, *sizes)
+        loop.attend(ctypes.byref(call))
+    call = binding.Call(rows=64, dim=1 << 40, value_dim=1 << 40, done=ctypes.addressof(done), **sizes)
+    with pytest.raises(MemoryError, match=r"pack.*no memory"):
+        loop.pack(ctypes.byref(call))
+    assert not any(done)
 
 
 def test_a_processor_is_told_by_its_model_and_instructions_in_one_order(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from dit_accel_kernels import (
     TileLists,
     Vote,
     block_sparse_attention,
+    dense_speed,
     predicted_speedup,
     resolve_backend,
 )
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
+from dit_accel_kernels.backends.torch import compiled, fused
 from kernel_cases import qkv
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
@@ -91,7 +94,7 @@ def test_the_backend_ahead_at_a_density_is_taken_and_its_speed_is_told(monkeypat
     monkeypatch.setattr(cpu, "processor", lambda: row["processor"])
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
     dtype, sizes = DTYPES[row["dtype"]], {"tokens": row["tokens"], "tile": row["tile"]}
-    for density in (0.1, 0.25, 0.5):
+    for density in (density for density, _ in row["shares"]):
         ahead = max(rivals, key=lambda one: cpu._at(tuple(map(tuple, one["shares"])), density))
         assert auto(density, dtype, **sizes) == ahead["backend"]
         share = next(share for measured, share in ahead["shares"] if abs(measured - density) < 0.01)
@@ -158,7 +161,7 @@ def flex_calls(monkeypatch):
     return found
 
 
-def test_calls_go_to_flex_but_for_votes_lse_decay_and_gradients(flex_calls):
+def test_calls_go_to_flex_but_for_votes_lse_decay_masks_and_gradients(flex_calls):
     q, k, v = qkv(1, 2, 2, 64, 64, 8, torch.float32)
     tiles, frames = lists(0.5, 64, 16), torch.arange(64, dtype=torch.int32) // 16
     decay = FrameDecay(table=torch.tensor([1.0, 0.5]), q_frames=frames, k_frames=frames)
@@ -170,6 +173,9 @@ def test_calls_go_to_flex_but_for_votes_lse_decay_and_gradients(flex_calls):
         dict(backend="torch"),
     ):  # fmt: skip
         block_sparse_attention(q, k, v, tiles, layout="bhsd", **arguments)
+    masked = replace(tiles, mask_ids=torch.zeros_like(tiles.exact_indices), mask_bits=-torch.ones(1, 16, 1).int())
+    block_sparse_attention(q, k, v, masked, layout="bhsd")
+    assert resolve_backend("auto", CPU, torch.float32, 8, masked) == "torch"
     leaves = [x.requires_grad_() for x in (q, k, v)]
     block_sparse_attention(*leaves, tiles, layout="bhsd").sum().backward()
     assert len(flex_calls) == 2
@@ -186,3 +192,46 @@ def test_auto_runs_where_torch_compile_is_switched_off(flex_calls, monkeypatch):
     assert torch.equal(found, block_sparse_attention(q, k, v, **call, backend="torch"))
     with pytest.raises(BackendUnavailableError, match="switched off"):
         block_sparse_attention(q, k, v, **call, backend="flex")
+
+
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
+
+
+@needs_compiler
+def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generator(monkeypatch):
+    monkeypatch.delenv(cpu.DENSE, raising=False)
+    monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
+    cpu._dense_speed.cache_clear()
+    torch.manual_seed(0)
+    before, taken = torch.get_rng_state(), []
+    monkeypatch.setattr(cpu, "_loop", lambda problem, real=cpu._loop: taken.append(problem.q.shape) or real(problem))
+    found = [dense_speed(torch.float32, 32) for _ in range(2)]
+    assert found[0] == found[1] > 0
+    assert taken == [(1, 1, 128, 32)] * 6
+    assert torch.equal(torch.get_rng_state(), before)
+    dense_speed(torch.float32, 16)
+    assert len(taken) == 12
+    cpu._dense_speed.cache_clear()
+
+
+@needs_compiler
+def test_the_slower_way_is_told_as_such(monkeypatch):
+    monkeypatch.delenv(cpu.DENSE, raising=False)
+    monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
+    for name, slow in (("_loop", 0.0), ("_dense", float("inf"))):
+        cpu._dense_speed.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, name, lambda problem: [sum(range(1000)) for _ in range(1000)])
+            speed = dense_speed(torch.float32, 16)
+            assert speed is not None
+            assert (speed < 1) == (slow == 0.0)
+    cpu._dense_speed.cache_clear()
+
+
+@needs_compiler
+def test_a_measurement_is_replaced_by_the_environments_and_other_calls_have_none(monkeypatch):
+    monkeypatch.setenv(cpu.DENSE, "1.75")
+    assert dense_speed(torch.float32, 64) == 1.75
+    assert dense_speed(torch.float64, 64) is None
+    monkeypatch.setattr(fused, "library", lambda: None)
+    assert dense_speed(torch.float32, 64) is None

@@ -7,10 +7,19 @@ import weakref
 
 import pytest
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, cache
+from dit_accel_kernels import (
+    FrameDecay,
+    TileLists,
+    block_sparse_attention,
+    block_sparse_attention_eager,
+    cache,
+    values,
+)
 from dit_accel_kernels.cache import StorageCache
 from dit_accel_kernels.backends.triton.support import interpreted
 from kernel_cases import qkv, random_lists
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 TOKENS = 70
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -41,6 +50,56 @@ def test_a_mask_changed_in_place_counts(backend, mode):
         mask.copy_(last)
         found = call(backend, tiles, inputs, key_mask=mask)
     assert torch.equal(found, call(backend, tiles, inputs, key_mask=last))
+
+
+def operations(tiles: TileLists, inputs, **arguments) -> int:
+    """How many of torch's operations a call on triton takes."""
+
+    class Counted(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+        for module in (cache, values):  # as on a GPU, where the values of masks and lists aren't read
+            patch.setattr(module, "readable", lambda device: False)
+        with Counted() as counted:
+            block_sparse_attention_eager(*inputs, tiles, layout="bhsd", backend="triton", **arguments)
+    return counted.count
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_plan_is_made_once_for_the_same_keys(ordered):
+    """A further call takes as many operations as one without a mask; a mask that is written to has it made anew."""
+    inputs = qkv(2, 2, 2, TOKENS, TOKENS, 16, torch.float32)
+    order = dict(token_order=torch.randperm(TOKENS)) if ordered else {}
+    for pooled in (False, True):
+        tiles = random_lists(1, TOKENS, TOKENS, 16, 16, pooled=pooled)
+        operations(tiles, inputs, **order)
+        least = operations(tiles, inputs, **order)
+        mask, length = torch.rand(2, TOKENS) > 0.3, torch.tensor([TOKENS, 40])
+        for keys in (dict(key_mask=mask), dict(key_length=length), dict(key_mask=mask, key_length=length)):
+            assert operations(tiles, inputs, **order, **keys) > least + 20
+            assert operations(tiles, inputs, **order, **keys) == least
+            for x in keys.values():
+                x.copy_(x.roll(1, 0))
+            assert operations(tiles, inputs, **order, **keys) > least + 20
+
+
+@pytest.mark.parametrize("features", ["order", "order decay"])
+def test_the_specification_compiles_with_what_is_remembered_elsewhere(features):
+    """It is plain eager code, which a compiler traces: what it would find in the cache it makes."""
+    q, k, v = qkv(1, 2, 2, TOKENS, TOKENS, 16, torch.float32)
+    tiles, order, mask = random_lists(1, TOKENS, TOKENS, 16, 16), torch.randperm(TOKENS), torch.rand(1, TOKENS) > 0.3
+    options = dict(frame_decay=decay()) if "decay" in features else {}
+
+    def attend(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return call("reference", tiles, (q, k, v), key_mask=mask, token_order=order, **options)
+
+    assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(q, mask), attend(q, mask))
 
 
 @BACKENDS
@@ -110,16 +169,17 @@ def test_a_write_replaces_a_value():
 def test_nothing_derived_holds_what_it_is_derived_from():
     """It would keep lists alive for good: those of a card are most of what a plan takes."""
     tiles, frames = random_lists(2, TOKENS, TOKENS, 16, 16), decay()
+    mask, length = torch.rand(1, TOKENS) > 0.3, torch.tensor([40])
     inputs = [x.requires_grad_() for x in qkv(1, 2, 2, TOKENS, TOKENS, 16, torch.float32)]
     for backend in ("triton", "torch"):
-        for options in ({}, {"frame_decay": frames}):
+        for options in ({}, {"frame_decay": frames}, {"key_mask": mask}, {"key_mask": mask, "key_length": length}):
             call(backend, tiles, inputs, **options).sum().backward()
-    given = (tiles.exact_offsets, tiles.exact_indices, frames.table, frames.q_frames, frames.k_frames)
+    given = (tiles.exact_offsets, tiles.exact_indices, frames.table, frames.q_frames, frames.k_frames, mask, length)
     storages = [weakref.ref(x.untyped_storage()) for x in given]
-    assert tiles.exact_offsets.untyped_storage()._dit_accel_derived
-    del tiles, frames, given, options
+    assert tiles.exact_offsets.untyped_storage()._derived_dit_accel_kernels
+    del tiles, frames, given, options, mask, length
     gc.collect()
-    assert [x() for x in storages] == [None] * 5
+    assert [x() for x in storages] == [None] * 7
 
 
 def test_a_capture_stores_nothing_and_builds_what_may_change(monkeypatch):

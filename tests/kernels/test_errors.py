@@ -31,7 +31,8 @@ CASES = [
         ValueError,
         r"backend.*auto, triton, fa4, torch, flex.*found 'cudnn'",
     ),
-    (dict(q=Q[0]), ValueError, r"q.*dimensions, found \[4, 20, 8\]"),
+    (dict(q=Q[0]), ValueError, r"q.*dimensions.*found \[4, 20, 8\]"),
+    (dict(v=V[..., :0]), ValueError, r"v.*at least 1, found \[2, 2, 20, 0\]"),
     (dict(q=Q.long()), TypeError, r"q.*bfloat16, float16, float32.*float64, found torch\.int64"),
     (
         dict(k=K.double()),
@@ -53,9 +54,9 @@ CASES = [
     (dict(head_scale=torch.ones(3)), ValueError, r"head_scale.*\[4\].*\[2, 4\].*found \[3\]"),
     (dict(head_scale=torch.ones(4).int()), TypeError, r"head_scale.*found torch\.int32"),
     (
-        dict(head_scale=torch.ones(4, requires_grad=True)),
+        dict(identity_mix=torch.ones(4, requires_grad=True)),
         ValueError,
-        r"head_scale.*found requires_grad=True",
+        r"identity_mix.*found requires_grad=True",
     ),
     (dict(head_scale=torch.ones(4).to("meta")), ValueError, r"head_scale.*cpu.*found meta"),
     (dict(identity_mix=torch.ones(1, 4)), ValueError, r"identity_mix.*\[4\].*\[2, 4\]"),

@@ -14,7 +14,7 @@ from dit_accel_kernels import (
     block_sparse_attention,
 )
 from dit_accel_kernels.backends import flex as flex_backend
-from kernel_cases import assert_within_rounding, check_against_reference, qkv, random_lists
+from kernel_cases import assert_within_rounding, check_against_reference, qkv, random_lists, with_masks
 from torch._dynamo.utils import counters
 
 LISTS = random_lists(1, 40, 40, 16, 16)
@@ -104,6 +104,7 @@ def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, ma
 
 
 @pytest.mark.sample
+@pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize(("mask", "decay"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
     ("shape", "blocks", "groups", "dtype"),
@@ -115,16 +116,20 @@ def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, ma
     ],
 )
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:return_lse is deprecated")
-def test_mask_and_score_functions_agree_with_the_specification(eager, shape, blocks, groups, dtype, mask, decay):
+def test_mask_and_score_functions_agree_with_the_specification(
+    eager, shape, blocks, groups, dtype, mask, decay, partial
+):
     """What needs no compiler: tables, functions, lengths of ragged and masked tiles, LSE, rows without a key."""
     batch, heads, _, num_q, num_k, _ = shape
     q, k, v = qkv(*shape, dtype)
+    v = v[..., : 8 if partial else None]
     arguments = features(batch, heads, num_q, num_k, blocks[1], mask=mask, decay=decay)
     if num_q == num_k:
         arguments["token_order"] = torch.randperm(num_q)
     tiles = random_lists(groups, num_q, num_k, *blocks)
     if tiles.pooled_indices is None and not mask:
         tiles = TileLists.from_states((tiles.states() > 0).to(torch.uint8) * POOLED, **sizes_of(tiles))
+    tiles = with_masks(tiles) if partial else tiles
     check_against_reference(q, k, v, tiles, backend="flex", **arguments)
     assert all(blocks.seen is not None for _, blocks in eager)
 
@@ -200,6 +205,14 @@ class TestCompiled:
             arguments = features(2, 4, 300, 300, 32, mask=mask, decay=decay)
             check_output(q, k, v, tiles, **arguments)
         assert counters["stats"]["unique_graphs"] - before <= 1  # 0 where another test made it
+
+    def test_masks_inside_tiles_compile_once_and_read_no_more_blocks(self):
+        """Full blocks stay full; values have a head dim of their own."""
+        before = counters["stats"]["unique_graphs"]
+        for _ in range(2):
+            q, k, v = qkv(*self.SHAPE, torch.float32)
+            check_output(q, k, v[..., :40], with_masks(random_lists(4, 300, 300, 64, 32, pooled=False)), layout="bhsd")
+        assert counters["stats"]["unique_graphs"] - before == 1
 
     def test_one_query_over_many_keys_and_decay_alone(self):
         q, k, v = qkv(1, 2, 1, 1, 1100, 40, torch.float32)

@@ -1,9 +1,15 @@
 """The compiled loop of the torch backend: sizes that it cuts differently from others, and what builds it."""
 
+import ctypes
+import multiprocessing
+import signal
+import threading
+import time
+
 import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
-from dit_accel_kernels.backends.torch import attend, compiled, fused, memory, tiled
+from dit_accel_kernels.backends.torch import attend, binding, compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
 
@@ -87,7 +93,7 @@ def test_bfloat16_is_read_where_it_lies(monkeypatch):
     monkeypatch.setattr(attend, "cast", lambda x, dtype: casts.append(x.dtype) or x.to(dtype))
     q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.bfloat16)
     block_sparse_attention(q, k, v, random_lists(1, 100, 100, 16, 16, pooled=False), layout="bhsd", backend="torch")
-    assert casts == [torch.bfloat16]
+    assert casts == []
 
 
 @needs_compiler
@@ -121,19 +127,166 @@ def test_votes_over_several_chunks_are_those_of_the_operations(vote, monkeypatch
         assert torch.equal(one[2], by_operations[2])
 
 
+@pytest.fixture
+def threads():
+    """Sets how many threads there are, and puts the number back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @needs_compiler
-def test_threads_share_a_call_and_change_no_bit(monkeypatch):
-    q, k, v = qkv(1, 3, 3, 500, 500, 32, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 4, 16, 64])
+def test_threads_share_a_call_and_change_no_bit(monkeypatch, threads, count, dtype):
+    q, k, v = qkv(1, 3, 3, 500, 500, 32, dtype)
     tiles = random_lists(3, 500, 500, 16, 16, pooled=True)
     alone = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    monkeypatch.setattr(fused, "WORKERS_FLOPS", 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(fused, "START_FLOPS", 1e-3)
+    monkeypatch.setattr(fused, "SLICE", 0.0)  # comes back to Python after every piece of a thread
+    threads(count)
+    together = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
     assert torch.equal(alone, together)
+
+
+@needs_compiler
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("count", [4, 16, 64])
+def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
+    """Torch's threads, or the loop's own where torch keeps none that it may use."""
+    if own:
+        monkeypatch.setattr(binding, "torchs_threads", lambda: None)
+    done = []
+    finish = fused._finish
+
+    def kept(function, call, first, last):
+        finish(function, call, first, last)
+        by_thread = (ctypes.c_int64 * count).from_address(call.done)
+        done.append((last - first, torch.tensor(by_thread)))
+        ctypes.memset(by_thread, 0, ctypes.sizeof(by_thread))
+
+    monkeypatch.setattr(fused, "_finish", kept)
+    threads(count)
+    q, k, v = qkv(1, 4, 4, 4096, 4096, 64, torch.float32)
+    block_sparse_attention(q, k, v, TileLists.full(4096, 4096, block_q=16, block_k=64), layout="bhsd", backend="torch")
+    (packed, by_thread), (attended, found) = done
+    assert (int(by_thread.sum()), int(found.sum())) == (packed, attended) == (4 * 64, 4 * 256)
+    assert len(found) == count
+    assert int((found > 0).sum()) > count * 3 // 4  # a machine that is busy may start the last ones too late
+
+
+@needs_compiler
+@pytest.mark.parametrize(("flops", "count"), [(1e6, 1), (2e6, 2), (8e6, 4), (1.28e8, 16), (5e9, 100)])
+def test_a_call_gets_the_threads_that_it_is_worth_whatever_the_machine_has(monkeypatch, flops, count):
+    for there in (1, 2, 64, 200):
+        monkeypatch.setattr(torch, "get_num_threads", lambda there=there: there)
+        assert fused._threads(flops) == min(there, count)
+
+
+@needs_compiler
+def test_an_interrupt_ends_a_long_call(threads):
+    """As Ctrl-C does it; the threads are gone then, and the next call runs."""
+    threads(2)
+    q, k, v = qkv(1, 40, 40, 16384, 16384, 16, torch.bfloat16)  # many seconds
+    tiles = TileLists.full(16384, 16384, block_q=64, block_k=64)
+    main, running = threading.get_ident(), threading.active_count()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
+    began = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 10 * fused.SLICE
+    assert threading.active_count() == running
+
+
+def _in_child(queue, call):
+    torch.set_num_threads(2)
+    queue.put(block_sparse_attention(*call[:3], call[3], layout="bhsd", backend="torch").sum().item())
+
+
+@needs_compiler
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own(monkeypatch, threads):
+    monkeypatch.setattr(fused, "START_FLOPS", 1e-3)
+    threads(2)
+    call = (*qkv(1, 2, 2, 100, 100, 16, torch.float32), random_lists(1, 100, 100, 16, 16, pooled=False))
+    expected = block_sparse_attention(*call[:3], call[3], layout="bhsd", backend="torch").sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, call))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dim", [5, 40, 64])
+@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
+def test_bfloat16_stays_within_rounding(block_q, block_k, dim, layout):
+    """In pairs where the processor multiplies them: odd head dims and tiles too, masks, strides, values to mask out."""
+    q, k, v = qkv(2, 4, 2, 150, 1400, dim, torch.bfloat16, layout)
+    mask = torch.rand(2, 1400) > 0.3
+    tiles = random_lists(4, 150, 1400, block_q, block_k, pooled=True)
+    check_against_reference(q, k, v, tiles, layout=layout, head_scale=torch.tensor([0.5, 2.0, 1.0, 0.7]))
+    if dim == 64:  # rows that don't lie in one piece
+        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
+    hidden = ~mask[:, :, None, None] if layout == "bshd" else ~mask[:, None, :, None]
+    found = [
+        block_sparse_attention(
+            q, x, y, tiles, layout=layout, key_mask=mask, return_lse=True, backend="torch"
+        )
+        for x, y in ((k, v), (k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf)))
+    ]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    check_against_reference(q, k, v, tiles, layout=layout, key_mask=mask)
+
+
+def masked_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
+    """Causal up to the last key, with a gap, and rows that see no key."""
+    rows, keys = torch.arange(num_q)[:, None], torch.arange(num_k)
+    seen = (keys - (num_k - num_q)) <= rows
+    seen = seen & (rows % 29 != 3) & ((keys - rows) % 50 != 7)
+    return TileLists.from_mask(seen.expand(groups, -1, -1), block_q=block_q, block_k=block_k)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(40, 40), (5, 24), (64, 7)])
+def test_masks_inside_tiles_and_a_head_dim_of_v(dim, value_dim, block_q, block_k, dtype):
+    """Rows without a key among others of their tile, key masks, decay, strides; whole tiles beside masked ones."""
+    q, k, _ = qkv(2, 4, 2, 150, 700, dim, dtype)
+    v = torch.randn(2, 2, 700, value_dim).to(dtype)
+    tiles = masked_lists(1, 150, 700, block_q, block_k)
+    assert tiles.mask_ids is not None
+    check_against_reference(q, k, v, tiles, layout="bhsd")
+    frames = torch.arange(700, dtype=torch.int32) // 90
+    decay = FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=frames[:150], k_frames=frames)
+    mask = torch.rand(2, 700) > 0.3
+    check_against_reference(q, k, v, tiles, layout="bhsd", key_mask=mask, frame_decay=decay)
+    out, lse = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend="torch")
+    assert out.shape == (2, 4, 150, value_dim)
+    assert not out[:, :, 3::29].any()
+    assert lse[:, :, 3::29].eq(-torch.inf).all()
+    assert lse[:, :, 4::29].isfinite().all()
+
+
+@needs_compiler
+def test_which_products_of_bfloat16_are_made_is_told(monkeypatch):
+    cpu, pairs = torch.device("cpu"), compiled.library().has_pairs()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    product_dtype.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert fused.way(cpu, torch.bfloat16).startswith("loop" if pairs else "gathered")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert fused.way(cpu, torch.bfloat16) == "gathered tiles, since the loop has no products of bfloat16"
+    product_dtype.cache_clear()
 
 
 def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):
@@ -154,3 +307,21 @@ def test_large_tensors_ask_for_large_pages_that_are_all_their_own(monkeypatch):
     x = torch.randn(1, 2, 3000, 512).transpose(1, 2)
     assert torch.equal(memory.cast(x, torch.bfloat16), x.to(torch.bfloat16))
     assert memory.cast(x, torch.float32) is x
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("key", [20, 33])
+def test_what_is_no_number_reaches_the_rows_that_see_it_alone(key, value, dtype):
+    """Of either half of a pair; behind a key mask it reaches none."""
+    q, k, v = qkv(1, 2, 1, 50, 50, 16, dtype)
+    tiles = TileLists.from_mask(torch.ones(50, 50, dtype=torch.bool).tril(), block_q=16, block_k=8)
+    clean = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    v[:, :, key, 3] = value
+    found = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    assert torch.equal(found[:, :, :key], clean[:, :, :key])
+    assert not found[:, :, key:, 3].isfinite().any()
+    assert torch.equal(found[:, :, :, 4:], clean[:, :, :, 4:])
+    masked = dict(key_mask=(torch.arange(50) != key)[None], layout="bhsd", backend="torch")
+    assert block_sparse_attention(q, k, v, tiles, **masked).isfinite().all()

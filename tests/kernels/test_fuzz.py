@@ -1,6 +1,7 @@
 """Random calls of every kind on every backend, against numpy in float64: a few each time, hundreds in the slow tests.
 
-Each failure names its number: FUZZ_SEED=<number> runs that one and those after it.
+Each failure names its number: FUZZ_SEED=<number> runs that one and those after it. FUZZ_TIMES=100 makes the slow tests
+run 100 times as many as the others, 2,000 of torch in float32.
 """
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
@@ -25,7 +26,7 @@ RUNS = [
     ("operations", torch.float32, 20), ("operations", torch.float64, 20), ("operations", torch.bfloat16, 10),
     ("triton", torch.float32, 4), ("triton", torch.bfloat16, 1),
 ]  # fmt: skip
-MANY = 8  # times as many in the slow tests
+MANY = int(os.environ.get("FUZZ_TIMES", "8"))  # times as many in the slow tests
 
 
 @pytest.fixture

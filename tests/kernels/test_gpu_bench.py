@@ -1,11 +1,15 @@
-"""The GPU bench's two commands run from end to end in the interpreter, on toy shapes, and need little else."""
+"""The GPU bench: its plan, what it does about cases that crash, hang or raise, its dry run, and its timed calls."""
 
-import argparse
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,143 +19,345 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
+import calls  # noqa: E402
 import gpu  # noqa: E402
+import grid  # noqa: E402
 import timed  # noqa: E402
-from inputs import keep_bits, lists  # noqa: E402
+from inputs import keep_bits  # noqa: E402
 from predictions import SHAPES  # noqa: E402
 
-TINY = ("--device", "cpu", "--tiny")
-BARE = """
-import sys
+DRY = BENCH / "results" / "gpu-dry.jsonl"
+HERE = {"device": "a card", "code": "1"}
+BARE = f"""
+import os, sys, time
 from importlib.abc import MetaPathFinder
 
 class Refuse(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("rich", "typer", "diffusers", "transformers", "dit_accel", "safetensors", "scipy"):
-            raise ModuleNotFoundError(f"a bare machine has no {name}")
+            raise ModuleNotFoundError(f"a bare machine has no {{name}}")
 
 sys.meta_path.insert(0, Refuse())
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-if "cpu" in sys.argv:
-    import triton_interpreter
-import runpy
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.path.insert(0, {str(BENCH)!r})
+import gpu
+"""
+FAULTY = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class Fake:
+    name: str
+    seconds: int = 9
+    backend: str = "triton"
+
+    @property
+    def ours(self):
+        return self.name != "rival"
+
+    def missing(self, device):
+        return "a package" if self.name == "missing" else None
+
+    def run(self, device):
+        if self.name == "crash":
+            print("an illegal access", flush=True)
+            os.kill(os.getpid(), 11)
+        if self.name in ("hang", "rival"):
+            time.sleep(60)
+        return [{"kind": "check", "part": "out", "error": 0.0, "allowed": 1.0, "ok": True}]
+
+gpu.groups = lambda: {"a": list(map(Fake, ("first", "crash", "missing", "hang"))), "b": [Fake("rival"), Fake("last")]}
+gpu.compile_ahead = lambda *given: None
+gpu.CASE_SECONDS = 1
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_name = lambda: "a card"
+if __name__ == "__main__":
+    gpu.main()
+"""
+SMALL = """
+kinds = [case for case in gpu.grid.cases() if case.at.dim == 64 and case.kind == "plain"]
+gpu.groups = lambda: {"small": [kinds[0], kinds[-1], gpu.timed.timings()[1]]}
+if __name__ == "__main__":
+    gpu.main()
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script on a machine that has torch, triton and numpy and little else."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "kernels", ROOT / "tests" / "support")))}
-    command = [sys.executable, "-c", BARE, str(BENCH / "gpu.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script on a machine that has torch, triton and numpy and little else."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=env)
+
+
+def records_in(path: Path) -> dict[str, dict]:
+    return {r["case"]: r for r in map(json.loads, path.read_text().splitlines())}
 
 
 @pytest.mark.slow
-def test_check(tmp_path):
-    out = tmp_path / "gpu.jsonl"
-    found = run("check", *TINY, "--match", "bshd-g1", "--out", str(out))  # all kinds; test_grid has the rest
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {r["kind"] for r in records} == {"check"}
-    assert all(r["ok"] and 0 <= r["error"] <= r["allowed"] for r in records)
-    parts = {r["part"].split(",")[0] for r in records}
-    assert parts >= {"out", "lse", "grad_q", "grad_k", "grad_v", "tiles", "votes"}
-    assert {r["device"] for r in records} == {"CPU, interpreted"}
-    assert f"{len(records)} of {len(records)} comparisons within the rule" in found.stdout
+def test_what_crashes_or_hangs_costs_nothing_but_itself(tmp_path):
+    script, out = tmp_path / "faulty.py", tmp_path / "gpu.jsonl"
+    script.write_text(BARE + FAULTY)
+    found = run(script, "--out", str(out))
+    records = records_in(out)
+    assert list(records) == ["first", "crash", "missing", "hang", "rival", "last"]
+    assert [records[name].get("ok") for name in records] == [True, False, None, False, None, True]
+    assert records["crash"]["error"] == "its process ended with -11"
+    assert "an illegal access" in records["crash"]["output"]
+    assert records["hang"]["kind"] == records["rival"]["kind"] == "ended"
+    assert any("time.sleep" in text or "in run" in text for text in records["hang"]["output"])
+    assert records["missing"] == records["missing"] | {"kind": "skipped", "needs": "a package"}
+    assert found.returncode == 1
+    assert "a card: 2 of 4 findings as they should be\nFAILED crash: " in found.stdout
+    before = out.read_text()
+    assert run(script, "--out", str(out)).returncode == 1  # the second start has nothing left to do
+    assert out.read_text() == before
 
 
 @pytest.mark.slow
-def test_time(tmp_path):
-    out = tmp_path / "gpu.jsonl"
-    found = run("time", *TINY, "--shape", "wan-720p", "--out", str(out))
+def test_a_dry_run_goes_the_same_way_and_resumes(tmp_path):
+    script, out = tmp_path / "small.py", tmp_path / "dry.jsonl"
+    script.write_text(BARE + SMALL)
+    found = run(script, "--dry-run", "sm_90", "--out", str(out))
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    seen = {(r["candidate"], r["density"]) for r in records}
-    ours = {("triton", d) for d in (0.1, 0.25, 0.27, 0.5, 1.0)}
-    assert ours | {("triton-backward", 0.27), ("triton-decay", 0.27), ("triton-pooled", 0.1), ("flex", 0.27)} <= seen
-    assert {("triton-routed", 0.1), ("triton-kept", 0.27), ("triton-votes", 0.27)} <= seen
-    failed = {r["candidate"] for r in records if "error" in r}
-    assert failed <= {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"}
-    assert all(r["ok"] and 0 <= r["rows_error"] <= r["rows_allowed"] for r in records if "error" not in r)
-    assert "interpreted: times mean nothing" in found.stdout
+    first, last, rival = (r for r in records_in(out).values())
+    assert first["launches"] == ["fwd-bf16-d64-b128-plain"]
+    assert (last["case"].endswith("-fa4"), last["kind"]) == (True, "skipped")  # what FlashAttention-4 compiles
+    assert (rival["case"], rival["kind"]) == ("wan-720p sdpa-flash 1", "skipped")
+    assert {r["device"] for r in (first, last, rival)} == {"none: compiled for sm_90"}
+    lines = out.read_text().splitlines()
+    out.write_text("\n".join([*lines[:2], lines[2][:40]]))  # stopped within a line
+    assert run(script, "--dry-run", "sm_90", "--out", str(out)).returncode == 0
+    again = out.read_text().splitlines()
+    assert (again[:2], json.loads(again[-1]), len(again)) == (lines[:2], json.loads(lines[2]), 4)
 
 
-def test_what_makes_a_run_fail():
-    """A wrong result, a launch that does not compile, a call of ours that raises, and nothing compared at all."""
-    good = dict(kind="time", candidate="triton", ok=True)
-    raised = dict(kind="time", candidate="triton-decay", error="RuntimeError: no")
-    rival = dict(kind="time", candidate="sdpa-flash", error="RuntimeError: no kernel")
-    assert not gpu.wrong([good, rival, dict(kind="compiled", launches=1, of=2, seconds=1.0)])
-    assert gpu.wrong([good, {**good, "ok": False}])
-    assert gpu.wrong([good, dict(kind="check", case="x", part="run", ok=False, error="RuntimeError: no")])
-    assert gpu.wrong([good, dict(kind="compile", launch="fwd", error="no")])
-    assert gpu.wrong([good, raised])
-    assert gpu.wrong([])
-    assert gpu.wrong([rival])
+def test_the_plan_is_of_short_pieces_and_holds_what_it_must():
+    found = gpu.groups()
+    packed = gpu.pieces(found)
+    spent = [sum(map(gpu.limit, piece.values())) for piece in packed]
+    assert max(spent) + 20 <= 480
+    assert sum(spent) + 20 * len(spent) <= 2400
+    assert [name for piece in packed for name in piece] != []
+    assert {name for piece in packed for name in piece} == set(found)
+    assert all(found.values())
+    cases = [case for group in found.values() for case in group]
+    assert len({case.name for case in cases}) == len(cases)
+    checks, timings = ([x for x in cases if type(x) is kind] for kind in (grid.Case, timed.Timing))
+    assert {64, 96, 128, 192, 256} == {case.at.dim for case in checks}
+    wide = {(case.at.dim, case.at.dtype) for case in checks if "backward" in case.kind}
+    assert {(128, "fp32"), (192, "fp32"), (256, "fp32"), (192, "bf16"), (256, "bf16")} <= wide
+    assert {case.backend for case in checks} == {"triton", "fa4"}
+    assert {case.backend for case in timings} == {"triton", "fa4", "flex", *timed.DENSE}
+    assert {case.at.dim for case in timings} >= {64, 128, 192, 256}
+    assert ("fp32", "triton-backward") in {(case.at.dtype, case.candidate) for case in timings}
+    assert set(timed.ORDER) == set(SHAPES)
 
 
-def test_timed_calls_that_all_raise_end_with_1_and_are_counted(monkeypatch, capsys):
-    def broken(*_: object):
-        def prepare():
-            raise RuntimeError("no kernel image")
-
-        return {("triton", 0.27): prepare, ("sdpa-flash", 1.0): prepare}
-
-    monkeypatch.setattr(gpu, "calls_of", broken)
-    monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *_, **__: None)  # pytest has its own
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "time", *TINY, "--shape", "mochi"])
-    with pytest.raises(SystemExit) as end:
-        gpu.main()
-    assert end.value.code == 1
+def test_the_plan_can_be_read(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--list"])
+    gpu.main()
     shown = capsys.readouterr().out
-    assert "0 of 0 comparisons within the rule\n1 timed calls of ours raised" in shown
+    assert re.findall(r"^piece (\d+): ", shown, re.MULTILINE) == [
+        str(i + 1) for i in range(len(gpu.pieces(gpu.groups())))
+    ]
+    cases = gpu.groups()["time-wan-720p"]
+    assert f"  time-wan-720p: {len(cases)} cases, {gpu.limit(cases)} s\n" in shown
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--list", "--piece", "99"])
+    with pytest.raises(SystemExit, match=r"--piece takes 1 to .*99"):
+        gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "sm_1"])
+    with pytest.raises(SystemExit, match=r"--dry-run takes sm_80.*sm_1$"):
+        gpu.main()
 
 
-@pytest.mark.parametrize(("checked", "timed", "worst"), [(0, 0, 0), (1, 0, 1), (0, 2, 2), (3, 1, 3)])
-def test_make_runs_both_commands_and_ends_with_the_worse_exit_code(tmp_path, checked, timed, worst):
-    python = tmp_path / "python"
-    log = tmp_path / "log"
-    python.write_text(f'#!/bin/sh\necho "$2" >> {log}\n[ "$2" = check ] && exit {checked}\nexit {timed}\n')
+@dataclass
+class Fake:
+    name: str
+    ours: bool = True
+    seconds: int = 1
+
+    def missing(self, device):
+        return None
+
+    def run(self, device):
+        if self.name.startswith("raises"):
+            raise RuntimeError("no kernel image")
+        return [dict(kind="check", part="out", error=2.0 * self.name.startswith("wrong"), allowed=1.0)]
+
+
+@pytest.fixture
+def working(monkeypatch, tmp_path):
+    """Results in a file, and `work` as on a card that answers."""
+    monkeypatch.setattr(gpu.aot, "workers", lambda jobs: None)
+    monkeypatch.setattr(gpu, "compile_ahead", lambda *given: None)
+    monkeypatch.setattr(gpu, "usable", lambda: True)
+    monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *_, **__: None)  # pytest has its own
+    monkeypatch.setattr(gpu.faulthandler, "cancel_dump_traceback_later", lambda: None)
+    return gpu.Results(tmp_path / "gpu.jsonl", HERE)
+
+
+@pytest.mark.parametrize(
+    ("names", "fails"),
+    [(["good"], False), (["good", "wrong"], True), (["good", "raises"], True), (["rival-raises"], True), ([], True)],
+)
+def test_what_makes_a_run_fail(working, monkeypatch, capsys, names, fails):
+    """A wrong result, a call of ours that raises, nothing compared at all; not a rival that can't run here."""
+    monkeypatch.setattr(Fake, "run", run_of(Fake.run))
+    cases = [Fake(name.removeprefix("rival-"), ours=not name.startswith("rival")) for name in names]
+    assert gpu.work("a", cases, working, None) == 0
+    assert gpu.report({"a": cases}, working) == fails
+    assert ("FAILED raises: RuntimeError: no kernel image" in capsys.readouterr().out) == ("raises" in "".join(names))
+
+
+def run_of(real):
+    def run(self, device):
+        return [{**r, "ok": r["error"] <= r["allowed"]} for r in real(self, device)]
+
+    return run
+
+
+def test_a_rival_that_fails_beside_a_call_of_ours_is_no_fault(working, monkeypatch):
+    monkeypatch.setattr(Fake, "run", run_of(Fake.run))
+    cases = [Fake("good"), Fake("raises", ours=False)]
+    gpu.work("a", cases, working, None)
+    assert not gpu.report({"a": cases}, working)
+    assert gpu.report({"a": [*cases, Fake("more")]}, working)  # left over
+
+
+def test_a_process_whose_card_answers_no_more_is_left(working, monkeypatch):
+    monkeypatch.setattr(Fake, "run", run_of(Fake.run))
+    monkeypatch.setattr(gpu, "usable", lambda: False)
+    cases = [Fake("raises"), Fake("good")]
+    assert gpu.work("a", cases, working, None) == gpu.BROKEN
+    assert [case.name for case in working.remaining(cases)] == ["good"]
+    assert gpu.work("a", cases, working, None) == 0
+    assert not working.remaining(cases)
+
+
+class Launch:
+    def __init__(self, name, seconds=0.0, compiled=()):
+        self.name, self.seconds, self.done = name, seconds, compiled
+
+    def compiled(self):
+        time.sleep(self.seconds)
+        self.done.append(self.name)
+
+
+def test_compiling_ahead_takes_each_launch_once_and_no_longer_than_it_may(monkeypatch):
+    """A case whose launches can't be told, or don't compile, says so itself when it runs."""
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    done = []
+    shared, slow = Launch("shared", compiled=done), Launch("slow", 2.0, done)
+    broken = Launch("broken", compiled=None)
+    cases = [Fake("first"), Fake("second"), Fake("raises"), Fake("third")]
+    into = {"first": {"a": shared}, "second": {"a": shared, "b": broken}, "third": {"c": slow, "d": slow}}
+    monkeypatch.setattr(Fake, "launches", lambda self, target: into[self.name], raising=False)
+    start = time.monotonic()
+    gpu.compile_ahead(cases, ThreadPoolExecutor(1), 0.2)
+    assert time.monotonic() - start < 1
+    assert done == ["shared"]
+
+
+def test_findings_of_another_card_or_code_do_not_count(working):
+    working.add(Fake("good"), "a", {"kind": "check", "part": "out", "error": 0.0, "allowed": 1.0, "ok": True})
+    for other in ({"device": "another"}, {"code": "2"}):
+        assert gpu.Results(working.path, {**HERE, **other}).remaining([Fake("good")])
+    assert not working.remaining([Fake("good")])
+
+
+def test_a_group_that_can_not_start_is_a_fault(working, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "one_process", lambda *given: (1, "", ["ImportError: no triton"]))
+    cases = [Fake("good")]
+    gpu.supervise("a", cases, working, None)
+    assert gpu.report({"a": cases}, working)
+    assert "FAILED a: start: its process ended with 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize(("target", "options"), [("bench-gpu", ""), ("bench-gpu-dry", "--dry-run sm_90")])
+def test_make_runs_all_pieces_and_ends_with_their_exit_code(tmp_path, code, target, options):
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
     python.chmod(0o755)
-    found = subprocess.run(
-        ["make", "bench-gpu", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert log.read_text().split() == ["check", "time"]
-    assert (found.returncode == 0) == (worst == 0)
-    assert worst == 0 or f"Error {worst}" in found.stderr
+    command = ["make", target, f"PYTHON={python}", f"BIN={tmp_path}", "-o", ".venv/.ready-test"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert log.read_text().split("\n")[0].strip() == f"kernels/bench/gpu.py {options}".strip()
+    assert (found.returncode == 0) == (code == 0)
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/kfd"), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="CUDA or ROCm GPU, found none: --dry-run sm_90"):
+        gpu.main()
+
+
+def test_the_committed_dry_run_has_no_fault():
+    records = [json.loads(text) for text in DRY.read_text().splitlines()]
+    assert {r["device"] for r in records} == {"none: compiled for sm_90"}
+    assert all(r["ok"] for r in records if r["kind"] != "skipped")
+    assert sum(len(r.get("launches", ())) for r in records) > 100
+    assert {r["kind"] for r in records} == {"compiled", "skipped"}
+
+
+TINY = replace(SHAPES["wan-720p"], heads=2, tokens=120, dim=16, block=32)
+TIMINGS = [timed.timing(TINY, candidate, density, "fp32") for candidate, density in timed.CALLS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [x for x in TIMINGS if x.backend in ("triton", "flex")], ids=lambda x: x.name)
+def test_a_timed_call_is_timed_and_compared(case):
+    [record] = case.run("cpu")
+    assert record["seconds"] > 0
+    assert record.get("ok", record.get("agrees"))
+    assert [record["shape"], record["candidate"], f"{record['density']:g}"] == case.name.split()
+    assert 0 <= record["rows_error"] <= record["rows_allowed"]
+    assert 0 < record["density_found"] <= 1
+
+
+def test_what_is_not_installed_is_named():
+    by_name = {x.candidate: x for x in TIMINGS}
+    assert "flash_attn_interface" in (by_name["flash-attn-3"].missing("cpu") or "")
+    assert "bfloat16 or float16 (found torch.float32)" in (by_name["fa4"].missing("cpu") or "")
+    assert by_name["triton"].missing("cpu") is None
+    cases = [case for case in grid.cases() if case.backend == "fa4"]
+    assert all("sm_90 or sm_100" in (case.missing("cpu") or "") for case in cases)
 
 
 @pytest.mark.slow
 def test_rows_of_a_timed_call_are_compared():
     """A wrong row, key gradient or decay shows in the sampled tiles; what is right does not."""
-    shape = replace(SHAPES["wan-720p"], heads=2, tokens=120, dim=16, block=32)
-    for name, density in (("triton", 0.27), ("triton-decay", 0.27), ("triton-pooled", 0.1), ("triton-routed", 0.1)):
-        call = timed.calls_of(shape, torch.float32, "cpu")[name, density]()
-        out, *rest = call.run()
-        error, allowed = call.check((out, *rest))
+    for case in TIMINGS:
+        if case.name.split()[1:] not in (["triton", "0.27"], ["triton-decay", "0.27"], ["triton-routed", "0.1"]):
+            continue
+        run, check = timed.prepared(calls.make(case.kind, case.at, "cpu"), case.backend)
+        out, *rest = run()
+        error, allowed = check((out, *rest))
         assert error <= allowed
         out[:, -1, -1] += 0.01
-        error, allowed = call.check((out, *rest))
+        error, allowed = check((out, *rest))
         assert error > allowed
-    inputs = tuple(torch.randn(1, 2, 120, 16) for _ in range(3))
-    call = timed.gradients(inputs, lists(120, 32, 0.5, 0, "cpu"), 0.5)
-    grads = [x.clone() for x in call.run()]
-    error, allowed = call.check(tuple(grads))
+    backward = timed.timing(TINY, "triton-backward", 0.5, "fp32")
+    run, check = timed.prepared(calls.make(backward.kind, backward.at, "cpu"), "triton")
+    grads = [x.clone() for x in run()]
+    error, allowed = check(tuple(grads))
     assert error <= allowed
     grads[2][:, -1, 64:96] *= 1.01
-    error, allowed = call.check(tuple(grads))
+    error, allowed = check(tuple(grads))
     assert error > allowed
 
 
 def test_a_timed_call_shows_what_was_predicted_for_this_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    args, shape = argparse.Namespace(device="cuda"), SHAPES["wan-720p"]
-    found = gpu.prediction(shape, "triton", 0.27, args)
-    assert gpu.prediction(shape, "flex", 0.27, args) == {}
-    assert gpu.prediction(shape, "triton", 0.27, argparse.Namespace(device="cpu")) == {}
-    record = dict(kind="time", shape="wan-720p", candidate="triton", density=0.27, seconds=0.05, tflops=600.0, ok=True)
-    assert f"at least {found['predicted_bound'] * 1e3:.3f} ms (l2)" in gpu.line({**record, **found})
+    case = next(x for x in timed.timings() if x.name == "wan-720p triton 0.27")
+    found = timed.prediction(case, 0.27, "cuda")
+    assert timed.prediction(replace(case, candidate="flex"), 0.27, "cuda") == {}
+    assert timed.prediction(case, 0.27, "cpu") == {}
+    record = dict(kind="time", seconds=0.05, tflops=600.0, ok=True)
+    shown = gpu.line(case.name, {**record, **found})
+    assert shown.startswith("wan-720p triton 0.27")
+    assert f"at least {found['predicted_bound'] * 1e3:.3f} ms (l2)" in shown
 
 
 def test_kept_tiles_have_the_diagonal_and_the_density():
@@ -159,27 +365,3 @@ def test_kept_tiles_have_the_diagonal_and_the_density():
     assert chosen.unique().tolist() == [10]
     bits = timed.unpack_bits(keep_bits(1, 3, 40, 0.25, "cpu"), 40)
     assert bits.diagonal(dim1=-2, dim2=-1).all()
-
-
-def test_shapes_are_those_of_the_models():
-    assert set(gpu.ORDER) == set(SHAPES)
-
-
-@pytest.mark.slow
-def test_what_the_budget_does_not_reach_is_named():
-    found = run("time", *TINY, "--shape", "mochi", "--budget", "0")
-    assert "left out for time: mochi triton 0.27, mochi sdpa-flash 1" in found.stdout
-    found = run("check", *TINY, "--match", "g6-pooled+backward", "--budget", "0")
-    assert "left out for time: fp32-d16-b16-" in found.stdout
-    assert "0 of 0 comparisons" in found.stdout
-
-
-def test_bad_arguments_are_named():
-    found = run("time", "--device", "cpu", "--shape", "wan")
-    assert "--shape takes wan-480p, wan-720p" in found.stderr
-
-
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/kfd"), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so():
-    found = run("check")
-    assert "--device cuda needs a CUDA or ROCm GPU, found none: --device cpu --tiny tests the script" in found.stderr

@@ -23,7 +23,7 @@ def test_every_row_is_a_launch_with_a_source(row):
     assert arch in ("", *TARGETS)
     assert kind in ("half", "fp32")
     assert kernel in ("fwd", "dq", "dkdv", "pooled")
-    assert feature in ("", "decay", "mask")
+    assert feature in ("", "eight", "decay", "mask")
     assert dim in (32, 64, 128, 256)
     assert tile in (64, 128)
     launch = table()[key_of_row(row)]

@@ -4,6 +4,7 @@ import triton_interpreter  # noqa: F401, I001 (before everything that may import
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,13 +87,17 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "readable", lambda device: False)
 
 
-def lists(rest: int, device: str = "cpu") -> TileLists:
-    """Diagonal and first column exact, everything else `rest`, in tiles of BLOCK."""
+def lists(rest: int, feature: str, device: str = "cpu") -> TileLists:
+    """Diagonal and first column exact, everything else `rest`, in tiles of BLOCK; with masks inside for one feature."""
     count = -(-TOKENS // BLOCK)
     states = torch.full((count, count), rest, dtype=torch.uint8).fill_diagonal_(EXACT)
     states[:, 0] = EXACT
     sizes = dict(block_q=BLOCK, block_k=BLOCK, num_q=TOKENS, num_k=TOKENS)
-    return TileLists.from_states(states, **sizes).to(device)
+    tiles = TileLists.from_states(states, **sizes)
+    if "inside" in feature:
+        causal = pack_bits(torch.ones(1, BLOCK, BLOCK, dtype=torch.bool).tril())
+        tiles = replace(tiles, mask_ids=torch.arange(tiles.tiles_exact, dtype=torch.int32) % 2 - 1, mask_bits=causal)
+    return tiles.to(device)
 
 
 def decay(device: str = "cpu") -> FrameDecay:
@@ -118,6 +123,7 @@ FEATURES: dict[str, Callable[[str], dict]] = {
         "key_mask": (torch.arange(TOKENS) % 7 > 0)[None].to(device),
         "key_length": torch.tensor([30], device=device),
     },
+    "masks inside tiles": lambda device: FEATURES["key mask"](device),
     "token order": lambda device: {"token_order": torch.arange(TOKENS).flip(0).to(device)},
     "routing": lambda device: {"selection": Selection(routing=Routing(beta=0.0), pinned=pinned(device))},
     "kept tiles": lambda device: {"selection": Selection(keep=kept(device), rest="pooled", pinned=pinned(device))},
@@ -134,6 +140,11 @@ FEATURES: dict[str, Callable[[str], dict]] = {
         "head_scale": torch.tensor([0.5, 1.5], device=device),
         "identity_mix": torch.tensor([0.0, 0.5], device=device),
         "identity_rows": (torch.arange(TOKENS) > 9).to(device),
+    },
+    "int8": lambda device: {
+        **FEATURES["key mask"](device),
+        **FEATURES["token order"](device),
+        "precision": "int8",
     },
 }
 
@@ -155,7 +166,7 @@ def backward(inputs: list[Tensor], tiles: TileLists, features: dict) -> tuple[Te
     return block_sparse_attention_backward(grad, q, k, v, tiles, layout="bhsd", backend="triton", **features)
 
 
-CALLS = [(f, call) for f in FEATURES for call in (forward, backward)]
+CALLS = [(f, call) for f in FEATURES for call in (forward, backward) if (f, call) != ("int8", backward)]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +194,7 @@ def test_every_kind_of_wait_is_refused(wait, monkeypatch):
 @pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
 @pytest.mark.parametrize(("feature", "call"), CALLS)
 def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
-    tiles, features, inputs = lists(rest), FEATURES[feature]("cpu"), tensors()
+    tiles, features, inputs = lists(rest, feature), FEATURES[feature]("cpu"), tensors()
     call(inputs, tiles, features)
     others = [x.flip(2) for x in inputs]
     expected = call(others, tiles, features)
@@ -199,7 +210,7 @@ def test_planned_calls_never_wait(feature, call, rest, monkeypatch):
 )
 def test_plans_are_made_without_a_wait(feature, call, rest, monkeypatch):
     """All but those with decay, which read the number of frames once."""
-    tiles, features, inputs = lists(rest), FEATURES[feature]("cpu"), tensors()
+    tiles, features, inputs = lists(rest, feature), FEATURES[feature]("cpu"), tensors()
     with no_syncs(monkeypatch):
         call(inputs, tiles, features)
 
@@ -210,7 +221,7 @@ def test_plans_are_made_without_a_wait(feature, call, rest, monkeypatch):
 @pytest.mark.parametrize(("feature", "call"), CALLS)
 def test_calls_replay_from_a_cuda_graph(feature, call, rest):
     """Captured on one set of inputs, replayed on another: bit for bit what the call gives there."""
-    tiles, features, inputs = lists(rest, "cuda"), FEATURES[feature]("cuda"), tensors("cuda")
+    tiles, features, inputs = lists(rest, feature, "cuda"), FEATURES[feature]("cuda"), tensors("cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

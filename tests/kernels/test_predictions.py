@@ -1,7 +1,5 @@
 """The bound's arithmetic, by hand on round numbers; the table of predictions and the page that holds it."""
 
-import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,29 +79,6 @@ def test_dense_attention_is_told_only_where_a_figure_is_published():
     assert dense == pytest.approx(4 * 40 * 75600**2 * 128 / (989.4e12 * 0.75))
     assert predictions.predict_dense(shape, CARDS["RTX 4090"]) is None
     assert predictions.predict_dense(SHAPES["cogvideox1.5"], CARDS["H100"]) is None
-
-
-def test_the_command_sets_measurements_beside_predictions(tmp_path):
-    gpu = tmp_path / "gpu.jsonl"
-    lines = [
-        dict(kind="check", device="NVIDIA H100"),
-        dict(device="NVIDIA H100", shape="wan-720p", candidate="triton", density=0.27, seconds=0.123),
-    ]
-    gpu.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    command = [sys.executable, str(BENCH / "predictions.py"), "--shape", "wan-720p", "--card", "H100,B200"]
-    command += ["--density", "0.27,1", "--candidate", "triton,triton-pooled", "--measured", str(gpu)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(shown) == 2 + 8
-    cells = {row.split(" | ")[0]: row.removesuffix(" |").split(" | ")[-1] for row in shown[2:]}
-    assert {name for name, took in cells.items() if took} == {"| wan-720p at 0.27, H100, triton"}
-    assert cells["| wan-720p at 0.27, H100, triton"] == "123.0"
-
-
-def test_unknown_names_are_refused():
-    command = [sys.executable, str(BENCH / "predictions.py"), "--shape", "wan"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "--shape takes wan-480p, wan-720p" in failed.stderr
-    assert failed.returncode == 1
 
 
 def test_the_page_holds_the_table():

@@ -212,6 +212,8 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
             ["a circle", *QUICK, "--radial", "--backend", "tritn"],
             "there is no backend 'tritn'; did you mean 'triton'",
         ),
+        (["a circle", "--dense", "auto"], "dense 'auto' was requested, but no method is attached; switch one on"),
+        (["a circle", *QUICK, "--radial", "--dense", "atuo"], "there is no dense 'atuo'; did you mean 'auto'"),
         (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
     ],
 )
@@ -508,3 +510,13 @@ def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, mo
     with pytest.raises(ConfigError, match=r"preset 'fast'"):
         generate(request(tmp_path, preset="fast", check=True))
     assert names(tmp_path) == []
+
+
+def test_what_computes_dense_attention_reaches_attach_and_the_side_car(tmp_path: Path, monkeypatch):
+    given = []
+    monkeypatch.setattr(generation.dit_accel, "attach", lambda *a, **k: given.append(k["dense"]) or attach(*a, **k))
+    for dense in ((), ("--dense", "user"), ("--dense", "auto")):
+        result = cli("a circle", *QUICK, "--staticcache", *dense, "-o", str(tmp_path / "o.mp4"))
+        assert result.exit_code == 0, result.stderr
+        assert json.loads((tmp_path / "o.mp4.json").read_text())["dense"] == given[-1]
+    assert given == [None, "user", "auto"]

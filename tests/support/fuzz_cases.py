@@ -1,10 +1,11 @@
 """Random calls of every kind, drawn from a number, as arrays for numpy_attention and as tensors for a backend."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_kernels import FrameDecay, Routing, Selection, TileLists, Vote, pack_bits
+from dit_accel_kernels import EXACT, FrameDecay, Routing, Selection, TileLists, Vote, pack_bits
 from numpy_attention import Case
 
 JUNK = (np.nan, np.inf, -np.inf)
@@ -30,7 +31,7 @@ def drawn(seed: int, *, small: bool = False, powers: bool = False, votes: bool =
     case = Case(
         q=rng.standard_normal((batch, heads, num_q, dim)) * few(0.5, 2.0),
         k=rng.standard_normal((batch, key_heads, num_k, dim)),
-        v=rng.standard_normal((batch, key_heads, num_k, dim)),
+        v=rng.standard_normal((batch, key_heads, num_k, few(dim, dim, 8, 24))),
         states=states.astype(np.uint8), block_q=block_q, block_k=block_k, order=order,
         scale=few(dim**-0.5, 0.3, 1.0 / dim),
     )  # fmt: skip
@@ -53,9 +54,22 @@ def drawn(seed: int, *, small: bool = False, powers: bool = False, votes: bool =
         for x in (case.k, case.v):
             for b in range(batch):
                 x[b, :, gone[b]] = few(*JUNK)
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
+        _hide(case, rng)
+    elif rng.random() < 0.6:
         _select(case, rng, votes)
     return case
+
+
+def _hide(case: Case, rng: np.random.Generator) -> None:
+    """A few masks for some of the tiles: causal ones, windows, dense and thin ones, and one that hides all."""
+    rows, keys = np.ogrid[: case.block_q, : case.block_k]
+    ahead = keys - rows + rng.integers(-8, 8)
+    shape = (case.block_q, case.block_k)
+    masks = np.array([ahead <= 0, abs(ahead) < 4, rng.random(shape) < 0.8, rng.random(shape) < 0.05, ahead > 99])
+    chosen = rng.integers(0, len(masks), case.states.shape)
+    whole = rng.random(case.states.shape) < rng.choice([0.0, 0.6])
+    case.seen = np.where(whole[..., None, None], True, masks[chosen])
 
 
 def _select(case: Case, rng: np.random.Generator, votes: bool) -> None:
@@ -67,7 +81,7 @@ def _select(case: Case, rng: np.random.Generator, votes: bool) -> None:
         case.pinned = rng.random((rows, tiles)) < 0.3
         case.pinned[:, 0] |= rng.random() < 0.5
     if rng.random() < 0.4:
-        case.routing = (float(rng.choice([-0.7, 0.3, 1.0])), str(rng.choice(["diag", "exact"])))
+        case.routing = (float(rng.choice([-0.7, 0.3, 0.9])), str(rng.choice(["diag", "exact"])))
     if votes and rng.random() < 0.7:
         case.vote = (criterion := str(rng.choice(list(CRITERIA))), float(rng.choice(CRITERIA[criterion])))
         if case.table is not None:  # so that a tile's distances have no gaps, and its section is plain to see
@@ -88,6 +102,8 @@ def tensors(case: Case, dtype: torch.dtype, seed: int) -> tuple[list[torch.Tenso
         qkv.append(x if heads_first else x.transpose(1, 2).contiguous())
     sizes = dict(block_q=case.block_q, block_k=case.block_k, num_q=case.q.shape[2], num_k=case.k.shape[2])
     tiles = TileLists.from_states(torch.from_numpy(case.states), **sizes)
+    if case.seen is not None:
+        tiles = _partial(tiles, torch.from_numpy(case.seen[case.states == EXACT]))
     arguments: dict[str, Any] = dict(layout="bhsd" if heads_first else "bshd", scale=case.scale)
     for name, x, kind in (
         ("head_scale", case.head_scale, torch.float32), ("key_mask", case.valid, torch.bool),
@@ -110,15 +126,22 @@ def tensors(case: Case, dtype: torch.dtype, seed: int) -> tuple[list[torch.Tenso
     return qkv, tiles, arguments
 
 
+def _partial(tiles: TileLists, seen: torch.Tensor) -> TileLists:
+    """Lists with what each of their exact tiles lets through, bool [nnz, block_q, block_k]."""
+    masks, ids = seen.unique(dim=0, return_inverse=True) if len(seen) else (seen.new_ones(1, *seen.shape[1:]), None)
+    ids = torch.zeros(0) if ids is None else ids.masked_fill(seen.all(-1).all(-1), -1)
+    return replace(tiles, mask_ids=ids.int(), mask_bits=pack_bits(masks))
+
+
 def selects(case: Case) -> bool:
     return any(x is not None for x in (case.keep, case.pinned, case.routing, case.vote))
 
 
 def spelled(case: Case, seed: int) -> str:
     """A case in words, for an error."""
-    given = [name for name in ("head_scale", "valid", "table", "order", "mix", "mix_rows", "keep", "pinned")]
+    given = [name for name in ("head_scale", "valid", "table", "order", "mix", "mix_rows", "keep", "pinned", "seen")]
     return (
-        f"seed {seed}: q {case.q.shape}, k {case.k.shape}, tiles of {case.block_q} x {case.block_k} in "
+        f"seed {seed}: q {case.q.shape}, v {case.v.shape}, tiles of {case.block_q} x {case.block_k} in "
         f"{len(case.states)} sets, {', '.join(x for x in given if getattr(case, x) is not None)}, rest {case.rest}, "
         f"routing {case.routing}, vote {case.vote}, reverse {case.reverse}"
     )

@@ -1,7 +1,9 @@
 """Shared by the kernel tests: random calls, and the one rule of how far a backend may stray from the specification."""
 
+from dataclasses import replace
+
 import torch
-from dit_accel_kernels import EXACT, TileLists, block_sparse_attention
+from dit_accel_kernels import EXACT, TileLists, block_sparse_attention, pack_bits
 from torch import Tensor
 
 WIDE = torch.float64
@@ -25,6 +27,14 @@ def random_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int
         if shape[1] > row + 1:
             states[0, row] = value
     return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k).validate()
+
+
+def with_masks(tiles: TileLists) -> TileLists:
+    """The same lists with masks inside about half of their exact tiles: dense and thin ones, and one that hides all."""
+    masks = torch.rand(3, tiles.block_q, tiles.block_k) < torch.tensor([0.7, 0.1, 0.0])[:, None, None]
+    ids = torch.randint(0, 3, (tiles.tiles_exact,), dtype=torch.int32)
+    ids[torch.rand(len(ids)) < 0.5] = -1
+    return replace(tiles, mask_ids=ids, mask_bits=pack_bits(masks)).validate()
 
 
 def assert_within_rounding(

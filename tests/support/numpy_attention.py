@@ -13,10 +13,11 @@ SKIPPED, POOLED, EXACT = 0, 1, 2
 
 @dataclass
 class Case:
-    """One call in arrays: q [B, H, S_q, D], k and v [B, HK, S_k, D], `states` [G, NQ, NK] in the tiled order.
+    """One call in arrays: q [B, H, S_q, D], k [B, HK, S_k, D], v [B, HK, S_k, Dv], `states` [G, NQ, NK] in tiled order.
 
     `valid` bool [B, S_k], `q_frames`, `k_frames` and everything else by token are in the caller's order. `keep` bool
-    [B, H, NQ, NK] and `pinned` [NQ, NK]; `routing` is (beta, "diag" or "exact"), `vote` (criterion, threshold).
+    [B, H, NQ, NK] and `pinned` [NQ, NK]; `seen` bool [G, NQ, NK, block_q, block_k], tiled too, is what exact tiles let
+    through; `routing` is (beta, "diag" or "exact"), `vote` (criterion, threshold).
     """
 
     q: np.ndarray
@@ -40,6 +41,7 @@ class Case:
     routing: tuple[float, str] | None = None
     vote: tuple[str, float] | None = None
     reverse: bool = False
+    seen: np.ndarray | None = None
 
 
 @dataclass
@@ -89,10 +91,19 @@ class Attention:
         t = case.table[np.minimum(np.abs(one - two), len(case.table) - 1)]
         return np.where((one < 0) | (two < 0), 1.0, t)
 
+    def list_set(self, b: int, h: int) -> int:
+        sets = len(self.case.states)
+        return 0 if sets == 1 else h if sets == self.heads else b * self.heads + h
+
     def list_states(self, b: int, h: int) -> np.ndarray:
-        states = self.case.states
-        place = 0 if len(states) == 1 else h if len(states) == self.heads else b * self.heads + h
-        return states[place]
+        return self.case.states[self.list_set(b, h)]
+
+    def hidden(self, b: int, h: int, i: int, j: int) -> np.ndarray:
+        """What the mask inside an exact tile leaves out of its queries and valid keys."""
+        queries, valid = len(self.queries(i)), np.isin(self.keys(j), self.valid_keys(b, j))
+        if self.case.seen is None:
+            return np.zeros((queries, valid.sum()), bool)
+        return ~self.case.seen[self.list_set(b, h), i, j, :queries, : len(valid)][:, valid]
 
     def states(self, b: int, h: int) -> np.ndarray:
         """States of a head's tiles, selection applied."""
@@ -211,7 +222,7 @@ class Attention:
         """Compute the call by the tiles that are `exact`, and with `grad_out` its gradients."""
         case, states = self.case, self.heads_states(exact)
         grads = [np.zeros(x.shape) for x in (case.q, case.k, case.v)]
-        found = Found(np.zeros(case.q.shape), np.full(case.q.shape[:3], -np.inf), grads)
+        found = Found(np.zeros((*case.q.shape[:3], case.v.shape[3])), np.full(case.q.shape[:3], -np.inf), grads)
         mix = np.zeros((self.batch, self.heads)) if case.mix is None else case.mix
         weight = np.repeat(mix[:, :, None], self.num_q, 2)
         if case.mix_rows is not None:
@@ -230,7 +241,7 @@ class Attention:
     def _attend(self, b: int, h: int, i: int, states: np.ndarray, found: Found, grad: tuple | None) -> None:
         """Softmax of one query tile over its columns, written to `found`, its gradients added to those there."""
         case, queries, kh, scale = self.case, self.queries(i), self.key_head(h), self.scale_of(b, h)
-        seen, xs, slopes, ks, vs = self.columns(b, h, i, states), [], [], [], []
+        seen, xs, slopes, ks, vs, gone = self.columns(b, h, i, states), [], [], [], [], []
         if not seen:
             return
         q = case.q[b, h, queries]
@@ -242,16 +253,20 @@ class Attention:
                 t = self.decay(queries, self.keys(j)).mean(1, keepdims=True)
             x, slope = _decayed(scale * q @ k.T, t)
             xs.append(x + np.log(len(keys)) if pooled else x)
+            gone.append(np.zeros(x.shape, bool) if pooled else self.hidden(b, h, i, j))
             slopes.append(slope)
             ks.append(k)
             vs.append(v)
         x, slope, k, v = np.concatenate(xs, 1), np.concatenate(slopes, 1), np.concatenate(ks), np.concatenate(vs)
-        peak = x.max(1, keepdims=True)
-        p = np.exp(x - peak)
+        gone = np.concatenate(gone, 1)
+        empty = gone.all(1)
+        peak = np.where(gone, -np.inf, x).max(1, keepdims=True)
+        peak[empty] = 0
+        p = np.where(gone, 0, np.exp(np.where(gone, 0, x - peak)))
         total = p.sum(1, keepdims=True)
-        p /= total
+        p /= np.where(empty[:, None], 1, total)
         found.out[b, h, queries] = p @ v
-        found.lse[b, h, queries] = (peak + np.log(total))[:, 0]
+        found.lse[b, h, queries] = np.where(empty, -np.inf, (peak + np.log(total + empty[:, None]))[:, 0])
         if grad is None:
             return
         d_out, d_lse = grad[0][b, h, queries], grad[1][b, h, queries]

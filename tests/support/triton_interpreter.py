@@ -1,7 +1,8 @@
 """Triton's interpreter on the CPU, with products of bfloat16 that mean what they say, and without its slow detours.
 
 Import this before anything that imports triton: it switches the interpreter on. Triton 3.9's interpreter keeps bfloat16
-as raw 16-bit integers and multiplies those; here they are widened to float32 first, as tensor cores do. It works out
+as raw 16-bit integers and multiplies those; here they are widened to float32 first, as tensor cores do. It cuts
+float32 off where it makes it float8, whose rounding it gets wrong too; here torch rounds. It works out
 which integers overflow and drops the answer; here they raise. It reduces by a function of the kernel's own number by
 number, makes a table of dtypes to look one up, and searches the whole language at every call of a device function for
 what it has replaced at the launch: none of that here, with the same results.
@@ -13,10 +14,12 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
 _create_dot = interpreter.InterpreterBuilder.create_dot
+_create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
 reduce_by_numbers = interpreter.ReduceOps.generic_reduce
 _patch_lang = interpreter._patch_lang
 _EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
@@ -33,6 +36,13 @@ def _widened(handle):
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+
+def _fp_to_fp(self, src, dst_type, rounding_mode):
+    if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+        return _create_fp_to_fp(self, src, dst_type, rounding_mode)
+    small = torch.from_numpy(np.array(src.data)).to(torch.float8_e4m3fn)
+    return interpreter.TensorHandle(small.view(torch.uint8).numpy(), tl.float8e4nv)
 
 
 def _reduce(self, input):
@@ -76,6 +86,7 @@ def _patch_lang_once(fn):
 
 
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.create_fp_to_fp = _fp_to_fp
 interpreter.ReduceOps.generic_reduce = _reduce
 interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _require_no_overflow  # compilers have another
 interpreter._get_np_dtype = _np_dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -30,6 +30,9 @@ class SparseConfig(MethodConfig):
         min_tokens: visual tokens below which all calls stay dense; unset: the method acts at any size.
         block_size: tokens of a tile; a power of two, 16 to 512. All methods that are attached together share their
             tiles: what is unset follows what is set.
+        precision: ``int8`` or ``fp8`` multiplies queries and keys in eight bits wherever the method acts, on GPUs whose
+            tensor cores do (int8 all that our Triton kernels run on, fp8 from compute capability 8.9 and gfx942 on),
+            and has no gradient. Unset: their own dtype.
     """
 
     # sparse from the start
@@ -46,6 +49,7 @@ class SparseConfig(MethodConfig):
     dense_above_sigma: Annotated[float, ge(0)] | None = None
     min_tokens: Count | None = None
     block_size: BlockSize | None = None
+    precision: Literal["int8", "fp8"] | None = None
 
     @property
     def tiling(self) -> Tiling:
@@ -90,12 +94,18 @@ class SparseConfig(MethodConfig):
 
     def notes(self) -> tuple[str, ...]:
         """Return what an estimate can't know of these options."""
-        if self.dense_above_sigma is None:
-            return ()
-        return (
-            f"plan counts the steps above {self.name}.dense_above_sigma = {self.dense_above_sigma} as sparse: noise "
-            "levels are known only while it runs",
-        )
+        level, precision, notes = self.dense_above_sigma, self.precision, []
+        if level is not None:
+            notes.append(
+                f"plan counts the steps above {self.name}.dense_above_sigma = {level} as sparse: noise levels are "
+                "known only while it runs"
+            )
+        if precision is not None:
+            notes.append(
+                f"{self.name}.precision = {precision!r} multiplies queries and keys in eight bits, which plan counts "
+                "as if in their own dtype"
+            )
+        return tuple(notes)
 
 
 class SparseHandler(AttentionHandler):
@@ -111,6 +121,11 @@ class SparseHandler(AttentionHandler):
     def pools(self) -> bool:
         """Whether tiles that are not exact enter as one key each, as an option ``rest`` says."""
         return getattr(self.settings, "rest", "skip") == "pooled"
+
+    @property
+    def precision(self) -> str | None:
+        """In which queries and keys are multiplied where it acts."""
+        return self.settings.precision
 
     def applies(self, layout: TokenLayout) -> bool:
         """Whether the sequence is as long as ``min_tokens`` wants it."""

@@ -10,15 +10,24 @@ bench/cpu_table.py writes it. Where no row serves a call nothing is known of it,
 from __future__ import annotations
 
 import json
+import os
+import time
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..problem import Problem
-from ..tiles import TileLists
+from ..tiles import PARTS, TileLists
 from . import flex
+from .torch import fused
+
+DENSE = "DIT_ACCEL_CPU_DENSE"
+"""Environment variable: what `dense_speed` says, a number, in place of a measurement."""
+
+DENSE_TOKENS, DENSE_TILE = 1024, 128  # of the calls that are measured, and of dense calls by the loop
 
 TABLE = Path(__file__).with_name("cpu_table.json")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -59,6 +68,50 @@ def predicted_speedup(device: torch.device, dtype: torch.dtype, lists: TileLists
     it is asked for, whatever this says.
     """
     return choice(dtype, lists, min(lists.num_q, lists.num_k))[1] if device.type == "cpu" else None
+
+
+def dense_speed(dtype: torch.dtype, dim: int) -> float | None:
+    """How many times as fast as torch's SDPA the compiled loop computes dense attention on a core of this CPU.
+
+    Measured once a process for each dtype and head dim, in some tens of milliseconds of one thread's own time, which
+    other work on the machine hardly changes; what the environment variable DIT_ACCEL_CPU_DENSE holds, if it is set.
+    None where the loop takes no such calls.
+    """
+    if not fused.takes(torch.device("cpu"), dtype):
+        return None
+    named = os.environ.get(DENSE)
+    return _dense_speed(dtype, dim) if named is None else float(named)
+
+
+@lru_cache(maxsize=64)
+def _dense_speed(dtype: torch.dtype, dim: int) -> float:
+    """The ratio of the best of five calls each, in turn."""
+    generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
+    q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
+    tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
+    lists = {name: getattr(tiles, name) for name in PARTS}
+    problem = Problem(q=q, k=k, v=v, **lists, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
+    best, threads = [float("inf")] * 2, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for turn in range(6):
+                for i, call in enumerate((_dense, _loop)):
+                    began = time.thread_time()
+                    call(problem)
+                    if turn:  # the first fills caches
+                        best[i] = min(best[i], time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return best[0] / best[1]
+
+
+def _dense(problem: Problem) -> None:
+    scaled_dot_product_attention(problem.q, problem.k, problem.v)
+
+
+def _loop(problem: Problem) -> None:
+    fused.attend(problem, None, need_lse=False)
 
 
 def _flex_runs(tiles: TileLists | Problem) -> bool:

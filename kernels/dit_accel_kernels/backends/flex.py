@@ -6,9 +6,10 @@ these rows were reported, not measured here. In all rows measured by bench/block
 
 Exact tiles are FlexAttention's blocks. The means of all key tiles stand before the keys as columns of their own, padded
 to whole blocks; `mask_mod` says which of them a query tile sees and `score_mod` adds the log of their true lengths.
-Tiles whose keys are all valid are listed as full blocks, which no mask touches. Decay is in `score_mod`. Tensors reach
-both functions as arguments of one compiled function, so that new lists and masks compile nothing anew; a new shape, or
-another set of features, does. Votes are refused, since a named backend never falls back.
+Tiles whose keys are all valid are listed as full blocks, which no mask touches; masks inside tiles are read bit by bit.
+Decay is in `score_mod`. Tensors reach both functions as arguments of one compiled function, so that new lists and masks
+compile nothing anew; a new shape, or another set of features, does. Votes are refused, since a named backend never
+falls back.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from ..cache import StorageCache
 from ..csr import EXACT, POOLED, padded_rows
 from ..errors import BackendUnavailableError
 from ..features import decay_by_frame, tile_means
-from ..problem import Problem
+from ..masks import seen_by_mask
+from ..problem import Problem, by_head, lists_of
 from ..sections import valid_tiles
 from ..states import list_states, resolved
+from ..tiles import PARTS
 
 
 class Blocks(NamedTuple):
     """Tile lists as FlexAttention's padded rows: counts int32 [B or 1, H or 1, NQ], indices int32 [.., NQ, P + NK].
 
     P blocks of pooled columns come before the key tiles. `seen` is bool [.., NQ, P * block_k + NK]: every pooled column
-    and key tile that a query tile sees, or None where all blocks are full.
+    and key tile that a query tile sees, or None where all blocks are full. `masks` int64 [.., NQ, P * block_k + NK] are
+    numbers of masks in `bits`, those of TileLists and others that let all through; None where no tile has one.
     """
 
     partial_counts: Tensor
@@ -44,6 +48,8 @@ class Blocks(NamedTuple):
     full_counts: Tensor
     full_indices: Tensor
     seen: Tensor | None
+    masks: Tensor | None
+    bits: Tensor | None
 
 
 class Columns(NamedTuple):
@@ -121,7 +127,7 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
         q = (q * problem.head_scale[:, :, None, None]).to(q.dtype)
     pooled = -(-problem.key_tiles // problem.block_k) * problem.block_k if pools else 0
     if selection is None and problem.key_valid is None:
-        parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
+        parts = [getattr(problem, name) for name in PARTS]
         sizes = (problem.block_q, problem.block_k, *q.shape[1:3], problem.k.shape[2])
         blocks = _blocks_of_lists.get(parts, sizes, lambda: _blocks(problem, pooled))
     else:
@@ -157,12 +163,16 @@ def flex_call(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) ->
 
     block_q, block_k, pooled, scale, need_lse = made_for
     k, v, valid, bias, t, t_rows = columns
-    seen = blocks.seen
+    seen, masks, bits = blocks[4:]
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
         assert seen is not None
         tile = torch.where(column < pooled, column, pooled + (column - pooled) // block_k)
-        keep = seen[b % seen.shape[0], h % seen.shape[1], q_index // block_q, tile]
+        place = (b % seen.shape[0], h % seen.shape[1], q_index // block_q, tile)
+        keep = seen[place]
+        if masks is not None and bits is not None:
+            key = (column - pooled) % block_k  # of no meaning in pooled columns, which have no mask
+            keep = keep & seen_by_mask(bits, masks[place], q_index % block_q, key)
         return keep if valid is None else keep & valid[b, column]
 
     def score_mod(x: Tensor, b: Tensor, h: Tensor, q_index: Tensor, column: Tensor) -> Tensor:
@@ -211,21 +221,26 @@ def _kernel_options(q: Tensor, block_q: int, block_k: int) -> dict[str, Any]:
 def _blocks(problem: Problem, pooled: int) -> Blocks:
     """The call's lists as blocks: exact tiles are full where all their keys are valid, absent where none is."""
     states = list_states(problem)
-    exact = states == EXACT
+    exact = states >= EXACT
     means = torch.zeros(*exact.shape[:3], pooled, dtype=torch.bool, device=exact.device)
     if pooled:
         means[..., : problem.key_tiles] = states == POOLED
-    whole = exact
+    whole = states == EXACT
     if problem.key_valid is not None:
         all_valid, any_valid = (x[:, None, None] for x in valid_tiles(problem.key_valid, problem.block_k))
         exact = exact & any_valid
-        whole = exact & all_valid
+        whole = whole & all_valid
         means = means & pad(any_valid, (0, pooled - problem.key_tiles))
     mean_blocks = means.unflatten(-1, (pooled // problem.block_k, problem.block_k)).any(-1)
     partial = torch.cat([mean_blocks, exact & ~whole], -1)
     full = torch.cat([torch.zeros_like(mean_blocks), whole], -1)
-    seen = None if pooled == 0 and problem.key_valid is None else torch.cat([means, exact], -1)
-    return Blocks(*padded_rows(partial), *padded_rows(full), seen)
+    seen = masks = bits = None
+    if pooled or problem.key_valid is not None or problem.mask_ids is not None:
+        seen = torch.cat([means, exact], -1)
+    if seen is not None and problem.mask_ids is not None:
+        masks, bits = lists_of(problem).mask_table()
+        masks = by_head(pad(masks, (pooled, 0), value=len(bits) - 1), problem.q.shape[1]).expand_as(seen)
+    return Blocks(*padded_rows(partial), *padded_rows(full), seen, masks, bits)
 
 
 def _columns(problem: Problem, pooled: int) -> Columns:

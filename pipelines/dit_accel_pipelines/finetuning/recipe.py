@@ -12,7 +12,7 @@ from dit_accel_kernels import BACKENDS
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.rotary import check_lengths
-from dit_accel.attachment.attachment import Backend
+from dit_accel.attachment.backends import Backend
 from dit_accel.errors import ConfigError, did_you_mean
 from dit_accel.estimate.sizes import check_multiple, pixel_multiples, rounded_frames, token_layout
 from dit_accel.methods.base import Place

@@ -15,6 +15,7 @@ from dit_accel.errors import ConfigError
 from .options import (
     RUN,
     Backend,
+    Dense,
     Device,
     Dtype,
     Frames,
@@ -75,6 +76,7 @@ class GenerateOptions:
     ] = False
     ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1
     backend: Backend = "auto"
+    dense: Dense = None
     preset: Preset = None
     check: Annotated[
         bool,

@@ -29,7 +29,7 @@ from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
 from .progress import Stages
 from .quiet import quiet_diffusers
-from .request import Backend, Request, check_path, read_pictures, settle, side_car_path
+from .request import Backend, Dense, Request, check_path, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
@@ -183,7 +183,8 @@ def _loaded(
     with quiet_diffusers():
         for transformer in transformers_of(pipe):
             group.share(transformer)
-    with attached(pipe, request.methods, request.backend, preset=request.preset, quiet=stages.quiet) as attachment:
+    choices = {"preset": request.preset, "dense": request.dense, "quiet": stages.quiet}
+    with attached(pipe, request.methods, request.backend, **choices) as attachment:
         if request.check and not attachment.report().methods:
             raise ConfigError(
                 f"check compares methods with the dense run, and the preset {request.preset!r} has none for this "
@@ -231,7 +232,13 @@ def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request,
 
 @contextlib.contextmanager
 def attached(
-    pipe: Any, methods: Sequence[MethodConfig], backend: Backend, *, preset: str | None = None, quiet: bool = False
+    pipe: Any,
+    methods: Sequence[MethodConfig],
+    backend: Backend,
+    *,
+    preset: str | None = None,
+    dense: Dense | None = None,
+    quiet: bool = False,
 ) -> Iterator[Any]:
     """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is requested.
 
@@ -241,7 +248,7 @@ def attached(
         yield None
         return
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        attachment = dit_accel.attach(pipe, *methods, preset=cast(Any, preset or NONE), backend=backend)
+        attachment = dit_accel.attach(pipe, *methods, preset=cast(Any, preset or NONE), backend=backend, dense=dense)
     with attachment:
         yield attachment
 

@@ -48,6 +48,12 @@ Offload = Annotated[
     ),
 ]
 Backend = Annotated[str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")]
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        help="Dense attention: user (yours) or auto (the faster on a CPU).", rich_help_panel=RUN, metavar="HOW"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or report.", rich_help_panel=RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

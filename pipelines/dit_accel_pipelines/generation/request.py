@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import dit_accel_assets
 from dit_accel_kernels import BACKENDS
@@ -13,7 +13,7 @@ from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.rotary import check_lengths
-from dit_accel.attachment.attachment import Backend
+from dit_accel.attachment.backends import Backend, Dense
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
 from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
@@ -96,6 +96,7 @@ class Request(NamesModel):
         preset: level of methods that are chosen for the model beside these, which win; None and ``none``: none are.
         check: generate dense too, from the same seed, and write how far apart the two are, `check_path`.
         backend: kernel backend of the methods.
+        dense: what computes dense attention beside them, as `attach` has it; None: its own choice.
 
     Raises:
         ConfigError: for a value out of range, or an output that can't be written.
@@ -127,6 +128,7 @@ class Request(NamesModel):
     preset: str | None = None
     check: bool = False
     backend: Backend = "auto"
+    dense: Dense | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
@@ -135,6 +137,7 @@ class Request(NamesModel):
             raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         for name, known in (
             ("dtype", DTYPES), ("offload", OFFLOADS), ("backend", BACKENDS), ("preset", (*LEVELS, NONE)),
+            ("dense", get_args(Dense)),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -158,6 +161,10 @@ class Request(NamesModel):
         if self.backend != "auto" and not self.attaches:
             raise ConfigError(
                 f"backend {self.backend!r} was requested, but no method would use it; switch one on, such as --radial"
+            )
+        if self.dense is not None and not self.attaches:
+            raise ConfigError(
+                f"dense {self.dense!r} was requested, but no method is attached; switch one on, such as --radial"
             )
         if self.check and not self.attaches:
             raise ConfigError(

@@ -20,7 +20,7 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers")
 
 AS_ASKED = (
     "solver", "flow_shift", "guidance_scale", "seed", "dtype", "device", "offload", "compile", "scale", "lora",
-    "backend", "preset",
+    "backend", "dense", "preset",
 )  # fmt: skip
 """What a side-car says as the settled request does."""
 

@@ -1,11 +1,11 @@
-"""The fa4 backend: exact tiles as FlashAttention-4's block-sparse lists, pooled ones on top by our Triton kernel.
+"""The fa4 backend: exact tiles as FlashAttention-4's block-sparse lists, all others on top by our Triton kernel.
 
 Tiles whose keys are all valid are its full blocks, which no mask touches; the ragged end is masked by its own count of
 keys. Tiles with invalid keys are partial blocks, and so is, where it takes two of our query tiles together, a tile that
 only one of them lists: `mask_mod` reads the lists as bits and the valid keys. Scales of heads and frame decay are its
 `score_mod`, which reads the factor and the t of every logit. It returns output and LSE, from which the forward kernel
-of the triton backend starts with pooled tiles and nothing else to do, so that both parts are one softmax. Its loop
-tells nothing about a tile, hence no votes. Gradients are those of the triton backend, from this output and LSE.
+of the triton backend starts with pooled tiles and those with a mask inside, so that both parts are one softmax. Its
+loop tells nothing about a tile, hence no votes. Gradients are those of the triton backend, from this output and LSE.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Blocks(NamedTuple):
 
 MODIFIERS = f"{__package__}.modifiers"  # which needs flash-attn-4
 _BLOCKS: StorageCache[Blocks] = StorageCache()
-_NOTHING_EXACT: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 
@@ -57,7 +56,10 @@ def check(problem: Problem) -> None:
             "backend 'fa4' has no votes, since its loop tells nothing about a tile: use 'triton' or 'auto'"
         )
     tile = (problem.block_q, problem.block_k)
-    missing = missing_requirement(problem.q.device, problem.q.dtype, problem.q.shape[-1], tile)
+    dim, dim_v = problem.q.shape[-1], problem.v.shape[-1]
+    missing = missing_requirement(problem.q.device, problem.q.dtype, dim, tile)
+    if dim != dim_v:
+        missing = f"v with the head dim of q and k (found {dim_v} and {dim})"
     if missing:
         raise BackendUnavailableError(f"backend 'fa4' needs {missing}: use 'triton' or 'auto'")
 
@@ -70,18 +72,18 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     """
     check(problem)
     problem, exact = resolved(problem)
-    pools = problem.pooled_indices is not None
-    out, lse = _exact_tiles(problem, need_lse=need_lse or pools)
-    if pools:
+    more = problem.pooled_indices is not None or problem.mask_ids is not None
+    out, lse = _exact_tiles(problem, need_lse=need_lse or more)
+    if more:
         assert lse is not None
         from ..triton import attend as triton
 
-        out, lse = triton.add_pooled(_without_exact(problem), out, lse)
+        out, lse = triton.add_rest(problem, out, lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None or not need_lse else lse, exact, None
 
 
 def _exact_tiles(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention to exact tiles alone: output [B, H, S_q, D], LSE or None; 0 and -inf in rows without a key."""
+    """Attention to whole exact tiles alone: output [B, H, S_q, D], LSE or None; 0 and -inf in rows without a key."""
     q = problem.q
     blocks, joined = _blocks_of(problem), rows_joined(q.device, problem.block_q)
     tensors = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch(
@@ -152,12 +154,10 @@ def _mask_tensors(problem: Problem, seen: Tensor) -> list[Tensor]:
 
 
 def _blocks_of(problem: Problem) -> Blocks:
-    """The blocks of a call, remembered with its lists where no mask has a part in them."""
-    if problem.key_valid is not None:
-        return _blocks(problem)
-    parts = (problem.exact_offsets, problem.exact_indices)
+    """The blocks of a call, remembered with its lists and valid keys."""
+    parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids)
     sizes = (problem.block_q, problem.block_k, *problem.q.shape[1:3], problem.k.shape[2])
-    return _BLOCKS.get(parts, sizes, lambda: _blocks(problem))
+    return _BLOCKS.get(parts, sizes, lambda: _blocks(problem), loose=[problem.key_valid])
 
 
 def _blocks(problem: Problem) -> Blocks:
@@ -184,13 +184,3 @@ def _blocks(problem: Problem) -> Blocks:
         seen=pack_bits(exact) if masked else None,
         empty=None if read and not bool(empty.any()) else empty,
     )
-
-
-def _without_exact(problem: Problem) -> Problem:
-    """The call with its pooled tiles alone."""
-    pooled = problem.pooled_offsets
-    assert pooled is not None
-    offsets, indices = _NOTHING_EXACT.get(
-        [pooled], (), lambda: (torch.zeros_like(pooled), pooled.new_empty(0, dtype=torch.int32))
-    )
-    return replace(problem, exact_offsets=offsets, exact_indices=indices)

@@ -1,11 +1,11 @@
 """The torch backend: query tiles that see about equally much are gathered and batched; O(S) memory, every feature.
 
-On a CPU float32 runs in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk of query
-tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and votes
-are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the cores to
-torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the shorter the
-fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of one call's
-lists is remembered.
+On a CPU float32 and bfloat16 run in a compiled loop instead (fused.py), where there is a compiler. For all else a chunk
+of query tiles is a gather of key and value tiles, one batched product, a softmax, one batched product; masks, decay and
+votes are applied while the logits are there. Long calls are shared by workers, chunk by chunk. Short ones leave the
+cores to torch, which waits for its threads for milliseconds at every call that wants them otherwise, and are all the
+shorter the fewer operations they take. A selection is turned into lists of every batch and head first, and nothing of
+one call's lists is remembered.
 
 bench/block_sparse.py times the other ways to write it (all heads at once, one product a tile without a gather, SDPA on
 gathered tiles, FlexAttention), bench/selection.py what selections cost. The gradient is in backward.py.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...bits import unpack_bits
 from ...features import product_dtype, wide_dtype
 from ...problem import Problem
 from ...selection import LOG2_E
@@ -36,23 +37,21 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     """Output [B, H, S_q, D], natural-log LSE float32 [B, H, S_q] (empty where not needed), exact tiles, kept bits."""
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
-    loop = fused.runs(problem)
-    tiled = cut(problem, held=loop and problem.q.dtype == torch.bfloat16)
-    if loop:
-        out, lse = fused.attend(problem, tiled, tally, need_lse=need_lse)
+    if fused.takes(problem.q.device, problem.q.dtype):
+        out, lse = fused.attend(problem, tally, need_lse=need_lse)
     else:
-        out, lse = _by_chunks(problem, tiled, tally, need_lse=need_lse, remember=not selects)
-    batch, heads, tokens, dim = problem.q.shape
-    out = cast(out.view(batch, heads, -1, dim)[:, :, :tokens], problem.q.dtype)
-    lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
+        out, lse = _by_chunks(problem, cut(problem), tally, need_lse=need_lse, remember=not selects)
+        batch, heads, tokens, _ = problem.q.shape
+        out = cast(out.view(batch, heads, -1, out.shape[-1])[:, :, :tokens], problem.q.dtype)
+        lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
     return out, lse, exact, None if tally is None else tally.kept()
 
 
 def _by_chunks(
     problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool, remember: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of all query tiles, [B * H * NQ, block_q, D] and [B * H * NQ, block_q]."""
-    out = torch.zeros_like(tiled.q)  # query tiles that see nothing give 0
+    """Output and LSE of all query tiles, [B * H * NQ, block_q, Dv] and [B * H * NQ, block_q]."""
+    out = tiled.q.new_zeros(*tiled.q.shape[:2], tiled.v.shape[2])  # query tiles that see nothing give 0
     lse = tiled.q.new_full(tiled.q.shape[:-1] if need_lse else (0,), -torch.inf, dtype=wide_dtype(out.dtype))
     workers, columns, multiple = chunk_sizes(problem)
 
@@ -84,7 +83,7 @@ def _attend_chunk(
     """Write output and LSE of one chunk, and what votes need of it."""
     wide, pools = wide_dtype(tiled.q.dtype), chunk.pooled.shape[1] > 0
     q = taken(tiled.q, chunk.q_tiles, buffers, "queries")
-    result = buffer(buffers, "outputs", q, tuple(q.shape), q.dtype)
+    result = buffer(buffers, "outputs", q, (*q.shape[:2], tiled.v.shape[2]), q.dtype)
     columns = chunk.exact.shape[1] * tiled.k.shape[1]
     if tally is None and chunk.least == chunk.most:
         columns = chunk.most  # all end with the ragged tile
@@ -101,7 +100,8 @@ def _attend_chunk(
     if x.dtype != wide and (pools or tally is not None or tiled.t is not None):
         x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
     weights = weights_of(tiled, chunk)
-    transform(x, tiled, chunk, columns, weights if tally is None or weights is None else weights * LOG2_E, buffers)
+    in_log2 = weights if tally is None or weights is None else weights * LOG2_E
+    _, empty, hidden = transform(x, tiled, chunk, columns, in_log2, buffers)
     if tally is None:
         row_lse, total = _softmax(x, lse is not None), None
     else:
@@ -109,19 +109,18 @@ def _attend_chunk(
     if p is not x:
         p.copy_(x if total is None else x.div_(total[:, :, None]))
     if columns:
-        v = taken(tiled.v, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, q.shape[2])[:, :columns]
-        torch.bmm(p[:, :, :columns], v, out=result)
+        v = taken(tiled.v, chunk.exact.flatten(), buffers, "tokens").view(len(q), -1, tiled.v.shape[2])[:, :columns]
+        _weigh(p[:, :, :columns], v, hidden, result)
     else:
         result.zero_()
     if pools and tiled.v_mean is not None:
-        means = taken(tiled.v_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, q.shape[2])
+        means = taken(tiled.v_mean, chunk.pooled.flatten(), buffers, "means").view(len(q), -1, tiled.v.shape[2])
         result.baddbmm_(p[:, :, columns:], means)
     if total is not None and p is x:
         result.div_(total[:, :, None])
-    empty = without_keys(tiled, chunk, weights)
     if empty is not None:  # whose weights are not numbers
-        result.masked_fill_(empty[:, None, None], 0.0)
-        row_lse = None if row_lse is None else row_lse.masked_fill(empty[:, None], -torch.inf)
+        result.masked_fill_(empty[:, :, None], 0.0)
+        row_lse = None if row_lse is None else row_lse.masked_fill(empty, -torch.inf)
     out.index_copy_(0, chunk.q_tiles, result)
     if lse is not None and row_lse is not None:
         lse.index_copy_(0, chunk.q_tiles, row_lse.to(lse.dtype))
@@ -129,17 +128,37 @@ def _attend_chunk(
 
 def transform(
     x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, weights: Tensor | None, buffers: dict[str, Tensor]
-) -> Tensor | None:
-    """Decay logits, mask what is absent and add a pooled tile's length, in place; returns the decay t."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Decay logits, mask what is absent and add a pooled tile's length, in place.
+
+    Returns the decay t; which rows see no key, bool [R, 1 or block_q] (None: all of them do); and where masks inside
+    tiles may hide what is no number, what each row does not see, bool [R, block_q, columns].
+    """
     t = decay_of(tiled, chunk, columns, buffers)
     if t is not None:
         torch.minimum(x, torch.mul(x, t, out=buffer(buffers, "decayed", x, tuple(x.shape), x.dtype)), out=x)
     absent, start = absent_of(tiled, chunk, columns)
     if absent is not None:
-        x[:, :, start:columns].masked_fill_(absent[:, None], -torch.inf)
+        x[:, :, start:columns].masked_fill_(absent, -torch.inf)
     if weights is not None:
         x[:, :, columns:].add_(weights[:, None])
-    return t
+    empty = hidden = None
+    if tiled.absent is not None or (chunk.partial is not None and chunk.partial.alone):
+        empty = x.new_ones(len(x), 1, dtype=torch.bool) if absent is None else absent.all(-1)
+        empty = empty if weights is None else empty & (weights == -torch.inf).all(1, keepdim=True)
+    if absent is not None and chunk.partial is not None and not tiled.finite:
+        hidden = torch.nn.functional.pad(absent, (start, 0))
+    return t, empty, hidden
+
+
+def _weigh(p: Tensor, v: Tensor, hidden: Tensor | None, out: Tensor) -> None:
+    """Write p @ v, where values that are no numbers reach the rows that see them alone: 0 times NaN is not 0."""
+    if hidden is None:
+        torch.bmm(p, v, out=out)
+        return
+    torch.bmm(p, v.nan_to_num(0.0, 0.0, 0.0), out=out)
+    reached = (~hidden).to(v.dtype) @ (~v.isfinite()).to(v.dtype)
+    out.masked_fill_(reached > 0, torch.nan)
 
 
 def _softmax(x: Tensor, need_lse: bool) -> Tensor | None:
@@ -186,22 +205,28 @@ def weights_of(tiled: Tiled, chunk: Chunk) -> Tensor | None:
 
 
 def absent_of(tiled: Tiled, chunk: Chunk, columns: int) -> tuple[Tensor | None, int]:
-    """Which exact columns of a chunk are padding or masked, bool [R, columns - start] or None, and the start."""
-    padded = beyond(chunk.tokens, columns, chunk.least) if chunk.least < columns else None
-    if tiled.absent is None or not chunk.exact.shape[1]:
+    """Which exact columns of a chunk are padding, masked or hidden by a tile's mask, and the first that is said of.
+
+    Bool [R, 1 or block_q, columns - start]; None where all are seen.
+    """
+    padded = beyond(chunk.tokens, columns, chunk.least)[:, None] if chunk.least < columns else None
+    block_k, partial, absent, start = tiled.k.shape[1], chunk.partial, None, 0
+    if tiled.absent is not None and chunk.exact.shape[1]:
+        absent = tiled.absent[chunk.exact].flatten(1)[:, None, :columns]
+    if tiled.bits is not None and partial is not None:
+        first = min(partial.first, chunk.least // block_k) if absent is None else 0
+        row, column, place = partial.tiles
+        sizes = (len(chunk.exact), tiled.q.shape[1], chunk.exact.shape[1] - first, block_k)
+        hidden = torch.zeros(sizes, dtype=torch.bool, device=tiled.q.device)
+        hidden[row, :, column - first] = (~unpack_bits(tiled.bits[partial.masks], block_k))[place]
+        start = first * block_k
+        hidden = hidden.flatten(2)[:, :, : columns - start]
+        absent = hidden if absent is None else hidden.logical_or_(absent)
+    if absent is None:
         return padded, chunk.least
-    masked = tiled.absent[chunk.exact].flatten(1)[:, :columns]
     if padded is not None:
-        masked[:, chunk.least :] |= padded
-    return masked, 0
-
-
-def without_keys(tiled: Tiled, chunk: Chunk, weights: Tensor | None) -> Tensor | None:
-    """Which query tiles of a chunk see no valid key, bool [R]; None where there is no mask."""
-    if tiled.absent_tiles is None:
-        return None
-    empty = tiled.absent_tiles[chunk.exact].all(1)  # repeats of the last pad a list
-    return empty if weights is None else empty & (weights == -torch.inf).all(1)
+        absent[:, :, chunk.least - start :] |= padded
+    return absent, start
 
 
 def decay_of(tiled: Tiled, chunk: Chunk, columns: int, buffers: dict[str, Tensor]) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...features import wide_dtype
 from ...problem import Problem
-from .attend import chunk_sizes, taken, transform, weights_of, without_keys
+from .attend import chunk_sizes, taken, transform, weights_of
 from .chunks import Chunk, chunks_of
 from .tiled import Tiled, cut, tiles_of
 from .workers import buffer, thread_buffers
@@ -17,7 +17,7 @@ TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes 
 
 @torch.no_grad()
 def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from those of the output [B, H, S_q, D] and of the LSE [B, H, S_q] (None: not used)."""
+    """Gradients of q, k and v from those of the output [B, H, S_q, Dv] and of the LSE [B, H, S_q] (None: not used)."""
     tiled = cut(problem)
     wide = wide_dtype(problem.q.dtype)
     sums = {
@@ -51,13 +51,15 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
 
     raw = product(q, k, "logits").mul_(tiled.scale)
     x = buffer(buffers, "weights", q, shape, wide).copy_(raw)
-    t = transform(x, tiled, chunk, columns, weights, buffers)
+    t, empty, hidden = transform(x, tiled, chunk, columns, weights, buffers)
     p = torch.softmax(x, -1, out=x)
-    empty = without_keys(tiled, chunk, weights)
     if empty is not None:
-        p.masked_fill_(empty[:, None, None], 0.0)
+        p.masked_fill_(empty[:, :, None], 0.0)
     grad_v = p.to(q.dtype).mT @ grad_out
     grad_p = product(grad_out, v, "gradient")
+    if hidden is not None:  # may hold anything, and 0 times NaN is not 0
+        grad_p[:, :, :columns].masked_fill_(hidden, 0.0)
+        k = k.nan_to_num(0.0, 0.0, 0.0)
     delta = torch.mul(grad_p, p, out=buffer(buffers, "delta", q, shape, wide)).sum(-1, keepdim=True)
     grad_x = grad_p.sub_(delta if grad_lse is None else delta - grad_lse).mul_(p)
     if t is not None:
@@ -65,7 +67,7 @@ def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | 
     grad_x = grad_x.mul_(tiled.scale).to(q.dtype)
     sums["q"].index_add_(0, chunk.q_tiles, (grad_x @ k).to(wide))
     for name, grad in (("k", (grad_x.mT @ q).to(wide)), ("v", grad_v.to(wide))):
-        sums[name].index_add_(0, exact, grad[:, :columns].reshape(-1, *tiled.k.shape[1:]))
+        sums[name].index_add_(0, exact, grad[:, :columns].reshape(-1, *sums[name].shape[1:]))
         if pooled.numel():
             sums[f"{name}_mean"].index_add_(0, pooled, grad[:, columns:].flatten(0, 1))
 
@@ -91,7 +93,7 @@ def _uncut(problem: Problem, tiled: Tiled, sums: dict[str, Tensor]) -> tuple[Ten
         if f"{name}_mean" in sums and tiled.log_length is not None:
             of_each_token = sums[f"{name}_mean"] * (-tiled.log_length.clamp(min=0)).exp()[:, None]
             grad = grad + of_each_token[:, None]
-        grad = grad.reshape(*k.shape[:2], -1, k.shape[3])[:, :, : k.shape[2]]
+        grad = grad.reshape(*k.shape[:2], -1, grad.shape[-1])[:, :, : k.shape[2]]
         if valid is not None:
             grad = grad.masked_fill(~valid[:, None, :, None], 0)
         grads.append(grad.to(k.dtype))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 POINTERS = (
-    "q", "keys", "values", "key_means", "value_means", "lengths", "absent", "decay", "mean_decay", "frames",
-    "exact_starts", "exact_counts", "pooled_starts", "pooled_counts", "exact", "pooled", "heads", "evidence_starts",
-    "out", "lse", "evidence",
+    "q", "k", "v", "out", "keys", "values", "key_means", "value_means", "lengths", "valid", "head_scale", "decay",
+    "mean_decay", "frames", "exact_offsets", "exact", "pooled_offsets", "pooled", "mask_ids",
+    "mask_bits", "odd", "evidence_starts", "lse", "evidence", "done", "parallel",
 )  # fmt: skip
+STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides")
 SIZES = (
-    "query_tiles", "key_tiles", "rows", "columns", "dim", "last_columns", "by_mass", "narrow_q", "narrow_out",
+    "batch", "heads", "key_heads", "groups", "num_q", "num_k", "rows", "columns", "dim", "value_dim", "by_mass",
+    "narrow", "pairs", "team", "threads", "next", "end",
 )  # fmt: skip
 
 
@@ -21,8 +27,10 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64 * 3) for name in STRIDES),
         *((name, ctypes.c_int64) for name in SIZES),
         ("scale", ctypes.c_double),
+        ("seconds", ctypes.c_double),
     )
 
 
@@ -34,8 +42,8 @@ def bound(path: Path) -> ctypes.CDLL:
     """
     loaded = ctypes.CDLL(str(path))
     try:
-        loaded.panel.restype = loaded.call_bytes.restype = ctypes.c_int64
-        for function in (loaded.attend, loaded.pack_keys, loaded.pack_values):
+        loaded.panel.restype = loaded.call_bytes.restype = loaded.has_pairs.restype = ctypes.c_int64
+        for function in (loaded.attend, loaded.pack):
             function.restype, function.errcheck = ctypes.c_int64, _require_memory
     except AttributeError as error:
         raise OSError(f"{path} is no compiled loop: {error}") from None
@@ -48,3 +56,22 @@ def _require_memory(failed: Any, function: Any, _: Any) -> Any:
     if failed:
         raise MemoryError(f"{function.__name__} of the compiled loop found no memory for what it keeps beside the call")
     return failed
+
+
+@lru_cache(maxsize=1)
+def torchs_threads() -> int | None:
+    """Return where GOMP_parallel is, which runs a function on the threads that torch keeps; None: torch has none such.
+
+    A child process has none of its parent's threads, and libgomp waits for them there: it starts its own.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(torchs_threads=lambda: None))

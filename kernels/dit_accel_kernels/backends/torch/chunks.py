@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...cache import StorageCache
 from ...problem import Problem
+from ...tiles import PARTS
 
 WASTE = 1 / 8  # most of a chunk's columns that padding may be
 
@@ -22,11 +23,14 @@ class Lists:
     counts: Tensor
     tiles: Tensor
 
-    def padded(self, q_tiles: Tensor, length: int) -> Tensor:
-        """Key tiles of some query tiles, int64 [R, length], padded by repeats of each one's last, where it has one."""
+    def positions(self, q_tiles: Tensor, length: int) -> Tensor:
+        """Where some query tiles' key tiles are, int64 [R, length], padded by repeats of each one's last, if any."""
         column = torch.arange(length, device=self.tiles.device)
-        positions = torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
-        return self.tiles[positions].long()
+        return torch.minimum(column, self.counts[q_tiles, None] - 1).add_(self.starts[q_tiles, None])
+
+    def padded(self, q_tiles: Tensor, length: int) -> Tensor:
+        """The key tiles at these positions, int64 [R, length]."""
+        return self.tiles[self.positions(q_tiles, length)].long()
 
 
 def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
@@ -41,12 +45,27 @@ def flat_lists(problem: Problem, *, pooled: bool = False) -> Lists:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Partial:
+    """Tiles of a chunk that have a mask.
+
+    `tiles` int64 [3, N]: row and column in the chunk's `exact`, and place in `masks` int64 [M'], which are numbers of
+    masks, each once. `first` is the first column that has one; `alone` tells whether a query tile sees no other tiles.
+    """
+
+    tiles: Tensor
+    masks: Tensor
+    first: int
+    alone: bool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Chunk:
     """Query tiles computed together, their key tiles padded to one length by repeats of each one's last.
 
     `q_tiles` int64 [R]; `exact` int64 [R, n] and `pooled` int64 [R, p], counted through all batches and key heads; of
     them `exact_counts` and `pooled_counts` [R] are each one's own. `tokens` [R] counts the keys of exact tiles, from
-    `least` to `most`, a ragged tail's padding left out.
+    `least` to `most`, a ragged tail's padding left out. `partial` are those of its tiles that have a mask; None where
+    none has.
     """
 
     q_tiles: Tensor
@@ -57,6 +76,7 @@ class Chunk:
     tokens: Tensor
     least: int
     most: int
+    partial: Partial | None
 
 
 _CHUNKS: StorageCache[list[Chunk]] = StorageCache()
@@ -73,7 +93,7 @@ def chunks_of(problem: Problem, columns: int, multiple: int, *, remember: bool) 
     """
     if not remember:
         return _build(problem, columns, multiple)
-    parts = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
+    parts = [getattr(problem, name) for name in PARTS]
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k, columns, multiple)
     return _CHUNKS.get(parts, shapes, lambda: _build(problem, columns, multiple))
 
@@ -107,9 +127,23 @@ def _build(problem: Problem, columns: int, multiple: int) -> list[Chunk]:
                 tokens=part[2],
                 least=least,
                 most=most,
+                partial=_partial(problem.mask_ids, exact.positions(q_tiles, longest)),
             )
         )
     return chunks
+
+
+def _partial(mask_ids: Tensor | None, positions: Tensor) -> Partial | None:
+    """The tiles with masks among those at some positions of the lists."""
+    if mask_ids is None or not positions.shape[1]:
+        return None
+    ids = mask_ids[positions].long()
+    masked = ids >= 0
+    row, column = masked.nonzero(as_tuple=True)
+    if not len(row):
+        return None
+    masks, place = ids[row, column].unique(return_inverse=True)
+    return Partial(torch.stack([row, column, place]), masks, int(column.min()), bool(masked.all(1).any()))
 
 
 def _cuts(

@@ -29,7 +29,7 @@ SWITCH = "DIT_ACCEL_CPU_LOOP"
 """Environment variable: 0 leaves every call on a CPU to torch's own operations."""
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 DIGITS = 24  # of either digest in a file's name
 
 

@@ -1,16 +1,25 @@
 // Block-sparse attention on a CPU in one loop: two products and an online softmax of a query tile, all in its caches.
 //
-// In float32; queries, keys, values and output may be bfloat16. Logits are in log2 units. Keys and values come packed in
-// panels, which a product reads in sequence: keys of a tile [columns / PANEL][D][PANEL], values
-// [D / PANEL][columns][PANEL], zero where padded.
+// Queries, keys, values and output are float32 or bfloat16, where the caller has them. bfloat16 is multiplied in pairs
+// where the processor does that, and as float32 elsewhere; all else is float32. Logits are in log2 units. Keys and values
+// are packed in panels, which a product reads in sequence, zero where padded or masked: keys of a tile
+// [columns / PANEL][D][PANEL], values [D / PANEL][columns][PANEL]. Of pairs a panel has half as many rows: each of its
+// 32-bit words holds two numbers that follow each other along D or the columns.
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <exception>
+#include <functional>
 #include <limits>
+#include <system_error>
+#include <thread>
 #include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16, ROWS = 12;  // of 32 registers 24 hold sums
@@ -18,28 +27,20 @@ constexpr int WIDTH = 16, ROWS = 12;  // of 32 registers 24 hold sums
 constexpr int WIDTH = 8, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * WIDTH;
-constexpr long CHUNK = 512;  // columns of logits that are kept at a time
+constexpr long CHUNK = 512;   // columns of logits that are kept at a time
+constexpr long SUMMED = 256;  // of float32 weights that are summed up in one go
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float LN_2 = 0.6931471805599453f;
 
 typedef float Vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((may_alias));
+typedef uint16_t Half __attribute__((may_alias));
 
 static inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 static inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
 static inline Vec all(float x) { return x - Vec{}; }  // adding 0 would be an instruction
 static inline long up(long x, long to) { return (x + to - 1) / to * to; }
-
-// n numbers from `at` on; `room` holds them where they were bfloat16
-static const float* floats(const void* x, bool narrow, long at, long n, std::vector<float>& room) {
-  if (!narrow) return static_cast<const float*>(x) + at;
-  room.resize(n);
-  const uint16_t* from = static_cast<const uint16_t*>(x) + at;
-  Bits* to = reinterpret_cast<Bits*>(room.data());
-  for (long i = 0; i < n; i++) to[i] = static_cast<Bits>(from[i]) << 16;
-  return room.data();
-}
 
 // To the nearest bfloat16, of two the even one
 static void round_to(uint16_t* to, const float* x, long n) {
@@ -47,51 +48,108 @@ static void round_to(uint16_t* to, const float* x, long n) {
   for (long i = 0; i < n; i++) to[i] = x[i] != x[i] ? 0x7fc0 : (from[i] + 0x7fff + (from[i] >> 16 & 1)) >> 16;
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+// sum + the products of two pairs, in each of 16 words
+static inline Vec add_pairs(Vec sum, Vec a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+// n floats, a multiple of 16, to bfloat16 in their first half
+static void narrow(float* x, long n) {
+  for (long c = 0; c < n; c += WIDTH) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(x + c));
+    memcpy(reinterpret_cast<char*>(x) + 2 * c, &rounded, sizeof rounded);
+  }
+}
+#else
+constexpr bool HAS_PAIRS = false;
+static inline Vec add_pairs(Vec sum, Vec, Vec) { return sum; }
+static void narrow(float*, long) {}
+#endif
+
 extern "C" struct Call {
-  const void *q;                                          // [B * H * NQ, rows, D]
-  const float *keys, *values;                             // panels of the key tiles
-  const float *key_means, *value_means, *lengths;         // [B * HK * NK, D] twice and log2 of lengths; null: no pooled
-  const float *absent;                                    // [B * HK * NK, columns], 0 or -inf; null: none is masked
-  const float *decay, *mean_decay;                        // [F + 2, NK * columns] and [F + 2, NK]; null: none
-  const int64_t *frames;                                  // [NQ * rows], rows of `decay`
-  const int64_t *exact_starts, *exact_counts, *pooled_starts, *pooled_counts;  // [B * H * NQ]
-  const int32_t *exact, *pooled;                          // key tiles of a head
-  const int64_t *heads;                                   // [B * H], first of its key tiles among all
-  const int64_t *evidence_starts;                         // [B * H * NQ], where a query tile's `evidence` begins
-  void *out;                                              // as q
-  float *lse, *evidence;                                  // [B * H * NQ, rows]; [exact tiles, rows]; null: unused
-  int64_t query_tiles, key_tiles, rows, columns, dim, last_columns, by_mass, narrow_q, narrow_out;
-  double scale;
+  const void *q, *k, *v;                           // [B, H, S_q, D], [B, HK, S_k, D], [B, HK, S_k, DV], by their strides
+  void *out;                                       // [B, H, S_q, DV], likewise
+  float *keys, *values;                            // panels of the key tiles of all batches and key heads
+  const float *key_means, *value_means, *lengths;  // [B * HK * NK, D], [.., DV] and log2 of lengths; null: no pooled
+  const uint8_t *valid;                            // [B, S_k], keys that are not masked; null: all
+  const float *head_scale;                         // [B * H]; null: 1
+  const float *decay, *mean_decay;                 // [F + 2, NK * columns] and [F + 2, NK]; null: none
+  const int64_t *frames;                           // [NQ * rows], rows of `decay`
+  const int32_t *exact_offsets, *exact, *pooled_offsets, *pooled;  // [groups, NQ + 1], and key tiles of a head
+  const int32_t *mask_ids, *mask_bits;             // [exact tiles], -1: none; [masks, rows, words of columns]; null: none
+  uint8_t *odd;                                    // [B * HK * NK], tiles with values that are no finite numbers; with masks
+  const int64_t *evidence_starts;                  // [B * H * NQ], where a query tile's `evidence` begins
+  float *lse, *evidence;                           // [B * H, S_q]; [exact tiles, rows]; null: unused
+  int64_t *done;                                   // [threads], pieces that each one did
+  void *parallel;                                  // GOMP_parallel of the threads that torch keeps; null: start some
+  int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];  // of batch, head and token, in numbers
+  int64_t batch, heads, key_heads, groups, num_q, num_k, rows, columns, dim, value_dim, by_mass, narrow, pairs;
+  int64_t team, threads, next, end;                // torch's threads, those that may work; pieces from `next` to `end` are still to be done
+  double scale, seconds;
 };
 
-// C [R, PANEL] = (C +) A [R, K] B [K, PANEL], summed up before it is added: a sum over all tiles would round at its size
-template <int R>
-static inline void product(const float* a, long lda, const float* b, float* c, long ldc, long K, bool add) {
+static inline long at(const int64_t* strides, long batch, long head, long token) {
+  return batch * strides[0] + head * strides[1] + token * strides[2];
+}
+
+// One token's numbers: floats, or as they are to be multiplied in pairs
+static void fetch(float* to, const void* x, long from, long n, bool half, bool pairs) {
+  if (!half) {
+    memcpy(to, static_cast<const float*>(x) + from, n * sizeof(float));
+  } else if (pairs) {
+    memcpy(to, static_cast<const uint16_t*>(x) + from, n * sizeof(uint16_t));
+  } else {
+    const uint16_t* row = static_cast<const uint16_t*>(x) + from;
+    Bits* words = reinterpret_cast<Bits*>(to);
+    for (long i = 0; i < n; i++) words[i] = static_cast<Bits>(row[i]) << 16;
+  }
+}
+
+// C [R, PANEL] = (C +) A [R, K] B [K, PANEL], summed up before it is added: a sum over all tiles would round at its size.
+// A and B come in parts: A `next` words apart, B the n-th panel of each part; K, lda and next count words.
+template <int R, bool P>
+static inline void product(const float* a, long lda, long next, const float* const* b, long parts, long n, float* c,
+                           long ldc, long K, bool add) {
   Vec sum[R][2];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < 2; j++) sum[r][j] = Vec{};
-  for (long k = 0; k < K; k++) {
-    const Vec left = load(b + k * PANEL), right = load(b + k * PANEL + WIDTH);
+  for (long part = 0; part < parts; part++, a += next) {
+    const float* panel = b[part] + n * K * PANEL;
+    for (long k = 0; k < K; k++, panel += PANEL) {
+      const Vec left = load(panel), right = load(panel + WIDTH);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const Vec x = all(a[r * lda + k]);
-      sum[r][0] += x * left;
-      sum[r][1] += x * right;
+      for (int r = 0; r < R; r++) {
+        if (P) {
+          const Vec x = (Vec)(reinterpret_cast<const Bits*>(a)[r * lda + k] - Ints{});
+          sum[r][0] = add_pairs(sum[r][0], x, left);
+          sum[r][1] = add_pairs(sum[r][1], x, right);
+        } else {
+          const Vec x = all(a[r * lda + k]);
+          sum[r][0] += x * left;
+          sum[r][1] += x * right;
+        }
+      }
     }
   }
   for (int r = 0; r < R; r++)
     for (int j = 0; j < 2; j++) store(c + r * ldc + j * WIDTH, add ? load(c + r * ldc + j * WIDTH) + sum[r][j] : sum[r][j]);
 }
 
-// C [M, N] = (C +) A [M, K] B, with B in N / PANEL panels of `stride` floats
-static void multiply(const float* a, long lda, const float* b, long stride, float* c, long ldc, long M, long N, long K,
-                     bool add) {
-  for (long n = 0; n < N; n += PANEL, b += stride) {
+// C [M, N] = (C +) A [M, K] B of parts, each of N / PANEL panels
+template <bool P>
+static void multiply(const float* a, long lda, long next, const float* const* b, long parts, float* c, long ldc, long M,
+                     long N, long K, bool add) {
+  for (long n = 0; n < N / PANEL; n++, c += PANEL) {
     long m = 0;
-    for (; m + ROWS <= M; m += ROWS) product<ROWS>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
-    for (; m + 4 <= M; m += 4) product<4>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
-    for (; m < M; m++) product<1>(a + m * lda, lda, b, c + m * ldc + n, ldc, K, add);
+    for (; m + ROWS <= M; m += ROWS) product<ROWS, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
+    for (; m + 4 <= M; m += 4) product<4, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
+    for (; m < M; m++) product<1, P>(a + m * lda, lda, next, b, parts, n, c + m * ldc, ldc, K, add);
   }
+}
+
+static void multiply(bool pairs, const float* a, long lda, long next, const float* const* b, long parts, float* c,
+                     long ldc, long M, long N, long K, bool add) {
+  if (HAS_PAIRS && pairs) multiply<true>(a, lda, next, b, parts, c, ldc, M, N, K, add);
+  else multiply<false>(a, lda, next, b, parts, c, ldc, M, N, K, add);
 }
 
 // 2^x for x <= 0, to the last bit or two; 0 below the smallest normal number, NaN of NaN
@@ -112,22 +170,20 @@ static inline Vec exp2_of(const Vec given) {
   return given == given ? p : given;
 }
 
-static inline Vec finite(Vec x) {
-  const Vec most = all(std::numeric_limits<float>::max());
-  x = x < most ? x : most;
-  return x > -most ? x : -most;
-}
-
 static inline float largest(Vec v) {
-  float x = v[0];
-  for (int c = 1; c < WIDTH; c++) x = std::max(x, v[c]);
-  return x;
+  float x[WIDTH];
+  store(x, v);
+  for (int w = WIDTH / 2; w; w /= 2)
+    for (int c = 0; c < w; c++) x[c] = x[c] > x[c + w] ? x[c] : x[c + w];
+  return x[0];
 }
 
 static inline float total(Vec v) {
-  float x = 0;
-  for (int c = 0; c < WIDTH; c++) x += v[c];
-  return x;
+  float x[WIDTH];
+  store(x, v);
+  for (int w = WIDTH / 2; w; w /= 2)
+    for (int c = 0; c < w; c++) x[c] += x[c + w];
+  return x[0];
 }
 
 static float span_largest(const float* x, long n) {
@@ -142,91 +198,119 @@ static float span_total(const float* x, long n) {
   return total(sum);
 }
 
-extern "C" {
-
-int64_t panel() { return PANEL; }
-
-int64_t call_bytes() { return sizeof(Call); }
-
-// Keys [tiles, columns, D] to panels, zero in padding; tiles from `first` to `last`; 1 if memory ran out
-int64_t pack_keys(const void* keys, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim, int64_t narrow) try {
-  const long wide = up(columns, PANEL);
-  std::vector<float> room;
-  for (long tile = first; tile < last; tile++)
-    for (long n = 0; n < wide; n += PANEL) {
-      float* panel = out + (tile * wide + n) * dim;
-      const long count = std::max(0L, std::min<long>(PANEL, columns - n));
-      const float* from = floats(keys, narrow, (tile * columns + n) * dim, count * dim, room);
-      for (long k = 0; k < dim; k++) {
-        for (long c = 0; c < count; c++) panel[k * PANEL + c] = from[c * dim + k];
-        for (long c = count; c < PANEL; c++) panel[k * PANEL + c] = 0;
-      }
-    }
-  return 0;
-} catch (const std::exception&) {
-  return 1;
+// Rows [columns, K] of words to panels of keys, [columns / PANEL][K][PANEL]
+static void to_key_panels(float* to, const float* rows, long columns, long K) {
+  for (long n = 0; n < columns; n += PANEL, to += K * PANEL)
+    for (long k = 0; k < K; k++)
+      for (long c = 0; c < PANEL; c++) to[k * PANEL + c] = rows[(n + c) * K + k];
 }
 
-// Values [tiles, columns, D] to panels, zero in padding; 1 if memory ran out
-int64_t pack_values(const void* values, float* out, int64_t first, int64_t last, int64_t columns, int64_t dim,
-                    int64_t narrow) try {
-  const long wide = up(dim, PANEL);
-  std::vector<float> room;
-  for (long tile = first; tile < last; tile++) {
-    const float* all_of_it = floats(values, narrow, tile * columns * dim, columns * dim, room);
-    for (long n = 0; n < wide; n += PANEL) {
-      float* panel = out + (tile * wide + n) * columns;
-      const float* from = all_of_it + n;
-      const long count = std::min<long>(PANEL, dim - n);
-      for (long k = 0; k < columns; k++) {
-        memcpy(panel + k * PANEL, from + k * dim, count * sizeof(float));
-        memset(panel + k * PANEL + count, 0, (PANEL - count) * sizeof(float));
-      }
-    }
-  }
-  return 0;
-} catch (const std::exception&) {
-  return 1;
+// One row [up(D, PANEL)] of values, the k-th of K, to its panels [D / PANEL][K][PANEL]
+static void to_value_panels(float* to, const float* row, long k, long K, long wide_dim) {
+  for (long n = 0; n < wide_dim; n += PANEL) memcpy(to + n * K + k * PANEL, row + n, PANEL * sizeof(float));
 }
 
-}  // extern "C"
-
-// What one thread needs for a query tile
-struct Work {
+// What the loop makes of a call's sizes
+struct Sizes {
   const Call& call;
-  const long rows, columns, dim, wide, wide_dim, step;  // `wide`: columns with padding; `step`: of a row of logits
-  std::vector<float> logits, out, peak, sum, bias, decay, gathered, packed_keys, packed_values, peaks, queries;
-  bool any = false;  // whether the query tile has seen a key
+  const long rows, columns, dim, wide, wide_dim, query_tiles, key_tiles;  // `wide`: columns with padding
+  const bool pairs;
+  const long depth, value_depth;  // rows of a panel of keys and of values
+  explicit Sizes(const Call& c)
+      : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.value_dim, PANEL)),
+        query_tiles((c.num_q + c.rows - 1) / c.rows), key_tiles((c.num_k + c.columns - 1) / c.columns),
+        pairs(c.pairs != 0), depth(pairs ? c.dim / 2 : c.dim), value_depth(pairs ? (c.columns + 1) / 2 : c.columns) {}
 
-  explicit Work(const Call& c)
-      : call(c), rows(c.rows), columns(c.columns), dim(c.dim), wide(up(c.columns, PANEL)), wide_dim(up(c.dim, PANEL)),
-        step(std::max(CHUNK / wide * wide, wide)), logits(rows * std::max(step, CHUNK)), out(rows * wide_dim),
-        peak(rows), sum(rows), bias(std::max(step, CHUNK)), decay(std::max(step, CHUNK)) {}
+  bool absent(long batch, long token) const {
+    return token >= call.num_k || (call.valid && !call.valid[batch * call.num_k + token]);
+  }
+};
 
-  // Logits [rows, n] to weights: `first` says that nothing came before; `tiles`: the exact ones, 0 for pooled ones
-  void weigh(long query_tile, long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot) {
+// Packs the keys and values of a key tile
+struct Pack : Sizes {
+  std::vector<float> tile, row;
+  explicit Pack(const Call& c) : Sizes(c), tile(wide * depth), row(wide_dim) {}
+
+  void run(long key_tile) {
+    const long of = key_tile / key_tiles, batch = of / call.key_heads, head = of % call.key_heads;
+    const long first = key_tile % key_tiles * columns;
+    for (long c = 0; c < columns; c++) {
+      float* to = &tile[c * depth];
+      if (absent(batch, first + c)) std::fill(to, to + depth, 0.0f);
+      else fetch(to, call.k, at(call.k_strides, batch, head, first + c), dim, call.narrow, pairs);
+    }
+    to_key_panels(call.keys + key_tile * wide * depth, tile.data(), wide, depth);
+    float* values = call.values + key_tile * value_depth * wide_dim;
+    bool odd = false;
+    for (long k = 0; k < value_depth; k++) {
+      std::fill(row.begin(), row.end(), 0.0f);
+      for (long one = 0; one < (pairs ? 2 : 1); one++) {
+        const long token = first + (pairs ? 2 * k + one : k);
+        if (token >= first + columns || absent(batch, token)) continue;
+        const long from = at(call.v_strides, batch, head, token);
+        if (!pairs) {
+          fetch(row.data(), call.v, from, call.value_dim, call.narrow, false);
+          continue;
+        }
+        const uint16_t* halves = static_cast<const uint16_t*>(call.v) + from;
+        Bits* both = reinterpret_cast<Bits*>(row.data());
+        for (long d = 0; d < call.value_dim; d++) both[d] |= static_cast<Bits>(halves[d]) << 16 * one;
+      }
+      Bits* words = reinterpret_cast<Bits*>(row.data());
+      for (long d = 0; call.odd && d < call.value_dim; d++)
+        for (const Bits half : {0x7f800000u, 0x7f80u}) {  // an exponent of ones
+          if ((words[d] & half) != half || (half == 0x7f80u && !pairs)) continue;
+          odd = true;
+          words[d] &= pairs ? (half == 0x7f80u ? 0xffff0000u : 0xffffu) : 0;
+        }
+      to_value_panels(values, row.data(), k, value_depth, wide_dim);
+    }
+    if (call.odd) call.odd[key_tile] = odd;
+  }
+};
+
+// Attends from a query tile; what one thread needs for it
+struct Attend : Sizes {
+  const long step;  // columns of a row of logits
+  std::vector<float> logits, out, peak, sum, bias, masked, decay, gathered, packed_keys, packed_values, peaks, queries, plain;
+  const float* panels[CHUNK / PANEL];
+  std::vector<uint8_t> seen;  // rows that have seen a key in tiles with masks
+  long batch = 0, head = 0, first_row = 0, live = 0, tiles_before = 0;  // of the query tile; its rows that are queries
+  double scale = 1;
+  bool any = false;  // whether all rows have seen a key
+
+  explicit Attend(const Call& c)
+      : Sizes(c), step(std::max(CHUNK / wide * wide, wide)), logits(rows * std::max(step, CHUNK)), out(rows * wide_dim),
+        peak(rows), sum(rows), bias(std::max(step, CHUNK)), masked(bias.size()), decay(bias.size()), queries(rows * depth), seen(rows) {}
+
+  // Logits [live, n] to weights: `first` says that nothing came before; `tiles`: the exact ones, 0 for pooled ones;
+  // `ids`: their masks, null where none has one
+  void weigh(long n, long ld, bool biased, bool first, long tiles, const int32_t* listed, long slot, const int32_t* ids) {
     const bool decayed = call.decay != nullptr;
-    const long head_tile = query_tile % call.query_tiles;
-    const float nearest = static_cast<float>(call.scale);  // a float alone would err in every logit the same way
-    const Vec scale = all(nearest), lost = all(static_cast<float>(call.scale - nearest));
+    // a float alone would err in every logit the same way; what it lacks has its sign, and so has infinity times that
+    float most = static_cast<float>(scale);
+    if (std::abs(most) > std::abs(scale)) most = std::nextafter(most, 0.0f);
+    const float lacking = static_cast<float>(scale - most);
+    const Vec first_part = all(most), rest = all(lacking || !most ? lacking : std::copysign(1e-38f, most));
     int64_t frame = -1;
-    for (long r = 0; r < rows; r++) {
+    for (long r = 0; r < live; r++) {
       float* x = logits.data() + r * ld;
       if (decayed) {
-        const int64_t own = call.frames[head_tile * rows + r];
+        const int64_t own = call.frames[first_row + r];
         if (own != frame) gather_decay(frame = own, n, tiles, listed);
       }
+      if (ids) mask_row(r, tiles, ids);
+      const float* absent = ids ? masked.data() : bias.data();
       Vec top = all(NONE);
       for (long c = 0; c < n; c += WIDTH) {
         const Vec raw = load(x + c);
-        Vec value = raw * scale;
-        value += finite(raw) * lost;  // infinity times what is lost might be the other infinity
+        Vec value = raw * first_part + raw * rest;
         if (decayed) {
           const Vec less = value * load(decay.data() + c);
           value = value < less ? value : less;
         }
         if (biased) {  // what is absent is so whatever its logit, which is NaN where the query is
-          const Vec more = load(bias.data() + c);
+          const Vec more = load(absent + c);
           value = more > all(NONE) ? value + more : more;
         }
         store(x + c, value);
@@ -251,104 +335,207 @@ struct Work {
       if (!first && factor != 1)
         for (long d = 0; d < wide_dim; d += WIDTH) store(&out[r * wide_dim + d], load(&out[r * wide_dim + d]) * all(factor));
       peak[r] = now;
+      if (tiles && pairs) narrow(x, n);
+    }
+  }
+
+  // What a row of some tiles sees by their masks too, in `masked`
+  void mask_row(long row, long tiles, const int32_t* ids) {
+    const long words = (columns + 31) / 32;
+    for (long j = 0; j < tiles; j++) {
+      const float* plain_row = &bias[j * wide];
+      float* to = &masked[j * wide];
+      const int32_t* bits = ids[j] < 0 ? nullptr : call.mask_bits + (ids[j] * rows + row) * words;
+      for (long c = 0; c < wide; c++) to[c] = !bits || (c < columns && bits[c / 32] >> c % 32 & 1) ? plain_row[c] : NONE;
+    }
+    seen[row] |= span_largest(masked.data(), tiles * wide) > NONE;
+  }
+
+  // Values that are no finite numbers, which are packed as 0, to the rows that see them: 0 times them would not be 0
+  void add_odd(long tile, int32_t id) {
+    std::vector<float> row(call.value_dim);
+    for (long c = 0; c < columns; c++) {
+      if (absent(batch, tile * columns + c)) continue;
+      const long key_head = head * call.key_heads / call.heads;
+      fetch(row.data(), call.v, at(call.v_strides, batch, key_head, tile * columns + c), call.value_dim, call.narrow, false);
+      for (long d = 0; d < call.value_dim; d++)
+        for (long r = 0; r < live && !(std::abs(row[d]) <= std::numeric_limits<float>::max()); r++)
+          if (id < 0 || call.mask_bits[(id * rows + r) * ((columns + 31) / 32) + c / 32] >> c % 32 & 1)
+            out[r * wide_dim + d] += row[d];
     }
   }
 
   void gather_decay(int64_t frame, long n, long tiles, const int32_t* listed) {
     if (tiles == 0) {
-      for (long c = 0; c < n; c++) decay[c] = listed[c] < 0 ? 1 : call.mean_decay[frame * call.key_tiles + listed[c]];
+      for (long c = 0; c < n; c++) decay[c] = listed[c] < 0 ? 1 : call.mean_decay[frame * key_tiles + listed[c]];
       return;
     }
     for (long j = 0; j < tiles; j++) {
-      memcpy(&decay[j * wide], call.decay + (frame * call.key_tiles + listed[j]) * columns, columns * sizeof(float));
+      memcpy(&decay[j * wide], call.decay + (frame * key_tiles + listed[j]) * columns, columns * sizeof(float));
       std::fill(&decay[j * wide + columns], &decay[j * wide] + wide, 1.0f);
     }
   }
 
-  void exact(long query_tile, const float* q, bool& first) {
-    const int32_t* listed = call.exact + call.exact_starts[query_tile];
-    const long count = call.exact_counts[query_tile], group = step / wide;
-    const long head = call.heads[query_tile / call.query_tiles];
-    const long slot = call.evidence ? call.evidence_starts[query_tile] : 0;
+  void exact(long query_tile, bool& first) {
+    const long begin = call.exact_offsets[tiles_before], count = call.exact_offsets[tiles_before + 1] - begin;
+    const int32_t* listed = call.exact + begin;
+    const long group = step / wide, tiles_of_head = (batch * call.key_heads + head * call.key_heads / call.heads) * key_tiles;
+    const long slot = call.evidence ? call.evidence_starts[query_tile] : 0, last = call.num_k - (key_tiles - 1) * columns;
     peaks.clear();
     for (long at = 0; at < count; at += group) {
       const long tiles = std::min(group, count - at);
-      bool biased = call.absent != nullptr || wide != columns;
+      bool biased = call.valid != nullptr || wide != columns;
       for (long j = 0; j < tiles; j++) {
         const long tile = listed[at + j];
-        multiply(q, dim, call.keys + (head + tile) * wide * dim, dim * PANEL, &logits[j * wide], step, rows, wide, dim, false);
-        biased |= tile == call.key_tiles - 1 && call.last_columns < columns;
+        const float* keys = call.keys + (tiles_of_head + tile) * wide * depth;
+        multiply(pairs, queries.data(), depth, 0, &keys, 1, &logits[j * wide], step, live, wide, depth, false);
+        biased |= tile == key_tiles - 1 && last < columns;
       }
+      const int32_t* ids = call.mask_ids ? call.mask_ids + begin + at : nullptr;
+      if (ids && *std::max_element(ids, ids + tiles) < 0) ids = nullptr;
+      biased |= ids != nullptr;
       for (long j = 0; biased && j < tiles; j++) {
-        const long tile = listed[at + j], valid = tile == call.key_tiles - 1 ? call.last_columns : columns;
-        for (long c = 0; c < wide; c++)
-          bias[j * wide + c] = c >= valid ? NONE : call.absent ? call.absent[(head + tile) * columns + c] : 0;
+        const long tile = listed[at + j], here = tile == key_tiles - 1 ? last : columns;
+        const uint8_t* valid = call.valid ? call.valid + batch * call.num_k + tile * columns : nullptr;
+        for (long c = 0; c < wide; c++) bias[j * wide + c] = c >= here || (valid && !valid[c]) ? NONE : 0;
       }
-      any = any || !biased || span_largest(bias.data(), tiles * wide) > NONE;
-      weigh(query_tile, tiles * wide, step, biased, first, tiles, listed + at, slot + at);
-      for (long j = 0; j < tiles; j++) {
-        multiply(&logits[j * wide], step, call.values + (head + listed[at + j]) * columns * wide_dim, columns * PANEL,
-                 out.data(), wide_dim, rows, wide_dim, columns, !first);
-        first = false;
+      any = any || (!ids && (!biased || span_largest(bias.data(), tiles * wide) > NONE));
+      weigh(tiles * wide, step, biased, first, tiles, listed + at, slot + at, ids);
+      const long next = pairs ? wide / 2 : wide;
+      for (long j = 0, parts; j < tiles; j += parts, first = false) {
+        parts = std::min(tiles - j, pairs ? tiles : std::max(1L, SUMMED / wide));
+        for (long part = 0; part < parts; part++)
+          panels[part] = call.values + (tiles_of_head + listed[at + j + part]) * value_depth * wide_dim;
+        multiply(pairs, &logits[j * next], step, next, panels, parts, out.data(), wide_dim, live, wide_dim, value_depth, !first);
       }
+      for (long j = 0; call.odd && j < tiles; j++)
+        if (call.odd[tiles_of_head + listed[at + j]]) add_odd(listed[at + j], ids ? ids[j] : -1);
     }
     if (call.evidence && call.by_mass)  // sums were relative to the largest logit so far
       for (long at = 0, part = 0; at < count; at += group, part++)
-        for (long r = 0; r < rows; r++) {
-          const float then = peaks[part * rows + r], factor = then == NONE ? 0 : std::exp2(then - peak[r]);
+        for (long r = 0; r < live; r++) {
+          const float then = peaks[part * live + r], factor = then == NONE ? 0 : std::exp2(then - peak[r]);
           for (long j = at; j < std::min(count, at + group); j++) call.evidence[(slot + j) * rows + r] *= factor;
         }
   }
 
-  void pooled(long query_tile, const float* q, bool& first) {
-    const int32_t* listed = call.pooled + call.pooled_starts[query_tile];
-    const long count = call.pooled_counts[query_tile], head = call.heads[query_tile / call.query_tiles];
+  void pooled(bool& first) {
+    const long begin = call.pooled_offsets[tiles_before], count = call.pooled_offsets[tiles_before + 1] - begin;
+    const int32_t* listed = call.pooled + begin;
+    const long tiles_of_head = (batch * call.key_heads + head * call.key_heads / call.heads) * key_tiles;
+    const float* q = queries.data();
+    if (pairs && count) {  // means are float32
+      plain.resize(rows * dim);
+      for (long r = 0; r < live; r++)
+        fetch(&plain[r * dim], call.q, at(call.q_strides, batch, head, first_row + r), dim, true, false);
+      q = plain.data();
+    }
     std::vector<int32_t> own(CHUNK);
-    for (long at = 0; at < count; at += CHUNK) {
-      const long n = std::min(CHUNK, count - at), filled = up(n, PANEL);
-      gathered.assign(filled * dim, 0);
+    for (long from = 0; from < count; from += CHUNK) {
+      const long n = std::min(CHUNK, count - from), filled = up(n, PANEL);
+      gathered.assign(std::max(filled * dim, wide_dim), 0);
       packed_keys.resize(filled * dim);
-      packed_values.resize(filled * wide_dim);
+      packed_values.resize(n * wide_dim);
       std::fill(own.begin(), own.end(), -1);
-      std::copy(listed + at, listed + at + n, own.begin());
-      for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.key_means + (head + own[c]) * dim, dim * sizeof(float));
-      pack_keys(gathered.data(), packed_keys.data(), 0, 1, filled, dim, false);
-      for (long c = 0; c < n; c++) memcpy(&gathered[c * dim], call.value_means + (head + own[c]) * dim, dim * sizeof(float));
-      pack_values(gathered.data(), packed_values.data(), 0, 1, filled, dim, false);
-      for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[head + own[c]] : NONE;
+      std::copy(listed + from, listed + from + n, own.begin());
+      for (long c = 0; c < n; c++)
+        memcpy(&gathered[c * dim], call.key_means + (tiles_of_head + own[c]) * dim, dim * sizeof(float));
+      to_key_panels(packed_keys.data(), gathered.data(), filled, dim);
+      std::fill(gathered.begin(), gathered.begin() + wide_dim, 0.0f);
+      for (long c = 0; c < n; c++) {
+        memcpy(gathered.data(), call.value_means + (tiles_of_head + own[c]) * call.value_dim, call.value_dim * sizeof(float));
+        to_value_panels(packed_values.data(), gathered.data(), c, n, wide_dim);
+      }
+      for (long c = 0; c < filled; c++) bias[c] = c < n ? call.lengths[tiles_of_head + own[c]] : NONE;
       any = any || span_largest(bias.data(), filled) > NONE;
-      multiply(q, dim, packed_keys.data(), dim * PANEL, logits.data(), CHUNK, rows, filled, dim, false);
-      weigh(query_tile, filled, CHUNK, true, first, 0, own.data(), 0);
-      multiply(logits.data(), CHUNK, packed_values.data(), filled * PANEL, out.data(), wide_dim, rows, wide_dim, n, !first);
+      panels[0] = packed_keys.data();
+      multiply(false, q, dim, 0, panels, 1, logits.data(), CHUNK, live, filled, dim, false);
+      weigh(filled, CHUNK, true, first, 0, own.data(), 0, nullptr);
+      panels[0] = packed_values.data();
+      multiply(false, logits.data(), CHUNK, 0, panels, 1, out.data(), wide_dim, live, wide_dim, n, !first);
       first = false;
     }
   }
 
   void run(long query_tile) {
-    const float* q = floats(call.q, call.narrow_q, query_tile * rows * dim, rows * dim, queries);
+    const long of = query_tile / query_tiles, tile = query_tile % query_tiles;
+    batch = of / call.heads, head = of % call.heads, first_row = tile * rows, live = std::min(rows, call.num_q - first_row);
+    tiles_before = of % call.groups * (query_tiles + 1) + tile;
+    scale = call.scale * (call.head_scale ? call.head_scale[of] : 1);
+    for (long r = 0; r < live; r++)
+      fetch(&queries[r * depth], call.q, at(call.q_strides, batch, head, first_row + r), dim, call.narrow, pairs);
     bool first = true;
     any = false;
+    std::fill(seen.begin(), seen.end(), 0);
     // pooled tiles come first, so that what votes ask of exact ones is relative to the largest of all at the end
-    if (call.pooled_counts) pooled(query_tile, q, first);
-    exact(query_tile, q, first);
-    const bool empty = !any;  // no key, which a logit of -infinity is
-    for (long r = 0; r < rows; r++) {
+    if (call.pooled_offsets) pooled(first);
+    exact(query_tile, first);
+    for (long r = 0; r < live; r++) {
+      const bool empty = !any && !seen[r];  // no key, which a logit of -infinity is
       float* row = &out[r * wide_dim];
-      const long at = (query_tile * rows + r) * dim;
+      const long to = at(call.out_strides, batch, head, first_row + r);
       const float share = 1 / sum[r];
-      for (long d = 0; d < dim; d++) row[d] = empty ? 0 : row[d] * share;
-      if (call.narrow_out) round_to(static_cast<uint16_t*>(call.out) + at, row, dim);
-      else memcpy(static_cast<float*>(call.out) + at, row, dim * sizeof(float));
-      if (call.lse) call.lse[query_tile * rows + r] = empty ? NONE : (peak[r] + std::log2(sum[r])) * LN_2;
+      for (long d = 0; d < call.value_dim; d++) row[d] = empty ? 0 : row[d] * share;
+      if (call.narrow) round_to(static_cast<uint16_t*>(call.out) + to, row, call.value_dim);
+      else memcpy(static_cast<float*>(call.out) + to, row, call.value_dim * sizeof(float));
+      if (call.lse) call.lse[of * call.num_q + first_row + r] = empty ? NONE : (peak[r] + std::log2(sum[r])) * LN_2;
     }
   }
 };
 
-// Query tiles from `first` to `last`; 1 if memory ran out
-extern "C" int64_t attend(const Call* call, int64_t first, int64_t last) try {
-  Work work(*call);
-  for (long query_tile = first; query_tile < last; query_tile++) work.run(query_tile);
-  return 0;
-} catch (const std::exception&) {  // an exception must not leave for Python
-  return 1;
+// Run a function on a call's threads at once. Torch's own wait for work for a while after each operation, on the cores
+// that threads of ours would need; a smaller team than torch's would have libgomp end the others.
+static void on_threads(const Call& call, const std::function<void()>& run) {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  if (call.threads > 1 && call.parallel) {
+    const auto start = reinterpret_cast<Parallel>(call.parallel);
+    start([](void* f) { (*static_cast<const std::function<void()>*>(f))(); }, const_cast<void*>((const void*)&run), call.team, 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  try {
+    for (int64_t thread = 1; thread < call.threads; thread++) others.emplace_back(run);
+  } catch (...) {  // as many as the system gives
+  }
+  run();
+  for (std::thread& other : others) other.join();
 }
+
+// Do the pieces of a call, each by whichever thread is free, and take none anew after `seconds`: the caller can be
+// interrupted in between. 1 if memory ran out.
+template <class Work>
+static int64_t share(Call& call) {
+  std::atomic<int64_t> next{call.next}, started{0};
+  std::atomic<bool> failed{false};
+  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(call.seconds);
+  on_threads(call, [&] {
+    try {  // an exception must leave neither a thread nor for Python
+      const int64_t thread = started++;
+      if (thread >= call.threads || next >= call.end) return;
+      Work work(call);
+      for (int64_t piece; !failed && (piece = next++) < call.end;) {
+        work.run(piece);
+        call.done[thread]++;
+        if (std::chrono::steady_clock::now() >= until) return;
+      }
+    } catch (...) {
+      failed = true;
+    }
+  });
+  call.next = std::min<int64_t>(next, call.end);
+  return failed;
+}
+
+extern "C" {
+
+int64_t panel() { return PANEL; }
+
+int64_t call_bytes() { return sizeof(Call); }
+
+int64_t has_pairs() { return HAS_PAIRS; }
+
+int64_t pack(Call* call) { return share<Pack>(*call); }
+
+int64_t attend(Call* call) { return share<Attend>(*call); }
+
+}  // extern "C"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,125 +14,155 @@ from ...features import product_dtype
 from ...problem import Problem
 from ...selection import LOG2_E
 from ...votes import VOTE_BYTES, Tally
-from .binding import Call
-from .chunks import Lists, flat_lists, key_heads
+from . import binding
+from .binding import STRIDES, Call
+from .chunks import Lists, flat_lists
 from .compiled import library, loop
-from .memory import fresh
-from .tiled import Tiled
-from .workers import run_all, worker_threads
+from .memory import LEAST_BYTES, cast, fresh
+from .tiled import decays, pools
+from .workers import buffer, thread_buffers
 
-WORKERS_FLOPS = 1e8  # of a call, a thread, from which on workers pay
-PIECES = 8  # a worker, so that none waits long for the last
+START_FLOPS = 5e5  # what a thread computes while one more joins in
+PACK_FLOPS = 25  # what it computes while a number is packed
+SLICE = 0.5  # seconds after which the loop comes back to Python, which looks for signals, and goes on
 
 
-def runs(problem: Problem) -> bool:
-    """Say whether the loop takes a call: products in float32 on a CPU, where it could be compiled."""
-    device = problem.q.device.type
-    return device == "cpu" and product_dtype(problem.q.dtype, device) == torch.float32 and library() is not None
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the loop takes calls: on a CPU, in products that it has, where it could be compiled."""
+    return device.type == "cpu" and library() is not None and _has_products(dtype)
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether the loop multiplies a dtype as fast as torch: in float32, or bfloat16 in pairs; AMX is far ahead."""
+    return product_dtype(dtype, "cpu") == torch.float32 or (dtype == torch.bfloat16 and _in_pairs())
+
+
+def _in_pairs() -> bool:
+    built, has_amx = library(), getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    return built is not None and bool(built.has_pairs()) and not has_amx()
 
 
 def way(device: torch.device, dtype: torch.dtype) -> str:
     """How the torch backend computes calls of a device and dtype, in words, and why not by the loop on a CPU."""
     if device.type != "cpu":
         return "gathered tiles"
-    if product_dtype(dtype, "cpu") != torch.float32:
-        return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
     here = loop()
-    return f"loop {here.why}" if here.library is not None else f"gathered tiles, since {here.why}"
+    if here.library is None:
+        return f"gathered tiles, since {here.why}"
+    lacking = f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
+    return f"loop {here.why}" if _has_products(dtype) else lacking
 
 
-def attend(problem: Problem, tiled: Tiled, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """Output [B * H * NQ, block_q, D] and natural-log LSE, float32 [B * H * NQ, block_q] (empty where not needed).
+def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output [B, H, S_q, D] as the call's layout has it and natural-log LSE, float32 [B, H, S_q] (empty: not needed).
 
-    Queries, keys and values in float32 or bfloat16; the output in bfloat16 for calls in it, else in float32.
+    Queries, keys and values are read where they lie, in float32 or bfloat16; other dtypes are widened first.
     """
-    narrow, loop = problem.q.dtype == torch.bfloat16, library()
-    assert loop is not None
-    out = fresh(tiled.q.shape, torch.bfloat16 if narrow else torch.float32)
-    lse = torch.empty(tiled.q.shape[:-1] if need_lse else (0,))
-    keys = flat_lists(problem)
-    workers = _workers(problem, keys)
+    built = library()
+    assert built is not None
+    narrow = problem.q.dtype == torch.bfloat16
+    pairs = narrow and product_dtype(problem.q.dtype, "cpu") != torch.float32 and problem.q.shape[3] % 2 == 0
+    q, k, v = (_rows(x if narrow else cast(x, torch.float32)) for x in (problem.q, problem.k, problem.v))
+    (batch, heads, num_q, dim), (_, key_heads, num_k, value_dim) = q.shape, v.shape
+    axes = (heads, num_q) if problem.heads_first else (num_q, heads)
+    out = fresh((batch, *axes, value_dim), q.dtype)
+    out = out if problem.heads_first else out.transpose(1, 2)
+    lse = torch.empty((batch, heads, num_q) if need_lse else (0,))
+    wide, wide_dim = (size + -size % built.panel() for size in (problem.block_k, value_dim))
+    key_tiles, each = batch * key_heads * problem.key_tiles, 2 if pairs else 1
+    tiles = batch * heads / problem.exact_offsets.shape[0] * problem.exact_indices.numel()
+    threads = _threads(2.0 * (dim + value_dim) * problem.block_q * problem.block_k * tiles)
     shared: dict[str, Any] = {
-        "q": tiled.q.contiguous(),
-        "keys": _packed(loop.pack_keys, tiled.k, workers, (0, loop.panel())),
-        "values": _packed(loop.pack_values, tiled.v, workers, (1, loop.panel())),
-        "exact_starts": keys.starts,
-        "exact_counts": keys.counts,
-        "exact": keys.tiles,
-        "heads": torch.tensor(key_heads(problem)) * problem.key_tiles,
-        "out": out,
-        "lse": lse if need_lse else None,
-        "query_tiles": problem.query_tiles,
-        "key_tiles": problem.key_tiles,
-        "rows": problem.block_q,
-        "columns": problem.block_k,
-        "dim": tiled.q.shape[-1],
-        "last_columns": problem.block_k - tiled.tail,
-        "scale": tiled.scale * LOG2_E,
-        "by_mass": tally is not None and tally.by_mass,
-        "narrow_q": tiled.q.dtype == torch.bfloat16,
-        "narrow_out": narrow,
-    }
-    if tiled.log_length is not None:
-        means = flat_lists(problem, pooled=True)
-        shared |= {
-            "key_means": tiled.k_mean, "value_means": tiled.v_mean, "lengths": tiled.log_length * LOG2_E,
-            "pooled_starts": means.starts, "pooled_counts": means.counts, "pooled": means.tiles,
-        }  # fmt: skip
-    if tiled.absent is not None:
-        shared["absent"] = torch.zeros(tiled.absent.shape).masked_fill_(tiled.absent, -torch.inf)
-    if tiled.t is not None and tiled.t_mean is not None and tiled.frames is not None:
-        shared |= {"decay": tiled.t, "mean_decay": tiled.t_mean, "frames": tiled.frames}
-    for first, last, of_votes in _ranges(problem, keys, tally):
-        call = _call(shared | of_votes)
-        step = max(1, -(-(last - first) // (PIECES * workers)))
-
-        def work(start: int, _buffers: Any, call: Call = call, step: int = step, last: int = last) -> None:
-            loop.attend(ctypes.byref(call), ctypes.c_int64(start), ctypes.c_int64(min(start + step, last)))
-
-        run_all(work, range(first, last, step), workers)
-        if tally is not None:
-            _settle(tally, keys, first, last, of_votes["evidence"])
-    return out, lse
+        "q": q, "k": k, "v": v, "out": out, "lse": lse if need_lse else None,
+        "keys": _panels("keys", (key_tiles, wide, dim // each)),
+        "values": _panels("values", (key_tiles, wide_dim, -(-problem.block_k // each))),
+        "exact_offsets": problem.exact_offsets.contiguous(),
+        "exact": problem.exact_indices.contiguous(),
+        "groups": problem.exact_offsets.shape[0],
+        "done": torch.zeros(threads, dtype=torch.int64),
+        "batch": batch, "heads": heads, "key_heads": key_heads, "num_q": num_q, "num_k": num_k,
+        "rows": problem.block_q, "columns": problem.block_k, "dim": dim, "value_dim": value_dim,
+        "by_mass": tally is not None and tally.by_mass, "narrow": narrow, "pairs": pairs,
+        "parallel": binding.torchs_threads(), "team": torch.get_num_threads(), "threads": threads,
+        "scale": problem.scale * LOG2_E, "seconds": SLICE,
+    }  # fmt: skip
+    shared |= _features(problem, k, v)
+    call = _call(shared)
+    call.threads = min(threads, _threads(float(PACK_FLOPS * (k.numel() + v.numel()))))
+    _finish(built.pack, call, 0, key_tiles)
+    call.threads = threads
+    if tally is None:
+        _finish(built.attend, call, 0, batch * heads * problem.query_tiles)
+    else:
+        lists = flat_lists(problem)
+        for first, last, starts, evidence in _ranges(problem, lists, tally):
+            call.evidence_starts, call.evidence = starts.data_ptr(), evidence.data_ptr()
+            _finish(built.attend, call, first, last)
+            _settle(tally, lists, first, last, evidence)
+    return cast(out, problem.q.dtype), lse
 
 
-def _workers(problem: Problem, lists: Lists) -> int:
-    """Return how many threads share a call."""
-    flops = 4.0 * problem.q.shape[3] * problem.block_q * problem.block_k * int(lists.counts.sum())
-    return worker_threads(problem.q.device)[0] if flops >= WORKERS_FLOPS * torch.get_num_threads() else 1
+def _features(problem: Problem, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What a call has beside queries, keys, values and exact tiles."""
+    found: dict[str, Any] = {}
+    if problem.mask_ids is not None and problem.mask_bits is not None:
+        odd = torch.empty(k.shape[0] * k.shape[1] * problem.key_tiles, dtype=torch.bool)
+        found |= {"mask_ids": problem.mask_ids.contiguous(), "mask_bits": problem.mask_bits.contiguous(), "odd": odd}
+    if problem.head_scale is not None:
+        found["head_scale"] = problem.head_scale.expand(len(k), -1).contiguous()
+    if problem.key_valid is not None:
+        found["valid"] = problem.key_valid.contiguous()
+    if problem.pooled_indices is not None and problem.pooled_offsets is not None:
+        found["key_means"], found["value_means"], log_length = pools(problem, k.float(), v.float())
+        assert log_length is not None
+        found["lengths"] = log_length * LOG2_E
+        found["pooled_offsets"] = problem.pooled_offsets.contiguous()
+        found["pooled"] = problem.pooled_indices.contiguous()
+    if problem.decay is not None:
+        found["decay"], found["mean_decay"], found["frames"], _ = decays(problem, torch.float32)
+    return found
 
 
-def _packed(pack: Any, x: Tensor, workers: int, padded: tuple[int, int]) -> Tensor:
-    """Return tiles [N, block, D] in float32 panels; `padded`: the axis that is padded to a multiple, and of what."""
-    axis, multiple = padded
-    (tiles, *sizes), x = x.shape, x.contiguous()
-    wide = [size + -size % multiple if i == axis else size for i, size in enumerate(sizes)]
-    out, narrow = fresh((tiles, *wide), torch.float32), x.dtype == torch.bfloat16
-    step = max(1, -(-tiles // workers))
+def _rows(x: Tensor) -> Tensor:
+    """The tensor, whose rows lie in one piece each."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
-    def work(first: int, _buffers: Any) -> None:
-        sizes_of_work = (first, min(first + step, tiles), *sizes, narrow)
-        pack(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int64, sizes_of_work))
 
-    run_all(work, range(0, tiles, step), workers)
-    return out
+def _panels(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Memory that the loop fills: in small calls what the last one had, since new pages take longer than filling it."""
+    if 4 * math.prod(shape) >= LEAST_BYTES:
+        return fresh(shape, torch.float32)
+    return buffer(thread_buffers(), name, torch.empty(0), shape, torch.float32)
+
+
+def _threads(flops: float) -> int:
+    """How many threads share so much work, whatever the machine has: each takes time to start.
+
+    flops / n + n * START_FLOPS is least at the root.
+    """
+    return max(1, min(torch.get_num_threads(), int(math.sqrt(flops / START_FLOPS))))
 
 
 def _call(values: dict[str, Any]) -> Call:
-    """Return the structure; the tensors must outlive it."""
+    """The structure of a call; the tensors must outlive it."""
     call = Call()
     for name, value in values.items():
-        assert not isinstance(value, Tensor) or value.is_contiguous()
         setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    for name in STRIDES:
+        setattr(call, name, values[name.removesuffix("_strides")].stride()[:3])
     return call
 
 
-def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Give runs of query tiles, and what votes find of them: few enough to keep that; without votes one run of all."""
+def _finish(function: Any, call: Call, first: int, last: int) -> None:
+    """Do the pieces of a call from `first` to `last` by a function of the loop."""
+    call.next, call.end = first, last
+    while call.next < last:
+        function(ctypes.byref(call))
+
+
+def _ranges(problem: Problem, lists: Lists, tally: Tally) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Give runs of query tiles, few enough to keep what votes go by: where each tile's begins, and room for it."""
     count = len(lists.counts)
-    if tally is None:
-        yield 0, count, {}
-        return
     most, ends = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0)
     first = 0
     while first < count:
@@ -139,7 +170,7 @@ def _ranges(problem: Problem, lists: Lists, tally: Tally | None) -> Iterator[tup
         last = max(first + 1, int(torch.searchsorted(ends, before + most, right=True)))
         starts = ends - lists.counts - before
         evidence = torch.empty(int(ends[last - 1]) - before, problem.block_q)
-        yield first, last, {"evidence": evidence, "evidence_starts": starts}
+        yield first, last, starts, evidence
         first = last
 
 

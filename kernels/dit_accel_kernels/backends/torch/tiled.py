@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cache import readable
 from ...features import decay_by_frame, product_dtype, split_tiles, tile_means, wide_dtype
 from ...problem import Problem
-from ...sections import valid_tiles
 from .memory import cast
 
 
@@ -23,9 +23,10 @@ class Tiled:
 
     q: Tensor  # [B * H * NQ, block_q, D]
     k: Tensor  # [B * HK * NK, block_k, D]
-    v: Tensor
+    v: Tensor  # its head dim, like that of v_mean, is its own
     absent: Tensor | None  # bool [B * HK * NK, block_k], the keys that a mask leaves out
-    absent_tiles: Tensor | None  # bool [B * HK * NK], the tiles that a mask leaves out whole
+    bits: Tensor | None  # int32 [M, block_q, ceil(block_k / 32)], the masks inside tiles
+    finite: bool  # whether keys and values are known to be numbers; looked at on a CPU, for masks inside tiles
     k_mean: Tensor | None  # [B * HK * NK, D]
     v_mean: Tensor | None
     log_length: Tensor | None  # [B * HK * NK], natural log of a pooled tile's length
@@ -38,41 +39,25 @@ class Tiled:
     tail: int  # padded tokens in the last key tile
 
 
-def cut(problem: Problem, *, held: bool = False) -> Tiled:
-    """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest.
-
-    `held` leaves tensors in the dtype in which they are held, but for what is computed of them.
-    """
+def cut(problem: Problem) -> Tiled:
+    """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest."""
     dtype, valid = product_dtype(problem.q.dtype, problem.q.device.type), problem.key_valid
-    q, k, v = (x if held else cast(x, dtype) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (cast(x, dtype) for x in (problem.q, problem.k, problem.v))
     if problem.head_scale is not None:
         q = (q * problem.head_scale[:, :, None, None]).to(dtype)
-    absent = absent_tiles = weight = None
+    absent = None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
-        weight = valid[:, None].expand(-1, k.shape[1], -1)
-        absent = tiles_of(~weight[..., None], problem.block_k)[..., 0]
-        absent_tiles = ~valid_tiles(valid, problem.block_k)[1]
-        absent_tiles = absent_tiles[:, None].expand(-1, k.shape[1], -1).flatten()
-    k_mean = v_mean = log_length = None
-    if problem.pooled_indices is not None:
-        k_mean, length = tile_means(k.to(dtype), problem.block_k, weight)
-        v_mean, _ = tile_means(v.to(dtype), problem.block_k, weight)
-        log_length = length.log().to(wide_dtype(dtype)).expand(k_mean.shape[:-1]).flatten()
-        k_mean, v_mean = k_mean.flatten(0, 2), v_mean.flatten(0, 2)
-    t = t_mean = frames = one_frame = None
-    if problem.decay is not None:
-        by_frame, frames = decay_by_frame(*problem.decay)
-        t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
-        t = tiles_of(by_frame[..., None], problem.block_k)[..., 0]
-        frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
-        one_frame = (frames == frames[:, :1]).all(1)
+        absent = tiles_of(~valid[:, None, :, None].expand(-1, k.shape[1], -1, -1), problem.block_k)[..., 0]
+    k_mean, v_mean, log_length = pools(problem, k, v)
+    t, t_mean, frames, one_frame = decays(problem, dtype)
     return Tiled(
         q=tiles_of(q, problem.block_q),
         k=tiles_of(k, problem.block_k),
         v=tiles_of(v, problem.block_k),
         absent=absent,
-        absent_tiles=absent_tiles,
+        bits=problem.mask_bits,
+        finite=problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v)),
         k_mean=k_mean,
         v_mean=v_mean,
         log_length=log_length,
@@ -84,6 +69,29 @@ def cut(problem: Problem, *, held: bool = False) -> Tiled:
         key_tiles=problem.key_tiles,
         tail=problem.key_tiles * problem.block_k - k.shape[2],
     )
+
+
+def pools(problem: Problem, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`k_mean`, `v_mean` and `log_length` of `Tiled`, in k's dtype; None where no list pools."""
+    if problem.pooled_indices is None:
+        return None, None, None
+    valid = problem.key_valid
+    weight = None if valid is None else valid[:, None].expand(-1, k.shape[1], -1)
+    k_mean, length = tile_means(k, problem.block_k, weight)
+    v_mean, _ = tile_means(v, problem.block_k, weight)
+    log_length = length.log().to(wide_dtype(k.dtype)).expand(k_mean.shape[:-1]).flatten()
+    return k_mean.flatten(0, 2), v_mean.flatten(0, 2), log_length
+
+
+def decays(problem: Problem, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`t`, `t_mean`, `frames` and `one_frame` of `Tiled`; None in calls without decay."""
+    if problem.decay is None:
+        return None, None, None, None
+    by_frame, frames = decay_by_frame(*problem.decay)
+    t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
+    t = tiles_of(by_frame[..., None], problem.block_k)[..., 0]
+    frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
+    return t, t_mean, frames, (frames == frames[:, :1]).all(1)
 
 
 def tiles_of(x: Tensor, block: int) -> Tensor:

@@ -18,6 +18,7 @@ from ...bits import words_of
 from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
+from .eight import Scales, eight_bits
 from .expand import Lists, bits_of_lists, expand, static_lists
 from .forward import _fwd_kernel
 from .launch import (
@@ -43,15 +44,19 @@ from .votes import fold
 
 def check(problem: Problem) -> None:
     """Raise BackendUnavailableError where this machine or this call is out of the kernel's reach, saying why."""
-    missing = missing_requirement(problem.q.device, problem.q.dtype, problem.q.shape[-1])
-    if missing:
-        raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
+    q, precision = problem.q, problem.precision
+    for dim in (q.shape[-1], problem.v.shape[-1]):
+        missing = missing_requirement(q.device, q.dtype, dim, precision)
+        if missing and precision is not None:
+            raise BackendUnavailableError(f"precision {precision!r} needs backend 'triton' and {missing}: leave it out")
+        if missing:
+            raise BackendUnavailableError(f"backend 'triton' needs {missing}: use 'torch' or 'auto'")
 
 
 def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Output, LSE, exact tiles and the bits that a vote keeps of one call, without a device sync.
 
-    Output [B, H, S_q, D] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
+    Output [B, H, S_q, Dv] in the caller's layout and natural-log LSE float32 [B, H, S_q] (empty where not needed), both
     in the problem's token order: with `token_order` the kernel gathers and scatters rows itself. Both bitmaps int32
     [B, H, NQ, W], None without a selection and without a vote. Only a head dim that is not contiguous costs a copy.
     """
@@ -71,12 +76,12 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     )
 
 
-def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and LSE with the tiles of a call added to those of other keys, into whose memory they are written.
+def add_rest(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call, from those of its exact tiles without a mask, into whose memory they are written.
 
     Args:
         problem: a call without a selection, in tiled order.
-        out: [B, H, S_q, D] in q's dtype, last dimension contiguous, 0 in rows without a key.
+        out: [B, H, S_q, Dv] in q's dtype, last dimension contiguous, 0 in rows without a key.
         lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
     """
     check(problem)
@@ -87,27 +92,30 @@ def add_pooled(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 def _attend(
     problem: Problem, need_lse: bool, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`attend` of batches and heads that are computed together, or `add_pooled` to a start."""
+    """`attend` of batches and heads that are computed together, or `add_rest` to a start."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
-    features = ("decay",) if problem.decay is not None else ()
-    launch = launch_of(architecture(q.device), q.dtype, q.shape[-1], problem.block_q, features=features)
+    eight = problem.precision is not None
+    features = ("eight",) * eight + ("decay",) * (problem.decay is not None)
+    launch = launch_of(architecture(q.device), q.dtype, wider(problem), problem.block_q, features=features)
     if problem.token_order is not None:
         launch = with_order(launch, decay=problem.decay is not None)
     block_q = query_block(problem.block_q, launch.block_q)
-    plan = row_plan(problem)
+    plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
-        means = None
-        if problem.may_pool:
-            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid)
+        means, scales = None, (None, None, None)  # which eight bits have
+        if problem.may_pool or eight:
+            means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, wide=eight)
         lists, exact = _select(problem, plan, means)
+        if eight:
+            problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
         words = None
         if problem.votes:
             parts = -(-problem.block_q // block_q)
             shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
             words = torch.empty(shape, dtype=torch.int32, device=q.device)
         with fitting("fwd", problem, features, problem.block_q):
-            out, lse = _launch(problem, plan, lists, means, words, launch, block_q, need_lse, start)
+            out, lse = _launch(problem, plan, lists, means, scales, words, launch, block_q, need_lse, start)
         kept = None if words is None else _kept(problem, plan, lists, words)
     return out, lse, exact, kept
 
@@ -125,7 +133,7 @@ def _select(
     if selection.routing is not None:
         assert means is not None
         products = fp32_products(architecture(problem.q.device))
-        routed = route(problem, selection.routing, problem.q, means[0], means[2], products)
+        routed = route(problem, selection.routing, problem.q, means[0].to(problem.k.dtype), means[2], products)
     return expand(problem, plan, routed)
 
 
@@ -145,8 +153,9 @@ def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tenso
 
 
 def _launch(
-    problem: Problem, plan: RowPlan, lists: Lists, means: tuple[Tensor, Tensor, Tensor] | None, words: Tensor | None,
-    launch: Launch, block_q: int, need_lse: bool, start: tuple[Tensor, Tensor] | None,
+    problem: Problem, plan: RowPlan, lists: Lists, means: tuple[Tensor, Tensor, Tensor] | None,
+    scales: Scales, words: Tensor | None, launch: Launch, block_q: int, need_lse: bool,
+    start: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the forward kernel: output and LSE, written into those of a start where there is one."""
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
@@ -156,7 +165,7 @@ def _launch(
     else:
         out, lse = start
     block_k, _ = key_block(problem.block_k, launch.block_k)
-    d1, d2 = column_parts(dim)
+    (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
     head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
@@ -165,7 +174,7 @@ def _launch(
     _fwd_kernel[(programs,)](
         q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
-        None if means is None else plan.pooled_t, lists.pooled_bits, *pooled, words,
+        None if means is None else plan.pooled_t, *masks_of(problem, plan), lists.pooled_bits, *pooled, *scales, words,
         *_descriptors((k, v), block_k, problem.token_order is None and problem.block_k % block_k == 0),
         *((None, None) if means is None else _descriptors(means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
@@ -176,12 +185,23 @@ def _launch(
         0 if table is None else table.numel() - 1, problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_S=min(block_k, launch.block_s), BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2,
+        BLOCK_S=min(block_k, launch.block_s, launch.block_s if plan.entry_mask is None else 32),
+        BLOCK_P=pooled_block(problem, launch), DIM=dim, D1=d1, D2=d2, DIM_V=v.shape[3], D1V=d1v, D2V=d2v,
         PRECISION=products, VOTE=None if vote is None else vote.criterion,
         STARTED=start is not None,
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
+
+
+def wider(problem: Problem) -> int:
+    """The larger head dim of a call, which chooses its row of the launch table."""
+    return max(problem.q.shape[-1], problem.v.shape[-1])
+
+
+def masks_of(problem: Problem, plan: RowPlan) -> tuple[Tensor | None, Tensor | None]:
+    """The number of each entry's mask and the masks, where a call has some."""
+    return plan.entry_mask, None if problem.mask_bits is None else problem.mask_bits.contiguous()
 
 
 def pooled_block(problem: Problem, launch: Launch) -> int:
@@ -199,17 +219,17 @@ def pooled_block(problem: Problem, launch: Launch) -> int:
 def _descriptors(
     tensors: Sequence[Tensor], rows: int, in_sequence: bool
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Two tensors [B, HK, N, D] for bulk copies of chunks of so many rows, where the card has them and they fit.
+    """Two tensors [B, HK, N, D or Dv] for bulk copies of chunks of so many rows, where the card has them and they fit.
 
     They copy whole power-of-2 rows, those of a chunk `in_sequence`, from addresses and strides of whole 16 bytes.
     """
-    dim, size = tensors[0].shape[-1], tensors[0].element_size()
-    whole = in_sequence and dim >= 16 and dim & (dim - 1) == 0
-    aligned = all(x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:3]) for x in tensors)
-    if not bulk_copies(architecture(tensors[0].device), tensors[0].dtype) or not whole or not aligned:
+    whole = in_sequence and all(x.shape[-1] * x.element_size() >= 32 and x.shape[-1].bit_count() == 1 for x in tensors)
+    strides = [n * x.element_size() for x in tensors for n in x.stride()[:3]]
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(n % 16 == 0 and n > 0 for n in strides)
+    if not bulk_copies(architecture(tensors[0].device), tensors[1].dtype) or not whole or not aligned:
         return None, None
-    block = [1, 1, rows, dim]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors)  # pyright: ignore
+    made = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[-1]]) for x in tensors]
+    return made[0], made[1]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -228,7 +248,7 @@ def fitting(kernel: str, problem: Problem, features: Iterable[str], tile: int = 
     except OutOfResources as error:
         q = problem.q
         arch = architecture(q.device)
-        row = row_of(arch, q.dtype, q.shape[-1], tile, kernel, features)
+        row = row_of(arch, q.dtype, wider(problem), tile, kernel, features)
         named = ", ".join(f"{name} {value!r}" for name, value in row._asdict().items())
         raise BackendUnavailableError(
             f"backend 'triton' needs {error.required} of {error.name} for the row of launch_table.json with {named} "

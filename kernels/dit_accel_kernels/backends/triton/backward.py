@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
-from .attend import check, fitting, on_device
+from .attend import check, fitting, masks_of, on_device, wider
 from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from .expand import Lists, expand, expand_columns, static_lists
 from .launch import Launch, architecture, key_block, launch_of, query_block
@@ -83,8 +83,8 @@ def _delta_kernel(
 
 def features_of(problem: Problem) -> tuple[str, ...]:
     """Features of a call for which the launch table may have rows of their own."""
-    masked = problem.key_valid is not None or problem.key_mask is not None or problem.key_length is not None
-    return ("decay",) * (problem.decay is not None) + ("mask",) * masked
+    masks = (problem.key_valid, problem.key_mask, problem.key_length, problem.mask_ids)
+    return ("decay",) * (problem.decay is not None) + ("mask",) * any(x is not None for x in masks)
 
 
 def attend_backward(
@@ -94,7 +94,7 @@ def attend_backward(
 
     Args:
         problem: the call, as the forward got it; a selection with what was `routed`, without a routing.
-        out: its output [B, H, S_q, D], in q's dtype.
+        out: its output [B, H, S_q, Dv], in q's dtype.
         lse: its natural-log LSE, float32 [B, H, S_q].
         grad_out: gradient of the output, like out.
         grad_lse: gradient of the LSE, float32 [B, H, S_q]; None: not used.
@@ -129,7 +129,7 @@ def _attend_backward(
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     features = features_of(problem)
     dq, dkdv, pooled = (  # fp32 is full fp32, without tensor cores: splitting its operands would spill
-        launch_of(architecture(q.device), q.dtype, q.shape[-1], kernel=kernel, features=features)
+        launch_of(architecture(q.device), q.dtype, wider(problem), kernel=kernel, features=features)
         for kernel in ("dq", "dkdv", "pooled")
     )
     with on_device(q.device):
@@ -196,7 +196,7 @@ def _query_grad(
     _dq_kernel[(programs,)](
         q, k, v, grad_out, grad_q, base, delta, norm, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
         problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames,
-        None if means[0] is None else plan.pooled_t, lists.pooled_bits, *means,
+        None if means[0] is None else plan.pooled_t, *masks_of(problem, plan), lists.pooled_bits, *means,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3],
         *plan.strides, _scale_stride(problem), *(lists.strides or (None, None)),
         *(lists.pooled_strides or (None, None)),
@@ -204,8 +204,8 @@ def _query_grad(
         problem.query_tiles, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
-        num_warps=size.num_warps, num_stages=size.num_stages,
+        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), DIM_V=v.shape[3], BLOCK_DV=column_block(v.shape[3]),
+        PRECISION="ieee", num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
 
 
@@ -213,21 +213,21 @@ def _pooled_grads(
     problem: Problem, rows: RowPlan, lists: Lists, shared: tuple[Any, ...], means: tuple[Tensor | None, ...],
     size: Launch,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the means of K and V, float32 [B, HK, NK, D], and the true lengths; None without pooled tiles."""
+    """Gradients of the means of K and V, float32 [B, HK, NK, D or Dv], and the true lengths; None without any."""
     k_mean, v_mean, length = means
-    if k_mean is None or lists.pooled_bits is None or lists.pooled_strides is None:
+    if k_mean is None or v_mean is None or lists.pooled_bits is None or lists.pooled_strides is None:
         return None, None, None
-    q, _, _, grad_out, base, delta, norm = shared
+    q, _, v, grad_out, base, delta, norm = shared
     batch, heads, num_q, dim = q.shape
     key_heads, words = k_mean.shape[1], lists.pooled_bits.shape[-1]
-    dk_mean, dv_mean = (torch.empty(k_mean.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    dk_mean, dv_mean = (torch.empty(x.shape, dtype=torch.float32, device=q.device) for x in (k_mean, v_mean))
     _pooled_dkdv_kernel[(batch * key_heads * words * (WORD // size.block_k),)](
         q, grad_out, base, delta, norm, k_mean, v_mean, length, dk_mean, dv_mean, lists.pooled_bits,
         problem.token_order, problem.head_scale, rows.q_frames, rows.pooled_t,
         *q.stride()[:3], *grad_out.stride()[:3], *lists.pooled_strides, _scale_stride(problem),
         num_q, heads, key_heads, problem.query_tiles, problem.key_tiles, words, _scale(problem),
         TILE_Q=problem.block_q, BLOCK_Q=query_block(problem.block_q, size.block_q), BLOCK_K=size.block_k, WORD=WORD,
-        DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
+        DIM=dim, BLOCK_D=column_block(dim), DIM_V=v.shape[3], BLOCK_DV=column_block(v.shape[3]), PRECISION="ieee",
         num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip
     return dk_mean, dv_mean, length
@@ -246,13 +246,14 @@ def _key_grads(
     programs = batch * key_heads * problem.key_tiles * triton.cdiv(problem.block_k, block_k)
     _dkdv_kernel[(programs,)](
         q, k, v, grad_out, *grads, base, delta, norm, plan.q_tiles, plan.bounds, plan.order, plan.entry_t,
-        problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames, *mean_grads,
+        problem.token_order, rows.valid, problem.head_scale, table, rows.q_frames, rows.k_frames,
+        plan.entry_mask, masks_of(problem, rows)[1], *mean_grads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
         *grads[0].stride()[:3], *grads[1].stride()[:3],
         *plan.strides, *plan.order_strides, _scale_stride(problem), *(plan.entry_strides or (None, None)),
         num_q, num_k, heads, key_heads, problem.key_tiles, 0 if table is None else table.numel() - 1,
         _scale(problem),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
-        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), PRECISION="ieee",
-        num_warps=size.num_warps, num_stages=size.num_stages,
+        BLOCK_S=size.block_s, DIM=dim, BLOCK_D=column_block(dim), DIM_V=v.shape[3], BLOCK_DV=column_block(v.shape[3]),
+        PRECISION="ieee", num_warps=size.num_warps, num_stages=size.num_stages,
     )  # fmt: skip

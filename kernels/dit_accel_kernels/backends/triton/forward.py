@@ -1,7 +1,8 @@
 """The forward kernel: one program attends one query tile (or a part of it) over its exact and pooled key tiles.
 
 Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
-branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing or t differs by element.
+branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing, t differs by element or a
+mask hides pairs.
 Pooled tiles come last: the means of all key tiles lie in sequence, and a chunk of them is one product on the full query
 rows, with log2 of the true length added to the logit, -inf for those that the row's bits leave out. At few exact tiles
 nearly all are pooled: a walk that skips none of them needs no list. All share one running maximum and one row sum.
@@ -18,17 +19,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loads import _load, _load_near, _queries
+from .eight import _beside, _scaled_queries, _with_centre, _with_keys, _with_means
+from .loads import _load, _load_near, _token_rows, _unmasked
 from .votes import _begin, _sections, _store_rest, _vote
 
 
 @triton.jit
 def _products(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """Raw logits of query rows and keys."""
+    """Raw logits of query rows and keys, whose integers are summed as such."""
     x = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
     if D2 > 0:
         x = tl.dot(q2, tl.trans(k2), x, input_precision=PRECISION)
-    return x
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -48,6 +50,17 @@ def _add(p, alpha, total, acc1, acc2, v1, v2, D2: tl.constexpr, PRECISION: tl.co
 def _decay_rows(x, t, chosen):
     """Logits with the decay t of each key in the chosen rows: one row of t a frame, since a tile has few frames."""
     return tl.where(chosen[:, None], tl.minimum(x, x * t[None, :]), x)
+
+
+@triton.jit
+def _frames(q_frames_ptr, token, live):
+    """The frame of each row, the first and the last one; rows outside the video have frame -1 and never decay."""
+    if q_frames_ptr is not None:
+        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
+        last = tl.max(q_frame, 0)
+        return q_frame, tl.min(tl.where(q_frame < 0, last, q_frame), 0), last
+    else:
+        return 0, 0, 0
 
 
 @triton.jit
@@ -85,19 +98,20 @@ def _store_rows(
 def _full_chunk(
     first, a_ptr, b_ptr, token_order_ptr, stride_as, stride_bs,
     BLOCK: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM_B: tl.constexpr, D1B: tl.constexpr, D2B: tl.constexpr,
 ):  # fmt: skip
     """Two tensors' tokens from `first` on, in two column parts each, and the rows that hold them; all are there."""
     row = first + tl.arange(0, BLOCK)
     if token_order_ptr is None:
         a_ptr += first * stride_as
         b_ptr += first * stride_bs
-        a1, b1 = _load_near(a_ptr, stride_as, BLOCK, 0, D1, DIM), _load_near(b_ptr, stride_bs, BLOCK, 0, D1, DIM)
+        a1, b1 = _load_near(a_ptr, stride_as, BLOCK, 0, D1, DIM), _load_near(b_ptr, stride_bs, BLOCK, 0, D1B, DIM_B)
         a2 = _load_near(a_ptr, stride_as, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
-        b2 = _load_near(b_ptr, stride_bs, BLOCK, D1, D2, DIM) if D2 > 0 else 0.0
+        b2 = _load_near(b_ptr, stride_bs, BLOCK, D1B, D2B, DIM_B) if D2B > 0 else 0.0
     else:
         row = tl.load(token_order_ptr + row)
         a1, a2 = _load(a_ptr, row, row, stride_as, False, DIM, D1, D2)
-        b1, b2 = _load(b_ptr, row, row, stride_bs, False, DIM, D1, D2)
+        b1, b2 = _load(b_ptr, row, row, stride_bs, False, DIM_B, D1B, D2B)
     return row, a1, a2, b1, b2
 
 
@@ -105,6 +119,7 @@ def _full_chunk(
 def _keys_and_values(
     k_tile, position, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM_V: tl.constexpr, D1V: tl.constexpr, D2V: tl.constexpr,
 ):  # fmt: skip
     """K and V of one chunk of a tile, in two column parts each; every key is there.
 
@@ -115,10 +130,10 @@ def _keys_and_values(
     if k_desc is not None:
         key = k_tile * TILE_K + position % SUBS_K * BLOCK_K
         k1 = k_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1)
-        return k1, 0.0, v_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1), 0.0
+        return k1, 0.0, v_desc.load([b, hk, key, 0]).reshape(BLOCK_K, D1V), 0.0
     first = k_tile.to(tl.int64) * TILE_K + position % SUBS_K * BLOCK_K
     _, k1, k2, v1, v2 = _full_chunk(
-        first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, D1, D2
+        first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, D1, D2, DIM_V, D1V, D2V
     )  # fmt: skip
     return k1, k2, v1, v2
 
@@ -174,16 +189,17 @@ def _sums(
 @triton.jit
 def _means(
     k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P: tl.constexpr,
-    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DIM_V: tl.constexpr, D1V: tl.constexpr, D2V: tl.constexpr,
 ):  # fmt: skip
     """Mean keys and values of the tiles from ``n`` on; those beyond the end are zeros, or the last tile's."""
     if k_mean_desc is not None:
         k1, k2 = k_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
-        v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1), 0.0
+        v1, v2 = v_mean_desc.load([b, hk, n, 0]).reshape(BLOCK_P, D1V), 0.0
     else:
         start, row = (b.to(tl.int64) * key_heads + hk) * k_tiles * DIM, tl.minimum(k_tile, k_tiles - 1)
         k1, k2 = _load(k_mean_ptr + start, row, row, DIM, False, DIM, D1, D2)
-        v1, v2 = _load(v_mean_ptr + start, row, row, DIM, False, DIM, D1, D2)
+        v_start = start if DIM_V == DIM else start // DIM * DIM_V
+        v1, v2 = _load(v_mean_ptr + v_start, row, row, DIM_V, False, DIM_V, D1V, D2V)
     return k1, k2, v1, v2
 
 
@@ -193,9 +209,11 @@ def _fwd_kernel(
     indices_ptr, bounds_ptr, q_order_ptr, entry_t_ptr,  # [nnz], [G, NQ, 6], [G, NQ], [nnz] or None
     token_order_ptr, valid_ptr, head_scale_ptr,  # [S], uint8 [B, S_k], [B or 1, H], or None
     table_ptr, q_frames_ptr, k_frames_ptr, pooled_t_ptr,  # [L], [S_q], [S_k], [F + 2, NK], or None
+    entry_mask_ptr, mask_bits_ptr,  # int32 [nnz], [M, TILE_Q, words of TILE_K], or None
     pooled_bits_ptr, k_mean_ptr, v_mean_ptr, log_length_ptr,  # [G, NQ, W], [B, HK, NK, D] twice, [B, NK]; or None
+    k_scale_ptr, mean_scale_ptr, centre_ptr,  # [B, HK, NK] twice and [B, HK, D] of keys in eight bits, or None
     words_ptr,  # int32 [B, H, NQ, SUBS_Q, W], need bits of votes by visit, or None
-    k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D] in blocks of [1, 1, BLOCK_K, D], or None
+    k_desc, v_desc,  # descriptors of K and V [B, HK, S_k, D or Dv] in blocks of [1, 1, BLOCK_K, D or Dv], or None
     k_mean_desc, v_mean_desc,  # of their means, in blocks of BLOCK_P, or None
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_hb,
@@ -203,6 +221,7 @@ def _fwd_kernel(
     num_q, num_k, heads, key_heads, q_tiles, k_tiles, table_last, scale, step, vote_threshold,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    DIM_V: tl.constexpr, D1V: tl.constexpr, D2V: tl.constexpr,
     PRECISION: tl.constexpr, VOTE: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """Output and LSE of one part of one query tile.
@@ -218,8 +237,7 @@ def _fwd_kernel(
     SUBS_K: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
     SUBS_S: tl.constexpr = (TILE_K + BLOCK_S - 1) // BLOCK_S
     bh, part = tl.program_id(0) // (q_tiles * SUBS_Q), tl.program_id(0) % (q_tiles * SUBS_Q)
-    b, h = bh // heads, bh % heads
-    hk = h // (heads // key_heads)
+    b, h, hk = bh // heads, bh % heads, bh % heads // (heads // key_heads)
     lists = (b * stride_gb + h * stride_gh).to(tl.int64) * q_tiles
     q_tile = tl.load(q_order_ptr + lists + part // SUBS_Q)
     if stride_ib is not None:
@@ -233,7 +251,7 @@ def _fwd_kernel(
     indices_ptr += start
     if entry_t_ptr is not None:
         entry_t_ptr += start
-    batch = b.to(tl.int64)
+    batch, bhk = b.to(tl.int64), b.to(tl.int64) * key_heads + hk
     if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
         stride_vs = stride_ks
     k_ptr += batch * stride_kb + hk.to(tl.int64) * stride_kh
@@ -241,22 +259,18 @@ def _fwd_kernel(
 
     offset = part % SUBS_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token = q_tile * TILE_Q + offset
-    live, q_row = (offset < TILE_Q) & (token < num_q), token
-    if token_order_ptr is not None:
-        q_row = tl.load(token_order_ptr + token, mask=live, other=0)
+    live = (offset < TILE_Q) & (token < num_q)
+    q_row = _token_rows(token, live, token_order_ptr)
     q_ptr += batch * stride_qb + h.to(tl.int64) * stride_qh
     if head_scale_ptr is not None:
         scale *= tl.load(head_scale_ptr + b * stride_hb + h)
-    q1, q2, scale = _queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2)
-    if table_ptr is not None:  # rows outside the video have frame -1 and never decay
-        q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
-        last_frame = tl.max(q_frame, 0)
-        first_frame = tl.min(tl.where(q_frame < 0, last_frame, q_frame), 0)
+    q1, q2, row_scale = _scaled_queries(q_ptr, q_row, live, stride_qs, scale, DIM, D1, D2, k_ptr, k_scale_ptr)
+    q_frame, first_frame, last_frame = _frames(q_frames_ptr, token, live)
 
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
     if lse_ptr is not None:
         lse_ptr += bh.to(tl.int64) * num_q
-    m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM, D1, D2)
+    m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM_V, D1V, D2V)
     if VOTE is not None:
         words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
         word, limit = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
@@ -267,14 +281,15 @@ def _fwd_kernel(
     for n in tl.range(0, end_plain * SUBS_K):
         k1, k2, v1, v2 = _keys_and_values(
             ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
-            BLOCK_K, TILE_K, DIM, D1, D2,
+            BLOCK_K, TILE_K, DIM, D1, D2, DIM_V, D1V, D2V,
         )  # fmt: skip
+        factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
         ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
         x = _products(q1, q2, k1, k2, D2, PRECISION)
-        top = tl.max(x, 1) * scale
+        top = tl.max(x, 1) * factor
         m_new = tl.maximum(m, top)
-        p, alpha = tl.exp2(x * scale - m_new[:, None]), tl.exp2(m - m_new)
-        total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+        p, alpha = tl.exp2(x * _beside(factor) - m_new[:, None]), tl.exp2(m - m_new)
+        total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2V, PRECISION)
         if VOTE is not None:
             word, state, limit = _vote(
                 word, state, limit, 0, n, top, m, m_new, alpha, mass, total, vote_threshold, words_ptr, live,
@@ -288,16 +303,18 @@ def _fwd_kernel(
         for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
             k1, k2, v1, v2 = _keys_and_values(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
-                BLOCK_K, TILE_K, DIM, D1, D2,
+                BLOCK_K, TILE_K, DIM, D1, D2, DIM_V, D1V, D2V,
             )  # fmt: skip
+            factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
             ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
-            low = scale * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
+            low = factor * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
             x = _products(q1, q2, k1, k2, D2, PRECISION)
             top = tl.max(x, 1)  # min(s x, t s x) rises with x
-            top = tl.minimum(top * scale, top * low)
+            top = tl.minimum(top * factor, top * low)
             m_new = tl.maximum(m, top)
-            p, alpha = tl.exp2(tl.minimum(x * scale - m_new[:, None], x * low - m_new[:, None])), tl.exp2(m - m_new)
-            total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2, PRECISION)
+            p = tl.exp2(tl.minimum(x * _beside(factor) - m_new[:, None], x * _beside(low) - m_new[:, None]))
+            alpha = tl.exp2(m - m_new)
+            total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2V, PRECISION)
             if VOTE is not None:
                 word, state, limit = _vote(
                     word, state, limit, end_plain, n, top, m, m_new, alpha, mass, total, vote_threshold,
@@ -311,16 +328,15 @@ def _fwd_kernel(
     for n in tl.range(0, (end_slow - end_constant) * SUBS_S, num_stages=1):
         position = origin + n * step
         k_offset = position % SUBS_S * BLOCK_S + tl.arange(0, BLOCK_S)
-        key = tl.load(indices_ptr + position // SUBS_S) * TILE_K + k_offset
+        tile = tl.load(indices_ptr + position // SUBS_S)
+        key = tile * TILE_K + k_offset
         here = (k_offset < TILE_K) & (key < num_k)
         if valid_ptr is not None:
             here &= tl.load(valid_ptr + batch * num_k + key, mask=here, other=0) > 0
-        k_row = key
-        if token_order_ptr is not None:
-            k_row = tl.load(token_order_ptr + key, mask=here, other=0)
+        k_row = _token_rows(key, here, token_order_ptr)
         k1, k2 = _load(k_ptr, k_row, here, stride_ks, True, DIM, D1, D2)
-        v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM, D1, D2)
-        x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+        v1, v2 = _load(v_ptr, k_row, here, stride_vs, True, DIM_V, D1V, D2V)
+        x = _products(q1, q2, k1, k2, D2, PRECISION) * _beside(_with_keys(row_scale, k_scale_ptr, bhk * k_tiles + tile))
         if table_ptr is not None:
             k_frame = tl.load(k_frames_ptr + key, mask=here, other=-1)
             for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
@@ -328,7 +344,10 @@ def _fwd_kernel(
                 t = tl.load(table_ptr + distance, mask=k_frame >= 0, other=1.0)
                 x = _decay_rows(x, t, q_frame == frame)
         x = tl.where(here[None, :], x, float("-inf"))
-        m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+        if entry_mask_ptr is not None:
+            seen = _unmasked(entry_mask_ptr + start, mask_bits_ptr, position, offset, k_offset, BLOCK_S, TILE_Q, TILE_K)
+            x = tl.where(seen, x, float("-inf"))
+        m_new, total, acc1, acc2, top, alpha, mass = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
         if VOTE is not None:
             word, state, limit = _vote(
                 word, state, limit, end_constant, n, top, m, m_new, alpha, mass, total, vote_threshold,
@@ -346,19 +365,19 @@ def _fwd_kernel(
             bias = _pooled_bias(log_length_ptr + b * k_tiles, bits, k_tile, k_tiles)
             k1, k2, v1, v2 = _means(
                 k_mean_ptr, v_mean_ptr, k_mean_desc, v_mean_desc, b, key_heads, hk, n, k_tile, k_tiles, BLOCK_P, DIM,
-                D1, D2,
+                D1, D2, DIM_V, D1V, D2V,
             )  # fmt: skip
-            x = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+            x = _products(q1, q2, k1, k2, D2, PRECISION) * _with_means(row_scale, mean_scale_ptr, bhk, k_tile, k_tiles)
             if pooled_t_ptr is not None:
                 for frame in range(tl.maximum(first_frame, 0), last_frame + 1):
                     t = tl.load(pooled_t_ptr + (frame + 1) * k_tiles + k_tile, mask=k_tile < k_tiles, other=1.0)
                     x = _decay_rows(x, t, q_frame == frame)
             x += bias[None, :]
-            m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2, PRECISION)
+            m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
 
-    empty = total == 0  # rows without a key
-    total = tl.where(empty, 1.0, total)
-    _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM, D1, D2)
+    empty, total = total == 0, tl.where(total == 0, 1.0, total)  # rows without a key
+    _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM_V, D1V, D2V)
     if lse_ptr is not None:
-        lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+        m = _with_centre(m + tl.log2(total), q_ptr, centre_ptr, bhk, q_row, live, stride_qs, scale, DIM, D1, D2)
+        lse = tl.where(empty, float("-inf"), m * 0.6931471805599453)
         tl.store(lse_ptr + q_row, lse, mask=live)

@@ -1,9 +1,9 @@
 """Sizes of the launches of forward and backward: launch_table.json and what follows from it.
 
 A row of the table is for a kernel ("fwd", "dq", "dkdv", "pooled"), an architecture ("": any) and its family, a kind of
-dtype, a head dim and a tile up to a size, and the calls with a feature ("decay", "mask"; "": any). Its `source` says
-how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the bounds of bench/aot.py), or
-the card, date and seconds of a measurement.
+dtype, a head dim and a tile up to a size, and the calls with a feature ("eight" for eight bits, "decay", "mask"; "":
+any). Its `source` says how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the
+bounds of bench/aot.py), or the card, date and seconds of a measurement.
 """
 
 from __future__ import annotations
@@ -137,10 +137,20 @@ def key_block(tile: int, most: int) -> tuple[int, bool]:
     return max(16, min(most, next_power_of_2(tile))), False
 
 
-def column_parts(dim: int) -> tuple[int, int]:
-    """Head dim as two powers of 2 of at least 16 (the second may be 0) that cover it: 96 = 64 + 32."""
-    first = max(16, 1 << (dim.bit_length() - 1))
-    return first, 0 if dim <= first else max(16, next_power_of_2(dim - first))
+def column_parts(dim: int, least: int = 16) -> tuple[int, int]:
+    """Head dim as two powers of 2 of at least so many (the second may be 0) that cover it: 96 = 64 + 32."""
+    first = max(least, 1 << (dim.bit_length() - 1))
+    return first, 0 if dim <= first else max(least, next_power_of_2(dim - first))
+
+
+def eight_bit_number(arch: str, precision: str) -> torch.dtype | None:
+    """The dtype in which an architecture multiplies numbers of eight bits of a precision; None where it has none."""
+    if precision == "int8":
+        return torch.int8
+    if arch.startswith("gfx94"):
+        return torch.float8_e4m3fnuz
+    newer = arch.startswith(("gfx95", "gfx12")) or (arch.startswith("sm_") and int(arch[3:]) >= 89)
+    return torch.float8_e4m3fn if newer or arch == "cpu" else None  # where the interpreter runs
 
 
 def fp32_products(arch: str) -> str:

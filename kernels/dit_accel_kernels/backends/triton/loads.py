@@ -1,4 +1,4 @@
-"""How kernels load rows: in two column parts, so that head dims need not be powers of 2."""
+"""How kernels load rows, in two column parts, so that head dims need not be powers of 2, and what goes with rows."""
 
 # Device code is typed by Triton's compiler:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -41,6 +41,44 @@ def _queries(ptr, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr
     if D2 > 0:
         q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
     return q1, q2, scale
+
+
+@triton.jit
+def _seen(bits_ptr, mask_id, q_offset, k_word, bit, inside, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
+    """Which pairs of a tile's queries and keys its mask lets through, all where its number is -1.
+
+    Keys are bits of a word; what is not inside the tile may be either. All three broadcast against each other.
+    """
+    WORDS: tl.constexpr = (TILE_K + 31) // 32
+    row = mask_id.to(tl.int64) * TILE_Q + q_offset
+    word = tl.load(bits_ptr + row * WORDS + k_word, mask=(row >= 0) & inside, other=-1)
+    return (word >> bit) & 1 != 0
+
+
+@triton.jit
+def _unmasked(
+    entry_mask_ptr, bits_ptr, position, q_offset, k_offset, BLOCK: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):  # fmt: skip
+    """`_seen` of query rows and one chunk of a list's keys, whose bits lie in one word."""
+    tl.static_assert(BLOCK <= 32)
+    SUBS: tl.constexpr = (TILE_K + BLOCK - 1) // BLOCK
+    mask_id, word = tl.load(entry_mask_ptr + position // SUBS), position % SUBS * BLOCK // 32
+    inside, bit = (q_offset < TILE_Q)[:, None], k_offset[None, :] % 32
+    return _seen(bits_ptr, mask_id, q_offset[:, None], word, bit, inside, TILE_Q, TILE_K)
+
+
+@triton.jit
+def _token_rows(token, live, token_order_ptr):
+    """Rows of the tensors that hold these tokens, which are in tiled order; row 0 where there is none."""
+    return token if token_order_ptr is None else tl.load(token_order_ptr + token, mask=live, other=0)
+
+
+@triton.jit
+def _pair_decay(q_frame, k_frame, table_ptr, table_last):
+    """Decay t of frames that broadcast against each other; 1 outside the video (frame -1)."""
+    distance = tl.minimum(tl.abs(q_frame - k_frame), table_last)
+    return tl.load(table_ptr + distance, mask=(q_frame >= 0) & (k_frame >= 0), other=1.0)
 
 
 @triton.jit

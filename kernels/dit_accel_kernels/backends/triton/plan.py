@@ -1,8 +1,8 @@
 """Tile lists as the forward kernel reads them: entries of each row sorted into sections, rows ordered longest first.
 
 The sections are those of sections.py; a constant tile's decay t is kept beside its entry, and absent tiles leave the
-list. All of it is torch code on the lists' device without a sync. What lists and frames give is made once and
-remembered as long as these live; masks, which may differ in every call and change in place, have it made in each.
+list. All of it is torch code on the lists' device without a sync, made once for lists, frames and valid keys and
+remembered as long as these live.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...cache import StorageCache
 from ...csr import row_of_entry
 from ...features import decay_by_frame, last_frame, tile_means
 from ...problem import Problem
-from ...sections import decay_of_tiles, sections_of
+from ...sections import ABSENT, SLOW, decay_of_tiles, sections_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -26,8 +26,9 @@ class RowPlan:
     `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
     `entry_t`, whose first and last entry belong to no row), first pooled tile and one past the last. `q_order` int32
     [G', NQ], longest first. `strides` of batch and head over these list sets, `list_strides` over the call's own,
-    which masks don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay. `valid` uint8
-    [B, S_k] with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
+    which valid keys don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay.
+    `entry_mask` int32 [nnz + 2], the number of each entry's mask or -1, where tiles have masks. `valid` uint8 [B, S_k]
+    with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
     """
 
     indices: Tensor
@@ -37,6 +38,7 @@ class RowPlan:
     list_strides: tuple[int, int]
     valid: Tensor | None
     entry_t: Tensor | None
+    entry_mask: Tensor | None
     q_frames: Tensor | None
     k_frames: Tensor | None
     pooled_t: Tensor | None
@@ -45,21 +47,21 @@ class RowPlan:
 _CACHE: StorageCache[RowPlan] = StorageCache()
 
 
-def row_plan(problem: Problem) -> RowPlan:
-    """The plan of a problem in the caller's token order."""
-    if any(x is not None for x in (problem.key_length, problem.key_mask, problem.key_valid)):
-        return _build(problem)
-    decay = problem.decay or (None, None, None)
+def row_plan(problem: Problem, *, without_whole: bool = False) -> RowPlan:
+    """The plan of a problem in the caller's token order; `without_whole`: exact tiles that no mask cuts are absent."""
+    decay, keys = problem.decay or (None, None, None), (problem.key_length, problem.key_mask, problem.key_valid)
     lists = (problem.exact_offsets, problem.exact_indices, problem.pooled_offsets, problem.pooled_indices)
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
-    order = None if problem.decay is None else problem.token_order  # plain lists are in tiled order
-    return _CACHE.get((*lists, *decay), shapes, lambda: _build(problem), loose=[order])
+    given = tuple(x is not None for x in keys)
+    order = problem.token_order if problem.decay is not None or any(given) else None  # lists are in tiled order
+    parts, key = (*lists, problem.mask_ids, *decay), (*shapes, given, without_whole)
+    return _CACHE.get(parts, key, lambda: _build(problem, without_whole), loose=[order, *keys])
 
 
-def _build(problem: Problem) -> RowPlan:
+def _build(problem: Problem, without_whole: bool) -> RowPlan:
     batch, heads = problem.q.shape[:2]
     sets, q_tiles = problem.exact_offsets.shape[0], problem.query_tiles
-    indices, pooled = problem.exact_indices, _pooled_range(problem)
+    indices, mask_ids, pooled = problem.exact_indices, problem.mask_ids, _pooled_range(problem)
     valid, decay = problem.features_in_tiled_order()
     strides = call_strides = list_strides(problem, heads)
     entry_row = row_of_entry(problem.exact_offsets, indices.numel())
@@ -75,10 +77,16 @@ def _build(problem: Problem) -> RowPlan:
             entry_row = (entry_row + sets * q_tiles * torch.arange(batch, device=indices.device)[:, None]).flatten()
             indices = indices.repeat(batch)
             entry_t = None if entry_t is None else entry_t.repeat(batch)
+            mask_ids = None if mask_ids is None else mask_ids.repeat(batch)
             pooled = pooled.repeat(batch, 1, 1)
             strides, sets = (sets, call_strides[1]), sets * batch
         entry_batch = entry_row // q_tiles * batch // sets
     section = sections_of(problem)[entry_batch, entry_row % q_tiles, indices.long()].long()
+    whole = None if mask_ids is None else mask_ids < 0
+    if whole is not None:
+        section = torch.where(whole, section, section.clamp(min=SLOW))
+    if without_whole:
+        section = torch.full_like(section, ABSENT) if whole is None else section.masked_fill(whole, ABSENT)
     order, edges = grouped(entry_row, section, sets * q_tiles, 4)
     bounds = edges[:-1].view(sets, q_tiles, 4) + 1
     work = (bounds[..., 3] - bounds[..., 0]) * problem.block_k + pooled[..., 1] - pooled[..., 0]
@@ -90,6 +98,7 @@ def _build(problem: Problem) -> RowPlan:
         list_strides=call_strides,
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
+        entry_mask=None if mask_ids is None else _padded(mask_ids[order]),
         q_frames=None if decay is None else decay[1].clone(memory_format=torch.contiguous_format),
         k_frames=None if decay is None else decay[2].clone(memory_format=torch.contiguous_format),
         pooled_t=None if pooled_t is None else pooled_t.contiguous(),

@@ -22,17 +22,18 @@ NUM_WARPS = 4
 def _pool_kernel(
     k_ptr, v_ptr, token_order_ptr, valid_ptr, k_mean_ptr, v_mean_ptr, length_ptr,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, num_k, key_heads, k_tiles,
-    TILE_K: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_K: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Means of one tile of one key head; [B, HK, NK, D] twice, and length float32 [B, NK]."""
+    """Means of one tile of one key head; [B, HK, NK, D] and [.., Dv], and length float32 [B, NK]."""
     program = tl.program_id(0)
     k_tile, bh = program % k_tiles, program // k_tiles
     b, h = (bh // key_heads).to(tl.int64), (bh % key_heads).to(tl.int64)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    columns = tl.arange(0, BLOCK_D)
+    columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_sum = tl.zeros([BLOCK_D], tl.float32)
-    v_sum = tl.zeros([BLOCK_D], tl.float32)
+    v_sum = tl.zeros([BLOCK_DV], tl.float32)
     length = 0.0
     for first in range(0, TILE_K, BLOCK_N):
         offset = first + tl.arange(0, BLOCK_N)
@@ -44,36 +45,40 @@ def _pool_kernel(
         if token_order_ptr is not None:
             row = tl.load(token_order_ptr + token, mask=live, other=0)
         row = row.to(tl.int64)[:, None]
-        mask = live[:, None] & (columns < DIM)[None, :]
+        mask, mask_v = live[:, None] & (columns < DIM)[None, :], live[:, None] & (columns_v < DIM_V)[None, :]
         k_sum += tl.sum(tl.load(k_ptr + row * stride_ks + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
-        v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+        v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns_v[None, :], mask=mask_v, other=0.0).to(tl.float32), 0)
         length += tl.sum(live.to(tl.float32), 0)
     counted = tl.maximum(length, 1.0)
-    out = program.to(tl.int64) * DIM + columns
-    tl.store(k_mean_ptr + out, (k_sum / counted).to(k_mean_ptr.dtype.element_ty), mask=columns < DIM)
-    tl.store(v_mean_ptr + out, (v_sum / counted).to(v_mean_ptr.dtype.element_ty), mask=columns < DIM)
+    k_mean_ptr += program.to(tl.int64) * DIM
+    v_mean_ptr += program.to(tl.int64) * DIM_V
+    tl.store(k_mean_ptr + columns, (k_sum / counted).to(k_mean_ptr.dtype.element_ty), mask=columns < DIM)
+    tl.store(v_mean_ptr + columns_v, (v_sum / counted).to(v_mean_ptr.dtype.element_ty), mask=columns_v < DIM_V)
     if h == 0:
         tl.store(length_ptr + b * k_tiles + k_tile, length)
 
 
 def pool(
-    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None
+    k: Tensor, v: Tensor, *, block_k: int, token_order: Tensor | None, valid: Tensor | None, wide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean K and V, [B, HK, NK, D] in the inputs' dtype, and true lengths, float32 [B, NK].
+    """Mean K and V, [B, HK, NK, D] and [B, HK, NK, Dv] in the inputs' dtype, and true lengths, float32 [B, NK].
 
     Args:
         k: [B, HK, S_k, D], any strides but 1 for the last.
-        v: like k.
+        v: like k, with a head dim of its own.
         block_k: tokens a tile.
         token_order: integer [S_k], tiled position -> row of k and v; None: they are in tiled order.
         valid: uint8 [B, S_k] in tiled order, the keys that count; None: all.
+        wide: let mean K be float32.
     """
     batch, heads, tokens, dim = k.shape
     tiles = -(-tokens // block_k)
-    k_mean, v_mean = (x.new_empty(batch, heads, tiles, dim) for x in (k, v))
+    k_mean = k.new_empty(batch, heads, tiles, dim, dtype=torch.float32 if wide else k.dtype)
+    v_mean = v.new_empty(batch, heads, tiles, v.shape[3])
     length = k.new_empty(batch, tiles, dtype=torch.float32)
     _pool_kernel[(batch * heads * tiles,)](
         k, v, token_order, valid, k_mean, v_mean, length, *k.stride()[:3], *v.stride()[:3], tokens, heads, tiles,
-        TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=NUM_WARPS,
+        TILE_K=block_k, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), DIM_V=v.shape[3],
+        BLOCK_DV=triton.next_power_of_2(v.shape[3]), num_warps=NUM_WARPS,
     )  # fmt: skip
     return k_mean, v_mean, length

@@ -8,11 +8,15 @@ import os
 
 import torch
 
+from .launch import architecture, eight_bit_number
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 256
 
 
-def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None) -> str | None:
+def missing_requirement(
+    device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None, precision: str | None = None
+) -> str | None:
     """What the triton backend would need here and does not find, or None; dtype and dim None: any it supports."""
     if dtype is not None and dtype not in DTYPES:
         return f"bfloat16, float16 or float32 (found {dtype})"
@@ -21,25 +25,29 @@ def missing_requirement(device: torch.device, dtype: torch.dtype | None = None, 
     if importlib.util.find_spec("triton") is None:
         return "the triton package (found none)"
     if device.type == "cpu" and interpreted():
-        return _interpreter_problem(dtype)
+        return _interpreter_problem(dtype, precision)
     if device.type not in ("cuda", "xpu"):
         return f"a CUDA, ROCm or XPU device (found {device.type}; TRITON_INTERPRET=1 interprets it on a CPU)"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"compute capability 8.0 or newer (found {capability[0]}.{capability[1]})"
+    if precision is not None and eight_bit_number(architecture(device), precision) is None:
+        return f"compute capability 8.9, gfx942 or newer for products of {precision} (found {architecture(device)})"
     return None
 
 
-def _interpreter_problem(dtype: torch.dtype | None) -> str | None:
-    """What is wrong with Triton's interpreter for this dtype, or None."""
-    if dtype != torch.bfloat16:
+def _interpreter_problem(dtype: torch.dtype | None, precision: str | None) -> str | None:
+    """What is wrong with Triton's interpreter for this dtype and precision, or None."""
+    if dtype != torch.bfloat16 and precision != "fp8":
         return None
-    from .probe import bfloat16_products
+    from .probe import multiplies
 
-    if bfloat16_products():
-        return None
     version = importlib.metadata.version("triton")
+    if precision == "fp8" and not multiplies(torch.float8_e4m3fn):
+        return f"'int8' in Triton's interpreter (found 'fp8', to which Triton {version} does not round there)"
+    if dtype != torch.bfloat16 or multiplies(dtype):
+        return None
     return (
         f"float16 or float32 in Triton's interpreter (found {dtype}, of which Triton {version} "
         "multiplies the bit patterns there; TRITON_INTERPRET=1 is set)"

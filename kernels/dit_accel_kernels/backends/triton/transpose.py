@@ -24,9 +24,11 @@ WORD = 32  # key tiles a word of a bitmap
 class ColumnPlan:
     """Exact lists by key tile.
 
-    `q_tiles` int32 [nnz]: the query tiles of every key tile, those that need no mask first. `bounds` int64 [G, NK, 3]:
-    start, end of those, end of all, as positions in `q_tiles`. `order` int32 [G', NK]: key tiles with most work first,
-    G' = 1, HK or B * HK. `entry_t` float32 [nnz] is the decay of the entries without a mask, None without decay.
+    `q_tiles` int32 [nnz + 1]: the query tiles of every key tile, those that need no mask first, and one that belongs to
+    no key tile, since kernels read one ahead. `bounds` int64 [G, NK, 3]: start, end of those, end of all, as positions
+    in `q_tiles`. `order` int32 [G', NK]: key tiles with most work first, G' = 1, HK or B * HK. `entry_t` float32 [nnz]
+    is the decay of the entries without a mask, None without decay; `entry_mask` int32 [nnz] the number of each entry's
+    mask inside its tile or -1, None where no tile has one.
     `strides` of batch and head over the list sets, `order_strides` of batch and key head over those of `order`. With
     `entry_strides` every batch and head has its own lists, whose bounds are relative to b * entry_strides[0] + h *
     entry_strides[1].
@@ -36,6 +38,7 @@ class ColumnPlan:
     bounds: Tensor
     order: Tensor
     entry_t: Tensor | None
+    entry_mask: Tensor | None
     strides: tuple[int, int]
     order_strides: tuple[int, int]
     entry_strides: tuple[int, int] | None = None
@@ -48,7 +51,7 @@ _BITS: StorageCache[Tensor] = StorageCache()
 def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
     """The plan of a problem, from the cache; `whole_chunks`: the kernel's chunks of query rows divide a tile."""
     decay = problem.decay or (None, None, None)
-    parts = (problem.exact_offsets, problem.exact_indices, *decay)
+    parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids, *decay)
     shapes = (problem.q.shape[:3], problem.k.shape[1:3], problem.block_q, problem.block_k)
     order = None if problem.decay is None else problem.token_order
     return _CACHE.get(parts, (*shapes, whole_chunks), lambda: _build(problem, whole_chunks), loose=[order])
@@ -63,6 +66,8 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     masked = torch.full_like(q_tile, not whole_chunks, dtype=torch.bool)
     if problem.q.shape[2] % problem.block_q:
         masked |= q_tile == q_tiles - 1
+    if problem.mask_ids is not None:
+        masked |= problem.mask_ids >= 0
     t = None
     if problem.decay is not None:
         _, decay = problem.features_in_tiled_order()
@@ -74,10 +79,11 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
     repeat = 1 if sets == 1 else problem.q.shape[1] // problem.k.shape[1]
     work = (bounds[..., 2] - bounds[..., 0]).view(sets // repeat, repeat, k_tiles).sum(1)
     return ColumnPlan(
-        q_tiles=q_tile[order].int().contiguous(),
+        q_tiles=torch.nn.functional.pad(q_tile[order].int(), (0, 1)),
         bounds=bounds.contiguous(),
         order=work.argsort(dim=-1, descending=True, stable=True).int(),
         entry_t=None if t is None else t[order].nan_to_num(1.0),
+        entry_mask=None if problem.mask_ids is None else problem.mask_ids[order],
         strides=list_strides(problem, problem.q.shape[1]),
         order_strides=list_strides(problem, problem.k.shape[1]),
     )

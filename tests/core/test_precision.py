@@ -1,0 +1,119 @@
+"""The option `precision` of sparse methods: how it reaches the kernels, what is said of it, and where it is refused."""
+
+import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
+
+import pytest
+import torch
+from dit_accel_pipelines.families.wan import WAN
+from one_layer import Fixed, OneLayer
+from wan_tiny import denoise, sharp_transformer, tiny_transformer
+
+import dit_accel
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention
+from dit_accel.adapters.installed import family
+from dit_accel.estimate.estimate import estimate
+from dit_accel.methods import Model, SparseConfig
+from dit_accel.methods.compose import make_handlers
+from dit_accel.methods.registry import handlers
+from dit_accel.methods.toml import from_toml, to_toml
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.tiling import full_tiles
+
+MODEL = Model(adapter=WAN, family=family("wan2.1-14b"), heads=40, layers=40)
+LAYOUT = TokenLayout(frames=4, height=4, width=4)
+
+
+def radial(**options) -> RadialAttention:
+    return RadialAttention(**dict(block_size=16, dense_steps=0, dense_layers=0, rest="pooled") | options)
+
+
+def ran(config: RadialAttention, backend: str, steps: int = 1):
+    """What a short run of a tiny Wan under a config gives, and its report."""
+    with dit_accel.attach(sharp_transformer(), config, preset="none", backend=backend) as attachment:
+        return denoise(
+            attachment._execution.layers[0].state.transformer, steps, branches=("cond",)
+        ), attachment.report()
+
+
+def test_every_sparse_method_has_it_and_files_keep_it():
+    sparse = [x.config_type for x in handlers().values() if issubclass(x.config_type, SparseConfig)]
+    assert {config.name for config in sparse} >= {"radial", "lite", "sol", "sparsed", "lvsa"}
+    for config in sparse:
+        for precision in ("int8", "fp8"):
+            [given] = make_handlers([config(precision=precision)], MODEL)
+            assert given.precision == precision
+            assert from_toml(to_toml([given.settings]))[0].precision == precision
+        assert make_handlers([config()], MODEL)[0].precision is None
+    with pytest.raises(ConfigError, match=r"radial\.precision must be .*'int8'.*'int4'"):
+        radial(precision="int4")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_run_differs_by_little_and_the_report_says_by_what(precision):
+    (plain, _), (found, report) = ran(radial(), "reference"), ran(radial(precision=precision), "reference")
+    difference = float((found - plain).norm() / plain.norm())
+    assert 1e-6 < difference < 0.02
+    assert report.backend == f"reference; queries and keys in {precision}"
+    assert report.methods["radial"]["precision"] == precision
+    assert f"queries and keys in {precision}" in str(report)
+
+
+def test_the_kernels_multiply_as_the_specification_says():
+    (expected, _), (found, report) = ran(radial(precision="int8"), "reference"), ran(radial(precision="int8"), "auto")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert report.backend == "auto (triton); queries and keys in int8"
+
+
+def test_only_where_the_method_acts():
+    """Dense steps are the model's own attention; a method beside it that asks for nothing changes nothing."""
+    dense = radial(precision="int8", dense_steps=1)
+    assert torch.equal(ran(dense, "reference")[0], ran(radial(dense_steps=1), "reference")[0])
+    plan = AttentionPlan(tiles=full_tiles(LAYOUT.tokens, LAYOUT.tokens, 16, "cpu"))
+    seen = []
+    layer = OneLayer(radial(precision="int8", dense_steps=1), Fixed(plan))
+    layer.observe(lambda call: seen.append(call.plan.precision))
+    q, k, v = (torch.randn(1, 2, LAYOUT.tokens, 8) for _ in range(3))
+    for step in (0, 1):
+        layer.call(q, k, v, LAYOUT, step=step)
+    assert seen == [None, "int8"]
+
+
+def test_methods_agree_on_one():
+    one = LiteAttention(precision="fp8", dense_steps=0)
+    with pytest.raises(ConfigError, match=r"radial.*'int8'.*lite.*'fp8'|lite.*'fp8'.*radial.*'int8'"):
+        make_handlers([radial(precision="int8"), one], MODEL)
+    assert make_handlers([radial(precision="fp8"), one], MODEL)
+    assert make_handlers([radial(), one], MODEL)
+
+
+@pytest.mark.parametrize("backend", ["torch", "flex", "fa4"])
+def test_other_backends_are_refused_at_attach(backend, monkeypatch):
+    monkeypatch.setattr("dit_accel.attachment.backends.flex_requirement", lambda on: None)
+    monkeypatch.setattr("dit_accel.attachment.backends.fa4_requirement", lambda on: None)
+    with pytest.raises(dit_accel.MissingBackend, match=rf"radial\.precision = 'int8'.*'triton', got '{backend}'"):
+        dit_accel.attach(tiny_transformer(), radial(precision="int8"), backend=backend)
+
+
+def test_a_machine_without_such_products_is_told_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for backend, precision in (("auto", "int8"), ("auto", "fp8")):
+        with pytest.raises(dit_accel.MissingBackend, match=rf"'{precision}'.*'triton'.*CUDA.*\(found cpu"):
+            dit_accel.attach(tiny_transformer(), SolAttention(precision=precision), backend=backend)
+
+
+def test_training_is_refused():
+    layer = OneLayer(radial(precision="int8"))
+    q, k, v = (torch.randn(1, 2, LAYOUT.tokens, 8, requires_grad=True) for _ in range(3))
+    with pytest.raises(ConfigError, match=r"radial\.precision = 'int8'.*train"):
+        layer.call(q, k, v, LAYOUT)
+
+
+def test_an_estimate_says_what_it_does_not_count():
+    found, plain = (
+        estimate(WAN, family("wan2.1-14b"), methods=[RadialAttention(precision=precision)]).notes
+        for precision in ("int8", None)
+    )
+    assert any("radial.precision = 'int8'" in note for note in found)
+    assert not any("precision" in note for note in plain)

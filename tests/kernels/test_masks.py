@@ -1,0 +1,394 @@
+"""Masks inside tiles: what makes them, against dense attention with the whole mask, and what is refused."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from dit_accel_kernels import EXACT, PARTIAL, POOLED, SKIPPED, TileLists, block_sparse_attention, unpack_bits
+from dit_accel_kernels.bits import pack_bits
+from kernel_cases import qkv, random_lists, with_masks
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, or_masks
+from torch.nn.functional import scaled_dot_product_attention
+
+TOKENS = 100
+DOCUMENTS = torch.tensor([0] * 30 + [1] * 45 + [2] * 25)
+SLOPES = torch.tensor([[3, 20], [7, 50]])
+
+
+def causal(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def window(b, h, q_idx, kv_idx):
+    return (q_idx - kv_idx).abs() <= 9
+
+
+def document(b, h, q_idx, kv_idx):
+    return DOCUMENTS[q_idx] == DOCUMENTS[kv_idx]
+
+
+def by_head(b, h, q_idx, kv_idx):
+    return q_idx - kv_idx > SLOPES[b, h]
+
+
+MASK_MODS = {
+    "causal": causal,
+    "window": window,
+    "documents": document,
+    "causal documents": and_masks(causal, document),
+    "prefix": or_masks(causal, lambda b, h, q_idx, kv_idx: kv_idx < 21),
+    "one key": lambda b, h, q_idx, kv_idx: kv_idx == 50,
+    "nothing": lambda b, h, q_idx, kv_idx: kv_idx < 0,
+}
+SIZES = dict(block_q=16, block_k=24, num_q=TOKENS, num_k=TOKENS)
+
+
+def dense(tiles: TileLists) -> Tensor:
+    """The whole mask that lists stand for, bool [G, S_q, S_k], tile by tile."""
+    states, block_q, block_k = tiles.states(), tiles.block_q, tiles.block_k
+    seen = torch.zeros(tiles.groups, tiles.query_tiles * block_q, tiles.key_tiles * block_k, dtype=torch.bool)
+    masks = None if tiles.mask_bits is None else unpack_bits(tiles.mask_bits, block_k)
+    for entry, (g, i, j) in enumerate((states >= EXACT).nonzero().tolist()):
+        number = -1 if tiles.mask_ids is None else int(tiles.mask_ids[entry])
+        assert (number >= 0) == (int(states[g, i, j]) == PARTIAL)
+        tile = seen[g, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
+        tile[:] = True if number < 0 else masks[number]
+    return seen[:, : tiles.num_q, : tiles.num_k]
+
+
+def check_against_dense(tiles: TileLists, mask: Tensor, dim_v: int = 8, **arguments) -> None:
+    """Output and gradients of the torch backend beside those of torch's dense attention with a mask, in float64."""
+    leaves = list(qkv(2, 2, 2, tiles.num_q, tiles.num_k, 8, torch.float64))
+    leaves[2] = torch.randn(2, 2, tiles.num_k, dim_v, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch", **arguments)
+    expected = scaled_dot_product_attention(*leaves, attn_mask=mask).nan_to_num(0.0)
+    torch.testing.assert_close(out, expected)
+    seed = torch.randn_like(out).masked_fill(~mask.any(-1, keepdim=True), 0)
+    for one, two in zip(*(torch.autograd.grad(x, leaves, seed) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(one, two.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("name", MASK_MODS)
+def test_a_mask_mod_is_exact(name):
+    mask = create_mask(MASK_MODS[name], 1, 1, TOKENS, TOKENS, "cpu")
+    tiles = TileLists.from_mask_mod(MASK_MODS[name], **SIZES).validate()
+    assert torch.equal(dense(tiles), mask[0])
+    check_against_dense(tiles, mask)
+
+
+def test_a_mask_mod_by_batch_and_head_and_values_of_another_head_dim():
+    mask = create_mask(by_head, 2, 2, TOKENS, TOKENS, "cpu")
+    tiles = TileLists.from_mask_mod(by_head, batch=2, heads=2, **SIZES)
+    assert tiles.groups == 4
+    check_against_dense(tiles, mask, dim_v=5)
+    of_first = TileLists.from_mask_mod(by_head, heads=2, **SIZES)
+    assert torch.equal(dense(of_first), mask[0])
+
+
+def test_a_mask_mod_is_evaluated_by_rows_of_tiles(monkeypatch):
+    rows = []
+
+    def counted(rule, batch, heads, num_q, num_k, device):
+        rows.append((num_q, num_k))
+        return create_mask(rule, batch, heads, num_q, num_k, device)
+
+    monkeypatch.setattr(flex, "create_mask", counted)
+    TileLists.from_mask_mod(causal, **SIZES)
+    assert rows == [(16, TOKENS)] * 6 + [(4, TOKENS)]
+
+
+def test_causal_lists_have_one_mask_on_the_diagonal():
+    tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=64, num_k=64)
+    expected = torch.full((4, 4), EXACT, dtype=torch.uint8).tril() + torch.eye(4, dtype=torch.uint8)
+    assert torch.equal(tiles.states()[0], expected)
+    assert torch.equal(unpack_bits(tiles.mask_bits, 16), torch.ones(1, 16, 16, dtype=torch.bool).tril())
+
+
+def test_a_bool_mask_is_exact_with_ragged_tiles():
+    mask = torch.rand(2, 2, 50, 70) < 0.2
+    mask[..., 20:40, :] = False
+    mask[..., 32:48, 48:] = True
+    tiles = TileLists.from_mask(mask, block_q=16, block_k=24).validate()
+    assert torch.equal(dense(tiles), mask.flatten(0, 1))
+    assert tiles.states()[0, 2, 2] == EXACT
+    check_against_dense(tiles, mask)
+    assert torch.equal(dense(TileLists.from_mask(mask[0, 0], block_q=128, block_k=128))[0], mask[0, 0])
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(block_q=24, block_k=16), dict(block_q=128), dict(block_k=7)])
+def test_a_block_mask_is_exact_in_tiles_of_any_size(sizes):
+    block_mask = create_block_mask(by_head, 2, 2, TOKENS, TOKENS, device="cpu", BLOCK_SIZE=(32, 16))
+    tiles = TileLists.from_block_mask(block_mask, **sizes).validate()
+    assert (tiles.block_q, tiles.block_k) == (sizes.get("block_q", 32), sizes.get("block_k", 16))
+    assert torch.equal(dense(tiles), create_mask(by_head, 2, 2, TOKENS, TOKENS, "cpu").flatten(0, 1))
+
+
+def test_what_a_block_mask_lists_decides_as_in_flexattention():
+    """Full blocks whatever its mask_mod says of them, partial ones by it, no others."""
+    lists = [
+        torch.tensor(x, dtype=torch.int32)[None, None] for x in ([1, 0], [[0, 1], [0, 1]], [1, 1], [[1, 0], [0, 1]])
+    ]
+    block_mask = flex.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=16, mask_mod=causal, seq_lengths=(32, 32))
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[:16, :16] = torch.ones(16, 16).tril()
+    expected[:16, 16:] = expected[16:, :16] = True
+    assert torch.equal(dense(TileLists.from_block_mask(block_mask))[0], expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_lists_survive_the_way_to_a_block_mask_and_back(groups):
+    tiles = with_masks(random_lists(groups, 100, 90, 16, 32, pooled=False))
+    block_mask = tiles.to_block_mask(min(groups, 2))
+    assert tuple(block_mask.shape) == (max(1, groups // 2), min(groups, 2), 100, 90)
+    mask = create_mask(block_mask.mask_mod, *block_mask.shape, "cpu")
+    assert torch.equal(mask.flatten(0, 1), dense(tiles))
+    assert torch.equal(dense(TileLists.from_block_mask(block_mask)), dense(tiles))
+    full = (tiles.states() == EXACT).sum(-1, dtype=torch.int32)
+    assert torch.equal(block_mask.full_kv_num_blocks.flatten(0, 1), full)
+
+
+CU_Q, CU_K = (0, 7, 7, 40, 60), (0, 20, 25, 30, 75)
+
+
+@pytest.mark.parametrize("cu_k", [CU_Q, CU_K], ids=["self", "cross"])
+@pytest.mark.parametrize("limits", [{}, dict(causal=True), dict(window=(5, 2)), dict(causal=True, window=(9, -1))])
+def test_packed_sequences_see_themselves_alone(cu_k, limits):
+    """Bottom-right aligned, as in flash-attn; a sequence without queries, ones with fewer keys than queries."""
+    tiles = TileLists.from_cu_seqlens(
+        torch.tensor(CU_Q, dtype=torch.int32),
+        None if cu_k is CU_Q else torch.tensor(cu_k),
+        block_q=16,
+        block_k=24,
+        **limits,
+    )
+    mask = torch.zeros(CU_Q[-1], cu_k[-1], dtype=torch.bool)
+    left, right = limits.get("window", (-1, -1))
+    right = 0 if limits.get("causal") else right
+    for (q, q_end), (k, k_end) in zip(pairwise(CU_Q), pairwise(cu_k), strict=True):
+        ahead = torch.arange(k_end - k) - torch.arange(q_end - q)[:, None] - (k_end - k - q_end + q)
+        near = (right < 0) | (ahead <= right)
+        mask[q:q_end, k:k_end] = near & ((left < 0) | (ahead >= -left))
+    assert torch.equal(dense(tiles.validate())[0], mask)
+    check_against_dense(tiles, mask)
+
+
+def test_neighbourhood_attention_of_a_video_in_tiles_of_its_grid():
+    """NATTEN's windows of 3 x 3 x 3, moved inside at the edges, on tokens ordered by boxes of 4 x 4 x 2."""
+    grid, box, size = (4, 8, 16), (4, 4, 2), (3, 3, 3)
+    token = torch.arange(512).view(grid)
+    boxes = token.unflatten(2, (-1, box[2])).unflatten(1, (-1, box[1])).unflatten(0, (-1, box[0]))
+    order = boxes.permute(0, 2, 4, 1, 3, 5).flatten()
+    places = torch.stack(torch.unravel_index(order, grid), 1)
+    lengths, sizes = torch.tensor(grid), torch.tensor(size)
+
+    def near(b, h, q_idx, kv_idx):
+        first = (places[q_idx] - sizes // 2).clamp(min=torch.zeros(3).long(), max=lengths - sizes)
+        return ((places[kv_idx] >= first) & (places[kv_idx] < first + sizes)).all()
+
+    tiles = TileLists.from_mask_mod(near, block_q=32, block_k=32, num_q=512, num_k=512)
+    spots = torch.stack(torch.unravel_index(torch.arange(512), grid), 1)
+    mask = torch.ones(512, 512, dtype=torch.bool)
+    for axis, (length, count) in enumerate(zip(grid, size, strict=True)):
+        for token in range(512):
+            start = min(max(int(spots[token, axis]) - count // 2, 0), length - count)
+            mask[token] &= (spots[:, axis] >= start) & (spots[:, axis] < start + count)
+    assert (mask.sum(1) == 27).all()
+    assert tiles.density < 0.4
+    assert TileLists.from_mask(mask, block_q=32, block_k=32).density > 0.45  # rows of the grid as they are
+    check_against_dense(tiles, mask, token_order=order)
+
+
+def test_masks_and_pooled_tiles_in_one_row():
+    """A pooled tile that a causal row comes after: the sum of both sides by LSE."""
+    states = torch.tensor([[EXACT, SKIPPED], [POOLED, EXACT]], dtype=torch.uint8)
+    sizes = dict(block_q=16, block_k=16, num_q=32, num_k=32)
+    mask = pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril())
+    both = replace(TileLists.from_states(states, **sizes), mask_ids=torch.zeros(2, dtype=torch.int32), mask_bits=mask)
+    q, k, v = qkv(1, 2, 2, 32, 32, 8, torch.float64)
+    exact = TileLists.from_mask(dense(both), block_q=16, block_k=16)
+    pooled = TileLists.from_states(torch.tensor([[0, 0], [1, 0]], dtype=torch.uint8), **sizes)
+    parts = [
+        block_sparse_attention(q, k, v, x, layout="bhsd", return_lse=True, backend="torch")
+        for x in (exact, pooled, both)
+    ]
+    (one, lse), (two, lse_two), (found, lse_found) = parts
+    total = torch.logaddexp(lse, lse_two)
+    torch.testing.assert_close(lse_found, total)
+    expected = one * (lse - total).exp()[..., None] + two * (lse_two - total).exp()[..., None]
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_of_lists_that_are_longer_than_others_have_the_masks():
+    """Query tiles that see 18 and 20 key tiles are computed together; only the last of the longer list has a mask."""
+    mask = torch.zeros(48, 160, dtype=torch.bool)
+    mask[:16, :144] = mask[16:, :157] = True
+    tiles = TileLists.from_mask(mask, block_q=16, block_k=8)
+    assert (tiles.exact_offsets.diff() == torch.tensor([18, 20, 20])).all()
+    check_against_dense(tiles, mask)
+
+
+def test_masks_that_change_in_place_are_followed():
+    tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=40, num_k=40)
+    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
+    before = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    tiles.mask_bits.copy_(pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril(-1)))
+    narrower = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    mask = torch.arange(40)[:, None] // 16 > torch.arange(40) // 16
+    mask |= torch.ones(40, 40, dtype=torch.bool).tril(-1)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask).nan_to_num(0.0)
+    torch.testing.assert_close(narrower, expected)
+    tiles.mask_ids.fill_(-1)
+    whole = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    mask = torch.arange(40)[:, None] // 16 >= torch.arange(40) // 16
+    torch.testing.assert_close(whole, scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    assert not torch.equal(before, narrower)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("holders", ["k", "v", "kv"])
+def test_what_a_mask_hides_may_hold_anything(value, pooled, holders):
+    """A key that no row before it sees, in a tile that they do: output and gradients of those rows stay as they are."""
+    sizes = dict(block_q=16, block_k=16, num_q=40, num_k=40)
+    tiles = TileLists.from_mask_mod(causal, **sizes)
+    if pooled:  # all that is left of the diagonal
+        lists = TileLists.from_states(torch.ones(3, 3, dtype=torch.uint8).tril() + torch.eye(3).byte(), **sizes)
+        mask = pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril())
+        tiles = replace(lists, mask_ids=torch.zeros(3, dtype=torch.int32), mask_bits=mask)
+    given, results = qkv(1, 1, 1, 40, 40, 8, torch.float32), []
+    for bad in (False, True):
+        q, k, v = (x.clone() for x in given)
+        if bad:
+            for name in holders:
+                dict(k=k, v=v)[name][0, 0, 20] = value
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch")
+        results.append((out.detach(), *torch.autograd.grad(out[:, :, :20].square().sum(), leaves)))
+    (clean, *grads), (found, *others) = results
+    assert torch.equal(found[:, :, :20], clean[:, :, :20])
+    if holders != "k":  # a key of -inf may weigh nothing
+        assert not found[0, 0, 20:].isfinite().all(-1).any()
+    assert torch.equal(others[0][:, :, :20], grads[0][:, :, :20])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_key_that_masks_hide_from_all_rows_is_nothing(value):
+    tiles = TileLists.from_mask_mod(lambda b, h, q_idx, kv_idx: kv_idx != 20, **SIZES)
+    given, results = qkv(1, 1, 1, TOKENS, TOKENS, 8, torch.float32), []
+    for bad in (False, True):
+        leaves = [x.clone() for x in given]
+        for x in leaves[1:]:
+            x[0, 0, 20] = value if bad else 0.0
+        leaves = [x.requires_grad_() for x in leaves]
+        out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch")
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    assert not results[1][2][0, 0, 20].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_query_that_is_no_number_is_one_row_unless_it_sees_nothing(backend, value):
+    mask = torch.ones(40, 40, dtype=torch.bool).tril(-1)
+    tiles = TileLists.from_mask(mask, block_q=16, block_k=16)
+    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
+    q[0, 0, [0, 21]] = value
+    out, lse = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend=backend)
+    assert (~out[0, 0].isfinite()).any(-1).nonzero().flatten().tolist() == [21]
+    assert torch.equal(out[0, 0, 0], torch.zeros(8))
+    assert lse[0, 0, 0] == -torch.inf
+
+
+def ones(*shape, dtype=torch.int32):
+    return torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: TileLists.from_mask(ones(4, 4), block_q=4, block_k=4), TypeError, r"mask.*bool.*torch\.int32"),
+        (lambda: TileLists.from_mask(ones(4, 4).bool(), block_q=0, block_k=4), ValueError, r"block_q.*1, found 0"),
+        (lambda: TileLists.from_block_mask(ones(4, 4)), TypeError, r"block_mask.*BlockMask, found Tensor"),
+        (lambda: TileLists.from_mask(ones(4, dtype=torch.bool), block_q=4, block_k=4), ValueError, r"S_q.*\[4\]"),
+        (
+            lambda: TileLists.from_mask_mod(lambda b, h, q, k: q - k, **SIZES),
+            TypeError,
+            r"mask_mod.*torch\.bool.*found torch\.int64",
+        ),
+        (lambda: TileLists.from_mask_mod(causal, batch=2, **SIZES), ValueError, r"batch=2.*heads=None"),
+        (
+            lambda: TileLists.from_block_mask(create_block_mask(causal, 2, None, 9, 9, device="cpu", BLOCK_SIZE=4)),
+            ValueError,
+            r"block_mask of 2 x 1",
+        ),
+        (
+            lambda: TileLists.from_block_mask(
+                flex.BlockMask.from_kv_blocks(ones(1, 1, 2), ones(1, 1, 2, 2), BLOCK_SIZE=4, seq_lengths=(30, 8))
+            ),
+            ValueError,
+            r"block_mask.*\[8, 2\].*4 x 4.*30 queries and 8.*found \[2, 2\]",
+        ),
+        (lambda: random_lists(1, 20, 20, 4, 4).to_block_mask(), ValueError, r"BlockMask.*pooled.*found \d+"),
+        (lambda: TileLists.full(8, 8, block_q=4, block_k=4).to_block_mask(2), ValueError, r"heads.*1 list.*found 2"),
+        (
+            lambda: TileLists.from_cu_seqlens(torch.tensor([0.0, 3.0]), block_q=4, block_k=4),
+            TypeError,
+            r"cu_q.*int32 or torch\.int64.*torch\.float32",
+        ),
+        (
+            lambda: TileLists.from_cu_seqlens(ones(1), block_q=4, block_k=4),
+            ValueError,
+            r"cu_q.*\[N \+ 1\].*found \[1\]",
+        ),
+        (
+            lambda: TileLists.from_cu_seqlens(torch.tensor([0, 5, 3]), block_q=4, block_k=4),
+            ValueError,
+            r"cu_q.*0.*found \[0, 5, 3\]",
+        ),
+        (
+            lambda: TileLists.from_cu_seqlens(torch.tensor([0, 5]), torch.tensor([1, 5]), block_q=4, block_k=4),
+            ValueError,
+            r"cu_k.*0.*found \[1, 5\]",
+        ),
+        (
+            lambda: TileLists.from_cu_seqlens(torch.tensor([0, 5]), torch.tensor([0, 2, 5]), block_q=4, block_k=4),
+            ValueError,
+            r"cu_q and cu_k.*found 1.*cpu.*2.*cpu",
+        ),
+    ],
+)
+def test_refuses(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("ids", "bits", "error", "text"),
+    [
+        ([0, 0], None, ValueError, r"mask_ids and mask_bits.*both"),
+        (ones(2).long(), (1, 4, 1), TypeError, r"mask_ids.*int32.*int64"),
+        ([0], (1, 4, 1), ValueError, r"mask_ids.*\[2\].*found \[1\]"),
+        ([0, 0], (1, 5, 1), ValueError, r"mask_bits.*\[M, 4, 1\].*found \[1, 5, 1\]"),
+        ([0, 0], (0, 4, 1), ValueError, r"mask_bits.*M >= 1.*found \[0, 4, 1\]"),
+        ([0, 2], (2, 4, 1), ValueError, r"mask_ids.*-1\.\.1 \(2 masks\), found 2 at position 1"),
+        ([-2, 0], (2, 4, 1), ValueError, r"mask_ids.*-1\.\.1.*found -2 at position 0"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_before_a_launch(ids, bits, error, text):
+    tiles = TileLists.from_states(torch.full((1, 2), EXACT, dtype=torch.uint8), block_q=4, block_k=4, num_q=4, num_k=8)
+    q, k, v = qkv(1, 1, 1, 4, 8, 8, torch.float32)
+    ids = torch.tensor(ids, dtype=torch.int32) if isinstance(ids, list) else ids
+    masks = dict(mask_ids=ids, mask_bits=None if bits is None else torch.zeros(bits, dtype=torch.int32))
+    with pytest.raises(error, match=text):
+        block_sparse_attention(q, k, v, replace(tiles, **masks), layout="bhsd")
+
+
+def test_a_call_of_other_lengths_than_its_block_masks_is_refused():
+    tiles = TileLists.from_block_mask(create_block_mask(causal, None, None, 40, 40, device="cpu", BLOCK_SIZE=16))
+    with pytest.raises(ValueError, match=r"40 queries and 40 keys, found 30 and 30"):
+        block_sparse_attention(*qkv(1, 1, 1, 30, 30, 8, torch.float32), tiles, layout="bhsd")
