@@ -45,7 +45,7 @@ def _load(entry: EntryPoint) -> Sequence[Adapter]:
         ) from error
     if not isinstance(given, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in given):
         raise ConfigError(
-            f"{entry_point} must give a tuple of adapters, got {type(given).__name__}; set ADAPTERS = (MINE,) there"
+            f"{entry_point} must give adapters, got {type(given).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
         )
     return given
 

@@ -12,6 +12,7 @@ from ..methods.caches.cache_config import MeasuredCacheConfig
 from ..methods.caches.db import FirstBlockCache
 from ..methods.caches.easy import EasyCache
 from ..methods.caches.mag import MagCache
+from ..methods.caches.sea import SeaCache
 from ..methods.caches.static import StaticCache
 from ..methods.caches.tea import TeaCache
 from ..methods.find import attention_modules
@@ -53,6 +54,7 @@ CACHE_CASES: dict[str, CacheCase] = {
     "easycache": CacheCase(**_measured(EasyCache), warm=2),
     "teacache": CacheCase(**_measured(TeaCache, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0))),
     "magcache": CacheCase(**_measured(MagCache, ratios=(1.0,) * STEPS), counted=True),
+    "seacache": CacheCase(**_measured(SeaCache, max_consecutive=None)),
     "firstblockcache": CacheCase(**_measured(FirstBlockCache), runs_first=1),
 }
 """Method name -> how it is tried; open to every package."""

@@ -70,13 +70,14 @@ def run_suite(
     from .suites.suite import read_suite
 
     read = read_suite(suite)
-    timed = timed or read.timed
-    usual = (2 if timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
+    usual = (2 if timed or read.timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
-        suite=read, out=out or _results_of(suite) / f"{read.name}.jsonl", timed=timed,
+        suite=read, out=out or _results_of(suite) / f"{read.name}.jsonl", timed=timed or read.timed,
         cache=cache or default_cache(), threads=threads or usual, frames=frames, talk=not quiet,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
+    if read.many and not quiet:
+        warn(read.many)
     if not only_table:
         _run(job, clips, workers, quiet)
     elif not quiet:
@@ -96,8 +97,6 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     from .suites.compare import run_job
     from .suites.job import clips_of
 
-    if job.suite.many and not quiet:
-        warn(job.suite.many)
     run_job(job, clips_of(job.suite, clips), workers, quiet=quiet)
     if not quiet and Ranks().first:
         _show_run(job, read_lines(job.out), written=True)

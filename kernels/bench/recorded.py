@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -131,6 +131,8 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
             options={name: tuple(x) if isinstance(x, list) else x for name, x in options.items()},
             row=rows.get("pooled" if short == "pooled_dkdv" else short),
         )
+        if any(x.name == record.name for key, x in into.items() if key != record.identity):  # twice in one call
+            record = replace(record, name=f"{record.name}+again")
         into.setdefault(record.identity, record)
         return True  # known already, says this to the JIT: it neither compiles nor launches
 

@@ -21,7 +21,7 @@ def state_of(heads: int = 4) -> SimpleNamespace:
 
 def execution_of(*handlers: SimpleNamespace, backend: str = "torch") -> SimpleNamespace:
     return SimpleNamespace(
-        handlers=handlers, attention=handlers, backend=backend,
+        handlers=handlers, attention=handlers, backend=backend, dense="user",
         state=SimpleNamespace(num_inference_steps=5, step_index=0),
     )  # fmt: skip
 

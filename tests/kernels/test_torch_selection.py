@@ -20,7 +20,9 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention,
     pack_bits,
+    problem,
     unpack_bits,
+    values,
 )
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks
@@ -199,9 +201,9 @@ def test_lists_of_one_call_are_not_remembered(monkeypatch):
     for options in (dict(), dict(key_mask=mask)):
         selection = Selection(keep=pack_bits(torch.rand(1, 2, 5, 5) > 0.5))
         block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=selection, backend="torch", **options)
-    assert chunks._CHUNKS not in asked
+    assert set(asked) == {values._CHECKED, problem._VALID}  # valid keys are kept with their mask
     block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    assert chunks._CHUNKS in asked
+    assert set(asked) == {values._CHECKED, problem._VALID, chunks._CHUNKS}
 
 
 SELECTIONS = {

@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "easycache": _of(d.EasyCache(threshold=50.0, **_CACHE)),
     "teacache": _of(d.TeaCache(threshold=1e9, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0), **_CACHE)),
     "magcache": _of(d.MagCache(threshold=1e9, ratios=(1.0,) * STEPS, **_CACHE)),
+    "seacache": _of(d.SeaCache(threshold=1e9, **_CACHE)),
     "firstblockcache": _of(d.FirstBlockCache(threshold=1e9, **_CACHE)),
     "dbcache": _of(d.DBCache(threshold=1e9, first_blocks=1, last_blocks=0, **_CACHE)),
     "dbprune": _of(d.DBPrune(threshold=1e9, **_CACHE)),

@@ -56,6 +56,8 @@ def declared(trial: Trial) -> str | None:
         return STILL[trial.method]
     if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
         return "needs the number of steps"
+    if trial.method == "seacache" and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
+        return "needs the noise level"
     if trial.method == "dfa" and not _flows(trial.pipe):
         return "reads the foreground off a flow model's prediction"
     if trial.method == "profilingcache" and not adapter.guidance.share_prefix:
