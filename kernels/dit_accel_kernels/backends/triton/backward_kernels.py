@@ -7,10 +7,6 @@ would be every weight of its row: the kernel of grad_q adds up the weights and l
 others. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists, pools and decay are ours.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
-# (Triton compiles this code; to a type checker its constexprs are plain numbers in the wrong place.)
-
 from __future__ import annotations
 
 import triton

@@ -4,10 +4,6 @@ The formulas and what they are for are those of precision.py. Eight bits lie whe
 caller's order; their scales follow the tiled one.
 """
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -20,7 +16,7 @@ from torch import Tensor
 from ...precision import centre_of
 from ...problem import Problem
 from .launch import eight_bit_number
-from .loads import _load, _queries
+from .loads import _load, _queries, _token_rows
 
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
@@ -125,12 +121,10 @@ def _quantise_kernel(
             offset = first + tl.arange(0, BLOCK_N)
             token = k_tile * TILE_K + offset
             here = (offset < TILE_K) & (token < num_k)
-            live, row = here, token
+            live, row = here, _token_rows(token, here, token_order_ptr).to(tl.int64)[:, None]
             if valid_ptr is not None:
                 live &= tl.load(valid_ptr + b * num_k + token, mask=here, other=0) > 0
-            if token_order_ptr is not None:
-                row = tl.load(token_order_ptr + token, mask=here, other=0)
-            row, inside = row.to(tl.int64)[:, None], (columns < DIM)[None, :]
+            inside = (columns < DIM)[None, :]
             x = tl.load(k_ptr + row * stride_ks + columns[None, :], mask=live[:, None] & inside, other=0.0)
             x = tl.where(live[:, None], x.to(tl.float32) - centre[None, :], 0.0)
             if turn == 0:

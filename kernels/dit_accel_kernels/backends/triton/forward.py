@@ -10,10 +10,6 @@ Logits are in base 2; sums are float32; addresses are 64-bit. Head dims that are
 parts (96 = 64 + 32), the second padded where it must be.
 """
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import triton

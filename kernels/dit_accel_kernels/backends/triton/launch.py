@@ -5,6 +5,7 @@ dtype, a head dim and a tile up to a size, and the calls with a feature ("eight"
 any). Its `source` says how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the
 bounds of bench/aot.py), or the card, date and seconds of a measurement.
 """
+# pyright: basic
 
 from __future__ import annotations
 

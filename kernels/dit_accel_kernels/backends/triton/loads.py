@@ -1,9 +1,5 @@
 """How kernels load rows, in two column parts, so that head dims need not be powers of 2, and what goes with rows."""
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import triton

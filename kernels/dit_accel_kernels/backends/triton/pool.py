@@ -4,15 +4,14 @@ Means rather than sums of V, with log2 of the length added to the logit: e^s sum
 cannot overflow fp16.
 """
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .loads import _token_rows
 
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
@@ -41,10 +40,7 @@ def _pool_kernel(
         live = (offset < TILE_K) & (token < num_k)
         if valid_ptr is not None:
             live &= tl.load(valid_ptr + b * num_k + token, mask=live, other=0) > 0
-        row = token
-        if token_order_ptr is not None:
-            row = tl.load(token_order_ptr + token, mask=live, other=0)
-        row = row.to(tl.int64)[:, None]
+        row = _token_rows(token, live, token_order_ptr).to(tl.int64)[:, None]
         mask, mask_v = live[:, None] & (columns < DIM)[None, :], live[:, None] & (columns_v < DIM_V)[None, :]
         k_sum += tl.sum(tl.load(k_ptr + row * stride_ks + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
         v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns_v[None, :], mask=mask_v, other=0.0).to(tl.float32), 0)
