@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .forward import _full_chunk, _pooled_bits, _pooled_range, _store_part
-from .loads import _load_part, _pair_decay, _seen, _token_rows, _unmasked
+from .loads import _from, _load_part, _pair_decay, _seen, _token_rows, _unmasked
 from .votes import _sections
 
 
@@ -84,9 +84,7 @@ def _dq_kernel(
     if stride_ib is not None:
         lists = bh.to(tl.int64) * q_tiles
         entries = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
-        indices_ptr += entries
-        if entry_t_ptr is not None:
-            entry_t_ptr += entries
+        indices_ptr, entry_t_ptr = indices_ptr + entries, _from(entry_t_ptr, entries)
     bounds_ptr += (lists + q_tile) * 6
     batch, head = b.to(tl.int64), h.to(tl.int64)
     k_ptr += batch * stride_kb + hk * stride_kh
@@ -107,31 +105,20 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     totals = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)  # a row's sum in as many parts as a chunk has keys
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
-    indices_ptr += start
-    if entry_t_ptr is not None:
-        entry_t_ptr += start
-    if entry_mask_ptr is not None:
-        entry_mask_ptr += start
+    indices_ptr, entry_t_ptr = indices_ptr + start, _from(entry_t_ptr, start)
+    entry_mask_ptr = _from(entry_mask_ptr, start)
 
     ahead = tl.load(indices_ptr)
-    for n in tl.range(0, end_plain * SUBS_K):
-        first = ahead.to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
-        _, k, _, v, _ = _full_chunk(
-            first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0, DIM_V, BLOCK_DV, 0
-        )
-        ahead = tl.load(indices_ptr + (n + 1) // SUBS_K)
-        dq, totals = _add_query_grad(dq, totals, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
-
-    if entry_t_ptr is not None:
-        for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
+    for constant in tl.static_range(2 if entry_t_ptr is not None else 1):  # plain tiles, then those of one t each
+        for n in tl.range(end_plain * SUBS_K if constant else 0, (end_constant if constant else end_plain) * SUBS_K):
             first = ahead.to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
             _, k, _, v, _ = _full_chunk(
                 first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0, DIM_V, BLOCK_DV,
                 0,
             )  # fmt: skip
             ahead = tl.load(indices_ptr + (n + 1) // SUBS_K)
-            t = tl.load(entry_t_ptr + n // SUBS_K)
-            dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, True, PRECISION)
+            t = tl.load(entry_t_ptr + n // SUBS_K) if constant else 1.0
+            dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, constant == 1, PRECISION)
 
     total = tl.sum(totals, 1)
     for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
@@ -260,11 +247,8 @@ def _dkdv_kernel(
         end_plain, end = (tl.load(list_ptr + 1) - start).to(tl.int32), (tl.load(list_ptr + 2) - start).to(tl.int32)
         if stride_ib is not None:
             start += batch * stride_ib + tl.cast(h, tl.int64) * stride_ih
-        head_q_tiles_ptr, head_t_ptr, head_mask_ptr = q_tiles_ptr + start, entry_t_ptr, entry_mask_ptr
-        if entry_t_ptr is not None:
-            head_t_ptr += start
-        if entry_mask_ptr is not None:
-            head_mask_ptr += start
+        head_q_tiles_ptr, head_t_ptr = q_tiles_ptr + start, _from(entry_t_ptr, start)
+        head_mask_ptr = _from(entry_mask_ptr, start)
         ahead = tl.load(head_q_tiles_ptr)
         for n in tl.range(0, end_plain * SUBS_Q):
             first = ahead.to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...bits import words_of
 from ...problem import Problem, by_head
+from .loads import _from
 from .plan import RowPlan, bits_of
 from .transpose import ColumnPlan
 
@@ -70,19 +71,11 @@ def _expand_kernel(
     program = tl.program_id(0).to(tl.int64)
     bounds_ptr += ((b * stride_gb + h * stride_gh) * q_tiles + q_tile) * 6
     row = ((b * stride_sb + h * stride_sh) * q_tiles + q_tile) * words
-    static_ptr += row
-    if pooled_ptr is not None:
-        pooled_ptr += row
+    static_ptr, pooled_ptr = static_ptr + row, _from(pooled_ptr, row)
     out_bounds_ptr += program * 6
     exact_ptr += program * words
-    if keep_ptr is not None:
-        keep_ptr += program * words
-    if pinned_ptr is not None:
-        pinned_ptr += q_tile.to(tl.int64) * words
-    if route_ptr is not None:
-        route_ptr += program * words
-    if out_pooled_ptr is not None:
-        out_pooled_ptr += program * words
+    keep_ptr, pinned_ptr = _from(keep_ptr, program * words), _from(pinned_ptr, q_tile.to(tl.int64) * words)
+    route_ptr, out_pooled_ptr = _from(route_ptr, program * words), _from(out_pooled_ptr, program * words)
     pooled_first, pooled_end = words, 0
     for first in range(0, words, 32):
         word = first + tl.arange(0, 32)
@@ -109,8 +102,7 @@ def _expand_kernel(
 
     begin = tl.load(bounds_ptr)
     out_ptr += b * stride_ib + h * stride_ih
-    if entry_t_ptr is not None:
-        out_t_ptr += b * stride_ib + h * stride_ih
+    out_t_ptr = _from(out_t_ptr, b * stride_ib + h * stride_ih)
     end = begin
     tl.store(out_bounds_ptr, begin)
     tl.store(out_bounds_ptr + 4, tl.minimum(pooled_first, pooled_end).to(tl.int64) * 32)
@@ -176,8 +168,7 @@ def _expand_columns_kernel(
     out_bounds_ptr += tl.program_id(0).to(tl.int64) * 3
     exact_ptr += bh.to(tl.int64) * q_tiles * words + k_tile // 32
     out_q_tiles_ptr += b * stride_ib + h * stride_ih
-    if entry_t_ptr is not None:
-        out_t_ptr += b * stride_ib + h * stride_ih
+    out_t_ptr = _from(out_t_ptr, b * stride_ib + h * stride_ih)
     begin = tl.load(bounds_ptr)
     end = begin
     tl.store(out_bounds_ptr, begin)
