@@ -78,10 +78,8 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
 def add_rest(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Output and LSE of a call, from those of its exact tiles without a mask, into whose memory they are written.
 
-    Args:
-        problem: a call without a selection, in tiled order.
-        out: [B, H, S_q, Dv] in q's dtype, last dimension contiguous, 0 in rows without a key.
-        lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
+    The call has no selection and is in tiled order; `out` [B, H, S_q, Dv] in q's dtype has contiguous rows; natural-log
+    `lse` float32 [B, H, S_q] is contiguous; rows without a key have 0 and -inf.
     """
     check(problem)
     results = _attend(problem, True, (out, lse))

@@ -1,11 +1,10 @@
 """Gradients through tile lists on Triton: of Q along query tiles, of K and V along key tiles, without atomics.
 
-Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse for every query row, in float32 without rounding
-in between: where one key has nearly all weight, grad_out v' - delta is a small difference of large numbers. One
-program then owns a block of rows of grad_q, and another a block of rows of grad_k and grad_v, summing over the query
-heads that share its key head: every number is written once, by one program that adds in a fixed order, so gradients are
-deterministic by construction. Pooled columns get their gradients in a kernel of their own, 32 tiles at a time over a
-bitmap of the lists; where grad_k and grad_v are written they are spread over the tile's valid tokens by true length.
+Four launches. A pre-pass forms delta = sum(out * grad_out) - grad_lse of every query row, in float32 with one rounding:
+where one key has nearly all weight, grad_out v' - delta is a small difference of large numbers. Then a program owns a
+block of rows of grad_q, or of grad_k and grad_v, summing over the query heads of its key head: each number is written
+once, by one program that adds in a fixed order, so gradients are deterministic. Those of pooled columns come from a
+kernel of their own, and are spread over the tile's valid tokens where grad_k and grad_v are written.
 """
 
 from __future__ import annotations
@@ -92,26 +91,18 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out like them, in the problem's token order (tiled, or that of `token_order`).
 
-    Args:
-        problem: the call, as the forward got it; a selection with what was `routed`, without a routing.
-        out: its output [B, H, S_q, Dv], in q's dtype.
-        lse: its natural-log LSE, float32 [B, H, S_q].
-        grad_out: gradient of the output, like out.
-        grad_lse: gradient of the LSE, float32 [B, H, S_q]; None: not used.
-
-    Raises:
-        BackendUnavailableError: this machine or this call is out of the kernels' reach.
+    The problem is the call as the forward got it, a selection with what was `routed`, without a routing; its output and
+    `grad_out` [B, H, S_q, Dv] in q's dtype; its natural-log LSE and `grad_lse` float32 [B, H, S_q], None: not used.
+    Raises BackendUnavailableError where this machine or this call is out of the kernels' reach.
     """
     check(problem)
     cuts = slices(problem)
     if len(cuts) == 1:
         return _attend_backward(problem, out, lse, grad_out, grad_lse)
-    parts = [
-        _attend_backward(
-            part_of(problem, at), out[at], lse[at], grad_out[at], None if grad_lse is None else grad_lse[at]
-        )
-        for at in cuts
-    ]
+    parts = []
+    for at in cuts:
+        of_lse = None if grad_lse is None else grad_lse[at]
+        parts.append(_attend_backward(part_of(problem, at), out[at], lse[at], grad_out[at], of_lse))
     q, k, v = (list(part) for part in zip(*parts, strict=True))
     keys = [key_part(problem, cut) for cut in cuts]
     return (

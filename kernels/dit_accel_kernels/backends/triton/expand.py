@@ -1,9 +1,8 @@
 """Selections on Triton: what keep bits and routing leave of a plan's lists, compacted for every batch and head.
 
-One launch, no sync and no sort: a program reads a query tile of the static plan (plan.py), in which the order of
-the three sections and of the entries stays, and writes what is left to the same places of a scratch that has room for
-the whole plan, once for every batch and head that shares its lists. The exact tiles also leave as bits, and the pooled
-ones as nothing else: those of the lists and those that a selection adds.
+One launch, no sync and no sort: a program reads a query tile of the static plan (plan.py) and writes what is left, in
+the same order, to the same places of a scratch that has room for the whole plan, once for every batch and head that
+shares its lists. The exact tiles also leave as bits, and the pooled ones as nothing else.
 """
 
 from __future__ import annotations

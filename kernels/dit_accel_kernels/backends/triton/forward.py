@@ -1,13 +1,11 @@
 """The forward kernel: one program attends one query tile (or a part of it) over its exact and pooled key tiles.
 
-Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
-branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing, t differs by element or a
-mask hides pairs.
-Pooled tiles come last: the means of all key tiles lie in sequence, and a chunk of them is one product on the full query
-rows, with log2 of the true length added to the logit, -inf for those that the row's bits leave out. At few exact tiles
-nearly all are pooled: a walk that skips none of them needs no list. All share one running maximum and one row sum.
-Logits are in base 2; sums are float32; addresses are 64-bit. Head dims that are no power of 2 are cut into two column
-parts (96 = 64 + 32), the second padded where it must be.
+Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor branches;
+*constant* ones, which share one decay t; and *slow* ones, where keys are missing, t differs by element or a mask hides
+pairs. Pooled tiles come last: a chunk of means, which lie in sequence, is one product on the full query rows, with log2
+of the true length added to the logit, -inf for those that the row's bits leave out. All share one running maximum and
+one row sum. Logits are in base 2; sums are float32; addresses are 64-bit. Head dims that are no power of 2 are cut into
+two column parts (96 = 64 + 32), the second padded where it must be.
 """
 
 from __future__ import annotations

@@ -59,13 +59,9 @@ def pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean K and V, [B, HK, NK, D] and [B, HK, NK, Dv] in the inputs' dtype, and true lengths, float32 [B, NK].
 
-    Args:
-        k: [B, HK, S_k, D], any strides but 1 for the last.
-        v: like k, with a head dim of its own.
-        block_k: tokens a tile.
-        token_order: integer [S_k], tiled position -> row of k and v; None: they are in tiled order.
-        valid: uint8 [B, S_k] in tiled order, the keys that count; None: all.
-        wide: let mean K be float32.
+    K [B, HK, S_k, D] and V, with a head dim of its own, have contiguous rows, `block_k` to a tile; `token_order` [S_k]
+    maps tiled positions to rows; `valid` uint8 [B, S_k], in tiled order, are the keys that count (None: all). With
+    `wide`, mean K is float32.
     """
     batch, heads, tokens, dim = k.shape
     tiles = -(-tokens // block_k)

@@ -1,11 +1,10 @@
 """Routing on Triton: query tiles' thresholds on pooled logits, as bits of the tiles above them (Sol-Attn, 2607.24027).
 
-The released kernels route inside the attention loop: a chunk's products of all query rows with pooled keys serve as the
-approximation, and their column means as scores. The column mean of Q mean(K)^T over a tile's rows is
-mean(Q) . mean(K), so this pre-pass needs the mean queries only, 1 / block_q of those products; the attention loops stay
-free of branches and of an order, block_q may be anything, and keep bits, masks and decay compose. Three kernels: mean
-queries, statistics of the mean keys' channels, and scores, which never leave the program. `routing_scores` in
-states.py is the specification; sums are float32.
+The released kernels route inside the attention loop, by column means of all query rows' products with pooled keys.
+That mean over a tile's rows is mean(Q) . mean(K), so this pre-pass needs 1 / block_q of those products; the attention
+loops stay free of branches and of an order, block_q may be anything, and keep bits, masks and decay compose. Three
+kernels: mean queries, statistics of the mean keys' channels, and scores, which never leave the program. The
+specification is `routing_scores` in states.py; sums are float32.
 """
 
 from __future__ import annotations
@@ -153,12 +152,8 @@ def _route_kernel(
 def route(problem: Problem, routing: Routing, k_mean: Tensor, length: Tensor, precision: str) -> Tensor:
     """Bits int32 [B, H, NQ, W] of the tiles whose score exceeds their row's threshold, pinned or not.
 
-    Args:
-        problem: the call, in the caller's token order, with its selection; q with contiguous rows.
-        routing: what to do.
-        k_mean: [B, HK, NK, D], mean keys in q's dtype.
-        length: float32 [B, NK], how many valid keys each tile has.
-        precision: Triton's input precision for products of float32.
+    The call is in the caller's token order, q with contiguous rows; `k_mean` [B, HK, NK, D] are mean keys in q's dtype,
+    `length` float32 [B, NK] the valid keys of each tile, `precision` is Triton's for products of float32.
     """
     assert problem.selection is not None
     q, pinned = problem.q, problem.selection.pinned

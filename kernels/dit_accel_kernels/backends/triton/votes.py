@@ -1,10 +1,9 @@
 """Votes on Triton: need bits of visited tiles inside the forward kernel, and the kernel that folds them into kept bits.
 
-The specification is votes.py. A vote decides about the next call only, so the forward's loops need no scalar of it: a
-row keeps one bit for each visited tile, the sign of a difference shifted in from the right (one instruction), and every
-32 tiles the bits of a program's rows are OR-reduced and stored as one word, whose highest bit is the first visit. The
-fold then ORs the parts of a query tile, looks up which tile each bit is about, and clears the bits of those that no row
-needs. LiteAttention (arXiv 2511.11062) decides at every tile, with a reduction over warps each time.
+The specification is votes.py. A vote decides about the next call only: a row keeps one bit for each visited tile, the
+sign of a difference shifted in from the right (one instruction), and every 32 tiles the bits of a program's rows are
+OR-reduced and stored as one word, whose highest bit is the first visit. The fold then ORs the parts of a query tile and
+clears the bits of tiles that no row needs. LiteAttention (arXiv 2511.11062) reduces over warps at every tile.
 """
 
 from __future__ import annotations
