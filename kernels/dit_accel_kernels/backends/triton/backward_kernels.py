@@ -236,9 +236,7 @@ def _dkdv_kernel(
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):
-        head_scale = 1.0
-        if head_scale_ptr is not None:
-            head_scale = tl.load(head_scale_ptr + b * stride_hb + h)
+        head_scale = tl.load(head_scale_ptr + b * stride_hb + h) if head_scale_ptr is not None else 1.0
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         bh_rows = (batch * heads + h) * num_q
@@ -258,11 +256,8 @@ def _dkdv_kernel(
             )  # fmt: skip
             ahead = tl.load(head_q_tiles_ptr + (n + 1) // SUBS_Q)
             base, delta = tl.load(base_ptr + bh_rows + q_row), tl.load(delta_ptr + bh_rows + q_row)
-            t, norm = 1.0, 1.0
-            if norm_ptr is not None:
-                norm = tl.load(norm_ptr + bh_rows + q_row)[None, :]
-            if entry_t_ptr is not None:
-                t = tl.load(head_t_ptr + n // SUBS_Q)
+            norm = tl.load(norm_ptr + bh_rows + q_row)[None, :] if norm_ptr is not None else 1.0
+            t = tl.load(head_t_ptr + n // SUBS_Q) if entry_t_ptr is not None else 1.0
             dk, dv = _add_key_grads(
                 dk, dv, k, v, q, grad, t, scale * head_scale, head_scale, base[None, :], norm, delta,
                 entry_t_ptr is not None, head_scale_ptr is not None, PRECISION,
@@ -276,9 +271,8 @@ def _dkdv_kernel(
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_DV, DIM_V)
             base = tl.load(base_ptr + bh_rows + q_row, mask=live, other=float("inf"))
             delta = tl.load(delta_ptr + bh_rows + q_row, mask=live, other=0.0)
-            t, norm = 1.0, 1.0
-            if norm_ptr is not None:
-                norm = tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
+            t = 1.0
+            norm = 1.0 if norm_ptr is None else tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
             if table_ptr is not None:
                 q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                 t = _pair_decay(q_frame[None, :], k_frame[:, None], table_ptr, table_last)
@@ -340,9 +334,7 @@ def _pooled_dkdv_kernel(
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):
-        head_scale = 1.0
-        if head_scale_ptr is not None:
-            head_scale = tl.load(head_scale_ptr + b * stride_hb + h)
+        head_scale = tl.load(head_scale_ptr + b * stride_hb + h) if head_scale_ptr is not None else 1.0
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         bh_rows = (batch * heads + h) * num_q
@@ -360,9 +352,8 @@ def _pooled_dkdv_kernel(
                 delta = tl.load(delta_ptr + bh_rows + q_row, mask=live, other=0.0)
                 pooled = ((bits >> bit) & 1) > 0
                 mass = _mass(base[None, :], tl.where(pooled, length, 0.0)[:, None], NATURAL)
-                t, norm = 1.0, 1.0
-                if norm_ptr is not None:
-                    norm = tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
+                t = 1.0
+                norm = 1.0 if norm_ptr is None else tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
                 if pooled_t_ptr is not None:
                     q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                     at = (q_frame[None, :] + 1) * k_tiles + k_tile[:, None]

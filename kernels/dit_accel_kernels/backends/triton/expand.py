@@ -80,9 +80,7 @@ def _expand_kernel(
         word = first + tl.arange(0, 32)
         inside = word < words
         exact = tl.load(static_ptr + word, mask=inside, other=0)
-        pinned = tl.zeros([32], tl.int32)
-        if pinned_ptr is not None:
-            pinned = tl.load(pinned_ptr + word, mask=inside, other=0)
+        pinned = tl.load(pinned_ptr + word, mask=inside, other=0) if pinned_ptr is not None else 0
         stays = exact
         if keep_ptr is not None:
             stays &= tl.load(keep_ptr + word, mask=inside, other=0) | pinned
