@@ -136,12 +136,11 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
         into.setdefault(record.identity, record)
         return True  # known already, says this to the JIT: it neither compiles nor launches
 
-    modules = [importlib.import_module(f"{BACKEND}.{module}") for module in ("attend", "backward")]
+    attend = importlib.import_module(f"{BACKEND}.attend")
     with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(mock.patch.object(module, "architecture", return_value=target))
-            stack.enter_context(mock.patch.object(module, "launch_of", looked_up))
-        stack.enter_context(mock.patch.object(modules[0], "missing_requirement", return_value=None))
+        stack.enter_context(mock.patch.object(attend, "architecture", return_value=target))
+        stack.enter_context(mock.patch.object(attend, "launch_of", looked_up))
+        stack.enter_context(mock.patch.object(attend, "missing_requirement", return_value=None))
         stack.enter_context(mock.patch.object(knobs.runtime, "jit_cache_hook", launched))
         stack.callback(driver.set_active, getattr(driver, "_active", None))
         driver.set_active(_Pretended(gpu))

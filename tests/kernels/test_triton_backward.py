@@ -28,8 +28,8 @@ from dit_accel_kernels.features import tile_means
 from dit_accel_kernels import count_bits
 from dit_accel_kernels.states import selected_states
 from dit_accel_kernels import EXACT, POOLED
-from dit_accel_kernels.backends.triton.plan import grouped
-from dit_accel_kernels.backends.triton.transpose import bits_of, column_plan
+from dit_accel_kernels.backends.triton.plan import bits_of, grouped
+from dit_accel_kernels.backends.triton.transpose import column_plan
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 

@@ -378,13 +378,14 @@ def test_compiles_to_one_full_graph():
 
 
 def test_lists_that_batches_or_heads_share_are_copied_once_for_each_of_them():
-    from dit_accel_kernels.backends.triton.expand import _copies
+    from dit_accel_kernels.backends.triton.expand import _room
 
-    # 3 batches of 4 heads; a stride of 0 says that all of them share the list
-    assert _copies(8, 2, 3, 4) == ((0, 0), 1)
-    assert _copies(8, 0, 3, 4) == ((0, 1), 4)
-    assert _copies(0, 2, 3, 4) == ((1, 0), 3)
-    assert _copies(0, 0, 3, 4) == ((4, 1), 12)
+    # 3 batches of 4 heads; a stride of 0 says that all of them share the list, here of one entry
+    assert _room((8, 2), 1, 3, 4) == ((0, 0), 1)
+    assert _room((8, 0), 1, 3, 4) == ((0, 1), 4)
+    assert _room((0, 2), 1, 3, 4) == ((1, 0), 3)
+    assert _room((0, 0), 1, 3, 4) == ((4, 1), 12)
+    assert _room((0, 0), 5, 3, 4) == ((20, 5), 60)
 
 
 @pytest.mark.parametrize("decays", [True, False])

@@ -176,7 +176,7 @@ def test_expanded_lists_are_the_plan_filtered(groups, masked):
     states = selected_states(call.tiled()).expand(2, 2, -1, -1)
     places = set()
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(5)).tolist():
-        place = b * lists.strides[0] + h * lists.strides[1]
+        place = b * lists.entry_strides[0] + h * lists.entry_strides[1]
         begin, *ends, pooled_start, pooled_end = lists.bounds[2 * b + h, i].tolist()
         start, *plan_ends = plan.bounds[b * plan.strides[0] + h * plan.strides[1], i, :4].tolist()
         assert begin == start

@@ -1,11 +1,10 @@
 """The fa4 backend: exact tiles as FlashAttention-4's block-sparse lists, all others on top by our Triton kernel.
 
 Tiles whose keys are all valid are its full blocks, which no mask touches; the ragged end is masked by its own count of
-keys. Tiles with invalid keys are partial blocks, and so is, where it takes two of our query tiles together, a tile that
-only one of them lists: `mask_mod` reads the lists as bits and the valid keys. Scales of heads and frame decay are its
-`score_mod`, which reads the factor and the t of every logit. It returns output and LSE, from which the forward kernel
-of the triton backend starts with pooled tiles and those with a mask inside, so that both parts are one softmax. Its
-loop tells nothing about a tile, hence no votes. Gradients are those of the triton backend, from this output and LSE.
+keys. Tiles with invalid keys are partial blocks, and so are those that only one of two query tiles lists which it takes
+together: `mask_mod` reads the lists as bits and the valid keys. Scales of heads and frame decay are its `score_mod`.
+From its output and LSE the triton backend's forward kernel starts with pooled tiles and those with a mask inside, so
+that both parts are one softmax. Gradients are those of the triton backend, from this output and LSE.
 """
 
 from __future__ import annotations

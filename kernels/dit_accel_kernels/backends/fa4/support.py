@@ -19,10 +19,7 @@ COMPILED = "4.0.0b36"  # the version whose calls are compiled in our tests: its 
 
 
 def missing_requirement(
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    dim: int | None = None,
-    tile: tuple[int, int] | None = None,
+    device: torch.device, dtype: torch.dtype | None = None, dim: int | None = None, tile: tuple[int, int] | None = None
 ) -> str | None:
     """What the fa4 backend would need here and does not find, or None; dtype, dim and tile None: any it supports."""
     if dtype is not None and dtype not in DTYPES:

@@ -1,11 +1,12 @@
 """The triton backend: plan, sizes and launches; every feature in one kernel, rows read and written where they lie."""
 
-# Launches take options that a kernel's signature doesn't show:
-# pyright: reportCallIssue=false
+# pyright: basic, reportCallIssue=false
+# (launches take options that a kernel's signature doesn't show)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
 from .eight import Scales, eight_bits
-from .expand import Lists, bits_of_lists, expand, static_lists
+from .expand import bits_of_lists, expand
 from .forward import _fwd_kernel
 from .launch import (
     Launch,
@@ -34,7 +35,7 @@ from .launch import (
     warps,
     with_order,
 )
-from .plan import RowPlan, row_plan
+from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
 from .route import route
 from .slices import joined, part_of, slices
@@ -64,25 +65,21 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     cuts = slices(problem)
     if len(cuts) == 1:
         return _attend(problem, need_lse)
-    batch, heads, num_q, _ = problem.q.shape
-    words = (batch, heads, problem.query_tiles, words_of(problem.key_tiles))
     parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
     out, lse, exact, kept = (list(part) for part in zip(*parts, strict=True))
     return (
-        joined(problem.empty_output(), out, cuts),
-        joined(lse[0].new_empty(batch, heads, num_q), lse, cuts) if need_lse else lse[0],
-        joined(exact[0].new_empty(words), exact, cuts),
-        None if kept[0] is None else joined(kept[0].new_empty(words), kept, cuts),
+        joined(out, cuts, problem.empty_output()),
+        joined(lse, cuts) if need_lse else lse[0],
+        joined(exact, cuts),
+        None if kept[0] is None else joined(kept, cuts),
     )
 
 
 def add_rest(problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Output and LSE of a call, from those of its exact tiles without a mask, into whose memory they are written.
 
-    Args:
-        problem: a call without a selection, in tiled order.
-        out: [B, H, S_q, Dv] in q's dtype, last dimension contiguous, 0 in rows without a key.
-        lse: natural logarithm, float32 [B, H, S_q], contiguous, -inf in those rows.
+    The call has no selection and is in tiled order; `out` [B, H, S_q, Dv] in q's dtype has contiguous rows; natural-log
+    `lse` float32 [B, H, S_q] is contiguous; rows without a key have 0 and -inf.
     """
     check(problem)
     results = _attend(problem, True, (out, lse))
@@ -96,93 +93,64 @@ def _attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     problem = replace(problem, q=q, k=k, v=v)
     eight = problem.precision is not None
-    features = ("eight",) * eight + ("decay",) * (problem.decay is not None)
-    launch = launch_of(architecture(q.device), q.dtype, wider(problem), problem.block_q, features=features)
-    if problem.token_order is not None:
-        launch = with_order(launch, decay=problem.decay is not None)
-    block_q = query_block(problem.block_q, launch.block_q)
     plan = row_plan(problem, without_whole=start is not None)
     with on_device(q.device):
         means, scales = None, (None, None, None)  # which eight bits have
         if problem.may_pool or eight:
             means = pool(k, v, block_k=problem.block_k, token_order=problem.token_order, valid=plan.valid, wide=eight)
-        lists, exact = _select(problem, plan, means)
+        plan, exact = _select(problem, plan, means)
         if eight:
             problem, means, scales = eight_bits(problem, means, plan.valid, architecture(q.device))
-        words = None
-        if problem.votes:
-            parts = -(-problem.block_q // block_q)
-            shape = (*q.shape[:2], problem.query_tiles, parts, words_of(problem.key_tiles))
-            words = torch.empty(shape, dtype=torch.int32, device=q.device)
-        with fitting("fwd", problem, features, problem.block_q):
-            out, lse = _launch(problem, plan, lists, means, scales, words, launch, block_q, need_lse, start)
-        kept = None if words is None else _kept(problem, plan, lists, words)
+        features = ("eight",) * eight + ("decay",) * (problem.decay is not None)
+        with fitting("fwd", problem, features, problem.block_q) as launch:
+            out, lse, words = _launch(problem, plan, means, scales, launch, need_lse, start)
+        kept = None if words is None else fold(problem, plan, words)
     return out, lse, exact, kept
 
 
 def _select(
     problem: Problem, plan: RowPlan, means: tuple[Tensor, Tensor, Tensor] | None
-) -> tuple[Lists, Tensor | None]:
-    """The lists of a call, and its exact tiles as bits where it has a selection."""
+) -> tuple[RowPlan, Tensor | None]:
+    """The plan with what a selection leaves of it, and the call's exact tiles as bits where it has a selection."""
     selection = problem.selection
-    if selection is None:
-        return static_lists(problem, plan), None
-    if not narrows(selection):
-        return static_lists(problem, plan), bits_of_lists(problem)
+    if selection is None or not narrows(selection):
+        return plan, None if selection is None else bits_of_lists(problem)
     routed = selection.routed
     if selection.routing is not None:
         assert means is not None
         products = fp32_products(architecture(problem.q.device))
-        routed = route(problem, selection.routing, problem.q, means[0].to(problem.k.dtype), means[2], products)
+        routed = route(problem, selection.routing, means[0].to(problem.k.dtype), means[2], products)
     return expand(problem, plan, routed)
 
 
-def _kept(problem: Problem, plan: RowPlan, lists: Lists, words: Tensor) -> Tensor:
-    """The bits of the next call, by the votes that the forward left in `words`."""
-    selection = problem.selection
-    assert selection is not None
-    if selection.keep is None:
-        kept = bits_of_lists(problem)
-    else:
-        kept = selection.keep.clone(memory_format=torch.contiguous_format)
-    entry_strides = lists.strides
-    strides = (*plan.strides, 0, 0) if entry_strides is None else (problem.q.shape[1], 1, *entry_strides)
-    pinned = None if selection.pinned is None else selection.pinned.contiguous()
-    fold(kept, words, lists.indices, lists.bounds, pinned, strides, reverse=selection.reverse)
-    return kept
-
-
 def _launch(
-    problem: Problem, plan: RowPlan, lists: Lists, means: tuple[Tensor, Tensor, Tensor] | None,
-    scales: Scales, words: Tensor | None, launch: Launch, block_q: int, need_lse: bool,
-    start: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run the forward kernel: output and LSE, written into those of a start where there is one."""
+    problem: Problem, plan: RowPlan, means: tuple[Tensor, Tensor, Tensor] | None, scales: Scales, launch: Launch,
+    need_lse: bool, start: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Run the forward kernel: output and LSE, written into those of a start where there is one, and words of votes."""
     q, k, v, selection = problem.q, problem.k, problem.v, problem.selection
     batch, heads, num_q, dim = q.shape
+    if problem.token_order is not None:
+        launch = with_order(launch, decay=problem.decay is not None)
+    block_q, (block_k, _) = query_block(problem.block_q, launch.block_q), key_block(problem.block_k, launch.block_k)
     if start is None:
         out, lse = problem.empty_output(), q.new_empty((batch, heads, num_q) if need_lse else (0,), dtype=torch.float32)
     else:
         out, lse = start
-    block_k, _ = key_block(problem.block_k, launch.block_k)
+    tiles, parts = (batch, heads, problem.query_tiles), -(-problem.block_q // block_q)
+    words = None
+    if problem.votes:
+        words = torch.empty(*tiles, parts, words_of(problem.key_tiles), dtype=torch.int32, device=q.device)
     (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
-    head_scale, table = problem.head_scale, None if problem.decay is None else problem.decay[0]
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
     products = fp32_products(architecture(q.device)) if q.dtype == torch.float32 else "ieee"
-    programs = batch * heads * problem.query_tiles * -(-problem.block_q // block_q)
-    _fwd_kernel[(programs,)](
-        q, k, v, out, lse if need_lse else None, lists.indices, lists.bounds, plan.q_order, lists.entry_t,
-        problem.token_order, plan.valid, head_scale, table, plan.q_frames, plan.k_frames,
-        None if means is None else plan.pooled_t, *masks_of(problem, plan), lists.pooled_bits, *pooled, *scales, words,
+    _fwd_kernel[(math.prod(tiles) * parts,)](
+        q, k, v, out, lse if need_lse else None, *listed(problem, plan, pooled), *scales, words,
         *_descriptors((k, v), block_k, problem.token_order is None and problem.block_k % block_k == 0),
         *((None, None) if means is None else _descriptors(means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
-        *out.stride()[:3], *plan.strides,
-        0 if head_scale is None or head_scale.shape[0] == 1 else heads, *(lists.strides or (None, None)),
-        *(lists.pooled_strides or (None, None)),
-        num_q, k.shape[2], heads, k.shape[1], problem.query_tiles, problem.key_tiles,
-        0 if table is None else table.numel() - 1, problem.scale * LOG2_E,
+        *out.stride()[:3], *sizes(problem, plan), problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=min(block_k, launch.block_s, launch.block_s if plan.entry_mask is None else 32),
@@ -191,17 +159,42 @@ def _launch(
         STARTED=start is not None,
         num_warps=warps(launch, block_q), num_stages=launch.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return out, lse
+    return out, lse, words
 
 
-def wider(problem: Problem) -> int:
-    """The larger head dim of a call, which chooses its row of the launch table."""
-    return max(problem.q.shape[-1], problem.v.shape[-1])
+def listed(problem: Problem, plan: RowPlan, pooled: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What kernels of query tiles read beside rows: lists, features, masks and pooled tiles (means and lengths)."""
+    return (
+        plan.indices, plan.bounds, plan.q_order, plan.entry_t, *features_of(problem, plan),
+        None if pooled[0] is None else plan.pooled_t, plan.entry_mask, masks_of(problem), plan.pooled_bits, *pooled,
+    )  # fmt: skip
 
 
-def masks_of(problem: Problem, plan: RowPlan) -> tuple[Tensor | None, Tensor | None]:
-    """The number of each entry's mask and the masks, where a call has some."""
-    return plan.entry_mask, None if problem.mask_bits is None else problem.mask_bits.contiguous()
+def features_of(problem: Problem, plan: RowPlan) -> tuple[Tensor | None, ...]:
+    """Token order, valid keys, factors of heads, and the table and frames of decay: what every kernel reads."""
+    table = None if problem.decay is None else problem.decay[0]
+    return problem.token_order, plan.valid, problem.head_scale, table, plan.q_frames, plan.k_frames
+
+
+def masks_of(problem: Problem) -> Tensor | None:
+    """The masks of partial tiles, where a call has some."""
+    return None if problem.mask_bits is None else problem.mask_bits.contiguous()
+
+
+def last_distance(problem: Problem) -> int:
+    """The last entry of the table of decay; 0 without decay."""
+    return 0 if problem.decay is None else problem.decay[0].numel() - 1
+
+
+def sizes(problem: Problem, plan: RowPlan) -> tuple[int | None, ...]:
+    """Strides of what `listed` gives, tokens, heads and tiles, as kernels of query tiles take them."""
+    static = plan.entry_strides is None
+    return (
+        *plan.strides, scale_stride(problem), *(plan.entry_strides or (None, None)),
+        *((None, None) if static and plan.pooled_bits is None else plan.pooled_strides),
+        problem.q.shape[2], problem.k.shape[2], problem.q.shape[1], problem.k.shape[1],
+        problem.query_tiles, problem.key_tiles, last_distance(problem),
+    )  # fmt: skip
 
 
 def pooled_block(problem: Problem, launch: Launch) -> int:
@@ -238,17 +231,17 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def fitting(kernel: str, problem: Problem, features: Iterable[str], tile: int = 128) -> Iterator[None]:
-    """Within it a launch of a kernel by the launch table runs, or raises BackendUnavailableError with its row.
+def fitting(kernel: str, problem: Problem, features: Sequence[str], tile: int = 128) -> Iterator[Launch]:
+    """Sizes of a kernel by the launch table, whose launch within runs or raises BackendUnavailableError with its row.
 
-    Every row fits the cards that it was compiled for (bench/aot.py); others may have less.
+    The larger head dim chooses the row. Every row fits the cards that it was compiled for (bench/aot.py); others may
+    have less.
     """
+    arch, dim = architecture(problem.q.device), max(problem.q.shape[-1], problem.v.shape[-1])
     try:
-        yield
+        yield launch_of(arch, problem.q.dtype, dim, tile, kernel, features=features)
     except OutOfResources as error:
-        q = problem.q
-        arch = architecture(q.device)
-        row = row_of(arch, q.dtype, wider(problem), tile, kernel, features)
+        row = row_of(arch, problem.q.dtype, dim, tile, kernel, features)
         named = ", ".join(f"{name} {value!r}" for name, value in row._asdict().items())
         raise BackendUnavailableError(
             f"backend 'triton' needs {error.required} of {error.name} for the row of launch_table.json with {named} "

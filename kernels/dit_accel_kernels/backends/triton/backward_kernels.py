@@ -7,17 +7,13 @@ would be every weight of its row: the kernel of grad_q adds up the weights and l
 others. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; lists, pools and decay are ours.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false, reportReturnType=false
-# (Triton compiles this code; to a type checker its constexprs are plain numbers in the wrong place.)
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .forward import _full_chunk, _pooled_bits, _pooled_range, _store_part
-from .loads import _load_part, _pair_decay, _seen, _token_rows, _unmasked
+from .loads import _from, _load_part, _pair_decay, _seen, _token_rows, _unmasked
 from .votes import _sections
 
 
@@ -88,9 +84,7 @@ def _dq_kernel(
     if stride_ib is not None:
         lists = bh.to(tl.int64) * q_tiles
         entries = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
-        indices_ptr += entries
-        if entry_t_ptr is not None:
-            entry_t_ptr += entries
+        indices_ptr, entry_t_ptr = indices_ptr + entries, _from(entry_t_ptr, entries)
     bounds_ptr += (lists + q_tile) * 6
     batch, head = b.to(tl.int64), h.to(tl.int64)
     k_ptr += batch * stride_kb + hk * stride_kh
@@ -111,31 +105,20 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     totals = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)  # a row's sum in as many parts as a chunk has keys
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
-    indices_ptr += start
-    if entry_t_ptr is not None:
-        entry_t_ptr += start
-    if entry_mask_ptr is not None:
-        entry_mask_ptr += start
+    indices_ptr, entry_t_ptr = indices_ptr + start, _from(entry_t_ptr, start)
+    entry_mask_ptr = _from(entry_mask_ptr, start)
 
     ahead = tl.load(indices_ptr)
-    for n in tl.range(0, end_plain * SUBS_K):
-        first = ahead.to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
-        _, k, _, v, _ = _full_chunk(
-            first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0, DIM_V, BLOCK_DV, 0
-        )
-        ahead = tl.load(indices_ptr + (n + 1) // SUBS_K)
-        dq, totals = _add_query_grad(dq, totals, q, grad, k, v, 1.0, scale, base, delta, False, PRECISION)
-
-    if entry_t_ptr is not None:
-        for n in tl.range(end_plain * SUBS_K, end_constant * SUBS_K):
+    for constant in tl.static_range(2 if entry_t_ptr is not None else 1):  # plain tiles, then those of one t each
+        for n in tl.range(end_plain * SUBS_K if constant else 0, (end_constant if constant else end_plain) * SUBS_K):
             first = ahead.to(tl.int64) * TILE_K + n % SUBS_K * BLOCK_K
             _, k, _, v, _ = _full_chunk(
                 first, k_ptr, v_ptr, token_order_ptr, stride_ks, stride_vs, BLOCK_K, DIM, BLOCK_D, 0, DIM_V, BLOCK_DV,
                 0,
             )  # fmt: skip
             ahead = tl.load(indices_ptr + (n + 1) // SUBS_K)
-            t = tl.load(entry_t_ptr + n // SUBS_K)
-            dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, True, PRECISION)
+            t = tl.load(entry_t_ptr + n // SUBS_K) if constant else 1.0
+            dq, totals = _add_query_grad(dq, totals, q, grad, k, v, t, scale, base, delta, constant == 1, PRECISION)
 
     total = tl.sum(totals, 1)
     for n in tl.range(end_constant * SUBS_S, end_slow * SUBS_S, num_stages=1):
@@ -253,9 +236,7 @@ def _dkdv_kernel(
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):
-        head_scale = 1.0
-        if head_scale_ptr is not None:
-            head_scale = tl.load(head_scale_ptr + b * stride_hb + h)
+        head_scale = tl.load(head_scale_ptr + b * stride_hb + h) if head_scale_ptr is not None else 1.0
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         bh_rows = (batch * heads + h) * num_q
@@ -264,11 +245,8 @@ def _dkdv_kernel(
         end_plain, end = (tl.load(list_ptr + 1) - start).to(tl.int32), (tl.load(list_ptr + 2) - start).to(tl.int32)
         if stride_ib is not None:
             start += batch * stride_ib + tl.cast(h, tl.int64) * stride_ih
-        head_q_tiles_ptr, head_t_ptr, head_mask_ptr = q_tiles_ptr + start, entry_t_ptr, entry_mask_ptr
-        if entry_t_ptr is not None:
-            head_t_ptr += start
-        if entry_mask_ptr is not None:
-            head_mask_ptr += start
+        head_q_tiles_ptr, head_t_ptr = q_tiles_ptr + start, _from(entry_t_ptr, start)
+        head_mask_ptr = _from(entry_mask_ptr, start)
         ahead = tl.load(head_q_tiles_ptr)
         for n in tl.range(0, end_plain * SUBS_Q):
             first = ahead.to(tl.int64) * TILE_Q + n % SUBS_Q * BLOCK_Q
@@ -278,11 +256,8 @@ def _dkdv_kernel(
             )  # fmt: skip
             ahead = tl.load(head_q_tiles_ptr + (n + 1) // SUBS_Q)
             base, delta = tl.load(base_ptr + bh_rows + q_row), tl.load(delta_ptr + bh_rows + q_row)
-            t, norm = 1.0, 1.0
-            if norm_ptr is not None:
-                norm = tl.load(norm_ptr + bh_rows + q_row)[None, :]
-            if entry_t_ptr is not None:
-                t = tl.load(head_t_ptr + n // SUBS_Q)
+            norm = tl.load(norm_ptr + bh_rows + q_row)[None, :] if norm_ptr is not None else 1.0
+            t = tl.load(head_t_ptr + n // SUBS_Q) if entry_t_ptr is not None else 1.0
             dk, dv = _add_key_grads(
                 dk, dv, k, v, q, grad, t, scale * head_scale, head_scale, base[None, :], norm, delta,
                 entry_t_ptr is not None, head_scale_ptr is not None, PRECISION,
@@ -296,9 +271,8 @@ def _dkdv_kernel(
             grad = _load_part(head_grad_ptr, q_row, live, stride_os, True, 0, BLOCK_DV, DIM_V)
             base = tl.load(base_ptr + bh_rows + q_row, mask=live, other=float("inf"))
             delta = tl.load(delta_ptr + bh_rows + q_row, mask=live, other=0.0)
-            t, norm = 1.0, 1.0
-            if norm_ptr is not None:
-                norm = tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
+            t = 1.0
+            norm = 1.0 if norm_ptr is None else tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
             if table_ptr is not None:
                 q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                 t = _pair_decay(q_frame[None, :], k_frame[:, None], table_ptr, table_last)
@@ -360,9 +334,7 @@ def _pooled_dkdv_kernel(
 
     repeat = heads // key_heads
     for h in range(hk * repeat, (hk + 1) * repeat):
-        head_scale = 1.0
-        if head_scale_ptr is not None:
-            head_scale = tl.load(head_scale_ptr + b * stride_hb + h)
+        head_scale = tl.load(head_scale_ptr + b * stride_hb + h) if head_scale_ptr is not None else 1.0
         head_q_ptr = q_ptr + batch * stride_qb + tl.cast(h, tl.int64) * stride_qh
         head_grad_ptr = grad_ptr + batch * stride_ob + tl.cast(h, tl.int64) * stride_oh
         bh_rows = (batch * heads + h) * num_q
@@ -380,9 +352,8 @@ def _pooled_dkdv_kernel(
                 delta = tl.load(delta_ptr + bh_rows + q_row, mask=live, other=0.0)
                 pooled = ((bits >> bit) & 1) > 0
                 mass = _mass(base[None, :], tl.where(pooled, length, 0.0)[:, None], NATURAL)
-                t, norm = 1.0, 1.0
-                if norm_ptr is not None:
-                    norm = tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
+                t = 1.0
+                norm = 1.0 if norm_ptr is None else tl.load(norm_ptr + bh_rows + q_row, mask=live, other=1.0)[None, :]
                 if pooled_t_ptr is not None:
                     q_frame = tl.load(q_frames_ptr + token, mask=live, other=-1)
                     at = (q_frame[None, :] + 1) * k_tiles + k_tile[:, None]

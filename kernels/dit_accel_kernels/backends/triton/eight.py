@@ -4,10 +4,6 @@ The formulas and what they are for are those of precision.py. Eight bits lie whe
 caller's order; their scales follow the tiled one.
 """
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -20,7 +16,7 @@ from torch import Tensor
 from ...precision import centre_of
 from ...problem import Problem
 from .launch import eight_bit_number
-from .loads import _load, _queries
+from .loads import _load, _token_rows
 
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
@@ -47,12 +43,17 @@ def _small(x, scale, NUMBER: tl.constexpr):
 def _scaled_queries(
     ptr, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, k_ptr, k_scale_ptr
 ):  # fmt: skip
-    """Query rows as `_queries` gives them, and the logits' scale; in the eight bits of the keys, where these have a
-    scale, and then with the scale of each row, [BLOCK_Q], NaN where the row is not finite.
+    """Query rows in two column parts with the sign of the scale, for max(|s| x) = |s| max(x), and |s|.
 
-    A maximum leaves NaN out, and no integer is one: the sum of zeros is there for it.
+    Where keys have a scale, rows are in the keys' eight bits, and |s| has the scale of each row, [BLOCK_Q], NaN where
+    the row is not finite: a maximum leaves NaN out, and no integer is one, so a sum of zeros is there for it.
     """
-    q1, q2, scale = _queries(ptr, rows, live, stride, scale, DIM, D1, D2)
+    q1, q2 = _load(ptr, rows, live, stride, True, DIM, D1, D2)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    scale *= sign
+    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
+    if D2 > 0:
+        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
     if k_scale_ptr is not None:
         NUMBER: tl.constexpr = k_ptr.dtype.element_ty
         q1 = q1.to(tl.float32)
@@ -125,12 +126,10 @@ def _quantise_kernel(
             offset = first + tl.arange(0, BLOCK_N)
             token = k_tile * TILE_K + offset
             here = (offset < TILE_K) & (token < num_k)
-            live, row = here, token
+            live, row = here, _token_rows(token, here, token_order_ptr).to(tl.int64)[:, None]
             if valid_ptr is not None:
                 live &= tl.load(valid_ptr + b * num_k + token, mask=here, other=0) > 0
-            if token_order_ptr is not None:
-                row = tl.load(token_order_ptr + token, mask=here, other=0)
-            row, inside = row.to(tl.int64)[:, None], (columns < DIM)[None, :]
+            inside = (columns < DIM)[None, :]
             x = tl.load(k_ptr + row * stride_ks + columns[None, :], mask=live[:, None] & inside, other=0.0)
             x = tl.where(live[:, None], x.to(tl.float32) - centre[None, :], 0.0)
             if turn == 0:

@@ -1,18 +1,12 @@
 """The forward kernel: one program attends one query tile (or a part of it) over its exact and pooled key tiles.
 
-Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor
-branches; *constant* ones, which share one decay t; and *slow* ones, where keys are missing, t differs by element or a
-mask hides pairs.
-Pooled tiles come last: the means of all key tiles lie in sequence, and a chunk of them is one product on the full query
-rows, with log2 of the true length added to the logit, -inf for those that the row's bits leave out. At few exact tiles
-nearly all are pooled: a walk that skips none of them needs no list. All share one running maximum and one row sum.
-Logits are in base 2; sums are float32; addresses are 64-bit. Head dims that are no power of 2 are cut into two column
-parts (96 = 64 + 32), the second padded where it must be.
+Tiles come sorted into three sections of a row's list (plan.py): *plain* ones, whose loop neither masks nor branches;
+*constant* ones, which share one decay t; and *slow* ones, where keys are missing, t differs by element or a mask hides
+pairs. Pooled tiles come last: a chunk of means, which lie in sequence, is one product on the full query rows, with log2
+of the true length added to the logit, -inf for those that the row's bits leave out. All share one running maximum and
+one row sum. Logits are in base 2; sums are float32; addresses are 64-bit. Head dims that are no power of 2 are cut into
+two column parts (96 = 64 + 32), the second padded where it must be.
 """
-
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -20,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .eight import _beside, _scaled_queries, _with_centre, _with_keys, _with_means
-from .loads import _load, _load_near, _token_rows, _unmasked
+from .loads import _from, _load, _load_near, _token_rows, _unmasked
 from .votes import _begin, _sections, _store_rest, _vote
 
 
@@ -82,16 +76,6 @@ def _store_part(ptr, rows, live, stride, value, START: tl.constexpr, WIDTH: tl.c
     columns = START + tl.arange(0, WIDTH)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=live[:, None] & (columns < DIM)[None, :])
-
-
-@triton.jit
-def _store_rows(
-    ptr, rows, live, stride, acc1, acc2, total, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
-):  # fmt: skip
-    """Accumulators over their row sums, written as rows."""
-    _store_part(ptr, rows, live, stride, acc1 / total[:, None], 0, D1, DIM)
-    if D2 > 0:
-        _store_part(ptr, rows, live, stride, acc2 / total[:, None], D1, D2, DIM)
 
 
 @triton.jit
@@ -243,14 +227,10 @@ def _fwd_kernel(
     if stride_ib is not None:
         lists = bh.to(tl.int64) * q_tiles
         base = b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih
-        indices_ptr += base
-        if entry_t_ptr is not None:
-            entry_t_ptr += base
+        indices_ptr, entry_t_ptr = indices_ptr + base, _from(entry_t_ptr, base)
     bounds_ptr += (lists + q_tile) * 6
     start, end_plain, end_constant, end_slow = _sections(bounds_ptr)
-    indices_ptr += start
-    if entry_t_ptr is not None:
-        entry_t_ptr += start
+    indices_ptr, entry_t_ptr = indices_ptr + start, _from(entry_t_ptr, start)
     batch, bhk = b.to(tl.int64), b.to(tl.int64) * key_heads + hk
     if stride_vs is None:  # K and V share the offsets of their rows, which saves the hot loop's registers
         stride_vs = stride_ks
@@ -268,56 +248,36 @@ def _fwd_kernel(
     q_frame, first_frame, last_frame = _frames(q_frames_ptr, token, live)
 
     out_ptr += batch * stride_ob + h.to(tl.int64) * stride_oh
-    if lse_ptr is not None:
-        lse_ptr += bh.to(tl.int64) * num_q
+    lse_ptr = _from(lse_ptr, bh.to(tl.int64) * num_q)
     m, total, acc1, acc2 = _sums(out_ptr, lse_ptr, q_row, live, stride_os, STARTED, BLOCK_Q, DIM_V, D1V, D2V)
     if VOTE is not None:
         words_ptr += ((bh.to(tl.int64) * q_tiles + q_tile) * SUBS_Q + part % SUBS_Q) * ((k_tiles + 31) // 32)
         word, limit = tl.zeros([BLOCK_Q], tl.uint32), total + vote_threshold
         state, limit = _begin(limit, m, vote_threshold, VOTE)
 
-    origin = 0 if step > 0 else end_plain * SUBS_K - 1
-    ahead = tl.load(indices_ptr + origin // SUBS_K)
-    for n in tl.range(0, end_plain * SUBS_K):
-        k1, k2, v1, v2 = _keys_and_values(
-            ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
-            BLOCK_K, TILE_K, DIM, D1, D2, DIM_V, D1V, D2V,
-        )  # fmt: skip
-        factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
-        ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
-        x = _products(q1, q2, k1, k2, D2, PRECISION)
-        top = tl.max(x, 1) * factor
-        m_new = tl.maximum(m, top)
-        p, alpha = tl.exp2(x * _beside(factor) - m_new[:, None]), tl.exp2(m - m_new)
-        total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2V, PRECISION)
-        if VOTE is not None:
-            word, state, limit = _vote(
-                word, state, limit, 0, n, top, m, m_new, alpha, mass, total, vote_threshold, words_ptr, live,
-                VOTE, SUBS_K, False,
-            )  # fmt: skip
-        m = m_new
-
-    if entry_t_ptr is not None:
-        origin = end_plain * SUBS_K if step > 0 else end_constant * SUBS_K - 1
+    for constant in tl.static_range(2 if entry_t_ptr is not None else 1):  # plain tiles, then those of one t each
+        begin, end = end_plain if constant else 0, end_constant if constant else end_plain
+        origin = begin * SUBS_K if step > 0 else end * SUBS_K - 1
         ahead = tl.load(indices_ptr + origin // SUBS_K)
-        for n in tl.range(0, (end_constant - end_plain) * SUBS_K):
+        for n in tl.range(0, (end - begin) * SUBS_K):
             k1, k2, v1, v2 = _keys_and_values(
                 ahead, origin + n * step, k_ptr, v_ptr, k_desc, v_desc, b, hk, token_order_ptr, stride_ks, stride_vs,
                 BLOCK_K, TILE_K, DIM, D1, D2, DIM_V, D1V, D2V,
             )  # fmt: skip
             factor = _with_keys(row_scale, k_scale_ptr, bhk * k_tiles + ahead)
             ahead = tl.load(indices_ptr + (origin + n * step + step) // SUBS_K)
-            low = factor * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K)
+            low = factor * tl.load(entry_t_ptr + (origin + n * step) // SUBS_K) if constant else factor
             x = _products(q1, q2, k1, k2, D2, PRECISION)
-            top = tl.max(x, 1)  # min(s x, t s x) rises with x
-            top = tl.minimum(top * factor, top * low)
+            top = tl.max(x, 1)
+            top = tl.minimum(top * factor, top * low) if constant else top * factor  # min(s x, t s x) rises with x
             m_new = tl.maximum(m, top)
-            p = tl.exp2(tl.minimum(x * _beside(factor) - m_new[:, None], x * _beside(low) - m_new[:, None]))
+            gap = x * _beside(factor) - m_new[:, None]
+            p = tl.exp2(tl.minimum(gap, x * _beside(low) - m_new[:, None]) if constant else gap)
             alpha = tl.exp2(m - m_new)
             total, acc1, acc2, mass = _add(p, alpha, total, acc1, acc2, v1, v2, D2V, PRECISION)
             if VOTE is not None:
                 word, state, limit = _vote(
-                    word, state, limit, end_plain, n, top, m, m_new, alpha, mass, total, vote_threshold,
+                    word, state, limit, begin, n, top, m, m_new, alpha, mass, total, vote_threshold,
                     words_ptr, live, VOTE, SUBS_K, False,
                 )  # fmt: skip
             m = m_new
@@ -376,7 +336,9 @@ def _fwd_kernel(
             m, total, acc1, acc2, _, _, _ = _add_masked(x, m, total, acc1, acc2, v1, v2, D2V, PRECISION)
 
     empty, total = total == 0, tl.where(total == 0, 1.0, total)  # rows without a key
-    _store_rows(out_ptr, q_row, live, stride_os, acc1, acc2, total, DIM_V, D1V, D2V)
+    _store_part(out_ptr, q_row, live, stride_os, acc1 / total[:, None], 0, D1V, DIM_V)
+    if D2V > 0:
+        _store_part(out_ptr, q_row, live, stride_os, acc2 / total[:, None], D1V, D2V, DIM_V)
     if lse_ptr is not None:
         m = _with_centre(m + tl.log2(total), q_ptr, centre_ptr, bhk, q_row, live, stride_qs, scale, DIM, D1, D2)
         lse = tl.where(empty, float("-inf"), m * 0.6931471805599453)

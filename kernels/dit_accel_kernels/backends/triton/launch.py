@@ -5,6 +5,7 @@ dtype, a head dim and a tile up to a size, and the calls with a feature ("eight"
 any). Its `source` says how it was chosen: "compiled" (the compilers' reports: spills and shared memory within the
 bounds of bench/aot.py), or the card, date and seconds of a measurement.
 """
+# pyright: basic
 
 from __future__ import annotations
 
@@ -45,14 +46,8 @@ class Key(NamedTuple):
 
 
 TABLE = Path(__file__).with_name("launch_table.json")
-FAMILY = {  # architectures that run what their family's row was made for, with as much shared memory or more
-    "sm_86": "sm_89",
-    "sm_87": "sm_80",
-    "sm_101": "sm_100",
-    "sm_103": "sm_100",
-    "sm_110": "sm_100",
-    "sm_121": "sm_120",
-}
+# Architectures that run what their family's row was made for, with as much shared memory or more.
+FAMILY = dict(sm_86="sm_89", sm_87="sm_80", sm_101="sm_100", sm_103="sm_100", sm_110="sm_100", sm_121="sm_120")
 
 
 def family(arch: str) -> str:
@@ -106,12 +101,8 @@ def with_order(launch: Launch, *, decay: bool) -> Launch:
     From slow loops always, from the others of small programs, and with decay from all.
     """
     small = launch.block_q <= 64 and launch.num_warps <= 4
-    return replace(
-        launch,
-        block_q=launch.block_q // (2 if decay else 1),
-        block_k=min(launch.block_k, 32) if small else launch.block_k,
-        block_s=min(launch.block_s, 16),
-    )
+    block_q, block_k = launch.block_q // (2 if decay else 1), min(launch.block_k, 32) if small else launch.block_k
+    return replace(launch, block_q=block_q, block_k=block_k, block_s=min(launch.block_s, 16))
 
 
 def next_power_of_2(n: int) -> int:
@@ -132,9 +123,7 @@ def warps(launch: Launch, block_q: int) -> int:
 def key_block(tile: int, most: int) -> tuple[int, bool]:
     """Keys of a chunk, a power of 2 from 16 to `most`, and whether it divides the tile."""
     divisor = tile & -tile
-    if divisor >= 16:
-        return min(most, divisor), True
-    return max(16, min(most, next_power_of_2(tile))), False
+    return (min(most, divisor), True) if divisor >= 16 else (query_block(tile, most), False)
 
 
 def column_parts(dim: int, least: int = 16) -> tuple[int, int]:

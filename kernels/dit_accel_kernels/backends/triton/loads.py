@@ -1,13 +1,15 @@
 """How kernels load rows, in two column parts, so that head dims need not be powers of 2, and what goes with rows."""
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _from(ptr, offset):
+    """A pointer moved on, None where there is none."""
+    return None if ptr is None else ptr + offset
 
 
 @triton.jit
@@ -29,18 +31,6 @@ def _load(ptr, rows, live, stride, MASKED: tl.constexpr, DIM: tl.constexpr, D1: 
     """Some rows of a [*, DIM] matrix as two column parts; the second is a dummy where D2 = 0."""
     a = _load_part(ptr, rows, live, stride, MASKED, 0, D1, DIM)
     return a, _load_part(ptr, rows, live, stride, MASKED, D1, D2, DIM) if D2 > 0 else 0.0
-
-
-@triton.jit
-def _queries(ptr, rows, live, stride, scale, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Query rows in two column parts, and |scale|: its sign moves into them, for max(scale * x) = scale * max(x)."""
-    q1, q2 = _load(ptr, rows, live, stride, True, DIM, D1, D2)
-    sign = tl.where(scale < 0, -1.0, 1.0)
-    scale *= sign
-    q1 = (q1.to(tl.float32) * sign).to(q1.dtype)
-    if D2 > 0:
-        q2 = (q2.to(tl.float32) * sign).to(q2.dtype)
-    return q1, q2, scale
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""Tile lists as the forward kernel reads them: entries of each row sorted into sections, rows ordered longest first.
+"""Tile lists as the kernels of query tiles read them: entries of a row sorted into sections, rows longest first.
 
-The sections are those of sections.py; a constant tile's decay t is kept beside its entry, and absent tiles leave the
-list. All of it is torch code on the lists' device without a sync, made once for lists, frames and valid keys and
-remembered as long as these live.
+The sections are those of sections.py; absent tiles leave the list. All of it is torch code on the lists' device without
+a sync, made once for lists, frames and valid keys and remembered as long as these live.
 """
+# pyright: basic
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...bits import pack_bits
 from ...cache import StorageCache
 from ...csr import row_of_entry
 from ...features import decay_by_frame, last_frame, tile_means
@@ -21,30 +22,35 @@ from ...sections import ABSENT, SLOW, decay_of_tiles, sections_of
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class RowPlan:
-    """What the kernel needs of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
+    """What the kernels need of lists, masks and frames; G' list sets, or B * G' where masks differ by batch.
 
     `bounds` int64 [G', NQ, 6]: start of the plain section, ends of plain, constant and slow (positions in `indices` and
     `entry_t`, whose first and last entry belong to no row), first pooled tile and one past the last. `q_order` int32
-    [G', NQ], longest first. `strides` of batch and head over these list sets, `list_strides` over the call's own,
-    which valid keys don't split. `entry_t` float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay.
-    `entry_mask` int32 [nnz + 2], the number of each entry's mask or -1, where tiles have masks. `valid` uint8 [B, S_k]
-    with a key mask; `q_frames`, `k_frames` int32: all in tiled order.
+    [G', NQ], longest first. `strides` of batch and head over these list sets, `pooled_strides` over the call's own,
+    which valid keys don't split: those of `pooled_bits` int32 [G, NQ, W], None where nothing is pooled. `entry_t`
+    float32 [nnz + 2] and `pooled_t` float32 [F + 2, NK] with decay. `entry_mask` int32 [nnz + 2], the number of each
+    entry's mask or -1, where tiles have masks. `valid` uint8 [B, S_k] with a key mask; `q_frames`, `k_frames` int32:
+    all in tiled order. With `entry_strides` every batch and head has its own lists (expand.py): `bounds` [B*H, NQ, 6],
+    relative to b * entry_strides[0] + h * entry_strides[1], and `pooled_bits` [B, H, NQ, W].
     """
 
     indices: Tensor
     bounds: Tensor
     q_order: Tensor
     strides: tuple[int, int]
-    list_strides: tuple[int, int]
+    pooled_strides: tuple[int, int]
+    pooled_bits: Tensor | None
     valid: Tensor | None
     entry_t: Tensor | None
     entry_mask: Tensor | None
     q_frames: Tensor | None
     k_frames: Tensor | None
     pooled_t: Tensor | None
+    entry_strides: tuple[int, int] | None = None
 
 
 _CACHE: StorageCache[RowPlan] = StorageCache()
+_BITS: StorageCache[Tensor] = StorageCache()
 
 
 def row_plan(problem: Problem, *, without_whole: bool = False) -> RowPlan:
@@ -95,7 +101,8 @@ def _build(problem: Problem, without_whole: bool) -> RowPlan:
         bounds=torch.cat([bounds, pooled], -1).contiguous(),
         q_order=work.argsort(dim=-1, descending=True, stable=True).int(),
         strides=strides,
-        list_strides=call_strides,
+        pooled_strides=call_strides,
+        pooled_bits=_pooled_bits(problem),
         valid=None if valid is None else valid.to(torch.uint8).contiguous(),
         entry_t=None if entry_t is None else _padded(entry_t[order]),
         entry_mask=None if mask_ids is None else _padded(mask_ids[order]),
@@ -109,13 +116,37 @@ def _pooled_range(problem: Problem) -> Tensor:
     """The first pooled key tile of each row of the lists and one past the last, int64 [G, NQ, 2]; 0 where none is."""
     offsets, indices = problem.pooled_offsets, problem.pooled_indices
     if offsets is None or indices is None or indices.numel() == 0:
-        return problem.exact_offsets.new_zeros(
-            problem.exact_offsets.shape[0], problem.query_tiles, 2, dtype=torch.int64
-        )
+        sets = problem.exact_offsets.shape[0]
+        return problem.exact_offsets.new_zeros(sets, problem.query_tiles, 2, dtype=torch.int64)
     start, end = offsets[:, :-1].long(), offsets[:, 1:].long()
     last = indices.numel() - 1
     ends = torch.stack([indices[start.clamp(max=last)], indices[(end - 1).clamp(min=0)] + 1], -1).long()
     return ends.masked_fill_((start == end)[..., None], 0)
+
+
+def _pooled_bits(problem: Problem) -> Tensor | None:
+    offsets, indices = problem.pooled_offsets, problem.pooled_indices
+    return None if offsets is None or indices is None else bits_of(offsets, indices, problem.key_tiles)
+
+
+def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
+    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j.
+
+    They are remembered as long as the lists live, and not to be written to.
+    """
+
+    def build() -> Tensor:
+        sets, rows = offsets.shape[0], offsets.shape[1] - 1
+        chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
+        chosen[row_of_entry(offsets, indices.numel()), indices.long()] = True
+        return pack_bits(chosen).view(sets, rows, -1)
+
+    return _BITS.get([offsets, indices], (tiles,), build)
+
+
+def scale_stride(problem: Problem) -> int:
+    """Stride of the batch in head_scale [B or 1, H]."""
+    return 0 if problem.head_scale is None or problem.head_scale.shape[0] == 1 else problem.q.shape[1]
 
 
 def list_strides(problem: Problem, heads: int) -> tuple[int, int]:

@@ -4,15 +4,14 @@ Means rather than sums of V, with log2 of the length added to the logit: e^s sum
 cannot overflow fp16.
 """
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .loads import _token_rows
 
 BLOCK_N = 64  # tokens read at once
 NUM_WARPS = 4
@@ -41,10 +40,7 @@ def _pool_kernel(
         live = (offset < TILE_K) & (token < num_k)
         if valid_ptr is not None:
             live &= tl.load(valid_ptr + b * num_k + token, mask=live, other=0) > 0
-        row = token
-        if token_order_ptr is not None:
-            row = tl.load(token_order_ptr + token, mask=live, other=0)
-        row = row.to(tl.int64)[:, None]
+        row = _token_rows(token, live, token_order_ptr).to(tl.int64)[:, None]
         mask, mask_v = live[:, None] & (columns < DIM)[None, :], live[:, None] & (columns_v < DIM_V)[None, :]
         k_sum += tl.sum(tl.load(k_ptr + row * stride_ks + columns[None, :], mask=mask, other=0.0).to(tl.float32), 0)
         v_sum += tl.sum(tl.load(v_ptr + row * stride_vs + columns_v[None, :], mask=mask_v, other=0.0).to(tl.float32), 0)
@@ -63,13 +59,9 @@ def pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean K and V, [B, HK, NK, D] and [B, HK, NK, Dv] in the inputs' dtype, and true lengths, float32 [B, NK].
 
-    Args:
-        k: [B, HK, S_k, D], any strides but 1 for the last.
-        v: like k, with a head dim of its own.
-        block_k: tokens a tile.
-        token_order: integer [S_k], tiled position -> row of k and v; None: they are in tiled order.
-        valid: uint8 [B, S_k] in tiled order, the keys that count; None: all.
-        wide: let mean K be float32.
+    K [B, HK, S_k, D] and V, with a head dim of its own, have contiguous rows, `block_k` to a tile; `token_order` [S_k]
+    maps tiled positions to rows; `valid` uint8 [B, S_k], in tiled order, are the keys that count (None: all). With
+    `wide`, mean K is float32.
     """
     batch, heads, tokens, dim = k.shape
     tiles = -(-tokens // block_k)

@@ -1,8 +1,5 @@
 """Whether Triton's interpreter multiplies bfloat16 as numbers, not bit patterns, and rounds to float8."""
 
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 from functools import lru_cache

@@ -1,15 +1,11 @@
 """Routing on Triton: query tiles' thresholds on pooled logits, as bits of the tiles above them (Sol-Attn, 2607.24027).
 
-The released kernels route inside the attention loop: a chunk's products of all query rows with pooled keys serve as the
-approximation, and their column means as scores. The column mean of Q mean(K)^T over a tile's rows is
-mean(Q) . mean(K), so this pre-pass needs the mean queries only, 1 / block_q of those products; the attention loops stay
-free of branches and of an order, block_q may be anything, and keep bits, masks and decay compose. Three kernels: mean
-queries, statistics of the mean keys' channels, and scores, which never leave the program. `routing_scores` in
-states.py is the specification; sums are float32.
+The released kernels route inside the attention loop, by column means of all query rows' products with pooled keys.
+That mean over a tile's rows is mean(Q) . mean(K), so this pre-pass needs 1 / block_q of those products; the attention
+loops stay free of branches and of an order, block_q may be anything, and keep bits, masks and decay compose. Three
+kernels: mean queries, statistics of the mean keys' channels, and scores, which never leave the program. The
+specification is `routing_scores` in states.py; sums are float32.
 """
-
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -21,6 +17,8 @@ from torch import Tensor
 from ...bits import unpack_bits, words_of
 from ...problem import Problem
 from ...selection import LOG2_E, Routing
+from .loads import _load_part, _token_rows
+from .plan import scale_stride
 
 BLOCK_N = 64  # tokens or tiles that are averaged at once
 BLOCK_ROWS = 16  # query tiles that one program routes
@@ -44,11 +42,9 @@ def _query_mean_kernel(
         offset = first + tl.arange(0, BLOCK_N)
         token = q_tile * TILE_Q + offset
         live = (offset < TILE_Q) & (token < num_q)
-        q_row = token
-        if token_order_ptr is not None:
-            q_row = tl.load(token_order_ptr + token, mask=live, other=0)
-        ptrs = q_ptr + q_row.to(tl.int64)[:, None] * stride_qs + columns[None, :]
-        total += tl.sum(tl.load(ptrs, mask=live[:, None] & (columns < DIM)[None, :], other=0.0).to(tl.float32), 0)
+        q_row = _token_rows(token, live, token_order_ptr)
+        q = _load_part(q_ptr, q_row, live, stride_qs, True, 0, BLOCK_D, DIM)
+        total += tl.sum(q.to(tl.float32), 0)
     length = tl.minimum(num_q - q_tile * TILE_Q, TILE_Q).to(tl.float32)
     tl.store(mean_ptr + program.to(tl.int64) * DIM + columns, total / length, mask=columns < DIM)
 
@@ -121,9 +117,8 @@ def _route_kernel(
     q_tile = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     row = bh.to(tl.int64) * q_tiles + q_tile
     live = q_tile < q_tiles
-    q = tl.load(
-        q_mean_ptr + row[:, None] * DIM + columns[None, :], mask=live[:, None] & (columns < DIM)[None, :], other=0.0
-    )
+    mask = live[:, None] & (columns < DIM)[None, :]
+    q = tl.load(q_mean_ptr + row[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
     if head_scale_ptr is not None:
         q *= tl.load(head_scale_ptr + b * stride_hb + h)
     q *= scale
@@ -154,22 +149,19 @@ def _route_kernel(
         tl.store(bits_ptr + row * words + word, chosen, mask=live)
 
 
-def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length: Tensor, precision: str) -> Tensor:
+def route(problem: Problem, routing: Routing, k_mean: Tensor, length: Tensor, precision: str) -> Tensor:
     """Bits int32 [B, H, NQ, W] of the tiles whose score exceeds their row's threshold, pinned or not.
 
-    Args:
-        problem: the call, in the caller's token order, with its selection.
-        routing: what to do.
-        q: [B, H, S_q, D], the problem's, with contiguous rows.
-        k_mean: [B, HK, NK, D], mean keys in q's dtype.
-        length: float32 [B, NK], how many valid keys each tile has.
-        precision: Triton's input precision for products of float32.
+    The call is in the caller's token order, q with contiguous rows; `k_mean` [B, HK, NK, D] are mean keys in q's dtype,
+    `length` float32 [B, NK] the valid keys of each tile, `precision` is Triton's for products of float32.
     """
     assert problem.selection is not None
+    q, pinned = problem.q, problem.selection.pinned
     batch, heads, num_q, dim = q.shape
     key_heads, q_tiles, k_tiles = k_mean.shape[1], problem.query_tiles, problem.key_tiles
     block_d = max(16, triton.next_power_of_2(dim))
-    pinned = None if problem.selection.pinned is None else pinned_everywhere(problem.selection.pinned, k_tiles)
+    if pinned is not None:  # uint8 [NK]: in every query tile
+        pinned = unpack_bits(pinned, k_tiles).all(0).to(torch.uint8)
     q_mean = q.new_empty(batch, heads, q_tiles, dim, dtype=torch.float32)
     centre, variance = (q.new_empty(batch, key_heads, dim, dtype=torch.float32) for _ in range(2))
     bits = torch.empty(batch, heads, q_tiles, words_of(k_tiles), dtype=torch.int32, device=q.device)
@@ -181,17 +173,11 @@ def route(problem: Problem, routing: Routing, q: Tensor, k_mean: Tensor, length:
         k_mean, length, pinned, centre, variance, key_heads, k_tiles,
         BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d, num_warps=NUM_WARPS,
     )  # fmt: skip
-    head_scale = problem.head_scale
     _route_kernel[(batch * heads * triton.cdiv(q_tiles, BLOCK_ROWS),)](
-        q_mean, k_mean, length, pinned, centre, variance, head_scale, bits,
-        0 if head_scale is None or head_scale.shape[0] == 1 else heads, heads, key_heads, q_tiles, k_tiles,
+        q_mean, k_mean, length, pinned, centre, variance, problem.head_scale, bits,
+        scale_stride(problem), heads, key_heads, q_tiles, k_tiles,
         problem.scale * LOG2_E, float(routing.beta),
         BLOCK_R=BLOCK_ROWS, DIM=dim, BLOCK_D=block_d, EXACT=routing.threshold == "exact", PRECISION=precision,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return bits
-
-
-def pinned_everywhere(pinned: Tensor, tiles: int) -> Tensor:
-    """Which key tiles are pinned in every query tile, uint8 [NK] of bits int32 [NQ, W]."""
-    return unpack_bits(pinned, tiles).all(0).to(torch.uint8)

@@ -1,4 +1,5 @@
 """Calls with a selection, cut by batch and head where lists of their own for all of them would fill the memory."""
+# pyright: basic
 
 from __future__ import annotations
 
@@ -58,8 +59,10 @@ def key_part(problem: Problem, part: Slice) -> Slice:
     return part[0], slice(part[1].start // repeat, part[1].stop // repeat)
 
 
-def joined(whole: Tensor, parts: list[Tensor], cuts: list[Slice]) -> Tensor:
-    """The whole [B, H, ...], written with its parts."""
+def joined(parts: list[Tensor], cuts: list[Slice], whole: Tensor | None = None) -> Tensor:
+    """The whole [B, H, ...], contiguous where its memory isn't given, written with its parts."""
+    if whole is None:
+        whole = parts[0].new_empty(cuts[-1][0].stop, cuts[-1][1].stop, *parts[0].shape[2:])
     for part, cut in zip(parts, cuts, strict=True):
         whole[cut] = part
     return whole

@@ -1,4 +1,5 @@
 """Where the triton backend runs: devices, dtypes, head dims; triton is imported only where it interprets bfloat16."""
+# pyright: basic
 
 from __future__ import annotations
 

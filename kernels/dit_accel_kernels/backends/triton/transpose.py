@@ -2,6 +2,7 @@
 
 Pure torch code on the lists' device without a sync, made once and remembered as long as lists and frames live.
 """
+# pyright: basic
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...bits import pack_bits
 from ...cache import StorageCache
 from ...csr import row_of_entry
 from ...problem import Problem
@@ -45,7 +45,6 @@ class ColumnPlan:
 
 
 _CACHE: StorageCache[ColumnPlan] = StorageCache()
-_BITS: StorageCache[Tensor] = StorageCache()
 
 
 def column_plan(problem: Problem, *, whole_chunks: bool) -> ColumnPlan:
@@ -87,18 +86,3 @@ def _build(problem: Problem, whole_chunks: bool) -> ColumnPlan:
         strides=list_strides(problem, problem.q.shape[1]),
         order_strides=list_strides(problem, problem.k.shape[1]),
     )
-
-
-def bits_of(offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
-    """Lists as bits int32 [G, NQ, W]: bit j % 32 of word [g, i, j // 32] is set where row i of set g holds tile j.
-
-    They are remembered as long as the lists live, and not to be written to.
-    """
-
-    def build() -> Tensor:
-        sets, rows = offsets.shape[0], offsets.shape[1] - 1
-        chosen = torch.zeros(sets * rows, tiles, dtype=torch.bool, device=indices.device)
-        chosen[row_of_entry(offsets, indices.numel()), indices.long()] = True
-        return pack_bits(chosen).view(sets, rows, -1)
-
-    return _BITS.get([offsets, indices], (tiles,), build)

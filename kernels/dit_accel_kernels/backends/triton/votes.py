@@ -1,21 +1,21 @@
 """Votes on Triton: need bits of visited tiles inside the forward kernel, and the kernel that folds them into kept bits.
 
-The specification is votes.py. A vote decides about the next call only, so the forward's loops need no scalar of it: a
-row keeps one bit for each visited tile, the sign of a difference shifted in from the right (one instruction), and every
-32 tiles the bits of a program's rows are OR-reduced and stored as one word, whose highest bit is the first visit. The
-fold then ORs the parts of a query tile, looks up which tile each bit is about, and clears the bits of those that no row
-needs. LiteAttention (arXiv 2511.11062) decides at every tile, with a reduction over warps each time.
+The specification is votes.py. A vote decides about the next call only: a row keeps one bit for each visited tile, the
+sign of a difference shifted in from the right (one instruction), and every 32 tiles the bits of a program's rows are
+OR-reduced and stored as one word, whose highest bit is the first visit. The fold then ORs the parts of a query tile and
+clears the bits of tiles that no row needs. LiteAttention (arXiv 2511.11062) reduces over warps at every tile.
 """
-
-# Device code is typed by Triton's compiler:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ...problem import Problem
+from .expand import bits_of_lists
+from .plan import RowPlan
 
 BLOCK_V = 256  # visits that the fold looks at together
 NUM_WARPS = 4
@@ -151,23 +151,23 @@ def _fold_kernel(
         tl.atomic_and(kept_ptr + k_tile // 32, ~(1 << k_tile % 32), mask=down, sem="relaxed")
 
 
-def fold(
-    kept: Tensor, words: Tensor, indices: Tensor, bounds: Tensor, pinned: Tensor | None, strides: tuple[int, ...],
-    *, reverse: bool,
-) -> None:  # fmt: skip
-    """Write the votes of a call into `kept`.
+def fold(problem: Problem, plan: RowPlan, words: Tensor) -> Tensor:
+    """The bits of the next call, int32 [B, H, NQ, W]: those of this one, less what its votes leave out.
 
-    Args:
-        kept: int32 [B, H, NQ, W], the bits before the call; changed in place.
-        words: int32 [B, H, NQ, parts, W], need bits in the order of visits, the first in the highest bit.
-        indices: int32, the key tiles of the lists that the call read.
-        bounds: int32 [*, NQ, 6], as in a RowPlan.
-        pinned: int32 [NQ, W] or None.
-        strides: of batch and head in the list sets of `bounds`, then in `indices`.
-        reverse: the call visited each section from its end.
+    `plan`: the lists that the forward read; `words` int32 [B, H, NQ, parts, W]: the need bits that it left, in the
+    order of visits, the first in the highest bit.
     """
+    selection = problem.selection
+    assert selection is not None
+    if selection.keep is None:
+        kept = bits_of_lists(problem)
+    else:
+        kept = selection.keep.clone(memory_format=torch.contiguous_format)
     batch, heads, q_tiles, parts, width = words.shape
+    strides = (*plan.strides, 0, 0) if plan.entry_strides is None else (heads, 1, *plan.entry_strides)
+    pinned = None if selection.pinned is None else selection.pinned.contiguous()
     _fold_kernel[(batch * heads * q_tiles,)](
-        words, indices, bounds, pinned, kept, *strides, heads, q_tiles, width, -1 if reverse else 1,
-        PARTS=parts, BLOCK=BLOCK_V, num_warps=NUM_WARPS,
+        words, plan.indices, plan.bounds, pinned, kept, *strides, heads, q_tiles, width,
+        -1 if selection.reverse else 1, PARTS=parts, BLOCK=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
+    return kept
