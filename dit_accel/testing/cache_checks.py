@@ -33,7 +33,7 @@ class CacheCase(MethodCase):
     Attributes:
         warm: steps that it must compute before the first it skips.
         runs_first: blocks at the front that a skipped step still runs.
-        counted: it needs the number of steps.
+        counted: it needs the number of steps or the noise level, which a context states.
     """
 
     warm: int = 1
@@ -54,7 +54,7 @@ CACHE_CASES: dict[str, CacheCase] = {
     "easycache": CacheCase(**_measured(EasyCache), warm=2),
     "teacache": CacheCase(**_measured(TeaCache, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0))),
     "magcache": CacheCase(**_measured(MagCache, ratios=(1.0,) * STEPS), counted=True),
-    "seacache": CacheCase(**_measured(SeaCache, max_consecutive=None)),
+    "seacache": CacheCase(**_measured(SeaCache), counted=True),
     "firstblockcache": CacheCase(**_measured(FirstBlockCache), runs_first=1),
 }
 """Method name -> how it is tried; open to every package."""

@@ -133,7 +133,9 @@ class Case:
         transformer = transformer or self.transformer
         inputs, context = dict(inputs), contextlib.nullcontext()
         if hasattr(self.model.transformer, "cache_context"):
-            context = transformer.cache_context(branch, step_index=step, num_inference_steps=STEPS)
+            context = transformer.cache_context(
+                branch, step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS
+            )
         else:  # the timestep alone says which step it is
             if hasattr(transformer, "cache_context"):  # methods are attached
                 context = transformer.cache_context(branch)
