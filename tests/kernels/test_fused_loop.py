@@ -168,11 +168,17 @@ def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
     monkeypatch.setattr(fused, "_finish", kept)
     threads(count)
     q, k, v = qkv(1, 4, 4, 4096, 4096, 64, torch.float32)
-    block_sparse_attention(q, k, v, TileLists.full(4096, 4096, block_q=16, block_k=64), layout="bhsd", backend="torch")
-    (packed, by_thread), (attended, found) = done
-    assert (int(by_thread.sum()), int(found.sum())) == (packed, attended) == (4 * 64, 4 * 256)
-    assert len(found) == count
-    assert int((found > 0).sum()) > count // 2  # a machine that is busy may start the last ones too late
+    tiles, busy = TileLists.full(4096, 4096, block_q=16, block_k=64), torch.zeros(count, dtype=torch.bool)
+    for _ in range(20):  # a machine that is busy may start some threads of a call too late
+        block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+        *packing, (attended, found) = done
+        assert all((int(by_thread.sum()), tile_count) == (4 * 64, 4 * 64) for tile_count, by_thread in packing)
+        assert (int(found.sum()), attended) == (4 * 256, 4 * 256)
+        busy |= found > 0
+        done.clear()
+        if int(busy.sum()) > count * 3 // 4:
+            break
+    assert int(busy.sum()) > count * 3 // 4
 
 
 @needs_compiler

@@ -28,7 +28,7 @@ constexpr int WIDTH = 8, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * WIDTH;
 constexpr long CHUNK = 512;   // columns of logits that are kept at a time
-constexpr long SUMMED = 256;  // of float32 weights that are summed up in one go
+constexpr long SUMMED = 128;  // of float32 weights that are summed up in one go
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float LN_2 = 0.6931471805599453f;
 
