@@ -18,9 +18,7 @@ from ...plan.layout import TokenLayout
 from ..options import gt
 from ..site import ForwardContext
 from .cache_config import MeasuredCacheConfig
-from .easy import mean_change, mean_size
-from .engine import Decider, StepCacheHandler
-from .ranks import ratio
+from .signal import SignalHandler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,44 +44,13 @@ class SeaCache(MeasuredCacheConfig):
     power: Annotated[float, gt(0)] = 3.0
 
 
-@dataclass(slots=True)
-class SeaDecider(Decider):
-    """What SeaCache measures of a branch.
-
-    Attributes:
-        signal: the filtered latents of the last step, on the device.
-        now: those of this step, where they were taken to decide.
-        total: what the steps since the last computed one add up to.
-    """
-
-    signal: Tensor | None = None
-    now: Tensor | None = None
-    total: float = 0.0
-
-
-class SeaHandler(StepCacheHandler):
+class SeaHandler(SignalHandler):
     """SeaCache on one model."""
 
     config_type = SeaCache
-    decider_type = SeaDecider
     settings: SeaCache
 
-    def indicator(self, context: ForwardContext, decider: SeaDecider) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included; waits for the device."""
-        if decider.signal is None:
-            return None
-        decider.now, before = self._signal(context), decider.signal
-        change, size = self.numbers(context, mean_change(decider.now, before), mean_size(before))
-        decider.total += ratio(change, size)
-        return decider.total
-
-    def seen(self, context: ForwardContext, decider: SeaDecider) -> None:
-        """Keep the filtered latents."""
-        decider.signal, decider.now = self._signal(context) if decider.now is None else decider.now, None
-        if not decider.reuse:
-            decider.total = 0.0
-
-    def _signal(self, context: ForwardContext) -> Tensor:
+    def signal(self, context: ForwardContext) -> Tensor:
         """Return the latents without what the step's noise hides, in float32."""
         if context.sigma is None:
             raise ConfigError("seacache needs the noise level, which the pipeline does not tell; use easycache")

@@ -18,9 +18,7 @@ from ..base import Model
 from ..options import Rule
 from ..site import ForwardContext, Site
 from .calibrated import CalibratedConfig, CalibratedHandler
-from .easy import mean_change, mean_size
-from .engine import Decider
-from .ranks import ratio
+from .signal import SignalHandler
 
 Polynomial = Annotated[tuple[float, ...], Rule("a list of one coefficient or more", bool)]
 
@@ -57,26 +55,10 @@ class TeaCache(CalibratedConfig):
             raise ConfigError("teacache.polynomial_2 is set and polynomial is not; give one for each transformer")
 
 
-@dataclass(slots=True)
-class TeaDecider(Decider):
-    """What TeaCache measures of a branch.
-
-    Attributes:
-        signal: of the last step; on the device.
-        now: of this step, where it was taken to decide.
-        total: what the steps since the last computed one add up to.
-    """
-
-    signal: Tensor | None = None
-    now: Tensor | None = None
-    total: float = 0.0
-
-
-class TeaHandler(CalibratedHandler):
+class TeaHandler(SignalHandler, CalibratedHandler):
     """TeaCache on one model."""
 
     config_type = TeaCache
-    decider_type = TeaDecider
     settings: TeaCache
 
     def __init__(self, config: TeaCache, model: Model) -> None:
@@ -97,31 +79,16 @@ class TeaHandler(CalibratedHandler):
             )
         super().install(site)
 
-    def indicator(self, context: ForwardContext, decider: TeaDecider) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included; waits for the device."""
-        if decider.signal is None:
-            return None
-        decider.now, before = self._signal(context), decider.signal
-        change, size = self.numbers(context, mean_change(decider.now, before), mean_size(before))
-        polynomial = self._polynomial(context.transformer)
-        assert polynomial is not None
-        decider.total += rescaled(polynomial, ratio(change, size))
-        return decider.total
-
-    def seen(self, context: ForwardContext, decider: TeaDecider) -> None:
-        """Keep the signal, where it was taken."""
-        decider.signal, decider.now = decider.now, None
-        if not decider.reuse:
-            decider.total = 0.0
-
-    def computed(self, context: ForwardContext, decider: TeaDecider, output: Any) -> None:
-        """Take the signal of a step that had to be computed, now that its weights are on the device."""
-        if decider.signal is None:
-            decider.signal = self._signal(context)
-
-    def _signal(self, context: ForwardContext) -> Tensor:
+    def signal(self, context: ForwardContext) -> Tensor:
+        """Return the first block's input after its modulation."""
         with torch.no_grad():
             return self._signal_of(self.transformer_of(context), context.inputs).detach()
+
+    def rescaled(self, context: ForwardContext, change: float) -> float:
+        """Return the polynomial of a change, at least 0."""
+        polynomial = self._polynomial(context.transformer)
+        assert polynomial is not None
+        return rescaled(polynomial, change)
 
     def _polynomial(self, transformer: str) -> tuple[float, ...] | None:
         return self.settings.polynomial_2 if transformer.endswith("_2") else self.settings.polynomial
