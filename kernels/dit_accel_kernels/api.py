@@ -44,8 +44,7 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Attention over exact and pooled tiles, differentiable in q, k, v and `head_scale`, opaque to torch.compile.
 
-    Shapes, dtypes and devices are checked in every call; values of the lists and of `token_order` on a CPU, once until
-    they change, elsewhere only if the environment variable DIT_ACCEL_VALIDATE is 1: it reads them from the device.
+    Shapes, dtypes and devices are checked in every call; values of lists and of `token_order` as `validate` says.
 
     Args:
         q: [B, S_q, H, D] ("bshd") or [B, H, S_q, D] ("bhsd"), any strides; float64 on torch and reference alone.
