@@ -71,13 +71,11 @@ def block_sparse_attention(
         precision: "int8" or "fp8" (e4m3): queries and keys, pooled ones too, are multiplied in eight bits as
             precision.py says, on the triton backend ("reference" simulates it): int8 wherever that runs, fp8 from
             compute capability 8.9 and gfx942 on; no gradient. Routing sees what was given. None: the dtype of q.
-        backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients come
-            from the triton backend's own kernels, for fa4 too, and else from the torch backend's recomputation, except
-            with "reference", which autograd differentiates.
+        backend: "auto", "triton", "fa4", "torch", "flex" or "reference"; a named one runs or raises. Gradients: the
+            triton backend's kernels, for fa4 too; "reference" by autograd; else the torch backend's recomputation.
 
     Returns:
-        The output, or a tuple of the output and what else was asked for, in this order: LSE, exact tiles, and with a
-        vote the bits of the next call, int32 like `selection.keep`.
+        The output, or a tuple of it and what else was requested: LSE, exact tiles, a vote's bits (like `selection.keep`).
 
     Raises:
         ValueError, TypeError: arguments that don't fit, by name and value.
