@@ -75,7 +75,7 @@ def block_sparse_attention(
             triton backend's kernels, for fa4 too; "reference" by autograd; else the torch backend's recomputation.
 
     Returns:
-        The output, or a tuple of it and what else was requested: LSE, exact tiles, a vote's bits (like `selection.keep`).
+        The output, or a tuple of it and what else was requested: LSE, exact tiles, a vote's bits (like `keep`).
 
     Raises:
         ValueError, TypeError: arguments that don't fit, by name and value.
