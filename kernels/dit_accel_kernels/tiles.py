@@ -91,9 +91,9 @@ class TileLists(Grid):
     where bit j % 32 of word [m, r, j // 32] is set if the tile's query r sees its key j. `from_mask` makes them.
 
     Tensors made under `torch.inference_mode` are copied, since nothing could tell that they changed. What backends
-    from lists lives as long as these tensors do. Writes by torch's own operations are followed, and on a CPU all others
-    too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after them. A captured CUDA
-    graph goes on with the lists as they were at its capture, whatever is written to them between replays, also by
+    derive from lists lives as long as these tensors do. Writes by torch's own operations are followed, and on a CPU all
+    others too. On a GPU, kernels of one's own (Triton, CUDA, CuPy) write unseen: call `changed` after them. A captured
+    CUDA graph goes on with the lists as they were at its capture, whatever is written to them between replays, also by
     `copy_`: capture it again. Lists that were captured stay in memory until `release_captured()`.
     """
 

@@ -1,5 +1,7 @@
 """Where kernels run, and by which way of the torch backend."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -30,3 +32,12 @@ def by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_accel_kernels.backends.torch import fused
 
     monkeypatch.setattr(fused, "library", lambda: None)
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """Fill every buffer that torch leaves uninitialised with NaN, so that nothing unwritten passes for 0."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

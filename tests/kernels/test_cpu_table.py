@@ -237,5 +237,8 @@ def test_a_measurement_is_replaced_by_the_environments_and_other_calls_have_none
     monkeypatch.setenv(cpu.DENSE, "1.75")
     assert dense_speed(torch.float32, 64) == 1.75
     assert dense_speed(torch.float64, 64) is None
+    monkeypatch.setenv(cpu.DENSE, "fast")
+    with pytest.raises(ValueError, match=r"^DIT_ACCEL_CPU_DENSE .*number.*'fast'"):
+        dense_speed(torch.float32, 64)
     monkeypatch.setattr(fused, "library", lambda: None)
     assert dense_speed(torch.float32, 64) is None

@@ -30,12 +30,7 @@ BOTH = ["int8", "fp8"]
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _uninitialised_memory_is_nan():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
 def check(q, k, v, tiles, precision, **arguments):

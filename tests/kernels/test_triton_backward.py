@@ -33,17 +33,11 @@ from dit_accel_kernels.backends.triton.transpose import column_plan
 from kernel_cases import WIDE, assert_within_rounding, qkv, random_lists
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log of a pooled tile without a key
+pytestmark = [
+    pytest.mark.usefixtures("unwritten_is_nan"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),  # log of a pooled tile without a key
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _seeded_and_uninitialised_memory_is_nan():
-    """Every buffer that torch leaves uninitialised is filled with NaN, so that nothing unwritten passes for 0."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, **features) -> Problem:

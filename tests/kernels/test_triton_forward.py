@@ -33,13 +33,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _uninitialised_memory_is_nan():
-    """Every buffer that torch leaves uninitialised is filled with NaN, so that nothing unwritten passes for 0."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
 def check(q, k, v, tiles, **arguments):

@@ -37,12 +37,7 @@ VOTES = [Vote(threshold=-1.5), Vote(criterion="mass", threshold=0.1), Vote(crite
 OFF = 100 * torch.finfo(torch.float32).eps  # how near a threshold, relatively, what is found may lie on either side
 
 
-@pytest.fixture(autouse=True)
-def _uninitialised_memory_is_garbage():
-    """Every buffer that torch leaves uninitialised is filled, so that nothing unwritten passes for 0."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
 def bits(*shape: int, share: float = 0.6) -> Tensor:

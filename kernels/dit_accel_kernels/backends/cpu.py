@@ -82,7 +82,12 @@ def dense_speed(dtype: torch.dtype, dim: int) -> float | None:
     if not fused.takes(torch.device("cpu"), dtype):
         return None
     named = os.environ.get(DENSE)
-    return _dense_speed(dtype, dim) if named is None else float(named)
+    if named is None:
+        return _dense_speed(dtype, dim)
+    try:
+        return float(named)
+    except ValueError:
+        raise ValueError(f"{DENSE} must be a number, the loop's speed over that of SDPA; found {named!r}") from None
 
 
 @lru_cache(maxsize=64)
