@@ -215,15 +215,17 @@ def one_process(group: str, out: Path, target: str | None, seconds: float) -> tu
 
     timer = threading.Timer(seconds, lambda: (over.set(), end()))
     timer.start()
-    for text in map(str.rstrip, process.stdout or ()):
-        if text.startswith("> "):
-            begun = text[2:]
-        else:
-            tail.append(text[-300:])
-            print(text, flush=True)
-    code = process.wait()
-    timer.cancel()
-    end()
+    try:
+        for text in map(str.rstrip, process.stdout or ()):
+            if text.startswith("> "):
+                begun = text[2:]
+            else:
+                tail.append(text[-300:])
+                print(text, flush=True)
+        code = process.wait()
+    finally:  # also where Ctrl-C ends this process
+        timer.cancel()
+        end()
     return None if over.is_set() else code, begun, list(tail)
 
 
@@ -275,8 +277,19 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run, list or dry-run; exits with 1 as said above."""
-    args, everything = arguments(), groups()
+    """Run, list or dry-run; exits with 1 as said above, after Ctrl-C with 130."""
+    try:
+        code = run(arguments())
+    except KeyboardInterrupt:
+        print("stopped: what has ended is in the results, and the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)  # without what compiles still
+    if code is not None:
+        sys.exit(code)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Run, list or dry-run; the exit code of what ran."""
+    everything = groups()
     every = dict(enumerate(pieces(everything), 1))
     if args.piece not in (None, *every):
         raise SystemExit(f"--piece takes 1 to {len(every)}, found {args.piece}")
@@ -285,19 +298,19 @@ def main() -> None:
         for number, piece in plan.items():
             print(f"piece {number}: {sum(map(limit, piece.values()))} s at most")
             print(*(f"  {name}: {len(cases)} cases, {limit(cases)} s" for name, cases in piece.items()), sep="\n")
-        return
+        return None
     results = Results(args.out, setting(args.dry_run))
     if args.group:
         [cases] = pick(args.group, everything, "group")
         torch.manual_seed(0)
-        sys.exit(work(args.group, cases, results, args.dry_run))
+        return work(args.group, cases, results, args.dry_run)
     if args.out.exists() and not args.out.read_text().endswith("\n"):
         append(args.out, {})  # ends a line that was cut short
     for number, piece in plan.items():
         for name, cases in piece.items():
             print(f"piece {number}, {name}: {len(cases)} cases", flush=True)
             supervise(name, cases, results, args.dry_run)
-    sys.exit(report({name: cases for piece in plan.values() for name, cases in piece.items()}, results))
+    return int(report({name: cases for piece in plan.values() for name, cases in piece.items()}, results))
 
 
 if __name__ == "__main__":

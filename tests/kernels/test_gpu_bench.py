@@ -2,9 +2,11 @@
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +113,27 @@ def test_what_crashes_or_hangs_costs_nothing_but_itself(tmp_path):
     before = out.read_text()
     assert run(script, "--out", str(out)).returncode == 1  # the second start has nothing left to do
     assert out.read_text() == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
+    script, out = tmp_path / "faulty.py", tmp_path / "gpu.jsonl"
+    script.write_text((BARE + FAULTY).replace('"crash", ', "").replace("CASE_SECONDS = 1", "CASE_SECONDS = 99"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        while not out.exists() or '"missing"' not in out.read_text():  # after which a case hangs
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=20)
+    assert (process.returncode, text) == (
+        130, "stopped: what has ended is in the results, and the same command goes on\n",
+    )  # fmt: skip
+    assert list(records_in(out)) == ["first", "missing"]
+    for running in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            assert str(script).encode() not in running.read_bytes()
 
 
 @pytest.mark.slow
