@@ -170,7 +170,7 @@ class Execution:
             out = run_dense(plan, call, layer)
         else:
             planning = time.perf_counter()
-            rests, context = turned(handlers, call, context)
+            rests, context = turned(handlers, context)
             plan = self._plan(handlers, call, context)
             clock.lists += time.perf_counter() - planning
             out, plan = self._run(plan, call, context, layer, rests)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from dit_accel_kernels import selected_tiles
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..methods.base import AttentionHandler
 from ..plan.call import Call
 from ..plan.context import CallContext
@@ -19,18 +18,13 @@ Launch = Callable[[AttentionPlan], Launched]
 """Runs a plan of a given call, with its LSE."""
 
 
-def turned(handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> tuple[Rests | None, CallContext]:
+def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[Rests | None, CallContext]:
     """Return whose layers take turns to be dense, None where nobody's do, and the context with the call's turn."""
     asking = [one for one in handlers if one.rests is not None]
     if not asking:
         return None, context
     one = next((one for one in asking if one.rests is not None and one.rests.cached), asking[0])
     assert one.rests is not None
-    if call.rows is not None:
-        raise ConfigError(
-            f"{one.name}.refresh = {one.rests.every} needs whole calls, and ring attention cuts them; use "
-            "ContextParallelConfig(ulysses_degree=...), or leave out refresh and rest = 'cached'"
-        )
     return one.rests, one.rests.turned(context, one.name)
 
 
@@ -55,7 +49,9 @@ def with_rest(
         bare = bare.only(known.exact)
         given = launch(bare)
         if known.out is not None and known.lse is not None:
-            given = given._replace(out=merged(given.out, given.lse, known.out.read(), known.lse))
+            device = given.out.device
+            rest = known.out.read(device), known.lse.to(device, non_blocking=True)
+            given = given._replace(out=merged(given.out, given.lse, *rest))
         plan = replace(plan, tiles=bare.tiles, selection=bare.selection)
         return given._replace(out=with_values(plan, call, given.out)), plan
     given, kept = _dense(rests, bare, call, launch)

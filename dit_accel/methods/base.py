@@ -198,7 +198,7 @@ class AttentionHandler(Handler):
     only_saves: ClassVar[bool] = False
     """Whether its tile lists leave out or pool tiles to save time and nothing else, so that dense attention may do."""
 
-    by_place: ClassVar[bool] = False
+    by_place: bool = False
     """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
 
     rests: Rests | None = None

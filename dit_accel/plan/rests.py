@@ -39,14 +39,18 @@ class Stored:
         """Bytes that are held."""
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-    def read(self) -> Tensor:
-        """Return the rows in the output's own type, [B, H, S, D]."""
+    def on_host(self) -> "Stored":
+        """Return the rows in the host's memory."""
+        return replace(self, values=on_host(self.values), scale=None if self.scale is None else on_host(self.scale))
+
+    def read(self, device: torch.device) -> Tensor:
+        """Return the rows on a device in the output's own type, [B, H, S, D]."""
+        values = self.values.to(device, non_blocking=True)
         if self.scale is None:
-            return self.values
-        values = self.values
+            return values
         if values.dtype == torch.uint8:
             values = torch.stack([values & 15, values >> 4], -1).flatten(-2).to(torch.int8) - 8
-        return (values * self.scale).to(self.dtype)
+        return (values * self.scale.to(device, non_blocking=True)).to(self.dtype)
 
 
 def stored(rows: Tensor, dtype: RestType | None) -> Stored:
@@ -60,6 +64,14 @@ def stored(rows: Tensor, dtype: RestType | None) -> Stored:
         low, high = (values + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
         values = low | high << 4
     return Stored(values=values, scale=scale, dtype=rows.dtype)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in the host's memory, pinned where it comes from another device, which copies by itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
@@ -110,10 +122,14 @@ class Rests:
         dtype: in which it is kept; None: its own.
         memory: GB that it may take; None: as much as it needs. Where that is too little, the layers in which it holds
             the least of the softmax mass leave it out.
+        offload: let it wait in the host's memory.
     """
 
-    def __init__(self, every: int, cached: bool, dtype: RestType | None = None, memory: float | None = None) -> None:
-        self.every, self.cached, self.memory = every, cached, memory
+    def __init__(
+        self, every: int, cached: bool, dtype: RestType | None = None, memory: float | None = None,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        self.every, self.cached, self.memory, self.offload = every, cached, memory, offload
         self.dtype: RestType | None = dtype
         self.kept: dict[Key, KeptRest] = {}
         self._calls: dict[Key, int] = {}
@@ -158,11 +174,13 @@ class Rests:
     def keep(self, key: Key, rest: KeptRest) -> None:
         """Keep what a dense call left, as far as the memory allows."""
         self.kept[key] = rest
+        if self.offload and rest.out is not None and rest.lse is not None:
+            rest.out, rest.lse = rest.out.on_host(), on_host(rest.lse)
         if self.memory is not None:
             held = [one for one in self.kept.values() if one.out is not None]
             while sum(one.nbytes for one in held) > self.memory * 1e9:
                 least = min(held, key=lambda one: one.gain)
                 least.drop()
                 held.remove(least)
-        size = sum(one.nbytes + one.exact.nbytes for one in self.kept.values())
+        size = sum(one.exact.nbytes + (0 if self.offload else one.nbytes) for one in self.kept.values())
         self.most_held = max(self.most_held, size)

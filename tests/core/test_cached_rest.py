@@ -1,7 +1,6 @@
 """`refresh` and `rest = "cached"`: whose turn it is to be dense, what is kept of it, and what the other calls add."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from dit_accel_kernels import unpack_bits
 from dit_accel_pipelines.families.wan import WAN
 from one_layer import MODEL, OneLayer, random_call
+from torch._dynamo.utils import counters
 from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer
 
 import dit_accel
@@ -30,8 +30,9 @@ from dit_accel.methods import AttentionHandler, Model, Phase
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.rests import KeptRest, Rests, merged, stored
+from dit_accel.plan.rests import KeptRest, Rests, merged, on_host, stored
 
+CPU = torch.device("cpu")
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=20)
 SPARSE = dict(block_size=16, dense_steps=0, dense_layers=0, rest="cached", refresh=3)
 SPARSED = SparseD(density=0.3, **SPARSE)
@@ -75,12 +76,12 @@ def test_rows_in_few_bits_are_off_by_half_a_step_of_their_own_scale(dtype, most,
     kept = stored(rows, dtype)
     step = rows.double().abs().amax(-1, keepdim=True) / most
     rounding = torch.finfo(held).eps * rows.double().abs().amax(-1, keepdim=True)
-    assert kept.read().dtype == held
-    assert ((kept.read().double() - rows.double()).abs() <= step * 0.5001 + 2 * rounding).all()
-    assert not kept.read()[0, 0, 0].any()
+    assert kept.read(CPU).dtype == held
+    assert ((kept.read(CPU).double() - rows.double()).abs() <= step * 0.5001 + 2 * rounding).all()
+    assert not kept.read(CPU)[0, 0, 0].any()
     assert kept.nbytes == 2 * 3 * 7 * ((6 if dtype == "int8" else 3) + 4)
     whole = stored(rows, None)
-    assert torch.equal(whole.read(), rows)
+    assert torch.equal(whole.read(CPU), rows)
     assert whole.nbytes == rows.nbytes
 
 
@@ -253,6 +254,21 @@ def test_bounded_memory_keeps_the_rests_that_hold_most():
     assert rests.most_held == 3 * 64 + 4 * 4
 
 
+def test_offloaded_rests_count_as_the_hosts_and_give_the_same():
+    config = SparseD(density=0.3, rest_dtype="int4", **SPARSE)
+    layer, other = OneLayer(config), OneLayer(replace(config, rest_offload="cpu"))
+    for step in range(5):
+        one, two = (x.call(*parts_of(step), LAYOUT, step=step) for x in (layer, other))
+        assert torch.equal(one, two)
+    held, off = (x.execution.handlers[0].rests.most_held for x in (layer, other))
+    assert held - off == 2 * 2 * LAYOUT.tokens * (4 + 4 + 8)  # nibbles, scale, LSE
+    moved = on_host(torch.arange(3))
+    assert moved.device == CPU
+    wan = family("wan2.1-14b")
+    plan = estimate(WAN, wan, methods=[SparseD(density=0.2, rest="cached", rest_offload="cpu")])
+    assert plan.carried_bytes["sparsed"] == 2 * estimate(WAN, wan, methods=[SparseD()]).carried_bytes["sparsed"]
+
+
 def test_a_layer_whose_rest_found_no_room_leaves_it_out():
     config = SparseD(density=0.3, rest_memory=1e-9, **SPARSE)
     layer, skipped = OneLayer(config), OneLayer(SparseD(density=0.3, **{**SPARSE, "rest": "skip"}))
@@ -318,11 +334,24 @@ def test_what_makes_no_sense_is_refused(make, match):
         make()
 
 
-def test_gradients_training_and_parts_of_a_sequence_are_refused():
+def test_gradients_are_refused_and_so_is_ring_attention():
     q, k, v = parts_of()
     with pytest.raises(ConfigError, match=r"sparsed\.refresh = 3.*gradient"):
         OneLayer(SPARSED).call(q.requires_grad_(), k, v, LAYOUT)
-    layer = OneLayer(SPARSED)
-    layer.execution.forward.shards = SimpleNamespace(rows=torch.arange(4), share=lambda heads: None)
-    with pytest.raises(ConfigError, match=r"sparsed\.refresh = 3.*ulysses"):
-        layer.call(q.detach()[:, :, :4], k, v, LAYOUT)
+    for config in (RADIAL, RadialAttention(refresh=3)):
+        assert not make_handlers([config], MODEL)[0].by_place  # which is what ring attention asks
+    assert make_handlers([RadialAttention()], MODEL)[0].by_place
+
+
+@pytest.mark.slow
+def test_compiled_full_graph_gives_the_same():
+    transformer, config = sharp_transformer(), SparseD(density=0.3, **SPARSE)
+    with dit_accel.attach(transformer, config, preset="none"):
+        eager = denoise(transformer, 5)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    counters.clear()
+    with dit_accel.attach(transformer, config, preset="none"):
+        torch.testing.assert_close(denoise(transformer, 5), eager, rtol=1e-4, atol=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()

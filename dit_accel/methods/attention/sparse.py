@@ -41,6 +41,7 @@ class SparseConfig(MethodConfig):
             of the memory. Unset: in the output's own.
         rest_memory: with ``rest = "cached"``: GB that it may take on a device. Where that is too little, the layers
             in which it holds the least of the softmax mass leave it out. Unset: as much as it needs.
+        rest_offload: with ``rest = "cached"``: let it wait in the memory of the ``cpu``; each call copies its own back.
     """
 
     # sparse from the start
@@ -61,10 +62,11 @@ class SparseConfig(MethodConfig):
     refresh: Annotated[int, ge(2), "3 is usual with rest = 'cached'"] | None = None
     rest_dtype: RestType | None = None
     rest_memory: Annotated[float, gt(0)] | None = None
+    rest_offload: Literal["cpu"] | None = None
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for name in ("rest_dtype", "rest_memory"):
+        for name in ("rest_dtype", "rest_memory", "rest_offload"):
             if (value := getattr(self, name)) is not None and not self.caches_rest:
                 raise ConfigError(
                     f"{self.name}.{name} = {value!r} is of what rest = 'cached' keeps, got {self.name}.rest = "
@@ -142,7 +144,9 @@ class SparseHandler(AttentionHandler):
         super().__init__(config, model)
         settings = self.settings = replace(self.settings, block_size=model.tiling.block_size)
         if (every := settings.refresh or (USUAL_TURN if settings.caches_rest else None)) is not None:
-            self.rests = Rests(every, settings.caches_rest, settings.rest_dtype, settings.rest_memory)
+            offload = settings.rest_offload is not None
+            self.rests = Rests(every, settings.caches_rest, settings.rest_dtype, settings.rest_memory, offload)
+            self.by_place = False  # what a row gets follows from the calls before
 
     @property
     def pools(self) -> bool:
@@ -247,7 +251,7 @@ class SparseHandler(AttentionHandler):
         if rests is None or not rests.cached or family is None:
             return 0
         each = rests.bytes_of(layout.tokens * self.model.heads, family.head_dim)
-        size = self._active_calls(steps) * each
+        size = 0 if rests.offload else self._active_calls(steps) * each
         limit = size if rests.memory is None else int(rests.memory * 1e9)
         return min(size, limit) + self.carried_bits(layout, steps)
 
