@@ -1,4 +1,4 @@
-"""Runs calls of layers that are dense in turn: what their tiles leave out is kept and added to the calls after."""
+"""Runs calls of layers that are dense in turn: what is missing without it is kept, and added to the calls after."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,8 +33,8 @@ def with_rest(
 ) -> tuple[Launched, AttentionPlan]:
     """Return what a call gives over its tiles and the rest together, and the plan that says what it computed.
 
-    A dense turn is two kernel calls over complementary tiles, which take as long as one over all; the votes of a
-    method cost one more over what they drop.
+    A dense turn is two kernel calls over complementary tiles, which take as long as one over all; where a method votes,
+    one more is of the tiles that it keeps.
 
     Args:
         rests: what is kept.
@@ -48,10 +48,8 @@ def with_rest(
         known = rests.kept[context.key]
         bare = bare.only(known.exact)
         given = launch(bare)
-        if known.out is not None and known.lse is not None:
-            device = given.out.device
-            rest = known.out.read(device), known.lse.to(device, non_blocking=True)
-            given = given._replace(out=merged(given.out, given.lse, *rest))
+        if known.rest is not None:
+            given = given._replace(out=given.out + known.rest.read(given.out.device))
         plan = replace(plan, tiles=bare.tiles, selection=bare.selection)
         return given._replace(out=with_values(plan, call, given.out)), plan
     given, kept = _dense(rests, bare, call, launch)
@@ -61,27 +59,18 @@ def with_rest(
 
 def _dense(rests: Rests, plan: AttentionPlan, call: Call, launch: Launch) -> tuple[Launched, KeptRest]:
     """Return a dense call by two over its tiles and over all others, and what is kept of it."""
-    exact, every = _exact(plan, call), exact_bits(plan.all_tiles(), call.q.shape[1])
-    given, rest = launch(plan.only(exact, voting=True)), None
-    out, total = given.out, given.lse
+    exact = _exact(plan, call)
+    given = launch(plan.only(exact, voting=True))
+    out = sparse = given.out
     if not plan.is_dense:
-        rest = launch(plan.only(every & ~exact))
-        out, total = merged(out, total, rest.out, rest.lse), total.logaddexp(rest.lse)
-    if given.kept is not None:  # what the votes drop leaves the tiles and joins the rest
-        dropped = launch(plan.only(exact & ~given.kept))
+        others = launch(plan.only(exact_bits(plan.all_tiles(), call.q.shape[1]) & ~exact))
+        out = merged(out, given.lse, others.out, others.lse)
+    if given.kept is not None:  # the calls to come have the tiles that the votes keep
         exact = exact & given.kept
-        rest = dropped if rest is None else _joined(rest, dropped)
-    kept = KeptRest(exact=exact)
-    if rest is not None:
-        kept.out, kept.lse = stored(rest.out, rests.dtype), rest.lse
-        if rests.memory is not None:
-            kept.gain = float((rest.lse - total).exp().nan_to_num(0.0).mean())
-    return given._replace(out=out, exact=None), kept
-
-
-def _joined(one: Launched, other: Launched) -> Launched:
-    """Return attention over the keys of two disjoint sets."""
-    return Launched(merged(one.out, one.lse, other.out, other.lse), lse=one.lse.logaddexp(other.lse))
+        sparse = launch(plan.only(exact)).out
+    rest = out - sparse
+    gain = 0.0 if rests.memory is None else float(rest.float().norm() / out.float().norm().clamp(min=1e-12))
+    return given._replace(out=out, exact=None), KeptRest(exact=exact, rest=stored(rest, rests.dtype), gain=gain)
 
 
 def _exact(plan: AttentionPlan, call: Call) -> Tensor:

@@ -1,8 +1,9 @@
-"""What tile lists leave out of attention, kept from each layer's last dense call and added to the calls after it.
+"""What a layer's output lacks over tile lists, kept from its last dense call and added to the calls after it.
 
 Sources: DiTFastAttn (arXiv 2406.08552) shares what a window leaves out between steps, FlashBlock (arXiv 2602.05305) the
 attention to outer blocks. Here the lists may be anybody's, also chosen by the data, and layers take turns to be dense,
-when their lists are chosen anew.
+when their lists are chosen anew. What is kept is the difference of the dense output and that over the lists: it comes
+nearer to dense attention than the softmax over both parts does, since values move alike everywhere from step to step.
 """
 
 from dataclasses import dataclass, replace
@@ -93,24 +94,18 @@ class KeptRest:
 
     Attributes:
         exact: int32 [B, H, NQ, W], the tiles that stay exact.
-        out: the attention over all others; None: it is not kept.
-        lse: float [B, H, S], its log-sum-exp.
-        gain: mean share of the softmax mass that it holds; only where memory is bounded.
+        rest: the dense output minus that over these tiles; None: it is not kept.
+        gain: its norm over that of the output; only where memory is bounded.
     """
 
     exact: Tensor
-    out: Stored | None = None
-    lse: Tensor | None = None
+    rest: Stored | None
     gain: float = 0.0
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held besides the bits."""
-        return 0 if self.out is None or self.lse is None else self.out.nbytes + self.lse.nbytes
-
-    def drop(self) -> None:
-        """Free the rest, and leave the tiles."""
-        self.out = self.lse = None
+        return 0 if self.rest is None else self.rest.nbytes
 
 
 class Rests:
@@ -120,8 +115,8 @@ class Rests:
         every: calls of a layer from one dense call to the next; the layers take turns.
         cached: keep what the tiles leave out from each dense call; else it is left out, or pooled.
         dtype: in which it is kept; None: its own.
-        memory: GB that it may take; None: as much as it needs. Where that is too little, the layers in which it holds
-            the least of the softmax mass leave it out.
+        memory: GB that it may take; None: as much as it needs. Where that is too little, the layers of whose output
+            it is the smallest part leave it out.
         offload: let it wait in the host's memory.
     """
 
@@ -169,18 +164,18 @@ class Rests:
     def bytes_of(self, rows: int, head_dim: int) -> int:
         """Return the bytes of so many rows of a head in 16 bits, or as they are kept."""
         each = {None: 2 * head_dim, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[self.dtype]
-        return rows * (each + 4)
+        return rows * each
 
     def keep(self, key: Key, rest: KeptRest) -> None:
         """Keep what a dense call left, as far as the memory allows."""
         self.kept[key] = rest
-        if self.offload and rest.out is not None and rest.lse is not None:
-            rest.out, rest.lse = rest.out.on_host(), on_host(rest.lse)
+        if self.offload and rest.rest is not None:
+            rest.rest = rest.rest.on_host()
         if self.memory is not None:
-            held = [one for one in self.kept.values() if one.out is not None]
+            held = [one for one in self.kept.values() if one.rest is not None]
             while sum(one.nbytes for one in held) > self.memory * 1e9:
                 least = min(held, key=lambda one: one.gain)
-                least.drop()
+                least.rest = None
                 held.remove(least)
         size = sum(one.exact.nbytes + (0 if self.offload else one.nbytes) for one in self.kept.values())
         self.most_held = max(self.most_held, size)

@@ -40,7 +40,7 @@ class SparseConfig(MethodConfig):
         rest_dtype: with ``rest = "cached"``: keep it in ``int8`` or ``int4`` with a scale a row, in half or a quarter
             of the memory. Unset: in the output's own.
         rest_memory: with ``rest = "cached"``: GB that it may take on a device. Where that is too little, the layers
-            in which it holds the least of the softmax mass leave it out. Unset: as much as it needs.
+            of whose output it is the smallest part leave it out. Unset: as much as it needs.
         rest_offload: with ``rest = "cached"``: let it wait in the memory of the ``cpu``; each call copies its own back.
     """
 
