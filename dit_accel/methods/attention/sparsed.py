@@ -16,13 +16,12 @@ import torch
 from dit_accel_kernels import pack_bits, unpack_bits
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.tile_masses import tile_masses
-from ...plan.tiling import exact_bits, pinned_bits
+from ...plan.tiling import exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
 from ..options import gt, le, lt
 from ..saving import Saving
@@ -129,20 +128,24 @@ class SparseDHandler(SparseHandler):
         self.bits.clear()
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the pattern leaves, and what is carried; raise `ConfigError` with ``mass``."""
-        settings = self.settings
+        """Return the tiles that the pattern leaves, where ``density`` says so, and what is carried."""
+        settings, carried = self.settings, self.carried_bits(layout, steps)
         if settings.mass is not None:
-            raise ConfigError(
-                f"sparsed.mass = {settings.mass} keeps what the data say, so nothing can be counted beforehand; give "
+            note = (
+                f"sparsed.mass = {settings.mass} keeps what the data say, so what it saves is not counted; give "
                 "sparsed.density to plan with"
             )
+            lists = full_lists_bytes(layout, settings.tiling.block_size)
+            lists += pinned_bytes(layout, settings.tiling.block_size)
+            carried += self.rest_bytes(layout, steps)
+            return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=(note, *settings.notes()))
         kept = settings.kept_tiles(settings.tiling.tiles(layout.visual_tokens))
 
         def keep(share: np.ndarray) -> np.ndarray:
             listed = share.sum(1, keepdims=True)  # of a row's candidates it keeps so many, or all
             return share * np.minimum(1.0, kept / np.maximum(listed, 1e-9))
 
-        return self.saving_of(keep, layout, steps, carried_bytes=self.carried_bits(layout, steps))
+        return self.saving_of(keep, layout, steps, carried_bytes=carried)
 
     def _text(self, context: CallContext) -> Tensor:
         return pinned_bits(context.layout, self.settings.tiling.block_size, None, "text", str(context.device))
