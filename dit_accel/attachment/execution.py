@@ -82,6 +82,7 @@ class Execution:
         """Let these be the methods from now on."""
         self.handlers = tuple(handlers)
         self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
+        self._takes_turns = any(one.rests is not None for one in self.attention)
         self._learners = tuple(one for one in handlers if isinstance(one, ReadsVotes))
         self._keepers = tuple(one for one in handlers if isinstance(one, StoresOutputs))
         self._correctors = tuple(one for one in handlers if isinstance(one, Corrects))
@@ -170,7 +171,7 @@ class Execution:
             out = run_dense(plan, call, layer)
         else:
             planning = time.perf_counter()
-            rests, context = turned(handlers, context)
+            rests, context = turned(handlers, context) if self._takes_turns else (None, context)
             plan = self._plan(handlers, call, context)
             clock.lists += time.perf_counter() - planning
             out, plan = self._run(plan, call, context, layer, rests)
