@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
+from dit_accel_kernels import block_sparse_attention_eager
 from torch import Tensor
 
 from ..adapters.adapter import Grid
@@ -19,9 +20,9 @@ from ..errors import AttachError, ConfigError
 from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, StoresOutputs
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
-from ..plan.layout import TokenLayout, with_valid_text
+from ..plan.layout import TokenLayout
 from ..plan.masks import visible_row
-from ..plan.plan import AttentionPlan
+from ..plan.plan import AttentionPlan, Launched
 from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
@@ -36,7 +37,7 @@ from .kernel_call import (
     run_kernel,
     without_slow_lists,
 )
-from .layers import AttentionLayer, TransformerState
+from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
 from .rest import turned, with_rest
 from .state import DenoisingState
@@ -161,7 +162,7 @@ class Execution:
         call, given = self._completed(layer, call, sizes)
         layout, (frames, height, width, before, after) = forward.layout, sizes
         if (keys := call.k.shape[2]) != before + frames * height * width + after:
-            layout = self._shortened(layer, keys)
+            layout = shortened(layer, layout, keys)
         handlers = forward.acting.get(layer) if layout is forward.layout else None
         if handlers is None:
             handlers = self._ask(layer, layout)
@@ -234,20 +235,6 @@ class Execution:
             return call, None
         start = before if queries == frames * height * width else missing
         return replace(call, q=F.pad(call.q, (0, 0, start, missing - start))), slice(start, start + queries)
-
-    def _shortened(self, layer: AttentionLayer, tokens: int) -> TokenLayout:
-        """Return the layout of a call that leaves out the text that pads its row."""
-        state, adapter, layout = layer.state, layer.state.adapter, self.forward.layout
-        assert layout is not None
-        if adapter.variable_text_length:
-            layout = with_valid_text(layout, tokens)
-        if tokens != layout.tokens:
-            raise ConfigError(
-                f"{state.name} layer {layer.index} attends over {tokens} tokens, but the adapter {adapter.name!r} "
-                f"reads {layout.tokens} off the latents ({layout}); check the adapter's grid: frames_axis, text, "
-                "joined, the patch size"
-            )
-        return layout
 
     def _ask(self, layer: AttentionLayer, layout: TokenLayout | None) -> tuple[AttentionHandler, ...]:
         """Ask which methods act in a layer of the running forward, over a layout that may be a call's own."""
@@ -386,3 +373,20 @@ class Execution:
             "stayed dense"
         )
         return True
+
+
+def run_kernel(
+    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
+) -> Launched:
+    """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
+    tiles, arguments = plan.kernel_arguments(call)
+    name = plan.backend(call, tiles, differentiate or lse)
+    arguments = {**arguments, "backend": name} if differentiate else arguments
+    q, k, v = call.as_held(call.q, call.k, call.v)
+    selects = plan.selection is not None
+    result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
+    recorder.ran_by(name, call.q, plan.precision)
+    out, *others = (result,) if isinstance(result, Tensor) else result
+    found = others.pop(0) if lse else None
+    exact = others.pop(0) if selects else None
+    return Launched(call.heads_first(out), exact, others.pop(0) if others else None, found)

@@ -11,7 +11,7 @@ from wan_tiny import denoise, sharp_transformer, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD, TokenLayout
 from dit_accel.adapters import installed
-from dit_accel.attachment.kernel_call import run_kernel
+from dit_accel.attachment.execution import run_kernel
 from dit_accel.estimate.tiles import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
