@@ -34,7 +34,6 @@ from .kernel_call import (
     override_rows,
     own_rows,
     run_dense,
-    run_kernel,
     without_slow_lists,
 )
 from .layers import AttentionLayer, TransformerState, shortened
