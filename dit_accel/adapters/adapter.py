@@ -183,6 +183,7 @@ class Adapter:
         signal: (transformer, forward inputs by name) -> what tells how much the first block's input changed since the
             last step, made by the transformer's own embeddings: the modulated input of its first block's attention, or
             an embedding of the timestep; None: not described.
+        projected_signal: the same, of the timestep's embedding as it modulates all blocks; None: not described.
         rope: where the model makes its rotary positions, or in words why it has none; None: not described.
         guidance: how the family's pipelines guide.
         cross_attention: where text comes in by cross-attention, or in words why it does not; None: not described.
@@ -213,6 +214,7 @@ class Adapter:
     rising_timesteps: bool = False
     flow: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    projected_signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     rope: Rope | str | None = None
     guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
     cross_attention: CrossAttention | str | None = None
@@ -247,6 +249,7 @@ class Adapter:
             ("sizes(config)", self.sizes, False),
             ("always_dense(config)", self.always_dense, True),
             ("signal(transformer, inputs)", self.signal, True),
+            ("projected_signal(transformer, inputs)", self.projected_signal, True),
         ):
             if not callable(value) and not (optional and value is None):
                 raise ConfigError(

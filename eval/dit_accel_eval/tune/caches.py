@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import Request
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from dit_accel import ConfigError, MagCache, TeaCache
 from dit_accel.methods.caches.calibrated import CalibratedConfig, CalibratedHandler
 from dit_accel.methods.caches.easy import mean_change, mean_size
+from dit_accel.methods.caches.tea import TeaHandler
 from dit_accel.methods.site import ForwardContext, target_sample
 from dit_accel.rules.caching import rescaled
 
@@ -123,9 +123,8 @@ class _Changes:
 
     def __call__(self, handler: CalibratedHandler, context: ForwardContext, output: Any) -> Note:
         note: Note = {"transformer": context.transformer, "step": context.step_index}
-        assert handler.model.adapter.signal is not None
-        with torch.no_grad():
-            signal = handler.model.adapter.signal(handler.transformer_of(context), context.inputs).detach()
+        assert isinstance(handler, TeaHandler)
+        signal = handler.signal(context)
         stored, given = handler.stored(context), target_sample(output)
         if self._last is not None and self._last[:2] == (context.transformer, context.step_index - 1):
             _, _, signal_before, stored_before, given_before = self._last
