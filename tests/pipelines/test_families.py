@@ -24,7 +24,7 @@ THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
 LONGER = {"ultravico", "lvsa", "rope", "ultraimage"}
 STATIC = {"magcache", "staticcache"}
 CALIBRATED = {"magcache", "teacache", "profilingcache"}
-GUIDED = {"softpag": "heads", "pag": "layers", "slg": "layers"}
+GUIDED = {"softpag": "heads", "pag": "layers", "seg": "layers", "slg": "layers"}
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
 

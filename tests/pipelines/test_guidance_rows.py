@@ -9,7 +9,7 @@ from prompt_rows import ONE_PROMPT, PIPELINES, run
 from some_cases import some
 
 import dit_accel
-from dit_accel import NAG, PAG, SLG, ConfigError, SoftPAG
+from dit_accel import NAG, PAG, SEG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters import installed
 
 TWO = [name for name in PIPELINES if name not in ONE_PROMPT]
@@ -23,7 +23,11 @@ RESCALING = {
 }  # fmt: skip
 """Pipelines that scale the guided prediction by the conditional one, so that nothing can be folded into both."""
 REFUSED = pytest.raises(ConfigError, match=r"folded.*guidance")
-BRANCHES = {"pag": PAG(layers="L1", scale=2.0), "slg": SLG(layers="L1", scale=2.0, start=0.0, stop=1.0)}
+BRANCHES = {
+    "pag": PAG(layers="L1", scale=2.0),
+    "seg": SEG(layers="L1", sigma=1.0, scale=2.0),
+    "slg": SLG(layers="L1", scale=2.0, start=0.0, stop=1.0),
+}
 FREE = PAG(layers="L1", mode="free")
 
 

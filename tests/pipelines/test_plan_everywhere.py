@@ -25,6 +25,7 @@ SMALL = {
     "teacache": {"polynomial": (1.0, 0.0)},
     "softpag": {"heads": "L1H0"},
     "pag": {"layers": "L1"},
+    "seg": {"layers": "L1"},
     "slg": {"layers": "L1"},
     "profilingcache": {"blocks": (0,)},
     "lvsa": {"trained_frames": 3},
