@@ -22,6 +22,7 @@ DEFAULTS = {
     "pag": {"scale": 3.0, "layers": None, **WHOLE_RUN},
     "softpag": {"scale": 3.0, "u": 0.5, "heads": None, **WHOLE_RUN},
     "seg": {"scale": 3.0, "layers": None, **WHOLE_RUN},
+    "autoguidance": {"scale": 1.0, **WHOLE_RUN},
     "slg": {"scale": 2.8, "start": 0.01, "stop": 0.2, "layers": None},
 }
 """Method -> what neither the user nor the model's recipe sets."""

@@ -121,10 +121,8 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         """Whether the settings change nothing."""
         return super().neutral or self.u == 0
 
-    @property
-    def gives_another(self) -> bool:
-        """Whether heads give what is computed beside their attention, in its place."""
-        return False
+    gives_another: bool = False
+    """Whether heads give what is computed beside their attention, in its place."""
 
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse a second method that changes what attention gave, where this one does."""
@@ -227,7 +225,7 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         return put_in_place(plan, other, share, image, whole=whole and self.u == 1)
 
     @property
-    def gives_another(self) -> bool:
+    def gives_another(self) -> bool:  # type: ignore[override]
         """Whether the target is none of identity and temperature."""
         return self.settings.target in ANOTHER
 
