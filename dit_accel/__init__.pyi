@@ -31,7 +31,9 @@ from .methods.caches.prune import DBPrune as DBPrune
 from .methods.caches.sea import SeaCache as SeaCache
 from .methods.caches.static import StaticCache as StaticCache
 from .methods.caches.tea import TeaCache as TeaCache
+from .methods.guidance.autoguidance import AutoGuidance as AutoGuidance
 from .methods.guidance.nag import NAG as NAG
+from .methods.guidance.seg import SEG as SEG
 from .methods.guidance.slg import SLG as SLG
 from .methods.guidance.softpag import PAG as PAG
 from .methods.guidance.softpag import SoftPAG as SoftPAG

@@ -32,7 +32,7 @@ class Busy(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
     """Another run is writing what this one would write."""
 
 
-LONG_LIST = 24
+LONG_LIST = 32
 """The most names that an error lists. Of more (the models) it gives the near ones, and the command that lists all."""
 
 

@@ -178,9 +178,12 @@ class Adapter:
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
         rising_timesteps: the timestep rises from step to step.
+        flow: the prediction is noise - clean of latents (1 - sigma) clean + sigma noise, as the pipeline's scheduler
+            takes it, and its latents are those that the autoencoder gives, shifted, scaled and packed.
         signal: (transformer, forward inputs by name) -> what tells how much the first block's input changed since the
             last step, made by the transformer's own embeddings: the modulated input of its first block's attention, or
             an embedding of the timestep; None: not described.
+        projected_signal: the same, of the timestep's embedding as it modulates all blocks; None: not described.
         rope: where the model makes its rotary positions, or in words why it has none; None: not described.
         guidance: how the family's pipelines guide.
         cross_attention: where text comes in by cross-attention, or in words why it does not; None: not described.
@@ -209,7 +212,9 @@ class Adapter:
     split_text: Literal["none", "before", "after"] | None = None
     outer_masks: bool = False
     rising_timesteps: bool = False
+    flow: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    projected_signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     rope: Rope | str | None = None
     guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
     cross_attention: CrossAttention | str | None = None
@@ -244,6 +249,7 @@ class Adapter:
             ("sizes(config)", self.sizes, False),
             ("always_dense(config)", self.always_dense, True),
             ("signal(transformer, inputs)", self.signal, True),
+            ("projected_signal(transformer, inputs)", self.projected_signal, True),
         ):
             if not callable(value) and not (optional and value is None):
                 raise ConfigError(

@@ -43,6 +43,7 @@ from .processor import dense_attention_of, retire_processor, unwrap_processor, w
 from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
+from .two_stages import called
 
 
 class Attachment:
@@ -108,6 +109,17 @@ class Attachment:
             self._put_on(self)
             self._execution.observers.extend(observers)
 
+    def call(self, prompt: Any = None, **call: Any) -> Any:
+        """Call the pipeline, after a small picture where `UltraImage` wants one first, and return what it returns.
+
+        Raises:
+            AttachError: if there is no pipeline to call, or the methods are detached already.
+            ConfigError: if a small picture is wanted of a pipeline for which that is not described.
+        """
+        self._require_attached()
+        given = call if prompt is None else {"prompt": prompt, **call}
+        return called(self._execution.state.pipe, self._execution.handlers, given)
+
     def check(self, prompt: str, seed: int = 0, **call: Any) -> Check:
         """Generate twice with one seed, dense and with the methods, and compare the two results.
 
@@ -120,7 +132,7 @@ class Attachment:
             AttachError: if there is no pipeline to call, or the methods are detached already.
             ConfigError: if the pipeline's result holds no frames or picture.
         """
-        return check(self._execution.state.pipe, self.suspended, prompt, seed, call)
+        return check(self._execution.state.pipe, self.suspended, self.call, prompt, seed, call)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.

@@ -72,7 +72,12 @@ class Check:
 
 
 def check(
-    pipe: Any, suspended: Callable[[], AbstractContextManager[None]], prompt: str, seed: int, call: Mapping[str, Any]
+    pipe: Any,
+    suspended: Callable[[], AbstractContextManager[None]],
+    accelerated_call: Callable[..., Any],
+    prompt: str,
+    seed: int,
+    call: Mapping[str, Any],
 ) -> Check:
     """Generate one prompt and seed dense, with the methods suspended, and with them; errors as `Attachment.check`."""
     if pipe is None:
@@ -82,7 +87,7 @@ def check(
     require_tools()
     with suspended():
         dense, dense_seconds = _generated(pipe, prompt, seed, call)
-    accelerated, seconds = _generated(pipe, prompt, seed, call)
+    accelerated, seconds = _generated(accelerated_call, prompt, seed, call)
     return compared(dense, accelerated, dense_seconds, seconds)
 
 
@@ -105,14 +110,14 @@ def compared(dense: Frames, accelerated: Frames, dense_seconds: float, accelerat
     )  # fmt: skip
 
 
-def _generated(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple[Frames, float]:
-    """Return the frames of a run, and its seconds."""
+def _generated(run: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple[Frames, float]:
+    """Return the frames of a run of a pipeline, and its seconds."""
     begun = time.perf_counter()
-    result = pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **call)
+    result = run(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **call)
     found = getattr(result, "frames", None)
     found = getattr(result, "images", None) if found is None else found
     if found is None:
-        raise ConfigError(f"check compares frames or images, but {type(pipe).__name__} gives {type(result).__name__}")
+        raise ConfigError(f"check compares frames or images, but {type(run).__name__} gives {type(result).__name__}")
     frames = np.asarray(found[0], np.float32)
     return (frames if frames.ndim == 4 else frames[None]), time.perf_counter() - begun
 

@@ -1,6 +1,7 @@
 """Why a run in which methods were attached planned no attention call: said once, instead of a silent no-op."""
 
 import warnings
+from typing import Any
 
 from ..methods.base import Phase
 from .execution import Execution
@@ -42,7 +43,7 @@ def unplanned_reason(execution: Execution) -> str | None:
         one
         for one in execution.attention
         if one.phase is not Phase.GUIDANCE  # which speaks for itself
-        and not (getattr(one.settings, "min_tokens", None) and not any(map(one.applies, layouts)))
+        and not (_leaves_some(one) and not any(map(one.applies, layouts)))
     ]
     if not attention or not recorder.forwards_run or recorder.planned:
         return None
@@ -65,6 +66,11 @@ def unplanned_reason(execution: Execution) -> str | None:
     if not dense:
         return f"{begin}; {length}, and no option keeps one dense; detach, or report this"
     return f"{begin}; {length}, {', '.join(dense)}: lower these, or detach"
+
+
+def _leaves_some(handler: Any) -> bool:
+    """Tell whether a method means to change nothing over short sequences, or in the small picture that it asks for."""
+    return bool(getattr(handler.settings, "min_tokens", None) or getattr(handler, "two_stages", False))
 
 
 def warn_if_unplanned(execution: Execution) -> bool:

@@ -1,11 +1,20 @@
 """Guidance inside attention: the prompt's rows are pushed away from those of a negative text, and normalized."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from ..rules.guidance import normalized
 from .heads import HeadShare
+
+
+class LastChange(Protocol):
+    """What changes the output of an attention call, last of all."""
+
+    def applied(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return another output [B, H, S, D]; ``rows`` are the tokens that it holds, None: all."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

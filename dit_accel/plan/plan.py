@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .call import Call
-from .normalized_guidance import NormalizedGuidance
+from .normalized_guidance import LastChange
 from .tiling import TILE, full_tiles
 
 Rest = Literal["skip", "pooled"]
@@ -76,7 +76,7 @@ class AttentionPlan:
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
         reused: rows that are not computed.
-        guidance: rows of the batch that are guided away from others, last of all.
+        guidance: what changes the output last of all, such as rows that are guided away from others.
         precision: in which our kernels multiply queries and keys, ``int8`` or ``fp8``; None: their own dtype.
     """
 
@@ -91,7 +91,7 @@ class AttentionPlan:
     selection: Selection | None = None
     row_override: RowOverride | None = None
     reused: ReusedRows | None = None
-    guidance: NormalizedGuidance | None = None
+    guidance: LastChange | None = None
     precision: str | None = None
 
     @property
@@ -310,7 +310,7 @@ class AttentionPlan:
                 parts[name] = value[rows]
         return replace(self, **parts, reused=None, guidance=None)
 
-    def guide(self, guidance: NormalizedGuidance) -> "AttentionPlan":
+    def guide(self, guidance: LastChange) -> "AttentionPlan":
         """Return the plan with rows of the batch guided away from others."""
         self._require_free("set of guided rows", self.guidance)
         return replace(self, guidance=guidance)

@@ -137,7 +137,7 @@ def check_layout(case: Case) -> None:
 
 
 def check_signal(case: Case) -> str | None:
-    """The signal is a tensor of the forward: what its first attention gets, or what an embedding gives, bit for bit."""
+    """A signal is a tensor of the forward: what its first attention gets, or what an embedding gives, bit for bit."""
     if case.adapter.signal is None:
         return "the adapter describes no signal"
     inputs, seen = case.inputs(2), []
@@ -151,10 +151,11 @@ def check_signal(case: Case) -> str | None:
         for module in case.transformer.modules():
             stack.callback(module.register_forward_hook(lambda module, args, output: seen.append(output)).remove)
         case.run(inputs)
-    with torch.no_grad():
-        signal = case.adapter.signal(case.transformer, inputs)
-    same = any(isinstance(one, Tensor) and one.shape == signal.shape and torch.equal(one, signal) for one in seen)
-    require(same, f"the signal {list(signal.shape)} is nothing that the forward makes")
+    for make in filter(None, (case.adapter.signal, case.adapter.projected_signal)):
+        with torch.no_grad():
+            signal = make(case.transformer, inputs)
+        same = any(isinstance(one, Tensor) and one.shape == signal.shape and torch.equal(one, signal) for one in seen)
+        require(same, f"the signal {list(signal.shape)} is nothing that the forward makes")
     return None
 
 

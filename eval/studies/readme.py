@@ -80,7 +80,7 @@ PAGES = {
         "blocks-time-wan-plain",
         "blocks-time-flux-tiny",
     ),
-    "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny"),
+    "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "guided-flux-tiny"),
     "docs/evidence/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
+from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE, TEACACHE_RET
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +66,21 @@ def test_a_geometric_curve_stays_geometric(ratio, measured, steps):
 def test_published_polynomials_never_lower_the_sum(family, changes, values):
     polynomial = TEACACHE[family]["polynomial"]
     assert [rescaled(polynomial, change) for change in changes] == pytest.approx(values, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "values"),
+    [
+        ("wan2.1-1.3b", (0.0, 0.02, 0.05, 0.1, 0.2), (0.0, 0.08, 0.14, 0.05, 0.0)),  # -.05 and -28 as published
+        ("wan2.1-14b", (0.0, 0.02, 0.05, 0.1), (0.0, 0.14, 0.22, 0.0)),
+        ("wan2.1-i2v-14b-480p", (0.0, 0.02, 0.05, 0.1), (0.13, 0.18, 0.14, 3.1)),
+        ("wan2.1-i2v-14b-720p", (0.0, 0.02, 0.05, 0.1), (0.0, 0.16, 0.17, 0.84)),
+    ],
+)
+def test_published_polynomials_of_the_mode_of_five_first_steps(family, changes, values):
+    recipe = TEACACHE_RET[family]
+    assert [rescaled(recipe["polynomial"], change) for change in changes] == pytest.approx(values, abs=0.05)
+    assert (recipe["warmup_steps"], recipe["last_steps"]) == (5, 0)
 
 
 def test_what_is_no_number_stays_none():

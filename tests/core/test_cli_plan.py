@@ -20,7 +20,7 @@ KEYS = {
     "uncounted_methods", "computed_blocks", "times_trained",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
-NAMED = {"softpag": "heads", "pag": "layers"}
+NAMED = {"seg": "layers", "softpag": "heads", "pag": "layers"}
 """Methods for which nothing is published on Wan."""
 PUBLISHED = ["--radial", "--set", "radial.boundary=published"]
 

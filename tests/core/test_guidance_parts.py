@@ -13,7 +13,7 @@ from tiny_models import MODELS
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import NAG, PAG, SLG, ConfigError, SoftPAG
+from dit_accel import NAG, PAG, SEG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters.guidance import Guidance, PipelineCall
 from dit_accel.methods.guidance.prompt_branches import call_of, part_of, rows_of_prompt
 from dit_accel.methods.guidance.rows import rows_of, with_rows_again
@@ -23,6 +23,7 @@ BRANCHES = {
     "pag": PAG(layers="L1", scale=3.0),
     "softpag": SoftPAG(heads="L1H0"),
     "slg": SLG(layers="L1", start=0.0, stop=1.0),
+    "seg": SEG(layers="L1"),
 }
 TOLD = {
     "cond": "cond", "pred_cond": "cond", "cond_uncond/cond": "cond", "uncond": "uncond", "pred_uncond": "uncond",

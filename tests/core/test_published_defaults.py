@@ -21,6 +21,8 @@ DEFAULTS = {
     "nag": {"scale": 5.0, "tau": 2.5, "alpha": 0.25, **WHOLE_RUN},
     "pag": {"scale": 3.0, "layers": None, **WHOLE_RUN},
     "softpag": {"scale": 3.0, "u": 0.5, "heads": None, **WHOLE_RUN},
+    "seg": {"scale": 3.0, "layers": None, **WHOLE_RUN},
+    "autoguidance": {"scale": 1.0, **WHOLE_RUN},
     "slg": {"scale": 2.8, "start": 0.01, "stop": 0.2, "layers": None},
 }
 """Method -> what neither the user nor the model's recipe sets."""
@@ -38,6 +40,7 @@ FIXED = {
     "dfa": {"every": 2, "share": None, "strict": False, "warmup_steps": 0.2, "last_steps": 1},
     "pag": {"rescale": 0.0, "mode": "branch", "rows": "all", "share_prefix": True},
     "slg": {"rescale": 0.0, "mode": "branch", "share_prefix": True},
+    "seg": {"rescale": 0.0, "mode": "branch", "sigma": 1e4, "share_prefix": True},
 }
 """Method -> options that no recipe sets."""
 

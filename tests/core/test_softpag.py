@@ -266,7 +266,7 @@ def test_the_report_tells_what_was_added(transformer):
             lambda: SoftPAG(target="temperature", rows="image"),
             r"rows = 'image'.*target = 'temperature'",
         ),
-        (lambda: SoftPAG(target="uniform"), r"softpag\.target.*got 'uniform'"),
+        (lambda: SoftPAG(target="zero"), r"softpag\.target.*got 'zero'"),
     ],
 )
 def test_options_out_of_range_are_refused(make, text):

@@ -1,10 +1,12 @@
 """TeaCache: the rule on made-up signals, whose polynomial it takes, and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from cache_calls import ADAPTER, Driven, line, run_through, still
+from dit_accel_pipelines.families.step_caches import TEACACHE_RET
 
 from dit_accel import ConfigError, TeaCache
 
@@ -21,8 +23,6 @@ def driven(monkeypatch, config, make=signal, **options):
 
 
 def _with(make):
-    import dataclasses
-
     return dataclasses.replace(ADAPTER, signal=make)
 
 
@@ -113,6 +113,20 @@ def test_two_transformers_take_a_polynomial_each(monkeypatch):
     for step in range(10):
         made.forward(step, latents(step), transformer="transformer" if step < 5 else "transformer_2")
     assert made.drawn() == "#..#.#####"
+
+
+def test_the_mode_of_five_first_steps_takes_its_own_signal_and_numbers(monkeypatch):
+    config = TeaCache(use_ret_steps=True, family="wan2.1-1.3b", threshold=1e9)
+    monkeypatch.setattr("cache_calls.ADAPTER", dataclasses.replace(ADAPTER, signal=None, projected_signal=signal))
+    made = Driven(config, line)
+    assert made.handler.settings.polynomial == TEACACHE_RET["wan2.1-1.3b"]["polynomial"]
+    run_through(made, latents)
+    assert made.drawn() == "#####....."
+    assert TeaCache(use_ret_steps=True).filled(TEACACHE_RET["wan2.1-14b"]).threshold == 0.1
+    with pytest.raises(ConfigError, match=r"mochi-1.*published.*wan2\.1-i2v"):
+        Driven(TeaCache(use_ret_steps=True, family="mochi-1"), line)
+    with pytest.raises(ConfigError, match=r"use_ret_steps.*'made-up'.*a projected_signal$"):
+        driven(monkeypatch, config)
 
 
 def test_a_model_without_a_polynomial_or_a_signal(monkeypatch):

@@ -16,6 +16,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, SoftPAG
 from dit_accel.cli.app import app
+from dit_accel.rules.head_selection import HeadSelection
 
 
 def heads(layers, count=2):
@@ -52,6 +53,22 @@ def additive(values, log=None):
         return [sum(values[head] for head in chosen) + 0.001 * prompt for chosen, prompt in jobs]
 
     return evaluate
+
+
+def test_several_objectives_select_by_their_harmonic_mean_or_by_one_where_others_are_passed():
+    names = heads(2)
+    values = dict(zip(names, [(9.0, 1.0), (4.0, 4.0), (8.0, 2.0), (1.0, 9.0)], strict=True))
+    options = dict(prompts=1, rounds=1, per_round=3)
+
+    def evaluate(jobs):
+        return [values[chosen[0]] for chosen, _ in jobs]
+
+    found = search(names, evaluate, **options, worth=HeadSelection.of("harmonic: a, b").worth)
+    assert [(head, round(score, 3)) for _, head, score in found] == [("L0H1", 4.0), ("L1H0", 3.2), ("L0H0", 1.8)]
+    found = search(names, evaluate, **options, worth=HeadSelection.of("threshold: a, b >= 2").worth)
+    assert [head for _, head, _ in found] == ["L1H0", "L0H1", "L1H1"]
+    found = search(names, evaluate, **options, worth=HeadSelection.of("threshold: a, b >= 4").worth)
+    assert [head for _, head, _ in found] == ["L0H1", "L1H1"]
 
 
 def test_no_set_is_judged_twice_and_selected_heads_are_not_judged_again():
@@ -122,7 +139,7 @@ def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, t
     found = tune_heads(request_of(), output, **options)
     assert found.found["clips"] == len(made) == 30
     parts = json.loads((tmp_path / "heads.json.progress.json").read_text())["prompts"]
-    scores = {part["heads"][0]: part["score"] for part in parts}
+    scores = {part["heads"][0]: part["score"][0] for part in parts}
     best = sorted(scores, key=lambda head: -scores[head])[:2]
     assert found.found["heads"] == best == json.loads(output.read_text())["heads"]
     assert SoftPAG(heads=str(output)).heads == str(output)
@@ -136,6 +153,12 @@ def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, t
     ("options", "text"),
     [
         (dict(rounds=0), "rounds >= 1, got 0"),
+        (dict(objective="harmonic: sharpness, sharpnes"), r"objective 'sharpnes'.*'sharpness'"),
+        (
+            dict(objective="threshold: checker, sharpness"),
+            r"threshold: A, B >= 20.*got 'threshold: checker, sharpness'",
+        ),
+        (dict(objective="threshold: checker, sharpness >= 1e9"), r"passes.*'threshold: checker, sharpness >= 1e9'"),
         (dict(objective="sharpnes"), r"objective 'sharpnes'.*'sharpness'.*module:function"),
         (dict(objective="nowhere:f"), r"objective nowhere:f .*module named 'nowhere'"),
         (dict(objective="objective:f"), r"objective objective:f .*'f'"),

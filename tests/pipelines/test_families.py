@@ -24,7 +24,7 @@ THINNING = {"radial", "sol", "sparsed", "delta"}  # delta beside sparsed
 LONGER = {"ultravico", "lvsa", "rope", "ultraimage"}
 STATIC = {"magcache", "staticcache"}
 CALIBRATED = {"magcache", "teacache", "profilingcache"}
-GUIDED = {"softpag": "heads", "pag": "layers", "slg": "layers"}
+GUIDED = {"softpag": "heads", "pag": "layers", "seg": "layers", "slg": "layers"}
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines/recipes").glob("*.toml"))
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
 
@@ -125,7 +125,7 @@ def test_every_family_is_consistent(name):
         assert 0 < found.pair_density <= 1
         assert (found.pair_density < 1) == (name in THINNING)
         assert saving.counted == (
-            name in THINNING | STATIC | LONGER | {*GUIDED, "profilingcache", "nag"}
+            name in THINNING | STATIC | LONGER | {*GUIDED, "autoguidance", "profilingcache", "nag"}
         )  # which save nothing at the trained size, as is known
         assert (saving.forwards > 0) == (name in STATIC)
         assert (saving.exact_rows > 0) == (name == "delta")

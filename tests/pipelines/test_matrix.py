@@ -79,7 +79,8 @@ def test_every_transformer_has_a_pipeline():
 
 def test_every_method_is_in_the_matrix():
     call = plain_of("WanPipeline").call
-    assert {name for of in METHODS.values() for name in names_of(of(call))} == set(handlers())
+    names = {name for of in METHODS.values() for name in names_of(of(call))}
+    assert names == set(handlers()) - {"autoguidance"}  # which needs a second model: test_guidance_rows.py
 
 
 def test_guidance_comes_in_one_call_and_in_two():

@@ -25,6 +25,7 @@ SMALL = {
     "teacache": {"polynomial": (1.0, 0.0)},
     "softpag": {"heads": "L1H0"},
     "pag": {"layers": "L1"},
+    "seg": {"layers": "L1"},
     "slg": {"layers": "L1"},
     "profilingcache": {"blocks": (0,)},
     "lvsa": {"trained_frames": 3},
@@ -33,13 +34,13 @@ SMALL = {
 }
 REFUSALS = (
     r"makes? no.*sense on|delta corrects.*sparse|both set.*the|both cache|needs.*the input.*of|would mix|"
-    r"has none.*to change|negative text.*beside.* it can't|both change.*rotary frequencies|"
+    r"has none.*to change|both change what.*gave|negative text.*beside.* it can't|both change.*rotary frequencies|"
     r"lite takes.*all of|no rotary.*positions|scales.*positions along.*height"
 )
 TOLD = CrossAttention | JoinedText
 SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}
 BLOCK_CACHES = ("dbcache", "dbprune", "firstblockcache", "profilingcache")
-APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, *({"slg", name} for name in BLOCK_CACHES))
+APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, {"nag", "seg"}, *({"slg", name} for name in BLOCK_CACHES))
 """Methods that refuse each other, besides those that set the same thing."""
 
 

@@ -1,6 +1,9 @@
 """The third branch, folded into stock pipelines, gives the three-branch formula: written down in `three_branches`."""
 
+import contextlib
+import copy
 import warnings
+from functools import partial
 from unittest import mock
 
 import diffusers
@@ -14,7 +17,7 @@ from tiny_pipelines import PIPELINES as VIDEOS
 from tiny_pipelines import generate as generate_video
 
 import dit_accel
-from dit_accel import PAG, SLG, ConfigError, SoftPAG
+from dit_accel import PAG, SLG, AutoGuidance, ConfigError, SoftPAG
 
 NEGATIVE = dict(negative_prompt_embeds=torch.ones(1, 6, 16), negative_pooled_prompt_embeds=torch.ones(1, 8))
 CASES = {
@@ -100,6 +103,77 @@ def test_slg_is_the_formula_with_a_block_left_out(make_pipe):
     with dit_accel.attach(pipe, SLG(layers="L1", start=0.0, stop=1.0, scale=2.8)):
         made = wan_tiny.generate(pipe)
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def weakened(transformer):
+    """Return a copy of a transformer that predicts something else."""
+    weak = copy.deepcopy(transformer)
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            parameter.mul_(0.9)
+    return weak
+
+
+@contextlib.contextmanager
+def weights_of(weak, transformer):
+    """Let a transformer have the weights of another inside the block."""
+    own = {name: value.clone() for name, value in transformer.state_dict().items()}
+    transformer.load_state_dict(weak.state_dict())
+    try:
+        yield
+    finally:
+        transformer.load_state_dict(own)
+
+
+@pytest.mark.parametrize("given", ["loaded", "folder"])
+def test_autoguidance_is_the_formula_with_a_weaker_model(make_pipe, tmp_path, given):
+    pipe = make_pipe()
+    weak = weakened(pipe.transformer)
+    if given == "folder":
+        weak.save_pretrained(tmp_path / "weak" / "transformer")
+    options = {"weak_transformer": weak} if given == "loaded" else {"weak": str(tmp_path / "weak")}
+
+    plain = wan_tiny.generate(pipe)
+    with three_branches(pipe, partial(weights_of, weak), 1.5, batched=False):
+        expected = wan_tiny.generate(pipe)
+    with dit_accel.attach(pipe, AutoGuidance(scale=1.5, **options)) as attachment:
+        made = wan_tiny.generate(pipe)
+        (section,) = attachment.report().sections
+    assert "the weaker model" in section.title
+    assert float((expected - plain).norm() / plain.norm()) > 1e-4
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+    assert torch.equal(wan_tiny.generate(pipe), plain)
+
+
+def test_autoguidance_in_one_call_runs_the_weaker_model_on_the_prompt_alone():
+    pipe, call = IMAGES["sd3"]()
+    weak = weakened(pipe.transformer)
+    with three_branches(pipe, partial(weights_of, weak), 1.5, batched=True):
+        expected = run("sd3", pipe, call)
+    rows = []
+    weak.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    with dit_accel.attach(pipe, AutoGuidance(scale=1.5, weak_transformer=weak)):
+        made = run("sd3", pipe, call)
+    assert set(rows) == {1}
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_a_weaker_model_that_is_none_is_refused(make_pipe, tmp_path):
+    pipe = make_pipe()
+    for options, text in (
+        ({}, r"none is set; set autoguidance\.weak"),
+        ({"weak": str(tmp_path / "nowhere")}, r"nowhere' has no Wan.*loaded"),
+        ({"weak_transformer": pipe.transformer}, "model itself,"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(pipe, AutoGuidance(**options))
+    with pytest.raises(ConfigError, match=r"weak or weak_transformer.*both"):
+        AutoGuidance(weak="a", weak_transformer=pipe.transformer)
+    with pytest.raises(ConfigError, match=r"mode = 'free'.*leave mode"):
+        AutoGuidance(mode="free")
+    other = wan_tiny.tiny_transformer(1, text_dim=pipe.transformer.config.text_dim, out_channels=8)
+    with dit_accel.attach(pipe, AutoGuidance(weak_transformer=other)), pytest.raises(ConfigError, match="one shape"):
+        wan_tiny.generate(pipe)
 
 
 def test_two_prompts_in_one_call_are_not_taken_for_guidance():

@@ -58,11 +58,12 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "nag": lambda call: (d.NAG(scale=4.0, alpha=0.5, negative_embeds=_negative_text(call)),),
     "pag": _of(d.PAG(layers="L1", scale=2.0)),
     "softpag": _of(d.SoftPAG(heads="L1H0", u=0.7, scale=2.0)),
+    "seg": _of(d.SEG(layers="L1", sigma=1.0, scale=2.0)),
     "slg": _of(d.SLG(layers="L1", scale=2.0, start=0.0, stop=1.0)),
 }
 """Name of a registered method -> a call of a pipeline -> what is attached."""
 
-GUIDING = ("nag", "pag", "softpag", "slg")
+GUIDING = ("nag", "pag", "softpag", "seg", "slg")
 """Methods that must know which rows of a forward hold the prompt."""
 
 

@@ -41,6 +41,11 @@ class CalibratedHandler(StepCacheHandler):
     """A cache that needs numbers measured on the model, on one model."""
 
     @classmethod
+    def recipe_name(cls, config: Any) -> str:
+        """Return under which name families keep what fills a config."""
+        return config.name
+
+    @classmethod
     def recipe(cls, config: CalibratedConfig, model: Model) -> Mapping[str, Any]:
         """Return what fills the unset options of the config on a model, the numbers included.
 
@@ -48,7 +53,8 @@ class CalibratedHandler(StepCacheHandler):
             ConfigError: where there are no numbers for the model, or the given ones are another model's, or a family is
                 named besides.
         """
-        recipe, name, numbers, family = super().recipe(config, model), config.name, config.numbers, config.family
+        name, numbers, family, kept_as = config.name, config.numbers, config.family, cls.recipe_name(config)
+        recipe = model.adapter.recipe(kept_as, model.family)
         if getattr(config, numbers) is not None:
             if family is not None:
                 raise ConfigError(
@@ -60,7 +66,7 @@ class CalibratedHandler(StepCacheHandler):
                     f"them on it: dit-accel tune {name}"
                 )
             return {key: value for key, value in recipe.items() if not key.startswith(numbers)}
-        known = {of: found for of, one in families().items() if (found := one.recipes.get(name))}
+        known = {of: found for of, one in families().items() if (found := one.recipes.get(kept_as))}
         if family is not None:
             if family not in known:
                 raise ConfigError(

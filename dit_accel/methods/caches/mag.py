@@ -30,7 +30,8 @@ class MagCache(CalibratedConfig):
     What is skipped is known before the run: nothing is measured in it, and the device is never waited for. A skipped
     step adds |1 - product of the ratios since the last computed one|, and steps are skipped while the sum stays below
     the threshold. ``max_consecutive`` is the paper's K, ``warmup_steps`` its retention ratio. The published scripts
-    decide for the conditional and the unconditional branch by a curve each; here one curve decides for both.
+    decide for the conditional and the unconditional branch by a curve each; here one curve decides for both, since by
+    all of the published ones both skip the same steps.
 
     Attributes:
         threshold: share of the size; 0 skips nothing.

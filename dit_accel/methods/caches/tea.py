@@ -31,13 +31,15 @@ class TeaCache(CalibratedConfig):
     Each step adds f(mean|s - s'| / mean|s'|) of the signals of this step and the one before; steps are skipped while
     the sum stays below the threshold. All rows of a batch are measured and skipped together.
 
-    Absent are the ``use_ret_steps`` mode of Wan, whose polynomials are those of the timestep's projected embedding, and
-    the polynomials published for HiDream, Cosmos and Lumina.
+    Absent are the polynomials published for HiDream, Cosmos and Lumina, whose adapters describe no signal.
 
     Attributes:
         threshold: share of the output's size; 0 skips nothing.
         polynomial: coefficients of f, the highest power first. Unset: those published for the model.
         polynomial_2: the same of a second transformer, such as Wan 2.2's for low noise.
+        use_ret_steps: the mode of that name of Wan's released code: the signal is the timestep's embedding after its
+            projection to the blocks' modulation, and the published polynomials, thresholds, five first steps and no
+            last one are that mode's.
     """
 
     name: ClassVar[str] = "teacache"
@@ -48,6 +50,7 @@ class TeaCache(CalibratedConfig):
 
     polynomial: Polynomial | None = None
     polynomial_2: Polynomial | None = None
+    use_ret_steps: bool = False
 
     def __post_init__(self) -> None:
         CalibratedConfig.__post_init__(self)
@@ -63,12 +66,24 @@ class TeaHandler(SignalHandler, CalibratedHandler):
 
     def __init__(self, config: TeaCache, model: Model) -> None:
         super().__init__(config, model)
-        if model.adapter.signal is None:
+        adapter = model.adapter
+        signal = adapter.projected_signal if config.use_ret_steps else adapter.signal
+        if signal is None and config.use_ret_steps:
             raise ConfigError(
-                f"teacache needs the input of the first block, and the adapter {model.adapter.name!r} does not say how "
-                "to get it; use easycache, or give the adapter a signal"
+                f"teacache.use_ret_steps needs the timestep's projected embedding, and the adapter {adapter.name!r} "
+                "does not say how to get it; leave it out, or give the adapter a projected_signal"
             )
-        self._signal_of = model.adapter.signal
+        if signal is None:
+            raise ConfigError(
+                f"teacache needs the input of the first block, and the adapter {adapter.name!r} does not say how to "
+                "get it; use easycache, or give the adapter a signal"
+            )
+        self._signal_of = signal
+
+    @classmethod
+    def recipe_name(cls, config: TeaCache) -> str:
+        """Return under which name families keep a mode's numbers."""
+        return "teacache_ret" if config.use_ret_steps else config.name
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer; raise `ConfigError` if there is no polynomial for it."""

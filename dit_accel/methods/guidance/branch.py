@@ -89,6 +89,12 @@ class PerturbedHandler(WindowedHandler):
         """Return the blocks that a perturbed pass leaves out."""
         return frozenset()
 
+    def perturbed_output(
+        self, site: Site, context: ForwardContext, run: Callable[..., Any], given: Mapping[str, Any]
+    ) -> Any:
+        """Return what the perturbed forward gives, on ``given`` in place of the forward's own inputs of these names."""
+        return run(**given)
+
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
         return f"{', '.join(self.specs or ()) or 'nothing'}, scale {self.settings.scale}"
@@ -179,8 +185,13 @@ class PerturbedHandler(WindowedHandler):
         sample = require_sample(sample_of(output), site.name)
         given = {} if rows is None else rows_of(context.inputs, *rows, site.adapter)
         with passes.perturbing(taken=rows) as shared, site.branch(self.name):
-            perturbed = require_sample(sample_of(run(**given)), site.name)
+            perturbed = require_sample(sample_of(self.perturbed_output(site, context, run, given)), site.name)
         cond = sample_rows(sample, None if rows is None else rows[0])
+        if shapes(cond) != shapes(perturbed):
+            raise ConfigError(
+                f"{self.name} guides away from a prediction of one shape: the perturbed one has {shapes(perturbed)}, "
+                f"the conditional one {shapes(cond)}; take a model of the same latents"
+            )
         further = mapped(
             lambda one, other: added(one, other, self.settings.scale or 0.0, self.settings.rescale), cond, perturbed
         )

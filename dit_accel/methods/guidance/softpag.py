@@ -1,6 +1,5 @@
 """SoftPAG and PAG: guidance away from a forward whose chosen heads see themselves alone, wholly or in part."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,15 +14,18 @@ from ...plan.call import Call
 from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
-from ..base import AttentionHandler, Model, Place
+from ..base import AttentionHandler, Handler, Model, Place
 from ..config import MethodConfig
 from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .guidance_config import PerturbedConfig
 from .head_specs import Heads, Stacks, read_heads
+from .targets import mean_values, of_mean_query, put_in_place
 
-Target = Literal["identity", "temperature"]
+Target = Literal["identity", "temperature", "uniform", "mean-query"]
+ANOTHER = ("uniform", "mean-query")
+"""Targets that give something of their own in place of the attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +41,9 @@ class SoftPAG(PerturbedConfig):
             file; several in a list or with commas. None: what is published for the model.
         u: how far, in [0, 1]. At 1 on a whole layer no logit is computed.
         rows: ``all`` tokens are perturbed, or those of the ``image`` (or video) alone, text left out.
-        target: ``identity``, or ``temperature``: the heads' logits are multiplied by 1 - u, at u = 1 all tokens count
-            alike.
+        target: what stands in place of A: ``identity``; ``uniform``, each valid token counts alike; ``mean-query``,
+            each row has the attention of the mean of all their queries. Or ``temperature``: the heads' logits are
+            multiplied by 1 - u.
     """
 
     name: ClassVar[str] = "softpag"
@@ -90,7 +93,6 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
     u: float = 1.0
     """How far they are perturbed, in [0, 1]; 0 changes nothing."""
 
-    @abstractmethod
     def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Return the plan of an attention call with the chosen heads perturbed.
 
@@ -100,6 +102,13 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
             whole: every head and row of the call is perturbed.
             context: where the call stands.
         """
+        raise NotImplementedError
+
+    def perturb_call(
+        self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
+    ) -> AttentionPlan:
+        """Return the same, for a perturbation that follows from q, k and v; such a one sets ``by_place`` to False."""
+        return self.perturb(plan, share, whole, context)
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
         super().__init__(config, model)
@@ -111,6 +120,17 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
     def neutral(self) -> bool:
         """Whether the settings change nothing."""
         return super().neutral or self.u == 0
+
+    gives_another: bool = False
+    """Whether heads give what is computed beside their attention, in its place."""
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse a second method that changes what attention gave, where this one does."""
+        super().check_with(others)
+        if self.gives_another and any(other.name == "nag" for other in others):
+            raise ConfigError(
+                f"{self.name} and nag both change what an attention call gave, last of all; attach one of them, or pag"
+            )
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return the attention layers that hold a perturbed head."""
@@ -142,7 +162,7 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
                 f"0 to {count - 1}; stay in that range"
             )
         whole = len(named) == count and rows is None
-        return self.perturb(plan, self._share(named, count, context, rows), whole, context)
+        return self.perturb_call(plan, call, self._share(named, count, context, rows), whole, context)
 
     def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Return a plan with V mixed into the output of its heads, in all rows or, by an option, in the image's."""
@@ -192,9 +212,32 @@ class SoftPAGHandler(PerturbedHeadsHandler):
             return plan.scale(1 - share)
         return self.mix_values(plan, share, whole and self.u == 1, context)
 
+    def perturb_call(
+        self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
+    ) -> AttentionPlan:
+        """Put what a target gives of its own in place of a share of the heads' attention, or perturb them."""
+        target, layout = self.settings.target, context.layout
+        if not self.gives_another:
+            return self.perturb(plan, share, whole, context)
+        some = self.settings.rows == "image" and layout.tokens > layout.visual_tokens
+        image = image_rows(layout, str(context.device)) if some else None
+        other = mean_values(call) if target == "uniform" else of_mean_query(call, image)
+        return put_in_place(plan, other, share, image, whole=whole and self.u == 1)
+
+    @property
+    def gives_another(self) -> bool:  # type: ignore[override]
+        """Whether the target is none of identity and temperature."""
+        return self.settings.target in ANOTHER
+
+    @property
+    def by_place(self) -> bool:  # type: ignore[override]
+        """Whether the perturbation follows from places alone: the mean query needs the others."""
+        return self.settings.target != "mean-query"
+
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""
-        return f"{', '.join(self.specs or ()) or 'no head'} with u = {self.u:g}, scale {self.settings.scale}"
+        how = "" if self.settings.target == "identity" else f" to {self.settings.target}"
+        return f"{', '.join(self.specs or ()) or 'no head'}{how} with u = {self.u:g}, scale {self.settings.scale}"
 
 
 class PAGHandler(PerturbedHeadsHandler):

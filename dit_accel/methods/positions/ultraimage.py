@@ -4,18 +4,18 @@ Source: UltraImage (arXiv 2512.04504). Where we depart from it: heads are measur
 stays as it is, not in two steps before it; by the entropy over tokens of some rows, not over tiles of 128 x 128 (whose
 constants do not carry over), between the extremes that are measured; what is kept is one number a head. The factor goes
 onto the queries, so that attention stays the one that the user set in diffusers. Which frequencies are corrected is
-found by `dit_accel.rules.rotary_frequencies`, or published for the model. The paper's guided mode (a small picture
-guides a large one) and view mode (a small picture inside a large one) are not here: both change the pipeline, not the
-transformer. Nor are its queries in chunks of 65,536 rows: no kernel of scaled_dot_product_attention but the plain
-"math" one holds the attention matrix, and measuring holds the logits of ``rows`` x 2,048 keys at a time (`.entropy`),
-2 MiB in float32 for each head and batch row, a few times over.
+found by `dit_accel.rules.rotary_frequencies`, or published for the model. Guided mode (a small picture leads a large
+one) and view mode (a small picture inside a large one): `.guide`. The paper's queries in chunks of 65,536 rows are not
+here: no kernel of scaled_dot_product_attention but the plain "math" one holds the attention matrix, and measuring holds
+the logits of ``rows`` x 2,048 keys at a time (`.entropy`), 2 MiB in float32 for each head and batch row, a few times
+over.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +30,11 @@ from ...report.sections import Section
 from ...rules.rotary_frequencies import check_kind, edited
 from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..options import Count, ge, gt
+from ..options import Count, Share, ge, gt, within
 from ..saving import Saving
-from ..site import Site
+from ..site import ForwardContext, Site
 from .entropy import focus, token_entropy
+from .guide import Guide
 from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 AXES = ("height", "width")
@@ -48,8 +49,10 @@ class UltraImage(MethodConfig):
 
     The frequency along height and along width that would repeat the picture is slowed down, and the logits of each head
     are multiplied by a factor that is the larger, the more local the head is in the first step. A picture that is no
-    larger than trained is left as it is. An option left unset takes the recipe of the model's family. The paper's
-    guided and view modes are out of scope.
+    larger than trained is left as it is. An option left unset takes the recipe of the model's family.
+
+    ``guided`` and ``view`` make a small picture first, and `Attachment.call` calls the pipeline twice then:
+    ``attachment.call(prompt, height=3584, width=3584)`` instead of ``pipe(...)``; `dit-accel generate` does so too.
 
     Two settings of the pipeline belong to it, which `dit-accel generate` makes for FLUX.1 [dev] and Qwen-Image, and
     which are yours to make in Python, with N the picture's token rows x columns:
@@ -70,6 +73,15 @@ class UltraImage(MethodConfig):
             times the picture is larger.
         trained_height: token rows of the largest pictures that the model was trained on; unset: the released model's.
         trained_width: the same of token columns.
+        guided: a small picture is made first and enlarged, and the large one begins from it, noised to
+            ``follow_above``; the steps before that cost nothing.
+        view: a small picture is made first, and stands in the middle of the large one above ``follow_above``.
+        follow_above: noise level from 0 to 1 above which the small picture is followed; 1: nowhere.
+        pull: of ``guided``: share by which the low frequencies are pulled to the small picture's below that, less and
+            less with the noise; 0: not at all.
+        small: tokens of the small picture's longer side; unset: it fits into the size that the model makes by default.
+        enlarge: what of the small picture is enlarged, by bicubic interpolation: the ``picture``, which is encoded
+            again, or its ``latents``, which takes no autoencoder.
     """
 
     name: ClassVar[str] = "ultraimage"
@@ -87,10 +99,26 @@ class UltraImage(MethodConfig):
     turn: float | None = None
     trained_height: Count | None = None
     trained_width: Count | None = None
+    guided: bool = False
+    view: bool = False
+    follow_above: Annotated[float, within(0, 1)] = 0.8
+    pull: Share = 0.0
+    small: Count | None = None
+    enlarge: Literal["picture", "latents"] = "picture"
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         check_kind("ultraimage", turn=self.turn, indices=self.indices)
+        if self.guided and self.view:
+            raise ConfigError(
+                "ultraimage.guided enlarges the small picture, and ultraimage.view leaves it its size in the middle, "
+                "got both; set one of them"
+            )
+        if self.pull and not self.guided:
+            raise ConfigError(
+                f"ultraimage.pull = {self.pull:g} pulls to an enlarged small picture, and there is none; set "
+                "ultraimage.guided = true, or leave it out"
+            )
         if self.focus_min is not None and self.focus_max is not None:
             _check_order(self.focus_min, self.focus_max)
 
@@ -138,6 +166,7 @@ class UltraImageHandler(AttentionHandler):
             except ConfigError as error:
                 raise ConfigError(f"{error}; ultraimage.correct = false changes heads alone") from None
         self._trained = {axis: known[axis] for axis in AXES}
+        self.guide = Guide(self.settings.follow_above, self.settings.pull)
         self._heads: dict[Calls, _Heads] = {}
         self._compared: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
@@ -152,9 +181,50 @@ class UltraImageHandler(AttentionHandler):
 
     def install(self, site: Site) -> None:
         """Let the transformer's positions follow the size of each forward, if they are to be corrected."""
-        if not self.settings.correct:
-            return
-        RopeSwitcher(site, AXES, self._trained, self._edit)
+        if self.settings.correct:
+            RopeSwitcher(site, AXES, self._trained, self._edit)
+        if self.two_stages:
+            site.around_forward(lambda context, run: self._around(site, context, run))
+
+    @property
+    def two_stages(self) -> bool:
+        """Whether a small picture is made before a large one."""
+        return self.settings.guided or self.settings.view
+
+    def small_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the tokens of the small picture that comes before a larger one; None: none does.
+
+        Args:
+            height: token rows of the larger one.
+            width: its columns.
+        """
+        if not self.two_stages or not self.applies(TokenLayout(frames=1, height=height, width=width)):
+            return None
+        family, own = self.model.family, tuple(self._trained.values())
+        if family is not None:
+            token = family.vae[1] * family.patch[1], family.vae[1] * family.patch[2]
+            own = family.height // token[0], family.width // token[1]
+        share = min(own[0] / height, own[1] / width)
+        if self.settings.small is not None:
+            share = self.settings.small / max(height, width)
+        if share >= 1:
+            raise ConfigError(
+                f"ultraimage.small = {self.settings.small} tokens is no smaller than the picture of {height} x "
+                f"{width}; take a smaller one, or leave it unset"
+            )
+        return max(1, round(height * share)), max(1, round(width * share))
+
+    def _around(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
+        """Let a forward of a larger picture follow the small one; raise `ConfigError` where none was made."""
+        if self.guide.making or context.training or context.layout is None or not self.applies(context.layout):
+            return run()
+        if self.guide.picture is None:
+            option = "guided" if self.settings.guided else "view"
+            raise ConfigError(
+                f"ultraimage.{option} makes a small picture before a large one, and this call makes the large one "
+                "alone; call attachment.call(prompt, height=..., width=...) instead of the pipeline, or leave it out"
+            )
+        return self.guide.around(site, context, run)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
         settings = self.settings
@@ -184,9 +254,11 @@ class UltraImageHandler(AttentionHandler):
         return not step.training
 
     def needs_step(self, step: StepContext) -> bool:
-        """Whether this branch's heads are still to be measured."""
+        """Whether this branch's heads are still to be measured, or the small picture is followed, which is free."""
         if step.layout is not None and not self.applies(step.layout):
             return False
+        if self.guide.follows(step.sigma):
+            return True
         known = [heads for key, heads in self._heads.items() if key[:2] == (step.transformer, step.branch)]
         return not known or any(heads.step == step.step_index for heads in known)
 
@@ -226,12 +298,14 @@ class UltraImageHandler(AttentionHandler):
     def begin_run(self) -> None:
         """Forget what the report tells."""
         self._compared.clear()
+        self.guide.followed.clear()
+        self.guide.pulled.clear()
 
     def report(self) -> Section | None:
         """Return the range of the entropies and of the factors, by transformer and branch."""
-        if not self._compared:
+        lines, data = self._guide_lines(), {}
+        if not self._compared and not lines:
             return None
-        lines, data = [], {}
         for (transformer, branch), (entropy, factors) in self._compared.items():
             low, high = float(entropy.min()), float(entropy.max())
             mean = float(factors.mean())
@@ -239,11 +313,23 @@ class UltraImageHandler(AttentionHandler):
             data[f"{transformer} {branch}"] = {"entropy": [low, high], "mean_factor": mean}
         return Section(method=self.name, title="heads as measured in the first step", lines=tuple(lines), data=data)
 
+    def _guide_lines(self) -> list[str]:
+        """Return in how many steps a small picture led, and how."""
+        followed, pulled = len(self.guide.followed), len(self.guide.pulled)
+        if not followed and not pulled:
+            return []
+        how = "took no forward but the small picture" if self.settings.guided else "had the small picture in the middle"
+        return [f"{followed} steps {how}", *([f"{pulled} were pulled to its low frequencies"] if pulled else [])]
+
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return that nothing is saved, what is done, and two numbers a head and branch that are held."""
         branches = self.model.family.forwards_per_step if self.model.family is not None else 1
         held = 8 * self.model.layers * self.model.heads * branches if self.applies(layout) and steps > 1 else 0
-        return Saving(notes=(f"{self.check_layout(layout)}; it saves no work",), carried_bytes=held)
+        notes = [f"{self.check_layout(layout)}; it saves no work"]
+        if (small := self.small_grid(layout.height, layout.width)) is not None:
+            saved = "; the steps that follow it take no forward, which is not counted" if self.settings.guided else ""
+            notes.append(f"ultraimage: a picture of {small[0]} x {small[1]} tokens is made first{saved}")
+        return Saving(notes=tuple(notes), carried_bytes=held)
 
 
 @lru_cache(maxsize=16)

@@ -143,7 +143,7 @@ class SuiteModel:
             quiet_diffusers(),
             timed_steps(self.pipe, Stages(quiet=True), lambda: counts.append(self._counter.take())) as timings,
         ):
-            out = self.pipe(
+            out = (attachment.call if attachment else self.pipe)(
                 prompt=self.prompt(clip), **call, num_inference_steps=steps, generator=generator, output_type="np"
             )
             report = attachment.report() if attachment else None

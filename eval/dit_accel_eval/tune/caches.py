@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import Request
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from dit_accel import ConfigError, MagCache, TeaCache
 from dit_accel.methods.caches.calibrated import CalibratedConfig, CalibratedHandler
 from dit_accel.methods.caches.easy import mean_change, mean_size
+from dit_accel.methods.caches.tea import TeaHandler
 from dit_accel.methods.site import ForwardContext, target_sample
 from dit_accel.rules.caching import rescaled
 
@@ -88,16 +88,14 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     by, and the standard deviation of what was fitted, its ``spread``.
     """
     requested = config_of(request, TeaCache)
-    nothing = (0.0,)
-    config = dataclasses.replace(requested, threshold=0.0, polynomial=nothing, polynomial_2=nothing, branches="all")
+    config = dataclasses.replace(requested, threshold=0.0, polynomial=(0.0,), polynomial_2=(0.0,), branches="all")
     runs, model, steps = watched_runs(request, output, config, _Changes, stages)
     notes = [note for prompt in runs.done for note in prompt if "signal" in note]
     fits = [_fit(name, notes) for name in sorted({note["transformer"] for note in notes})]
     if not fits:
         raise ConfigError(f"tune teacache needs steps to compare, got {steps}; ask for {DEGREE + 2} or more")
     first, second = (*(fit["polynomial"] for fit in fits), None)[:2]
-    prompts = len(runs.done)
-    about = [f"Fitted by dit-accel tune teacache on {model}: {steps} steps, {prompts} prompts."]
+    about = [f"Fitted by dit-accel tune teacache on {model}: {steps} steps, {len(runs.done)} prompts."]
     about += [
         f"{fit['transformer']}: changes of the signal from {fit['lowest']:.4g} to {fit['highest']:.4g}, off by "
         f"{fit['off']:.3g} where they spread by {fit['spread']:.3g}"
@@ -109,7 +107,7 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     numbers = ("lowest", "highest", "off", "spread")
     return Tuned(
         output=output,
-        found={"model": model, "steps": steps, "prompts": prompts, "fits": fits},
+        found={"model": model, "steps": steps, "prompts": len(runs.done), "fits": fits},
         columns=("transformer", "points", "smallest change", "largest", "off by", "spread"),
         rows=[(fit["transformer"], str(fit["points"]), *(f"{fit[name]:.4g}" for name in numbers)) for fit in fits],
     )
@@ -123,9 +121,8 @@ class _Changes:
 
     def __call__(self, handler: CalibratedHandler, context: ForwardContext, output: Any) -> Note:
         note: Note = {"transformer": context.transformer, "step": context.step_index}
-        assert handler.model.adapter.signal is not None
-        with torch.no_grad():
-            signal = handler.model.adapter.signal(handler.transformer_of(context), context.inputs).detach()
+        assert isinstance(handler, TeaHandler)
+        signal = handler.signal(context)
         stored, given = handler.stored(context), target_sample(output)
         if self._last is not None and self._last[:2] == (context.transformer, context.step_index - 1):
             _, _, signal_before, stored_before, given_before = self._last

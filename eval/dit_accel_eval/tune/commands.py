@@ -123,7 +123,7 @@ def heads(
     *,
     methods: MethodList,
     objective: Annotated[
-        str, Option(help="checker, a metric of `eval metrics`, or module:function of a clip and its prompt.")
+        str, Option(help="checker, a metric, module:function; or harmonic: A, B; threshold: A, B >= 2, C >= 6.")
     ] = "checker",
     rounds: Annotated[int, Option(help="Greedy rounds.")] = 1,
     per_round: Annotated[int, Option(help="Heads that a round adds.")] = 3,

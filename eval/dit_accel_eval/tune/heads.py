@@ -3,14 +3,15 @@
 Source: HeadHunter (arXiv 2506.10978), its algorithm 1. Where we depart from it: heads that are selected are not
 evaluated again, nor is a set that was in another order; ties go to the head that comes first.
 
-What every set was worth is kept beside the output, also when the search has ended, so that one that was stopped, or is
-to have more rounds, goes on, and nothing is generated twice.
+What every set was worth is kept beside the output: a search that was stopped, or is to have more rounds, goes on.
 """
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.generate import attached
@@ -22,6 +23,7 @@ from dit_accel import ConfigError
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
+from dit_accel.rules.head_selection import HeadSelection
 
 from .base import Runs, Tuned
 from .objectives import Objective, objective_of
@@ -45,7 +47,7 @@ def tune_heads(
     Args:
         request: what to generate; without a guidance scale of its own it is guided by the perturbed branch alone.
         output: JSON file for ``softpag.heads``.
-        objective: see `objective_of`.
+        objective: see `objective_of`; of several, as `HeadSelection.of` reads them.
         rounds: greedy rounds.
         per_round: heads that a round adds.
         stages: progress bars; None shows none.
@@ -58,58 +60,60 @@ def tune_heads(
     for name, value in (("rounds", rounds), ("per_round", per_round)):
         if value < 1:
             raise ConfigError(f"tune heads needs {name} >= 1, got {value}")
-    judge = objective_of(objective, embedded_name(request.model))
-    ranks = ranks or Ranks()
-    request, config = _split(request)
-    settings = {"objective": objective, "softpag": {**config.to_dict(), "heads": None}}
-    runs = Runs(request, output, ".json", stages, ranks, **settings)
+    selection = HeadSelection.of(objective)
+    judges = [objective_of(one, embedded_name(request.model)) for one in selection.objectives]
+    ranks, (request, config) = ranks or Ranks(), _split(request)
+    softpag = {**config.to_dict(), "heads": None}
+    runs = Runs(request, output, ".json", stages, ranks, objective=objective, softpag=softpag)
     transformers = find_transformers(runs.pipe)
     known = resolve_model(next(iter(transformers)), transformers)
     heads = [f"L{layer}H{head}" for layer in range(known.layers) for head in range(known.heads)]
     most = cost(len(heads), rounds, per_round, len(request.prompts))
     runs.stages.note(f"{len(heads)} heads: at most {most} clips, each step of two forwards or less")
-    scores = _Scores(runs, ranks, config, judge)
-    found = search(heads, scores.of, prompts=len(request.prompts), rounds=rounds, per_round=per_round)
+    scores = _Scores(runs, ranks, config, judges)
+    counts = {"prompts": len(request.prompts), "rounds": rounds, "per_round": per_round}
+    found = search(heads, scores.of, **counts, worth=selection.worth)
     ranks.close()
-    chosen = {"heads": [head for _, head, _ in found], "objective": objective, "model": known.name}
-    chosen["scores"] = [score for *_, score in found]
+    if not found:
+        raise ConfigError(f"no head passes the objective {objective!r}; lower what it asks for")
+    chosen = {"heads": [one[1] for one in found], "objective": objective, "model": known.name}
+    chosen["scores"] = [one[2] for one in found]
     if ranks.first:
         with written_whole(output) as temporary:
             temporary.write_text(json_text(chosen) + "\n", encoding="utf-8")
-    clips = len(runs.done)
     return Tuned(
         output=output,
-        found={**chosen, "rounds": [number for number, *_ in found], "clips": clips},
+        found={**chosen, "rounds": [one[0] for one in found], "clips": len(runs.done)},
         columns=("round", "head", objective),
         rows=[(str(number), head, f"{score:.4f}") for number, head, score in found],
-        remarks=[f"{clips} clips were judged"],
+        remarks=[f"{len(runs.done)} clips were judged"],
     )
 
 
 class _Scores:
     """What sets of heads are worth, of a search's progress or judged, each in one of the processes."""
 
-    def __init__(self, runs: Runs, ranks: Ranks, config: SoftPAG, judge: Objective) -> None:
-        self._runs, self._ranks, self._config, self._judge = runs, ranks, config, judge
-        self._known: dict[Job, float] = {(tuple(one["heads"]), one["prompt"]): one["score"] for one in runs.done}
+    def __init__(self, runs: Runs, ranks: Ranks, config: SoftPAG, judges: Sequence[Objective]) -> None:
+        self._runs, self._ranks, self._config, self._judges = runs, ranks, config, judges
+        self._known: dict[Job, list[float]] = {(tuple(one["heads"]), one["prompt"]): one["score"] for one in runs.done}
 
-    def of(self, jobs: Sequence[Job]) -> list[float]:
+    def of(self, jobs: Sequence[Job]) -> list[list[float]]:
         """Return what sets are worth on prompts, after judging those that are not known."""
         self._ranks.spread([job for job in jobs if job not in self._known], self._judged, self._keep)
         return [self._known[job] for job in jobs]
 
-    def _judged(self, job: Job) -> float:
+    def _judged(self, job: Job) -> list[float]:
         (chosen, prompt), request = job, self._runs.request
         self._runs.stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}")
         text, softpag = request.prompts[prompt], dataclasses.replace(self._config, heads=chosen)
         with attached(self._runs.pipe, (*request.methods, softpag), request.backend):
             made = self._runs.run(text, seed=request.seed + prompt)
-        score = float(self._judge(made.frames.astype(np.float32) / 255.0, text))
-        if not math.isfinite(score):
+        score = [float(judge(made.frames.astype(np.float32) / 255.0, text)) for judge in self._judges]
+        if not all(map(math.isfinite, score)):
             raise ConfigError(f"the objective gave {score} for {chosen}; it must give a finite number")
         return score
 
-    def _keep(self, job: Job, score: float) -> None:
+    def _keep(self, job: Job, score: list[float]) -> None:
         self._known[job] = score
         self._runs.add({"heads": list(job[0]), "prompt": job[1], "score": score})
 
@@ -130,8 +134,8 @@ def cost(heads: int, rounds: int, per_round: int, prompts: int) -> int:
 
 
 def search(
-    heads: Sequence[str], evaluate: Callable[[Sequence[Job]], Sequence[float]], *, prompts: int, rounds: int,
-    per_round: int,
+    heads: Sequence[str], evaluate: Callable[[Sequence[Job]], Sequence[Any]], *, prompts: int, rounds: int,
+    per_round: int, worth: Callable[[Sequence[Any]], float] = statistics.fmean,
 ) -> list[tuple[int, str, float]]:  # fmt: skip
     """Select heads round by round; it ends early where no head is left.
 
@@ -141,9 +145,10 @@ def search(
         prompts: how many there are.
         rounds: how many rounds.
         per_round: heads that a round adds.
+        worth: what a head is ranked by, of what its prompts gave; -inf: it is not taken.
 
     Returns:
-        Round from 1, head, and the objective's mean with it beside those of earlier rounds; the best of a round first.
+        Round from 1, head, and its worth beside those of earlier rounds; the best of a round first.
     """
     order = {head: at for at, head in enumerate(heads)}
     found: list[tuple[int, str, float]] = []
@@ -152,7 +157,7 @@ def search(
         left = [head for head in heads if head not in selected]
         sets = [tuple(sorted((*selected, head), key=order.__getitem__)) for head in left]
         values = evaluate([(chosen, prompt) for chosen in sets for prompt in range(prompts)])
-        scores = {head: sum(values[at * prompts : (at + 1) * prompts]) / prompts for at, head in enumerate(left)}
+        scores = {head: worth(values[at * prompts : (at + 1) * prompts]) for at, head in enumerate(left)}
         best = sorted(left, key=lambda head: (-scores[head], order[head]))[:per_round]
-        found += [(number, head, scores[head]) for head in best]
+        found += [(number, head, scores[head]) for head in best if scores[head] > -math.inf]
     return found

@@ -52,8 +52,7 @@ def _measured(name: str) -> Objective:
     if found.reference or found.better == "neither":
         lack = "compares with a reference" if found.reference else "says neither more nor less is better"
         raise ConfigError(f"the objective {name!r} {lack}; take a metric of a clip alone, such as {EXAMPLE}")
-    reason = found.missing()
-    if reason is not None:
+    if (reason := found.missing()) is not None:
         raise ConfigError(f"the objective {name!r} can't be measured: {reason}")
     sign = -1 if found.better == "less" else 1
     return lambda clip, prompt: sign * found(Sample(frames=clip, prompt=prompt)).value

@@ -76,6 +76,7 @@ def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
 FLUX = Adapter(
     name="flux",
     transformers=("FluxTransformer2DModel",),
+    flow=True,
     guidance=Guidance(
         alone=(
             "FluxControlPipeline",

@@ -53,6 +53,7 @@ def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
 QWEN_IMAGE = Adapter(
     name="qwen-image",
     transformers=("QwenImageTransformer2DModel",),
+    flow=True,
     guidance=Guidance(
         rows={"img_shapes": "each"},
         rescales={"QwenImage*": "it rescales the guided prediction to the conditional one's norm"},

@@ -40,6 +40,7 @@ SD35_LARGE = replace(
 SD3 = Adapter(
     name="sd3",
     transformers=("SD3Transformer2DModel",),
+    flow=True,
     guidance=Guidance(
         together=(
             "StableDiffusion3Pipeline",

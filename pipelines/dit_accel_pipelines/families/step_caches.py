@@ -14,7 +14,12 @@ Recipe = Mapping[str, Any]
 
 def with_step_caches(*families: Family) -> tuple[Family, ...]:
     """Return families with the recipes of step caches that are published for a model of their name."""
-    tables = {"magcache": MAGCACHE, "teacache": TEACACHE, "profilingcache": PROFILINGCACHE}
+    tables = {
+        "magcache": MAGCACHE,
+        "teacache": TEACACHE,
+        "teacache_ret": TEACACHE_RET,
+        "profilingcache": PROFILINGCACHE,
+    }
     return tuple(
         replace(
             family,
@@ -225,6 +230,15 @@ TEACACHE: Mapping[str, Recipe] = {
     "wan-tiny": _teacache(0.1, 3382.8281, -1485.7823, 214.605233, -10.7487726, 0.230696013),
     # the same with --model flux-tiny: it tells little (off by .034 where the changes spread by .039)
     "flux-tiny": _teacache(0.1, 1726.39201, -1098.56426, 232.651236, -18.7804801, 0.583429096),
+}
+
+# The same code's mode use_ret_steps: of the projected timestep embedding; five steps first and no last one.
+_RET: Recipe = {"warmup_steps": 5, "last_steps": 0}
+TEACACHE_RET: Mapping[str, Recipe] = {
+    "wan2.1-1.3b": {**_RET, **_teacache(0.05, -52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664)},
+    "wan2.1-14b": {**_RET, **_teacache(0.1, -303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525)},
+    "wan2.1-i2v-14b-480p": {**_RET, **_teacache(0.2, 257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977)},
+    "wan2.1-i2v-14b-720p": {**_RET, **_teacache(0.2, 8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401)},
 }
 
 # ProfilingDiT, arXiv 2504.03140: the blocks that its released code caches (two of its names for them are swapped), and

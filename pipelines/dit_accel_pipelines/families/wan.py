@@ -162,6 +162,12 @@ def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     return embed.time_embedder(projected.to(next(embed.time_embedder.parameters()).dtype))
 
 
+def projected_timestep(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return the timestep's embedding, projected to what shifts and scales in every block."""
+    embed = transformer.condition_embedder
+    return embed.time_proj(embed.act_fn(timestep_embedding(transformer, inputs)))
+
+
 # The text's cross-attention; in image-to-video models it takes the picture's tokens too, which stand in front.
 TEXT_WAN = CrossAttention(
     modules=("blocks.*.attn2", "vace_blocks.*.attn2"), projection="condition_embedder.text_embedder"
@@ -182,6 +188,7 @@ WAN = Adapter(
     ),
     sizes=partial(read_sizes, layers=("num_layers", "vace_layers")),
     signal=timestep_embedding,
+    projected_signal=projected_timestep,
     cross_attention=TEXT_WAN,
     rope=Rope(
         owner="rope",

@@ -285,7 +285,8 @@ def run(
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
-        made = pictures_of(pipe(**arguments, generator=generator, output_type="np"))
+        called = pipe if attachment is None else attachment.call
+        made = pictures_of(called(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
     return Generation(
         prompt=prompt, frames=to_uint8(made), timings=timings, report=report, pictures=made if request.check else None

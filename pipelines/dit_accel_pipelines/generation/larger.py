@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dit_accel import UltraImage
 from dit_accel.adapters.adapter import Family
 from dit_accel.estimate.beyond import beyond_trained
 from dit_accel.estimate.sizes import token_layout
@@ -33,6 +34,8 @@ def prepare_larger(pipe: Any, request: Request, family: Family | None) -> list[s
         pipe.vae.enable_tiling()
         notes.append("the autoencoder works in tiles, since the picture is larger than the model was trained on")
     most = pipe.scheduler.config.get("max_image_seq_len")
+    if any(isinstance(one, UltraImage) and (one.guided or one.view) for one in request.methods):
+        return notes  # which holds the shift in its second stage alone
     if "pinned_shift" in family.beyond and most is not None and layout.visual_tokens > most:
         pipe.scheduler.register_to_config(max_image_seq_len=layout.visual_tokens)
         notes.append(

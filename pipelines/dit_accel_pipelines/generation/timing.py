@@ -30,7 +30,7 @@ class Timings:
 
 @contextlib.contextmanager
 def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lambda: None) -> Iterator[Timings]:
-    """Give the timings of the one call of ``pipe`` inside the block; complete when the block ends.
+    """Give the timings of what ``pipe`` makes inside the block, of all its steps; complete when the block ends.
 
     Args:
         pipe: the pipeline.
@@ -53,9 +53,8 @@ def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lamb
 
     def progress_bar(iterable: Sequence[Any] | None = None, total: int | None = None) -> _StepBar:
         stages.stage("denoising", len(iterable) if iterable is not None else total)
-        if not clock:
-            clock.append(time.perf_counter())
-            busy.append(time.process_time())
+        clock.append(time.perf_counter())  # of a second picture too, before which the first one is decoded
+        busy.append(time.process_time())
         return _StepBar(iterable or (), step, stages)
 
     pipe.progress_bar = progress_bar  # on the object; its class stays as it is

@@ -1,0 +1,132 @@
+"""Calls a pipeline for a picture larger than trained in two stages: a small one first, which then leads the other."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import AttachError, ConfigError
+from ..methods.base import Handler
+from ..methods.positions.guide import SmallPicture
+from ..methods.positions.ultraimage import UltraImageHandler
+
+
+def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any]) -> Any:
+    """Return what a pipeline gives for the arguments of a call, after a small picture where a method wants one.
+
+    Raises:
+        AttachError: if there is no pipeline.
+        ConfigError: if a small picture is wanted of a pipeline that is not described so.
+    """
+    if pipe is None:
+        raise AttachError(
+            "call runs the pipeline, but the methods are attached to a transformer; attach to the pipeline"
+        )
+    wanting = next((one for one in handlers if isinstance(one, UltraImageHandler) and one.two_stages), None)
+    height, width = arguments.get("height"), arguments.get("width")
+    if wanting is None or height is None or width is None:
+        return pipe(**arguments)
+    if not wanting.model.adapter.flow:
+        raise ConfigError(
+            f"ultraimage.guided and ultraimage.view are not described for {type(pipe).__name__}: its adapter does not "
+            "say that it predicts a flow of packed latents (Adapter.flow); leave them out"
+        )
+    token = _token_pixels(pipe)
+    grid = height // token, width // token
+    small = wanting.small_grid(*grid)
+    if small is None:
+        return pipe(**arguments)
+    as_latents = wanting.settings.enlarge == "latents"
+    first = {key: value for key, value in arguments.items() if key != "latents"}
+    first |= {"height": small[0] * token, "width": small[1] * token, "output_type": "latent" if as_latents else "pt"}
+    with wanting.guide.small():
+        made = _first_of(pipe(**first))
+    with torch.no_grad():
+        latents = _unpacked(pipe, made, small, token) if as_latents else made
+        placed = _centred if wanting.settings.view else _enlarged
+        clean, inside = placed(pipe, latents.float(), small, grid, as_latents)
+    picture = SmallPicture(clean=clean, inside=inside, grid=small)
+    with wanting.guide.following(picture), _pinned(wanting, pipe, grid):
+        return pipe(**arguments)
+
+
+def _token_pixels(pipe: Any) -> int:
+    """Return the pixels of a token's side."""
+    patch = 2 if hasattr(pipe, "_pack_latents") else int(pipe.transformer.config.patch_size)
+    return pipe.vae_scale_factor * patch
+
+
+def _first_of(output: Any) -> Tensor:
+    """Return a pipeline's pictures or latents."""
+    made = output[0] if isinstance(output, tuple) else output.images
+    return made if isinstance(made, Tensor) else torch.stack(list(made))
+
+
+def _enlarged(
+    pipe: Any, small: Tensor, _: tuple[int, int], grid: tuple[int, int], as_latents: bool
+) -> tuple[Tensor, None]:
+    """Return packed latents, at the size of a grid of tokens, of a picture [B, 3, height, width] or of its latents."""
+    size = [side * (_latents_per_token(pipe) if as_latents else _token_pixels(pipe)) for side in grid]
+    large = F.interpolate(small, size=size, mode="bicubic", antialias=True)
+    return _packed(pipe, large if as_latents else _encoded(pipe, large.clamp(0, 1))), None
+
+
+def _centred(
+    pipe: Any, small: Tensor, own: tuple[int, int], grid: tuple[int, int], as_latents: bool
+) -> tuple[Tensor, Tensor]:
+    """Return packed latents of a grid of tokens that hold a small picture in the middle, and where that is."""
+    latents, per = small if as_latents else _encoded(pipe, small), _latents_per_token(pipe)
+    top, left = ((whole - less) // 2 * per for whole, less in zip(grid, own, strict=True))
+    place = ..., slice(top, top + own[0] * per), slice(left, left + own[1] * per)
+    clean = latents.new_zeros(*latents.shape[:2], grid[0] * per, grid[1] * per)
+    inside = torch.zeros_like(clean)
+    clean[place], inside[place] = latents, 1.0
+    return _packed(pipe, clean), _packed(pipe, inside)[:1] > 0
+
+
+def _latents_per_token(pipe: Any) -> int:
+    """Return the latents of a token's side."""
+    return _token_pixels(pipe) // pipe.vae_scale_factor
+
+
+def _encoded(pipe: Any, picture: Tensor) -> Tensor:
+    """Return the latents [B, C, height, width] of a picture in [0, 1], shifted and scaled for the transformer."""
+    vae = pipe.vae
+    pixels, config = (2 * picture - 1).to(pipe._execution_device, vae.dtype), vae.config
+    if config.get("latents_mean") is not None:  # of frames, of which a picture is one
+        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0].float()
+        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1).to(latents) for key in ("latents_mean", "latents_std"))
+        return (latents - mean) / std
+    latents = vae.encode(pixels).latent_dist.mode().float()
+    return (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
+def _packed(pipe: Any, latents: Tensor) -> Tensor:
+    """Return latents [B, C, height, width] as the transformer takes them."""
+    return pipe._pack_latents(latents, *latents.shape) if hasattr(pipe, "_pack_latents") else latents
+
+
+def _unpacked(pipe: Any, latents: Tensor, grid: tuple[int, int], token: int) -> Tensor:
+    """Return a pipeline's latents as [B, C, height, width]."""
+    if not hasattr(pipe, "_unpack_latents"):
+        return latents
+    unpacked = pipe._unpack_latents(latents, grid[0] * token, grid[1] * token, pipe.vae_scale_factor)
+    return unpacked[:, :, 0] if unpacked.dim() == 5 else unpacked
+
+
+@contextlib.contextmanager
+def _pinned(wanting: UltraImageHandler, pipe: Any, grid: tuple[int, int]) -> Iterator[None]:
+    """Hold the noise shift at its largest in the large stage, where the family asks for that."""
+    family, config = wanting.model.family, pipe.scheduler.config
+    most = config.get("max_image_seq_len")
+    if family is None or "pinned_shift" not in family.beyond or most is None or grid[0] * grid[1] <= most:
+        yield
+        return
+    pipe.scheduler.register_to_config(max_image_seq_len=grid[0] * grid[1])
+    try:
+        yield
+    finally:
+        pipe.scheduler.register_to_config(max_image_seq_len=most)
