@@ -6,7 +6,7 @@ The products of the run's own values, a matrix of steps by steps, thus tell the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -132,25 +132,3 @@ def grown(moved: Sequence[float], early: int) -> np.ndarray:
     steps = len(moved) - 1
     since = [moved[min(max(step + 1, early + SETTLES), steps)] for step in range(steps)]
     return moved[-1] / np.array(since) if min(since) > 0 else np.ones(steps)
-
-
-def searched(
-    products: np.ndarray, weights: np.ndarray, computed: int, **forecasts: Any
-) -> dict[int, tuple[float, tuple[int, ...]]]:
-    """Return `best_lists` for prompts that count alike, however hard they are.
-
-    Costs are shares of what computing every second step costs a prompt.
-
-    Args:
-        products: as in `SkipCosts`.
-        weights: as there, [P, N].
-        computed: the most steps that are computed.
-        forecasts: the other attributes of `SkipCosts`.
-    """
-    steps, scaled = products.shape[-1], products.copy()
-    path = [0, *range(1, steps, 2)]
-    for one, weight in enumerate(weights):
-        cost = SkipCosts(products=products[one : one + 1], weights=weight, **forecasts)
-        total = sum(cost(path[: place + 1], upto) for place, upto in enumerate([*path[1:], steps]))
-        scaled[one] /= total or 1.0
-    return best_lists(SkipCosts(products=scaled, weights=weights, **forecasts), steps, computed)

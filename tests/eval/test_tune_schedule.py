@@ -19,7 +19,7 @@ from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.cli import installed_commands
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods
-from dit_accel.rules.schedule import grown, searched
+from dit_accel.rules.schedule import SkipCosts, best_lists, grown
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 STEPS = 7
@@ -59,10 +59,11 @@ def test_the_lists_are_the_best_by_what_the_runs_show(tmp_path):
         products.append(r @ r.T / r.shape[1])
         weights.append(-np.diff(sigmas) * grown(np.sqrt(((x - other) ** 2).mean(1)), 1))
     times = [0, 1, 2, 3, 4, 5, 6, 6]
-    expected = searched(np.array(products), np.array(weights), 4, times=times, predictor="taylor")
+    costs = SkipCosts(products=np.array(products), weights=np.array(weights), times=times, predictor="taylor")
+    expected = best_lists(costs, STEPS, 4)
     (one,) = found["placements"]
     assert one["lists"] == {count: list(path) for count, (_, path) in expected.items()}
-    assert one["cost"] == pytest.approx({count: cost for count, (cost, _) in expected.items()}, rel=1e-3)
+    assert one["error"] == pytest.approx({count: cost**0.5 for count, (cost, _) in expected.items()}, rel=1e-3)
     assert (one["steps"], one["flow_shift"], one["psnr"]) == (STEPS, None, None)
     (config,) = select_methods([], tmp_path / "own.toml", [])
     assert config.predictor == "taylor"

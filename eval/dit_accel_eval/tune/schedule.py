@@ -20,8 +20,9 @@ from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
 from dit_accel_pipelines.generation.traced import Trace, traced
 
 from dit_accel import ConfigError, StaticCache
+from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import grown, searched
+from dit_accel.rules.schedule import SkipCosts, best_lists, grown
 
 from ..metrics.psnr import psnr
 from .base import Runs, Tuned, write_config
@@ -63,7 +64,8 @@ def tune_schedule(
     """Search the best list of so many computed steps, for ``--config``.
 
     Found are the ``model``, how many are ``computed`` and the ``placements``, each with its ``lists`` by numbers of
-    computed steps, what they ``cost`` and, where several are tried, its ``psnr``; the first is the best.
+    computed steps, the RMS ``error`` of the last latents that they are expected to leave and, where several are tried,
+    its ``psnr``; the first is the best.
 
     Args:
         request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
@@ -104,22 +106,22 @@ def tune_schedule(
         {
             "steps": tried[place].steps, "flow_shift": tried[place].shift, "psnr": quality[place],
             "lists": {count: list(of) for count, (_, of) in lists[place].items()},
-            "cost": {count: cost for count, (cost, _) in lists[place].items()},
+            "error": {count: math.sqrt(cost) for count, (cost, _) in lists[place].items()},
         }
         for place in order
     ]  # fmt: skip
     rows = [
-        (one["steps"], one["flow_shift"] or "own", count, one["cost"][count], one["psnr"] or "", " ".join(map(str, of)))
+        (one["steps"], one["flow_shift"] or "own", count, one["error"][count], one["psnr"] or "", spell_numbers(path))
         for one in found
-        for count, of in one["lists"].items()
+        for count, path in one["lists"].items()
         if count == computed or len(tried) == 1 < count
     ]
     return Tuned(
         output=output,
         found={"model": tuner.model, "computed": computed, "placements": found},
-        columns=("of", "noise shift", "computed", "cost", "PSNR", "steps"),
+        columns=("of", "noise shift", "computed", "error", "PSNR", "steps"),
         rows=[tuple(f"{one:.4g}" if isinstance(one, float) else str(one) for one in row) for row in rows],
-        remarks=["cost: of what computing every second step costs"],
+        remarks=["error: RMS that the forecasts are expected to leave in the latents at the end"],
     )
 
 
@@ -137,11 +139,12 @@ def _listed(config: StaticCache, steps: int, path: Sequence[int]) -> StaticCache
 
 
 def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: int) -> Any:
-    """Return the best lists of up to so many computed steps by what was measured on prompts."""
+    """Return the best lists of up to so many computed steps; prompts count by their errors: hard ones lead."""
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
     times = sigmas if config.variable == "sigma" else [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
-    return searched(products, weights, computed, times=times, predictor=config.predictor, order=config.order)
+    costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
+    return best_lists(costs, len(sigmas) - 1, computed)
 
 
 class _Tuner:
