@@ -4,6 +4,7 @@ Every forecast is a weighted sum of computed values (`dit_accel.rules.forecast`)
 The products of the run's own values, a matrix of steps by steps, thus tell the error of any list without another run.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,9 @@ import numpy as np
 from . import forecast
 
 Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
+
+ROUNDS = 3
+"""How often `searched` weighs the prompts anew."""
 
 SETTLES = 3
 """Steps after a skipped one until its error has passed a solver's corrector and history, and only grows."""
@@ -27,8 +31,8 @@ class SkipCosts:
 
     Attributes:
         products: of what is stored, by prompt, float64 [P, N, N]: entry (i, j) is the mean product of steps i and j.
-        weights: of each step's error, float64 [P, N] or [N]: how far the solver moves in it, times how much of an error
-            made there is left at the run's end.
+        weights: of each step's error, float64 [P, N]: how far the solver moves in it, times how much of an error made
+            there is left at the run's end.
         times: of each step and of the run's end, N + 1: what the polynomial is one of.
         predictor: as in `StepCacheConfig`.
         order: degree of the polynomial.
@@ -39,7 +43,7 @@ class SkipCosts:
     times: Sequence[float]
     predictor: Predictor
     order: int = 1
-    _known: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def reads(self) -> int:
@@ -51,13 +55,19 @@ class SkipCosts:
         """Return the cost of the steps from a list's last one to ``upto``, which is computed next, or the run's end."""
         key = (*path[-self.reads :], upto)
         if key not in self._known:
-            rows = self.forecasts(path[-self.reads :], upto)
-            skipped = range(path[-1] + 1, upto)
-            rows[np.arange(len(rows)), list(skipped)] -= 1.0
-            off = np.einsum("...s,sn->...n", self.weights[..., list(skipped)], rows)
-            squares = np.einsum("...n,pnm,...m->p" if off.ndim == 1 else "pn,pnm,pm->p", off, self.products, off)
-            self._known[key] = float(np.maximum(squares, 0.0).mean())
-        return self._known[key]
+            self._known[key] = self._squares(path, upto)
+        return float(self._known[key].mean())
+
+    def of_list(self, path: Sequence[int]) -> np.ndarray:
+        """Return what a whole list costs each prompt, [P]."""
+        gaps = zip(range(1, len(path) + 1), [*path[1:], len(self.times) - 1], strict=True)
+        return np.sum([self._squares(path[:count], upto) for count, upto in gaps], 0)
+
+    def _squares(self, path: Sequence[int], upto: int) -> np.ndarray:
+        rows, skipped = self.forecasts(path[-self.reads :], upto), [*range(path[-1] + 1, upto)]
+        rows[np.arange(len(rows)), skipped] -= 1.0
+        off = self.weights[:, skipped] @ rows
+        return np.maximum(np.einsum("pn,pnm,pm->p", off, self.products, off), 0.0)
 
     def forecasts(self, path: Sequence[int], upto: int) -> np.ndarray:
         """Return the weights of the computed steps in each forecast from a list's last step to ``upto``, [gap, N]."""
@@ -132,3 +142,29 @@ def grown(moved: Sequence[float], early: int) -> np.ndarray:
     steps = len(moved) - 1
     since = [moved[min(max(step + 1, early + SETTLES), steps)] for step in range(steps)]
     return moved[-1] / np.array(since) if min(since) > 0 else np.ones(steps)
+
+
+def searched(costs: SkipCosts, computed: int) -> dict[int, tuple[float, tuple[int, ...]]]:
+    """Return `best_lists` by the mean logarithm of the prompts' costs, as a mean PSNR has it, and their errors.
+
+    A logarithm is no sum over gaps; weighing each prompt by one over what the last list cost it comes down to it.
+
+    Args:
+        costs: of the prompts as they are.
+        computed: the most steps that are computed, for which the prompts are weighed.
+
+    Returns:
+        By number of computed steps the geometric mean over prompts of the root of what the list costs, and the list.
+    """
+    steps, scale = len(costs.times) - 1, np.ones(len(costs.products))
+    found: dict[int, tuple[float, tuple[int, ...]]] = {}
+    for _ in range(ROUNDS):
+        even = dataclasses.replace(costs, products=costs.products / scale[:, None, None])
+        found = best_lists(even, steps, computed)
+        total = costs.of_list(found[computed][1])
+        scale = total if total.min() > 0 else scale
+    roots = {count: np.sqrt(costs.of_list(path)) for count, (_, path) in found.items()}
+    return {
+        count: (float(np.exp(np.log(roots[count]).mean())) if roots[count].min() > 0 else 0.0, path)
+        for count, (_, path) in found.items()
+    }

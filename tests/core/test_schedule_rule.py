@@ -8,7 +8,7 @@ import torch
 from cache_calls import Driven, run_through, still
 
 from dit_accel import StaticCache
-from dit_accel.rules.schedule import SkipCosts, best_lists
+from dit_accel.rules.schedule import SkipCosts, best_lists, grown, searched
 
 STEPS = 9
 PREDICTORS = [("hold", 1), ("taylor", 1), ("taylor", 2), ("heun", 1), ("chebyshev", 1)]
@@ -24,6 +24,7 @@ def run_of(seed, prompts=2, size=6):
 def costs_of(products, predictor="taylor", order=1, weights=None):
     times = [float(step) for step in range(STEPS)] + [STEPS - 1.0]
     weights = np.ones(STEPS) if weights is None else weights
+    weights = np.broadcast_to(weights, (len(products), STEPS))
     return SkipCosts(products=products, weights=weights, times=times, predictor=predictor, order=order)
 
 
@@ -58,6 +59,7 @@ def test_a_gap_costs_the_square_of_its_summed_weighted_errors(predictor, order):
             off = costs.forecasts(so_far, upto) @ stored - stored[:, skipped]
             moved = (weights[:, skipped, None] * off).sum(1)
             assert costs(so_far, upto) == pytest.approx((moved**2).mean(), abs=1e-12)
+        assert costs.of_list(path).mean() == pytest.approx(total(costs, path))
 
 
 def total(costs, path):
@@ -95,3 +97,26 @@ def test_a_run_that_lies_on_a_line_is_skipped_after_two_steps():
     assert cost == pytest.approx(0, abs=1e-9)
     assert path[0] == 0
     assert path[1] == 1
+
+
+def test_hard_prompts_count_no_more_than_easy_ones():
+    products, weights = run_of(5, prompts=3)[1], np.random.default_rng(6).uniform(0.1, 1, (3, STEPS))
+    found = searched(costs_of(products, weights=weights), 4)
+    harder = products * np.array([1.0, 1e4, 1.0])[:, None, None]
+    assert [path for _, path in searched(costs_of(harder, weights=weights), 4).values()] == [
+        path for _, path in found.values()
+    ]
+    costs = costs_of(products, weights=weights)
+    errors = {rest: np.log(costs.of_list((0, *rest))).mean() / 2 for rest in itertools.combinations(range(1, STEPS), 3)}
+    assert np.log(found[4][0]) == pytest.approx(errors[found[4][1][1:]])
+    assert errors[found[4][1][1:]] <= sorted(errors.values())[2]
+
+
+def test_a_list_without_skips_costs_nothing():
+    assert searched(costs_of(run_of(7)[1]), STEPS)[STEPS] == (0.0, tuple(range(STEPS)))
+
+
+def test_growth_is_that_of_the_two_runs_from_where_they_have_settled():
+    moved = [0, 0, 9, 5, 2, 2, 4, 8]  # step 1 was skipped
+    np.testing.assert_allclose(grown(moved, 1), [4, 4, 4, 4, 4, 2, 1])
+    np.testing.assert_allclose(grown([0.0] * 5, 1), np.ones(4))

@@ -268,7 +268,7 @@ def schedule(
 
     dit-accel generate "a red circle" --config schedule.toml
     """
-    _tune("schedule", shared, methods, 4, computed=computed, placement=placement or ())
+    _tune("schedule", shared, methods, 8, computed=computed, placement=placement or ())
 
 
 @tune_app.command()

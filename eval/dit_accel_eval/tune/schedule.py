@@ -22,7 +22,7 @@ from dit_accel_pipelines.generation.traced import Trace, traced
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import SkipCosts, best_lists, grown
+from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 from ..metrics.psnr import psnr
 from .base import Runs, Tuned, write_config
@@ -106,7 +106,7 @@ def tune_schedule(
         {
             "steps": tried[place].steps, "flow_shift": tried[place].shift, "psnr": quality[place],
             "lists": {count: list(of) for count, (_, of) in lists[place].items()},
-            "error": {count: math.sqrt(cost) for count, (cost, _) in lists[place].items()},
+            "error": {count: error for count, (error, _) in lists[place].items()},
         }
         for place in order
     ]  # fmt: skip
@@ -139,12 +139,12 @@ def _listed(config: StaticCache, steps: int, path: Sequence[int]) -> StaticCache
 
 
 def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: int) -> Any:
-    """Return the best lists of up to so many computed steps; prompts count by their errors: hard ones lead."""
+    """Return the best lists of up to so many computed steps by what was measured on prompts."""
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
     times = sigmas if config.variable == "sigma" else [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
-    return best_lists(costs, len(sigmas) - 1, computed)
+    return searched(costs, computed)
 
 
 class _Tuner:
