@@ -108,9 +108,9 @@ def best_lists(
 ) -> dict[int, tuple[float, tuple[int, ...]]]:
     """Return for each number of computed steps up to ``computed`` the least sum of costs and the list that has it.
 
-    A dynamic programme whose state is the last two computed steps, as DPCache and LeMiCa (arXiv 2511.00090) have it
-    with the last one alone: exact for forecasts that read two computed steps, and for others the best list whose every
-    beginning is the best one with its last two steps. The first step is always computed.
+    Source: DPCache, whose state is the last computed step; LeMiCa (arXiv 2511.00090) takes the least largest gap. Where
+    we depart from them: the state is the last two computed steps, exact for forecasts that read two; for others it is
+    the best list whose every beginning is the best one with its last two steps. The first step is always computed.
 
     Args:
         cost: (list so far, next computed step, or the run's end) -> cost of what is skipped between, at least 0.
