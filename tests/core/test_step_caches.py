@@ -281,6 +281,16 @@ def test_steps_at_points_of_the_run():
         Driven(cache(compute_at=(0.5,)), line).forward(0, still(0), steps=None)
 
 
+@pytest.mark.parametrize(("steps", "computed"), [(10, "#..#.....#"), (28, "#........#.................#")])
+def test_points_alone_are_the_whole_list(steps, computed):
+    driven = Driven(StaticCache(compute_at=(0.0, 1 / 3, 1.0)), line)
+    run_through(driven, still, steps=steps)
+    assert driven.drawn(steps=steps) == computed
+    beside = Driven(StaticCache(compute_at=(0.4,), every=5), line)
+    run_through(beside, still)
+    assert beside.drawn() == "#...##...#"  # with the usual first and last steps
+
+
 def test_a_share_of_a_first_expert_of_unknown_length_is_refused():
     driven = Driven(cache(warmup_steps=0.4, warmup_of="each"), line)
     driven.install("transformer", "transformer_2")

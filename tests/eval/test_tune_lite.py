@@ -11,14 +11,9 @@ import torch
 from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune.base import Runs
 from dit_accel_eval.tune.lite import (
-    CLOSE,
-    HIGHEST,
-    LOWEST,
-    NEAR,
     Tuner,
     combine,
     error_of,
-    search_level,
     threshold_of,
     tune_lite,
     tuning,
@@ -41,6 +36,7 @@ from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
 from dit_accel.plan.tiling import Tiling
+from dit_accel.rules.threshold_search import CLOSE, HIGHEST, LOWEST, NEAR, search_level
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 LITE = LiteAttention(block_size=16, dense_steps=0)

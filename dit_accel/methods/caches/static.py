@@ -15,12 +15,15 @@ from .engine import StepCacheHandler
 class StaticCache(StepCacheConfig):
     """Skips the steps that a list names, or all but every n-th: searched schedules, and those of TaylorSeer and FORA.
 
+    A list is ``steps``, for one number of steps, or ``compute_at``, for any.
+
     Attributes:
-        every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``.
+        every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``. Beside it
+            ``compute_at`` names further steps; without it those alone are computed.
     """
 
     name: ClassVar[str] = "staticcache"
-    # with ``steps`` the list alone decides
+    # with ``steps``, or ``compute_at`` alone, the list decides
     defaults: ClassVar[Mapping[str, Any]] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
 
     every: Count | None = None
@@ -30,8 +33,9 @@ class StaticCache(StepCacheConfig):
         self.require_one_of("steps", "every", of="what is computed")
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
-        """Return the config with unset options filled in; beside ``steps`` nothing else decides unless it is set."""
-        full: Any = self if self.steps is not None else StepCacheConfig.filled(self, recipe)
+        """Return the config with unset options filled in; beside a list nothing else decides unless it is set."""
+        listed = self.steps is not None or (self.compute_at is not None and self.every is None)
+        full: Any = self if listed else StepCacheConfig.filled(self, recipe)
         return full
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:

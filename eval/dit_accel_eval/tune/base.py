@@ -122,9 +122,10 @@ class Runs:
         """Delete what was kept: the run's output is whole."""
         self._path.unlink(missing_ok=True)
 
-    def attached(self) -> AbstractContextManager[Any]:
-        """Attach the request's methods for as long as the context lasts, and give the attachment."""
-        return dit_accel.attach(self.pipe, *self.request.methods, preset="none", backend=self.request.backend)
+    def attached(self, *further: MethodConfig) -> AbstractContextManager[Any]:
+        """Attach further methods and the request's for as long as the context lasts, and give the attachment."""
+        methods = *further, *self.request.methods
+        return dit_accel.attach(self.pipe, *methods, preset="none", backend=self.request.backend)
 
     def left(self, how: str = "") -> Iterator[str]:
         """Give the prompts of which no part is done yet, each shown as a stage, with ``how`` behind."""
@@ -147,10 +148,12 @@ def run_settings(request: Request) -> dict[str, Any]:
     return {**settings, "methods": {one.name: one.to_dict() for one in request.methods}}
 
 
-def write_config(output: Path, config: MethodConfig, about: Sequence[str]) -> None:
-    """Write the TOML that ``--config`` takes, whole or not at all, with remarks above it."""
+def write_config(
+    output: Path, config: MethodConfig, about: Sequence[str], run: Mapping[str, Any] | None = None
+) -> None:
+    """Write the TOML that ``--config`` takes, whole or not at all, with remarks above it and what a run sets."""
     with written_whole(output) as temporary:
-        temporary.write_text("".join(f"# {line}\n" for line in about) + to_toml([config]), encoding="utf-8")
+        temporary.write_text("".join(f"# {line}\n" for line in about) + to_toml([config], run), encoding="utf-8")
 
 
 class WatchConfig(MethodConfig):

@@ -242,6 +242,37 @@ def profile(
 
 @tune_app.command()
 @with_option_fields
+def schedule(
+    shared: Shared,
+    *,
+    methods: MethodList,
+    computed: Annotated[int, Option(help="Steps that are computed.")] = 12,
+    placement: Annotated[
+        list[str] | None,
+        Option(
+            help="Steps of UniPC, and a noise shift behind @, such as 30@8; may be repeated, then the second half of "
+            "the prompts chooses; default: the model's own.",
+            metavar="STEPS[@SHIFT]",
+        ),
+    ] = None,
+) -> None:
+    """Search which steps StaticCache computes, from what each forecast would have been off by.
+
+    A predictor is set as usual; without one it is taylor.
+
+    Examples:
+
+    dit-accel tune schedule --computed 10 -o schedule.toml
+
+    dit-accel tune schedule --placement 30@8 --placement 20@5 -o schedule.toml
+
+    dit-accel generate "a red circle" --config schedule.toml
+    """
+    _tune("schedule", shared, methods, 8, computed=computed, placement=placement or ())
+
+
+@tune_app.command()
+@with_option_fields
 def teacache(shared: Shared, *, methods: MethodList) -> None:
     """Fit TeaCache's polynomial from the change of the first block's input to that of the output.
 

@@ -8,10 +8,8 @@ What every set was worth is kept beside the output: a search that was stopped, o
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.generate import attached
@@ -23,13 +21,11 @@ from dit_accel import ConfigError
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
+from dit_accel.rules.greedy import Job, search
 from dit_accel.rules.head_selection import HeadSelection
 
 from .base import Runs, Tuned
 from .objectives import Objective, objective_of
-
-Job = tuple[tuple[str, ...], int]
-"""What is judged: heads, such as ``L3H1``, in their usual order, and the number of a prompt."""
 
 
 def tune_heads(
@@ -131,33 +127,3 @@ def _split(request: Request) -> tuple[Request, SoftPAG]:
 def cost(heads: int, rounds: int, per_round: int, prompts: int) -> int:
     """Return the most clips that a search generates; those that repeat are not generated."""
     return sum(max(0, heads - done * per_round) * prompts for done in range(rounds))
-
-
-def search(
-    heads: Sequence[str], evaluate: Callable[[Sequence[Job]], Sequence[Any]], *, prompts: int, rounds: int,
-    per_round: int, worth: Callable[[Sequence[Any]], float] = statistics.fmean,
-) -> list[tuple[int, str, float]]:  # fmt: skip
-    """Select heads round by round; it ends early where no head is left.
-
-    Args:
-        heads: all heads, in the order in which ties are broken.
-        evaluate: judges all that a round asks, each set and prompt once; higher is better.
-        prompts: how many there are.
-        rounds: how many rounds.
-        per_round: heads that a round adds.
-        worth: what a head is ranked by, of what its prompts gave; -inf: it is not taken.
-
-    Returns:
-        Round from 1, head, and its worth beside those of earlier rounds; the best of a round first.
-    """
-    order = {head: at for at, head in enumerate(heads)}
-    found: list[tuple[int, str, float]] = []
-    for number in range(1, rounds + 1):
-        selected = [head for _, head, _ in found]
-        left = [head for head in heads if head not in selected]
-        sets = [tuple(sorted((*selected, head), key=order.__getitem__)) for head in left]
-        values = evaluate([(chosen, prompt) for chosen in sets for prompt in range(prompts)])
-        scores = {head: worth(values[at * prompts : (at + 1) * prompts]) for at, head in enumerate(left)}
-        best = sorted(left, key=lambda head: (-scores[head], order[head]))[:per_round]
-        found += [(number, head, scores[head]) for head in best if scores[head] > -math.inf]
-    return found

@@ -20,9 +20,9 @@ from dit_accel.files import json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_of
 from dit_accel.methods.find import find_transformers, resolve_model
+from dit_accel.rules.block_ranking import cached_blocks, mean_by_row, mean_of_known
 
 from .base import Runs, Tuned, run_settings
-from .block_ranking import cached_blocks
 from .profile_watch import CRITERIA, Profiler
 
 
@@ -103,8 +103,8 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
     seen = [part["transformers"][name] for part in parts if name in part["transformers"]]
     if not seen:
         raise ConfigError(f"{name} never ran; show something for which it does, or ask for more steps")
-    by_step = {one: _mean([np.array(found[one], float) for found in seen]) for one in CRITERIA}
-    scores = {one: _by_block(values) for one, values in by_step.items()}
+    by_step = {one: mean_of_known([np.array(found[one], float) for found in seen]) for one in CRITERIA}
+    scores = {one: mean_by_row(values) for one, values in by_step.items()}
     if np.isnan(scores[criterion]).all():
         raise ConfigError(
             f"tune profile found nothing to tell {name}'s blocks apart by {criterion!r}: no foreground, or too few "
@@ -117,19 +117,6 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
         "scores": {one: _plain(values) for one, values in scores.items()},
         "by_step": {one: [_plain(row) for row in values] for one, values in by_step.items()},
     }
-
-
-def _mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of arrays, of what is a number; NaN where none is. They are cut to the shortest's steps."""
-    steps = min(array.shape[-1] for array in arrays)
-    stacked = np.stack([array[..., :steps] for array in arrays])
-    known = ~np.isnan(stacked)
-    return np.where(known.any(0), np.nansum(stacked, 0) / np.maximum(known.sum(0), 1), np.nan)
-
-
-def _by_block(values: np.ndarray) -> np.ndarray:
-    """Return the mean over steps, NaN where there is none."""
-    return _mean(list(values.T)) if values.size else np.full(len(values), np.nan)
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

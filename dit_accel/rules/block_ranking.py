@@ -71,3 +71,16 @@ def cached_blocks(scores: Sequence[float], count: int | None = None) -> tuple[li
         count = 1 + int(np.argmax(gaps)) if gaps else 0
     edges = [one[0] for one in known[max(count - 1, 0) : count + 1]] or [0.0]
     return sorted(block for _, block in known[:count]), float(np.mean(edges))
+
+
+def mean_of_known(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays, of what is a number; NaN where none is. They are cut to the shortest's steps."""
+    steps = min(array.shape[-1] for array in arrays)
+    stacked = np.stack([array[..., :steps] for array in arrays])
+    known = ~np.isnan(stacked)
+    return np.where(known.any(0), np.nansum(stacked, 0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def mean_by_row(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each row, NaN where there is none."""
+    return mean_of_known(list(values.T)) if values.size else np.full(len(values), np.nan)

@@ -1,0 +1,209 @@
+"""Tunes StaticCache: which steps of a run are computed, so that the forecasts of the others cost least.
+
+Every prompt is generated with all steps computed, which tells what any forecast would have been off by, and once more
+with one early step skipped, which tells how errors grow until the end. Sources: DPCache, LeMiCa (arXiv 2511.00090).
+Where we depart from them: errors are those of the chosen predictor, by the two last computed steps, weighted by how far
+the solver moves and how they grow; and the solver's own steps are searched beside.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_pipelines.generation.progress import Stages
+from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
+from dit_accel_pipelines.generation.traced import Trace, traced
+
+from dit_accel import ConfigError, StaticCache
+from dit_accel.methods.caches.block_numbers import spell_numbers
+from dit_accel.methods.find import find_transformers, resolve_model
+from dit_accel.rules.schedule import SkipCosts, grown, searched
+
+from ..metrics.psnr import psnr
+from .base import Runs, Tuned, write_config
+
+FREE = ("predictor", "order", "variable", "stored")
+"""Options of `StaticCache` that a request may set: how is forecast, not when."""
+
+EARLY = 0.1
+"""Share of the run at which a step is skipped to see errors grow."""
+
+FINER = 4
+"""How many times as many steps as the longest placement has the runs make to which PSNR is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """So many steps of UniPC with a noise shift, None: the model's own; without ``text`` the model's own solver."""
+
+    steps: int
+    shift: float | None = None
+    text: str = ""
+
+    @classmethod
+    def read(cls, text: str) -> "Placement":
+        """Read ``30`` or ``30@8``."""
+        steps, _, shift = text.partition("@")
+        try:
+            read = cls(int(steps), float(shift) if shift else None, text)
+        except ValueError:
+            read = cls(0)
+        if read.steps < 1 or not 0 < (read.shift or 1.0) < math.inf:
+            raise ConfigError(f"a placement is a number of steps, and a noise shift behind @ as in 30@8, got {text!r}")
+        return read
+
+
+def tune_schedule(
+    request: Request, output: Path, *, computed: int = 12, placement: Sequence[str] = (), stages: Stages | None = None
+) -> Tuned:
+    """Search the best list of so many computed steps, for ``--config``.
+
+    Found are the ``model``, how many are ``computed`` and the ``placements``, each with its ``lists`` by numbers of
+    computed steps, the RMS ``error`` of the last latents that they are expected to leave and, where several are tried,
+    its ``psnr``; the first is the best.
+
+    Args:
+        request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
+        output: TOML, whose ``compute_at`` holds for any number of steps.
+        computed: how many steps are computed.
+        placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
+            the prompts chooses. None: the request's steps of the model's own scheduler.
+        stages: progress bars; None shows none.
+    """
+    config, others = _config(request)
+    tried = [Placement.read(text) for text in placement] or [Placement(settle(request)[0].num_inference_steps or 0)]
+    for one in tried:
+        if not 2 <= computed <= one.steps:
+            raise ConfigError(f"tune schedule computes from 2 to all of {one.steps} steps, got computed = {computed}")
+    half = len(request.prompts) if len(tried) == 1 else len(request.prompts) // 2
+    if not half:
+        raise ConfigError("tune schedule takes 2 prompts or more to choose among placements, got 1; add some")
+    kept = {"placement": [one.text for one in tried], "computed": computed, "cache": config.to_dict()}
+    runs = Runs(dataclasses.replace(request, methods=others), output, ".toml", stages, **kept)
+    with runs.attached(config):  # refuses methods that don't go together
+        tuner = _Tuner(runs, config)
+    parts = [[tuner.calibrated(one, prompt) for prompt in request.prompts[:half]] for one in tried]
+    lists = [_searched(of, config, computed) for of in parts]
+    paths = [of[computed][1] for of in lists]
+    judged = [tuner.judged(prompt, tried, paths) for prompt in request.prompts[half:]]
+    quality = np.mean(judged, 0).tolist() if judged else [None]
+    order = sorted(range(len(tried)), key=lambda place: -(quality[place] or 0))
+    best, path = tried[order[0]], paths[order[0]]
+    run = {"num_inference_steps": best.steps, "solver": BEST if best.text else None, "flow_shift": best.shift}
+    shares = tuple(round(step / (best.steps - 1), 6) for step in path)
+    write_config(
+        output, dataclasses.replace(config, compute_at=shares),
+        [f"Searched by dit-accel tune schedule on {tuner.model}: {computed} of {best.steps} steps, {half} prompts."],
+        {key: value for key, value in run.items() if value is not None},
+    )  # fmt: skip
+    runs.finish()
+    found = [
+        {
+            "steps": tried[place].steps, "flow_shift": tried[place].shift, "psnr": quality[place],
+            "lists": {count: list(of) for count, (_, of) in lists[place].items()},
+            "error": {count: error for count, (error, _) in lists[place].items()},
+        }
+        for place in order
+    ]  # fmt: skip
+    rows = [
+        (one["steps"], one["flow_shift"] or "own", count, one["error"][count], one["psnr"] or "", spell_numbers(path))
+        for one in found
+        for count, path in one["lists"].items()
+        if count == computed or len(tried) == 1 < count
+    ]
+    return Tuned(
+        output=output,
+        found={"model": tuner.model, "computed": computed, "placements": found},
+        columns=("of", "noise shift", "computed", "error", "PSNR", "steps"),
+        rows=[tuple(f"{one:.4g}" if isinstance(one, float) else str(one) for one in row) for row in rows],
+        remarks=["error: RMS that the forecasts are expected to leave in the latents at the end"],
+    )
+
+
+def _config(request: Request) -> tuple[StaticCache, tuple[Any, ...]]:
+    """Return the request's cache, and its other methods; a cache that says when is computed is refused."""
+    config = next((one for one in request.methods if isinstance(one, StaticCache)), StaticCache(predictor="taylor"))
+    for name, value in config.to_dict().items():
+        if name not in FREE and value != getattr(StaticCache(), name):
+            raise ConfigError(f"tune schedule finds what is computed, got staticcache.{name} = {value!r}; leave it out")
+    return config, tuple(one for one in request.methods if not isinstance(one, StaticCache))
+
+
+def _listed(config: StaticCache, steps: int, path: Sequence[int]) -> StaticCache:
+    return dataclasses.replace(config, steps=tuple(int(step in path) for step in range(steps)))
+
+
+def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: int) -> Any:
+    """Return the best lists of up to so many computed steps by what was measured on prompts."""
+    products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
+    weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
+    times = sigmas if config.variable == "sigma" else [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
+    return searched(costs, computed)
+
+
+class _Tuner:
+    """The generations of a search; each part is kept as soon as it is done."""
+
+    def __init__(self, runs: Runs, config: StaticCache) -> None:
+        self._runs, self._config, self._part = runs, config, 0
+        self._shipped = runs.pipe.scheduler
+        transformers = find_transformers(runs.pipe)
+        self.model = resolve_model(next(iter(transformers)), transformers).name
+        if len(transformers) > 1 or not is_flow(self._shipped.config):
+            raise ConfigError(
+                f"tune schedule takes a flow-matching model of one transformer, {self.model} has "
+                f"{' and '.join(transformers)} and {type(self._shipped).__name__}; set staticcache.compute_at by hand"
+            )
+
+    def calibrated(self, placement: Placement, prompt: str) -> dict[str, Any]:
+        """Return the products of what a prompt's run stores, its noise levels, and how far an early error moves it."""
+
+        def calibrate() -> dict[str, Any]:
+            steps, early = placement.steps, max(1, round(EARLY * placement.steps))
+            dense = self._run(placement, prompt)[1]
+            if len(dense.outputs) != steps or None in dense.sigmas:
+                raise ConfigError(
+                    f"tune schedule needs a scheduler that makes one call a step and tells its noise levels, got "
+                    f"{len(dense.outputs)} calls in {steps} steps of {type(self._shipped).__name__}; give --placement"
+                )
+            skipping = _listed(self._config, steps, [step for step in range(steps) if step != early])
+            other = self._run(placement, prompt, skipping)[1]
+            products = dense.products(self._config.stored == "residual").tolist()
+            return {"products": products, "sigmas": dense.sigmas, "moved": dense.moved(other), "early": early}
+
+        return self._once(f"{placement.steps} steps, {prompt}", calibrate)
+
+    def judged(self, prompt: str, tried: Sequence[Placement], paths: Sequence[Sequence[int]]) -> list[float]:
+        """Return the PSNR of each placement's list on a prompt, to a run of many more steps."""
+
+        def judge() -> list[float]:
+            finer = Placement(FINER * max(one.steps for one in tried), text="finer")
+            converged = self._run(finer, prompt)[0]
+            listed = [_listed(self._config, one.steps, path) for one, path in zip(tried, paths, strict=True)]
+            return [
+                psnr(self._run(*one)[0], converged) for one in zip(tried, [prompt] * len(tried), listed, strict=True)
+            ]
+
+        return self._once(f"choosing by {prompt}", judge)
+
+    def _once(self, what: str, make: Callable[[], Any]) -> Any:
+        """Return a part of the search that an earlier run kept, or make and keep it."""
+        self._runs.stages.stage(what)
+        if self._part == len(self._runs.done):
+            self._runs.add(make())
+        self._part += 1
+        return self._runs.done[self._part - 1]
+
+    def _run(self, placement: Placement, prompt: str, *caches: StaticCache) -> tuple[np.ndarray, Trace]:
+        """Return a run's frames, in [0, 1], and what its solver saw."""
+        own = self._shipped if not placement.text else make_scheduler(self._shipped, BEST, placement.shift)
+        self._runs.pipe.scheduler = own
+        with self._runs.attached(*caches), traced(own) as trace:
+            made = self._runs.run(prompt, num_inference_steps=placement.steps)
+        return made.frames.astype(np.float32) / 255, trace

@@ -1,0 +1,72 @@
+"""Notes what a scheduler sees and makes in every step, by standing in for its ``step``."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_accel.attachment.steps import noise_level
+
+COLUMNS = 2**20
+"""Values of every step that are multiplied at a time, in float64."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a scheduler saw and made in a run, float32 on the CPU.
+
+    Attributes:
+        sigmas: noise level before each step, and after the last; None where it is not told.
+        latents: before each step, and after the last, each [D].
+        outputs: of the model, guided, as the scheduler takes them, one a step, each [D].
+    """
+
+    sigmas: list[float | None] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def products(self, residual: bool) -> np.ndarray:
+        """Return the mean product of any two steps' outputs, [N, N]; ``residual``: minus the latents, where alike."""
+        values = torch.stack(self.outputs)
+        if residual and self.outputs[0].shape == self.latents[0].shape:
+            values -= torch.stack(self.latents[:-1])
+        parts = [part.double() @ part.double().mT for part in values.split(COLUMNS, 1)]
+        return (torch.stack(parts).sum(0) / values.shape[1]).numpy()
+
+    def moved(self, other: "Trace") -> list[float]:
+        """Return how far another run's latents lie from these before each step and at the end: the RMS."""
+        return [float((a - b).square().mean().sqrt()) for a, b in zip(self.latents, other.latents, strict=True)]
+
+
+@contextlib.contextmanager
+def traced(scheduler: Any) -> Iterator[Trace]:
+    """Give the trace of the one run that a scheduler makes inside the block."""
+    step, trace = scheduler.step, Trace()
+    signature = inspect.signature(step)
+
+    @functools.wraps(step)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        trace.sigmas.append(noise_level(scheduler))
+        trace.outputs.append(_flat(given["model_output"]))
+        trace.latents[len(trace.sigmas) - 1 :] = [_flat(given["sample"])]
+        made = step(*args, **kwargs)
+        trace.latents.append(_flat(made[0] if isinstance(made, tuple) else made.prev_sample))
+        return made
+
+    scheduler.step = noted  # on the object; its class stays as it is
+    try:
+        yield trace
+    finally:
+        del scheduler.step
+    trace.sigmas.append(noise_level(scheduler))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().flatten().clone()
