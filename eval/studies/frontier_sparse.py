@@ -1,0 +1,252 @@
+"""Tries ideas of sparse attention small: `python eval/studies/frontier_sparse.py wan-tiny --clips 4 --only "12 |"`.
+
+Each arm is one `Rule` (`tried_sparse`), computed densely under masks: what it would save is counted, not timed. Arms run
+with the ladder's solver and noise shift for their steps, on choosing clips, against converged runs; each is held against
+dense runs of the ladder of equal work, and against the dense run of as many steps (with the same step cache), which
+tells ideas apart with far less noise. Clips and arms that are there are not run again.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.runs.counting import works
+from dit_accel_eval.runs.loaded import EmbeddedModel
+from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.results import Line, markdown_table
+from dit_accel_eval.statistics import estimate
+from dit_accel_eval.suites.arms import Arm, is_rival
+from dit_accel_eval.suites.comparison import figures_of, rival_steps
+from dit_accel_eval.suites.ladder import Ladder, read_ladder
+from dit_accel_eval.suites.reference import converged, default_cache
+from study import RESULTS, study
+from tried_sparse import Rule, Tried
+
+import dit_accel
+from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.methods.base import AttentionHandler, Model, Phase
+from dit_accel.methods.config import MethodConfig
+from dit_accel.plan.call import Call
+from dit_accel.plan.context import CallContext
+from dit_accel.plan.plan import AttentionPlan
+
+FIRST_CLIP = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What an idea is tried on: steps, a step cache's threshold (0: none), and the rule that it changes."""
+
+    steps: int
+    cache: float
+    rule: Rule | None
+
+
+BASES = {
+    "12": Base(steps=12, cache=0.0, rule=Rule(warm=3, every=3, density=0.3)),
+    "20": Base(steps=20, cache=0.0, rule=Rule(warm=4, every=4, density=0.3)),
+    "easy 20": Base(steps=20, cache=0.1, rule=Rule(warm=3, every=3, density=0.3)),
+}
+
+IDEAS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "cached": {},
+    "skip": {"rest": "skip"},
+    "skip, never anew": {"rest": "skip", "every": 0},
+    "never anew": {"every": 0},
+    **{name: {"rest": name} for name in ("delta", "delta, fresh weight", "delta of pooled")},
+    **{
+        f"{rest}, density {share:g}": {"rest": rest, "density": share}
+        for rest in ("delta", "delta of pooled") for share in (0.0, 0.05, 0.15, 0.5)
+    },
+    **{f"delta of pooled, budget {name}": {"rest": "delta of pooled", "budget": name} for name in ("model", "heads")},
+    **{f"delta of pooled, by {name}": {"rest": "delta of pooled", "score": name} for name in ("loss", "moved")},
+    "delta of pooled, budget model by loss": {"rest": "delta of pooled", "budget": "model", "score": "loss"},
+    **{f"delta of pooled, line {share:g}": {"rest": "delta of pooled", "line": share} for share in (0.25, 0.5, 1.0)},
+    "delta of pooled, line 1 over the noise": {"rest": "delta of pooled", "line": 1.0, "along": "noise"},
+    **{f"delta of pooled, {bits} bits": {"rest": "delta of pooled", "bits": bits} for bits in (4, 8)},
+    **{f"delta of pooled, every {count}": {"rest": "delta of pooled", "every": count} for count in (2, 4, 6)},
+    **{f"delta of pooled, turn by {turn}": {"rest": "delta of pooled", "turn": turn} for turn in ("rows", "all")},
+    # a: what is left of the loss
+    "fresh lists, skip": {"rest": "skip", "anew": True},
+    "fresh lists, their stale rest": {"rest": "exact lists", "anew": True},
+    "stale output, fresh weight": {"rest": "fresh weight"},
+    "fresh output, stale weight": {"rest": "fresh output"},
+    # b: what ranks tiles
+    **{f"by {score}": {"score": score} for score in ("loss", "value", "moved", "moved, pooled")},
+    **{f"by {score}, skip": {"score": score, "rest": "skip"} for score in ("loss", "value")},
+    # c: over what
+    **{f"budget {name}": {"budget": name} for name in ("head", "call", "model", "heads", "theta")},
+    "budget model by loss": {"budget": "model", "score": "loss"},
+    "budget model by moved": {"budget": "model", "score": "moved"},
+    "budget heads by moved": {"budget": "heads", "score": "moved"},
+    "budget call by moved": {"budget": "call", "score": "moved"},
+    "budget model, skip": {"budget": "model", "rest": "skip"},
+    # d, e: where, and by what bound
+    "by frames": {"score": "frames"},
+    "by some frames": {"score": "some frames"},
+    "by frames, skip": {"score": "frames", "rest": "skip"},
+    "by some frames, skip": {"score": "some frames", "rest": "skip"},
+    **{f"by {score}": {"score": score} for score in ("sol", "quest", "quest, rows")},
+    **{
+        f"{score} each step, {rest}": {"score": score, "rest": rest, "anew": True, "every": every}
+        for score in ("sol", "quest", "quest, rows") for rest, every in (("skip", 0), ("delta", 3))
+    },
+    # f: single keys
+    "half of it single keys": {"tokens": 0.5},
+    "single keys alone": {"tokens": 0.99},
+    "half of it single keys, skip": {"tokens": 0.5, "rest": "skip"},
+    # g: heads at rest
+    **{
+        f"{share:.0%} of the heads {instead}": {"still": share, "instead": instead, "density": 1.0, "every": 0}
+        for share in (0.1, 0.25) for instead in ("value", "last")
+    },
+    "25% of the heads last, anew": {"still": 0.25, "density": 1.0},
+    "cached, 25% of the heads last": {"still": 0.25},
+    # h, i: turns, the line, bits, how often, how long dense
+    "turn by rows": {"turn": "rows"},
+    "all at once": {"turn": "all"},
+    "line .5": {"line": 0.5},
+    "line .25": {"line": 0.25},
+    **{f"line {share:g} over the noise": {"line": share, "along": "noise"} for share in (0.5, 1.0)},
+    "8 bits": {"bits": 8},
+    "4 bits": {"bits": 4},
+    **{f"every {count}": {"every": count} for count in (2, 4, 6)},
+    **{f"warm {count}": {"warm": count} for count in (1, 2, 4)},
+    **{f"density {share:g}": {"density": share} for share in (0.05, 0.15, 0.5)},
+}  # fmt: skip
+"""Name -> what the idea changes in a base's rule; None: dense."""
+
+
+class Placed(MethodConfig):
+    """Asks for `Place`."""
+
+    name = "placed"
+
+
+class Place(AttentionHandler):
+    """Has the attachment follow attention calls, which are then computed by a rule."""
+
+    config_type = Placed
+    phase = Phase.CORRECTIONS
+
+    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
+        """Leave a call as it is."""
+        return plan
+
+
+def run_tried(
+    model: EmbeddedModel, clip: int, arm: Arm, cache: float, rule: Rule | None
+) -> tuple[Run, Tried]:
+    """Return a clip whose attention was computed by a rule, and what computed it.
+
+    Args:
+        arm: whose steps, solver and noise shift count.
+        cache: threshold of EasyCache with Taylor's predictor; 0: no step cache.
+    """
+    tried = Tried(rule)
+    methods = [dit_accel.EasyCache(threshold=cache, predictor="taylor")] if cache else []
+    with dit_accel.attach(model.pipe, *methods, preset="none") as attachment:
+        execution: Any = attachment._execution
+        place = Place(Placed(), Model(adapter=model.adapter, family=model.family, heads=0, layers=0))
+        execution.use((*execution.handlers, place))
+        execution._run = tried.run
+        with warnings.catch_warnings(action="ignore", category=UnplannedRun):
+            return model.run(clip, **arm.run_options()), tried
+
+
+def arms_of(only: str) -> dict[str, tuple[Base, Rule | None]]:
+    """Return name -> base and rule of every arm whose name holds one of the texts that `;` parts, all where there is none."""
+    arms = {
+        f"{name} | {idea}": (base, replace(base.rule, **changes) if changes is not None and base.rule else None)
+        for name, base in BASES.items() for idea, changes in IDEAS.items()
+    }  # fmt: skip
+    wanted = [text for text in only.split(";") if text]
+    return {name: arm for name, arm in arms.items() if not wanted or any(text in name for text in wanted)}
+
+
+def measure(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line]:
+    """Give the lines of arms and of the dense runs that they are held against, which are not there yet."""
+    model = EmbeddedModel(options.model, {})
+    ladder = read_ladder(RESULTS / f"rivals-{options.model}.toml")
+    cache = Path(options.frames)
+    for clip in range(options.first, options.first + options.clips):
+        known = {line["arm"]: line for line in lines if line["clip"] == clip and line["model"] == options.model}
+        for name, (base, rule) in arms_of(options.only).items():
+            if name not in known and not (rule is None and not base.cache):
+                known[name] = line = _line(model, ladder, clip, name, base, rule, cache)
+                yield line
+        rivals = set[int]().union(*(rival_steps(line) for line in known.values() if not is_rival(line)))
+        rivals |= {base.steps for base in BASES.values()}
+        for arm in (ladder.arm(steps) for steps in sorted(rivals)):
+            if arm.name not in known:
+                base = Base(steps=arm.num_inference_steps, cache=0.0, rule=None)
+                yield _line(model, ladder, clip, arm.name, base, None, cache)
+
+
+def _line(
+    model: EmbeddedModel, ladder: Ladder, clip: int, name: str, base: Base, rule: Rule | None, cache: Path
+) -> Line:
+    reference = converged(model, clip, default_cache())
+    arm = ladder.arm(base.steps)
+    made, tried = run_tried(model, clip, arm, base.cache, rule)
+    attended = float(np.mean(tried.shares)) if tried.shares else 1.0
+    own = cache / f"{model.name}-{clip}-{base.steps}-{base.cache:g}.npy"
+    cache.mkdir(parents=True, exist_ok=True)
+    if rule is None:
+        np.save(own, made.frames.astype(np.float16))
+    elif not own.exists():
+        np.save(own, run_tried(model, clip, arm, base.cache, None)[0].frames.astype(np.float16))
+    return {
+        "model": model.name, "weights": model.weights, "arm": name, "clip": clip, "num_inference_steps": base.steps,
+        "solver": arm.solver, "flow_shift": arm.flow_shift, "cache": base.cache, "rule": rule and asdict(rule),
+        "psnr": psnr(made.frames, reference.frames), "ssim": 0.0,
+        "psnr_dense": psnr(made.frames, np.load(own).astype(np.float32)) if rule else None,
+        "call_error": float(np.mean(tried.errors)) if tried.errors else None,
+        "repeats": float(np.mean(tried.repeats)) if tried.repeats else None,
+        "attended": attended, **works(made.counts, reference.step, attended, model.own_share),
+        "forwards": made.counts.blocks / reference.step.blocks, "reference": "", "methods": {},
+    }  # fmt: skip
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return for each model the arms that ran, on how many clips, and what they lead by."""
+    found = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        named = [name for name in arms_of("") if any(line["arm"] == name for line in own)]
+        figures = {one.name: one for one in figures_of(own, named)}
+        rows = []
+        for name in named:
+            one, dense = figures[name], [line["psnr_dense"] for line in own if line["arm"] == name]
+            beside = "" if None in dense else f"{estimate(dense).mean:.2f}"
+            told = [np.mean([line[key] or 0.0 for line in own if line["arm"] == name]) for key in ("call_error", "repeats")]
+            rows.append(
+                (
+                    name, one.clips, f"{one.means['work_real']:.2f}", f"{one.means['work']:.2f}",
+                    f"{one.psnr.mean:.2f}", beside, *(f"{value:.3f}" for value in told), f"{one.ahead['work_real']:+.2f}", f"{one.ahead['work']:+.2f}",
+                )
+            )  # fmt: skip
+        heads = "arm | clips | work at a = .72 | own work | PSNR, dB | to the dense run of its steps, dB"
+        heads += " | relative error of a sparse call | cosine to the last one's"
+        heads += " | lead over the ladder at equal work, a = .72, dB | at equal own work, dB"
+        found.append(f"{model}\n\n{markdown_table(heads, rows)}")
+    return "\n\n".join(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, append one JSON line an arm and clip, and print the table; returns the exit code."""
+    return study(
+        __doc__, arguments, measure, table, out="frontier-sparse.jsonl", resumes=True, model="wan-tiny", clips=4,
+        first=FIRST_CLIP, only="", frames=str(default_cache().parent / "frontier"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
