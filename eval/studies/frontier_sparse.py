@@ -1,9 +1,10 @@
-"""Tries ideas of sparse attention small: `python eval/studies/frontier_sparse.py wan-tiny --clips 4 --only "12 |"`.
+"""Tries ideas of sparse attention small: `python eval/studies/frontier_sparse.py wan-tiny --clips 4 --only "12 | *"`.
 
 Each arm is one `Rule` (`tried_sparse`), computed densely under masks: what it would save is counted, not timed. Arms run
 with the ladder's solver and noise shift for their steps, on choosing clips, against converged runs; each is held against
 dense runs of the ladder of equal work, and against the dense run of as many steps (with the same step cache), which
-tells ideas apart with far less noise. Clips and arms that are there are not run again.
+tells ideas apart with far less noise. With `--calls` all rules are computed beside one dense run, which tells the error
+of single calls. Clips and arms that are there are not run again.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from dit_accel_eval.suites.comparison import figures_of, rival_steps
 from dit_accel_eval.suites.ladder import Ladder, read_ladder
 from dit_accel_eval.suites.reference import converged, default_cache
 from study import RESULTS, study
-from tried_sparse import Rule, Tried
+from tried_rules import Rule
+from tried_sparse import Beside, Tried
 
 import dit_accel
 from dit_accel.attachment.diagnosis import UnplannedRun
@@ -50,76 +53,68 @@ class Base:
 
 BASES = {
     "12": Base(steps=12, cache=0.0, rule=Rule(warm=3, every=3, density=0.3)),
+    "16": Base(steps=16, cache=0.0, rule=Rule(warm=3, every=3, density=0.3)),
     "20": Base(steps=20, cache=0.0, rule=Rule(warm=4, every=4, density=0.3)),
-    "easy 20": Base(steps=20, cache=0.1, rule=Rule(warm=3, every=3, density=0.3)),
+    "easy .1 20": Base(steps=20, cache=0.1, rule=Rule(warm=3, every=3, density=0.3)),
+    "easy .05 20": Base(steps=20, cache=0.05, rule=Rule(warm=3, every=3, density=0.3)),
 }
+
+CHOICES: dict[str, dict[str, Any]] = {
+    # what ranks tiles, and over what
+    **{f"by {score}": {"score": score} for score in ("loss", "value", "moved", "moved, pooled")},
+    **{f"budget {name}": {"budget": name} for name in ("head", "call", "model", "heads", "theta")},
+    "budget model by loss": {"budget": "model", "score": "loss"},
+    "budget call by loss": {"budget": "call", "score": "loss"},
+    "budget model by moved": {"budget": "model", "score": "moved"},
+    **{f"{share:g} of the {score}": {"budget": "mass", "score": score, "density": share}
+       for share in (0.5, 0.6, 0.7, 0.8) for score in ("mass", "loss")},
+    **{f"budget {budget} by {score}, density {share:g}": {"budget": budget, "score": score, "density": share}
+       for budget in ("call", "model") for score in ("mass", "loss") for share in (0.1, 0.2, 0.4)},
+    # where, and by what bound
+    **{f"by {score}": {"score": score} for score in ("frames", "some frames", "sol", "quest", "quest, rows")},
+    **{name: {"order": name} for name in ("patches", "cubes", "columns")},
+    **{f"{name}, budget call by loss": {"order": name, "budget": "call", "score": "loss"} for name in ("patches", "cubes")},
+    # single keys
+    "half of it single keys": {"tokens": 0.5},
+    "single keys alone": {"tokens": 0.99},
+    # turns, the line, bits, how often, how long dense
+    "turn by rows": {"turn": "rows"},
+    "all at once": {"turn": "all"},
+    **{f"line {share:g}": {"line": share} for share in (0.25, 0.5, 1.0)},
+    **{f"line {share:g} over the noise": {"line": share, "along": "noise"} for share in (0.5, 1.0)},
+    **{f"{bits} bits": {"bits": bits} for bits in (4, 8)},
+    **{f"every {count}": {"every": count} for count in (2, 3, 4, 5, 6)},
+    **{f"warm {count}": {"warm": count} for count in (1, 2, 3, 4, 5)},
+    **{f"density {share:g}": {"density": share} for share in (0.0, 0.05, 0.1, 0.15, 0.2, 0.4, 0.5)},
+    **{f"every {count}, density {share:g}": {"every": count, "density": share}
+       for count, share in ((2, 0.1), (2, 0.15), (2, 0.2), (4, 0.5), (6, 0.5))},
+}  # fmt: skip
+"""Name -> what an idea changes in a rule, whatever becomes of the rest."""
+
+RESTS = ("cached", "skip", "delta", "delta of pooled")
 
 IDEAS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "cached": {},
-    "skip": {"rest": "skip"},
-    "skip, never anew": {"rest": "skip", "every": 0},
-    "never anew": {"every": 0},
-    **{name: {"rest": name} for name in ("delta", "delta, fresh weight", "delta of pooled")},
-    **{
-        f"{rest}, density {share:g}": {"rest": rest, "density": share}
-        for rest in ("delta", "delta of pooled") for share in (0.0, 0.05, 0.15, 0.5)
-    },
-    **{f"delta of pooled, budget {name}": {"rest": "delta of pooled", "budget": name} for name in ("model", "heads")},
-    **{f"delta of pooled, by {name}": {"rest": "delta of pooled", "score": name} for name in ("loss", "moved")},
-    "delta of pooled, budget model by loss": {"rest": "delta of pooled", "budget": "model", "score": "loss"},
-    **{f"delta of pooled, line {share:g}": {"rest": "delta of pooled", "line": share} for share in (0.25, 0.5, 1.0)},
-    "delta of pooled, line 1 over the noise": {"rest": "delta of pooled", "line": 1.0, "along": "noise"},
-    **{f"delta of pooled, {bits} bits": {"rest": "delta of pooled", "bits": bits} for bits in (4, 8)},
-    **{f"delta of pooled, every {count}": {"rest": "delta of pooled", "every": count} for count in (2, 4, 6)},
-    **{f"delta of pooled, turn by {turn}": {"rest": "delta of pooled", "turn": turn} for turn in ("rows", "all")},
-    # a: what is left of the loss
+    **{rest: {"rest": rest} for rest in (*RESTS, "delta, fresh weight")},
+    **{f"{rest}, {name}": {"rest": rest, **changes} for rest in RESTS for name, changes in CHOICES.items()},
+    **{f"{rest}, never anew": {"rest": rest, "every": 0} for rest in RESTS},
+    # what is left of the loss
     "fresh lists, skip": {"rest": "skip", "anew": True},
     "fresh lists, their stale rest": {"rest": "exact lists", "anew": True},
     "stale output, fresh weight": {"rest": "fresh weight"},
     "fresh output, stale weight": {"rest": "fresh output"},
-    # b: what ranks tiles
-    **{f"by {score}": {"score": score} for score in ("loss", "value", "moved", "moved, pooled")},
-    **{f"by {score}, skip": {"score": score, "rest": "skip"} for score in ("loss", "value")},
-    # c: over what
-    **{f"budget {name}": {"budget": name} for name in ("head", "call", "model", "heads", "theta")},
-    "budget model by loss": {"budget": "model", "score": "loss"},
-    "budget model by moved": {"budget": "model", "score": "moved"},
-    "budget heads by moved": {"budget": "heads", "score": "moved"},
-    "budget call by moved": {"budget": "call", "score": "moved"},
-    "budget model, skip": {"budget": "model", "rest": "skip"},
-    # d, e: where, and by what bound
-    "by frames": {"score": "frames"},
-    "by some frames": {"score": "some frames"},
-    "by frames, skip": {"score": "frames", "rest": "skip"},
-    "by some frames, skip": {"score": "some frames", "rest": "skip"},
-    **{f"by {score}": {"score": score} for score in ("sol", "quest", "quest, rows")},
+    # lists chosen at each step by a bound
     **{
         f"{score} each step, {rest}": {"score": score, "rest": rest, "anew": True, "every": every}
         for score in ("sol", "quest", "quest, rows") for rest, every in (("skip", 0), ("delta", 3))
     },
-    # f: single keys
-    "half of it single keys": {"tokens": 0.5},
-    "single keys alone": {"tokens": 0.99},
-    "half of it single keys, skip": {"tokens": 0.5, "rest": "skip"},
-    # g: heads at rest
+    # heads at rest
     **{
         f"{share:.0%} of the heads {instead}": {"still": share, "instead": instead, "density": 1.0, "every": 0}
         for share in (0.1, 0.25) for instead in ("value", "last")
     },
     "25% of the heads last, anew": {"still": 0.25, "density": 1.0},
-    "cached, 25% of the heads last": {"still": 0.25},
-    # h, i: turns, the line, bits, how often, how long dense
-    "turn by rows": {"turn": "rows"},
-    "all at once": {"turn": "all"},
-    "line .5": {"line": 0.5},
-    "line .25": {"line": 0.25},
-    **{f"line {share:g} over the noise": {"line": share, "along": "noise"} for share in (0.5, 1.0)},
-    "8 bits": {"bits": 8},
-    "4 bits": {"bits": 4},
-    **{f"every {count}": {"every": count} for count in (2, 4, 6)},
-    **{f"warm {count}": {"warm": count} for count in (1, 2, 4)},
-    **{f"density {share:g}": {"density": share} for share in (0.05, 0.15, 0.5)},
+    "delta, 25% of the heads last": {"still": 0.25, "rest": "delta"},
 }  # fmt: skip
 """Name -> what the idea changes in a base's rule; None: dense."""
 
@@ -141,34 +136,41 @@ class Place(AttentionHandler):
         return plan
 
 
-def run_tried(
-    model: EmbeddedModel, clip: int, arm: Arm, cache: float, rule: Rule | None
-) -> tuple[Run, Tried]:
-    """Return a clip whose attention was computed by a rule, and what computed it.
+def run_tried(model: EmbeddedModel, clip: int, arm: Arm, cache: float, rule: Rule | None) -> tuple[Run, Tried | None]:
+    """Return a clip whose attention was computed by a rule, and what computed it; None: as it is, dense.
 
     Args:
         arm: whose steps, solver and noise shift count.
         cache: threshold of EasyCache with Taylor's predictor; 0: no step cache.
     """
-    tried = Tried(rule)
     methods = [dit_accel.EasyCache(threshold=cache, predictor="taylor")] if cache else []
+    if rule is None:
+        return model.run(clip, **{**arm.run_options(), "methods": methods}), None
+    tried = Tried(rule)
+    return run_by(tried, model, clip, arm, methods), tried
+
+
+def run_by(
+    tried: Tried | Beside, model: EmbeddedModel, clip: int, arm: Arm, methods: Sequence[MethodConfig] = ()
+) -> Run:
+    """Return a clip whose attention is computed by another's ``run``."""
     with dit_accel.attach(model.pipe, *methods, preset="none") as attachment:
         execution: Any = attachment._execution
         place = Place(Placed(), Model(adapter=model.adapter, family=model.family, heads=0, layers=0))
         execution.use((*execution.handlers, place))
         execution._run = tried.run
         with warnings.catch_warnings(action="ignore", category=UnplannedRun):
-            return model.run(clip, **arm.run_options()), tried
+            return model.run(clip, **arm.run_options())
 
 
 def arms_of(only: str) -> dict[str, tuple[Base, Rule | None]]:
-    """Return name -> base and rule of every arm whose name holds one of the texts that `;` parts, all where there is none."""
+    """Return name -> base and rule of the arms whose names fit one of the patterns that `;` parts; none: all."""
     arms = {
         f"{name} | {idea}": (base, replace(base.rule, **changes) if changes is not None and base.rule else None)
         for name, base in BASES.items() for idea, changes in IDEAS.items()
     }  # fmt: skip
-    wanted = [text for text in only.split(";") if text]
-    return {name: arm for name, arm in arms.items() if not wanted or any(text in name for text in wanted)}
+    wanted = [text for text in only.split(";") if text] or ["*"]
+    return {name: arm for name, arm in arms.items() if any(fnmatch(name, text) for text in wanted)}
 
 
 def measure(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line]:
@@ -190,13 +192,36 @@ def measure(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line
                 yield _line(model, ladder, clip, arm.name, base, None, cache)
 
 
+def measure_calls(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line]:
+    """Give of each base without a step cache and clip the error of single calls by every rule, on the dense run."""
+    model = EmbeddedModel(options.model, {})
+    ladder = read_ladder(RESULTS / f"rivals-{options.model}.toml")
+    done = {(line["arm"], line["clip"]) for line in lines if line["model"] == options.model}
+    for clip in range(options.first, options.first + options.clips):
+        for name, base in BASES.items():
+            rules = {
+                arm: rule for arm, (of, rule) in arms_of(options.only).items()
+                if of is base and rule is not None and not base.cache and (arm, clip) not in done
+            }  # fmt: skip
+            tried = [Tried(rule) for rule in rules.values()]
+            if tried:
+                run_by(Beside(tried), model, clip, ladder.arm(base.steps))
+            for arm, one in zip(rules, tried, strict=True):
+                yield {
+                    "model": model.name, "weights": model.weights, "arm": arm, "clip": clip, "base": name,
+                    "rule": asdict(one.rule), "attended": float(np.mean(one.shares)), "sparse": len(one.errors) / len(one.shares),
+                    "call_error": float(np.mean(one.errors)), "repeats": float(np.mean(one.repeats)),
+                }  # fmt: skip
+
+
 def _line(
     model: EmbeddedModel, ladder: Ladder, clip: int, name: str, base: Base, rule: Rule | None, cache: Path
 ) -> Line:
     reference = converged(model, clip, default_cache())
     arm = ladder.arm(base.steps)
     made, tried = run_tried(model, clip, arm, base.cache, rule)
-    attended = float(np.mean(tried.shares)) if tried.shares else 1.0
+    shares, errors, repeats = (tried.shares, tried.errors, tried.repeats) if tried else ([1.0], [0.0], [0.0])
+    attended = float(np.mean(shares))
     own = cache / f"{model.name}-{clip}-{base.steps}-{base.cache:g}.npy"
     cache.mkdir(parents=True, exist_ok=True)
     if rule is None:
@@ -208,8 +233,7 @@ def _line(
         "solver": arm.solver, "flow_shift": arm.flow_shift, "cache": base.cache, "rule": rule and asdict(rule),
         "psnr": psnr(made.frames, reference.frames), "ssim": 0.0,
         "psnr_dense": psnr(made.frames, np.load(own).astype(np.float32)) if rule else None,
-        "call_error": float(np.mean(tried.errors)) if tried.errors else None,
-        "repeats": float(np.mean(tried.repeats)) if tried.repeats else None,
+        "call_error": float(np.mean(errors)), "repeats": float(np.mean(repeats)),
         "attended": attended, **works(made.counts, reference.step, attended, model.own_share),
         "forwards": made.counts.blocks / reference.step.blocks, "reference": "", "methods": {},
     }  # fmt: skip
@@ -226,7 +250,9 @@ def table(lines: Sequence[Line]) -> str:
         for name in named:
             one, dense = figures[name], [line["psnr_dense"] for line in own if line["arm"] == name]
             beside = "" if None in dense else f"{estimate(dense).mean:.2f}"
-            told = [np.mean([line[key] or 0.0 for line in own if line["arm"] == name]) for key in ("call_error", "repeats")]
+            told = [
+                np.mean([line[key] or 0.0 for line in own if line["arm"] == name]) for key in ("call_error", "repeats")
+            ]
             rows.append(
                 (
                     name, one.clips, f"{one.means['work_real']:.2f}", f"{one.means['work']:.2f}",
@@ -240,10 +266,26 @@ def table(lines: Sequence[Line]) -> str:
     return "\n\n".join(found)
 
 
+def calls_table(lines: Sequence[Line]) -> str:
+    """Return for each model and rule the mean error of its sparse calls."""
+    rows = []
+    for model, arm in dict.fromkeys((line["model"], line["arm"]) for line in lines):
+        own = [line for line in lines if (line["model"], line["arm"]) == (model, arm)]
+        told = (float(np.mean([line[key] for line in own])) for key in ("attended", "call_error", "repeats"))
+        rows.append((model, arm, len(own), *(f"{value:.3f}" for value in told)))
+    heads = "model | arm | clips | pairs computed | relative error of a sparse call | cosine to the last one's"
+    return markdown_table(heads, rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, append one JSON line an arm and clip, and print the table; returns the exit code."""
+    found = list(sys.argv[1:] if arguments is None else arguments)
+    calls = "--calls" in found
+    if calls:
+        found.remove("--calls")
     return study(
-        __doc__, arguments, measure, table, out="frontier-sparse.jsonl", resumes=True, model="wan-tiny", clips=4,
+        __doc__, found, measure_calls if calls else measure, calls_table if calls else table,
+        out="frontier-calls.jsonl" if calls else "frontier-sparse.jsonl", resumes=True, model="wan-tiny", clips=4,
         first=FIRST_CLIP, only="", frames=str(default_cache().parent / "frontier"),
     )  # fmt: skip
 
