@@ -3,6 +3,7 @@
 The attention operator finds it by its number. Two attachments never share one.
 """
 
+import functools
 import itertools
 import time
 import weakref
@@ -11,11 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from dit_accel_kernels import (
-    TileLists,
-    block_sparse_attention_eager,
-    resolve_backend,
-)
 from torch import Tensor
 
 from ..adapters.adapter import Grid
@@ -26,12 +22,23 @@ from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout, with_valid_text
 from ..plan.masks import visible_row
 from ..plan.plan import AttentionPlan
+from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
 from .forward_state import NO_GRID, ForwardState
-from .kernel_call import by_rows, computed_rows, followed, override_rows, own_rows, run_dense, without_slow_lists
+from .kernel_call import (
+    by_rows,
+    computed_rows,
+    followed,
+    override_rows,
+    own_rows,
+    run_dense,
+    run_kernel,
+    without_slow_lists,
+)
 from .layers import AttentionLayer, TransformerState
 from .observed import Observer, PlannedCall
+from .rest import turned, with_rest
 from .state import DenoisingState
 from .threads import OneThread
 
@@ -163,9 +170,10 @@ class Execution:
             out = run_dense(plan, call, layer)
         else:
             planning = time.perf_counter()
+            rests, context = turned(handlers, context)
             plan = self._plan(handlers, call, context)
             clock.lists += time.perf_counter() - planning
-            out, plan = self._run(plan, call, context, layer)
+            out, plan = self._run(plan, call, context, layer, rests)
         ticket = None
         if differentiate:
             ticket = self.backward.put(Differentiated(plan, number, sizes, call.tokens_first, call.scale))
@@ -294,10 +302,12 @@ class Execution:
         return without_slow_lists(plan, call, context, self.recorder) if all(x.only_saves for x in handlers) else plan
 
     def _run(
-        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer
+        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, rests: Rests | None = None
     ) -> tuple[Tensor, AttentionPlan]:
         """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
         given, exact, planned = call, None, None
+        if context.turn == "dense" and rests is not None and not rests.cached:
+            plan = plan.whole()
         if plan.reused is not None and call.rows is None:
             out = plan.reused.out.clone()
             for part_plan, part in by_rows(plan, call, out):
@@ -308,10 +318,14 @@ class Execution:
         else:
             if plan.key_mean is not None:
                 call = call.with_keys(plan.centred(call.k))
-            if call.rows is None:
-                out, exact, kept = self._run_kernel(plan, call, context.differentiate)
+            kept = None
+            if call.rows is not None:
+                out = self._run_own_rows(plan, call, layer)
+            elif rests is not None and rests.cached and plan.tiles is not None:
+                launch = functools.partial(run_kernel, call=call, recorder=self.recorder, lse=True)
+                (out, exact, kept, _), plan = with_rest(rests, plan, call, context, launch)
             else:
-                out, kept = self._run_own_rows(plan, call, layer), None
+                out, exact, kept, _ = run_kernel(plan, call, self.recorder, context.differentiate)
             self.recorder.planned_call(context, plan, exact)
             if kept is not None:
                 for learner in self._learners:
@@ -338,7 +352,7 @@ class Execution:
         bare = replace(plan, row_override=None, identity_mix=None, identity_rows=None, only_values=False, reused=None)
         assert call.rows is not None
         cut, small, rows = computed_rows(bare, call, call.rows)
-        out = self._run_kernel(cut, small)[0] if cut.needs_kernel else run_dense(cut, small, layer)
+        out = run_kernel(cut, small, self.recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
         return own_rows(plan, call, out, rows)
 
     def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> None:
@@ -353,24 +367,9 @@ class Execution:
             out, exact = run_dense(cut, small, layer), None
         else:
             small = small.with_keys(cut.centred(small.k))
-            out, exact, _ = self._run_kernel(cut, small)
+            out, exact, *_ = run_kernel(cut, small, self.recorder)
         self.recorder.planned_call(context, cut, exact, share)
         reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
-
-    def _run_kernel(
-        self, plan: AttentionPlan, call: Call, differentiate: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the output [B, H, S, D], and of a selection the tiles that it left exact and those that votes keep."""
-        tiles, arguments = plan.kernel_arguments(call)
-        name = _backend_of(plan, call, tiles, differentiate)
-        arguments = {**arguments, "backend": name} if differentiate else arguments
-        q, k, v = call.as_held(call.q, call.k, call.v)
-        result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=plan.selection is not None)
-        self.recorder.ran_by(name, call.q, plan.precision)
-        if isinstance(result, Tensor):
-            return call.heads_first(result), None, None
-        votes = plan.selection is not None and plan.selection.vote is not None
-        return call.heads_first(result[0]), result[1], result[2] if votes else None
 
     def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
         """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
@@ -386,12 +385,3 @@ class Execution:
             "stayed dense"
         )
         return True
-
-
-def _backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, differentiate: bool) -> str:
-    """Return the backend that runs a plan over its tiles, or of which a backward may ask."""
-    if plan.precision is not None and call.backend == "auto":
-        return "triton"
-    votes = plan.selection is not None and plan.selection.vote is not None
-    lists = None if votes or plan.frame_decay is not None or differentiate else tiles
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)

@@ -13,6 +13,7 @@ from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
 from ..plan.plan import AttentionPlan
+from ..plan.rests import Rests
 from ..plan.tiling import Tiling
 from ..report.sections import Section
 from .config import MethodConfig
@@ -197,8 +198,11 @@ class AttentionHandler(Handler):
     only_saves: ClassVar[bool] = False
     """Whether its tile lists leave out or pool tiles to save time and nothing else, so that dense attention may do."""
 
-    by_place: ClassVar[bool] = False
+    by_place: bool = False
     """Whether its plans follow from places, heads and keys alone, so that a row can be computed without the others."""
+
+    rests: Rests | None = None
+    """Which of the layers that it acts in are dense in turn, and what is kept of them; None: none are."""
 
     @property
     def precision(self) -> str | None:

@@ -58,6 +58,7 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
     usual: list[int] = []
     orders: dict[str, str] = {}
     precisions: dict[str, str] = {}
+    turns: dict[str, int] = {}
     for config in configs:
         size, otherwise = config.tile_size(model.adapter.recipe(config.name, model.family))
         if size is not None:
@@ -68,10 +69,13 @@ def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:
             orders[config.name] = order
         if (precision := getattr(config, "precision", None)) is not None:
             precisions[config.name] = precision
+        if (turn := getattr(config, "refresh", None)) is not None:
+            turns[config.name] = turn
     for what, values, one in (
         ("block_size", requested, "cut it into the same tiles"),
         ("order", orders, "cut it into the same tiles"),
         ("precision", precisions, "let it multiply in one precision"),
+        ("refresh", turns, "let a layer be dense at one time"),
     ):
         if len(set(values.values())) > 1:
             parts = " and ".join(f"{name}.{what} = {value!r}" for name, value in values.items())

@@ -1,6 +1,7 @@
 """Where the denoising stands: at a forward of the transformer, and at one attention call inside it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -54,6 +55,8 @@ class CallContext(StepContext):
         repeated: the forward ran this call before; gradient checkpointing does so, and must get the same again.
         differentiate: a backward may follow, so that what the plan holds must not be written to.
         heads: which of the layer's heads q, k and v are of, where processes share them; None: all are here.
+        turn: the layer is ``dense`` and methods choose its tiles anew, or these stay ``frozen`` as that call left them;
+            None: methods choose as in any call.
     """
 
     layout: TokenLayout
@@ -65,6 +68,7 @@ class CallContext(StepContext):
     repeated: bool = False
     differentiate: bool = False
     heads: HeadShare | None = None
+    turn: Literal["dense", "frozen"] | None = None
 
     @property
     def key(self) -> Key:

@@ -149,6 +149,29 @@ class AttentionPlan:
             return self
         return replace(self, tiles=theirs if is_full(ours) else intersection(ours, theirs))
 
+    def whole(self) -> "AttentionPlan":
+        """Return the plan with every tile exact; its votes stay."""
+        selection = self.selection
+        if self.tiles is None or selection is None or selection.vote is None:
+            return replace(self, tiles=None, token_order=None, selection=None)
+        return replace(self, tiles=self.all_tiles(), selection=replace(selection, keep=None, routing=None))
+
+    def all_tiles(self) -> TileLists:
+        """Return lists of all tiles of a plan that has any, all of them exact."""
+        tiles = self.tiles
+        assert tiles is not None
+        return full_tiles(tiles.num_q, tiles.num_k, tiles.block_q, str(tiles.device))
+
+    def only(self, exact: Tensor, *, voting: bool = False) -> "AttentionPlan":
+        """Return the plan with these tiles exact and all others left out, bits int32 [B, H, NQ, W].
+
+        ``voting``: its votes and what is pinned in them stay.
+        """
+        selection = Selection(keep=exact)
+        if voting and self.selection is not None:
+            selection = replace(self.selection, keep=exact, routing=None, rest="skip")
+        return replace(self, tiles=self.all_tiles(), selection=selection)
+
     def narrow(
         self, *, keep: Tensor | None = None, pinned: Tensor | None = None, rest: Rest = "skip"
     ) -> "AttentionPlan":

@@ -5,6 +5,7 @@ from .api import (
     block_sparse_attention_backward,
     block_sparse_attention_eager,
     resolve_backend,
+    selected_tiles,
 )  # fmt: skip
 from .backends.cpu import dense_speed, predicted_speedup
 from .backends.fa4.support import missing_requirement as fa4_requirement
@@ -24,5 +25,6 @@ __all__ = [
     "BACKENDS", "EXACT", "PARTIAL", "POOLED", "SKIPPED", "BackendUnavailableError", "FrameDecay", "Routing",
     "Selection", "TileLists", "Vote", "block_sparse_attention", "block_sparse_attention_backward",
     "block_sparse_attention_eager", "count_bits", "dense_speed", "fa4_requirement", "flex_requirement", "pack_bits",
-    "predicted_speedup", "release_captured", "resolve_backend", "torch_way", "triton_requirement", "unpack_bits",
+    "predicted_speedup", "release_captured", "resolve_backend", "selected_tiles", "torch_way", "triton_requirement",
+    "unpack_bits",
 ]  # fmt: skip

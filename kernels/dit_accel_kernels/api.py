@@ -17,15 +17,16 @@ from .backends.fa4 import attend as fa4_backend
 from .backends.torch import attend as torch_backend
 from .backends.torch import backward
 from .backends.triton import support as triton_support
-from .bits import words_of
+from .bits import pack_bits, words_of
 from .checks import problem_of
+from .csr import EXACT
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .packing import SCHEMA, flatten, restore
 from .precision import Precision
 from .problem import Problem, mix_weight
 from .selection import Selection
-from .states import resolved
+from .states import resolved, selected_states
 from .tiles import TileLists
 from .values import check_values
 
@@ -112,6 +113,17 @@ def block_sparse_attention_eager(
     with torch.no_grad():
         problem = problem_of(q, k, v, tiles, **arguments)
         return _wanted(_run(problem), problem)
+
+
+def selected_tiles(q: Tensor, k: Tensor, tiles: TileLists, **arguments: Any) -> Tensor:
+    """The tiles that a call would compute exactly, bits int32 [B, H, NQ, W], without computing it.
+
+    The arguments are those of `block_sparse_attention`, of which v and the backend have no part. Waits for no device.
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        problem = problem_of(q, k, k, tiles, **arguments).tiled()
+        states = selected_states(problem).expand(*problem.q.shape[:2], -1, -1)
+        return pack_bits(states == EXACT)
 
 
 def block_sparse_attention_backward(

@@ -452,9 +452,15 @@ def test_advice_names_what_does_not_fit(options, layout, text):
     assert SparseD().filled().advice(TokenLayout(frames=21, height=45, width=80)) is None
 
 
-def test_what_the_data_decide_is_not_planned():
-    with pytest.raises(ConfigError, match=r"sparsed\.mass = 0\.9.*sparsed\.density"):
-        handler(SparseD(mass=0.9)).estimate(LAYOUT, 8)
+def test_what_the_data_decide_is_not_counted_and_the_plan_says_so():
+    found, counted = (
+        handler(SparseD(**{name: 0.9}, block_size=16)).estimate(LAYOUT, 8) for name in ("mass", "density")
+    )
+    assert not found.counted
+    assert found.tiles is None
+    assert any("sparsed.mass = 0.9" in note and "sparsed.density" in note for note in found.notes)
+    assert (found.carried_bytes, found.list_bytes) == (counted.carried_bytes, counted.list_bytes)
+    assert counted.counted
 
 
 def test_it_is_found_by_name_on_the_command_line_and_in_toml():

@@ -38,7 +38,8 @@ class LVSA(SparseConfig):
         window: latent frames to either side that a frame sees.
         first: first latent frames that every frame sees.
         rotate: anchors move on by one frame a step, so that every two frames meet in some step.
-        rest: ``skip`` leaves the other tiles out, ``pooled`` lets each enter as one key, its tokens' mean.
+        rest: ``skip`` leaves the other tiles out, ``pooled`` lets each enter as one key, its tokens' mean, ``cached``
+            as in the layer's last dense call, whose anchors stay until the next; see ``refresh``.
         trained_frames: latent frames of the clips that the model was trained on; unset: the released model's.
     """
 
@@ -47,7 +48,7 @@ class LVSA(SparseConfig):
     window: Annotated[int, ge(0)] = 4
     first: Annotated[int, ge(0)] = 1
     rotate: bool = True
-    rest: Literal["skip", "pooled"] = "skip"
+    rest: Literal["skip", "pooled", "cached"] = "skip"
     trained_frames: Count | None = None
 
     @property

@@ -43,7 +43,8 @@ class RadialAttention(SparseConfig):
         boundary: ``any`` keeps each tile with an allowed pair of tokens, so that every token sees 100 % of its own
             frame: 4 to 31 % more tiles than the paper's figures, by how frames align with tiles. ``published`` rounds
             like the original, which loses tokens at frame borders, and gives its figures.
-        rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
+        rest: what becomes of the other tiles: ``skip``, ``pooled`` (each enters as one key, its tokens' mean), or
+            ``cached`` (they enter as they did in the layer's last dense call; see ``refresh``).
         order: ``raster`` tiles are strips of a frame; ``tiles`` permutes the tokens so that they are patches, and keeps
             as many tiles, those nearest in the plane.
     """
@@ -60,7 +61,7 @@ class RadialAttention(SparseConfig):
     near: Literal["full", "half"] | None = None
     sink: bool | None = None
     boundary: Literal["any", "published"] = "any"
-    rest: Literal["skip", "pooled"] = "skip"
+    rest: Literal["skip", "pooled", "cached"] = "skip"
     order: Literal["raster", "tiles"] = "raster"
 
     def __post_init__(self) -> None:

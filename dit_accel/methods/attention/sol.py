@@ -44,12 +44,13 @@ class SolAttention(SparseConfig):
             from their covariances too.
         sink: what every query sees exactly besides its own and the neighbouring tiles: ``text`` tokens, where text is
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
+        rest: what becomes of the other tiles: ``pooled``, or ``cached`` (they enter as they did in the layer's last
+            dense call, in which the tiles of the calls after it are routed; see ``refresh``).
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
             disabled_until_timestep.
     """
 
     name: ClassVar[str] = "sol"
-    rest: ClassVar[str] = "pooled"
     worthwhile_tokens: ClassVar[int] = 40_000  # no port shows a visible gain under 40,000 to 60,000
     # Tiles are 64 as in the paper and all its ports, since beta's figures belong to them: a mean key of 128 tokens is a
     # coarser score and stand-in, but half as many move half the bytes: by the roofline model tiles of 64 take a quarter
@@ -63,6 +64,7 @@ class SolAttention(SparseConfig):
     beta_last: float | None = None
     threshold: Literal["diag", "exact"] = "diag"
     sink: Literal["text", "first_frame"] = "text"
+    rest: Literal["pooled", "cached"] = "pooled"
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; ``beta_last`` with ``beta``."""

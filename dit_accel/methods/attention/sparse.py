@@ -9,10 +9,11 @@ import numpy as np
 from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...plan.layout import TokenLayout
+from ...plan.rests import USUAL_TURN, Rests, RestType
 from ...plan.tiling import TILE, Tiling, bitmap_bytes, full_lists_bytes, pinned_bytes, visual_lists_bytes
-from ..base import AttentionHandler, Model
+from ..base import AttentionHandler, Handler, Model
 from ..config import MethodConfig
-from ..options import BlockSize, Count, Steps, ge
+from ..options import BlockSize, Count, Steps, ge, gt
 from ..saving import Saving, TileSaving
 from ..steps import end_steps
 
@@ -33,6 +34,14 @@ class SparseConfig(MethodConfig):
         precision: ``int8`` or ``fp8`` multiplies queries and keys in eight bits wherever the method acts, on GPUs whose
             tensor cores do (int8 all that our Triton kernels run on, fp8 from compute capability 8.9 and gfx942 on),
             and has no gradient. Unset: their own dtype.
+        refresh: calls of a layer from one that is dense, in which its tiles are chosen anew, to the next; layers take
+            turns, so that each step has about as many. Calls, not steps: what a cache skips does not count. Unset: 3
+            with ``rest = "cached"``, which the dense calls are for, else no layer is dense again.
+        rest_dtype: with ``rest = "cached"``: keep it in ``int8`` or ``int4`` with a scale a row, in half or a quarter
+            of the memory. Unset: in the output's own.
+        rest_memory: with ``rest = "cached"``: GB that it may take on a device. Where that is too little, the layers
+            of whose output it is the smallest part leave it out. Unset: as much as it needs.
+        rest_offload: with ``rest = "cached"``: let it wait in the memory of the ``cpu``; each call copies its own back.
     """
 
     # sparse from the start
@@ -50,6 +59,24 @@ class SparseConfig(MethodConfig):
     min_tokens: Count | None = None
     block_size: BlockSize | None = None
     precision: Literal["int8", "fp8"] | None = None
+    refresh: Annotated[int, ge(2), "3 is usual with rest = 'cached'"] | None = None
+    rest_dtype: RestType | None = None
+    rest_memory: Annotated[float, gt(0)] | None = None
+    rest_offload: Literal["cpu"] | None = None
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        for name in ("rest_dtype", "rest_memory", "rest_offload"):
+            if (value := getattr(self, name)) is not None and not self.caches_rest:
+                raise ConfigError(
+                    f"{self.name}.{name} = {value!r} is of what rest = 'cached' keeps, got {self.name}.rest = "
+                    f"{getattr(self, 'rest', 'skip')!r}; set both, or leave {name} out"
+                )
+
+    @property
+    def caches_rest(self) -> bool:
+        """Whether the tiles that are left out enter as they did in the layer's last dense call."""
+        return getattr(self, "rest", "skip") == "cached"
 
     @property
     def tiling(self) -> Tiling:
@@ -115,12 +142,34 @@ class SparseHandler(AttentionHandler):
 
     def __init__(self, config: SparseConfig, model: Model) -> None:
         super().__init__(config, model)
-        self.settings = replace(self.settings, block_size=model.tiling.block_size)
+        settings = self.settings = replace(self.settings, block_size=model.tiling.block_size)
+        if (every := settings.refresh or (USUAL_TURN if settings.caches_rest else None)) is not None:
+            offload = settings.rest_offload is not None
+            self.rests = Rests(every, settings.caches_rest, settings.rest_dtype, settings.rest_memory, offload)
+            self.by_place = False  # what a row gets follows from the calls before
 
     @property
     def pools(self) -> bool:
         """Whether tiles that are not exact enter as one key each, as an option ``rest`` says."""
         return getattr(self.settings, "rest", "skip") == "pooled"
+
+    def check_with(self, others: Sequence[Handler]) -> None:
+        """Refuse turns of dense layers beside a method that leaves rows out."""
+        partial = next((one for one in others if "reused rows" in one.exclusive), None)
+        if self.rests is not None and partial is not None:
+            raise ConfigError(
+                f"{self.name}.refresh = {self.rests.every} has layers compute all rows in turn, and {partial.name} "
+                "leaves rows out; attach one of the two"
+            )
+
+    def reset(self) -> None:
+        """Forget whose turn it is, and free what was kept of dense calls."""
+        if self.rests is not None:
+            self.rests.reset()
+
+    def state_bytes(self) -> int:
+        """Return the most memory that was held from step to step since attach, in bytes."""
+        return super().state_bytes() + (0 if self.rests is None else self.rests.most_held)
 
     @property
     def precision(self) -> str | None:
@@ -173,20 +222,47 @@ class SparseHandler(AttentionHandler):
         """
         settings, advice, applies = self.settings, self.check_layout(layout), SparseHandler.applies(self, layout)
         lists = full_lists_bytes(layout, settings.tiling.block_size) + pinned_bytes(layout, settings.tiling.block_size)
+        dense = self.dense_share(steps)
         saving = TileSaving(
             tiles=settings.tiling.tiles(layout.visual_tokens) if tiles is None else tiles,
             active=lambda step, layer: applies and not settings.is_dense(step, steps, layer, 0.0),
-            keep=keep,
+            keep=lambda share: dense * share + (1 - dense) * keep(share),
             pools=self.pools,
             expected=expected,
         )
         notes = (*others.pop("notes", ()), *settings.notes())
         warnings = (advice,) if advice else ()
-        return Saving(tiles=saving, notes=notes, warnings=warnings, **{"list_bytes": lists, **others})
+        carried = others.pop("carried_bytes", 0) + self.rest_bytes(layout, steps)
+        return Saving(
+            tiles=saving, notes=notes, warnings=warnings, carried_bytes=carried, **{"list_bytes": lists, **others}
+        )
+
+    def dense_share(self, steps: int) -> float:
+        """Return the share of the calls in a run that are dense since it is their layer's turn."""
+        if self.rests is None:
+            return 0.0
+        layers = range(self.settings.dense_layers or 0, max(1, self.model.layers))
+        calls = sum(not self.settings.is_dense(step, steps, layers.stop, 0.0) for step in range(steps))
+        return self.rests.dense_share(calls, layers)
+
+    def rest_bytes(self, layout: TokenLayout, steps: int) -> int:
+        """Return the bytes that are kept of dense calls, and their tiles' bits, of a model of known sizes."""
+        rests, family = self.rests, self.model.family
+        if rests is None or not rests.cached or family is None:
+            return 0
+        each = rests.bytes_of(layout.tokens * self.model.heads, family.head_dim)
+        size = 0 if rests.offload else self._active_calls(steps) * each
+        limit = size if rests.memory is None else int(rests.memory * 1e9)
+        return min(size, limit) + self.carried_bits(layout, steps)
 
     def carried_bits(self, layout: TokenLayout, steps: int) -> int:
         """Return the bytes of a bit for each tile, head, active layer and branch of a model of known sizes."""
-        settings, model, family = self.settings, self.model, self.model.family
+        each = bitmap_bytes(self.settings.tiling.tiles(layout.tokens), self.model.heads, 1)
+        return self._active_calls(steps) * each
+
+    def _active_calls(self, steps: int) -> int:
+        """Return how many layers, experts and branches a model of known sizes has in which the method acts."""
+        settings, family = self.settings, self.model.family
         if family is None:
             return 0
         active = [
@@ -194,5 +270,4 @@ class SparseHandler(AttentionHandler):
             for layer in range(family.layers)
             if not all(settings.is_dense(step, steps, layer, 0.0) for step in range(steps))
         ]
-        each = bitmap_bytes(settings.tiling.tiles(layout.tokens), model.heads, 1)
-        return len(active) * family.experts * family.forwards_per_step * each
+        return len(active) * family.experts * family.forwards_per_step

@@ -16,13 +16,12 @@ import torch
 from dit_accel_kernels import pack_bits, unpack_bits
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.tile_masses import tile_masses
-from ...plan.tiling import exact_bits, pinned_bits
+from ...plan.tiling import exact_bits, full_lists_bytes, pinned_bits, pinned_bytes
 from ..base import Model, Phase
 from ..options import gt, le, lt
 from ..saving import Saving
@@ -34,16 +33,17 @@ class SparseD(SparseConfig):
     """Sparse self-attention that keeps each head's heaviest tiles of one early step (SparseD, arXiv 2509.24014).
 
     For unset options and those that begin with ``dense`` or ``block`` see `SparseConfig`. The pattern is found in the
-    first step that is not dense, by layer, branch, head and block row, and frozen until the next generation. With
-    RadialAttention it is chosen among the tiles that Radial lists; LiteAttention starts from it and drops more;
-    SolAttention routes in it.
+    first step that is not dense, by layer, branch, head and block row, and frozen until ``refresh`` says or the next
+    generation begins. With RadialAttention it is chosen among the tiles that Radial lists; LiteAttention starts from it
+    and drops more; SolAttention routes in it.
 
     Attributes:
         density: share rho of the n visual key tiles that every block row keeps, in (0, 1], rounded up to whole tiles;
             the released code keeps floor(rho n) + 1.
         mass: instead of ``density``: the share of the softmax mass over the visual keys that every block row keeps, in
             (0, 1), by the fewest tiles that reach it; the density follows from the data.
-        rest: what becomes of the other tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
+        rest: what becomes of the other tiles: ``skip``, ``pooled`` (each enters as one key, its tokens' mean), or
+            ``cached`` (they enter as they did in the layer's last dense call; see ``refresh``).
     """
 
     name: ClassVar[str] = "sparsed"
@@ -55,7 +55,7 @@ class SparseD(SparseConfig):
 
     density: Annotated[float, gt(0), le(1)] | None = None
     mass: Annotated[float, gt(0), lt(1), "0.95 is usual"] | None = None
-    rest: Literal["skip", "pooled"] = "skip"
+    rest: Literal["skip", "pooled", "cached"] = "skip"
 
     def __post_init__(self) -> None:
         SparseConfig.__post_init__(self)
@@ -108,15 +108,14 @@ class SparseDHandler(SparseHandler):
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Narrow what is kept to the pattern, which is made where there is none yet, or none that can be trusted."""
-        settings = self.settings
         plan = plan.with_tiles(*self.model.tiling.full(context.layout, context.device))
-        keep = None if context.training else self.bits.get(context.key)
+        keep = None if context.training or context.turn == "dense" else self.bits.get(context.key)
         if keep is None:
             keep = self._pattern(plan, call, context)
             if not context.training:
                 self.bits[context.key] = keep
                 self.note_held(sum(bits.nbytes for bits in self.bits.values()))
-        return plan.narrow(keep=keep, pinned=self._text(context), rest=settings.rest)
+        return plan.narrow(keep=keep, pinned=self._text(context), rest="pooled" if self.pools else "skip")
 
     def needs_step(self, step: StepContext) -> bool:
         """Tell whether the branch's pattern is found in this step."""
@@ -125,23 +124,28 @@ class SparseDHandler(SparseHandler):
 
     def reset(self) -> None:
         """Forget the patterns."""
+        super().reset()
         self.bits.clear()
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the pattern leaves, and what is carried; raise `ConfigError` with ``mass``."""
-        settings = self.settings
+        """Return the tiles that the pattern leaves, where ``density`` says so, and what is carried."""
+        settings, carried = self.settings, self.carried_bits(layout, steps)
         if settings.mass is not None:
-            raise ConfigError(
-                f"sparsed.mass = {settings.mass} keeps what the data say, so nothing can be counted beforehand; give "
+            note = (
+                f"sparsed.mass = {settings.mass} keeps what the data say, so what it saves is not counted; give "
                 "sparsed.density to plan with"
             )
+            lists = full_lists_bytes(layout, settings.tiling.block_size)
+            lists += pinned_bytes(layout, settings.tiling.block_size)
+            carried += self.rest_bytes(layout, steps)
+            return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=(note, *settings.notes()))
         kept = settings.kept_tiles(settings.tiling.tiles(layout.visual_tokens))
 
         def keep(share: np.ndarray) -> np.ndarray:
             listed = share.sum(1, keepdims=True)  # of a row's candidates it keeps so many, or all
             return share * np.minimum(1.0, kept / np.maximum(listed, 1e-9))
 
-        return self.saving_of(keep, layout, steps, carried_bytes=self.carried_bits(layout, steps))
+        return self.saving_of(keep, layout, steps, carried_bytes=carried)
 
     def _text(self, context: CallContext) -> Tensor:
         return pinned_bits(context.layout, self.settings.tiling.block_size, None, "text", str(context.device))

@@ -123,7 +123,7 @@ class LiteHandler(SparseHandler):
         self._record(plan, plan.tiles, call, context)
         chosen = self._again(context) if context.repeated else self._next(plan.tiles, plan.token_order, context)
         pinned = self._fixed_bits(plan.tiles, plan.token_order, context).pinned
-        plan = plan.narrow(keep=chosen.keep, pinned=pinned, rest=self.settings.rest)
+        plan = plan.narrow(keep=chosen.keep, pinned=pinned, rest="pooled" if self.pools else "skip")
         return plan.vote(chosen.vote, reverse=chosen.reverse)
 
     def _record(self, plan: AttentionPlan, tiles: TileLists, call: Call, context: CallContext) -> None:
@@ -165,6 +165,7 @@ class LiteHandler(SparseHandler):
 
     def reset(self) -> None:
         """Free all bits."""
+        super().reset()
         self._states.clear()
         self._calibrators.clear()
         self._fixed.clear()
@@ -213,7 +214,7 @@ class LiteHandler(SparseHandler):
     def _next(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> Selection:
         """Return keep, vote and direction of a call, and count it."""
         settings, state = self.settings, self._state(tiles, order, context)
-        left = self._calls_left(state, context)
+        left = 1 if context.turn == "frozen" else self._calls_left(state, context)
         reverse = settings.bidirectional and state.votes % 2 == 1
         vote = self._vote(state, left, context) if state.calls % settings.detect_every == 0 else None
         chosen = Selection(keep=state.bits, vote=vote, reverse=reverse)
@@ -253,6 +254,7 @@ class LiteHandler(SparseHandler):
         if (
             state is not None
             and state.calls != self.settings.refresh_every
+            and context.turn != "dense"
             and state.fits(context, tiles.block_k, order)
         ):
             return state
@@ -290,4 +292,5 @@ class LiteHandler(SparseHandler):
         keeps = bool(settings.must_keep) or (settings.protect_text and layout.tokens > layout.visual_tokens)
         lists = full_lists_bytes(layout, settings.tiling.block_size)
         lists += (keeps + bool(settings.must_skip)) * pinned_bytes(layout, settings.tiling.block_size)
-        return Saving(counted=False, carried_bytes=self.carried_bits(layout, steps), list_bytes=lists, notes=notes)
+        carried = self.carried_bits(layout, steps) + self.rest_bytes(layout, steps)
+        return Saving(counted=False, carried_bytes=carried, list_bytes=lists, notes=notes)

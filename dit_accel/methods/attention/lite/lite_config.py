@@ -44,7 +44,8 @@ class LiteAttention(SparseConfig):
         must_keep: visual tokens that are never dropped as keys, start, end, start, end ...; rounded outward to tiles.
         must_skip: visual tokens that are dropped as keys from the first call on; rounded inward; must_keep and
             protected text take precedence.
-        rest: what becomes of dropped tiles: ``skip``, or ``pooled`` (each enters as one key, its tokens' mean).
+        rest: what becomes of dropped tiles: ``skip``, ``pooled`` (each enters as one key, its tokens' mean), or
+            ``cached`` (they enter as they did in the layer's last dense call, which alone votes; see ``refresh``).
         allow_positive_threshold: take a ``maxgap`` threshold of 0 or more, which drops what matters; for debugging.
     """
 
@@ -65,12 +66,19 @@ class LiteAttention(SparseConfig):
     protect_text: bool = True
     must_keep: Ranges = ()
     must_skip: Ranges = ()
-    rest: Literal["skip", "pooled"] = "skip"
+    rest: Literal["skip", "pooled", "cached"] = "skip"
     allow_positive_threshold: bool = False
 
     def __post_init__(self) -> None:
         SparseConfig.__post_init__(self)
         self.require_one_of("threshold", "target_density", "thresholds_file", of="how much is dropped")
+        if self.refresh is not None or self.caches_rest:
+            for name in ("target_density", "refresh_every"):
+                if (value := getattr(self, name)) is not None:
+                    raise ConfigError(
+                        f"lite.{name} = {value} says when tiles are chosen, and so do lite.refresh and lite.rest = "
+                        "'cached', by one dense call; give one of them"
+                    )
         if self.criterion == "budget" and self.thresholds_file is not None:
             raise ConfigError(
                 "lite.criterion = 'budget' bounds the mass dropped over a run by lite.threshold, got "

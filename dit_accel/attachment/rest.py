@@ -1,0 +1,83 @@
+"""Runs calls of layers that are dense in turn: what is missing without it is kept, and added to the calls after."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from dit_accel_kernels import selected_tiles
+from torch import Tensor
+
+from ..methods.base import AttentionHandler
+from ..plan.call import Call
+from ..plan.context import CallContext
+from ..plan.plan import AttentionPlan
+from ..plan.rests import KeptRest, Rests, merged, stored
+from ..plan.tiling import exact_bits
+from .kernel_call import Launched, with_values
+
+Launch = Callable[[AttentionPlan], Launched]
+"""Runs a plan of a given call, with its LSE."""
+
+
+def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[Rests | None, CallContext]:
+    """Return whose layers take turns to be dense, None where nobody's do, and the context with the call's turn."""
+    asking = [one for one in handlers if one.rests is not None]
+    if not asking:
+        return None, context
+    one = next((one for one in asking if one.rests is not None and one.rests.cached), asking[0])
+    assert one.rests is not None
+    return one.rests, one.rests.turned(context, one.name)
+
+
+def with_rest(
+    rests: Rests, plan: AttentionPlan, call: Call, context: CallContext, launch: Launch
+) -> tuple[Launched, AttentionPlan]:
+    """Return what a call gives over its tiles and the rest together, and the plan that says what it computed.
+
+    A dense turn is two kernel calls over complementary tiles, which take as long as one over all; where a method votes,
+    one more is of the tiles that it keeps.
+
+    Args:
+        rests: what is kept.
+        plan: what the methods say, with tiles.
+        call: the call, its keys centred where the plan says so.
+        context: where it stands, with its turn.
+        launch: runs a plan of this call.
+    """
+    bare = replace(plan, identity_mix=None, identity_rows=None, only_values=False)
+    if context.turn == "frozen":
+        known = rests.kept[context.key]
+        bare = bare.only(known.exact)
+        given = launch(bare)
+        if known.rest is not None:
+            given = given._replace(out=given.out + known.rest.read(given.out.device))
+        plan = replace(plan, tiles=bare.tiles, selection=bare.selection)
+        return given._replace(out=with_values(plan, call, given.out)), plan
+    given, kept = _dense(rests, bare, call, launch)
+    rests.keep(context.key, kept)
+    return given._replace(out=with_values(plan, call, given.out)), plan.whole()
+
+
+def _dense(rests: Rests, plan: AttentionPlan, call: Call, launch: Launch) -> tuple[Launched, KeptRest]:
+    """Return a dense call by two over its tiles and over all others, and what is kept of it."""
+    exact = _exact(plan, call)
+    given = launch(plan.only(exact, voting=True))
+    out = sparse = given.out
+    if not plan.is_dense:
+        others = launch(plan.only(exact_bits(plan.all_tiles(), call.q.shape[1]) & ~exact))
+        out = merged(out, given.lse, others.out, others.lse)
+    if given.kept is not None:  # the calls to come have the tiles that the votes keep
+        exact = exact & given.kept
+        sparse = launch(plan.only(exact)).out
+    rest = out - sparse
+    gain = 0.0 if rests.memory is None else float(rest.float().norm() / out.float().norm().clamp(min=1e-12))
+    return given._replace(out=out, exact=None), KeptRest(exact=exact, rest=stored(rest, rests.dtype), gain=gain)
+
+
+def _exact(plan: AttentionPlan, call: Call) -> Tensor:
+    """Return the tiles that a plan leaves exact, and those that are pinned, bits int32 [B, H, NQ, W]."""
+    tiles, arguments = plan.kernel_arguments(call)
+    if plan.selection is None:
+        return exact_bits(tiles, call.q.shape[1]).expand(*call.q.shape[:2], -1, -1).contiguous()
+    q, k = call.as_held(call.q, call.k)
+    exact = selected_tiles(q, k, tiles, **arguments)
+    return exact if plan.selection.pinned is None else exact | plan.selection.pinned

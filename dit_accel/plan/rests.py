@@ -1,0 +1,181 @@
+"""What a layer's output lacks over tile lists, kept from its last dense call and added to the calls after it.
+
+Sources: DiTFastAttn (arXiv 2406.08552) shares what a window leaves out between steps, FlashBlock (arXiv 2602.05305) the
+attention to outer blocks. Here the lists may be anybody's, also chosen by the data, and layers take turns to be dense,
+when their lists are chosen anew. What is kept is the difference of the dense output and that over the lists: it comes
+nearer to dense attention than the softmax over both parts does, since values move alike everywhere from step to step.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .context import CallContext, Key
+
+USUAL_TURN = 3
+"""Calls of a layer from one dense call to the next where a cached rest is asked for and nothing else is said."""
+
+RestType = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stored:
+    """Rows of attention output, in their own type or in few bits with a scale a row.
+
+    Attributes:
+        values: [B, H, S, D] in the output's own type or int8, or uint8 [B, H, S, D / 2] with two numbers a byte.
+        scale: float32 [B, H, S, 1]; None: the values are what they are.
+        dtype: the output's.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def on_host(self) -> "Stored":
+        """Return the rows in the host's memory."""
+        return replace(self, values=on_host(self.values), scale=None if self.scale is None else on_host(self.scale))
+
+    def read(self, device: torch.device) -> Tensor:
+        """Return the rows on a device in the output's own type, [B, H, S, D]."""
+        values = self.values.to(device, non_blocking=True)
+        if self.scale is None:
+            return values
+        if values.dtype == torch.uint8:
+            values = torch.stack([values & 15, values >> 4], -1).flatten(-2).to(torch.int8) - 8
+        return (values * self.scale.to(device, non_blocking=True)).to(self.dtype)
+
+
+def stored(rows: Tensor, dtype: RestType | None) -> Stored:
+    """Return attention output [B, H, S, D] as it is kept; in ``int4`` D must be even."""
+    if dtype is None:
+        return Stored(values=rows.contiguous(), scale=None, dtype=rows.dtype)
+    most = 127 if dtype == "int8" else 7
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny * most) / most
+    values = (rows / scale).round().to(torch.int8)
+    if dtype == "int4":
+        low, high = (values + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        values = low | high << 4
+    return Stored(values=values, scale=scale, dtype=rows.dtype)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in the host's memory, pinned where it comes from another device, which copies by itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
+    """Return attention over two disjoint sets of keys from that over each; [B, H, S, D], 0 in rows without a key.
+
+    Args:
+        out: over one set.
+        lse: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
+        rest: over the other.
+        rest_lse: likewise.
+    """
+    share = torch.sigmoid(rest_lse - lse).nan_to_num(0.0)[..., None].to(out.dtype)
+    return torch.lerp(out, rest.to(out.dtype), share.expand_as(out))
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class KeptRest:
+    """What the last dense call of a key left for those after it.
+
+    Attributes:
+        exact: int32 [B, H, NQ, W], the tiles that stay exact.
+        rest: the dense output minus that over these tiles; None: it is not kept.
+        gain: its norm over that of the output; only where memory is bounded.
+    """
+
+    exact: Tensor
+    rest: Stored | None
+    gain: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held besides the bits."""
+        return 0 if self.rest is None else self.rest.nbytes
+
+
+class Rests:
+    """Which calls of a method's layers are dense in turn, and what the others add.
+
+    Args:
+        every: calls of a layer from one dense call to the next; the layers take turns.
+        cached: keep what the tiles leave out from each dense call; else it is left out, or pooled.
+        dtype: in which it is kept; None: its own.
+        memory: GB that it may take; None: as much as it needs. Where that is too little, the layers of whose output
+            it is the smallest part leave it out.
+        offload: let it wait in the host's memory.
+    """
+
+    def __init__(
+        self, every: int, cached: bool, dtype: RestType | None = None, memory: float | None = None,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        self.every, self.cached, self.memory, self.offload = every, cached, memory, offload
+        self.dtype: RestType | None = dtype
+        self.kept: dict[Key, KeptRest] = {}
+        self._calls: dict[Key, int] = {}
+        self.most_held = 0
+
+    def reset(self) -> None:
+        """Forget all turns, and free what is kept."""
+        self.kept.clear()
+        self._calls.clear()
+
+    def turned(self, context: CallContext, method: str) -> CallContext:
+        """Return a call's context with what its turn is, and count it.
+
+        Raises:
+            ConfigError: where a gradient is to be taken.
+        """
+        if context.training or context.differentiate:
+            raise ConfigError(
+                f"{method}.refresh = {self.every} counts the calls of one generation and has no gradient; train "
+                "without refresh and rest = 'cached'"
+            )
+        calls = self._calls.get(context.key, 0)
+        self._calls[context.key] = calls + 1
+        if self.is_dense(calls, context.layer) or (self.cached and context.key not in self.kept):
+            return replace(context, turn="dense")
+        return replace(context, turn="frozen" if self.cached else None)
+
+    def is_dense(self, calls: int, layer: int) -> bool:
+        """Tell whether a layer is dense after so many calls."""
+        return calls == 0 or (calls + layer) % self.every == 0
+
+    def dense_share(self, calls: int, layers: range) -> float:
+        """Return the share of the calls that are dense, of layers that make so many each."""
+        dense = sum(self.is_dense(call, layer) for call in range(calls) for layer in layers)
+        return dense / max(1, calls * len(layers))
+
+    def bytes_of(self, rows: int, head_dim: int) -> int:
+        """Return the bytes of so many rows of a head in 16 bits, or as they are kept."""
+        each = {None: 2 * head_dim, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[self.dtype]
+        return rows * each
+
+    def keep(self, key: Key, rest: KeptRest) -> None:
+        """Keep what a dense call left, as far as the memory allows."""
+        self.kept[key] = rest
+        if self.offload and rest.rest is not None:
+            rest.rest = rest.rest.on_host()
+        if self.memory is not None:
+            held = [one for one in self.kept.values() if one.rest is not None]
+            while sum(one.nbytes for one in held) > self.memory * 1e9:
+                least = min(held, key=lambda one: one.gain)
+                least.rest = None
+                held.remove(least)
+        size = sum(one.exact.nbytes + (0 if self.offload else one.nbytes) for one in self.kept.values())
+        self.most_held = max(self.most_held, size)

@@ -1,0 +1,369 @@
+"""`refresh` and `rest = "cached"`: whose turn it is to be dense, what is kept of it, and what the other calls add."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dit_accel_kernels import unpack_bits
+from dit_accel_pipelines.families.wan import WAN
+from one_layer import MODEL, OneLayer, random_call
+from torch._dynamo.utils import counters
+from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer
+
+import dit_accel
+from dit_accel import (
+    DFA,
+    LVSA,
+    ConfigError,
+    EasyCache,
+    LiteAttention,
+    RadialAttention,
+    SolAttention,
+    SparseD,
+    UltraViCo,
+)
+from dit_accel.adapters.installed import family
+from dit_accel.estimate.estimate import estimate
+from dit_accel.methods import AttentionHandler, Model, Phase
+from dit_accel.methods.compose import make_handlers
+from dit_accel.methods.toml import from_toml, to_toml
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.plan.rests import KeptRest, Rests, merged, on_host, stored
+
+CPU = torch.device("cpu")
+LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=20)
+SPARSE = dict(block_size=16, dense_steps=0, dense_layers=0, rest="cached", refresh=3)
+SPARSED = SparseD(density=0.3, **SPARSE)
+RADIAL = RadialAttention(decay_factor=0.2, near="half", sink=False, **SPARSE)
+METHODS = {
+    "sparsed": (SPARSED,),
+    "sparsed by mass": (SparseD(mass=0.7, **SPARSE),),
+    "sol": (SolAttention(beta=0.5, **SPARSE),),
+    "radial": (RADIAL,),
+    "radial by patches": (RadialAttention(order="tiles", decay_factor=0.2, near="half", sink=False, **SPARSE),),
+    "lvsa": (LVSA(window=0, first=0, trained_frames=2, **SPARSE),),
+    "lite": (LiteAttention(threshold=-2.0, **SPARSE),),
+    "lite by mass": (LiteAttention(criterion="mass", threshold=0.05, **SPARSE),),
+    "radial, sparsed and lite": (
+        RadialAttention(decay_factor=0.2, near="half", sink=False, **{**SPARSE, "rest": "pooled"}),
+        SPARSED,
+        LiteAttention(threshold=-2.0, **{**SPARSE, "rest": "skip"}),
+    ),
+    "radial and sol": (RADIAL, SolAttention(beta=0.0, **SPARSE)),
+}
+
+
+def parts_of(seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a call, [2, 2, S, 8]; neighbours attend to the same few tokens."""
+    torch.manual_seed(seed)
+    call = random_call(LAYOUT, "bhsd", sharp=1.0)
+    q, k = (4 * torch.randn(10, 8, dtype=torch.float64)[torch.arange(LAYOUT.tokens) // 16] for _ in range(2))
+    return call.q + q, call.k + k, call.v
+
+
+# What is kept, and how it is added
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 127), ("int4", 7)])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_in_few_bits_are_off_by_half_a_step_of_their_own_scale(dtype, most, held):
+    torch.manual_seed(0)
+    rows = torch.randn(2, 3, 7, 6, dtype=torch.float64) * torch.logspace(-6, 3, 7, dtype=torch.float64)[:, None]
+    rows[0, 0, 0] = 0
+    rows = rows.to(held)
+    kept = stored(rows, dtype)
+    step = rows.double().abs().amax(-1, keepdim=True) / most
+    rounding = torch.finfo(held).eps * rows.double().abs().amax(-1, keepdim=True)
+    assert kept.read(CPU).dtype == held
+    assert ((kept.read(CPU).double() - rows.double()).abs() <= step * 0.5001 + 2 * rounding).all()
+    assert not kept.read(CPU)[0, 0, 0].any()
+    assert kept.nbytes == 2 * 3 * 7 * ((6 if dtype == "int8" else 3) + 4)
+    whole = stored(rows, None)
+    assert torch.equal(whole.read(CPU), rows)
+    assert whole.nbytes == rows.nbytes
+
+
+def test_two_sets_of_keys_together_are_one_softmax_even_where_one_is_empty():
+    q, k, v = (x[:, :, :11] for x in parts_of())
+    logits = q @ k.mT * 8**-0.5
+    first = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    first[0, 0, 0], first[0, 0, 1] = True, False
+    parts = []
+    for chosen in (first, ~first):
+        x = logits.masked_fill(~chosen, -torch.inf)
+        parts += [(x.softmax(-1).nan_to_num() @ v), x.logsumexp(-1)]
+    torch.testing.assert_close(merged(*parts), logits.softmax(-1) @ v)
+    none = torch.full_like(parts[1], -torch.inf)
+    nothing = merged(torch.zeros_like(v), none, torch.zeros_like(v), none)
+    assert torch.equal(nothing, torch.zeros_like(v))
+
+
+# What a call gives
+
+
+class Mixed(AttentionHandler):
+    """Replaces a part of each head's output by V, as perturbation guidance does."""
+
+    config_type = UltraViCo
+    phase = Phase.TRANSFORMS
+
+    def plan(self, plan, call, context):
+        """Mix a quarter of V into the first head and all of it into the second, after a mean is taken off the keys."""
+        return plan.centre_keys(call.k.mean(2, keepdim=True)).mix(torch.tensor([0.25, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_calls_that_do_not_change_give_dense_attention_at_every_step(methods, backend, masked):
+    """Whatever the tiles leave out is all there, whoever chose them: exact tiles and rest are disjoint and complete."""
+    q, k, v = parts_of()
+    mask = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
+    mask[1, ..., -9:] = False
+    mask = mask if masked else None
+    layer, dense = OneLayer(*methods, backend=backend), F.scaled_dot_product_attention(q, k, v, mask)
+    for step in range(8):
+        out = layer.call(q, k, v, LAYOUT, step=step, mask=mask)
+        torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
+    densities = [one.density for one in layer.reports()]
+    assert [round(x, 6) for x in densities[::3]] == [1.0, 1.0, 1.0]
+    assert all(0 < x < 0.97 for x in (*densities[1:3], *densities[4:6], densities[7])), densities
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_means_of_keys_and_mixes_of_values_stay_what_they_are(tokens_first):
+    q, k, v = parts_of()
+    held = (lambda x: x.transpose(1, 2)) if tokens_first else (lambda x: x)
+    layer = OneLayer(SPARSED, Mixed(UltraViCo(trained_frames=3), MODEL), tokens_first=tokens_first, backend="torch")
+    dense = torch.lerp(F.scaled_dot_product_attention(q, k, v), v, torch.tensor([0.25, 1.0]).double()[:, None, None])
+    for step in range(5):
+        out = held(layer.call(*map(held, (q, k, v)), LAYOUT, step=step))
+        torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+def test_between_dense_calls_exact_tiles_are_new_and_the_rest_is_old(dtype):
+    layer, seen = OneLayer(SparseD(density=0.3, rest_dtype=dtype, **SPARSE)), []
+    layer.observe(seen.append)
+    old, new = parts_of(0), parts_of(1)
+    first = layer.call(*old, LAYOUT, step=0)
+    torch.testing.assert_close(first, F.scaled_dot_product_attention(*old))
+    out = layer.call(*new, LAYOUT, step=1)
+    plan = seen[1].plan
+    tiles = unpack_bits(plan.selection.keep, plan.tiles.key_tiles)
+    order = plan.token_order
+    chosen = tiles.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, : LAYOUT.tokens, : LAYOUT.tokens]
+    chosen = torch.empty_like(chosen).index_copy_(2, order, chosen)
+    chosen = torch.empty_like(chosen).index_copy_(3, order, chosen)
+    assert 0.2 < float(tiles.float().mean()) < 0.7
+    parts = []
+    for q, k, v in (old, new):
+        logits = q @ k.mT * 8**-0.5
+        parts.append((logits.softmax(-1) @ v, logits.masked_fill(~chosen, -torch.inf).softmax(-1) @ v))
+    (dense_old, sparse_old), (_, sparse_new) = parts
+    expected = sparse_new + dense_old - sparse_old
+    error = float((out - expected).norm() / expected.norm())
+    assert error < {None: 1e-6, "int8": 0.01, "int4": 0.1}[dtype]
+    assert error > {None: -1.0, "int8": 1e-4, "int4": 1e-3}[dtype]
+    assert not torch.allclose(out, F.scaled_dot_product_attention(*new), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("config", [SparseD(density=0.3), SolAttention(), LiteAttention(threshold=-2.0)])
+def test_turns_without_a_kept_rest_are_plain_dense_calls(config):
+    layer = OneLayer(replace(config, block_size=16, dense_steps=0, dense_layers=0, refresh=3))
+    for step in range(7):
+        parts = parts_of(step)
+        out, dense = layer.call(*parts, LAYOUT, step=step), F.scaled_dot_product_attention(*parts)
+        assert torch.allclose(out, dense, rtol=1e-6, atol=1e-6) == (step % 3 == 0)
+    assert [one.density == 1 for one in layer.reports()] == [step % 3 == 0 for step in range(7)]
+
+
+def test_a_pattern_is_chosen_anew_at_each_turn():
+    (handler,) = make_handlers([SPARSED], MODEL)
+    layer, bits = OneLayer(handler), []
+    for step in range(7):
+        layer.call(*parts_of(step), LAYOUT, step=step)
+        bits.append(next(iter(handler.bits.values())))
+    assert [bits[i] is bits[i + 1] for i in range(6)] == [True, True, False, True, True, False]
+
+
+# Turns
+
+
+def test_layers_take_turns_and_each_is_dense_once_in_so_many_calls():
+    rests = Rests(4, cached=True)
+    dense = np.array([[rests.is_dense(call, layer) for layer in range(12)] for call in range(20)])
+    assert dense[0].all()
+    assert (dense[1:].sum(1) == 3).all()
+    for layer in range(12):
+        gaps = np.diff(np.flatnonzero(dense[:, layer]))
+        assert set(gaps[1:]) == {4}
+        assert gaps[0] <= 4
+    assert rests.dense_share(20, range(12)) == dense.mean()
+    assert rests.dense_share(0, range(12)) == 0
+
+
+def test_a_step_that_a_cache_skips_takes_no_turn():
+    transformer = sharp_transformer()
+    config = SparseD(density=0.4, **{**SPARSE, "refresh": 2})
+    cache = EasyCache(threshold=1e9, warmup_steps=1, last_steps=1, max_consecutive=1)
+    with dit_accel.attach(transformer, config, cache, preset="none") as attachment:
+        denoise(transformer, 9)
+        report = attachment.report()
+    ran = {one.step_index: one.density for one in report.steps if one.branch == "cond" and one.sparse_layers}
+    assert [*ran] == [0, 1, 3, 5, 7, 8]
+    first, *others = ran.values()
+    assert first == 1
+    one, two = others[0], others[1]  # of three layers one is dense, then two, then one: by calls, not by steps
+    assert one < two - 0.1
+    assert others == pytest.approx([one, two, one, two, one])
+
+
+@pytest.mark.parametrize("methods", [METHODS["sparsed"], METHODS["radial, sparsed and lite"]])
+def test_another_prompt_and_seed_run_as_they_do_alone(methods):
+    require_runs_do_not_meet(*methods)
+
+
+def test_where_tensors_drift_a_cached_rest_is_nearer_to_dense_than_none():
+    start, end, errors = parts_of(0), parts_of(1), {}
+    for rest, dtype in (("skip", None), ("cached", None), ("cached", "int8"), ("cached", "int4")):
+        layer, found = OneLayer(SparseD(density=0.2, rest_dtype=dtype, **{**SPARSE, "rest": rest})), []
+        for step in range(8):
+            parts = [torch.lerp(one, other, 0.02 * step) for one, other in zip(start, end, strict=True)]
+            out, dense = layer.call(*parts, LAYOUT, step=step), F.scaled_dot_product_attention(*parts)
+            found.append(float((out - dense).norm() / dense.norm()))
+        errors[rest, dtype] = sum(found)
+    assert errors["cached", None] < 0.5 * errors["skip", None]
+    assert errors["cached", "int8"] < 0.5 * errors["skip", None]
+    assert errors["cached", "int4"] < 0.7 * errors["skip", None]
+
+
+def test_a_report_says_what_is_held():
+    transformer, held = sharp_transformer(), {}
+    plain = denoise(transformer, 8)
+    for rest, dtype in (("skip", None), ("cached", None), ("cached", "int8"), ("cached", "int4")):
+        config = SparseD(density=0.3, rest_dtype=dtype, **{**SPARSE, "rest": rest})
+        with dit_accel.attach(transformer, config, preset="none") as attachment:
+            denoise(transformer, 8)
+            held[rest, dtype] = attachment.report().state_bytes["sparsed"]
+    bits, rows = held["skip", None], 3 * 2 * 2 * 80  # layers, branches, heads, tokens
+    assert held["cached", None] == 2 * bits + rows * 4 * 16
+    assert held["cached", "int8"] == 2 * bits + rows * (16 + 4)
+    assert held["cached", "int4"] == 2 * bits + rows * (8 + 4)
+    assert torch.equal(denoise(transformer, 8), plain)
+
+
+def test_bounded_memory_keeps_the_rests_that_hold_most():
+    rests, each = Rests(3, cached=True, memory=2e-7), []
+    for layer, gain in enumerate([0.2, 0.4, 0.1, 0.3]):
+        rest = stored(torch.ones(1, 1, 4, 4), None)  # 64 bytes
+        each.append(KeptRest(exact=torch.zeros(1, 1, 1, 1, dtype=torch.int32), rest=rest, gain=gain))
+        rests.keep(("transformer", layer, "cond", 0, 1), each[-1])
+        assert sum(one.nbytes for one in rests.kept.values()) <= 200
+    assert [one.rest is not None for one in each] == [True, True, False, True]
+    assert rests.most_held == 3 * 64 + 4 * 4
+
+
+def test_offloaded_rests_count_as_the_hosts_and_give_the_same():
+    config = SparseD(density=0.3, rest_dtype="int4", **SPARSE)
+    layer, other = OneLayer(config), OneLayer(replace(config, rest_offload="cpu"))
+    for step in range(5):
+        one, two = (x.call(*parts_of(step), LAYOUT, step=step) for x in (layer, other))
+        assert torch.equal(one, two)
+    held, off = (x.execution.handlers[0].rests.most_held for x in (layer, other))
+    assert held - off == 2 * 2 * LAYOUT.tokens * (4 + 4)  # nibbles and scale
+    moved = on_host(torch.arange(3))
+    assert moved.device == CPU
+    wan = family("wan2.1-14b")
+    plan = estimate(WAN, wan, methods=[SparseD(density=0.2, rest="cached", rest_offload="cpu")])
+    assert plan.carried_bytes["sparsed"] == 2 * estimate(WAN, wan, methods=[SparseD()]).carried_bytes["sparsed"]
+
+
+def test_a_layer_whose_rest_found_no_room_leaves_it_out():
+    config = SparseD(density=0.3, rest_memory=1e-9, **SPARSE)
+    layer, skipped = OneLayer(config), OneLayer(SparseD(density=0.3, **{**SPARSE, "rest": "skip"}))
+    for step in range(2):
+        out, without = (one.call(*parts_of(0), LAYOUT, step=step) for one in (layer, skipped))
+        torch.testing.assert_close(out, without, rtol=1e-6, atol=1e-6)
+
+
+# What is said beforehand, and refused
+
+
+def test_plan_counts_the_turns_and_the_memory():
+    wan = family("wan2.1-14b")
+    found = {
+        dtype: estimate(WAN, wan, methods=[SparseD(density=0.2, rest="cached", refresh=4, rest_dtype=dtype)])
+        for dtype in (None, "int8", "int4")
+    }
+    plain = estimate(WAN, wan, methods=[SparseD(density=0.2)])
+    bits, tokens = plain.carried_bytes["sparsed"], 75_600
+    rows = 39 * 2 * 40 * tokens  # layers, branches, heads
+    assert found[None].carried_bytes["sparsed"] == 2 * bits + rows * 2 * 128
+    assert found["int8"].carried_bytes["sparsed"] == 2 * bits + rows * (128 + 4)
+    assert found["int4"].carried_bytes["sparsed"] == 2 * bits + rows * (64 + 4)
+    assert found[None].tiles.density == pytest.approx(0.75 * plain.tiles.density + 0.25, abs=0.02)
+    assert plain.speedup > found[None].speedup > 1
+    bounded = estimate(WAN, wan, methods=[SparseD(density=0.2, rest="cached", rest_memory=8.0)])
+    assert bounded.carried_bytes["sparsed"] == 2 * bits + 8_000_000_000
+
+
+def test_files_keep_the_options():
+    given = SparseD(density=0.3, rest_dtype="int4", rest_memory=2.0, **SPARSE)
+    assert from_toml(to_toml([given])) == [given]
+
+
+def test_the_usual_turn_is_that_of_a_cached_rest():
+    assert make_handlers([SparseD(rest="cached")], MODEL)[0].rests.every == 3
+    assert make_handlers([SparseD()], MODEL)[0].rests is None
+    assert not make_handlers([SparseD(refresh=5)], MODEL)[0].rests.cached
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: SparseD(rest_dtype="int8"), r"sparsed\.rest_dtype = 'int8'.*'skip'"),
+        (lambda: RadialAttention(rest="pooled", rest_memory=1.0), r"radial\.rest_memory = 1\.0.*'pooled'"),
+        (lambda: SparseD(refresh=1), r"sparsed\.refresh .*1"),
+        (lambda: SparseD(rest="kept"), r"sparsed\.rest .*'cached'.*'kept'"),
+        (lambda: SparseD(rest="cached", rest_dtype="fp8"), r"sparsed\.rest_dtype .*'int4'.*'fp8'"),
+        (lambda: LiteAttention(target_density=0.5, refresh=3), r"lite\.target_density = 0\.5.*lite\.refresh"),
+        (lambda: LiteAttention(refresh_every=5, rest="cached"), r"lite\.refresh_every = 5.*'cached'"),
+        (
+            lambda: make_handlers([SparseD(refresh=3), RadialAttention(refresh=4)], MODEL),
+            r"radial\.refresh = 4 and sparsed\.refresh = 3",
+        ),
+        (
+            lambda: make_handlers([SPARSED, DFA()], Model(adapter=WAN, family=None, heads=2, layers=2)),
+            r"sparsed\.refresh = 3.*dfa",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, match):
+    with pytest.raises(ConfigError, match=match):
+        make()
+
+
+def test_gradients_are_refused_and_so_is_ring_attention():
+    q, k, v = parts_of()
+    with pytest.raises(ConfigError, match=r"sparsed\.refresh = 3.*gradient"):
+        OneLayer(SPARSED).call(q.requires_grad_(), k, v, LAYOUT)
+    for config in (RADIAL, RadialAttention(refresh=3)):
+        assert not make_handlers([config], MODEL)[0].by_place  # which is what ring attention asks
+    assert make_handlers([RadialAttention()], MODEL)[0].by_place
+
+
+@pytest.mark.slow
+def test_compiled_full_graph_gives_the_same():
+    transformer, config = sharp_transformer(), SparseD(density=0.3, **SPARSE)
+    with dit_accel.attach(transformer, config, preset="none"):
+        eager = denoise(transformer, 5)
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    counters.clear()
+    with dit_accel.attach(transformer, config, preset="none"):
+        torch.testing.assert_close(denoise(transformer, 5), eager, rtol=1e-4, atol=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
