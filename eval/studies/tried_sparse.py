@@ -78,7 +78,7 @@ class Tried:
         self.counts: dict[Any, Tensor | int] = {}
         self.stills: dict[Key, Tensor] = {}
 
-    def run(self, plan: Any, call: Call, context: CallContext, layer: Any) -> tuple[Tensor, Any]:
+    def run(self, plan: Any, call: Call, context: CallContext, *_: Any) -> tuple[Tensor, Any]:
         """Stand for `Execution._run`."""
         with torch.no_grad():
             return self.attend(call, context), plan
@@ -288,7 +288,7 @@ class Beside:
     def __init__(self, tried: Sequence[Tried]) -> None:
         self.tried = tried
 
-    def run(self, plan: Any, call: Call, context: CallContext, layer: Any) -> tuple[Tensor, Any]:
+    def run(self, plan: Any, call: Call, context: CallContext, *_: Any) -> tuple[Tensor, Any]:
         """Stand for `Execution._run`."""
         with torch.no_grad():
             now = dense_call(call)
