@@ -1,10 +1,10 @@
-"""Tries ideas of sparse attention small: `python eval/studies/frontier_sparse.py wan-tiny --clips 4 --only "12 | *"`.
+"""Tries ideas of sparse attention small: `python eval/studies/frontier_sparse.py --model wan-tiny --only "12 | *"`.
 
-Each arm is one `Rule` (`tried_sparse`), computed densely under masks: what it would save is counted, not timed. Arms run
-with the ladder's solver and noise shift for their steps, on choosing clips, against converged runs; each is held against
-dense runs of the ladder of equal work, and against the dense run of as many steps (with the same step cache), which
-tells ideas apart with far less noise. With `--calls` all rules are computed beside one dense run, which tells the error
-of single calls. Clips and arms that are there are not run again.
+Each arm is one `Rule` (`tried_rules`), computed densely under masks: what it would save is counted, not timed. Arms run
+with the ladder's solver and noise shift for their steps, on choosing clips, against converged runs. Each is held
+against the ladder's dense runs of equal work, and against the dense run of as many steps, with the same step cache,
+which tells ideas apart with far less noise. With `--calls` all rules are computed beside one dense run, which tells the
+error of single calls. Clips and arms that are there are not run again.
 """
 
 import argparse
@@ -22,9 +22,8 @@ from dit_accel_eval.runs.counting import works
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import Line, markdown_table
-from dit_accel_eval.statistics import estimate
 from dit_accel_eval.suites.arms import Arm, is_rival
-from dit_accel_eval.suites.comparison import figures_of, rival_steps
+from dit_accel_eval.suites.comparison import WORKS, ArmFigures, figures_of, rival_steps
 from dit_accel_eval.suites.ladder import Ladder, read_ladder
 from dit_accel_eval.suites.reference import converged, default_cache
 from study import RESULTS, study
@@ -73,7 +72,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     # where, and by what bound
     **{f"by {score}": {"score": score} for score in ("frames", "some frames", "sol", "quest", "quest, rows")},
     **{name: {"order": name} for name in ("patches", "cubes", "columns")},
-    **{f"{name}, budget call by loss": {"order": name, "budget": "call", "score": "loss"} for name in ("patches", "cubes")},
+    **{f"{name}, budget call by loss": {"order": name, "budget": "call", "score": "loss"}
+       for name in ("patches", "cubes")},
     # single keys
     "half of it single keys": {"tokens": 0.5},
     "single keys alone": {"tokens": 0.99},
@@ -209,7 +209,8 @@ def measure_calls(options: argparse.Namespace, lines: Sequence[Line]) -> Iterato
             for arm, one in zip(rules, tried, strict=True):
                 yield {
                     "model": model.name, "weights": model.weights, "arm": arm, "clip": clip, "base": name,
-                    "rule": asdict(one.rule), "attended": float(np.mean(one.shares)), "sparse": len(one.errors) / len(one.shares),
+                    "rule": asdict(one.rule), "attended": float(np.mean(one.shares)),
+                    "sparse": len(one.errors) / len(one.shares),
                     "call_error": float(np.mean(one.errors)), "repeats": float(np.mean(one.repeats)),
                 }  # fmt: skip
 
@@ -246,24 +247,23 @@ def table(lines: Sequence[Line]) -> str:
         own = [line for line in lines if line["model"] == model]
         named = [name for name in arms_of("") if any(line["arm"] == name for line in own)]
         figures = {one.name: one for one in figures_of(own, named)}
-        rows = []
-        for name in named:
-            one, dense = figures[name], [line["psnr_dense"] for line in own if line["arm"] == name]
-            beside = "" if None in dense else f"{estimate(dense).mean:.2f}"
-            told = [
-                np.mean([line[key] or 0.0 for line in own if line["arm"] == name]) for key in ("call_error", "repeats")
-            ]
-            rows.append(
-                (
-                    name, one.clips, f"{one.means['work_real']:.2f}", f"{one.means['work']:.2f}",
-                    f"{one.psnr.mean:.2f}", beside, *(f"{value:.3f}" for value in told), f"{one.ahead['work_real']:+.2f}", f"{one.ahead['work']:+.2f}",
-                )
-            )  # fmt: skip
-        heads = "arm | clips | work at a = .72 | own work | PSNR, dB | to the dense run of its steps, dB"
+        rows = [_cells(figures[name], [line for line in own if line["arm"] == name]) for name in named]
+        heads = f"arm | clips | {' | '.join(WORKS.values())} | PSNR, dB | to the dense run of as many steps, dB"
         heads += " | relative error of a sparse call | cosine to the last one's"
-        heads += " | lead over the ladder at equal work, a = .72, dB | at equal own work, dB"
+        heads += "".join(f" | against fewer steps at equal {words}, dB (median)" for words in WORKS.values())
         found.append(f"{model}\n\n{markdown_table(heads, rows)}")
     return "\n\n".join(found)
+
+
+def _cells(figures: ArmFigures, lines: Sequence[Line]) -> tuple[str, ...]:
+    """Return an arm's cells of the table."""
+    mean = lambda key: float(np.mean([line[key] or 0.0 for line in lines]))  # noqa: E731
+    works, ahead = (figures.means[key] for key in WORKS), (figures.ahead[key] for key in WORKS)
+    return (
+        figures.name, str(figures.clips), *(f"{one:.2f}" for one in works), f"{figures.psnr:.2f}",
+        f"{mean('psnr_dense'):.2f}" if lines[0]["rule"] else "", f"{mean('call_error'):.3f}", f"{mean('repeats'):.2f}",
+        *(one.judged() for one in ahead),
+    )  # fmt: skip
 
 
 def calls_table(lines: Sequence[Line]) -> str:
