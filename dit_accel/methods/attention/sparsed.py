@@ -96,8 +96,8 @@ def heaviest(
     if together:
         every = candidates.expand_as(masses)
         count = None if kept is None else every.sum(-1).clamp(max=kept).sum((1, 2))[:, None, None, None]
-        flat = (x.flatten(1)[:, None, None] for x in (masses, every))
-        return heaviest(*flat, count, mass).view_as(masses) | heaviest(masses, candidates, 1, None)
+        flat, among = masses.flatten(1)[:, None, None], every.flatten(1)[:, None, None]
+        return heaviest(flat, among, count, mass).view_as(masses) | heaviest(masses, candidates, 1, None)
     masses = masses.masked_fill(~candidates, 0.0)
     ranked, order = masses.masked_fill(~candidates, -1.0).sort(dim=-1, descending=True, stable=True)
     first = (torch.arange(masses.shape[-1], device=masses.device) < (1 if kept is None else kept)).expand_as(masses)
