@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
+from dit_accel_kernels import block_sparse_attention_eager
 from torch import Tensor
 
 from ..adapters.adapter import Grid
@@ -19,9 +20,9 @@ from ..errors import AttachError, ConfigError
 from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, StoresOutputs
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
-from ..plan.layout import TokenLayout, with_valid_text
+from ..plan.layout import TokenLayout
 from ..plan.masks import visible_row
-from ..plan.plan import AttentionPlan
+from ..plan.plan import AttentionPlan, Launched
 from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
@@ -33,10 +34,9 @@ from .kernel_call import (
     override_rows,
     own_rows,
     run_dense,
-    run_kernel,
     without_slow_lists,
 )
-from .layers import AttentionLayer, TransformerState
+from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
 from .rest import turned, with_rest
 from .state import DenoisingState
@@ -82,6 +82,7 @@ class Execution:
         """Let these be the methods from now on."""
         self.handlers = tuple(handlers)
         self.attention = tuple(one for one in handlers if isinstance(one, AttentionHandler))
+        self._takes_turns = any(one.rests is not None for one in self.attention)
         self._learners = tuple(one for one in handlers if isinstance(one, ReadsVotes))
         self._keepers = tuple(one for one in handlers if isinstance(one, StoresOutputs))
         self._correctors = tuple(one for one in handlers if isinstance(one, Corrects))
@@ -160,7 +161,7 @@ class Execution:
         call, given = self._completed(layer, call, sizes)
         layout, (frames, height, width, before, after) = forward.layout, sizes
         if (keys := call.k.shape[2]) != before + frames * height * width + after:
-            layout = self._shortened(layer, keys)
+            layout = shortened(layer, layout, keys)
         handlers = forward.acting.get(layer) if layout is forward.layout else None
         if handlers is None:
             handlers = self._ask(layer, layout)
@@ -170,7 +171,7 @@ class Execution:
             out = run_dense(plan, call, layer)
         else:
             planning = time.perf_counter()
-            rests, context = turned(handlers, context)
+            rests, context = turned(handlers, context) if self._takes_turns else (None, context)
             plan = self._plan(handlers, call, context)
             clock.lists += time.perf_counter() - planning
             out, plan = self._run(plan, call, context, layer, rests)
@@ -233,20 +234,6 @@ class Execution:
             return call, None
         start = before if queries == frames * height * width else missing
         return replace(call, q=F.pad(call.q, (0, 0, start, missing - start))), slice(start, start + queries)
-
-    def _shortened(self, layer: AttentionLayer, tokens: int) -> TokenLayout:
-        """Return the layout of a call that leaves out the text that pads its row."""
-        state, adapter, layout = layer.state, layer.state.adapter, self.forward.layout
-        assert layout is not None
-        if adapter.variable_text_length:
-            layout = with_valid_text(layout, tokens)
-        if tokens != layout.tokens:
-            raise ConfigError(
-                f"{state.name} layer {layer.index} attends over {tokens} tokens, but the adapter {adapter.name!r} "
-                f"reads {layout.tokens} off the latents ({layout}); check the adapter's grid: frames_axis, text, "
-                "joined, the patch size"
-            )
-        return layout
 
     def _ask(self, layer: AttentionLayer, layout: TokenLayout | None) -> tuple[AttentionHandler, ...]:
         """Ask which methods act in a layer of the running forward, over a layout that may be a call's own."""
@@ -385,3 +372,20 @@ class Execution:
             "stayed dense"
         )
         return True
+
+
+def run_kernel(
+    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
+) -> Launched:
+    """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
+    tiles, arguments = plan.kernel_arguments(call)
+    name = plan.backend(call, tiles, differentiate or lse)
+    arguments = {**arguments, "backend": name} if differentiate else arguments
+    q, k, v = call.as_held(call.q, call.k, call.v)
+    selects = plan.selection is not None
+    result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
+    recorder.ran_by(name, call.q, plan.precision)
+    out, *others = (result,) if isinstance(result, Tensor) else result
+    found = others.pop(0) if lse else None
+    exact = others.pop(0) if selects else None
+    return Launched(call.heads_first(out), exact, others.pop(0) if others else None, found)

@@ -1,16 +1,13 @@
-"""Runs one planned call, and makes smaller plans and calls: of some rows, or without lists that gain nothing."""
+"""Smaller plans and calls than those that methods made: only some rows, or without lists that gain nothing."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from dit_accel_kernels import (
     FrameDecay,
     TileLists,
-    block_sparse_attention_eager,
     predicted_speedup,
-    resolve_backend,
 )
 from torch import Tensor
 
@@ -20,48 +17,6 @@ from ..plan.exact_rows import dense_rows
 from ..plan.plan import AttentionPlan
 from ..report.recorder import Recorder
 from .layers import AttentionLayer
-
-
-class Launched(NamedTuple):
-    """What one kernel call gave.
-
-    Attributes:
-        out: [B, H, S, D].
-        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
-        kept: those that votes keep, likewise; None without votes.
-        lse: [B, H, S], where it was wanted; else None.
-    """
-
-    out: Tensor
-    exact: Tensor | None = None
-    kept: Tensor | None = None
-    lse: Any = None
-
-
-def run_kernel(
-    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
-) -> Launched:
-    """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
-    tiles, arguments = plan.kernel_arguments(call)
-    name = _backend_of(plan, call, tiles, differentiate or lse)
-    arguments = {**arguments, "backend": name} if differentiate else arguments
-    q, k, v = call.as_held(call.q, call.k, call.v)
-    selects = plan.selection is not None
-    result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
-    recorder.ran_by(name, call.q, plan.precision)
-    out, *others = (result,) if isinstance(result, Tensor) else result
-    found = others.pop(0) if lse else None
-    exact = others.pop(0) if selects else None
-    return Launched(call.heads_first(out), exact, others.pop(0) if others else None, found)
-
-
-def _backend_of(plan: AttentionPlan, call: Call, tiles: TileLists, others: bool) -> str:
-    """Return the backend that runs a plan over its tiles; ``others``: a gradient may follow, or its LSE is wanted."""
-    if plan.precision is not None and call.backend == "auto":
-        return "triton"
-    votes = plan.selection is not None and plan.selection.vote is not None
-    lists = None if votes or plan.frame_decay is not None or others else tiles
-    return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
 
 
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:

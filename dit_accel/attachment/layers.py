@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..errors import ConfigError
 from ..methods.find import heads_of
-from ..plan.layout import TokenLayout
+from ..plan.layout import TokenLayout, with_valid_text
 from .calls import Calls
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
@@ -108,3 +109,18 @@ class TransformerState:
         self.layouts.clear()
         self.calls_seen.begin_run()
         self.calls = 0
+
+
+def shortened(layer: AttentionLayer, layout: TokenLayout | None, tokens: int) -> TokenLayout:
+    """Return the layout of a call that leaves out the text that pads its row; refuse other lengths."""
+    state, adapter = layer.state, layer.state.adapter
+    assert layout is not None
+    if adapter.variable_text_length:
+        layout = with_valid_text(layout, tokens)
+    if tokens != layout.tokens:
+        raise ConfigError(
+            f"{state.name} layer {layer.index} attends over {tokens} tokens, but the adapter {adapter.name!r} "
+            f"reads {layout.tokens} off the latents ({layout}); check the adapter's grid: frames_axis, text, "
+            "joined, the patch size"
+        )
+    return layout

@@ -9,10 +9,10 @@ from torch import Tensor
 from ..methods.base import AttentionHandler
 from ..plan.call import Call
 from ..plan.context import CallContext
-from ..plan.plan import AttentionPlan
+from ..plan.plan import AttentionPlan, Launched
 from ..plan.rests import KeptRest, Rests, merged, stored
 from ..plan.tiling import exact_bits
-from .kernel_call import Launched, with_values
+from .kernel_call import with_values
 
 Launch = Callable[[AttentionPlan], Launched]
 """Runs a plan of a given call, with its LSE."""

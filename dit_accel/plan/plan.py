@@ -2,10 +2,20 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote
+from dit_accel_kernels import (
+    EXACT,
+    POOLED,
+    SKIPPED,
+    FrameDecay,
+    Routing,
+    Selection,
+    TileLists,
+    Vote,
+    resolve_backend,
+)
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -109,6 +119,14 @@ class AttentionPlan:
             "precision": self.precision,
             "backend": call.backend,
         }
+
+    def backend(self, call: Call, tiles: TileLists, others: bool) -> str:
+        """Return the backend that runs the plan over tiles; ``others``: a gradient may follow, or its LSE is wanted."""
+        if self.precision is not None and call.backend == "auto":
+            return "triton"
+        votes = self.selection is not None and self.selection.vote is not None
+        lists = None if votes or self.frame_decay is not None or others else tiles
+        return resolve_backend(call.backend, call.q.device, call.q.dtype, call.q.shape[-1], lists)
 
     @property
     def is_dense(self) -> bool:
@@ -326,6 +344,22 @@ class AttentionPlan:
             raise ConfigError(
                 f"the plan has a {what} already, and one attention call takes only one; attach one such method"
             )
+
+
+class Launched(NamedTuple):
+    """What one kernel call gave.
+
+    Attributes:
+        out: [B, H, S, D].
+        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
+        kept: those that votes keep, likewise; None without votes.
+        lse: [B, H, S], where it was wanted; else None.
+    """
+
+    out: Tensor
+    exact: Tensor | None = None
+    kept: Tensor | None = None
+    lse: Any = None
 
 
 def is_full(tiles: TileLists) -> bool:

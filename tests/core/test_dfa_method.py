@@ -11,6 +11,7 @@ from wan_tiny import denoise, sharp_transformer, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD, TokenLayout
 from dit_accel.adapters import installed
+from dit_accel.attachment.execution import run_kernel
 from dit_accel.estimate.tiles import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
@@ -163,7 +164,7 @@ def test_the_foreground_follows_the_sparse_methods_lists(sparse):
     calls, outputs, report = steps_of(transformer, sparse, DFA(share=0.03, **EVERY_2))
     with dit_accel.attach(transformer, sparse) as attachment:
         for now in calls[3:6]:
-            whole = attachment._execution._run_kernel(replace(now.plan, reused=None), now.call)[0]
+            whole = run_kernel(replace(now.plan, reused=None), now.call, attachment._execution.recorder).out
             changed = (now.out != now.plan.reused.out).any(-1)[0].any(0)
             (rows,) = now.plan.reused.rows
             torch.testing.assert_close(now.out[:, :, rows], whole[:, :, rows], rtol=1e-4, atol=1e-5)

@@ -186,7 +186,12 @@ class StepCacheHandler(Handler):
         return torch.is_grad_enabled() and any(map(requires_grad, self.transformer_of(context).parameters()))
 
     def _begin(self, context: ForwardContext) -> float:
-        """Drop what another expert left, of which what it gave says nothing, and return the time of the step."""
+        """Drop what another expert left, of which what it gave says nothing, and return the time of the step.
+
+        Raises:
+            ConfigError: if another cache was switched on after this one was attached.
+        """
+        require_no_cache(context.transformer, self.transformer_of(context), self.settings.requested_name)
         if context.transformer != self._transformer:
             if not self._holds_a_prompt(context.transformer):
                 self._histories.clear()
@@ -370,7 +375,7 @@ def requires_grad(value: Any) -> bool:
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:
-    """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where ``requested`` is to be."""
+    """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where another is or is to be."""
     found = None
     if getattr(transformer, "is_cache_enabled", False):
         enabled = type(transformer._cache_config).__name__
@@ -378,4 +383,4 @@ def require_no_cache(name: str, transformer: Any, requested: str) -> None:
     elif getattr(transformer, "_is_cached", False) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
         found = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
     if found:
-        raise ConfigError(f"{requested} can't be attached to {name}, which takes one cache: {found}")
+        raise ConfigError(f"{requested} can't act on {name}, which takes one cache: {found}")
