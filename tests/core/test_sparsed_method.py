@@ -142,50 +142,6 @@ def test_the_choice_is_of_candidates_as_many_as_asked_and_heaviest_first(shape, 
     assert (torch.where(left, masses, -1.0) <= lightest).all()
 
 
-@given(
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9)),
-    kept=st.integers(1, 9),
-    mass=st.none() | st.floats(0.05, 0.99),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=80, deadline=None)
-def test_one_budget_keeps_the_heaviest_of_all_rows_and_heads_and_one_a_row(shape, kept, mass, seed):
-    generator = torch.Generator().manual_seed(seed)
-    masses = torch.rand(shape, generator=generator).double()
-    candidates = torch.rand(shape, generator=generator) < 0.7
-    masses = masses.masked_fill(~candidates, 0.0)
-    chosen = heaviest(masses, candidates, None if mass else kept, mass, together=True)
-    own = heaviest(masses, candidates, 1, None)
-    assert (chosen >= own).all()
-    assert not (chosen & ~candidates).any()
-    for row, of, every, least in zip(chosen, masses, candidates, own, strict=True):
-        bound = torch.where(row & ~least, of, torch.inf).amin()  # the lightest that only its mass chose
-        assert (torch.where(every & ~row, of, 0.0) <= bound).all()
-        if mass is None:
-            count = int(every.sum(-1).clamp(max=kept).sum())
-            assert count <= row.sum() <= count + row[..., 0].numel()
-        else:
-            assert (of * row).sum() >= mass * of.sum() - 1e-9
-
-
-@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout(frames=6, height=4, width=8)])
-def test_one_budget_of_a_layer_keeps_as_many_visual_tiles_and_more_mass(layout):
-    call, config = call_of(layout), SparseD(density=0.4, block_size=16, dense_steps=1)
-    call = dataclasses.replace(
-        call, q=call.q * torch.tensor([0.2, 2.0], dtype=call.q.dtype)[:, None, None]
-    )  # one head spreads
-    visual = layout.visual_tokens // 16
-    masses = tile_sums(probabilities(call, layout))[:, :, :visual, :visual]
-    row, layer = (
-        chosen_of(planned(handler(one), call, layout=layout))[:, :, :visual, :visual]
-        for one in (config, dataclasses.replace(config, budget="layer"))
-    )
-    assert (row.sum((1, 2, 3)) <= layer.sum((1, 2, 3))).all()
-    assert (layer.sum((1, 2, 3)) <= row.sum((1, 2, 3)) + 2 * visual).all()
-    assert (layer.sum(-1) >= 1).all()
-    assert (masses * layer).sum() > (masses * row).sum()
-
-
 @pytest.mark.parametrize(
     ("density", "tiles", "kept"), [(0.3, 10, 3), (0.1, 30, 3), (0.31, 10, 4), (1, 7, 7), (1e-9, 7, 1)]
 )

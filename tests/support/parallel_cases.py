@@ -46,7 +46,6 @@ CASES: dict[str, tuple[MethodConfig, ...]] = {
     "radial, pooled": (RadialAttention(rest="pooled", **RADIAL),),
     "lvsa": (LVSA(block_size=16, trained_frames=2, window=0),),
     "sparsed, mass": (SparseD(mass=0.7, **ALWAYS),),
-    "sparsed, layer": (SparseD(density=0.5, budget="layer", **ALWAYS),),
     "sparsed, cached": (SparseD(density=0.5, rest="cached", refresh=2, **ALWAYS),),
     "sol": (SolAttention(beta=0.0, **ALWAYS),),
     "delta": (SPARSED, DeltaAttention(stride=8)),

@@ -42,9 +42,6 @@ class SparseD(SparseConfig):
             the released code keeps floor(rho n) + 1.
         mass: instead of ``density``: the share of the softmax mass over the visual keys that every block row keeps, in
             (0, 1), by the fewest tiles that reach it; the density follows from the data.
-        budget: what ``density`` or ``mass`` is a share of: each block row's tiles (``row``), or those of all rows and
-            heads of a layer together (``layer``), of which the heaviest are kept, and of each row one at least: so the
-            least mass is left out of as many tiles, and rows are of unequal length.
         rest: what becomes of the other tiles: ``skip``, ``pooled`` (each enters as one key, its tokens' mean), or
             ``cached`` (they enter as they did in the layer's last dense call; see ``refresh``).
     """
@@ -58,7 +55,6 @@ class SparseD(SparseConfig):
 
     density: Annotated[float, gt(0), le(1)] | None = None
     mass: Annotated[float, gt(0), lt(1), "0.95 is usual"] | None = None
-    budget: Literal["row", "layer"] = "row"
     rest: Literal["skip", "pooled", "cached"] = "skip"
 
     def __post_init__(self) -> None:
@@ -80,9 +76,7 @@ class SparseD(SparseConfig):
         return self.advice_on_size(layout, tiles if self.mass is None and self.kept_tiles(tiles) == tiles else 0)
 
 
-def heaviest(
-    masses: Tensor, candidates: Tensor, kept: int | Tensor | None, mass: float | None, *, together: bool = False
-) -> Tensor:  # fmt: skip
+def heaviest(masses: Tensor, candidates: Tensor, kept: int | None, mass: float | None) -> Tensor:
     """Return the heaviest candidate tiles of every block row, bool [B, H, NQ, NK]; of equal ones the first.
 
     Args:
@@ -90,17 +84,10 @@ def heaviest(
         candidates: bool, broadcastable to it: what may be chosen.
         kept: how many a row chooses, all where fewer are candidates; None: see ``mass``.
         mass: the fewest that reach this share of the row's mass over the candidates, one at least.
-        together: rank the tiles of all rows and heads, of which as many are chosen or as much mass, and of each row the
-            heaviest.
     """
-    if together:
-        every = candidates.expand_as(masses)
-        count = None if kept is None else every.sum(-1).clamp(max=kept).sum((1, 2))[:, None, None, None]
-        flat, among = masses.flatten(1)[:, None, None], every.flatten(1)[:, None, None]
-        return heaviest(flat, among, count, mass).view_as(masses) | heaviest(masses, candidates, 1, None)
     masses = masses.masked_fill(~candidates, 0.0)
     ranked, order = masses.masked_fill(~candidates, -1.0).sort(dim=-1, descending=True, stable=True)
-    first = (torch.arange(masses.shape[-1], device=masses.device) < (1 if kept is None else kept)).expand_as(masses)
+    first = (torch.arange(masses.shape[-1], device=masses.device) < (kept or 1)).expand_as(masses)
     if mass is not None:
         ranked = ranked.clamp(min=0.0)
         first = first | (ranked.cumsum(-1) - ranked < mass * ranked.sum(-1, keepdim=True))
@@ -176,14 +163,7 @@ class SparseDHandler(SparseHandler):
             q, call.k, block_q=tiles.block_q, block_k=tiles.block_k, scale=call.scale,
             token_order=plan.token_order, key_mask=valid if mask is None else valid & mask,
         )  # fmt: skip
-        pinned = unpack_bits(self._text(context), tiles.key_tiles)
-        text = pinned.all(0)
+        text = unpack_bits(self._text(context), tiles.key_tiles).all(0)
         candidates = unpack_bits(exact_bits(tiles, masses.shape[1]), tiles.key_tiles) & ~text
         kept = None if settings.mass is not None else settings.kept_tiles(int((~text).sum()))
-        if settings.budget == "row":
-            return pack_bits(heaviest(masses, candidates, kept, settings.mass))
-        candidates = (candidates & ~pinned.all(1)[:, None]).expand_as(masses)  # text's rows see all
-        if context.heads is not None:
-            masses, candidates = (context.heads.joined(x, 1) for x in (masses, candidates))
-        chosen = heaviest(masses, candidates, kept, settings.mass, together=True)
-        return pack_bits(chosen if context.heads is None else chosen[:, context.heads.own])
+        return pack_bits(heaviest(masses, candidates, kept, settings.mass))
