@@ -211,7 +211,7 @@ def measure_calls(options: argparse.Namespace, lines: Sequence[Line]) -> Iterato
                     "model": model.name, "weights": model.weights, "arm": arm, "clip": clip, "base": name,
                     "rule": asdict(one.rule), "attended": float(np.mean(one.shares)),
                     "sparse": len(one.errors) / len(one.shares),
-                    "call_error": float(np.mean(one.errors)), "repeats": float(np.mean(one.repeats)),
+                    "call_error": float(np.mean(one.errors)), "repeats": _mean(one.repeats),
                 }  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _line(
         "solver": arm.solver, "flow_shift": arm.flow_shift, "cache": base.cache, "rule": rule and asdict(rule),
         "psnr": psnr(made.frames, reference.frames), "ssim": 0.0,
         "psnr_dense": psnr(made.frames, np.load(own).astype(np.float32)) if rule else None,
-        "call_error": float(np.mean(errors)), "repeats": float(np.mean(repeats)),
+        "call_error": float(np.mean(errors)), "repeats": _mean(repeats),
         "attended": attended, **works(made.counts, reference.step, attended, model.own_share),
         "forwards": made.counts.blocks / reference.step.blocks, "reference": "", "methods": {},
     }  # fmt: skip
@@ -255,6 +255,11 @@ def table(lines: Sequence[Line]) -> str:
     return "\n\n".join(found)
 
 
+def _mean(found: Sequence[float]) -> float | None:
+    """Return the mean, None of nothing: no sparse call follows another."""
+    return float(np.mean(found)) if found else None
+
+
 def _cells(figures: ArmFigures, lines: Sequence[Line]) -> tuple[str, ...]:
     """Return an arm's cells of the table."""
     mean = lambda key: float(np.mean([line[key] or 0.0 for line in lines]))  # noqa: E731
@@ -271,7 +276,7 @@ def calls_table(lines: Sequence[Line]) -> str:
     rows = []
     for model, arm in dict.fromkeys((line["model"], line["arm"]) for line in lines):
         own = [line for line in lines if (line["model"], line["arm"]) == (model, arm)]
-        told = (float(np.mean([line[key] for line in own])) for key in ("attended", "call_error", "repeats"))
+        told = (float(np.mean([line[key] or 0.0 for line in own])) for key in ("attended", "call_error", "repeats"))
         rows.append((model, arm, len(own), *(f"{value:.3f}" for value in told)))
     heads = "model | arm | clips | pairs computed | relative error of a sparse call | cosine to the last one's"
     return markdown_table(heads, rows)
