@@ -27,34 +27,29 @@ BASE = "easycache taylor"
 """The settings whose curve of PSNR over work the others are held against: of two thresholds and more each."""
 
 TAYLOR: dict[str, Any] = {"predictor": "taylor"}
-CORRECTED: dict[str, Any] = {**TAYLOR, "corrected": True}
-DAMPED: dict[str, Any] = {**CORRECTED, "damping": 0.2}
+DAMPED: dict[str, Any] = {**TAYLOR, "corrected": True, "damping": 0.2}
 
 Setting = tuple[int, float | None, Any]
-"""Steps, noise shift (None: the model's own) and the cache; of a name that begins with "spectral" EasyCache measures the
-latents behind SeaCache's filter."""
+"""Steps, noise shift (None: the model's own) and the cache.
+
+Of a name that begins with "spectral" EasyCache measures the latents behind SeaCache's filter.
+"""
+
+FALLING = (0.1, 0.07, 0.05, 0.03)
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "wan-tiny": {
-        **{
-            f"easycache taylor {t:g}, 30": (30, None, EasyCache(threshold=t, **TAYLOR)) for t in (0.1, 0.07, 0.05, 0.03)
-        },
+        **{f"easycache taylor {t:g}, 30": (30, None, EasyCache(threshold=t, **TAYLOR)) for t in FALLING},
         **{f"corrected damped {t:g}, 30": (30, None, EasyCache(threshold=t, **DAMPED)) for t in (0.1, 0.07, 0.05)},
-        "corrected 0.07, 30": (30, None, EasyCache(threshold=0.07, **CORRECTED)),
         **{f"error {t:g}, 30": (30, None, EasyCache(error=t, **TAYLOR)) for t in (0.06, 0.1)},
         **{f"error corrected damped {t:g}, 30": (30, None, EasyCache(error=t, **DAMPED)) for t in (0.06, 0.1)},
         "spectral taylor 0.07, 30": (30, None, EasyCache(threshold=0.07, **TAYLOR)),
-        "taylor 0.07, 30, shift 8": (30, 8.0, EasyCache(threshold=0.07, **TAYLOR)),
         "sea 0.4, 20, shift 8": (20, 8.0, SeaCache(threshold=0.4, **TAYLOR)),
-        "sea corrected damped 0.4, 20, shift 8": (20, 8.0, SeaCache(threshold=0.4, **DAMPED)),
         "sea corrected damped 0.4, 30, shift 8": (30, 8.0, SeaCache(threshold=0.4, **DAMPED)),
     },
     "flux-tiny": {
-        **{
-            f"easycache taylor {t:g}, 28": (28, None, EasyCache(threshold=t, **TAYLOR)) for t in (0.15, 0.1, 0.05, 0.03)
-        },
+        **{f"easycache taylor {t:g}, 28": (28, None, EasyCache(threshold=t, **TAYLOR)) for t in FALLING},
         **{f"corrected damped {t:g}, 28": (28, None, EasyCache(threshold=t, **DAMPED)) for t in (0.1, 0.05)},
-        "error corrected damped 0.1, 28": (28, None, EasyCache(error=0.1, **DAMPED)),
     },
 }
 """Model -> setting -> how it is run."""

@@ -1,7 +1,7 @@
 """Measures how forecasts of late steps take a run off its own dense one: `python eval/studies/late_forecasts.py`.
 
 On wan-tiny's choosing clips, one batch: the first steps are dense, then some are skipped by a list and forecast, so
-that forecasts alone differ. Each line is one way to forecast: PSNR of its latents to those of the dense run, clip by clip.
+that forecasts alone differ. Each line is one way to forecast: PSNR of its latents to those of the dense run, by clip.
 """
 
 import argparse
