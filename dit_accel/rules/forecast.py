@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FARTHEST = 7.0
+"""Log-SNR beyond which a noise level counts as none and as nothing but noise: at either end it is infinite."""
+
 RIDGE = 1e-3
 """Weight of the squared Chebyshev coefficients above degree 0, per value that is fitted."""
 
@@ -45,6 +48,19 @@ def growth(times: Sequence[float], at: float) -> float:
         at: the time that is forecast.
     """
     return float(np.prod([abs(at - time) for time in times], initial=1.0))
+
+
+def log_snr(sigma: float, *, flow: bool) -> float:
+    """Return where a noise level stands on the axis along which solvers step: log(a / b) where x = a clean + b noise.
+
+    Args:
+        sigma: the noise level.
+        flow: a = 1 - sigma, b = sigma, as flow matching has it; else a = 1, b = sigma.
+    """
+    clean = max(1 - sigma, 0.0) if flow else 1.0
+    if not clean or not sigma:
+        return -FARTHEST if sigma else FARTHEST
+    return float(np.clip(np.log(clean / sigma), -FARTHEST, FARTHEST))
 
 
 def heun(times: Sequence[float], skipped: Sequence[float], at: float, before: float | None) -> list[float]:

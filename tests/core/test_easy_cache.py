@@ -71,11 +71,11 @@ def test_more_is_skipped_at_a_higher_threshold():
     assert skipped == sorted(skipped)
 
 
-def expected_errors(threshold, warmup, steps):
+def expected_errors(threshold, warmup, steps, place):
     """The rule of ``error`` written out, step by step: what is computed, and what each forecast may be off by."""
     drawn, found, known, rate = "", [], [], None
     for step in range(steps):
-        size = lambda at, points: math.prod(at - one for one in points[-2:]) ** 0.8  # noqa: E731
+        size = lambda at, points: math.prod(place(at) - place(one) for one in points[-2:]) ** 0.8  # noqa: E731
         value = None if rate is None else rate * size(step, known)
         must = step < warmup or step == steps - 1
         if value is not None and not must:
@@ -94,11 +94,26 @@ def expected_errors(threshold, warmup, steps):
     return drawn, found
 
 
+def flow(step):
+    return 1 - step / 20
+
+
 @pytest.mark.parametrize("error", [0.05, 0.2])
-def test_the_rule_of_a_bounded_error(error):
-    drawn, values = expected_errors(error, 4, 20)
+@pytest.mark.parametrize(
+    ("sigma", "place"),
+    [
+        (lambda step: None, lambda step: step),
+        (flow, lambda step: math.log((1 - flow(step)) / flow(step)) if step else -7.0),
+        (lambda step: 20 * flow(step), lambda step: -math.log(20 * flow(step))),
+    ],
+    ids=["steps", "flow", "noise levels above 1"],
+)
+def test_the_rule_of_a_bounded_error(error, sigma, place):
+    drawn, values = expected_errors(error, 4, 20, place)
     driven = Driven(EasyCache(error=error, warmup_steps=4, predictor="taylor"), output)
-    run_through(driven, lambda step: LATENTS[step], 20, branches=("cond", "uncond"))
+    for step in range(20):
+        for branch in ("cond", "uncond"):
+            driven.forward(step, LATENTS[step], branch, steps=20, sigma=sigma(step))
     assert driven.drawn(steps=20) == driven.drawn("uncond", steps=20) == drawn
     assert 0 < drawn.count(".") < 16
     section = driven.handler.report()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.rules.forecast import chebyshev, growth, heun, taylor
+from dit_accel.rules.forecast import chebyshev, growth, heun, log_snr, taylor
 
 
 @st.composite
@@ -45,6 +45,13 @@ def test_growth_is_what_taylor_is_off_by_on_the_next_power(times, order):
         taylor(used, at, order), polynomial([0] * len(used) + [1], used)
     )
     assert growth(used, at) == pytest.approx(abs(off), rel=1e-6, abs=1e-9)
+
+
+def test_the_log_snr_is_bounded_at_both_ends():
+    assert log_snr(0.5, flow=True) == log_snr(1.0, flow=False) == 0
+    assert log_snr(0.2, flow=True) == pytest.approx(np.log(4))
+    assert log_snr(10.0, flow=False) == pytest.approx(-np.log(10))
+    assert [log_snr(level, flow=True) for level in (1.0, 1 - 1e-9, 1e-9, 0.0)] == [-7, -7, 7, 7]
 
 
 def test_a_damped_forecast_follows_a_share_of_the_change():

@@ -100,6 +100,11 @@ class StepCacheConfig(MethodConfig):
         """How many computed values a forecast reads."""
         return {"hold": 1, "taylor": self.order + 1, "heun": 2, "chebyshev": 2 * self.order + 2}[self.predictor]
 
+    @property
+    def passed_points(self) -> int:
+        """How many computed values a forecast is right at, were it made for their time."""
+        return {"hold": 1, "taylor": self.order + 1}.get(self.predictor, 2)
+
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step, 0-based, of a run of ``count`` (None: unknown) is computed whatever is measured, or None.
 

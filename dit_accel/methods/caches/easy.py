@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from ...rules.forecast import growth, log_snr
 from ..options import gt
 from ..site import ForwardContext, target_sample
 from .cache_config import MeasuredCacheConfig
@@ -19,7 +20,7 @@ from .history import History
 from .ranks import ratio
 
 GROWTH = 0.8
-"""Power of the product of distances that a forecast's error was found to grow as: steps change not quite smoothly."""
+"""Power of the product of distances that a forecast's error was found to grow as: outputs change not quite smoothly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,10 @@ class EasyCache(MeasuredCacheConfig):
     than each alone.
 
     With ``error`` it is the forecast that decides. What it would have been off by is measured at every computed step,
-    |forecast - v| / |v|, and expected to grow as the product of the distances to the computed steps it goes through,
-    to the power of .8; a step is skipped while it is expected to be off by less.
+    |forecast - v| / |v|, and expected to grow as the product of the distances to the computed steps that it goes
+    through, to the power of .8; a step is skipped while it is expected to be off by less. Distances are those of the
+    logarithm of the signal-to-noise ratio, along which outputs change most evenly; of steps, where no noise level is
+    known.
 
     Attributes:
         threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.
@@ -67,7 +70,9 @@ class EasyDecider(Decider):
         changes: mean of |dv| and of |dx| between the last two computed steps; None before there were two.
         total: what the steps since the last computed one add up to.
         missed: mean of |forecast - v| and of |v| at the last computed step that there was a forecast for.
-        grown: what the growth of its error counts there.
+        grown: what the error of a forecast had grown to there, up to a factor.
+        places: of the last computed steps, along which it grows.
+        flow: the noise levels are those of flow matching, at most 1.
     """
 
     x: Tensor | None = None
@@ -77,6 +82,8 @@ class EasyDecider(Decider):
     total: float = 0.0
     missed: tuple[Tensor, Tensor] | None = None
     grown: float = 1.0
+    places: tuple[float, ...] = ()
+    flow: bool = True
 
 
 class EasyHandler(StepCacheHandler):
@@ -94,7 +101,7 @@ class EasyHandler(StepCacheHandler):
         if self.settings.error is not None:
             if decider.missed is None:
                 return None
-            grown = self._growth(self._histories[context.transformer, context.branch], self._time(context))
+            grown = self._grown(context, decider)
             return ratio(*self.numbers(context, *decider.missed)) * grown / decider.grown
         if decider.changes is None or decider.v is None or decider.x is None:
             return None
@@ -111,16 +118,22 @@ class EasyHandler(StepCacheHandler):
         self, context: ForwardContext, decider: EasyDecider, history: History, output: Any, time: float
     ) -> None:
         """Measure what the forecast of a computed step would have been off by, where that decides."""
-        if self.settings.error is None:
+        if self.settings.error is None or not (grown := self._grown(context, decider)):
             return
         latents = context.inputs[self.model.adapter.latents]
         off = history.sample_missed(output, latents, time, self._end(context))
         decider.missed = mean_size(off, spent=True), mean_size(target_sample(output))
-        decider.grown = self._growth(history, time)
+        decider.grown = grown
+
+    def _grown(self, context: ForwardContext, decider: EasyDecider) -> float:
+        """Return what the error of a forecast for a step has grown to, up to a factor; 0 at a computed step."""
+        passed = decider.places[-self.settings.passed_points :]
+        return growth(passed, self._place(context, decider)) ** GROWTH
 
     @staticmethod
-    def _growth(history: History, time: float) -> float:
-        return history.growth(time) ** GROWTH
+    def _place(context: ForwardContext, decider: EasyDecider) -> float:
+        """Return where a step stands on the axis along which errors grow."""
+        return context.step_index if context.sigma is None else log_snr(context.sigma, flow=decider.flow)
 
     def seen(self, context: ForwardContext, decider: EasyDecider) -> None:
         """Keep the latents."""
@@ -133,6 +146,9 @@ class EasyHandler(StepCacheHandler):
     def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
         """Take the changes between the last two computed steps."""
         if self.settings.error is not None:
+            if not decider.places and context.sigma is not None:
+                decider.flow = context.sigma <= 1
+            decider.places = (*decider.places, self._place(context, decider))[-self.settings.passed_points :]
             return
         x, v = decider.x, target_sample(output)
         assert x is not None

@@ -113,10 +113,8 @@ class History:
 
     def growth(self, time: float) -> float:
         """Return what a forecast for a time is off by, up to a factor, by the computed steps that it goes through."""
-        settings = self._settings
-        used = {"hold": 1, "taylor": settings.order + 1}.get(settings.predictor, 2)
         computed = [point.time for point in self.points if point.computed]
-        return forecast.growth(computed[-used:], time)
+        return forecast.growth(computed[-self._settings.passed_points :], time)
 
     def _values(self, time: float, end: float) -> list[Any]:
         """Return what would be stored of the output of a time."""
