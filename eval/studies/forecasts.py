@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "wan-tiny": {
         **{f"easycache taylor {t:g}, 30": (30, None, EasyCache(threshold=t, **TAYLOR)) for t in FALLING},
         **{f"corrected damped {t:g}, 30": (30, None, EasyCache(threshold=t, **DAMPED)) for t in (0.1, 0.07, 0.05)},
+        **{f"corrected damped {t:g}, 30, shift 8": (30, 8.0, EasyCache(threshold=t, **DAMPED)) for t in (0.1, 0.06)},
         **{f"error corrected damped {t:g}, 30": (30, None, EasyCache(error=t, **DAMPED)) for t in (0.1, 0.06)},
         "error 0.06, 30": (30, None, EasyCache(error=0.06, **TAYLOR)),
         "spectral taylor 0.03, 30": (30, None, EasyCache(threshold=0.03, **TAYLOR)),
