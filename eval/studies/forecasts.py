@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "error 0.06, 30": (30, None, EasyCache(error=0.06, **TAYLOR)),
         "spectral taylor 0.03, 30": (30, None, EasyCache(threshold=0.03, **TAYLOR)),
         "sea 0.4, 20, shift 8": (20, 8.0, SeaCache(threshold=0.4, **TAYLOR)),
+        "sea corrected damped 0.4, 30": (30, None, SeaCache(threshold=0.4, **DAMPED)),
         "sea corrected damped 0.4, 30, shift 8": (30, 8.0, SeaCache(threshold=0.4, **DAMPED)),
     },
     "flux-tiny": {

@@ -23,7 +23,7 @@ from torch import Tensor
 from dit_accel.methods.caches.correction import SHARE
 from dit_accel.rules.forecast import growth, taylor
 
-LISTS = {"every third": "############..#..#..#..#..#..#", "every fifth": "############....#....#....#...#"}
+LISTS = {"every third": "############..#..#..#..#..#..#"}
 """Name -> the steps of the run: # is computed, . forecast."""
 
 GUIDANCE = 4.0
