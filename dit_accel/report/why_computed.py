@@ -41,6 +41,10 @@ def _cause(name: str, reason: str, options: Mapping[str, Any], half: float | Non
     def option(key: str) -> str:
         return f"{name}.{key} = {options[key]}" if key in options else f"{name}.{key}"
 
+    if reason == "measured" and options.get("error") is not None:
+        raised = f"raise {option('error')}"
+        raised += f"; {half:.3g} would skip half of them, at a loss of quality" if half is not None else ""
+        return f"steps whose forecast {name} expected to be off by more than its error", raised
     if reason == "measured":
         raised = f"raise {option('threshold')}"
         raised += f"; {half:.3g} would skip half of them, at a loss of quality" if half is not None else ""

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FARTHEST = 7.0
+"""Log-SNR beyond which a noise level counts as none and as nothing but noise: at either end it is infinite."""
+
 RIDGE = 1e-3
 """Weight of the squared Chebyshev coefficients above degree 0, per value that is fitted."""
 
@@ -15,7 +18,7 @@ DAMPED_AFTER = 3
 """Steps after the last computed one from which Heun's forecast is drawn back to it (FoCa)."""
 
 
-def taylor(times: Sequence[float], at: float, order: int) -> list[float]:
+def taylor(times: Sequence[float], at: float, order: int, damping: float = 0.0) -> list[float]:
     """Return the weights of the polynomial through the last values, of degree ``order`` or as many as there are.
 
     Source: TaylorSeer (arXiv 2503.06923). Where we depart from it: divided differences, exact at unequal distances too.
@@ -24,12 +27,40 @@ def taylor(times: Sequence[float], at: float, order: int) -> list[float]:
         times: of the values, all different.
         at: the time that is forecast.
         order: the degree; 0 holds the last value.
+        damping: share of the change from the last value that is not followed; 1 holds it.
     """
     used = times[-(order + 1) :]
     weights = [
         float(np.prod([(at - other) / (own - other) for other in used if other != own], initial=1.0)) for own in used
     ]
+    weights = [(1 - damping) * weight for weight in weights]
+    weights[-1] += damping
     return [0.0] * (len(times) - len(used)) + weights
+
+
+def growth(times: Sequence[float], at: float) -> float:
+    """Return how much a forecast at a time is off by, up to a factor: the product of its distances to its values.
+
+    So does the error of a polynomial through values grow with the time.
+
+    Args:
+        times: of the values that it goes through; below it, or all above it.
+        at: the time that is forecast.
+    """
+    return float(np.prod([abs(at - time) for time in times], initial=1.0))
+
+
+def log_snr(sigma: float, *, flow: bool) -> float:
+    """Return where a noise level stands on the axis along which solvers step: log(a / b) where x = a clean + b noise.
+
+    Args:
+        sigma: the noise level.
+        flow: a = 1 - sigma, b = sigma, as flow matching has it; else a = 1, b = sigma.
+    """
+    clean = max(1 - sigma, 0.0) if flow else 1.0
+    if not clean or not sigma:
+        return -FARTHEST if sigma else FARTHEST
+    return float(np.clip(np.log(clean / sigma), -FARTHEST, FARTHEST))
 
 
 def heun(times: Sequence[float], skipped: Sequence[float], at: float, before: float | None) -> list[float]:

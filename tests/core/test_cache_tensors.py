@@ -32,6 +32,7 @@ STEPS = 10
 ALL = dict(warmup_steps=1, last_steps=1)
 CACHES = {
     "easycache": EasyCache(threshold=0.3, **ALL),
+    "easycache, error": EasyCache(error=0.5, predictor="taylor", **ALL),
     "teacache": TeaCache(threshold=2.0, polynomial=(1.0, 0.0), **ALL),
     "magcache": MagCache(ratios=(1.0,) + (0.98,) * (STEPS - 1), **ALL),
     "staticcache": StaticCache(every=3, stored="output", **ALL),

@@ -1,13 +1,16 @@
 """EasyCache: its rule against the published one written out, its guards, and one run on a tiny model."""
 
+import math
+
 import pytest
 import torch
-from cache_calls import Driven, run_through
+from cache_calls import Driven, line, run_through
 from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.methods.caches.easy import mean_size
+from dit_accel.rules.forecast import taylor
 
 GENERATOR = torch.Generator().manual_seed(0)
 LATENTS = [torch.randn(1, 4, 3, generator=GENERATOR).cumsum(0) for _ in range(20)]
@@ -66,6 +69,87 @@ def test_more_is_skipped_at_a_higher_threshold():
     assert skipped[0] == 0
     assert skipped[-1] == 15
     assert skipped == sorted(skipped)
+
+
+def expected_errors(threshold, warmup, steps, place):
+    """The rule of ``error`` written out, step by step: what is computed, and what each forecast may be off by."""
+    drawn, found, known, rate = "", [], [], None
+    for step in range(steps):
+        size = lambda at, points: math.prod(place(at) - place(one) for one in points[-2:]) ** 0.8  # noqa: E731
+        value = None if rate is None else rate * size(step, known)
+        must = step < warmup or step == steps - 1
+        if value is not None and not must:
+            found.append(value)
+        if not must and value is not None and value < threshold:
+            drawn += "."
+            continue
+        if known:
+            x, v = LATENTS[step], torch.sin(LATENTS[step])
+            values = [torch.sin(LATENTS[at]) - LATENTS[at] for at in known[-2:]]
+            weights = taylor(known[-2:], step, 1)
+            made = x + sum(weight * value for weight, value in zip(weights, values, strict=True))
+            rate = float((v - made).abs().mean() / v.abs().mean()) / size(step, known)
+        known.append(step)
+        drawn += "#"
+    return drawn, found
+
+
+def flow(step):
+    return 1 - step / 20
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2])
+@pytest.mark.parametrize(
+    ("sigma", "place"),
+    [
+        (lambda step: None, lambda step: step),
+        (flow, lambda step: math.log((1 - flow(step)) / flow(step)) if step else -7.0),
+        (lambda step: 20 * flow(step), lambda step: -math.log(20 * flow(step))),
+    ],
+    ids=["steps", "flow", "noise levels above 1"],
+)
+def test_the_rule_of_a_bounded_error(error, sigma, place):
+    drawn, values = expected_errors(error, 4, 20, place)
+    driven = Driven(EasyCache(error=error, warmup_steps=4, predictor="taylor"), output)
+    for step in range(20):
+        for branch in ("cond", "uncond"):
+            driven.forward(step, LATENTS[step], branch, steps=20, sigma=sigma(step))
+    assert driven.drawn(steps=20) == driven.drawn("uncond", steps=20) == drawn
+    assert 0 < drawn.count(".") < 16
+    section = driven.handler.report()
+    found = [entry["value"] for entry in section.data["forwards"] if entry["value"] is not None]
+    assert found == pytest.approx(values, rel=1e-4)
+    assert section.data["threshold"] == error
+    rises = [(one, after) for one, after, kind in zip(found, found[1:], drawn[4:], strict=False) if kind == "."]
+    assert all(one < after for one, after in rises)  # what is expected grows with each step that is skipped
+
+
+def test_a_larger_error_skips_more():
+    skipped = []
+    for error in (1e-6, 0.05, 0.1, 0.2, 0.4, 1e9):
+        driven = Driven(EasyCache(error=error, warmup_steps=4, predictor="taylor"), output)
+        run_through(driven, lambda step: LATENTS[step], 20)
+        skipped.append(driven.drawn(steps=20).count("."))
+    assert skipped == sorted(skipped)
+    assert (skipped[0], skipped[-1]) == (0, 15)
+
+
+def test_what_an_error_keeps_and_refuses():
+    driven = Driven(EasyCache(error=1e9, warmup_steps=4), output)
+    run_through(driven, lambda step: LATENTS[step])
+    assert driven.handler.state_bytes() == 12 * 4 + 2 * 4  # one residual, two numbers
+    assert driven.handler.settings.threshold is None
+    assert Driven(EasyCache(error=0.1), line, recipe={"threshold": 0.2}).handler.threshold() == 0.1
+    with pytest.raises(ConfigError, match=r"^easycache\.threshold = 0\.1 and easycache\.error = 0\.2"):
+        EasyCache(threshold=0.1, error=0.2)
+    with pytest.raises(ConfigError, match=r"^easycache\.error.*got 0"):
+        EasyCache(error=0.0)
+
+
+def test_what_is_no_number_is_computed_by_a_bounded_error():
+    driven = Driven(EasyCache(error=1e9, warmup_steps=2), lambda step, branch: (torch.zeros(1, 4, 3),))
+    run_through(driven, lambda step: 0 * LATENTS[0], 8)  # 0 / 0
+    assert driven.drawn(steps=8) == "########"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.rules.forecast import chebyshev, heun, taylor
+from dit_accel.rules.forecast import chebyshev, growth, heun, log_snr, taylor
 
 
 @st.composite
@@ -34,6 +34,29 @@ def test_taylor_is_exact_on_polynomials_of_its_order(times, order, coefficients)
     )
     assert sum(weights) == pytest.approx(1.0, abs=1e-6)
     assert not any(weights[: -(order + 1)])  # older values are not read
+
+
+@settings(deadline=None)
+@given(moments(least=2, most=4), st.integers(1, 3))
+def test_growth_is_what_taylor_is_off_by_on_the_next_power(times, order):
+    *known, at = times
+    used = known[-(order + 1) :]
+    off = polynomial([0] * len(used) + [1], [at])[0] - np.dot(
+        taylor(used, at, order), polynomial([0] * len(used) + [1], used)
+    )
+    assert growth(used, at) == pytest.approx(abs(off), rel=1e-6, abs=1e-9)
+
+
+def test_the_log_snr_is_bounded_at_both_ends():
+    assert log_snr(0.5, flow=True) == log_snr(1.0, flow=False) == 0
+    assert log_snr(0.2, flow=True) == pytest.approx(np.log(4))
+    assert log_snr(10.0, flow=False) == pytest.approx(-np.log(10))
+    assert [log_snr(level, flow=True) for level in (1.0, 1 - 1e-9, 1e-9, 0.0)] == [-7, -7, 7, 7]
+
+
+def test_a_damped_forecast_follows_a_share_of_the_change():
+    assert taylor([0, 5], 7, 1, damping=0.25) == pytest.approx([-0.3, 1.3])
+    assert taylor([0, 5], 7, 1, damping=1.0) == [0.0, 1.0]
 
 
 def test_taylor_at_equal_distances_is_taylorseers():

@@ -387,6 +387,8 @@ def test_memory_is_counted_and_freed():
         (dict(switch=1.0), r"staticcache\.switch.*got 1\.0"),
         (dict(warmup_of="all"), r"staticcache\.warmup_of.*got 'all'"),
         (dict(order=0), r"staticcache\.order.*got 0"),
+        (dict(damping=0.2), r"staticcache\.damping = 0\.2.*'taylor'.*got 'hold'"),
+        (dict(damping=1.5, predictor="taylor"), r"staticcache\.damping.*got 1\.5"),
         (dict(predictor="dmd"), r"staticcache\.predictor.*'hold'.*'taylor'.*'heun'.*'chebyshev', got"),
         (dict(every=0), r"staticcache\.every.*got 0"),
         (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2"),

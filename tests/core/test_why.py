@@ -216,6 +216,12 @@ def test_each_reason_of_a_cache_has_its_advice(reason, expected):
     assert expected in line
 
 
+def test_a_bounded_error_is_named_as_what_computed_a_step():
+    (line,) = why("dd", {"easycache": {"error": 0.1}}, log=logged("dd", ["measured"] * 2))
+    assert line.startswith("100% steps whose forecast easycache expected to be off by more than its error; raise ")
+    assert "easycache.error = 0.1; 0.25 would skip half of them" in line
+
+
 def test_parts_are_timed_in_forwards_one_two_four_and_so_on():
     report = run(RADIAL)
     forwards = report.timing.forwards

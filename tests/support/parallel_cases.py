@@ -63,6 +63,7 @@ CASES: dict[str, tuple[MethodConfig, ...]] = {
     "slg, first block": (SLG(layers="L0", scale=1.0),),
     "nag": (NAG(),),
     "easycache": (EasyCache(last_steps=0, **SKIPS),),
+    "easycache, error": (EasyCache(error=1e9, warmup_steps=2, last_steps=0, max_consecutive=1, predictor="taylor"),),
     "teacache": (TeaCache(polynomial=(1.0, 0.0), **SKIPS),),
     "magcache": (MagCache(ratios=(1.0,) * 3, **SKIPS),),
     "seacache": (SeaCache(last_steps=0, **SKIPS),),

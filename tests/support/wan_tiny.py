@@ -39,11 +39,12 @@ def generate(pipe: WanPipeline, **changes: object) -> torch.Tensor:
 
 def denoise(
     transformer: WanTransformer3DModel, steps: int = 4, *, seed: int = 0, frames: int = 5,
-    branches: tuple[str, ...] = ("cond", "uncond"), until: int | None = None,
+    branches: tuple[str, ...] = ("cond", "uncond"), until: int | None = None, **told: float,
 ) -> torch.Tensor:  # fmt: skip
     """Return the latents after some told steps without a pipeline, [1, 12, F, 8, 8]: F x 4 x 4 tokens, no text.
 
-    The run is stopped before step ``until``; None: it goes to its end.
+    The run is stopped before step ``until``; None: it goes to its end. With ``sigma`` the noise level is told, which
+    falls evenly from that to 0.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 12, frames, 8, 8, generator=generator)
@@ -52,7 +53,8 @@ def denoise(
         for step in range(steps if until is None else until):
             found = []
             for branch in branches:
-                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
+                levels = {name: top * (1 - step / steps) for name, top in told.items()}
+                with transformer.cache_context(branch, step_index=step, num_inference_steps=steps, **levels):
                     time = torch.tensor([1000.0 - 100 * step])
                     found.append(transformer(x, time, texts[branch], return_dict=False)[0])
             x = x - 0.3 * sum(found)

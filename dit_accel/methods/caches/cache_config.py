@@ -60,6 +60,9 @@ class StepCacheConfig(MethodConfig):
         variable: what the polynomial is one of: ``step``, the step's index, or ``sigma``, its noise level.
         stored: what is continued: ``residual``, the output minus the latents that went in, or the ``output``. Where
             the latents do not cover the output, it is the output.
+        damping: share of the change from what was stored last that ``taylor`` does not follow.
+        corrected: true: what the skipped steps were off by, as the next computed one shows, is partly made good in it,
+            as a predictor-corrector solver does; needs the noise level. For caches of whole forwards.
         branches: ``all`` are skipped together, as the first one of a step decides; with ``uncond`` only the
             unconditional one may be.
     """
@@ -78,17 +81,29 @@ class StepCacheConfig(MethodConfig):
     order: Annotated[int, within(1, 4), "predictor = 'hold' is order 0"] = 1
     variable: Literal["step", "sigma"] = "step"
     stored: Literal["residual", "output"] = "residual"
+    damping: Share = 0.0
+    corrected: bool = False
     branches: Literal["all", "uncond"] = "all"
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         if self.growing and self.max_consecutive is None:
             raise ConfigError(f"{self.name}.growing = True needs {self.name}.max_consecutive, got None; set the bound")
+        if self.damping and self.predictor != "taylor":
+            raise ConfigError(
+                f"{self.name}.damping = {self.damping:g} is for {self.name}.predictor = 'taylor', "
+                f"got {self.predictor!r}; leave it out"
+            )
 
     @property
     def kept_points(self) -> int:
         """How many computed values a forecast reads."""
         return {"hold": 1, "taylor": self.order + 1, "heun": 2, "chebyshev": 2 * self.order + 2}[self.predictor]
+
+    @property
+    def passed_points(self) -> int:
+        """How many computed values a forecast is right at, were it made for their time."""
+        return {"hold": 1, "taylor": self.order + 1}.get(self.predictor, 2)
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step, 0-based, of a run of ``count`` (None: unknown) is computed whatever is measured, or None.

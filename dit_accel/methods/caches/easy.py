@@ -5,16 +5,22 @@ any predictor in place of holding the last residual, and the first branch of a s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from ...rules.forecast import growth, log_snr
+from ..options import gt
 from ..site import ForwardContext, target_sample
 from .cache_config import MeasuredCacheConfig
 from .engine import Decider, StepCacheHandler
+from .history import History
 from .ranks import ratio
+
+GROWTH = 0.8
+"""Power of the product of distances that a forecast's error was found to grow as: outputs change not quite smoothly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +32,31 @@ class EasyCache(MeasuredCacheConfig):
     over all rows of a batch, which are skipped together: several prompts in one batch may be skipped at other steps
     than each alone.
 
+    With ``error`` it is the forecast that decides. What it would have been off by is measured at every computed step,
+    |forecast - v| / |v|, and expected to grow as the product of the distances to the computed steps that it goes
+    through, to the power of .8; a step is skipped while it is expected to be off by less. Distances are those of the
+    logarithm of the signal-to-noise ratio, along which outputs change most evenly; of steps, where no noise level is
+    known.
+
     Attributes:
         threshold: share of the output's size, tau; 0 skips nothing. Twice as much skips about twice as many in a row.
+        error: share of the output's size that a forecast may be expected to be off by, instead of ``threshold``.
     """
 
     name: ClassVar[str] = "easycache"
     # the paper's for Wan
     defaults: ClassVar[Mapping[str, Any]] = {"threshold": 0.05, "warmup_steps": 0.2, "last_steps": 1}
+
+    error: Annotated[float, gt(0)] | None = None
+
+    def __post_init__(self) -> None:
+        MeasuredCacheConfig.__post_init__(self)
+        self.require_one_of("threshold", "error", of="when a step is skipped")
+
+    def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
+        """Return the config with unset options filled in; beside ``error`` no threshold is."""
+        full: Any = MeasuredCacheConfig.filled(replace(self, error=None), recipe)
+        return full if self.error is None else replace(full, threshold=None, error=self.error)
 
 
 @dataclass(slots=True)
@@ -45,6 +69,10 @@ class EasyDecider(Decider):
         v: output of the last computed step.
         changes: mean of |dv| and of |dx| between the last two computed steps; None before there were two.
         total: what the steps since the last computed one add up to.
+        missed: mean of |forecast - v| and of |v| at the last computed step that there was a forecast for.
+        grown: what the error of a forecast had grown to there, up to a factor.
+        places: of the last computed steps, along which it grows.
+        flow: the noise levels are those of flow matching, at most 1.
     """
 
     x: Tensor | None = None
@@ -52,6 +80,10 @@ class EasyDecider(Decider):
     v: Tensor | None = None
     changes: tuple[Tensor, Tensor] | None = None
     total: float = 0.0
+    missed: tuple[Tensor, Tensor] | None = None
+    grown: float = 1.0
+    places: tuple[float, ...] = ()
+    flow: bool = True
 
 
 class EasyHandler(StepCacheHandler):
@@ -62,7 +94,15 @@ class EasyHandler(StepCacheHandler):
     settings: EasyCache
 
     def indicator(self, context: ForwardContext, decider: EasyDecider) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included; waits for the device."""
+        """Return what the steps since the last computed one add up to, this one included; waits for the device.
+
+        With ``error``: what the forecast of this step is expected to be off by.
+        """
+        if self.settings.error is not None:
+            if decider.missed is None:
+                return None
+            grown = self._grown(context, decider)
+            return ratio(*self.numbers(context, *decider.missed)) * grown / decider.grown
         if decider.changes is None or decider.v is None or decider.x is None:
             return None
         moved = mean_change(self.latents(context), decider.x)
@@ -70,14 +110,46 @@ class EasyHandler(StepCacheHandler):
         decider.total += ratio(change, by) * ratio(now, size)
         return decider.total
 
+    def threshold(self) -> float | None:
+        """Return what the indicator is compared with."""
+        return StepCacheHandler.threshold(self) if self.settings.error is None else self.settings.error
+
+    def arrived(
+        self, context: ForwardContext, decider: EasyDecider, history: History, output: Any, time: float
+    ) -> None:
+        """Measure what the forecast of a computed step would have been off by, where that decides."""
+        if self.settings.error is None or not (grown := self._grown(context, decider)):
+            return
+        latents = context.inputs[self.model.adapter.latents]
+        off = history.sample_missed(output, latents, time, self._end(context))
+        decider.missed = mean_size(off, spent=True), mean_size(target_sample(output))
+        decider.grown = grown
+
+    def _grown(self, context: ForwardContext, decider: EasyDecider) -> float:
+        """Return what the error of a forecast for a step has grown to, up to a factor; 0 at a computed step."""
+        passed = decider.places[-self.settings.passed_points :]
+        return growth(passed, self._place(context, decider)) ** GROWTH
+
+    @staticmethod
+    def _place(context: ForwardContext, decider: EasyDecider) -> float:
+        """Return where a step stands on the axis along which errors grow."""
+        return context.step_index if context.sigma is None else log_snr(context.sigma, flow=decider.flow)
+
     def seen(self, context: ForwardContext, decider: EasyDecider) -> None:
         """Keep the latents."""
+        if self.settings.error is not None:
+            return
         decider.x = self.latents(context)
         if not decider.reuse:
             decider.total = 0.0
 
     def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
         """Take the changes between the last two computed steps."""
+        if self.settings.error is not None:
+            if not decider.places and context.sigma is not None:
+                decider.flow = context.sigma <= 1
+            decider.places = (*decider.places, self._place(context, decider))[-self.settings.passed_points :]
+            return
         x, v = decider.x, target_sample(output)
         assert x is not None
         if decider.v is not None and decider.x_computed is not None:

@@ -4,6 +4,7 @@ A cache is a `StepCacheConfig` and a handler that says whether a step may be ski
 steps that are always computed, branches, transformers that take over, shapes that change, forecasts, the report.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -110,6 +111,9 @@ class StepCacheHandler(Handler):
     def seen(self, context: ForwardContext, decider: Decider) -> None:
         """Note the input of a step, computed or not, after it was decided; what the decider keeps of it is copied."""
 
+    def arrived(self, context: ForwardContext, decider: Decider, history: History, output: Any, time: float) -> None:
+        """Note what a step that was computed gave, beside what its branch's history would have forecast for it."""
+
     def computed(self, context: ForwardContext, decider: Decider, output: Any) -> None:
         """Note what a step that was computed gave; what the decider keeps of it is copied."""
 
@@ -161,6 +165,8 @@ class StepCacheHandler(Handler):
         decider, leads, reuse = self._settle(context, bool(history.points))
         if reuse:
             given = history.forecast(latents, context.step_index, time, self._end(context))
+            if history.correction is not None:
+                history.correction.skipped(context, time)
             self.note_held(self._held())
             return given
         output = run()
@@ -172,12 +178,18 @@ class StepCacheHandler(Handler):
             if leads:
                 decider = self._new_decider(context, decider)
                 self._see(context, decider)
+        given = output
+        if history.correction is not None:
+            missed = functools.partial(history.missed, output, latents, time, self._end(context))
+            given = history.correction.computed(output, context, time, history.growth, missed)
+        if leads and history.points:
+            self.arrived(context, decider, history, output, time)
         history.take(output, latents, context.step_index, time)
         if leads:
             self.computed(context, decider, output)
             decider.own((context.inputs, output))
         self.note_held(self._held())
-        return output
+        return given
 
     def is_trained(self, context: ForwardContext, latents: Any) -> bool:
         """Tell whether gradients are taken through a forward, to its latents or to any of the weights."""

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...rules import forecast
+from ..site import target_sample
 from .cache_config import StepCacheConfig
+from .correction import Correction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +38,9 @@ class History:
         shapes: of the latents that went in.
         start: the time at which the run began.
         held_on: where what is stored waits; None: where it was made.
+
+    Attributes:
+        correction: what corrects computed outputs for the skipped ones before, or None.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class History:
         self._settings = settings
         self._start = start
         self._held_on = held_on
+        self.correction = Correction(settings.name) if settings.corrected else None
         self.shapes = shapes
         self.points: list[Point] = []
         self.skipped: list[float] = []
@@ -81,32 +87,59 @@ class History:
 
     def forecast(self, latents: Any, step: int, time: float, end: float) -> Any:
         """Return an output in the form of the last one, forecast for a step of a run that ends at a time."""
-        weights = self._weights(time, end)
-        last, count = self.points[-1], len(self.points)
-        values = [
-            _weighted([self.points[i].values[leaf] for i in range(count)], weights)
-            if isinstance(value, Tensor)
-            else value
-            for leaf, value in enumerate(last.values)
-        ]
+        values = self._values(time, end)
         if self._settings.predictor == "heun":
             self._given = Point(step, time, values, computed=False)
         if not self.skipped or self.skipped[-1] != time:
             self.skipped.append(time)
         assert self._spec is not None
+        return tree_unflatten(self._outputs(values, latents), self._spec)
+
+    def missed(self, output: Any, latents: Any, time: float, end: float) -> list[Tensor | None]:
+        """Return for each tensor of an output what its forecast from its latents would be off by; take it afterwards.
+
+        In float32 or wider; None for what is no tensor of floating-point numbers.
+        """
+        forecasts = self._outputs(self._values(time, end), latents)
+        return [
+            leaf.detach().to(_wide(leaf)) - made if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+            for leaf, made in zip(tree_leaves(output), forecasts, strict=True)
+        ]
+
+    def sample_missed(self, output: Any, latents: Any, time: float, end: float) -> Tensor:
+        """Return what a forecast of the prediction would be off by, as one tensor of its own."""
+        assert self._spec is not None
+        return target_sample(tree_unflatten(self.missed(output, latents, time, end), self._spec))
+
+    def growth(self, time: float) -> float:
+        """Return what a forecast for a time is off by, up to a factor, by the computed steps that it goes through."""
+        computed = [point.time for point in self.points if point.computed]
+        return forecast.growth(computed[-self._settings.passed_points :], time)
+
+    def _values(self, time: float, end: float) -> list[Any]:
+        """Return what would be stored of the output of a time."""
+        weights, count = self._weights(time, end), len(self.points)
+        return [
+            _weighted([self.points[i].values[leaf] for i in range(count)], weights)
+            if isinstance(value, Tensor)
+            else value
+            for leaf, value in enumerate(self.points[-1].values)
+        ]
+
+    def _outputs(self, values: list[Any], latents: Any) -> list[Any]:
+        """Return the leaves of an output of latents, of which some values would be stored."""
         if self._held_on is not None:
             device = next(leaf.device for leaf in tree_leaves(latents) if isinstance(leaf, Tensor))
             values = [value.to(device) if isinstance(value, Tensor) else value for value in values]
-        outputs = [
+        return [
             _plus(value, near) if isinstance(value, Tensor) else value
             for value, near in zip(values, self._bases(values, latents), strict=True)
         ]
-        return tree_unflatten(outputs, self._spec)
 
     def _weights(self, time: float, end: float) -> list[float]:
         settings, times = self._settings, [point.time for point in self.points]
         if settings.predictor == "taylor":
-            return forecast.taylor(times, time, settings.order)
+            return forecast.taylor(times, time, settings.order, settings.damping)
         if settings.predictor == "chebyshev":
             return forecast.chebyshev(times, time, settings.order, (self._start, end))
         if settings.predictor == "heun":

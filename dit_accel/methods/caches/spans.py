@@ -127,6 +127,11 @@ class SpanHandler(StepCacheHandler):
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config, model)
+        if config.corrected:
+            raise ConfigError(
+                f"{config.name}.corrected = True is for caches of whole forwards, such as EasyCache; {config.name} "
+                f"skips blocks: use {config.name}.corrected = False"
+            )
         self._passes: dict[str, Pass] = {}
         self._counts: dict[str, int] = {}
         self._ran: list[tuple[int, int]] = []  # blocks computed and blocks in all, of each forward

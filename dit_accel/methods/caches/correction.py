@@ -1,0 +1,74 @@
+"""What skipped steps moved the latents wrongly, by what the next computed step shows, is made good in that step.
+
+A predictor-corrector solver corrects a step once the model was called at its end; across skipped steps nothing does.
+The step that is computed after them shows how far the forecast had come off by then, and `rules.forecast.growth` how
+that grew: so what they added to the latents is known, and a share of the error is taken off.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...errors import ConfigError
+from ..site import ForwardContext
+
+SHARE = 0.35
+"""Of the error that is taken off; the model mends the rest itself, as its next outputs start from the wrong latents."""
+
+
+class Correction:
+    """Corrects the computed outputs of one branch for what the skipped steps before them were off by."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name  # the cache's
+        self._skipped: list[tuple[float, float]] = []  # (time, noise level) since the last computed step
+        self._sigma: float | None = None  # of the last step
+        self._width = 0.0  # noise levels between the last two steps
+
+    def skipped(self, context: ForwardContext, time: float) -> None:
+        """Note a skipped step."""
+        self._skipped.append((time, self._reach(context)))
+
+    def computed(
+        self, output: Any, context: ForwardContext, time: float, growth: Callable[[float], float],
+        missed: Callable[[], Sequence[Tensor | None]],
+    ) -> Any:  # fmt: skip
+        """Return the output of a computed step, corrected for the skipped steps before it.
+
+        Args:
+            output: of the step.
+            context: of the step.
+            time: of the step.
+            growth: time -> what the forecast for it is off by, up to a factor.
+            missed: gives what the forecast of this step would have been off by, for each tensor of the output.
+        """
+        sigma, skipped = self._reach(context), self._skipped
+        self._skipped = []
+        width = sigma if context.step_index + 1 == context.num_inference_steps else self._width
+        if not skipped or width <= 0:
+            return output
+        levels = [*(level for _, level in skipped), sigma]
+        moved = sum(
+            growth(moment) * (level - after) for (moment, level), after in zip(skipped, levels[1:], strict=True)
+        )
+        weight = SHARE * moved / growth(time) / width
+        leaves, spec = tree_flatten(output)
+        return tree_unflatten([_plus(leaf, off, weight) for leaf, off in zip(leaves, missed(), strict=True)], spec)
+
+    def _reach(self, context: ForwardContext) -> float:
+        """Return the noise level of a step, which says how far the step before it went."""
+        sigma = context.sigma
+        if sigma is None:
+            raise ConfigError(
+                f"{self._name}.corrected = True needs the noise level, which the pipeline does not tell; use "
+                "corrected = False"
+            )
+        if sigma != self._sigma:  # else a scheduler calls twice in a step
+            self._sigma, self._width = sigma, 0.0 if self._sigma is None else self._sigma - sigma
+        return sigma
+
+
+def _plus(leaf: Any, off: Tensor | None, weight: float) -> Any:
+    return leaf if off is None else leaf.detach().to(off.dtype).add(off, alpha=weight).to(leaf.dtype)
