@@ -49,7 +49,8 @@ bench-gpu-dry: $(VENV)/.ready-test
 # of wan-tiny and flux-tiny take about four core-hours (AMD EPYC, references included); the other runs were not timed together
 SUITES := knee-wan-tiny knee-flux-tiny sparse-wan-tiny caches-wan-tiny caches-flux-tiny blocks-wan-plain blocks-flux-tiny
 JUDGED := profiling-wan-plain profiling-flux-tiny guidance-wan-plain guidance-flux-tiny longer-wan-tiny larger-flux-tiny \
-	guided-flux-tiny vbench-wan-plain vbench-flux-tiny presets-wan-tiny presets-flux-tiny
+	guided-flux-tiny vbench-wan-plain vbench-flux-tiny presets-wan-tiny presets-flux-tiny schedules-wan-tiny \
+	frontier-wan-tiny frontier-flux-tiny
 TIMED := caches-time-wan-tiny blocks-time-wan-plain blocks-time-flux-tiny
 RESULTS := eval/results
 REPORTS := report-wan-tiny report-flux-tiny

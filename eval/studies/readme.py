@@ -80,6 +80,7 @@ PAGES = {
         "blocks-time-wan-plain",
         "blocks-time-flux-tiny",
     ),
+    "docs/frontier.md": ("frontier-wan-tiny", "frontier-flux-tiny"),
     "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "guided-flux-tiny"),
     "docs/evidence/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
 }
