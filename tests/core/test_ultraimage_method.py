@@ -191,7 +191,8 @@ def test_what_is_planned_to_be_held_is_held():
 
 
 def test_published_defaults():
-    assert UltraImage.defaults == {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
+    paper = {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
+    assert UltraImage.defaults == {**paper, "follow_above": 0.8, "enlarge": "picture"}
     assert (UltraImage().rows, UltraImage().correct) == (256, True)
 
 

@@ -168,7 +168,8 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     assert described.refused == {**unmeasured, **IMAGE_REFUSED}
     told = set(unmeasured)
     assert {"magcache", "teacache", "profilingcache"} <= told  # no numbers are published for a model of such sizes
-    assert told <= {"magcache", "teacache", "profilingcache", "nag", "pag", "slg", "softpag", "rope", "ultraimage"}
+    guided = {"nag", "pag", "slg", "seg", "autoguidance", "softpag"}
+    assert told <= {"magcache", "teacache", "profilingcache", "rope", "ultraimage"} | guided
     assert all("dit-accel tune" in unmeasured[name] for name in ("magcache", "teacache", "profilingcache"))
     assert described.methods["sol"]["beta"] == 1.0
 

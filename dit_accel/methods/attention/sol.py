@@ -45,7 +45,7 @@ class SolAttention(SparseConfig):
         sink: what every query sees exactly besides its own and the neighbouring tiles: ``text`` tokens, where text is
             part of the sequence (as queries they see all exactly, too), or ``first_frame``, text and the first frame.
         rest: what becomes of the other tiles: ``pooled``, or ``cached`` (they enter as they did in the layer's last
-            dense call, in which the tiles of the calls after it are routed; see ``refresh``).
+            dense call, in which the tiles of the calls after it are routed; see ``refresh``). Unset: pooled.
         dense_above_sigma: steps whose noise level is above it stay dense too; unset: none. What TensorRT-LLM calls
             disabled_until_timestep.
     """
@@ -64,7 +64,7 @@ class SolAttention(SparseConfig):
     beta_last: float | None = None
     threshold: Literal["diag", "exact"] = "diag"
     sink: Literal["text", "first_frame"] = "text"
-    rest: Literal["pooled", "cached"] = "pooled"
+    rest: Literal["pooled", "cached"] | None = None
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; ``beta_last`` with ``beta``."""
@@ -121,6 +121,11 @@ class SolHandler(SparseHandler):
     phase = Phase.SELECTIONS
     exclusive = frozenset({"routing"})
     settings: SolAttention
+
+    @property
+    def pools(self) -> bool:
+        """Whether tiles that are not exact enter as one key each."""
+        return not self.settings.caches_rest
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Route the exact tiles of the plan's list, or all tiles where there is none."""

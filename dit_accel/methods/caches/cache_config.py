@@ -81,8 +81,8 @@ class StepCacheConfig(MethodConfig):
     order: Annotated[int, within(1, 4), "predictor = 'hold' is order 0"] = 1
     variable: Literal["step", "sigma"] = "step"
     stored: Literal["residual", "output"] = "residual"
-    damping: Share = 0.0
-    corrected: bool = False
+    damping: Share | None = None
+    corrected: bool | None = None
     branches: Literal["all", "uncond"] = "all"
 
     def __post_init__(self) -> None:

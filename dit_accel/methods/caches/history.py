@@ -139,7 +139,7 @@ class History:
     def _weights(self, time: float, end: float) -> list[float]:
         settings, times = self._settings, [point.time for point in self.points]
         if settings.predictor == "taylor":
-            return forecast.taylor(times, time, settings.order, settings.damping)
+            return forecast.taylor(times, time, settings.order, settings.damping or 0.0)
         if settings.predictor == "chebyshev":
             return forecast.chebyshev(times, time, settings.order, (self._start, end))
         if settings.predictor == "heun":

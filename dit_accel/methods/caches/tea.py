@@ -50,7 +50,7 @@ class TeaCache(CalibratedConfig):
 
     polynomial: Polynomial | None = None
     polynomial_2: Polynomial | None = None
-    use_ret_steps: bool = False
+    use_ret_steps: bool | None = None
 
     def __post_init__(self) -> None:
         CalibratedConfig.__post_init__(self)

@@ -76,18 +76,19 @@ class UltraImage(MethodConfig):
         guided: a small picture is made first and enlarged, and the large one begins from it, noised to
             ``follow_above``; the steps before that cost nothing.
         view: a small picture is made first, and stands in the middle of the large one above ``follow_above``.
-        follow_above: noise level from 0 to 1 above which the small picture is followed; 1: nowhere.
+        follow_above: noise level from 0 to 1 above which the small picture is followed; 1: nowhere. Unset: 0.8.
         pull: of ``guided``: share by which the low frequencies are pulled to the small picture's below that, less and
             less with the noise; 0: not at all.
         small: tokens of the small picture's longer side; unset: it fits into the size that the model makes by default.
         enlarge: what of the small picture is enlarged, by bicubic interpolation: the ``picture``, which is encoded
-            again, or its ``latents``, which takes no autoencoder.
+            again, or its ``latents``, which takes no autoencoder. Unset: the picture.
     """
 
     name: ClassVar[str] = "ultraimage"
     # the paper's
     defaults: ClassVar[Mapping[str, Any]] = {
-        "focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None,
+        "focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None, "follow_above": 0.8,
+        "enlarge": "picture",
     }  # fmt: skip
 
     correct: bool = True
@@ -99,12 +100,12 @@ class UltraImage(MethodConfig):
     turn: float | None = None
     trained_height: Count | None = None
     trained_width: Count | None = None
-    guided: bool = False
-    view: bool = False
-    follow_above: Annotated[float, within(0, 1)] = 0.8
-    pull: Share = 0.0
+    guided: bool | None = None
+    view: bool | None = None
+    follow_above: Annotated[float, within(0, 1)] | None = None
+    pull: Share | None = None
     small: Count | None = None
-    enlarge: Literal["picture", "latents"] = "picture"
+    enlarge: Literal["picture", "latents"] | None = None
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
@@ -166,7 +167,7 @@ class UltraImageHandler(AttentionHandler):
             except ConfigError as error:
                 raise ConfigError(f"{error}; ultraimage.correct = false changes heads alone") from None
         self._trained = {axis: known[axis] for axis in AXES}
-        self.guide = Guide(self.settings.follow_above, self.settings.pull)
+        self.guide = Guide(self.settings.follow_above or 0.0, self.settings.pull or 0.0)
         self._heads: dict[Calls, _Heads] = {}
         self._compared: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
@@ -189,7 +190,7 @@ class UltraImageHandler(AttentionHandler):
     @property
     def two_stages(self) -> bool:
         """Whether a small picture is made before a large one."""
-        return self.settings.guided or self.settings.view
+        return bool(self.settings.guided or self.settings.view)
 
     def small_grid(self, height: int, width: int) -> tuple[int, int] | None:
         """Return the tokens of the small picture that comes before a larger one; None: none does.
