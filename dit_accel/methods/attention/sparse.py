@@ -69,7 +69,7 @@ class SparseConfig(MethodConfig):
         for name in ("rest_dtype", "rest_memory", "rest_offload"):
             if (value := getattr(self, name)) is not None and not self.caches_rest:
                 raise ConfigError(
-                    f"{self.name}.{name} = {value!r} is of what rest = 'cached' keeps, got {self.name}.rest = "
+                    f"{self.name}.{name} = {value!r} says how rest = 'cached' is kept, got {self.name}.rest = "
                     f"{getattr(self, 'rest', 'skip')!r}; set both, or leave {name} out"
                 )
 
