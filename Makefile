@@ -62,6 +62,7 @@ tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) 
 	$(BIN)/python eval/studies/finetuned.py eval/finetuning/finetuned-4x-wan-plain.toml --work finetuned-4x
 	$(BIN)/python eval/studies/call_error.py --plot docs/evidence/call-error.png
 	$(BIN)/python eval/studies/eight_bits.py
+	$(BIN)/python eval/studies/rest_picture.py
 	$(BIN)/python eval/studies/dropped_mass.py
 	$(BIN)/python eval/studies/attention_spread.py
 	$(BIN)/python eval/studies/every_set.py --model wan-plain
