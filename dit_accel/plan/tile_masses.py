@@ -9,7 +9,7 @@ import torch
 from dit_accel_kernels.features import product_dtype, split_tiles, wide_dtype
 from torch import Tensor
 
-CHUNK = 1 << 24  # logits at a time
+CHUNK = 1 << 22  # logits at a time
 
 
 @torch.no_grad()
@@ -45,9 +45,9 @@ def tile_masses(
         key_mask = None if key_mask is None else key_mask.index_select(1, token_order)
     parts = []
     for x in _logits(q, k, scale, block_q, key_mask):
-        lse = torch.logsumexp(x, -1, keepdim=True)
-        p = (x - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
-        of_rows = split_tiles(p, 3, block_k, 0.0).sum(-1)
+        peak = x.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)  # a row without a key
+        of_rows = split_tiles(x.sub_(peak).exp_(), 3, block_k, 0.0).sum(-1)
+        of_rows /= of_rows.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         rows = split_tiles(torch.ones(x.shape[2], device=x.device, dtype=x.dtype), 0, block_q, 0.0).sum(-1)
         parts.append(split_tiles(of_rows, 2, block_q, 0.0).sum(3) / rows[:, None])
     return torch.cat(parts, 2)
@@ -61,7 +61,7 @@ def _logits(q: Tensor, k: Tensor, scale: float | None, block_q: int, key_mask: T
     step = block_q * max(1, CHUNK // size)
     for start in range(0, q.shape[2], step):
         rows = q[:, :, start : start + step].to(multiplied)
-        x = (rows @ k).to(wide) * (q.shape[3] ** -0.5 if scale is None else scale)
+        x = (rows @ k).to(wide).mul_(q.shape[3] ** -0.5 if scale is None else scale)
         if key_mask is not None:
-            x = x.masked_fill(~key_mask[:, None, None], -torch.inf)
+            x.masked_fill_(~key_mask[:, None, None], -torch.inf)
         yield x

@@ -7,7 +7,7 @@ round, text encoding and autoencoder left out. The default settings take about 5
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,10 @@ from study import about, study
 from torch import Tensor
 
 import dit_accel
+from dit_accel.methods.config import MethodConfig
 
 THRESHOLDS = (-6.0, -3.0, -1.0, -0.5, -0.25, -0.1)
-Arm = tuple[dit_accel.LiteAttention | None, int]
+Arm = tuple[MethodConfig | None, int]
 """Method, if any, and steps."""
 
 
@@ -37,13 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, lines: list[Line]) -> list[Line]:
     """Return one line per arm: its density over the whole run, its time and its result against the dense run's."""
-    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
     fewer = max(1, options.steps * 2 // 3)
     arms: dict[str, Arm] = {"dense": (None, options.steps), f"dense, {fewer} steps": (None, fewer)}
     for value in THRESHOLDS:
         lite = dit_accel.LiteAttention(threshold=value, block_size=options.block_size, dense_steps=1)
         arms[f"threshold {value:g}"] = lite, options.steps
+    return timed(arms, options)
+
+
+def timed(arms: Mapping[str, Arm], options: argparse.Namespace) -> list[Line]:
+    """Return one line per arm, of which one is called ``dense``: it is what the others are held against."""
+    pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
     _run(pipe, (None, 2), options)  # warm-up
     takes = {name: partial(_run, pipe, arm, options) for name, arm in arms.items()}
     runs = list(in_turn(takes, options.rounds, warm_up=0))
