@@ -18,9 +18,10 @@ IMAGE, VIDEO = cases_of(image=True), cases_of(image=False)
 
 
 def test_no_method_is_left_out():
+    """All but AutoGuidance, whose weaker model would have to be shared between the processes too."""
     for cases, apart in ((VIDEO, set()), (IMAGE, VIDEOS_ALONE)):
         tried = {method.name for case in cases.values() for method in case}
-        assert tried == set(methods()) - apart
+        assert tried == set(methods()) - apart - {"autoguidance"}
 
 
 @pytest.mark.parametrize(
