@@ -27,15 +27,7 @@ from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
 from .forward_state import NO_GRID, ForwardState
-from .kernel_call import (
-    by_rows,
-    computed_rows,
-    followed,
-    override_rows,
-    own_rows,
-    run_dense,
-    without_slow_lists,
-)
+from .kernel_call import by_rows, computed_rows, followed, override_rows, own_rows, run_dense, without_slow_lists
 from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
 from .rest import turned, with_rest
@@ -104,6 +96,9 @@ class Execution:
         """Have every method forget what it carries from step to step."""
         for handler in self.handlers:
             handler.reset()
+        for handler in self.attention:
+            if handler.rests is not None:
+                handler.rests.reset()
 
     def acting(self, step: StepContext, depth: int) -> tuple[AttentionHandler, ...]:
         """Return the methods that change attention in a layer at a step, over its layout where that is known."""

@@ -18,7 +18,7 @@ from dit_accel import LiteAttention, SparseD
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write one JSON line per arm and print the table; returns the exit code."""
     return study(
-        __doc__, arguments, measure, table, out="rest-time.jsonl", threads=1, num_frames=137, steps=10, rounds=2,
+        __doc__, arguments, measure, table, out="rest-time.jsonl", threads=1, num_frames=137, steps=10, rounds=3,
         block_size=64,
     )  # fmt: skip
 

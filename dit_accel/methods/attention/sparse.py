@@ -162,11 +162,6 @@ class SparseHandler(AttentionHandler):
                 "leaves rows out; attach one of the two"
             )
 
-    def reset(self) -> None:
-        """Forget whose turn it is, and free what was kept of dense calls."""
-        if self.rests is not None:
-            self.rests.reset()
-
     def state_bytes(self) -> int:
         """Return the most memory that was held from step to step since attach, in bytes."""
         return super().state_bytes() + (0 if self.rests is None else self.rests.most_held)

@@ -124,7 +124,6 @@ class SparseDHandler(SparseHandler):
 
     def reset(self) -> None:
         """Forget the patterns."""
-        super().reset()
         self.bits.clear()
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:

@@ -104,7 +104,7 @@ class AutoGuidanceHandler(PerturbedHandler):
         name = self.settings.weak
         if name is None:
             raise ConfigError(
-                "autoguidance leads away from a weaker model, and none is set; set autoguidance.weak to a folder or a "
+                "autoguidance guides away from a weaker model, and none is set; set autoguidance.weak to a folder or a "
                 "hub id, or autoguidance.weak_transformer"
             )
         options, error = {"torch_dtype": transformer.dtype}, None

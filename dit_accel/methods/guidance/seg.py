@@ -44,7 +44,7 @@ class SEGHandler(PerturbedHeadsHandler):
     by_place = False
     gives_another = True
 
-    def perturb_call(
+    def perturb(
         self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
     ) -> AttentionPlan:
         """Put attention of blurred queries in the place of the layer's perturbed heads."""

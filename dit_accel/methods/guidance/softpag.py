@@ -1,5 +1,6 @@
 """SoftPAG and PAG: guidance away from a forward whose chosen heads see themselves alone, wholly or in part."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -93,22 +94,21 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
     u: float = 1.0
     """How far they are perturbed, in [0, 1]; 0 changes nothing."""
 
-    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+    @abstractmethod
+    def perturb(
+        self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
+    ) -> AttentionPlan:
         """Return the plan of an attention call with the chosen heads perturbed.
+
+        What follows from q, k and v, and not from places and heads alone, sets ``by_place`` to False.
 
         Args:
             plan: what other methods planned.
+            call: q, k and v.
             share: how far each head is perturbed, in [0, 1]: [H], or [B, H] where some rows alone are.
             whole: every head and row of the call is perturbed.
             context: where the call stands.
         """
-        raise NotImplementedError
-
-    def perturb_call(
-        self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
-    ) -> AttentionPlan:
-        """Return the same, for a perturbation that follows from q, k and v; such a one sets ``by_place`` to False."""
-        return self.perturb(plan, share, whole, context)
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
         super().__init__(config, model)
@@ -162,7 +162,7 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
                 f"0 to {count - 1}; stay in that range"
             )
         whole = len(named) == count and rows is None
-        return self.perturb_call(plan, call, self._share(named, count, context, rows), whole, context)
+        return self.perturb(plan, call, self._share(named, count, context, rows), whole, context)
 
     def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Return a plan with V mixed into the output of its heads, in all rows or, by an option, in the image's."""
@@ -206,19 +206,15 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         """How far heads are perturbed."""
         return self.settings.u or 0.0
 
-    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
-        """Mix V into the output of the layer's perturbed heads, or scale their logits."""
-        if self.settings.target == "temperature":
-            return plan.scale(1 - share)
-        return self.mix_values(plan, share, whole and self.u == 1, context)
-
-    def perturb_call(
+    def perturb(
         self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
     ) -> AttentionPlan:
-        """Put what a target gives of its own in place of a share of the heads' attention, or perturb them."""
+        """Put V, or what the target gives, in place of a share of the heads' attention, or scale their logits."""
         target, layout = self.settings.target, context.layout
-        if not self.gives_another:
-            return self.perturb(plan, share, whole, context)
+        if target == "temperature":
+            return plan.scale(1 - share)
+        if target == "identity":
+            return self.mix_values(plan, share, whole and self.u == 1, context)
         some = self.settings.rows == "image" and layout.tokens > layout.visual_tokens
         image = image_rows(layout, str(context.device)) if some else None
         other = mean_values(call) if target == "uniform" else of_mean_query(call, image)
@@ -246,7 +242,9 @@ class PAGHandler(PerturbedHeadsHandler):
     config_type = PAG
     settings: PAG
 
-    def perturb(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
+    def perturb(
+        self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
+    ) -> AttentionPlan:
         """Put V in the place of the output of the layer's perturbed heads."""
         return self.mix_values(plan, share, whole, context)
 

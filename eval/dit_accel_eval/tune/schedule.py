@@ -37,6 +37,10 @@ FINER = 4
 """How many times as many steps as the longest placement has the runs make to which PSNR is taken."""
 
 
+Lists = dict[int, tuple[float, tuple[int, ...]]]
+"""Number of computed steps -> the error that their best list is expected to leave, and the list."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """So many steps of UniPC with a noise shift, None: the model's own; without ``text`` the model's own solver."""
@@ -102,14 +106,7 @@ def tune_schedule(
         {key: value for key, value in run.items() if value is not None},
     )  # fmt: skip
     runs.finish()
-    found = [
-        {
-            "steps": tried[place].steps, "flow_shift": tried[place].shift, "psnr": quality[place],
-            "lists": {count: list(of) for count, (_, of) in lists[place].items()},
-            "error": {count: error for count, (error, _) in lists[place].items()},
-        }
-        for place in order
-    ]  # fmt: skip
+    found = [_found(tried[place], quality[place], lists[place]) for place in order]
     rows = [
         (one["steps"], one["flow_shift"] or "own", count, one["error"][count], one["psnr"] or "", spell_numbers(path))
         for one in found
@@ -125,6 +122,15 @@ def tune_schedule(
     )
 
 
+def _found(placement: Placement, quality: float | None, lists: Lists) -> dict[str, Any]:
+    """Return what was found for a placement: its lists and their errors by numbers of computed steps."""
+    return {
+        "steps": placement.steps, "flow_shift": placement.shift, "psnr": quality,
+        "lists": {count: list(path) for count, (_, path) in lists.items()},
+        "error": {count: error for count, (error, _) in lists.items()},
+    }  # fmt: skip
+
+
 def _config(request: Request) -> tuple[StaticCache, tuple[Any, ...]]:
     """Return the request's cache, and its other methods; a cache that says when is computed is refused."""
     config = next((one for one in request.methods if isinstance(one, StaticCache)), StaticCache(predictor="taylor"))
@@ -138,7 +144,7 @@ def _listed(config: StaticCache, steps: int, path: Sequence[int]) -> StaticCache
     return dataclasses.replace(config, steps=tuple(int(step in path) for step in range(steps)))
 
 
-def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: int) -> Any:
+def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: int) -> Lists:
     """Return the best lists of up to so many computed steps by what was measured on prompts."""
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])

@@ -165,7 +165,6 @@ class LiteHandler(SparseHandler):
 
     def reset(self) -> None:
         """Free all bits."""
-        super().reset()
         self._states.clear()
         self._calibrators.clear()
         self._fixed.clear()
