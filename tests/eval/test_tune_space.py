@@ -34,7 +34,7 @@ def test_the_default_space_has_every_kind_of_setting(model):
     assert {arm.solver for arm in space} == {"unipc", "dpm++", "euler"}
     assert {1, 2} <= {len(arm.methods) for arm in space}
     sparse = {"sol", "sparsed", "lite"} | ({"radial", "dfa"} if model.startswith("wan") else set())
-    caches = {"easycache", "teacache", "magcache", "firstblockcache", "dbcache", "dbprune", "staticcache"}
+    caches = {"easycache", "seacache", "teacache", "magcache", "firstblockcache", "dbcache", "dbprune", "staticcache"}
     assert {method.name for arm in space for method in arm.methods} == sparse | caches
     for arm in space:
         assert from_toml(to_toml(arm.methods)) == list(arm.methods)
