@@ -15,6 +15,7 @@ from block_choices import choices, scores_of, whole
 from block_choices import table as choices_table
 from budgets import table as budgets_table
 from call_error import table as calls_table
+from combining import table as combining_table
 from denoising_time import table as times_table
 from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
@@ -33,15 +34,18 @@ from preset_table import table as levels_table
 from product_time import page_text as product_text
 from report_tables import demo_text, report_table, score_words, tuned_text
 from scaling import table as scaling_table
+from site_pages import ROOMS, errors_table, models_table, reasons_table
 from vbench_proxies import page_text as proxies_text
-
-from dit_accel.adapters.installed import adapters
-from dit_accel.methods.registry import methods
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 SHAPES = Path("eval/results/attention-shapes.jsonl")
 PAGES = {
-    "README.md": ("demo", "models", "report", "speed"),
+    "README.md": ("demo", "presets"),
+    "docs/models.md": ("models", "reasons"),
+    "docs/combining.md": ("combining",),
+    "docs/troubleshooting.md": tuple(f"errors-{room}" for room in ROOMS),
+    "docs/evidence/index.md": ("report",),
+    "docs/evidence/kernels-cpu.md": ("speed",),
     "docs/quality.md": ("rivals-wan-tiny", "rivals-flux-tiny", "report-wan-tiny", "report-flux-tiny"),
     "docs/guidance.md": ("guidance-cost",),
     "docs/kernel-predictions.md": ("attention-shapes",),
@@ -113,20 +117,6 @@ def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for page in PAGES:
         Path(page).write_text(filled(Path(), page))
-
-
-def _models(root: Path) -> str:
-    """Families under the methods that they take, read off the adapters that are registered."""
-    names = list(methods())
-    taken: dict[tuple[str, ...], list[str]] = {}
-    for adapter in adapters().values():
-        verdicts = {name: adapter.verdict(name) for name in names}
-        but = tuple(f"no `{name}` ({word}: {why})" for name, (word, why) in verdicts.items() if why)
-        classes = ", ".join(f"`{name}`" for name in adapter.transformers)
-        taken.setdefault(but, []).append(f"{adapter.name} ({classes})")
-    rows = ["| methods | families and their transformer classes |", "|---|---|"]
-    rows += [f"| {'; '.join(but) or 'all'} | {', '.join(families)} |" for but, families in taken.items()]
-    return "\n".join(rows)
 
 
 def _suite(root: Path, name: str) -> str:
@@ -282,7 +272,10 @@ def _budgets(root: Path) -> str:
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
-    "models": _models,
+    "models": models_table,
+    "reasons": reasons_table,
+    "combining": partial(_run, study="combining", write=combining_table),
+    **{f"errors-{room}": partial(errors_table, room=room) for room in ROOMS},
     "presets": levels_table,
     "speed": _speed,
     "demo": demo_text,

@@ -128,10 +128,10 @@ def demo_text(root: Path) -> str:
     if against.verdict in ("open", TOO_FEW):
         why = {"open": "which is open", TOO_FEW: "too few for a verdict"}[against.verdict]
         return (
-            f"{seeds} it shows no difference: ours came {against:+.1f} dB nearer to the dense run in the mean, "
-            f"{against.median:+.1f} in the median, {why}; it took {seconds}, {steps} dense steps {rival} {where}"
+            f"{seeds} it shows no difference: the preset came {against:+.1f} dB nearer to the full run in the mean, "
+            f"{against.median:+.1f} in the median, {why}; it took {seconds}, {steps} plain steps {rival} {where}"
         )
     return (
-        f"{seeds} ours came {against:+.1f} dB (median {against.median:+.1f}) nearer to the dense run in {seconds} "
-        f"than {steps} dense steps did in {rival} {where}"
+        f"{seeds} the preset came {against:+.1f} dB (median {against.median:+.1f}) nearer to the full run in {seconds} "
+        f"than {steps} plain steps did in {rival} {where}"
     )
