@@ -91,6 +91,26 @@ PAGES = {
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
 
+LONG = 12
+"""Rows of a table from which a page of measurements shows it folded."""
+
+OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshooting.md")
+"""Pages that are there for their tables."""
+
+
+def folded(content: str) -> str:
+    """Return a text whose long tables open by a click, on GitHub and on the site."""
+    return re.sub(
+        rf"(?:^\|.*\n?){{{LONG + 2},}}",
+        lambda table: (
+            f'<details markdown="1"><summary>Table of {table[0].strip().count(chr(10)) - 1} rows</summary>\n\n'
+            f"{table[0].strip()}\n\n</details>\n"
+        ),
+        content,
+        flags=re.M,
+    ).rstrip("\n")
+
+
 def filled(root: Path, page: str) -> str:
     """Return the text of one of `PAGES` with the tables of the committed results between its marks.
 
@@ -104,6 +124,7 @@ def filled(root: Path, page: str) -> str:
     text = (root / page).read_text()
     for mark in PAGES[page]:
         content = _TABLES[mark](root) if mark in _TABLES else _suite(root, mark)
+        content = content if page in OPEN else folded(content)
         text, count = re.subn(
             rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
         )

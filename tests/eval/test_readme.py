@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from readme import PAGES, filled
+from readme import LONG, PAGES, filled, folded
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,20 @@ def test_a_missing_mark_is_an_error(tmp_path):
     for part in ("eval/suites", "eval/results", "kernels/bench/results"):
         if (ROOT / part).exists():
             shutil.copytree(ROOT / part, tmp_path / part)
-    (tmp_path / "README.md").write_text(
-        "<!-- demo -->\n<!-- /demo -->\n<!-- models -->\n<!-- /models -->\n<!-- report -->\n<!-- /report -->\n"
-    )
-    with pytest.raises(ValueError, match=r"<!-- speed --> <!-- /speed -->.*found 0"):
+    (tmp_path / "README.md").write_text("<!-- demo -->\n<!-- /demo -->\n")
+    with pytest.raises(ValueError, match=r"<!-- presets --> <!-- /presets -->.*found 0"):
         filled(tmp_path, "README.md")
+
+
+def test_the_readme_is_one_page():
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 7_000
+    assert len(text.splitlines()) <= 150
+
+
+def test_long_tables_of_measurements_are_folded():
+    table = "\n".join(["| a |", "|---|", *["| 1 |"] * LONG])
+    assert folded(f"before\n\n{table}\n\nafter") == (
+        f'before\n\n<details markdown="1"><summary>Table of {LONG} rows</summary>\n\n{table}\n\n</details>\n\nafter'
+    )
+    assert folded(table.rpartition("\n")[0]) == table.rpartition("\n")[0]
