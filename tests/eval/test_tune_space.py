@@ -1,4 +1,4 @@
-"""The settings that `tune pipeline` tries: all that a model takes, the winners of the evidence, none that it refuses."""
+"""The settings of `tune pipeline`: all that a model takes, the winners of the evidence, none that it refuses."""
 
 import dataclasses
 import re
