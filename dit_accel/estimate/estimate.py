@@ -230,9 +230,10 @@ class Estimate:
         """Return the estimate as a notebook shows it."""
         size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
         rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
-        if self.methods:
+        if self.methods or self.linears:
             planned = f"{self.planned_attention_flops:.3g}", f"{self.planned_total_flops:.3g}"
-            rows.append((" + ".join(self.methods), *planned, f"{self.speedup:.2f}"))
+            layers = [f"linear layers {self.linears}"] if self.linears else []
+            rows.append((" + ".join([*self.methods, *layers]), *planned, f"{self.speedup:.2f}"))
         head = ("", "FLOPs of attention", "FLOPs in all", "predicted speed-up")
         return piece(f"{self.family.name}: {size}", table(head, rows), lines([*self.warnings, *self.notes]))
 

@@ -69,6 +69,12 @@ def test_near_the_published_whole_pipelines(family, sizes, kind, card, seconds):
     assert 0.96 * published < plan(family, **sizes, linears=kind, hardware=card).speedup < 1.09 * published
 
 
+def test_a_notebook_shows_them():
+    shown = plan("wan2.1-14b", linears="fp8")._repr_html_()
+    assert "linear layers in fp8, weights and activations" in shown
+    assert "linear layers" not in plan("wan2.1-14b")._repr_html_()
+
+
 def test_each_factor_is_beside_those_before_it():
     methods = [RadialAttention(), StaticCache(every=2)]
     stack = plan("wan2.1-14b", **WAN_720P, methods=methods, linears="fp8")
