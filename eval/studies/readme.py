@@ -23,6 +23,7 @@ from dit_accel_eval.suites.ladder import clip_words, read_ladder, setting_words
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from dropped_mass import table as masses_table
+from eight_bit_linears import table as linears_table
 from every_set import Judged, Setting
 from every_set import table as every_table
 from false_verdicts import table as false_table
@@ -48,7 +49,7 @@ PAGES = {
     "docs/evidence/kernels-cpu.md": ("speed",),
     "docs/quality.md": ("rivals-wan-tiny", "rivals-flux-tiny", "report-wan-tiny", "report-flux-tiny"),
     "docs/guidance.md": ("guidance-cost",),
-    "docs/kernel-predictions.md": ("attention-shapes",),
+    "docs/kernel-predictions.md": ("attention-shapes", "eight-bit-linears"),
     "docs/evaluating.md": ("false-verdicts",),
     "docs/presets.md": ("presets", "presets-wan-tiny", "presets-flux-tiny"),
     "docs/scaling.md": ("scaling",),
@@ -313,6 +314,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "positions-cost": partial(_run, study="positions_cost", write=additions_text),
     "product-time": partial(_run, study="product_time", write=product_text),
     "false-verdicts": partial(_run, study="false_verdicts", write=false_table),
+    "eight-bit-linears": partial(_run, study="eight_bit_linears", write=linears_table),
     "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_text),
     "every-set-wan-plain": partial(_every, model="wan-plain"),

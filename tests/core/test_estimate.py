@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD
+from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD, StaticCache
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters, family
 from dit_accel.errors import ConfigError
@@ -209,3 +209,10 @@ def test_a_strangers_family_can_be_planned():
     attention = 4 * 48**2 * 128
     other = 8 * 48 * 128**2 + 4 * 48 * 128 * 256
     assert found.total_flops == 50 * 2 * 2 * (attention + other)
+
+
+def test_skipped_forwards_beside_dense_steps_are_a_little_too_good():
+    warm, sparse = SparseD(density=0.3, dense_steps=2), SparseD(density=0.3, dense_steps=0, dense_layers=0)
+    cache = StaticCache(every=2)
+    for methods, said in (([warm, cache], True), ([sparse, cache], False), ([warm], False), ([cache], False)):
+        assert any("a little less is gained" in note for note in plan("wan2.1-14b", methods=methods).notes) is said
