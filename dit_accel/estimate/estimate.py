@@ -219,7 +219,7 @@ class Estimate:
     def notes(self) -> list[str]:
         """What a user should know about the estimate."""
         told = [note for saving in self.savings.values() for note in saving.notes]
-        if 0 < self.dense_share < 1 and any(saving.forwards for saving in self.savings.values()):
+        if 0 < self.dense_share < 1 and any(saving.forwards and not saving.skipped for saving in self.savings.values()):
             told.append(
                 "skipped forwards are counted as if dense and sparse steps were skipped alike; a cache computes the "
                 "first steps, which are dense, so that a little less is gained"
