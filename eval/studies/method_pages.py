@@ -38,7 +38,7 @@ HEAD = ("| option | type and range | default | what it is |", "|---|---|---|---|
 
 
 def options_table(name: str) -> str:
-    """Return a method's options as Markdown: a table of its own, then a line of those that others share.
+    """Return a method's options as Markdown: a table of its own, then a line with those that others share.
 
     Args:
         name: of the method.
@@ -56,13 +56,13 @@ def options_table(name: str) -> str:
             shared.append(f"`{option}`" + ("" if cells[1] == "unset" else f" ({cells[1]})"))
         else:
             own.append(_row(f"`{option}`", *cells))
-    head = f"In Python `{config_type.__name__}(OPTION=VALUE)`, on the command line `--set {name}.OPTION=VALUE`."
+    notes = [f"In Python `{config_type.__name__}(OPTION=VALUE)`, on the command line `--set {name}.OPTION=VALUE`."]
     if any("model's, else" in line for line in (*own, *shared)):
-        head += " *Model's*: a value that is published for your model, where there is one."
-    parts = [head, *(["", *HEAD, *own] if own else [])]
+        notes.append("*Model's*: a value that is published for your model, where there is one.")
     if section:
-        parts += ["", f"And those that [others share](shared.md#{section}): {', '.join(shared)}."]
-    return "\n".join(parts)
+        notes.append(f"[Shared with others](shared.md#{section}): {', '.join(shared)}.")
+    table = [*HEAD, *own, ""] if own else []
+    return "\n".join([*table, " ".join(notes)])
 
 
 def shared_table(section: str) -> str:

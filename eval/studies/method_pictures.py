@@ -105,8 +105,9 @@ def tile_states(call: PlannedCall) -> np.ndarray:
     states = tiles.states()[0].numpy()
     if call.exact is None:
         return states
-    kept, pooled = unpack_bits(call.exact, tiles.key_tiles)[0, 0].numpy(), call.plan.selection
-    return np.where(kept, EXACT, POOLED if pooled is not None and pooled.rest == "pooled" else 0)
+    kept, selection = unpack_bits(call.exact, tiles.key_tiles)[0, 0].numpy(), call.plan.selection
+    pools = selection is not None and (selection.rest == "pooled" or selection.routing is not None)
+    return np.where(kept, EXACT, POOLED if pools else 0)
 
 
 def _frames(clip: Clip, which: Sequence[int]) -> list[np.ndarray]:
@@ -182,7 +183,7 @@ def larger(method: MethodConfig) -> Image.Image:
     """Draw pictures of twice the trained side, plain and with a method."""
     call = dict(num_inference_steps=10, height=192, width=192)
     rows = [
-        (name, [run("flux-tiny", methods, number, **call).frames[0] for number in range(3)])
+        (name, [run("flux-tiny", methods, number, **call).frames[0] for number in range(2)])
         for name, methods in (("plain", ()), (type(method).__name__, (method,)))
     ]
     return rows_picture(rows, scale=1)
@@ -244,7 +245,7 @@ PICTURES: Mapping[str, Callable[[], Image.Image]] = {
     "ultravico": lambda: longer(d.UltraViCo(alpha=0.9), side=decayed),
     "lvsa": lambda: longer(d.LVSA(), side=frames_seen),
     "ultraimage": lambda: larger(d.UltraImage()),
-    "slg": lambda: guided(lambda scale: d.SLG(layers="L5", scale=scale, start=0.0, stop=1.0), (1.0, 3.0)),
+    "slg": lambda: guided(lambda scale: d.SLG(layers="L6", scale=scale, start=0.0, stop=1.0), (1.0, 3.0)),
     "pag": lambda: guided(lambda scale: d.PAG(layers="L5", scale=scale), (1.0, 3.0)),
     "softpag": lambda: guided(lambda scale: d.SoftPAG(heads="L3H1, L8H0", u=1.0, scale=scale), (1.0, 3.0)),
     "seg": lambda: guided(lambda scale: d.SEG(layers="L5", sigma=2.0, scale=scale), (1.0, 3.0)),

@@ -110,7 +110,7 @@ def beside(left: Image.Image, right: Image.Image, gap: int = 16) -> Image.Image:
 def save(picture: Image.Image, path: Path, most: int = 60_000) -> None:
     """Write a PNG of at most so many bytes, with as many colours as that allows."""
     for colours in (None, 256, 128, 64, 32):
-        fewer = picture if colours is None else picture.quantize(colours, dither=Image.Dither.NONE)
+        fewer = picture if colours is None else picture.quantize(colours, kmeans=2, dither=Image.Dither.NONE)
         fewer.save(path, optimize=True)
         if path.stat().st_size <= most:
             break
