@@ -98,7 +98,7 @@ PAGES = {
 LONG = 12
 """Rows of a table from which a page of measurements shows it folded."""
 
-OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshooting.md")
+OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshooting.md", *METHOD_PAGES)
 """Pages that are there for their tables."""
 
 

@@ -80,6 +80,36 @@ def test_a_page_has_every_section_in_order_and_a_small_picture(name):
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}|which has no paper", text)
 
 
+NUMBER = r"([+-]?\d*\.?\d+)"
+INTERVAL = re.compile(rf"(?:{NUMBER}(?: ?%| dB| points)? )?\[{NUMBER}%?, {NUMBER}%?\]")
+"""A mean, where one stands right before it, and its interval."""
+
+
+@functools.cache
+def measured() -> set[tuple[float | None, float, float]]:
+    """Every (mean, low, high) of the other pages, whose tables are the committed results, and with its signs turned."""
+    texts = [
+        path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "methods"
+    ]
+    found = {(float(mean) if mean else None, float(low), float(high))
+             for text in texts for mean, low, high in INTERVAL.findall(text)}  # fmt: skip
+    return found | {(None if mean is None else -mean, -high, -low) for mean, low, high in found}
+
+
+def agrees(shown: str, value: float | None) -> bool:
+    """Whether a number is shown as one is rounded; what has no number agrees with any."""
+    digits = len(shown.partition(".")[2])
+    return not shown or value is None or abs(float(shown) - value) <= 0.5 * 10**-digits + 1e-9
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_intervals_of_a_page_are_those_of_the_tables(name):
+    """A loss is shown as what it is behind by, with the signs turned round."""
+    cost = page(name).partition("## What it costs")[2].partition("## Options")[0]
+    for shown in INTERVAL.findall(cost):
+        assert any(all(map(agrees, shown, known)) for known in measured()), shown
+
+
 def test_there_is_no_page_or_picture_of_anything_else():
     names = {*methods(), "index", "shared"}
     assert {path.stem for path in (ROOT / FOLDER).glob("*.md")} == names
