@@ -29,6 +29,8 @@ from every_set import table as every_table
 from false_verdicts import table as false_table
 from finetuned import page_text as finetuned_text
 from guidance_cost import table as costs_table
+from method_pages import PAGES as METHOD_PAGES
+from method_pages import TABLES as METHOD_TABLES
 from overhead import table as overhead_table
 from positions_cost import page_text as additions_text
 from preset_table import table as levels_table
@@ -88,6 +90,7 @@ PAGES = {
     "docs/frontier.md": ("frontier-wan-tiny", "frontier-flux-tiny"),
     "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "guided-flux-tiny"),
     "docs/evidence/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
+    **METHOD_PAGES,
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
@@ -95,7 +98,7 @@ PAGES = {
 LONG = 12
 """Rows of a table from which a page of measurements shows it folded."""
 
-OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshooting.md")
+OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshooting.md", *METHOD_PAGES)
 """Pages that are there for their tables."""
 
 
@@ -327,6 +330,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     ),
     "finetuned-wan-plain": partial(finetuned_text, name="finetuned-wan-plain"),
     "finetuned-4x-wan-plain": partial(finetuned_text, name="finetuned-4x-wan-plain"),
+    **METHOD_TABLES,
 }
 
 
