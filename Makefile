@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := dit_accel kernels pipelines eval assets tests
+INSTALL := $(BIN)/python -m pip install --quiet --editable ./kernels --editable ./assets
 
 .PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format setup clean
 
@@ -120,14 +120,14 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ./kernels --editable .
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml assets/pyproject.toml
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[test]"
+	$(INSTALL) --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
-	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	touch $@

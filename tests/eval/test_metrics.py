@@ -264,4 +264,4 @@ def test_a_library_that_lacks_is_a_reason_to_skip(monkeypatch):
     names = ["warp-error@dis", "lpips@alex", "clip-score@open_clip:ViT-B-32/openai"]
     found = scores(names, Sample(frames=drawn(2), reference=drawn(2), prompt="red"))
     for name, package in zip(names, ("OpenCV", "torchvision", "open-clip-torch"), strict=True):
-        assert found.unavailable[name] == f"{package} is not installed; pip install 'dit-accel[metrics]'"
+        assert found.unavailable[name] == f"{package} is not installed; pip install 'dit-accel[eval]'"
