@@ -174,7 +174,7 @@ def local_folder(source: str) -> Path:
 
     try:
         with quiet_diffusers():
-            return Path(DiffusionPipeline.download(source))
+            return Path(DiffusionPipeline.download(source, use_safetensors=True))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"the weights of {source!r} can't be fetched: {reason}") from None
