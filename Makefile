@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable ./kernels --editable ./assets
 
-.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format setup clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format setup dist release-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python eval/studies/demo.py --out demo
@@ -114,8 +114,16 @@ format: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready-dev
 
+# source distributions and wheels of the commit, into dist/
+dist: $(VENV)/.ready-dev
+	$(BIN)/python tests/release/release_run.py --build $(ARGS)
+
+# the same, then installed from an index on the disk and used from an empty folder; prints what would be uploaded
+release-check: $(VENV)/.ready-dev
+	$(BIN)/python tests/release/release_run.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .diffusers build kernels/build dist demo report.html report.media *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .diffusers build kernels/build dist demo report.html report.media *.egg-info */*.egg-info assets/build
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
