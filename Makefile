@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := dit_accel kernels pipelines eval assets tests
+INSTALL := $(BIN)/python -m pip install --quiet --editable ./kernels --editable ./assets
 
-.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format docs setup clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format docs setup dist release-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python eval/studies/demo.py --out demo
@@ -118,20 +118,28 @@ format: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready-dev
 
+# source distributions and wheels of the commit, into dist/
+dist: $(VENV)/.ready-dev
+	$(BIN)/python tests/release/release_run.py --build $(ARGS)
+
+# the same, then installed from an index on the disk and used from an empty folder; prints what would be uploaded
+release-check: $(VENV)/.ready-dev
+	$(BIN)/python tests/release/release_run.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) .diffusers build kernels/build dist site demo report.html report.media *.egg-info kernels/*.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ./kernels --editable .
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml assets/pyproject.toml
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[test]"
+	$(INSTALL) --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
-	$(BIN)/python -m pip install --quiet --editable ./kernels --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	touch $@

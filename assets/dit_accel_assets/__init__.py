@@ -1,4 +1,4 @@
-"""The embedded tiny models: where their files are and which words they know (numpy is all it imports)."""
+"""The embedded tiny models: as pipelines, where their files are, which words they know (imports numpy alone)."""
 
 from dit_accel_assets.catalog import (
     check_prompt,
@@ -13,11 +13,13 @@ from dit_accel_assets.catalog import (
     model_score,
     vocabulary,
 )
+from dit_accel_assets.loading import load
 
 __all__ = [
     "check_prompt",
     "drawn_clip",
     "held_out_prompts",
+    "load",
     "longest_trained",
     "model_closeness",
     "model_defaults",

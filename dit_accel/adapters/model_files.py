@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import dit_accel_assets
-
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .adapter import Adapter, Family
+from .embedded import INSTALL, assets, embedded_names
 from .installed import adapter_for
 
 INDEX = "model_index.json"
@@ -21,14 +20,14 @@ def model_source(name: str) -> str:
     Raises:
         ConfigError: for what is neither an embedded model, a folder nor a hub id.
     """
-    known = dit_accel_assets.model_names()
+    known = embedded_names()
     if name in known:
-        return str(dit_accel_assets.model_path(name))
+        return str(assets().model_path(name))
     if "/" not in name and not Path(name).is_dir():
-        raise ConfigError(
-            f"{name!r} is no embedded model; {did_you_mean(name, known)}; or name a folder of a diffusers pipeline, or "
-            "a hub id (owner/name)"
-        )
+        found = f"{name!r} is no embedded model; {did_you_mean(name, known)};"
+        if not known:
+            found = f"there is no {name!r} here, and no embedded models are installed; {INSTALL} for them,"
+        raise ConfigError(f"{found} or name a folder of a diffusers pipeline, or a hub id (owner/name)")
     return name
 
 

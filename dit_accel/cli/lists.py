@@ -6,11 +6,11 @@ import re
 import typing
 from typing import Annotated, Any
 
-import dit_accel_assets
 import typer
 
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
+from ..adapters.embedded import INSTALL, assets, embedded_names
 from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
 from ..methods.config import MethodConfig, spell_type
@@ -91,9 +91,11 @@ def models(json: Json = False) -> None:
         table.add_row(row["name"], row["adapter"], *sizes, size, f"{row['tokens']:,}")
     OUT.print(table)
     OUT.print()
-    for name in dit_accel_assets.model_names():
-        call = ", ".join(f"{key} {value}" for key, value in dit_accel_assets.model_defaults(name).items())
+    for name in embedded_names():
+        call = ", ".join(f"{key} {value}" for key, value in assets().model_defaults(name).items())
         OUT.print(f"embedded: --model {name}  ({call})", highlight=False)
+    if not embedded_names():
+        OUT.print(f"embedded: none are installed; {INSTALL} brings them", highlight=False)
     OUT.print()
     _print_verdicts()
 
@@ -159,7 +161,7 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
         **{name: getattr(family, name) for name in sizes},
         "tokens": layout.visual_tokens,
         "text_tokens": family.text_tokens,
-        "embedded": family.name in dit_accel_assets.model_names(),
+        "embedded": family.name in embedded_names(),
         "attachable": attachable,
         "methods": [name for name in method_registry.methods() if attachable and name not in adapter.refused],
         "refused": dict(adapter.refused),

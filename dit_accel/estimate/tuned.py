@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import dit_accel_assets
-
+from ..adapters.embedded import assets, embedded_names
 from ..errors import ConfigError
 from ..files import user_cache, written_whole
 from ..methods.config import MethodConfig
@@ -69,12 +68,12 @@ class TunedSetting:
 def model_key(model: str) -> str:
     """Return what a model is called in tuned files: an embedded model's name, a folder's whole path, or a hub id."""
     name = model.removeprefix(EMBEDDED)
-    if name in dit_accel_assets.model_names():
+    if name in embedded_names():
         return name
     if not Path(model).is_dir():
         return model
     path = Path(model).resolve()
-    same = [known for known in dit_accel_assets.model_names() if dit_accel_assets.model_path(known).resolve() == path]
+    same = [known for known in embedded_names() if assets().model_path(known).resolve() == path]
     return same[0] if same else str(path)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from dit_accel_pipelines.generation.options import RUN, Device, Json, Offload
+from rich.markup import escape
 
 from dit_accel import ConfigError
 from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
@@ -214,7 +215,7 @@ def list_metrics(json: Json = False) -> None:
     table = plain_table("metric", "what it is", "better", "against", "here")
     for one in known:
         against = "a reference" if one.reference else "nothing"
-        table.add_row(one.name, one.words, one.better, against, one.missing() or "yes")
+        table.add_row(*map(escape, (one.name, one.words, one.better, against, one.missing() or "yes")))
     OUT.print(table)
 
 

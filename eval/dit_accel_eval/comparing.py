@@ -10,6 +10,7 @@ import typer
 from dit_accel_pipelines.generation import options as shared
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
 from dit_accel.cli.method_options import PANEL, Setting
@@ -161,7 +162,6 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
         UnsupportedModel: if the model is not found, or no adapter can take it.
     """
-    from dit_accel_assets import held_out_prompts
     from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
 
     from dit_accel.adapters.model_files import model_source, read_model_files
@@ -190,7 +190,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     given = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
     settled = settle(tuning_request(
-        prompts=listed or tuple(held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
+        prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
     ))  # fmt: skip
     for text in (*settled.notes, *settled.warnings):
         note(text)

@@ -226,19 +226,21 @@ def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tm
     (blobs / ("a" * 64)).write_bytes(b"weights")
     (snapshot / "model.safetensors").symlink_to(blobs / ("a" * 64))
     asked = []
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda name: asked.append(name) or str(snapshot.parent))
+    monkeypatch.setattr(
+        DiffusionPipeline, "download", lambda *got, **options: asked.append((*got, options)) or str(snapshot.parent)
+    )
     monkeypatch.setattr(given.hashlib, "file_digest", lambda *_: pytest.fail("a blob was read"))
     for cached in (local_folder, given_weights):
         cached.cache_clear()
     first = given_weights("owner/name")
-    assert (asked, local_folder("owner/name")) == (["owner/name"], snapshot.parent)
+    assert (asked, local_folder("owner/name")) == ([("owner/name", {"use_safetensors": True})], snapshot.parent)
     (snapshot / "model.safetensors").unlink()
     (blobs / ("b" * 64)).write_bytes(b"other")
     (snapshot / "model.safetensors").symlink_to(blobs / ("b" * 64))
     given_weights.cache_clear()
     assert given_weights("owner/name") != first
 
-    def gone(name):
+    def gone(name, **options):
         raise OSError("no route to the hub\nand more")
 
     local_folder.cache_clear()

@@ -259,9 +259,15 @@ def test_the_command_lists_them():
     assert all(name in found.stdout for name in ("psnr", "warp-error@dis", "lpips@alex"))
 
 
+def test_the_command_tells_what_brings_a_library(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["eval", "metrics"])
+    assert "OpenCV is not installed; pip install 'dit-accel[eval]'" in found.stdout
+
+
 def test_a_library_that_lacks_is_a_reason_to_skip(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     names = ["warp-error@dis", "lpips@alex", "clip-score@open_clip:ViT-B-32/openai"]
     found = scores(names, Sample(frames=drawn(2), reference=drawn(2), prompt="red"))
     for name, package in zip(names, ("OpenCV", "torchvision", "open-clip-torch"), strict=True):
-        assert found.unavailable[name] == f"{package} is not installed; pip install 'dit-accel[metrics]'"
+        assert found.unavailable[name] == f"{package} is not installed; pip install 'dit-accel[eval]'"

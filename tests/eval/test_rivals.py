@@ -15,7 +15,7 @@ SETTINGS = {"enable_separate_cfg": True, "residual_diff_threshold": 2.0, "Fn_com
 
 @pytest.fixture(scope="module")
 def flux() -> EmbeddedModel:
-    pytest.importorskip("cache_dit", reason="cache-dit is not installed (dit-accel[rivals])")
+    pytest.importorskip("cache_dit", reason="cache-dit is not installed (dit-accel[eval])")
     return EmbeddedModel("flux-tiny", {})
 
 
@@ -52,7 +52,7 @@ def test_unknown_rivals_and_options_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'cache-dit'"):
         check_rival("cachedit", {})
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"dit-accel\[rivals\]"):
+    with pytest.raises(ConfigError, match=r"dit-accel\[eval\]"):
         check_rival("cache-dit", {})
 
 

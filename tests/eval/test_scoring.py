@@ -194,4 +194,4 @@ def test_distances_need_a_library_and_references(folders, monkeypatch):
         monkeypatch.setattr(f"torchmetrics.image.{module}._TORCH_FIDELITY_AVAILABLE", False)
     found = score(folders[0], "--reference", folders[1], "-m", "kid@inception")
     assert found.exit_code == 2
-    assert "kid@inception takes torch-fidelity; pip install 'dit-accel[metrics]'" in found.stderr
+    assert "kid@inception takes torch-fidelity; pip install 'dit-accel[eval]'" in found.stderr

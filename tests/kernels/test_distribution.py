@@ -1,4 +1,4 @@
-"""The kernels as a distribution of their own: wheels, copies under other names, and the tree of the Hub's kernels."""
+"""The kernels on their own: copies under other names, and the tree of the Hub's kernels."""
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
@@ -8,10 +8,8 @@ import importlib
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -171,43 +169,3 @@ def test_the_card_s_example_runs(tmp_path):
     values = torch.cat([names["v"].unflatten(1, (4, 128)).mean(2)[:, 1:], names["v"][:, :128]], 1)
     expected = torch.einsum("bhsj,bjhd->bshd", torch.cat([logits, own], -1).softmax(-1), values)
     torch.testing.assert_close(names["out"][:, :128], expected)
-
-
-def test_the_version_stands_in_one_place():
-    number = (ROOT / "kernels" / "VERSION").read_text().strip()
-    outer, inner = (tomllib.loads((ROOT / at / "pyproject.toml").read_text()) for at in (".", "kernels"))
-    assert outer["project"]["dynamic"] == inner["project"]["dynamic"] == ["version"]
-    assert outer["tool"]["setuptools"]["dynamic"]["version"] == {"file": "kernels/VERSION"}
-    assert f"dit-accel-kernels>={number}" in outer["project"]["dependencies"]
-    assert inner["project"]["dependencies"] == ["torch>=2.9"]
-    assert {"triton", "fa4"} <= set(inner["project"]["optional-dependencies"])
-
-
-@pytest.mark.slow
-def test_both_wheels_hold_what_is_theirs(tmp_path):
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).exists() and not name.startswith(("tests/", "docs/")):
-            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "./kernels", "."]
-    subprocess.run([sys.executable, *command], cwd=tmp_path / "tree", capture_output=True, check=True)
-    number = (ROOT / "kernels" / "VERSION").read_text().strip()
-    inner, outer = (
-        zipfile.ZipFile(tmp_path / f"{name}-{number}-py3-none-any.whl") for name in ("dit_accel_kernels", "dit_accel")
-    )
-    packages = [{name.split("/")[0] for name in wheel.namelist()} for wheel in (inner, outer)]
-    assert packages[0] == {"dit_accel_kernels", f"dit_accel_kernels-{number}.dist-info"}
-    rooms = {"dit_accel", "dit_accel_assets", "dit_accel_eval", "dit_accel_pipelines"}
-    assert packages[1] == rooms | {f"dit_accel-{number}.dist-info"}
-    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".pyc",)}
-    assert {f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}" for path in files} <= set(inner.namelist())
-    assert f"dit_accel_kernels-{number}.dist-info/licenses/LICENSE" in inner.namelist()
-    metadata = outer.read(f"dit_accel-{number}.dist-info/METADATA").decode()
-    assert f"Requires-Dist: dit-accel-kernels>={number}\n" in metadata
-    inner.extractall(tmp_path / "installed")
-    code = "import dit_accel_kernels as k; print(k.__file__, k.TileLists.full(8, 8, block_q=8, block_k=8).num_q)"
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "installed")}
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert found.split() == [str(tmp_path / "installed" / PACKAGE.name / "__init__.py"), "8"]

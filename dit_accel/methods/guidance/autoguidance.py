@@ -123,7 +123,7 @@ class AutoGuidanceHandler(PerturbedHandler):
                 "autoguidance guides away from a weaker model, and none is set; set autoguidance.weak to a folder or a "
                 "hub id, or autoguidance.weak_transformer"
             )
-        options, error = {"torch_dtype": transformer.dtype}, None
+        options, error = {"torch_dtype": transformer.dtype, "use_safetensors": True}, None
         for folder in ({"subfolder": "transformer"}, {}):
             try:
                 return type(transformer).from_pretrained(name, **folder, **options).to(transformer.device).eval()

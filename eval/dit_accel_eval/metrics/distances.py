@@ -33,7 +33,7 @@ class Distance:
         try:
             made: Any = FrechetInceptionDistance() if name == "fid@inception" else KernelInceptionDistance()
         except ModuleNotFoundError:
-            raise ConfigError(f"{name} takes torch-fidelity; pip install 'dit-accel[metrics]'") from None
+            raise ConfigError(f"{name} takes torch-fidelity; pip install 'dit-accel[eval]'") from None
         except OSError as error:
             raise ConfigError(f"{name} can't be measured: Inception's weights can't be fetched ({error})") from None
         self._metric = made.to("cuda" if torch.cuda.is_available() else "cpu")

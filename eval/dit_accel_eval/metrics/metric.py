@@ -183,4 +183,4 @@ def neighbours(sample: Sample, least: int = 2) -> Clip:
 def no_module(name: str, package: str) -> str | None:
     """Return why a module can't be had, None if it can: its package is not installed."""
     found = importlib.util.find_spec(name) is not None
-    return None if found else f"{package} is not installed; pip install 'dit-accel[metrics]'"
+    return None if found else f"{package} is not installed; pip install 'dit-accel[eval]'"

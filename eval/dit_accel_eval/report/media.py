@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_assets import model_names
 from dit_accel_pipelines.generation.media import Frames, upscale, write_media
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import embedded_names
 from dit_accel.files import no_room, no_space, written_whole
 
 from ..runs.results import Line, kept_shape, read_kept, reference_of, run_of
@@ -118,7 +118,7 @@ def _enlarged(frames: Frames) -> Frames:
 
 def fps_of(report: Report) -> int:
     """Return the frames per second of a report's clips."""
-    return EMBEDDED_FPS if report.results.lines[0]["model"] in model_names() else OTHER_FPS
+    return EMBEDDED_FPS if report.results.lines[0]["model"] in embedded_names() else OTHER_FPS
 
 
 def kept_lines(report: Report, most: int) -> dict[int, list[tuple[Line, Line | None]]]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dit_accel_assets import held_out_prompts
 from dit_accel_pipelines.generation.loading import pick_device
 from dit_accel_pipelines.generation.request import OFFLOADS, Dtype
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import assets
 from dit_accel.errors import did_you_mean
 
 
@@ -27,7 +27,7 @@ class HeldOutClips:
 
     def prompt(self, clip: int) -> str:
         """Return the prompt of a clip, by its number."""
-        return held_out_prompts(self.model, clip + 1)[clip] if self.only is None else self.only
+        return assets().held_out_prompts(self.model, clip + 1)[clip] if self.only is None else self.only
 
     def seed(self, clip: int) -> int:
         """Return the seed of a clip, by its number."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.loading import load_pipeline, open_pipeline, pick_device
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
@@ -18,6 +17,7 @@ from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
 
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.errors import UnsupportedModel, did_you_mean
 
@@ -52,7 +52,7 @@ class EmbeddedModel(SuiteModel):
         check_name(name)
         for text in (*([] if prompt is None else [prompt]), *(own.prompts if own else ())):
             check_words(text, name)
-        source = str(model_path(name))
+        source = str(assets().model_path(name))
         adapter, family = read_model_files(source).identify()
         super().__init__(
             open_pipeline(source, dtype="float32"), name=name, weights=weights_hash(name), adapter=adapter,
@@ -62,14 +62,14 @@ class EmbeddedModel(SuiteModel):
 
 def check_name(name: str) -> None:
     """Refuse a model that is not embedded, with the nearest that is."""
-    if name not in model_names():
-        raise ConfigError(f"{name!r} is no embedded model; {did_you_mean(name, model_names())}")
+    if name not in embedded_names():
+        raise ConfigError(f"{name!r} is no embedded model; {did_you_mean(name, embedded_names())}")
 
 
 @functools.cache
 def weights_hash(name: str) -> str:
     """Return 12 hexadecimal digits that tell a model's weights from others', by all its safetensors files."""
-    folder, found = model_path(name), hashlib.sha256()
+    folder, found = assets().model_path(name), hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         found.update(path.relative_to(folder).as_posix().encode())
         found.update(path.read_bytes())
@@ -91,12 +91,12 @@ def settled_call(name: str, files: ModelFiles, usual: Mapping[str, Any], given: 
 
 def embedded_call(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of an embedded model's call: its defaults, changed by what is given."""
-    return settled_call(name, read_model_files(str(model_path(name))), model_defaults(name), given)
+    return settled_call(name, read_model_files(str(assets().model_path(name))), assets().model_defaults(name), given)
 
 
 def embedded_prompts(name: str, count: int = 2) -> tuple[str, ...]:
     """Return prompts that an embedded model knows, none of those that the suites evaluate."""
-    return tuple(held_out_prompts(name, FIRST_PROMPT + count)[FIRST_PROMPT:])
+    return tuple(assets().held_out_prompts(name, FIRST_PROMPT + count)[FIRST_PROMPT:])
 
 
 class GivenModel(SuiteModel):
@@ -174,7 +174,7 @@ def local_folder(source: str) -> Path:
 
     try:
         with quiet_diffusers():
-            return Path(DiffusionPipeline.download(source))
+            return Path(DiffusionPipeline.download(source, use_safetensors=True))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"the weights of {source!r} can't be fetched: {reason}") from None

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_accel_assets import model_path
 from dit_accel_pipelines.generation.pipeline_call import pipeline_class
 from dit_accel_pipelines.generation.request import check_words
 from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.files import check_writable, held
 from dit_accel.methods.base import Model
@@ -157,7 +157,7 @@ def _check_model(suite: Suite) -> None:
     if suite.embedded:
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
-        source = str(model_path(suite.model))
+        source = str(assets().model_path(suite.model))
         files = read_model_files(source)
     else:
         source, (files, _) = suite.source, check_given(suite.source)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dit_accel_assets import model_defaults, model_score
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, OTHER_FPS
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import assets
 
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
@@ -143,7 +143,7 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
     """
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
     held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
-    if suite.embedded and (frames := model_defaults(suite.model).get("num_frames")) is not None:
+    if suite.embedded and (frames := assets().model_defaults(suite.model).get("num_frames")) is not None:
         trained = int(frames)
     # a reference of the model's own steps is kept in float16: what equals it is to equal it
     made_frames = made.frames.astype(np.float16).astype(np.float32) if suite.reference_steps else made.frames
@@ -158,7 +158,7 @@ def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
     values = found.values()
     line: dict[str, Any] = {name: values.pop(name) for name in ALWAYS}
     if held_out:
-        line["score"] = model_score(suite.model, clip, made.frames)
+        line["score"] = assets().model_score(suite.model, clip, made.frames)
     else:
         found.skipped["score"] = UNJUDGED if suite.embedded else f"{suite.model} has no judge of its own"
     if suite.metrics:

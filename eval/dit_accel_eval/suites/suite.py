@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_accel_assets import model_names
 from dit_accel_pipelines.generation.request import DTYPES, Dtype, read_prompts
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS
 
 from dit_accel import ConfigError
+from dit_accel.adapters.embedded import embedded_names
 from dit_accel.errors import did_you_mean
 
 from ..metrics.registered import check_names
@@ -85,7 +85,7 @@ class Suite:
     @property
     def embedded(self) -> bool:
         """Whether the model ships with the project."""
-        return self.model in model_names()
+        return self.model in embedded_names()
 
     @property
     def source(self) -> str:

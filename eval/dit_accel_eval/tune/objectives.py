@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import cast
 
 import numpy as np
-from dit_accel_assets import held_out_prompts, model_closeness
 
+from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError, did_you_mean
 
 from ..metrics.metric import Clip, Sample
@@ -64,13 +64,14 @@ def _checker(model: str | None) -> Objective:
             f"the objective 'checker' knows the embedded models alone; take a metric, such as {EXAMPLE} or sharpness, "
             "or give module:function"
         )
-    numbers = {prompt: number for number, prompt in enumerate(held_out_prompts(model, FIRST_PROMPT + SEARCHED))}
+    prompts = assets().held_out_prompts(model, FIRST_PROMPT + SEARCHED)
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
 
     def checker(clip: Clip, prompt: str) -> float:
         if prompt not in numbers:
             raise ConfigError(
                 f"the objective 'checker' has no scene for {prompt!r}; leave --prompt out, which takes held-out prompts"
             )
-        return float(np.clip(model_closeness(model, numbers[prompt], clip), 0.0, 1.0))
+        return float(np.clip(assets().model_closeness(model, numbers[prompt], clip), 0.0, 1.0))
 
     return checker

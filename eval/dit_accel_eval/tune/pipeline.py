@@ -10,10 +10,10 @@ import dataclasses
 import re
 from pathlib import Path
 
-from dit_accel_assets import model_defaults
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED, Request
 
+from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.tuned import Measured, keep_tuned, model_key, tuned_text
 from dit_accel.files import check_writable, written_whole
@@ -164,7 +164,7 @@ def _sizes(request: Request, suite: Suite) -> dict[str, int]:
     """Return the output's size and the model's own number of steps: as requested, else the model's."""
     names = (*SIZES, "num_inference_steps")
     if suite.embedded:
-        known = model_defaults(suite.model)
+        known = assets().model_defaults(suite.model)
     else:
         family = check_given(suite.source)[1]
         known = {name: getattr(family, name) for name in names}

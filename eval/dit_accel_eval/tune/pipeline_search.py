@@ -339,7 +339,7 @@ def _optuna() -> Any:
     try:
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError:
-        missing = "tune pipeline searches with optuna, which is not here: pip install 'dit-accel[tune]'"
+        missing = "tune pipeline searches with optuna, which is not here: pip install 'dit-accel[eval]'"
         raise ConfigError(missing) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

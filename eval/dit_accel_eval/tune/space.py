@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_accel_assets import model_defaults, model_path
 from dit_accel_pipelines.generation.solvers import is_flow, shift_of
 
 from dit_accel import MagCache, TeaCache
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
@@ -43,7 +43,7 @@ BY_HAND = frozenset(f"{table['name']} {steps}" for table in _tables() for steps 
 
 def default_space(model: str) -> tuple[Arm, ...]:
     """Return the settings that are tried on an embedded model where a user names none."""
-    source, own = str(model_path(model)), int(model_defaults(model)["num_inference_steps"])
+    source, own = str(assets().model_path(model)), int(assets().model_defaults(model)["num_inference_steps"])
     return space_of(own, *read_model_files(source).identify(), scheduler=shipped_scheduler(source), tile=EMBEDDED_TILES)
 
 

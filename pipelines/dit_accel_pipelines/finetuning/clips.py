@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
 
 from ..generation.media import Frames
@@ -185,9 +186,8 @@ def _drawn_clips(recipe: FineTuning) -> list[Clip]:
 
 
 def _drawn(model: str, number: int, size: tuple[int, int], frames: int) -> tuple[str, Frames]:
-    from dit_accel_assets import drawn_clip
 
     try:
-        return drawn_clip(model, number, height=size[0], width=size[1], frames=frames)
+        return assets().drawn_clip(model, number, height=size[0], width=size[1], frames=frames)
     except ValueError as error:
         raise ConfigError(f"{model}: {error}") from error

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dit_accel_assets
 from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import ModelFiles, read_model_files
 from dit_accel.adapters.rotary import check_lengths
 from dit_accel.attachment.backends import Backend
@@ -171,7 +171,7 @@ def settle(recipe: FineTuning, processes: int) -> FineTuning:
     """
     files = read_model_files(recipe.source)
     adapter, family = files.identify()
-    own: dict[str, Any] = dit_accel_assets.model_defaults(recipe.embedded) if recipe.embedded else {}
+    own: dict[str, Any] = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
     fills = {name: own.get(name, getattr(family, name)) for name in SIZES if getattr(recipe, name) is None}
     if recipe.embedded and recipe.dtype is None:
         fills["dtype"] = "float32"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_accel.adapters.embedded import assets
 from dit_accel.files import written_whole
 
 from ..generation.generate import frames_of
@@ -50,10 +51,9 @@ class Sampler:
                 contact_sheet(videos, self._prompts).save(temporary)
 
     def _made(self, number: int) -> Frames:
-        import dit_accel_assets
 
         recipe, pipe = self._recipe, self._pipe
-        own = dit_accel_assets.model_defaults(recipe.embedded) if recipe.embedded else {}
+        own = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
         steps = recipe.sample_steps or own.get("num_inference_steps")
         chosen = {"num_inference_steps": steps, "guidance_scale": own.get("guidance_scale")}
         text = _placed(self._texts[1 + number], device := pipe.transformer.device)

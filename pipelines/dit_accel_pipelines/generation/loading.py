@@ -44,7 +44,7 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
         dtype: number format of the other weights.
 
     Raises:
-        UnsupportedModel: if diffusers can't load it.
+        UnsupportedModel: if diffusers can't load it, or its weights are no safetensors files.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -52,7 +52,7 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
     dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
     try:
         with quiet_diffusers():
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtypes)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtypes, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModel(f"diffusers can't load {source!r}: {reason}") from None

@@ -34,7 +34,9 @@ def check_lora(name: str) -> None:
     """
     require_peft()
     path = Path(name)
-    if lora_file(name) is not None:
+    if (file := lora_file(name)) is not None:
+        if file.suffix != ".safetensors":
+            raise ConfigError(f"the LoRA {name} is no safetensors file, and no other can be read safely; convert it")
         return
     if path.is_dir():
         raise ConfigError(f"the folder {name} holds no {FILE}; name the LoRA's file")
@@ -63,9 +65,11 @@ def load_lora(pipe: Any, name: str) -> None:
     file = lora_file(name)
     try:
         with quiet_diffusers():
-            wanted = pipe.lora_state_dict(str(file or name))
+            wanted = pipe.lora_state_dict(str(file or name), use_safetensors=True)
             second = _is_of_second(pipe, str(file or name))
-            pipe.load_lora_weights(str(file or name), **({"load_into_transformer_2": True} if second else {}))
+            pipe.load_lora_weights(
+                str(file or name), use_safetensors=True, **({"load_into_transformer_2": True} if second else {})
+            )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the LoRA {name} does not fit {type(pipe).__name__}: {reason}; give another") from None
@@ -89,5 +93,5 @@ def _is_of_second(pipe: Any, name: str) -> bool:
     """Tell whether a LoRA says that it is of the second of a pipeline's two transformers; diffusers takes the first."""
     if getattr(pipe, SECOND, None) is None:
         return False
-    text = pipe.lora_state_dict(name, return_lora_metadata=True)[1] or {}
+    text = pipe.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)[1] or {}
     return text.get("transformer.base_model_name_or_path") == SECOND

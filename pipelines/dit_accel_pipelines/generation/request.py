@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import dit_accel_assets
 from dit_accel_kernels import BACKENDS
 
 from dit_accel.adapters.adapter import Family
+from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.rotary import check_lengths
@@ -207,7 +207,7 @@ class Request(NamesModel):
 
     def beside(self, call: PipelineCall) -> dict[str, Any]:
         """Return what an embedded model's call is made with besides, which a request has no field for."""
-        own = dit_accel_assets.model_defaults(self.embedded) if self.embedded else {}
+        own = assets().model_defaults(self.embedded) if self.embedded else {}
         beside = {name: value for name, value in own.items() if name not in CALL_ARGUMENTS and call.takes(name)}
         if "true_cfg_scale" in beside and self.guidance_scale is not None:
             beside["true_cfg_scale"] = self.guidance_scale  # what guides this model by a negative prompt
@@ -217,7 +217,7 @@ class Request(NamesModel):
 def embedded_name(model: str | None) -> str | None:
     """Return the name of an embedded model, `EMBEDDED` for None; None for a hub id or a folder."""
     name = model or EMBEDDED
-    return name if name in dit_accel_assets.model_names() else None
+    return name if name in embedded_names() else None
 
 
 def side_car_path(output: Path) -> Path:
@@ -265,7 +265,7 @@ def settle(request: Request) -> Settled:
     if request.lora is not None and not hasattr(cls, "load_lora_weights"):
         raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
     if embedded:
-        own = dit_accel_assets.model_defaults(embedded)
+        own = assets().model_defaults(embedded)
         fills = {name: own[name] for name in CALL_ARGUMENTS if name in own and call.takes(name)}
         fills = {name: value for name, value in fills.items() if getattr(request, name) is None}
         request = dataclasses.replace(request, dtype=request.dtype or "float32", **fills)
@@ -326,7 +326,7 @@ def check_words(prompt: str, embedded: str) -> None:
         ConfigError: with the words, and those that it knows.
     """
     try:
-        words = dit_accel_assets.check_prompt(prompt, embedded)
+        words = assets().check_prompt(prompt, embedded)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if prompt and not words:

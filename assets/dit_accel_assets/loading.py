@@ -1,0 +1,77 @@
+"""The embedded models as diffusers pipelines whose call has the model's own sizes, steps and guidance as defaults."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from dit_accel_assets.catalog import KNOWN, check_prompt, model_defaults, model_names, model_path
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+
+
+def load(name: str = "wan-tiny", **options: Any) -> DiffusionPipeline:
+    """Return an embedded model's diffusers pipeline, in float32, on the CPU.
+
+    Its class derives from the stock one, bears its name and takes the same arguments; where an argument is left out,
+    the call takes `model_defaults`, not what diffusers has for models of full size. `save_pretrained` writes the stock
+    pipeline.
+
+    Args:
+        name: one of `model_names`.
+        options: of diffusers' ``from_pretrained``, such as ``dtype``.
+
+    Raises:
+        ValueError: for an unknown name; and by the pipeline's call, for words that the model has never seen.
+    """
+    kind = pipeline_class(name)
+    if "torch_dtype" not in options and "dtype" not in options:
+        import torch
+
+        options["dtype"] = torch.float32  # some weights are kept in half the bytes
+    return kind.from_pretrained(model_path(name), **options)
+
+
+@cache
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """Return the class of an embedded model's pipeline, always the same; ValueError for an unknown name."""
+    import diffusers
+
+    own = model_defaults(name)
+    stock = getattr(diffusers, KNOWN[name].pipeline)
+    signature = inspect.signature(stock.__call__)
+    places = [place.replace(default=own.get(place.name, place.default)) for place in signature.parameters.values()]
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        for text in _texts(given):
+            check_prompt(text, name)
+        usual = {key: value for key, value in own.items() if f"{key}_embeds" not in given}
+        return stock.__call__(**{**usual, **given})
+
+    call.__name__, call.__doc__ = "__call__", stock.__call__.__doc__
+    call.__signature__ = signature.replace(parameters=places)  # type: ignore[attr-defined]
+    body = {
+        "__call__": call,
+        "__doc__": f"{stock.__name__} with the defaults of {name}.",
+        "__module__": __name__,
+        "__qualname__": name,  # under which pickle finds it here
+    }
+    return type(stock.__name__, (stock,), body)
+
+
+def _texts(given: dict[str, Any]) -> Iterable[str]:
+    for name in PROMPTS:
+        value = given.get(name)
+        yield from [value] if isinstance(value, str) else value or ()
+
+
+def __getattr__(name: str) -> Any:
+    if name in model_names():
+        return pipeline_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,30 @@
+"""The embedded models, which a distribution of their own holds: what serves large models need not carry them."""
+
+from ..errors import ConfigError
+
+INSTALL = "pip install dit-accel-assets"
+
+
+def embedded_names() -> tuple[str, ...]:
+    """Return the names of the embedded models, none where dit-accel-assets is not installed."""
+    try:
+        return assets().model_names()
+    except ConfigError:
+        return ()
+
+
+def assets():
+    """Return the package `dit_accel_assets`, which nothing else of dit-accel imports.
+
+    Raises:
+        ConfigError: if it is not installed, with what to do.
+    """
+    try:
+        import dit_accel_assets
+    except ModuleNotFoundError as error:
+        if error.name != "dit_accel_assets":
+            raise
+        raise ConfigError(
+            f"an embedded model was requested, and dit-accel-assets, which holds them, is not installed; {INSTALL}"
+        ) from None
+    return dit_accel_assets

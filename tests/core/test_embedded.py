@@ -1,0 +1,92 @@
+"""dit-accel where the embedded models, a distribution of their own, are not installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel.adapters.embedded import INSTALL, assets, embedded_names
+from dit_accel.adapters.model_files import model_source
+from dit_accel.cli.app import app
+from dit_accel.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dit_accel_assets", None)  # as Python keeps what can't be imported
+
+
+def test_they_are_there_or_not(monkeypatch):
+    assert embedded_names() == assets().model_names()
+    monkeypatch.setitem(sys.modules, "dit_accel_assets", None)
+    assert embedded_names() == ()
+    with pytest.raises(ConfigError, match=INSTALL):
+        assets()
+
+
+def test_another_package_that_lacks_is_not_taken_for_them(monkeypatch, tmp_path):
+    (tmp_path / "dit_accel_assets.py").write_text("import no_such_package\n")
+    monkeypatch.delitem(sys.modules, "dit_accel_assets", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        embedded_names()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "a red circle", "-o", "a.mp4"),
+        ("generate", "a red circle", "--model", "wan-tiny", "-o", "a.mp4"),
+        ("describe",),
+        ("eval", "compare", "--easycache"),
+        ("tune", "pipeline", "--target", "psnr=30", "-o", "fast.toml"),
+        ("finetune", "clips", "-o", "lora"),
+    ],
+    ids=" ".join,
+)
+def test_what_takes_one_by_default_says_what_to_install(absent, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    found = CliRunner().invoke(app, list(words))
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert "'wan-tiny'" in found.stderr
+    assert INSTALL in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
+
+
+def test_folders_and_hub_ids_are_taken_as_ever(absent, tmp_path):
+    assert model_source(str(tmp_path)) == str(tmp_path)
+    assert model_source("owner/name") == "owner/name"
+    found = CliRunner().invoke(app, ["models"])
+    assert (found.exit_code, f"embedded: none are installed; {INSTALL}" in found.stdout) == (0, True)
+
+
+def test_attaching_needs_none_of_them(absent):
+    model = tiny_transformer()
+    inputs = dict(hidden_states=torch.randn(1, 12, 7, 8, 16), encoder_hidden_states=torch.randn(1, 6, 64))
+    with torch.no_grad(), dit_accel.attach(model, dit_accel.RadialAttention(dense_steps=0)) as attachment:
+        model(**inputs, timestep=torch.tensor([500.0]))
+        assert "radial" in str(attachment.report())
+
+
+@pytest.mark.slow
+def test_every_module_is_imported_without_them():
+    code = """if True:
+        import importlib, pkgutil, sys
+        sys.modules["dit_accel_assets"] = None
+        for package in ("dit_accel", "dit_accel_pipelines", "dit_accel_eval"):
+            for found in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+                if not found.name.endswith("__main__"):
+                    importlib.import_module(found.name)
+                    print(found.name)
+    """
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert len(found.stdout.split()) > 200
