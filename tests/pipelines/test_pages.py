@@ -52,13 +52,16 @@ CODE = [page for page in PAGES if blocks(page, "python") and page.as_posix() not
 QUICK = ("README.md", "docs/adding-a-kernel.md", "docs/presets.md", "docs/own-loops.md")
 
 
-def prepared() -> dict[str, Any]:
-    """What pages take for granted, from one to the next block: a pipeline, and the parts of a loop."""
-    import dit_accel_assets
+PICTURES = ("docs/longer.md",)
+"""Pages whose pipeline makes pictures."""
 
-    pipe = dit_accel_assets.load("wan-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    latents, text = torch.zeros(1, 12, 5, 8, 8), torch.zeros(1, 32, pipe.transformer.config.text_dim)
+
+def prepared(page: Path) -> dict[str, Any]:
+    """What a page takes for granted, from one to the next block: a pipeline, and the parts of a loop."""
+    from diffusers import FluxPipeline, WanPipeline
+
+    pipe: Any = (FluxPipeline if page.as_posix() in PICTURES else WanPipeline).from_pretrained("any")
+    latents, text = torch.zeros(1, 12, 5, 8, 8), torch.zeros(1, 32, getattr(pipe.transformer.config, "text_dim", 1))
     weak = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 1})
     return {
         "torch": torch, "dit_accel": dit_accel, "pipe": pipe, "transformer": pipe.transformer, "weak": weak,
@@ -97,13 +100,12 @@ def test_every_page_with_python_is_run_here_or_where_it_is_named():
 def test_the_python_of_a_page_runs(page):
     with run.folder(), run.tiny(), stable_diffusion(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names = prepared()
+        names = prepared(page)
         for text in blocks(page, "python"):
             for real, tiny in FITTED.items():
                 text = text.replace(real, tiny)
             names["pipe"] = loose(names["pipe"])
-            attaches = text.count("dit_accel.attach(pipe")
-            for part in parts(text) if attaches > 1 else [text]:
+            for part in parts(text):
                 loose(names["pipe"])
                 exec(compile(part, str(page), "exec"), names)
         loose(names["pipe"])
@@ -112,7 +114,7 @@ def test_the_python_of_a_page_runs(page):
 def parts(text: str) -> list[str]:
     """A block that shows several ways to attach, each to be run by itself behind what comes before them."""
     head, *ways = re.split(r"^(?=dit_accel\.attach\()", text, flags=re.M)
-    return [head + way for way in ways]
+    return [head + way for way in ways] or [text]
 
 
 def loose(pipe: Any) -> Any:
