@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable ./kernels --editable ./assets
 
-.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format setup dist release-check clean
+.PHONY: demo report test test-slow test-all test-rare test-pipelines test-diffusers mutants bench bench-gpu bench-gpu-dry tables weights types lint format docs setup dist release-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python eval/studies/demo.py --out demo
@@ -100,6 +100,10 @@ weights: $(VENV)/.ready-test
 	$(BIN)/dit-accel eval setup
 	-$(BIN)/dit-accel eval setup --tier 2  # VBench's prompts
 
+# the documentation site, into site/; a link that leads nowhere fails
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -d site
+
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -123,7 +127,7 @@ release-check: $(VENV)/.ready-dev
 	$(BIN)/python tests/release/release_run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .diffusers build kernels/build dist demo report.html report.media *.egg-info */*.egg-info assets/build
+	rm -rf $(VENV) .diffusers build kernels/build dist site demo report.html report.media *.egg-info kernels/*.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

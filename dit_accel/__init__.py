@@ -7,8 +7,8 @@ checkers read ``__init__.pyi``.
 from .public import HOMES, public_name
 
 __getattr__ = public_name
-__all__ = [*HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted({*HOMES, "__version__"})  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *HOMES, "__version__"})
+    return sorted({*globals(), *__all__})

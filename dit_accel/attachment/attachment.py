@@ -182,8 +182,10 @@ class Attachment:
         """Return what was predicted for the last generation; None before its size and steps are known."""
         execution = self._execution
         steps = execution.state.num_inference_steps
-        layouts = [layout for layer in execution.layers for layout, _ in layer.state.layouts.values()]
-        return predicted(execution.handlers, layouts[0], steps, self._skips) if layouts and steps else None
+        found = [
+            (layout, one.state.transformer) for one in execution.layers for layout, _ in one.state.layouts.values()
+        ]
+        return predicted(execution.handlers, found[0][0], steps, self._skips, found[0][1]) if found and steps else None
 
     def _require_attached(self) -> None:
         if not self._attached:

@@ -44,12 +44,12 @@ def with_rest(
         launch: runs a plan of this call.
     """
     bare = replace(plan, identity_mix=None, identity_rows=None, only_values=False)
+    rest = rests.reading(context.key, call.q.device)
     if context.turn == "frozen":
-        known = rests.kept[context.key]
-        bare = bare.only(known.exact)
+        bare = bare.only(rests.kept[context.key].exact)
         given = launch(bare)
-        if known.rest is not None:
-            given = given._replace(out=given.out + known.rest.read(given.out.device))
+        if rest is not None:
+            given = given._replace(out=given.out + rest.read(given.out.device))
         plan = replace(plan, tiles=bare.tiles, selection=bare.selection)
         return given._replace(out=with_values(plan, call, given.out)), plan
     given, kept = _dense(rests, bare, call, launch)

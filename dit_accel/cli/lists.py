@@ -122,7 +122,7 @@ def _print_verdicts() -> None:
 
 
 def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
-    meanings, hints = _attribute_docs(config_type), typing.get_type_hints(config_type, include_extras=True)
+    meanings, hints = attribute_docs(config_type), typing.get_type_hints(config_type, include_extras=True)
     return {
         "name": config_type.name,
         "config": config_type.__name__,
@@ -132,20 +132,20 @@ def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:
                 "name": field.name,
                 "type": spell_type(hints[field.name]).removesuffix(" or unset"),
                 "default": field.default,
-                "meaning": meanings.get(field.name, ""),
+                "meaning": meanings.get(field.name, "").replace("``", ""),
             }
             for field in dataclasses.fields(config_type)
         ],
     }
 
 
-def _attribute_docs(documented: type) -> dict[str, str]:
-    """Return attribute -> text of the ``Attributes:`` sections of a class and its bases."""
+def attribute_docs(documented: type) -> dict[str, str]:
+    """Return attribute -> text of the ``Attributes:`` sections of a class and its bases, on one line, as written."""
     docs: dict[str, str] = {}
     for part in reversed(documented.__mro__):
         section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", inspect.cleandoc(part.__doc__ or ""), re.MULTILINE)
         entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.group(1), re.MULTILINE) if section else []
-        docs |= {name: " ".join(meaning.split()).replace("``", "") for name, meaning in entries}
+        docs |= {name: " ".join(meaning.split()) for name, meaning in entries}
     return docs
 
 

@@ -8,11 +8,19 @@ from rich.table import Table
 
 from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
+from ..estimate.linears import CARD, LINEAR_COST, least_weights
 from ..methods.base import Model
 from ..methods.presets import Choice, choices, spell
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList, Preset
 from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, named_model
+
+FACTORS = {
+    "forwards": "computed forwards and blocks",
+    "attention": "sparse attention",
+    "linears": "8-bit linear layers",
+}
+"""What the parts of a speed-up are called, one beside those before it."""
 
 
 def plan(
@@ -25,6 +33,20 @@ def plan(
     kernel_cost: Annotated[
         float, typer.Option(help="Time of a sparse kernel per kept FLOP over the dense kernel's.")
     ] = KERNEL_COST,
+    linears: Annotated[
+        str | None,
+        typer.Option(
+            help="Linear layers in 8 bits, as torchao computes them: int8 or fp8, weights and activations, or "
+            "weight-only.",
+            metavar="KIND",
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help=f"The card whose figures count for --linears; default: {CARD}.", metavar="NAME")
+    ] = None,
+    linear_cost: Annotated[
+        float, typer.Option(help="Time of an 8-bit product over what the card's data sheet gives.")
+    ] = LINEAR_COST,
     preset: Preset = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, plain numbers.")] = False,
     *,
@@ -43,6 +65,8 @@ def plan(
     dit-accel plan --model FOLDER --set radial.decay_factor=0.5 --json
 
     dit-accel plan --family flux.1-dev --preset balanced
+
+    dit-accel plan --family hunyuan-video --sol --linears fp8 --hardware h200
     """
     adapter, sizes, config = named_model("plan", family, model)
     if preset:
@@ -51,7 +75,10 @@ def plan(
         methods = [*methods, *(one.config for one in chosen)]
         _note_preset(preset, chosen)
     requested = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
-    estimated = estimate(adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config)
+    estimated = estimate(
+        adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config, linears=linears,
+        hardware=hardware, linear_cost=linear_cost,
+    )  # fmt: skip
     if num_frames is not None and estimated.num_frames != num_frames:
         note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
     for text in estimated.notes:
@@ -104,15 +131,30 @@ def _print(estimated: Estimate) -> None:
         rows.append(("forwards computed", f"{estimated.forward_share:.1%} of the dense run's"))
     for name, size in estimated.carried_bytes.items():
         rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
+    rows += _rows_of_linears(estimated)
     for label, value in rows:
         table.add_row(label, value)
     OUT.print(table)
     OUT.print()
     OUT.print(_flops_table(estimated))
-    if estimated.tiles or estimated.forward_share != 1:
+    if estimated.tiles or estimated.forward_share != 1 or estimated.linear_time != 1:
         OUT.print()
         OUT.print(_verdict(estimated))
         OUT.print(_assumptions(estimated), style="dim")
+
+
+def _rows_of_linears(estimated: Estimate) -> list[tuple[str, str]]:
+    """Return what the table says of linear layers in 8 bits: their share of the time, and the memory of the weights."""
+    linears, share = estimated.linears, estimated.linear_share
+    if linears is None:
+        return []
+    sparse = estimated.factors["attention"]
+    time = f"; {linears.kind} on {linears.hardware.name} takes {estimated.linear_time:.2f} of that"
+    beside = f", {share * sparse:.1%} beside sparse attention" if sparse != 1 else ""
+    return [
+        ("linear layers", f"{share:.1%} of the time in 16 bits{beside}{'' if linears.kind == 'weight-only' else time}"),
+        ("weights", f"{_bytes(estimated.weight_bytes)} or more, {_bytes(least_weights(estimated.family))} in 16 bits"),
+    ]
 
 
 def _flops_table(estimated: Estimate) -> Table:
@@ -128,17 +170,26 @@ def _verdict(estimated: Estimate) -> str:
     if estimated.speedup <= 1:
         return f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]: no gain at this size"
     steps = f"{estimated.equal_steps:.0f} of {estimated.num_inference_steps}"
-    return f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]; {steps} dense steps would save as much"
+    whose = " in 16 bits" if estimated.linear_time != 1 else ""
+    verdict = f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]; {steps} dense steps{whose} would save as much"
+    parts = [f"{factor:.2f} by {FACTORS[name]}" for name, factor in estimated.factors.items() if factor != 1]
+    return f"{verdict}\n= {' x '.join(parts)}" if len(parts) > 1 else verdict
 
 
 def _assumptions(estimated: Estimate) -> str:
+    saved = ""
+    if estimated.linear_time != 1:
+        saved = (
+            f" b = {estimated.linear_share:.3f} the linear layers' share of the dense FLOPs; lambda = "
+            f"{estimated.linear_time:.3f} their time over that in 16 bits (--linear-cost, and quantising the inputs)."
+        )
     return (
-        "1 / ((1 - a) + a (w + (1 - w) rho kappa)) with "
+        f"1 / ((1 - a){' - b (1 - lambda)' if saved else ''} + a (w + (1 - w) rho kappa)) with "
         f"a = {estimated.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
         f"w = {estimated.dense_share:.3f} share of dense calls; "
         f"rho = {estimated.pair_density:.4f} share of the pairs in a sparse call; "
         f"kappa = {estimated.cost_of_pairs:g} time per kept FLOP over the dense kernel's "
-        f"({'whole rows are left out of the dense call' if estimated.cost_of_pairs == 1 else '--kernel-cost'})."
+        f"({'whole rows are left out of the dense call' if estimated.cost_of_pairs == 1 else '--kernel-cost'}).{saved}"
     )
 
 

@@ -22,14 +22,12 @@ from ..plan.layout import TokenLayout
 from ..plan.tiling import TILE
 from ..report.html import lines, piece, table
 from .beyond import beyond_trained
+from .linears import ASSUMED_BYTES, LINEAR_COST, Linears, least_weights, linear_flops, linears_called, linears_of_config
 from .sizes import check_steps, rounded_frames, token_layout
 from .tiles import TilesLeft, tiles_left
 
 KERNEL_COST = 1.15
 """Time of a sparse kernel per kept FLOP over that of the dense kernel, measured at 1.05 to 1.65 on GPUs."""
-
-ASSUMED_BYTES = 2
-"""Bytes of a K or V element on a GPU, bf16 or fp16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,7 @@ class Estimate:
         savings: method name -> what it declares.
         tiles: what the methods together leave of the attention's tiles; None where none thins it out.
         kernel_cost: time per kept FLOP of the sparse kernel over the dense one's, kappa.
+        linears: how the linear layers compute; None: in 16 bits, as all else does.
     """
 
     family: Family
@@ -59,6 +58,7 @@ class Estimate:
     savings: Mapping[str, Saving] = field(default_factory=dict)
     tiles: TilesLeft | None = None
     kernel_cost: float = KERNEL_COST
+    linears: Linears | None = None
 
     @property
     def forwards(self) -> int:
@@ -90,6 +90,21 @@ class Estimate:
     def attention_share(self) -> float:
         """Self-attention's share of the dense run's FLOPs, a."""
         return self.attention_flops / self.total_flops
+
+    @property
+    def linear_share(self) -> float:
+        """The linear layers' share of the dense run's FLOPs, b."""
+        return self.forwards * self.family.layers * linear_flops(self.family, self.layout) / self.total_flops
+
+    @property
+    def linear_time(self) -> float:
+        """Time of the linear layers over that in 16 bits, lambda."""
+        return self.linears.time(self.family, self.layout) if self.linears else 1.0
+
+    @property
+    def saved_by_linears(self) -> float:
+        """What the linear layers save, as a share of the time of the dense run in 16 bits: b (1 - lambda)."""
+        return self.linear_share * (1 - self.linear_time)
 
     @property
     def pair_density(self) -> float:
@@ -143,14 +158,34 @@ class Estimate:
 
     @property
     def speedup(self) -> float:
-        """Predicted speed-up of the denoising loop."""
-        attention = predicted_speedup(
-            attention_share=self.attention_share,
-            dense_share=self.dense_share,
-            density=self.pair_density,
-            kernel_cost=self.cost_of_pairs,
-        )
-        return attention / self.forward_share if self.forward_share else math.inf
+        """Predicted speed-up of the denoising loop over the dense one in 16 bits."""
+        return math.prod(self.factors.values())
+
+    @property
+    def speedup_of_methods(self) -> float:
+        """Predicted speed-up over the dense loop of the same model, whose linear layers compute as they do here."""
+        return self.speedup * (1 - self.saved_by_linears)
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """What the speed-up is the product of: computed forwards and blocks, sparse attention, then linear layers."""
+        named = {
+            "attention_share": self.attention_share,
+            "dense_share": self.dense_share,
+            "density": self.pair_density,
+            "kernel_cost": self.cost_of_pairs,
+        }
+        attention = predicted_speedup(**named)
+        return {
+            "forwards": 1 / self.forward_share if self.forward_share else math.inf,
+            "attention": attention,
+            "linears": predicted_speedup(**named, saved=self.saved_by_linears) / attention,
+        }
+
+    @property
+    def weight_bytes(self) -> int:
+        """Least memory of the transformer's weights: the matrices that every block has."""
+        return least_weights(self.family, self.linears)
 
     @property
     def equal_steps(self) -> float:
@@ -183,7 +218,13 @@ class Estimate:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the estimate."""
-        return [note for saving in self.savings.values() for note in saving.notes]
+        told = [note for saving in self.savings.values() for note in saving.notes]
+        if 0 < self.dense_share < 1 and any(saving.forwards and not saving.skipped for saving in self.savings.values()):
+            told.append(
+                "skipped forwards are counted as if dense and sparse steps were skipped alike; a cache computes the "
+                "first steps, which are dense, so that a little less is gained"
+            )
+        return [*told, *(self.linears.notes if self.linears else [])]
 
     @property
     def warnings(self) -> list[str]:
@@ -194,9 +235,10 @@ class Estimate:
         """Return the estimate as a notebook shows it."""
         size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
         rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
-        if self.methods:
+        if self.methods or self.linears:
             planned = f"{self.planned_attention_flops:.3g}", f"{self.planned_total_flops:.3g}"
-            rows.append((" + ".join(self.methods), *planned, f"{self.speedup:.2f}"))
+            layers = [f"linear layers {self.linears}"] if self.linears else []
+            rows.append((" + ".join([*self.methods, *layers]), *planned, f"{self.speedup:.2f}"))
         head = ("", "FLOPs of attention", "FLOPs in all", "predicted speed-up")
         return piece(f"{self.family.name}: {size}", table(head, rows), lines([*self.warnings, *self.notes]))
 
@@ -221,6 +263,8 @@ class Estimate:
             **values("dense_share", "forward_share", "computed_blocks", "attention_share", "attention_flops"),
             **values("total_flops", "times_trained", "planned_attention_flops", "planned_total_flops"),
             **values("tile_list_bytes", "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost"),
+            "linears": self.linears and self.linears.kind,
+            **values("linear_share", "linear_time", "weight_bytes", "factors"),
             "predicted_speedup": self.speedup,
             "equal_steps": self.equal_steps,
             "methods": {name: dict(options) for name, options in self.methods.items()},
@@ -240,27 +284,24 @@ def attention_flops(family: Family, tokens: int) -> int:
 
 def other_flops(family: Family, layout: TokenLayout) -> int:
     """Return the FLOPs of one block besides `attention_flops`: projections, cross-attention and feed-forward."""
-    width, tokens = family.heads * family.head_dim, layout.tokens
-    self_projections = 8 * tokens * width**2
-    feed_forward = 4 * tokens * width * family.ffn_dim
-    if not family.cross_tokens:
-        return self_projections + feed_forward
-    cross_projections = 4 * (tokens + family.cross_tokens) * width**2
-    cross_attention = 4 * tokens * family.cross_tokens * width
-    return self_projections + feed_forward + cross_projections + cross_attention
+    width = family.heads * family.head_dim
+    return linear_flops(family, layout) + 4 * layout.tokens * family.cross_tokens * width
 
 
-def predicted_speedup(*, attention_share: float, dense_share: float, density: float, kernel_cost: float) -> float:
-    """Return 1 / ((1 - a) + a (w + (1 - w) rho kappa)).
+def predicted_speedup(
+    *, attention_share: float, dense_share: float, density: float, kernel_cost: float, saved: float = 0.0
+) -> float:
+    """Return 1 / ((1 - a) - s + a (w + (1 - w) rho kappa)).
 
     Args:
         attention_share: a, self-attention's share of the dense run's time; its share of the FLOPs stands in for it.
         dense_share: w, share of the attention calls that stay dense.
         density: rho, share of the pairs a sparse call computes.
         kernel_cost: kappa, time of the sparse kernel per kept FLOP over that of the dense one.
+        saved: s, what is saved beside attention, as a share of the dense run's time.
     """
     attention = dense_share + (1 - dense_share) * density * kernel_cost
-    return 1 / (1 - attention_share + attention_share * attention)
+    return 1 / (1 - attention_share - saved + attention_share * attention)
 
 
 def estimate(
@@ -274,15 +315,24 @@ def estimate(
     methods: Sequence[MethodConfig] = (),
     kernel_cost: float = KERNEL_COST,
     config: Mapping[str, Any] | None = None,
+    linears: str | Linears | None = None,
+    hardware: str | None = None,
+    linear_cost: float = LINEAR_COST,
 ) -> Estimate:
     """Estimate a run of a model with methods attached; what is left out takes the family's default.
 
-    Sizes are those of `Estimate`. The transformer's ``config`` tells how long its tables of positions are; None: the
-    family's.
+    Sizes are those of `Estimate`. The transformer's ``config`` tells how long its tables of positions are, and whether
+    its weights are torchao's in 8 bits; None: the family's.
+
+    Args:
+        linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, or ``weight-only``; None:
+            as the config says, else in 16 bits.
+        hardware: the card whose figures count for them, as `find_hardware` knows it; None: an H100.
+        linear_cost: time of an 8-bit product per FLOP over what the card's data sheet gives.
 
     Raises:
         ConfigError: for sizes the model can't make or has no positions for, methods it can't take or that can't be
-            attached together.
+            attached together, or linear layers for which the card has no unit.
     """
     height, width = height or family.height, width or family.width
     steps = family.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -293,9 +343,13 @@ def estimate(
         )
     frames = rounded_frames(family, family.num_frames if num_frames is None else num_frames)
     layout = token_layout(family, height=height, width=width, num_frames=frames)
-    check_lengths(adapter.name, adapter.rope, family.config if config is None else config, layout.lengths)
+    config = family.config if config is None else config
+    check_lengths(adapter.name, adapter.rope, config, layout.lengths)
+    if not isinstance(linears, Linears):
+        read = linears_of_config(config) if linears is None else None
+        linears = linears_called(linears or read, hardware, linear_cost, origin="the model's config" if read else "")
     model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-    found = estimate_run(make_handlers(methods, model), family, layout, steps, kernel_cost)
+    found = estimate_run(make_handlers(methods, model), family, layout, steps, kernel_cost, linears)
     return replace(found, height=height, width=width, num_frames=frames)
 
 
@@ -305,6 +359,7 @@ def estimate_run(
     layout: TokenLayout,
     steps: int,
     kernel_cost: float = KERNEL_COST,
+    linears: Linears | None = None,
 ) -> Estimate:
     """Estimate a run of so many steps over a layout, with methods as they are on its model.
 
@@ -324,4 +379,5 @@ def estimate_run(
         savings=savings,
         tiles=tiles_left(savings, steps, family.layers, usual_tiles(layout)),
         kernel_cost=kernel_cost,
+        linears=linears,
     )

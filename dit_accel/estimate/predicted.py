@@ -2,17 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from ..errors import ConfigError
 from ..methods.base import Handler, Phase
 from ..methods.caches.cache_config import StepCacheConfig
 from ..plan.layout import TokenLayout
 from ..report.predicted import Predicted
 from .estimate import estimate_run
+from .linears import linears_of
 from .skipped import speedup_with_skips
 
 
 def predicted(
-    handlers: Sequence[Handler], layout: TokenLayout, steps: int, skips: Mapping[str, float]
+    handlers: Sequence[Handler],
+    layout: TokenLayout,
+    steps: int,
+    skips: Mapping[str, float],
+    transformer: nn.Module | None = None,
 ) -> Predicted | None:
     """Return what methods were predicted to gain; None where the model's sizes are those of no released one.
 
@@ -21,15 +28,17 @@ def predicted(
         layout: of the run's forwards.
         steps: of the run.
         skips: cache's name -> share of the forwards that it skipped where that was measured, as presets know it.
+        transformer: whose linear layers may be in 8 bits, as they are in its dense run too; None: in 16 bits.
     """
     family = handlers[0].model.family if handlers else None
     if family is None:
         return None
+    linears = None if transformer is None else linears_of(transformer)
     try:
-        found = estimate_run(handlers, family, layout, steps)
+        found = estimate_run(handlers, family, layout, steps, linears=linears)
     except ConfigError:  # such as methods whose tiles can't be counted together
         return None
-    speedup, uncounted = found.speedup, list[str]()
+    speedup, uncounted = found.speedup_of_methods, list[str]()
     for handler in handlers:
         saving, settings = found.savings[handler.name], handler.settings
         if steps < (getattr(settings, "min_steps", None) or 0):
@@ -38,4 +47,4 @@ def predicted(
             speedup = speedup_with_skips(found, settings, skips[handler.name])
         elif not saving.counted or (handler.phase is Phase.CACHES and not saving.forwards and not saving.blocks):
             uncounted.append(handler.name)
-    return Predicted(speedup=speedup, uncounted=tuple(uncounted))
+    return Predicted(speedup=speedup, uncounted=tuple(uncounted), linears=str(linears or ""))

@@ -15,8 +15,17 @@ from ..methods.find import find_transformers, resolve_model
 from ..methods.presets import LEVELS, MEASURED_ON, Choice, choices
 from ..methods.registry import handler_of, method
 from .beyond import advice, beyond_trained
-from .estimate import ASSUMED_BYTES, Estimate, estimate
+from .estimate import Estimate, estimate
 from .hardware import Hardware, find_hardware
+from .linears import (
+    ASSUMED_BYTES,
+    Linears,
+    least_weights,
+    linears_called,
+    linears_of,
+    linears_of_config,
+    weight_size,
+)
 from .recommend_table import text_of
 from .skipped import speedup_with_skips
 from .tuned import TunedSetting, find_tuned
@@ -107,13 +116,17 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Subject:
-    """A model as it was given: its adapter, sizes and config, its weights in bytes, and what tuned files call it."""
+    """A model as it was given: its adapter, sizes and config, its weights in bytes, and what tuned files call it.
+
+    ``linears`` are those of a loaded model, whose own run is what speed-ups are over.
+    """
 
     adapter: Adapter
     family: Family
     config: Mapping[str, Any]
     weight_bytes: int
     source: str
+    linears: Linears | None = None
 
     @property
     def model(self) -> Model:
@@ -147,10 +160,11 @@ def recommend(
         ConfigError: for sizes that the model can't make, unknown hardware, or a tuned file that can't be read.
     """
     card = None if hardware is None else find_hardware(hardware)
-    of = _subject(model)
+    of = _subject(model, card if card and card.tflops else None)
     sizes: dict[str, Any] = dict(
-        height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, config=of.config
-    )
+        height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps, config=of.config,
+        linears=of.linears,
+    )  # fmt: skip
     dense = estimate(of.adapter, of.family, **sizes)
     rows = [_dense_row(), *(_preset_row(level, of, sizes, dense) for level in LEVELS)]
     rows.sort(key=lambda one: -round(one.speedup, 2))
@@ -168,19 +182,21 @@ def recommend(
     )  # fmt: skip
 
 
-def _subject(model: Any) -> _Subject:
+def _subject(model: Any, card: Hardware | None) -> _Subject:
     if isinstance(model, Path) or (isinstance(model, str) and model not in installed.families()):
         if isinstance(model, str) and "/" not in model and not Path(model).is_dir():
             installed.family(model)  # refuses it, with the nearest name
         files = read_model_files(model_source(str(model)))
         adapter, family = files.identify()
+        kind = linears_of_config(files.transformer)
+        linears = linears_called(kind, card, origin="the model's config") if kind else None
         return _Subject(
-            adapter=adapter, family=family, config=files.transformer, weight_bytes=_least_weights(family),
-            source=str(model),
+            adapter=adapter, family=family, config=files.transformer, weight_bytes=least_weights(family, linears),
+            source=str(model), linears=linears,
         )  # fmt: skip
     if isinstance(model, str):
         adapter, family = installed.described(model)
-        weights = _least_weights(family)
+        weights = least_weights(family)
         return _Subject(adapter=adapter, family=family, config=family.config, weight_bytes=weights, source=family.repo)
     transformers = find_transformers(model)
     found = resolve_model(list(transformers)[-1], transformers)
@@ -189,6 +205,7 @@ def _subject(model: Any) -> _Subject:
     return _Subject(
         adapter=found.adapter, family=family, config=config, weight_bytes=sum(map(_weights, transformers.values())),
         source=str(getattr(getattr(model, "config", {}), "get", lambda _: None)("_name_or_path") or ""),
+        linears=linears_of(transformers[list(transformers)[-1]], card),
     )  # fmt: skip
 
 
@@ -209,15 +226,8 @@ def _sizes_of(transformers: Mapping[str, Any], config: Mapping[str, Any]) -> Fam
         ) from None
 
 
-def _least_weights(family: Family) -> int:
-    """Return the bytes of the matrices that every block has, in 16 bits; text streams and modulations come on top."""
-    width = family.heads * family.head_dim
-    attention = 4 * width**2 * (2 if family.cross_tokens else 1)
-    return ASSUMED_BYTES * family.experts * family.layers * (attention + 2 * width * family.ffn_dim)
-
-
 def _weights(transformer: Any) -> int:
-    return sum(one.numel() * (ASSUMED_BYTES if one.is_meta else one.element_size()) for one in transformer.parameters())
+    return sum(ASSUMED_BYTES * one.numel() if one.is_meta else weight_size(one) for one in transformer.parameters())
 
 
 def _dense_row() -> Setting:
@@ -231,7 +241,7 @@ def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any], dense: Estim
     idle = {one.config.name: _idle(one, dense, of.family) for one in chosen}
     acting = [one for one in chosen if idle[one.config.name] is None]
     found = estimate(of.adapter, of.family, methods=[one.config for one in acting], **sizes)
-    speedup = found.speedup
+    speedup = found.speedup_of_methods
     for one in acting:
         cache = method(one.config.name)(**found.methods[one.config.name])
         if one.skips and isinstance(cache, StepCacheConfig):
@@ -293,6 +303,8 @@ def _notes(
         )
     presets = [one.config for one in choices(LEVELS[-1], of.model)]
     notes += advice(of.adapter, of.family, dense.layout, presets)
+    if dense.linears is not None:
+        notes += [*dense.linears.notes, "speed-ups are over the dense run of the model as it is"]
     if card is not None:
         notes += _card_notes(of, card)
     notes.append(PREDICTED_NOTE)

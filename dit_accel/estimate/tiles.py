@@ -17,7 +17,7 @@ class TilesLeft:
     Attributes:
         kept: exact tiles, mean over the planned calls; expected where a method decides by the data.
         total: tiles in all.
-        dense_share: share of the attention calls (steps x layers) that stay dense, w.
+        dense_share: share of the attention calls (computed steps x layers) that stay dense, w.
         pools: tiles that are not exact enter as one key each.
         rows_alone: all that is left out are whole rows, which needs no sparse kernel.
     """
@@ -50,8 +50,10 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
     if len(set(sizes.values())) > 1:
         counted = " and ".join(f"{name} {size} a side" for name, size in sizes.items())
         raise ConfigError(f"these methods count different tiles, {counted}; plan them one at a time")
+    skipped = frozenset[int]().union(*(saving.skipped for saving in savings.values()))
+    computed = [step for step in range(steps) if step not in skipped] or range(steps)
     calls = Counter(
-        tuple(part.active(step, layer) for part in parts.values()) for step in range(steps) for layer in range(layers)
+        tuple(part.active(step, layer) for part in parts.values()) for step in computed for layer in range(layers)
     )
     size = next(iter(sizes.values()), usual)
     kept, planned = 0.0, 0
@@ -65,7 +67,7 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
     return TilesLeft(
         kept=round(kept / planned) if planned else size * size,
         total=size * size,
-        dense_share=1 - planned / (steps * layers),
+        dense_share=1 - planned / (len(computed) * layers),
         pools=any(part.pools for part in parts.values()),
         rows_alone=not sizes,
     )

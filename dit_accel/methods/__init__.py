@@ -11,6 +11,7 @@ from .guidance.branch import PerturbedHandler
 from .guidance.guidance_config import PerturbedConfig
 from .guidance.softpag import PerturbedHeadsHandler
 from .options import Rule, ge, gt, le, lt, within
+from .registry import register
 from .saving import Saving, TileSaving
 from .site import Block, ForwardContext, Site, Streams, sample_of, with_sample
 
@@ -18,5 +19,5 @@ __all__ = [
     "AttentionHandler", "Block", "Decider", "ForwardContext", "Handler", "MaskHandler", "MeasuredCacheConfig",
     "MethodConfig", "Model", "PerturbedConfig", "PerturbedHandler", "PerturbedHeadsHandler", "Phase", "Place", "Rule",
     "Saving", "Site", "SparseConfig", "SparseHandler", "StepCacheConfig", "StepCacheHandler", "Streams", "TileSaving",
-    "Tokens", "ge", "gt", "le", "lt", "mean_change", "mean_size", "sample_of", "with_sample", "within",
+    "Tokens", "ge", "gt", "le", "lt", "mean_change", "mean_size", "register", "sample_of", "with_sample", "within",
 ]  # fmt: skip

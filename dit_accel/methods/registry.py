@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError, did_you_mean
 from .base import Handler
 from .config import MethodConfig
 
 METHOD_GROUP = "dit_accel.methods"
+
+_registered: dict[str, type[Handler]] = {}
+"""What `register` was given in this process, by the method's name."""
+
+Registered = TypeVar("Registered", bound=type[Handler])
 
 
 @cache
@@ -27,6 +32,7 @@ def handlers() -> dict[str, type[Handler]]:
         if entry.name in known or any(handler.config_type is other.config_type for other in known.values()):
             raise ConfigError(f"a method {entry.name!r} is registered twice, last by {entry.value}; uninstall one")
         known[entry.name] = handler
+    known |= _registered
     return dict(sorted(known.items(), key=lambda item: (item[1].phase, item[0])))
 
 
@@ -39,12 +45,39 @@ def _load(entry: EntryPoint) -> type[Handler]:
         raise ConfigError(
             f"{what} can't be loaded: {error}; name a handler type in pyproject.toml and install it again"
         ) from error
+    return _checked(handler, what, entry.name)
+
+
+def register(handler: Registered) -> Registered:
+    """Make a method of a script or a notebook known to this process, without a package: a decorator of the handler.
+
+    A method that was registered so before is replaced by one of its name, as where a notebook's cell runs again. A
+    package names its handler by an entry point of ``dit_accel.methods`` instead.
+
+    Raises:
+        ConfigError: for what is no handler type with a config of its own, or the name of an installed method.
+    """
+    config = getattr(handler, "config_type", None)
+    if (name := getattr(config, "name", None)) is None:
+        raise ConfigError(
+            f"register takes a handler type whose config_type is a config with a name, got {handler!r}; name the config"
+        )
+    _checked(handler, "register", name)
+    for known, other in handlers().items():
+        if known not in _registered and (known == name or other.config_type is config):
+            raise ConfigError(f"a method {known!r} is installed already, got {handler.__name__}; give it another name")
+    _registered[name] = handler
+    handlers.cache_clear()
+    return handler
+
+
+def _checked(handler: Any, what: str, name: str) -> type[Handler]:
+    """Return a handler type; raise `ConfigError` for anything else, or one whose config has another name."""
     if not (isinstance(handler, type) and issubclass(handler, Handler)):
         raise ConfigError(f"{what} must give a handler type, got {handler!r}; derive it from dit_accel.methods.Handler")
-    if getattr(handler, "config_type", None) is None or handler.config_type.name != entry.name:
-        raise ConfigError(
-            f"{what} gives {handler.__name__}, whose config_type must be a config with name = {entry.name!r}"
-        )
+    config = getattr(handler, "config_type", None)
+    if config is None or getattr(config, "name", None) != name:
+        raise ConfigError(f"{what} gives {handler.__name__}, whose config_type must be a config with name = {name!r}")
     return handler
 
 

@@ -6,7 +6,9 @@ when their lists are chosen anew. What is kept is the difference of the dense ou
 nearer to dense attention than the softmax over both parts does, since values move alike everywhere from step to step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -19,6 +21,9 @@ USUAL_TURN = 3
 """Calls of a layer from one dense call to the next where a cached rest is asked for and nothing else is said."""
 
 RestType = Literal["int8", "int4"]
+
+WITH_STREAMS = ("cuda", "xpu")
+"""Devices on which copies from pinned memory run beside the computation; elsewhere each call copies its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,9 +45,14 @@ class Stored:
         """Bytes that are held."""
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-    def on_host(self) -> "Stored":
-        """Return the rows in the host's memory."""
-        return replace(self, values=on_host(self.values), scale=None if self.scale is None else on_host(self.scale))
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+        return (self.values,) if self.scale is None else (self.values, self.scale)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Stored":
+        """Return the rows, held in other tensors that are made of each."""
+        return replace(self, values=change(self.values), scale=None if self.scale is None else change(self.scale))
 
     def read(self, device: torch.device) -> Tensor:
         """Return the rows on a device in the output's own type, [B, H, S, D]."""
@@ -73,6 +83,85 @@ def on_host(tensor: Tensor) -> Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Copy:
+    """Rows that are copied to a device beside its computation.
+
+    Attributes:
+        of: what is copied.
+        there: the copy, in memory of the stream that reads it.
+        stream: that one.
+        arrived: the event that the copy is complete.
+    """
+
+    of: Stored
+    there: Stored
+    stream: torch.Stream
+    arrived: torch.Event
+
+    def serves(self, rows: Stored | None, device: torch.device) -> bool:
+        """Tell whether it is of these very rows, for what runs on a device now."""
+        return self.of is rows and self.stream == torch.accelerator.current_stream(device)
+
+    def read(self, device: torch.device) -> Tensor:
+        """Return the rows as `Stored.read` does; the stream waits for them, the host does not."""
+        self.stream.wait_event(self.arrived)
+        return self.there.read(device)
+
+    def __del__(self) -> None:
+        """Have the stream wait, read or not, before its memory is given to another."""
+        self.stream.wait_event(self.arrived)
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.Stream:
+    """Return a device's stream for copies."""
+    return torch.Stream(device=device)
+
+
+def start_copy(rows: Stored, device: torch.device) -> Copy | None:
+    """Start to copy rows to a device, beside what its current stream is given from now on; None: it has no streams.
+
+    The copy waits for what that stream was given before: it may have used the memory, or copied the rows to the host.
+    """
+    if device.type not in WITH_STREAMS:
+        return None
+    stream, beside = torch.accelerator.current_stream(device), side_stream(device)
+    there = rows.mapped(lambda x: torch.empty_like(x, device=device))
+    beside.wait_stream(stream)
+    with beside:
+        for to, of in zip(there.tensors, rows.tensors, strict=True):
+            to.copy_(of, non_blocking=True)
+    return Copy(of=rows, there=there, stream=stream, arrived=beside.record_event())
+
+
+class Ahead:
+    """Copies to the device what the next call reads, by the order in which calls came before; one copy at a time."""
+
+    def __init__(self, start: Callable[[Stored, torch.device], Copy | None] = start_copy) -> None:
+        self._start = start
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the order, and free the copy."""
+        self._next: dict[Key, tuple[Key, torch.device]] = {}
+        self._last: Key | None = None
+        self._copy: Copy | None = None
+
+    def reading(
+        self, key: Key, own: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
+    ) -> Stored | Copy | None:
+        """Return what a call that begins reads, ``own`` or its copy, and start to copy what the next one is ``due``."""
+        copy, self._copy = self._copy, None
+        if self._last is not None:
+            self._next[self._last] = key, device
+        self._last = key
+        following, there = self._next.get(key, (None, device))
+        if following is not None and (rows := due(following)) is not None:
+            self._copy = self._start(rows, there)
+        return copy if copy is not None and copy.serves(own, device) else own
 
 
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
@@ -117,7 +206,7 @@ class Rests:
         dtype: in which it is kept; None: its own.
         memory: GB that it may take; None: as much as it needs. Where that is too little, the layers of whose output
             it is the smallest part leave it out.
-        offload: let it wait in the host's memory.
+        offload: let it wait in the host's memory; while one call computes, that of the next is copied back.
     """
 
     def __init__(
@@ -128,12 +217,14 @@ class Rests:
         self.dtype: RestType | None = dtype
         self.kept: dict[Key, KeptRest] = {}
         self._calls: dict[Key, int] = {}
+        self._ahead = Ahead()
         self.most_held = 0
 
     def reset(self) -> None:
         """Forget all turns, and free what is kept."""
         self.kept.clear()
         self._calls.clear()
+        self._ahead.reset()
 
     def turned(self, context: CallContext, method: str) -> CallContext:
         """Return a call's context with what its turn is, and count it.
@@ -166,11 +257,23 @@ class Rests:
         each = {None: 2 * head_dim, "int8": head_dim + 4, "int4": head_dim // 2 + 4}[self.dtype]
         return rows * each
 
+    def reading(self, key: Key, device: torch.device) -> Stored | Copy | None:
+        """Return what a call that begins on a device adds; None: nothing. It was counted by `turned`."""
+        kept = self.kept.get(key)
+        own = None if kept is None else kept.rest
+        return self._ahead.reading(key, own, device, self._due) if self.offload else own
+
+    def _due(self, key: Key) -> Stored | None:
+        """Return what the next call of a key adds, as far as is known."""
+        _, layer, *_ = key
+        kept = None if self.is_dense(self._calls.get(key, 0), layer) else self.kept.get(key)
+        return None if kept is None else kept.rest
+
     def keep(self, key: Key, rest: KeptRest) -> None:
         """Keep what a dense call left, as far as the memory allows."""
         self.kept[key] = rest
         if self.offload and rest.rest is not None:
-            rest.rest = rest.rest.on_host()
+            rest.rest = rest.rest.mapped(on_host)
         if self.memory is not None:
             held = [one for one in self.kept.values() if one.rest is not None]
             while sum(one.nbytes for one in held) > self.memory * 1e9:

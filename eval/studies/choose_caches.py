@@ -20,7 +20,7 @@ import torch
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.runs.loaded import EmbeddedModel
 
-from dit_accel import EasyCache
+from dit_accel import EasyCache, SeaCache
 from dit_accel.methods.caches.native import DiffusersCache
 
 STEPS = {"wan-tiny": 30, "flux-tiny": 28}
@@ -53,6 +53,13 @@ GROWING: tuple[tuple[float, int, Literal["heun", "hold"], int], ...] = (
 )  # fmt: skip
 """Warm-up, bound, predictor and last steps of caches whose bound on skips in a row grows, as the presets' does."""
 
+CONTINUED: dict[str, dict[str, Any]] = {
+    "hold": {},
+    "taylor": {"predictor": "taylor"},
+    "corrected": {"predictor": "taylor", "corrected": True, "damping": 0.2},
+}
+"""How steps that are skipped are continued -> options."""
+
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
     """Return name -> options of `SuiteModel.run`."""
@@ -82,6 +89,15 @@ def settings(model: str) -> dict[str, dict[str, Any]]:
             last_steps=last, growing=True, min_steps=10,
         )  # fmt: skip
         found[f"easycache growing, {warmup:g} {bound} {predictor}, last {last}"] = {"methods": (config,)}
+    for threshold, how in itertools.product((0.05, 0.1, 0.15, 0.2, 0.3), CONTINUED):
+        name = f"seacache {how} {threshold:g}"
+        found[name] = {"methods": (SeaCache(threshold=threshold, min_steps=10, **CONTINUED[how]),)}
+    for warmup, bound, last in ((0.5, 2, 2), (0.3, 3, 2), (0.25, 4, 1)):
+        config = EasyCache(
+            threshold=0.2, warmup_steps=warmup, max_consecutive=bound, last_steps=last, growing=True, min_steps=10,
+            **CONTINUED["corrected"],
+        )  # fmt: skip
+        found[f"easycache growing, {warmup:g} {bound} corrected, last {last}"] = {"methods": (config,)}
     native = [
         *(diffusers.FirstBlockCacheConfig(threshold=threshold) for threshold in (0.02, 0.05, 0.1)),
         *(diffusers.SeaCacheConfig(threshold=threshold) for threshold in (0.1, 0.25)),
@@ -164,7 +180,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = [f"{name:40s} {one[0]:6.1f} dB {one[1]:.3f} of the time, {one[2]:.3f} of the blocks" for name, one in
             sorted(means.items(), key=lambda item: item[1][1])]  # fmt: skip
     for name, (decibels, time, _) in means.items():
-        if not name.startswith("easycache"):
+        if not name.startswith(("easycache", "seacache")):
             continue
         for kind in ("cache-dit", "diffusers", "dense"):
             within = [

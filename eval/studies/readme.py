@@ -15,6 +15,7 @@ from block_choices import choices, scores_of, whole
 from block_choices import table as choices_table
 from budgets import table as budgets_table
 from call_error import table as calls_table
+from combining import table as combining_table
 from denoising_time import table as times_table
 from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
@@ -22,29 +23,35 @@ from dit_accel_eval.suites.ladder import clip_words, read_ladder, setting_words
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from dropped_mass import table as masses_table
+from eight_bit_linears import table as linears_table
 from every_set import Judged, Setting
 from every_set import table as every_table
 from false_verdicts import table as false_table
 from finetuned import page_text as finetuned_text
 from guidance_cost import table as costs_table
+from method_pages import PAGES as METHOD_PAGES
+from method_pages import TABLES as METHOD_TABLES
 from overhead import table as overhead_table
 from positions_cost import page_text as additions_text
 from preset_table import table as levels_table
 from product_time import page_text as product_text
 from report_tables import demo_text, report_table, score_words, tuned_text
 from scaling import table as scaling_table
+from site_pages import ROOMS, errors_table, models_table, reasons_table
 from vbench_proxies import page_text as proxies_text
-
-from dit_accel.adapters.installed import adapters
-from dit_accel.methods.registry import methods
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 SHAPES = Path("eval/results/attention-shapes.jsonl")
 PAGES = {
-    "README.md": ("demo", "models", "report", "speed"),
+    "README.md": ("demo", "presets"),
+    "docs/models.md": ("models", "reasons"),
+    "docs/combining.md": ("combining",),
+    "docs/troubleshooting.md": tuple(f"errors-{room}" for room in ROOMS),
+    "docs/evidence/index.md": ("report",),
+    "docs/evidence/kernels-cpu.md": ("speed",),
     "docs/quality.md": ("rivals-wan-tiny", "rivals-flux-tiny", "report-wan-tiny", "report-flux-tiny"),
     "docs/guidance.md": ("guidance-cost",),
-    "docs/kernel-predictions.md": ("attention-shapes",),
+    "docs/kernel-predictions.md": ("attention-shapes", "eight-bit-linears"),
     "docs/evaluating.md": ("false-verdicts",),
     "docs/presets.md": ("presets", "presets-wan-tiny", "presets-flux-tiny"),
     "docs/scaling.md": ("scaling",),
@@ -83,8 +90,29 @@ PAGES = {
     "docs/frontier.md": ("frontier-wan-tiny", "frontier-flux-tiny"),
     "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "guided-flux-tiny"),
     "docs/evidence/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
+    **METHOD_PAGES,
 }
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
+
+
+LONG = 12
+"""Rows of a table from which a page of measurements shows it folded."""
+
+OPEN = ("README.md", "docs/models.md", "docs/combining.md", "docs/troubleshooting.md", *METHOD_PAGES)
+"""Pages that are there for their tables."""
+
+
+def folded(content: str) -> str:
+    """Return a text whose long tables open by a click, on GitHub and on the site."""
+    return re.sub(
+        rf"(?:^\|.*\n?){{{LONG + 2},}}",
+        lambda table: (
+            f'<details markdown="1"><summary>Table of {table[0].strip().count(chr(10)) - 1} rows</summary>\n\n'
+            f"{table[0].strip()}\n\n</details>\n"
+        ),
+        content,
+        flags=re.M,
+    ).rstrip("\n")
 
 
 def filled(root: Path, page: str) -> str:
@@ -100,6 +128,7 @@ def filled(root: Path, page: str) -> str:
     text = (root / page).read_text()
     for mark in PAGES[page]:
         content = _TABLES[mark](root) if mark in _TABLES else _suite(root, mark)
+        content = content if page in OPEN else folded(content)
         text, count = re.subn(
             rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
         )
@@ -113,20 +142,6 @@ def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for page in PAGES:
         Path(page).write_text(filled(Path(), page))
-
-
-def _models(root: Path) -> str:
-    """Families under the methods that they take, read off the adapters that are registered."""
-    names = list(methods())
-    taken: dict[tuple[str, ...], list[str]] = {}
-    for adapter in adapters().values():
-        verdicts = {name: adapter.verdict(name) for name in names}
-        but = tuple(f"no `{name}` ({word}: {why})" for name, (word, why) in verdicts.items() if why)
-        classes = ", ".join(f"`{name}`" for name in adapter.transformers)
-        taken.setdefault(but, []).append(f"{adapter.name} ({classes})")
-    rows = ["| methods | families and their transformer classes |", "|---|---|"]
-    rows += [f"| {'; '.join(but) or 'all'} | {', '.join(families)} |" for but, families in taken.items()]
-    return "\n".join(rows)
 
 
 def _suite(root: Path, name: str) -> str:
@@ -282,7 +297,10 @@ def _budgets(root: Path) -> str:
 
 
 _TABLES: dict[str, Callable[[Path], str]] = {
-    "models": _models,
+    "models": models_table,
+    "reasons": reasons_table,
+    "combining": partial(_run, study="combining", write=combining_table),
+    **{f"errors-{room}": partial(errors_table, room=room) for room in ROOMS},
     "presets": levels_table,
     "speed": _speed,
     "demo": demo_text,
@@ -299,6 +317,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "positions-cost": partial(_run, study="positions_cost", write=additions_text),
     "product-time": partial(_run, study="product_time", write=product_text),
     "false-verdicts": partial(_run, study="false_verdicts", write=false_table),
+    "eight-bit-linears": partial(_run, study="eight_bit_linears", write=linears_table),
     "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
     "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_text),
     "every-set-wan-plain": partial(_every, model="wan-plain"),
@@ -311,6 +330,7 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     ),
     "finetuned-wan-plain": partial(finetuned_text, name="finetuned-wan-plain"),
     "finetuned-4x-wan-plain": partial(finetuned_text, name="finetuned-4x-wan-plain"),
+    **METHOD_TABLES,
 }
 
 

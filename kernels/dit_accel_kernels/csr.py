@@ -7,7 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SKIPPED, POOLED, EXACT, PARTIAL = 0, 1, 2, 3
+SKIPPED = 0
+"""State of a tile that is absent."""
+POOLED = 1
+"""State of a tile that enters as one key: the mean of its keys, with their number."""
+EXACT = 2
+"""State of a tile whose keys enter as they are."""
+PARTIAL = 3
+"""State of a tile that is exact but for what a mask of bits hides."""
 
 _INT32_MAX = 2**31 - 1
 

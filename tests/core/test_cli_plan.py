@@ -17,7 +17,8 @@ KEYS = {
     "tokens", "text_tokens", "tiles_total", "tiles_kept", "density", "dense_share", "forward_share", "attention_share",
     "attention_flops", "total_flops", "planned_attention_flops", "planned_total_flops", "tile_list_bytes",
     "pooled_bytes", "carried_bytes", "state_bytes", "kernel_cost", "predicted_speedup", "equal_steps", "methods",
-    "uncounted_methods", "computed_blocks", "times_trained",
+    "uncounted_methods", "computed_blocks", "times_trained", "linears", "linear_share", "linear_time", "weight_bytes",
+    "factors",
 }  # fmt: skip
 WAN_69 = ["--family", "wan2.1-14b", "--height", "768", "--width", "1280", "--num-frames", "69"]
 NAMED = {"seg": "layers", "softpag": "heads", "pag": "layers"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD
+from dit_accel import DeltaAttention, RadialAttention, SolAttention, SparseD, StaticCache
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters, family
 from dit_accel.errors import ConfigError
@@ -209,3 +209,24 @@ def test_a_strangers_family_can_be_planned():
     attention = 4 * 48**2 * 128
     other = 8 * 48 * 128**2 + 4 * 48 * 128 * 256
     assert found.total_flops == 50 * 2 * 2 * (attention + other)
+
+
+def test_what_a_list_skips_is_sparse_steps_and_the_dense_ones_are_computed():
+    """By hand: of 20 steps 11 are computed, of which the first two are dense."""
+    cache = StaticCache(every=2, warmup_steps=2, last_steps=1)
+    found = plan("wan2.1-14b", num_inference_steps=20, methods=[SparseD(density=0.3, dense_steps=2), cache])
+    computed = [step for step in range(20) if step not in cache.filled().skipped_steps(20)]
+    layers = 40
+    sparse = (len(computed) - 2) * (layers - SparseD().filled().dense_layers)
+    assert computed[:3] == [0, 1, 3]
+    assert found.dense_share == pytest.approx(1 - sparse / (len(computed) * layers))
+    alone = plan("wan2.1-14b", num_inference_steps=20, methods=[SparseD(density=0.3, dense_steps=2)])
+    assert alone.dense_share < found.dense_share
+
+
+def test_skipped_forwards_of_one_branch_are_counted_as_if_all_steps_were_skipped_alike():
+    warm, sparse = SparseD(density=0.3, dense_steps=2), SparseD(density=0.3, dense_steps=0, dense_layers=0)
+    both, one = StaticCache(every=2), StaticCache(every=2, branches="uncond")
+    cases = ([warm, one], True), ([warm, both], False), ([sparse, one], False), ([warm], False), ([one], False)
+    for methods, said in cases:
+        assert any("a little less is gained" in note for note in plan("wan2.1-14b", methods=methods).notes) is said

@@ -1,5 +1,6 @@
 """The public face: what names there are, how things show themselves, and what is refused before anything is touched."""
 
+import gc
 import subprocess
 import sys
 
@@ -83,3 +84,18 @@ def test_what_is_no_config_is_told_apart():
             dit_accel.attach(transformer, given)
     with pytest.raises(ConfigError, match="two RadialAttention"):
         dit_accel.attach(transformer, RADIAL, RadialAttention())
+
+
+def test_fifty_times_on_and_off_leave_nothing_behind():
+    transformer = tiny_transformer()
+    before, held = {name: id(one) for name, one in transformer.attn_processors.items()}, []
+    lite, cache = dit_accel.LiteAttention(block_size=16, dense_steps=0), dit_accel.EasyCache(threshold=0.1)
+    for time in range(50):
+        with dit_accel.attach(transformer, lite, *((cache, RADIAL) if time % 2 else (dit_accel.SLG(layers="L0"),))):
+            forward(transformer)
+        if time in (10, 30, 49):
+            gc.collect()
+            held.append(sum(type(one) is torch.Tensor for one in gc.get_objects()))
+    assert len(set(held)) == 1
+    assert {name: id(one) for name, one in transformer.attn_processors.items()} == before
+    assert not [name for name in transformer.__dict__ if "dit_accel" in name]

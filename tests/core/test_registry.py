@@ -186,3 +186,52 @@ def test_sizes_of_a_layout_are_whole_numbers(name, value):
     sizes = {"frames": 1, "height": 1, "width": 1, name: value}
     with pytest.raises(ConfigError, match=rf"layout.*{name}.*>= \d, got"):
         TokenLayout(**sizes)
+
+
+@pytest.fixture
+def registering():
+    """Give `register`, and forget what it was given."""
+    yield method_registry.register
+    method_registry._registered.clear()
+    method_registry.handlers.cache_clear()
+
+
+class Own(MethodConfig):
+    name = "own"
+
+
+class OwnHandler(Handler):
+    config_type, phase = Own, Phase.LISTS
+
+
+def test_a_method_of_a_script_is_known_to_its_process(registering):
+    assert registering(OwnHandler) is OwnHandler
+    assert method_registry.handler_of(Own()) is OwnHandler
+    assert method_registry.method("own") is Own
+
+
+def test_a_cell_that_runs_again_replaces_its_method(registering):
+    again = type("Again", (MethodConfig,), {"name": "own"})
+    registering(OwnHandler)
+    registering(second := type("SecondHandler", (OwnHandler,), {"config_type": again}))
+    assert method_registry.handler_of(again()) is second
+    with pytest.raises(ConfigError, match=r"Own is registered by no"):
+        method_registry.handler_of(Own())
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        (type("Bare", (Handler,), {}), "Bare"),
+        (type("Nameless", (Handler,), {"config_type": MethodConfig}), "Nameless"),
+        (
+            type("Mine", (Handler,), {"config_type": type("Radial", (MethodConfig,), {"name": "radial"})}),
+            "'radial'.*Mine",
+        ),
+        (type("Stranger", (), {"config_type": Own}), "register.*Stranger"),
+    ],
+)
+def test_what_can_t_be_registered_is_told(registering, handler, message):
+    with pytest.raises(ConfigError, match=message):
+        registering(handler)
+    assert "own" not in method_registry.handlers()

@@ -14,6 +14,7 @@ from dit_accel.attachment import forward
 from dit_accel.attachment.parallel import naming_lost
 from dit_accel.attachment.shards import Ulysses, shards_of
 from dit_accel.errors import ConfigError, ProcessLost
+from dit_accel.methods.guidance.weaker import parallel_to_share
 from dit_accel.plan.heads import HeadShare
 
 CPU = torch.device("cpu")
@@ -191,3 +192,19 @@ def test_shards_are_made_once_a_shape(monkeypatch):
         for frames in (5, 5, 3, 3):
             transformer(torch.randn(1, 12, frames, 8, 8), torch.tensor([500]), torch.zeros(1, 6, 64), return_dict=False)
     assert [grid[0] for grid in made] == [5, 3]
+
+
+def test_weaker_models_that_diffusers_cannot_split_as_the_model_is_run_whole(monkeypatch):
+    transformer, weak = wan_tiny.tiny_transformer(), wan_tiny.tiny_transformer(1)
+    assert parallel_to_share(transformer, weak, {}) is None
+    parallel = transformer._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(ulysses_degree=2))
+    assert parallel_to_share(transformer, weak, {"encoder_attention_mask": None}) is parallel
+    assert parallel_to_share(transformer, weak, {"encoder_attention_mask": torch.ones(1, 6)}) is None
+    for changes in ({"num_attention_heads": 3}, {"patch_size": (1, 4, 4)}):
+        assert parallel_to_share(transformer, wan_tiny.tiny_transformer(1, **changes), {}) is None
+    assert parallel_to_share(transformer, torch.nn.Identity(), {}) is None
+    weak.blocks[0].attn1.processor._attention_backend = "flash"
+    assert parallel_to_share(transformer, weak, {}) is None
+    weak.blocks[0].attn1.processor._attention_backend = None
+    monkeypatch.setattr(type(weak), "_cp_plan", None)
+    assert parallel_to_share(transformer, weak, {}) is None

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from readme import PAGES, filled
+from readme import LONG, PAGES, filled, folded
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,31 @@ def test_a_missing_mark_is_an_error(tmp_path):
     for part in ("eval/suites", "eval/results", "kernels/bench/results"):
         if (ROOT / part).exists():
             shutil.copytree(ROOT / part, tmp_path / part)
-    (tmp_path / "README.md").write_text(
-        "<!-- demo -->\n<!-- /demo -->\n<!-- models -->\n<!-- /models -->\n<!-- report -->\n<!-- /report -->\n"
-    )
-    with pytest.raises(ValueError, match=r"<!-- speed --> <!-- /speed -->.*found 0"):
+    (tmp_path / "README.md").write_text("<!-- demo -->\n<!-- /demo -->\n")
+    with pytest.raises(ValueError, match=r"<!-- presets --> <!-- /presets -->.*found 0"):
         filled(tmp_path, "README.md")
+
+
+def test_the_readme_is_one_page():
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 7_000
+    assert len(text.splitlines()) <= 150
+
+
+def test_long_tables_of_measurements_are_folded():
+    table = "\n".join(["| a |", "|---|", *["| 1 |"] * LONG])
+    assert folded(f"before\n\n{table}\n\nafter") == (
+        f'before\n\n<details markdown="1"><summary>Table of {LONG} rows</summary>\n\n{table}\n\n</details>\n\nafter'
+    )
+    assert folded(table.rpartition("\n")[0]) == table.rpartition("\n")[0]
+
+
+def test_links_of_root_pages_lead_somewhere():
+    for page in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            there = ROOT / path if path else page
+            assert there.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)", there.read_text(encoding="utf-8"), flags=re.M) if anchor else []
+            named = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in named, f"{page.name}: {target}"

@@ -1,4 +1,4 @@
-"""The settings that `tune pipeline` tries: all that a model takes, README's winners, and none that it refuses."""
+"""The settings of `tune pipeline`: all that a model takes, the winners of the evidence, none that it refuses."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ def test_the_default_space_has_every_kind_of_setting(model):
     assert {arm.solver for arm in space} == {"unipc", "dpm++", "euler"}
     assert {1, 2} <= {len(arm.methods) for arm in space}
     sparse = {"sol", "sparsed", "lite"} | ({"radial", "dfa"} if model.startswith("wan") else set())
-    caches = {"easycache", "teacache", "magcache", "firstblockcache", "dbcache", "dbprune", "staticcache"}
+    caches = {"easycache", "seacache", "teacache", "magcache", "firstblockcache", "dbcache", "dbprune", "staticcache"}
     assert {method.name for arm in space for method in arm.methods} == sparse | caches
     for arm in space:
         assert from_toml(to_toml(arm.methods)) == list(arm.methods)
@@ -43,9 +43,11 @@ def test_the_default_space_has_every_kind_of_setting(model):
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_winners_of_the_readme_are_always_run():
+def test_the_winners_of_the_evidence_page_are_always_run():
     """Those that its table calls ahead by time, but for diffusers' own caches; tiles are the model's own business."""
-    rows = re.findall(r"^\| ([\w-]+) \| ([^|]+) \|.* ahead \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\w-]+) \| ([^|]+) \|.* ahead \|$", (ROOT / "docs/evidence/index.md").read_text(), re.MULTILINE
+    )
     ours = [(model, name) for model, name in rows if not name.startswith("diffusers ")]
     assert ours
     for model, name in ours:

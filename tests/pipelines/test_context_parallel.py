@@ -18,10 +18,9 @@ IMAGE, VIDEO = cases_of(image=True), cases_of(image=False)
 
 
 def test_no_method_is_left_out():
-    """All but AutoGuidance, whose weaker model would have to be shared between the processes too."""
     for cases, apart in ((VIDEO, set()), (IMAGE, VIDEOS_ALONE)):
         tried = {method.name for case in cases.values() for method in case}
-        assert tried == set(methods()) - apart - {"autoguidance"}
+        assert tried == set(methods()) - apart
 
 
 @pytest.mark.parametrize(
@@ -62,6 +61,16 @@ def test_further_models_give_what_one_process_gives():
             assert not isinstance(result, str), (case, rank, result)
             away, changed = result
             assert away < 1e-5 < changed, (case, rank)
+
+
+def test_a_weaker_model_is_shared_where_its_heads_can_be_and_left_as_it_was():
+    found = processes(2, parallel_ranks.weaker_models)
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        for heads, tokens in ((4, 40), (3, 80)):
+            away, seen, left, same = found[rank][heads]
+            assert away < 1e-5, heads
+            assert (seen, left, same) == ([tokens], 0, True), heads
 
 
 def test_compiled_blocks_give_what_one_process_gives_in_two_graphs():

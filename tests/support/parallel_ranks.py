@@ -149,7 +149,7 @@ def compare(rank: int, world: int, model: str, cases: dict[str, tuple[Any, ...]]
     With a ``ring_degree`` among the options they are a ring, and whatever stays dense is told its log-sum-exp.
     """
     transformer, inputs = build(model, **sizes)
-    cases = {name: _with_text(methods, inputs) for name, methods in cases.items()}
+    cases = {name: _complete(methods, transformer, inputs) for name, methods in cases.items()}
     spread = copy.deepcopy(transformer)
     if "ring_degree" in options:
         attention_dispatch._native_attention_forward_op = with_lse
@@ -213,10 +213,48 @@ def with_lse(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
 
 
-def _with_text(methods: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return methods with a text for the one that needs it."""
-    text = inputs["encoder_hidden_states"].roll(1, -1)
-    return tuple(dit_accel.NAG(negative_embeds=text) if one.name == "nag" else one for one in methods)
+def _complete(methods: tuple[Any, ...], transformer: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return methods with a text, or a weaker model, for those that need it."""
+    given = {
+        "nag": lambda: dit_accel.NAG(negative_embeds=inputs["encoder_hidden_states"].roll(1, -1)),
+        "autoguidance": lambda: dit_accel.AutoGuidance(scale=1.0, weak_transformer=weakened(transformer)),
+    }
+    return tuple(given[one.name]() if one.name in given else one for one in methods)
+
+
+def weakened(transformer: Any) -> Any:
+    """A copy of a transformer that predicts somewhat else."""
+    weak = copy.deepcopy(transformer)
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            parameter.mul_(0.9)
+    return weak
+
+
+def weaker_models(rank: int, world: int) -> Any:
+    """Return how a weaker model runs in a shared one, by its heads: (how far from one process, tokens, left behind).
+
+    Tokens are those of its second block's input; what is left behind is its parallelism and hooks after detach.
+    """
+    found = {}
+    transformer, inputs = build("wan")
+    spread = copy.deepcopy(transformer)
+    enable_ulysses(spread, world)
+    for heads in (4, 3):
+        weak, tokens = build("wan", heads)[0] if heads == 3 else weakened(transformer), []
+        method = dit_accel.AutoGuidance(scale=1.0, weak_transformer=weak)
+        plain = denoise(weak, inputs)
+        with dit_accel.attach(transformer, method):
+            alone = denoise(transformer, inputs)
+        handle = weak.blocks[1].register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))  # noqa: B023
+        with dit_accel.attach(spread, method):
+            together = denoise(spread, inputs)
+        handle.remove()
+        hooks = [name for one in weak.modules() for name in getattr(getattr(one, "_diffusers_hook", 0), "hooks", ())]
+        told = [weak._parallel_config, *(block.attn1.processor._parallel_config for block in weak.blocks)]
+        left = len(hooks) + sum(one is not None for one in told)
+        found[heads] = apart(together, alone), sorted(set(tokens)), left, torch.equal(denoise(weak, inputs), plain)
+    return found
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:

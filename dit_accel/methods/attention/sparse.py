@@ -41,7 +41,8 @@ class SparseConfig(MethodConfig):
             of the memory. Unset: in the output's own.
         rest_memory: with ``rest = "cached"``: GB that it may take on a device. Where that is too little, the layers
             of whose output it is the smallest part leave it out. Unset: as much as it needs.
-        rest_offload: with ``rest = "cached"``: let it wait in the memory of the ``cpu``; each call copies its own back.
+        rest_offload: with ``rest = "cached"``: let it wait in the memory of the ``cpu``. While a call computes, that of
+            the next is copied back, so that the device holds two; without CUDA's or XPU's streams each copies its own.
     """
 
     # sparse from the start

@@ -155,8 +155,8 @@ class StepCacheConfig(MethodConfig):
 
     def skipped_steps(
         self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True, experts: int = 1
-    ) -> int:
-        """Return how many steps of a run are skipped where no data decide.
+    ) -> tuple[int, ...]:
+        """Return the steps of a run that are skipped where no data decide.
 
         Args:
             count: steps of the run.
@@ -164,15 +164,18 @@ class StepCacheConfig(MethodConfig):
             experts: transformers that share the steps; where ``switch`` is unset, they count as one.
         """
         switch = self._switch_of(count) if experts > 1 and self.switch is not None else 0
-        in_a_row = skipped = 0
+        in_a_row, skipped = 0, list[int]()
         for index in range(count):
             begins = index in (0, switch)  # nothing is stored
             turn = Turn(switch if index >= switch else 0, index >= switch)
             must = begins or self.always_computed(index, count, turn)
-            must = must or self.most_skipped(in_a_row, skipped, index, count, turn)
-            skip = not must and skips(index, in_a_row)
-            in_a_row, skipped = (in_a_row + 1, skipped + 1) if skip else (0, skipped)
-        return skipped
+            must = must or self.most_skipped(in_a_row, len(skipped), index, count, turn)
+            if not must and skips(index, in_a_row):
+                in_a_row += 1
+                skipped.append(index)
+            else:
+                in_a_row = 0
+        return tuple(skipped)
 
     def most_skipped(self, in_a_row: int, skips: int, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step is computed after so many that were skipped, in a row and in all, or None.

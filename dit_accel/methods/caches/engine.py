@@ -6,7 +6,7 @@ steps that are always computed, branches, transformers that take over, shapes th
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -354,10 +354,11 @@ class StepCacheHandler(Handler):
         """Return what was computed and reused in the last generation, by step and branch."""
         return section_of(self.name, self._log, self.threshold())
 
-    def counted(self, steps: int, notes: tuple[str, ...] = ()) -> Saving:
-        """Return the saving of so many skipped steps."""
-        rows = self.model.family.forwards_per_step if self.model.family and self.settings.branches == "all" else 1
-        return Saving(forwards=rows * steps, notes=notes)
+    def counted(self, skipped: Collection[int], notes: tuple[str, ...] = ()) -> Saving:
+        """Return the saving of the steps that are skipped."""
+        every = self.settings.branches == "all"
+        rows = self.model.family.forwards_per_step if self.model.family and every else 1
+        return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
 
 
 def is_unconditional(branch: str, method: str) -> bool:

@@ -12,6 +12,7 @@ from ..saving import Saving
 from ..site import ForwardContext, Site
 from .branch import PerturbedHandler
 from .guidance_config import PerturbedConfig
+from .weaker import parallel_to_share, share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class AutoGuidance(PerturbedConfig):
 
     The weaker model takes the same latents and the same encoded prompt: an earlier checkpoint, the model before it was
     fine-tuned, or a smaller sibling, such as Wan 2.1's 1.3B beside its 14B. It runs as a third forward of its own size.
+    Processes that share the model share the weaker one too, where diffusers can split it; else each runs it whole.
 
     Source: AutoGuidance (arXiv 2406.02507), whose D = D_bad + g (D_good - D_bad) is this without a negative prompt, g
     being 1 + w. Where we depart from it: it stands beside guidance by a negative prompt, whose scale stays what it is.
@@ -60,6 +62,8 @@ class AutoGuidanceHandler(PerturbedHandler):
     settings: AutoGuidance
     option = "weak"
     _weak: nn.Module | None = None
+    _parallel: Any = None
+    _unshare: Callable[[], None] | None = None
 
     @property
     def specs(self) -> tuple[str, ...]:
@@ -78,14 +82,26 @@ class AutoGuidanceHandler(PerturbedHandler):
                 "autoguidance.weak_transformer is the model itself, away from which nothing is guided; give a weaker "
                 "one"
             )
+        site.on_detach(lambda: self._share(None))
         super().install(site)
 
     def perturbed_output(
         self, site: Site, context: ForwardContext, run: Callable[..., Any], given: Mapping[str, Any]
     ) -> Any:
         """Return what the weaker model predicts for the same inputs."""
-        assert self._weak is not None
-        return self._weak(**{**context.inputs, **given})
+        weak, inputs = self._weak, {**context.inputs, **given}
+        assert weak is not None
+        if self._parallel is not None or getattr(weak, "_parallel_config", None) is None:
+            self._share(parallel_to_share(site.transformer, weak, inputs))
+        return weak(**inputs)
+
+    def _share(self, parallel: Any) -> None:
+        """Have the weaker model shared as a transformer is; None: run whole."""
+        if parallel is self._parallel:
+            return
+        if self._unshare is not None:
+            self._unshare()
+        self._parallel, self._unshare = parallel, None if parallel is None else share(self._weak, parallel)
 
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""

@@ -1,0 +1,49 @@
+"""What `make docs` adds to mkdocs: files outside docs/ that a page links to become part of the site."""
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mkdocs.structure.files import File, Files
+
+LINK = re.compile(r"(?<!!)\]\(([^)\s]+)\)")
+
+
+def on_files(files: Files, config):
+    """Add every file of the repository that a page's link names and that lies outside the docs folder.
+
+    Markdown becomes a page, anything else is copied; either lies below ``source/`` by its path in the repository.
+    """
+    root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
+    waiting = [
+        (file.src_uri, (docs / file.src_uri).read_text(encoding="utf-8")) for file in files.documentation_pages()
+    ]
+    for uri, text in waiting:
+        for target in LINK.findall(text):
+            path = urlsplit(target).path
+            found = (docs / uri).parent.joinpath(path).resolve() if path else docs
+            if found.is_file() and found.is_relative_to(root) and not found.is_relative_to(docs):
+                uri_there = f"source/{found.relative_to(root).as_posix()}"
+                if files.get_file_from_path(uri_there) is None:
+                    files.append(File.generated(config, uri_there, abs_src_path=str(found)))
+    return files
+
+
+def on_page_markdown(markdown: str, page, config, files: Files) -> str:
+    """Let links lead to where `on_files` put what lies outside the docs folder."""
+    root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
+    uri = page.file.src_uri
+    source = root / uri.removeprefix("source/") if uri.startswith("source/") else docs / uri
+
+    def moved(match: re.Match) -> str:
+        parts = urlsplit(match[1])
+        found = source.parent.joinpath(parts.path).resolve() if parts.path and not parts.scheme else None
+        if found is None or not found.is_relative_to(root) or not found.exists():
+            return match[0]
+        there = found.relative_to(docs) if found.is_relative_to(docs) else Path("source") / found.relative_to(root)
+        if files.get_file_from_path(there.as_posix()) is None:
+            return f"](#{parts.fragment})" if found == source else match[0]
+        depth = "../" * uri.count("/")
+        return f"]({depth}{there.as_posix()}{'#' + parts.fragment if parts.fragment else ''})"
+
+    return LINK.sub(moved, markdown)

@@ -1,0 +1,119 @@
+"""Tables of the documentation site that come from the code itself: its errors and its models."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit_accel_eval.runs.results import markdown_table
+
+from dit_accel.adapters.installed import adapters
+from dit_accel.methods.registry import methods
+
+RAISED = ("ConfigError", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost", "BackendUnavailableError")
+"""What a user meets; kernels raise ValueError and TypeError besides."""
+
+ROOMS: dict[str, tuple[str, ...]] = {
+    "attaching": ("dit_accel/attachment", "dit_accel/adapters", "pipelines/dit_accel_pipelines/families"),
+    "options": ("dit_accel/methods",),
+    "shapes": ("dit_accel/plan", "dit_accel/rules", "dit_accel/report", "dit_accel/testing"),
+    "predicting": ("dit_accel/estimate", "dit_accel/cli"),
+    "generating": ("pipelines/dit_accel_pipelines/generation", "pipelines/dit_accel_pipelines/processes"),
+    "files": ("dit_accel/files.py", "dit_accel/errors.py", "dit_accel/public.py"),
+    "finetuning": ("pipelines/dit_accel_pipelines/finetuning",),
+    "evaluating": ("eval/dit_accel_eval",),
+    "kernels": ("kernels/dit_accel_kernels",),
+}
+"""Table of docs/troubleshooting.md -> where its errors are raised; each file belongs to the first that holds it."""
+
+
+def errors_table(root: Path, room: str) -> str:
+    """The texts of all errors that are raised in a room, what differs from case to case as ``<name>``."""
+    further = ("ValueError", "TypeError") if room == "kernels" else ()
+    found: dict[str, str] = {}
+    for path in _files(root, room):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for text in _texts(tree, {*RAISED, *further}, _constants(tree)):
+            what, _, advice = text.rpartition("; ")
+            if what:
+                found.setdefault(what, advice)
+            elif len(text.split()) > 3:
+                found.setdefault(text, "")
+    rows = [
+        [f"`{_cell(what)}`", _cell("see what it lists" if advice == "<...>" else advice).replace("<", "&lt;")]
+        for what, advice in sorted(found.items())
+        if any(word.isalpha() for word in what.split())
+    ]
+    return markdown_table("it says | what to do", rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+
+
+def _files(root: Path, room: str) -> list[Path]:
+    found: list[Path] = []
+    for place in ROOMS[room]:
+        path = root / place
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return found
+
+
+def _texts(tree: ast.Module, names: set[str], constants: dict[str, str]) -> Iterator[str]:
+    """The messages of all calls of an error's class, raised at once or made first."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and _called(node) in names:
+            yield _text(node.args[0], constants)
+
+
+def _constants(tree: ast.Module) -> dict[str, str]:
+    """The texts that a module names at its top, such as advice that several of its errors give."""
+    return {
+        target.id: _text(node.value, {})
+        for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr)
+        for target in node.targets if isinstance(target, ast.Name)
+    }  # fmt: skip
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+
+
+def _text(node: ast.expr, constants: dict[str, str]) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=values):
+            return "".join(_text(value, constants) for value in values)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _text(left, constants) + _text(right, constants)
+        case ast.FormattedValue(value=ast.Name(id=name)) | ast.Name(id=name) if name in constants:
+            return constants[name]
+        case ast.FormattedValue(value=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return f"<{'class' if name == '__name__' else name.strip('_')}>"
+    return "<...>"
+
+
+def models_table(_: Path) -> str:
+    """A row for each family: its transformer classes, the released models whose sizes are known, what it refuses."""
+    rows = []
+    for adapter in adapters().values():
+        refused = [name for name in methods() if adapter.verdict(name)[1]]
+        known = [family for family in adapter.families if not family.name.endswith(("-tiny", "-plain"))]
+        classes, names = (", ".join(f"`{name}`" for name in some) for some in (
+            adapter.transformers, [family.name for family in known]))  # fmt: skip
+        call = f"`dit-accel plan --family {known[0].name} --preset balanced`" if known else "`dit_accel.attach(pipe)`"
+        rows.append([adapter.name, classes, names, ", ".join(f"`{name}`" for name in refused), call])
+    return markdown_table("family | transformer classes | sizes known of | takes all but | try", rows)
+
+
+def reasons_table(_: Path) -> str:
+    """Why families refuse methods, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for adapter in adapters().values():
+        for name in methods():
+            word, why = adapter.verdict(name)
+            if why:
+                reasons.setdefault((name, f"{word}: {why}"), []).append(adapter.name)
+    rows = [[f"`{name}`", why, "image models" if len(some) > 9 else ", ".join(some)]
+            for (name, why), some in reasons.items()]  # fmt: skip
+    return markdown_table("method | why not | families", rows)

@@ -1,0 +1,240 @@
+"""Rests that wait in the host's memory: what is copied ahead of which call, and in what order the streams work."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from wan_tiny import denoise, sharp_transformer
+
+import dit_accel
+from dit_accel import SparseD
+from dit_accel.plan import rests as module
+from dit_accel.plan.rests import Ahead, KeptRest, Rests, Stored, start_copy, stored
+
+CPU = torch.device("cpu")
+OFFLOADED = SparseD(
+    density=0.3, block_size=16, dense_steps=0, dense_layers=0, rest="cached", refresh=3, rest_offload="cpu"
+)
+
+
+def rows_of(value: float) -> Stored:
+    return stored(torch.full((1, 1, 2, 4), value), None)
+
+
+def key_of(layer: int, branch: str = "cond", row: int = 0, batch: int = 1):
+    return "transformer", layer, branch, row, batch
+
+
+@dataclass(eq=False)
+class Ready:
+    """A copy that is complete."""
+
+    of: Stored
+    serving: bool = True
+
+    def serves(self, rows, device):
+        return self.serving and rows is self.of
+
+
+@dataclass(eq=False)
+class Stream:
+    """A stream that notes what it is told."""
+
+    name: str
+    told: list[str] = field(default_factory=list)
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        self.told.append(f"{self.name} records")
+        return "the copy"
+
+    def __enter__(self):
+        self.told.append(f"{self.name} begins")
+
+    def __exit__(self, *_):
+        self.told.append(f"{self.name} ends")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Streams that the CPU is given, and what they were told."""
+    told = []
+    main, side = Stream("main", told), Stream("side", told)
+    monkeypatch.setattr(module, "WITH_STREAMS", ("cpu",))
+    monkeypatch.setattr(module, "side_stream", lambda device: side)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: main)
+    return main, side
+
+
+class Calls:
+    """Calls of keys in turn, of which each reads what is kept for it; copies are at once complete."""
+
+    def __init__(self) -> None:
+        self.started: list[Stored] = []
+        self.kept: dict = {}
+        self.ahead = Ahead(self.start)
+
+    def start(self, rows, device):
+        self.started.append(rows)
+        return Ready(rows)
+
+    def read(self, key, device=CPU):
+        """Return whether a call read a copy, and what was started to be copied for the next."""
+        before = len(self.started)
+        found = self.ahead.reading(key, self.kept.get(key), device, self.kept.get)
+        assert found is self.kept.get(key) or found.of is self.kept[key]
+        return isinstance(found, Ready), self.started[before:]
+
+
+def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs():
+    calls, keys = Calls(), [key_of(layer, branch) for branch in ("cond", "uncond") for layer in range(3)]
+    calls.kept = {key: rows_of(number) for number, key in enumerate(keys)}
+    for key in keys:
+        assert calls.read(key) == (False, [])
+    for step in range(2):
+        for number, key in enumerate(keys):
+            following = calls.kept[keys[(number + 1) % len(keys)]]
+            assert calls.read(key) == (step > 0 or number > 0, [following])
+
+
+def test_batches_and_rows_are_calls_of_their_own():
+    calls = Calls()
+    keys = [key_of(layer, row=row, batch=batch) for batch in (1, 2) for layer in range(2) for row in range(2)]
+    calls.kept = {key: rows_of(number) for number, key in enumerate(keys)}
+    for _ in range(2):
+        for key in keys:
+            calls.read(key)
+    for number, key in enumerate(keys):
+        assert calls.read(key) == (True, [calls.kept[keys[(number + 1) % len(keys)]]])
+
+
+def test_another_order_is_learned_and_never_reads_a_copy_of_something_else():
+    calls, (a, b, c) = Calls(), [key_of(layer) for layer in range(3)]
+    calls.kept = {key: rows_of(number) for number, key in enumerate((a, b, c))}
+    for key in (a, b, c, a):
+        calls.read(key)
+    assert calls.read(c) == (False, [calls.kept[a]])  # b was copied
+    assert calls.read(a) == (True, [calls.kept[c]])
+
+
+def test_a_rest_that_changed_or_was_dropped_since_is_not_read_from_its_copy():
+    calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
+    calls.kept = {a: rows_of(0), b: rows_of(1)}
+    for key in (a, b, a):
+        calls.read(key)
+    calls.kept[b] = rows_of(2)
+    assert calls.read(b) == (False, [calls.kept[a]])
+    calls.read(a)
+    del calls.kept[b]
+    assert calls.read(b) == (False, [calls.kept[a]])
+    assert calls.read(a) == (True, [])
+
+
+def test_a_reset_forgets_the_order_and_the_copy():
+    calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
+    calls.kept = {a: rows_of(0), b: rows_of(1)}
+    for key in (a, b, a):
+        calls.read(key)
+    calls.ahead.reset()
+    assert calls.read(b) == (False, [])
+    assert calls.read(a) == (False, [])
+
+
+def test_a_copy_that_serves_another_stream_is_left():
+    calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
+    calls.ahead = Ahead(lambda rows, device: Ready(rows, serving=False))
+    calls.kept = {a: rows_of(0), b: rows_of(1)}
+    for _ in range(2):
+        assert [calls.read(key)[0] for key in (a, b)] == [False, False]
+
+
+def test_rests_of_calls_that_are_going_to_be_dense_are_not_copied():
+    rests, started = Rests(3, cached=True, offload=True), []
+    rests._ahead = Ahead(lambda rows, device: started.append(rows))
+    keys = [key_of(layer) for layer in range(2)]
+    for key in keys:
+        rests.keep(key, KeptRest(exact=torch.zeros(1, 1, 1, 1, dtype=torch.int32), rest=rows_of(0)))
+    copied = {layer: [] for layer in range(2)}
+    for step in range(7):
+        for layer, key in enumerate(keys):
+            rests._calls[key] = step + 1
+            rests.reading(key, CPU)
+            if started:
+                assert started.pop() is rests.kept[keys[1 - layer]].rest
+                copied[1 - layer].append(step + layer)  # the call of the other layer that comes next
+    # in the first step it was not known what follows
+    assert copied == {0: [2, 4, 5, 7], 1: [1, 3, 4, 6]}
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+def test_a_copy_waits_for_what_came_before_and_is_waited_for(streams, dtype):
+    main, _ = streams
+    rows = stored(torch.randn(1, 2, 3, 4), dtype)
+    copy = start_copy(rows, CPU)
+    assert main.told == ["side waits for main", "side begins", "side ends", "side records"]
+    assert all(to is not of for to, of in zip(copy.there.tensors, rows.tensors, strict=True))
+    assert copy.serves(rows, CPU)
+    assert not copy.serves(replace(rows), CPU)
+    main.told.clear()
+    assert torch.equal(copy.read(CPU), rows.read(CPU))
+    assert main.told == ["main waits for the copy"]
+
+
+def test_a_copy_for_another_stream_does_not_serve(streams, monkeypatch):
+    rows = rows_of(1)
+    copy = start_copy(rows, CPU)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream("other"))
+    assert not copy.serves(rows, CPU)
+
+
+def test_memory_of_a_copy_that_was_not_read_is_given_away_after_it_is_complete(streams):
+    main, _ = streams
+    copy = start_copy(rows_of(1), CPU)
+    main.told.clear()
+    del copy
+    assert main.told == ["main waits for the copy"]
+
+
+def test_devices_without_streams_copy_in_each_call():
+    assert start_copy(rows_of(1), CPU) is None
+
+
+@pytest.mark.parametrize("dtype", [None, "int4"])
+def test_runs_with_copies_ahead_give_the_same(streams, dtype):
+    main, _ = streams
+    transformer, found = sharp_transformer(), []
+    for offload in (None, "cpu"):
+        with dit_accel.attach(transformer, replace(OFFLOADED, rest_offload=offload, rest_dtype=dtype), preset="none"):
+            found += [denoise(transformer, 8), denoise(transformer, 8, seed=1)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    copies = main.told.count("side records")
+    frozen = sum(not Rests(3, cached=True).is_dense(call, layer) for call in range(8) for layer in range(3))
+    assert 2 * 2 * (frozen - 3) <= copies <= 2 * 2 * frozen + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, "int4"])
+def test_copies_beside_the_computation_give_the_same(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, whose streams copy beside the computation")
+    device, found = torch.device("cuda", torch.cuda.current_device()), []
+    transformer = sharp_transformer(num_layers=6).to(device)
+    start = torch.randn(1, 12, 9, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    text = torch.ones(1, 6, 64, device=device)
+    for offload in (None, "cpu"):
+        config = replace(OFFLOADED, rest_offload=offload, rest_dtype=dtype)
+        with torch.no_grad(), dit_accel.attach(transformer, config, preset="none"):
+            x = start
+            for step in range(12):
+                for branch in ("cond", "uncond"):
+                    with transformer.cache_context(branch, step_index=step, num_inference_steps=12):
+                        time = torch.tensor([900.0 - 50 * step], device=device)
+                        x = x - 0.1 * transformer(x, time, text, return_dict=False)[0]
+        found.append(x)
+    assert torch.equal(*found)

@@ -1,0 +1,124 @@
+"""The examples: short, of public names alone, true in the speed that they promise, and each runs on a tiny model."""
+
+import ast
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dit_accel
+from dit_accel import methods
+from dit_accel.methods import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+MADE = {
+    "wan_long_24gb.py": ("long.mp4", "forwards"),
+    "hunyuan_video_fast.py": ("cat.mp4", "easycache: 5 of 12"),
+    "flux_4k.py": ("harbour.png", "18 x 18 tokens, trained on 12 x 12"),
+    "flux_img2img_batch.py": ("redrawn/4.png", "easycache"),
+    "lora_and_cache.py": ("boat-1.0.mp4", "LoRA at 1.0"),
+    "torchao_and_preset.py": ("lighthouse.png", "easycache"),
+    "two_gpus.py": ("kite.mp4", "sparse calls"),
+    "prompts_of_a_file.py": ("004.mp4", "004.mp4 a yellow circle"),
+    "own_mask.py": ("window.mp4", "sparse calls"),
+    "own_cache.py": ("fox.png", "my-cache: 2 of 12"),
+    "tune_to_a_target.py": ("kite.mp4", "easycache"),
+    "compare_two_settings.py": ("cache-and-sparse.png", "one run each, same seed"),
+}
+"""Example -> a file that it writes, and what it prints."""
+
+ALONE = ("two_gpus.py", "tune_to_a_target.py")
+"""Those that run in processes of their own."""
+
+QUICK = ("hunyuan_video_fast.py", "own_cache.py", "own_mask.py")
+
+SPEC = importlib.util.spec_from_file_location("examples_run", EXAMPLES / "run.py")
+assert SPEC is not None
+run = importlib.util.module_from_spec(SPEC)
+assert SPEC.loader is not None
+SPEC.loader.exec_module(run)
+
+
+@pytest.fixture
+def own_methods():
+    """Forget the methods that an example registers."""
+    yield
+    registry._registered.clear()
+    registry.handlers.cache_clear()
+
+
+def test_there_are_twelve_and_the_page_tells_of_each():
+    assert {*MADE} == {path.name for path in EXAMPLES.glob("*.py")} - {"run.py"}
+    told = dict(re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", (EXAMPLES / "README.md").read_text(), re.M))
+    assert told == {name: str(len((EXAMPLES / name).read_text().splitlines())) for name in MADE}
+    assert all(int(lines) < 40 for lines in told.values())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_only_public_names_are_used(name):
+    tree = ast.parse((EXAMPLES / name).read_text())
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_")
+            if isinstance(node.value, ast.Name) and node.value.id == "dit_accel":
+                assert node.attr in dit_accel.__all__
+        if isinstance(node, ast.ImportFrom):
+            assert not any(part.startswith("_") for part in (node.module or "").split("."))
+            known = methods.__all__ if node.module == "dit_accel.methods" else None
+            assert known is None or {alias.name for alias in node.names} <= {*known}
+
+
+def test_the_speed_up_that_is_promised_is_the_one_predicted():
+    settings = dit_accel.recommend("hunyuan-video", hardware="80GB").settings
+    (fast,) = [one for one in settings if one.name == "fast"]
+    assert f"{fast.speedup:.1f} times as fast" in (EXAMPLES / "hunyuan_video_fast.py").read_text()
+
+
+def ran(name: str, capsys) -> None:
+    """Run an example on a tiny model, and look at what it wrote and printed."""
+    with run.folder() as folder, run.tiny():
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        assert (folder / MADE[name][0]).stat().st_size > 100
+    assert MADE[name][1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_ones_run_on_a_tiny_model(name, capsys, own_methods):
+    ran(name, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MADE if name not in (*QUICK, *ALONE)])
+def test_the_others_run_on_a_tiny_model(name, capsys, own_methods):
+    if name == "torchao_and_preset.py":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    if name == "lora_and_cache.py":
+        pytest.importorskip("peft", reason="LoRAs need peft: pip install 'dit-accel[finetune]'")
+    ran(name, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_those_of_several_processes_run_by_the_switch(name):
+    if name == "tune_to_a_target.py":
+        pytest.importorskip("optuna", reason="optuna searches: pip install 'dit-accel[tune]'")
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if name == "two_gpus.py" else []
+    command = [sys.executable, *several, str(EXAMPLES / "run.py"), str(EXAMPLES / name)]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))
+    kept = {**os.environ, run.SWITCH: "tiny", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert MADE[name][1] in done.stdout
+
+
+def test_without_an_example_the_runner_says_what_it_takes():
+    done = subprocess.run([sys.executable, str(EXAMPLES / "run.py"), "no.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "name one example, such as python examples/run.py examples/flux_4k.py\n"
