@@ -69,13 +69,13 @@ def serve_page(
 
 def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     """Return the page, `gradio.Blocks`: ``comparing`` makes both runs, into a folder of their own within ``folder``."""
-    import dit_accel_assets
     import gradio  # pyright: ignore[reportMissingImports]
 
+    from dit_accel.adapters.embedded import embedded_names
     from dit_accel.methods.presets import LEVELS, NONE
 
     running: dict[str, threading.Event] = {}
-    models = list(dict.fromkeys([model, *dit_accel_assets.model_names()]))
+    models = list(dict.fromkeys([model, *embedded_names()]))
 
     def compare(
         prompt: str, model: str, preset: str, config: str, steps: float, seed: float, request: gradio.Request,
