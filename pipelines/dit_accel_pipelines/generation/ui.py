@@ -75,7 +75,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
     from dit_accel.methods.presets import LEVELS, NONE
 
     running: dict[str, threading.Event] = {}
-    models = list(dict.fromkeys([model, *embedded_names()]))
+    models = dict.fromkeys([model, *embedded_names()])
 
     def compare(
         prompt: str, model: str, preset: str, config: str, steps: float, seed: float, request: gradio.Request,
@@ -108,7 +108,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
                 with gradio.Accordion("Methods as TOML, beside the preset", open=False):
                     config = gradio.Textbox("", placeholder=TOML, lines=4, label="Methods", elem_id="methods")
             with gradio.Column(min_width=280):
-                chosen = gradio.Dropdown(models, value=model, label="Model", elem_id="model")
+                chosen = gradio.Dropdown(list(models), value=model, label="Model", elem_id="model")
                 steps = gradio.Slider(1, 100, value=20, step=1, label="Denoising steps", elem_id="steps")
                 seed = gradio.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed")
         with gradio.Row():
@@ -163,8 +163,7 @@ def _shown(gradio: Any, made: Any) -> list[Any]:
     """Return what the page's outputs become; None: they stay."""
     if made is None:
         return [STOPPED, *[gradio.skip()] * 7]
-    check = made.check
-    psnr = check.metrics.get("psnr")
+    check, psnr = made.check, made.check.metrics.get("psnr")
     near = "" if psnr is None else f" · PSNR **{psnr:.1f} dB**"
     lines = [
         f"dense **{check.dense_seconds:.2f} s** · with methods **{check.accelerated_seconds:.2f} s** · "
@@ -197,7 +196,5 @@ def _check_port(host: str, port: int) -> None:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind((host, port))
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(
-            f"nothing can listen at {host}, port {port} ({reason}); give another --port or --host"
-        ) from None
+        told = f"nothing can listen at {host}, port {port} ({error.strerror or error})"
+        raise ConfigError(f"{told}; give another --port or --host") from None
