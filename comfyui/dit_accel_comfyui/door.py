@@ -7,6 +7,7 @@ the nodes does not matter.
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 from dit_accel.methods.toml import from_toml
 
+from .compiled import outside
 from .placing import inputs_of
 from .report import RunReport, report_of
 from .run import Run
@@ -110,11 +112,19 @@ def around_sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 @torch.compiler.disable(recursive=False)
 def around_forward(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let the run's methods act on one forward; ComfyUI's DIFFUSION_MODEL wrapper."""
-    original: Any = executor.original  # type: ignore[attr-defined]
-    inputs = inputs_of(original, args, kwargs)
+    return outside(_forward, executor, args, kwargs)
+
+
+def _forward(
+    executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resumed: Callable[[], AbstractContextManager[None]]
+) -> Any:
+    def run_model() -> Any:
+        with resumed():
+            return executor(*args, **kwargs)
+
+    inputs = inputs_of(executor.original, args, kwargs)
     options = inputs.get("transformer_options")
     run: Run | None = options.get(RUN_KEY) if isinstance(options, dict) else None
     if run is None or not run.configs:
-        return executor(*args, **kwargs)
-    model = executor.class_obj  # type: ignore[attr-defined]
-    return run.forward(model, lambda: executor(*args, **kwargs), inputs, options)
+        return run_model()
+    return run.forward(executor.class_obj, run_model, inputs, options)
