@@ -86,7 +86,10 @@ def with_method(model: Any, name: str, options: str, backend: str | None = None,
 
 def method_config(name: str, options: str, given: dict[str, Any]) -> MethodConfig:
     """Return a method's config; `ConfigError` for an unknown method or option, or a value out of range."""
-    (config,) = from_toml(f"[{method(name).name}]\n{options}\n", f"the options of {name}")
+    config, *others = from_toml(f"[{method(name).name}]\n{options}\n", f"the options of {name}")
+    if others:
+        tables = ", ".join(f"[{one.name}]" for one in others)
+        raise ConfigError(f"the options of {name} hold tables of their own, {tables}; give lines such as a = 1 alone")
     chosen = {key: value for key, value in given.items() if value is not None and key not in config.to_dict()}
     return type(config)(**{**chosen, **config.to_dict()})
 

@@ -15,7 +15,7 @@ TEXT: Mapping[str, Text] = {"Flux": "before", "Chroma": "before", "QwenImageTran
                             "HunyuanVideo": "after"}  # fmt: skip
 """Model class -> where its text stands in the attention sequence; any other class attends over the latents alone."""
 
-PATCHES: Mapping[str, tuple[int, int, int]] = {"LTXVModel": (1, 1, 1)}
+PATCHES: Mapping[str, tuple[int, int, int]] = {"LTXVModel": (1, 1, 1), "LTXAVModel": (1, 1, 1)}
 """Model class -> patch (frames, height, width), where the model does not tell it as ``patch_size``."""
 
 EXTRA = ("ref_latent", "reference_latent", "time_dim_concat", "keyframe_idxs")
@@ -30,6 +30,33 @@ def inputs_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
         kind = bound.signature.parameters[name].kind
         inputs |= dict(value) if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     return {"x": next(iter(inputs.values()), None), **inputs}
+
+
+def latents_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the latents of a forward, of a list the first; None where they are something else."""
+    latents = inputs.get("x")
+    if isinstance(latents, (list, tuple)) and latents:
+        latents = latents[0]
+    return latents if isinstance(latents, Tensor) else None
+
+
+def told_layout(options: Mapping[str, Any], tokens: int) -> TokenLayout | None:
+    """Return the layout of an attention call over so many tokens where the model tells it, as MiniMax-H3 does.
+
+    Its sequence is packed: text, conditions and sound, then the video, which its ``minimax_h3_layout`` says the place
+    and the size of. None where there is none, or it is of another sequence.
+    """
+    told = options.get("minimax_h3_layout")
+    if told is None or told.seq_len != tokens:
+        return None
+    _, frames, height, width, *_ = told.signature
+    grid = int(frames), int(height) // 2, int(width) // 2
+    for start, stop, kind in reversed(told.segments):
+        if kind == "video" and stop - start == grid[0] * grid[1] * grid[2]:
+            return TokenLayout(
+                frames=grid[0], height=grid[1], width=grid[2], text_before=int(start), text_after=tokens - int(stop)
+            )
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +100,11 @@ def placing_of(model: Any, inputs: Mapping[str, Any]) -> Placing | str:
 
     Args:
         model: ComfyUI's diffusion model.
-        inputs: of the forward, by name; ``x`` are the latents, [B, C, H, W] or [B, C, T, H, W].
+        inputs: of the forward, by name; ``x`` are the latents, [B, C, H, W] or [B, C, T, H, W], or a list that begins
+            with them and goes on with sound.
     """
-    latents = inputs.get("x")
-    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5):
+    latents = latents_of(inputs)
+    if latents is None or latents.ndim not in (4, 5):
         return "the latents are no tensor of 4 or 5 axes, whose tokens can be placed on a grid"
     for name in EXTRA:
         if inputs.get(name) is not None:

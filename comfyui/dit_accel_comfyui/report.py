@@ -20,6 +20,7 @@ class ForwardReport:
         step: 0-based.
         branch: whose prompts it was of.
         kind: ``dense``, ``reduced`` (an attention call followed a plan) or ``skipped`` (a cache forecast it).
+        elsewhere: it was another node that skipped it.
         seconds: how long it took.
         planned: attention calls that followed a plan.
         exact: share of tiles that these computed exactly; None: there were none.
@@ -29,6 +30,7 @@ class ForwardReport:
     step: int
     branch: str
     kind: str
+    elsewhere: bool
     seconds: float
     planned: int
     exact: float | None
@@ -37,7 +39,7 @@ class ForwardReport:
     def __str__(self) -> str:
         parts = []
         if self.kind == "skipped":
-            parts.append("skipped, forecast by the cache")
+            parts.append("skipped by another node" if self.elsewhere else "skipped, forecast by the cache")
         if self.planned:
             parts.append(f"{self.planned} layers at {100 * (self.exact or 0.0):.1f} % of the tiles")
         parts += [f"{count} dense: {why}" for why, count in self.dense.items()]
@@ -99,8 +101,9 @@ def report_of(run: Run) -> RunReport:
         )  # fmt: skip
         forwards.append(
             ForwardReport(
-                step=timed.step_index, branch=timed.branch, kind=timed.kind, seconds=timed.seconds, planned=len(calls),
-                exact=sum(float(call.exact) for call in calls) / len(calls) if calls else None, dense=dict(why),
+                step=timed.step_index, branch=timed.branch, kind=timed.kind,
+                elsewhere=(timed.step_index, timed.branch) in run.skipped_elsewhere, seconds=timed.seconds,
+                planned=len(calls), exact=sum(float(call.exact) for call in calls) / len(calls) if calls else None, dense=dict(why),
             )
         )  # fmt: skip
     notes = [*recorder.notes]

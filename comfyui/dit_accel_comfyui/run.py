@@ -23,11 +23,12 @@ from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import AroundForward, ForwardContext
 from dit_accel.plan.context import StepContext
+from dit_accel.report.clock import Kind
 from dit_accel_kernels import BackendUnavailableError
 from torch import Tensor
 
 from .calls import Given, given_call
-from .placing import Placing, Steps, placing_of
+from .placing import Placing, Steps, latents_of, placing_of, told_layout
 
 LOG = logging.getLogger("dit_accel_comfyui")
 SLOT = "optimized_attention_override"
@@ -49,6 +50,7 @@ class Run:
     Attributes:
         problems: one line for each thing that kept methods from acting.
         declined: (step, branch) -> why attention calls stayed dense -> how many.
+        skipped_elsewhere: (step, branch) of forwards that another node's wrapper skipped.
         model_name: class of the diffusion model; empty before its first forward.
     """
 
@@ -56,6 +58,7 @@ class Run:
         self.configs, self.backend = configs, backend
         self.problems: list[str] = []
         self.declined: dict[tuple[int, str], Counter[str]] = {}
+        self.skipped_elsewhere: set[tuple[int, str]] = set()
         self.model_name = ""
         self.execution: Execution | None = None
         self._state: TransformerState | None = None
@@ -71,6 +74,7 @@ class Run:
         self._step: StepContext | None = None
         self._calls: Counter[Any] = Counter()
         self._placed = 0
+        self._came = True
 
     def problem(self, text: str) -> None:
         """Keep a line on what kept methods from acting, once, and log it."""
@@ -101,8 +105,9 @@ class Run:
             return run()
         execution, step, state = self.execution, self._step, self._state
         assert execution is not None and step is not None and state is not None  # noqa: PT018
-        recorder, device = execution.recorder, inputs["x"].device if isinstance(inputs["x"], Tensor) else None
-        begin = None if device is None else recorder.clock.begin(device)
+        recorder, latents = execution.recorder, latents_of(inputs)
+        device = torch.device("cpu") if latents is None else latents.device
+        begin = recorder.clock.begin(device)
         ran, reduced = recorder.forwards_run, recorder.reduced
 
         def innermost() -> Any:
@@ -115,10 +120,12 @@ class Run:
             return self._cached(inputs, innermost)
         finally:
             state.branches.pop()
-            if begin is not None and device is not None:
-                kind = "reduced" if recorder.reduced > reduced else "dense"
-                kind = kind if recorder.forwards_run > ran else "skipped"
-                recorder.clock.end((NAME, step.step_index, step.branch), kind, begin, device, self._placed)  # type: ignore[arg-type]
+            kind: Kind = "reduced" if recorder.reduced > reduced else "dense"
+            if recorder.forwards_run == ran or not self._came:
+                kind = "skipped"
+            if not self._came:
+                self.skipped_elsewhere.add((step.step_index, step.branch))
+            recorder.clock.end((NAME, step.step_index, step.branch), kind, begin, device, self._placed)
 
     def attend(self, given: Given, dense: Callable[..., Tensor]) -> Tensor | None:
         """Return the output of an attention call as the model wants it, or None: it is for the model's own attention.
@@ -132,9 +139,9 @@ class Run:
             return None
         if threading.get_ident() != self._thread:
             return self._declines("it ran in another thread than the sampler")
-        if isinstance(self._placing, str):
-            return self._declines(self._placing)
-        layout = self._placing.layout(given.tokens)
+        layout = told_layout(given.kwargs.get("transformer_options") or {}, given.tokens)
+        if layout is None:
+            layout = self._placing if isinstance(self._placing, str) else self._placing.layout(given.tokens)
         if isinstance(layout, str):
             return self._declines(layout)
         call = given_call(given, self.backend)
@@ -198,18 +205,18 @@ class Run:
 
     def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Note where the denoising stands at a forward that begins."""
-        execution, state, latents = self.execution, self._state, inputs["x"]
+        execution, state, latents = self.execution, self._state, latents_of(inputs)
         assert execution is not None and state is not None  # noqa: PT018
         if not self._steps.sigmas and (sigmas := options.get("sample_sigmas")) is not None:
             self._steps = Steps(tuple(float(sigma) for sigma in sigmas.tolist()))
         sigma = options.get("sigmas")
         level = None if sigma is None else float(sigma.flatten()[0])
         index = self._steps.index(-1.0 if level is None else level)
-        rows = len(latents) if isinstance(latents, Tensor) else None
+        rows = None if latents is None else len(latents)
         branch = self._branch(options, level)
         state.branches.append(Branch(branch))
         self._placing = placing_of(model, inputs)
-        self._calls, self._placed = Counter(), 0
+        self._calls, self._placed, self._came = Counter(), 0, True
         execution.forward.begin(rows)
         self._step = StepContext(
             transformer=NAME, branch=branch, step_index=index, num_inference_steps=self._steps.count, sigma=level,
@@ -272,7 +279,10 @@ class Run:
         """Return a forward's output, by a cache where one is attached."""
         step = self._step
         assert step is not None
-        if not self._caches or not isinstance(inputs["x"], Tensor):
+        if not self._caches:
+            return run()
+        if not isinstance(inputs["x"], Tensor):
+            self.problem("no step is skipped: the latents are no tensor, but several streams of their own shapes")
             return run()
         context = ForwardContext(
             transformer=NAME, branch=step.branch, step_index=step.step_index,
@@ -307,7 +317,9 @@ class Run:
             yield
         finally:
             holder = options.get(SLOT)
-            if holder is not override and not override.calls:
+            if not override.calls and holder is override:
+                self._came = False
+            elif not override.calls:
                 self.problem(f"{_name_of(holder)} took the attention slot inside the forward and passed no call on")
             if previous is None:
                 options.pop(SLOT, None)
