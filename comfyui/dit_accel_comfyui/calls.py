@@ -1,17 +1,21 @@
 """One attention call as ComfyUI's override gets it, and the same call as dit-accel's methods see it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from dit_accel.plan.call import Call
 from torch import Tensor
 
-KNOWN = frozenset(
-    {"transformer_options", "_inside_attn_wrapper", "scale", "enable_gqa", "low_precision_attention"}
-)
+from dit_accel.plan.call import Call
+
+KNOWN = frozenset({"transformer_options", "_inside_attn_wrapper", "scale", "enable_gqa", "low_precision_attention"})
 """Keyword arguments of an attention call whose meaning is known; a call with another one that is set stays dense."""
+
+
+Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+"""(q, k, v, mask, scale), as they lie -> output, likewise: the model's own attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +94,50 @@ def given_call(given: Given, backend: str) -> Call | str:
         q=q, k=k, v=v, mask=mask, scale=given.kwargs.get("scale"), backend=backend, tokens_first=not given.skip_reshape
     )
     return call if call.hides_keys else f"its mask {[*given.mask.shape]} hides more than keys"  # type: ignore[union-attr]
+
+
+Attend = Callable[[Given, Dense], Tensor | None]
+
+
+class Override:
+    """What stands in ComfyUI's slot for attention while a forward of a run is in it.
+
+    Args:
+        attend: gives the output of a call as the model wants it, or None: it is for the model's own attention.
+        previous: what held the slot before; None: nothing did.
+
+    Attributes:
+        calls: how many attention calls came here.
+    """
+
+    def __init__(self, attend: Attend, previous: Callable[..., Tensor] | None) -> None:
+        self._attend, self._previous = attend, previous
+        self.calls = 0
+
+    @torch.compiler.disable
+    def __call__(
+        self, func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
+        attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """Return the output of an attention call, of ours or of what held the slot before; the arguments are ComfyUI's.
+
+        ``func`` is the attention that ComfyUI chose at its start, such as PyTorch's or SageAttention's.
+        """
+        self.calls += 1
+        given = Given(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, kwargs)
+
+        def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_reshape: bool, **others: Any) -> Tensor:
+            function = func if self._previous is None else partial(self._previous, func)
+            return function(
+                q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+                skip_output_reshape=not output_reshape, **{**kwargs, **others},
+            )  # fmt: skip
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, scale: float | None) -> Tensor:
+            scaled = {} if scale is None else {"scale": scale}
+            q, k, v = (x if skip_reshape else x.flatten(2) for x in (q, k, v))
+            out = own(q, k, v, mask, not skip_reshape, **scaled)
+            return out if skip_reshape else out.unflatten(2, (heads, -1))
+
+        out = self._attend(given, dense)
+        return own(q, k, v, mask, not skip_output_reshape) if out is None else out

@@ -1,4 +1,4 @@
-"""What our nodes put on a model of ComfyUI's: the methods asked for, and the wrappers that let them act while it samples.
+"""What our nodes put on a model of ComfyUI's: the methods asked for, and the wrappers that let them act as it samples.
 
 Everything a run needs lives in that run's own copy of the model's options, so that neither a clone of the model nor the
 next run sees it. The attention slot is held only while a forward is inside, in front of whatever held it: the order of
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
 from dit_accel.errors import ConfigError
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method

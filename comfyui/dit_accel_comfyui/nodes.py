@@ -14,7 +14,7 @@ BACKENDS = ("auto", "triton", "torch", "flex", "fa4", "reference")
 
 
 def _options(of: str) -> Any:
-    tip = f"Further options of the method, one a line, such as {of}; docs/methods.md has all. A wrong line leaves it out."
+    tip = f"Further options of the method, a line each, such as {of}. A wrong line leaves the method out."
     return io.String.Input("options", default="", multiline=True, tooltip=tip)
 
 
@@ -35,7 +35,7 @@ class Sparse(io.ComfyNode):
                 io.Float.Input(
                     "dense_steps", default=0.2, min=0.0, max=1.0, step=0.05, tooltip="First share of steps kept dense"
                 ),
-                io.Int.Input("min_tokens", default=4096, min=1, max=1 << 24, tooltip="Fewer tokens stay dense"),
+                io.Int.Input("min_tokens", default=12288, min=1, max=1 << 24, tooltip="Fewer tokens stay dense"),
                 io.Combo.Input("backend", options=list(BACKENDS), default="auto"),
                 _options("beta = 1.3"),
             ],
@@ -46,9 +46,7 @@ class Sparse(io.ComfyNode):
     def execute(cls, model: Any, method: str, dense_steps: float, min_tokens: int, backend: str, options: str) -> Any:
         """Return the model with the method on it."""
         share = 0 if dense_steps == 0 else min(dense_steps, 0.999)
-        return io.NodeOutput(
-            with_method(model, method, options, backend, dense_steps=share, min_tokens=min_tokens)
-        )
+        return io.NodeOutput(with_method(model, method, options, backend, dense_steps=share, min_tokens=min_tokens))
 
 
 class LongVideo(io.ComfyNode):
@@ -66,7 +64,7 @@ class LongVideo(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Combo.Input(
                     "method", options=list(LONG), default="ultravico",
-                    tooltip="ultravico keeps clips from looping; lvsa is faster, too, and goes without Sparse Attention",
+                    tooltip="ultravico keeps clips from looping; lvsa is faster, too, and takes no further lists",
                 ),
                 io.Int.Input(
                     "trained_frames", default=21, min=1, max=4096,
@@ -93,7 +91,7 @@ class Cache(io.ComfyNode):
             node_id="DitAccelCache",
             display_name="dit-accel Step Cache",
             category=CATEGORY,
-            description="Skips steps and forecasts their output. Use it instead of ComfyUI's EasyCache, or beside Sparse.",
+            description="Skips steps and forecasts their output; in place of ComfyUI's EasyCache.",
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input("method", options=list(CACHES), default="easycache"),
@@ -135,7 +133,8 @@ class Report(io.ComfyNode):
     def execute(cls, model: Any, latent: Any) -> Any:
         """Return the latent as it is, and the report."""
         report = door_of(model).last.report
-        text = "dit-accel: this model has sampled nothing yet, or no node of ours is on it" if report is None else str(report)
+        nothing = "dit-accel: no run of this model is known; connect the model that the sampler took"
+        text = nothing if report is None else str(report)
         return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
 
 

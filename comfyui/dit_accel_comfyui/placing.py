@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from dit_accel.errors import ConfigError
 from dit_accel.plan.layout import TokenLayout
-from torch import Tensor
 
 Text = Literal["none", "before", "after"]
 
@@ -68,7 +69,8 @@ class Placing:
         height: Y, patch rows.
         width: X, patch columns.
         text: where text tokens stand in the sequence.
-        context: text tokens [B, tokens, C] that the forward was given.
+        lengths: how many they may be.
+        pictures: further pictures follow, whose tokens stand behind all others.
         beside: lengths of inputs that cross-attention may attend over.
     """
 
@@ -76,7 +78,8 @@ class Placing:
     height: int
     width: int
     text: Text = "none"
-    context: int = 0
+    lengths: tuple[int, ...] = (0,)
+    pictures: bool = False
     beside: tuple[int, ...] = ()
 
     def layout(self, tokens: int) -> TokenLayout | str:
@@ -85,10 +88,10 @@ class Placing:
         visual = self.frames * self.height * self.width
         if self.text == "none" and tokens in self.beside:
             return f"text has {tokens} tokens as the latents have, so that calls over them can't be told apart"
-        before = self.context if self.text == "before" else 0
+        before = self.lengths[0] if self.text == "before" else 0
         after = tokens - visual - before
-        if after < 0 or (after > 0 and self.text == "none") or (not after and self.text == "after"):
-            text = "" if self.text == "none" else f" and {self.context} of text"
+        if after not in (self.lengths if self.text == "after" else (0,)) and not (self.pictures and after > 0):
+            text = "" if self.text == "none" else f" and {' or '.join(map(str, self.lengths))} of text"
             return f"{tokens} tokens are not the latents' grid of {grid}{text}"
         return TokenLayout(
             frames=self.frames, height=self.height, width=self.width, text_before=before, text_after=after
@@ -115,21 +118,24 @@ def placing_of(model: Any, inputs: Mapping[str, Any]) -> Placing | str:
         return f"{names[0]} tells no patch_size, so that its tokens can't be placed on a grid"
     frames = latents.shape[2] if latents.ndim == 5 else 1
     sizes = [-(-size // part) for size, part in zip((frames, *latents.shape[-2:]), patch, strict=True)]
-    text = next((TEXT[name] for name in names if name in TEXT), "none")
-    context = inputs.get("context")
-    given = [one.shape[1] for one in inputs.values() if isinstance(one, Tensor) and one.ndim == 3]
-    if text == "before" and not isinstance(context, Tensor):
+    known: list[Text] = [TEXT[name] for name in names if name in TEXT]
+    text: Text = known[0] if known else "none"
+    given = {name: one.shape[1] for name, one in inputs.items() if isinstance(one, Tensor) and one.ndim == 3}
+    if text != "none" and "context" not in given:
         return "the forward was given no context, so that its text tokens can't be counted"
+    lengths = (given["context"] + given.get("txt_byt5", 0),) if text != "none" else (0,)
     return Placing(
-        frames=sizes[0], height=sizes[1], width=sizes[2], text=text,
-        context=context.shape[1] if isinstance(context, Tensor) and context.ndim == 3 else 0,
-        beside=(*given, sum(given)),
+        frames=sizes[0], height=sizes[1], width=sizes[2], text=text, lengths=lengths,
+        pictures=text == "before" and bool(inputs.get("ref_latents")),
+        beside=(*given.values(), sum(given.values())),
     )  # fmt: skip
 
 
 def _patch(model: Any) -> tuple[int, int, int] | None:
     """Return (frames, height, width) that one token covers, as a model's ``patch_size`` tells it; None: it does not."""
     size = getattr(model, "patch_size", None)
+    if size is None and hasattr(model, "patch_spatial"):  # Cosmos
+        size = (getattr(model, "patch_temporal", 1), model.patch_spatial, model.patch_spatial)
     if isinstance(size, int):
         return 1, size, size
     if not isinstance(size, (tuple, list)) or not all(isinstance(part, int) for part in size):

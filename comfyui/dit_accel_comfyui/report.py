@@ -103,7 +103,8 @@ def report_of(run: Run) -> RunReport:
             ForwardReport(
                 step=timed.step_index, branch=timed.branch, kind=timed.kind,
                 elsewhere=(timed.step_index, timed.branch) in run.skipped_elsewhere, seconds=timed.seconds,
-                planned=len(calls), exact=sum(float(call.exact) for call in calls) / len(calls) if calls else None, dense=dict(why),
+                planned=len(calls), dense=dict(why),
+                exact=sum(float(call.exact) for call in calls) / len(calls) if calls else None,
             )
         )  # fmt: skip
     notes = [*recorder.notes]

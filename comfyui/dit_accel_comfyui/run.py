@@ -13,6 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from dit_accel_kernels import BackendUnavailableError
+from torch import Tensor
+
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.execution import Execution
 from dit_accel.attachment.layers import AttentionLayer, Branch, TransformerState
@@ -24,10 +27,8 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import AroundForward, ForwardContext
 from dit_accel.plan.context import StepContext
 from dit_accel.report.clock import Kind
-from dit_accel_kernels import BackendUnavailableError
-from torch import Tensor
 
-from .calls import Given, given_call
+from .calls import Given, Override, given_call
 from .placing import Placing, Steps, latents_of, placing_of, told_layout
 
 LOG = logging.getLogger("dit_accel_comfyui")
@@ -36,8 +37,6 @@ NAME = "model"
 BY_OPTIONS = "the methods' options keep the step or layer dense"
 FAILURES = (DitAccelError, BackendUnavailableError, NotImplementedError, ValueError)
 """What our kernels and methods raise for a call that they can't take: it goes to the model's own attention."""
-
-Previous = Callable[..., Tensor] | None
 
 
 class Run:
@@ -82,9 +81,7 @@ class Run:
             self.problems.append(text)
             LOG.warning("dit-accel: %s", text)
 
-    def forward(
-        self, model: Any, run: Callable[[], Any], inputs: Mapping[str, Any], options: dict[str, Any]
-    ) -> Any:
+    def forward(self, model: Any, run: Callable[[], Any], inputs: Mapping[str, Any], options: dict[str, Any]) -> Any:
         """Return what a forward gives with the methods acting on it.
 
         Args:
@@ -266,7 +263,8 @@ class Run:
         self._placed += 1
         if key not in self._layers:
             number = len(execution.layers)
-            self._layers[key] = AttentionLayer(state, SimpleNamespace(heads=given.heads), number, number)
+            module: Any = SimpleNamespace(heads=given.heads)
+            self._layers[key] = AttentionLayer(state, module, number, number)
             execution.layers.append(self._layers[key])
         return self._layers[key]
 
@@ -311,7 +309,7 @@ class Run:
             yield
             return
         previous = options.get(SLOT)
-        override = Override(self, previous)
+        override = Override(self.attend, previous)
         options[SLOT] = override
         try:
             yield
@@ -337,46 +335,6 @@ class Run:
             execution.recorder.note(f"{branch}: the number of attention layers changed, so methods began anew")
 
 
-class Override:
-    """What stands in ComfyUI's slot for attention while a forward of a run is in it.
-
-    Attributes:
-        calls: how many attention calls came here.
-    """
-
-    def __init__(self, run: Run, previous: Previous) -> None:
-        self._run, self._previous = run, previous
-        self.calls = 0
-
-    @torch.compiler.disable
-    def __call__(
-        self, func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
-        attn_precision: Any = None, skip_reshape: bool = False, skip_output_reshape: bool = False, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
-        """Return the output of an attention call, of ours or of what held the slot before; the arguments are ComfyUI's.
-
-        ``func`` is the attention that ComfyUI chose at its start, such as PyTorch's or SageAttention's.
-        """
-        self.calls += 1
-        given = Given(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, kwargs)
-
-        def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_reshape: bool, **others: Any) -> Tensor:
-            function = func if self._previous is None else lambda *a, **b: self._previous(func, *a, **b)  # type: ignore[misc]
-            return function(
-                q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
-                skip_output_reshape=not output_reshape, **{**kwargs, **others},
-            )  # fmt: skip
-
-        def dense(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None, scale: float | None) -> Tensor:
-            scaled = {} if scale is None else {"scale": scale}
-            flat = (x if skip_reshape else x.flatten(2) for x in (q, k, v))
-            out = own(*flat, mask, not skip_reshape, **scaled)
-            return out if skip_reshape else out.unflatten(2, (heads, -1))
-
-        out = self._run.attend(given, dense)
-        return own(q, k, v, mask, not skip_output_reshape) if out is None else out
-
-
 def _heads(model: Any) -> int:
     found = next((getattr(model, name) for name in ("num_heads", "num_attention_heads") if hasattr(model, name)), 1)
     return found if isinstance(found, int) else 1
@@ -385,7 +343,8 @@ def _heads(model: Any) -> int:
 def _layers(model: Any) -> int:
     """Return about how many self-attention layers a model has: the blocks of its block lists."""
     lists = ("blocks", "double_blocks", "single_blocks", "transformer_blocks", "layers")
-    return sum(len(getattr(model, name)) for name in lists if isinstance(getattr(model, name, None), torch.nn.ModuleList))
+    found = (getattr(model, name, None) for name in lists)
+    return sum(len(one) for one in found if isinstance(one, torch.nn.ModuleList))
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,9 +3,10 @@
 import comfy_stand_in as comfy
 import pytest
 import torch
+from dit_accel_comfyui.calls import Given, Override, given_call
+from dit_accel_comfyui.run import Run
+
 from dit_accel.methods.attention.sol import SolAttention
-from dit_accel_comfyui.calls import Given, given_call
-from dit_accel_comfyui.run import Override, Run
 
 TOKENS = 40
 LATENTS = torch.zeros(2, 4, 10, 4, 4)
@@ -57,7 +58,8 @@ def test_a_call_gives_what_dense_attention_gives(mask, flat, whole, kv_heads):
     given = {"mask": MASKS[mask], "skip_reshape": not flat, "skip_output_reshape": whole}
 
     def call(options):
-        return comfy.optimized_attention(q, k, v, heads=4, transformer_options=options, enable_gqa=bool(kv_heads), **given)
+        others = {"transformer_options": options, "enable_gqa": bool(kv_heads)}
+        return comfy.optimized_attention(q, k, v, heads=4, **others, **given)
 
     out, run = attended(call)
     expected = comfy.plain(q, k, v, 4, **given)
@@ -102,7 +104,7 @@ def test_logits_in_float32_of_half_tensors_are_left_to_the_model():
 
 def test_an_override_outside_a_forward_passes_everything_on():
     q, k, v = tensors(flat=True)
-    override = Override(Run((), "torch"), None)
+    override = Override(Run((), "torch").attend, None)
     assert torch.equal(override(comfy.plain, q, k, v, 4), comfy.plain(q, k, v, 4))
 
 

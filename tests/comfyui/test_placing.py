@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import comfy_stand_in as comfy
 import pytest
 import torch
-from dit_accel.errors import ConfigError
 from dit_accel_comfyui.placing import Placing, Steps, inputs_of, placing_of, told_layout
 from dit_accel_comfyui.run import Run
+
+from dit_accel.errors import ConfigError
 
 
 def named(name, **attributes):
@@ -24,8 +25,8 @@ def sizes(layout):
         (named("WanModel", patch_size=(1, 2, 2)), (1, 16, 21, 60, 104), 21 * 30 * 52, (21, 30, 52, 0, 0)),
         (named("WanModel", patch_size=(1, 2, 2)), (1, 16, 21, 61, 103), 21 * 31 * 52, (21, 31, 52, 0, 0)),
         (named("Flux", patch_size=2), (1, 16, 128, 128), 4096 + 512, (1, 64, 64, 512, 0)),
-        (named("Flux", patch_size=2), (1, 16, 128, 128), 4096 + 512 + 900, (1, 64, 64, 512, 900)),
-        (named("HunyuanVideo", patch_size=[1, 2, 2]), (1, 16, 33, 90, 160), 33 * 45 * 80 + 256, (33, 45, 80, 0, 256)),
+        (named("Cosmos", patch_spatial=2, patch_temporal=1), (1, 16, 4, 8, 8), 64, (4, 4, 4, 0, 0)),
+        (named("HunyuanVideo", patch_size=[1, 2, 2]), (1, 16, 33, 90, 160), 33 * 45 * 80 + 512, (33, 45, 80, 0, 512)),
         (named("LTXVModel"), (1, 128, 13, 16, 24), 13 * 16 * 24, (13, 16, 24, 0, 0)),
     ],
 )
@@ -36,12 +37,20 @@ def test_a_sequence_is_placed_by_the_latents_and_the_text(model, latents, tokens
     assert sizes(placing.layout(tokens)) == expected
 
 
+def test_further_pictures_stand_behind_the_one_that_is_made():
+    inputs = {"x": torch.zeros(1, 16, 8, 8), "context": torch.zeros(1, 7, 8), "ref_latents": [torch.zeros(1, 16, 4, 4)]}
+    placing = placing_of(named("Flux", patch_size=2), inputs)
+    assert isinstance(placing, Placing)
+    assert sizes(placing.layout(16 + 7 + 4)) == (1, 4, 4, 7, 4)
+
+
 @pytest.mark.parametrize(
     ("model", "tokens", "text"),
     [
         (named("WanModel", patch_size=(1, 2, 2)), 4 * 16 + 1, 7), (named("WanModel", patch_size=(1, 2, 2)), 63, 7),
         (named("WanModel", patch_size=(1, 2, 2)), 64, 64), (named("Flux", patch_size=2), 70, 7),
-        (named("HunyuanVideo", patch_size=(1, 2, 2)), 64, 7),
+        (named("HunyuanVideo", patch_size=(1, 2, 2)), 64, 7), (named("HunyuanVideo", patch_size=(1, 2, 2)), 70, 70),
+        (named("Flux", patch_size=2), 80, 7),
     ],
 )  # fmt: skip
 def test_another_number_of_tokens_is_refused_and_told(model, tokens, text):
@@ -59,7 +68,7 @@ def test_another_number_of_tokens_is_refused_and_told(model, tokens, text):
         (named("Odd", patch_size="big"), {"x": torch.zeros(1, 4, 8, 8)}, "patch_size"),
         (named("Flux", patch_size=2), {"x": torch.zeros(1, 4, 8, 8)}, "context"),
         (named("AudioModel", patch_size=1), {"x": torch.zeros(1, 4, 8)}, "axes"),
-        (named("Wan", patch_size=(1, 2, 2)), {"x": torch.zeros(1, 4, 1, 8, 8), "time_dim_concat": 1}, "time_dim_concat"),
+        (named("Wan", patch_size=(1, 2, 2)), {"x": torch.zeros(1, 4, 1, 8, 8), "keyframe_idxs": 1}, "keyframe_idxs"),
     ],
 )
 def test_a_forward_that_can_not_be_placed_says_why(model, inputs, said):

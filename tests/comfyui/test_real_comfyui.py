@@ -12,6 +12,7 @@ from pathlib import Path
 
 import comfy_stand_in
 import pytest
+from dit_accel_comfyui.placing import TEXT
 
 ROOT = Path(__file__).parents[2]
 ROOM = ROOT / "comfyui"
@@ -25,7 +26,7 @@ def found():
     if not checkout or not (Path(checkout) / "comfy" / "patcher_extension.py").exists():
         pytest.skip("DIT_ACCEL_COMFYUI names no checkout of ComfyUI")
     script = ROOT / "tests" / "support" / "comfy_real.py"
-    command = [sys.executable, str(script), checkout, str(ROOM), *WORKFLOWS, "compiled", "beside"]
+    command = [sys.executable, str(script), checkout, str(ROOM), *WORKFLOWS, "compiled", "beside", "places"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     if "ModuleNotFoundError" in done.stderr[-500:] and done.returncode:
         pytest.skip(f"ComfyUI lacks a requirement: {done.stderr.strip().splitlines()[-1]}")
@@ -43,7 +44,7 @@ def test_a_workflow_runs_and_keeps_its_contract(name):
     assert run["distance"] > 0.01, "our nodes changed nothing"
     assert run["neutral"] < 1e-5, "settings that keep everything must give what ComfyUI gives"
     assert run["again"] == 0, "a second run must be as the first"
-    assert run["first"] == run["last"] == 0, "another override beside ours must change nothing, wherever its node stands"
+    assert run["first"] == run["last"] == 0, "another override must change nothing, wherever its node stands"
     assert run["passed_on"] == run["passed_on_last"] > 0
     assert run["refused"] == 0, "refused settings must leave the model as it was, to the bit"
     assert "no_such_option" in run["refused_report"]
@@ -61,6 +62,13 @@ def test_comfyuis_own_cache_and_a_lora_work_beside_ours():
     assert run["skipped_by_theirs"] > 0
     assert run["lora"] > 0.001
     assert "layers at" in run["lora_report"]
+
+
+@pytest.mark.parametrize("name", sorted(TEXT))
+def test_text_stands_where_the_package_says(name):
+    run = found()["places"][name]
+    assert run["text"] == 7
+    assert run["equal"], "the queries that change with the text are not those that the package takes for it"
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

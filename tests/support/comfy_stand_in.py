@@ -3,6 +3,7 @@
 `SIGNATURES` are ComfyUI's own; where its code is at hand, a test holds them against it.
 """
 
+import itertools
 import uuid
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -132,8 +133,9 @@ class Flux(Model):
         call = wrapped(self._forward, self, "diffusion_model", transformer_options)
         return call(x, timestep, context, None, None, None, None, transformer_options, **kwargs)
 
-    def _forward(
-        self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None, transformer_options={}, **kwargs  # noqa: B006
+    def _forward(  # ComfyUI's defaults
+        self, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
+        transformer_options={}, **kwargs,  # noqa: B006
     ):  # fmt: skip
         return self.forward_orig(x, timestep, context, transformer_options)
 
@@ -178,7 +180,7 @@ def sample(
     sigmas = torch.linspace(1, 0, steps + 1)
 
     def outer(x: Tensor) -> Tensor:
-        for step, (now, then) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        for step, (now, then) in enumerate(itertools.pairwise(sigmas)):
             each(step)
             for _ in range(calls):
                 parts = []
