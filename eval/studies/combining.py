@@ -24,7 +24,7 @@ from dit_accel.methods.config import MethodConfig
 
 STEPS = 8
 SIZE = {"height": 32, "width": 32}
-LONGER = dict(trained_frames=5)
+LONGER: dict[str, Any] = dict(trained_frames=5)
 TILES: dict[str, Any] = dict(block_size=16, dense_layers=0)
 CACHED: dict[str, Any] = dict(warmup_steps=2, predictor="taylor")
 METHODS: dict[str, MethodConfig] = {
