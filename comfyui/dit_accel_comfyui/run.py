@@ -180,25 +180,28 @@ class Run:
         self._layers.clear()
 
     def _set_up(self, model: Any) -> None:
-        """Make the methods' handlers for a model; where they can't be attached, none act and a line says why."""
+        """Make the methods' handlers for a model."""
         self.model_name = type(model).__name__
         adapter = Adapter(name=self.model_name, transformers=(), self_attention=(), blocks=(), latents="x")
-        handlers: list[Handler] = []
-        try:
-            sizes = Model(adapter=adapter, family=None, heads=_heads(model), layers=_layers(model))
-            handlers = make_handlers(self.configs, sizes)
-            site: Any = SimpleNamespace(
-                name=NAME, transformer=model, adapter=adapter, around_forward=self._caches.append
-            )
-            for handler in handlers:
-                if isinstance(handler, StepCacheHandler):
-                    handler.install(site)
-        except ConfigError as error:
-            self.problem(_one_line(error))
-            handlers = []
-            self._caches.clear()
+        handlers = self._handlers(Model(adapter=adapter, family=None, heads=_heads(model), layers=_layers(model)))
+        site: Any = SimpleNamespace(name=NAME, transformer=model, adapter=adapter, around_forward=self._caches.append)
+        for handler in handlers:
+            if isinstance(handler, StepCacheHandler):
+                handler.install(site)
         self.execution = Execution(handlers, self.backend)
         self._state = TransformerState(NAME, model, adapter)
+
+    def _handlers(self, model: Model) -> list[Handler]:
+        """Return the methods' handlers on a model; one that can't act there, or beside those before it, is left out."""
+        kept: list[MethodConfig] = []
+        for config in self.configs:
+            try:
+                make_handlers((*kept, config), model)
+            except ConfigError as error:
+                self.problem(f"{config.name} is left out: {_one_line(error)}")
+            else:
+                kept.append(config)
+        return make_handlers(kept, model)
 
     def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Note where the denoising stands at a forward that begins."""
@@ -279,22 +282,23 @@ class Run:
         assert step is not None
         if not self._caches:
             return run()
-        if not isinstance(inputs["x"], Tensor):
-            self.problem("no step is skipped: the latents are no tensor, but several streams of their own shapes")
+        latents = _last_first(inputs["x"])
+        if latents_of({"x": latents}) is None:
+            self.problem("no step is skipped: the latents are neither a tensor nor a list of tensors")
             return run()
         context = ForwardContext(
             transformer=NAME, branch=step.branch, step_index=step.step_index,
             num_inference_steps=step.num_inference_steps, sigma=step.sigma, layout=None, batch=step.batch,
-            tells_step=True, inputs={"x": inputs["x"]},
+            tells_step=True, inputs={"x": latents},
         )  # fmt: skip
         given: list[Any] = []
 
         def once() -> Any:
             given.append(run())
-            return given[0]
+            return _last_first(given[0])
 
         try:
-            return self._caches[0](context, once)
+            return _last_first(self._caches[0](context, once))
         except ConfigError as error:
             self.problem(f"no step was skipped from step {step.step_index} on: {_one_line(error)}")
             self._caches.clear()
@@ -345,6 +349,11 @@ def _layers(model: Any) -> int:
     lists = ("blocks", "double_blocks", "single_blocks", "transformer_blocks", "layers")
     found = (getattr(model, name, None) for name in lists)
     return sum(len(one) for one in found if isinstance(one, torch.nn.ModuleList))
+
+
+def _last_first(streams: Any) -> Any:
+    """Return a list of streams the other way round, since caches measure the last, and ComfyUI's first is the video."""
+    return list(reversed(streams)) if isinstance(streams, (list, tuple)) else streams
 
 
 def _one_line(error: BaseException) -> str:

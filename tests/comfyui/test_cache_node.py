@@ -6,6 +6,9 @@ import comfy_stand_in as comfy
 import pytest
 import torch
 from dit_accel_comfyui.door import door_of, with_method
+from dit_accel_comfyui.run import Run
+
+from dit_accel import EasyCache
 
 NOISE = torch.randn(1, 4, 6, 8, 8, generator=torch.Generator().manual_seed(1))
 WORDS = [torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
@@ -102,6 +105,7 @@ def test_a_cache_that_lacks_what_it_needs_computes_everything_and_says_so():
     patcher = with_method(comfy.Patcher(model), "magcache", "", predictor="hold")
     assert torch.equal(comfy.sample(patcher, NOISE, WORDS), dense(model))
     (problem,) = told(patcher).problems
+    assert problem.startswith("magcache ")
     assert "ratios" in problem
 
 
@@ -128,6 +132,26 @@ def test_prompts_that_are_batched_otherwise_from_a_step_on_are_computed_anew():
     comfy.sample(patcher, NOISE, WORDS, steps=6)
     ran = {one.branch for one in told(patcher).forwards if one.kind == "dense"}
     assert ran == {"cond_uncond", "cond", "uncond"}
+
+
+def test_video_and_sound_in_one_list_are_decided_by_the_video():
+    run = Run((EasyCache(threshold=0.5, warmup_steps=2, last_steps=1),), "torch")
+    sigmas = torch.linspace(1, 0, 7)
+    video, sound = torch.ones(1, 4, 2, 4, 4), torch.randn(1, 4, 9)
+    ran, outs = [], []
+    for step in range(6):
+        options = {"sample_sigmas": sigmas, "sigmas": sigmas[step : step + 1], "uuids": ["a"], "cond_or_uncond": [0]}
+        streams = [video * (1 + 0.01 * step), sound * 100**step]  # by the sound every step would have to be computed
+
+        def forward(streams=streams, step=step):
+            ran.append(step)
+            return [streams[0] * 2, streams[1] * 3]
+
+        with torch.inference_mode():
+            outs.append(run.forward(comfy.Wan(), forward, {"x": streams}, options))
+    assert ran == [0, 1, 5]
+    assert [out[0].shape for out in outs] == [video.shape] * 6
+    assert [out[1].shape for out in outs] == [sound.shape] * 6
 
 
 def test_a_cache_and_sparse_attention_act_together():

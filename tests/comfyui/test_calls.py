@@ -1,5 +1,7 @@
 """Single attention calls: every way in which ComfyUI passes tensors, masks and grouped heads."""
 
+from types import SimpleNamespace
+
 import comfy_stand_in as comfy
 import pytest
 import torch
@@ -123,6 +125,22 @@ def test_a_kernel_that_fails_leaves_the_call_and_all_after_it_dense(monkeypatch)
     assert all(torch.equal(out, comfy.plain(q, k, v, 4)) for out in outs)
     (problem,) = run.problems
     assert problem.endswith("this kernel takes no such thing")
+
+
+def test_a_sequence_that_the_model_packs_itself_is_placed_as_it_says():
+    q, k, v = tensors()
+    told = SimpleNamespace(
+        seq_len=TOKENS, segments=[(0, 5, "text"), (5, 8, "audio"), (8, 40, "video")], signature=(5, 2, 8, 8, 3)
+    )
+
+    def call(options):
+        options["minimax_h3_layout"] = told
+        return comfy.optimized_attention(q, k, v, heads=4, transformer_options=options, skip_reshape=True)
+
+    _, run = attended(call)
+    layout = run.execution.forward.layout
+    assert (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after) == (2, 4, 4, 8, 0)
+    assert not run.declined
 
 
 def test_layers_are_told_by_their_block_where_the_model_says_it():

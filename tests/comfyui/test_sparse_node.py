@@ -128,11 +128,12 @@ def test_settings_that_are_refused_leave_the_model_dense_with_a_line_why(method,
     assert "\n" not in problem
 
 
-def test_methods_that_exclude_each_other_leave_the_model_dense():
+def test_a_method_that_another_excludes_is_left_out_and_the_other_acts():
     model = comfy.Wan()
-    patcher = with_method(sparse(model), "sol", "", "torch")
-    assert torch.equal(run(patcher), run(None, model))
-    assert len(report(patcher).problems) == 1
+    patcher = with_method(sparse(model), "sol", "beta = 3.0", "torch")
+    assert torch.equal(run(patcher), run(sparse(model)))
+    (problem,) = report(patcher).problems
+    assert problem.startswith("sol ")
 
 
 def test_tokens_that_no_grid_places_stay_dense():
