@@ -111,6 +111,7 @@ def around_sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         guider.model_options = before
         run.end()
         door.last.report = report_of(run)
+        LOG.info("%s", door.last.report.summary)
 
 
 @torch.compiler.disable(recursive=False)

@@ -68,16 +68,24 @@ class RunReport:
     speedup: float | None
     dense_seconds: float | None
 
-    def __str__(self) -> str:
-        lines = [self.title, *(f"! {one}" for one in self.problems), *map(str, self.forwards), *self.notes]
+    @property
+    def summary(self) -> str:
+        """The title, and how fast the run was."""
+        return f"{self.title}; {self._speed}" if self._speed else self.title
+
+    @property
+    def _speed(self) -> str:
         if self.speedup is not None and self.dense_seconds is not None:
-            lines.append(
+            return (
                 f"{self.speedup:.2f} times as fast as {len(self.forwards) - 1} forwards like the run's own dense ones "
                 f"(median {spell_seconds(self.dense_seconds)}); the first forward is not counted"
             )
-        elif self.forwards:
-            lines.append("no forward but the first was dense, so that the run has nothing to compare its time with")
-        return "\n".join(lines)
+        nothing = "no forward but the first was dense, so that the run has nothing to compare its time with"
+        return nothing if self.forwards else ""
+
+    def __str__(self) -> str:
+        problems = (f"! {one}" for one in self.problems)
+        return "\n".join(filter(None, [self.title, *problems, *map(str, self.forwards), *self.notes, self._speed]))
 
 
 def report_of(run: Run) -> RunReport:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from dit_accel_comfyui.door import door_of, with_method
 
+from dit_accel.methods.attention.sparsed import SparseDHandler
+
 SMALL = "block_size = 16\ndense_layers = 0"
 ALL = {"sol": "beta = -8.0", "sparsed": "density = 1.0", "lite": "threshold = -1000.0", "radial": "decay = 100.0"}
 NOISE = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -193,7 +195,10 @@ def test_forwards_of_another_thread_run_without_the_methods():
     assert len(report(patcher).problems) == 1
 
 
-def test_blocks_that_are_left_out_begin_the_methods_anew():
+def test_blocks_that_are_left_out_begin_the_methods_anew(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(SparseDHandler, "reset", lambda self: forgotten.append(len(self.bits)) or self.bits.clear())
+
     class Shrinking(comfy.Wan):
         def forward_orig(self, x, timestep, context, options):
             blocks, self.blocks = self.blocks, self.blocks[1:] if timestep[0] < 0.5 else self.blocks
@@ -205,6 +210,7 @@ def test_blocks_that_are_left_out_begin_the_methods_anew():
     patcher = sparse(Shrinking(), "sparsed", "density = 0.3", dense_steps=0)
     run(patcher)
     assert any("anew" in note for note in report(patcher).notes)
+    assert forgotten == [2, 1]  # when the first block left, and at the end
 
 
 def test_an_error_of_the_model_goes_on_and_the_slot_is_left_as_it_was():

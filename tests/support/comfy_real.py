@@ -33,6 +33,7 @@ import folder_paths  # noqa: E402
 import nodes  # noqa: E402
 from comfy.ldm.modules import attention  # noqa: E402
 from comfy_api.latest import io  # noqa: E402
+from comfy_real_places import places  # noqa: E402
 
 WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 256, "num_heads": 2, "ffn_dim": 256, "num_layers": 3,
@@ -172,7 +173,15 @@ def shrunk(name: str, wan_file: str | None) -> dict[str, Any]:
             node["inputs"] |= {"trained_frames": 5}
         elif kind == "DitAccelCache":
             node["inputs"] |= {"options": "threshold = 0.6"}
-        elif kind in ("CLIPLoader", "DualCLIPLoader", "VAELoader", "VAEDecode", "SaveImage", "SaveAnimatedWEBP"):
+        elif kind in (
+            "CLIPLoader",
+            "DualCLIPLoader",
+            "VAELoader",
+            "VAEDecode",
+            "SaveImage",
+            "SaveAnimatedWEBP",
+            "PreviewAny",
+        ):
             del graph[number]
     graph["30"] = {"class_type": "Take", "inputs": {"latent": ["21", 0], "report": ["21", 1]}}
     return graph
@@ -304,67 +313,6 @@ def beside(folder: Path, wan_file: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def models() -> dict[str, Any]:
-    """Return a tiny model of each class whose text's place the package states, and the channels of its text."""
-    from comfy.ldm.chroma.model import Chroma
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
-    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-
-    cpu = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
-    common = {
-        "in_channels": 64, "out_channels": 64, "context_in_dim": 64, "hidden_size": 128, "mlp_ratio": 2.0,
-        "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 28, 28], "theta": 10000, "patch_size": 2,
-        "qkv_bias": True,
-    }  # fmt: skip
-    video = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 32, "guidance_embed": False}
-    made = {
-        "Flux": tiny("flux").model.diffusion_model,
-        "Chroma": Chroma(**common, in_dim=64, out_dim=128, hidden_dim=128, n_layers=1, **cpu),
-        "HunyuanVideo": HunyuanVideo(**{**common, **video, "byt5": False, "meanflow": False}, **cpu),
-        "QwenImageTransformer2DModel": QwenImageTransformer2DModel(
-            num_layers=1, attention_head_dim=64, num_attention_heads=2, joint_attention_dim=64,
-            axes_dims_rope=(8, 28, 28), **cpu
-        ),
-    }  # fmt: skip
-    for model in made.values():
-        for weight in model.parameters():
-            weight.data.normal_(std=0.05)
-    return made
-
-
-def places() -> dict[str, Any]:
-    """Return where the text of each model stands: by the package, and by which queries change with the text."""
-    from dit_accel_comfyui.placing import placing_of
-
-    found = {}
-    for name, model in models().items():
-        flat = name in ("Flux", "Chroma")
-        latents = torch.randn((1, 16, 12, 12) if flat else (1, 16, 1 if "Qwen" in name else 3, 12, 12))
-        queries: list[list[torch.Tensor]] = []
-        for _ in range(2):
-            calls: list[torch.Tensor] = []
-
-            def keep(func: Any, q: Any, *args: Any, calls: list[torch.Tensor] = calls, **kwargs: Any) -> Any:
-                calls.append(q if kwargs.get("skip_reshape") else q.unflatten(2, (2, -1)).transpose(1, 2))
-                return func(q, *args, **kwargs)
-
-            text = torch.randn(1, 7, 64)
-            options = {"optimized_attention_override": keep}
-            others = {"guidance": torch.ones(1)} if name == "Chroma" else {"y": torch.zeros(1, 32)}
-            others = {"attention_mask": None} if "Qwen" in name else others
-            with torch.inference_mode():
-                model(latents, torch.ones(1), text, transformer_options=options, **others)
-            queries.append(calls)
-        placing = placing_of(model, {"x": latents, "context": text})
-        layouts = [placing.layout(q.shape[2]) for q in queries[0]]
-        at = next(index for index, layout in enumerate(layouts) if not isinstance(layout, str))
-        layout, differs = layouts[at], (queries[0][at] != queries[1][at]).flatten(3).any(3).any(1)[0]
-        stated = torch.ones(layout.tokens, dtype=torch.bool)
-        stated[layout.visual] = False
-        found[name] = {"equal": bool((differs == stated).all()), "text": int(stated.sum()), "calls": len(layouts)}
-    return found
-
-
 def saved_wan(folder: Path) -> str:
     """Write a tiny Wan checkpoint where ComfyUI's own loader finds it, and return its name."""
     from safetensors.torch import save_file
@@ -388,7 +336,7 @@ def main() -> None:
             if name == "compiled":
                 found[name] = compiled()
             elif name == "places":
-                found[name] = places()
+                found[name] = places(tiny("flux").model.diffusion_model)
             elif name == "beside":
                 found[name] = beside(Path(folder), wan_file)
             else:

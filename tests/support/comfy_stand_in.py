@@ -200,4 +200,6 @@ def sample(
         return x
 
     with torch.inference_mode():
-        return wrapped(outer, guider, "outer_sample", guider.model_options["transformer_options"])(noise.clone())
+        out = wrapped(outer, guider, "outer_sample", guider.model_options["transformer_options"])(noise.clone())
+    assert "dit_accel_run" not in guider.model_options["transformer_options"]
+    return out
