@@ -64,11 +64,19 @@ def test_comfyuis_own_cache_and_a_lora_work_beside_ours():
     assert "layers at" in run["lora_report"]
 
 
-@pytest.mark.parametrize("name", sorted(TEXT))
-def test_text_stands_where_the_package_says(name):
+def test_context_windows_have_state_of_their_own():
+    run = found()["beside"]
+    assert run["windows"] < 1e-5
+    for name in ("uncond_cond  ", "uncond_cond 2", "uncond_cond 3"):
+        assert run["windows_report"].count(name) == 6
+
+
+@pytest.mark.parametrize("name", [*sorted(TEXT), "LTXVModel", "MiniTrainDIT", "WanModel"])
+def test_tokens_stand_where_the_package_says(name):
     run = found()["places"][name]
-    assert run["text"] == 7
+    assert run["text"] == (7 if name in TEXT else 0)
     assert run["equal"], "the queries that change with the text are not those that the package takes for it"
+    assert run["pixel"] == [run["token"]], "the query that changes with a pixel is not the one of its place"
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -307,7 +307,15 @@ def beside(folder: Path, wan_file: str) -> dict[str, Any]:
     save_file(lora, str(folder / "tiny_lora.safetensors"))
     folder_paths.add_model_folder_path("loras", str(folder))
     loaded = run(with_node(graph, "1", "LoraLoaderModelOnly", lora_name="tiny_lora.safetensors", strength_model=0.1))
+    windows = {
+        "context_length": 9, "context_overlap": 4, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid",
+    }  # fmt: skip
+    kept = copy.deepcopy(graph)
+    kept["10"]["inputs"]["options"] = "block_size = 16\nbeta = -8.0\ndense_layers = 0"
+    cut = [run(with_node(one, "1", "WanContextWindowsManual", **windows)) for one in (kept, without_ours(graph))]
     return {
+        "windows": distance(*cut), "windows_report": cut[0]["report"],
         "report": theirs["report"], "skipped_by_theirs": theirs["report"].count("skipped by another node"),
         "lora": distance(loaded, ours), "lora_report": loaded["report"],
     }  # fmt: skip
@@ -336,7 +344,9 @@ def main() -> None:
             if name == "compiled":
                 found[name] = compiled()
             elif name == "places":
-                found[name] = places(tiny("flux").model.diffusion_model)
+                found[name] = places(
+                    {of: tiny(kind).model.diffusion_model for of, kind in (("Flux", "flux"), ("WanModel", "wan"))}
+                )
             elif name == "beside":
                 found[name] = beside(Path(folder), wan_file)
             else:
