@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("kernels", "pipelines", "eval", "assets")
+ROOMS = ("kernels", "pipelines", "eval", "assets", "comfyui")
 SOURCES = [
     path for room in ("dit_accel", *ROOMS) for path in sorted((ROOT / room).rglob("*.py")) if "runs" not in path.parts
 ]
@@ -27,9 +27,14 @@ def run(code: str) -> str:
 
 
 def test_room_folders_are_no_packages():
-    assert not [room for room in (*ROOMS, "tests") if (ROOT / room / "__init__.py").exists()]
+    found = [room for room in (*ROOMS, "tests") if (ROOT / room / "__init__.py").exists()]
+    assert found == ["comfyui"]  # ComfyUI imports the folder itself, by a name of its own
     found = run("import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)").strip()
     assert not found.startswith(str(ROOT))
+
+
+def test_nothing_imports_the_nodes_for_comfyui():
+    assert not [path for path in SOURCES if "comfyui" not in path.parts and "dit_accel_comfyui" in path.read_text()]
 
 
 def test_importing_is_light():
