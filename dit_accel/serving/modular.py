@@ -52,7 +52,8 @@ class AttachMethods(ModularPipelineBlocks):
             ConfigError: for a setting that is none, or does not fit the model.
             AttachError: if methods are attached that no such block attached.
         """
-        wanted = read_setting(self.get_block_state(state).dit_accel or self.setting)
+        given: Any = self.get_block_state(state)
+        wanted = read_setting(given.dit_accel or self.setting)
         attached = attachment_of(components)
         if attached is not None and attached in _OURS:
             if _OURS[attached] == wanted:

@@ -33,6 +33,12 @@ warmup_steps = 1
 max_consecutive = 1
 """
 LISTED = "[staticcache]\nsteps = [1, 0, 1, 0, 1, 1]\n"
+
+
+class CancelledError(Exception):
+    """What a server's callback raises in a request that its client no longer waits for."""
+
+
 SIZE = dict(height=64, width=64, num_frames=17, num_inference_steps=6, guidance_scale=3.0)
 
 
@@ -114,12 +120,9 @@ def test_requests_are_those_of_a_server_of_their_own(start, setting, caplog, pla
 
 
 def test_a_cancelled_request_leaves_nothing_to_the_next(start, setting, caplog):
-    class Cancelled(Exception):
-        pass
-
     def cancel(pipe, index, timestep, kwargs):
         if index == 2:
-            raise Cancelled
+            raise CancelledError
         return {}
 
     def interrupt(pipe, index, timestep, kwargs):
@@ -130,7 +133,7 @@ def test_a_cancelled_request_leaves_nothing_to_the_next(start, setting, caplog):
     server = start(prompted_wan())
     first = server.request(["a kite"], seeded(), **SIZE)
     calls = []
-    with pytest.raises(Cancelled):
+    with pytest.raises(CancelledError):
         server.request(["a dog"], seeded(1), **SIZE, callback_on_step_end=lambda *a: calls.append(1) or cancel(*a))
     assert len(calls) == 3  # it did not run a second time
     assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
@@ -238,12 +241,9 @@ def requests(count):
 def send(server, prompts, frames, steps, end):
     """Send a request, and return its latents, or the name of its error."""
 
-    class Cancelled(Exception):
-        pass
-
     def stop(pipe, index, timestep, kwargs):
         if index == 1 and end == "cancelled":
-            raise Cancelled
+            raise CancelledError
         pipe._interrupt = index == 1 and end == "interrupted"
         return {}
 
@@ -252,7 +252,7 @@ def send(server, prompts, frames, steps, end):
         call["height"] = 65
     try:
         return server.request(list(prompts), seeded(len(prompts)), **call)
-    except (Cancelled, ValueError) as error:
+    except (CancelledError, ValueError) as error:
         return type(error).__name__
 
 
@@ -285,7 +285,7 @@ def test_many_requests_at_once_are_as_if_alone(count, start, setting, record_pro
             if not same(out, alone[kind])
         ]
     assert not wrong
-    assert {"Cancelled", "ValueError"} <= {one for one in alone.values() if isinstance(one, str)}
+    assert {"CancelledError", "ValueError"} <= {one for one in alone.values() if isinstance(one, str)}
     grown = held() - before - beside
     record_property("tensor bytes", (before, grown))
     record_property("resident MiB", (resident, resident_mib()))
