@@ -12,20 +12,22 @@ LINK = re.compile(r"(?<!!)\]\(([^)\s]+)\)")
 def on_files(files: Files, config):
     """Add every file of the repository that a page's link names and that lies outside the docs folder.
 
-    Markdown becomes a page, anything else is copied; either lies below ``source/`` by its path in the repository.
+    Markdown becomes a page, whose own links count too; anything else is copied. Either lies below ``source/`` by its
+    path in the repository.
     """
     root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
-    waiting = [
-        (file.src_uri, (docs / file.src_uri).read_text(encoding="utf-8")) for file in files.documentation_pages()
-    ]
-    for uri, text in waiting:
-        for target in LINK.findall(text):
+    waiting = [docs / file.src_uri for file in files.documentation_pages()]
+    while waiting:
+        page = waiting.pop()
+        for target in LINK.findall(page.read_text(encoding="utf-8")):
             path = urlsplit(target).path
-            found = (docs / uri).parent.joinpath(path).resolve() if path else docs
-            if found.is_file() and found.is_relative_to(root) and not found.is_relative_to(docs):
-                uri_there = f"source/{found.relative_to(root).as_posix()}"
-                if files.get_file_from_path(uri_there) is None:
-                    files.append(File.generated(config, uri_there, abs_src_path=str(found)))
+            found = page.parent.joinpath(path).resolve() if path else page
+            if not found.is_file() or not found.is_relative_to(root) or found.is_relative_to(docs):
+                continue
+            uri = f"source/{found.relative_to(root).as_posix()}"
+            if files.get_file_from_path(uri) is None:
+                files.append(File.generated(config, uri, abs_src_path=str(found)))
+                waiting += [found] if found.suffix == ".md" else []
     return files
 
 

@@ -27,7 +27,16 @@ from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
 from .forward_state import NO_GRID, ForwardState
-from .kernel_call import by_rows, computed_rows, followed, override_rows, own_rows, run_dense, without_slow_lists
+from .kernel_call import (
+    by_rows,
+    computed_rows,
+    followed,
+    override_rows,
+    own_rows,
+    run_dense,
+    with_values,
+    without_slow_lists,
+)  # fmt: skip
 from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
 from .rest import turned, with_rest
@@ -331,7 +340,7 @@ class Execution:
 
     def _run_own_rows(self, plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
         """Return the rows of a plan that are this process's under ring attention, [B, H, S', D]."""
-        bare = replace(plan, row_override=None, identity_mix=None, identity_rows=None, only_values=False, reused=None)
+        bare = replace(plan.without_values(), row_override=None, reused=None)
         assert call.rows is not None
         cut, small, rows = computed_rows(bare, call, call.rows)
         out = run_kernel(cut, small, self.recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
@@ -343,14 +352,18 @@ class Execution:
         assert reused is not None
         if not len(reused.rows[0]):
             return self.recorder.planned_call(context, plan, rows=0.0)
-        cut, small, rows = computed_rows(plan, call, reused.rows[0], reused.keys)
+        cut, small, rows = computed_rows(plan.without_values(), call, reused.rows[0], reused.keys)
         share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
-        if not cut.needs_kernel:
+        if plan.skips_logits:
+            rows, share, out, exact = reused.rows[0], 0.0, None, None
+        elif not cut.needs_kernel:
             out, exact = run_dense(cut, small, layer), None
         else:
             small = small.with_keys(cut.centred(small.k))
             out, exact, *_ = run_kernel(cut, small, self.recorder)
         self.recorder.planned_call(context, cut, exact, share)
+        own = replace(call, q=call.queries(rows), rows=rows)
+        out = own.values() if out is None else with_values(plan, own, out)
         reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
 
     def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:

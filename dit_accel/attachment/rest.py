@@ -43,7 +43,7 @@ def with_rest(
         context: where it stands, with its turn.
         launch: runs a plan of this call.
     """
-    bare = replace(plan, identity_mix=None, identity_rows=None, only_values=False)
+    bare = plan.without_values()
     rest = rests.reading(context.key, call.q.device)
     if context.turn == "frozen":
         bare = bare.only(rests.kept[context.key].exact)

@@ -252,6 +252,10 @@ class AttentionPlan:
         mixed = 1 - (1 - self.identity_mix) * (1 - identity_mix)
         return replace(self, identity_mix=mixed, only_values=only_values or self.only_values)
 
+    def without_values(self) -> "AttentionPlan":
+        """Return the plan without the share of V that it mixes into the output."""
+        return replace(self, identity_mix=None, identity_rows=None, only_values=False)
+
     def value_share(self, heads: int, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor | None:
         """Return the share of V in the output, [1 or B, H, 1 or S, 1]; None where it has none.
 

@@ -6,6 +6,7 @@ attention pairs, as suites count it, and held against the dense run; a pair that
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,10 +22,11 @@ from study import study
 import dit_accel
 from dit_accel import DitAccelError
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.registry import methods
 
 STEPS = 8
 SIZE = {"height": 32, "width": 32}
-LONGER = dict(trained_frames=5)
+LONGER: dict[str, Any] = dict(trained_frames=5)
 TILES: dict[str, Any] = dict(block_size=16, dense_layers=0)
 CACHED: dict[str, Any] = dict(warmup_steps=2, predictor="taylor")
 METHODS: dict[str, MethodConfig] = {
@@ -37,14 +39,14 @@ METHODS: dict[str, MethodConfig] = {
     "lite": dit_accel.LiteAttention(threshold=-3.0, **TILES),
     "sol": dit_accel.SolAttention(beta=0.5, **TILES),
     "delta": dit_accel.DeltaAttention(stride=16),
-    "dbcache": dit_accel.DBCache(first_blocks=2, threshold=0.2, **CACHED),
-    "dbprune": dit_accel.DBPrune(threshold=0.1, **CACHED),
+    "dbcache": dit_accel.DBCache(first_blocks=2, threshold=0.6, **CACHED),
+    "dbprune": dit_accel.DBPrune(threshold=0.6, **CACHED),
     "dfa": dit_accel.DFA(every=2, warmup_steps=2),
     "easycache": dit_accel.EasyCache(threshold=0.2, **CACHED),
-    "firstblockcache": dit_accel.FirstBlockCache(threshold=0.2, **CACHED),
+    "firstblockcache": dit_accel.FirstBlockCache(threshold=0.6, **CACHED),
     "magcache": dit_accel.MagCache(threshold=0.2, family="wan2.1-1.3b", **CACHED),
     "profilingcache": dit_accel.ProfilingCache(blocks="1-3", every=2, **CACHED),
-    "seacache": dit_accel.SeaCache(threshold=0.4, **CACHED),
+    "seacache": dit_accel.SeaCache(threshold=1.0, **CACHED),
     "staticcache": dit_accel.StaticCache(every=2, **CACHED),
     "teacache": dit_accel.TeaCache(threshold=0.2, family="wan2.1-1.3b", **CACHED),
     "nag": dit_accel.NAG(negative_prompt="a blurry clip"),
@@ -95,21 +97,23 @@ def _measured(model: EmbeddedModel, clip: int, methods: list[MethodConfig], dens
 def table(lines: Sequence[Line]) -> str:
     """Return the square of pairs, then why pairs are refused."""
     cells = {tuple(line["pair"]): line for line in lines}
-    names = list(dict.fromkeys(line["pair"][0] for line in lines))
-    reasons = {line["refused"]: place for place, line in enumerate(
-        {line["refused"]: line for line in lines if "refused" in line}.values(), 1)}  # fmt: skip
+    names = [name for name in methods() if any(name in line["pair"] for line in lines)]
+    firsts: dict[str, Line] = {}
+    for line in lines:
+        if "refused" in line:
+            firsts.setdefault(_kind(line), line)
+    marks = {kind: place for place, kind in enumerate(firsts, 1)}
 
     def cell(one: str, other: str) -> str:
         line = cells.get((one, other)) or cells.get((other, one)) or {}
         if "refused" in line:
-            return f"[{reasons[line['refused']]}]"
+            return f"[{marks[_kind(line)]}]"
         return f"{line['work']:.2f}".lstrip("0") if line else ""
 
     rows = [[f"{place} {name}", *(cell(name, other) for other in names)] for place, name in enumerate(names, 1)]
     square = markdown_table(" | ".join(["method", *map(str, range(1, len(names) + 1))]), rows)
-    pairs = {reason: next(line["pair"] for line in lines if line.get("refused") == reason) for reason in reasons}
-    why = [[f"[{place}]", " + ".join(dict.fromkeys(pairs[text])), text.replace("|", "\\|")]
-           for text, place in reasons.items()]  # fmt: skip
+    why = [[f"[{place}]", " + ".join(dict.fromkeys(firsts[kind]["pair"])), firsts[kind]["refused"].replace("|", "\\|")]
+           for kind, place in marks.items()]  # fmt: skip
     ran = [line for line in lines if "work" in line]
     apart = [" + ".join(line["pair"]) for line in ran if not line["orders_agree"]]
     head = (
@@ -121,6 +125,12 @@ def table(lines: Sequence[Line]) -> str:
         else "gave the same frames bit for bit."
     )
     return f"{head}\n\n{square}\n\n{markdown_table('mark | first such pair | why', why)}"
+
+
+def _kind(line: Line) -> str:
+    """Return why a pair is refused without the names of its methods."""
+    names = {word for name in line["pair"] for word in (name, methods()[name].__name__)}
+    return re.sub("|".join(sorted(names, key=len, reverse=True)), "", line["refused"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ Each arm is one `Rule` (`tried_rules`), computed densely under masks: what it wo
 with the ladder's solver and noise shift for their steps, on choosing clips, against converged runs. Each is held
 against the ladder's dense runs of equal work, and against the dense run of as many steps, with the same step cache,
 which tells ideas apart with far less noise. With `--calls` all rules are computed beside one dense run, which tells the
-error of single calls. Clips and arms that are there are not run again.
+error of single calls, with `--side 128` at another height and width. Clips and arms that are there are not run again.
 """
 
 import argparse
@@ -194,7 +194,7 @@ def measure(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line
 
 def measure_calls(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line]:
     """Give of each base without a step cache and clip the error of single calls by every rule, on the dense run."""
-    model = EmbeddedModel(options.model, {})
+    model = EmbeddedModel(options.model, {"height": options.side, "width": options.side} if options.side else {})
     ladder = read_ladder(RESULTS / f"rivals-{options.model}.toml")
     done = {(line["arm"], line["clip"]) for line in lines if line["model"] == options.model}
     for clip in range(options.first, options.first + options.clips):
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return study(
         __doc__, found, measure_calls if calls else measure, calls_table if calls else table,
         out="frontier-calls.jsonl" if calls else "frontier-sparse.jsonl", resumes=True, model="wan-tiny", clips=4,
-        first=FIRST_CLIP, only="", frames=str(default_cache().parent / "frontier"),
+        first=FIRST_CLIP, only="", side=0, frames=str(default_cache().parent / "frontier"),
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from tiny_models import MODELS
 from wan_tiny import denoise, sharp_transformer, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD, TokenLayout
+from dit_accel import PAG, ConfigError, LiteAttention, RadialAttention, SoftPAG, SolAttention, SparseD, TokenLayout
 from dit_accel.adapters import installed
 from dit_accel.attachment.execution import run_kernel
+from dit_accel.attachment.kernel_call import computed_rows
 from dit_accel.estimate.tiles import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
@@ -105,6 +106,32 @@ def test_the_foreground_attends_and_the_background_keeps_its_output(transformer,
     rows = len(by_step[1][0].plan.reused.rows[0]) / 80
     assert shares[1] == pytest.approx(rows**2 if strict else rows)
     assert shares[0] == shares[2] == 1
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "perturbed", [PAG(layers="L0", start=0.0), SoftPAG(heads="L0H1", u=0.5, start=0.0), SoftPAG(heads="L0", start=0.0)]
+)
+def test_the_foreground_of_a_perturbed_branch_is_perturbed(transformer, perturbed, strict, sparse):
+    """Where only some rows are computed, each takes the share of its own V; the kernel knows V by the rows of Q."""
+    masks = [RadialAttention(decay_factor=0.2, near="half", **SPARSE)] if sparse else []
+    calls, _, _ = steps_of(transformer, DFA(strict=strict, **EVERY_2), perturbed, *masks)
+    found = 0
+    for seen in calls:
+        plan, reused = seen.plan, seen.plan.reused
+        if reused is not None and plan.identity_mix is not None and len(reused.rows[0]):
+            rows, share = reused.rows[0], plan.value_share(seen.out.shape[1], seen.out.dtype)
+            bare = replace(plan, identity_mix=None, only_values=False)
+            cut, small, rows = computed_rows(bare, seen.call, rows, reused.keys)
+            logits = small.q @ small.k.transpose(-1, -2) * small.q.shape[-1] ** -0.5
+            if cut.tiles is None:
+                expected = torch.lerp(logits.softmax(-1) @ small.v, seen.call.v[:, :, rows], share)
+                torch.testing.assert_close(seen.out[:, :, rows], expected)
+            whole, rows = (share == 1).flatten(), reused.rows[0] if plan.skips_logits else rows
+            assert torch.equal(seen.out[:, whole][:, :, rows], seen.call.v[:, whole][:, :, rows])
+            found += 1
+    assert found
 
 
 def test_the_mask_is_what_moves_in_the_models_own_prediction(transformer):

@@ -43,3 +43,14 @@ def test_long_tables_of_measurements_are_folded():
         f'before\n\n<details markdown="1"><summary>Table of {LONG} rows</summary>\n\n{table}\n\n</details>\n\nafter'
     )
     assert folded(table.rpartition("\n")[0]) == table.rpartition("\n")[0]
+
+
+def test_links_of_root_pages_lead_somewhere():
+    for page in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            there = ROOT / path if path else page
+            assert there.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)", there.read_text(encoding="utf-8"), flags=re.M) if anchor else []
+            named = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in named, f"{page.name}: {target}"

@@ -1,7 +1,8 @@
-"""The examples: short, of public names alone, true in the speed that they promise, and each runs on a tiny model."""
+"""The examples: short, of public names alone, true in the speed that they promise; each runs on a tiny model."""
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -122,3 +123,29 @@ def test_without_an_example_the_runner_says_what_it_takes():
     done = subprocess.run([sys.executable, str(EXAMPLES / "run.py"), "no.py"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "name one example, such as python examples/run.py examples/flux_4k.py\n"
+
+
+NOTEBOOK = EXAMPLES / "first_hour.ipynb"
+
+
+def test_the_notebook_is_committed_without_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+    reason = "notebooks run by nbclient and ipykernel: pip install nbclient ipykernel"
+    nbclient, nbformat = pytest.importorskip("nbclient", reason=reason), pytest.importorskip("nbformat", reason=reason)
+    pytest.importorskip("ipykernel", reason=reason)
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))
+    monkeypatch.setenv("PYTHONPATH", paths)
+    made = nbformat.read(NOTEBOOK, 4)
+    nbclient.NotebookClient(made, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = str([cell.outputs for cell in made.cells if cell.cell_type == "code"])
+    assert all(
+        word in said for word in ("measured speed-up", "why not faster", "easycache and the window", "8 dense steps")
+    )
+    assert (tmp_path / "check.png").exists()

@@ -36,7 +36,7 @@ class RadialAttention(SparseConfig):
     refused, by every function here.
 
     Attributes:
-        decay_factor: > 0; scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
+        decay_factor: scales the width of the bands at frame distance 2 and more; 1 is the paper's, smaller is
             sparser. No band gets narrower than a tile, so very small values make no further difference.
         near: the neighbouring frame: ``full``, or ``half`` a frame's tokens to either side.
         sink: let every token see all of the first frame.

@@ -1,0 +1,245 @@
+"""The page of `dit-accel ui`: both runs as files, errors as sentences, and the whole in a real browser."""
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import imageio.v3 as imageio
+import pytest
+from dit_accel_pipelines.generation import ui
+from dit_accel_pipelines.generation.side_by_side import Comparing, SideBySide, Stopped, Watched
+from typer.testing import CliRunner
+
+from dit_accel import ConfigError, EasyCache
+from dit_accel.cli.app import app
+from dit_accel.methods.toml import to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"height": 32, "width": 32, "num_frames": 5, "device": "cpu"}
+PROMPT = "a red circle moving right"
+
+
+def watched(told: list[Any] | None = None) -> Watched:
+    return Watched(lambda *now: told.append(now) if told is not None else None, threading.Event())
+
+
+def compare(comparing: Comparing, folder: Path, **changes: Any) -> SideBySide:
+    given = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, "stages": watched(), **changes}
+    return comparing(given.pop("prompt", PROMPT), folder, **given)
+
+
+def test_both_runs_and_their_difference_become_clips(tmp_path):
+    told: list[Any] = []
+    made = compare(Comparing(**SMALL), tmp_path, stages=watched(told))
+    assert [one.name for one in (made.dense, made.accelerated, made.difference)] == [
+        "dense.mp4", "accelerated.mp4", "difference.mp4",
+    ]  # fmt: skip
+    assert imageio.imread(made.dense).shape == (5, 256, 256, 3)
+    assert imageio.imread(made.difference).mean() < imageio.imread(made.dense).mean()
+    assert made.check.metrics["psnr"] > 20
+    assert made.check.dense_seconds > made.check.accelerated_seconds > 0
+    assert "measured speed-up" in made.report
+    assert [now for now in told if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 10, 10)
+    assert {now[0] for now in told} >= {"loading the model", "trying: denoising", "dense: denoising"}
+
+
+def test_the_model_is_loaded_once_and_methods_leave_nothing_on_it(tmp_path):
+    comparing, told = Comparing(**SMALL), list[Any]()
+    first = compare(comparing, tmp_path)
+    second = compare(comparing, tmp_path, preset="none", config=to_toml([EasyCache(threshold=0)]), stages=watched(told))
+    assert "loading the model" not in {now[0] for now in told}
+    assert second.check.metrics["psnr"] == 100  # a threshold of 0 skips nothing
+    assert (second.check.dense == first.check.dense).all()
+
+
+def test_a_picture_becomes_a_png(tmp_path):
+    made = compare(Comparing(height=64, width=64, device="cpu"), tmp_path, model="flux-tiny")
+    assert made.difference.name == "difference.png"
+    assert imageio.imread(made.accelerated).shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": "a purple elephant"}, "elephant"),
+        ({"preset": "none"}, "none"),
+        ({"preset": "fastest"}, "'fastest'"),
+        ({"config": "[easycache"}, "TOML"),
+        ({"config": "[radial]\n", "model": "flux-tiny"}, "radial"),
+        ({"config": "[easy]\n"}, "'easy'"),
+        ({"steps": 0}, "0"),
+        ({"seed": -1}, "-1"),
+        ({"model": "no-such-model"}, "no-such-model"),
+    ],
+)
+def test_what_can_t_be_met_is_one_sentence_and_the_next_run_goes(changes, message, tmp_path):
+    comparing = Comparing(**SMALL) if changes.get("model") != "flux-tiny" else Comparing(device="cpu")
+    error = told_error(comparing, tmp_path, **changes)
+    assert message in error
+    assert "\n" not in error
+    assert "--" not in error.split(";")[0]
+
+
+def told_error(comparing: Any, folder: Path, **changes: Any) -> str:
+    """What the page shows of an error."""
+    given = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
+
+    class ToldError(Exception):
+        def __init__(self, text: str, **_: Any) -> None:
+            super().__init__(text)
+
+    with pytest.raises(ToldError) as told:
+        ui._run(
+            ToldError, comparing, lambda *_, **__: None, threading.Event(), folder,
+            given.pop("prompt", PROMPT), given,
+        )  # fmt: skip
+    return str(told.value)
+
+
+def test_what_fails_in_a_run_is_told_without_a_traceback(tmp_path, capsys):
+    def comparing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate\nmore")
+
+    text = told_error(comparing, tmp_path)
+    assert text == "the run failed: RuntimeError: CUDA out of memory. Tried to allocate"
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_ends_before_its_next_step_and_the_next_one_goes(tmp_path):
+    comparing, stop, seen = Comparing(**SMALL), threading.Event(), list[str]()
+
+    def tell(what: str, done: int, total: int | None) -> None:
+        seen.append(what)
+        if (what, done) == ("with methods: denoising", 3):
+            stop.set()
+
+    with pytest.raises(Stopped):
+        compare(comparing, tmp_path, stages=Watched(tell, stop))
+    assert seen.count("with methods: denoising") == 4
+    assert compare(comparing, tmp_path).check.metrics["psnr"] > 20
+
+
+def test_runs_wait_for_each_other(tmp_path):
+    comparing, order = Comparing(**SMALL), list[str]()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+
+    def one(name: str) -> None:
+        stages = Watched(lambda what, *_: order.append(name) if "denoising" in what else None, threading.Event())
+        compare(comparing, tmp_path / name, stages=stages)
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(first != second for first, second in itertools.pairwise(order)) == 1
+
+
+def test_without_gradio_the_command_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    made = CliRunner().invoke(app, ["ui"])
+    assert made.exit_code == 2
+    assert "pip install 'dit-accel[ui]'" in made.stderr.replace("\n", " ")
+
+
+def test_an_older_gradio_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="4.44.1"))
+    made = CliRunner().invoke(app, ["ui"])
+    assert made.exit_code == 2
+    assert "found 4.44.1" in made.stderr
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"port \d+ .*--port"):
+            ui._check_port("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A page that is served until the test ends, by Ctrl-C."""
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'dit-accel[ui]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))
+    served = subprocess.Popen(
+        [sys.executable, "-m", "dit_accel", "ui", "--port", str(port), "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert served.stderr is not None
+    try:
+        assert f"http://127.0.0.1:{port}" in served.stderr.readline()
+        yield f"http://127.0.0.1:{port}/"
+        served.send_signal(signal.SIGINT)
+        assert served.wait(10) == 130
+        assert "Traceback" not in served.stderr.read()
+    finally:
+        served.kill()
+
+
+@pytest.mark.slow
+def test_the_page_listens_to_this_machine_alone(address):
+    own = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None)} - {"127.0.0.1", "::1"}
+    assert urllib.request.urlopen(address).status == 200
+    for other in (one for one in own if ":" not in one and not one.startswith("127.")):
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((other, int(address.rstrip("/").rpartition(":")[2])), timeout=5)
+
+
+READY = "document.querySelector('#told').innerText.includes('times as fast')"
+PLAYS = "all => all.filter(one => one.readyState >= 2 && one.videoWidth == 256).length"
+
+
+@pytest.mark.slow
+def test_in_a_browser_both_clips_play_beside_their_times(address):
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with api.sync_playwright() as play:
+        if chromium is None and not Path(play.chromium.executable_path).exists():
+            pytest.skip("no browser: playwright install chromium")
+        browser = play.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.fill("#prompt textarea", "")
+        page.click("#compare")
+        page.wait_for_selector(".toast-body")
+        assert "a prompt is needed" in page.inner_text(".toast-body")
+
+        page.fill("#prompt textarea", PROMPT)
+        page.fill("#steps input[type=number]", "100")
+        page.click("#compare")
+        page.wait_for_function("document.body.innerText.includes('denoising')", timeout=120_000)
+        page.click("#stop")
+        page.wait_for_function("document.querySelector('#told').innerText.includes('Stopped')", timeout=60_000)
+
+        page.fill("#steps input[type=number]", "10")
+        page.click("#compare")
+        page.wait_for_function(READY, timeout=300_000)
+        page.wait_for_function(f"() => ({PLAYS})([...document.querySelectorAll('video')]) == 3")
+        told = page.inner_text("#told")
+        assert all(word in told for word in ("dense", "with methods", "PSNR"))
+        assert "measured speed-up" in page.input_value("#report textarea")
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert {url.partition("/")[0] for url in asked} <= {"http:", "data:", "blob:"}
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)
