@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_accel_kernels import api
 from servers import SERVERS, STAND_INS, importable, prompted_wan, their_files
 
 import dit_accel
@@ -156,6 +157,35 @@ def test_what_the_methods_refuse_runs_plain_with_the_reason(start, setting, capl
     assert "without methods" in line
     assert "6" in line
     assert "4" in line
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+
+
+def test_a_kernel_that_fails_does_not_fail_the_request(start, setting, caplog, plain, monkeypatch):
+    dense = plain(["a kite"], seeded(), **SIZE)
+    setting(METHODS.split("[easycache]")[0])
+    server = start(prompted_wan())
+    sparse = server.request(["a kite"], seeded(), **SIZE)
+    logged(caplog)
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "_run", torch.ones(2).reshape)  # which takes no problem
+        assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
+    (line,) = logged(caplog)
+    assert "without methods" in line
+    assert "reshape" in line
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), sparse)
+
+
+def test_an_error_of_the_model_is_raised_at_once(start, setting, monkeypatch):
+    setting(METHODS)
+    pipe = prompted_wan()
+    server = start(pipe)
+    first = server.request(["a kite"], seeded(), **SIZE)
+    ran = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.transformer.blocks[1].ffn, "forward", lambda x: ran.append(1) or torch.ones(2).reshape(3))
+        with pytest.raises(RuntimeError, match="shape"):
+            server.request(["a kite"], seeded(), **SIZE)
+    assert len(ran) == 1
     assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
 
 
