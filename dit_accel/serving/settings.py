@@ -55,7 +55,7 @@ def read_setting(text: str) -> Setting:
         return Setting(preset=level)
     if not text.endswith(".toml"):
         raise ConfigError(
-            f"{text!r} is no setting: expected one of {', '.join((*LEVELS, NONE))}, or the path of a .toml file"
+            f"{text!r} is no setting; give one of {', '.join((*LEVELS, NONE))}, or the path of a .toml file"
         )
     try:
         read = Path(text).expanduser().read_text(encoding="utf-8")
