@@ -91,10 +91,10 @@ def importable(server: str, files: Mapping[str, Path]) -> Iterator[None]:
 
 def prompted_wan() -> WanPipeline:
     """A tiny Wan pipeline that takes prompts: each text has embeddings of its own, with no text encoder."""
+    none: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
     pipe: Any = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=sharp_transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # fmt: skip
+        transformer=sharp_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **none
+    )
 
     def embedded(texts: Any) -> torch.Tensor:
         several = [texts] if isinstance(texts, str) else texts
