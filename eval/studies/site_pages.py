@@ -13,7 +13,12 @@ RAISED = ("ConfigError", "UnsupportedModel", "AttachError", "MissingBackend", "P
 """What a user meets; kernels raise ValueError and TypeError besides."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
-    "attaching": ("dit_accel/attachment", "dit_accel/adapters", "pipelines/dit_accel_pipelines/families"),
+    "attaching": (
+        "dit_accel/attachment",
+        "dit_accel/serving",
+        "dit_accel/adapters",
+        "pipelines/dit_accel_pipelines/families",
+    ),
     "options": ("dit_accel/methods",),
     "shapes": ("dit_accel/plan", "dit_accel/rules", "dit_accel/report", "dit_accel/testing"),
     "predicting": ("dit_accel/estimate", "dit_accel/cli"),

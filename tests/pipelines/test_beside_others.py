@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import foreign_processors as foreign
 import pytest
 import torch
 from tiny_wan_pipelines import wan
 
 import dit_accel
-from dit_accel import ConfigError, EasyCache, FirstBlockCache, RadialAttention, SoftPAG, SparseD
+from dit_accel import ConfigError, EasyCache, FirstBlockCache, RadialAttention, SoftPAG, SparseD, UnsupportedModel
 
 SPARSE = dict(block_size=16, dense_steps=0, dense_layers=0)
 SKIPS = dict(threshold=1e9, warmup_steps=1, max_consecutive=1)
@@ -41,7 +42,17 @@ def cached(pipe):
     cache_dit.enable_cache(pipe, cache_config=config)
 
 
-OTHERS = {"torchao": quantised, "compile_repeated_blocks": compiled, "cache-dit": cached}
+OTHERS = {
+    "torchao": quantised,
+    "compile_repeated_blocks": compiled,
+    "cache-dit": cached,
+    "processors on torch's attention": lambda pipe: foreign.put(pipe, foreign.TorchAttention),
+    "processors on their own attention": lambda pipe: foreign.put(pipe, foreign.ShardedAttention),
+}
+REFUSALS = {
+    "cache-dit": (ConfigError, r"transformer.*cache_dit\.disable_cache\(pipe\)"),
+    "processors on their own attention": (UnsupportedModel, r"ShardedAttention.*dispatch_attention_fn"),
+}
 
 
 def cells():
@@ -75,10 +86,18 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request):
         OTHERS[other](pipe)
         plain = run()
     if word == "refused":
-        with pytest.raises(ConfigError, match=r"transformer.*cache_dit\.disable_cache\(pipe\)"):  # noqa: PT012
+        error, said = REFUSALS[other]
+        with pytest.raises(error, match=said):  # noqa: PT012
             dit_accel.attach(pipe, METHODS[name], preset="none")
             OTHERS[other](pipe)
             run()
+        return
+    if word == "told":
+        with dit_accel.attach(pipe, METHODS[name], preset="none") as attachment:
+            OTHERS[other](pipe)
+            out = run()
+            assert any("3 of 3 attention processors" in note for note in attachment.report().notes)
+        assert torch.equal(out, run())
         return
     assert word == "works"
     with dit_accel.attach(pipe, METHODS[name], preset="none"):
@@ -91,3 +110,20 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request):
     assert not torch.equal(out, after)
     if first:
         assert torch.equal(after, plain)
+
+
+def test_a_transformer_under_another_name_is_refused_by_it():
+    pipe, _ = wan()
+    pipe.transformer.__class__ = type("NunchakuWanTransformer3DModel", (type(pipe.transformer),), {})
+    with pytest.raises(UnsupportedModel, match="NunchakuWanTransformer3DModel"):
+        dit_accel.attach(pipe, METHODS["EasyCache"], preset="none")
+
+
+def test_the_foreign_processors_compute_what_diffusers_own_do():
+    pipe, call = wan()
+    run = lambda: pipe(**call, output_type="latent", generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
+    call.pop("generator", None)
+    own = run()
+    for processor in (foreign.TorchAttention, foreign.ShardedAttention):
+        foreign.put(pipe, processor)
+        assert torch.allclose(run(), own, atol=1e-3)

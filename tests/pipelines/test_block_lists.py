@@ -1,6 +1,7 @@
 """Every family's block lists against its tiny models, and what the check says of lists that are wrong."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,3 +141,13 @@ def test_diffusers_registry_is_right_but_for_two_block_classes():
                         wrong.add(cls.__name__)
     assert wrong <= {"BriaTransformerBlock", "ZImageTransformerBlock"}
     assert len(known) >= 24
+
+
+def test_a_registry_that_names_no_text_argument_means_diffusers_own(monkeypatch):
+    """As before diffusers 0.42, which servers still ask for."""
+    known = SimpleNamespace(
+        return_hidden_states_index=1, return_encoder_hidden_states_index=0, hidden_states_argument_name="hidden_states"
+    )
+    monkeypatch.setattr(TransformerBlockRegistry, "get", lambda block: known)
+    blocks = registered_blocks("blocks.*", torch.nn.Linear, "any")
+    assert (blocks.takes, blocks.gives) == (("hidden_states", "encoder_hidden_states"), (1, 0))

@@ -1,0 +1,66 @@
+"""What a server's setting may be, and what its plugins load while nobody asks for them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dit_accel import ConfigError, EasyCache
+from dit_accel.serving.settings import Setting, asked, read_setting
+
+
+@pytest.mark.parametrize("level", ["careful", "balanced", "fast"])
+def test_a_word_is_a_preset(level):
+    assert read_setting(level) == Setting(preset=level)
+    assert not read_setting(level).empty
+
+
+def test_none_is_nothing():
+    assert read_setting("none").empty
+    assert asked({}) == asked({"DIT_ACCEL": "  "}) == ""
+    assert asked({"DIT_ACCEL": " fast\n"}) == "fast"
+
+
+def test_a_file_gives_methods_and_what_it_says_of_a_run(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text("[easycache]\nthreshold = 0.1\n\n[run]\nnum_inference_steps = 8\nsolver = 'euler'\n")
+    found = read_setting(str(path))
+    assert found.methods == (EasyCache(threshold=0.1),)
+    assert found.run == ("num_inference_steps", "solver")
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.toml").write_text("[easycache]\n")
+    assert read_setting("~/own.toml").methods == (EasyCache(),)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"\xff\xfe[", r"own\.toml"),
+        (b"[easycache", r"own\.toml"),
+        (b"", r"own\.toml.*'none'"),
+        (b"[easycach]", "easycache"),
+        (None, r"own\.toml"),
+    ],
+)
+def test_a_bad_file_is_told_by_its_path(content, named, tmp_path):
+    path = tmp_path / "own.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=named):
+        read_setting(str(path))
+
+
+def test_another_word_is_told_with_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"'own\.yaml'.*careful, balanced, fast, none"):
+        read_setting("own.yaml")
+
+
+@pytest.mark.parametrize("plugin", ["vllm_omni", "sglang"])
+def test_a_plugin_that_nobody_asks_for_loads_nothing(plugin, monkeypatch):
+    monkeypatch.delenv("DIT_ACCEL", raising=False)
+    code = f"import sys; from dit_accel.serving.{plugin} import register; register(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert f"dit_accel.serving.{plugin}" in loaded
+    assert not {"torch", "diffusers", "vllm_omni", "sglang"} & set(loaded)

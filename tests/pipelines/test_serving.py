@@ -1,0 +1,333 @@
+"""Requests through the servers' diffusers backends with methods attached by our plugins."""
+
+import ast
+import gc
+import logging
+import pkgutil
+import random
+import resource
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from dit_accel_kernels import api
+from servers import SERVERS, STAND_INS, importable, prompted_wan, their_files
+
+import dit_accel
+from dit_accel.serving import vllm_omni
+from dit_accel.serving.settings import VARIABLE
+
+METHODS = """
+[radial]
+decay_factor = 0.2
+near = "half"
+sink = false
+block_size = 16
+dense_steps = 0
+dense_layers = 0
+
+[easycache]
+threshold = 1e9
+warmup_steps = 1
+max_consecutive = 1
+"""
+LISTED = "[staticcache]\nsteps = [1, 0, 1, 0, 1, 1]\n"
+
+
+class CancelledError(Exception):
+    """What a server's callback raises in a request that its client no longer waits for."""
+
+
+SIZE = dict(height=64, width=64, num_frames=17, num_inference_steps=6, guidance_scale=3.0)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def logged(caplog):
+    """The lines of ours since the last call."""
+    lines = [one.getMessage() for one in caplog.records if one.getMessage().startswith("dit-accel: ")]
+    caplog.clear()
+    assert not [line for line in lines if "\n" in line]
+    return lines
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """Sets what the environment variable names, text of a file or a word."""
+
+    def put(text):
+        if "\n" in text:
+            (tmp_path / "serve.toml").write_text(text)
+            text = str(tmp_path / "serve.toml")
+        monkeypatch.setenv(VARIABLE, text)
+
+    return put
+
+
+@pytest.fixture(params=[(server, own) for server in SERVERS for own in (False, True)], ids=lambda one: "-".join(
+    (one[0], "own_code" if one[1] else "stand_in")))  # fmt: skip
+def start(request, caplog):
+    """Starts a server around a pipeline, our plugin called as the server calls it."""
+    server, own = request.param
+    files = their_files(server) if own else STAND_INS[server]
+    if files is None:
+        pytest.skip(f"{server} is neither installed nor unpacked on the path")
+    caplog.set_level(logging.INFO, "dit_accel.serving")
+    caplog.set_level(logging.INFO, "vllm_omni.dit_accel")
+
+    def started(pipe):
+        SERVERS[server].plugin.register()
+        SERVERS[server].plugin.register() if server == "vllm_omni" else None
+        return SERVERS[server](pipe)
+
+    with importable(server, files):
+        yield started
+
+
+@pytest.fixture
+def plain(start, monkeypatch):
+    """Sends requests to a server without methods."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    pipe = prompted_wan()
+    server = start(pipe)
+    assert dit_accel.attachment_of(pipe) is None
+    return server.request
+
+
+def fresh(start, prompts, seed, **call):
+    """What a server makes of a request that is its only one."""
+    return start(prompted_wan()).request(prompts, seeded(seed), **{**SIZE, **call})
+
+
+def test_requests_are_those_of_a_server_of_their_own(start, setting, caplog, plain):
+    dense = plain(["a kite"], seeded(), **SIZE)
+    setting(METHODS)
+    pipe = prompted_wan()
+    server = start(pipe)
+    assert "radial, easycache" in " ".join(logged(caplog))
+    first = server.request(["a kite"], seeded(), **SIZE)
+    assert not torch.equal(first, dense)
+    (line,) = logged(caplog)
+    assert line.startswith("dit-accel: radial, easycache: density 0.")
+    assert "speed-up" in line
+    other = dict(num_frames=33, num_inference_steps=4)
+    both = server.request(["a kite", "a dog"], seeded(3), **{**SIZE, **other})
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+    assert torch.equal(both, fresh(start, ["a kite", "a dog"], 3, **other))
+
+
+def test_a_cancelled_request_leaves_nothing_to_the_next(start, setting, caplog):
+    def cancel(pipe, index, timestep, kwargs):
+        if index == 2:
+            raise CancelledError
+        return {}
+
+    def interrupt(pipe, index, timestep, kwargs):
+        pipe._interrupt = index == 2
+        return {}
+
+    setting(METHODS)
+    server = start(prompted_wan())
+    first = server.request(["a kite"], seeded(), **SIZE)
+    calls = []
+    with pytest.raises(CancelledError):
+        server.request(["a dog"], seeded(1), **SIZE, callback_on_step_end=lambda *a: calls.append(1) or cancel(*a))
+    assert len(calls) == 3  # it did not run a second time
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+    server.request(["a dog"], seeded(1), **SIZE, callback_on_step_end=interrupt)
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+    with pytest.raises(ValueError, match="65"):
+        server.request(["a dog"], seeded(1), **{**SIZE, "height": 65})
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+
+
+def test_what_the_methods_refuse_runs_plain_with_the_reason(start, setting, caplog, plain):
+    call = {**SIZE, "num_inference_steps": 4}
+    dense = plain(["a kite"], seeded(), **call)
+    setting(LISTED)  # of six steps
+    server = start(prompted_wan())
+    first = server.request(["a kite"], seeded(), **SIZE)
+    logged(caplog)
+    assert torch.equal(server.request(["a kite"], seeded(), **call), dense)
+    (line,) = logged(caplog)
+    assert "without methods" in line
+    assert "6" in line
+    assert "4" in line
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+
+
+def test_a_kernel_that_fails_does_not_fail_the_request(start, setting, caplog, plain, monkeypatch):
+    dense = plain(["a kite"], seeded(), **SIZE)
+    setting(METHODS.split("[easycache]")[0])
+    server = start(prompted_wan())
+    sparse = server.request(["a kite"], seeded(), **SIZE)
+    logged(caplog)
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "_run", torch.ones(2).reshape)  # which takes no problem
+        assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
+    (line,) = logged(caplog)
+    assert "without methods" in line
+    assert "reshape" in line
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), sparse)
+
+
+def test_an_error_of_the_model_is_raised_at_once(start, setting, monkeypatch):
+    setting(METHODS)
+    pipe = prompted_wan()
+    server = start(pipe)
+    first = server.request(["a kite"], seeded(), **SIZE)
+    ran = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.transformer.blocks[1].ffn, "forward", lambda x: ran.append(1) or torch.ones(2).reshape(3))
+        with pytest.raises(RuntimeError, match="shape"):
+            server.request(["a kite"], seeded(), **SIZE)
+    assert len(ran) == 1
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("swift", "'swift'"),
+        ("/nowhere/serve.toml", "/nowhere/serve.toml"),
+        ("[easycache]\nthreshhold = 1.0\n", "threshhold"),
+        ("[run]\nnum_inference_steps = 8\n", "method"),
+        ("[slg]\nlayers = [99]\n", "99"),
+    ],
+)
+def test_a_refused_setting_leaves_the_server_plain_with_the_reason(text, reason, start, setting, caplog, plain):
+    dense = plain(["a kite"], seeded(), **SIZE)
+    setting(text)
+    pipe = prompted_wan()
+    server = start(pipe)
+    (line,) = logged(caplog)
+    assert "not attached to WanPipeline" in line
+    assert reason in line
+    assert dit_accel.attachment_of(pipe) is None
+    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
+    assert not logged(caplog)
+
+
+def test_an_unset_variable_touches_no_server(start, monkeypatch):
+    monkeypatch.setenv(VARIABLE, " ")
+    pipe = prompted_wan()
+    server = start(pipe)
+    assert dit_accel.attachment_of(pipe) is None
+    assert server.request(["a kite"], seeded(), **SIZE).isfinite().all()
+
+
+def test_a_server_whose_parts_moved_goes_on(monkeypatch, caplog):
+    monkeypatch.setenv(VARIABLE, "balanced")
+    with importable("vllm_omni", {vllm_omni.ADAPTER: Path(__file__)}):
+        vllm_omni.register()
+    (line,) = logged(caplog)
+    assert "DiffusersAdapterPipeline" in line
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_plugins_are_found_by_the_server(server):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    group = {"vllm_omni": "vllm_omni.general_plugins", "sglang": "sglang.multimodal_gen.plugins"}[server]
+    ((name, place),) = project["project"]["entry-points"][group].items()
+    assert name == "dit_accel"  # what VLLM_PLUGINS and SGLANG_PLUGINS list
+    assert pkgutil.resolve_name(place) is SERVERS[server].plugin.register
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_stand_ins_have_the_signatures_of_the_server(server):
+    theirs = their_files(server)
+    if theirs is None:
+        pytest.skip(f"{server} is neither installed nor unpacked on the path")
+    own = {name: where for where in theirs.values() for name, where in signatures(where).items()}
+    made_up = {name: where for where in STAND_INS[server].values() for name, where in signatures(where).items()}
+    assert made_up
+    assert {name: own.get(name) for name in made_up} == made_up
+
+
+def signatures(path):
+    """Class.method -> names of its arguments, of a file."""
+    return {
+        f"{owner.name}.{one.name}": [arg.arg for arg in (*one.args.args, *one.args.kwonlyargs)]
+        for owner in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(owner, ast.ClassDef)
+        for one in owner.body
+        if isinstance(one, ast.FunctionDef) and one.name != "_wrapped"
+    }
+
+
+def requests(count):
+    """Draw requests of several kinds: prompts, sizes and steps, cancelled ones and ones that fail."""
+    drawn = random.Random(0)
+    for _ in range(count):
+        prompts = drawn.choice([["a kite"], ["a dog"], ["a kite", "a dog"]])
+        end = drawn.choice(["", "", "", "cancelled", "interrupted", "wrong size"])
+        yield tuple(prompts), drawn.choice([9, 17]), drawn.choice([4, 6]), end
+
+
+def send(server, prompts, frames, steps, end):
+    """Send a request, and return its latents, or the name of its error."""
+
+    def stop(pipe, index, timestep, kwargs):
+        if index == 1 and end == "cancelled":
+            raise CancelledError
+        pipe._interrupt = index == 1 and end == "interrupted"
+        return {}
+
+    call = {**SIZE, "num_frames": frames, "num_inference_steps": steps, "callback_on_step_end": stop}
+    if end == "wrong size":
+        call["height"] = 65
+    try:
+        return server.request(list(prompts), seeded(len(prompts)), **call)
+    except (CancelledError, ValueError) as error:
+        return type(error).__name__
+
+
+def held():
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+        for one in gc.get_objects()
+        if type(one) in (torch.Tensor, torch.nn.Parameter)
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_requests_at_once_are_as_if_alone(count, start, setting, record_property):
+    setting(METHODS)
+    kinds = list(requests(count))
+    alone = {kind: send(start(prompted_wan()), *kind) for kind in dict.fromkeys(kinds)}
+    pipe = prompted_wan()
+    server = start(pipe)
+    before, resident = held(), resident_mib()
+    one = send(server, *kinds[0])
+    beside = 0 if isinstance(one, str) else one.untyped_storage().nbytes()
+    assert held() - before <= beside + 1024  # nothing waits for the next request
+    with ThreadPoolExecutor(8) as pool:
+        wrong = [
+            kind
+            for kind, out in zip(kinds, pool.map(lambda kind: send(server, *kind), kinds), strict=True)
+            if not same(out, alone[kind])
+        ]
+    assert not wrong
+    assert {"CancelledError", "ValueError"} <= {one for one in alone.values() if isinstance(one, str)}
+    grown = held() - before - beside
+    record_property("tensor bytes", (before, grown))
+    record_property("resident MiB", (resident, resident_mib()))
+    assert same(one, alone[kinds[0]])
+    assert grown <= 1024
+    assert resident_mib() - resident < 64
+
+
+def same(one, other):
+    return one == other if isinstance(one, str) or isinstance(other, str) else torch.equal(one, other)
+
+
+def resident_mib():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
