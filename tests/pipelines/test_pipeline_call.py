@@ -221,7 +221,7 @@ def test_a_pipeline_is_placed_as_asked(tmp_path: Path, monkeypatch, offload, dev
 
     pipe = StubPipe()
     monkeypatch.setattr(loading, "pick_device", torch.device)
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, dtype: pipe)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda source, dtype, use_safetensors: pipe)
     assert loading.load_pipeline(request(tmp_path, offload=offload, device=device)) is pipe
     ((how, where, *rest),) = pipe.said
     assert (how, str(where), *rest) == said
