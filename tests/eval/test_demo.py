@@ -78,7 +78,8 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     (tmp_path / DEMO).parent.mkdir(parents=True)
     (tmp_path / DEMO).write_text(json.dumps(run))
     text = demo_text(tmp_path)
-    assert "no difference: the preset came +2.0 dB nearer to the full run in the mean, +2.0 in the median, too few" in text
+    assert "no difference: the preset came +2.0 dB nearer to the full run in the mean, +2.0 in the median" in text
+    assert "too few" in text
     assert "it took 2.4 s, 13 plain steps 2.6 s (one thread, a processor, 2 cores;" in text
     fewer["psnr"], ours["psnr"] = [30.0] * 6, [30.5, 31.5, 31.0, 30.8, 31.2, 31.0]
     (tmp_path / DEMO).write_text(json.dumps(run))
