@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 LINES = [json.loads(line) for line in (ROOT / "eval/results/eight-bit-linears.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_line_for_each_layer_kind_and_method(monkeypatch):
     def reference(model, clip, _):
         return SimpleNamespace(frames=model.run(clip, steps=2, solver="unipc").frames)
