@@ -145,7 +145,13 @@ def test_the_minimum_is_the_piecewise_rule(x, t):
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    [*itertools.product(BACKENDS, ONE_AND_ALL), *(pytest.param("flex", x, marks=COMPILED) for x in VIDEOS)],
+    [
+        *itertools.product(BACKENDS, ONE_AND_ALL),
+        *(
+            pytest.param("flex", x, marks=[*COMPILED, *([pytest.mark.rare] if x == "wan-plain" else [])])
+            for x in VIDEOS
+        ),
+    ],
 )
 def test_neutral_settings_change_nothing(backend, name):
     """Invariant 1: factors of 1, and a window as long as the clip, are the call without them, bit for bit."""

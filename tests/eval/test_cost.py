@@ -26,6 +26,7 @@ def test_product_of_a_sparse_method_and_a_cache(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_the_caches_of_the_overhead_never_skip(monkeypatch, tmp_path, capsys):
     def small(blocks):
         config = WanTransformer3DModel.load_config(model_path("wan-plain") / "transformer")

@@ -215,6 +215,7 @@ def test_prompts_of_its_own_are_none_that_suites_evaluate():
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_the_committed_numbers_of_the_embedded_model_are_what_the_commands_measure(tmp_path):
     asked = tuning_request(model="wan-plain", prompts=embedded_prompts("wan-plain", 4))
     ratios = tune_magcache(asked, tmp_path / "mag.toml").found["ratios"]

@@ -2,7 +2,7 @@
 
 Each row of a batch is that row alone, a second run is the first, whatever ran before; what does not go together is
 refused by name, as the adapter declares. `make test` runs a case of every third pipeline, with all methods and
-situations in turn, `make test-slow` every method on every second pipeline, `make test-rare` on the others, `make
+situations in turn, `make test-slow` every method on nearly every second pipeline, `make test-rare` on the others, `make
 test-pipelines` all cases.
 """
 
@@ -22,7 +22,10 @@ from dit_accel.methods.registry import handlers
 QUICK = list(PIPELINES)[2::3]
 """Pipelines whose one case `make test` runs; the others' is slow."""
 
-HALF = list(PIPELINES)[::2]
+KIN = ("LTX2InContextPipeline", "LTX2ImageToVideoPipeline", "LTX2ModularPipeline")
+"""Pipelines of long runs beside the LTX2Pipeline, around the same transformer."""
+
+HALF = [name for name in list(PIPELINES)[::2] if name not in KIN]
 """Pipelines that `make test-slow` runs with every method, `make test-rare` the others."""
 
 
