@@ -79,8 +79,7 @@ def registered_blocks(pattern: str, block: type, adapter: str) -> BlockList:
     visual, other = known.return_hidden_states_index, known.return_encoder_hidden_states_index
     if other is None:
         return BlockList(pattern=pattern, takes=(known.hidden_states_argument_name,))
-    text = getattr(
-        known, "encoder_hidden_states_argument_name", "encoder_hidden_states"
-    )  # diffusers names it since 0.42
+    # diffusers tells the name since 0.42
+    text = getattr(known, "encoder_hidden_states_argument_name", "encoder_hidden_states")
     takes = known.hidden_states_argument_name, text
     return BlockList(pattern=pattern, takes=takes, gives=(0, 1) if visual < other else (1, 0))

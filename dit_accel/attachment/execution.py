@@ -36,7 +36,7 @@ from .kernel_call import (
     run_dense,
     with_values,
     without_slow_lists,
-)  # fmt: skip
+)
 from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
 from .rest import turned, with_rest

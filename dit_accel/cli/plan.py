@@ -79,16 +79,21 @@ def plan(
         adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config, linears=linears,
         hardware=hardware, linear_cost=linear_cost,
     )  # fmt: skip
-    if num_frames is not None and estimated.num_frames != num_frames:
-        note(f"{num_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
-    for text in estimated.notes:
-        note(text)
-    for text in [*estimated.warnings, *advice(adapter, sizes, estimated.layout, methods)]:
-        warn(text)
+    _talk(estimated, num_frames, advice(adapter, sizes, estimated.layout, methods))
     if json:
         print_json(estimated.to_dict())
     else:
         _print(estimated)
+
+
+def _talk(estimated: Estimate, requested_frames: int | None, advised: Sequence[str]) -> None:
+    """Say on stderr what a user should know besides the figures."""
+    if requested_frames is not None and estimated.num_frames != requested_frames:
+        note(f"{requested_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
+    for text in estimated.notes:
+        note(text)
+    for text in [*estimated.warnings, *advised]:
+        warn(text)
 
 
 def _note_preset(level: str, chosen: Sequence[Choice]) -> None:

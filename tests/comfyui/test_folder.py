@@ -32,7 +32,9 @@ def test_the_folder_is_imported_by_a_name_of_comfyuis_and_without_it(monkeypatch
 def test_workflows_name_methods_that_there_are():
     from dit_accel_comfyui.door import method_config
 
+    found = []
     for path in (ROOM / "workflows").glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8")).values():
             if "method" in node["inputs"] and node["class_type"].startswith("DitAccel"):
-                method_config(node["inputs"]["method"], node["inputs"]["options"], {})
+                found.append(method_config(node["inputs"]["method"], node["inputs"]["options"], {}).name)
+    assert {"sol", "ultravico", "easycache"} <= set(found)

@@ -160,7 +160,7 @@ def try_out(files: Sequence[Path], version: str, folder: Path, python: str) -> N
     run("fresh environment", python, "-m", "venv", folder / "venv")
     inside = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     pip = (inside / "python", "-m", "pip", "--disable-pip-version-check")
-    ours = ("install", "--quiet", "--no-deps", "--index-url", index)
+    ours = ("install", "--quiet", "--no-deps", "-i", index)
     run("install from the local index", *pip, *ours, f"dit-accel=={version}", f"dit-accel-kernels=={version}")
     run("install of what it needs", *pip, "install", "--quiet", f"dit-accel=={version}")
     run("dit-accel --help", inside / "dit-accel", "--help", at=place)
