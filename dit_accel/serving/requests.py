@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..attachment.attachment import Attachment, attach, attachment_of
 from ..errors import DitAccelError
-from .settings import asked, read_setting
+from .settings import read_setting, requested
 
 LOGGER = logging.getLogger("dit_accel.serving")
 
@@ -22,7 +22,7 @@ _BENEATH = ("torch", "triton", "threading", "contextlib", "functools")
 """Packages in which an error may begin that is still the caller's."""
 
 
-def attach_asked(pipe: Any, setting: str | None = None, logger: logging.Logger = LOGGER) -> Attachment | None:
+def attach_requested(pipe: Any, setting: str | None = None, logger: logging.Logger = LOGGER) -> Attachment | None:
     """Attach to a pipeline what its server asks for; log one line, and on any error leave the pipeline plain.
 
     Args:
@@ -31,9 +31,9 @@ def attach_asked(pipe: Any, setting: str | None = None, logger: logging.Logger =
         logger: the server's.
 
     Returns:
-        The attachment; None where nothing was asked for or it was refused.
+        The attachment; None where nothing was requested or it was refused.
     """
-    text = asked() if setting is None else setting
+    text = requested() if setting is None else setting
     if not text:
         return None
     try:
@@ -59,7 +59,7 @@ def answer(
     Where the methods themselves fail the reason is logged, and the request runs again without them.
 
     Args:
-        pipe: the pipeline that `attach_asked` was given; of any other one the request just runs.
+        pipe: the pipeline that `attach_requested` was given; of any other one the request just runs.
         run: calls the pipeline once and returns what the server wants of it; it may be called a second time.
         generators: the random generators that the call draws from, which the second run finds as the first did.
         logger: the server's.

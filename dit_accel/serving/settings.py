@@ -36,7 +36,7 @@ class Setting:
         return not self.methods and self.preset == "none"
 
 
-def asked(environ: Mapping[str, str] = os.environ) -> str:
+def requested(environ: Mapping[str, str] = os.environ) -> str:
     """Return the text of `VARIABLE`; empty where it is unset."""
     return environ.get(VARIABLE, "").strip()
 

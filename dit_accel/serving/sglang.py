@@ -8,7 +8,7 @@ why our log line repeats the report's notes.
 from collections.abc import Callable
 from typing import Any
 
-from .settings import asked
+from .settings import requested
 
 HOOKS = "sglang.multimodal_gen.runtime.platforms.plugins"
 """The module that takes hooks: ``HookRegistry.register(target, hook, HookType)``."""
@@ -23,7 +23,7 @@ def register() -> None:
 
     SGLang calls it once in every process, imports the targets later, and logs an error as that of this plugin.
     """
-    if not asked():
+    if not requested():
         return
     from importlib import import_module
 
@@ -34,9 +34,9 @@ def register() -> None:
 
 def attach_loaded(pipe: Any, *_: Any, **__: Any) -> None:
     """Attach to a loaded pipeline; behind ``_load_diffusers_pipeline(self, model_path, server_args)``."""
-    from .requests import attach_asked
+    from .requests import attach_requested
 
-    attach_asked(pipe)
+    attach_requested(pipe)
 
 
 def run_request(forward: Callable[..., Any], stage: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

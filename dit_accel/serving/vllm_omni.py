@@ -8,7 +8,7 @@ import functools
 import logging
 from typing import Any
 
-from .settings import VARIABLE, asked
+from .settings import VARIABLE, requested
 
 ADAPTER = "vllm_omni.diffusion.models.diffusers_adapter.pipeline_diffusers_adapter"
 """The module of the class whose methods are wrapped."""
@@ -21,7 +21,7 @@ def register() -> None:
 
     vllm-omni calls it in every process, maybe more than once, and would end on an error: there is none.
     """
-    if not asked():
+    if not requested():
         return
     try:
         from importlib import import_module
@@ -43,10 +43,10 @@ def wrap_adapter(adapter: Any) -> None:
 
     @functools.wraps(load)
     def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from .requests import attach_asked
+        from .requests import attach_requested
 
         loaded = load(self, *args, **kwargs)
-        attach_asked(getattr(self, "_pipeline", None), logger=LOGGER)
+        attach_requested(getattr(self, "_pipeline", None), logger=LOGGER)
         return loaded
 
     @functools.wraps(forward)

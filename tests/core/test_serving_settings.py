@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dit_accel import ConfigError, EasyCache
-from dit_accel.serving.settings import Setting, asked, read_setting
+from dit_accel.serving.settings import Setting, read_setting, requested
 
 
 @pytest.mark.parametrize("level", ["careful", "balanced", "fast"])
@@ -17,8 +17,8 @@ def test_a_word_is_a_preset(level):
 
 def test_none_is_nothing():
     assert read_setting("none").empty
-    assert asked({}) == asked({"DIT_ACCEL": "  "}) == ""
-    assert asked({"DIT_ACCEL": " fast\n"}) == "fast"
+    assert requested({}) == requested({"DIT_ACCEL": "  "}) == ""
+    assert requested({"DIT_ACCEL": " fast\n"}) == "fast"
 
 
 def test_a_file_gives_methods_and_what_it_says_of_a_run(tmp_path):

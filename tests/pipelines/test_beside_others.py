@@ -92,7 +92,7 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request):
             OTHERS[other](pipe)
             run()
         return
-    if word == "told":
+    if word == "reported":
         with dit_accel.attach(pipe, METHODS[name], preset="none") as attachment:
             OTHERS[other](pipe)
             out = run()
