@@ -42,6 +42,7 @@ def test_a_list_decides_which_steps_are_computed():
         (dict(warmup_steps=0.25), "###.......", "###......."),
         (dict(last_steps=2), "#.......##", "##......##"),
         (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
+        (dict(max_consecutive=0.15), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=3, growing=True, last_steps=1), "#.#.#..#.#", "##.#..#..#"),
         (dict(max_skips=4), "#....#####", "##....####"),
         (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
@@ -78,6 +79,8 @@ def test_one_step_in_so_many(warmup, drawn):
         (dict(predictor="taylor"), [0, 1, 2, 3, 4]),
         (dict(predictor="heun"), [0, 1, 2, 3, 4]),
         (dict(predictor="chebyshev"), [0, 1, 2, 3, 4]),
+        (dict(predictor="taylor", reach=1), [0, 1, 2, 1, 1]),
+        (dict(predictor="heun", reach=0.55), [0, 1, 2, 3, 1]),  # two of five steps
     ],
 )
 @pytest.mark.parametrize("stored", ["residual", "output"])
@@ -86,6 +89,11 @@ def test_what_is_stored_goes_on_in_time(options, given, stored):
     out = run_through(driven, still, steps=5)
     rough = dict(abs=0.1) if options.get("predictor") == "chebyshev" else {}  # its ridge
     assert [float(one["cond"].mean()) for one in out] == pytest.approx(given, **rough)
+
+
+def test_what_was_held_out_of_reach_is_no_point_of_the_next_forecast():
+    driven = Driven(StaticCache(steps=(1, 1, 0, 0, 1, 0), predictor="heun", reach=1), line)
+    assert [float(one["cond"].mean()) for one in run_through(driven, still, steps=6)] == [0, 1, 2, 1, 4, 5]
 
 
 def test_the_residual_is_added_to_the_latents_of_the_step():
@@ -383,6 +391,7 @@ def test_memory_is_counted_and_freed():
             r"staticcache\.last_steps.*got -2",
         ),
         (dict(max_consecutive=0), r"staticcache\.max_consecutive.*got 0"),
+        (dict(reach=0), r"staticcache\.reach.*got 0"),
         (dict(growing=True), r"staticcache\.growing.*staticcache\.max_consecutive, got None"),
         (dict(max_skips=-1), r"staticcache\.max_skips.*got -1"),
         (
@@ -412,10 +421,14 @@ def test_a_run_of_unknown_or_other_length():
         driven.forward(0, still(0), steps=4)
     with pytest.raises(ConfigError, match=r"staticcache\.steps.*3 entries.*unknown"):
         driven.forward(0, still(0), steps=None)
-    for options, what in ((dict(last_steps=1), "last_steps = 1"), (dict(warmup_steps=0.5), "warmup_steps = 0.5")):
+    for options, what in (
+        (dict(last_steps=1), "last_steps = 1"), (dict(warmup_steps=0.5), "warmup_steps = 0.5"),
+        (dict(max_consecutive=0.5), "max_consecutive = 0.5"), (dict(reach=0.5), "reach = 0.5"),
+    ):  # fmt: skip
         driven = Driven(cache(**options), line)
         with pytest.raises(ConfigError, match=rf"^staticcache\.{what}.*steps"):
             driven.forward(0, still(0), steps=None)
+            driven.forward(1, still(1), steps=None)
 
 
 def test_a_recipe_fills_what_is_unset():

@@ -48,7 +48,8 @@ class StepCacheConfig(MethodConfig):
             skipped.
         switch: share of the run's steps that the first of two transformers makes. ``each`` needs it for a share of
             them, `plan` to know when the second begins.
-        max_consecutive: most steps that are skipped in a row; unset: any number.
+        max_consecutive: most steps that are skipped in a row; below 1 a share of the run's steps, rounded up, so that
+            runs of fewer and longer steps skip fewer of them; unset: any number.
         growing: true: ``max_consecutive`` holds at the run's end alone, and the bound grows to it evenly from 1 over
             the steps after the warm-up, as outputs change ever less from step to step.
         max_skips: most steps that are skipped in a run; unset: any number.
@@ -57,6 +58,9 @@ class StepCacheConfig(MethodConfig):
             ``order + 1`` stored (arXiv 2503.06923), ``chebyshev`` one fitted to more of them (arXiv 2603.01623),
             ``heun`` the mean of two slopes (arXiv 2508.16211).
         order: degree of the polynomial.
+        reach: steps past the last computed one that the predictor is used for; below 1 a share of the run's steps,
+            rounded down. Those farther on repeat what was stored, as a line that is followed too far leads astray;
+            unset: it is used for all.
         variable: what the polynomial is one of: ``step``, the step's index, or ``sigma``, its noise level.
         stored: what is continued: ``residual``, the output minus the latents that went in, or the ``output``. Where
             the latents do not cover the output, it is the output.
@@ -73,12 +77,13 @@ class StepCacheConfig(MethodConfig):
     min_steps: Count | None = None
     warmup_of: Literal["run", "each", "last"] | None = None
     switch: Annotated[float, gt(0), lt(1)] | None = None
-    max_consecutive: Count | None = None
+    max_consecutive: Annotated[Steps, gt(0)] | None = None
     growing: bool | None = None
     max_skips: Annotated[int, ge(0)] | None = None
     steps: Annotated[tuple[Computed, ...], begins_with(1)] | None = None
     predictor: Literal["hold", "taylor", "heun", "chebyshev"] = "hold"
     order: Annotated[int, within(1, 4), "predictor = 'hold' is order 0"] = 1
+    reach: Annotated[Steps, gt(0)] | None = None
     variable: Literal["step", "sigma"] = "step"
     stored: Literal["residual", "output"] = "residual"
     damping: Share | None = None
@@ -94,6 +99,18 @@ class StepCacheConfig(MethodConfig):
                 f"{self.name}.damping = {self.damping:g} is for {self.name}.predictor = 'taylor', "
                 f"got {self.predictor!r}; leave it out"
             )
+
+    def reached(self, count: int | None) -> int | None:
+        """Return how many steps of a run of ``count`` the predictor reaches; None: any number.
+
+        Raises:
+            ConfigError: for a share of a run whose steps are not known.
+        """
+        if self.reach is None or self.reach >= 1:
+            return None if self.reach is None else int(self.reach)
+        if count is None:
+            raise unknown_steps(self, "reach", "set a whole number")
+        return int(round(self.reach * count, 9))
 
     @property
     def kept_points(self) -> int:
@@ -184,9 +201,10 @@ class StepCacheConfig(MethodConfig):
             ConfigError: if the bound grows over the run's steps, and how many they are is not known.
         """
         bound = self.max_consecutive
-        if bound is not None and self.growing:
-            if count is None:
-                raise unknown_steps(self, "growing", "leave it out")
+        if bound is not None and count is None and (self.growing or bound < 1):
+            raise unknown_steps(self, "growing" if self.growing else "max_consecutive", "leave it out")
+        bound = None if bound is None else whole_steps(bound, count or 0)
+        if bound is not None and count is not None and self.growing:
             first = self.first_steps(count, turn)
             bound = min(bound, 1 + bound * (index - in_a_row - first) // max(count - first, 1))
         if bound is not None and in_a_row >= bound:

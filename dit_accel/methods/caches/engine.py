@@ -82,6 +82,7 @@ class StepCacheHandler(Handler):
     exclusive = frozenset({"cache"})
     decider_type: ClassVar[type[Decider]] = Decider
     settings: StepCacheConfig
+    _reach: int | None = None  # in steps of this run
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config, model)
@@ -212,6 +213,7 @@ class StepCacheHandler(Handler):
         self._since.setdefault(context.transformer, context.step_index)
         time = self._time(context)
         self._start = time if self._start is None else self._start
+        self._reach = self.settings.reached(context.num_inference_steps)
         return time
 
     def _holds_a_prompt(self, transformer: str) -> bool:
@@ -229,7 +231,7 @@ class StepCacheHandler(Handler):
 
     def _new_history(self, shapes: Any) -> History:
         assert self._start is not None
-        return History(self.settings, shapes, self._start)
+        return History(self.settings, shapes, self._start, reach=self._reach)
 
     def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
         """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.

@@ -38,15 +38,18 @@ class History:
         shapes: of the latents that went in.
         start: the time at which the run began.
         held_on: where what is stored waits; None: where it was made.
+        reach: steps past the last computed one that the predictor is used for; None: all.
 
     Attributes:
         correction: what corrects computed outputs for the skipped ones before, or None.
     """
 
     def __init__(
-        self, settings: StepCacheConfig, shapes: Any, start: float, held_on: torch.device | None = None
-    ) -> None:
+        self, settings: StepCacheConfig, shapes: Any, start: float, held_on: torch.device | None = None,
+        reach: int | None = None,
+    ) -> None:  # fmt: skip
         self._settings = settings
+        self._reach = reach
         self._start = start
         self._held_on = held_on
         self.correction = Correction(settings.name) if settings.corrected else None
@@ -89,7 +92,7 @@ class History:
         """Return an output in the form of the last one, forecast for a step of a run that ends at a time."""
         values = self._values(time, end)
         if self._settings.predictor == "heun":
-            self._given = Point(step, time, values, computed=False)
+            self._given = None if self._is_out_of_reach(time) else Point(step, time, values, computed=False)
         if not self.skipped or self.skipped[-1] != time:
             self.skipped.append(time)
         assert self._spec is not None
@@ -138,14 +141,18 @@ class History:
 
     def _weights(self, time: float, end: float) -> list[float]:
         settings, times = self._settings, [point.time for point in self.points]
+        if settings.predictor == "hold" or self._is_out_of_reach(time):
+            return [0.0] * (len(times) - 1) + [1.0]
         if settings.predictor == "taylor":
             return forecast.taylor(times, time, settings.order, settings.damping or 0.0)
         if settings.predictor == "chebyshev":
             return forecast.chebyshev(times, time, settings.order, (self._start, end))
-        if settings.predictor == "heun":
-            before = next((point.time for point in self.points if not point.computed), None)
-            return forecast.heun(times, [moment for moment in self.skipped if moment != time], time, before)
-        return [1.0]
+        before = next((point.time for point in self.points if not point.computed), None)
+        return forecast.heun(times, [moment for moment in self.skipped if moment != time], time, before)
+
+    def _is_out_of_reach(self, time: float) -> bool:
+        """Tell whether a time lies more skipped steps past the last computed one than the predictor reaches."""
+        return self._reach is not None and sum(moment != time for moment in self.skipped) >= self._reach
 
     def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
         """Return for each output the part of the latents that is taken off it, None where it is stored whole."""

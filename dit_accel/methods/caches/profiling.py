@@ -247,7 +247,7 @@ class ProfilingHandler(SpanHandler):
     def _new_history(self, shapes: Any) -> History:
         assert self._start is not None
         held_on = torch.device("cpu") if self.settings.offload == "cpu" else None
-        return History(self.settings, shapes, self._start, held_on)
+        return History(self.settings, shapes, self._start, held_on, self._reach)
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and which blocks are cached."""

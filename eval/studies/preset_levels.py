@@ -1,0 +1,112 @@
+"""Measure step caches at many numbers of steps: how near each stays to the model's own run, beside fewer steps.
+
+    python eval/studies/preset_levels.py choose flux-tiny --solver own --out eval/results/preset-levels-choose-flux-tiny.jsonl
+    python eval/studies/preset_levels.py judge flux-tiny --solver own --out eval/results/preset-levels-flux-tiny.jsonl
+
+``choose`` runs `candidates`, ``judge`` the presets, on clips that chose nothing. Each line is one setting at one number of
+steps on one clip: PSNR to the model's own dense run of as many steps by the same solver, blocks that ran and processor
+seconds of the denoising loop and of the whole call, as shares of that run's. Lines named ``dense M`` are runs of M steps
+held against the same run. What is there is not run again; one thread.
+"""  # fmt: skip
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from dit_accel_eval.metrics.psnr import psnr
+from dit_accel_eval.runs.loaded import EmbeddedModel
+from dit_accel_eval.runs.model import Run
+
+from dit_accel import EasyCache, SeaCache
+from dit_accel.methods.config import MethodConfig
+
+STEPS = (8, 10, 12, 16, 20, 30, 50)
+"""The numbers of steps at which levels are chosen and judged."""
+
+FEWER = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 24, 26, 28, 30, 33, 36, 40, 44)
+"""Steps of the dense runs that levels are held against."""
+
+CHOOSING = range(200, 216)
+"""Clips on which levels are chosen, from the first on."""
+
+JUDGING = range(320, 336)
+"""Clips that judge them."""
+
+
+BOUNDS = ((0.5, 0.05), (0.5, 0.07), (0.35, 0.1), (0.25, 0.1), (0.25, 0.14))
+"""Warm-up and the bound on steps skipped in a row, as shares of the run."""
+
+FORECASTS: tuple[tuple[Any, Any, float | None], ...] = (
+    ("heun", "residual", 0.07), ("heun", "output", 0.07), ("taylor", "output", 0.07), ("hold", "output", None),
+)  # fmt: skip
+"""Predictor, what is stored, and how far it reaches."""
+
+
+def candidates(steps: int) -> dict[str, MethodConfig]:
+    """Return the caches that are tried in a run of so many steps, by name."""
+    found: dict[str, MethodConfig] = {}
+    for (warmup, bound), (predictor, stored, reach) in itertools.product(BOUNDS, FORECASTS):
+        words = f"{predictor} {stored} reach {reach or 'all'}"
+        found[f"{words}, {bound:g} after {warmup:g}"] = EasyCache(
+            threshold=0.2, warmup_steps=warmup, last_steps=1, max_consecutive=bound, growing=True,
+            predictor=predictor, stored=stored, reach=reach,
+        )  # fmt: skip
+    for threshold, predictor in itertools.product((0.15, 0.25), ("hold", "taylor")):
+        found[f"seacache {predictor} {threshold:g}"] = SeaCache(threshold=threshold, predictor=predictor)
+    return found
+
+
+def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int], settings: Any, out: Path) -> None:
+    """Run what the file lacks, a line each."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(one["solver"], one["clip"], one["steps"], one["setting"]) for one in lines}
+    suite_model = EmbeddedModel(model, {})
+
+    def run(clip: int, count: int, methods: tuple[MethodConfig, ...] = ()) -> tuple[Run, float]:
+        began = time.process_time()
+        made = suite_model.run(clip, steps=count, solver=solver, methods=methods)
+        return made, time.process_time() - began
+
+    for clip in clips:
+        dense: dict[int, tuple[Run, float]] = {}
+        for count in steps:
+            wanted = {f"dense {fewer}": fewer for fewer in FEWER if fewer < count} | settings(count)
+            missing = {k: v for k, v in wanted.items() if (solver, clip, count, k) not in done}
+            if not missing:
+                continue
+            for needed in (count, *(one for one in missing.values() if isinstance(one, int))):
+                if needed not in dense:
+                    dense[needed] = run(clip, needed)
+            own, own_call = dense[count]
+            for name, one in missing.items():
+                made, call = dense[one] if isinstance(one, int) else run(clip, count, (one,))
+                assert made.times is not None
+                assert own.times is not None
+                line = {
+                    "model": model, "solver": solver, "clip": clip, "steps": count, "setting": name,
+                    "psnr": round(psnr(made.frames, own.frames), 3),
+                    "work": round(made.counts.blocks / own.counts.blocks, 4),
+                    "time": round(made.times.processor / own.times.processor, 4), "call": round(call / own_call, 4),
+                }  # fmt: skip
+                with out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        print(f"clip {clip} of {model}, {solver}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["choose", "judge"])
+    parser.add_argument("model", choices=["wan-tiny", "flux-tiny"])
+    parser.add_argument("--solver", choices=["own", "unipc"], default="own")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--clips", type=int, default=16, help="how many, from the first on")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    clips = (CHOOSING if given.what == "choose" else JUDGING)[: given.clips]
+    measure(given.model, given.solver, clips, given.steps, candidates, given.out)
