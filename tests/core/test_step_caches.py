@@ -427,8 +427,7 @@ def test_a_run_of_unknown_or_other_length():
     ):  # fmt: skip
         driven = Driven(cache(**options), line)
         with pytest.raises(ConfigError, match=rf"^staticcache\.{what}.*steps"):
-            driven.forward(0, still(0), steps=None)
-            driven.forward(1, still(1), steps=None)
+            [driven.forward(step, still(step), steps=None) for step in range(2)]
 
 
 def test_a_recipe_fills_what_is_unset():
