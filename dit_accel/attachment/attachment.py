@@ -22,7 +22,7 @@ from ..methods.find import (
     find_transformers,
     resolve_model,
 )
-from ..methods.presets import Level, choices, spell
+from ..methods.presets import Level, PresetMethods, choices
 from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
 from .backends import Backend, Dense, check_backend
@@ -53,7 +53,7 @@ class Attachment:
         self._model = model
         self._put_on = put_on
         self._undo: list[Callable[[], None]] = []
-        self._preset, self._skips = "", dict[str, float]()
+        self._preset: PresetMethods | None = None
         self._begin(execution)
 
     def _begin(self, execution: Execution) -> None:
@@ -161,7 +161,8 @@ class Attachment:
         execution, recorder = self._execution, self._execution.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        notes = [*filter(None, [self._preset]), *recorder.dense_notes(), *recorder.notes]
+        preset = [self._preset.words(execution.state.num_inference_steps)] if self._preset else []
+        notes = [*preset, *recorder.dense_notes(), *recorder.notes]
         if self._attached:
             reasons = (replaced_transformers, unplanned_reason, replaced_processors)
             notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
@@ -185,7 +186,7 @@ class Attachment:
         found = [
             (layout, one.state.transformer) for one in execution.layers for layout, _ in one.state.layouts.values()
         ]
-        return predicted(execution.handlers, found[0][0], steps, self._skips, found[0][1]) if found and steps else None
+        return predicted(execution.handlers, found[0][0], steps, self._preset, found[0][1]) if found and steps else None
 
     def _require_attached(self) -> None:
         if not self._attached:
@@ -240,7 +241,7 @@ def attach(
     level = preset or ("none" if methods else "balanced")
     if level == "none":
         return _attach(model, methods, backend, layers, dense or "user")
-    chosen = choices(level, _model_of(find_transformers(model)), methods)
+    chosen = choices(level, of := _model_of(find_transformers(model)), methods)
     while True:
         try:
             attachment = _attach(model, (*methods, *(x.config for x in chosen)), backend, layers, dense or "auto")
@@ -249,9 +250,8 @@ def attach(
             if not chosen:
                 raise
             chosen.pop()
-    attachment._preset = spell(level, chosen)
-    attachment._skips = {one.config.name: one.skips for one in chosen if one.skips is not None}
-    print(attachment._preset, file=sys.stderr)
+    attachment._preset = PresetMethods(level, tuple(chosen), of)
+    print(attachment._preset.words(), file=sys.stderr)
     return attachment
 
 

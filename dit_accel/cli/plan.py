@@ -10,7 +10,7 @@ from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
 from ..estimate.linears import CARD, LINEAR_COST, least_weights
 from ..methods.base import Model
-from ..methods.presets import Choice, choices, spell
+from ..methods.presets import PresetMethods, choices
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList, Preset
 from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, named_model
@@ -73,7 +73,7 @@ def plan(
         of = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)
         chosen = choices(preset, of, methods)
         methods = [*methods, *(one.config for one in chosen)]
-        _note_preset(preset, chosen)
+        _note_preset(PresetMethods(preset, tuple(chosen), of), num_inference_steps or sizes.num_inference_steps)
     requested = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
     estimated = estimate(
         adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config, linears=linears,
@@ -96,15 +96,14 @@ def _talk(estimated: Estimate, requested_frames: int | None, advised: Sequence[s
         warn(text)
 
 
-def _note_preset(level: str, chosen: Sequence[Choice]) -> None:
+def _note_preset(preset: PresetMethods, steps: int) -> None:
     """Say what a preset is on this model, and what of it the estimate leaves out."""
-    note(spell(level, chosen))
-    for one in chosen:
-        if one.skips:
-            note(
-                f"{one.config.name} skipped {one.skips:.0%} of the forwards where it was measured; that is not counted "
-                "here, but in `dit-accel recommend`"
-            )
+    note(preset.words(steps))
+    for name, promise in preset.promises(steps).items():
+        note(
+            f"{name} skips {promise.skipped:.0%} of the forwards in runs of {steps} steps where it was measured; that "
+            "is not counted here, but in `dit-accel recommend`"
+        )
 
 
 def _print(estimated: Estimate) -> None:

@@ -1,7 +1,7 @@
 """Recommend: what could be attached to a model at a size, fastest first, with what it is expected to cost."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ DENSE = "dense"
 """The name of the row without methods."""
 
 PREDICTED_NOTE = (
-    "speed-ups of presets are predicted, of the denoising loop; a step cache stores a few copies of the latents for "
-    "each branch, which is not in the state"
+    "speed-ups of presets are predicted, of the denoising loop; memory is what the methods hold from step to step, "
+    "without a step cache's few copies of the latents for each branch"
 )
 
 
@@ -49,9 +49,11 @@ class Setting:
         speedup: of the denoising loop. Predicted: by the FLOPs of the sparse attention (`Estimate`), and by the share
             of the forwards that the cache skipped where that was measured. Of a tuned file measured, by work.
         seconds: the least that the loop takes on the hardware, by its data sheet; None: not known.
-        losses: method -> dB to the user's own dense run where it was measured, the least mean of the measured models;
-            None: not measured; without those for outputs beyond the trained size, where the dense run is no measure.
-            Of a tuned file its metric -> the mean against the converged run.
+        losses: method -> dB to the user's own dense run that nine of ten prompts reached where it was measured, with as
+            many steps or the nearest, the least of the tiny models; None: not measured; without those for outputs
+            beyond the trained size, where the dense run is no measure. Of a tuned file its metric -> the mean against
+            the converged run.
+        medians: method -> the same dB of the median prompt, where it was measured.
         sources: method, or tuned file -> the figure that this rests on.
         state_bytes: memory that the methods hold besides the model, but for what a cache stores.
         needs: what else it takes, such as a GPU with Triton; and what of a preset waits for a larger run.
@@ -62,6 +64,7 @@ class Setting:
     speedup: float
     seconds: float | None
     losses: Mapping[str, float | None]
+    medians: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str]
     state_bytes: int
     needs: tuple[str, ...]
@@ -242,15 +245,18 @@ def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any], dense: Estim
     acting = [one for one in chosen if idle[one.config.name] is None]
     found = estimate(of.adapter, of.family, methods=[one.config for one in acting], **sizes)
     speedup = found.speedup_of_methods
-    for one in acting:
-        cache = method(one.config.name)(**found.methods[one.config.name])
-        if one.skips and isinstance(cache, StepCacheConfig):
-            speedup = speedup_with_skips(found, cache, one.skips)
+    promises = {one.config.name: one.promise(dense.num_inference_steps, of.family.name) for one in acting}
+    for name, promise in promises.items():
+        cache = method(name)(**found.methods[name])
+        if promise is not None and isinstance(cache, StepCacheConfig):
+            speedup = speedup_with_skips(found, cache, promise.skipped)
+    beyond = {one.config.name for one in acting if one.beyond}
     planned = [one.config.name for one in acting if issubclass(handler_of(one.config), AttentionHandler)]
     needs = [f"{', '.join(planned)}: a GPU with Triton"] if planned else []
     return Setting(
         name=level, methods={one.config.name: one.what for one in acting}, speedup=speedup, seconds=None,
-        losses={one.config.name: one.psnr for one in acting if not one.beyond},
+        losses={name: one and one.tenth for name, one in promises.items() if name not in beyond},
+        medians={name: one.median for name, one in promises.items() if one is not None},
         sources={one.config.name: one.source for one in acting}, state_bytes=found.state_bytes,
         needs=(*needs, *(why for why in idle.values() if why)),
     )  # fmt: skip
@@ -297,9 +303,9 @@ def _notes(
     name = of.family.name
     if name not in MEASURED_ON:
         notes.append(
-            f"no preset was measured on {name}: this is the general rule, with the losses and skipped forwards of "
-            f"{' and '.join(MEASURED_ON)}; attachment.check(prompt) measures yours, `dit-accel tune pipeline` finds "
-            "settings for it"
+            f"no preset was measured on {name}: this is the general rule, with the PSNR and skipped forwards of the "
+            f"tiny models {' and '.join(MEASURED_ON)}; attachment.check(prompt) measures yours, `dit-accel tune "
+            "pipeline` finds settings for it"
         )
     presets = [one.config for one in choices(LEVELS[-1], of.model)]
     notes += advice(of.adapter, of.family, dense.layout, presets)
@@ -320,7 +326,7 @@ def _notes(
 def _card_notes(of: _Subject, card: Hardware) -> list[str]:
     gib = of.weight_bytes / 2**30
     notes = []
-    weights = f"the transformer's weights take {gib:.3g} GiB or more"
+    weights = f"the transformer's weights alone take {gib:.3g} GiB or more"
     if gib > card.gib:
         notes.append(
             f"{weights}, beyond the {card.gib:g} GiB there are: generate with --offload group or sequential, or "
@@ -328,8 +334,8 @@ def _card_notes(of: _Subject, card: Hardware) -> list[str]:
         )
     elif gib > card.gib / 2:
         notes.append(
-            f"{weights} of the {card.gib:g} GiB there are; if the text encoder does not fit beside them, --offload "
-            "model moves in what is used"
+            f"{weights} of the {card.gib:g} GiB there are; text encoders and VAE come on top, and if they do not fit "
+            "beside them, --offload model moves in what is used"
         )
     if card.tflops is not None:
         notes.append(

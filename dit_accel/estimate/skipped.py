@@ -5,34 +5,26 @@ skips are the cheap ones, and the two speed-ups do not multiply.
 """
 
 from ..methods.caches.cache_config import StepCacheConfig
-from ..methods.presets import MEASURED_STEPS
 from .estimate import Estimate
 
 
 def speedup_with_skips(found: Estimate, cache: StepCacheConfig, share: float) -> float:
     """Return the predicted speed-up of the denoising loop where a cache decides by data what it skips.
 
-    As `Estimate.speedup_of_methods` it is over the dense loop of the same model.
-
-    Of the steps that it may skip as many are counted in a row as where it was measured, fewer in runs of fewer steps,
-    whose outputs change more from step to step: with r skipped after each computed one, r / (1 + r) of them.
+    As `Estimate.speedup_of_methods` it is over the dense loop of the same model. What is skipped is spread evenly over
+    the steps that may be.
 
     Args:
         found: the run without what the cache saves.
         cache: the cache, its options filled in.
-        share: of the forwards, that it skipped in a run of `MEASURED_STEPS` steps.
+        share: of the forwards, that it skips in a run of so many steps.
     """
     steps = found.num_inference_steps
-    skippable = share * MEASURED_STEPS / _may_skip(cache, MEASURED_STEPS).count(True)
-    in_a_row = skippable / (1.0 - skippable) * min(1.0, steps / MEASURED_STEPS)
-    computed = 1.0 / (1.0 + in_a_row)
+    may = [cache.always_computed(index, steps) is None for index in range(steps)]
+    computed = 1.0 - min(1.0, share * steps / max(1, sum(may)))
     costs = _costs(found)
-    spent = sum(cost * (computed if may else 1.0) for cost, may in zip(costs, _may_skip(cache, steps), strict=True))
+    spent = sum(cost * (computed if skips else 1.0) for cost, skips in zip(costs, may, strict=True))
     return found.speedup_of_methods * sum(costs) / spent
-
-
-def _may_skip(cache: StepCacheConfig, steps: int) -> list[bool]:
-    return [cache.always_computed(index, steps) is None for index in range(steps)]
 
 
 def _costs(found: Estimate) -> list[float]:

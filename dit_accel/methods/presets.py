@@ -1,7 +1,7 @@
 """Presets: which methods `attach` takes where the user names none, with the figures that each choice rests on.
 
-A level promises a distance to the user's own dense run of the same seed and steps, as measured on the two embedded
-models by ``eval/suites/presets-*.toml``; larger models were not measured, and their entries name what is published.
+A level is a distance to the user's own dense run of the same seed, steps and solver. What it promises in a run of so many
+steps is in `preset_figures`, as measured on the two embedded models; larger ones were not measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from .caches.easy import EasyCache
 from .compose import make_handlers
 from .config import MethodConfig
 from .positions.rope import RoPE
+from .preset_figures import Promise, promise
 from .registry import handler_of
 
 Level = Literal["careful", "balanced", "fast"]
@@ -27,8 +28,11 @@ NONE = "none"
 MEASURED_ON = ("wan-tiny", "flux-tiny")
 """The families on which the levels were measured; to others the same rule applies unmeasured."""
 
-MEASURED_STEPS = 30
-"""The steps of those runs."""
+LEAST_STEPS = 12
+"""Steps of a run from which on the levels skip any: in shorter ones they were no nearer than fewer steps."""
+
+REACH = 0.035
+"""Share of the run that a line is followed: one step of 29 or more, two of 58; longer gaps are held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,7 @@ class Choice:
         what: what it does here, in a few words, for the line that a user reads.
         source: the figure that the choice rests on.
         beyond: it acts on outputs beyond the trained size alone.
-        skips: share of the forwards that it skipped where that was measured; None: it skips none, or not measured.
-        psnr: dB to the user's own dense run there, the least mean of the measured models; None: not measured.
+        level: the preset whose `preset_figures` are this method's; None: not measured.
     """
 
     config: MethodConfig
@@ -50,27 +53,31 @@ class Choice:
     what: str
     source: str
     beyond: bool = False
-    skips: float | None = None
-    psnr: float | None = None
+    level: Level | None = None
+
+    def promise(self, steps: int, family: str | None = None) -> Promise | None:
+        """Return what it promises in a run of so many steps of a family; None: it skips nothing, or not measured."""
+        return promise(self.level, steps, family) if self.level else None
 
 
-def _cache(warmup: float, in_a_row: int, *, held: bool = False, skips: float, psnr: float) -> Choice:
-    """Return a step cache; distilled models of up to 9 steps are computed whole.
+def _cache(level: Level, warmup: float, bound: float, last: int) -> Choice:
+    """Return a step cache; runs of few steps, such as those of distilled models, are computed whole.
 
-    The warm-up and the growing bound on steps in a row decide more of what is skipped than the threshold: a level saves
-    about as much on one model as on another. Short gaps are continued by Heun's slopes, long ones held.
+    The warm-up and the bound on steps in a row decide more of what is skipped than the threshold: a level saves about
+    as much on one model as on another. Both are shares of the run, since a step of a short run is a long one: skipped
+    next to each other, or continued along a line, such steps lead farther astray than they save.
     """
     config = EasyCache(
-        threshold=0.2, warmup_steps=warmup, last_steps=1 if held else 2, max_consecutive=in_a_row, growing=True,
-        predictor="hold" if held else "heun", stored="output" if held else "residual", min_steps=10,
+        threshold=0.2, warmup_steps=warmup, last_steps=last, max_consecutive=bound, growing=True,
+        predictor="taylor", stored="output", reach=REACH, min_steps=LEAST_STEPS,
     )  # fmt: skip
+    often = "every second step" if bound <= 0.03 else f"up to {bound:.0%} of the steps in a row"
     return Choice(
         config,
         "all",
-        f"skips up to {in_a_row} steps in a row after the first {warmup:.0%}, in runs of 10 steps or more",
-        "measured: eval/suites/presets-wan-tiny.toml and presets-flux-tiny.toml",
-        skips=skips,
-        psnr=psnr,
+        f"skips {often} after the first {warmup:.0%}, in runs of {LEAST_STEPS} steps or more",
+        "measured: eval/studies/preset_levels.py",
+        level=level,
     )
 
 
@@ -110,9 +117,9 @@ _BEYOND = (_LONGER, _LONGER_WAN, _LARGER)
 """Of those that extend the same axis the first is taken that is advised for the model's family."""
 
 PRESETS: Mapping[str, tuple[Choice, ...]] = {
-    "careful": (_cache(0.5, 2, skips=0.25, psnr=52.0), *_BEYOND),
-    "balanced": (_cache(0.3, 3, skips=0.38, psnr=41.1), _sparse(1.0), *_BEYOND),
-    "fast": (_cache(0.25, 4, held=True, skips=0.46, psnr=36.0), _sparse(1.3), *_BEYOND),
+    "careful": (_cache("careful", 0.5, 0.03, 2), *_BEYOND),
+    "balanced": (_cache("balanced", 0.35, 0.03, 1), _sparse(1.0), *_BEYOND),
+    "fast": (_cache("fast", 0.25, 0.06, 1), _sparse(1.3), *_BEYOND),
 }
 
 
@@ -150,7 +157,22 @@ def _fits(configs: Sequence[MethodConfig], model: Model) -> bool:
     return True
 
 
-def spell(level: str, chosen: Sequence[Choice]) -> str:
-    """Return in one line what a preset is on a model."""
-    parts = [f"{choice.config.name} {choice.what}" for choice in chosen]
-    return f"preset {level}: {'; '.join(parts) or 'nothing that this model takes'}"
+@dataclass(frozen=True, slots=True)
+class PresetMethods:
+    """What a preset attaches to a model."""
+
+    level: str
+    chosen: tuple[Choice, ...]
+    model: Model
+
+    def promises(self, steps: int | None) -> dict[str, Promise]:
+        """Return method -> what it promises in a run of so many steps, of what was measured and acts in it."""
+        family = self.model.family and self.model.family.name
+        found = {one.config.name: one.promise(steps or 0, family) for one in self.chosen}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def words(self, steps: int | None = None) -> str:
+        """Return in one line what the preset is, and what of it was measured in runs of so many steps."""
+        parts = [f"{one.config.name} {one.what}" for one in self.chosen] or ["nothing that this model takes"]
+        parts += [f"{name} measured: {one}" for name, one in self.promises(steps).items()]
+        return f"preset {self.level}: {'; '.join(parts)}"

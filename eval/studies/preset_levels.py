@@ -10,7 +10,6 @@ held against the same run. What is there is not run again; one thread.
 """  # fmt: skip
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -24,11 +23,12 @@ from dit_accel_eval.runs.model import Run
 
 from dit_accel import EasyCache, SeaCache
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.presets import LEVELS, PRESETS
 
 STEPS = (8, 10, 12, 16, 20, 30, 50)
 """The numbers of steps at which levels are chosen and judged."""
 
-FEWER = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 24, 26, 28, 30, 33, 36, 40, 44)
+FEWER = (8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 22, 24, 26, 28, 32, 36, 40)
 """Steps of the dense runs that levels are held against."""
 
 CHOOSING = range(200, 216)
@@ -38,27 +38,48 @@ JUDGING = range(320, 336)
 """Clips that judge them."""
 
 
-BOUNDS = ((0.5, 0.05), (0.5, 0.07), (0.35, 0.1), (0.25, 0.1), (0.25, 0.14))
-"""Warm-up and the bound on steps skipped in a row, as shares of the run."""
+HELD: dict[str, Any] = {"predictor": "hold", "stored": "output"}
+LINE: dict[str, Any] = {"predictor": "taylor", "stored": "output", "reach": 0.035}
+"""A line is followed one step in runs of 29 steps or more, two from 58 on; longer gaps are held."""
 
-FORECASTS: tuple[tuple[Any, Any, float | None], ...] = (
-    ("heun", "residual", 0.07), ("heun", "output", 0.07), ("taylor", "output", 0.07), ("hold", "output", None),
-)  # fmt: skip
-"""Predictor, what is stored, and how far it reaches."""
+LINES = ((0.5, 0.03, 2), (0.35, 0.03, 1), (0.25, 0.06, 1), (0.25, 0.1, 1), (0.35, 0.03, 2), (0.25, 0.06, 2))
+"""Warm-up, bound on steps skipped in a row at the run's end, and last steps computed."""
+
+OTHERS = (("held", HELD, 0.1, 0.25), ("held", HELD, 0.06, 0.25), ("held", HELD, 0.03, 0.35), ("held", HELD, 0.03, 0.5),
+          ("line", LINE, 0.03, 0.25), ("line", LINE, 0.03, 0.5), ("heun", {**LINE, "predictor": "heun"}, 0.03, 0.5))  # fmt: skip
+"""Forecasts, bounds and warm-ups that were tried before, with one last step."""
 
 
 def candidates(steps: int) -> dict[str, MethodConfig]:
-    """Return the caches that are tried in a run of so many steps, by name."""
-    found: dict[str, MethodConfig] = {}
-    for (warmup, bound), (predictor, stored, reach) in itertools.product(BOUNDS, FORECASTS):
-        words = f"{predictor} {stored} reach {reach or 'all'}"
-        found[f"{words}, {bound:g} after {warmup:g}"] = EasyCache(
-            threshold=0.2, warmup_steps=warmup, last_steps=1, max_consecutive=bound, growing=True,
-            predictor=predictor, stored=stored, reach=reach,
-        )  # fmt: skip
-    for threshold, predictor in itertools.product((0.15, 0.25), ("hold", "taylor")):
-        found[f"seacache {predictor} {threshold:g}"] = SeaCache(threshold=threshold, predictor=predictor)
-    return found
+    """Return the caches that are tried in a run of so many steps, by name; of those that do the same there the first."""
+    usual: dict[str, Any] = {"threshold": 0.2, "growing": True}
+    found = {
+        f"line, {bound:g} after {warmup:g}, last {last}": EasyCache(
+            **usual, **LINE, warmup_steps=warmup, last_steps=last, max_consecutive=bound
+        )
+        for warmup, bound, last in LINES
+    } | {
+        f"{words}, {bound:g} after {warmup:g}": EasyCache(
+            **usual, **forecast, warmup_steps=warmup, last_steps=1, max_consecutive=bound
+        )
+        for words, forecast, bound, warmup in OTHERS
+    }
+    first = {
+        (one.skipped_steps(steps), one.reached(steps) != 0 and one.predictor): name
+        for name, one in reversed(found.items())
+    }
+    errors = {
+        f"held, error {error:g}": EasyCache(error=error, warmup_steps=3, last_steps=1, **HELD)
+        for error in (0.03, 0.04, 0.06, 0.09)
+    }
+    sea = {f"line, seacache {threshold:g}": SeaCache(threshold=threshold, **LINE) for threshold in (0.15, 0.25)}
+    return {name: found[name] for name in found if name in first.values()} | errors | sea
+
+
+def levels(steps: int) -> dict[str, MethodConfig]:
+    """Return the step caches of the presets that skip any in a run of so many steps."""
+    found = {level: PRESETS[level][0].config for level in LEVELS}
+    return {level: config for level, config in found.items() if (getattr(config, "min_steps", None) or 0) <= steps}
 
 
 def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int], settings: Any, out: Path) -> None:
@@ -104,9 +125,9 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=["wan-tiny", "flux-tiny"])
     parser.add_argument("--solver", choices=["own", "unipc"], default="own")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    parser.add_argument("--clips", type=int, default=16, help="how many, from the first on")
+    parser.add_argument("--clips", type=int, nargs=2, default=(0, 16), help="from which to below which of them")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    clips = (CHOOSING if given.what == "choose" else JUDGING)[: given.clips]
-    measure(given.model, given.solver, clips, given.steps, candidates, given.out)
+    clips = (CHOOSING if given.what == "choose" else JUDGING)[slice(*given.clips)]
+    measure(given.model, given.solver, clips, given.steps, candidates if given.what == "choose" else levels, given.out)

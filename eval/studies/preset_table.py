@@ -1,65 +1,140 @@
-"""What each preset level measured on the embedded models: the table of docs/presets.md, and the figures of the code."""
+"""What each preset level measured at each number of steps: the tables of README.md and docs/presets.md, and the figures
+that the package carries: `python eval/studies/preset_table.py` writes these.
+"""  # fmt: skip
 
-import statistics
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dit_accel_eval.runs.results import latest, markdown_table, read_lines
-from dit_accel_eval.statistics import Estimate, estimate
+import numpy as np
+from dit_accel_eval.runs.results import Line, markdown_table, read_lines
+from dit_accel_eval.statistics import Judged, judge
 
+from dit_accel.methods.preset_figures import Figure, promise
 from dit_accel.methods.presets import LEVELS, MEASURED_ON
 
-RESULTS = "eval/results/presets-{}.jsonl"
+RESULTS = "eval/results/preset-levels-{}.jsonl"
+FIGURES = Path("dit_accel/methods/preset_figures.json")
+
+SOLVERS = {("wan-tiny", "own"): "UniPC", ("flux-tiny", "own"): "Euler", ("flux-tiny", "unipc"): "UniPC"}
+"""Model and how a run names its solver -> that solver; the first of each model is the one that it ships with."""
+
+SHORT = (10, 16, 20, 30, 50)
+"""Numbers of steps of the short table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One level on one model.
+class Row:
+    """One level at one number of steps on one model with one solver.
 
     Attributes:
-        psnr: in dB to the model's own dense run.
-        time: processor time of the denoising loop on one thread, of the dense run's.
-        skipped: share of the forwards.
+        least: PSNR in dB of the prompt that came out farthest.
+        fewer: steps of the dense run that took the same time or the next longer one.
+        fewer_psnr: its median PSNR.
+        lead: over it, by prompt, judged together with all rows of the model and solver.
     """
 
-    psnr: Estimate
-    time: float
-    skipped: float
+    figure: Figure
+    least: float
+    fewer: int
+    fewer_psnr: float
+    lead: Judged
 
 
-def figures(root: Path) -> dict[str, dict[str, Measured]]:
-    """Return model -> level -> what its committed suite measured; a model that was not measured is left out."""
-    found: dict[str, dict[str, Measured]] = {}
-    for model in MEASURED_ON:
-        lines = latest(read_lines(root / RESULTS.format(model)))
-        dense = {clip: line for (arm, clip), line in lines.items() if arm == f"unipc {line['reference_steps']}"}
-        for level in LEVELS:
-            own = {clip: line for (arm, clip), line in lines.items() if arm == level and clip in dense}
-            if not own:
-                continue
-            found.setdefault(model, {})[level] = Measured(
-                psnr=estimate([line["psnr"] for line in own.values()]),
-                time=statistics.fmean(
-                    line["times"]["processor"] / dense[clip]["times"]["processor"] for clip, line in own.items()
-                ),
-                skipped=statistics.fmean(1 - line["forwards"] / dense[clip]["forwards"] for clip, line in own.items()),
-            )
+def rows(root: Path) -> dict[str, list[Row]]:
+    """Return level -> its rows; of runs in which it skips nothing there is none."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for (model, named), solver in SOLVERS.items():
+        lines = [line for line in read_lines(root / RESULTS.format(model)) if line["solver"] == named]
+        by: dict[tuple[str, int], dict[int, Line]] = defaultdict(dict)
+        for line in lines:
+            by[line["setting"], line["steps"]][line["clip"]] = line
+        own = {key: clips for key, clips in by.items() if key[0] in LEVELS and _median(clips, "work") < 1}
+        fewer = {key: _fewer(by, clips, key[1]) for key, clips in own.items()}
+        leads = judge(
+            {
+                key: [line["psnr"] - by[f"dense {fewer[key]}", key[1]][clip]["psnr"] for clip, line in clips.items()]
+                for key, clips in own.items()
+            }
+        )
+        for (level, steps), clips in own.items():
+            psnr = [line["psnr"] for line in clips.values()]
+            figure = Figure(
+                model=model, solver=solver, steps=steps, median=round(float(np.median(psnr)), 1),
+                tenth=round(float(np.quantile(psnr, 0.1)), 1), loop=round(1 / _median(clips, "time"), 3),
+                call=round(1 / _median(clips, "call"), 3),
+                skipped=round(1 - float(np.mean([line["work"] for line in clips.values()])), 3),
+            )  # fmt: skip
+            rival = by[f"dense {fewer[level, steps]}", steps]
+            found[level].append(
+                Row(
+                    figure=figure, least=min(psnr), fewer=fewer[level, steps], fewer_psnr=_median(rival, "psnr"),
+                    lead=leads[level, steps],
+                )
+            )  # fmt: skip
     return found
 
 
-def table(root: Path) -> str:
-    """Return the levels' Markdown table."""
-    found = figures(root)
-    if not found:
-        return (
-            "Not measured yet; `dit-accel eval run eval/suites/presets-wan-tiny.toml` and `presets-flux-tiny.toml` do."
+def _median(clips: dict[int, Line], key: str) -> float:
+    return float(np.median([line[key] for line in clips.values()]))
+
+
+def _fewer(by: dict[tuple[str, int], dict[int, Line]], clips: dict[int, Line], steps: int) -> int:
+    """Return the number of steps of the shortest dense run that takes at least as long, by the median prompt."""
+    counts = [int(name.split()[1]) for name, of in by if name.startswith("dense") and of == steps]
+    return min(count for count in counts if count / steps >= _median(clips, "time")) if counts else steps
+
+
+def short_table(_: Path) -> str:
+    """Return the promises of the levels at a few numbers of steps, the least of both models, in Markdown."""
+    cells = []
+    for level in LEVELS:
+        found = {steps: promise(level, steps) for steps in SHORT}
+        cells.append(
+            [f"`{level}`"]
+            + [f"{one.median:.0f} ({one.tenth:.0f}), {one.call:.2f}x" if one else "nothing" for one in found.values()]
         )
-    heads = ["level", *(f"{model}: PSNR, dB (median) | times as fast" for model in found)]
-    rows = [
+    return markdown_table(" | ".join(["level", *(f"{steps} steps" for steps in SHORT)]), cells)
+
+
+def long_table(root: Path) -> str:
+    """Return all rows in Markdown."""
+    found = rows(root)
+    if not found:
+        return "Not measured yet; `python eval/studies/preset_levels.py judge` does."
+    heads = (
+        "model, solver | steps | level | PSNR, dB: median (10th percentile, least) | loop | whole call | "
+        "fewer steps in that time (median dB) | lead over them, dB (median)"
+    )
+    ordered = sorted(
+        ((row, level) for level, of in found.items() for row in of),
+        key=lambda one: (
+            MEASURED_ON.index(one[0].figure.model),
+            one[0].figure.solver, one[0].figure.steps, LEVELS.index(one[1]),
+        ),
+    )  # fmt: skip
+    table = [
         [
-            f"`{level}`",
-            *(cell for of in found.values() for cell in (of[level].psnr.cell(".1f"), f"{1 / of[level].time:.2f}")),
+            f"{row.figure.model}, {row.figure.solver}", row.figure.steps, f"`{level}`",
+            f"{row.figure.median:.1f} ({row.figure.tenth:.1f}, {row.least:.1f})", f"{row.figure.loop:.2f}x",
+            f"{row.figure.call:.2f}x", f"{row.fewer} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f"),
         ]
+        for row, level in ordered
+    ]  # fmt: skip
+    return markdown_table(heads, table)
+
+
+def figures_text(root: Path) -> str:
+    """Return the figures that the package carries, as JSON."""
+    found = {level: [asdict(row.figure) for row in of] for level, of in rows(root).items()}
+    lines = [
+        f'"{level}": [\n' + ",\n".join(json.dumps(one) for one in found[level]) + "\n]"
         for level in LEVELS
+        if level in found
     ]
-    return markdown_table(" | ".join(heads), rows)
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+if __name__ == "__main__":
+    FIGURES.write_text(figures_text(Path()), encoding="utf-8")

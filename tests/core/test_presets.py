@@ -32,12 +32,13 @@ def test_without_a_method_the_preset_balanced_is_attached_and_said(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("steps", [10, 20, 28, 50])
+@pytest.mark.parametrize("steps", [12, 13, 20, 28, 50])
 def test_levels_are_a_ladder_of_steps_that_may_be_skipped(steps: int):
     caches = [attached(tiny_transformer(), preset=level)["easycache"] for level in LEVELS]
     assert [cache.threshold for cache in caches] == sorted(cache.threshold for cache in caches)
     bound = [len(cache.skipped_steps(steps)) for cache in caches]
-    assert bound == sorted({*bound}), "each level may skip more than the one before"
+    assert bound == sorted(bound), "each level may skip as much as the one before, or more"
+    assert bound[0] < bound[-1]
 
 
 def test_named_methods_win():

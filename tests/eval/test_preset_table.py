@@ -1,36 +1,48 @@
-"""The figures of presets in the code are those of their committed suites."""
+"""The figures of presets in the code and on the pages are those of their committed runs."""
 
 from pathlib import Path
 
-import pytest
+from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.suite import read_suite
-from preset_table import figures, table
+from preset_levels import CHOOSING, JUDGING, STEPS
+from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, long_table, rows
 
-from dit_accel.methods.presets import LEVELS, MEASURED_ON, MEASURED_STEPS, PRESETS
+from dit_accel.methods.preset_figures import PROMPTS
+from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_code_promises_what_was_measured():
-    measured = figures(ROOT)
-    assert set(measured) == set(MEASURED_ON), "run eval/suites/presets-*.toml, and commit their results"
+    assert (ROOT / FIGURES).read_text() == figures_text(ROOT), "run eval/studies/preset_table.py"
+    found = rows(ROOT)
     for level in LEVELS:
-        cache = PRESETS[level][0]
-        least = min(of[level].psnr.mean for of in measured.values())
-        assert cache.psnr == pytest.approx(least, abs=0.51), level
-        assert cache.psnr <= least
-        assert cache.skips == pytest.approx(min(of[level].skipped for of in measured.values()), abs=0.011), level
+        measured = {(one.figure.model, one.figure.solver, one.figure.steps) for one in found[level]}
+        kinds = {(model, solver) for (model, _), solver in SOLVERS.items()}
+        assert measured == {(*kind, steps) for kind in kinds for steps in STEPS if steps >= LEAST_STEPS}
+        assert {one.lead.count for one in found[level]} == {PROMPTS}
 
 
-def test_the_suites_run_what_the_presets_attach():
+def test_no_level_is_behind_fewer_steps_of_equal_time():
+    for level, of in rows(ROOT).items():
+        for one in of:
+            assert one.lead.mean > 0, (level, one.figure)
+
+
+def test_prompts_that_judge_chose_nothing():
     for model in MEASURED_ON:
-        suite = read_suite(ROOT / f"eval/suites/presets-{model}.toml")
-        assert abs(suite.reference_steps - MEASURED_STEPS) <= 2
-        arms = {arm.name: arm for arm in suite.arms}
+        judged = {line["clip"] for line in read_lines(ROOT / RESULTS.format(model))}
+        assert judged == {*JUDGING}
+        assert not judged & {*CHOOSING}
+
+
+def test_the_suites_beside_other_caches_run_what_the_presets_attach():
+    for model in MEASURED_ON:
+        arms = {arm.name: arm for arm in read_suite(ROOT / f"eval/suites/presets-{model}.toml").arms}
         for level in LEVELS:
             assert arms[level].methods == (PRESETS[level][0].config,)
 
 
 def test_a_model_without_results_is_left_out(tmp_path: Path):
-    assert figures(tmp_path) == {}
-    assert "presets-flux-tiny.toml" in table(tmp_path)
+    assert rows(tmp_path) == {}
+    assert "preset_levels.py" in long_table(tmp_path)
