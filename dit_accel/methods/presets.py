@@ -1,7 +1,7 @@
 """Presets: which methods `attach` takes where the user names none, with the figures that each choice rests on.
 
-A level is a distance to the user's own dense run of the same seed, steps and solver. What it promises in a run of so many
-steps is in `preset_figures`, as measured on the two embedded models; larger ones were not measured.
+A level is a distance to the user's own dense run of the same seed, steps and solver. What it promises in a run of so
+many steps is in `preset_figures`, as measured on the two embedded models; larger ones were not measured.
 """
 
 from collections.abc import Mapping, Sequence

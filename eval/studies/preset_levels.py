@@ -1,13 +1,13 @@
 """Measure step caches at many numbers of steps: how near each stays to the model's own run, beside fewer steps.
 
-    python eval/studies/preset_levels.py choose flux-tiny --solver own --out eval/results/preset-levels-choose-flux-tiny.jsonl
-    python eval/studies/preset_levels.py judge flux-tiny --solver own --out eval/results/preset-levels-flux-tiny.jsonl
+    python eval/studies/preset_levels.py choose flux-tiny --out eval/results/preset-levels-choose-flux-tiny.jsonl
+    python eval/studies/preset_levels.py judge flux-tiny --out eval/results/preset-levels-flux-tiny.jsonl
 
-``choose`` runs `candidates`, ``judge`` the presets, on clips that chose nothing. Each line is one setting at one number of
-steps on one clip: PSNR to the model's own dense run of as many steps by the same solver, blocks that ran and processor
-seconds of the denoising loop and of the whole call, as shares of that run's. Lines named ``dense M`` are runs of M steps
-held against the same run. What is there is not run again; one thread.
-"""  # fmt: skip
+``choose`` runs `candidates`, ``judge`` the presets, on clips that chose nothing; ``--solver unipc`` adds that solver.
+Each line is one setting at one number of steps on one clip: PSNR to the model's own dense run of as many steps by the same
+solver, and as shares of that run's the blocks that ran and the processor seconds of the denoising loop and of the whole
+call. Lines named ``dense M`` are runs of M steps held against the same run. What is there is not run again; one thread.
+"""
 
 import argparse
 import json
@@ -37,7 +37,6 @@ CHOOSING = range(200, 216)
 JUDGING = range(320, 336)
 """Clips that judge them."""
 
-
 HELD: dict[str, Any] = {"predictor": "hold", "stored": "output"}
 LINE: dict[str, Any] = {"predictor": "taylor", "stored": "output", "reach": 0.035}
 """A line is followed one step in runs of 29 steps or more, two from 58 on; longer gaps are held."""
@@ -45,13 +44,15 @@ LINE: dict[str, Any] = {"predictor": "taylor", "stored": "output", "reach": 0.03
 LINES = ((0.5, 0.03, 2), (0.35, 0.03, 1), (0.25, 0.06, 1), (0.25, 0.1, 1), (0.35, 0.03, 2), (0.25, 0.06, 2))
 """Warm-up, bound on steps skipped in a row at the run's end, and last steps computed."""
 
-OTHERS = (("held", HELD, 0.1, 0.25), ("held", HELD, 0.06, 0.25), ("held", HELD, 0.03, 0.35), ("held", HELD, 0.03, 0.5),
-          ("line", LINE, 0.03, 0.25), ("line", LINE, 0.03, 0.5), ("heun", {**LINE, "predictor": "heun"}, 0.03, 0.5))  # fmt: skip
+OTHERS = (
+    ("held", HELD, 0.1, 0.25), ("held", HELD, 0.06, 0.25), ("held", HELD, 0.03, 0.35), ("held", HELD, 0.03, 0.5),
+    ("line", LINE, 0.03, 0.25), ("line", LINE, 0.03, 0.5), ("heun", {**LINE, "predictor": "heun"}, 0.03, 0.5),
+)  # fmt: skip
 """Forecasts, bounds and warm-ups that were tried before, with one last step."""
 
 
 def candidates(steps: int) -> dict[str, MethodConfig]:
-    """Return the caches that are tried in a run of so many steps, by name; of those that do the same there the first."""
+    """Return the caches that are tried in a run of so many steps, by name; of those that do the same the first."""
     usual: dict[str, Any] = {"threshold": 0.2, "growing": True}
     found = {
         f"line, {bound:g} after {warmup:g}, last {last}": EasyCache(

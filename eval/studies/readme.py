@@ -33,7 +33,7 @@ from method_pages import PAGES as METHOD_PAGES
 from method_pages import TABLES as METHOD_TABLES
 from overhead import table as overhead_table
 from positions_cost import page_text as additions_text
-from preset_table import table as levels_table
+from preset_table import long_table, short_table
 from product_time import page_text as product_text
 from report_tables import demo_text, report_table, score_words, tuned_text
 from scaling import table as scaling_table
@@ -53,7 +53,7 @@ PAGES = {
     "docs/guidance.md": ("guidance-cost",),
     "docs/kernel-predictions.md": ("attention-shapes", "eight-bit-linears"),
     "docs/evaluating.md": ("false-verdicts",),
-    "docs/presets.md": ("presets", "presets-wan-tiny", "presets-flux-tiny"),
+    "docs/presets.md": ("presets", "preset-levels", "presets-wan-tiny", "presets-flux-tiny"),
     "docs/scaling.md": ("scaling",),
     "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
     "docs/longer.md": ("attention-spread", "positions-cost"),
@@ -301,7 +301,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "reasons": reasons_table,
     "combining": partial(_run, study="combining", write=combining_table),
     **{f"errors-{room}": partial(errors_table, room=room) for room in ROOMS},
-    "presets": levels_table,
+    "presets": short_table,
+    "preset-levels": long_table,
     "speed": _speed,
     "demo": demo_text,
     "rivals-wan-tiny": partial(_rivals, model="wan-tiny"),
