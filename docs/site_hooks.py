@@ -1,4 +1,4 @@
-"""What `make docs` adds to mkdocs: files outside docs/ that a page links to become part of the site."""
+"""What `make docs` adds to mkdocs: files outside docs/ that a page links to join the site, cells know their column."""
 
 import re
 from pathlib import Path
@@ -49,3 +49,16 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         return f"]({depth}{there.as_posix()}{'#' + parts.fragment if parts.fragment else ''})"
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page, config, files: Files) -> str:
+    """Note with every cell of a table its column's head, under which a narrow screen shows it (site.css)."""
+
+    def labelled(table: re.Match) -> str:
+        heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r"<th(?:\s[^>]*)?>(.*?)</th>", table[0], re.S)]
+        rows = re.split(r"(?=<tr[\s>])", table[0])
+        return "".join(
+            re.sub(r"<td\b", lambda _, names=iter(heads): f'<td data-label="{next(names, "")}"', row) for row in rows
+        )
+
+    return re.sub(r"<table>.*?</table>", labelled, html, flags=re.S)
