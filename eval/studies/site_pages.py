@@ -7,6 +7,7 @@ from pathlib import Path
 from dit_accel_eval.runs.results import markdown_table
 
 from dit_accel.adapters.installed import adapters, not_supported
+from dit_accel.errors import install
 from dit_accel.methods.registry import methods
 
 RAISED = ("ConfigError", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost", "BackendUnavailableError")
@@ -91,6 +92,8 @@ def _text(node: ast.expr, constants: dict[str, str]) -> str:
             return "".join(_text(value, constants) for value in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return _text(left, constants) + _text(right, constants)
+        case ast.FormattedValue(value=ast.Call(func=ast.Name(id="install"), args=[ast.Constant(value=str(part))])):
+            return install(part)
         case ast.FormattedValue(value=ast.Name(id=name)) | ast.Name(id=name) if name in constants:
             return constants[name]
         case ast.FormattedValue(value=ast.Name(id=name) | ast.Attribute(attr=name)):
