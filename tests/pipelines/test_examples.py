@@ -105,6 +105,12 @@ def test_the_others_run_on_a_tiny_model(name, capsys, own_methods):
     ran(name, capsys)
 
 
+def test_without_torchao_its_example_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(SystemExit, match="torchao, which is not installed; pip install torchao"):
+        runpy.run_path(str(EXAMPLES / "torchao_and_preset.py"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_those_of_several_processes_run_by_the_switch(name):
