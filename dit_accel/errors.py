@@ -33,7 +33,7 @@ class Busy(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
 
 
 def install(part: str) -> str:
-    """Return in words how an extra (``"eval"``) or the embedded models (``"assets"``) are installed: no index has them."""
+    """Return how an extra (``"eval"``) or the embedded models (``"assets"``) are installed, which no index has."""
     what = "./assets" if part == "assets" else f"./kernels ./assets '.[{part}]'"
     return f"in a checkout of dit-accel, pip install {what}"
 

@@ -1,6 +1,7 @@
 """What `make docs` adds to mkdocs: files outside docs/ that a page links to join the site, cells know their column."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,8 +58,9 @@ def on_page_content(html: str, page, config, files: Files) -> str:
     def labelled(table: re.Match) -> str:
         heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r"<th(?:\s[^>]*)?>(.*?)</th>", table[0], re.S)]
         rows = re.split(r"(?=<tr[\s>])", table[0])
-        return "".join(
-            re.sub(r"<td\b", lambda _, names=iter(heads): f'<td data-label="{next(names, "")}"', row) for row in rows
-        )
+        return "".join(named(row, iter(heads)) for row in rows)
+
+    def named(row: str, heads: Iterator[str]) -> str:
+        return re.sub(r"<td\b", lambda _: f'<td data-label="{next(heads, "")}"', row)
 
     return re.sub(r"<table>.*?</table>", labelled, html, flags=re.S)

@@ -23,6 +23,7 @@ def assets():
         if error.name != "dit_accel_assets":
             raise
         raise ConfigError(
-            f"an embedded model was requested, and dit-accel-assets, which holds them, is not installed; {install('assets')}"
+            "an embedded model was requested, and dit-accel-assets, which holds them, is not installed; "
+            f"{install('assets')}"
         ) from None
     return dit_accel_assets

@@ -82,18 +82,18 @@ def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message)
 
 
 def test_a_class_without_an_adapter_is_not_guessed_at():
-    with pytest.raises(UnsupportedModel, match=r"class WanTransformer3D; `dit-accel models` lists those that are co"):
+    with pytest.raises(UnsupportedModel, match=r"WanTransformer3D; `dit-accel models`"):
         installed.adapter_for("WanTransformer3D")
 
 
 def test_a_stranger_says_why_a_class_is_not_supported(install):
-    reasons = {"MyTransformer": "it has no attention"}
+    reasons = {"MyTransformer": "no attention"}
     install(entry=SimpleNamespace(value="stranger:REASONS", group=installed.REASON_GROUP, load=lambda: reasons))
-    with pytest.raises(UnsupportedModel, match="MyTransformer; MyTransformer is not supported: it has no attention$"):
+    with pytest.raises(UnsupportedModel, match=r"MyTransformer is.*: no attention$"):
         installed.adapter_for("MyTransformer")
     reasons["MyTransformer"] = 3
     installed.not_supported.cache_clear()
-    with pytest.raises(ConfigError, match=r"'stranger:REASONS' of dit_accel\.not_supported must give reasons, got"):
+    with pytest.raises(ConfigError, match=r"'stranger:REASONS' of dit_accel\.not_supported.*reasons, got dict"):
         installed.not_supported()
 
 

@@ -107,7 +107,7 @@ def test_the_others_run_on_a_tiny_model(name, capsys, own_methods):
 
 def test_without_torchao_its_example_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(SystemExit, match="torchao, which is not installed; pip install torchao"):
+    with pytest.raises(SystemExit, match=r"torchao, .* install torchao$"):
         runpy.run_path(str(EXAMPLES / "torchao_and_preset.py"))
 
 
