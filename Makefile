@@ -82,9 +82,10 @@ run-%: $(VENV)/.ready
 timed-%: $(VENV)/.ready
 	$(BIN)/dit-accel eval run eval/suites/$*.toml --time
 
-# both embedded models over the methods and their main combinations, on one page that opens offline
+# both embedded models over the methods and their main combinations, on one page that opens offline, and their picture
 report: $(REPORTS:%=run-%)
 	$(BIN)/dit-accel eval report $(REPORTS:%=$(RESULTS)/%.jsonl) -o report.html
+	$(BIN)/python eval/studies/lead_picture.py
 
 kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@

@@ -32,6 +32,12 @@ class Busy(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
     """Another run is writing what this one would write."""
 
 
+def install(part: str) -> str:
+    """Return how an extra (``"eval"``) or the embedded models (``"assets"``) are installed, which no index has."""
+    what = "./assets" if part == "assets" else f"./kernels ./assets '.[{part}]'"
+    return f"in a checkout of dit-accel, pip install {what}"
+
+
 LONG_LIST = 32
 """The most names that an error lists. Of more (the models) it gives the near ones, and the command that lists all."""
 

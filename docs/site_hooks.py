@@ -1,6 +1,7 @@
-"""What `make docs` adds to mkdocs: files outside docs/ that a page links to become part of the site."""
+"""What `make docs` adds to mkdocs: files outside docs/ that a page links to join the site, cells know their column."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -49,3 +50,17 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         return f"]({depth}{there.as_posix()}{'#' + parts.fragment if parts.fragment else ''})"
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page, config, files: Files) -> str:
+    """Note with every cell of a table its column's head, under which a narrow screen shows it (site.css)."""
+
+    def labelled(table: re.Match) -> str:
+        heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r"<th(?:\s[^>]*)?>(.*?)</th>", table[0], re.S)]
+        rows = re.split(r"(?=<tr[\s>])", table[0])
+        return "".join(named(row, iter(heads)) for row in rows)
+
+    def named(row: str, heads: Iterator[str]) -> str:
+        return re.sub(r"<td\b", lambda _: f'<td data-label="{next(heads, "")}"', row)
+
+    return re.sub(r"<table>.*?</table>", labelled, html, flags=re.S)

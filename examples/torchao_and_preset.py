@@ -1,13 +1,18 @@
 """FLUX.1-dev with torchao's 8-bit weights and the preset "balanced", on a card of 24 GB without any offloading.
 
-Quantising halves the 33 GB of weights, the preset skips steps: one saves memory, the other time.
+Quantising halves the 33 GB of weights, the preset skips steps: one saves memory, the other time. Needs torchao
+(`pip install torchao`), which no extra of dit-accel brings.
 """
 
 import torch
 from diffusers import FluxPipeline
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import dit_accel
+
+try:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+except ModuleNotFoundError:
+    raise SystemExit("8-bit weights need torchao, which is not installed; pip install torchao") from None
 
 pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)
 for part in (pipe.transformer, pipe.text_encoder_2):

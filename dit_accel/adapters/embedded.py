@@ -1,8 +1,6 @@
 """The embedded models, which a distribution of their own holds: what serves large models need not carry them."""
 
-from ..errors import ConfigError
-
-INSTALL = "pip install dit-accel-assets"
+from ..errors import ConfigError, install
 
 
 def embedded_names() -> tuple[str, ...]:
@@ -25,6 +23,7 @@ def assets():
         if error.name != "dit_accel_assets":
             raise
         raise ConfigError(
-            f"an embedded model was requested, and dit-accel-assets, which holds them, is not installed; {INSTALL}"
+            "an embedded model was requested, and dit-accel-assets, which holds them, is not installed; "
+            f"{install('assets')}"
         ) from None
     return dit_accel_assets

@@ -1,13 +1,15 @@
 """The registry of adapters: those that installed packages give by entry point, and the model families they describe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .adapter import Adapter, Family
 
 ADAPTER_GROUP = "dit_accel.adapters"
+REASON_GROUP = "dit_accel.not_supported"
 
 
 @cache
@@ -21,7 +23,7 @@ def adapters() -> dict[str, Adapter]:
     by_name: dict[str, Adapter] = {}
     classes: dict[str, str] = {}
     for entry in entry_points(group=ADAPTER_GROUP):
-        for adapter in _load(entry):
+        for adapter in _adapters(entry):
             if adapter.name in by_name:
                 raise ConfigError(f"adapter {adapter.name!r} is registered twice, last by {entry.value}; uninstall one")
             for name in adapter.transformers:
@@ -34,15 +36,9 @@ def adapters() -> dict[str, Adapter]:
     return by_name
 
 
-def _load(entry: EntryPoint) -> Sequence[Adapter]:
+def _adapters(entry: EntryPoint) -> Sequence[Adapter]:
     """Return the adapters that an entry point gives."""
-    entry_point = f"the entry point {entry.value!r} of {ADAPTER_GROUP}"
-    try:
-        given = entry.load()
-    except (AttributeError, ModuleNotFoundError) as error:
-        raise ConfigError(
-            f"{entry_point} can't be loaded: {error}; name a tuple of adapters in pyproject.toml and install it again"
-        ) from error
+    given, entry_point = _load(entry, "a tuple of adapters"), _named(entry)
     if not isinstance(given, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in given):
         raise ConfigError(
             f"{entry_point} must give adapters, got {type(given).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
@@ -50,17 +46,55 @@ def _load(entry: EntryPoint) -> Sequence[Adapter]:
     return given
 
 
+def _load(entry: EntryPoint, what: str) -> Any:
+    """Return the object that an entry point names."""
+    entry_point = _named(entry)
+    try:
+        return entry.load()
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"{entry_point} can't be loaded: {error}; name {what} in pyproject.toml and install it again"
+        ) from error
+
+
+def _named(entry: EntryPoint) -> str:
+    return f"the entry point {entry.value!r} of {entry.group}"
+
+
+@cache
+def not_supported() -> dict[str, str]:
+    """Return why classes of models have no adapter, by class name, as entry points of ``dit_accel.not_supported`` say.
+
+    Raises:
+        ConfigError: if an entry point gives something else.
+    """
+    reasons: dict[str, str] = {}
+    for entry in entry_points(group=REASON_GROUP):
+        given, entry_point = _load(entry, "a dict of reasons"), _named(entry)
+        if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
+            raise ConfigError(
+                f"{entry_point} must give reasons, got {type(given).__name__}; name a dict, class name -> why not"
+            )
+        reasons |= given
+    return reasons
+
+
+def why_no_adapter(class_names: Iterable[str]) -> str:
+    """Return in words why no adapter covers any of these classes: the reason if one is known, else where to look."""
+    known = [f"{name} is not supported: {not_supported()[name]}" for name in class_names if name in not_supported()]
+    return known[0] if known else "`dit-accel models` lists those that are covered"
+
+
 def adapter_for(class_name: str) -> Adapter:
     """Return the adapter of a transformer class.
 
     Raises:
-        UnsupportedModel: if no installed adapter covers it; lists what is supported.
+        UnsupportedModel: if no installed adapter covers it, with the reason where one is known.
     """
     by_class = {name: adapter for adapter in adapters().values() for name in adapter.transformers}
     if class_name not in by_class:
-        raise UnsupportedModel(
-            f"no adapter covers the transformer class {class_name}; {did_you_mean(class_name, by_class)}"
-        )
+        why = why_no_adapter([class_name])
+        raise UnsupportedModel(f"no adapter covers the transformer class {class_name}; {why}")
     return by_class[class_name]
 
 

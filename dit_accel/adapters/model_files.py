@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from ..errors import ConfigError, UnsupportedModel, did_you_mean, install
 from .adapter import Adapter, Family
-from .embedded import INSTALL, assets, embedded_names
+from .embedded import assets, embedded_names
 from .installed import adapter_for
 
 INDEX = "model_index.json"
@@ -26,7 +26,7 @@ def model_source(name: str) -> str:
     if "/" not in name and not Path(name).is_dir():
         found = f"{name!r} is no embedded model; {did_you_mean(name, known)};"
         if not known:
-            found = f"there is no {name!r} here, and no embedded models are installed; {INSTALL} for them,"
+            found = f"there is no {name!r} here, and no embedded models are installed; {install('assets')} for them,"
         raise ConfigError(f"{found} or name a folder of a diffusers pipeline, or a hub id (owner/name)")
     return name
 

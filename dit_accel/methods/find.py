@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter, Family
-from ..adapters.installed import adapter_for, adapters
-from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from ..adapters.installed import adapter_for, adapters, why_no_adapter
+from ..errors import ConfigError, UnsupportedModel
 from .base import Model
 from .caches.block_numbers import read_numbers
 
@@ -31,8 +31,8 @@ def find_transformers(model: Any) -> dict[str, Any]:
     classes = sorted({type(part).__name__ for part in modules.values() if isinstance(part, nn.Module)})
     is_pipeline = parts.get("transformer") is not model
     holding = f"{type(model).__name__} holds {', '.join(classes)}" if is_pipeline else f"got {type(model).__name__}"
-    hint = did_you_mean(type(modules.get("transformer", model)).__name__, supported)
-    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {holding}; {hint}")
+    why = why_no_adapter(classes)
+    raise UnsupportedModel(f"attach needs a pipeline or transformer that an adapter covers, {holding}; {why}")
 
 
 def components_of(model: Any) -> dict[str, Any]:

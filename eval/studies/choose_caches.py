@@ -4,7 +4,7 @@
 
 Each line is one setting on one clip: PSNR to the model's own dense run of as many steps, and processor seconds of the
 denoising loop beside that run's, on one thread. What is there is not run again. The table at the end gives for each of
-our settings the best of the others that take no more than `SLACK` of its time. Needs ``dit-accel[eval]``.
+our settings the best of the others that take no more than `SLACK` of its time. Needs the extra ``eval``.
 """
 
 import argparse

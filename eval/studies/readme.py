@@ -37,14 +37,14 @@ from preset_table import long_table, short_table
 from product_time import page_text as product_text
 from report_tables import demo_text, report_table, score_words, tuned_text
 from scaling import table as scaling_table
-from site_pages import ROOMS, errors_table, models_table, reasons_table
+from site_pages import ROOMS, errors_list, models_table, not_supported_table, reasons_table
 from vbench_proxies import page_text as proxies_text
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 SHAPES = Path("eval/results/attention-shapes.jsonl")
 PAGES = {
     "README.md": ("demo", "presets"),
-    "docs/models.md": ("models", "reasons"),
+    "docs/models.md": ("models", "reasons", "not-supported"),
     "docs/combining.md": ("combining",),
     "docs/troubleshooting.md": tuple(f"errors-{room}" for room in ROOMS),
     "docs/evidence/index.md": ("report",),
@@ -299,8 +299,9 @@ def _budgets(root: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": models_table,
     "reasons": reasons_table,
+    "not-supported": not_supported_table,
     "combining": partial(_run, study="combining", write=combining_table),
-    **{f"errors-{room}": partial(errors_table, room=room) for room in ROOMS},
+    **{f"errors-{room}": partial(errors_list, room=room) for room in ROOMS},
     "presets": short_table,
     "preset-levels": long_table,
     "speed": _speed,

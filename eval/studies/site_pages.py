@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dit_accel_eval.runs.results import markdown_table
 
-from dit_accel.adapters.installed import adapters
+from dit_accel.adapters.installed import adapters, not_supported
+from dit_accel.errors import install
 from dit_accel.methods.registry import methods
 
 RAISED = ("ConfigError", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost", "BackendUnavailableError")
@@ -31,8 +32,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
 """Table of docs/troubleshooting.md -> where its errors are raised; each file belongs to the first that holds it."""
 
 
-def errors_table(root: Path, room: str) -> str:
-    """The texts of all errors that are raised in a room, what differs from case to case as ``<name>``."""
+def errors_list(root: Path, room: str) -> str:
+    """All errors that are raised in a room, what differs from case to case as ``<name>``, the advice beneath each."""
     further = ("ValueError", "TypeError") if room == "kernels" else ()
     found: dict[str, str] = {}
     for path in _files(root, room):
@@ -43,16 +44,16 @@ def errors_table(root: Path, room: str) -> str:
                 found.setdefault(what, advice)
             elif len(text.split()) > 3:
                 found.setdefault(text, "")
-    rows = [
-        [f"`{_cell(what)}`", _cell("see what it lists" if advice == "<...>" else advice).replace("<", "&lt;")]
-        for what, advice in sorted(found.items())
-        if any(word.isalpha() for word in what.split())
-    ]
-    return markdown_table("it says | what to do", rows)
+    entries = []
+    for what, advice in sorted(found.items()):
+        advice = _words("see what it lists" if advice == "<...>" else advice).replace("<", "&lt;")
+        if any(word.isalpha() for word in what.split()):
+            entries.append(f"- `{_words(what)}`" + (f"<br>{advice}" if advice else ""))
+    return "\n".join(entries)
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+def _words(text: str) -> str:
+    return " ".join(text.split()).replace("`", "'")
 
 
 def _files(root: Path, room: str) -> list[Path]:
@@ -91,6 +92,8 @@ def _text(node: ast.expr, constants: dict[str, str]) -> str:
             return "".join(_text(value, constants) for value in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return _text(left, constants) + _text(right, constants)
+        case ast.FormattedValue(value=ast.Call(func=ast.Name(id="install"), args=[ast.Constant(value=str(part))])):
+            return install(part)
         case ast.FormattedValue(value=ast.Name(id=name)) | ast.Name(id=name) if name in constants:
             return constants[name]
         case ast.FormattedValue(value=ast.Name(id=name) | ast.Attribute(attr=name)):
@@ -104,11 +107,17 @@ def models_table(_: Path) -> str:
     for adapter in adapters().values():
         refused = [name for name in methods() if adapter.verdict(name)[1]]
         known = [family for family in adapter.families if not family.name.endswith(("-tiny", "-plain"))]
-        classes, names = (", ".join(f"`{name}`" for name in some) for some in (
-            adapter.transformers, [family.name for family in known]))  # fmt: skip
-        call = f"`dit-accel plan --family {known[0].name} --preset balanced`" if known else "`dit_accel.attach(pipe)`"
-        rows.append([adapter.name, classes, names, ", ".join(f"`{name}`" for name in refused), call])
-    return markdown_table("family | transformer classes | sizes known of | takes all but | try", rows)
+        named = [adapter.transformers, [family.name for family in known], refused]
+        rows.append([adapter.name, *(", ".join(f"`{name}`" for name in some) or "-" for some in named)])
+    return markdown_table("family | transformer classes | sizes known of | takes all but", rows)
+
+
+def not_supported_table(_: Path) -> str:
+    """The classes of diffusers that no adapter covers, those of one reason in a row."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in not_supported().items():
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    return markdown_table("class | why not", [[", ".join(names), reason] for reason, names in by_reason.items()])
 
 
 def reasons_table(_: Path) -> str:

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel.adapters.embedded import INSTALL, assets, embedded_names
+from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.adapters.model_files import model_source
 from dit_accel.cli.app import app
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, install
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_they_are_there_or_not(monkeypatch):
     assert embedded_names() == assets().model_names()
     monkeypatch.setitem(sys.modules, "dit_accel_assets", None)
     assert embedded_names() == ()
-    with pytest.raises(ConfigError, match=INSTALL):
+    with pytest.raises(ConfigError, match=install("assets")):
         assets()
 
 
@@ -57,7 +57,7 @@ def test_what_takes_one_by_default_says_what_to_install(absent, monkeypatch, tmp
     found = CliRunner().invoke(app, list(words))
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
     assert "'wan-tiny'" in found.stderr
-    assert INSTALL in found.stderr
+    assert install("assets") in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["clips"]
 
 
@@ -65,7 +65,7 @@ def test_folders_and_hub_ids_are_taken_as_ever(absent, tmp_path):
     assert model_source(str(tmp_path)) == str(tmp_path)
     assert model_source("owner/name") == "owner/name"
     found = CliRunner().invoke(app, ["models"])
-    assert (found.exit_code, f"embedded: none are installed; {INSTALL}" in found.stdout) == (0, True)
+    assert (found.exit_code, f"embedded: none are installed; {install('assets')}" in found.stdout) == (0, True)
 
 
 def test_attaching_needs_none_of_them(absent):

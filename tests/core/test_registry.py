@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,17 +25,22 @@ def install(monkeypatch):
         real = installed.entry_points
 
         class Fake:
-            value = "stranger:ADAPTERS"
+            value, group = "stranger:ADAPTERS", installed.ADAPTER_GROUP
 
             def load(self):
                 return adapters
 
-        monkeypatch.setattr(installed, "entry_points", lambda group: [*real(group=group), entry or Fake()])
+        added = entry or Fake()
+        monkeypatch.setattr(
+            installed, "entry_points", lambda group: [*real(group=group), *[added] * (added.group == group)]
+        )
         installed.adapters.cache_clear()
+        installed.not_supported.cache_clear()
 
     yield install
     monkeypatch.undo()
     installed.adapters.cache_clear()
+    installed.not_supported.cache_clear()
 
 
 def test_a_stranger_adds_an_adapter(install):
@@ -75,10 +81,24 @@ def test_an_entry_point_that_gives_no_adapters_is_named(install, value, message)
         installed.adapters()
 
 
+def test_a_class_without_an_adapter_is_not_guessed_at():
+    with pytest.raises(UnsupportedModel, match=r"WanTransformer3D; `dit-accel models`"):
+        installed.adapter_for("WanTransformer3D")
+
+
+def test_a_stranger_says_why_a_class_is_not_supported(install):
+    reasons = {"MyTransformer": "no attention"}
+    install(entry=SimpleNamespace(value="stranger:REASONS", group=installed.REASON_GROUP, load=lambda: reasons))
+    with pytest.raises(UnsupportedModel, match=r"MyTransformer is.*: no attention$"):
+        installed.adapter_for("MyTransformer")
+    reasons["MyTransformer"] = 3
+    installed.not_supported.cache_clear()
+    with pytest.raises(ConfigError, match=r"'stranger:REASONS' of dit_accel\.not_supported.*reasons, got dict"):
+        installed.not_supported()
+
+
 def test_unknown_names_get_the_nearest():
     rest = r" or '\S+' or '\S+'\? \d+ are known, `dit-accel models`"  # too many to name each
-    with pytest.raises(UnsupportedModel, match=rf"WanTransformer3D.*'WanTransformer3DModel'{rest}"):
-        installed.adapter_for("WanTransformer3D")
     with pytest.raises(UnsupportedModel, match=rf"family.*'wan2\.1-14'.*'wan2\.1-14b'{rest}"):
         installed.family("wan2.1-14")
     with pytest.raises(ConfigError, match=r"method.*'radail'.*'radial'\?"):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
+from dit_accel.errors import install
 
 
 def drawn(frames: int = 9) -> np.ndarray:
@@ -262,7 +263,7 @@ def test_the_command_lists_them():
 def test_the_command_tells_what_brings_a_library(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = CliRunner().invoke(app, ["eval", "metrics"])
-    assert "'dit-accel[eval]'" in found.stdout  # whose brackets are no markup
+    assert "'.[eval]'" in found.stdout  # whose brackets are no markup
 
 
 def test_a_library_that_lacks_is_a_reason_to_skip(monkeypatch):
@@ -270,4 +271,4 @@ def test_a_library_that_lacks_is_a_reason_to_skip(monkeypatch):
     names = ["warp-error@dis", "lpips@alex", "clip-score@open_clip:ViT-B-32/openai"]
     found = scores(names, Sample(frames=drawn(2), reference=drawn(2), prompt="red"))
     for name, package in zip(names, ("OpenCV", "torchvision", "open-clip-torch"), strict=True):
-        assert found.unavailable[name] == f"{package} is not installed; pip install 'dit-accel[eval]'"
+        assert found.unavailable[name] == f"{package} is not installed; {install('eval')}"

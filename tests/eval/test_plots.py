@@ -1,10 +1,12 @@
 """Pictures of suites: small files, the right arms on the frontier, and a clear word where there is nothing to draw."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import lead_picture
 import pytest
 import suite_picture
-from dit_accel_eval.statistics import Estimate
+from dit_accel_eval.statistics import Estimate, judge
 from dit_accel_eval.suites.comparison import ArmFigures
 from PIL import Image
 
@@ -36,6 +38,15 @@ def test_a_picture_has_a_panel_for_each_work_that_differs_and_is_small(tmp_path,
 def test_arms_of_fewer_clips_are_left_out(tmp_path):
     suite_picture.draw(DENSE, "t", tmp_path / "a.png")
     suite_picture.draw([*DENSE, figure("unipc 12", 90, 12, clips=1)], "t", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_leads_are_drawn_of_the_settings_that_have_one(tmp_path):
+    leads = judge({name: [base + 0.1 * clip for clip in range(8)] for name, base in (("a", 2.0), ("b", -3.0))})
+    arms = [replace(figure(name, 30, 9), means={"steps_in_time": 9.0}, ahead={"steps_in_time": leads[name]})
+            for name in leads]  # fmt: skip
+    lead_picture.draw({"wan-tiny": arms, "flux-tiny": arms}, tmp_path / "a.png")
+    lead_picture.draw({"wan-tiny": [*arms, *DENSE], "flux-tiny": arms}, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

@@ -1,11 +1,15 @@
 """The pages tell the truth: their tables are the committed results, the README's commands exist."""
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 from readme import LONG, PAGES, filled, folded
+from site_pages import errors_list
+
+from dit_accel.errors import install
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +47,26 @@ def test_long_tables_of_measurements_are_folded():
         f'before\n\n<details markdown="1"><summary>Table of {LONG} rows</summary>\n\n{table}\n\n</details>\n\nafter'
     )
     assert folded(table.rpartition("\n")[0]) == table.rpartition("\n")[0]
+
+
+def test_advice_stands_beneath_each_error(tmp_path):
+    (tmp_path / "dit_accel/methods").mkdir(parents=True)
+    errors = """ConfigError(f"no `mode` is {x!r}; take <a>"); MissingBackend(f"there is no page; {install('ui')}")"""
+    (tmp_path / "dit_accel/methods/some.py").write_text(errors)
+    assert errors_list(tmp_path, "options").splitlines() == [
+        "- `no 'mode' is <x>`<br>take &lt;a>", f"- `there is no page`<br>{install('ui')}"
+    ]  # fmt: skip
+
+
+def test_cells_know_their_column_for_narrow_screens():
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs, the extra docs")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    table = "<table><thead><tr><th>a</th><th>b <code>c</code></th></tr></thead>{}</table>"
+    rows = "<tr><td{0}>1</td><td{1}>2</td></tr>" * 2
+    made = hooks.on_page_content(table.format(rows.format("", "")), None, None, None)
+    assert made == table.format(rows.format(' data-label="a"', ' data-label="b c"'))
 
 
 def test_links_of_root_pages_lead_somewhere():

@@ -15,7 +15,7 @@ SETTINGS = {"enable_separate_cfg": True, "residual_diff_threshold": 2.0, "Fn_com
 
 @pytest.fixture(scope="module")
 def flux() -> EmbeddedModel:
-    pytest.importorskip("cache_dit", reason="cache-dit is not installed (dit-accel[eval])")
+    pytest.importorskip("cache_dit", reason="cache-dit is not installed")
     return EmbeddedModel("flux-tiny", {})
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from dit_accel import ConfigError
 from dit_accel.cli.app import app
+from dit_accel.errors import install
 
 
 def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
@@ -194,4 +195,4 @@ def test_distances_need_a_library_and_references(folders, monkeypatch):
         monkeypatch.setattr(f"torchmetrics.image.{module}._TORCH_FIDELITY_AVAILABLE", False)
     found = score(folders[0], "--reference", folders[1], "-m", "kid@inception")
     assert found.exit_code == 2
-    assert "kid@inception takes torch-fidelity; pip install 'dit-accel[eval]'" in found.stderr
+    assert f"kid@inception takes torch-fidelity; {install('eval')}" in found.stderr

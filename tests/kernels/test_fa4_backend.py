@@ -239,7 +239,7 @@ def test_other_cards_are_refused_by_name(monkeypatch, name, text):
         block_sparse_attention(q, k, v, LISTS, layout="bhsd", backend="fa4")
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch):
+def test_a_missing_package_is_told_with_its_version(monkeypatch):
     monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
     support.package_problem.cache_clear()
 
@@ -247,7 +247,7 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", none)
-    assert fa4_requirement(CPU) == "the flash-attn-4 package (found none: pip install 'dit-accel-kernels[fa4]')"
+    assert fa4_requirement(CPU) == "the flash-attn-4 package (found none: pip install flash-attn-4==4.0.0b36)"
     support.package_problem.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: support.COMPILED)
     monkeypatch.setitem(sys.modules, "flash_attn", None)

@@ -101,15 +101,21 @@ def test_the_others_run_on_a_tiny_model(name, capsys, own_methods):
     if name == "torchao_and_preset.py":
         pytest.importorskip("torchao", reason="torchao is not installed")
     if name == "lora_and_cache.py":
-        pytest.importorskip("peft", reason="LoRAs need peft: pip install 'dit-accel[finetune]'")
+        pytest.importorskip("peft", reason="LoRAs need peft")
     ran(name, capsys)
+
+
+def test_without_torchao_its_example_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(SystemExit, match=r"torchao, .* install torchao$"):
+        runpy.run_path(str(EXAMPLES / "torchao_and_preset.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_those_of_several_processes_run_by_the_switch(name):
     if name == "tune_to_a_target.py":
-        pytest.importorskip("optuna", reason="optuna searches: pip install 'dit-accel[tune]'")
+        pytest.importorskip("optuna", reason="optuna searches")
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if name == "two_gpus.py" else []
     command = [sys.executable, *several, str(EXAMPLES / "run.py"), str(EXAMPLES / name)]
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))

@@ -1,24 +1,30 @@
 """Every transformer class of the installed diffusers is covered by an adapter or listed with the reason why not."""
 
 import ast
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 from dit_accel_pipelines.families.not_supported import NOT_SUPPORTED
+from torch import nn
 
+import dit_accel
+from dit_accel import UnsupportedModel
 from dit_accel.adapters import installed
 
-TRANSFORMERS = Path(diffusers.__file__).parent / "models/transformers"
+MODELS = Path(diffusers.__file__).parent / "models"
+TRANSFORMERS = MODELS / "transformers"
 
 
 @cache
 def model_classes() -> dict[str, str]:
-    """Return class name -> file of every model class of ``diffusers.models.transformers``, read off the source."""
+    """Return class name -> file of every transformer and every U-Net of diffusers, read off the source."""
     found = {}
-    for path in sorted(TRANSFORMERS.glob("*.py")):
+    for path in sorted([*TRANSFORMERS.glob("*.py"), *(MODELS / "unets").glob("*.py")]):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             bases = {ast.unparse(base) for base in node.bases} if isinstance(node, ast.ClassDef) else set()
             if bases & {"ModelMixin", "LegacyModelMixin"}:
@@ -56,6 +62,17 @@ def test_the_list_of_reasons_is_no_older_than_the_code():
     assert not set(NOT_SUPPORTED) & supported()
     assert all(reason and not reason.endswith(".") for reason in NOT_SUPPORTED.values())
     assert list(NOT_SUPPORTED) == sorted(NOT_SUPPORTED)
+
+
+def test_attach_and_the_page_say_why_not():
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    for name, reason in NOT_SUPPORTED.items():
+        pipe = SimpleNamespace(components={"transformer": type(name, (nn.Module,), {})(), "vae": nn.Linear(1, 1)})
+        with pytest.raises(UnsupportedModel) as found:
+            dit_accel.attach(pipe)
+        held = ", ".join(sorted(["Linear", name]))
+        assert str(found.value).endswith(f" holds {held}; {name} is not supported: {reason}")
+        assert re.search(rf"^\|.*`{name}`.*\| {re.escape(reason)} \|$", page, re.M), name
 
 
 def test_no_reason_outlives_its_class():

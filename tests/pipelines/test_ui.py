@@ -151,7 +151,7 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     made = CliRunner().invoke(app, ["ui"])
     assert made.exit_code == 2
-    assert "pip install 'dit-accel[ui]'" in made.stderr.replace("\n", " ")
+    assert "pip install ./kernels ./assets '.[ui]'" in made.stderr.replace("\n", " ")
 
 
 def test_an_older_gradio_is_refused(monkeypatch):
@@ -172,7 +172,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_loaded():
 @pytest.fixture
 def address() -> Iterator[str]:
     """A page that is served until the test ends, by Ctrl-C."""
-    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'dit-accel[ui]'")
+    pytest.importorskip("gradio", reason="the page needs Gradio (the extra ui)")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from dit_accel import ConfigError
+from dit_accel.errors import install
 
 from .metric import Clip, levels
 
@@ -33,7 +34,7 @@ class Distance:
         try:
             made: Any = FrechetInceptionDistance() if name == "fid@inception" else KernelInceptionDistance()
         except ModuleNotFoundError:
-            raise ConfigError(f"{name} takes torch-fidelity; pip install 'dit-accel[eval]'") from None
+            raise ConfigError(f"{name} takes torch-fidelity; {install('eval')}") from None
         except OSError as error:
             raise ConfigError(f"{name} can't be measured: Inception's weights can't be fetched ({error})") from None
         self._metric = made.to("cuda" if torch.cuda.is_available() else "cpu")

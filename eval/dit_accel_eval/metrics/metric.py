@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dit_accel import ConfigError
+from dit_accel.errors import install
 
 Clip = npt.NDArray[np.float32]
 """Frames [F, height, width, 3] in [0, 1]; a picture is one frame."""
@@ -183,4 +184,4 @@ def neighbours(sample: Sample, least: int = 2) -> Clip:
 def no_module(name: str, package: str) -> str | None:
     """Return why a module can't be had, None if it can: its package is not installed."""
     found = importlib.util.find_spec(name) is not None
-    return None if found else f"{package} is not installed; pip install 'dit-accel[eval]'"
+    return None if found else f"{package} is not installed; {install('eval')}"

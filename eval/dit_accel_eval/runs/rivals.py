@@ -1,4 +1,4 @@
-"""Other projects' caches, against which arms are held: cache-dit (``pip install dit-accel[eval]``)."""
+"""Other projects' caches, against which arms are held: cache-dit (the extra ``eval``)."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 from dit_accel_pipelines.generation.loading import transformers_of
 
 from dit_accel import ConfigError
-from dit_accel.errors import did_you_mean
+from dit_accel.errors import did_you_mean, install
 
 RIVALS = ("cache-dit",)
 
@@ -23,7 +23,7 @@ def check_rival(name: str, options: Mapping[str, Any]) -> None:
     if name not in RIVALS:
         raise ConfigError(f"no rival is called {name!r}; {did_you_mean(name, RIVALS)}")
     if importlib.util.find_spec("cache_dit") is None:
-        raise ConfigError("the rival cache-dit needs its package, found none; pip install 'dit-accel[eval]'")
+        raise ConfigError(f"the rival cache-dit needs its package, found none; {install('eval')}")
     from cache_dit import DBCacheConfig
 
     known = [CALIBRATOR, *(field.name for field in dataclasses.fields(DBCacheConfig))]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
 
-from dit_accel.errors import ConfigError, did_you_mean
+from dit_accel.errors import ConfigError, did_you_mean, install
 
 from ..metrics.registered import described, metric, metrics
 from ..runs.loaded import FIRST_PROMPT
@@ -339,7 +339,7 @@ def _optuna() -> Any:
     try:
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError:
-        missing = "tune pipeline searches with optuna, which is not here: pip install 'dit-accel[eval]'"
+        missing = f"tune pipeline searches with optuna, which is not installed; {install('eval')}"
         raise ConfigError(missing) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dit_accel.errors import ConfigError, MissingBackend
+from dit_accel.errors import ConfigError, MissingBackend, install
 
 from .quiet import quiet_diffusers
 
@@ -19,7 +19,7 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise MissingBackend("a LoRA needs peft, which is not installed; pip install 'dit-accel[finetune]'") from None
+        raise MissingBackend(f"a LoRA needs peft, which is not installed; {install('finetune')}") from None
 
 
 def check_lora(name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dit_accel.cli.console import TALK, print_error, warn
-from dit_accel.errors import ConfigError, DitAccelError, MissingBackend
+from dit_accel.errors import ConfigError, DitAccelError, MissingBackend, install
 
 from .options import Device, Dtype, Model, Offload
 
@@ -183,7 +183,7 @@ def _require_gradio() -> None:
     try:
         from gradio import __version__ as found  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise MissingBackend("the page needs Gradio, which is not installed; pip install 'dit-accel[ui]'") from None
+        raise MissingBackend(f"the page needs Gradio, which is not installed; {install('ui')}") from None
     if int(found.partition(".")[0]) < 6:  # takes less than the page gives
         raise MissingBackend(f"the page needs Gradio 6 or newer, found {found}; update it")
 

@@ -49,10 +49,10 @@ def package_problem() -> str | None:
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        return f"the {PACKAGE} package (found none: pip install 'dit-accel-kernels[fa4]')"
+        return f"the {PACKAGE} package (found none: pip install {PACKAGE}=={COMPILED})"
     if version != COMPILED:
         known = f"{PACKAGE} {COMPILED}, the one that was compiled with our calls"
-        return f"{known} (found {version}: pip install 'dit-accel-kernels[fa4]')"
+        return f"{known} (found {version}: pip install {PACKAGE}=={COMPILED})"
     try:
         importlib.import_module("flash_attn.cute.interface")
     except (ImportError, OSError) as error:
