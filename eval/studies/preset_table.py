@@ -30,14 +30,14 @@ class Row:
 
     Attributes:
         least: PSNR in dB of the prompt that came out farthest.
-        fewer: steps of the dense run that took the same time or the next longer one.
-        fewer_psnr: its median PSNR.
-        lead: over it, by prompt, judged together with all rows of the model and solver.
+        fewer: dense steps that took as long as the median prompt.
+        fewer_psnr: the median PSNR of so many, linear between whole numbers.
+        lead: over these, by prompt, judged together with all rows of the model and solver.
     """
 
     figure: Figure
     least: float
-    fewer: int
+    fewer: float
     fewer_psnr: float
     lead: Judged
 
@@ -51,12 +51,10 @@ def rows(root: Path) -> dict[str, list[Row]]:
         for line in lines:
             by[line["setting"], line["steps"]][line["clip"]] = line
         own = {key: clips for key, clips in by.items() if key[0] in LEVELS and _median(clips, "work") < 1}
-        fewer = {key: _fewer(by, clips, key[1]) for key, clips in own.items()}
+        fewer = {key: _median(clips, "time") * key[1] for key, clips in own.items()}
+        rivals = {key: {clip: _dense(by, key[1], clip, fewer[key]) for clip in clips} for key, clips in own.items()}
         leads = judge(
-            {
-                key: [line["psnr"] - by[f"dense {fewer[key]}", key[1]][clip]["psnr"] for clip, line in clips.items()]
-                for key, clips in own.items()
-            }
+            {key: [line["psnr"] - rivals[key][clip] for clip, line in clips.items()] for key, clips in own.items()}
         )
         for (level, steps), clips in own.items():
             psnr = [line["psnr"] for line in clips.values()]
@@ -66,13 +64,15 @@ def rows(root: Path) -> dict[str, list[Row]]:
                 call=round(1 / _median(clips, "call"), 3),
                 skipped=round(1 - float(np.mean([line["work"] for line in clips.values()])), 3),
             )  # fmt: skip
-            rival = by[f"dense {fewer[level, steps]}", steps]
             found[level].append(
                 Row(
-                    figure=figure, least=min(psnr), fewer=fewer[level, steps], fewer_psnr=_median(rival, "psnr"),
+                    figure=figure,
+                    least=min(psnr),
+                    fewer=fewer[level, steps],
                     lead=leads[level, steps],
+                    fewer_psnr=float(np.median([*rivals[level, steps].values()])),
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -80,10 +80,13 @@ def _median(clips: dict[int, Line], key: str) -> float:
     return float(np.median([line[key] for line in clips.values()]))
 
 
-def _fewer(by: dict[tuple[str, int], dict[int, Line]], clips: dict[int, Line], steps: int) -> int:
-    """Return the number of steps of the shortest dense run that takes at least as long, by the median prompt."""
-    counts = [int(name.split()[1]) for name, of in by if name.startswith("dense") and of == steps]
-    return min(count for count in counts if count / steps >= _median(clips, "time")) if counts else steps
+def _dense(by: dict[tuple[str, int], dict[int, Line]], steps: int, clip: int, fewer: float) -> float:
+    """Return a clip's PSNR after so many dense steps, linear between the numbers that were run."""
+    known = {
+        int(name.split()[1]): of[clip] for (name, count), of in by.items() if name[:5] == "dense" and count == steps
+    }
+    counts = sorted(known)
+    return float(np.interp(fewer, counts, [known[count]["psnr"] for count in counts]))
 
 
 def short_table(_: Path) -> str:
@@ -105,7 +108,7 @@ def long_table(root: Path) -> str:
         return "Not measured yet; `python eval/studies/preset_levels.py judge` does."
     heads = (
         "model, solver | steps | level | PSNR, dB: median (10th percentile, least) | loop | whole call | "
-        "fewer steps in that time (median dB) | lead over them, dB (median)"
+        "dense steps of equal time (median dB) | lead over them, dB (median)"
     )
     ordered = sorted(
         ((row, level) for level, of in found.items() for row in of),
@@ -118,7 +121,7 @@ def long_table(root: Path) -> str:
         [
             f"{row.figure.model}, {row.figure.solver}", row.figure.steps, f"`{level}`",
             f"{row.figure.median:.1f} ({row.figure.tenth:.1f}, {row.least:.1f})", f"{row.figure.loop:.2f}x",
-            f"{row.figure.call:.2f}x", f"{row.fewer} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f"),
+            f"{row.figure.call:.2f}x", f"{row.fewer:.1f} ({row.fewer_psnr:.1f})", row.lead.judged("+.1f"),
         ]
         for row, level in ordered
     ]  # fmt: skip
