@@ -15,7 +15,7 @@ from .recorder import CallShares, Recorder
 from .sections import Section
 from .why import Ran, why_not_faster
 
-VERSION = 1
+VERSION = 2
 """Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
 
 

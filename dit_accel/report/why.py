@@ -1,13 +1,12 @@
 """Why a run was not faster: the causes by their share of its time, largest first, and what to do about each."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..rules.steps import whole_steps
-from .clock import Key, TimedForward, Timing
+from .clock import KINDS, Key, TimedForward, Timing
 from .why_computed import Cause, Options, why_computed
 
 LEAST = 0.03
@@ -32,6 +31,7 @@ _BETWEEN: Cause = (
     "between the forwards: the scheduler, offloading, guidance",
     "keep the model on the device if it fits; the methods can't change this",
 )
+_OUTSIDE: Cause = ("outside the denoising loop: text encoder, decoder", "the methods can't change this")
 _STARTED: Cause = ("the first forward's own start: compilation, loading, tuning", "run once before you measure")
 _LISTS: Cause = (
     "planning attention calls, tile lists included",
@@ -76,13 +76,12 @@ def why_not_faster(ran: Ran) -> list[str]:
         return []
     lost: dict[Cause, float] = defaultdict(float)
     computed, skipped = why_computed(ran.logs, ran.methods)
-    seen: set[tuple[str, str]] = set()
-    for one in timing.forwards:
+    usually, starts = {kind: timing.usual(kind) or 0.0 for kind in KINDS}, timing.starts
+    for place, one in enumerate(timing.forwards):
         key = (one.transformer, one.step_index, one.branch)
-        usual = statistics.median(timing.seconds(one.kind))
-        if (one.transformer, one.kind) not in seen and one.seconds > 2 * usual:
-            lost[_STARTED] += one.seconds - usual
-        seen.add((one.transformer, one.kind))
+        usual = usually[one.kind]
+        if place in starts:
+            lost[_STARTED] += max(0.0, one.seconds - usual)
         taken = min(one.seconds, usual)
         waited = taken * (timing.share("fetching", one.kind) or 0.0)
         lost[_WAITED] += waited
@@ -102,7 +101,8 @@ def why_not_faster(ran: Ran) -> list[str]:
         else:
             lost[_of_dense(one, key, ran)] += taken
     lost[_BETWEEN] += sum(one.before for one in timing.forwards)
-    found = sorted(((seconds / timing.elapsed, cause) for cause, seconds in lost.items()), reverse=True)
+    lost[_OUTSIDE] += timing.whole - timing.elapsed
+    found = sorted(((seconds / timing.whole, cause) for cause, seconds in lost.items()), reverse=True)
     return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
 
 

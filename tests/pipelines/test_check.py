@@ -9,6 +9,7 @@ from wan_tiny import generate
 
 import dit_accel
 from dit_accel import AttachError, ConfigError, EasyCache, RadialAttention, StaticCache
+from dit_accel.report import clock
 
 CALL = dict(num_frames=9, height=32, width=32, num_inference_steps=6, guidance_scale=3.0, max_sequence_length=16)
 CACHE = StaticCache(every=2, warmup_steps=1, last_steps=0)
@@ -30,6 +31,53 @@ def test_two_runs_of_one_seed_are_compared(pipe, tmp_path):
     assert Image.open(tmp_path / "check.png").width > 100
     with pytest.raises(ConfigError, match=r"check\.mp4"):
         found.save(tmp_path / "check.mp4")
+
+
+class Ticks:
+    """A clock that moves when it is told to: a forward takes a second, other parts of a call theirs."""
+
+    now = 0.0
+
+    def taking(self, run, seconds):
+        def timed(*args, **kwargs):
+            self.now += seconds
+            return run(*args, **kwargs)
+
+        return timed
+
+
+@pytest.fixture
+def ticks(pipe, monkeypatch):
+    ticks = Ticks()
+    monkeypatch.setattr(clock, "now", lambda: ticks.now)
+    for of, name, seconds in (
+        (pipe.text_encoder, "forward", 1.0), (pipe.transformer.blocks[0], "forward", 1.0), (pipe.vae, "decode", 3.0),
+        (pipe.scheduler, "step", 0.25),
+    ):  # fmt: skip
+        monkeypatch.setattr(of, name, ticks.taking(getattr(of, name), seconds))
+    return ticks
+
+
+def test_the_measured_speedup_is_that_of_a_stopwatch_around_the_call(pipe, ticks):
+    def seconds():
+        begun = ticks.now
+        pipe("a red circle", output_type="np", **CALL)
+        return ticks.now - begun
+
+    dense = seconds()
+    with dit_accel.attach(pipe, CACHE) as attachment:
+        for _ in range(2):
+            taken, timing = seconds(), attachment.report().timing
+            assert timing.call == pytest.approx(taken)
+            assert timing.speedup == pytest.approx(dense / taken, rel=0.02)
+            assert timing.loop_speedup > timing.speedup
+        with pytest.raises(ValueError, match="divisible"):
+            pipe("a red circle", **{**CALL, "height": 33})
+        config = pipe.transformer.config
+        latents, text = torch.randn(1, config.in_channels, 3, 4, 4), torch.randn(1, 6, config.text_dim)
+        pipe.transformer(latents, torch.tensor([999.0]), text)
+        assert attachment.report().timing.call is None  # a loop by hand
+    assert not {"check_inputs", "maybe_free_model_hooks"} & {*vars(pipe)}
 
 
 def test_methods_that_change_nothing_are_equal(pipe):
