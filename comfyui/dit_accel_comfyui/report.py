@@ -77,8 +77,8 @@ class RunReport:
     def _speed(self) -> str:
         if self.speedup is not None and self.dense_seconds is not None:
             return (
-                f"{self.speedup:.2f} times as fast as a loop of {len(self.forwards) - 1} forwards like its own dense ones "
-                f"(median {spell_seconds(self.dense_seconds)}); the first forward is not counted"
+                f"{self.speedup:.2f} times as fast as a loop of {len(self.forwards) - 1} forwards like its own dense "
+                f"ones (median {spell_seconds(self.dense_seconds)}); the first forward is not counted"
             )
         nothing = "no forward but the first was dense, so that the run has nothing to compare its time with"
         return nothing if self.forwards else ""

@@ -133,7 +133,8 @@ class Attachment:
             AttachError: if there is no pipeline to call, or the methods are detached already.
             ConfigError: if the pipeline's result holds no frames or picture.
         """
-        return check(self._execution.state.pipe, self.suspended, self.call, prompt, seed, call)
+        given = call if prompt is None else {"prompt": prompt, **call}
+        return check(self._execution.state.pipe, self.suspended, self.call, seed, given)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
