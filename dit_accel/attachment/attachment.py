@@ -163,16 +163,16 @@ class Attachment:
         execution, recorder = self._execution, self._execution.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        notes = [*filter(None, [self._preset]), *recorder.dense_notes(), *recorder.notes]
-        if self._attached:
-            reasons = (replaced_transformers, unplanned_reason, replaced_processors)
-            notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
+        reasons = (replaced_transformers, unplanned_reason, replaced_processors) if self._attached else ()
+        problem = next((why for reason in reasons if (why := reason(execution))), "")
+        notes = [*filter(None, [self._preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
         return Report(
             methods={handler.name: handler.settings.to_dict() for handler in execution.handlers},
             backend=recorder.spell_backend(execution.backend),
             model=self._model,
             steps=step_reports(recorder),
             notes=tuple(notes),
+            problem=problem,
             calls=call_reports(recorder),
             state_bytes={name: size for name, size in held.items() if size},
             timing=recorder.clock.timing(),

@@ -245,8 +245,15 @@ class Timing:
     def _speedup(self, seconds: float) -> float | None:
         if self.not_measured or self.dense is None:
             return None
+        if self.is_dense:
+            return 1.0
         steady = seconds - self.started
         return (steady + len(self.forwards) * self.dense - (self.total - self.started)) / steady
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no forward was shortened, so that what they differ by is the machine's doing."""
+        return all(one.kind == "dense" for one in self.forwards)
 
     @property
     def not_measured(self) -> str:
@@ -285,6 +292,8 @@ class Timing:
         forwards = f"forwards: {', '.join(parts)} each (median); {taken}"
         if self.not_measured:
             return [f"measured speed-up: {self.not_measured}{predicted}; {forwards}"]
+        if self.is_dense:
+            return [f"measured speed-up: 1.00{predicted}, since every forward was dense; {forwards}"]
         measured = f"{self.loop_speedup:.2f} of the denoising loop{predicted}"
         if self.call is not None:
             measured = f"{self.speedup:.2f} of the whole call, {measured}"
