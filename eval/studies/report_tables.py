@@ -1,6 +1,7 @@
 """What README.md and docs/quality.md say of the committed report, search and demo: `readme` puts it there."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from dit_accel_assets import model_defaults
 from dit_accel_eval.runs.results import Line, latest, markdown_table, read_lines
-from dit_accel_eval.statistics import TOO_FEW, estimate, judge
+from dit_accel_eval.statistics import TOO_FEW, estimate, judge, reach_words
 from dit_accel_eval.suites.arms import BEST, is_rival
-from dit_accel_eval.suites.comparison import equal_value, figures, rival_kind
+from dit_accel_eval.suites.comparison import NOTHING, equal_value, figures, rival_kind, saves_nothing
+from dit_accel_eval.suites.reference import is_converged
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
 
@@ -38,22 +40,24 @@ def report_table(root: Path) -> str:
         lines = read_lines(root / f"eval/results/{name}.jsonl")
         if not lines:
             return "Not measured yet; `make report` does."
-        arms = [arm for arm in figures(suite, lines) if "steps_in_time" in arm.ahead]
-        arms.sort(key=lambda arm: -arm.ahead["steps_in_time"].mean)
+        arms = [arm for arm in figures(suite, lines) if "steps_in_time" in arm.ahead or arm.saved_nothing]
+        arms.sort(key=lambda arm: math.inf if arm.saved_nothing else -arm.ahead["steps_in_time"].mean)
         for arm in arms:
             row = (suite.model, arm.name, f"{arm.means['steps_in_time']:.1f}", arm.psnr.cell(".1f"))
             row += (f"{arm.metrics['lpips@alex'].mean:.3f}", f"{arm.means['score']:.0%}")
-            row += (arm.ahead["work"].judged("+.1f"), arm.ahead["steps_in_time"].judged("+.1f"))
+            row += tuple(
+                NOTHING if arm.saved_nothing else arm.ahead[by].judged("+.1f") for by in ("work", "steps_in_time")
+            )
             rows.append(row)
     return markdown_table(heads, rows)
 
 
 def score_words(lines: Sequence[Line]) -> str:
     """Return in words which arms the model's own judge tells from the dense runs of equal work; "" without scores."""
-    known, kind = latest(lines), rival_kind(lines)
+    known, kind = latest([line for line in lines if is_converged(line)]), rival_kind(lines)
     leads: dict[str, list[float]] = {}
     for (name, clip), line in known.items():
-        rival = None if is_rival(line) else equal_value(known, clip, line["work"], "score", kind)
+        rival = None if is_rival(line) or saves_nothing(line) else equal_value(known, clip, line["work"], "score", kind)
         if rival is not None and "score" in line:
             leads.setdefault(name, []).append(100 * (line["score"] - rival))
     if not leads:
@@ -63,9 +67,11 @@ def score_words(lines: Sequence[Line]) -> str:
     if told:
         return f"By the model's judge these differ from the dense runs of equal work, in points: {'; '.join(told)}."
     means = [one.mean for one in judged.values()]
+    reach = reach_words(judged.values(), "points")
     return (
-        f"**The model's judge tells none of these {len(judged)} arms from the dense runs of equal work**: "
-        f"its score differs by {min(means):+.1f} to {max(means):+.1f} points, all open."
+        f"**The model's judge can't tell these {len(judged)} arms from the dense runs of equal work**: its score "
+        f"differs by {min(means):+.1f} to {max(means):+.1f} points"
+        + (f", with {reach}: less than that it can't see." if reach else ".")
     )
 
 

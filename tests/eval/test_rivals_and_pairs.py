@@ -204,6 +204,40 @@ def test_declared_pairs_are_judged_together_by_their_margins_and_tell_both_times
     assert pairs_text(pair_figures(declared, [], 30)) == pairs_text(pair_figures([], RUNS)) == ""
 
 
+def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_judged():
+    values = {"ssim": 0.9, "work_real": 20.0, "methods": {}}
+    lines = [
+        *lines_of("ours", OURS, **{**values, "methods": {"easycache": {}}}),
+        *lines_of("idle", [70.0] * 8, **{**values, "work": 30.01, "work_real": 30.01, "rival": {"cache-dit": {}}}),
+        *lines_of("guided", WELL, **{**values, "work": 30.0, "work_real": 30.0, "methods": {"nag": {}}}),
+        *(line for steps in (20, 30, 31) for line in lines_of(f"unipc {steps}", [0.0] * 8, **values)),
+    ]
+    for line in lines:
+        line["num_inference_steps"] = int(line["arm"].split()[-1]) if "unipc" in line["arm"] else 30
+    suite = Suite(name="s", model="wan-plain", clips=8, arms=(
+        *(Arm(name=name, num_inference_steps=30, flow_shift=2.0) for name in ("ours", "idle", "guided")),
+    ))  # fmt: skip
+    found = {arm.name: arm for arm in figures(suite, lines)}
+    assert (found["idle"].saved_nothing, found["idle"].ahead) == (True, {})
+    assert found["ours"].ahead["work"].together == 2
+    assert found["guided"].ahead["work"].mean == pytest.approx(3.74, abs=0.01)
+    printed = table(suite, lines)
+    assert next(line for line in printed.splitlines() if "| idle " in line).endswith(
+        "| saved nothing | saved nothing |"
+    )
+    assert "correction over 2 arms" in printed
+    for line in lines:
+        line |= {"reference_agreement": 17.5 if line["clip"] in (0, 1) else 50.0, "reference_steps": 256}
+        line |= {"reference_confirmed": {"steps": 512, "agreement": 68.4}} if line["clip"] == 1 else {}
+    assert {arm.clips for arm in figures(suite, lines)} == {7}
+    printed = table(suite, lines)
+    assert "Left out, since their references did not converge to 45 dB: clip 0 (256 steps, 17.5 dB)." in printed
+    assert "References that a run of twice as many steps confirmed: clip 1 (256 steps, 68.4 dB to 512)." in printed
+    assert "| clips |" not in printed
+    pair = Pair(arm="ours", against="guided")
+    assert pair_figures([pair], lines)[0].ahead.count == 7
+
+
 def test_the_judge_s_score_stands_beside_the_pairs_lead():
     lines = [{**line, "score": 0.5 + 0.1 * (line["arm"] == "ours") + line["clip"] % 3 / 100} for line in RUNS]
     found = pair_figures([Pair(arm="ours", against="other"), Pair(arm="well", against="other")], lines, 30)
