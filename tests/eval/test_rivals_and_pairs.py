@@ -308,6 +308,30 @@ def test_the_study_keeps_the_best_run_of_each_number_of_steps(folder):
         best_rival.ladder_of(suite, lines[:1])
 
 
+def test_a_rung_is_confirmed_on_clips_that_did_not_choose_it(folder, fake):
+    tried = 'tried = {"dpm++ shift 8" = 20.0, "unipc" = 19.0, "dpm++" = 18.0, "unipc shift 3" = 2.0}\n'
+    (folder / "rivals.toml").write_text(LADDER.replace("psnr = 20.0\n", f"psnr = 20.0\n{tried}"))
+    ladder = read_ladder(folder / "rivals.toml")
+    arms = best_rival.again(ladder)
+    assert [arm.name for arm in arms] == ["dpm++ shift 8, 3", "unipc 3", "dpm++, 3"]
+    assert (arms[0].solver, arms[0].flow_shift) == ("dpm++", 8.0)
+    assert ladder.loose == "Not confirmed on prompts that did not choose: the rungs of 3, 7 steps."
+    suite = Suite(name="r", model="wan-plain", clips=2, first_clip=5, arms=arms)
+    for better, loose in ((0.4, "7 steps."), (0.6, "3, 7 steps.")):
+        values = {"dpm++ shift 8, 3": 30.0, "unipc 3": 30.0 + better, "dpm++, 3": 20.0}
+        lines = [{"arm": name, "clip": clip, "psnr": psnr} for name, psnr in values.items() for clip in (5, 6)]
+        found = best_rival.confirmed(folder / "rivals.toml", suite, lines)
+        best_rival.write_ladder(found, folder / "r.toml", "made so")
+        ladder = read_ladder(folder / "r.toml")
+        assert (ladder.confirmed_on, ladder.rungs[0].best_elsewhere) == ((5, 6), ("unipc", 30.0 + better))
+        assert ladder.loose.endswith(loose)
+    best_rival.write_ladder(found, folder / "rivals.toml", "made so")
+    judged = judging(folder)
+    job = Job(suite=judged, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+    run(job, [4])
+    assert ladder.loose in table(judged, read_lines(job.out))
+
+
 def test_the_best_of_the_first_clips_go_on_to_all(monkeypatch):
     monkeypatch.setattr(best_rival, "FIRST", 2)
     monkeypatch.setattr(best_rival, "KEPT", 1)

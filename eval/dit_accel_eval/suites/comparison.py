@@ -173,7 +173,9 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
     arms = figures(suite, lines)
     most = max((arm.clips for arm in arms), default=0)
     shown = [arm for arm in arms if arm.ahead or arm.saved_nothing or arm.clips == most]
-    below = filter(None, (rule_words(arms), rival_words(lines), *reference_words(lines)))
+    below = filter(None, (
+        rule_words(arms), rival_words(lines), suite.ladder.loose if suite.ladder else "", *reference_words(lines),
+    ))  # fmt: skip
     lost = len({line["clip"] for line in lines if not is_converged(line)})
     return f"{table_of(shown, suite.clips - lost)}\n\n{' '.join(below)}"
 
