@@ -4,14 +4,16 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dit_accel_assets import model_defaults
 from dit_accel_eval.runs.results import Line, latest, markdown_table, read_lines
-from dit_accel_eval.statistics import TOO_FEW, estimate, judge, reach_words
+from dit_accel_eval.statistics import TOO_FEW, Judged, estimate, judge, reach_words
 from dit_accel_eval.suites.arms import BEST, is_rival
-from dit_accel_eval.suites.comparison import NOTHING, equal_value, figures, rival_kind, saves_nothing
+from dit_accel_eval.suites.comparison import NOTHING, TIMED, WORKS, equal_value, figures, rival_kind, saves_nothing
 from dit_accel_eval.suites.reference import is_converged
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
@@ -107,9 +109,43 @@ TARGET = "psnr=30"
 """The target of the committed search."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverPrompts:
+    """How far a preset is ahead of fewer steps over the prompts that judge, none of which chose it.
+
+    Attributes:
+        lead: in dB, judged together with the suite's other arms.
+        by: what the dense runs are made equal by: ``time`` or ``own work``.
+    """
+
+    lead: Judged
+    by: str
+
+    def __str__(self) -> str:
+        return (
+            f"over the {self.lead.count} prompts that judge, none of which chose it, the preset is {self.lead:+.1f} dB "
+            f"ahead of dense runs of equal {self.by}: {self.lead.verdict}"
+        )
+
+
+def over_prompts(root: Path, model: str, level: str) -> OverPrompts | None:
+    """Return a preset's lead over fewer steps in its committed suite below the project's root folder; None without."""
+    path = root / f"eval/suites/presets-{model}.toml"
+    lines = read_lines(root / f"eval/results/presets-{model}.jsonl")
+    arms = figures(read_suite(path), lines) if path.is_file() and lines else []
+    ahead = next((arm.ahead for arm in arms if arm.name == level), {})
+    key = next((key for key in ("steps_in_time", "work") if key in ahead), None)
+    return None if key is None else OverPrompts(lead=ahead[key], by=(WORKS | TIMED)[key])
+
+
 def demo_text(root: Path) -> str:
-    """Return in words what the committed run below the project's root folder showed."""
+    """Return in words what the committed run below the project's root folder showed, and what holds over prompts."""
     run = json.loads((root / DEMO).read_text(encoding="utf-8"))
+    found = over_prompts(root, run["model"], run["arms"][-1]["arm"].removeprefix("preset "))
+    return _demo_text(run) + (f" That is one prompt, which chose the preset too; {found}." if found else "")
+
+
+def _demo_text(run: dict[str, Any]) -> str:
     _, fewer, ours = run["arms"]
     differences = [own - rival for own, rival in zip(ours["psnr"], fewer["psnr"], strict=True)]
     against = judge({"ours": differences})["ours"]
@@ -121,9 +157,10 @@ def demo_text(root: Path) -> str:
         why = {"open": "which is open", TOO_FEW: "too few for a verdict"}[against.verdict]
         return (
             f"{seeds} it shows no difference: the preset came {against:+.1f} dB nearer to the full run in the mean, "
-            f"{against.median:+.1f} in the median, {why}; it took {seconds}, {steps} plain steps {rival} {where}"
+            f"{against.median:+.1f} in the median, {why}; it took {seconds} of denoising, {steps} plain steps {rival} "
+            f"{where}"
         )
     return (
         f"{seeds} the preset came {against:+.1f} dB (median {against.median:+.1f}) nearer to the full run in {seconds} "
-        f"than {steps} plain steps did in {rival} {where}"
+        f"of denoising than {steps} plain steps did in {rival} {where}"
     )
