@@ -170,13 +170,10 @@ def _verdict(one: Estimate, margin: float, p: float | None) -> str:
 
 
 def reach_words(found: Iterable[Estimate], unit: str) -> str:
-    """Return in words how wide the intervals of differences are, "" where there are none: what could not be seen."""
+    """Return in words how wide the intervals of differences are, "" where there are none or no value differs."""
     reaches = [(one.high - one.low) / 2 for one in found if one.low is not None and one.high is not None]
-    if not reaches:
-        return ""
-    least, most = min(reaches), max(reaches)
-    width = f"{most:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
-    return f"95 % intervals of ±{width} {unit}"
+    most = round(max(reaches, default=0.0))
+    return f"95 % intervals of up to ±{most} {unit}" if most else ""
 
 
 def p_words(p: float | None) -> str:

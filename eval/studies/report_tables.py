@@ -13,7 +13,7 @@ from dit_accel_assets import model_defaults
 from dit_accel_eval.runs.results import Line, latest, markdown_table, read_lines
 from dit_accel_eval.statistics import TOO_FEW, Judged, estimate, judge, reach_words
 from dit_accel_eval.suites.arms import BEST, is_rival
-from dit_accel_eval.suites.comparison import NOTHING, TIMED, WORKS, equal_value, figures, rival_kind, saves_nothing
+from dit_accel_eval.suites.comparison import NOTHING, TIMED, WORKS, equal_value, figures, idle_arms, rival_kind
 from dit_accel_eval.suites.reference import is_converged
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
@@ -56,10 +56,11 @@ def report_table(root: Path) -> str:
 
 def score_words(lines: Sequence[Line]) -> str:
     """Return in words which arms the model's own judge tells from the dense runs of equal work; "" without scores."""
-    known, kind = latest([line for line in lines if is_converged(line)]), rival_kind(lines)
+    lines = [line for line in lines if is_converged(line)]
+    known, kind, idle = latest(lines), rival_kind(lines), idle_arms(lines)
     leads: dict[str, list[float]] = {}
     for (name, clip), line in known.items():
-        rival = None if is_rival(line) or saves_nothing(line) else equal_value(known, clip, line["work"], "score", kind)
+        rival = None if is_rival(line) or name in idle else equal_value(known, clip, line["work"], "score", kind)
         if rival is not None and "score" in line:
             leads.setdefault(name, []).append(100 * (line["score"] - rival))
     if not leads:
@@ -73,7 +74,7 @@ def score_words(lines: Sequence[Line]) -> str:
     return (
         f"**The model's judge can't tell these {len(judged)} arms from the dense runs of equal work**: its score "
         f"differs by {min(means):+.1f} to {max(means):+.1f} points"
-        + (f", with {reach}: less than that it can't see." if reach else ".")
+        + (f", with {reach}, within which it tells nothing." if reach else ".")
     )
 
 
@@ -123,8 +124,8 @@ class OverPrompts:
 
     def __str__(self) -> str:
         return (
-            f"over the {self.lead.count} prompts that judge, none of which chose it, the preset is {self.lead:+.1f} dB "
-            f"ahead of dense runs of equal {self.by}: {self.lead.verdict}"
+            f"over {self.lead.count} prompts that did not choose it the preset is {self.lead:+.1f} dB ahead of dense "
+            f"runs of equal {self.by}: {self.lead.verdict}"
         )
 
 
@@ -142,7 +143,7 @@ def demo_text(root: Path) -> str:
     """Return in words what the committed run below the project's root folder showed, and what holds over prompts."""
     run = json.loads((root / DEMO).read_text(encoding="utf-8"))
     found = over_prompts(root, run["model"], run["arms"][-1]["arm"].removeprefix("preset "))
-    return _demo_text(run) + (f" That is one prompt, which chose the preset too; {found}." if found else "")
+    return _demo_text(run) + (f" That is one prompt; {found}." if found else "")
 
 
 def _demo_text(run: dict[str, Any]) -> str:

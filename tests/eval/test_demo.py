@@ -111,7 +111,7 @@ def test_the_demo_s_one_prompt_stands_beside_the_prompts_that_judge(tmp_path: Pa
     suite = read_suite(root / "eval/suites/presets-wan-tiny.toml")
     arm = next(one for one in figures(suite, lines) if one.name == level)
     assert found.lead in arm.ahead.values()
-    words = f"over the {arm.clips} prompts that judge, none of which chose it, the preset is {found.lead.mean:+.1f} ["
+    words = f"over {arm.clips} prompts that did not choose it the preset is {found.lead.mean:+.1f} ["
     assert words in demo_text(root)
     assert demo_text(root).endswith(f"{found.lead.verdict}.")
 

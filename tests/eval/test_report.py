@@ -382,7 +382,7 @@ def test_of_few_clips_it_says_so_and_draws_no_interval():
 def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
     path = EARLIER / "report-wan-tiny.jsonl"
     words = "The judge's score can't tell any of these arms from fewer steps"
-    assert first_words(path).startswith(f"{words} (95 % intervals of ±")
+    assert first_words(path).startswith(f"{words} (95 % intervals of up to ±")
     lines = [{**line, "score": (0.8 if line["methods"] else 0.2) + line["clip"] / 100} for line in read_lines(path)]
     assert words not in first_words(lines_in(tmp_path / "r.jsonl", lines))
 

@@ -89,6 +89,11 @@ def saves_nothing(line: Line) -> bool:
     return idle and bool(saving or line.get("rival"))
 
 
+def idle_arms(lines: Sequence[Line]) -> set[str]:
+    """Return the arms that saved nothing on any of these lines' clips."""
+    return {line["arm"] for line in lines} - {line["arm"] for line in lines if not saves_nothing(line)}
+
+
 def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]:
     """Return the figures of every arm that ran: dense runs by steps, then the others as listed.
 
@@ -103,7 +108,7 @@ def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]
         if name in ran:
             ran[name].append(line)
     ran = {name: own for name, own in ran.items() if own}
-    idle = {name for name, own in ran.items() if all(map(saves_nothing, own))}
+    idle = idle_arms(lines)
     held = {name: own for name, own in ran.items() if not is_rival(own[0]) and name not in idle}
     further = {name: dict.fromkeys(key for line in own for key in line.get("metrics", ())) for name, own in ran.items()}
 
