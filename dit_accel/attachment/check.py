@@ -98,10 +98,11 @@ def check(
     pairs = list[tuple[tuple[Frames, float], tuple[Frames, float]]]()
     while not pairs or (len(pairs) < 2 and sum(seconds for _, seconds in pairs[0]) < SHORT):
         with suspended():
-            dense = _generated(pipe, seed, call)
-        pairs.append((dense, _generated(accelerated_call, seed, call)))
-    seconds = (min(one for _, one in runs) for runs in zip(*pairs, strict=True))
-    return compared(*(frames for frames, _ in pairs[0]), *seconds, runs=len(pairs))
+            plain = _generated(pipe, seed, call)
+        pairs.append((plain, _generated(accelerated_call, seed, call)))
+    (dense, _), (accelerated, _) = pairs[0]
+    least = [min(seconds for _, seconds in runs) for runs in zip(*pairs, strict=True)]
+    return compared(dense, accelerated, least[0], least[1], runs=len(pairs))
 
 
 def require_tools() -> None:
