@@ -56,8 +56,8 @@ class RunReport:
         problems: what kept methods from acting, a line each.
         forwards: in the order in which they ran.
         notes: what the methods say of the run.
-        speedup: time of as many dense forwards over the run's, both measured in it and without its first forward, which
-            warms up or compiles; None: no other one was dense.
+        speedup: what the sampler's loop would have taken with dense forwards alone over what it took, measured without
+            its first forward, which warms up or compiles; None: no other one was dense, or most of them compiled.
         dense_seconds: median of the dense forwards; None likewise.
     """
 
@@ -77,8 +77,8 @@ class RunReport:
     def _speed(self) -> str:
         if self.speedup is not None and self.dense_seconds is not None:
             return (
-                f"{self.speedup:.2f} times as fast as {len(self.forwards) - 1} forwards like the run's own dense ones "
-                f"(median {spell_seconds(self.dense_seconds)}); the first forward is not counted"
+                f"{self.speedup:.2f} times as fast as a loop of {len(self.forwards) - 1} forwards like its own dense "
+                f"ones (median {spell_seconds(self.dense_seconds)}); the first forward is not counted"
             )
         nothing = "no forward but the first was dense, so that the run has nothing to compare its time with"
         return nothing if self.forwards else ""

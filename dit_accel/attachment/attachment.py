@@ -44,6 +44,7 @@ from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
 from .two_stages import called
+from .whole_call import watch_call
 
 
 class Attachment:
@@ -120,11 +121,11 @@ class Attachment:
         given = call if prompt is None else {"prompt": prompt, **call}
         return called(self._execution.state.pipe, self._execution.handlers, given)
 
-    def check(self, prompt: str, seed: int = 0, **call: Any) -> Check:
-        """Generate twice with one seed, dense and with the methods, and compare the two results.
+    def check(self, prompt: Any = None, seed: int = 0, **call: Any) -> Check:
+        """Generate with one seed dense and with the methods, twice each if that is short, and compare the results.
 
         Args:
-            prompt: what to generate.
+            prompt: what to generate; None: ``call`` has its embeddings, such as ``prompt_embeds``.
             seed: of the noise.
             call: further arguments of the pipeline's call, such as ``num_inference_steps`` and ``height``.
 
@@ -132,7 +133,8 @@ class Attachment:
             AttachError: if there is no pipeline to call, or the methods are detached already.
             ConfigError: if the pipeline's result holds no frames or picture.
         """
-        return check(self._execution.state.pipe, self.suspended, self.call, prompt, seed, call)
+        given = call if prompt is None else {"prompt": prompt, **call}
+        return check(self._execution.state.pipe, self.suspended, self.call, seed, given)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
@@ -161,17 +163,17 @@ class Attachment:
         execution, recorder = self._execution, self._execution.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        preset = [self._preset.words(execution.state.num_inference_steps)] if self._preset else []
-        notes = [*preset, *recorder.dense_notes(), *recorder.notes]
-        if self._attached:
-            reasons = (replaced_transformers, unplanned_reason, replaced_processors)
-            notes += filter(None, (next((why for reason in reasons if (why := reason(execution))), None),))
+        reasons = (replaced_transformers, unplanned_reason, replaced_processors) if self._attached else ()
+        problem = next((why for reason in reasons if (why := reason(execution))), "")
+        preset = self._preset.words(execution.state.num_inference_steps) if self._preset else ""
+        notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
         return Report(
             methods={handler.name: handler.settings.to_dict() for handler in execution.handlers},
             backend=recorder.spell_backend(execution.backend),
             model=self._model,
             steps=step_reports(recorder),
             notes=tuple(notes),
+            problem=problem,
             calls=call_reports(recorder),
             state_bytes={name: size for name, size in held.items() if size},
             timing=recorder.clock.timing(),
@@ -292,17 +294,14 @@ def _install(
             if (parallel := context_parallel(transformer)) is not None:
                 require_parallel(attachment._execution, state, parallel)
             _install_calls(attachment, state)
+        attachment._undo += watch_call(attachment._execution, next(iter(transformers.values())))
     except BaseException:
         attachment.detach()
         raise
 
 
 def attachment_of(model: Any) -> Attachment | None:
-    """Return what is attached to a pipeline or transformer, or None; for a handle that was lost.
-
-    Args:
-        model: a diffusers pipeline or a transformer.
-    """
+    """Return what is attached to a pipeline or a transformer, or None; for a handle that was lost."""
     for part in components_of(model).values():
         for module in (part, getattr(part, "_orig_mod", None)):
             if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):
@@ -329,12 +328,11 @@ def _install_processors(
 ) -> None:
     """Put our processors on the attention modules that methods may change."""
     execution = attachment._execution
-    modules = attention_modules(state.transformer, state.adapter)
-    for index, (_, module, depth) in chosen_layers(modules, layers).items():
+    modules = chosen_layers(attention_modules(state.transformer, state.adapter), layers)
+    for index, (_, module, depth) in modules.items():
         original: Any = module.processor
         layer = AttentionLayer(state, module, index, depth)
-        number = len(execution.layers)
-        layer.processor = wrap_processor(original, number, classes, execution)
+        layer.processor = wrap_processor(original, len(execution.layers), classes, execution)
         layer.dense, _ = dense_attention_of(layer.processor)
         execution.layers.append(layer)
         state.layers.append(layer)

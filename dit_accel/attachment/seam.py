@@ -7,6 +7,7 @@ module leave the wrapper out.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,13 +69,13 @@ def is_inside_compiled() -> bool:
 
 
 class Shadow:
-    """A function that stands in for a method of one module; in copies and pickles it is the copy's own method again.
+    """A function that stands in for a method of one object; in copies and pickles it is the copy's own method again.
 
-    Where the module's class has no such method, copies have a context that does nothing: `contextlib.nullcontext`.
+    Where the object's class has no such method, copies have a context that does nothing: `contextlib.nullcontext`.
     """
 
-    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        self._module = module
+    def __init__(self, of: Any, name: str, function: Callable[..., Any]) -> None:
+        self._of = of
         self._name = name
         self._function = function
 
@@ -83,21 +84,25 @@ class Shadow:
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        if hasattr(type(self._module), self._name):
-            return getattr, (self._module, self._name)
+        if hasattr(type(self._of), self._name):
+            return getattr, (self._of, self._name)
         return functools.partial, (contextlib.nullcontext,)
 
 
-def shadow(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Let a function stand in for a method of this one module, and return what undoes that."""
-    before = module.__dict__.get(name)
-    ours = Shadow(module, name, function)
-    module.__dict__[name] = ours
+def shadow(of: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Let a function stand in for a method of this one module or pipeline, and return what undoes that.
+
+    What undoes it does not keep the object alive.
+    """
+    before = of.__dict__.get(name)
+    of.__dict__[name] = Shadow(of, name, function)
+    holder, ours = weakref.ref(of), weakref.ref(of.__dict__[name])
 
     def undo() -> None:
-        if module.__dict__.get(name) is ours:
-            del module.__dict__[name]
+        held = holder()
+        if held is not None and name in held.__dict__ and held.__dict__[name] is ours():
+            del held.__dict__[name]
             if before is not None:
-                module.__dict__[name] = before
+                held.__dict__[name] = before
 
     return undo

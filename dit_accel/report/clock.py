@@ -1,6 +1,7 @@
-"""Seconds of a run's forwards, dense ones apart from those that methods made shorter: whether the run got faster."""
+"""Seconds of a run and its forwards, dense ones apart from those that methods made shorter: whether it got faster."""
 
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -19,6 +20,20 @@ Part = Literal["attention", "text", "fetching"]
 Key = tuple[str, int, str]
 """Transformer, step and branch of a forward."""
 
+MOSTLY = 0.5
+"""Share of a run's time from which what started in it leaves nothing to measure."""
+
+
+def now() -> float:
+    """Return the processor's clock, in seconds."""
+    return time.perf_counter()
+
+
+def graphs() -> int:
+    """Return how many graphs torch has compiled in this process: a forward in which it rises compiled."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # private to torch: without it slow first forwards tell alone
+    return getattr(dynamo, "counters", {}).get("stats", {}).get("unique_graphs", 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedForward:
@@ -35,6 +50,7 @@ class TimedForward:
         attention: seconds of its self-attention calls, their planning included; None: not measured in this forward.
         text: seconds of attention calls over the text alone, beside those; None likewise.
         fetching: seconds for which it waited for weights that are offloaded; None likewise.
+        compiled: whether torch compiled in it.
     """
 
     transformer: str
@@ -47,6 +63,7 @@ class TimedForward:
     attention: float | None = None
     text: float | None = None
     fetching: float | None = None
+    compiled: bool = False
 
 
 @dataclass(slots=True)
@@ -59,6 +76,7 @@ class _Span:
     end: Any
     lists: float
     parts: dict[Part, list[tuple[Any, Any]]] | None
+    compiled: bool
 
     def seconds_of(self, part: Part) -> float | None:
         """Return the seconds of a part; None: not measured."""
@@ -75,17 +93,20 @@ class Clock:
     Attributes:
         lists: seconds of planning in the forward that runs.
         parts: what was timed in the forward that runs; None: its parts are not timed.
+        call: seconds of the pipeline's whole call; None: it is not over, or was not seen.
     """
 
     def __init__(self) -> None:
         self._spans: list[_Span] = []
-        self._begun = -1
+        self._begun, self._graphs = -1, 0
+        self.call: float | None = None
         self.lists = 0.0
         self.parts: dict[Part, list[tuple[Any, Any]]] | None = None
 
     def begin(self, device: torch.device) -> Any:
         """Begin a forward: return its stamp, and choose whether its parts are timed."""
         self._begun += 1
+        self._graphs = graphs()
         self.lists = 0.0
         self.parts = {} if self._begun and not self._begun & (self._begun - 1) else None
         return self.stamp(device)
@@ -93,7 +114,7 @@ class Clock:
     def stamp(self, device: torch.device) -> Any:
         """Return this moment of a device's work."""
         if device.type not in ("cuda", "xpu"):
-            return time.perf_counter()
+            return now()
         event = torch.get_device_module(device).Event(enable_timing=True)
         event.record()
         return event
@@ -111,7 +132,8 @@ class Clock:
         parts, self.parts = self.parts, None
         if parts is not None and len(parts.get("attention", ())) < attention_calls:
             parts.pop("attention", None)
-        self._spans.append(_Span(key, kind, begin, self.stamp(device), self.lists, parts))
+        compiled = graphs() != self._graphs
+        self._spans.append(_Span(key, kind, begin, self.stamp(device), self.lists, parts, compiled))
 
     def timing(self) -> "Timing":
         """Return the seconds of every forward, in their order; waits for the last one on a GPU."""
@@ -124,11 +146,11 @@ class Clock:
                     seconds=_between(span.begin, span.end),
                     before=0.0 if last is None else _between(last, span.begin),
                     lists=span.lists, attention=span.seconds_of("attention"), text=span.seconds_of("text"),
-                    fetching=span.seconds_of("fetching"),
+                    fetching=span.seconds_of("fetching"), compiled=span.compiled,
                 )
             )  # fmt: skip
             last = span.end
-        return Timing(tuple(forwards))
+        return Timing(tuple(forwards), self.call)
 
 
 def _between(begin: Any, end: Any) -> float:
@@ -140,13 +162,15 @@ def _between(begin: Any, end: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long the forwards of a run took.
+    """How long a run and its forwards took.
 
     Attributes:
         forwards: one entry each, in the order of the run; those of a training step are not timed.
+        call: seconds of the pipeline's whole call, text encoder and decoder included; None: it was not seen.
     """
 
     forwards: tuple[TimedForward, ...] = field(default=())
+    call: float | None = None
 
     def seconds(self, kind: Kind) -> tuple[float, ...]:
         """Return the seconds of the forwards of one kind."""
@@ -159,21 +183,90 @@ class Timing:
 
     @property
     def elapsed(self) -> float:
-        """Seconds from the first forward's begin to the last one's end."""
+        """Seconds of the denoising loop: from the first forward's begin to the last one's end."""
         return self.total + sum(one.before for one in self.forwards)
 
     @property
+    def whole(self) -> float:
+        """Seconds of the pipeline's whole call, or of the denoising loop where the call was not seen."""
+        return max(self.call or 0.0, self.elapsed)
+
+    @property
     def dense(self) -> float | None:
-        """Median seconds of a dense forward; None if there was none."""
-        return statistics.median(found) if (found := self.seconds("dense")) else None
+        """Median seconds of a dense forward in which nothing started; None if there was none."""
+        return self.usual("dense")
+
+    def usual(self, kind: Kind) -> float | None:
+        """Return the median seconds of the forwards of a kind in which nothing started; None: there was none."""
+        starts = self.starts
+        found = [one.seconds for place, one in enumerate(self.forwards) if one.kind == kind and place not in starts]
+        return statistics.median(found) if found else None
+
+    @property
+    def starts(self) -> frozenset[int]:
+        """Places of the forwards in which something started that later ones have.
+
+        Those in which torch compiled, and of each transformer the first of a kind, if it took more than twice the
+        median of the others.
+        """
+        starts, seen = set[int](), set[tuple[str, Kind]]()
+        for place, one in enumerate(self.forwards):
+            first = (one.transformer, one.kind) not in seen
+            seen.add((one.transformer, one.kind))
+            if one.compiled or (first and self._is_slow(one)):
+                starts.add(place)
+        return frozenset(starts)
+
+    def _is_slow(self, one: TimedForward) -> bool:
+        others = [other.seconds for other in self.forwards if other.kind == one.kind and other is not one]
+        return bool(others) and one.seconds > 2 * statistics.median(others)
+
+    @property
+    def started(self) -> float:
+        """Seconds that those forwards took beyond the usual ones of their kind."""
+        forwards = (self.forwards[place] for place in self.starts)
+        return sum(max(0.0, one.seconds - (self.usual(one.kind) or 0.0)) for one in forwards)
 
     @property
     def speedup(self) -> float | None:
-        """Time that the run would have taken with dense forwards alone, over what it took; None if none was dense.
+        """What a dense call would have taken over what this one took; None where `not_measured` says why not.
 
-        It counts the transformer's forwards: not the text encoder, nor the decoder.
+        It is that of the whole call, as of a stopwatch around it, or of the denoising loop where the call was not seen.
+        The dense run's seconds are these and what each forward saved beside the median dense one; what started in this
+        run alone, such as compilation, counts in neither.
         """
-        return None if self.dense is None or not self.total else len(self.forwards) * self.dense / self.total
+        return self._speedup(self.whole)
+
+    @property
+    def loop_speedup(self) -> float | None:
+        """The same of the denoising loop alone, which is what `dit-accel plan` predicts."""
+        return self._speedup(self.elapsed)
+
+    def _speedup(self, seconds: float) -> float | None:
+        if self.not_measured or self.dense is None:
+            return None
+        if self.is_dense:
+            return 1.0
+        steady = seconds - self.started
+        return (steady + len(self.forwards) * self.dense - (self.total - self.started)) / steady
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no forward was shortened, so that what they differ by is the machine's doing."""
+        return all(one.kind == "dense" for one in self.forwards)
+
+    @property
+    def not_measured(self) -> str:
+        """Why there is no speed-up, in words; "" where there is one."""
+        if not self.total:
+            return "unknown, since nothing was timed"
+        if not self.seconds("dense"):
+            return "unknown, since no forward was dense"
+        starts = [self.forwards[place] for place in self.starts]
+        if any(self.usual(one.kind) is None for one in starts) or self.started > MOSTLY * self.elapsed:
+            what = "compiled" if any(one.compiled for one in starts) else "started"
+            return f"not measured: forwards {what} for {spell_seconds(self.started)}; run once more"
+        return ""
 
     def share(self, part: Part, kind: Kind) -> float | None:
         """Return a part's median share of the forwards of a kind in which it was timed; None: in none."""
@@ -185,7 +278,7 @@ class Timing:
         return min(1.0, statistics.median(each)) if each else None
 
     def lines(self, predicted: str = "") -> list[str]:
-        """Return the first lines of a report; ``predicted`` stands behind what was measured."""
+        """Return the first lines of a report; ``predicted`` stands behind what was measured of the loop."""
         if not self.forwards:
             return []
         parts = [
@@ -193,17 +286,26 @@ class Timing:
             for kind in KINDS
             if (seconds := self.seconds(kind))
         ]
-        forwards = f"forwards: {', '.join(parts)} each (median); {spell_seconds(self.total)} in all"
-        if self.speedup is None:
-            return [f"measured speed-up: unknown, since no forward was dense{predicted}; {forwards}"]
-        return [f"measured speed-up: {self.speedup:.2f}{predicted} over dense forwards alone; {forwards}"]
+        taken = f"{spell_seconds(self.elapsed)} in the loop"
+        if self.call is not None:
+            taken += f", {spell_seconds(self.call)} in the whole call"
+        forwards = f"forwards: {', '.join(parts)} each (median); {taken}"
+        if self.not_measured:
+            return [f"measured speed-up: {self.not_measured}{predicted}; {forwards}"]
+        if self.is_dense:
+            return [f"measured speed-up: 1.00{predicted}, since every forward was dense; {forwards}"]
+        measured = f"{self.loop_speedup:.2f} of the denoising loop{predicted}"
+        if self.call is not None:
+            measured = f"{self.speedup:.2f} of the whole call, {measured}"
+        return [f"measured speed-up: {measured}; {forwards}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the times as plain values."""
         each = [{name: getattr(one, name) for name in one.__slots__} for one in self.forwards]
         return {
-            "speedup": self.speedup, "dense_seconds": self.dense, "total_seconds": self.total,
-            "elapsed_seconds": self.elapsed, "attention_share": self.share("attention", "dense"), "forwards": each,
+            "speedup": self.speedup, "loop_speedup": self.loop_speedup, "dense_seconds": self.dense,
+            "total_seconds": self.total, "elapsed_seconds": self.elapsed, "call_seconds": self.call,
+            "attention_share": self.share("attention", "dense"), "forwards": each,
         }  # fmt: skip
 
 

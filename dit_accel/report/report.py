@@ -15,7 +15,7 @@ from .recorder import CallShares, Recorder
 from .sections import Section
 from .why import Ran, why_not_faster
 
-VERSION = 1
+VERSION = 2
 """Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
 
 
@@ -75,7 +75,8 @@ class Report:
             loop, or else why not), and in which precision queries and keys were multiplied, if not in their own.
         model: component name -> adapter and family.
         steps: one entry per denoising call, in the order of the run.
-        notes: remarks of the methods, such as a sequence too short to gain.
+        notes: remarks of the methods, such as a sequence too short to gain, and the problem.
+        problem: why what is attached did not act, and what to do; "" where nothing is wrong.
         calls: one entry per planned attention call, by layer and head.
         state_bytes: method name -> the most memory that it held from step to step since attach; methods that held none
             are left out.
@@ -89,6 +90,7 @@ class Report:
     model: Mapping[str, str]
     steps: Sequence[StepReport] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+    problem: str = ""
     calls: Sequence[CallReport] = field(default_factory=tuple)
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     sections: Sequence[Section] = field(default_factory=tuple)
@@ -123,11 +125,13 @@ class Report:
             stayed[key] = {why: min(1.0, count / max(1, calls)) for why, count in step.stayed.items()}
             if step.sparse_layers:
                 dense[key] = step.dense_layers / calls
+        ran = {(step.transformer, step.branch, step.dense_layers + step.sparse_layers) for step in self.steps}
         logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
         return why_not_faster(
             Ran(
                 timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,
-                notes=tuple(self.notes),
+                notes=tuple(note for note in self.notes if note != self.problem), problem=self.problem,
+                cached=len(ran) > len({key[:2] for key in ran}),
             )
         )  # fmt: skip
 
@@ -183,6 +187,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = self.first_lines()
+        lines += ["in detail:"] * bool(lines)
         lines += [f"{name}: {_spell(options)}" for name, options in self.methods.items()] or ["no method attached"]
         lines += [f"{component}: {what}" for component, what in self.model.items()]
         lines.append(f"backend: {self.backend}")
@@ -194,8 +199,8 @@ class Report:
         if self.sparse_density is not None:
             pooled = sum(step.sparse_layers * step.pooled for step in self.steps) / sparse
             lines.append(f"sparse calls: {self.sparse_density:.3f} exact, {pooled:.3f} pooled")
-        lines += [f"{name} held {size / 2**20:.3g} MiB from step to step" for name, size in self.state_bytes.items()]
         lines += [str(section) for section in self.sections]
+        lines += [f"{name} held {size / 2**20:.3g} MiB from step to step" for name, size in self.state_bytes.items()]
         return "\n".join([*lines, *self.notes])
 
 

@@ -1,28 +1,16 @@
 """Why a run was not faster: the causes by their share of its time, largest first, and what to do about each."""
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..rules.steps import whole_steps
-from .clock import Key, TimedForward, Timing
+from .clock import KINDS, Key, TimedForward, Timing
 from .why_computed import Cause, Options, why_computed
 
 LEAST = 0.03
 """Share of the run's time from which a cause is named."""
-
-_STAYED: Mapping[str, Cause] = {
-    "mask": (
-        "attention calls that stayed dense for a mask that is not key padding",
-        "generate prompts one at a time, or of one length",
-    ),
-    "backend": (
-        "attention calls that stayed dense, since lists gain nothing on this processor",
-        "use a step cache, or name a backend to run the lists all the same",
-    ),
-}
 
 _WAITED: Cause = (
     "waiting for offloaded weights",
@@ -32,6 +20,7 @@ _BETWEEN: Cause = (
     "between the forwards: the scheduler, offloading, guidance",
     "keep the model on the device if it fits; the methods can't change this",
 )
+_OUTSIDE: Cause = ("outside the denoising loop: text encoder, decoder", "the methods can't change this")
 _STARTED: Cause = ("the first forward's own start: compilation, loading, tuning", "run once before you measure")
 _LISTS: Cause = (
     "planning attention calls, tile lists included",
@@ -42,10 +31,6 @@ _TEXT: Cause = (
     "no option changes this; a step cache skips them",
 )
 _ADDED: Cause = ("further forwards that guidance adds", "narrow its window (start, stop)")
-_AS_LONG: Cause = (
-    "thinned-out attention in forwards that take as long as dense ones",
-    "use a step cache; sparse attention pays on longer sequences",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +44,8 @@ class Ran:
         dense_layers: forward -> share of its attention calls that stayed dense beside others that followed a plan.
         stayed: forward -> why calls of layers in which methods act stayed dense -> how many of all its calls.
         notes: the methods' remarks.
+        problem: why what is attached did not act, and what to do; "" where nothing is wrong.
+        cached: whether a cache acted that no log is of: one that was enabled in diffusers.
     """
 
     timing: Timing
@@ -67,6 +54,20 @@ class Ran:
     dense_layers: Mapping[Key, float] = field(default_factory=dict)
     stayed: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    problem: str = ""
+    cached: bool = False
+
+    def cache_or(self, what: str) -> str:
+        """Return an advice, beside that of a step cache where none acts yet."""
+        return what if self.logs or self.cached else f"use a step cache, or {what}"
+
+    def why_stayed(self, why: str) -> Cause:
+        """Return the cause of calls that stayed dense, which `Why` names."""
+        if why == "mask":
+            what = "attention calls that stayed dense for a mask that is not key padding"
+            return what, "generate prompts one at a time, or of one length"
+        what = "attention calls that stayed dense, since lists gain nothing on this processor"
+        return what, self.cache_or("name a backend to run the lists all the same")
 
 
 def why_not_faster(ran: Ran) -> list[str]:
@@ -76,13 +77,12 @@ def why_not_faster(ran: Ran) -> list[str]:
         return []
     lost: dict[Cause, float] = defaultdict(float)
     computed, skipped = why_computed(ran.logs, ran.methods)
-    seen: set[tuple[str, str]] = set()
-    for one in timing.forwards:
+    usually, starts = {kind: timing.usual(kind) or 0.0 for kind in KINDS}, timing.starts
+    for place, one in enumerate(timing.forwards):
         key = (one.transformer, one.step_index, one.branch)
-        usual = statistics.median(timing.seconds(one.kind))
-        if (one.transformer, one.kind) not in seen and one.seconds > 2 * usual:
-            lost[_STARTED] += one.seconds - usual
-        seen.add((one.transformer, one.kind))
+        usual = usually[one.kind]
+        if place in starts:
+            lost[_STARTED] += max(0.0, one.seconds - usual)
         taken = min(one.seconds, usual)
         waited = taken * (timing.share("fetching", one.kind) or 0.0)
         lost[_WAITED] += waited
@@ -102,7 +102,8 @@ def why_not_faster(ran: Ran) -> list[str]:
         else:
             lost[_of_dense(one, key, ran)] += taken
     lost[_BETWEEN] += sum(one.before for one in timing.forwards)
-    found = sorted(((seconds / timing.elapsed, cause) for cause, seconds in lost.items()), reverse=True)
+    lost[_OUTSIDE] += timing.whole - timing.elapsed
+    found = sorted(((seconds / timing.whole, cause) for cause, seconds in lost.items()), reverse=True)
     return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
 
 
@@ -110,11 +111,11 @@ def _of_dense(one: TimedForward, key: Key, ran: Ran) -> Cause:
     """Return why a forward that no cache could skip was dense."""
     stayed = ran.stayed.get(key)
     if stayed:
-        return _STAYED[max(stayed, key=lambda why: stayed[why])]
+        return ran.why_stayed(max(stayed, key=lambda why: stayed[why]))
     steps = 1 + max(other.step_index for other in ran.timing.forwards)
     for name, options in ran.methods.items():
         if any(note.startswith(f"{name} stays dense") for note in ran.notes):
-            return "too few tokens for sparse attention to pay", f"use a step cache, or lower {name}.min_tokens"
+            return "too few tokens for sparse attention to pay", ran.cache_or(f"lower {name}.min_tokens")
         first, last = (whole_steps(options.get(option) or 0, steps) for option in ("dense_steps", "dense_last_steps"))
         within = {
             "dense_steps": one.step_index < first,
@@ -123,8 +124,11 @@ def _of_dense(one: TimedForward, key: Key, ran: Ran) -> Cause:
         }
         for option in (option for option, acts in within.items() if acts):
             return f"steps that {name} leaves dense", f"lower {name}.{option} = {options[option]}"
+    if ran.problem:
+        return "forwards in which no method acted", ran.problem
     remark = "; ".join(ran.notes)
-    return "forwards in which no method acted" + (f" ({remark})" if remark else ""), "add a step cache"
+    what = "forwards in which no method acted" + (f" ({remark})" if remark else "")
+    return what, "loosen the cache that is enabled in diffusers" if ran.cached else "add a step cache"
 
 
 def _of_reduced(one: TimedForward, key: Key, taken: float, ran: Ran) -> Iterator[tuple[Cause, float]]:
@@ -139,7 +143,7 @@ def _of_reduced(one: TimedForward, key: Key, taken: float, ran: Ran) -> Iterator
         yield _besides(timing), max(0.0, (1 - share) * taken - text)
     stayed = ran.stayed.get(key, {})
     for why, part in stayed.items():
-        yield _STAYED[why], part * attention
+        yield ran.why_stayed(why), part * attention
     left_dense = max(0.0, ran.dense_layers.get(key, 0.0) - sum(stayed.values()))
     if left_dense:
         names = [name for name, options in ran.methods.items() if options.get("dense_layers")]
@@ -149,7 +153,9 @@ def _of_reduced(one: TimedForward, key: Key, taken: float, ran: Ran) -> Iterator
         what = "attention calls that stayed dense in forwards that were thinned out"
         yield (what, advice), left_dense * attention
     if timing.dense and one.seconds > 0.9 * timing.dense:
-        yield _AS_LONG, max(0.0, 1.0 - sum(stayed.values()) - left_dense) * attention
+        what = "thinned-out attention in forwards that take as long as dense ones"
+        longer = ran.cache_or("generate longer clips or larger pictures, where sparse attention pays")
+        yield (what, longer), max(0.0, 1.0 - sum(stayed.values()) - left_dense) * attention
 
 
 def _besides(timing: Timing) -> Cause:

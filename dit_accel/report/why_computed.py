@@ -59,6 +59,7 @@ def _cause(name: str, reason: str, options: Mapping[str, Any], half: float | Non
         "listed": ("steps that are listed to be computed", f"list fewer in {option('steps')} or {name}.compute_at"),
         "threshold 0": (f"{name} skips nothing", f"raise {option('threshold')}"),
         "not a number": (f"steps in which {name} measured no number", "look for nan in the model's outputs"),
+        "its own rule": (f"steps that diffusers' {options.get('config')} computed", "loosen its options"),
         "refreshed": (f"steps in which {name} computed every block", f"lower {option('warmup_steps')}"),
     }
     if reason in table:

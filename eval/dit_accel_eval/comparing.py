@@ -268,7 +268,7 @@ def _say_rules(suite: "Suite", clips: int) -> None:
 def arms_table(report: "Report") -> "Table":
     """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
     from .report.figures import judged
-    from .suites.comparison import decimals_of
+    from .suites.comparison import NOTHING, decimals_of
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
@@ -279,7 +279,8 @@ def arms_table(report: "Report") -> "Table":
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
         cells += [f"{arm.metrics[one]:.{decimals_of(one)}f}" if one in arm.metrics else "" for one in further]
-        rows.append((-lead.mean if lead else 0.0, [*cells, *((f"{lead:+}", lead.verdict) if lead else ("", ""))]))
+        stands = (f"{lead:+}", lead.verdict) if lead else ("", NOTHING * arm.saved_nothing)
+        rows.append((-lead.mean if lead else 0.0, [*cells, *stands]))
     for _, cells in sorted(rows, key=lambda row: row[0]):
         table.add_row(*cells)
     return table

@@ -6,7 +6,7 @@ given from `FEWEST` clips on, where the difference stands after Holm's correctio
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -167,6 +167,13 @@ def _verdict(one: Estimate, margin: float, p: float | None) -> str:
     if p >= WRONG or round(one.low - margin, 2) <= 0 <= round(one.high - margin, 2):
         return "open"
     return "ahead" if one.mean > margin else "behind"
+
+
+def reach_words(found: Iterable[Estimate], unit: str) -> str:
+    """Return in words how wide the intervals of differences are, "" where there are none or no value differs."""
+    reaches = [(one.high - one.low) / 2 for one in found if one.low is not None and one.high is not None]
+    most = round(max(reaches, default=0.0))
+    return f"95 % intervals of up to ±{most} {unit}" if most else ""
 
 
 def p_words(p: float | None) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dit_accel_eval.runs.results import Line, latest, read_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.compare import SuiteProgress, run
 from dit_accel_eval.suites.job import Job
-from dit_accel_eval.suites.ladder import VERSION, read_ladder, setting_words
+from dit_accel_eval.suites.ladder import VERSION, Ladder, read_ladder, setting_words
 from dit_accel_eval.suites.reference import default_cache
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS, shift_of
@@ -28,6 +29,9 @@ STEPS = (6, 8, 10, 12, 16, 20)
 SHIFTS = (3.0, 8.0, 12.0, 16.0)
 FLUX_SHIFTS = (1.0, 3.0, 5.0, 8.0)
 """Noise shifts besides the model's own, of a model whose shift grows with its tokens (1.65 at 256)."""
+
+CONFIRMING = (112, 119)
+"""The first and the last clip on which rungs are tried again that others chose."""
 
 FIRST, KEPT = 4, 3
 """Choosing clips on which the whole grid runs, and how many of each number of steps then run on all of them."""
@@ -97,6 +101,33 @@ def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     return {**data, "rung": rungs}
 
 
+def again(ladder: Ladder) -> tuple[Arm, ...]:
+    """Return what is tried again of a ladder: of each number of steps the best of what was tried."""
+    arms = []
+    for rung in ladder.rungs:
+        for words in sorted(rung.tried, key=lambda one: -rung.tried[one])[:KEPT]:
+            solver, _, shift = words.partition(" shift ")
+            arm = Arm(
+                name=f"{words}, {rung.num_inference_steps}", num_inference_steps=rung.num_inference_steps,
+                solver=solver, flow_shift=float(shift) if shift else None,
+            )  # fmt: skip
+            arms.append(dense_arm(arm.num_inference_steps) if arm.is_dense else arm)
+    return tuple(arms)
+
+
+def confirmed(path: Path, suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
+    """Return the data of a ladder's file with the mean PSNR of what a suite of `again` ran on its clips."""
+    data, found = tomllib.loads(path.read_text(encoding="utf-8")), means(suite, lines, suite.clips)
+    data["confirmed_on"] = [suite.first_clip, suite.first_clip + suite.clips - 1]
+    rungs = data.pop("rung")
+    for rung in rungs:
+        rung["confirming"] = {
+            setting_words(arm.solver, arm.flow_shift): round(found[arm.name], 2)
+            for arm in suite.arms if arm.num_inference_steps == rung["num_inference_steps"]
+        }  # fmt: skip
+    return {**data, "rung": rungs}
+
+
 def write_ladder(data: Mapping[str, Any], path: Path, command: str) -> None:
     """Write a ladder, whole or not at all."""
     with written_whole(path) as temporary:
@@ -113,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shifts", nargs="*", type=float, help="besides the model's own")
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="(%(default)s)")
     parser.add_argument("--reference-steps", type=int, help="of the model's own run; default: the converged one")
+    parser.add_argument("--confirm", action="store_true", help="try the rungs of a ladder again on other clips")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (%(default)s)")
     parser.add_argument("--out", type=Path, help="default: eval/results/rivals-MODEL[-STEPS].toml")
     options = parser.parse_args(arguments)
@@ -132,6 +164,17 @@ def _run(options: argparse.Namespace) -> str:
     arms = grid(options.solvers, shifts, options.steps, None if dynamic else shift_of(shipped))
     of = f"-{options.reference_steps}" if options.reference_steps else ""
     out = options.out or RESULTS / f"rivals-{options.model}{of}.toml"
+    command = f"python eval/studies/best_rival.py --model {options.model}"
+    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
+    if options.confirm:
+        low, high = CONFIRMING
+        other = Suite(
+            name=f"{out.stem}-confirmed", model=options.model, clips=high - low + 1, first_clip=low,
+            arms=again(read_ladder(out)), reference_steps=options.reference_steps,
+        )  # fmt: skip
+        ran = _run_suite(other, out.with_stem(other.name), options.workers)
+        write_ladder(confirmed(out, other, read_lines(ran.out)), out, command)
+        return f"{out}: {read_ladder(out).loose or 'all rungs are confirmed'}"
     suite = Suite(
         name=out.stem, model=options.model, clips=options.clips, first_clip=options.first_clip, arms=arms,
         reference_steps=options.reference_steps,
@@ -140,8 +183,6 @@ def _run(options: argparse.Namespace) -> str:
     job = _run_suite(first, out, options.workers)
     last = dataclasses.replace(suite, arms=finalists(suite, read_lines(job.out)))
     _run_suite(last, out, options.workers)
-    command = f"python eval/studies/best_rival.py --model {options.model}"
-    command += f" --reference-steps {options.reference_steps}" if options.reference_steps else ""
     write_ladder(ladder_of(suite, read_lines(job.out)), out, command)
     return f"{out}: {read_ladder(out)}"
 

@@ -25,6 +25,7 @@ from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, settle
 from dit_accel_pipelines.generation.threads import one_thread
+from report_tables import over_prompts
 from study import RESULTS
 
 from dit_accel.cli.console import OUT, TALK, plain_table
@@ -100,7 +101,7 @@ def _write(out: Path, model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None
             write_media(path, pictures, fps=EMBEDDED_FPS)
     with written_whole(out / "comparison.json") as path:
         path.write_text(json_text(_data(model, outcomes, seed)) + "\n", encoding="utf-8")
-    _print(model.prompt(0), outcomes)
+    _print(model, outcomes)
     TALK.print(f"written to {out}: comparison.mp4, comparison.gif (of seed {seed}), comparison.json")
 
 
@@ -125,7 +126,9 @@ def compare(model: EmbeddedModel, seeds: int) -> list[Outcome]:
     dense, ours = zip(*pairs, strict=True)
     share = np.median([mine.seconds / whole.seconds for whole, mine in pairs])
     fewer = dense_arm(max(1, math.ceil(DENSE.num_inference_steps * share)))
-    TALK.print(f"{preset.name} took the time of {fewer.num_inference_steps} dense steps")
+    mine, whole = (f"{np.median([run.seconds for run in runs]):.2f} s" for runs in (ours, dense))
+    TALK.print(f"{preset.name} denoised in {mine}, {DENSE.num_inference_steps} dense steps in {whole}; now "
+               f"{fewer.num_inference_steps} dense steps, which take as long")  # fmt: skip
     fewers = [_run(model, fewer, seed) for seed in range(seeds)]
     whole = Outcome(name="dense", arm=DENSE, runs=dense, psnr=(), work=(float(DENSE.num_inference_steps),) * seeds)
     return [
@@ -181,19 +184,22 @@ def _outcome(name: str, arm: Arm, runs: Sequence[Run], dense: Sequence[Run], mod
 def _data(model: EmbeddedModel, outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     arms = [
         {"arm": one.name, **one.arm.to_dict(), "psnr": one.psnr, "work": one.work,
-         "seconds": [run.seconds for run in one.runs]}
+         "seconds": [run.seconds for run in one.runs],
+         "call_seconds": [run.times and run.times.text + run.times.denoise + run.times.decode for run in one.runs]}
         for one in outcomes
     ]  # fmt: skip
+    found = over_prompts(RESULTS.parents[1], model.name, LEVEL)
     return {
+        "over_prompts": found and dataclasses.asdict(found),
         "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
         "threads": torch.get_num_threads(), "shown_seed": seed, "arms": arms,
     }  # fmt: skip
 
 
-def _print(prompt: str, outcomes: Sequence[Outcome]) -> None:
+def _print(model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None:
     """Print the table: means over the seeds, with 95 % intervals, and the preset against fewer steps seed by seed."""
     columns = ("steps", "work", "seconds", "PSNR to dense, dB (median)", "against fewer steps, dB (median)")
-    table = plain_table("", *columns, right=columns, title=prompt)
+    table = plain_table("", *columns, right=columns, title=model.prompt(0))
     _, fewer, ours = outcomes
     lead = judge({ours.name: [own - rival for own, rival in zip(ours.psnr, fewer.psnr, strict=True)]})
     for one in outcomes:
@@ -201,4 +207,7 @@ def _print(prompt: str, outcomes: Sequence[Outcome]) -> None:
         cells += [estimate(one.psnr).cell() if one.psnr else "", lead[one.name].judged() if one is ours else ""]
         table.add_row(one.name, *cells)
     OUT.print(table)
-    OUT.print(f"{len(ours.psnr)} seeds, intervals and verdicts from {FEWEST} on; work in dense steps", style="dim")
+    below = "work in dense steps, seconds of the denoising loop"
+    OUT.print(f"{len(ours.psnr)} seeds, intervals and verdicts from {FEWEST} on; {below}", style="dim")
+    if found := over_prompts(RESULTS.parents[1], model.name, LEVEL):
+        OUT.print(f"That is one prompt; {found}.", soft_wrap=True)

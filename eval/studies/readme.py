@@ -19,7 +19,7 @@ from combining import table as combining_table
 from denoising_time import table as times_table
 from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
-from dit_accel_eval.suites.ladder import clip_words, read_ladder, setting_words
+from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from dropped_mass import table as masses_table
@@ -170,12 +170,24 @@ def _rivals(root: Path, model: str) -> str:
     ladder = read_ladder(root / path)
     rows = [
         [str(rung.num_inference_steps), setting_words(rung.solver, rung.flow_shift), f"{rung.psnr:.1f}",
-         f"{rung.tried[BEST]:.1f}"]
+         f"{rung.tried[BEST]:.1f}", _elsewhere(rung)]
         for rung in ladder.rungs
     ]  # fmt: skip
-    heads = "steps | best solver and noise shift | PSNR to converged, dB | UniPC at the model's own shift, dB"
+    heads = "steps | best solver and noise shift | PSNR to converged, dB | UniPC at the model's own shift, dB "
+    heads += "| on other prompts, dB"
     clips = clip_words(ladder.first_clip, ladder.clips)
-    return f"`{command}`: {model}, choosing clips {clips}.\n\n{markdown_table(heads, rows)}"
+    low, high = ladder.confirmed_on or (0, -1)
+    on = f"; other prompts: clips {clip_words(low, high - low + 1)} (`--confirm`)" if high >= low else ""
+    return f"`{command}`: {model}, choosing clips {clips}{on}.\n\n{markdown_table(heads, rows)}"
+
+
+def _elsewhere(rung: Rung) -> str:
+    """What a rung came to on prompts that did not choose it, and what was better there if it is not confirmed."""
+    best = rung.best_elsewhere
+    if best is None:
+        return "not confirmed: not run"
+    own = f"{rung.confirming[setting_words(rung.solver, rung.flow_shift)]:.1f}"
+    return own if rung.confirmed else f"{own}, not confirmed: {best[0]} {best[1]:.1f}"
 
 
 def _clips(lines: Sequence[Line]) -> str:

@@ -1,16 +1,20 @@
 """What README.md and docs/quality.md say of the committed report, search and demo: `readme` puts it there."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dit_accel_assets import model_defaults
 from dit_accel_eval.runs.results import Line, latest, markdown_table, read_lines
-from dit_accel_eval.statistics import TOO_FEW, estimate, judge
+from dit_accel_eval.statistics import TOO_FEW, Judged, estimate, judge, reach_words
 from dit_accel_eval.suites.arms import BEST, is_rival
-from dit_accel_eval.suites.comparison import equal_value, figures, rival_kind
+from dit_accel_eval.suites.comparison import NOTHING, TIMED, WORKS, equal_value, figures, idle_arms, rival_kind
+from dit_accel_eval.suites.reference import is_converged
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
 
@@ -38,22 +42,25 @@ def report_table(root: Path) -> str:
         lines = read_lines(root / f"eval/results/{name}.jsonl")
         if not lines:
             return "Not measured yet; `make report` does."
-        arms = [arm for arm in figures(suite, lines) if "steps_in_time" in arm.ahead]
-        arms.sort(key=lambda arm: -arm.ahead["steps_in_time"].mean)
+        arms = [arm for arm in figures(suite, lines) if "steps_in_time" in arm.ahead or arm.saved_nothing]
+        arms.sort(key=lambda arm: math.inf if arm.saved_nothing else -arm.ahead["steps_in_time"].mean)
         for arm in arms:
             row = (suite.model, arm.name, f"{arm.means['steps_in_time']:.1f}", arm.psnr.cell(".1f"))
             row += (f"{arm.metrics['lpips@alex'].mean:.3f}", f"{arm.means['score']:.0%}")
-            row += (arm.ahead["work"].judged("+.1f"), arm.ahead["steps_in_time"].judged("+.1f"))
+            row += tuple(
+                NOTHING if arm.saved_nothing else arm.ahead[by].judged("+.1f") for by in ("work", "steps_in_time")
+            )
             rows.append(row)
     return markdown_table(heads, rows)
 
 
 def score_words(lines: Sequence[Line]) -> str:
     """Return in words which arms the model's own judge tells from the dense runs of equal work; "" without scores."""
-    known, kind = latest(lines), rival_kind(lines)
+    lines = [line for line in lines if is_converged(line)]
+    known, kind, idle = latest(lines), rival_kind(lines), idle_arms(lines)
     leads: dict[str, list[float]] = {}
     for (name, clip), line in known.items():
-        rival = None if is_rival(line) else equal_value(known, clip, line["work"], "score", kind)
+        rival = None if is_rival(line) or name in idle else equal_value(known, clip, line["work"], "score", kind)
         if rival is not None and "score" in line:
             leads.setdefault(name, []).append(100 * (line["score"] - rival))
     if not leads:
@@ -63,9 +70,11 @@ def score_words(lines: Sequence[Line]) -> str:
     if told:
         return f"By the model's judge these differ from the dense runs of equal work, in points: {'; '.join(told)}."
     means = [one.mean for one in judged.values()]
+    reach = reach_words(judged.values(), "points")
     return (
-        f"**The model's judge tells none of these {len(judged)} arms from the dense runs of equal work**: "
-        f"its score differs by {min(means):+.1f} to {max(means):+.1f} points, all open."
+        f"**The model's judge can't tell these {len(judged)} arms from the dense runs of equal work**: its score "
+        f"differs by {min(means):+.1f} to {max(means):+.1f} points"
+        + (f", with {reach}, within which it tells nothing." if reach else ".")
     )
 
 
@@ -101,10 +110,44 @@ TARGET = "psnr=30"
 """The target of the committed search."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverPrompts:
+    """How far a preset is ahead of fewer steps over the prompts that judge, none of which chose it.
+
+    Attributes:
+        lead: in dB, judged together with the suite's other arms.
+        by: what the dense runs are made equal by: ``time`` or ``own work``.
+    """
+
+    lead: Judged
+    by: str
+
+    def __str__(self) -> str:
+        return (
+            f"over {self.lead.count} prompts that did not choose it the preset is {self.lead:+.1f} dB ahead of dense "
+            f"runs of equal {self.by}: {self.lead.verdict}"
+        )
+
+
+def over_prompts(root: Path, model: str, level: str) -> OverPrompts | None:
+    """Return a preset's lead over fewer steps in its committed suite below the project's root folder; None without."""
+    path = root / f"eval/suites/presets-{model}.toml"
+    lines = read_lines(root / f"eval/results/presets-{model}.jsonl")
+    arms = figures(read_suite(path), lines) if path.is_file() and lines else []
+    ahead = next((arm.ahead for arm in arms if arm.name == level), {})
+    key = next((key for key in ("steps_in_time", "work") if key in ahead), None)
+    return None if key is None else OverPrompts(lead=ahead[key], by=(WORKS | TIMED)[key])
+
+
 def demo_text(root: Path) -> str:
-    """Return in a sentence what the committed run below the project's root folder showed."""
+    """Return in a sentence what the committed run below the project's root folder showed, and what holds over prompts."""
     run = json.loads((root / DEMO).read_text(encoding="utf-8"))
-    whole, took, ours = (float(np.median(one["seconds"])) for one in run["arms"])
+    found = over_prompts(root, run["model"], run["arms"][-1]["arm"].removeprefix("preset "))
+    return _demo_text(run) + (f" That is one prompt; {found}." if found else "")
+
+
+def _demo_text(run: dict[str, Any]) -> str:
+    whole, took, ours = (float(np.median(one.get("call_seconds", one["seconds"]))) for one in run["arms"])
     _, fewer, preset = run["arms"]
     differences = [own - rival for own, rival in zip(preset["psnr"], fewer["psnr"], strict=True)]
     lead = judge({"preset": differences})["preset"]
@@ -117,6 +160,6 @@ def demo_text(root: Path) -> str:
     }[lead.verdict]
     threads = "one thread" if run["threads"] == 1 else f"{run['threads']} threads"
     return (
-        f"**{whole / ours:.1f} times as fast** (the denoising loop, {ours:.1f} s for {whole:.1f}), and {found}: "
-        f"{lead:+.1f} dB over {lead.count} seeds of one prompt ({threads}, {run['device']}; [the run]({DEMO}))."
+        f"**{whole / ours:.1f} times as fast** (the whole call, {ours:.1f} s for {whole:.1f}), and {found}: "
+        f"{lead:+.1f} dB over {lead.count} seeds ({threads}, {run['device']}; [the run]({DEMO}))."
     )

@@ -15,7 +15,8 @@ from dit_accel.methods.compose import make_handlers
 from dit_accel.report.predicted import Predicted
 from dit_accel.report.schema import report_schema
 
-TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None),
+         "boolean": bool}  # fmt: skip
 RADIAL = RadialAttention(block_size=16, dense_steps=1, dense_layers=0)
 
 
@@ -27,7 +28,9 @@ def faults(value, schema, where="report"):
         yield f"{where}: {value} is none of {schema['enum']}"
     types = schema.get("type", [])
     types = [types] if isinstance(types, str) else types
-    if types and (isinstance(value, bool) or not any(isinstance(value, TYPES[name]) for name in types)):
+    if types and not any(
+        isinstance(value, TYPES[name]) for name in types if isinstance(value, bool) == (name == "boolean")
+    ):
         yield f"{where}: {value!r} is no {types}"
     elif "minimum" in schema and value < schema["minimum"]:
         yield f"{where}: {value} is below {schema['minimum']}"
@@ -58,7 +61,7 @@ def test_the_schema_describes_real_reports(methods):
         data = json.loads(json.dumps(attachment.report().to_dict()))
     assert [*faults(before, report_schema())] == []
     assert [*faults(data, report_schema())] == []
-    assert data["version"] == 1
+    assert data["version"] == 2
     assert data["measured_speedup"] == data["timing"]["speedup"]
     data["steps"][0]["density"] = "much"
     del data["notes"]

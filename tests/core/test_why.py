@@ -1,6 +1,7 @@
 """The time of a run's forwards, the speed-up that it measures, and why it was not faster."""
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from wan_tiny import denoise, tiny_transformer
@@ -40,6 +41,7 @@ def test_a_forward_is_of_the_kind_of_what_it_ran(method, drawn):
     assert kinds(report) == drawn
     assert all(one.seconds > 0 and one.before >= 0 for one in report.timing.forwards)
     assert report.timing.total <= report.timing.elapsed
+    assert Timing().lines() == []
 
 
 def test_training_is_not_timed():
@@ -49,32 +51,55 @@ def test_training_is_not_timed():
         assert attachment.report().timing.forwards == ()
 
 
-def timing(drawn, seconds=None, before=0.0, **parts):
+def timing(drawn, seconds=None, before=0.0, call=None, compiled="", first=0.0, **parts):
     """Forwards of a run, a letter each; a dense one takes 1 s, a reduced one .5 s, a skipped one .01 s.
 
-    ``parts`` are the seconds of what each forward holds, by the letter.
+    ``parts`` are the seconds of what each forward holds, by the letter; ``compiled`` are the places of those in which
+    torch compiled, and ``first`` is added to the seconds of the first.
     """
     kind = {"d": "dense", "r": "reduced", "s": "skipped", "e": "extended"}
     each = {"d": 1.0, "r": 0.5, "s": 0.01, "e": 2.0, **(seconds or {})}
     return Timing(
         tuple(
             TimedForward(
-                transformer="transformer", step_index=step, branch="cond", kind=kind[sign], seconds=each[sign],
-                before=before if step else 0.0, **{part: found[sign] for part, found in parts.items() if sign in found},
+                transformer="transformer", step_index=step, branch="cond", kind=kind[sign],
+                seconds=each[sign] + (0.0 if step else first), before=before if step else 0.0,
+                compiled=str(step) in compiled, **{part: found[sign] for part, found in parts.items() if sign in found},
             )
             for step, sign in enumerate(drawn)
-        )
+        ),
+        call,
     )  # fmt: skip
 
 
-def test_the_speedup_is_that_over_dense_forwards_alone():
-    measured = timing("ddss")
-    assert measured.dense == 1.0
-    assert measured.speedup == pytest.approx(4 / 2.02)
-    assert measured.lines()[0].startswith("measured speed-up: 1.98 ")
-    assert timing("rrss").speedup is None
-    assert timing("rrss").lines()[0].startswith("measured speed-up: unknown")
-    assert Timing().lines() == []
+@pytest.mark.parametrize(
+    ("measured", "speedup", "words"),
+    [
+        (timing("ddss"), 4 / 2.02, "1.98 of the denoising loop (p)"),
+        (timing("ddss", before=0.1), 4.3 / 2.32, "1.85 of the denoising loop (p)"),
+        (timing("ddss", call=6.02), 8 / 6.02, "1.33 of the whole call, 1.98 of the denoising loop (p)"),
+        (timing("dddd", first=0.3, call=6.0), 1.0, "1.00 (p), since every forward was dense"),
+        (timing("rrss"), None, "unknown, since no forward was dense (p)"),
+        # compilation counts in neither; where it is most of the time, or in every dense forward, nothing is measured
+        (timing("dddsss", first=1.5, call=6.53), 8 / 5.03, "1.59 of the whole call, 1.98 of the denoising loop (p)"),
+        (timing("dddsss", first=41.0), None, "not measured: forwards started for 41 s; run once more (p)"),
+        (timing("ddss", {"d": 21.0}, compiled="01"), None, "not measured: forwards compiled for 42 s; run once more"),
+        (timing("dr", {"r": 3.0}, compiled="1"), None, "not measured: forwards compiled for 3 s; run once more"),
+    ],
+)
+def test_the_speedup_is_that_of_the_whole_call(measured, speedup, words):
+    assert measured.speedup == (None if speedup is None else pytest.approx(speedup))
+    assert measured.lines(" (p)")[0].startswith(f"measured speed-up: {words}")
+
+
+def test_a_forward_in_which_torch_compiles_says_so():
+    transformer = tiny_transformer()
+    transformer.compile_repeated_blocks(backend="eager")
+    with dit_accel.attach(transformer, RADIAL, backend="torch") as attachment:
+        for _ in range(2):
+            denoise(transformer, 3)
+            found = [one.compiled for one in attachment.report().timing.forwards]
+            assert found[0] == (not _)
 
 
 def logged(drawn, reasons):
@@ -266,10 +291,39 @@ def test_a_report_begins_with_whether_it_helped():
     report = run(
         EasyCache(threshold=1e-9, warmup_steps=0.2), SolAttention(block_size=16, dense_steps=0, dense_layers=1)
     )
-    first, *others = str(report).splitlines()
+    first, *others = str(report).split("\nin detail:\n")[0].splitlines()
     assert first.startswith("measured speed-up: ")
     assert others[0].startswith("why not faster: ")
     assert any("easycache.threshold = 1e-09" in line for line in others)
     data = report.to_dict()
     assert data["timing"]["forwards"][0]["kind"] == "reduced"
     assert data["why_not_faster"] == report.why_not_faster()
+
+
+@pytest.mark.parametrize("how", ["attached", "enabled"])
+def test_no_further_cache_is_advised_beside_one_of_diffusers(how):
+    transformer, config = tiny_transformer(), diffusers.FirstBlockCacheConfig(threshold=0.4)
+    if how == "enabled":
+        transformer.enable_cache(config)
+    methods = [config] if how == "attached" else [SolAttention(block_size=16, min_tokens=1000)]
+    with dit_accel.attach(transformer, *methods, backend="torch") as attachment:
+        denoise(transformer, 12)
+        report = attachment.report()
+    assert {"dense", "reduced"} == {one.kind for one in report.timing.forwards}
+    lines = " ".join(report.why_not_faster())
+    assert "step cache" not in lines
+    assert "no method acted" not in lines or how == "enabled"
+    assert "diffusers' FirstBlockCacheConfig computed; loosen its options" in lines or how == "enabled"
+
+
+def test_a_defect_is_the_advice_where_there_is_one():
+    transformer = tiny_transformer()
+    attachment = dit_accel.attach(transformer, SolAttention(block_size=16), backend="torch")
+    for block in transformer.blocks:
+        block.attn1.set_processor(type(tiny_transformer().blocks[0].attn1.processor)())
+    denoise(transformer, 4)
+    line, *others = attachment.report().why_not_faster()
+    assert "% forwards in which no method acted; sol: attached, but no attention call of the run was planned" in line
+    assert line.endswith("detach and attach again")
+    assert "step cache" not in " ".join(others)
+    attachment.detach()

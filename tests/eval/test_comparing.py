@@ -215,7 +215,7 @@ def job_of(**changes) -> Job:
     ("changes", "references", "arms"),
     [
         ({"reference_steps": 50}, [50, 50], 14),
-        ({}, [16 + 32, 16 + 32 + 64 + 128 + 256], 14),
+        ({}, [16 + 32, 16 + 32 + 64 + 128 + 256 + 512], 14),
         ({"reference_steps": 50, "timed": True}, [51, 51], 28),
         ({"reference_steps": 50, "repeats": 3}, [50, 50], 42),
     ],
@@ -311,4 +311,4 @@ def test_a_suite_outside_of_suites_has_its_results_beside_it(fake, here):
     )
     found = CliRunner().invoke(app, ["eval", "run", "mine/s.toml"])
     assert (found.exit_code, (here / "mine" / "s.jsonl").is_file()) == (0, True)
-    assert "s: 1 clip, 50 to 504 denoising steps to run (references 48 to 496, arms 2, " in found.stderr
+    assert "s: 1 clip, 50 to 1,016 denoising steps to run (references 48 to 1,008, arms 2, " in found.stderr

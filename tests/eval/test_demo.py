@@ -10,8 +10,11 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import typer
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites.comparison import figures
+from dit_accel_eval.suites.suite import read_suite
 from PIL import Image
-from report_tables import DEMO, demo_text
+from report_tables import DEMO, demo_text, over_prompts
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -33,7 +36,14 @@ def test_the_demo_compares_and_writes(tmp_path: Path):
     assert list(ours["methods"]) == ["easycache"]
     assert (dense["psnr"], min(ours["psnr"]) > 15) == ([], True)
     assert written["shown_seed"] in (0, 1)
-    for text in ("against fewer steps", "dense", "fewer steps", "preset fast", "2 seeds"):
+    for text in (
+        "against fewer steps",
+        "dense",
+        "fewer steps",
+        "preset fast",
+        "2 seeds",
+        "That is one prompt",
+    ):
         assert text in result.stdout
     width, height = (
         3 * 64 * demo_comparison.SCALE,
@@ -74,7 +84,8 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
     dense = {"num_inference_steps": 20, "psnr": [9.0, 9.0], "seconds": [4.0, 4.0]}
     fewer = {"num_inference_steps": 13, "psnr": [30.0, 34.0], "seconds": [2.5, 2.7]}
     ours = {"num_inference_steps": 20, "psnr": [33.0, 35.0], "seconds": [2.4, 2.4]}
-    run = {"device": "a processor, 2 cores", "threads": 1, "arms": [dense, fewer, ours]}
+    ours["arm"] = "preset fast"
+    run = {"device": "a processor, 2 cores", "threads": 1, "model": "wan-tiny", "arms": [dense, fewer, ours]}
     (tmp_path / DEMO).parent.mkdir(parents=True)
     (tmp_path / DEMO).write_text(json.dumps(run))
     assert "with too few seeds to compare" in demo_text(tmp_path)
@@ -91,9 +102,22 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
         (tmp_path / DEMO).write_text(json.dumps(run))
         found = found.format("as much time spent on fewer steps (13, in 2.6 s)")
         assert demo_text(tmp_path) == (
-            f"**1.7 times as fast** (the denoising loop, 2.4 s for 4.0), and {found} dB over 6 seeds of one prompt "
+            f"**1.7 times as fast** (the whole call, 2.4 s for 4.0), and {found} dB over 6 seeds "
             f"(one thread, a processor, 2 cores; [the run]({DEMO}))."
         )
+    assert "one prompt" not in demo_text(tmp_path)  # no suite has judged it here
+
+
+def test_the_demo_s_one_prompt_stands_beside_the_prompts_that_judge(tmp_path: Path):
+    root = Path(__file__).parents[2]
+    level = demo_comparison.LEVEL
+    found, lines = over_prompts(root, "wan-tiny", level), read_lines(root / "eval/results/presets-wan-tiny.jsonl")
+    suite = read_suite(root / "eval/suites/presets-wan-tiny.toml")
+    arm = next(one for one in figures(suite, lines) if one.name == level)
+    assert found.lead in arm.ahead.values()
+    words = f"over {arm.clips} prompts that did not choose it the preset is {found.lead.mean:+.1f} ["
+    assert words in demo_text(root)
+    assert demo_text(root).endswith(f"{found.lead.verdict}.")
 
 
 def test_the_strip_shows_differences_five_times_as_large():

@@ -159,6 +159,6 @@ def test_a_notebook_reads_first_whether_it_helped_and_escapes_the_rest():
     )
     report = replace(REPORT, timing=Timing(forwards), predicted=Predicted(speedup=1.8), notes=("a < b",))
     page = report_html(report)
-    assert page.startswith("<div><b>measured speed-up: 1.98 (predicted 1.80) over dense forwards alone")
+    assert page.startswith("<div><b>measured speed-up: 1.98 of the denoising loop (predicted 1.80); forwards")
     assert "a &lt; b" in page
     assert "color:#" not in page  # the page's own colours, light or dark

@@ -176,6 +176,9 @@ def test_warnings_say_what_not_to_believe(tmp_path):
     for line in lines:
         if line["clip"] == 0:
             line |= {"reference_agreement": 41.26, "reference_steps": 256}
+        if line["clip"] == 1:
+            line |= {"reference_agreement": 20.0, "reference_steps": 256}
+            line["reference_confirmed"] = {"steps": 512, "agreement": 68.0}
         if line["clip"] == 2:
             line["torch"] = "9.9"
     path = lines_in(tmp_path / "r.jsonl", lines)
@@ -185,9 +188,10 @@ def test_warnings_say_what_not_to_believe(tmp_path):
     clips = len(found.prompts)
     for text in (
         "The last line of the results was cut off",
-        f"Clips are missing, so means are not over the same prompts: {arms[0]} ({clips - 1} of {clips}).",
-        "clip 0 (256 steps, 41.3 dB)",
-        f"With {clips} clips there is no verdict; it takes 6.",
+        f"Clips are missing, so means are not over the same prompts: {arms[0]} ({clips - 2} of {clips - 1}).",
+        "Left out, since their references did not converge to 45 dB: clip 0 (256 steps, 41.3 dB).",
+        "confirmed: clip 1 (256 steps, 68.0 dB to 512).",
+        f"With {clips - 1} clips there is no verdict; it takes 6.",
         "The runs are of several versions of torch: 2.",
     ):
         assert text in told
@@ -377,8 +381,8 @@ def test_of_few_clips_it_says_so_and_draws_no_interval():
 
 def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
     path = EARLIER / "report-wan-tiny.jsonl"
-    words = "The judge's score can't tell any of these arms from fewer steps."
-    assert first_words(path).startswith(words)
+    words = "The judge's score can't tell any of these arms from fewer steps"
+    assert first_words(path).startswith(f"{words} (95 % intervals of up to ±")
     lines = [{**line, "score": (0.8 if line["methods"] else 0.2) + line["clip"] / 100} for line in read_lines(path)]
     assert words not in first_words(lines_in(tmp_path / "r.jsonl", lines))
 
@@ -401,7 +405,7 @@ def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(
         assert f"{one.score.mean:+.1f} ({one.score.median:+.1f})" in table
     assert "ahead by more than 3 dB" in table
     assert "Pairs declared in the suite, PSNR clip by clip; p by Holm&#39;s rule over 4," in table
-    assert first_words(path).startswith("The judge's score can't tell the arms of any declared pair apart. ")
+    assert first_words(path).startswith("The judge's score can't tell the arms of any declared pair apart (95 % int")
     assert "| careful vs cache-dit, slow | +5.40 [" in writing.markdown_text(found)
     assert writing.data_of(found)["pairs"][0]["pair"]["against"] == "cache-dit, slow"
     assert "[[compare]]" in text

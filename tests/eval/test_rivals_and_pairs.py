@@ -204,6 +204,40 @@ def test_declared_pairs_are_judged_together_by_their_margins_and_tell_both_times
     assert pairs_text(pair_figures(declared, [], 30)) == pairs_text(pair_figures([], RUNS)) == ""
 
 
+def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_judged():
+    values = {"ssim": 0.9, "work_real": 20.0, "methods": {}}
+    lines = [
+        *lines_of("ours", OURS, **{**values, "methods": {"easycache": {}}}),
+        *lines_of("idle", [70.0] * 8, **{**values, "work": 30.01, "work_real": 30.01, "rival": {"cache-dit": {}}}),
+        *lines_of("guided", WELL, **{**values, "work": 30.0, "work_real": 30.0, "methods": {"nag": {}}}),
+        *(line for steps in (20, 30, 31) for line in lines_of(f"unipc {steps}", [0.0] * 8, **values)),
+    ]
+    for line in lines:
+        line["num_inference_steps"] = int(line["arm"].split()[-1]) if "unipc" in line["arm"] else 30
+    suite = Suite(name="s", model="wan-plain", clips=8, arms=(
+        *(Arm(name=name, num_inference_steps=30, flow_shift=2.0) for name in ("ours", "idle", "guided")),
+    ))  # fmt: skip
+    found = {arm.name: arm for arm in figures(suite, lines)}
+    assert (found["idle"].saved_nothing, found["idle"].ahead) == (True, {})
+    assert found["ours"].ahead["work"].together == 2
+    assert found["guided"].ahead["work"].mean == pytest.approx(3.74, abs=0.01)
+    printed = table(suite, lines)
+    assert next(line for line in printed.splitlines() if "| idle " in line).endswith(
+        "| saved nothing | saved nothing |"
+    )
+    assert "correction over 2 arms" in printed
+    for line in lines:
+        line |= {"reference_agreement": 17.5 if line["clip"] in (0, 1) else 50.0, "reference_steps": 256}
+        line |= {"reference_confirmed": {"steps": 512, "agreement": 68.4}} if line["clip"] == 1 else {}
+    assert {arm.clips for arm in figures(suite, lines)} == {7}
+    printed = table(suite, lines)
+    assert "Left out, since their references did not converge to 45 dB: clip 0 (256 steps, 17.5 dB)." in printed
+    assert "References that a run of twice as many steps confirmed: clip 1 (256 steps, 68.4 dB to 512)." in printed
+    assert "| clips |" not in printed
+    pair = Pair(arm="ours", against="guided")
+    assert pair_figures([pair], lines)[0].ahead.count == 7
+
+
 def test_the_judge_s_score_stands_beside_the_pairs_lead():
     lines = [{**line, "score": 0.5 + 0.1 * (line["arm"] == "ours") + line["clip"] % 3 / 100} for line in RUNS]
     found = pair_figures([Pair(arm="ours", against="other"), Pair(arm="well", against="other")], lines, 30)
@@ -272,6 +306,30 @@ def test_the_study_keeps_the_best_run_of_each_number_of_steps(folder):
     assert ladder.rungs[0].tried == {"unipc": 23.5, "unipc shift 8": 23.5, "dpm++": 23.5, "dpm++ shift 8": 32.5}
     with pytest.raises(ConfigError, match=r"of 4 steps"):
         best_rival.ladder_of(suite, lines[:1])
+
+
+def test_a_rung_is_confirmed_on_clips_that_did_not_choose_it(folder, fake):
+    tried = 'tried = {"dpm++ shift 8" = 20.0, "unipc" = 19.0, "dpm++" = 18.0, "unipc shift 3" = 2.0}\n'
+    (folder / "rivals.toml").write_text(LADDER.replace("psnr = 20.0\n", f"psnr = 20.0\n{tried}"))
+    ladder = read_ladder(folder / "rivals.toml")
+    arms = best_rival.again(ladder)
+    assert [arm.name for arm in arms] == ["dpm++ shift 8, 3", "unipc 3", "dpm++, 3"]
+    assert (arms[0].solver, arms[0].flow_shift) == ("dpm++", 8.0)
+    assert ladder.loose == "Not confirmed on prompts that did not choose: the rungs of 3, 7 steps."
+    suite = Suite(name="r", model="wan-plain", clips=2, first_clip=5, arms=arms)
+    for better, loose in ((0.4, "7 steps."), (0.6, "3, 7 steps.")):
+        values = {"dpm++ shift 8, 3": 30.0, "unipc 3": 30.0 + better, "dpm++, 3": 20.0}
+        lines = [{"arm": name, "clip": clip, "psnr": psnr} for name, psnr in values.items() for clip in (5, 6)]
+        found = best_rival.confirmed(folder / "rivals.toml", suite, lines)
+        best_rival.write_ladder(found, folder / "r.toml", "made so")
+        ladder = read_ladder(folder / "r.toml")
+        assert (ladder.confirmed_on, ladder.rungs[0].best_elsewhere) == ((5, 6), ("unipc", 30.0 + better))
+        assert ladder.loose.endswith(loose)
+    best_rival.write_ladder(found, folder / "rivals.toml", "made so")
+    judged = judging(folder)
+    job = Job(suite=judged, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+    run(job, [4])
+    assert ladder.loose in table(judged, read_lines(job.out))
 
 
 def test_the_best_of_the_first_clips_go_on_to_all(monkeypatch):

@@ -30,7 +30,7 @@ MADE = {
     "own_mask.py": ("window.mp4", "sparse calls"),
     "own_cache.py": ("fox.png", "my-cache: 2 of 12"),
     "tune_to_a_target.py": ("kite.mp4", "easycache"),
-    "compare_two_settings.py": ("cache-and-sparse.png", "one run each, same seed"),
+    "compare_two_settings.py": ("cache-and-sparse.png", "same seed"),
 }
 """Example -> a file that it writes, and what it prints."""
 

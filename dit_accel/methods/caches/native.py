@@ -133,7 +133,12 @@ class NativeHandler(Handler):
             {"transformer": name, "branch": branch, "step_index": step, "layers_run": ran, "layers": whole[name]}
             for (name, branch, step), ran in self._ran.items()
         ]
-        data = {**self.settings.to_dict(), "calls": calls}
+        log = [
+            {"transformer": name, "branch": branch, "step_index": step, "reused": ran < whole[name],
+             "reason": "measured" if ran < whole[name] else "its own rule", "value": None}
+            for (name, branch, step), ran in self._ran.items() if whole[name]
+        ]  # fmt: skip
+        data = {**self.settings.to_dict(), "calls": calls, "forwards": log}
         return Section(method=self.name, title=f"diffusers' {self._kind}", lines=tuple(lines), data=data)
 
 

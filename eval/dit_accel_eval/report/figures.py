@@ -13,9 +13,19 @@ from dit_accel.methods.registry import handlers
 from ..runs.results import Line, latest
 from ..statistics import FEWEST
 from ..suites.arms import is_rival
-from ..suites.comparison import TIMED, WORKS, ArmFigures, equal_value, figures_of, rival_kind, rival_words, value_of
+from ..suites.comparison import (
+    TIMED,
+    WORKS,
+    ArmFigures,
+    equal_value,
+    figures_of,
+    reference_words,
+    rival_kind,
+    rival_words,
+    value_of,
+)
 from ..suites.pairs import PairFigures, pair_figures
-from ..suites.reference import AGREE, ITSELF
+from ..suites.reference import ITSELF, is_converged
 from ..suites.suite import read_suite
 from .lines import Results, further_metrics, read_results
 
@@ -97,7 +107,7 @@ def report_of(results: Results, suite: Path | None = None) -> Report:
     lines, folder, near = results.lines, results.path.resolve().parent, f"{results.name}.toml"
     arms = tuple(figures_of(lines, list(dict.fromkeys(line["arm"] for line in lines if not is_rival(line)))))
     prompts = {line["clip"]: line["prompt"] for line in sorted(lines, key=lambda line: line["clip"])}
-    warnings, pairs, text = list(_warnings(results, arms, prompts)), list[PairFigures](), ""
+    warnings, pairs, text = list(_warnings(results, arms)), list[PairFigures](), ""
     path = suite or next(filter(Path.is_file, (folder / near, folder.parent / "suites" / near)), None)
     try:
         read = read_suite(path) if path else None
@@ -136,10 +146,13 @@ def quantile_clips(lines: Sequence[Line]) -> tuple[Line, Line]:
 
 
 def leads_of(report: Report, arm: ArmFigures, metric: str = "psnr") -> dict[int, float]:
-    """Return clip -> how far an arm's metric is above that of the dense run of equal `Report.main` there."""
+    """Return clip -> how far an arm's metric is above that of the dense run of equal `Report.main` there.
+
+    Of clips whose reference converged, and arms that saved something.
+    """
     known, found = latest(report.results.lines), {}
     kind = rival_kind(report.results.lines)
-    for line in () if report.is_dense(arm) else report.lines_of(arm):
+    for line in () if report.is_dense(arm) or arm.saved_nothing else filter(is_converged, report.lines_of(arm)):
         own, steps = value_of(line, metric), line.get(report.main)
         rival = None if steps is None else equal_value(known, line["clip"], steps, metric, kind)
         if own is not None and rival is not None:
@@ -147,22 +160,19 @@ def leads_of(report: Report, arm: ArmFigures, metric: str = "psnr") -> dict[int,
     return found
 
 
-def _warnings(results: Results, arms: Sequence[ArmFigures], prompts: Mapping[int, str]) -> Iterator[str]:
+def _warnings(results: Results, arms: Sequence[ArmFigures]) -> Iterator[str]:
     lines = results.lines
     if results.cut:
         yield "The last line of the results was cut off and is left out; the run may have been stopped."
     listed = {line["arm"] for line in lines if not is_rival(line)}
-    missing = [f"{arm.name} ({arm.clips} of {len(prompts)})" for arm in arms
-               if arm.name in listed and arm.clips < len(prompts)]  # fmt: skip
+    judging = {line["clip"] for line in lines if is_converged(line)}
+    missing = [f"{arm.name} ({arm.clips} of {len(judging)})" for arm in arms
+               if arm.name in listed and arm.clips < len(judging)]  # fmt: skip
     if missing:
         yield f"Clips are missing, so means are not over the same prompts: {_some(missing)}."
-    unconverged = {line["clip"]: line for line in lines if line["reference_agreement"] < AGREE}
-    if unconverged:
-        text = [f"clip {clip} ({line['reference_steps']} steps, {line['reference_agreement']:.1f} dB)"
-                for clip, line in sorted(unconverged.items())]  # fmt: skip
-        yield f"References that did not converge to {AGREE:g} dB, and blur what is held against them: {_some(text)}."
-    if len(prompts) < FEWEST:
-        yield f"With {len(prompts)} clips there is no verdict; it takes {FEWEST}."
+    yield from reference_words(lines)
+    if len(judging) < FEWEST:
+        yield f"With {len(judging)} clips there is no verdict; it takes {FEWEST}."
     yield rival_words(lines)
     yield from _guided(lines)
     yield from _unmeasured(lines)

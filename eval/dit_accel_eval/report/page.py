@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..runs.results import Line
-from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words
-from ..suites.comparison import ArmFigures, decimals_of, rule_words, seconds_cell
+from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
+from ..suites.comparison import NOTHING, ArmFigures, decimals_of, rule_words, seconds_cell
 from ..suites.pairs import pairs_rule
 from .charts import costs, forest, hues, prompt_map, step_map
 from .figures import Report, judged, leads_of, quantile_clips
 from .lines import ALWAYS, better_of, words_of
 from .media import AMPLIFIED, Entry, fps_of
 
-RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0}
+RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}
 """Verdict -> its place when the table is sorted by it."""
 
 SPEEDS = {"steps_in_time": "time", "work": "work"}
@@ -115,14 +115,25 @@ def summary(report: Report, scores: Mapping[str, Judged]) -> str:
         clips = max(one.count for one in found.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
     names = {word: [name for name, one in found.items() if one.verdict == word] for word in ("ahead", "behind")}
-    parts = [] if not _alike(scores) else ["The judge's score can't tell any of these arms from fewer steps."]
+    parts = (
+        []
+        if not _alike(scores)
+        else [f"The judge's score can't tell any of these arms from fewer steps{_reach(scores)}."]
+    )
     parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(found)} arms"
                  f" are ahead, {len(names['behind'])} behind; of the others these clips do not tell.")  # fmt: skip
+    idle = [arm.name for arm in judged(report) if arm.saved_nothing]
+    parts += [f"Saved nothing, and is not judged: {', '.join(idle)}."] if idle else []
     parts += [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
     pairs = {str(one.pair): one.score for one in report.pairs if one.score}
     if _alike(pairs):
-        parts.insert(0, "The judge's score can't tell the arms of any declared pair apart.")
+        parts.insert(0, f"The judge's score can't tell the arms of any declared pair apart{_reach(pairs)}.")
     return " ".join(parts)
+
+
+def _reach(scores: Mapping[str, Judged]) -> str:
+    words = reach_words(scores.values(), "points")
+    return f" ({words})" if words else ""
 
 
 def _alike(scores: Mapping[str, Judged]) -> bool:
@@ -134,7 +145,7 @@ def _rows(report: Report, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
     rows = []
     for arm in judged(report):
         lead = arm.ahead.get(report.main)
-        stands = lead.verdict if lead else ""
+        stands = lead.verdict if lead else NOTHING * arm.saved_nothing
         rows.append({
             "arm": arm, "lead": lead, "stands": stands, "rank": RANKS[stands], "score": scores.get(arm.name),
             "speedups": {key: report.speedup(arm.means, key) for key in report.works},

@@ -11,17 +11,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from dit_accel_pipelines.generation.solvers import BEST
 
+from dit_accel.methods.base import Phase
+from dit_accel.methods.registry import handlers
+
 from ..metrics.registered import described
 from ..runs.model import OWN
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import FEWEST, Estimate, Judged, estimate, judge
 from .arms import TUNED, is_rival
 from .ladder import setting_words
+from .reference import AGREE, CONFIRMED, is_converged
 from .suite import Suite
 
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
 TIMED = {"steps_in_time": "time"}
+NOTHING = "saved nothing"
+"""What stands in place of a lead of an arm whose methods left nothing out: it is the dense run, at its cost."""
+
+NEGLIGIBLE = 1e-3
+"""Share of the steps' work by which a run may differ from them and still save nothing."""
+
+SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)
+"""Phases of the methods that are there to leave something out."""
+
 MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")
 """Keys of a line of which there are means."""
 
@@ -39,6 +52,7 @@ class ArmFigures:
         metrics: metric besides those -> its mean over the clips that have it.
         differences: metric besides those -> its difference to the dense run of equal own work, clip by clip; all arms
             and metrics are judged together.
+        saved_nothing: whether its methods left nothing out on any clip; it is judged by none of these.
     """
 
     name: str
@@ -48,6 +62,7 @@ class ArmFigures:
     ahead: Mapping[str, Judged] = field(default_factory=dict)
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     differences: Mapping[str, Judged] = field(default_factory=dict)
+    saved_nothing: bool = False
 
 
 def rival_steps(line: Line) -> set[int]:
@@ -66,8 +81,25 @@ def rival_kind(lines: Sequence[Line]) -> str:
     return TUNED if any(is_rival(line) and line["arm"].startswith(f"{TUNED} ") for line in lines) else BEST
 
 
+def saves_nothing(line: Line) -> bool:
+    """Whether a run computed as much as its steps without methods, though it had some that are there to save."""
+    known = handlers()
+    saving = any(name in known and known[name].phase in SAVING for name in line.get("methods", ()))
+    idle = abs(line["work"] - line["num_inference_steps"]) <= NEGLIGIBLE * line["num_inference_steps"]
+    return idle and bool(saving or line.get("rival"))
+
+
+def idle_arms(lines: Sequence[Line]) -> set[str]:
+    """Return the arms that saved nothing on any of these lines' clips."""
+    return {line["arm"] for line in lines} - {line["arm"] for line in lines if not saves_nothing(line)}
+
+
 def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]:
-    """Return the figures of every arm that ran: dense runs by steps, then the others as listed."""
+    """Return the figures of every arm that ran: dense runs by steps, then the others as listed.
+
+    Clips whose reference did not converge are left out.
+    """
+    lines = [line for line in lines if is_converged(line)]
     known, kind = latest(lines), rival_kind(lines)
     dense = sorted({line["num_inference_steps"] for line in known.values() if line["arm"] not in listed})
     ran: dict[str, list[Line]] = {f"{one} {steps}": [] for one in dict.fromkeys((BEST, kind)) for steps in dense}
@@ -76,7 +108,8 @@ def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]
         if name in ran:
             ran[name].append(line)
     ran = {name: own for name, own in ran.items() if own}
-    held = {name: own for name, own in ran.items() if not is_rival(own[0])}
+    idle = idle_arms(lines)
+    held = {name: own for name, own in ran.items() if not is_rival(own[0]) and name not in idle}
     further = {name: dict.fromkeys(key for line in own for key in line.get("metrics", ())) for name, own in ran.items()}
 
     def ahead(own: Sequence[Line], key: str, metric: str) -> list[float]:
@@ -99,6 +132,7 @@ def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]
             ahead={key: found[name] for key, found in leads.items() if name in found},
             metrics={one: estimate(found) for one, found in values[name].items()},
             differences={one: found for (arm, one), found in others.items() if arm == name},
+            saved_nothing=name in idle,
         )
         for name, own in ran.items()
     ]  # fmt: skip
@@ -143,8 +177,26 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
     """
     arms = figures(suite, lines)
     most = max((arm.clips for arm in arms), default=0)
-    shown = [arm for arm in arms if arm.ahead or arm.clips == most]
-    return f"{table_of(shown, suite.clips)}\n\n{rule_words(arms)} {rival_words(lines)}"
+    shown = [arm for arm in arms if arm.ahead or arm.saved_nothing or arm.clips == most]
+    below = filter(None, (
+        rule_words(arms), rival_words(lines), suite.ladder.loose if suite.ladder else "", *reference_words(lines),
+    ))  # fmt: skip
+    lost = len({line["clip"] for line in lines if not is_converged(line)})
+    return f"{table_of(shown, suite.clips - lost)}\n\n{' '.join(below)}"
+
+
+def reference_words(lines: Sequence[Line]) -> list[str]:
+    """Return in words which references did not converge, and which were confirmed afterwards."""
+    found = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
+    clips = sorted(found.items())
+    lost = [f"clip {clip} ({line['reference_steps']} steps, {line['reference_agreement']:.1f} dB)"
+            for clip, line in clips if not is_converged(line)]  # fmt: skip
+    sure = [f"clip {clip} ({line['reference_steps']} steps, {line[CONFIRMED]['agreement']:.1f} dB to "
+            f"{line[CONFIRMED]['steps']})" for clip, line in clips if is_converged(line)]  # fmt: skip
+    return [
+        *([f"Left out, since their references did not converge to {AGREE:g} dB: {', '.join(lost)}."] if lost else []),
+        *([f"References that a run of twice as many steps confirmed: {', '.join(sure)}."] if sure else []),
+    ]
 
 
 def rule_words(arms: Sequence[ArmFigures]) -> str:
@@ -194,7 +246,7 @@ def table_of(arms: Sequence[ArmFigures], clips: int | None = None) -> str:
         cells += [seconds_cell(arm)] if timed else []
         cells += [arm.psnr.cell(), f"{arm.means['ssim']:.3f}"]
         cells += [f"{arm.means[key]:.0%}" if key in arm.means else "" for key in scored]
-        cells += [arm.ahead[key].judged() if key in arm.ahead else "" for key in works]
+        cells += [arm.ahead[key].judged() if key in arm.ahead else NOTHING * arm.saved_nothing for key in works]
         cells += [f"{arm.metrics[name]:.{decimals_of(name)}f}" if name in arm.metrics else "" for name in named]
         rows.append(cells)
     return markdown_table(" | ".join(heads), rows)

@@ -18,11 +18,20 @@ from .arms import TUNED, Arm, check_kinds, read_table
 
 VERSION = 1
 
-KINDS = {"model": str, "first_clip": int, "clips": int, "reference_steps": int, "call": dict, "rung": list}
+KINDS = {
+    "model": str, "first_clip": int, "clips": int, "reference_steps": int, "call": dict, "rung": list,
+    "confirmed_on": list,
+}  # fmt: skip
 """Key of a file -> what it must be."""
 
-RUNG_KINDS = {"num_inference_steps": int, "solver": str, "flow_shift": (int, float), "psnr": float, "tried": dict}
+RUNG_KINDS = {
+    "num_inference_steps": int, "solver": str, "flow_shift": (int, float), "psnr": float, "tried": dict,
+    "confirming": dict,
+}  # fmt: skip
 """Key of a rung -> what it must be."""
+
+LOOSE = 0.5
+"""Decibels below the best of those that ran on the confirming clips, beyond which a rung is not confirmed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +42,7 @@ class Rung:
         flow_shift: noise shift; None: the model's own.
         psnr: its mean PSNR over the choosing clips, in dB.
         tried: solver and shift in words -> the mean PSNR of each run that was tried.
+        confirming: the same of the best of these, over clips that did not choose; empty: not run there.
     """
 
     num_inference_steps: int
@@ -40,6 +50,18 @@ class Rung:
     psnr: float
     flow_shift: float | None = None
     tried: Mapping[str, float] = field(default_factory=dict)
+    confirming: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def best_elsewhere(self) -> tuple[str, float] | None:
+        """What came nearest on the confirming clips, and its mean PSNR there; None: nothing ran there."""
+        return max(self.confirming.items(), key=lambda one: one[1]) if self.confirming else None
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether prompts that did not choose the rung find none that is better by more than `LOOSE`."""
+        own, best = self.confirming.get(setting_words(self.solver, self.flow_shift)), self.best_elsewhere
+        return own is not None and best is not None and own >= best[1] - LOOSE
 
     def __str__(self) -> str:
         return f"{self.num_inference_steps} {setting_words(self.solver, self.flow_shift)}"
@@ -52,6 +74,7 @@ class Ladder:
     Attributes:
         reference_steps: of the reference that chose, as a suite's.
         call: arguments of the pipeline's call, as a suite's.
+        confirmed_on: the first and the last clip on which the rungs were tried again; (): on none.
     """
 
     model: str
@@ -60,6 +83,13 @@ class Ladder:
     rungs: tuple[Rung, ...]
     reference_steps: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+    confirmed_on: tuple[int, ...] = ()
+
+    @property
+    def loose(self) -> str:
+        """Which rungs other prompts do not confirm, in a sentence; "" where they confirm all."""
+        steps = [str(rung.num_inference_steps) for rung in self.rungs if not rung.confirmed]
+        return f"Not confirmed on prompts that did not choose: the rungs of {', '.join(steps)} steps." if steps else ""
 
     def arm(self, steps: int) -> Arm:
         """Return the dense run of so many steps, by the rung of the nearest number of them, of two alike the lower."""
@@ -100,4 +130,4 @@ def read_ladder(path: Path) -> Ladder:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     rungs = tuple(Rung(**rung) for rung in data.pop("rung"))
-    return Ladder(**data, rungs=rungs)
+    return Ladder(**{**data, "confirmed_on": tuple(data.get("confirmed_on", ()))}, rungs=rungs)

@@ -16,6 +16,7 @@ from dit_accel.errors import did_you_mean
 from ..runs.results import Line, latest, markdown_table
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words
 from .arms import Arm, check_kinds, dense_arm
+from .reference import is_converged
 
 KINDS = {"arm": str, "against": str, "margin": (int, float)}
 """Key of a pair -> what it must be."""
@@ -96,7 +97,7 @@ def pair_figures(
         reference_steps: of the reference, where that is the model's own run: what costs are a share of; None: the steps
             of the arm of most.
     """
-    known, both = latest(lines), dict[Pair, list[tuple[Line, Line]]]()
+    known, both = latest([line for line in lines if is_converged(line)]), dict[Pair, list[tuple[Line, Line]]]()
     for pair in pairs:
         clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
         both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
