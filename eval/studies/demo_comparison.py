@@ -30,12 +30,12 @@ from study import RESULTS
 
 from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.files import held, json_text, new_folder, written_whole
-from dit_accel.methods.presets import MEASURED_STEPS, PRESETS, Level
+from dit_accel.methods.presets import PRESETS, Level
 
 LEVEL: Level = "fast"
 """The preset that is shown."""
 
-DENSE = dense_arm(MEASURED_STEPS)
+DENSE = dense_arm(30)
 
 SCALE, AMPLIFIED = 3, 5
 """How large a pixel is in the pictures, and how many times larger the differences in the strip."""
@@ -66,10 +66,10 @@ class Outcome:
 def shown_prompt(name: str) -> str:
     """Return the prompt of the choosing clip on which the preset's cache had the upper median of its PSNRs."""
     cache = PRESETS[LEVEL][0].config.to_dict()
-    kind = (
-        f"growing, {cache['warmup_steps']} {cache['max_consecutive']} {cache['predictor']}, last {cache['last_steps']}"
-    )
-    lines = [line for line in read_lines(RESULTS / f"choose-caches-{name}.jsonl") if line["setting"].endswith(kind)]
+    kind = f"line, {cache['max_consecutive']:g} after {cache['warmup_steps']:g}, last {cache['last_steps']}"
+    own = kind, DENSE.num_inference_steps, name
+    every = read_lines(RESULTS / f"preset-levels-choose-{name}.jsonl")
+    lines = [line for line in every if (line["setting"], line["steps"], line["model"]) == own]
     middle = sorted(lines, key=lambda line: line["psnr"])[len(lines) // 2]["clip"]
     return held_out_prompts(name, middle + 1)[middle]
 

@@ -140,7 +140,7 @@ def over_prompts(root: Path, model: str, level: str) -> OverPrompts | None:
 
 
 def demo_text(root: Path) -> str:
-    """Return in a sentence what the committed run below the project's root folder showed, and what holds over prompts."""
+    """Return in a sentence what the committed run below the project's root folder showed, and what over prompts."""
     run = json.loads((root / DEMO).read_text(encoding="utf-8"))
     found = over_prompts(root, run["model"], run["arms"][-1]["arm"].removeprefix("preset "))
     return _demo_text(run) + (f" That is one prompt; {found}." if found else "")
