@@ -6,7 +6,8 @@
 ``choose`` runs `candidates`, ``judge`` the presets, on clips that chose nothing; ``--solver unipc`` adds that solver.
 Each line is one setting at one number of steps on one clip: PSNR to the model's own dense run of as many steps by the
 same solver, and as shares of that run's the blocks that ran and the processor seconds of the denoising loop and of the
-whole call. Lines named ``dense M`` are runs of M steps held against the same run. What is there is not run again; one thread.
+whole call. Lines named ``dense M`` are runs of M steps held against the same run. What is there is not run again; all
+runs on one thread.
 """
 
 import argparse
