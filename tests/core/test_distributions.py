@@ -54,7 +54,7 @@ def test_attach_asks_for_the_versions_that_pip_does(monkeypatch):
     least = versions.NEEDED["diffusers"].least
     assert f"{least}.0" in (ROOT / "docs" / "serving.md").read_text()
     for name, found, said in (
-        ("diffusers", "0.35.2", "needs diffusers 0.42 or newer, found 0.35.2"),
+        ("diffusers", "0.35.2", "diffusers 0.42 .*found 0.35.2"),
         ("torch", "2.8.0+cpu", "torch 2.9 .*found 2.8.0"),
     ):
         with monkeypatch.context() as patch:
@@ -63,7 +63,7 @@ def test_attach_asks_for_the_versions_that_pip_does(monkeypatch):
             with pytest.raises(dit_accel.ConfigError, match=said):
                 dit_accel.attach(tiny_transformer(), preset="none")
     monkeypatch.setattr(sys.modules["diffusers"], "__version__", f"{least}.0")
-    with pytest.warns(UserWarning, match=rf"diffusers {least}.0 is older than 0.42"):
+    with pytest.warns(UserWarning, match=rf"diffusers {least}.0 .*0\.42"):
         dit_accel.attach(tiny_transformer(), preset="none").detach()
     versions.require_versions.cache_clear()
 
