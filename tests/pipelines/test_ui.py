@@ -16,7 +16,7 @@ from typing import Any
 
 import imageio.v3 as imageio
 import pytest
-from dit_accel_pipelines.generation import ui
+from dit_accel_pipelines.generation import side_by_side, ui
 from dit_accel_pipelines.generation.side_by_side import Comparing, SideBySide, Stopped, Watched
 from typer.testing import CliRunner
 
@@ -89,6 +89,20 @@ def test_what_can_t_be_met_is_one_sentence_and_the_next_run_goes(changes, messag
     assert message in error
     assert "\n" not in error
     assert "--" not in error.split(";")[0]
+
+
+@pytest.mark.parametrize(("config", "value"), [
+    ('[autoguidance]\nweak = "owner/name"', "autoguidance.weak.*owner/name"),
+    ('[lite]\nthresholds_file = "/etc/passwd"', "lite.thresholds_file.*/etc/passwd"),
+    ('[profilingcache]\nblocks = "/dev/zero.json"', "profilingcache.blocks.*/dev/zero.json"),
+    ('[softpag]\nheads = ["L2", "/dev/zero.json, L1"]', "softpag.heads.*/dev/zero.json"),
+])  # fmt: skip
+def test_what_names_a_file_or_a_model_is_refused_before_anything_is_loaded(config, value, monkeypatch, tmp_path):
+    monkeypatch.setattr(side_by_side, "load_pipeline", None)
+    with pytest.raises(ConfigError, match=value):
+        compare(Comparing(**SMALL), tmp_path, preset="none", config=config)
+    with pytest.raises(TypeError, match="None"):
+        compare(Comparing(**SMALL), tmp_path, config='[softpag]\nheads = ["L2", "L1"]\n[dbprune]\nkeep = "0"')
 
 
 def told_error(comparing: Any, folder: Path, **changes: Any) -> str:

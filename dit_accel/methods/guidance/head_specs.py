@@ -5,8 +5,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ...errors import ConfigError, did_you_mean
+from ..options import JSON_FILE
+
+Specs = Annotated[str | tuple[str, ...], JSON_FILE]
+"""What a user writes."""
 
 Heads = Mapping[int, tuple[int, ...]]
 """Index of an attention layer -> its heads, in rising order."""
