@@ -28,6 +28,27 @@ _temporaries: set[Path] = set()
 """Files that this process deletes when it is done: those half written, and its locks."""
 
 
+MOST_TEXT = 16 << 20
+"""Bytes of the largest file that is read whole because an option names it."""
+
+
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file that an option names.
+
+    Raises:
+        OSError: also for what is no regular file, which may have no end, and for more than `MOST_TEXT` bytes.
+        UnicodeDecodeError: for what is no text.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)  # a pipe that nobody writes to would keep us waiting
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        found = file.read(MOST_TEXT + 1)
+    if len(found) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT >> 20} MiB", str(path))
+    return found.decode(encoding).replace("\r\n", "\n")
+
+
 def user_cache() -> Path:
     """Return the folder in which dit-accel keeps what it made: ``dit-accel`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-accel"

@@ -4,6 +4,8 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui  # type: ignore[import-not-found]  # ComfyUI's own, where it runs
 
+from dit_accel import SolAttention
+
 from .door import door_of, with_method
 
 CATEGORY = "dit-accel"
@@ -35,12 +37,15 @@ class Sparse(io.ComfyNode):
                 io.Float.Input(
                     "dense_steps", default=0.2, min=0.0, max=1.0, step=0.05, tooltip="First share of steps kept dense"
                 ),
-                io.Int.Input("min_tokens", default=12288, min=1, max=1 << 24, tooltip="Fewer tokens stay dense"),
+                io.Int.Input(
+                    "min_tokens", default=SolAttention.worthwhile_tokens, min=1, max=1 << 24,
+                    tooltip="Fewer tokens stay dense",
+                ),
                 io.Combo.Input("backend", options=list(BACKENDS), default="auto"),
                 _options("beta = 1.3"),
             ],
             outputs=[io.Model.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, method: str, dense_steps: float, min_tokens: int, backend: str, options: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean, install
+from ..files import read_text
 from .adapter import Adapter, Family
 from .embedded import assets, embedded_names
 from .installed import adapter_for
@@ -106,7 +107,7 @@ def read_config(model: str, file: str) -> dict[str, Any]:
             raise UnsupportedModel(f"model {model!r} {state}; give a folder saved by a diffusers pipeline, or a hub id")
         path = _download(model, file)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{file} of model {model!r} can't be read: {error}") from None
 

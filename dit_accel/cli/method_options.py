@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, did_you_mean
+from ..files import read_text
 from .console import note
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequen
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
+        return read_text(path, "utf-8-sig")  # editors on Windows begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} can't be read ({reason}); give a TOML file") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapters.embedded import assets, embedded_names
 from ..errors import ConfigError
-from ..files import user_cache, written_whole
+from ..files import read_text, user_cache, written_whole
 from ..methods.config import MethodConfig
 from ..methods.toml import from_toml, run_table, to_toml, tuned_table
 
@@ -115,7 +115,7 @@ def read_tuned(path: Path) -> TunedSetting:
         ConfigError: for one that can't be read or was not measured.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the tuned setting {path} can't be read ({error}); delete it, or tune again") from None
     where = f"the tuned setting {path}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from ..errors import ConfigError, did_you_mean
-from .options import Rule, find_broken
+from .options import Rule, find_broken, may_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,12 @@ class MethodConfig:
         """Return the fields that are set, as plain values: tuples become lists, None is left out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
+
+    def outside(self) -> dict[str, Any]:
+        """Return the options that may name a file or a model of a hub, with their values."""
+        declared = typing.get_type_hints(type(self), include_extras=True)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if may_name(value, declared[name], _fits)}
 
     def require_one_of(self, *options: str, of: str) -> None:
         """Raise `ConfigError` if two of some options are set that say the same, such as ``how much is kept``."""
@@ -177,7 +183,7 @@ def spell_type(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         words = " and ".join(rule.words for rule in parts[1:] if isinstance(rule, Rule))
-        return words if words.startswith("a ") else f"{spell_type(parts[0])} {words}"
+        return words if words.startswith("a ") else f"{spell_type(parts[0])} {words}".rstrip()
     if origin in (typing.Union, types.UnionType):
         return " or ".join(spell_type(part) for part in parts)
     if origin is typing.Literal:

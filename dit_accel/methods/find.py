@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter, Family
 from ..adapters.installed import adapter_for, adapters, why_no_adapter
+from ..adapters.versions import require_versions
 from ..errors import ConfigError, UnsupportedModel
 from .base import Model
 from .caches.block_numbers import read_numbers
@@ -20,8 +21,10 @@ LayerFilter = str | Callable[[str, nn.Module], bool]
 def find_transformers(model: Any) -> dict[str, Any]:
     """Return the transformers of a pipeline that an adapter covers, by component name; or the transformer itself.
 
-    For a compiled one (``torch.compile``) it is the module inside. `UnsupportedModel` is raised if there is none.
+    For a compiled one (``torch.compile``) it is the module inside. `UnsupportedModel` is raised if there is none,
+    `ConfigError` where torch or diffusers is too old.
     """
+    require_versions()
     supported = {name for adapter in adapters().values() for name in adapter.transformers}
     parts = components_of(model)
     modules = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}

@@ -1,6 +1,8 @@
 """How a config declares an option: its type and range in one annotation, such as ``Annotated[float, ge(0)]``.
 
-A text beside the rules is advice for whoever breaks one: ``Annotated[float, ge(0), "0 skips nothing"]``.
+A text beside the rules is advice for whoever breaks one: ``Annotated[float, ge(0), "0 skips nothing"]``. An option that
+takes any text is taken to name a file or a hub's model, unless its annotation says when it does: ``Annotated[str,
+NO_FILE]``.
 """
 
 import types
@@ -21,6 +23,21 @@ class Rule:
 
     words: str
     holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """When an option's text names a file or a model of a hub.
+
+    Attributes:
+        outside: text -> whether it names one.
+    """
+
+    outside: Callable[[str], bool]
+
+
+NO_FILE, JSON_FILE = Names(lambda text: False), Names(lambda text: ".json" in text)
+"""Of a text that never names a file, and of one that does where it ends in ``.json``."""
 
 
 def ge(limit: float) -> Rule:
@@ -96,3 +113,19 @@ def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tupl
         found = next(filter(None, (find_broken(item, parts[0], fits) for item in value)), None)
         return found and (f"hold values that are {found[0].removeprefix('be ')}", *found[1:])
     return None
+
+
+def may_name(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> bool:
+    """Return whether a value may name a file or a model of a hub, by its annotation; ``fits`` as in `find_broken`."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if value is None or isinstance(value, (bool, int, float)) or origin is typing.Literal:
+        return False
+    if origin is Annotated:
+        texts = value if isinstance(value, tuple) else (value,)
+        said = [any(map(part.outside, texts)) for part in parts[1:] if isinstance(part, Names)]
+        return any(said) if said else may_name(value, parts[0], fits)
+    if origin in (typing.Union, types.UnionType):
+        return any(may_name(value, part, fits) for part in parts if fits(value, part))
+    if origin is tuple and isinstance(value, tuple):
+        return any(may_name(item, parts[0], fits) for item in value)
+    return True

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
+from torch.nn import Module
+
 from ..attachment.attachment import Attachment, attach, attachment_of
 from ..errors import DitAccelError
+from ..methods.find import components_of, find_transformers
 from .settings import read_setting, requested
 
 LOGGER = logging.getLogger("dit_accel.serving")
@@ -16,7 +19,7 @@ LOGGER = logging.getLogger("dit_accel.serving")
 Result = TypeVar("Result")
 
 _ONE_AT_A_TIME: "weakref.WeakKeyDictionary[Any, threading.RLock]" = weakref.WeakKeyDictionary()
-"""Pipeline to which a server attached -> what its requests hold while they run."""
+"""Transformer to which a server attached -> what requests of any pipeline around it hold while they run."""
 
 _BENEATH = ("torch", "triton", "threading", "contextlib", "functools")
 """Packages in which an error may begin that is still the caller's."""
@@ -44,7 +47,8 @@ def attach_requested(pipe: Any, setting: str | None = None, logger: logging.Logg
     except Exception as error:  # a server goes on without us
         logger.warning("dit-accel: not attached to %s: %s", type(pipe).__name__, _line(error))
         return None
-    _ONE_AT_A_TIME[pipe] = threading.RLock()
+    lock = threading.RLock()
+    _ONE_AT_A_TIME.update(dict.fromkeys(find_transformers(pipe).values(), lock))
     beside = f"; requests say {', '.join(wanted.run)} for themselves" if wanted.run else ""
     logger.info("dit-accel: %s of %s%s", attachment, text, beside)
     return attachment
@@ -59,7 +63,8 @@ def answer(
     Where the methods themselves fail the reason is logged, and the request runs again without them.
 
     Args:
-        pipe: the pipeline that `attach_requested` was given; of any other one the request just runs.
+        pipe: the pipeline that `attach_requested` was given, or another around its transformer, which has its methods;
+            of any other one the request just runs.
         run: calls the pipeline once and returns what the server wants of it; it may be called a second time.
         generators: the random generators that the call draws from, which the second run finds as the first did.
         logger: the server's.
@@ -67,7 +72,8 @@ def answer(
     Returns:
         What ``run`` returns. What it raises is raised.
     """
-    lock = None if pipe is None else _ONE_AT_A_TIME.get(pipe)
+    parts = [getattr(part, "_orig_mod", part) for part in components_of(pipe).values()]
+    lock = next((_ONE_AT_A_TIME[part] for part in parts if isinstance(part, Module) and part in _ONE_AT_A_TIME), None)
     if lock is None:
         return run()
     with lock:

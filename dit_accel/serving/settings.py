@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
+from ..files import read_text
 
 if TYPE_CHECKING:  # a plugin that nobody asks for loads nothing
     from ..methods.config import MethodConfig
@@ -58,7 +59,7 @@ def read_setting(text: str) -> Setting:
             f"{text!r} is no setting; give one of {', '.join((*LEVELS, NONE))}, or the path of a .toml file"
         )
     try:
-        read = Path(text).expanduser().read_text(encoding="utf-8")
+        read = read_text(Path(text).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the settings {text} can't be read: {error}; give the path of a TOML file") from None
     methods = tuple(from_toml(read, text))

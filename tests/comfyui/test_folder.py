@@ -6,6 +6,10 @@ import json
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dit_accel import SolAttention
 
 ROOM = Path(__file__).parents[2] / "comfyui"
 
@@ -27,6 +31,36 @@ def test_the_folder_is_imported_by_a_name_of_comfyuis_and_without_it(monkeypatch
     monkeypatch.setitem(sys.modules, "custom_nodes_x", module)
     spec.loader.exec_module(module)
     assert asyncio.iscoroutinefunction(module.comfy_entrypoint)
+
+
+class Part:
+    """What ComfyUI's node API makes of a node's description."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        self.args, self.given = args, given
+
+
+def test_sparse_attention_waits_for_as_many_tokens_as_the_pages_say(monkeypatch):
+    """The node as it is put down, the pages, and the workflows, which are long enough."""
+    least, acting = SolAttention.worthwhile_tokens, []
+    kinds = dict.fromkeys(
+        ("Model", "Combo", "Float", "Int", "String", "Latent"), SimpleNamespace(Input=Part, Output=Part)
+    )
+    api = SimpleNamespace(ComfyExtension=object, io=SimpleNamespace(ComfyNode=object, Schema=Part, **kinds), ui=None)
+    monkeypatch.setitem(sys.modules, "comfy_api", SimpleNamespace(latest=api))
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", api)
+    schema = importlib.import_module("dit_accel_comfyui.nodes").Sparse.define_schema()
+    monkeypatch.delitem(sys.modules, "dit_accel_comfyui.nodes")
+    assert {one.args[0]: one.given.get("default") for one in schema.given["inputs"]}["min_tokens"] == least
+    for path in (ROOM / "workflows").glob("*.json"):
+        graph = {node["class_type"]: node["inputs"] for node in json.loads(path.read_text(encoding="utf-8")).values()}
+        if sparse := graph.get("DitAccelSparse"):
+            size = graph["EmptyHunyuanLatentVideo"]
+            tokens = (size["width"] // 16) * (size["height"] // 16) * ((size["length"] - 1) // 4 + 1)
+            acting.append((sparse["min_tokens"], tokens >= least))
+    assert acting == [(least, True)] * 2
+    pages = (ROOM / "README.md", *(ROOM.parent / "docs" / name for name in ("start/comfyui.md", "methods/sol.md")))
+    assert all(f"{least:,}" in page.read_text(encoding="utf-8") for page in pages)
 
 
 def test_workflows_name_methods_that_there_are():

@@ -51,7 +51,7 @@ def test_a_workflow_runs_and_keeps_its_contract(name):
     assert run["passed_on"] == run["passed_on_last"] > 0
     assert run["refused"] == 0, "refused settings must leave the model as it was, to the bit"
     assert "no_such_option" in run["refused_report"]
-    assert "layers at" in run["report"]
+    assert ("layers at" in run["report"]) == ("sparse" in name or "long" in name)
 
 
 def test_a_compiled_model_gives_the_same():
@@ -85,6 +85,6 @@ def test_tokens_stand_where_the_package_says(name):
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_names_our_nodes_and_every_link_leads_somewhere(name):
     graph = json.loads((ROOM / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    assert {node["class_type"] for node in graph.values()} >= {"DitAccelSparse", "DitAccelReport"}
+    assert {node["class_type"] for node in graph.values()} >= {"DitAccelReport"}
     links = [value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
     assert set(links) <= set(graph)

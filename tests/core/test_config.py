@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import pathlib
 import typing
 
 import numpy as np
@@ -14,7 +15,8 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention
-from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.config import MethodConfig, _fits
+from dit_accel.methods.options import JSON_FILE, NO_FILE, may_name
 from dit_accel.methods.registry import methods
 from dit_accel.methods.toml import from_toml, parse_value, to_toml
 
@@ -84,6 +86,31 @@ def test_numbers_are_finite(config, option, value):
             config(**{option: number})
     with pytest.raises(ConfigError, match=rf"the file: {config.name}\.{option} .*finite.*got {value}"):
         from_toml(f"[{config.name}]\n{option} = {value}", "the file")
+
+
+def test_a_text_may_name_a_file_unless_its_option_says_otherwise():
+    """A stranger's method too, of which nobody here knows what it reads."""
+
+    @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+    class Stranger(MethodConfig):
+        name: typing.ClassVar[str] = "stranger"
+        number: float = 0.5
+        kind: typing.Literal["a", "b"] = "a"
+        table: str | tuple[str, ...] | None = None
+        place: pathlib.Path | None = None
+        words: typing.Annotated[str, NO_FILE] | None = None
+        heads: typing.Annotated[str | tuple[str, ...], JSON_FILE] | None = None
+
+    assert Stranger(words="a.json", heads=["L1", "L2"]).outside() == {}
+    given = dict(table=("a", "b"), place=pathlib.Path("c"), heads=("L1", "x.json, L2"))
+    assert Stranger(**given).outside() == given
+    assert Stranger(table="a").outside() == {"table": "a"}
+    hints = {config: typing.get_type_hints(config, include_extras=True) for config in methods().values()}
+    found = [(config, option) for config, option in options_of(str) if may_name("x.json", hints[config][option], _fits)]
+    assert {f"{config.name}.{option}" for config, option in found} == {
+        "autoguidance.weak", "lite.thresholds_file", "profilingcache.blocks", "softpag.heads", "pag.layers",
+        "seg.layers", "slg.layers",
+    }  # fmt: skip
 
 
 def test_there_are_numbers_to_be_finite():

@@ -11,6 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from wan_tiny import tiny_transformer
+
+import dit_accel
+from dit_accel.adapters import versions
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "release"))
@@ -47,6 +51,29 @@ def test_the_version_stands_in_one_place():
     pins = [text for text in texts if re.match(r"dit-accel-\w+(?!\[)[~=<>]", text)]
     assert {text.split("~=")[0] for text in pins} == {"dit-accel-kernels", "dit-accel-assets"}
     assert {text.split("~=")[1] for text in pins} == {NUMBER}
+
+
+def test_attach_asks_for_the_versions_that_pip_does(monkeypatch):
+    """Servers install without what pip asks for."""
+    asked = {
+        name: text for name, _, text in (one.partition(">=") for one in project("dit-accel")["project"]["dependencies"])
+    }
+    assert {name: asked[name] for name in versions.NEEDED} == {name: x.asked for name, x in versions.NEEDED.items()}
+    least = versions.NEEDED["diffusers"].least
+    assert f"{least}.0" in (ROOT / "docs" / "serving.md").read_text()
+    for name, found, said in (
+        ("diffusers", "0.35.2", "diffusers 0.42 .*found 0.35.2"),
+        ("torch", "2.8.0+cpu", "torch 2.9 .*found 2.8.0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[name], "__version__", found)
+            versions.require_versions.cache_clear()
+            with pytest.raises(dit_accel.ConfigError, match=said):
+                dit_accel.attach(tiny_transformer(), preset="none")
+    monkeypatch.setattr(sys.modules["diffusers"], "__version__", f"{least}.0")
+    with pytest.warns(UserWarning, match=rf"diffusers {least}.0 .*0\.42"):
+        dit_accel.attach(tiny_transformer(), preset="none").detach()
+    versions.require_versions.cache_clear()
 
 
 def test_the_changelog_and_the_citation_are_of_that_version():

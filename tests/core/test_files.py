@@ -15,8 +15,25 @@ from types import SimpleNamespace
 import pytest
 
 from dit_accel import files
-from dit_accel.errors import Busy, ConfigError
+from dit_accel.adapters.model_files import read_config
+from dit_accel.cli import method_options
+from dit_accel.errors import Busy, ConfigError, DitAccelError
+from dit_accel.estimate.tuned import read_tuned
 from dit_accel.files import check_writable, held, json_text, new_folder, remove_temporaries, written_whole
+from dit_accel.methods.attention.lite.thresholds import read_thresholds
+from dit_accel.methods.caches.profile_file import read_profile
+from dit_accel.methods.guidance.head_specs import read_file
+from dit_accel.serving.settings import read_setting
+
+READERS = {
+    "thresholds": read_thresholds,
+    "profile": lambda path: read_profile(str(path), "profilingcache.blocks"),
+    "heads": lambda path: read_file(path, "softpag.heads"),
+    "--config": method_options._text,
+    "serving": lambda path: read_setting(str(path)),
+    "tuned": read_tuned,
+    "model": lambda path: read_config(str(path.parent), path.name),
+}
 
 
 def names(folder: Path) -> list[str]:
@@ -36,6 +53,22 @@ def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path: Path):
         interrupted()
     assert names(tmp_path) == ["a.txt"]
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "large"])
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_what_has_no_end_is_never_read(tmp_path: Path, monkeypatch, name: str, read):
+    """Each reader of a file that an option names."""
+    monkeypatch.setattr(files, "MOST_TEXT", 100)
+    path = tmp_path / f"{Path(name).name}.toml"
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name == "large":
+        path.write_text("#" * 101)
+    else:
+        path.symlink_to(name)
+    with pytest.raises(DitAccelError, match=f"{path.name}.*(0 MiB|regular)|no {path.name}"):
+        read(path)
 
 
 def test_a_file_takes_its_place_with_ordinary_rights(tmp_path: Path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_what_belongs_to_somebody_else_is_not_loaded(quick, monkeypatch, what):
     monkeypatch.setattr(compiled, "_trusted_owner", lambda found: stat.S_ISDIR(found.st_mode) == (what == "file"))
     assert not compiled.whole(path) or what == "folder"
     if what == "folder":
-        with pytest.warns(UserWarning, match=r"dit-accel.*user \d+.*XDG_CACHE_HOME"):
+        with pytest.warns(UserWarning, match=r"loop.*user \d+.*XDG_CACHE_HOME"):
             assert again().library is None
 
 
@@ -210,6 +211,15 @@ def test_owners(monkeypatch):
 
 
 @posix
+@pytest.mark.parametrize(("mode", "group", "open_to"), [
+    (0o700, 5, False), (0o755, 5, False), (0o757, 5, True), (0o1777, 5, False), (0o775, 5, True), (0o775, 7, False),
+])  # fmt: skip
+def test_a_folder_is_open_to_others_unless_they_may_move_nothing_of_ours(mode, group, open_to):
+    """User 7: a group of that number is the user's own, as many systems make it."""
+    assert compiled._open_to_others(SimpleNamespace(st_mode=mode, st_uid=7, st_gid=group)) is open_to
+
+
+@posix
 def test_folders_are_the_users_alone(fresh):
     old = os.umask(0)
     try:
@@ -221,6 +231,26 @@ def test_folders_are_the_users_alone(fresh):
         assert {stat.S_IMODE(path.stat().st_mode) for path in (fresh, fresh.parent)} == {0o700}
     finally:
         os.umask(old)
+
+
+@posix
+@pytest.mark.parametrize("what", ["a link", "a link in the root", "a root of all"])
+def test_what_others_could_swap_is_refused_and_not_changed(fresh, tmp_path, what):
+    """A link that somebody laid would have the mode of a folder of the user's own changed."""
+    own, root = tmp_path / "own", fresh.parents[1]
+    own.mkdir()
+    own.chmod(0o775)
+    root.mkdir(mode=0o700)
+    if what.startswith("a link"):
+        place = fresh if what == "a link" else fresh.parent
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(own)
+    else:
+        root.chmod(0o757)
+    with pytest.warns(UserWarning, match=rf"loop.*{root}.*XDG_CACHE_HOME"):
+        assert again().library is None
+    assert stat.S_IMODE(own.stat().st_mode) == 0o775
+    assert not list(own.iterdir())
 
 
 def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):

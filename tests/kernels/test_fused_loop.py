@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -169,6 +170,7 @@ def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
     threads(count)
     q, k, v = qkv(1, 4, 4, 4096, 4096, 64, torch.float32)
     tiles, busy = TileLists.full(4096, 4096, block_q=16, block_k=64), torch.zeros(count, dtype=torch.bool)
+    several = min(count, 4 * (os.cpu_count() or 1)) * 3 // 4  # more than that the system may start when all is done
     for _ in range(20):  # a machine that is busy may start some threads of a call too late
         block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
         *packing, (attended, found) = done
@@ -176,9 +178,9 @@ def test_every_thread_gets_its_pieces_once(monkeypatch, threads, count, own):
         assert (int(found.sum()), attended) == (4 * 256, 4 * 256)
         busy |= found > 0
         done.clear()
-        if int(busy.sum()) > count * 3 // 4:
+        if int(busy.sum()) >= several:
             break
-    assert int(busy.sum()) > count * 3 // 4
+    assert int(busy.sum()) >= several
 
 
 @needs_compiler

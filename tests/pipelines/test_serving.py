@@ -6,6 +6,7 @@ import logging
 import pkgutil
 import random
 import resource
+import threading
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from dit_accel_kernels import api
+from matrix_runs import twin
 from servers import SERVERS, STAND_INS, importable, prompted_wan, their_files
 
 import dit_accel
 from dit_accel.serving import vllm_omni
+from dit_accel.serving.requests import answer, attach_requested
 from dit_accel.serving.settings import VARIABLE
 
 METHODS = """
@@ -210,6 +213,28 @@ def test_a_refused_setting_leaves_the_server_plain_with_the_reason(text, reason,
     assert dit_accel.attachment_of(pipe) is None
     assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
     assert not logged(caplog)
+
+
+def test_a_second_pipeline_around_the_transformer_waits(setting):
+    setting(METHODS)
+    pipe, results = prompted_wan(), []
+    attach_requested(pipe)
+    other = twin(pipe)
+
+    def send(pipe, **call):
+        made = answer(pipe, lambda: pipe("a kite", generator=seeded(), output_type="latent", **SIZE, **call).frames)
+        results.append(made)
+
+    def meet(pipe, index, timestep, kwargs):
+        if index == 1:
+            second.start()
+            second.join(0.5)  # in which it would run into this run
+        return {}
+
+    second = threading.Thread(target=send, args=(other,))
+    send(pipe, callback_on_step_end=meet)
+    second.join()
+    assert torch.equal(*results)
 
 
 def test_an_unset_variable_touches_no_server(start, monkeypatch):

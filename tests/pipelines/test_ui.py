@@ -16,11 +16,13 @@ from typing import Any
 
 import imageio.v3 as imageio
 import pytest
-from dit_accel_pipelines.generation import ui
+from dit_accel_pipelines.generation import side_by_side, ui
+from dit_accel_pipelines.generation.request import check_words
 from dit_accel_pipelines.generation.side_by_side import Comparing, SideBySide, Stopped, Watched
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, EasyCache
+from dit_accel.adapters.embedded import embedded_names
 from dit_accel.cli.app import app
 from dit_accel.methods.toml import to_toml
 
@@ -91,20 +93,34 @@ def test_what_can_t_be_met_is_one_sentence_and_the_next_run_goes(changes, messag
     assert "--" not in error.split(";")[0]
 
 
+@pytest.mark.parametrize(("config", "value"), [
+    ('[autoguidance]\nweak = "owner/name"', "autoguidance.weak.*owner/name"),
+    ('[lite]\nthresholds_file = "/etc/passwd"', "lite.thresholds_file.*/etc/passwd"),
+    ('[profilingcache]\nblocks = "/dev/zero.json"', "profilingcache.blocks.*/dev/zero.json"),
+    ('[softpag]\nheads = ["L2", "/dev/zero.json, L1"]', "softpag.heads.*/dev/zero.json"),
+])  # fmt: skip
+def test_what_names_a_file_or_a_model_is_refused_before_anything_is_loaded(config, value, monkeypatch, tmp_path):
+    monkeypatch.setattr(side_by_side, "load_pipeline", None)
+    with pytest.raises(ConfigError, match=value):
+        compare(Comparing(**SMALL), tmp_path, preset="none", config=config)
+    with pytest.raises(TypeError, match="None"):
+        compare(Comparing(**SMALL), tmp_path, config='[softpag]\nheads = ["L2", "L1"]\n[dbprune]\nkeep = "0"')
+
+
 def told_error(comparing: Any, folder: Path, **changes: Any) -> str:
-    """What the page shows of an error."""
+    """What the page shows of an error, where the next result stands."""
     given = {"model": None, "preset": "fast", "config": "", "steps": 10, "seed": 0, **changes}
+    prompt = given.pop("prompt", PROMPT)
+    made = ui._run(comparing, lambda *_, **__: None, threading.Event(), folder, prompt, given)
+    told, *others = ui._shown(SimpleNamespace(skip=lambda: "as it was"), made)
+    assert set(others) == {"as it was"}
+    return told
 
-    class ToldError(Exception):
-        def __init__(self, text: str, **_: Any) -> None:
-            super().__init__(text)
 
-    with pytest.raises(ToldError) as told:
-        ui._run(
-            ToldError, comparing, lambda *_, **__: None, threading.Event(), folder,
-            given.pop("prompt", PROMPT), given,
-        )  # fmt: skip
-    return str(told.value)
+@pytest.mark.parametrize("model", embedded_names())
+def test_the_embedded_models_know_the_examples(model):
+    for prompt in ui.EXAMPLES:
+        check_words(prompt, model)
 
 
 def test_what_fails_in_a_run_is_told_without_a_traceback(tmp_path, capsys):
@@ -112,7 +128,7 @@ def test_what_fails_in_a_run_is_told_without_a_traceback(tmp_path, capsys):
         raise RuntimeError("CUDA out of memory. Tried to allocate\nmore")
 
     text = told_error(comparing, tmp_path)
-    assert text == "the run failed: RuntimeError: CUDA out of memory. Tried to allocate"
+    assert text.endswith("the run failed: RuntimeError: CUDA out of memory. Tried to allocate")
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -221,8 +237,9 @@ def test_in_a_browser_both_clips_play_beside_their_times(address):
         page.goto(address)
         page.fill("#prompt textarea", "")
         page.click("#compare")
-        page.wait_for_selector(".toast-body")
-        assert "a prompt is needed" in page.inner_text(".toast-body")
+        page.wait_for_function("document.querySelector('#told').innerText.includes('a prompt is needed')")
+        page.click(f"text={ui.EXAMPLES[1]}")
+        page.wait_for_function(f"document.querySelector('#prompt textarea').value == '{ui.EXAMPLES[1]}'")
 
         page.fill("#prompt textarea", PROMPT)
         page.fill("#steps input[type=number]", "100")
@@ -237,6 +254,7 @@ def test_in_a_browser_both_clips_play_beside_their_times(address):
         page.wait_for_function(f"() => ({PLAYS})([...document.querySelectorAll('video')]) == 3")
         told = page.inner_text("#told")
         assert all(word in told for word in ("dense", "with methods", "PSNR"))
+        assert "a prompt is needed" not in page.inner_text("body")
         assert "measured speed-up" in page.input_value("#report textarea")
         page.set_viewport_size({"width": 390, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

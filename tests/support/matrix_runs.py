@@ -102,7 +102,7 @@ def latents_of(out: Any) -> Tensor:
             out = torch.stack(list(out))
         else:
             out = out[0] if isinstance(out, (list, tuple)) else torch.as_tensor(out)
-    return out.float()
+    return out if out.dtype == torch.float64 else out.float()
 
 
 def run(pipe: Any, call: Call, seeds: Sequence[int] = (0,)) -> Tensor:
@@ -125,6 +125,18 @@ def prepared(stock: Stock) -> tuple[Any, Call]:
         if hasattr(part, "encode") and hasattr(part, "decode"):
             _encode_without_noise(part)
     return pipe, call
+
+
+def widened(pipe: Any, call: Call) -> Call:
+    """Turn a pipeline's modules to float64, in place, and return its call with numbers of that type."""
+    pipe.to(torch.float64)
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(wide(one) for one in value)
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: wide(value) for name, value in call.items()}
 
 
 def _encode_without_noise(vae: Any) -> None:
@@ -280,7 +292,7 @@ def with_negative(pipe: Any, call: Call) -> Call:
         return call
     known = parameters(pipe)
     added = {
-        f"negative_{name}": torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+        f"negative_{name}": torch.randn(value.shape, generator=torch.Generator().manual_seed(3)).to(value.dtype)
         for name, value in call.items()
         if isinstance(value, Tensor) and value.is_floating_point() and f"negative_{name}" in known
     }

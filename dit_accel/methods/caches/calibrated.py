@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ...adapters.installed import families
 from ...errors import ConfigError, did_you_mean
 from ..base import Model
+from ..options import NO_FILE
 from .cache_config import MeasuredCacheConfig
 from .engine import StepCacheHandler
 
@@ -25,8 +26,8 @@ class CalibratedConfig(MeasuredCacheConfig):
     numbers: ClassVar[str]
     """The option that holds the numbers; ``_2`` is added for those of a second transformer."""
 
-    family: str | None = None
-    measured_on: str | None = None
+    family: Annotated[str, NO_FILE] | None = None
+    measured_on: Annotated[str, NO_FILE] | None = None
 
     def __post_init__(self) -> None:
         MeasuredCacheConfig.__post_init__(self)

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import ConfigError
+from ...files import read_text
 
 VERSION = 1
 SAMPLED = 8
@@ -18,7 +18,7 @@ SAMPLED = 8
 def read_profile(path: str, option: str) -> dict[str, Any]:
     """Return the content of a profile, the JSON file that ``option`` names; raise `ConfigError` if it is none."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"{option} = {path!r} can't be read ({error.strerror}); write it with dit-accel tune profile -o {path}"

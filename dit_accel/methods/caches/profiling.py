@@ -19,7 +19,7 @@ from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules import block_schedule
 from ..base import Model
-from ..options import Count, Rule
+from ..options import JSON_FILE, NO_FILE, Count, Rule
 from ..saving import Saving
 from ..site import Block, Site
 from ..steps import unknown_steps
@@ -67,11 +67,11 @@ class ProfilingCache(StepCacheConfig):
         "warmup_steps": 0.12, "last_steps": 0, **dict.fromkeys((*BLOCKS, *SCHEDULE)),
     }  # fmt: skip
 
-    blocks: str | tuple[int, ...] | None = None
+    blocks: Annotated[str, JSON_FILE] | tuple[int, ...] | None = None
     every: Count | None = None
     every_last: Count | None = None
     refresh: Rising | None = None
-    blocks_2: str | tuple[int, ...] | None = None
+    blocks_2: Annotated[str, NO_FILE] | tuple[int, ...] | None = None
     refresh_2: Rising | None = None
     measured_steps: Count | None = None
     offload: Literal["none", "cpu"] = "none"

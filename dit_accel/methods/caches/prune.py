@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...adapters.blocks import Streams
 from ...errors import ConfigError
-from ..options import ge
+from ..options import NO_FILE, ge
 from ..site import Block, ForwardContext, Site
 from .block_numbers import kinds_of, read_numbers, require_there
 from .cache_config import MeasuredCacheConfig
@@ -50,7 +50,7 @@ class DBPrune(MeasuredCacheConfig):
     max_threshold: float | None = None
     first_blocks: Annotated[int, ge(0)] | None = None
     last_blocks: Annotated[int, ge(0)] | None = None
-    keep: str | tuple[int, ...] | None = None
+    keep: Annotated[str, NO_FILE] | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         MeasuredCacheConfig.__post_init__(self)

@@ -5,8 +5,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ...errors import ConfigError, did_you_mean
+from ...files import read_text
+from ..options import JSON_FILE
+
+Specs = Annotated[str | tuple[str, ...], JSON_FILE]
+"""What a user writes."""
 
 Heads = Mapping[int, tuple[int, ...]]
 """Index of an attention layer -> its heads, in rising order."""
@@ -130,7 +136,7 @@ def _range(text: str) -> tuple[int, int]:
 def read_file(path: Path, given: str) -> tuple[str, ...]:
     """Return the specs in a JSON file, a list or one under ``heads``; raise `ConfigError` if it holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"{given} can't read {path}: {error.strerror}; give an existing file") from None
     except ValueError as error:

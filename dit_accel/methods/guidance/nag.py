@@ -16,7 +16,7 @@ from ...plan.plan import AttentionPlan
 from ...report.sections import Section
 from ..base import AttentionHandler, Model, Place
 from ..config import MethodConfig
-from ..options import ge, within
+from ..options import NO_FILE, ge, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .guidance_config import WindowedConfig
@@ -55,7 +55,7 @@ class NAG(WindowedConfig):
     scale: Annotated[float, ge(1), "1 changes nothing"] | None = None
     tau: Annotated[float, ge(1), "below 1 all tokens would shrink"] | None = None
     alpha: Annotated[float, within(0, 1), "0 changes nothing"] | None = None
-    negative_prompt: str | None = None
+    negative_prompt: Annotated[str, NO_FILE] | None = None
     negative_embeds: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

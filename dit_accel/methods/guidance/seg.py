@@ -11,6 +11,7 @@ from ...plan.context import CallContext
 from ...plan.plan import AttentionPlan
 from ..options import gt
 from .guidance_config import PerturbedConfig
+from .head_specs import Specs
 from .softpag import PerturbedHeadsHandler
 from .targets import ENDLESS, of_blurred_queries, put_in_place
 
@@ -32,7 +33,7 @@ class SEG(PerturbedConfig):
     name: ClassVar[str] = "seg"
     defaults: ClassVar[Mapping[str, Any]] = {"scale": 3.0, "start": 0.0, "stop": 1.0, "layers": None}
 
-    layers: str | tuple[str, ...] | None = None
+    layers: Specs | None = None
     sigma: Annotated[float, gt(0)] = 1e4
 
 

@@ -9,7 +9,7 @@ from ..base import Place
 from ..site import Site
 from .branch import PerturbedHandler, block_of
 from .guidance_config import PerturbedConfig
-from .head_specs import read_heads
+from .head_specs import Specs, read_heads
 from .softpag import stacks_of
 
 
@@ -28,7 +28,7 @@ class SLG(PerturbedConfig):
     name: ClassVar[str] = "slg"
     defaults: ClassVar[Mapping[str, Any]] = {"scale": 2.8, "start": 0.01, "stop": 0.2, "layers": None}
 
-    layers: str | tuple[str, ...] | None = None
+    layers: Specs | None = None
 
 
 class SLGHandler(PerturbedHandler):

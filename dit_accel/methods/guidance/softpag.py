@@ -21,7 +21,7 @@ from ..options import within
 from ..site import Site
 from .branch import PerturbedHandler
 from .guidance_config import PerturbedConfig
-from .head_specs import Heads, Stacks, read_heads
+from .head_specs import Heads, Specs, Stacks, read_heads
 from .targets import mean_values, of_mean_query, put_in_place
 
 Target = Literal["identity", "temperature", "uniform", "mean-query"]
@@ -50,7 +50,7 @@ class SoftPAG(PerturbedConfig):
     name: ClassVar[str] = "softpag"
     defaults: ClassVar[Mapping[str, Any]] = {"u": 0.5, "scale": 3.0, "start": 0.0, "stop": 1.0, "heads": None}
 
-    heads: str | tuple[str, ...] | None = None
+    heads: Specs | None = None
     u: Annotated[float, within(0, 1), "0 leaves attention as it is, 1 is PAG"] | None = None
     rows: Literal["all", "image"] = "all"
     target: Target = "identity"
@@ -79,7 +79,7 @@ class PAG(PerturbedConfig):
     name: ClassVar[str] = "pag"
     defaults: ClassVar[Mapping[str, Any]] = {"scale": 3.0, "start": 0.0, "stop": 1.0, "layers": None}
 
-    layers: str | tuple[str, ...] | None = None
+    layers: Specs | None = None
     rows: Literal["all", "image"] = "all"
 
 

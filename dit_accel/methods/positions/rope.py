@@ -14,7 +14,7 @@ from ...plan.layout import TokenLayout
 from ...rules.rotary_frequencies import check_kind, edited
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..options import Count, Rule, ge
+from ..options import NO_FILE, Count, Rule, ge
 from ..saving import Saving
 from ..site import Site
 from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
@@ -25,6 +25,7 @@ Kind = Literal["none", "pi", "ntk", "yarn", "riflex", "ultraimage"]
 Axes = Annotated[
     tuple[str, ...],
     Rule(f"a list of one or more of {', '.join(VISUAL_AXES)}", lambda axes: axes and {*axes} <= {*VISUAL_AXES}),
+    NO_FILE,
     "leave it unset for all that the model has",
 ]
 """Axes of the patch grid."""

@@ -126,6 +126,12 @@ class Comparing:
         if not prompt.strip():
             raise ConfigError("a prompt is needed, got none; say what to show, such as a red circle moving right")
         methods = tuple(from_toml(config, "the text of methods"))
+        for method in methods:
+            for option, value in method.outside().items():  # whoever reaches the page would read and fetch with it
+                raise ConfigError(
+                    f"{method.name}.{option} = {value!r} names a file or a model, and the page opens none; use it with "
+                    "dit-accel generate --config"
+                )
         if not methods and preset == NONE:
             raise ConfigError("there is nothing to compare: the preset is none, and no method is named; choose one")
         request = Request(

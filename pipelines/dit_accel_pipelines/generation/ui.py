@@ -18,6 +18,7 @@ from .options import Device, Dtype, Model, Offload
 
 FIRST = "Compare generates twice, first dense; the first run of a model loads it."
 STOPPED = "Stopped."
+EXAMPLES = ["a red circle moving right", "a green square on a navy background", "a red circle on a navy background"]
 TOML = "[easycache]\nthreshold = 0.1"
 MOST_WAITING = 16  # runs behind the one that is on
 
@@ -85,7 +86,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         session = str(request.session_hash)
         running[session] = event = threading.Event()
         try:
-            return _shown(gradio, _run(gradio.Error, comparing, progress, event, folder, prompt, given))
+            return _shown(gradio, _run(comparing, progress, event, folder, prompt, given))
         finally:
             if running.get(session) is event:  # a run that was stopped ends when the next one may be there
                 del running[session]
@@ -103,7 +104,8 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         gradio.Markdown("# dit-accel\nOne prompt and seed, dense and with methods.")
         with gradio.Row():
             with gradio.Column(min_width=280):
-                prompt = gradio.Textbox("a red circle moving right", label="Prompt", lines=2, elem_id="prompt")
+                prompt = gradio.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
+                gradio.Examples(EXAMPLES, prompt, label="Prompts that the embedded models know")
                 preset = gradio.Radio([*LEVELS, NONE], value="balanced", label="Preset", elem_id="preset")
                 with gradio.Accordion("Methods as TOML, beside the preset", open=False):
                     config = gradio.Textbox("", placeholder=TOML, lines=4, label="Methods", elem_id="methods")
@@ -138,10 +140,10 @@ def _outputs(gradio: Any) -> list[Any]:
 
 
 def _run(
-    error_type: Any, comparing: Callable[..., Any], progress: Any, stop: threading.Event, folder: Path, prompt: str,
+    comparing: Callable[..., Any], progress: Any, stop: threading.Event, folder: Path, prompt: str,
     given: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Compare, or raise what Gradio shows as one plain sentence; None where the run was stopped."""
+    """Compare; or return why there is nothing to compare, as one plain sentence for the result's place."""
     from .side_by_side import Stopped, Watched
 
     def tell(what: str, done: int, total: int | None) -> None:
@@ -150,19 +152,19 @@ def _run(
     try:
         return comparing(prompt, Path(tempfile.mkdtemp(dir=folder)), **given, stages=Watched(tell, stop))
     except Stopped:
-        return None
+        return STOPPED
     except DitAccelError as error:
         text = str(error)
     except Exception as error:  # whatever a model or its files do; the page shows no traceback
         text = f"the run failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         print_error(text)
-    raise error_type(html.escape(text, quote=False), duration=None, print_exception=False)
+    return f"**Not made:** {html.escape(text, quote=False)}"
 
 
 def _shown(gradio: Any, made: Any) -> list[Any]:
-    """Return what the page's outputs become; None: they stay."""
-    if made is None:
-        return [STOPPED, *[gradio.skip()] * 7]
+    """Return what the page's outputs become; the clips stay where there is but a sentence."""
+    if isinstance(made, str):
+        return [made, *[gradio.skip()] * 7]
     check, psnr = made.check, made.check.metrics.get("psnr")
     near = "" if psnr is None else f" · PSNR **{psnr:.1f} dB**"
     lines = [

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ....errors import ConfigError
-from ....files import written_whole
+from ....files import read_text, written_whole
 
 VERSION = 1
 
@@ -83,7 +83,7 @@ def read_thresholds(path: str | Path) -> LiteThresholds:
         ConfigError: for a file that can't be read, is not TOML, has another version, or lacks what it needs.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"lite.thresholds_file {path} can't be read ({reason}); run dit-accel tune lite") from None

@@ -101,6 +101,10 @@ def _attend_chunk(
         row_lse, total = _softmax(x, lse is not None), None
     else:
         row_lse, total = _exponentials(x, tiled, chunk, columns, tally)
+    if empty is not None:  # before they are multiplied: oneDNN's bfloat16 on AMX lets NaN reach the row before
+        x.masked_fill_(empty[:, :, None], 0.0)
+        total = None if total is None else total.masked_fill(empty, 1.0)
+        row_lse = None if row_lse is None else row_lse.masked_fill(empty, -torch.inf)
     if p is not x:
         p.copy_(x if total is None else x.div_(total[:, :, None]))
     if columns:
@@ -113,9 +117,6 @@ def _attend_chunk(
         result.baddbmm_(p[:, :, columns:], means)
     if total is not None and p is x:
         result.div_(total[:, :, None])
-    if empty is not None:  # whose weights are not numbers
-        result.masked_fill_(empty[:, :, None], 0.0)
-        row_lse = None if row_lse is None else row_lse.masked_fill(empty, -torch.inf)
     out.index_copy_(0, chunk.q_tiles, result)
     if lse is not None and row_lse is not None:
         lse.index_copy_(0, chunk.q_tiles, row_lse.to(lse.dtype))

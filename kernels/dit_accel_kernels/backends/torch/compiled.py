@@ -2,8 +2,9 @@
 
 A library's name holds a digest of all that it is made of and one of its own bytes. A file that doesn't match, since it
 was cut short, altered or is no library at all, is never loaded: it is built anew. That is no protection from somebody
-who can write to the folder, who could name their own file as it must be; so the folder and the file must belong to the
-user (or root) and be writable by nobody else.
+who can write to the folder, who could name their own file as it must be; so the folder and the file must be no links,
+belong to the user (or root) and be writable by nobody else, and nobody else may put another folder in its place: so the
+cache that holds it is looked at too. What lies above the cache is taken on trust.
 """
 
 from __future__ import annotations
@@ -100,20 +101,35 @@ def _commands() -> list[list[str]]:
 def cache_folder() -> Path:
     """Return the folder of libraries, made if need be, which only this user can write to.
 
-    Raises OSError if it can't be made or belongs to somebody else, RuntimeError if there is no home folder.
+    Raises OSError if it can't be made, is a link, belongs to somebody else or could be swapped by others, RuntimeError
+    if there is no home folder.
     """
+    advice = "set XDG_CACHE_HOME to a folder of your own"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root
-    for name in ("dit-accel", "kernels"):
-        folder = folder / name
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
+    folder = root / "dit-accel" / "kernels"
+    for one in (root, folder.parent, folder):
+        one.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = one.stat() if one is root else one.lstat()
+        if not stat.S_ISDIR(status.st_mode):  # somebody else's may lead to any folder of the user's
+            raise OSError(f"{one} is a link: {advice}")
         if not _trusted_owner(status):
-            raise OSError(f"{folder} belongs to user {status.st_uid}: set XDG_CACHE_HOME to a folder of your own")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            folder.chmod(0o700)
+            raise OSError(f"{one} belongs to user {status.st_uid}: {advice}")
+        if one is root and _open_to_others(status):
+            raise OSError(f"others can write to {one}: {advice}")
+        if one is not root and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            one.chmod(0o700)
     return folder
+
+
+def _open_to_others(status: os.stat_result) -> bool:
+    """Whether others can put something in the place of what lies in a folder; a sticky folder's is its owner's.
+
+    A group with the number of the folder's owner is that user's alone, as many systems set it up.
+    """
+    mode, own_group = status.st_mode, status.st_gid == status.st_uid
+    if not hasattr(os, "getuid") or mode & stat.S_ISVTX:
+        return False
+    return bool(mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not own_group))
 
 
 def _trusted_owner(status: os.stat_result) -> bool:

@@ -1,0 +1,44 @@
+"""The versions of torch and diffusers that an attachment needs: pip asks for them, and a server may go around pip."""
+
+import importlib
+import warnings
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch.torch_version import TorchVersion
+
+from ..errors import ConfigError
+
+
+class Needed(NamedTuple):
+    """Versions of a package.
+
+    Attributes:
+        asked: what pyproject.toml asks for.
+        least: the oldest one that was tried; servers pin some that are older than ``asked``.
+    """
+
+    asked: str
+    least: str
+
+
+NEEDED = {"torch": Needed("2.9", "2.9"), "diffusers": Needed("0.42", "0.37")}
+
+
+@lru_cache(maxsize=1)
+def require_versions() -> None:
+    """Warn of a package that is older than it should be, once a process.
+
+    Raises:
+        ConfigError: for one that is older than any that was tried.
+    """
+    for name, needed in NEEDED.items():
+        found = TorchVersion(importlib.import_module(name).__version__)
+        if found < needed.least:
+            raise ConfigError(f"dit-accel needs {name} {needed.asked} or newer, found {found}; update {name}")
+        if found < needed.asked:
+            warnings.warn(
+                f"{name} {found} is older than {needed.asked}, which dit-accel asks for: some methods were tried with "
+                f"it, the newer models are not there; update {name} where your server lets you",
+                stacklevel=2,
+            )
