@@ -197,6 +197,31 @@ def check_writable(path: str | Path, what: str = "output") -> None:
         raise ConfigError(f"{what} {path} can't be written: {obstacle}")
 
 
+def check_room(folder: str | Path, size: int, what: str) -> None:
+    """Refuse to begin what will find no room at its end.
+
+    Args:
+        folder: where it is to be written, or a folder above that which is there.
+        size: bytes, about.
+        what: the subject and verb of the error, such as "the output takes".
+
+    Raises:
+        ConfigError: if the disk has less than that free, with both numbers.
+    """
+    free = shutil.disk_usage(_there(Path(folder))).free
+    if free < size:
+        there = f"{free / 1e6:,.1f} MB"
+        raise ConfigError(
+            f"{what} about {size / 1e6:,.1f} MB, and {folder} has {there} free; free some, or name another folder"
+        )
+
+
+def _there(folder: Path) -> Path:
+    """Return a folder, or the nearest above it that exists."""
+    folder = Path(os.path.realpath(folder))
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
+
+
 def _obstacle(path: Path) -> str | None:
     if not os.path.isdir(path.parent):
         return f"{path.parent} is not a folder; create it first"

@@ -95,6 +95,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
 
     dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
     """
+    from dit_accel_pipelines.generation.media import check_encoder
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -116,6 +117,8 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         found, named = (", ".join(sorted(one)) for one in (others, names))
         raise ConfigError(f"{lines} holds results of {found}, which is none of {named}; name all settings in one call, "
                           "or another file with --output")  # fmt: skip
+    if options.frames and suite.call.get("num_frames", 1) != 1:
+        check_encoder("the page's clips need", "leave them out with --no-frames")
     job = Job(
         suite=suite, out=lines, cache=default_cache(), timed=options.timed, talk=not options.quiet,
         threads=(2 if options.timed else 1) if suite.embedded else None,
@@ -162,6 +165,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
         UnsupportedModel: if the model is not found, or no adapter can take it.
     """
+    from dit_accel_pipelines.generation.negative import with_negative
     from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
 
     from dit_accel.adapters.model_files import model_source, read_model_files
@@ -195,7 +199,9 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     for text in (*settled.notes, *settled.warnings):
         note(text)
     request, steps = settled.request, settled.request.num_inference_steps or 0
-    arms = [_arm(one, request) for one in (*_presets(options, request), *settings)]
+    named = (dataclasses.replace(one, methods=tuple(with_negative(method, options.negative_prompt) for method in one.methods))
+             for one in settings)  # fmt: skip
+    arms = [_arm(one, request) for one in (*_presets(options, request), *named)]
     reference = {"reference_steps": steps, "reference_solver": options.solver or OWN}
     return Suite(
         name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,

@@ -266,8 +266,10 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
     folder = copy_model(tmp_path / "model")
     config = json.loads((folder / "transformer/config.json").read_text())
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
-    asked = request(tmp_path, model=str(folder), height=33)
+    asked = request(tmp_path, model=str(folder), height=34)
     assert settle(asked) == (asked, None, [], [])
+    with pytest.raises(ConfigError, match=r"H.264 needs even sizes, got 48 x 33"):
+        settle(dataclasses.replace(asked, height=33))
     with pytest.raises(UnsupportedModel, match=r"adapter.*class WanTransformer4D"):
         settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
@@ -359,9 +361,9 @@ def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe, monkeypatch):
     assert (told.stdout, told.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
 
 
-def test_a_failing_ffmpeg_fails_the_command(tmp_path: Path, pipe, monkeypatch):
+def test_an_ffmpeg_that_fails_at_the_end_fails_the_command(tmp_path: Path, pipe, monkeypatch):
     ffmpeg = tmp_path / "ffmpeg"
-    ffmpeg.write_text("#!/bin/sh\nexit 1\n")
+    ffmpeg.write_text('#!/bin/sh\ncat > /dev/null\ncase "$*" in *null*) exit 0;; esac\nexit 1\n')
     ffmpeg.chmod(0o755)
     monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))

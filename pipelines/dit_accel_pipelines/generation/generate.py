@@ -31,6 +31,7 @@ from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Backend, Dense, Request, check_path, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
+from .room import check_outputs_fit
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
 from .threads import one_thread
@@ -95,13 +96,17 @@ def generate(
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():
             on_written(one)
-        if len(written) == len(requested):
+        missing = [one for one in requested if one.output not in written]
+        if not missing:
             return list(written.values())
+        check_outputs_fit(request, process.count // process.together * len(missing))
+        for one in missing if process.first else ():
+            if one.output.exists():
+                stages.note(f"{one.output} is there; it is replaced when the new one is whole")
         with _loaded(request, family, stages, command, process.first, group) as make:
-            for one in requested:
-                if one.output not in written:
-                    written[one.output] = make(one)
-                    on_written(written[one.output])
+            for one in missing:
+                written[one.output] = make(one)
+                on_written(written[one.output])
     return [written[one.output] for one in requested]
 
 
