@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import PANEL, Setting
+from dit_accel.cli.method_options import SETTINGS, Setting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -30,7 +30,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 class CompareOptions:
     """What `eval compare` is given besides methods."""
 
-    model: shared.Model = None
+    model: shared.ModelBesideMetrics = None
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
     prompt: Annotated[
         list[str] | None,
@@ -62,7 +62,7 @@ class CompareOptions:
         list[str] | None,
         typer.Option(
             help="careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL",
-            rich_help_panel=PANEL,
+            rich_help_panel=SETTINGS,
         ),
     ] = None  # fmt: skip
     dtype: shared.Dtype = None
@@ -165,7 +165,6 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
         UnsupportedModel: if the model is not found, or no adapter can take it.
     """
-    from dit_accel_pipelines.generation.negative import with_negative
     from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
 
     from dit_accel.adapters.model_files import model_source, read_model_files
@@ -199,9 +198,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     for text in (*settled.notes, *settled.warnings):
         note(text)
     request, steps = settled.request, settled.request.num_inference_steps or 0
-    named = (dataclasses.replace(one, methods=tuple(with_negative(method, options.negative_prompt) for method in one.methods))
-             for one in settings)  # fmt: skip
-    arms = [_arm(one, request) for one in (*_presets(options, request), *named)]
+    arms = [_arm(one, request) for one in (*_presets(options, request), *settings)]
     reference = {"reference_steps": steps, "reference_solver": options.solver or OWN}
     return Suite(
         name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,
@@ -241,6 +238,8 @@ def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
 
 def _arm(one: Setting, request: "Request") -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
+    from dit_accel_pipelines.generation.negative import with_negative
+
     from .runs.model import OWN
     from .suites.job import SCALES
 
@@ -251,7 +250,8 @@ def _arm(one: Setting, request: "Request") -> dict[str, Any]:
     if scale is not None:
         call = _call(dataclasses.replace(request, guidance_scale=scale))
         run["call"] = {key: value for key, value in call.items() if key in SCALES}
-    tables = {method.name: method.to_dict() for method in one.methods}
+    methods = (with_negative(method, request.negative_prompt) for method in one.methods)
+    tables = {method.name: method.to_dict() for method in methods}
     return {"name": one.name, **{key: value for key, value in run.items() if value is not None}, **tables}
 
 

@@ -78,7 +78,9 @@ FAULTS: dict[str, tuple[list[str], Break, str]] = {
     "a disk too small for all prompts": (
         ["generate", "--prompt-file", "p.txt", "-o", "a.gif"], little_room, "5 outputs take about 1.7 MB, and "
     ),
-    "no room for results": (["eval", "run", "s.toml", "--out", "s.jsonl"], little_room, "a dense run, which is kept in 16 bits, takes about"),
+    "no room for results": (
+        ["eval", "run", "s.toml", "--out", "s.jsonl"], little_room, "a dense run, which is kept in 16 bits, takes about"
+    ),
     "no room for frames": (PAGE, little_room, "the frames of 1 run take about 0.1 MB, and "),
     "the ui's room": (["ui"], little_room, "the clips of a run take about "),
     "an old peft": ([*MP4, "--lora", "a.safetensors"], peft("0.16.2"), "a LoRA needs peft 0.17 or newer, found 0.16.2"),

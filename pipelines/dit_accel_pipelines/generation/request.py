@@ -356,7 +356,10 @@ def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[
         adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
     )  # fmt: skip
     methods = [*request.methods, *(one.config for one in choices(request.preset or NONE, model, request.methods))]
-    check_backend(request.backend, request.dense or "auto", make_handlers(methods, model))
+    handlers = make_handlers(methods, model)
+    check_backend(request.backend, request.dense or "auto", handlers)
+    for handler in handlers:
+        handler.check_layout(layout)
     return advice(adapter, family, layout, methods)
 
 
