@@ -1,0 +1,112 @@
+"""The process in which arms run: one that is killed for want of memory ends a row of the bench's table, not the bench.
+
+One process runs the arms of a shape in turn, since each would have to load torch and make the model anew; after one has
+died the next arm begins another.
+"""
+
+import contextlib
+import os
+import signal
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel.cli.stopping import end_on_signals
+from dit_accel.errors import DitAccelError
+
+from ..runs.pool import end_with_parent
+
+SHARE = 0.9
+"""Of the memory that is free, the most that the process may take."""
+
+
+class OutOfMemoryError(DitAccelError):
+    """An arm had too little memory, or would have."""
+
+
+class Beside:
+    """A shape's bench in a process of its own; a context manager, and called with an arm and the steps of a run.
+
+    Args:
+        plan: what is made of the shape.
+        options: of the bench.
+        free: bytes that are free; the process is kept under them where the system can; None: not known.
+    """
+
+    def __init__(self, plan: Any, options: Any, device: torch.device, dtype: torch.dtype, free: int | None) -> None:
+        self.plan, self.device, self.dtype, self.free = plan, device, dtype, free
+        self._given = plan.shape, options, device, dtype, torch.get_num_threads(), _limit(device, free)
+        self._process: Any = None
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+    def __call__(self, arm: Any, steps: int) -> Any:
+        """Run an arm; `OutOfMemoryError` if it had too little memory, `DitAccelError` with any other reason."""
+        if self._process is None:
+            self._start()
+        try:
+            self._ours.send((arm, steps))
+            made = self._ours.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code, self._process = self._process.exitcode, None
+            if code == -signal.SIGKILL:
+                raise OutOfMemoryError("ran out of memory: the system killed its process") from None
+            raise DitAccelError(f"its process ended with exit code {code}") from None
+        if isinstance(made, DitAccelError):
+            raise made
+        return made
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *self._given), daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it is for this process alone
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+
+
+def _limit(device: torch.device, free: int | None) -> int | None:
+    return None if free is None or device.type != "cpu" else round(SHARE * free)
+
+
+def _serve(
+    pipe: Any, shape: Any, options: Any, device: torch.device, dtype: torch.dtype, threads: int, limit: int | None
+) -> None:
+    from .forwards import Plan, make_bench
+    from .loop import reason_of
+
+    end_on_signals()
+    end_with_parent()
+    _stay_under(limit)
+    torch.set_num_threads(threads)
+    bench = None
+    while True:
+        arm, steps = pipe.recv()
+        try:
+            bench = bench or make_bench(Plan.of(shape, options), device, dtype)
+            pipe.send(bench(arm, steps))
+        except Exception as error:
+            pipe.send(reason_of(error))
+
+
+def _stay_under(limit: int | None) -> None:
+    """Let allocations beyond a limit fail in this process, and the system end it before any other that is in want."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{os.getpid()}/oom_score_adj").write_text("1000")
+    if limit is not None:
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
