@@ -150,7 +150,8 @@ def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(mo
     monkeypatch.setattr(forwards, "free_memory", lambda device: model + logits // 2)
     few = [BenchArm(name=f"dense, {one}", backend=one) for one in ("native", "flex")]
     monkeypatch.setattr(forwards, "arms_of", lambda methods: [*few, *arms_of(methods)[-1:]])
-    found = CliRunner().invoke(app, ["bench", "--shapes", shape, "--rounds", "1", "--radial"])
+    sparser = ["--set", "radial.block_size=16", "--set", "radial.decay_factor=0.2"]
+    found = CliRunner().invoke(app, ["bench", "--shapes", shape, "--rounds", "1", "--radial", *sparser])
     assert found.exit_code == 0, found.output
     assert "dense, flex is refused: it needs about 0.8 GiB, and 0.8 GiB are free" in found.stdout
     assert "backends that do not run here: none" in found.stderr

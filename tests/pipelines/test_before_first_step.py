@@ -66,8 +66,8 @@ def no_drawing(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[list[str], Break, str]] = {
-    "no encoder": (MP4, no_encoder, "a.mp4 needs ffmpeg with libx264 (/nonexistent: No such file or directory); co"),
-    "an encoder that may not run": (MP4, encoder("exit 0", 0o644), "/ffmpeg: Permission denied); correct IMAGEIO_FF"),
+    "no encoder": (MP4, no_encoder, "a.mp4 needs ffmpeg with libx264 (/nonexistent: No such file or directory); pi"),
+    "an encoder that may not run": (MP4, encoder("exit 0", 0o644), "/ffmpeg: Permission denied); pip install imageio"),
     "an encoder without H.264": (
         MP4, encoder("echo \"Unknown encoder 'libx264'\" >&2; exit 1"), "1 and wrote no video: Unknown encoder 'libx2"
     ),

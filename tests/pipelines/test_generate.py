@@ -180,7 +180,7 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
         (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
         (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
-        (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; this machine has cpu"),
+        (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
         (["a circle", "--fps", "0"], "fps must be from 0.01 to 240, got 0"),
         (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
         (

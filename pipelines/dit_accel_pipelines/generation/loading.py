@@ -133,7 +133,7 @@ def pick_device(requested: str | None) -> Any:
         device = torch.device(requested)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # whose words list all that torch was ever built for
-        raise ConfigError(f"device {requested!r} can't be used here; this machine has {', '.join(devices())}") from None
+        raise ConfigError(f"device {requested!r} can't be used here; choose from {', '.join(devices())}") from None
     return device
 
 

@@ -1,7 +1,6 @@
 """Reads and writes videos and images, and lays videos out as contact sheets."""
 
 import functools
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +51,10 @@ def check_encoder(what: str, instead: str) -> None:
     try:
         _try_encoder(_ffmpeg())
     except RuntimeError as error:
-        named = os.environ.get("IMAGEIO_FFMPEG_EXE")
-        remedy = "correct IMAGEIO_FFMPEG_EXE" if named else "pip install imageio-ffmpeg"
-        raise ConfigError(f"{what} ffmpeg with libx264 ({error}); {remedy}, or {instead}") from None
+        raise ConfigError(
+            f"{what} ffmpeg with libx264 ({error}); pip install imageio-ffmpeg, correct IMAGEIO_FFMPEG_EXE if that is "
+            f"set, or {instead}"
+        ) from None
 
 
 @functools.cache
