@@ -210,10 +210,14 @@ def check_room(folder: str | Path, size: int, what: str) -> None:
     """
     free = shutil.disk_usage(_there(Path(folder))).free
     if free < size:
-        there = f"{free / 1e6:,.1f} MB"
         raise ConfigError(
-            f"{what} about {size / 1e6:,.1f} MB, and {folder} has {there} free; free some, or name another folder"
+            f"{what} about {_spelled(size)}, and {folder} has {_spelled(free)} free; free some, or name another folder"
         )
+
+
+def _spelled(size: int) -> str:
+    power = min((len(str(size)) - 1) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _there(folder: Path) -> Path:

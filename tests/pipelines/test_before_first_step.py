@@ -54,7 +54,7 @@ def encoder(script: str, mode: int = 0o755) -> Break:
 
 
 def little_room(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    patch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    patch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000))
 
 
 def peft(found: str) -> Break:
@@ -74,14 +74,14 @@ FAULTS: dict[str, tuple[list[str], Break, str]] = {
     "a page's encoder": (PAGE, no_encoder, "the page's clips need ffmpeg with libx264"),
     "the ui's encoder": (["ui"], no_encoder, "the page needs ffmpeg with libx264"),
     "the ui's drawing": (["ui"], no_drawing, "check needs a package that compares clips"),
-    "a full disk": (MP4, little_room, "the output takes about 0.3 MB, and "),
+    "a full disk": (MP4, little_room, "the output takes about 86.4 kB, and "),
     "a disk too small for all prompts": (
-        ["generate", "--prompt-file", "p.txt", "-o", "a.gif"], little_room, "5 outputs take about 1.7 MB, and "
+        ["generate", "--prompt-file", "p.txt", "-o", "a.gif"], little_room, "5 outputs take about 676 kB, and "
     ),
     "no room for results": (
         ["eval", "run", "s.toml", "--out", "s.jsonl"], little_room, "a dense run, which is kept in 16 bits, takes about"
     ),
-    "no room for frames": (PAGE, little_room, "the frames of 1 run take about 0.1 MB, and "),
+    "no room for frames": (PAGE, little_room, "the frames of 1 run take about 139 kB, and "),
     "the ui's room": (["ui"], little_room, "the clips of a run take about "),
     "an old peft": ([*MP4, "--lora", "a.safetensors"], peft("0.16.2"), "a LoRA needs peft 0.17 or newer, found 0.16.2"),
     "a kernel backend": ([*MP4, "--radial", "--backend", "fa4"], lambda *_: None, "kernel backend 'fa4' needs "),

@@ -8,7 +8,7 @@ from dit_accel.files import check_room
 from .media import SHEET_COLUMNS, expected_size
 from .request import Request, check_path
 
-SIDE_CAR = 1 << 18
+SIDE_CAR = 1 << 16
 """Bytes that a side-car takes at most, about."""
 
 
