@@ -142,7 +142,7 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
     """
     family = _check_model(job.suite)
     _check_kind(job)
-    _check_fits(job, clips, read_lines(job.out), family)
+    _check_fits(job, clips, read_lines(job.out) if job.out.is_file() else [], family)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
         try:
             if folder is not None:

@@ -33,7 +33,7 @@ def negative_of_methods(request: "Request", call: PipelineCall) -> tuple["Reques
     for one in methods:
         if with_negative(one, "") is not one:
             raise ConfigError(
-                f"{one.name} leads away from a text, and none is set; give --negative-prompt, such as 'blurry, low "
+                f"{one.name} leads away from a text, and none is set; give a negative prompt, such as 'blurry, low "
                 f"quality', or set {one.name}.negative_prompt"
             )
     given = [one.name for one, before in zip(methods, request.methods, strict=True) if one is not before]

@@ -338,8 +338,8 @@ def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
     try:
         words = assets().check_prompt(prompt, embedded)
     except ValueError as error:
-        default = "" if named else f"no --model was given, so the tiny embedded {embedded} was taken: "
-        raise ConfigError(f"{default}{error}; use these, or name another --model") from None
+        default = "" if named else f"no model was named, so the tiny embedded {embedded} was taken: "
+        raise ConfigError(f"{default}{error}; use these, or name another model") from None
     if prompt and not words:
         raise ConfigError(f'prompt {prompt!r} has no word in it; say what to show, such as "a red circle"')
 
