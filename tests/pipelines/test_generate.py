@@ -306,7 +306,7 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
     asked = request(tmp_path, model=str(folder), height=34)
     assert settle(asked) == (asked, None, [], [])
-    with pytest.raises(ConfigError, match=r"H.264 needs even sizes, got 48 x 33"):
+    with pytest.raises(ConfigError, match=r"H.264.*got 48 x 33"):
         settle(dataclasses.replace(asked, height=33))
     with pytest.raises(UnsupportedModel, match=r"adapter.*class WanTransformer4D"):
         settle(dataclasses.replace(asked, methods=(RadialAttention(),)))

@@ -7,6 +7,7 @@ died the next arm begins another.
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,10 @@ from dit_accel.cli.stopping import end_on_signals
 from dit_accel.errors import DitAccelError
 
 from ..runs.pool import end_with_parent
+from .loop import OutOfMemoryError, reason_of
 
 SHARE = 0.9
 """Of the memory that is free, the most that the process may take."""
-
-
-class OutOfMemoryError(DitAccelError):
-    """An arm had too little memory, or would have."""
 
 
 class Beside:
@@ -31,13 +29,17 @@ class Beside:
 
     Args:
         plan: what is made of the shape.
-        options: of the bench.
+        made: makes the bench there, called with what is ``given``, device and dtype; a function of a module.
         free: bytes that are free; the process is kept under them where the system can; None: not known.
     """
 
-    def __init__(self, plan: Any, options: Any, device: torch.device, dtype: torch.dtype, free: int | None) -> None:
+    def __init__(
+        self, plan: Any, made: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype,
+        free: int | None,
+    ) -> None:  # fmt: skip
         self.plan, self.device, self.dtype, self.free = plan, device, dtype, free
-        self._given = plan.shape, options, device, dtype, torch.get_num_threads(), _limit(device, free)
+        limit = None if free is None or device.type != "cpu" else round(SHARE * free)
+        self._given = made, (*given, device, dtype), torch.get_num_threads(), limit
         self._process: Any = None
 
     def __enter__(self) -> "Beside":
@@ -50,14 +52,13 @@ class Beside:
 
     def __call__(self, arm: Any, steps: int) -> Any:
         """Run an arm; `OutOfMemoryError` if it had too little memory, `DitAccelError` with any other reason."""
-        if self._process is None:
-            self._start()
+        process = self._process = self._process or self._started()
         try:
             self._ours.send((arm, steps))
             made = self._ours.recv()
         except (EOFError, OSError):
-            self._process.join()
-            code, self._process = self._process.exitcode, None
+            process.join()
+            code, self._process = process.exitcode, None
             if code == -signal.SIGKILL:
                 raise OutOfMemoryError("ran out of memory: the system killed its process") from None
             raise DitAccelError(f"its process ended with exit code {code}") from None
@@ -65,28 +66,20 @@ class Beside:
             raise made
         return made
 
-    def _start(self) -> None:
+    def _started(self) -> Any:
         context = get_context("spawn")
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._given), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, *self._given), daemon=True)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it is for this process alone
         try:
-            self._process.start()
+            process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
+        return process
 
 
-def _limit(device: torch.device, free: int | None) -> int | None:
-    return None if free is None or device.type != "cpu" else round(SHARE * free)
-
-
-def _serve(
-    pipe: Any, shape: Any, options: Any, device: torch.device, dtype: torch.dtype, threads: int, limit: int | None
-) -> None:
-    from .forwards import Plan, make_bench
-    from .loop import reason_of
-
+def _serve(pipe: Any, made: Callable[..., Any], given: tuple[Any, ...], threads: int, limit: int | None) -> None:
     end_on_signals()
     end_with_parent()
     _stay_under(limit)
@@ -95,7 +88,7 @@ def _serve(
     while True:
         arm, steps = pipe.recv()
         try:
-            bench = bench or make_bench(Plan.of(shape, options), device, dtype)
+            bench = bench or made(*given)
             pipe.send(bench(arm, steps))
         except Exception as error:
             pipe.send(reason_of(error))

@@ -29,8 +29,8 @@ from dit_accel.methods.presets import PRESETS
 
 from ..runs.counting import Counter, Counts, attended, work
 from ..runs.results import Line
-from .beside import Beside, OutOfMemoryError
-from .loop import in_turn, machine, now, quartiles, reason_of
+from .beside import Beside
+from .loop import OutOfMemoryError, in_turn, machine, now, quartiles, reason_of
 from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions
 from .real_shapes import Inputs, find_family, make_model, to_device
@@ -155,11 +155,16 @@ def run_shapes(
             say(f"{plan.shape.name} is left out: it would take about {expected:,.0f} s; raise --budget")
             continue
         say(f"{plan.shape.name}, {plan.dense.layout.tokens:,} tokens")
-        with Beside(plan, options, device, dtype, free_memory(device)) as bench:
+        with Beside(plan, bench_of, (plan.shape, options), device, dtype, free_memory(device)) as bench:
             lines = run_bench(bench, arms, rounds=options.rounds, deadline=deadline - later, say=say)
         rounds = next(line["rounds"] for line in lines if "rounds" in line)
         rate = plan.dense.total_flops / (time.perf_counter() - started) * (1 + rounds) / 2
         yield from lines
+
+
+def bench_of(shape: Shape, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Bench:
+    """Make a shape's model and its inputs, in the process that runs it."""
+    return make_bench(Plan.of(shape, options), device, dtype)
 
 
 def make_bench(plan: Plan, device: torch.device, dtype: torch.dtype) -> Bench:

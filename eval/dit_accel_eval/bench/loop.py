@@ -12,9 +12,12 @@ import torch
 from dit_accel.errors import DitAccelError
 
 from ..runs.conditions import device_name
-from .beside import OutOfMemoryError
 
 Made = TypeVar("Made")
+
+
+class OutOfMemoryError(DitAccelError):
+    """An arm had too little memory, or would have."""
 
 
 def in_turn(

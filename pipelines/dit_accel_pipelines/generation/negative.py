@@ -1,15 +1,12 @@
 """The negative prompt of a request: what of it methods take, and where it would do nothing."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dit_accel.errors import ConfigError
 from dit_accel.methods.config import MethodConfig
 
 from .pipeline_call import PipelineCall
-
-if TYPE_CHECKING:
-    from .request import Request
 
 OWN = ("negative_prompt", "negative_embeds")
 """Options of a method that leads away from a text, of which it has one."""
@@ -22,8 +19,8 @@ def with_negative(method: MethodConfig, text: str | None) -> MethodConfig:
     return dataclasses.replace(method, **{OWN[0]: text})  # type: ignore[arg-type] - it has that field
 
 
-def negative_of_methods(request: "Request", call: PipelineCall) -> tuple["Request", list[str]]:
-    """Return a request whose methods have its negative prompt, which its pipeline need not take then, and notes.
+def negative_of_methods(request: Any, call: PipelineCall) -> tuple[Any, list[str]]:
+    """Return a `Request` whose methods have its negative prompt, which its pipeline need not take then, and notes.
 
     Raises:
         ConfigError: for a method that leads away from a text, where there is none.
@@ -44,8 +41,8 @@ def negative_of_methods(request: "Request", call: PipelineCall) -> tuple["Reques
     return dataclasses.replace(request, methods=methods, **taken), [note]
 
 
-def idle_negative(request: "Request", call: PipelineCall) -> list[str]:
-    """Return a note if no method takes a settled request's negative prompt, and its guidance scale leaves it out."""
+def idle_negative(request: Any, call: PipelineCall) -> list[str]:
+    """Return a note if no method takes a settled `Request`'s negative prompt, and its guidance scale leaves it out."""
     text = request.negative_prompt
     if text is None or any(getattr(one, OWN[0], None) == text for one in request.methods):
         return []
