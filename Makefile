@@ -134,13 +134,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.ready: $(VENV)/bin/python pyproject.toml kernels/pyproject.toml assets/pyproject.toml
+	@echo "Installing dit-accel and what it needs, torch among it, into $(VENV); that takes minutes, and pip is quiet meanwhile."
 	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
+	@echo "Installing what the tests need; minutes again."
 	$(INSTALL) --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-test
+	@echo "Installing what developers need besides."
 	$(INSTALL) --editable ".[dev]"
 	touch $@

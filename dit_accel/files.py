@@ -218,6 +218,35 @@ def check_writable(path: str | Path, what: str = "output") -> None:
         raise ConfigError(f"{what} {path} can't be written: {obstacle}")
 
 
+def check_room(folder: str | Path, size: int, what: str) -> None:
+    """Refuse to begin what will find no room at its end.
+
+    Args:
+        folder: where it is to be written, or a folder above that which is there.
+        size: bytes, about.
+        what: the subject and verb of the error, such as "the output takes".
+
+    Raises:
+        ConfigError: if the disk has less than that free, with both numbers.
+    """
+    free = shutil.disk_usage(_there(Path(folder))).free
+    if free < size:
+        raise ConfigError(
+            f"{what} about {_spelled(size)}, and {folder} has {_spelled(free)} free; free some, or name another folder"
+        )
+
+
+def _spelled(size: int) -> str:
+    power = min((len(str(size)) - 1) // 3, 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _there(folder: Path) -> Path:
+    """Return a folder, or the nearest above it that exists."""
+    folder = Path(os.path.realpath(folder))
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
+
+
 def _obstacle(path: Path) -> str | None:
     if not os.path.isdir(path.parent):
         return f"{path.parent} is not a folder; create it first"

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import ConfigError, DitAccelError, did_you_mean
 from ..files import no_room
@@ -28,13 +28,15 @@ from .stopping import Terminated, stoppable
 BUILT_IN = {
     "recommend": (".recommend", "List what could be attached to a model at a size: speed-up, loss, memory."),
     "plan": (".plan", "Estimate density, FLOPs, memory and speed-up of a run; loads no weights."),
-    "methods": (".lists", "List the methods and what each does; with --options what can be set."),
-    "models": (
-        ".lists",
-        "List the models that are known by name, then which methods each family takes, and why not.",
-    ),
+    "methods": (".lists", "List the methods and what each does; with --options, or named, what can be set."),
+    "models": (".lists", "List the models that are known by name, and which methods each family takes."),
 }
 """Name of a built-in command -> its module, which loads torch, and its line in the help, which then need not."""
+
+BY_USE = (
+    "generate", "recommend", "describe", "plan", "methods", "models", "ui", "eval", "tune", "finetune", "bench",
+)  # fmt: skip
+"""The order of the commands in the help; those of other packages follow."""
 
 INTERRUPTED = 130
 
@@ -58,7 +60,23 @@ def warnings_in_one_line() -> Iterator[None]:
         warnings.showwarning = before
 
 
-class SubGroup(TyperGroup):
+class _PlainFlags:
+    """A command whose help shows no word such as <bool> behind flags, which take no value."""
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        """Return the parameters, --help among them."""
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for one in params:
+            if getattr(one, "is_flag", False):
+                one.metavar = ""
+        return params
+
+
+class OneCommand(_PlainFlags, TyperCommand):  # type: ignore[misc]
+    """A command of `dit-accel`."""
+
+
+class SubGroup(_PlainFlags, TyperGroup):  # type: ignore[misc]
     """A group of commands below `dit-accel`, such as `eval`."""
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
@@ -69,7 +87,7 @@ class SubGroup(TyperGroup):
         return super().resolve_command(ctx, args)  # type: ignore[arg-type]
 
 
-class CommandGroup(TyperGroup):
+class CommandGroup(_PlainFlags, TyperGroup):  # type: ignore[misc]
     """The built-in commands and those of installed packages, each built when it is requested."""
 
     show_traceback = False
@@ -136,7 +154,8 @@ def _exit_code(error: Exception, show_traceback: bool) -> int:
 
 
 def _names() -> list[str]:
-    return list({**installed_commands.commands(), **BUILT_IN})
+    known = {**installed_commands.commands(), **BUILT_IN}
+    return [*(name for name in BY_USE if name in known), *(name for name in known if name not in BY_USE)]
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -165,7 +184,7 @@ def _build(name: str) -> Any:
     if isinstance(function, typer.Typer):
         return typer.main.get_group(_wrapped(name, function))
     single = typer.Typer(add_completion=False)
-    single.command(name)(_with_traceback(with_method_options(function)))
+    single.command(name, cls=OneCommand)(_with_traceback(with_method_options(function)))
     return typer.main.get_command(single)
 
 
@@ -176,7 +195,7 @@ def _wrapped(name: str, group: typer.Typer) -> typer.Typer:
     for command in group.registered_commands:
         assert command.callback is not None
         whole = copy.copy(command)  # the original stays as its owner made it
-        whole.callback = _with_traceback(with_method_options(command.callback))
+        whole.callback, whole.cls = _with_traceback(with_method_options(command.callback)), OneCommand
         made.registered_commands.append(whole)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None

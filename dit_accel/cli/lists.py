@@ -7,11 +7,12 @@ import typing
 from typing import Annotated, Any
 
 import typer
+from rich.padding import Padding
 
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
 from ..adapters.embedded import assets, embedded_names
-from ..errors import install
+from ..errors import ConfigError, did_you_mean, install
 from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
 from ..methods.config import MethodConfig, spell_type
@@ -22,33 +23,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def methods(
-    options: Annotated[bool, typer.Option("--options", help="Each method's options with their defaults too.")] = False,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Methods whose options are listed; default: all.", metavar="NAME")
+    ] = None,
+    options: Annotated[bool, typer.Option("--options", help="Every method's options with their defaults.")] = False,
     json: Json = False,
 ) -> None:
-    """List the methods and what each does; with --options what can be set.
+    """List the methods and what each does; with --options, or named, what can be set.
 
     Examples:
 
     dit-accel methods
 
+    dit-accel methods radial sol
+
     dit-accel methods --options
 
     dit-accel methods --json
     """
-    listed = [_method_data(config_type) for config_type in method_registry.methods().values()]
+    known = method_registry.methods()
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"there is no method {name!r}; {did_you_mean(name, known)}")
+    listed = [_method_data(known[name]) for name in names or known]
     if json:
         print_json(listed)
         return
-    if options:
+    if options or names:
         _print_options(listed)
     else:
         table = plain_table("method", "what it does")
         for method in listed:
             table.add_row(f"--{method['name']}", method["summary"])
         OUT.print(table)
-        OUT.print(
-            "\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods --options`.", style="dim"
-        )
+        OUT.print("\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods NAME`.", style="dim")
     objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
     OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
 
@@ -70,7 +78,7 @@ def _print_options(listed: list[dict[str, Any]]) -> None:
 
 
 def models(json: Json = False) -> None:
-    """List the models that are known by name, then which methods each family takes, and why not.
+    """List the models that are known by name, and which methods each family takes.
 
     Embedded models ship with the project: generate's --model takes their names.
 
@@ -93,33 +101,28 @@ def models(json: Json = False) -> None:
     OUT.print(table)
     OUT.print()
     for name in embedded_names():
-        call = ", ".join(f"{key} {value}" for key, value in assets().model_defaults(name).items())
+        call = ", ".join(f"{key} {value}" for key, value in assets().model_defaults(name).items() if value != "")
         OUT.print(f"embedded: --model {name}  ({call})", highlight=False)
     if not embedded_names():
         OUT.print(f"embedded: none are installed; {install('assets')} brings them", highlight=False)
-    OUT.print()
     _print_verdicts()
 
 
 def _print_verdicts() -> None:
-    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once.
-
-    A method that no family refuses has no column.
-    """
-    refused = {name for adapter in installed.adapters().values() for name in adapter.refused}
-    names = [name for name in method_registry.methods() if name in refused]
-    reasons: dict[str, list[str]] = {}
-    table = plain_table("family", *names)
+    """Print which families take every method; then, once for all that say the same, what others do not, and why."""
+    names = method_registry.methods()
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for adapter in installed.adapters().values():
-        verdicts = {name: adapter.verdict(name) if adapter.transformers else ("plan only", "") for name in names}
-        table.add_row(adapter.name, *("yes" if word == "supported" else word for word, _ in verdicts.values()))
-        for name, (word, why) in verdicts.items():
-            if why:
-                reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)
-    OUT.print(table)
-    OUT.print(f"refused by none: {', '.join(name for name in method_registry.methods() if name not in refused)}")
-    for reason, adapters in reasons.items():
-        OUT.print(f"{', '.join(adapters)}: {reason}", style="dim")
+        verdicts = ((name, *adapter.verdict(name)) for name in names if adapter.transformers)
+        lacks = tuple((name, why) for name, word, why in verdicts if word != "supported")
+        alike.setdefault(lacks if adapter.transformers else (("all", "planned alone"),), []).append(adapter.name)
+    for lacks, families in sorted(alike.items(), key=lambda one: len(one[0])):
+        takes = "all methods but these" if lacks else "every method"
+        OUT.print(f"\n[bold]{len(families)} families take {takes}[/bold]")
+        for name, why in lacks:
+            OUT.print(Padding(f"--{name}: {why}", (0, 0, 0, 2)), markup=False)
+        OUT.print(Padding(", ".join(families), (0, 0, 0, 2)), style="dim")
+    OUT.print("\nWhat one model takes, with its scheduler: `dit-accel describe --model MODEL`.", style="dim")
 
 
 def _method_data(config_type: type[MethodConfig]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ compares asks with `SettingList`: each --config is a setting then, and the switc
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ SettingList = Annotated[list[Setting], "from the method switches and each config
 RunTable = Annotated[dict, "from the config's [run] table"]
 """Annotation of the parameter through which a command receives what the config file says of the run."""
 
-PANEL = "Methods"
+PANEL, SETTINGS = "Methods (dit-accel methods NAME: what each does, and its options)", "Which methods"
 
 Preset = Annotated[
     str | None,
@@ -56,7 +57,7 @@ Preset = Annotated[
         "--preset",
         help="careful, balanced, fast or none: methods chosen for the model; those that are named win.",
         metavar="LEVEL",
-        rich_help_panel=PANEL,
+        rich_help_panel=SETTINGS,
     ),
 ]
 """Annotation of a command's parameter for a preset; `dit_accel.methods.presets.choices` takes and checks its value."""
@@ -68,6 +69,11 @@ SET_HELP = "One option of a method, such as radial.decay_factor=0.5; may be repe
 def first_line(documented: object) -> str:
     """Return the first line of a docstring, or an empty string."""
     return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
+def brief(documented: object) -> str:
+    """Return what a docstring's first line says before its first sign, without what stands in brackets."""
+    return re.split(r"[;:,.](?= |$)", re.sub(r" \([^)]*\)", "", first_line(documented)))[0]
 
 
 def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,14 +170,18 @@ def _parameters(names: Sequence[str], several: bool = False) -> list[inspect.Par
     from ..methods import registry
 
     def option(name: str, kind: Any, default: Any, flag: str, **info: Any) -> inspect.Parameter:
-        hint = Annotated[kind, typer.Option(flag, rich_help_panel=PANEL, **info)]
+        hint = Annotated[kind, typer.Option(flag, **info)]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
     methods = registry.methods()
     config: Any = list[Path] | None if several else Path | None
     more = " A setting of its own; may be repeated." if several else ""
+    settings = {"rich_help_panel": SETTINGS}
     return [
-        *(option(name, bool, False, f"--{name.replace('_', '-')}", help=first_line(methods[name])) for name in names),
-        option("method_config", config, None, "--config", help=CONFIG_HELP + more, metavar="FILE"),
-        option("method_set", list[str] | None, None, "--set", help=SET_HELP, metavar="METHOD.OPTION=VALUE"),
+        option("method_config", config, None, "--config", help=CONFIG_HELP + more, metavar="FILE", **settings),
+        option("method_set", list[str] | None, None, "--set", help=SET_HELP, metavar="NAME.OPTION=VALUE", **settings),
+        *(
+            option(name, bool, False, f"--{name.replace('_', '-')}", help=brief(methods[name]), rich_help_panel=PANEL)
+            for name in names
+        ),
     ]

@@ -17,6 +17,7 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
+        "-m",
         help="A hub id, a folder or an embedded model; only its configs are read.",
         metavar="ID|FOLDER|NAME",
     ),

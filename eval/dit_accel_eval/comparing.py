@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import PANEL, Setting
+from dit_accel.cli.method_options import SETTINGS, Setting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -30,7 +30,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 class CompareOptions:
     """What `eval compare` is given besides methods."""
 
-    model: shared.Model = None
+    model: shared.ModelBesideMetrics = None
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
     prompt: Annotated[
         list[str] | None,
@@ -62,7 +62,7 @@ class CompareOptions:
         list[str] | None,
         typer.Option(
             help="careful, balanced or fast: a setting of its own; may be repeated.", metavar="LEVEL",
-            rich_help_panel=PANEL,
+            rich_help_panel=SETTINGS,
         ),
     ] = None  # fmt: skip
     dtype: shared.Dtype = None
@@ -95,6 +95,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
 
     dit-accel eval compare --config tuned.toml --reference converged -o tuned.html
     """
+    from dit_accel_pipelines.generation.media import check_encoder
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -116,6 +117,8 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         found, named = (", ".join(sorted(one)) for one in (others, names))
         raise ConfigError(f"{lines} holds results of {found}, which is none of {named}; name all settings in one call, "
                           "or another file with --output")  # fmt: skip
+    if options.frames and suite.call.get("num_frames", 1) != 1:
+        check_encoder("the page's clips need", "leave them out with --no-frames")
     job = Job(
         suite=suite, out=lines, cache=default_cache(), timed=options.timed, talk=not options.quiet,
         threads=(2 if options.timed else 1) if suite.embedded else None,
@@ -236,6 +239,8 @@ def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
 
 def _arm(one: Setting, request: "Request") -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
+    from dit_accel_pipelines.generation.negative import with_negative
+
     from .runs.model import OWN
     from .suites.job import SCALES
 
@@ -246,7 +251,8 @@ def _arm(one: Setting, request: "Request") -> dict[str, Any]:
     if scale is not None:
         call = _call(dataclasses.replace(request, guidance_scale=scale))
         run["call"] = {key: value for key, value in call.items() if key in SCALES}
-    tables = {method.name: method.to_dict() for method in one.methods}
+    methods = (with_negative(method, request.negative_prompt) for method in one.methods)
+    tables = {method.name: method.to_dict() for method in methods}
     return {"name": one.name, **{key: value for key, value in run.items() if value is not None}, **tables}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dit_accel import RadialAttention
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
-from dit_accel.cli.app import BUILT_IN, app
+from dit_accel.cli.app import BUILT_IN, BY_USE, app
 from dit_accel.cli.console import print_json
 from dit_accel.cli.method_options import first_line, select_methods, with_method_options
 from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
@@ -100,7 +101,7 @@ def test_a_byte_order_mark_is_no_part_of_a_config_file(tmp_path: Path):
 
 def test_a_new_method_needs_no_edit_here(monkeypatch):
     class Other(MethodConfig):
-        """Does something else."""
+        """Does something else (source); and more."""
 
         name = "something_else"
 
@@ -115,7 +116,7 @@ def test_a_new_method_needs_no_edit_here(monkeypatch):
 
     single = typer.Typer()
     single.command()(with_method_options(command))
-    assert "Does something else." in CliRunner().invoke(single, ["--help"]).stdout
+    assert "Does something else  " in CliRunner().invoke(single, ["--help"]).stdout  # in brief
     assert CliRunner().invoke(single, ["--something-else", "--radial", "--size", "3"]).exit_code == 0
     assert seen == [(3, [RadialAttention, Other])]
 
@@ -138,6 +139,15 @@ def test_methods_lists_options_and_defaults():
     text = run("methods", "--options").stdout
     assert "--radial" in text
     assert "block_size" in text
+    for arguments in (("--options", "radial"), ("radial",)):
+        one = run("methods", *arguments).stdout
+        assert "decay_factor" in one
+        assert "--sol" not in one
+    assert [method["name"] for method in json.loads(run("methods", "sol", "radial", "--json").stdout)] == [
+        "sol",
+        "radial",
+    ]
+    assert run("methods", "radail").stderr.startswith("error: there is no method 'radail'; did you mean 'radial'?")
     short = run("methods").stdout
     assert "--radial" in short
     assert "block_size" not in short
@@ -159,12 +169,14 @@ def test_models_lists_families():
     assert [name for name, row in rows.items() if row["embedded"]] == list(model_names())
     text = run("models").stdout
     assert all(f"embedded: --model {name}  (height " in text for name in model_names())
-    told = " ".join(text.split())
+    verdicts = " ".join(text[text.rindex("embedded: ") :].split())
+    whole, lacking = verdicts.split("families take every method ")[1].split("families take all methods but these ")
     for adapter in installed.adapters().values():
-        word, why = adapter.verdict("radial")
-        shown = "yes" if word == "supported" else word
-        assert any(line.split()[:1] == [adapter.name] and shown in line.split() for line in text.splitlines())
-        assert not why or f"radial is {word}: {why}" in told
+        listed = lacking if adapter.refused else whole
+        assert re.findall(rf"(?<![\w-]){re.escape(adapter.name)}(?=,| \d| What)", verdicts) == [adapter.name]
+        assert adapter.name in listed
+        assert all(f"--{name}: {why}" in lacking for name, why in adapter.refused.items())
+    assert verdicts.count(ONE_FRAME) == 1
 
 
 def test_verdicts_tell_degenerate_from_refused():
@@ -213,6 +225,19 @@ def test_the_list_of_commands_says_what_the_commands_say():
         assert summary == first_line(getattr(import_module(module, "dit_accel.cli"), name))
         assert summary in " ".join(run(name, "--help").stdout.split())
         assert summary[:30] in run("--help").stdout
+
+
+def test_help_is_in_the_order_of_use_and_flags_take_no_value():
+    listed = re.findall(r"^│ ([a-z]+) ", script("--help").stdout, re.MULTILINE)
+    assert listed == [*BY_USE]
+    told = script("generate", "--help").stdout
+    assert re.findall(r"^╭─ (\w+)", told, re.MULTILINE) == [
+        "Arguments", "Options", "Prompts", "Running", "Which", "Methods",
+    ]  # fmt: skip
+    assert told.index("--preset") < told.index("--prompt-file") < told.index("--device") < told.rindex("--radial ")
+    assert len(told.splitlines()) < 150  # of 80 columns
+    for command in ((), ("generate",), ("eval", "compare"), ("eval",), ("bench",)):
+        assert "<bool>" not in script(*command, "--help").stdout
 
 
 def test_the_version():

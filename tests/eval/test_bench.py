@@ -1,6 +1,11 @@
 """The bench: real shapes of every family that it knows, arms that take turns, a budget, and what can't run here."""
 
+import contextlib
+import itertools
 import json
+import os
+import re
+import signal
 import time
 from dataclasses import replace
 
@@ -8,8 +13,10 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from dit_accel_eval.bench import forwards
+from dit_accel_eval.bench.beside import Beside
 from dit_accel_eval.bench.forwards import BenchArm, Plan, arms_of, make_bench, preset_arms, run_bench
-from dit_accel_eval.bench.loop import in_turn
+from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
+from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import BenchOptions
 from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model
 from dit_accel_eval.bench.shapes import SHAPES, Shape, shapes_of
@@ -18,6 +25,7 @@ from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, StaticCache
 from dit_accel.cli.app import app
+from dit_accel.errors import DitAccelError
 from dit_accel.estimate.estimate import estimate
 
 FAMILIES = {
@@ -36,6 +44,16 @@ def narrow(name: str = "wan2.1-1.3b", steps: int = 4, layers: int = 2):
     shape = Shape(name=name, family=name, height=128, width=192, num_frames=frames)
     options = BenchOptions(family=name, heads=2, layers=layers, num_inference_steps=steps)
     return make_bench(Plan.of(shape, options), CPU, torch.float32)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Arms run in this process, which begins no other."""
+
+    def made(plan, bench_of, given, device, dtype, free):
+        return contextlib.nullcontext(replace(bench_of(*given, device, dtype), free=free))
+
+    monkeypatch.setattr(forwards, "Beside", made)
 
 
 QUICK = ("ltx", "wan")
@@ -123,6 +141,65 @@ def test_an_arm_that_fails_is_told_and_the_others_run(monkeypatch):
         run_bench(made, [BenchArm(name="dense", backend="sage")], rounds=1)
 
 
+def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(monkeypatch, here):
+    """With a little more than the model takes: enough for attention in tiles, and too little for every logit."""
+    shape = "wan2.1-1.3b:128x192x17"
+    plan = Plan.of(shapes_of(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
+    model, logits = memory_of_model(plan, torch.float32), memory_of_logits(plan, "flex")
+    assert logits == 4 * 4 * 2 * 480**2
+    monkeypatch.setattr(forwards, "free_memory", lambda device: model + logits // 2)
+    few = [BenchArm(name=f"dense, {one}", backend=one) for one in ("native", "flex")]
+    monkeypatch.setattr(forwards, "arms_of", lambda methods: [*few, *arms_of(methods)[-1:]])
+    sparser = ["--set", "radial.block_size=16", "--set", "radial.decay_factor=0.2"]
+    found = CliRunner().invoke(app, ["bench", "--shapes", shape, "--rounds", "1", "--radial", *sparser])
+    assert found.exit_code == 0, found.output
+    assert "dense, flex is refused: it needs about 0.8 GiB, and 0.8 GiB are free" in found.stdout
+    assert "backends that do not run here: none" in found.stderr
+    rows = {cells[0]: cells for cells in (re.split(r"\s{2,}", line) for line in found.stdout.splitlines())}
+    assert rows["dense, flex"][1] == "memory"
+    density = rows["arm"].index("density")
+    assert 0 < float(rows["radial"][density]) < 1  # in the one step, although a run begins with dense ones
+
+
+def test_real_sizes_are_refused_where_they_took_a_machine_down():
+    options = BenchOptions(shapes="all", heads=2, num_inference_steps=1)
+    for name, least, most in (("wan-480p", 30, 40), ("wan-720p", 150, 220), ("flux-1mp", 0.5, 2)):
+        plan = Plan.of(shapes_of(name)[0], options)
+        assert least < (memory_of_model(plan, torch.float32) + memory_of_logits(plan, "flex")) / 2**30 < most
+        assert memory_of_model(plan, torch.float32) < 8 * 2**30
+
+
+def test_an_arm_that_runs_out_of_memory_in_a_later_round_leaves_the_others(monkeypatch):
+    made, count = narrow(steps=1), itertools.count()
+    ran = forwards._run(made, BenchArm(name="dense"), 1)
+
+    def run(bench, arm, steps):
+        if arm.name == "large" and next(count) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB")
+        return ran
+
+    monkeypatch.setattr(forwards, "_run", run)
+    dense, large = run_bench(made, [BenchArm(name="dense"), BenchArm(name="large")], rounds=3)
+    assert (dense["rounds"], large["reason"], large["out_of_memory"]) == (3, "ran out of memory", True)
+
+
+def test_a_process_that_is_killed_ends_an_arm_and_the_next_begins_another():
+    plan, options = narrow(steps=1).plan, BenchOptions(family="wan2.1-1.3b", heads=2, num_inference_steps=1)
+    options = replace(options, height=128, width=192, num_frames=17)
+    with Beside(plan, forwards.bench_of, (plan.shape, options), CPU, torch.float32, 4 << 30) as bench:
+        assert bench(BenchArm(name="dense"), 1).counts
+        with pytest.raises(DitAccelError, match=r"Error: .*sage"):
+            bench(BenchArm(name="sage", backend="sage"), 1)
+        first = bench._process.pid
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(OutOfMemoryError):
+            bench(BenchArm(name="dense"), 1)
+        assert bench(BenchArm(name="dense"), 1).counts
+        assert bench._process.pid != first
+        last = bench._process
+    assert last.exitcode == -signal.SIGKILL
+
+
 def test_the_named_shapes_are_the_sequences_of_the_released_models():
     """Tokens by hand: latents of an eighth, patches of two, a frame and one for every four; text where it joins."""
     options = BenchOptions(shapes="all", num_inference_steps=1)
@@ -162,8 +239,7 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
     """By the one before it, of which a pass takes 1 s."""
     clock = iter([0.0, 0.0, 2.0, 2.0])
     monkeypatch.setattr(forwards.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(forwards, "make_bench", lambda plan, *_: plan)
-    monkeypatch.setattr(forwards, "run_bench", lambda plan, *_, **__: [{"shape": plan.shape.name, "rounds": 1}])
+    monkeypatch.setattr(forwards, "run_bench", lambda one, *_, **__: [{"shape": one.plan.shape.name, "rounds": 1}])
     said: list[str] = []
     long, short = shapes_of("wan2.1-1.3b:384x384x17,wan2.1-1.3b:128x128x17")
     options = BenchOptions(shapes="", heads=1, num_inference_steps=1, budget=15)
@@ -201,7 +277,7 @@ def test_what_can_not_be_timed_is_told(arguments, message):
     assert message in found.stderr
 
 
-def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch):
+def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch, here):
     monkeypatch.setattr(forwards, "arms_of", lambda methods: [one for one in arms_of(methods) if one.backend != "flex"])
     out = tmp_path / "b.jsonl"
     arguments = ["bench", "--family", "wan2.1-1.3b", "--heads", "2", "--height", "128", "--width", "128", "--radial"]
@@ -220,7 +296,7 @@ def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch):
     assert len(read_lines(out)) == 2 * count
 
 
-def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table(monkeypatch):
+def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table(monkeypatch, here):
     arms = lambda methods: [BenchArm(name="dense"), BenchArm(name="radial", methods=tuple(methods))]  # noqa: E731
     monkeypatch.setattr(forwards, "arms_of", arms)
     found = CliRunner().invoke(app, ["bench", "--shapes", "flux.1-dev:64x64", "--rounds", "1", "--radial"])
@@ -229,9 +305,10 @@ def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table
     assert "it can't run here: radial: radial makes no sense on flux" in " ".join(found.stderr.split())
 
 
-def test_shapes_are_timed_dense_and_by_the_presets_where_no_method_is_named():
+def test_shapes_are_timed_dense_and_by_the_presets_where_no_method_is_named(here):
     found = CliRunner().invoke(app, ["bench", "--shapes", "wan2.1-1.3b:64x64x5,ltx-video-2b:64x64x9", "--rounds", "1"])
     assert found.exit_code == 0, found.output
     assert "wan2.1-1.3b, 2 layers of 2 of 12 heads, 32 tokens" in found.stdout
     assert "ltx-video-2b, 2 layers of 2 of 32 heads" in found.stdout
-    assert found.stdout.count("sol of fast") == 2
+    assert found.stdout.count("\nsol of fast  ") == 2
+    assert "sol of fast computed every pair" in found.stdout  # of one tile

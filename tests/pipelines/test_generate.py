@@ -163,6 +163,8 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         ([" "], "generate needs a prompt, got none; write one in quotes, or give --prompt-file"),
         (["--prompt-file", "none.txt"], "--prompt-file none.txt can't be read (No such file or directory)"),
         (["a purple circle"], "unknown word(s) purple; the embedded model knows only: a, above, and"),
+        (["a kite"], "no model was named, so the tiny embedded wan-tiny was taken: prompt 'a kite': unknown word"),
+        (["a circle", "--nag"], "nag leads away from a text, and none is set; give a negative prompt, such as"),
         (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
         (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
         (["a circle", "--width", "40"], "width must be a multiple of 16 for wan-tiny, got 40; the nearest is 48"),
@@ -178,7 +180,7 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
         (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
         (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
         (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
-        (["a circle", "--device", "gpu"], "device 'gpu' can't be used here ("),
+        (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
         (["a circle", "--fps", "0"], "fps must be from 0.01 to 240, got 0"),
         (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
         (
@@ -227,6 +229,42 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, message, tmp_p
     assert names(tmp_path) == []
 
 
+GUIDED, UNGUIDED = ["--guidance-scale", "4"], ["--guidance-scale", "1"]
+TOY, NOTHING = "no --model was given, so wan-tiny is taken", "no method is attached, so this is the model as it is"
+IDLE = "the negative prompt does nothing at guidance_scale 1; raise --guidance-scale, or add --nag"
+NOTES: list[tuple[list[str], set[str]]] = [
+    ([], {TOY, NOTHING}),
+    (["-m", "wan-tiny"], {NOTHING}),
+    (["--preset", "none"], {TOY}),
+    (["--radial"], {TOY}),
+    (["--radial", "--negative-prompt", "blue", *GUIDED], {TOY}),
+    (["--radial", "--negative-prompt", "blue", *UNGUIDED], {TOY, IDLE}),
+    (["--nag", "--negative-prompt", "blue", *UNGUIDED], {TOY, "nag leads away from the negative prompt 'blue'"}),
+    (["-m", "wan-tiny", "--radial", "-o", "there.gif"], {"there.gif is there; it is replaced when the new one is"}),
+    (["-m", "flux-tiny", "--easycache", "--negative-prompt", "blue", *UNGUIDED, "-o", "a.png"],
+     {"the negative prompt does nothing at true_cfg_scale 1; raise --guidance-scale, or add --nag"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), NOTES)
+def test_what_was_taken_unnamed_does_nothing_or_is_replaced_is_noted(tmp_path, monkeypatch, arguments, expected):
+    """Up to the loading of the model, with the prompt beside a comment in a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("# shapes\na red circle\n  # more\n")
+    (tmp_path / "there.gif").touch()
+    seen: list[Any] = []
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: seen.append(request) or 1 / 0)
+    told = cli("--prompt-file", "p.txt", "-o", "a.gif", *arguments).stderr
+    notes = [line.removeprefix("note: ") for line in told.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(expected)
+    assert all(any(note.startswith(one) for note in notes) for one in expected)
+    (asked,) = seen
+    assert asked.prompts == ("a red circle",)
+    assert [one.negative_prompt for one in asked.methods if one.name == "nag"] == (
+        ["blue"] if "--nag" in arguments else []
+    )
+
+
 def test_bad_prompt_files(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt.*no prompt"):
@@ -266,8 +304,10 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
     folder = copy_model(tmp_path / "model")
     config = json.loads((folder / "transformer/config.json").read_text())
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
-    asked = request(tmp_path, model=str(folder), height=33)
+    asked = request(tmp_path, model=str(folder), height=34)
     assert settle(asked) == (asked, None, [], [])
+    with pytest.raises(ConfigError, match=r"H.264.*got 48 x 33"):
+        settle(dataclasses.replace(asked, height=33))
     with pytest.raises(UnsupportedModel, match=r"adapter.*class WanTransformer4D"):
         settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
@@ -325,7 +365,7 @@ def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monke
     monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
     monkeypatch.setattr(generation, "write_media", full)
     output = tmp_path / "a.gif"
-    told = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output))
+    told = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
     assert (told.exit_code, names(tmp_path)) == (2, [])
     assert told.stderr.startswith(f"error: {output} can't be written (No space left on device); free some space, or")
     assert told.stderr.count("\n") == 1
@@ -359,9 +399,9 @@ def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe, monkeypatch):
     assert (told.stdout, told.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
 
 
-def test_a_failing_ffmpeg_fails_the_command(tmp_path: Path, pipe, monkeypatch):
+def test_an_ffmpeg_that_fails_at_the_end_fails_the_command(tmp_path: Path, pipe, monkeypatch):
     ffmpeg = tmp_path / "ffmpeg"
-    ffmpeg.write_text("#!/bin/sh\nexit 1\n")
+    ffmpeg.write_text('#!/bin/sh\ncat > /dev/null\ncase "$*" in *null*) exit 0;; esac\nexit 1\n')
     ffmpeg.chmod(0o755)
     monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))

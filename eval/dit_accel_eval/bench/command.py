@@ -15,7 +15,7 @@ from .options import BenchOptions
 WIDTH = 150
 """Characters that the table takes; cells that wrap can't be compared."""
 
-COLUMNS = ("step, ms", "block, ms", "attention, ms", "x dense", "work", "TFLOP/s", "times dense", "plan")
+COLUMNS = ("step, ms", "block, ms", "attention, ms", "x dense", "density", "work", "TFLOP/s", "times dense", "plan")
 
 Line = dict[str, Any]
 
@@ -32,8 +32,11 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
 
     With --shapes several models at real sizes, two heads of each, since heads
     do not depend on each other: their attention's time is a share of the
-    model's, the rest of a step is not. Without methods the sparse parts of
-    the presets are timed, whether the presets' rules take them there or not.
+    model's, the rest of a step is not. Sparse methods act there in every step
+    and layer, as their density says; without methods those of the presets do.
+
+    An arm that needs more memory than is free is refused, with both numbers;
+    arms run in another process, so that one which the system kills is a row.
 
     Examples:
 
@@ -47,7 +50,7 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     from dit_accel_pipelines.generation.loading import pick_device
 
     from ..runs.results import append_line
-    from .forwards import arms_of, preset_arms, run_shapes
+    from .forwards import arms_of, preset_arms, run_shapes, sparse_part
 
     options = options.settled()
     if options.output is not None:
@@ -56,8 +59,12 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     say = (lambda text: None) if options.quiet else (lambda text: TALK.print(text, markup=False, soft_wrap=True))
     device = pick_device(options.device)
     lines: list[Line] = []
+    if options.shapes:
+        arms = arms_of([sparse_part(one) for one in methods]) if methods else preset_arms()
+    else:
+        arms = arms_of(methods)
     for line in run_shapes(
-        options.wanted(), preset_arms() if options.shapes and not methods else arms_of(methods), options=options,
+        options.wanted(), arms, options=options,
         device=device, dtype=getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16")),
         say=say,
     ):  # fmt: skip
@@ -68,7 +75,8 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
         return print_json(lines)
     for shape in dict.fromkeys(line["shape"] for line in lines):
         _show([line for line in lines if line["shape"] == shape])
-    absent = [line["arm"].removeprefix("dense, ") for line in lines if "reason" in line and not line["methods"]]
+    lacking = [line for line in lines if "reason" in line and not line["methods"] and not line["out_of_memory"]]
+    absent = [line["arm"].removeprefix("dense, ") for line in lacking]
     say(f"backends that do not run here: {', '.join(dict.fromkeys(absent)) or 'none'}")
     failed = [f"{line['arm']}: {line['reason']}" for line in lines if "reason" in line and line["methods"]]
     if failed:
@@ -88,10 +96,26 @@ def _show(lines: list[Line]) -> None:
             times = [_spread(line[f"{key}_seconds"], 1000, 1) for key in ("step", "block", "attention")]
             predicted = "" if line["predicted"] is None else f"{line['predicted']:.2f}"
             table.add_row(
-                line["arm"], *times, f"{line['attention_ratio']:.2f}", f"{line['work']:.2f}", f"{line['tflops']:.3g}",
-                _spread(line["ratio"], 1, 2), predicted,
+                line["arm"], *times, f"{line['attention_ratio']:.2f}", f"{line['attended']:.3f}",
+                f"{line['work']:.2f}", f"{line['tflops']:.3g}", _spread(line["ratio"], 1, 2), predicted,
             )  # fmt: skip
+        elif line["out_of_memory"]:
+            table.add_row(line["arm"], "memory")
     Console(highlight=False, width=max(OUT.width, WIDTH)).print(table)
+    for line in lines:
+        if line.get("out_of_memory"):
+            OUT.print(f"{line['arm']} {line['reason']}", markup=False, soft_wrap=True)
+        elif line["methods"] and line.get("attended") == 1 and {*line["methods"]} & {*_sparse()}:
+            OUT.print(f"{line['arm']} computed every pair, so that no sparse part was timed; give it more steps, or a "
+                      "larger output", markup=False, soft_wrap=True)  # fmt: skip
+
+
+def _sparse() -> list[str]:
+    """Return the names of the methods whose first steps may be dense."""
+    from dit_accel.methods import registry
+    from dit_accel.methods.attention.sparse import SparseConfig
+
+    return [name for name, one in registry.methods().items() if issubclass(one, SparseConfig)]
 
 
 def _spread(one: dict[str, float], factor: float, digits: int) -> str:

@@ -21,6 +21,7 @@ from dit_accel_pipelines.generation.quiet import quiet_diffusers
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter, Family
+from dit_accel.errors import DitAccelError
 from dit_accel.estimate.estimate import Estimate, estimate
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
@@ -28,16 +29,15 @@ from dit_accel.methods.presets import PRESETS
 
 from ..runs.counting import Counter, Counts, attended, work
 from ..runs.results import Line
-from .loop import in_turn, machine, now, quartiles, why_not
+from .beside import Beside
+from .loop import OutOfMemoryError, in_turn, machine, now, quartiles, reason_of
+from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions
 from .real_shapes import Inputs, find_family, make_model, to_device
 from .shapes import Shape
 
 WARM = 2
 """Steps at most with which every arm is run before it counts: compilation, allocation, lists of tiles."""
-
-WHOLE = "_native_math"
-"""The backend that holds every logit, which real sizes have no memory for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,16 @@ class Bench:
     inputs: Inputs
     device: torch.device
     counter: Counter
+    free: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the model."""
+        return self.transformer.dtype
+
+    def __call__(self, arm: "BenchArm", steps: int) -> "Ran":
+        """Run an arm, after which the model is as before."""
+        return _run(self, arm, steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,11 +155,16 @@ def run_shapes(
             say(f"{plan.shape.name} is left out: it would take about {expected:,.0f} s; raise --budget")
             continue
         say(f"{plan.shape.name}, {plan.dense.layout.tokens:,} tokens")
-        bench, until = make_bench(plan, device, dtype), deadline - later
-        lines = run_bench(bench, arms, rounds=options.rounds, deadline=until, say=say)
+        with Beside(plan, bench_of, (plan.shape, options), device, dtype, free_memory(device)) as bench:
+            lines = run_bench(bench, arms, rounds=options.rounds, deadline=deadline - later, say=say)
         rounds = next(line["rounds"] for line in lines if "rounds" in line)
         rate = plan.dense.total_flops / (time.perf_counter() - started) * (1 + rounds) / 2
         yield from lines
+
+
+def bench_of(shape: Shape, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Bench:
+    """Make a shape's model and its inputs, in the process that runs it."""
+    return make_bench(Plan.of(shape, options), device, dtype)
 
 
 def make_bench(plan: Plan, device: torch.device, dtype: torch.dtype) -> Bench:
@@ -166,7 +181,7 @@ def arms_of(methods: Sequence[MethodConfig]) -> list[BenchArm]:
     """Return the arms: dense by diffusers' attention backends, the methods by themselves and together."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    known = [one.value for one in AttentionBackendName if one.value != WHOLE]
+    known = [one.value for one in AttentionBackendName if one.value != "_native_math"]  # never the fastest
     arms = [BenchArm(name=f"dense, {one}", backend=one) for one in known]
     arms += [BenchArm(name=method.name, methods=(method,)) for method in methods]
     if len(methods) > 1:
@@ -176,9 +191,8 @@ def arms_of(methods: Sequence[MethodConfig]) -> list[BenchArm]:
 
 def preset_arms() -> list[BenchArm]:
     """Return the arms of real sizes: dense, and the sparse part of each preset, acting in every step and layer."""
-    always: Any = dict(dense_steps=0, dense_last_steps=0, dense_layers=0, dense_above_sigma=None, min_tokens=None)
     sparse = [
-        BenchArm(name=f"{choice.config.name} of {level}", methods=(dataclasses.replace(choice.config, **always),))
+        BenchArm(name=f"{choice.config.name} of {level}", methods=(sparse_part(choice.config),))
         for level, preset in PRESETS.items()
         for choice in preset
         if isinstance(choice.config, SparseConfig)
@@ -186,8 +200,14 @@ def preset_arms() -> list[BenchArm]:
     return [BenchArm(name="dense"), *sparse]
 
 
+def sparse_part(method: MethodConfig) -> MethodConfig:
+    """Return a sparse method acting in every step and layer, at any size; another as it is."""
+    always: Any = dict(dense_steps=0, dense_last_steps=0, dense_layers=0, dense_above_sigma=None, min_tokens=None)
+    return dataclasses.replace(method, **always) if isinstance(method, SparseConfig) else method
+
+
 def run_bench(
-    bench: Bench, arms: Sequence[BenchArm], *, rounds: int, deadline: float = math.inf,
+    bench: Bench | Beside, arms: Sequence[BenchArm], *, rounds: int, deadline: float = math.inf,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Line]:  # fmt: skip
     """Run all arms in turn, round by round, and return a line for each, those that can't run here with their reason.
@@ -196,19 +216,36 @@ def run_bench(
         ConfigError: if no backend of diffusers runs here.
     """
     steps = bench.plan.dense.num_inference_steps
-    reasons = {arm.name: why_not(partial(_run, bench, arm, min(WARM, steps))) for arm in arms}
-    running = [arm for arm in arms if reasons[arm.name] is None]
-    if all(arm.methods for arm in running):
-        raise ConfigError(f"no attention backend of diffusers runs here: {reasons[arms[0].name]}")
-    runs: dict[str, list[Ran]] = {arm.name: [] for arm in running}
-    takes = {arm.name: partial(_run, bench, arm, steps) for arm in running}
-    for number, made in enumerate(in_turn(takes, rounds, warm_up=0, deadline=deadline), 1):
+    model = memory_of_model(bench.plan, bench.dtype)
+    memory = {arm.name: model + memory_of_logits(bench.plan, arm.backend) for arm in arms}
+    failed: dict[str, DitAccelError] = {}
+
+    def attempt(arm: BenchArm, steps: int) -> Ran | None:
+        try:
+            if bench.free is not None and memory[arm.name] > bench.free:
+                there = f"{bench.free / 2**30:.1f} GiB are free"
+                raise OutOfMemoryError(f"is refused: it needs about {memory[arm.name] / 2**30:.1f} GiB, and {there}")
+            return bench(arm, steps) if arm.name not in failed else None
+        except Exception as error:
+            failed[arm.name] = reason_of(error)
+            return None
+
+    for arm in arms:
+        attempt(arm, min(WARM, steps))
+    takes = {arm.name: partial(attempt, arm, steps) for arm in arms if arm.name not in failed}
+    runs: dict[str, list[Ran]] = {name: [] for name in takes}
+    for number, made in enumerate(in_turn(takes, rounds, warm_up=0, deadline=deadline) if takes else (), 1):
         say(f"round {number} of {rounds} is done")
         for name, ran in made.items():
-            runs[name].append(ran)
+            runs[name] += [ran] if ran is not None else []
+    running = [arm for arm in arms if arm.name not in failed]
+    if all(arm.methods for arm in running):
+        raise ConfigError(f"no attention backend of diffusers runs here: {failed[arms[0].name]}")
     dense = min((arm.name for arm in running if not arm.methods), key=lambda name: np.median(_rounds(runs[name])))
     found = {arm.name: _figures(bench.plan, arm, runs[arm.name], dense, runs[dense]) for arm in running}
-    return [_about(bench, arm) | found.get(arm.name, {"reason": reasons[arm.name]}) for arm in arms]
+    found |= {name: {"reason": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
+              for name, error in failed.items()}  # fmt: skip
+    return [_about(bench, arm) | {"memory": memory[arm.name]} | found[arm.name] for arm in arms]
 
 
 def _rounds(runs: Sequence[Ran]) -> np.ndarray:
@@ -258,14 +295,14 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _about(bench: Bench, arm: BenchArm) -> Line:
+def _about(bench: Bench | Beside, arm: BenchArm) -> Line:
     plan = bench.plan
     return {
         "shape": plan.shape.name, "arm": arm.name, "kind": "method" if arm.methods else "dense",
         "family": plan.family.name, "layers": plan.family.layers, "heads": plan.family.heads,
         "all_heads": plan.all_heads, **plan.sizes, "tokens": plan.dense.layout.tokens,
         "steps": plan.dense.num_inference_steps, "methods": {one.name: one.to_dict() for one in arm.methods},
-        **machine(bench.device, bench.transformer.dtype),
+        **machine(bench.device, bench.dtype),
     }  # fmt: skip
 
 

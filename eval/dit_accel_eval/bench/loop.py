@@ -16,6 +16,10 @@ from ..runs.conditions import device_name
 Made = TypeVar("Made")
 
 
+class OutOfMemoryError(DitAccelError):
+    """An arm had too little memory, or would have."""
+
+
 def in_turn(
     arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1, deadline: float = math.inf
 ) -> Iterator[dict[str, Made]]:
@@ -42,11 +46,19 @@ def why_not(run: Callable[[], object]) -> str | None:
     """Run something once, which warms it up; return why it can't run here, None if it can."""
     try:
         run()
-    except DitAccelError as error:
-        return str(error)
-    except Exception as error:  # a backend that is not here, or does not fit: each has errors of its own
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    except Exception as error:
+        return str(reason_of(error))
     return None
+
+
+def reason_of(error: Exception) -> DitAccelError:
+    """Return why something can't run here, as an error of ours: backends that are missing have each their own."""
+    if isinstance(error, DitAccelError):
+        return error
+    told = str(error).strip().partition("\n")[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in told:
+        return OutOfMemoryError("ran out of memory")
+    return DitAccelError(f"{type(error).__name__}: {told}")
 
 
 def now(device: torch.device) -> float:

@@ -206,4 +206,4 @@ def tuning_request(**options: Any) -> Request:
     Raises:
         ConfigError: for a value out of range.
     """
-    return Request(output=Path(tempfile.gettempdir()) / "unused.mp4", **options)
+    return Request(output=Path(tempfile.gettempdir()) / "unused.png", **options)

@@ -77,7 +77,7 @@ def run(
     if ranks.count > 1 and (workers > 1 or job.timed):
         requested = "--time" if job.timed else f"--workers {workers}"
         raise ConfigError(f"accelerate launch started {ranks.count} processes, got {requested} besides; leave one out")
-    with checked(job) if ranks.first else contextlib.nullcontext():
+    with checked(job, clips) if ranks.first else contextlib.nullcontext():
         ranks.wait()
         _run(job, ranks.own(clips), workers, lambda: watch(read_lines(job.out)))
         ranks.wait()

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_accel_pipelines.generation.media import BYTES
 from dit_accel_pipelines.generation.pipeline_call import pipeline_class
 from dit_accel_pipelines.generation.request import check_words
 from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import ConfigError
+from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import read_model_files
-from dit_accel.files import check_writable, held
+from dit_accel.files import check_room, check_writable, held
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 
@@ -28,6 +30,9 @@ from .judges import Judge, judge_of
 from .pairs import pair_figures, pairs_text
 from .reference import AGREE
 from .suite import Suite
+
+LINE = 1 << 13
+"""Bytes that a result line takes, about."""
 
 SCALES = ("guidance_scale", "true_cfg_scale")
 """What an arm's call may change where all are held against one converged run, which has the suite's own."""
@@ -127,15 +132,17 @@ def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
 
 
 @contextlib.contextmanager
-def checked(job: Job) -> Iterator[None]:
+def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
     """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block.
 
     Raises:
-        ConfigError: for a suite that can't run so, or a file that can't be written or holds results of another.
+        ConfigError: for a suite that can't run so, a file that can't be written or holds results of another, or a disk
+            without room for what these clips lack.
         Busy: if another run writes to the file.
     """
-    _check_model(job.suite)
+    family = _check_model(job.suite)
     _check_kind(job)
+    _check_fits(job, clips, read_lines(job.out) if job.out.is_file() else [], family)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
         try:
             if folder is not None:
@@ -152,8 +159,24 @@ def checked(job: Job) -> Iterator[None]:
         yield
 
 
-def _check_model(suite: Suite) -> None:
-    """Refuse a model that suites can't run, and prompts, schedulers, guiders and methods that it does not take."""
+def _check_fits(job: Job, clips: Sequence[int], known: Sequence[Line], family: Family) -> None:
+    """Refuse a disk without room for the lines and frames that clips lack, or for one dense run to be kept."""
+    made = {(line["arm"], line["clip"]) for line in known}
+    missing = sum((arm.name, clip) not in made for arm in job.suite.arms for clip in clips)
+    if not missing:
+        return
+    call = call_of(job.suite, job.suite.call)
+    frames, height, width = (call.get(name) or getattr(family, name) for name in ("num_frames", "height", "width"))
+    pixels, runs = (frames or 1) * height * width, "1 run" if missing == 1 else f"{missing} runs"
+    check_room(job.out.parent, LINE * missing, f"the results of {runs} take")
+    if job.frames is not None:
+        check_room(job.frames, round(BYTES[".png"] * pixels * missing), f"the frames of {runs} take")
+    if not job.judge:
+        check_room(job.cache, 6 * pixels, "a dense run, which is kept in 16 bits, takes")
+
+
+def _check_model(suite: Suite) -> Family:
+    """Refuse a model that suites can't run, and what it does not take of a suite; returns the model's sizes."""
     if suite.embedded:
         for prompt in suite.own.prompts if suite.own else ():
             check_words(prompt, suite.model)
@@ -181,6 +204,7 @@ def _check_model(suite: Suite) -> None:
             make_handlers(arm.methods, taken)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name!r}: {error}") from None
+    return family
 
 
 def _check_kind(job: Job) -> None:

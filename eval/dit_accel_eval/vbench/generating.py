@@ -13,6 +13,7 @@ from typing import Any
 from dit_accel_pipelines.generation.generate import opened
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, read_prompts, settle, side_car_path
+from dit_accel_pipelines.generation.room import check_outputs_fit
 
 from dit_accel import ConfigError
 from dit_accel.files import held
@@ -141,6 +142,7 @@ def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None
     if request.embedded:
         for piece in work:
             check_words(piece.prompt, request.embedded)
+    check_outputs_fit(settle(request).request, len(work))
     with opened(request, stages=Stages(quiet=True), command=command) as make:
         for number, piece in enumerate(work, 1):
             with held(piece.path):

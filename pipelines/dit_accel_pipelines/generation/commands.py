@@ -1,13 +1,14 @@
 """The commands `generate` and `describe` of the command line."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dit_accel.cli import MethodList, Preset, RunTable
+from dit_accel.cli import MethodList, RunTable
 from dit_accel.cli.console import OUT, TALK, print_json
 from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
@@ -25,7 +26,6 @@ from .options import (
     NegativePrompt,
     Offload,
     Pixels,
-    Quiet,
     Seed,
     Solver,
     fields_of,
@@ -35,83 +35,90 @@ from .options import (
 
 if TYPE_CHECKING:
     from .generate import Written
+    from .request import Request
+
+FILES = "Prompts, pictures and files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """What `generate` is given; most are the request's own fields."""
+    """What `generate` is given, in the order of its help; most are the request's own fields."""
 
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.", metavar="FILE")] = None
-    negative_prompt: NegativePrompt = None
-    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE")] = None
-    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE")] = None
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: .mp4, .gif or .png.", metavar="FILE")
+        Path, typer.Option("--output", "-o", help="File to write or replace: .mp4, .gif or .png.", metavar="FILE")
     ] = Path("out.mp4")
     model: Model = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods chosen for the model: careful, balanced, fast or none; those that are named win.",
+            metavar="LEVEL",
+        ),
+    ] = None
+    check: Annotated[
+        bool, typer.Option("--check", help="Generate dense too, and compare: PSNR, SSIM, FILE.check.png.")
+    ] = False
     height: Pixels = None
     width: Pixels = None
     num_frames: Frames = None
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
-    solver: Solver = None
     guidance_scale: Guidance = None
+    negative_prompt: NegativePrompt = None
     seed: Seed = 0
-    same_seed: Annotated[bool, typer.Option("--same-seed", help="One seed for all prompts of a file.")] = False
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep outputs that an earlier run of the same request wrote.")
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or report.")] = False
+    json: Json = False
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Text file, a prompt per line; # begins a comment.", metavar="FILE", rich_help_panel=FILES),
+    ] = None
+    same_seed: Annotated[
+        bool, typer.Option("--same-seed", help="One seed for all prompts of a file.", rich_help_panel=FILES)
     ] = False
-    fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the file; default: 8 for embedded models, else 16.")
-    ] = None
-    scale: Annotated[int, typer.Option(help="Enlarge every pixel by a whole number.")] = 1
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep outputs that an earlier run of the same request wrote.", rich_help_panel=FILES
+        ),
+    ] = False
+    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE", rich_help_panel=FILES)] = (
+        None
+    )
+    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE", rich_help_panel=FILES)] = (
+        None
+    )
     lora: Annotated[
-        str | None, typer.Option(help="A LoRA: a file, its folder, or a hub id.", metavar="FILE|FOLDER|ID")
+        str | None,
+        typer.Option(help="A LoRA: a file, its folder, or a hub id.", metavar="LORA", rich_help_panel=FILES),
     ] = None
-    dtype: Dtype = None
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames per second; default: 8 for embedded models, else 16.", rich_help_panel=FILES),
+    ] = None
+    scale: Annotated[int, typer.Option(help="Enlarge every pixel so many times.", rich_help_panel=FILES)] = 1
     device: Device = None
+    dtype: Dtype = None
     offload: Offload = "none"
+    solver: Solver = None
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
     ] = False
     ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1
     backend: Backend = "auto"
     dense: Dense = None
-    preset: Preset = None
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check", help="Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", rich_help_panel=RUN
-        ),
-    ] = False
-    quiet: Quiet = False
-    json: Json = False
 
 
 @with_option_fields
 def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTable) -> None:
     """Generate a video (or image), with methods attached.
 
-    Writes the file, and FILE.json beside it: all that is needed to repeat
-    the run, and the report of what ran. Both appear whole or not at all;
-    Ctrl-C (exit code 130) and SIGTERM (143) leave nothing half-written. A
-    .png holds one frame, or evenly spaced ones of a video. Several prompts
-    give FILE-01, FILE-02 and so on, from the seed, the next one and so on;
-    --same-seed takes one for all, to compare prompts.
+    Writes FILE, and FILE.json beside it: all that is needed to repeat the
+    run, and the report of what ran. Both appear whole or not at all, in place
+    of what is there. Several prompts give FILE-01, FILE-02 and so on, each
+    from the next seed. A .png holds one frame, or some of a video's.
 
-    Started by accelerate launch or torchrun, each process makes every n-th
-    prompt on a device of its own, and prints a line for each output; with
-    --ulysses N, N neighbours make each output together. If one was killed,
-    the same command with --resume makes what is missing.
-
-    --preset attaches what is chosen for the model and says what that is.
-    --check makes each output twice from one seed, dense and with the
-    methods, says how near the two are, and writes both and their difference
-    as FILE.check.png (out.check.png beside out.mp4).
-
-    --image and --video are for pipelines that start from them. What a
-    pipeline does not take, or needs and was not given, is refused before
-    its weights are loaded.
+    Under accelerate launch or torchrun each process makes every n-th prompt;
+    with --ulysses N, N make each output together.
 
     Examples:
 
@@ -140,7 +147,10 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
         keeps("outputs that were made are whole, and the same command with --resume makes the others")
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
         shown = {"on_written": _line} if many else {}
-        written = generate(request, stages=stages, command=sys.argv, process=process, resume=options.resume, **shown)
+        written = generate(
+            request, stages=stages, command=sys.argv, process=process, resume=options.resume,
+            notes=tuple(_defaults(options, request)), **shown,
+        )  # fmt: skip
     if options.json:
         print_json([one.record for one in written])
         return
@@ -148,6 +158,16 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
         print(one.record["output"])
         if not options.quiet:
             _print_written(one)
+
+
+def _defaults(options: GenerateOptions, request: "Request") -> Iterator[str]:
+    """Give what a user should know of what was taken because it was not named."""
+    from .request import EMBEDDED
+
+    if options.model is None:
+        yield f"no --model was given, so {EMBEDDED} is taken, a tiny model that is embedded here"
+    if not request.attaches and options.preset is None:
+        yield "no method is attached, so this is the model as it is; --preset balanced attaches what is chosen for it"
 
 
 def _prompts(options: GenerateOptions) -> tuple[str, ...]:

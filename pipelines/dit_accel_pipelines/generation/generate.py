@@ -24,13 +24,14 @@ from dit_accel.methods.presets import NONE
 from ..processes.parallel import ALONE, Group, check_transformer, joined
 from ..processes.processes import Process
 from .larger import prepare_larger
-from .loading import compile_blocks, load_pipeline, transformers_of
+from .loading import compile_blocks, device_of, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, write_media
 from .pipeline_call import PipelineCall
 from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Backend, Dense, Request, check_path, read_pictures, settle, side_car_path
 from .resume import kept_record, request_digest
+from .room import check_outputs_fit
 from .side_car import Generation, side_car
 from .solvers import make_scheduler
 from .threads import one_thread
@@ -61,6 +62,7 @@ def generate(
     command: Sequence[str] = (),
     process: Process | None = None,
     resume: bool = False,
+    notes: Sequence[str] = (),
     on_written: Callable[[Written], None] = lambda _: None,
 ) -> list[Written]:
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
@@ -72,6 +74,7 @@ def generate(
         process: which of several processes this is: each, or each group that works together, makes some of the prompts;
             None: the only one.
         resume: leave outputs as they are whose side-car tells the same request.
+        notes: shown before those of the request, once it is known that it can be met.
         on_written: called with each output as soon as it stands.
 
     Returns:
@@ -82,7 +85,7 @@ def generate(
         Busy: if another run writes the same output.
     """
     stages, process = stages or Stages(silent=True), process or Process()
-    request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages)
+    request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages, notes)
     if process.together > 1:
         _check_spread(request, family, process.together)
     on_written = on_written if process.first else lambda _: None
@@ -95,13 +98,17 @@ def generate(
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():
             on_written(one)
-        if len(written) == len(requested):
+        missing = [one for one in requested if one.output not in written]
+        if not missing:
             return list(written.values())
+        check_outputs_fit(request, process.count // process.together * len(missing))
+        for one in missing if process.first else ():
+            if one.output.exists():
+                stages.note(f"{one.output} is there; it is replaced when the new one is whole")
         with _loaded(request, family, stages, command, process.first, group) as make:
-            for one in requested:
-                if one.output not in written:
-                    written[one.output] = make(one)
-                    on_written(written[one.output])
+            for one in missing:
+                written[one.output] = make(one)
+                on_written(written[one.output])
     return [written[one.output] for one in requested]
 
 
@@ -129,10 +136,11 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
         )
 
 
-def _settled(request: Request, stages: Stages) -> tuple[Request, Family | None]:
-    """Return the settled request and its family, and show its notes."""
+def _settled(request: Request, stages: Stages, notes: Sequence[str] = ()) -> tuple[Request, Family | None]:
+    """Return the settled request and its family, and show these notes and its own."""
     settled = settle(request)
-    for text in settled.notes:
+    device_of(request)
+    for text in (*notes, *settled.notes):
         stages.note(text)
     for text in settled.warnings:
         stages.warn(text)

@@ -24,9 +24,7 @@ def load_pipeline(request: Request) -> Any:
         ConfigError: for a device that this machine does not have, offload without an accelerator, or a LoRA that does
             not fit.
     """
-    device = pick_device(request.device)
-    if request.offload != "none" and device.type == "cpu":
-        raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
+    device = device_of(request)
     pipe = open_pipeline(request.source, dtype=request.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if request.lora is not None:
         load_lora(pipe, request.lora)
@@ -112,6 +110,14 @@ def transformers_of(pipe: Any) -> list[Any]:
     return [one for one in found if one is not None]
 
 
+def device_of(request: Request) -> Any:
+    """Return the torch device of a request; `ConfigError` for one that is not there, or offload without accelerator."""
+    device = pick_device(request.device)
+    if request.offload != "none" and device.type == "cpu":
+        raise ConfigError(f"offload {request.offload!r} needs an accelerator, got device {device}; use none")
+    return device
+
+
 def pick_device(requested: str | None) -> Any:
     """Return the torch device requested, or the accelerator, or the CPU.
 
@@ -126,10 +132,18 @@ def pick_device(requested: str | None) -> Any:
     try:
         device = torch.device(requested)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"device {requested!r} can't be used here ({reason}); try cpu") from None
+    except (RuntimeError, AssertionError, NotImplementedError):  # whose words list all that torch was ever built for
+        raise ConfigError(f"device {requested!r} can't be used here; choose from {', '.join(devices())}") from None
     return device
+
+
+def devices() -> list[str]:
+    """Return the torch devices of this machine, by the names under which they are requested."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 0 if found is None else torch.accelerator.device_count()
+    return ["cpu", *(f"{found.type}:{place}" for place in range(count) if found is not None)]
 
 
 def _to_device(pipe: Any, device: Any, offload: str) -> None:

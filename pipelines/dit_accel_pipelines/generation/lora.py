@@ -1,5 +1,7 @@
 """LoRA files, as diffusers writes them: where they may be, and loading one into a pipeline whole."""
 
+import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,19 @@ SECOND = "transformer_2"
 """The component of a pipeline of two transformers that denoises the low levels; a LoRA of it names it as its base."""
 
 
+LEAST_PEFT = 0, 17
+"""The peft that the extra ``finetune`` asks for."""
+
+
 def require_peft() -> None:
-    """Raise `MissingBackend` without peft."""
+    """Raise `MissingBackend` without peft, or with an older one than `LEAST_PEFT`."""
     try:
-        import peft  # noqa: F401
-    except ImportError:
+        found = metadata.version("peft")
+    except metadata.PackageNotFoundError:
         raise MissingBackend(f"a LoRA needs peft, which is not installed; {install('finetune')}") from None
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_PEFT:
+        least = ".".join(map(str, LEAST_PEFT))
+        raise MissingBackend(f"a LoRA needs peft {least} or newer, found {found}; pip install --upgrade peft")
 
 
 def check_lora(name: str) -> None:

@@ -1,5 +1,6 @@
 """Reads and writes videos and images, and lays videos out as contact sheets."""
 
+import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from dit_accel.files import check_writable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".mp4", ".gif", ".png")
+BYTES = {".mp4": 0.3, ".gif": 1.0, ".png": 2.0}
+"""Suffix -> bytes that a pixel of a photograph takes in such a file, about; a video's later frames take fewer."""
+
+SUFFIXES = tuple(BYTES)
 SHEET_COLUMNS = 8
 """Frames that a contact sheet shows of each video."""
 
@@ -25,16 +29,49 @@ def check_output(path: Path) -> None:
     """Refuse an output that can't be written, before anything is computed.
 
     Raises:
-        ConfigError: for an unknown suffix, a video without ffmpeg, or whatever `check_writable` refuses.
+        ConfigError: for an unknown suffix, a video that ffmpeg can't encode here, or what `check_writable` refuses.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     check_writable(path)
     if path.suffix.lower() == ".mp4":
-        try:
-            _ffmpeg()
-        except RuntimeError as error:
-            raise ConfigError(f"output {path} needs ffmpeg ({error}); use .gif or .png") from None
+        check_encoder(f"output {path} needs", "use .gif or .png")
+
+
+def check_encoder(what: str, instead: str) -> None:
+    """Refuse to begin what ends in a video that can't be encoded: two frames are, and kept nowhere.
+
+    Args:
+        what: the subject and verb of the error.
+        instead: what else could be done, in the imperative.
+
+    Raises:
+        ConfigError: if ffmpeg is missing, can't be started or can't encode H.264.
+    """
+    try:
+        _try_encoder(_ffmpeg())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{what} ffmpeg with libx264 ({error}); pip install imageio-ffmpeg, correct IMAGEIO_FFMPEG_EXE if that is "
+            f"set, or {instead}"
+        ) from None
+
+
+@functools.cache
+def _try_encoder(ffmpeg: str) -> None:
+    _encode(ffmpeg, np.zeros((2, 64, 64, 3), np.uint8), 8, ("ultrafast", "-f", "null", "-"))
+
+
+def check_even(path: Path, height: int, width: int) -> None:
+    """Raise `ConfigError` for odd sizes of an .mp4."""
+    if path.suffix.lower() == ".mp4" and (height % 2 or width % 2):
+        raise ConfigError(f"H.264 needs even sizes, got {width} x {height}; use --scale 2, .gif or .png")
+
+
+def expected_size(path: Path, *, frames: int, height: int, width: int) -> int:
+    """Return about how many bytes a file of pictures takes, by its suffix."""
+    suffix = path.suffix.lower()
+    return round(BYTES[suffix] * (min(frames, SHEET_COLUMNS) if suffix == ".png" else frames) * height * width)
 
 
 def read_image(path: Path) -> "Image":
@@ -138,14 +175,21 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
 
 
 def _write_mp4(path: Path, frames: Frames, fps: float, preset: Sequence[str]) -> None:
+    check_even(path, *frames.shape[1:3])
+    _encode(_ffmpeg(), frames, fps, (*preset, "-movflags", "+faststart", f"file:{path}"))
+
+
+def _encode(ffmpeg: str, frames: Frames, fps: float, sink: Sequence[str]) -> None:
+    """Run ffmpeg on frames; ``sink``: a preset of libx264, and where its output goes."""
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ConfigError(f"H.264 needs even sizes, got {width} x {height}; use --scale 2, .gif or .png")
-    command = [_ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command = [ffmpeg, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
-    command += ["-preset", *preset, "-movflags", "+faststart", "-threads", "1", f"file:{path}"]
+    command += ["-threads", "1", "-preset", *sink]
     pixels = np.ascontiguousarray(frames).reshape(-1).data
-    done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    try:
+        done = subprocess.run(command, input=pixels, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{ffmpeg}: {error.strerror}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"ffmpeg ended with exit code {done.returncode} and wrote no video: {said or 'no reason'}")

@@ -12,17 +12,20 @@ import typer
 from dit_accel.errors import ConfigError
 
 RUN = "Running"
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A hub id, a folder, or an embedded model that `dit-accel models` lists; default: wan-tiny.",
-        metavar="ID|FOLDER|NAME",
-    ),
-]
+_MODEL: dict[str, Any] = {
+    "help": "A hub id, a folder, or an embedded model that `dit-accel models` lists; default: wan-tiny.",
+    "metavar": "MODEL",
+}
+Model = Annotated[str | None, typer.Option("--model", "-m", **_MODEL)]
+ModelBesideMetrics = Annotated[str | None, typer.Option("--model", **_MODEL)]
+"""Of commands whose -m is a metric."""
 Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
 Frames = Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")]
-Solver = Annotated[str | None, typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME")]
+Solver = Annotated[
+    str | None,
+    typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME", rich_help_panel=RUN),
+]
 NegativePrompt = Annotated[str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[

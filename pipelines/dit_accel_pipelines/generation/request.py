@@ -13,18 +13,20 @@ from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.rotary import check_lengths
-from dit_accel.attachment.backends import Backend, Dense
+from dit_accel.attachment.backends import Backend, Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
 from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
+from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import LEVELS, NONE, choices
 
 from .lora import check_lora
-from .media import check_output, read_image, read_video
+from .media import check_even, check_output, read_image, read_video
 from .memory import check_fits
+from .negative import idle_negative, negative_of_methods
 from .pipeline_call import PICTURES, PipelineCall, pipeline_class
 from .solvers import check_solver
 
@@ -257,10 +259,11 @@ def settle(request: Request) -> Settled:
     embedded = request.embedded
     if embedded:
         for prompt in (*request.prompts, request.negative_prompt or ""):
-            check_words(prompt, embedded)
+            check_words(prompt, embedded, named=request.model is not None)
     files = read_model_files(request.source)
     cls = pipeline_class(files)
     call = PipelineCall.of(cls)
+    request, notes = negative_of_methods(request, call)
     call.check(request.call_arguments())
     if request.lora is not None and not hasattr(cls, "load_lora_weights"):
         raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
@@ -270,9 +273,10 @@ def settle(request: Request) -> Settled:
         fills = {name: value for name, value in fills.items() if getattr(request, name) is None}
         request = dataclasses.replace(request, dtype=request.dtype or "float32", **fills)
     family = _family_of(files, request)
+    notes += idle_negative(request, call)
     if family is None:
-        return Settled(request, None, [], [])
-    notes: list[str] = []
+        check_even(request.output, *(request.scale * (value or 0) for value in (request.height, request.width)))
+        return Settled(request, None, notes, [])
     fills = {name: getattr(family, name) for name in SIZES if call.takes(name) and getattr(request, name) is None}
     request = dataclasses.replace(request, **fills)
     for name, multiple in zip(("height", "width"), pixel_multiples(family), strict=True):
@@ -284,9 +288,10 @@ def settle(request: Request) -> Settled:
         if frames != request.num_frames:
             notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
         request = dataclasses.replace(request, num_frames=frames)
-    warnings = _beyond(files, family, request)
+    warnings = _check_methods(files, family, request)
     height, width = request.height or family.height, request.width or family.width
     check_fits(height=height, width=width, num_frames=request.num_frames or 1)
+    check_even(request.output, height * request.scale, width * request.scale)
     return Settled(request, family, notes, warnings)
 
 
@@ -301,7 +306,9 @@ def read_pictures(request: Request) -> dict[str, Any]:
 
 
 def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
-    """Read prompts from a text file, one per line; empty lines are left out. Errors say how it was ``named``.
+    """Read prompts from a text file, one per line; errors say how it was ``named``.
+
+    Empty lines are left out, and those that begin with ``#``.
 
     Raises:
         ConfigError: if the file can't be read or has no prompt in it.
@@ -313,14 +320,17 @@ def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
         raise ConfigError(
             f"{named} {path} can't be read ({reason}); give a text file with one prompt per line"
         ) from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not prompts:
         raise ConfigError(f"{named} {path} has no prompt in it; write one per line")
     return prompts
 
 
-def check_words(prompt: str, embedded: str) -> None:
+def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
     """Refuse words that an embedded model never saw, and signs that are no words.
+
+    Args:
+        named: the user chose the model, instead of naming none.
 
     Raises:
         ConfigError: with the words, and those that it knows.
@@ -328,25 +338,29 @@ def check_words(prompt: str, embedded: str) -> None:
     try:
         words = assets().check_prompt(prompt, embedded)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        default = "" if named else f"no model was named, so the tiny embedded {embedded} was taken: "
+        raise ConfigError(f"{default}{error}; use these, or name another model") from None
     if prompt and not words:
         raise ConfigError(f'prompt {prompt!r} has no word in it; say what to show, such as "a red circle"')
 
 
-def _beyond(files: ModelFiles, family: Family, request: Request) -> list[str]:
-    """Return warnings of a size beyond the trained one."""
+def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[str]:
+    """Refuse methods, and a backend, that can't be attached; returns warnings of a size beyond the trained one."""
     frames = family.num_frames if request.num_frames is None else request.num_frames
     layout = token_layout(
         family, height=request.height or family.height, width=request.width or family.width, num_frames=frames
     )
     adapter = adapter_for(str(files.transformer.get("_class_name")))
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
-    chosen = choices(
-        request.preset or NONE,
-        Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers),
-        request.methods,
-    )
-    return advice(adapter, family, layout, [*request.methods, *(one.config for one in chosen)])
+    model = Model(
+        adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
+    )  # fmt: skip
+    methods = [*request.methods, *(one.config for one in choices(request.preset or NONE, model, request.methods))]
+    handlers = make_handlers(methods, model)
+    check_backend(request.backend, request.dense or "auto", handlers)
+    for handler in handlers:
+        handler.check_layout(layout)
+    return advice(adapter, family, layout, methods)
 
 
 def _family_of(files: ModelFiles, request: Request) -> Family | None:

@@ -28,6 +28,8 @@ SHOWN = 256
 """Pixels of a side below which pixels are repeated to be seen."""
 
 REPORT_LINES = 12
+SHOWN_BYTES = 3 << 22
+"""Bytes that the files of one comparison take, about."""
 
 
 class Stopped(Exception):  # noqa: N818 - reads as what it is

@@ -13,6 +13,7 @@ import typer
 
 from dit_accel.cli.console import TALK, print_error, warn
 from dit_accel.errors import ConfigError, DitAccelError, MissingBackend, install
+from dit_accel.files import check_room
 
 from .options import Device, Dtype, Model, Offload
 
@@ -48,11 +49,16 @@ def serve_page(
     """
     _require_gradio()
     from dit_accel.adapters.model_files import model_source
+    from dit_accel.attachment.check import require_tools
 
+    from .media import check_encoder
     from .request import EMBEDDED
-    from .side_by_side import Comparing
+    from .side_by_side import SHOWN_BYTES, Comparing
 
     model_source(model or EMBEDDED)  # a misspelt name is refused before the page stands
+    require_tools()
+    check_encoder("the page needs", "compare pictures with generate --check")
+    check_room(tempfile.gettempdir(), SHOWN_BYTES, "the clips of a run take")
     _check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="dit-accel-ui-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
