@@ -4,17 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from dit_accel_kernels import (
-    FrameDecay,
-    TileLists,
-    predicted_speedup,
-)
+from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention_eager, predicted_speedup
 from torch import Tensor
 
 from ..plan.call import Call
 from ..plan.context import CallContext
 from ..plan.exact_rows import dense_rows
-from ..plan.plan import AttentionPlan
+from ..plan.plan import AttentionPlan, Launched
 from ..report.recorder import Recorder
 from .layers import AttentionLayer
 
@@ -38,14 +34,6 @@ def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, re
         "the model's own attention on this processor, so calls of so many went there; a named backend would run them"
     )
     return dense
-
-
-def followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
-    """Return the plan as its backward follows it: the tiles that the forward chose, without routing or voting again."""
-    selection = plan.selection
-    assert selection is not None
-    routed = None if selection.routing is None else exact
-    return replace(plan, selection=replace(selection, routing=None, vote=None, routed=routed))
 
 
 def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[AttentionPlan, Call]]:
@@ -181,3 +169,50 @@ def override_rows(plan: AttentionPlan, call: Call, *outs: Tensor) -> None:
     computed = dense_rows(plan, call, rows, plan.row_override.keys)
     for out in outs:
         out.index_copy_(2, at, computed)
+
+
+def run_kernel(
+    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
+) -> Launched:
+    """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
+    tiles, arguments = plan.kernel_arguments(call)
+    name = plan.backend(call, tiles, differentiate or lse)
+    arguments = {**arguments, "backend": name} if differentiate else arguments
+    q, k, v = call.as_held(call.q, call.k, call.v)
+    selects = plan.selection is not None
+    result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
+    recorder.ran_by(name, call.q, plan.precision)
+    out, *others = (result,) if isinstance(result, Tensor) else result
+    found = others.pop(0) if lse else None
+    exact = others.pop(0) if selects else None
+    return Launched(call.heads_first(out), exact, others.pop(0) if others else None, found)
+
+
+def run_own_rows(plan: AttentionPlan, call: Call, layer: AttentionLayer, recorder: Recorder) -> Tensor:
+    """Return the rows of a plan that are this process's under ring attention, [B, H, S', D]."""
+    bare = replace(plan.without_values(), row_override=None, reused=None)
+    assert call.rows is not None
+    cut, small, rows = computed_rows(bare, call, call.rows)
+    out = run_kernel(cut, small, recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
+    return own_rows(plan, call, out, rows)
+
+
+def run_rows(plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, recorder: Recorder) -> None:
+    """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
+    reused = plan.reused
+    assert reused is not None
+    if not len(reused.rows[0]):
+        return recorder.planned_call(context, plan, rows=0.0)
+    cut, small, rows = computed_rows(plan.without_values(), call, reused.rows[0], reused.keys)
+    share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
+    if plan.skips_logits:
+        rows, share, out, exact = reused.rows[0], 0.0, None, None
+    elif not cut.needs_kernel:
+        out, exact = run_dense(cut, small, layer), None
+    else:
+        small = small.with_keys(cut.centred(small.k))
+        out, exact, *_ = run_kernel(cut, small, recorder)
+    recorder.planned_call(context, cut, exact, share)
+    own = replace(call, q=call.queries(rows), rows=rows)
+    out = own.values() if out is None else with_values(plan, own, out)
+    reused.out.index_copy_(2, rows, out.to(reused.out.dtype))

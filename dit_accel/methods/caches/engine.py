@@ -20,7 +20,7 @@ from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
 from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn
-from .history import History, own_copies, shapes_of
+from .history import Given, History, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
 
@@ -159,12 +159,13 @@ class StepCacheHandler(Handler):
             return run()
         time = self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
+        near = self._given(context, time)
         history = self._histories.get(key)
-        if history is None or history.shapes != shapes:
-            history = self._histories[key] = self._new_history(shapes)
-        decider, leads, reuse = self._settle(context, bool(history.points))
+        if history is None or (history.shapes, history.beside) != (shapes, near is not None):
+            history = self._histories[key] = self._new_history(shapes, near is not None)
+        decider, leads, reuse = self._settle(context, bool(history.points) or near is not None)
         if reuse:
-            given = history.forecast(latents, context.step_index, time, self._end(context))
+            given = history.forecast(latents, context.step_index, time, self._end(context), near)
             if history.correction is not None:
                 history.correction.skipped(context, time)
             self.note_held(self._held())
@@ -174,17 +175,19 @@ class StepCacheHandler(Handler):
             self._histories.pop(key)
             return output
         if history.gives_other(output):
-            history = self._histories[key] = self._new_history(shapes)
+            history = self._histories[key] = self._new_history(shapes, near is not None)
             if leads:
                 decider = self._new_decider(context, decider)
                 self._see(context, decider)
-        given = output
+        given = output if near is None else near.mended(output)
         if history.correction is not None:
             missed = functools.partial(history.missed, output, latents, time, self._end(context))
             given = history.correction.computed(output, context, time, history.growth, missed)
+            if given is not output:
+                history.mend(output, given, context.step_index)
         if leads and history.points:
             self.arrived(context, decider, history, output, time)
-        history.take(output, latents, context.step_index, time)
+        history.take(output, latents, context.step_index, time, near)
         if leads:
             self.computed(context, decider, output)
             decider.own((context.inputs, output))
@@ -227,9 +230,15 @@ class StepCacheHandler(Handler):
         """Return what must stay the same for what was stored and measured to be of use."""
         return shapes_of(context.inputs[self.model.adapter.latents])
 
-    def _new_history(self, shapes: Any) -> History:
+    def _new_history(self, shapes: Any, beside: bool = False) -> History:
         assert self._start is not None
-        return History(self.settings, shapes, self._start)
+        return History(self.settings, shapes, self._start, beside=beside)
+
+    def _given(self, context: ForwardContext, time: float, *part: Any) -> Given | None:
+        """Return what the branch that a forward runs beside gives in this step; None: there is no such branch."""
+        history = self._histories.get((context.transformer, context.beside, *part))
+        given = None if history is None else history.given(context.step_index, time, self._end(context))
+        return given if given is None or context.rows is None else given.of_rows(context.rows)
 
     def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
         """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
@@ -306,6 +315,8 @@ class StepCacheHandler(Handler):
 
     def _needing(self, context: ForwardContext) -> str | None:
         """Return the name of a method that needs the step; called before any of it runs."""
+        if context.beside is not None:
+            return None  # methods learn nothing there
         return next((other.name for other in self._others if other.needs_step(context)), None)
 
     def _stored(self, context: ForwardContext) -> bool:

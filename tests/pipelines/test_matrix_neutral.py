@@ -1,0 +1,193 @@
+"""A perturbation of nothing adds nothing, beside every method and every pair that attaches.
+
+What guidance adds leads away from the perturbed forward. Where that one leaves out other tiles than the conditional
+forward, or reuses other steps, it leads away from that difference as well, and of a perturbation of nothing that alone
+is left. `make test` tries each method once, `make test-slow` all, with pairs.
+"""
+
+import contextlib
+import copy
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
+from matrix_methods import GUIDING, METHODS, STEPS
+from wan_tiny import sharp_transformer
+
+import dit_accel as d
+from dit_accel.errors import ConfigError
+from dit_accel.methods import Handler, MethodConfig, PerturbedConfig, PerturbedHeadsHandler, Phase, registry
+from dit_accel.methods.base import Place
+from dit_accel.methods.site import sample_of, with_sample
+
+SPARSE = dict(block_size=16, dense_steps=1, dense_last_steps=0, dense_layers=0)
+TURNS = dict(refresh=2, **SPARSE)
+CACHE = dict(warmup_steps=1, last_steps=0)
+RADIAL = dict(decay_factor=0.2, near="half", sink=False)
+SPARSED, SOL = d.SparseD(density=0.5, **SPARSE), d.SolAttention(**SPARSE)
+
+BESIDE = {
+    **{name: of({"prompt_embeds": torch.ones(1, 6, 64)}) for name, of in METHODS.items() if name not in GUIDING[1:]},
+    "radial, pooled": (d.RadialAttention(rest="pooled", **RADIAL, **SPARSE),),
+    "radial, cached": (d.RadialAttention(rest="cached", **RADIAL, **TURNS),),
+    "radial, refreshed": (d.RadialAttention(**RADIAL, **TURNS),),
+    "radial, patches": (d.RadialAttention(order="tiles", rest="cached", rest_dtype="int8", **RADIAL, **TURNS),),
+    "lvsa, cached": (d.LVSA(block_size=16, trained_frames=2, window=0, rest="cached", refresh=2),),
+    "sparsed, pooled": (replace(SPARSED, rest="pooled"),),
+    "sparsed, mass": (d.SparseD(mass=0.6, **SPARSE),),
+    "sparsed, cached": (replace(SPARSED, rest="cached", refresh=2, rest_offload="cpu"),),
+    "sol, cached": (replace(SOL, rest="cached", refresh=3),),
+    "lite, votes": (d.LiteAttention(threshold=-1.0, dense_steps=0, block_size=16),),
+    "lite, refreshed": (d.LiteAttention(threshold=-1.0, refresh_every=2, rest="pooled", dense_steps=0, block_size=16),),
+    "lite, cached": (d.LiteAttention(threshold=-1.0, rest="cached", refresh=2, dense_steps=0, block_size=16),),
+    "delta, reused": (d.DeltaAttention(stride=8, reuse=2), SPARSED),
+    "delta, turns": (d.DeltaAttention(stride=8, reuse=3), replace(SPARSED, rest="cached", refresh=3)),
+    "delta, lite": (d.DeltaAttention(stride=8), d.LiteAttention(threshold=-1.0, dense_steps=0, block_size=16)),
+    "dfa, share": (d.DFA(share=0.3, strict=True),),
+    "staticcache, held": (d.StaticCache(every=3, predictor="hold", stored="output", **CACHE),),
+    "staticcache, heun": (d.StaticCache(every=2, predictor="heun", corrected=True, **CACHE),),
+    "profilingcache": (d.ProfilingCache(blocks="0, 2", every=2, predictor="taylor", **CACHE),),
+    "magcache, diffusers": (
+        MagCacheConfig(threshold=10.0, max_skip_steps=1, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
+    ),
+    "taylor, diffusers": (
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, cache_identifiers=[r"blocks\.\d\.attn1"]),
+    ),
+}  # fmt: skip
+"""Settings of every method and of every rest, turn and reuse that it may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranger(PerturbedConfig):
+    """Written by the page on adding a method."""
+
+    name = "stranger"
+    defaults = {"scale": 3.0, "start": 0.0, "stop": 1.0}  # noqa: RUF012
+
+    layers: str = "L0"
+
+
+class StrangerHandler(PerturbedHeadsHandler):
+    config_type = Stranger
+
+    def perturb(self, plan, call, share, whole, context):
+        return plan.scale(1 - 1e-12 * share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twice(MethodConfig):
+    """Runs the model again in a branch of its own, as it is, and leads away from that."""
+
+    name = "twice"
+    start: float = 0.0
+
+
+class TwiceHandler(Handler):
+    config_type = Twice
+    phase = Phase.GUIDANCE
+    places = frozenset({Place.FORWARD})
+
+    def install(self, site):
+        site.around_forward(lambda context, run: self.around(site, context, run))
+
+    def around(self, site, context, run):
+        out = run()
+        if context.branch == "uncond" or context.step_index / STEPS < self.settings.start:
+            return out
+        with site.branch("twice"):
+            return with_sample(out, sample_of(out) + 3 * (sample_of(out) - sample_of(run())))
+
+
+NOTHING = {
+    "softpag": d.SoftPAG(heads="L2H0", u=1e-12, scale=3.0),
+    "softpag, whole branch": d.SoftPAG(heads="L2H0", u=1e-12, scale=3.0, share_prefix=False),
+    "softpag, mean query": d.SoftPAG(heads="L0", u=1e-12, scale=3.0, target="mean-query"),
+    "softpag, temperature": d.SoftPAG(heads="L1H1", u=1e-12, scale=3.0, target="temperature"),
+    "seg": d.SEG(layers="L0, L2", sigma=1e-6, scale=3.0),
+    "pag": d.PAG(layers="L1", scale=3.0),  # whose block adds nothing
+    "slg": d.SLG(layers="L1", scale=3.0, start=0.0, stop=1.0),
+    "autoguidance": d.AutoGuidance(scale=3.0),  # by a copy of the model
+    "stranger": Stranger(),
+    "twice": Twice(),
+}
+"""Perturbations of nothing, none of which is left out for that."""
+
+FREE = {"softpag": {"scale": None, "mode": "free"}, "seg": {"scale": None, "mode": "free"}}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    for handler in (StrangerHandler, TwiceHandler):
+        monkeypatch.setitem(registry.handlers(), handler.config_type.name, handler)
+
+
+def idle_transformer():
+    """A model in float64 whose block 1 adds nothing, so that to perturb or to skip it changes nothing."""
+    transformer = sharp_transformer().double()
+    block = transformer.blocks[1]
+    for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[-1]):
+        layer.weight.data.zero_(), layer.bias.data.zero_()
+    return transformer
+
+
+TRANSFORMER = idle_transformer()
+
+
+def denoise(together):
+    """Return the latents of a run in which the prompt and its negative run in one forward or in two."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 12, 5, 8, 8, generator=noise, dtype=torch.float64)
+    texts = torch.randn(2, 6, 64, generator=noise, dtype=torch.float64)
+    calls = {"cond_uncond": slice(0, 2)} if together else {"cond": slice(0, 1), "uncond": slice(1, 2)}
+    with torch.no_grad():
+        for step in range(STEPS):
+            told, made = dict(step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS), []
+            for branch, rows in calls.items():
+                with TRANSFORMER.cache_context(branch, **told):
+                    count = rows.stop - rows.start
+                    time = torch.full((count,), 1000.0 - 150 * step)
+                    made.append(TRANSFORMER(x.expand(count, -1, -1, -1, -1), time, texts[rows], return_dict=False)[0])
+            cond, uncond = torch.cat(made)[[1, 0] if together else [0, 1]].chunk(2)
+            x = x - 0.3 * (uncond + 2.0 * (cond - uncond))
+    return x
+
+
+def guidance(what, start, free=False):
+    if what == "autoguidance":
+        return replace(NOTHING[what], weak_transformer=copy.deepcopy(TRANSFORMER), start=start)
+    return replace(NOTHING[what], start=start, **(FREE[what] if free else {}))
+
+
+def run(methods, together, observe=None):
+    with d.attach(TRANSFORMER, *methods, preset="none", backend="torch") if methods else contextlib.nullcontext():
+        return denoise(together)
+
+
+def wrong(beside, cases):
+    """Say what moves a run of some methods beside which nothing is perturbed: (what, start, together, free) each."""
+    found, alone = [], {}
+    for what, start, together, free in cases:
+        if together not in alone:
+            alone[together] = run(beside, together)
+        try:
+            made = run((*beside, guidance(what, start, free)), together)
+        except ConfigError:
+            if what != "slg" and not (what == "softpag, mean query"):
+                raise
+            continue
+        moved = float((made - alone[together]).norm() / alone[together].norm())
+        if not moved < 1e-5:
+            found.append(f"{what}, start {start}, {'one call' if together else 'two calls'}, free {free}: {moved:.2g}")
+    return found
+
+
+CASES = [(what, start, together, False) for what in NOTHING for start in (0.0, 0.3) for together in (False, True)]
+CASES += [(what, start, together, True) for what in FREE for start in (0.0, 0.3) for together in (False, True)]
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_all(beside):
+    bad = wrong(BESIDE[beside], CASES)
+    assert not bad, "\n".join(bad)
