@@ -162,7 +162,7 @@ class _Enabled:
         self._keepers: list[Any] = []  # hooks that know no contexts
         self._states: dict[str, list[Any]] = {}
         self._managers: dict[int, Any] = {}  # of those that know some, by identity: hooks share them
-        self._before: dict[str, tuple[int, list[Any], dict[int, Any]]] = {}  # branch -> rows and states it began with
+        self._begun: dict[str, tuple[int, list[Any], dict[int, Any]]] = {}  # branch -> rows and states it began with
         self._context: Callable[[], Any] | None = None
         self._open = contextlib.ExitStack()
 
@@ -203,7 +203,7 @@ class _Enabled:
         begun = any(name.startswith(f"{context.branch}/") for name in self._states)
         if context.beside is None and self.guided and not begun:
             self._note_before(context)
-        elif context.branch not in self._states and context.beside in self._before:
+        elif context.branch not in self._states and context.beside in self._begun:
             self._begin_beside(context)
         if context.branch not in self._states:
             self._states[context.branch] = [type(hook.state)() for hook in self._keepers]
@@ -222,11 +222,11 @@ class _Enabled:
         managed = {key: one._state_cache[context.branch] for key, one in self._managers.items()
                    if context.branch in one._state_cache}  # fmt: skip
         states = [_rows_of(state) for state in self._states.get(context.branch, ())]
-        self._before[context.branch] = context.batch or 0, states, {key: _rows_of(one) for key, one in managed.items()}
+        self._begun[context.branch] = context.batch or 0, states, {key: _rows_of(one) for key, one in managed.items()}
 
     def _begin_beside(self, context: ForwardContext) -> None:
         """Let a branch begin with what the one that it runs beside had before this step."""
-        batch, states, managed = self._before[context.beside or ""]
+        batch, states, managed = self._begun[context.beside or ""]
         if states:
             self._states[context.branch] = [_rows_of(state, batch, context.rows) for state in states]
         else:
@@ -240,7 +240,7 @@ class _Enabled:
         for state in (state for states in self._states.values() for state in states):
             state.reset()
         self._states.clear()
-        self._before.clear()
+        self._begun.clear()
         if self._context is not None:  # a forward is under way, and diffusers forgets its context with the rest
             self._open.enter_context(self._context())
 
