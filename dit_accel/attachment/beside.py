@@ -115,7 +115,7 @@ class CallsMade:
 
     def note(self, context: CallContext, ran: Ran) -> None:
         """Keep how a call ran, unless it was trained or runs beside another itself."""
-        if self.wanted and context.beside is None and not (context.training or context.differentiate):
+        if context.beside is None and not (context.training or context.differentiate):
             self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = ran
 
     def find(self, context: CallContext, batch: int, heads: int) -> Ran | None:
@@ -126,9 +126,7 @@ class CallsMade:
             batch: rows of its forward.
             heads: H, of its layer.
         """
-        if context.beside is None:
-            return None
-        calls, rows = self._calls.get((context.beside, context.layer, context.layout), {}), context.rows
+        calls, rows = self._calls.get((context.beside or "", context.layer, context.layout), {}), context.rows
         if context.batch < batch:  # rows are attended one by one
             ran = calls.get(context.row if rows is None else rows[context.row])
             return ran if ran is not None and ran.batch == context.batch else None

@@ -171,19 +171,24 @@ class Execution:
             handlers = self._ask(layer, layout)
         context = self._context(layer, layout, call, differentiate)
         made, rests = layer.state.made, None
-        found = made.find(context, forward.batch or context.batch, call.q.shape[1])
+        found = None
+        if context.beside is not None:
+            found = made.find(context, forward.batch or context.batch, call.q.shape[1])
         base = found or Ran(plan=AttentionPlan(), batch=context.batch, handlers=handlers)
         if found is None and call.mask is not None and self._stays_dense(handlers, call, context):
             plan, out = base.plan, run_dense(base.plan, call, layer)
-            made.note(context, base)
+            if made.wanted:
+                made.note(context, base)
         else:
             planning = time.perf_counter()
             if found is None:
                 own = tuple(one for one in handlers if one.phase is not Phase.GUIDANCE)
                 if self._takes_turns:
                     rests, context = turned(own, context)
-                base = Ran(plan=self._base(own, call, context), batch=context.batch, handlers=own)
-            plan = self._plan([one for one in handlers if one not in base.handlers], base, call, context)
+                base = Ran(plan=self._plan(own, call, context), batch=context.batch, handlers=own)
+            plan, others = base.plan, [one for one in handlers if one not in base.handlers]
+            if others:
+                plan = self._plan(others, call, context, base)
             clock.lists += time.perf_counter() - planning
             out, plan = self._run(plan, call, context, layer, rests, base, found is not None)
         ticket = None
@@ -278,24 +283,23 @@ class Execution:
             rows=step.rows,
         )  # fmt: skip
 
-    def _plan(self, handlers: Sequence[AttentionHandler], base: Ran, call: Call, context: CallContext) -> AttentionPlan:
-        """Return what methods say together, each given what those before it said, the first what is planned already."""
-        plan, whole = base.plan, call if call.rows is None else call.for_planning()
+    def _plan(
+        self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext, base: Ran | None = None
+    ) -> AttentionPlan:
+        """Return what methods say together, each given what those before it said; guidance adds to a ``base``."""
+        plan, whole = AttentionPlan() if base is None else base.plan, call if call.rows is None else call.for_planning()
         for index, handler in enumerate(handlers):
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
                 plan = handler.plan(plan, seen, context)
             except ConfigError as error:
-                before = (*base.handlers, *handlers[:index])
+                before = (*(() if base is None else base.handlers), *handlers[:index])
                 if not before:
                     raise
                 others = ", ".join(other.name for other in before)
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None
-        return plan
-
-    def _base(self, handlers: tuple[AttentionHandler, ...], call: Call, context: CallContext) -> AttentionPlan:
-        """Return what all methods but those of guidance say together, settled."""
-        plan = self._plan(handlers, Ran(plan=AttentionPlan(), batch=context.batch, handlers=()), call, context)
+        if base is not None:
+            return plan
         if (asking := next((one for one in handlers if one.precision is not None), None)) is not None:
             if context.differentiate:
                 raise ConfigError(
@@ -331,7 +335,10 @@ class Execution:
         else:
             if plan.key_mean is not None:
                 call = call.with_keys(plan.centred(call.k))
-            launched, plan, turn = self._launched(plan, call, context, layer, rests, base.turn)
+            if call.rows is rests is turn is None:
+                launched = run_kernel(plan, call, self.recorder, context.differentiate)
+            else:
+                launched, plan, turn = self._launched(plan, call, context, layer, rests, turn)
             out = launched.out
             self.recorder.planned_call(context, plan, launched.exact)
             if launched.kept is not None:
@@ -349,7 +356,8 @@ class Execution:
         if not beside:
             for keeper in self._keepers:
                 keeper.keep(context, out)
-            layer.state.made.note(context, base.ended(plan, launched.exact, turn, how))
+            if layer.state.made.wanted:
+                layer.state.made.note(context, base.ended(plan, launched.exact, turn, how))
         if plan.guidance is not None:
             planned = out if planned is None else planned
             out = plan.guidance.applied(out, call.rows)

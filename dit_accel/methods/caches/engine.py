@@ -19,8 +19,8 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
-from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn
-from .history import Given, History, own_copies, shapes_of
+from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn, is_unconditional
+from .history import History, given_beside, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
 
@@ -159,8 +159,10 @@ class StepCacheHandler(Handler):
             return run()
         time = self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
-        near = self._given(context, time)
-        history = self._histories.get(key)
+        history, near = (
+            self._histories.get(key),
+            given_beside(self._histories, context, shapes, time, self._end(context)),
+        )
         if history is None or (history.shapes, history.beside) != (shapes, near is not None):
             history = self._histories[key] = self._new_history(shapes, near is not None)
         decider, leads, reuse = self._settle(context, bool(history.points) or near is not None)
@@ -233,12 +235,6 @@ class StepCacheHandler(Handler):
     def _new_history(self, shapes: Any, beside: bool = False) -> History:
         assert self._start is not None
         return History(self.settings, shapes, self._start, beside=beside)
-
-    def _given(self, context: ForwardContext, time: float, *part: Any) -> Given | None:
-        """Return what the branch that a forward runs beside gives in this step; None: there is no such branch."""
-        history = self._histories.get((context.transformer, context.beside, *part))
-        given = None if history is None else history.given(context.step_index, time, self._end(context))
-        return given if given is None or context.rows is None else given.of_rows(context.rows)
 
     def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
         """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
@@ -370,22 +366,6 @@ class StepCacheHandler(Handler):
         every = self.settings.branches == "all"
         rows = self.model.family.forwards_per_step if self.model.family and every else 1
         return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
-
-
-def is_unconditional(branch: str, method: str) -> bool:
-    """Tell by its name whether a branch is the unconditional one; raise `ConfigError` where names don't tell."""
-    own = branch.rsplit("/", 1)[-1]
-    if own == "cond_uncond":
-        raise ConfigError(
-            f"{method}.branches = 'uncond' needs a forward of its own for the unconditional branch; this pipeline "
-            "calls both in one; use branches = 'all'"
-        )
-    if own.startswith("call "):
-        raise ConfigError(
-            f"{method}.branches = 'uncond' needs to know the unconditional branch, and this pipeline does not tell "
-            "its branches (it opens no cache_context); use branches = 'all'"
-        )
-    return own.startswith(("uncond", "pred_uncond"))  # the latter is what diffusers' guiders say
 
 
 def is_recorded(value: Any) -> bool:

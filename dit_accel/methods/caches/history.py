@@ -1,6 +1,6 @@
 """What the forwards of one branch gave, and the forecast of the next, weighted as `dit_accel.rules.forecast` says."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...rules import forecast
-from ..site import sample_of, target_sample, with_sample
+from ..site import ForwardContext, sample_of, target_sample, with_sample
 from .cache_config import StepCacheConfig
 from .correction import Correction
 
@@ -211,6 +211,27 @@ class History:
         """Return for each output the part of the latents that is taken off it, None where it is stored whole."""
         given = tree_leaves(latents) if self._settings.stored == "residual" else []
         return [_covering(leaf, given[i]) if i < len(given) else None for i, leaf in enumerate(leaves)]
+
+
+def given_beside(
+    histories: Mapping[tuple[Any, ...], History], context: ForwardContext, shapes: Any, time: float, end: float,
+    *part: Any,
+) -> Given | None:  # fmt: skip
+    """Return what the branch that a forward runs beside gives in its step; None: there is none, or it is not known.
+
+    Args:
+        histories: by transformer, branch and part.
+        context: of the forward.
+        shapes: of its latents.
+        time: of the step.
+        end: of the run.
+        part: of the forward, where it has a history of its own.
+    """
+    history = histories.get((context.transformer, context.beside, *part))
+    if history is None or (context.rows is None and history.shapes != shapes):
+        return None
+    given = history.given(context.step_index, time, end)
+    return given if given is None or context.rows is None else given.of_rows(context.rows)
 
 
 def shapes_of(tensors: Any) -> Any:

@@ -21,7 +21,7 @@ from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
 from .engine import Decider, StepCacheHandler, requires_grad
-from .history import Given, History, shapes_of
+from .history import Given, History, given_beside, shapes_of
 from .log import extended
 
 Span = tuple[int, ...]
@@ -224,7 +224,7 @@ class SpanHandler(StepCacheHandler):
             self._keep(context, ())
         spans, own = self._spans(context, followed=True), self._spans(context)
         if context.beside is not None:
-            now.near = {span[-1]: self._given(context, now.time, span) for span in spans}
+            now.near = {span[-1]: self._near(now, span) for span in spans}
         now.stored = {span[-1]: own.get(span) or self._new_history(now.shapes, True) for span in spans}
         now.decider, now.leads, now.reuse = self._settle(context, bool(spans))
 
@@ -233,7 +233,7 @@ class SpanHandler(StepCacheHandler):
         if not now.given:
             return
         context, span = now.context, tuple(now.spans[-1])
-        near = self._given(context, now.time, span)
+        near = self._near(now, span)
         if context.beside is None or near is not None:
             history = self._histories.get((context.transformer, context.branch, span))
             if history is None or history.beside != (near is not None):
@@ -241,6 +241,10 @@ class SpanHandler(StepCacheHandler):
             self._histories[context.transformer, context.branch, span] = history
             history.take(now.given, now.taken, context.step_index, now.time, near)
         now.taken = now.given = ()
+
+    def _near(self, now: Pass, span: Span) -> Given | None:
+        """Return what a span gives in the branch that a forward runs beside."""
+        return given_beside(self._histories, now.context, now.shapes, now.time, self._end(now.context), span)
 
     def _keep(self, context: ForwardContext, spans: Sequence[Sequence[int]]) -> None:
         """Drop what other spans of a branch added."""
