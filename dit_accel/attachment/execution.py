@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
+from dit_accel_kernels import block_sparse_attention_eager
 from torch import Tensor
 
 from ..adapters.adapter import Grid
@@ -25,21 +26,20 @@ from ..plan.plan import AttentionPlan, Launched
 from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
-from .beside import Ran, Turn
+from .beside import Ran
 from .forward_state import NO_GRID, ForwardState
 from .kernel_call import (
     by_rows,
     override_rows,
     run_dense,
-    run_kernel,
     run_own_rows,
     run_rows,
-    with_values,
+    stays_dense,
     without_slow_lists,
 )
 from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
-from .rest import turned, with_rest
+from .rest import run_turn, turned
 from .state import DenoisingState
 from .threads import OneThread
 
@@ -175,7 +175,7 @@ class Execution:
         if context.beside is not None:
             found = made.find(context, forward.batch or context.batch, call.q.shape[1])
         base = found or Ran(plan=AttentionPlan(), batch=context.batch, handlers=handlers)
-        if found is None and call.mask is not None and self._stays_dense(handlers, call, context):
+        if found is None and call.mask is not None and stays_dense(handlers, call, context, self.recorder):
             plan, out = base.plan, run_dense(base.plan, call, layer)
             if made.wanted:
                 made.note(context, base)
@@ -207,6 +207,8 @@ class Execution:
         layer, plan = self.layers[forward.layer], forward.plan
         if plan.guidance is not None:
             raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
+        if plan.queries is not None:
+            raise ConfigError("attention of other queries than the model's has no gradient; detach seg to train")
         call = call_of(q, k, v, mask, forward.scale, self.backend, forward.tokens_first)
         call, given = self._completed(layer, call, forward.sizes)
         grad = call.heads_first(grad)
@@ -328,17 +330,20 @@ class Execution:
         if plan.reused is not None and call.rows is None:
             out = plan.reused.out.clone()
             for part_plan, part in by_rows(plan, call, out):
-                run_rows(part_plan, part, context, layer, self.recorder)
+                run_rows(part_plan, part, context, layer, self.recorder, run_kernel)
         elif plan.skips_logits or not plan.needs_kernel:
             out = run_dense(plan, call, layer)
             self.recorder.planned_call(context, plan)
         else:
             if plan.key_mean is not None:
                 call = call.with_keys(plan.centred(call.k))
-            if call.rows is rests is turn is None:
-                launched = run_kernel(plan, call, self.recorder, context.differentiate)
+            if call.rows is not None:
+                launched = Launched(run_own_rows(plan, call, layer, self.recorder, run_kernel))
+            elif plan.tiles is not None and (turn is not None or (rests is not None and rests.cached)):
+                launch = functools.partial(run_kernel, call=call, recorder=self.recorder, lse=True)
+                launched, plan, turn = run_turn(plan, call, context, rests, turn, launch)
             else:
-                launched, plan, turn = self._launched(plan, call, context, layer, rests, turn)
+                launched = run_kernel(plan, call, self.recorder, context.differentiate)
             out = launched.out
             self.recorder.planned_call(context, plan, launched.exact)
             if launched.kept is not None:
@@ -367,32 +372,19 @@ class Execution:
                 observer(seen)
         return out, plan if launched.exact is None or not context.differentiate else plan.followed(launched.exact)
 
-    def _launched(
-        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, rests: Rests | None,
-        turn: Turn | None,
-    ) -> tuple[Launched, AttentionPlan, Turn | None]:  # fmt: skip
-        """Run a plan's kernel calls; return what they gave, the plan that says what they computed, and its turn."""
-        if call.rows is not None:
-            return Launched(run_own_rows(plan, call, layer, self.recorder)), plan, turn
-        launch = functools.partial(run_kernel, call=call, recorder=self.recorder, lse=True)
-        if turn is not None and plan.tiles is not None:
-            out = with_values(plan, call, turn.run(plan.without_values(), launch, call.q.shape[1]))
-            return Launched(out), plan if turn.exact is None else plan.whole(), turn
-        if rests is not None and rests.cached and plan.tiles is not None:
-            return with_rest(rests, plan, call, context, launch)
-        return run_kernel(plan, call, self.recorder, context.differentiate), plan, turn
 
-    def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
-        """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
-        mask = call.mask
-        if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
-            return False
-        if call.hides_keys:
-            return False
-        self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
-        self.recorder.stays_dense(context, "mask")
-        self.recorder.note(
-            f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are not key padding; such calls "
-            "stayed dense"
-        )
-        return True
+def run_kernel(
+    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
+) -> Launched:
+    """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
+    tiles, arguments = plan.kernel_arguments(call)
+    name = plan.backend(call, tiles, differentiate or lse)
+    arguments = {**arguments, "backend": name} if differentiate else arguments
+    q, k, v = call.as_held(call.q, call.k, call.v)
+    selects = plan.selection is not None
+    result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
+    recorder.ran_by(name, call.q, plan.precision)
+    out, *others = (result,) if isinstance(result, Tensor) else result
+    found = others.pop(0) if lse else None
+    exact = others.pop(0) if selects else None
+    return Launched(call.heads_first(out), exact, others.pop(0) if others else None, found)

@@ -1,18 +1,22 @@
 """Smaller plans and calls than those that methods made: only some rows, or without lists that gain nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention_eager, predicted_speedup
+from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup
 from torch import Tensor
 
+from ..methods.base import AttentionHandler
 from ..plan.call import Call
 from ..plan.context import CallContext
 from ..plan.exact_rows import dense_rows
 from ..plan.plan import AttentionPlan, Launched
 from ..report.recorder import Recorder
 from .layers import AttentionLayer
+
+RunKernel = Callable[[AttentionPlan, Call, Recorder], Launched]
+"""Runs a plan's kernel call and counts it; the keys are centred already."""
 
 
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:
@@ -171,33 +175,18 @@ def override_rows(plan: AttentionPlan, call: Call, *outs: Tensor) -> None:
         out.index_copy_(2, at, computed)
 
 
-def run_kernel(
-    plan: AttentionPlan, call: Call, recorder: Recorder, differentiate: bool = False, lse: bool = False
-) -> Launched:
-    """Run a plan's kernel call, with its log-sum-exp if that is wanted; the keys are centred already."""
-    tiles, arguments = plan.kernel_arguments(call)
-    name = plan.backend(call, tiles, differentiate or lse)
-    arguments = {**arguments, "backend": name} if differentiate else arguments
-    q, k, v = call.as_held(call.q, call.k, call.v)
-    selects = plan.selection is not None
-    result = block_sparse_attention_eager(q, k, v, tiles, **arguments, return_tiles=selects, return_lse=lse)
-    recorder.ran_by(name, call.q, plan.precision)
-    out, *others = (result,) if isinstance(result, Tensor) else result
-    found = others.pop(0) if lse else None
-    exact = others.pop(0) if selects else None
-    return Launched(call.heads_first(out), exact, others.pop(0) if others else None, found)
-
-
-def run_own_rows(plan: AttentionPlan, call: Call, layer: AttentionLayer, recorder: Recorder) -> Tensor:
+def run_own_rows(plan: AttentionPlan, call: Call, layer: AttentionLayer, recorder: Recorder, run: RunKernel) -> Tensor:
     """Return the rows of a plan that are this process's under ring attention, [B, H, S', D]."""
     bare = replace(plan.without_values(), row_override=None, reused=None)
     assert call.rows is not None
     cut, small, rows = computed_rows(bare, call, call.rows)
-    out = run_kernel(cut, small, recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
+    out = run(cut, small, recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
     return own_rows(plan, call, out, rows)
 
 
-def run_rows(plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, recorder: Recorder) -> None:
+def run_rows(
+    plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, recorder: Recorder, run: RunKernel
+) -> None:
     """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
     reused = plan.reused
     assert reused is not None
@@ -211,8 +200,24 @@ def run_rows(plan: AttentionPlan, call: Call, context: CallContext, layer: Atten
         out, exact = run_dense(cut, small, layer), None
     else:
         small = small.with_keys(cut.centred(small.k))
-        out, exact, *_ = run_kernel(cut, small, recorder)
+        out, exact, *_ = run(cut, small, recorder)
     recorder.planned_call(context, cut, exact, share)
     own = replace(call, q=call.queries(rows), rows=rows)
     out = own.values() if out is None else with_values(plan, own, out)
     reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
+
+
+def stays_dense(handlers: Sequence[AttentionHandler], call: Call, context: CallContext, recorder: Recorder) -> bool:
+    """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
+    mask = call.mask
+    if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
+        return False
+    if call.hides_keys:
+        return False
+    recorder.forward(context.transformer, context.branch, context.step_index, 1)
+    recorder.stays_dense(context, "mask")
+    recorder.note(
+        f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are not key padding; such calls "
+        "stayed dense"
+    )
+    return True

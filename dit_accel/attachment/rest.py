@@ -26,6 +26,20 @@ def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[
     return one.rests, one.rests.turned(context, one.name)
 
 
+def run_turn(
+    plan: AttentionPlan, call: Call, context: CallContext, rests: Rests | None, turn: Turn | None, launch: Launch
+) -> tuple[Launched, AttentionPlan, Turn]:
+    """Return what a call of a layer that keeps a rest gives, the plan that says what it computed, and its turn.
+
+    ``turn`` is that of the call that it runs beside; None: there is none. The others are as in `with_rest`.
+    """
+    if turn is None:
+        assert rests is not None
+        return with_rest(rests, plan, call, context, launch)
+    out = turn.run(plan.without_values(), launch, call.q.shape[1])
+    return Launched(with_values(plan, call, out)), plan if turn.exact is None else plan.whole(), turn
+
+
 def with_rest(
     rests: Rests, plan: AttentionPlan, call: Call, context: CallContext, launch: Launch
 ) -> tuple[Launched, AttentionPlan, Turn]:

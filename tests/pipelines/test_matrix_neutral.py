@@ -7,7 +7,6 @@ is left. `make test` tries each method once, `make test-slow` all, with pairs.
 
 import contextlib
 import copy
-import itertools
 from dataclasses import dataclass, replace
 
 import pytest
