@@ -2,11 +2,12 @@
 
 What guidance adds leads away from the perturbed forward. Where that one leaves out other tiles than the conditional
 forward, or reuses other steps, it leads away from that difference as well, and of a perturbation of nothing that alone
-is left. `make test` tries each method once, `make test-slow` all, with pairs.
+is left. `make test` tries nearly each method once, `make test-slow` all, with pairs.
 """
 
 import contextlib
 import copy
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,10 +17,16 @@ from matrix_methods import GUIDING, METHODS, STEPS
 from wan_tiny import sharp_transformer
 
 import dit_accel as d
+from dit_accel.adapters.installed import adapter_for
+from dit_accel.attachment.beside import CallsMade
 from dit_accel.errors import ConfigError
 from dit_accel.methods import Handler, MethodConfig, PerturbedConfig, PerturbedHeadsHandler, Phase, registry
 from dit_accel.methods.base import Place
 from dit_accel.methods.site import sample_of, with_sample
+from dit_accel.testing import METHOD_CASES
+from dit_accel.testing.guidance_checks import check_beside_guidance
+from dit_accel.testing.one_method import tiny_wan
+from dit_accel.testing.tiny_models import Case
 
 SPARSE = dict(block_size=16, dense_steps=1, dense_last_steps=0, dense_layers=0)
 TURNS = dict(refresh=2, **SPARSE)
@@ -56,6 +63,13 @@ BESIDE = {
     ),
 }  # fmt: skip
 """Settings of every method and of every rest, turn and reuse that it may have."""
+
+
+ALIKE = (
+    "radial", "radial, pooled", "radial, patches", "ultravico", "lvsa", "rope", "sparsed, pooled", "sparsed, mass",
+    "lite, refreshed", "dfa, share", "teacache", "magcache", "seacache", "firstblockcache", "staticcache, held",
+)  # fmt: skip
+"""Those that keep nothing, or as others do: `make test` leaves them to the slow ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +127,14 @@ NOTHING = {
 }
 """Perturbations of nothing, none of which is left out for that."""
 
-FREE = {"softpag": {"scale": None, "mode": "free"}, "seg": {"scale": None, "mode": "free"}}
+FREE = ("softpag", "seg", "softpag, temperature")
+"""Those that are tried in place of the unconditional forward as well."""
+
+REFUSED = ("the branches would mix", "both change what an attention call gave")
+"""What is said of pairs that don't go together: SLG beside a cache of blocks, another target beside NAG."""
+
+ROUNDING = 1e-5
+"""The least share of the latents' norm that counts: the model rounds to float32 inside."""
 
 
 @pytest.fixture(autouse=True)
@@ -153,40 +174,83 @@ def denoise(together):
     return x
 
 
-def guidance(what, start, free=False):
+def guidance(what, start, mode):
     if what == "autoguidance":
         return replace(NOTHING[what], weak_transformer=copy.deepcopy(TRANSFORMER), start=start)
-    return replace(NOTHING[what], start=start, **(FREE[what] if free else {}))
+    return replace(NOTHING[what], start=start, **({"scale": None, "mode": mode} if mode == "free" else {}))
 
 
-def run(methods, together, observe=None):
+def run(methods, together):
     with d.attach(TRANSFORMER, *methods, preset="none", backend="torch") if methods else contextlib.nullcontext():
         return denoise(together)
 
 
+CASES = [(what, start, together, "branch") for what in NOTHING for start in (0.0, 0.3) for together in (False, True)]
+CASES += [(what, start, together, "free") for what in FREE for start in (0.0, 0.3) for together in (False, True)]
+"""What is perturbed, from which share of the run on, whether both prompts are in one forward, and in which mode."""
+
+QUICK = [case for case in CASES if case[1]]
+"""Cases of which `make test` tries one beside each method, in turn: what began earlier knows more than the branch."""
+
+
 def wrong(beside, cases):
-    """Say what moves a run of some methods beside which nothing is perturbed: (what, start, together, free) each."""
-    found, alone = [], {}
-    for what, start, together, free in cases:
+    """Say which cases move a run of some methods beside which nothing is perturbed; count those that ran."""
+    found, alone, ran = [], {}, 0
+    for what, start, together, mode in cases:
         if together not in alone:
             alone[together] = run(beside, together)
         try:
-            made = run((*beside, guidance(what, start, free)), together)
-        except ConfigError:
-            if what != "slg" and not (what == "softpag, mean query"):
+            made = run((*beside, guidance(what, start, mode)), together)
+        except ConfigError as error:
+            if not any(reason in str(error) for reason in REFUSED):
                 raise
             continue
+        ran += 1
         moved = float((made - alone[together]).norm() / alone[together].norm())
-        if not moved < 1e-5:
-            found.append(f"{what}, start {start}, {'one call' if together else 'two calls'}, free {free}: {moved:.2g}")
-    return found
+        if not moved < ROUNDING:
+            found.append(f"{what} {mode} from {start}, {'one call' if together else 'two calls'}: {moved:.2g}")
+    return found, ran
 
 
-CASES = [(what, start, together, False) for what in NOTHING for start in (0.0, 0.3) for together in (False, True)]
-CASES += [(what, start, together, True) for what in FREE for start in (0.0, 0.3) for together in (False, True)]
+def require_nothing_added(beside, cases, record):
+    began = time.perf_counter()
+    found, ran = wrong(beside, cases)
+    record("neutral", ran)
+    record("neutral_seconds", time.perf_counter() - began)
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("beside", BESIDE)
-def test_all(beside):
-    bad = wrong(BESIDE[beside], CASES)
-    assert not bad, "\n".join(bad)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in BESIDE]
+)
+def test_nothing_is_added_beside_a_method(name, record_property):
+    require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BESIDE)
+def test_nothing_is_added_beside_a_method_by_anything(name, record_property):
+    require_nothing_added(BESIDE[name], CASES, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_added_beside_a_pair(name, record_property):
+    names = [one for one in METHODS if one in BESIDE]
+    for other in names[names.index(name) + 1 :] if name in names else ():
+        pair = {type(one): one for one in (*BESIDE[name], *BESIDE[other])}
+        try:
+            d.attach(TRANSFORMER, *pair.values(), preset="none").detach()
+        except ConfigError:
+            continue  # they are refused together
+        turn = (names.index(name) + names.index(other)) % 2
+        cases = [("seg", 0.3, bool(turn), "branch"), ("softpag", 0.3, not turn, "branch")]
+        require_nothing_added(tuple(pair.values()), cases, record_property)
+
+
+def test_the_public_check_finds_a_forward_that_keeps_state_of_its_own(monkeypatch):
+    model = Case(adapter_for("WanTransformer3DModel"), tiny_wan())
+    check_beside_guidance(model, METHOD_CASES["lite"])
+    monkeypatch.setattr(CallsMade, "find", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"away from nothing.*LiteAttention.*learns"):
+        check_beside_guidance(model, METHOD_CASES["lite"])
