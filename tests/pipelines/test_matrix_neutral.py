@@ -248,6 +248,19 @@ def test_nothing_is_added_beside_a_pair(name, record_property):
         require_nothing_added(tuple(pair.values()), cases, record_property)
 
 
+KEEPING = ("sparsed, cached", "lite, cached", "delta, turns", "sol, cached", "ultraimage", "dbcache", "nag")
+"""Of every kind of what is kept one: their branches are compared in `make test`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in KEEPING else pytest.mark.slow) for name in BESIDE]
+)
+def test_a_branch_from_its_first_perturbed_block_is_the_whole_branch(name):
+    real = d.SoftPAG(heads="L2H0", u=0.7, scale=3.0, start=0.3)
+    made = [run((*BESIDE[name], replace(real, share_prefix=share)), together=True) for share in (True, False)]
+    assert torch.equal(*made)
+
+
 def test_the_public_check_finds_a_forward_that_keeps_state_of_its_own(monkeypatch):
     model = Case(adapter_for("WanTransformer3DModel"), tiny_wan())
     check_beside_guidance(model, METHOD_CASES["lite"])
