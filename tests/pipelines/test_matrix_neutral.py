@@ -261,6 +261,21 @@ def test_a_branch_from_its_first_perturbed_block_is_the_whole_branch(name):
     assert torch.equal(*made)
 
 
+@pytest.mark.parametrize("name", ["lite, cached", "sparsed, cached", "delta, reused", "dfa", "ultraimage"])
+def test_a_branch_beside_another_holds_nothing(name):
+    held = []
+    for methods in (BESIDE[name], (*BESIDE[name], replace(NOTHING["softpag"], share_prefix=False))):
+        with d.attach(TRANSFORMER, *methods, preset="none", backend="torch") as attachment:
+            denoise(together=False)
+            held.append(
+                {method: size for method, size in attachment.report().state_bytes.items() if method != "softpag"}
+            )
+            states = {layer.state for layer in attachment._execution.layers}
+            assert not any(state.ran or state.made._calls for state in states), "a call that is over is held"
+    assert held[0]
+    assert held[0] == held[1]
+
+
 def test_the_public_check_finds_a_forward_that_keeps_state_of_its_own(monkeypatch):
     model = Case(adapter_for("WanTransformer3DModel"), tiny_wan())
     check_beside_guidance(model, METHOD_CASES["lite"])

@@ -183,10 +183,10 @@ class DeltaHandler(AttentionHandler):
         turn = context.step_index if settings.rotate else 0
         groups = groups_of(context.layout, settings.stride, str(out.device), turn)
         delta, calls = self.held.get(context.key, (None, 0))
-        probed = delta is None or calls % settings.reuse == 0
-        how = GroupCorrection(groups, context.layout, settings.shrink, None if probed else delta)
+        due = calls % settings.reuse == 0
+        how = GroupCorrection(groups, context.layout, settings.shrink, None if due else delta)
         dense = None
-        if probed:
+        if delta is None or due:
             dense, delta, error = how.probed(plan, call, out)
             self._measured.append((context, error))
             self._restore_tiles(plan, call, context, groups.rows)
