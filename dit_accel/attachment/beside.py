@@ -112,11 +112,13 @@ class CallsMade:
     def __init__(self) -> None:
         self.wanted = False
         self._calls: dict[tuple[str, int, TokenLayout], dict[int, Ran]] = {}
+        self._batches: dict[str, int] = {}
 
-    def note(self, context: CallContext, ran: Ran) -> None:
-        """Keep how a call ran, unless it was trained or runs beside another itself."""
+    def note(self, context: CallContext, batch: int, ran: Ran) -> None:
+        """Keep how a call of a forward of so many rows ran, unless it was trained or runs beside another itself."""
         if context.beside is None and not (context.training or context.differentiate):
             self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = ran
+            self._batches[context.branch] = batch
 
     def find(self, context: CallContext, batch: int, heads: int) -> Ran | None:
         """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid.
@@ -126,14 +128,17 @@ class CallsMade:
             batch: rows of its forward.
             heads: H, of its layer.
         """
-        calls, rows = self._calls.get((context.beside or "", context.layer, context.layout), {}), context.rows
-        if context.batch < batch:  # rows are attended one by one
-            ran = calls.get(context.row if rows is None else rows[context.row])
-            return ran if ran is not None and ran.batch == context.batch else None
-        ran = calls.get(0)
-        if ran is None or (rows is None and ran.batch != batch) or (rows is not None and max(rows) >= ran.batch):
+        branch = context.beside or ""
+        calls, theirs = self._calls.get((branch, context.layer, context.layout), {}), self._batches.get(branch)
+        if context.rows is None and batch != theirs:
             return None
-        return ran if rows is None else ran.of_rows(rows, heads)
+        rows = tuple(range(batch)) if context.rows is None else context.rows
+        rows = rows[context.row * context.batch : (context.row + 1) * context.batch]
+        whole = calls.get(0)
+        if whole is not None and whole.batch == theirs:
+            return whole if rows == tuple(range(whole.batch)) else whole.of_rows(rows, heads)
+        ran = calls.get(rows[0]) if len(rows) == 1 else None  # each row was attended by itself
+        return ran if ran is not None and ran.batch == 1 else None
 
     def clear(self) -> None:
         """Forget all calls."""

@@ -178,7 +178,7 @@ class Execution:
         if found is None and call.mask is not None and stays_dense(handlers, call, context, self.recorder):
             plan, out = base.plan, run_dense(base.plan, call, layer)
             if made.wanted:
-                made.note(context, base)
+                made.note(context, forward.batch or context.batch, base)
         else:
             planning = time.perf_counter()
             if found is None:
@@ -362,7 +362,8 @@ class Execution:
             for keeper in self._keepers:
                 keeper.keep(context, out)
             if layer.state.made.wanted:
-                layer.state.made.note(context, base.ended(plan, launched.exact, turn, how))
+                ran = base.ended(plan, launched.exact, turn, how)
+                layer.state.made.note(context, self.forward.batch or context.batch, ran)
         if plan.guidance is not None:
             planned = out if planned is None else planned
             out = plan.guidance.applied(out, call.rows)

@@ -63,8 +63,8 @@ class DenoisingState:
     ) -> None:
         """Note that a denoising call begins: ``cache_context`` with what it states, in a pipeline's run or in none."""
         stated = {field: value for field, value in stated.items() if value is not None}
-        outer = state.branches[-1].name + "/" if state.nested else ""
-        state.branches.append(Branch(outer + name, stated))
+        outer, rows = (state.branches[-1].name + "/", state.branches[-1].rows) if state.nested else ("", None)
+        state.branches.append(Branch(outer + name, stated, rows=rows))
         step, steps = stated.get("step_index"), stated.get("num_inference_steps")
         if step is None or state.nested:
             return

@@ -10,9 +10,11 @@ import copy
 import time
 from dataclasses import dataclass, replace
 
+import matrix_runs
 import pytest
 import torch
 from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
+from matrix_cases import plain_of
 from matrix_methods import GUIDING, METHODS, STEPS
 from wan_tiny import sharp_transformer
 
@@ -64,6 +66,9 @@ BESIDE = {
 }  # fmt: skip
 """Settings of every method and of every rest, turn and reuse that it may have."""
 
+
+PACKED = ("StableDiffusion3Pipeline", "MochiPipeline", "HiDreamImagePipeline", "ZImagePipeline", "FluxPipeline")
+"""Pipelines with both prompts in a forward, attention row by row, rows on other axes or in lists, joined text."""
 
 ALIKE = (
     "radial", "radial, pooled", "radial, patches", "ultravico", "lvsa", "rope", "sparsed, pooled", "sparsed, mass",
@@ -246,6 +251,23 @@ def test_nothing_is_added_beside_a_pair(name, record_property):
         turn = (names.index(name) + names.index(other)) % 2
         cases = [("seg", 0.3, bool(turn), "branch"), ("softpag", 0.3, not turn, "branch")]
         require_nothing_added(tuple(pair.values()), cases, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKED)
+def test_nothing_is_added_in_pipelines_that_lay_out_their_rows_otherwise(name):
+    plain, nothing, found = plain_of(name), d.SoftPAG(heads="L1H0", u=1e-7, scale=3.0, start=0.3), []
+    for beside in ("lite", "sparsed, cached", "delta, turns", "staticcache", "dbcache", "nag, lite"):
+        methods = BESIDE[beside] if beside in BESIDE else (*METHODS["nag"](plain.call), *BESIDE["lite"])
+        made = []
+        with contextlib.suppress(ConfigError):  # some can't have a negative text
+            for all_of in (methods, (*methods, nothing)):
+                with d.attach(plain.pipe, *all_of, preset="none", backend="torch"):
+                    made.append(matrix_runs.run(plain.pipe, plain.call))
+            moved = float((made[1] - made[0]).norm() / made[0].norm())
+            found += [] if moved < ROUNDING else [f"{beside}: {moved:.2g}"]
+        assert made or beside == "nag, lite"
+    assert not found, "\n".join(found)
 
 
 KEEPING = ("sparsed, cached", "lite, cached", "delta, turns", "sol, cached", "ultraimage", "dbcache", "nag")
