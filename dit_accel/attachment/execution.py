@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Grid
 from ..errors import AttachError, ConfigError
-from ..methods.base import AttentionHandler, Corrects, Handler, ReadsVotes, StoresOutputs
+from ..methods.base import AttentionHandler, Corrects, Handler, Phase, ReadsVotes, StoresOutputs
 from ..plan.call import Call, call_of
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
@@ -26,20 +26,20 @@ from ..plan.plan import AttentionPlan, Launched
 from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated, dense_gradients, kernel_gradients
+from .beside import Ran
 from .forward_state import NO_GRID, ForwardState
 from .kernel_call import (
     by_rows,
-    computed_rows,
-    followed,
     override_rows,
-    own_rows,
     run_dense,
-    with_values,
+    run_own_rows,
+    run_rows,
+    stays_dense,
     without_slow_lists,
 )
 from .layers import AttentionLayer, TransformerState, shortened
 from .observed import Observer, PlannedCall
-from .rest import turned, with_rest
+from .rest import run_turn, turned
 from .state import DenoisingState
 from .threads import OneThread
 
@@ -170,15 +170,27 @@ class Execution:
         if handlers is None:
             handlers = self._ask(layer, layout)
         context = self._context(layer, layout, call, differentiate)
-        plan = AttentionPlan()
-        if call.mask is not None and self._stays_dense(handlers, call, context):
-            out = run_dense(plan, call, layer)
+        made, rests = layer.state.made, None
+        found = None
+        if context.beside is not None:
+            found = made.find(context, forward.batch or context.batch, call.q.shape[1])
+        base = found or Ran(plan=AttentionPlan(), batch=context.batch, handlers=handlers)
+        if found is None and call.mask is not None and stays_dense(handlers, call, context, self.recorder):
+            plan, out = base.plan, run_dense(base.plan, call, layer)
+            if made.wanted:
+                made.note(context, forward.batch or context.batch, base)
         else:
             planning = time.perf_counter()
-            rests, context = turned(handlers, context) if self._takes_turns else (None, context)
-            plan = self._plan(handlers, call, context)
+            if found is None:
+                own = tuple(one for one in handlers if one.phase is not Phase.GUIDANCE)
+                if self._takes_turns:
+                    rests, context = turned(own, context)
+                base = Ran(plan=self._plan(own, call, context), batch=context.batch, handlers=own)
+            plan, others = base.plan, [one for one in handlers if one not in base.handlers]
+            if others:
+                plan = self._plan(others, call, context, base)
             clock.lists += time.perf_counter() - planning
-            out, plan = self._run(plan, call, context, layer, rests)
+            out, plan = self._run(plan, call, context, layer, rests, base, found is not None)
         ticket = None
         if differentiate:
             ticket = self.backward.put(Differentiated(plan, number, sizes, call.tokens_first, call.scale))
@@ -195,6 +207,8 @@ class Execution:
         layer, plan = self.layers[forward.layer], forward.plan
         if plan.guidance is not None:
             raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
+        if plan.queries is not None:
+            raise ConfigError("attention of other queries than the model's has no gradient; detach seg to train")
         call = call_of(q, k, v, mask, forward.scale, self.backend, forward.tokens_first)
         call, given = self._completed(layer, call, forward.sizes)
         grad = call.heads_first(grad)
@@ -267,21 +281,27 @@ class Execution:
             num_inference_steps=step.num_inference_steps, sigma=step.sigma, training=step.training,
             tells_step=step.tells_step, layout=layout, batch=batch, layer=layer.index, depth=layer.depth,
             device=call.q.device, row=row, repeated=row != count, differentiate=differentiate,
-            heads=None if forward.shards is None else forward.shards.share(layer.heads),
+            heads=None if forward.shards is None else forward.shards.share(layer.heads), beside=step.beside,
+            rows=step.rows,
         )  # fmt: skip
 
-    def _plan(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> AttentionPlan:
-        """Return what the methods say together, each given what those before it said."""
-        plan, whole = AttentionPlan(), call if call.rows is None else call.for_planning()
+    def _plan(
+        self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext, base: Ran | None = None
+    ) -> AttentionPlan:
+        """Return what methods say together, each given what those before it said; guidance adds to a ``base``."""
+        plan, whole = AttentionPlan() if base is None else base.plan, call if call.rows is None else call.for_planning()
         for index, handler in enumerate(handlers):
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
                 plan = handler.plan(plan, seen, context)
             except ConfigError as error:
-                if not index:
+                before = (*(() if base is None else base.handlers), *handlers[:index])
+                if not before:
                     raise
-                others = ", ".join(other.name for other in handlers[:index])
+                others = ", ".join(other.name for other in before)
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None
+        if base is not None:
+            return plan
         if (asking := next((one for one in handlers if one.precision is not None), None)) is not None:
             if context.differentiate:
                 raise ConfigError(
@@ -293,93 +313,65 @@ class Execution:
         return without_slow_lists(plan, call, context, self.recorder) if all(x.only_saves for x in handlers) else plan
 
     def _run(
-        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, rests: Rests | None = None
-    ) -> tuple[Tensor, AttentionPlan]:
-        """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows."""
-        given, exact, planned = call, None, None
+        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, rests: Rests | None,
+        base: Ran, beside: bool,
+    ) -> tuple[Tensor, AttentionPlan]:  # fmt: skip
+        """Run a plan, count it, let methods learn from it and correct it; return the plan that a backward follows.
+
+        ``base`` is what it adds guidance to; ``beside`` another call, which ran by that, it runs as that one did, and
+        methods take no note.
+        """
+        given, planned, launched, turn, how = call, None, Launched(call.q), base.turn, base.corrections
         if context.turn == "dense" and rests is not None and not rests.cached:
             plan = plan.whole()
+        if beside and plan.only_values and plan.row_override is None:  # V is all that is left of it
+            plan = replace(plan, tiles=None, token_order=None, selection=None)
+        call = call if plan.queries is None else replace(call, q=plan.queries)
         if plan.reused is not None and call.rows is None:
             out = plan.reused.out.clone()
             for part_plan, part in by_rows(plan, call, out):
-                self._run_rows(part_plan, part, context, layer)
+                run_rows(part_plan, part, context, layer, self.recorder, run_kernel)
         elif plan.skips_logits or not plan.needs_kernel:
             out = run_dense(plan, call, layer)
             self.recorder.planned_call(context, plan)
         else:
             if plan.key_mean is not None:
                 call = call.with_keys(plan.centred(call.k))
-            kept = None
             if call.rows is not None:
-                out = self._run_own_rows(plan, call, layer)
-            elif rests is not None and rests.cached and plan.tiles is not None:
+                launched = Launched(run_own_rows(plan, call, layer, self.recorder, run_kernel))
+            elif plan.tiles is not None and (turn is not None or (rests is not None and rests.cached)):
                 launch = functools.partial(run_kernel, call=call, recorder=self.recorder, lse=True)
-                (out, exact, kept, _), plan = with_rest(rests, plan, call, context, launch)
+                launched, plan, turn = run_turn(plan, call, context, rests, turn, launch)
             else:
-                out, exact, kept, _ = run_kernel(plan, call, self.recorder, context.differentiate)
-            self.recorder.planned_call(context, plan, exact)
-            if kept is not None:
+                launched = run_kernel(plan, call, self.recorder, context.differentiate)
+            out = launched.out
+            self.recorder.planned_call(context, plan, launched.exact)
+            if launched.kept is not None:
                 for learner in self._learners:
-                    learner.learn(context, kept)
-            if self._correctors and self.observers:
+                    learner.learn(context, launched.kept)
+            if (how or self._correctors) and self.observers:
                 planned = out.clone()
-            for corrector in self._correctors:
-                out = corrector.correct(plan, call, context, out)
+            for one in how:
+                out = one.applied(plan, call, out)
+            for corrector in () if beside else self._correctors:
+                out, one = corrector.correct(plan, call, context, out)
+                how += () if one is None else (one,)
             if plan.row_override is not None:
                 override_rows(plan, call, *(x for x in (out, planned) if x is not None))
-        for keeper in self._keepers:
-            keeper.keep(context, out)
+        if not beside:
+            for keeper in self._keepers:
+                keeper.keep(context, out)
+            if layer.state.made.wanted:
+                ran = base.ended(plan, launched.exact, turn, how)
+                layer.state.made.note(context, self.forward.batch or context.batch, ran)
         if plan.guidance is not None:
             planned = out if planned is None else planned
             out = plan.guidance.applied(out, call.rows)
         if self.observers:
-            seen = PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=exact)
+            seen = PlannedCall(plan=plan, context=context, call=given, out=out, planned=planned, exact=launched.exact)
             for observer in tuple(self.observers):
                 observer(seen)
-        return out, plan if exact is None or not context.differentiate else followed(plan, exact)
-
-    def _run_own_rows(self, plan: AttentionPlan, call: Call, layer: AttentionLayer) -> Tensor:
-        """Return the rows of a plan that are this process's under ring attention, [B, H, S', D]."""
-        bare = replace(plan.without_values(), row_override=None, reused=None)
-        assert call.rows is not None
-        cut, small, rows = computed_rows(bare, call, call.rows)
-        out = run_kernel(cut, small, self.recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
-        return own_rows(plan, call, out, rows)
-
-    def _run_rows(self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer) -> None:
-        """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
-        reused = plan.reused
-        assert reused is not None
-        if not len(reused.rows[0]):
-            return self.recorder.planned_call(context, plan, rows=0.0)
-        cut, small, rows = computed_rows(plan.without_values(), call, reused.rows[0], reused.keys)
-        share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
-        if plan.skips_logits:
-            rows, share, out, exact = reused.rows[0], 0.0, None, None
-        elif not cut.needs_kernel:
-            out, exact = run_dense(cut, small, layer), None
-        else:
-            small = small.with_keys(cut.centred(small.k))
-            out, exact, *_ = run_kernel(cut, small, self.recorder)
-        self.recorder.planned_call(context, cut, exact, share)
-        own = replace(call, q=call.queries(rows), rows=rows)
-        out = own.values() if out is None else with_values(plan, own, out)
-        reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
-
-    def _stays_dense(self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext) -> bool:
-        """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
-        mask = call.mask
-        if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
-            return False
-        if call.hides_keys:
-            return False
-        self.recorder.forward(context.transformer, context.branch, context.step_index, 1)
-        self.recorder.stays_dense(context, "mask")
-        self.recorder.note(
-            f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are not key padding; such calls "
-            "stayed dense"
-        )
-        return True
+        return out, plan if launched.exact is None or not context.differentiate else plan.followed(launched.exact)
 
 
 def run_kernel(

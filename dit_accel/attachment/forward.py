@@ -12,6 +12,7 @@ from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..adapters.joined_text import JoinedText
 from ..adapters.rotary import check_lengths
 from ..errors import ConfigError
+from ..methods.base import Place
 from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import TokenLayout
@@ -61,6 +62,9 @@ class Forward:
         self._state = state
         self._functions = tuple(functions)
         self.traceable = not functions and not on_modules
+        state.made.wanted = any(
+            one.places & {Place.FORWARD, Place.BLOCKS} and "cache" not in one.exclusive for one in execution.handlers
+        )
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._checked: TokenLayout | None = None  # whose lengths the tables of positions hold
         self._parallel: Any = None
@@ -87,6 +91,8 @@ class Forward:
                 raise
             finally:
                 state.running = outer
+                if not state.nested:
+                    state.end_call()
 
     def _run(
         self,
@@ -157,7 +163,9 @@ class Forward:
             step = execution.state.context(state)  # a function further out may have opened a nested branch
             values = {name: getattr(step, name) for name in StepContext.__slots__}
             context = ForwardContext(inputs={**inputs, **changed}, **values)
-            return function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
+            out = function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
+            state.note_ran()
+            return out
 
         return around
 
@@ -227,6 +235,7 @@ class Forward:
         execution.recorder.forwards_run += 1
         with naming_lost(state, self._parallel):
             out = run(*args, **kwargs)
+        state.note_ran()
         _uncount_skipped(execution, state)
         return out
 

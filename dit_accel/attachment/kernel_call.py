@@ -1,22 +1,22 @@
 """Smaller plans and calls than those that methods made: only some rows, or without lists that gain nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from dit_accel_kernels import (
-    FrameDecay,
-    TileLists,
-    predicted_speedup,
-)
+from dit_accel_kernels import FrameDecay, TileLists, predicted_speedup
 from torch import Tensor
 
+from ..methods.base import AttentionHandler
 from ..plan.call import Call
 from ..plan.context import CallContext
 from ..plan.exact_rows import dense_rows
-from ..plan.plan import AttentionPlan
+from ..plan.plan import AttentionPlan, Launched
 from ..report.recorder import Recorder
 from .layers import AttentionLayer
+
+RunKernel = Callable[[AttentionPlan, Call, Recorder], Launched]
+"""Runs a plan's kernel call and counts it; the keys are centred already."""
 
 
 def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, recorder: Recorder) -> AttentionPlan:
@@ -38,14 +38,6 @@ def without_slow_lists(plan: AttentionPlan, call: Call, context: CallContext, re
         "the model's own attention on this processor, so calls of so many went there; a named backend would run them"
     )
     return dense
-
-
-def followed(plan: AttentionPlan, exact: Tensor) -> AttentionPlan:
-    """Return the plan as its backward follows it: the tiles that the forward chose, without routing or voting again."""
-    selection = plan.selection
-    assert selection is not None
-    routed = None if selection.routing is None else exact
-    return replace(plan, selection=replace(selection, routing=None, vote=None, routed=routed))
 
 
 def by_rows(plan: AttentionPlan, call: Call, out: Tensor) -> Iterator[tuple[AttentionPlan, Call]]:
@@ -181,3 +173,51 @@ def override_rows(plan: AttentionPlan, call: Call, *outs: Tensor) -> None:
     computed = dense_rows(plan, call, rows, plan.row_override.keys)
     for out in outs:
         out.index_copy_(2, at, computed)
+
+
+def run_own_rows(plan: AttentionPlan, call: Call, layer: AttentionLayer, recorder: Recorder, run: RunKernel) -> Tensor:
+    """Return the rows of a plan that are this process's under ring attention, [B, H, S', D]."""
+    bare = replace(plan.without_values(), row_override=None, reused=None)
+    assert call.rows is not None
+    cut, small, rows = computed_rows(bare, call, call.rows)
+    out = run(cut, small, recorder).out if cut.needs_kernel else run_dense(cut, small, layer)
+    return own_rows(plan, call, out, rows)
+
+
+def run_rows(
+    plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, recorder: Recorder, run: RunKernel
+) -> None:
+    """Write the rows that a plan of `by_rows` computes, one smaller call, over what it reuses."""
+    reused = plan.reused
+    assert reused is not None
+    if not len(reused.rows[0]):
+        return recorder.planned_call(context, plan, rows=0.0)
+    cut, small, rows = computed_rows(plan.without_values(), call, reused.rows[0], reused.keys)
+    share = len(rows) * small.tokens / (call.q.shape[2] * call.tokens)
+    if plan.skips_logits:
+        rows, share, out, exact = reused.rows[0], 0.0, None, None
+    elif not cut.needs_kernel:
+        out, exact = run_dense(cut, small, layer), None
+    else:
+        small = small.with_keys(cut.centred(small.k))
+        out, exact, *_ = run(cut, small, recorder)
+    recorder.planned_call(context, cut, exact, share)
+    own = replace(call, q=call.queries(rows), rows=rows)
+    out = own.values() if out is None else with_values(plan, own, out)
+    reused.out.index_copy_(2, rows, out.to(reused.out.dtype))
+
+
+def stays_dense(handlers: Sequence[AttentionHandler], call: Call, context: CallContext, recorder: Recorder) -> bool:
+    """Tell whether a mask that is not key padding keeps a call dense; the report says so."""
+    mask = call.mask
+    if mask is None or not handlers or not all(handler.dense_under_masks for handler in handlers):
+        return False
+    if call.hides_keys:
+        return False
+    recorder.forward(context.transformer, context.branch, context.step_index, 1)
+    recorder.stays_dense(context, "mask")
+    recorder.note(
+        f"{context.transformer} passes masks {mask.dtype} {list(mask.shape)} that are not key padding; such calls "
+        "stayed dense"
+    )
+    return True

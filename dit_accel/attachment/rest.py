@@ -1,6 +1,6 @@
 """Runs calls of layers that are dense in turn: what is missing without it is kept, and added to the calls after."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dit_accel_kernels import selected_tiles
@@ -10,12 +10,10 @@ from ..methods.base import AttentionHandler
 from ..plan.call import Call
 from ..plan.context import CallContext
 from ..plan.plan import AttentionPlan, Launched
-from ..plan.rests import KeptRest, Rests, merged, stored
+from ..plan.rests import KeptRest, Rests, stored
 from ..plan.tiling import exact_bits
+from .beside import Launch, Turn, with_others
 from .kernel_call import with_values
-
-Launch = Callable[[AttentionPlan], Launched]
-"""Runs a plan of a given call, with its LSE."""
 
 
 def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[Rests | None, CallContext]:
@@ -28,10 +26,24 @@ def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[
     return one.rests, one.rests.turned(context, one.name)
 
 
+def run_turn(
+    plan: AttentionPlan, call: Call, context: CallContext, rests: Rests | None, turn: Turn | None, launch: Launch
+) -> tuple[Launched, AttentionPlan, Turn]:
+    """Return what a call of a layer that keeps a rest gives, the plan that says what it computed, and its turn.
+
+    ``turn`` is that of the call that it runs beside; None: there is none. The others are as in `with_rest`.
+    """
+    if turn is None:
+        assert rests is not None
+        return with_rest(rests, plan, call, context, launch)
+    out = turn.run(plan.without_values(), launch, call.q.shape[1])
+    return Launched(with_values(plan, call, out)), plan if turn.exact is None else plan.whole(), turn
+
+
 def with_rest(
     rests: Rests, plan: AttentionPlan, call: Call, context: CallContext, launch: Launch
-) -> tuple[Launched, AttentionPlan]:
-    """Return what a call gives over its tiles and the rest together, and the plan that says what it computed.
+) -> tuple[Launched, AttentionPlan, Turn]:
+    """Return what a call gives over its tiles and the rest together, the plan that says what it computed, and its turn.
 
     A dense turn is two kernel calls over complementary tiles, which take as long as one over all; where a method votes,
     one more is of the tiles that it keeps.
@@ -46,31 +58,30 @@ def with_rest(
     bare = plan.without_values()
     rest = rests.reading(context.key, call.q.device)
     if context.turn == "frozen":
-        bare = bare.only(rests.kept[context.key].exact)
+        kept = rests.kept[context.key]
+        bare = bare.only(kept.exact)
         given = launch(bare)
         if rest is not None:
             given = given._replace(out=given.out + rest.read(given.out.device))
-        plan = replace(plan, tiles=bare.tiles, selection=bare.selection)
-        return given._replace(out=with_values(plan, call, given.out)), plan
-    given, kept = _dense(rests, bare, call, launch)
+        plan, turn = replace(plan, tiles=bare.tiles, selection=bare.selection), Turn(rest=kept.rest)
+        return given._replace(out=with_values(plan, call, given.out)), plan, turn
+    given, kept, turn = _dense(rests, bare, call, launch)
     rests.keep(context.key, kept)
-    return given._replace(out=with_values(plan, call, given.out)), plan.whole()
+    return given._replace(out=with_values(plan, call, given.out)), plan.whole(), turn
 
 
-def _dense(rests: Rests, plan: AttentionPlan, call: Call, launch: Launch) -> tuple[Launched, KeptRest]:
+def _dense(rests: Rests, plan: AttentionPlan, call: Call, launch: Launch) -> tuple[Launched, KeptRest, Turn]:
     """Return a dense call by two over its tiles and over all others, and what is kept of it."""
     exact = _exact(plan, call)
-    given = launch(plan.only(exact, voting=True))
-    out = sparse = given.out
-    if not plan.is_dense:
-        others = launch(plan.only(exact_bits(plan.all_tiles(), call.q.shape[1]) & ~exact))
-        out = merged(out, given.lse, others.out, others.lse)
+    given, turn = launch(plan.only(exact, voting=True)), Turn(exact=exact)
+    out, sparse = with_others(plan, exact, given, launch, call.q.shape[1]), given.out
     if given.kept is not None:  # the calls to come have the tiles that the votes keep
         exact = exact & given.kept
         sparse = launch(plan.only(exact)).out
     rest = out - sparse
     gain = 0.0 if rests.memory is None else float(rest.float().norm() / out.float().norm().clamp(min=1e-12))
-    return given._replace(out=out, exact=None), KeptRest(exact=exact, rest=stored(rest, rests.dtype), gain=gain)
+    kept = KeptRest(exact=exact, rest=stored(rest, rests.dtype), gain=gain)
+    return given._replace(out=out, exact=None), kept, turn
 
 
 def _exact(plan: AttentionPlan, call: Call) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -156,10 +156,10 @@ class TransformerSite(Site):
         return sum(layers[number].state is self._state for number in self._execution.forward.reached)
 
     @contextlib.contextmanager
-    def branch(self, name: str) -> Iterator[None]:
-        """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
-        state = self._state
-        with self._execution.forward.nested(), self._execution.state.nested(state, name) as full, self._opened(full):
+    def branch(self, name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
+        """Let a forward inside the block be a nested branch, which advances no step and reads the outer one's state."""
+        state, execution = self._state, self._execution
+        with execution.forward.nested(), execution.state.nested(state, name, rows) as full, self._opened(full):
             yield
         if state.branches and self._context is not None:  # diffusers forgets the outer one with the inner
             state.branches[-1].reopened.enter_context(self._context(state.branches[-1].name))

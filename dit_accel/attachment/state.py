@@ -9,7 +9,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -63,8 +63,8 @@ class DenoisingState:
     ) -> None:
         """Note that a denoising call begins: ``cache_context`` with what it states, in a pipeline's run or in none."""
         stated = {field: value for field, value in stated.items() if value is not None}
-        outer = state.branches[-1].name + "/" if state.nested else ""
-        state.branches.append(Branch(outer + name, stated))
+        outer, rows = (state.branches[-1].name + "/", state.branches[-1].rows) if state.nested else ("", None)
+        state.branches.append(Branch(outer + name, stated, rows=rows))
         step, steps = stated.get("step_index"), stated.get("num_inference_steps")
         if step is None or state.nested:
             return
@@ -83,9 +83,11 @@ class DenoisingState:
         state.branches.pop().reopened.close()
 
     @contextlib.contextmanager
-    def nested(self, state: TransformerState, name: str) -> Iterator[str]:
-        """Let what runs inside be a branch of its own within the running one, that advances no step; give its name."""
-        state.branches.append(Branch(f"{state.branch}/{name}"))
+    def nested(self, state: TransformerState, name: str, rows: Sequence[int] | None = None) -> Iterator[str]:
+        """Let what runs inside be a nested branch of some rows (None: all) that advances no step; give its name."""
+        outer = state.branches[-1].rows if state.nested else None
+        rows = outer if rows is None else tuple(rows if outer is None else (outer[row] for row in rows))
+        state.branches.append(Branch(f"{state.branch}/{name}", rows=rows))
         state.nested += 1
         try:
             yield state.branches[-1].name
@@ -123,6 +125,7 @@ class DenoisingState:
 
     def context(self, state: TransformerState) -> StepContext:
         """Return where the denoising of one transformer stands."""
+        beside, rows = state.beside
         return StepContext(
             transformer=state.name,
             branch=state.branch,
@@ -133,6 +136,8 @@ class DenoisingState:
             batch=self._forward.batch,
             training=self.training,
             tells_step=bool(state.branches) and state.branches[-1].tells_step,
+            beside=beside,
+            rows=rows,
         )
 
     def _infer(

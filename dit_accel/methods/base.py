@@ -251,8 +251,20 @@ class StoresOutputs(Protocol):
     def keep(self, context: CallContext, out: Tensor) -> None:
         """Note the output of a planned call, [B, H, S, D]; it is the model's, and must not be written to.
 
-        Called after every planned call, whether the method is active in it or not.
+        Called after every planned call but those beside another, whether the method is active in it or not.
         """
+        ...
+
+
+class Correction(Protocol):
+    """How a call was corrected, for calls that run as it did: it reads and keeps nothing of a method's."""
+
+    def applied(self, plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:
+        """Return the output of another call of the same plan, [B, H, S, D], corrected; ``out`` may be written to."""
+        ...
+
+    def of_rows(self, rows: Sequence[int]) -> "Correction":
+        """Return how some rows of the batch were corrected."""
         ...
 
 
@@ -260,10 +272,12 @@ class StoresOutputs(Protocol):
 class Corrects(Protocol):
     """A method that corrects what a planned call computed."""
 
-    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
-        """Return the output of a planned call, [B, H, S, D], corrected; ``out`` may be written to.
+    def correct(
+        self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor
+    ) -> tuple[Tensor, Correction | None]:
+        """Return the output of a planned call, [B, H, S, D], corrected, and how; ``out`` may be written to.
 
-        Called after every planned call, whether the method is active in it or not.
+        Called after every planned call but those beside another, whether the method is active in it or not.
         """
         ...
 

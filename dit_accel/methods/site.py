@@ -5,7 +5,7 @@ can undo it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -105,8 +105,17 @@ class Site(ABC):
         """Call ``undo`` when the methods are detached: for what only another library can take back."""
 
     @abstractmethod
-    def branch(self, name: str) -> AbstractContextManager[None]:
-        """Let a forward inside the block be a nested branch, with state of its own, that advances no step."""
+    def branch(self, name: str, rows: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Let a forward inside the block be a nested branch that advances no step.
+
+        Behind a forward of the branch that is open it runs beside that one: attention calls follow the plans made
+        there, to which methods of `Phase.GUIDANCE` and those that act in the nested branch alone add theirs, and no
+        method learns from them. Else it is a forward of its own, with state of its own.
+
+        Args:
+            name: what is added to the open branch's name.
+            rows: which rows of that branch's forward this one has; None: all.
+        """
 
     @abstractmethod
     def reached(self) -> int:

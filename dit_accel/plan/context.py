@@ -30,6 +30,9 @@ class StepContext:
         training: the forward belongs to no generation, so its step means nothing: gradients are recorded in training
             mode, and no pipeline tells a step.
         tells_step: the pipeline's context states the step; else it is inferred from the timesteps.
+        beside: the branch whose forward of this step it runs beside, as a perturbed one beside the conditional: its
+            attention calls run as those did, and methods learn nothing from it. None: it is a forward of its own.
+        rows: which rows of that forward these are; None: all.
     """
 
     transformer: str
@@ -41,6 +44,8 @@ class StepContext:
     batch: int | None
     training: bool = False
     tells_step: bool = False
+    beside: str | None = None
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,39 +21,11 @@ from torch import Tensor
 from ..errors import ConfigError
 from .call import Call
 from .normalized_guidance import LastChange
+from .some_rows import ReusedRows, RowOverride
 from .tiling import TILE, full_tiles
 
 Rest = Literal["skip", "pooled"]
 """What becomes of a tile that is not exact: left out, or entered as one key, its tokens' mean."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RowOverride:
-    """Query rows that see some keys, all of them exactly, and no others, whatever the tiles say.
-
-    Attributes:
-        rows: int64 [G], token indices.
-        keys: bool [S], True for a key that they see.
-    """
-
-    rows: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ReusedRows:
-    """Query rows that are not computed: they keep what an earlier call gave.
-
-    Attributes:
-        rows: N lists int64 [G], rising: the token indices that are computed; row b of the batch follows list b % N.
-            Where the plan has tiles, every row of a tile that holds one of them is.
-        out: [B, H, S, D], the output that the others keep.
-        keys: bool [N, S], the keys that computed rows see; None: all.
-    """
-
-    rows: tuple[Tensor, ...]
-    out: Tensor
-    keys: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,6 +48,7 @@ class AttentionPlan:
         selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
         row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
         reused: rows that are not computed.
+        queries: what stands in place of the call's queries once all is planned, [B, H, S, D]; None: they stay.
         guidance: what changes the output last of all, such as rows that are guided away from others.
         precision: in which our kernels multiply queries and keys, ``int8`` or ``fp8``; None: their own dtype.
     """
@@ -91,6 +64,7 @@ class AttentionPlan:
     selection: Selection | None = None
     row_override: RowOverride | None = None
     reused: ReusedRows | None = None
+    queries: Tensor | None = None
     guidance: LastChange | None = None
     precision: str | None = None
 
@@ -138,7 +112,8 @@ class AttentionPlan:
     def is_plain(self) -> bool:
         """Whether the call is the model's own attention and nothing else."""
         mixed = self.identity_mix is not None or self.head_scale is not None
-        return not (self.needs_kernel or mixed or self.reused is not None or self.guidance is not None)
+        changed = not (self.reused is self.queries is self.guidance is None)
+        return not (self.needs_kernel or mixed or changed)
 
     def with_tiles(self, tiles: TileLists, token_order: Tensor | None = None) -> "AttentionPlan":
         """Return the plan with tile lists, which count the tokens in this order, intersected with those it has.
@@ -296,7 +271,7 @@ class AttentionPlan:
                 )
         return replace(self, reused=reused)
 
-    def of_rows(self, rows: slice, batch: int, heads: int) -> "AttentionPlan":
+    def of_rows(self, rows: slice | list[int], batch: int, heads: int) -> "AttentionPlan":
         """Return the plan of some rows of a call's batch of B, of H heads, without what it reuses or guides."""
         tiles, selection, parts = self.tiles, self.selection, {}
         if tiles is not None and batch > 1 and tiles.groups == batch * heads:
@@ -313,6 +288,18 @@ class AttentionPlan:
             if value is not None and value.ndim > 1 and len(value) == batch:
                 parts[name] = value[rows]
         return replace(self, **parts, reused=None, guidance=None)
+
+    def query(self, queries: Tensor) -> "AttentionPlan":
+        """Return the plan with other queries, which see what was planned for the call's own, [B, H, S, D]."""
+        self._require_free("set of other queries", self.queries)
+        return replace(self, queries=queries)
+
+    def followed(self, exact: Tensor) -> "AttentionPlan":
+        """Return the plan of a call that chooses and votes no more: its exact tiles are given, int32 [B, H, NQ, W]."""
+        selection = self.selection
+        assert selection is not None
+        routed = selection.routed if selection.routing is None else exact
+        return replace(self, selection=replace(selection, routing=None, vote=None, routed=routed))
 
     def guide(self, guidance: LastChange) -> "AttentionPlan":
         """Return the plan with rows of the batch guided away from others."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..adapters.cross_attention import CrossAttention
 from ..adapters.joined_text import JoinedText
 from ..attachment.attachment import attach
+from ..errors import ConfigError
 from ..methods.config import MethodConfig
 from ..methods.find import attention_modules
 from ..methods.guidance.nag import NAG
@@ -60,6 +61,33 @@ def check_perturbed(case: Case, tried: MethodCase) -> None:
     require(bool(moved.isfinite().all()), f"{active} makes values that are not finite")
     require(torch.equal(case.run(inputs), plain), f"{active} left the output changed")
     _require_batches(case, active)
+
+
+def check_beside_guidance(case: Case, tried: MethodCase) -> str | None:
+    """Raise `AssertionError` unless a perturbation of nothing adds nothing to what an active method gives.
+
+    Guidance begins in the middle of a run, on latents that move, as the method's own state does until then.
+    """
+    wide, inputs, latents = case.wide(), wide_inputs(case.inputs(1)), case.adapter.latents
+    nothing, active = SoftPAG(heads=f"L{LAYER}", u=1e-12, scale=3.0, start=0.3), configs_of(tried.active)
+    steps = [{**inputs, latents: _moved(inputs[latents], step)} for step in range(tried.warm + 5)]
+    made: list[list[Tensor]] = []
+    for methods in (active, (*active, nothing)):
+        try:
+            attachment = attach(wide, *methods, preset="none", backend="torch")
+        except ConfigError as refused:
+            return str(refused)
+        with attachment:
+            made.append([case.run(given, step, transformer=wide) for step, given in enumerate(steps)])
+    for step, (alone, guided) in enumerate(zip(*made, strict=True)):
+        away = f"guidance away from nothing moves the output of {active} in step {step}"
+        same = torch.allclose(guided, alone, rtol=1e-4, atol=1e-5)
+        require(same, f"{away}: a perturbed forward learns, or leaves out something else")
+    return None
+
+
+def _moved(latents: Any, step: int) -> Any:
+    return [_moved(one, step) for one in latents] if isinstance(latents, list) else latents * (1 + 0.2 * step)
 
 
 def _require_negative_text(case: Case) -> None:

@@ -10,7 +10,7 @@ from ..methods.caches.engine import StepCacheHandler
 from ..methods.guidance.branch import PerturbedHandler
 from ..methods.registry import handler_of
 from .cache_checks import CacheCase, check_cache
-from .guidance_checks import check_perturbed
+from .guidance_checks import check_beside_guidance, check_perturbed
 from .method_cases import MethodCase, configs_of
 from .method_checks import check_active, check_batch
 from .model_checks import check_neutral
@@ -46,14 +46,14 @@ def check_method(tried: MethodCase, *models: TinyModel) -> dict[str, list[str]]:
 def _checks_of(tried: MethodCase) -> dict[str, Callable[[Case], object]]:
     """Return the checks of a method's kind by name."""
     handler = handler_of(configs_of(tried.active)[0])
-    name = handler.config_type.name
+    name, beside = handler.config_type.name, {"beside guidance": partial(check_beside_guidance, tried=tried)}
     if issubclass(handler, StepCacheHandler):
         cache = CacheCase(neutral=tried.neutral, active=tried.active, warm=max(1, tried.warm))
-        return {"cache": lambda case: check_cache(case, name, cache)}
+        return {"cache": lambda case: check_cache(case, name, cache), **beside}
     if issubclass(handler, PerturbedHandler):
         return {"guidance": lambda case: check_perturbed(case, tried)}
     checks = {"neutral": check_neutral, "active": check_active, "batch": check_batch}
-    return {check: partial(function, cases={name: tried}) for check, function in checks.items()}
+    return {**{check: partial(function, cases={name: tried}) for check, function in checks.items()}, **beside}
 
 
 def tiny_wan() -> TinyModel:

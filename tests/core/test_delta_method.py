@@ -75,7 +75,7 @@ def corrected(
     ``planned`` is what the plan computed, which is left as it is; None: it is computed.
     """
     known = len(measured(delta))
-    out = delta.correct(
+    out, _ = delta.correct(
         plan,
         call,
         context_of(**{"layout": LAYOUT, **when}),
@@ -265,7 +265,7 @@ def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
     call = call_of()
     out = torch.full_like(call.q, torch.nan)
     delta = handler()
-    assert delta.correct(plan, call, context_of(LAYOUT), out) is out
+    assert delta.correct(plan, call, context_of(LAYOUT), out)[0] is out
     assert out.isnan().all()
     assert delta.report() is None
 

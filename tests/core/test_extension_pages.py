@@ -127,7 +127,7 @@ def test_a_plan_knows_what_the_mask_of_the_page_saves(tmp_path):
 def test_the_methods_of_the_page_pass_their_own_checks(tmp_path):
     said = run_page("adding-a-method.md", tmp_path, "check.py")
     assert said.splitlines() == [
-        "{'WanTransformer3DModel 0': ['neutral', 'active', 'batch']}",
-        "{'WanTransformer3DModel 0': ['cache']}",
+        "{'WanTransformer3DModel 0': ['neutral', 'active', 'batch', 'beside guidance']}",
+        "{'WanTransformer3DModel 0': ['cache', 'beside guidance']}",
         "{'WanTransformer3DModel 0': ['guidance']}",
     ]

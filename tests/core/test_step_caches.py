@@ -10,7 +10,7 @@ from wan_tiny import tiny_transformer
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.methods.caches.engine import is_unconditional
+from dit_accel.methods.caches.cache_config import is_unconditional
 from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.find import resolve_model
 from dit_accel.methods.registry import handler_of

@@ -11,7 +11,7 @@ What it gains in whole clips is not measured.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
@@ -90,6 +90,49 @@ def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> G
         return Groups(rows=rows.flatten().to(device).clone(), of=of.flatten().to(device).clone())
 
 
+@dataclass(frozen=True, slots=True)
+class GroupCorrection:
+    """How one call is corrected.
+
+    Attributes:
+        groups: its groups.
+        layout: its tokens.
+        shrink: scale each head's corrections, as `DeltaAttention` has it.
+        delta: what is added to each group, [B, H, G, D]; None: what the call's own probe rows show.
+    """
+
+    groups: Groups
+    layout: TokenLayout
+    shrink: bool
+    delta: Tensor | None
+
+    def probed(self, plan: AttentionPlan, call: Call, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a call's probe rows as computed exactly, what follows from them for each group, and their error."""
+        dense = dense_rows(plan, call, self.groups.rows)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        exact = dense.to(wide)
+        delta = difference = exact - out.index_select(2, self.groups.rows).to(wide)
+        if self.shrink:
+            delta = difference * neighbour_correlation(difference, self.layout.frames)[..., None, None]
+        return dense, delta.to(out.dtype), _norm(difference) / _norm(exact)
+
+    def added(self, out: Tensor, delta: Tensor, dense: Tensor | None) -> Tensor:
+        """Add to an output [B, H, S, D] what its groups get, its probe rows being exact where they were computed."""
+        out.narrow(2, self.layout.text_before, len(self.groups.of)).add_(delta.index_select(2, self.groups.of))
+        return out if dense is None else out.index_copy_(2, self.groups.rows, dense)
+
+    def applied(self, plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:
+        """Return the output of a call that runs as the corrected one did."""
+        if self.delta is not None:
+            return self.added(out, self.delta, None)
+        dense, delta, _ = self.probed(plan, call, out)
+        return self.added(out, delta, dense)
+
+    def of_rows(self, rows: Sequence[int]) -> "GroupCorrection":
+        """Return how some rows of the batch are corrected."""
+        return self if self.delta is None else replace(self, delta=self.delta[list(rows)])
+
+
 class DeltaHandler(AttentionHandler):
     """DeltaAttention on one model: corrects what the other methods' plans computed."""
 
@@ -125,10 +168,12 @@ class DeltaHandler(AttentionHandler):
         """Never by itself: it corrects the calls that other methods plan."""
         return False
 
-    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
+    def correct(
+        self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor
+    ) -> tuple[Tensor, "GroupCorrection | None"]:
         """Add each group's correction, measure the error in probed calls; refuse calls that a backward may follow."""
         if plan.is_dense:
-            return out
+            return out, None
         if context.differentiate:
             raise ConfigError(
                 "delta has no gradient, and this attention call is recorded for a backward; generate under "
@@ -138,24 +183,16 @@ class DeltaHandler(AttentionHandler):
         turn = context.step_index if settings.rotate else 0
         groups = groups_of(context.layout, settings.stride, str(out.device), turn)
         delta, calls = self.held.get(context.key, (None, 0))
+        due = calls % settings.reuse == 0
+        how = GroupCorrection(groups, context.layout, settings.shrink, None if due else delta)
         dense = None
-        if delta is None or calls % settings.reuse == 0:
-            dense = dense_rows(plan, call, groups.rows)
-            wide = torch.promote_types(out.dtype, torch.float32)
-            exact = dense.to(wide)
-            difference = exact - out.index_select(2, groups.rows).to(wide)
-            self._measured.append((context, _norm(difference) / _norm(exact)))
-            delta = difference
-            if settings.shrink:
-                delta = difference * neighbour_correlation(difference, context.layout.frames)[..., None, None]
-            delta = delta.to(out.dtype)
+        if delta is None or due:
+            dense, delta, error = how.probed(plan, call, out)
+            self._measured.append((context, error))
             self._restore_tiles(plan, call, context, groups.rows)
         if settings.reuse > 1:
             self.held[context.key] = (delta, calls + 1)
-        out.narrow(2, context.layout.text_before, len(groups.of)).add_(delta.index_select(2, groups.of))
-        if dense is not None:
-            out.index_copy_(2, groups.rows, dense)
-        return out
+        return how.added(out, delta, dense), how
 
     def probe_share(self, layout: TokenLayout) -> float:
         """Return the share of a call's query rows that are computed densely: one row in each group."""

@@ -223,3 +223,19 @@ class MeasuredCacheConfig(StepCacheConfig):
     """
 
     threshold: Annotated[float, ge(0), "0 skips nothing"] | None = None
+
+
+def is_unconditional(branch: str, method: str) -> bool:
+    """Tell by its name whether a branch is the unconditional one; raise `ConfigError` where names don't tell."""
+    own = branch.rsplit("/", 1)[-1]
+    if own == "cond_uncond":
+        raise ConfigError(
+            f"{method}.branches = 'uncond' needs a forward of its own for the unconditional branch; this pipeline "
+            "calls both in one; use branches = 'all'"
+        )
+    if own.startswith("call "):
+        raise ConfigError(
+            f"{method}.branches = 'uncond' needs to know the unconditional branch, and this pipeline does not tell "
+            "its branches (it opens no cache_context); use branches = 'all'"
+        )
+    return own.startswith(("uncond", "pred_uncond"))  # the latter is what diffusers' guiders say

@@ -19,8 +19,8 @@ from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
-from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn
-from .history import History, own_copies, shapes_of
+from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn, is_unconditional
+from .history import History, given_beside, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
 
@@ -160,12 +160,15 @@ class StepCacheHandler(Handler):
             return run()
         time = self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
-        history = self._histories.get(key)
-        if history is None or history.shapes != shapes:
-            history = self._histories[key] = self._new_history(shapes)
-        decider, leads, reuse = self._settle(context, bool(history.points))
+        history, near = (
+            self._histories.get(key),
+            given_beside(self._histories, context, shapes, time, self._end(context)),
+        )
+        if history is None or (history.shapes, history.beside) != (shapes, near is not None):
+            history = self._histories[key] = self._new_history(shapes, near is not None)
+        decider, leads, reuse = self._settle(context, bool(history.points) or near is not None)
         if reuse:
-            given = history.forecast(latents, context.step_index, time, self._end(context))
+            given = history.forecast(latents, context.step_index, time, self._end(context), near)
             if history.correction is not None:
                 history.correction.skipped(context, time)
             self.note_held(self._held())
@@ -175,17 +178,19 @@ class StepCacheHandler(Handler):
             self._histories.pop(key)
             return output
         if history.gives_other(output):
-            history = self._histories[key] = self._new_history(shapes)
+            history = self._histories[key] = self._new_history(shapes, near is not None)
             if leads:
                 decider = self._new_decider(context, decider)
                 self._see(context, decider)
-        given = output
+        given = output if near is None else near.mended(output)
         if history.correction is not None:
             missed = functools.partial(history.missed, output, latents, time, self._end(context))
             given = history.correction.computed(output, context, time, history.growth, missed)
+            if given is not output:
+                history.mend(output, given, context.step_index)
         if leads and history.points:
             self.arrived(context, decider, history, output, time)
-        history.take(output, latents, context.step_index, time)
+        history.take(output, latents, context.step_index, time, near)
         if leads:
             self.computed(context, decider, output)
             decider.own((context.inputs, output))
@@ -229,9 +234,9 @@ class StepCacheHandler(Handler):
         """Return what must stay the same for what was stored and measured to be of use."""
         return shapes_of(context.inputs[self.model.adapter.latents])
 
-    def _new_history(self, shapes: Any) -> History:
+    def _new_history(self, shapes: Any, beside: bool = False) -> History:
         assert self._start is not None
-        return History(self.settings, shapes, self._start, reach=self._reach)
+        return History(self.settings, shapes, self._start, reach=self._reach, beside=beside)
 
     def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
         """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
@@ -308,6 +313,8 @@ class StepCacheHandler(Handler):
 
     def _needing(self, context: ForwardContext) -> str | None:
         """Return the name of a method that needs the step; called before any of it runs."""
+        if context.beside is not None:
+            return None  # methods learn nothing there
         return next((other.name for other in self._others if other.needs_step(context)), None)
 
     def _stored(self, context: ForwardContext) -> bool:
@@ -361,22 +368,6 @@ class StepCacheHandler(Handler):
         every = self.settings.branches == "all"
         rows = self.model.family.forwards_per_step if self.model.family and every else 1
         return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
-
-
-def is_unconditional(branch: str, method: str) -> bool:
-    """Tell by its name whether a branch is the unconditional one; raise `ConfigError` where names don't tell."""
-    own = branch.rsplit("/", 1)[-1]
-    if own == "cond_uncond":
-        raise ConfigError(
-            f"{method}.branches = 'uncond' needs a forward of its own for the unconditional branch; this pipeline "
-            "calls both in one; use branches = 'all'"
-        )
-    if own.startswith("call "):
-        raise ConfigError(
-            f"{method}.branches = 'uncond' needs to know the unconditional branch, and this pipeline does not tell "
-            "its branches (it opens no cache_context); use branches = 'all'"
-        )
-    return own.startswith(("uncond", "pred_uncond"))  # the latter is what diffusers' guiders say
 
 
 def is_recorded(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """What the forwards of one branch gave, and the forecast of the next, weighted as `dit_accel.rules.forecast` says."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...rules import forecast
-from ..site import target_sample
+from ..site import ForwardContext, sample_of, target_sample, with_sample
 from .cache_config import StepCacheConfig
 from .correction import Correction
 
@@ -30,8 +31,38 @@ class Point:
     computed: bool = True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a branch gives in one step, for the branch that runs beside it.
+
+    Attributes:
+        values: what is stored of each of the output's tensors, or would be; anything else as it is.
+        spec: the output's form.
+        mends: what a correction added to each tensor, in float32 or wider; None: nothing.
+    """
+
+    values: list[Any]
+    spec: TreeSpec
+    mends: list[Any] | None = None
+
+    def of_rows(self, rows: Sequence[int]) -> "Given":
+        """Return what some rows give."""
+        (values, spec), mends = _of_rows(self.values, self.spec, rows), self.mends
+        return Given(values, spec, None if mends is None else _of_rows(mends, self.spec, rows)[0])
+
+    def mended(self, output: Any) -> Any:
+        """Return an output of the branch beside it, with what the correction added here."""
+        leaves, spec = tree_flatten(output)
+        if self.mends is None or len(leaves) != len(self.mends):
+            return output
+        return tree_unflatten([_added(leaf, mend) for leaf, mend in zip(leaves, self.mends, strict=True)], spec)
+
+
 class History:
     """What the forwards of one branch gave, as far as forecasts read it.
+
+    That of a branch beside another holds how far its outputs are from those of the same steps there, so that both are
+    forecast alike, however long ago it began.
 
     Args:
         settings: how is forecast.
@@ -39,6 +70,7 @@ class History:
         start: the time at which the run began.
         held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
+        beside: it is of a branch beside another.
 
     Attributes:
         correction: what corrects computed outputs for the skipped ones before, or None.
@@ -46,18 +78,20 @@ class History:
 
     def __init__(
         self, settings: StepCacheConfig, shapes: Any, start: float, held_on: torch.device | None = None,
-        reach: int | None = None,
+        reach: int | None = None, beside: bool = False,
     ) -> None:  # fmt: skip
+        self.beside = beside
         self._settings = settings
         self._reach = reach
         self._start = start
         self._held_on = held_on
-        self.correction = Correction(settings.name) if settings.corrected else None
+        self.correction = Correction(settings.name) if settings.corrected and not beside else None
         self.shapes = shapes
         self.points: list[Point] = []
         self.skipped: list[float] = []
         self._given: Point | None = None  # what the last step gave, where it is a forecast that Heun's reads
         self._spec: TreeSpec | None = None
+        self._mends: tuple[int, list[Any]] | None = None
 
     def gives_other(self, output: Any) -> bool:
         """Tell whether an output has other shapes than what is stored, as a first one that holds the text too."""
@@ -74,13 +108,31 @@ class History:
         assert self._spec is not None
         return tree_unflatten(self.points[-1].values, self._spec)
 
-    def take(self, output: Any, latents: Any, step: int, time: float) -> None:
-        """Store what a forward made of its latents; what the same step gave before goes: a scheduler may call twice."""
+    def mend(self, output: Any, given: Any, step: int) -> None:
+        """Note what was given in place of a computed output, for branches beside this one."""
+        pairs = zip(tree_leaves(given), tree_leaves(output), strict=True)
+        self._mends = step, [one.to(_wide(one)) - of if isinstance(one, Tensor) else None for one, of in pairs]
+
+    def given(self, step: int, time: float, end: float) -> Given | None:
+        """Return what the branch gives in a step that it has made already; None before the first."""
+        if not self.points or self._spec is None:
+            return None
+        made = self.points[-1].step == step
+        mends = self._mends[1] if self._mends is not None and self._mends[0] == step else None
+        return Given(self.points[-1].values if made else self._values(time, end), self._spec, mends)
+
+    def take(self, output: Any, latents: Any, step: int, time: float, given: Given | None = None) -> None:
+        """Store what a forward made of its latents; what the same step gave before goes: a scheduler may call twice.
+
+        ``given`` is what the branch gives that it runs beside.
+        """
         leaves, self._spec = tree_flatten(output)
         values = [
             _minus(leaf, near).to(self._held_on or leaf.device) if isinstance(leaf, Tensor) else leaf
             for leaf, near in zip(leaves, self._bases(leaves, latents), strict=True)
         ]
+        if given is not None:
+            values = [_minus(one, of) for one, of in zip(values, given.values, strict=True)]
         points = [point for point in self.points if point.computed and point.step != step and point.time != time]
         points = points[-(self._settings.kept_points - 1) :] if self._settings.kept_points > 1 else []
         if self._given is not None and points:
@@ -88,13 +140,20 @@ class History:
         self.points = [*points, Point(step, time, values)]
         self.skipped, self._given = [], None
 
-    def forecast(self, latents: Any, step: int, time: float, end: float) -> Any:
-        """Return an output in the form of the last one, forecast for a step of a run that ends at a time."""
+    def forecast(self, latents: Any, step: int, time: float, end: float, given: Given | None = None) -> Any:
+        """Return an output in the form of the last one, forecast for a step of a run that ends at a time.
+
+        ``given`` is what the branch gives that it runs beside, which it gives as well before it made a step itself.
+        """
+        if given is not None and not self.points:
+            return tree_unflatten(self._outputs(given.values, latents), given.spec)
         values = self._values(time, end)
         if self._settings.predictor == "heun":
             self._given = None if self._is_out_of_reach(time) else Point(step, time, values, computed=False)
         if not self.skipped or self.skipped[-1] != time:
             self.skipped.append(time)
+        if given is not None:
+            values = [_added(of, one) for one, of in zip(values, given.values, strict=True)]
         assert self._spec is not None
         return tree_unflatten(self._outputs(values, latents), self._spec)
 
@@ -160,6 +219,27 @@ class History:
         return [_covering(leaf, given[i]) if i < len(given) else None for i, leaf in enumerate(leaves)]
 
 
+def given_beside(
+    histories: Mapping[tuple[Any, ...], History], context: ForwardContext, shapes: Any, time: float, end: float,
+    *part: Any,
+) -> Given | None:  # fmt: skip
+    """Return what the branch that a forward runs beside gives in its step; None: there is none, or it is not known.
+
+    Args:
+        histories: by transformer, branch and part.
+        context: of the forward.
+        shapes: of its latents.
+        time: of the step.
+        end: of the run.
+        part: of the forward, where it has a history of its own.
+    """
+    history = histories.get((context.transformer, context.beside, *part))
+    if history is None or (context.rows is None and history.shapes != shapes):
+        return None
+    given = history.given(context.step_index, time, end)
+    return given if given is None or context.rows is None else given.of_rows(context.rows)
+
+
 def shapes_of(tensors: Any) -> Any:
     """Return what must stay the same for a forecast: shapes, types and devices of tensors in whatever form."""
     return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(tensors)]
@@ -204,8 +284,24 @@ def _covering(output: Any, latents: Any) -> Tensor | None:
     return latents[tuple(slice(size) for size in output.shape)]
 
 
-def _minus(output: Tensor, base: Tensor | None) -> Tensor:
+def _of_rows(leaves: list[Any], spec: TreeSpec, rows: Sequence[int]) -> tuple[list[Any], TreeSpec]:
+    """Return some rows of an output, of which each may be a tensor of its own, and their form."""
+    output = tree_unflatten(leaves, spec)
+    sample: Any = sample_of(output)
+    if isinstance(sample, list):
+        return tree_flatten(with_sample(output, [sample[row] for row in rows]))
+    return [leaf[list(rows)] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def _added(leaf: Any, more: Any) -> Any:
+    """Return the sum of two tensors in the first's type; anything else stays."""
+    return _plus(leaf, more) if isinstance(leaf, Tensor) and isinstance(more, Tensor) else leaf
+
+
+def _minus(output: Any, base: Any) -> Any:
     """Return what is stored of an output, a tensor of its own."""
+    if not isinstance(output, Tensor):
+        return output
     if base is None or not output.is_floating_point():
         return output.detach().clone()
     return (output.detach().to(_wide(output)) - base.detach().to(_wide(output))).to(output.dtype)

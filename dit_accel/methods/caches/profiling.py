@@ -244,10 +244,10 @@ class ProfilingHandler(SpanHandler):
         why = super()._must_compute(context, decider)
         return "refreshed" if why is None and all(refreshed) else why
 
-    def _new_history(self, shapes: Any) -> History:
+    def _new_history(self, shapes: Any, beside: bool = False) -> History:
         assert self._start is not None
         held_on = torch.device("cpu") if self.settings.offload == "cpu" else None
-        return History(self.settings, shapes, self._start, held_on, self._reach)
+        return History(self.settings, shapes, self._start, held_on, self._reach, beside)
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and which blocks are cached."""

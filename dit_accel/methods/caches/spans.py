@@ -21,7 +21,7 @@ from ..base import Model, Place
 from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
 from .engine import Decider, StepCacheHandler, requires_grad
-from .history import History, shapes_of
+from .history import Given, History, given_beside, shapes_of
 from .log import extended
 
 Span = tuple[int, ...]
@@ -41,6 +41,7 @@ class Pass:
         leads: it is the forward that is measured.
         reuse: blocks are skipped; None: that is not decided yet.
         stored: last block of a span -> what such a span added at the steps before.
+        near: the same of what such a span gives in the branch that it runs beside; empty: there is no such branch.
         skipped: the blocks that were skipped so far.
         called: the last block that was called.
         spans: the blocks that were computed so far. The blocks of a span hand on the very tensors that they give;
@@ -60,6 +61,7 @@ class Pass:
         self.leads = False
         self.reuse: bool | None = None
         self.stored: dict[int, History] = {}
+        self.near: dict[int, Given | None] = {}
         self.skipped: list[int] = []
         self.called = -1
         self.spans: list[list[int]] = []
@@ -151,7 +153,7 @@ class SpanHandler(StepCacheHandler):
 
     def due(self, now: Pass) -> list[Span]:
         """Return the stored spans that had to be skipped whole in this forward."""
-        return [*self._spans(now.context)] if now.reuse else []
+        return [*self._spans(now.context, followed=True)] if now.reuse else []
 
     # What all of them share.
 
@@ -197,7 +199,8 @@ class SpanHandler(StepCacheHandler):
             history = now.stored.get(block.index)
             if history is None:
                 return streams
-            return history.forecast(streams, now.context.step_index, now.time, self._end(now.context))
+            near = now.near.get(block.index)
+            return history.forecast(streams, now.context.step_index, now.time, self._end(now.context), near)
         if now.begins_span(streams) or not self.joins(now, block):
             self._take(now)
             now.begin_span(streams)
@@ -219,19 +222,29 @@ class SpanHandler(StepCacheHandler):
         now.time = self._begin(context)
         if any(history.shapes != now.shapes for history in self._spans(context).values()):
             self._keep(context, ())
-        spans = self._spans(context)
-        now.stored = {span[-1]: history for span, history in spans.items()}
+        spans, own = self._spans(context, followed=True), self._spans(context)
+        if context.beside is not None:
+            now.near = {span[-1]: self._near(now, span) for span in spans}
+        now.stored = {span[-1]: own.get(span) or self._new_history(now.shapes, True) for span in spans}
         now.decider, now.leads, now.reuse = self._settle(context, bool(spans))
 
     def _take(self, now: Pass) -> None:
         """Store what the last span of a forward added, unless that was done."""
         if not now.given:
             return
-        key = now.context.transformer, now.context.branch, tuple(now.spans[-1])
-        if key not in self._histories:
-            self._histories[key] = self._new_history(now.shapes)
-        self._histories[key].take(now.given, now.taken, now.context.step_index, now.time)
+        context, span = now.context, tuple(now.spans[-1])
+        near = self._near(now, span)
+        if context.beside is None or near is not None:
+            history = self._histories.get((context.transformer, context.branch, span))
+            if history is None or history.beside != (near is not None):
+                history = self._new_history(now.shapes, near is not None)
+            self._histories[context.transformer, context.branch, span] = history
+            history.take(now.given, now.taken, context.step_index, now.time, near)
         now.taken = now.given = ()
+
+    def _near(self, now: Pass, span: Span) -> Given | None:
+        """Return what a span gives in the branch that a forward runs beside."""
+        return given_beside(self._histories, now.context, now.shapes, now.time, self._end(now.context), span)
 
     def _keep(self, context: ForwardContext, spans: Sequence[Sequence[int]]) -> None:
         """Drop what other spans of a branch added."""
@@ -240,9 +253,9 @@ class SpanHandler(StepCacheHandler):
             if span not in kept:
                 del self._histories[context.transformer, context.branch, span]
 
-    def _spans(self, context: ForwardContext) -> dict[Span, History]:
-        """Return a branch's spans, and what they added."""
-        key = context.transformer, context.branch
+    def _spans(self, context: ForwardContext, followed: bool = False) -> dict[Span, History]:
+        """Return a branch's spans, and what they added; ``followed``: those of the branch that it runs beside."""
+        key = context.transformer, (followed and context.beside) or context.branch
         return {span: history for (*of, span), history in self._histories.items() if tuple(of) == key}
 
     def _shapes(self, context: ForwardContext) -> Any:

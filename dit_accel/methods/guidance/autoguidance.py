@@ -12,7 +12,7 @@ from ..saving import Saving
 from ..site import ForwardContext, Site
 from .branch import PerturbedHandler
 from .guidance_config import PerturbedConfig
-from .weaker import parallel_to_share, share
+from .weaker import fits, parallel_to_share, share, weights_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,10 @@ class AutoGuidance(PerturbedConfig):
 
     The weaker model takes the same latents and the same encoded prompt: an earlier checkpoint, the model before it was
     fine-tuned, or a smaller sibling, such as Wan 2.1's 1.3B beside its 14B. It runs as a third forward of its own size.
-    Processes that share the model share the weaker one too, where diffusers can split it; else each runs it whole.
+    One that differs in its weights alone runs in the model's own modules, where every attached method acts on it as on
+    the model. Another one runs plain and in every step: what methods leave out of the model it has, and is led away
+    from that as well. Processes that share the model share it too, where diffusers can split it; else each runs it
+    whole.
 
     Source: AutoGuidance (arXiv 2406.02507), whose D = D_bad + g (D_good - D_bad) is this without a negative prompt, g
     being 1 + w. Where we depart from it: it stands beside guidance by a negative prompt, whose scale stays what it is.
@@ -91,6 +94,9 @@ class AutoGuidanceHandler(PerturbedHandler):
         """Return what the weaker model predicts for the same inputs."""
         weak, inputs = self._weak, {**context.inputs, **given}
         assert weak is not None
+        if fits(site.transformer, weak):
+            with weights_of(weak, site.transformer):
+                return run(**given)
         if self._parallel is not None or getattr(weak, "_parallel_config", None) is None:
             self._share(parallel_to_share(site.transformer, weak, inputs))
         return weak(**inputs)

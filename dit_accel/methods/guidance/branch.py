@@ -184,7 +184,8 @@ class PerturbedHandler(WindowedHandler):
             output = run()
         sample = require_sample(sample_of(output), site.name)
         given = {} if rows is None else rows_of(context.inputs, *rows, site.adapter)
-        with passes.perturbing(taken=rows) as shared, site.branch(self.name):
+        own = None if rows is None else range(*rows[0].indices(rows[1]))
+        with passes.perturbing(taken=rows) as shared, site.branch(self.name, own):
             perturbed = require_sample(sample_of(self.perturbed_output(site, context, run, given)), site.name)
         cond = sample_rows(sample, None if rows is None else rows[0])
         if shapes(cond) != shapes(perturbed):

@@ -58,7 +58,7 @@ class JointNAG:
         self._tokens = given[self._where.text].shape[1]
         self.on = True
         try:
-            with self._site.branch("nag"):
+            with self._site.branch("nag", [*range(batch), *range(own.start, own.stop)]):
                 output = run(**given)
         finally:
             self.on = False

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...plan.call import Call
@@ -13,7 +14,7 @@ from ..options import gt
 from .guidance_config import PerturbedConfig
 from .head_specs import Specs
 from .softpag import PerturbedHeadsHandler
-from .targets import ENDLESS, of_blurred_queries, put_in_place
+from .targets import ENDLESS, blurred_queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,7 @@ class SEG(PerturbedConfig):
     """Guidance away from attention in which chosen layers' queries are blurred over height and width.
 
     Source: smoothed energy guidance (arXiv 2408.00760). Where we depart from it: queries are blurred after norm and
-    rotary positions, frame by frame of a video, and text's queries stay; the window is a share of the run. The blurred
-    attention is dense, by torch, whatever else is attached.
+    rotary positions, frame by frame of a video, and text's queries stay; the window is a share of the run.
 
     Attributes:
         layers: the layers, such as ``L13`` or ``L3-5``, or a stack's name. None: what is published for the model.
@@ -43,13 +43,13 @@ class SEGHandler(PerturbedHeadsHandler):
     config_type = SEG
     settings: SEG
     by_place = False
-    gives_another = True
 
     def perturb(
         self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
     ) -> AttentionPlan:
-        """Put attention of blurred queries in the place of the layer's perturbed heads."""
-        return put_in_place(plan, of_blurred_queries(call, context.layout, self.settings.sigma), share, whole=whole)
+        """Put blurred queries in the place of those of the layer's perturbed heads."""
+        blurred = blurred_queries(call, context.layout, self.settings.sigma)
+        return plan.query(torch.where(share.reshape(-1, share.shape[-1])[:, :, None, None] > 0, blurred, call.q))
 
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""

@@ -81,8 +81,8 @@ def of_mean_query(call: Call, tokens: Tensor | None) -> Tensor:
     return attended(call, mean.to(call.q.dtype))
 
 
-def of_blurred_queries(call: Call, layout: TokenLayout, sigma: float) -> Tensor:
-    """Return attention of queries that are blurred over height and width, frame by frame; text's stay, [B, H, S, D].
+def blurred_queries(call: Call, layout: TokenLayout, sigma: float) -> Tensor:
+    """Return a call's queries, blurred over height and width, frame by frame; text's stay, [B, H, S, D].
 
     Args:
         call: q, k and v.
@@ -97,7 +97,7 @@ def of_blurred_queries(call: Call, layout: TokenLayout, sigma: float) -> Tensor:
         rows, columns = (blur(side, sigma).to(grid) for side in (layout.height, layout.width))
         grid = torch.einsum("yr,xc,bhfrcd->bhfyxd", rows, columns, grid)
     q[:, :, layout.visual] = grid.flatten(2, 4).to(q.dtype)
-    return attended(call, q)
+    return q
 
 
 @functools.lru_cache(maxsize=16)

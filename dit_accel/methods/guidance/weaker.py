@@ -1,9 +1,14 @@
-"""A weaker model beside a transformer that several processes share: the same processes share it, where they can."""
+"""A weaker model beside a transformer: in the transformer's own modules where it fits in, else as it is.
 
-from collections.abc import Callable, Mapping
+In these all methods act on it as on the transformer. Where processes share the transformer, the same ones share another
+model too, where they can.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def parallel_to_share(transformer: Any, weak: Any, inputs: Mapping[str, Any]) -> Any:
@@ -59,3 +64,54 @@ def _processors(model: Any) -> list[Any]:
 
 def _patch(model: Any) -> Any:
     return model.config.get("patch_size")
+
+
+def fits(transformer: Any, weak: Any) -> bool:
+    """Tell whether a weaker model differs from a transformer in its weights alone, and these can be laid into it.
+
+    What moves weights by itself, as offloading does, would put the transformer's back; what is hung on the weaker
+    model's modules would not run.
+    """
+    if type(weak) is not type(transformer) or _sizes(weak) != _sizes(transformer):
+        return False
+    if any(_is_watched(module) for module in weak.modules()) or any(_moves(one) for one in transformer.modules()):
+        return False
+    kinds = [{name: _kind(one) for name, one in model.named_parameters()} for model in (weak, transformer)]
+    return kinds[0] == kinds[1]
+
+
+@contextmanager
+def weights_of(weak: nn.Module, transformer: nn.Module) -> Iterator[None]:
+    """Let a transformer's modules hold the weights of a weaker model that `fits`, inside the block."""
+    modules, own = dict(transformer.named_modules()), dict(transformer.named_parameters())
+
+    def lay(weights: Mapping[str, nn.Parameter]) -> None:
+        for name, weight in weights.items():
+            path, _, leaf = name.rpartition(".")
+            modules[path]._parameters[leaf] = weight
+
+    lay(dict(weak.named_parameters()))
+    try:
+        yield
+    finally:
+        lay(own)
+
+
+def _sizes(model: Any) -> dict[str, Any]:
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
+def _kind(weight: Tensor) -> Any:
+    return type(weight), weight.shape, weight.dtype, weight.device
+
+
+def _is_watched(module: Any) -> bool:
+    """Tell whether anything runs around a module's forward but the module itself."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, getattr(module, "_hf_hook", None)
+    return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
+
+
+def _moves(module: Any) -> bool:
+    """Tell whether something moves or casts a module's weights around its forward."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return hasattr(module, "_hf_hook") or any("offload" in name or "casting" in name for name in hooks)

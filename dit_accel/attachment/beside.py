@@ -1,0 +1,145 @@
+"""How the attention calls of a forward ran, for the forwards that run beside it: these run alike, and keep nothing.
+
+What guidance leads away from is the difference of two forwards, so all that methods leave out must be left out of both:
+a call beside another takes over its tiles, turns, rests and corrections, and no method is asked again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..methods.base import AttentionHandler, Correction
+from ..plan.context import CallContext
+from ..plan.layout import TokenLayout
+from ..plan.plan import AttentionPlan, Launched
+from ..plan.rests import Stored, merged
+from ..plan.tiling import exact_bits
+
+Launch = Callable[[AttentionPlan], Launched]
+"""Runs a plan of a given call, with its LSE."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Turn:
+    """What becomes of the tiles that a call's lists leave out, where its layer takes turns to be dense.
+
+    Attributes:
+        exact: they are computed beside these, bits int32 [B, H, NQ, W]; None: they are not.
+        rest: they are what this is, kept from the last dense call; None: they are left out.
+    """
+
+    exact: Tensor | None = None
+    rest: Stored | None = None
+
+    def run(self, plan: AttentionPlan, launch: Launch, heads: int) -> Tensor:
+        """Return what a plan without values gives, [B, H, S, D]."""
+        if self.exact is None:
+            out = launch(plan).out
+            return out if self.rest is None else out + self.rest.read(out.device)
+        given = launch(plan.only(self.exact))
+        return with_others(plan, self.exact, given, launch, heads)
+
+    def of_rows(self, rows: Sequence[int]) -> "Turn":
+        """Return the turn of some rows of the batch."""
+        index = list(rows)
+        exact = None if self.exact is None else self.exact[index]
+        return Turn(exact=exact, rest=None if self.rest is None else self.rest.mapped(lambda x: x[index]))
+
+
+def with_others(plan: AttentionPlan, exact: Tensor, given: Launched, launch: Launch, heads: int) -> Tensor:
+    """Return what a call gives over some tiles, and over all others of which it has any, together."""
+    if plan.is_dense:
+        return given.out
+    others = launch(plan.only(exact_bits(plan.all_tiles(), heads) & ~exact))
+    return merged(given.out, given.lse, others.out, others.lse)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ran:
+    """How one attention call ran.
+
+    Attributes:
+        plan: by which, without what guidance planned: its routing is settled, and it votes no more.
+        batch: its rows.
+        handlers: the methods that planned it.
+        turn: of its layer.
+        corrections: what corrected its output.
+    """
+
+    plan: AttentionPlan
+    batch: int
+    handlers: tuple[AttentionHandler, ...]
+    turn: Turn | None = None
+    corrections: tuple[Correction, ...] = ()
+
+    def ended(
+        self, plan: AttentionPlan, exact: Tensor | None, turn: Turn | None, corrections: tuple[Correction, ...]
+    ) -> "Ran":
+        """Return how a call of this plan, and of what guidance added to it, ran in the end.
+
+        Args:
+            plan: what ran.
+            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
+            turn: as here.
+            corrections: likewise.
+        """
+        own = self.plan
+        if turn is None or turn.exact is None:
+            own = replace(own, tiles=plan.tiles, token_order=plan.token_order, selection=plan.selection)
+        if own.selection is not None:
+            chosen = own.selection
+            own = replace(own, selection=replace(chosen, vote=None)) if exact is None else own.followed(exact)
+        return replace(self, plan=own, turn=turn, corrections=corrections)
+
+    def of_rows(self, rows: Sequence[int], heads: int) -> "Ran":
+        """Return how some rows of its batch ran."""
+        turn = None if self.turn is None else self.turn.of_rows(rows)
+        corrections = tuple(one.of_rows(rows) for one in self.corrections)
+        plan = self.plan.of_rows(list(rows), self.batch, heads)
+        if self.plan.reused is not None:
+            plan = replace(plan, reused=self.plan.reused.of_rows(rows))
+        return replace(self, plan=plan, batch=len(rows), turn=turn, corrections=corrections)
+
+
+class CallsMade:
+    """The attention calls of the forwards that others may run beside.
+
+    Attributes:
+        wanted: methods are attached that may run forwards beside others.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._calls: dict[tuple[str, int, TokenLayout], dict[int, Ran]] = {}
+        self._batches: dict[str, int] = {}
+
+    def note(self, context: CallContext, batch: int, ran: Ran) -> None:
+        """Keep how a call of a forward of so many rows ran, unless it was trained or runs beside another itself."""
+        if context.beside is None and not (context.training or context.differentiate):
+            self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = ran
+            self._batches[context.branch] = batch
+
+    def find(self, context: CallContext, batch: int, heads: int) -> Ran | None:
+        """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid.
+
+        Args:
+            context: where the call stands.
+            batch: rows of its forward.
+            heads: H, of its layer.
+        """
+        branch = context.beside or ""
+        calls, theirs = self._calls.get((branch, context.layer, context.layout), {}), self._batches.get(branch)
+        if context.rows is None and batch != theirs:
+            return None
+        rows = tuple(range(batch)) if context.rows is None else context.rows
+        rows = rows[context.row * context.batch : (context.row + 1) * context.batch]
+        whole = calls.get(0)
+        if whole is not None and whole.batch == theirs:
+            return whole if rows == tuple(range(whole.batch)) else whole.of_rows(rows, heads)
+        ran = calls.get(rows[0]) if len(rows) == 1 else None  # each row was attended by itself
+        return ran if ran is not None and ran.batch == 1 else None
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._calls.clear()

@@ -1,0 +1,41 @@
+"""Query rows of an attention call that are computed by a rule of their own, or not at all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowOverride:
+    """Query rows that see some keys, all of them exactly, and no others, whatever the tiles say.
+
+    Attributes:
+        rows: int64 [G], token indices.
+        keys: bool [S], True for a key that they see.
+    """
+
+    rows: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReusedRows:
+    """Query rows that are not computed: they keep what an earlier call gave.
+
+    Attributes:
+        rows: N lists int64 [G], rising: the token indices that are computed; row b of the batch follows list b % N.
+            Where the plan has tiles, every row of a tile that holds one of them is.
+        out: [B, H, S, D], the output that the others keep.
+        keys: bool [N, S], the keys that computed rows see; None: all.
+    """
+
+    rows: tuple[Tensor, ...]
+    out: Tensor
+    keys: Tensor | None = None
+
+    def of_rows(self, rows: Sequence[int]) -> "ReusedRows":
+        """Return the same of some rows of the batch."""
+        lists = [row % len(self.rows) for row in rows]
+        keys = None if self.keys is None else self.keys[lists]
+        return ReusedRows(rows=tuple(self.rows[one] for one in lists), out=self.out[list(rows)], keys=keys)
