@@ -166,7 +166,7 @@ class Adapter:
             method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
             tensors are read by `dit_accel.adapters.position_ids`.
         latents: name of the input that holds the latents, a tensor [B, ...] or a list with one per row.
-        timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
+        timestep: name of the input that holds the timesteps; the noisiest of them tells the step, whichever way they go.
         sizes: transformer config -> `Sizes`; raises KeyError for one that lacks an entry.
         always_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in it.
         separate_text_attention: besides the call over all keys there are others over fewer (text over itself); they
@@ -177,7 +177,6 @@ class Adapter:
             ``before`` or ``after`` the visual tokens apart from the rest; None: not described.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
-        rising_timesteps: the timestep rises from step to step.
         flow: the prediction is noise - clean of latents (1 - sigma) clean + sigma noise, as the pipeline's scheduler
             takes it, and its latents are those that the autoencoder gives, shifted, scaled and packed.
         signal: (transformer, forward inputs by name) -> what tells how much the first block's input changed since the
@@ -211,7 +210,6 @@ class Adapter:
     variable_text_length: bool = False
     split_text: Literal["none", "before", "after"] | None = None
     outer_masks: bool = False
-    rising_timesteps: bool = False
     flow: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     projected_signal: Callable[[Any, Mapping[str, Any]], Any] | None = None

@@ -48,7 +48,6 @@ MINIMAX_H3 = Adapter(
     sizes=partial(read_sizes, width="hidden_size", gated=True),
     grid=packed_video,
     split_text="none",
-    rising_timesteps=True,
     rope=Rope(
         owner="rope",
         form="frequencies of all axes",

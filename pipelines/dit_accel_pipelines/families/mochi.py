@@ -52,7 +52,6 @@ MOCHI = Adapter(
     grid=partial(latents_grid, text="after"),
     variable_text_length=True,
     signal=modulated_input,
-    rising_timesteps=True,
     rope=Rope(
         owner="rope",
         form="learned",

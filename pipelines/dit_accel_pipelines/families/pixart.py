@@ -78,7 +78,6 @@ LUMINA_NEXT = replace(
     blocks=(BlockList(pattern="layers.*"),),
     sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
     cross_attention="its attention to text is gated in the block, which nag does not know",
-    rising_timesteps=True,
     rope=Rope(
         input="image_rotary_emb",
         form="plane",
