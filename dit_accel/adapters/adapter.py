@@ -10,6 +10,7 @@ from .blocks import BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
 from .joined_text import JoinedText
+from .noise import Noise
 from .rotary import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
 
@@ -166,7 +167,7 @@ class Adapter:
             method may thin it out. It runs inside compiled graphs too: plain arithmetic on shapes only; values of
             tensors are read by `dit_accel.adapters.position_ids`.
         latents: name of the input that holds the latents, a tensor [B, ...] or a list with one per row.
-        timestep: name of the input that holds the timesteps; the noisiest of them tells the step, whichever way they go.
+        timestep: name of the input that holds the timesteps; the noisiest of them tells the step.
         sizes: transformer config -> `Sizes`; raises KeyError for one that lacks an entry.
         always_dense: transformer config -> module-name patterns out of ``self_attention`` that stay dense in it.
         separate_text_attention: besides the call over all keys there are others over fewer (text over itself); they
@@ -177,6 +178,8 @@ class Adapter:
             ``before`` or ``after`` the visual tokens apart from the rest; None: not described.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
+        noise: which noise levels the schedulers of its released models tell, as `dit_accel.adapters.noise` names them.
+        toward_clean: the prediction is clean - noise, where other flow models give noise - clean.
         flow: the prediction is noise - clean of latents (1 - sigma) clean + sigma noise, as the pipeline's scheduler
             takes it, and its latents are those that the autoencoder gives, shifted, scaled and packed.
         signal: (transformer, forward inputs by name) -> what tells how much the first block's input changed since the
@@ -210,6 +213,8 @@ class Adapter:
     variable_text_length: bool = False
     split_text: Literal["none", "before", "after"] | None = None
     outer_masks: bool = False
+    noise: tuple[Noise, ...] = ("flow",)
+    toward_clean: bool = False
     flow: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     projected_signal: Callable[[Any, Mapping[str, Any]], Any] | None = None

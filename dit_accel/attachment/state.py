@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.noise import NOISES, Noise, noise_of
 from ..plan.context import StepContext
 from .calls import Held, tensors_in, text_in
 from .forward_state import ForwardState
@@ -51,6 +52,7 @@ class DenoisingState:
         self.step_index = 0
         self.num_inference_steps: int | None = None
         self.sigma: float | None = None
+        self._noise: Noise | None = None  # what sigma is; None: as it was first
         self.training = False
 
     @property
@@ -72,7 +74,7 @@ class DenoisingState:
             self._start()
             self._stated_steps = steps
             if run is not None:
-                self._timeline = timeline_of(run.pipe)
+                self._timeline, self._noise = timeline_of(run.pipe), noise_of(_scheduler(run.pipe))
         self.training = False
         self.step_index = self._number = step
         self.num_inference_steps = self._timeline.steps if steps is None else steps
@@ -125,12 +127,15 @@ class DenoisingState:
 
     def context(self, state: TransformerState) -> StepContext:
         """Return where the denoising of one transformer stands."""
+        if self._noise not in NOISES and self.sigma is not None:  # a loop states it, and nothing says what it is
+            self._noise = "exploding" if self.sigma > 1 else "flow"
         return StepContext(
             transformer=state.name,
             branch=state.branch,
             step_index=self.step_index,
             num_inference_steps=self.num_inference_steps,
             sigma=self.sigma,
+            noise=self._noise or "none",
             layout=self._forward.layout,
             batch=self._forward.batch,
             training=self.training,
@@ -160,6 +165,7 @@ class DenoisingState:
             return
         if begins or self._schedule is None:
             self._schedule, self._timeline = schedule_of(run.pipe), timeline_of(run.pipe)
+            self._noise = noise_of(_scheduler(run.pipe))
         self._number = max(self._number, self._schedule.number() or 0)
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.step_index = self._timeline.step_of(self._number)
@@ -187,6 +193,7 @@ class DenoisingState:
             self._schedule, self._timeline = Schedule(None), Timeline()
         else:
             self._timeline, sigma = self._schedule.timeline(positions[0]), self._schedule.noise_level(positions[1])
+            self._noise = noise_of(scheduler)
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.sigma = stated.get("sigma", sigma)
 
@@ -236,7 +243,7 @@ class DenoisingState:
         self._course = Course()
         self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
         self._first.clear()
-        self.num_inference_steps, self.training = None, False
+        self.num_inference_steps, self._noise, self.training = None, None, False
 
 
 def _scheduler(pipe: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.noise import listed_level
+
 EQUAL = 1e-3
 """Timesteps nearer than this share of their mean distance are one: a solver's second evaluation, off by rounding."""
 
@@ -49,13 +51,11 @@ class Course:
 
 
 def noise_level(scheduler: Any) -> float | None:
-    """Return the sigma of the step that a scheduler is about to take, or None where it does not tell."""
+    """Return the noise level of the step that a scheduler is about to take, or None where it does not tell."""
     index = getattr(scheduler, "step_index", None)
     if index is None:
         index = getattr(scheduler, "begin_index", None) or 0
-    # KDPM2 evaluates the model between two of its steps, at noise levels listed by themselves
-    between = None if getattr(scheduler, "state_in_first_order", True) else getattr(scheduler, "sigmas_interpol", None)
-    return _listed(getattr(scheduler, "sigmas", None) if between is None else between, index)
+    return listed_level(scheduler, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,8 @@ class Schedule:
         return None if position is None else self.noise_level(position)
 
     def noise_level(self, position: int) -> float | None:
-        """Return the sigma of the timestep at a position, or None where there is none."""
-        return _listed(getattr(self._scheduler, "sigmas", None), position)
+        """Return the noise level of the timestep at a position, or None where there is none."""
+        return listed_level(self._scheduler, position)
 
     def follow(self, timesteps: Sequence[float], dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
         """Return at which positions a run began and stands; None: it does not follow the list, one after the other.
@@ -190,7 +190,3 @@ def _numbered(values: Sequence[float]) -> list[int]:
     for gap in gaps:
         numbers.append(numbers[-1] + (gap > least))
     return numbers
-
-
-def _listed(sigmas: Any, index: int) -> float | None:
-    return float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None

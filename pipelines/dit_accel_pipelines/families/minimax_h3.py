@@ -43,6 +43,7 @@ MINIMAX_H3 = Adapter(
             )
         ),
     ),
+    toward_clean=True,
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, width="hidden_size", gated=True),
