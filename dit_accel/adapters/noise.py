@@ -33,8 +33,9 @@ def noise_of(scheduler: Any) -> Noise | None:
 def listed_level(scheduler: Any, index: int) -> float | None:
     """Return the noise level at a place in a scheduler's list, falling from step to step; None where it has none."""
     sigmas = getattr(scheduler, "sigmas", None)
-    # KDPM2 evaluates the model between two of its steps, at noise levels listed by themselves
-    if not getattr(scheduler, "state_in_first_order", True):
+    # KDPM2 evaluates the model between two of its steps, at noise levels listed by themselves; the ancestral one, which
+    # lists what a step comes down to, at that of the next step
+    if not getattr(scheduler, "state_in_first_order", True) and not hasattr(scheduler, "sigmas_down"):
         sigmas = getattr(scheduler, "sigmas_interpol", sigmas)
     if sigmas is None or index >= len(sigmas):
         return None

@@ -29,8 +29,9 @@ BETAS = (
     "SASolverScheduler",
 )  # fmt: skip
 EXPLODING = (
-    *BETAS, "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
+    *BETAS, "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "EDMEulerScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "EDMDPMSolverMultistepScheduler",
+    "LMSDiscreteScheduler",
 )  # fmt: skip
 UNTOLD = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
