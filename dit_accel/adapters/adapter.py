@@ -10,6 +10,7 @@ from .blocks import BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
 from .joined_text import JoinedText
+from .noise import Noise
 from .rotary import Rope
 from .sizes import Sizes, patch_sizes, read_sizes
 
@@ -177,7 +178,8 @@ class Adapter:
             ``before`` or ``after`` the visual tokens apart from the rest; None: not described.
         outer_masks: masks of queries x keys are outer products of valid queries and valid keys, so that the row of a
             visual token tells the keys' validity; undeclared, that is checked at each call, which waits for the device.
-        rising_timesteps: the timestep rises from step to step.
+        noise: which noise levels the schedulers of its released models tell, as `dit_accel.adapters.noise` names them.
+        toward_clean: the prediction is clean - noise, where other flow models give noise - clean.
         flow: the prediction is noise - clean of latents (1 - sigma) clean + sigma noise, as the pipeline's scheduler
             takes it, and its latents are those that the autoencoder gives, shifted, scaled and packed.
         signal: (transformer, forward inputs by name) -> what tells how much the first block's input changed since the
@@ -211,7 +213,8 @@ class Adapter:
     variable_text_length: bool = False
     split_text: Literal["none", "before", "after"] | None = None
     outer_masks: bool = False
-    rising_timesteps: bool = False
+    noise: tuple[Noise, ...] = ("flow",)
+    toward_clean: bool = False
     flow: bool = False
     signal: Callable[[Any, Mapping[str, Any]], Any] | None = None
     projected_signal: Callable[[Any, Mapping[str, Any]], Any] | None = None

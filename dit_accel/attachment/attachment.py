@@ -11,7 +11,6 @@ from torch import nn
 from ..adapters.installed import adapter_for
 from ..errors import AttachError, ConfigError
 from ..estimate.predicted import predicted
-from ..methods.base import Model
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.find import (
@@ -20,6 +19,7 @@ from ..methods.find import (
     chosen_layers,
     components_of,
     find_transformers,
+    model_of,
     resolve_model,
 )
 from ..methods.presets import Level, PresetMethods, choices
@@ -243,7 +243,7 @@ def attach(
     level = preset or ("none" if methods else "balanced")
     if level == "none":
         return _attach(model, methods, backend, layers, dense or "user")
-    chosen = choices(level, of := _model_of(find_transformers(model)), methods)
+    chosen = choices(level, of := model_of(model), methods)
     while True:
         try:
             attachment = _attach(model, (*methods, *(x.config for x in chosen)), backend, layers, dense or "auto")
@@ -268,13 +268,13 @@ def _attach(
                 f"methods are attached to {name} already; call detach() on that attachment first "
                 "(dit_accel.attachment_of gives it)"
             )
-    handlers = make_handlers(methods, _model_of(transformers))
+    handlers = make_handlers(methods, model_of(model))
     check_backend(backend, dense, handlers)
     pipe = model if parts.get("transformer") is not model else None
     made = Execution(handlers, backend, pipe, dense)
 
     def put_on(attachment: Attachment) -> None:
-        attachment._begin(Execution(make_handlers(methods, _model_of(transformers)), backend, pipe, dense))
+        attachment._begin(Execution(make_handlers(methods, model_of(model)), backend, pipe, dense))
         _install(attachment, transformers, parts, layers)
 
     attachment = Attachment(made, _described(transformers), put_on)
@@ -307,11 +307,6 @@ def attachment_of(model: Any) -> Attachment | None:
             if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):
                 return owner
     return None
-
-
-def _model_of(transformers: dict[str, Any]) -> Model:
-    """Return what handlers may know of a pipeline's model: of its last transformer."""
-    return resolve_model(list(transformers)[-1], transformers)
 
 
 def _described(transformers: dict[str, Any]) -> dict[str, str]:

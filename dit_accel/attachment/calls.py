@@ -4,7 +4,6 @@ A branch is a text, and which of the calls with that text in a step it is (two p
 clip, are as many branches). So a branch stays itself when another one ends or begins, whatever the order.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,37 +89,37 @@ class Calls:
         self._texts: dict[int, list[Held]] = {}  # of each text the objects that it came in
         self._known: list[tuple[int, int]] = []  # number -> text, and which of the calls with it
         self._here: dict[tuple[int, int], None] = {}  # those of this timestep, in their order
-        self._timestep = self._since = math.nan
+        self._number = self._since = -1
         self.text = -1
         self._times: dict[int, int] = {}
         self._count: int | None = None
 
-    def number(self, timestep: float, text: tuple[Tensor, ...], repeats: bool) -> tuple[int, bool]:
+    def number(self, step: int, text: tuple[Tensor, ...], repeats: bool) -> tuple[int, bool]:
         """Return the number of a call, and whether what was learned so far may be another call's that had this number.
 
         Args:
-            timestep: the call's.
+            step: which of the different timesteps of the run is the call's, from 0.
             text: what it holds, as `text_in` gives it.
             repeats: the scheduler evaluates the model twice at a timestep, so that all calls come again.
         """
         lost = False
-        if timestep != self._timestep:
+        if step != self._number:
             if not text and not repeats:  # the n-th call is another one where there are more or fewer of them
                 lost = self._count not in (None, len(self._here))
             self._count = len(self._here) if self._known else None
-            self._timestep, self._here, self._times = timestep, {}, {}
+            self._number, self._here, self._times = step, {}, {}
         which = self.text = self._text_number(text)
         time = self._times[which] = self._times.get(which, -1) + 1
-        if repeats and self._since != timestep:
+        if repeats and self._since != step:
             time %= max(1, sum(one == which for one, _ in self._known))
         call = which, time
-        if call not in self._known and time == 0 and self._since != timestep and len(self._known) > len(self._here):
+        if call not in self._known and time == 0 and self._since != step and len(self._known) > len(self._here):
             # a text never seen, while one that was is still to come: it may be that one, changed
             lost, self._known = True, list(self._here)
             self._texts = {one: self._texts[one] for one in {which, *(one for one, _ in self._known)} if one >= 0}
-            self._since = timestep
+            self._since = step
         if not self._known:
-            self._since = timestep
+            self._since = step
         if call not in self._known:
             self._known.append(call)
         self._here[call] = None

@@ -278,7 +278,7 @@ class Execution:
             row %= max(1, (forward.batch or batch) // batch)
         return CallContext(
             transformer=step.transformer, branch=step.branch, step_index=step.step_index,
-            num_inference_steps=step.num_inference_steps, sigma=step.sigma, training=step.training,
+            num_inference_steps=step.num_inference_steps, sigma=step.sigma, noise=step.noise, training=step.training,
             tells_step=step.tells_step, layout=layout, batch=batch, layer=layer.index, depth=layer.depth,
             device=call.q.device, row=row, repeated=row != count, differentiate=differentiate,
             heads=None if forward.shards is None else forward.shards.share(layer.heads), beside=step.beside,

@@ -10,9 +10,12 @@ import torch
 
 from ..adapters.adapter import NO_STEP, Adapter, Grid
 from ..adapters.joined_text import JoinedText
+from ..adapters.noise import noise_of
 from ..adapters.rotary import check_lengths
 from ..errors import ConfigError
 from ..methods.base import Place
+from ..methods.find import scheduler_of
+from ..methods.noise import require_noise
 from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import TokenLayout
@@ -68,6 +71,7 @@ class Forward:
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._checked: TokenLayout | None = None  # whose lengths the tables of positions hold
         self._parallel: Any = None
+        self._begun = -1  # the run whose scheduler was looked at
         self._shards: tuple[Any, SequenceShards | None] = None, None  # what they were made for, and they
         self._agreed: set[Any] = set()  # the run, and the shapes in training, in which processes were compared
         self._names = list(inspect.signature(type(state.transformer).forward).parameters)[1:]
@@ -115,6 +119,7 @@ class Forward:
             self.note_weights()
         training = torch.is_grad_enabled() and state.transformer.training
         execution.state.forward(state, inputs, training, of)
+        self._require_noise(of)
         if parallel is not None:
             self._require_agreement(parallel, target_sample(inputs[state.adapter.latents]))
 
@@ -129,6 +134,15 @@ class Forward:
         for function in self._functions:
             around = self._wrapped(function, inputs, around)
         return around() if training or state.nested else self._timed(around, inputs)
+
+    def _require_noise(self, run: PipelineRun | None) -> None:
+        """Raise `ConfigError` if the scheduler that a run begins with tells no noise level that a method needs."""
+        execution = self._execution
+        if run is not None and execution.runs != self._begun:
+            scheduler = scheduler_of(run.pipe)
+            noise = noise_of(scheduler)
+            require_noise(execution.handlers, () if noise is None else (noise,), type(scheduler).__name__)
+            self._begun = execution.runs
 
     def _timed(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """Run a whole forward, methods around it included, and keep how long it took and what it was."""

@@ -1,12 +1,12 @@
 """The denoising state of one attachment: which run, step and branch its transformers are in.
 
 It is updated by `cache_context` and before each forward, both outside what users compile. What a context states is
-believed; the rest follows from the pipeline in whose call the forward runs. In a loop written by hand it follows from
-the timesteps, and from the scheduler of the pipeline that methods are attached to as long as it lists these.
+believed; the rest follows from the pipeline in whose call the forward runs: a run is one walk through the timesteps
+that the call has laid out, whichever way these go. In a loop written by hand it follows from the timesteps, which go
+one way in a run, and from the scheduler of the pipeline that methods are attached to as long as it lists these.
 """
 
 import contextlib
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.noise import NOISES, Noise, noise_of
 from ..plan.context import StepContext
 from .calls import Held, tensors_in, text_in
 from .forward_state import ForwardState
 from .layers import Branch, TransformerState
 from .running import PipelineRun
-from .steps import Schedule, Timeline, noise_level, noisiest, timeline_of
+from .steps import Course, Schedule, Timeline, noise_level, schedule_of, timeline_of
 
 
 class DenoisingState:
@@ -42,15 +43,16 @@ class DenoisingState:
         self._run: PipelineRun | None = None
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
-        self._schedule: Schedule | None = None  # of a loop written by hand
+        self._schedule: Schedule | None = None
         self._timeline = Timeline()
-        self._timestep = -math.inf
-        self._number = 0
+        self._course = Course()
+        self._number = 0  # of the run's different timesteps
         self._stated_steps: int | None = None
         self._first: dict[tuple[str, str], Held] = {}  # latents of the first step of a loop written by hand
         self.step_index = 0
         self.num_inference_steps: int | None = None
         self.sigma: float | None = None
+        self._noise: Noise | None = None  # what sigma is; None: as it was first
         self.training = False
 
     @property
@@ -72,7 +74,7 @@ class DenoisingState:
             self._start()
             self._stated_steps = steps
             if run is not None:
-                self._timeline = timeline_of(run.pipe)
+                self._timeline, self._noise = timeline_of(run.pipe), noise_of(_scheduler(run.pipe))
         self.training = False
         self.step_index = self._number = step
         self.num_inference_steps = self._timeline.steps if steps is None else steps
@@ -110,12 +112,14 @@ class DenoisingState:
         if "step_index" not in stated:
             self._infer(state, given, stated, run)
             if not state.branches:
-                number = state.calls_seen.number(self._timestep, text_in(state.adapter, inputs), self._timeline.repeats)
+                number = state.calls_seen.number(self._number, text_in(state.adapter, inputs), self._timeline.repeats)
                 state.calls, lost = number
                 if lost:
                     self._drop()
         elif run is None and ("num_inference_steps" not in stated or "sigma" not in stated):
-            self._follow_by_hand(given, stated, state.adapter.rising_timesteps)
+            if given is not None:
+                self._course.move(given)
+            self._follow_by_hand(given, stated)
         if run is None:
             self._look_for_another_begin(state, inputs)
 
@@ -125,6 +129,8 @@ class DenoisingState:
 
     def context(self, state: TransformerState) -> StepContext:
         """Return where the denoising of one transformer stands."""
+        if self._noise not in NOISES and self.sigma is not None:  # a loop states it, and nothing says what it is
+            self._noise = "exploding" if self.sigma > 1 else "flow"
         beside, rows = state.beside
         return StepContext(
             transformer=state.name,
@@ -132,6 +138,7 @@ class DenoisingState:
             step_index=self.step_index,
             num_inference_steps=self.num_inference_steps,
             sigma=self.sigma,
+            noise=self._noise or "none",
             layout=self._forward.layout,
             batch=self._forward.batch,
             training=self.training,
@@ -144,25 +151,32 @@ class DenoisingState:
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
     ) -> None:
         """Infer the step from the timesteps; equal ones are calls of one step."""
-        value = noisiest(timestep, state.adapter.rising_timesteps)
-        begins = self._begins(run) or self.training or timestep is None or value > self._timestep
+        begins = self._begins(run) or self.training or timestep is None
+        moved = 0 if timestep is None or begins else self._course.move(timestep)
+        if moved < 0 and run is not None and self._schedule is not None and not self._schedule.is_over(self._number):
+            self._drop()  # the pipeline goes back to more noise, as its call has laid it out
+        elif moved < 0:
+            begins = True
         if begins:
             self._start()
-        elif value < self._timestep:
+            if timestep is not None:
+                self._course.move(timestep)
+        elif moved:
             self._number += 1
         self.training = False
-        self._timestep = value if timestep is not None else -math.inf
         if run is None:
-            self._follow_by_hand(timestep, stated, state.adapter.rising_timesteps)
+            self._follow_by_hand(timestep, stated)
             self.step_index = self._timeline.step_of(self._number)
             return
-        if begins:
-            self._timeline = timeline_of(run.pipe)
+        if begins or self._schedule is None:
+            self._schedule, self._timeline = schedule_of(run.pipe), timeline_of(run.pipe)
+            self._noise = noise_of(_scheduler(run.pipe))
+        self._number = max(self._number, self._schedule.number() or 0)
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.step_index = self._timeline.step_of(self._number)
-        self.sigma = stated.get("sigma", noise_level(_scheduler(run.pipe)))
+        self.sigma = stated.get("sigma", self._schedule.sigma(self._number))
 
-    def _follow_by_hand(self, timestep: Tensor | None, stated: Mapping[str, Any], rising: bool) -> None:
+    def _follow_by_hand(self, timestep: Tensor | None, stated: Mapping[str, Any]) -> None:
         """Take what is not stated of a loop written by hand from the attached pipeline's scheduler, if it is followed.
 
         Its timesteps must be the loop's, one after the other, and not those of a pipeline's own run before.
@@ -172,16 +186,19 @@ class DenoisingState:
             own = getattr(scheduler, "timesteps", None) is not self._taken()
             self._schedule = Schedule(scheduler if own else None)
         value, dtype, positions = stated.get("timestep"), None, None
-        if value is None and timestep is not None:
-            value, dtype = noisiest(timestep, rising) * (-1 if rising else 1), timestep.dtype
-        if value is not None and self._schedule is not None:
-            value = float(value.max() if isinstance(value, Tensor) else value)
-            positions = self._schedule.follow(value, dtype, self._number)
+        values = self._course.noisiest if timestep is not None else ()
+        if value is not None:
+            values = (float(value.max() if isinstance(value, Tensor) else value),)
+        elif timestep is not None:
+            dtype = timestep.dtype
+        if values and self._schedule is not None:
+            positions = self._schedule.follow(values, dtype, self._number)
         sigma = None
         if positions is None or self._schedule is None:
             self._schedule, self._timeline = Schedule(None), Timeline()
         else:
             self._timeline, sigma = self._schedule.timeline(positions[0]), self._schedule.noise_level(positions[1])
+            self._noise = noise_of(scheduler)
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.sigma = stated.get("sigma", sigma)
 
@@ -228,10 +245,10 @@ class DenoisingState:
     def _start(self) -> None:
         self._begin_run()
         self.step_index = self._number = 0
-        self._timestep = -math.inf
+        self._course = Course()
         self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
         self._first.clear()
-        self.num_inference_steps, self.training = None, False
+        self.num_inference_steps, self._noise, self.training = None, None, False
 
 
 def _scheduler(pipe: Any) -> Any:

@@ -1,31 +1,61 @@
 """Where the denoising stands, as far as timesteps and schedulers show it; for pipelines that don't tell it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapters.noise import listed_level
 
-def noisiest(timestep: Tensor | None, rising: bool) -> float:
-    """Return the timestep of what is still noisiest among frames and rows, falling from step to step; inf for None.
+EQUAL = 1e-3
+"""Timesteps nearer than this share of their mean distance are one: a solver's second evaluation, off by rounding."""
 
-    Args:
-        timestep: one per row, frame or token, or per several of these.
-        rising: the model's timesteps rise; the result is negative.
-    """
-    if timestep is None:
-        return math.inf
-    return float((-timestep if rising else timestep).max())
+
+class Course:
+    """The timesteps that the forwards of one run were given, and which way they go: up or down, as the model has it."""
+
+    def __init__(self) -> None:
+        self.ends: tuple[float, float] | None = None
+        self._way = 0.0  # -1: they fall, and the highest is the noisiest; 1: they rise; 0: not known yet
+        self._far, self._moves = 0.0, 0
+
+    @property
+    def noisiest(self) -> tuple[float, ...]:
+        """The timestep of what is noisiest among the frames and rows; both ends before that is known; none at first."""
+        if self.ends is None:
+            return ()
+        return self.ends if self._way == 0 else (self.ends[self._way < 0],)
+
+    def move(self, timestep: Tensor) -> int:
+        """Take a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is the last one's.
+
+        Args:
+            timestep: one per row, frame or token, or per several of these; what is given as clean keeps its own.
+        """
+        low, high = torch.stack(timestep.aminmax()).tolist()
+        if self.ends is None:
+            self.ends = low, high
+            return 0
+        moved = low - self.ends[0], high - self.ends[1]
+        if self._way == 0:
+            self._way = math.copysign(1.0, most) if (most := max(moved, key=abs)) else 0.0
+        by = moved[self._way < 0]
+        if abs(by) <= EQUAL * self._far / max(self._moves, 1):
+            return 0
+        self.ends = low, high
+        self._far, self._moves = self._far + abs(by), self._moves + 1
+        return 1 if by * self._way > 0 else -1
 
 
 def noise_level(scheduler: Any) -> float | None:
-    """Return the sigma of the step that a scheduler is about to take, or None where it does not tell."""
+    """Return the noise level of the step that a scheduler is about to take, or None where it does not tell."""
     index = getattr(scheduler, "step_index", None)
     if index is None:
         index = getattr(scheduler, "begin_index", None) or 0
-    return _noise_level_at(scheduler, index)
+    return listed_level(scheduler, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +79,22 @@ class Timeline:
 
 
 class Schedule:
-    """The timesteps that a scheduler has laid out, read off it once, and a run that may follow them.
+    """The timesteps that a scheduler has laid out, read off it once, and a run through them.
 
     Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
     trained on, or one of these two counted from the other end.
+
+    Args:
+        scheduler: the scheduler, or None.
+        start: position in its list at which the run begins.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Any, start: int = 0) -> None:
+        self._scheduler, self._start = scheduler, start
         timesteps = getattr(scheduler, "timesteps", None)
         values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
         self._values = [float(one) for one in values] if values is not None else []
+        self._numbers = _numbered(self._values)
         config = getattr(scheduler, "config", None)
         self._trained = float(getattr(config, "num_train_timesteps", None) or 1000)
         self._starts: dict[tuple[float, float], int] = {}  # offset and factor of a timestep -> where the run began
@@ -67,23 +102,42 @@ class Schedule:
     def __len__(self) -> int:
         return len(self._values)
 
-    def timeline(self, start: int) -> Timeline:
-        """Return the steps of a run that begins at the timestep at this position, counted from 0."""
-        remaining, different = len(self._values[start:]), _different(self._values[start:])
+    def timeline(self, start: int | None = None) -> Timeline:
+        """Return the steps of a run that begins at a position, counted from 0; None: where this one does."""
+        numbers = self._numbers[self._start if start is None else start :]
+        remaining, different = len(numbers), numbers[-1] - numbers[0] + 1 if numbers else 0
         halves = getattr(self._scheduler, "order", 1) == 2 and different == remaining > 1
         return Timeline((different + 2) // 2 if halves else different, halves, repeats=different < remaining)
 
-    def noise_level(self, position: int) -> float | None:
-        """Return the sigma of the timestep at a position, or None where there is none."""
-        return _noise_level_at(self._scheduler, position)
+    def number(self) -> int | None:
+        """Return which of the run's different timesteps the scheduler is about to take; None: it does not tell."""
+        index = getattr(self._scheduler, "step_index", None)
+        if not isinstance(index, int) or not self._start <= index < len(self):
+            return None
+        return self._numbers[index] - self._numbers[self._start]
 
-    def follow(self, timestep: float, dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
+    def is_over(self, number: int) -> bool:
+        """Tell whether the ``number``-th of the run's different timesteps is the last in the list."""
+        return bool(self._numbers) and number >= self._numbers[-1] - self._numbers[self._start]
+
+    def sigma(self, number: int) -> float | None:
+        """Return the noise level of a run's ``number``-th different timestep."""
+        if self.number() is not None:
+            return noise_level(self._scheduler)
+        position = self._later(self._start, number)
+        return None if position is None else self.noise_level(position)
+
+    def noise_level(self, position: int) -> float | None:
+        """Return the noise level of the timestep at a position, or None where there is none."""
+        return listed_level(self._scheduler, position)
+
+    def follow(self, timesteps: Sequence[float], dtype: torch.dtype | None, number: int) -> tuple[int, int] | None:
         """Return at which positions a run began and stands; None: it does not follow the list, one after the other.
 
         A scheduler whose number of steps was never set lists all that the model was trained on: no run's.
 
         Args:
-            timestep: the noisiest one that a forward is given.
+            timesteps: the noisiest one that a forward is given; several where it is not known which that is.
             dtype: of the tensor that held it, which tells how it was rounded; None: it was in none.
             number: which of the run's different timesteps it is, from 0.
         """
@@ -94,7 +148,7 @@ class Schedule:
         trained, matches = self._trained, {}
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
-            far = [abs(offset + factor * one - timestep) for one in self._values]
+            far = [min(abs(offset + factor * one - timestep) for timestep in timesteps) for one in self._values]
             start = far.index(min(far)) if number == 0 and far else self._starts.get((offset, factor), 0)
             position = self._later(start, number)
             allowed = abs(factor) * (trained * epsilon + (whole and abs(factor) == 1))
@@ -105,32 +159,34 @@ class Schedule:
 
     def _later(self, start: int, number: int) -> int | None:
         """Return the position of the ``number``-th different timestep after the one at a position, or None."""
-        for position in range(start, len(self)):
-            number -= position > start and self._values[position] != self._values[position - 1]
-            if number == 0:
-                return position
-        return None
+        wanted = self._numbers[start] + number if start < len(self) else -1
+        return self._numbers.index(wanted, start) if wanted in self._numbers[start:] else None
 
 
-def timeline_of(pipe: Any) -> Timeline:
-    """Return the steps of the run that a pipeline has begun.
+def schedule_of(pipe: Any) -> Schedule:
+    """Return the timesteps of the run that a pipeline has begun.
 
     A run that starts in the middle (image to image, ``strength`` below 1) has the steps that remain.
     """
     scheduler = getattr(pipe, "scheduler", None)
-    schedule = Schedule(scheduler)
-    if not len(schedule):
-        return Timeline()
+    whole = len(Schedule(scheduler))
     remaining = getattr(pipe, "_num_timesteps", None)
-    if not isinstance(remaining, int) or not 0 < remaining <= len(schedule):
-        remaining = len(schedule) - (getattr(scheduler, "begin_index", None) or 0)
-    return schedule.timeline(len(schedule) - remaining)
+    if not isinstance(remaining, int) or not 0 < remaining <= whole:
+        remaining = whole - (getattr(scheduler, "begin_index", None) or 0)
+    return Schedule(scheduler, whole - remaining)
 
 
-def _different(values: list[float]) -> int:
-    return 1 + sum(a != b for a, b in zip(values[1:], values[:-1], strict=True)) if values else 0
+def timeline_of(pipe: Any) -> Timeline:
+    """Return the steps of the run that a pipeline has begun."""
+    schedule = schedule_of(pipe)
+    return schedule.timeline() if len(schedule) else Timeline()
 
 
-def _noise_level_at(scheduler: Any, index: int) -> float | None:
-    sigmas = getattr(scheduler, "sigmas", None)
-    return float(sigmas[index]) if sigmas is not None and index < len(sigmas) else None
+def _numbered(values: Sequence[float]) -> list[int]:
+    """Return which of the different timesteps each of a list is, from 0."""
+    gaps = [abs(one - other) for one, other in zip(values[1:], values[:-1], strict=True)]
+    least = EQUAL * sum(gaps) / max(len(gaps), 1)
+    numbers = [0] if values else []
+    for gap in gaps:
+        numbers.append(numbers[-1] + (gap > least))
+    return numbers

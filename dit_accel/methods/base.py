@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, Family
+from ..adapters.noise import Noise, noise_of
 from ..errors import ConfigError
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
@@ -60,6 +61,7 @@ class Model:
         layers: attention modules that the adapter names in one transformer.
         tiling: how all methods of the attachment cut a sequence into tiles.
         config: the transformer's config; None: there is no transformer yet, only a family's sizes.
+        scheduler: the pipeline's; None: it has none, or there is no pipeline.
     """
 
     adapter: Adapter
@@ -68,6 +70,21 @@ class Model:
     layers: int
     tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
     config: Mapping[str, Any] | None = None
+    scheduler: Any = None
+
+    @property
+    def noises(self) -> tuple[Noise, ...]:
+        """Which noise levels a run may tell: the scheduler's, else those of released pipelines; empty: not known."""
+        if (noise := noise_of(self.scheduler)) is not None:
+            return (noise,)
+        return self.adapter.noise if self.config is None else ()  # loops around a transformer alone may state theirs
+
+    @property
+    def noise_source(self) -> str:
+        """What tells the noise level."""
+        if self.scheduler is not None:
+            return type(self.scheduler).__name__
+        return f"the scheduler that {self.adapter.name} is released with"
 
     @property
     def name(self) -> str:

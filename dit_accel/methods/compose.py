@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..plan.tiling import TILE, Tiling
 from .base import Handler, Model, Place
 from .config import MethodConfig
+from .noise import require_noise
 from .registry import handler_of
 
 
@@ -23,8 +24,8 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
         alone: these are all the methods; False: others may follow, so that one which needs a partner is not refused.
 
     Raises:
-        ConfigError: for anything but a config, for two of one method, for a method that the model can't take, or for
-            methods that can't be attached together.
+        ConfigError: for anything but a config, for two of one method, for a method that the model or its
+            scheduler can't take, or for methods that can't be attached together.
     """
     types = [handler_of(config) for config in configs]
     configs = [handler.config_for(config) or config for handler, config in zip(types, configs, strict=True)]
@@ -47,6 +48,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
         _refuse_on(model, handler_type, config)
     model = replace(model, tiling=agreed_tiling([config for _, config in paired], model))
     handlers = [handler_type(config, model) for handler_type, config in paired]
+    require_noise(handlers, model.noises, model.noise_source)
     for handler in handlers if alone else ():
         handler.check_with([other for other in handlers if other is not handler])
     return handlers

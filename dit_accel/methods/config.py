@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from ..errors import ConfigError, did_you_mean
+from .noise import NeedsNoise
 from .options import Rule, find_broken, may_name
 
 
@@ -101,6 +102,10 @@ class MethodConfig:
                 )
         values = {**self.defaults, **recipe}
         return dataclasses.replace(self, **{key: values[key] for key in values if getattr(self, key) is None})
+
+    def noise_needed(self) -> NeedsNoise | None:
+        """Return what needs the noise level, where something does; a scheduler that tells none is refused then."""
+        return None
 
     def tile_size(self, recipe: Mapping[str, Any]) -> tuple[int | None, int | None]:
         """Return the tile size that the user sets by ``block_size``, and the one that the method takes otherwise.

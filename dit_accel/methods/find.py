@@ -44,6 +44,11 @@ def components_of(model: Any) -> dict[str, Any]:
     return components if isinstance(components, dict) else {"transformer": model}
 
 
+def scheduler_of(model: Any) -> Any:
+    """Return a pipeline's scheduler, or None."""
+    return getattr(model, "scheduler", None)
+
+
 def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, int]]:
     """Return (name, module, depth) of the attention modules that methods may change, in the adapter's order."""
     names = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
@@ -63,15 +68,22 @@ def attention_modules(transformer: nn.Module, adapter: Adapter) -> list[tuple[st
     return [(name, names[name], depth) for part in (main, side) for depth, name in enumerate(part)]
 
 
-def resolve_model(name: str, transformers: dict[str, Any]) -> Model:
-    """Return what handlers may know of one transformer of a pipeline."""
+def resolve_model(name: str, transformers: dict[str, Any], scheduler: Any = None) -> Model:
+    """Return what handlers may know of one transformer of a pipeline, whose scheduler may be known."""
     transformer = transformers[name]
     adapter = adapter_for(type(transformer).__name__)
     experts = sum(type(other) is type(transformer) for other in transformers.values())
     family: Family | None = adapter.family(transformer.config, experts)
     modules = attention_modules(transformer, adapter)
     heads = heads_of(modules[0][1], transformer.config)
-    return Model(adapter=adapter, family=family, heads=heads, layers=len(modules), config=dict(transformer.config))
+    config = dict(transformer.config)
+    return Model(adapter=adapter, family=family, heads=heads, layers=len(modules), config=config, scheduler=scheduler)
+
+
+def model_of(model: Any) -> Model:
+    """Return what handlers may know of a pipeline's model: of its last transformer, and the scheduler."""
+    transformers = find_transformers(model)
+    return resolve_model(list(transformers)[-1], transformers, scheduler_of(model))
 
 
 def heads_of(module: Any, config: Any) -> int:

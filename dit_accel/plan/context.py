@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from ..adapters.noise import Noise, share_of_noise
 from .heads import HeadShare
 from .layout import TokenLayout
 
@@ -24,7 +25,8 @@ class StepContext:
         branch: name of the denoising call, such as ``cond``; that of a nested one is ``cond/name``.
         step_index: 0-based step of this run, over all experts.
         num_inference_steps: steps of this run; None where it is not known.
-        sigma: noise level of the step; None where it is not known.
+        sigma: noise level of the step, falling; None where it is not known.
+        noise: what sigma is, as `dit_accel.adapters.noise` names it.
         layout: the sequence's token layout; None where it is not known yet, in a transformer that is compiled whole.
         batch: rows of the forward; None where they are not known yet.
         training: the forward belongs to no generation, so its step means nothing: gradients are recorded in training
@@ -46,6 +48,12 @@ class StepContext:
     tells_step: bool = False
     beside: str | None = None
     rows: tuple[int, ...] | None = None
+    noise: Noise = "flow"
+
+    @property
+    def share_of_noise(self) -> float | None:
+        """Share of noise in the latents, from 0 to 1, whatever sigma is; None where sigma is not known."""
+        return None if self.sigma is None else share_of_noise(self.sigma, self.noise)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,8 +140,7 @@ class Case:
             if hasattr(transformer, "cache_context"):  # methods are attached
                 context = transformer.cache_context(branch)
             time = inputs[self.adapter.timestep]
-            sign = 1 if self.adapter.rising_timesteps else -1
-            inputs[self.adapter.timestep] = (time.double() * (1 + sign * step / 100)).to(time.dtype)
+            inputs[self.adapter.timestep] = (time.double() * (1 - step / 100)).to(time.dtype)
         with torch.no_grad(), context:
             out = transformer(**inputs, return_dict=False)
         out = out if isinstance(out, Tensor) else out[0]

@@ -14,7 +14,7 @@ def numbered(*steps, repeats=False):
     """The numbers of the calls of some steps, by the texts they hold; a star where all is dropped before."""
     calls, found = Calls(), []
     for step, texts in enumerate(steps):
-        numbers = [calls.number(-float(step), (text,) if text is not None else (), repeats) for text in texts]
+        numbers = [calls.number(step, (text,) if text is not None else (), repeats) for text in texts]
         found.append(" ".join(f"{number}{'*' * lost}" for number, lost in numbers))
     return found
 
@@ -55,7 +55,7 @@ def test_a_text_that_changes_drops_what_was_learned_before_its_forward():
     assert numbered([COND, UNCOND], [COND, OTHER], [COND, OTHER]) == ["0 1", "0 1*", "0 1"]
     calls = Calls()
     for step in range(50):
-        calls.number(-float(step), (torch.randn(1, 4, 8),), False)
+        calls.number(step, (torch.randn(1, 4, 8),), False)
     assert len(calls._texts) == len(calls._known) == 1  # nothing piles up
 
 

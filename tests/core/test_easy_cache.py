@@ -100,20 +100,20 @@ def flow(step):
 
 @pytest.mark.parametrize("error", [0.05, 0.2])
 @pytest.mark.parametrize(
-    ("sigma", "place"),
+    ("noise", "sigma", "place"),
     [
-        (lambda step: None, lambda step: step),
-        (flow, lambda step: math.log((1 - flow(step)) / flow(step)) if step else -7.0),
-        (lambda step: 20 * flow(step), lambda step: -math.log(20 * flow(step))),
+        ("none", lambda step: None, lambda step: step),
+        ("flow", flow, lambda step: math.log((1 - flow(step)) / flow(step)) if step else -7.0),
+        ("exploding", lambda step: 20 * flow(step), lambda step: -math.log(20 * flow(step))),
     ],
-    ids=["steps", "flow", "noise levels above 1"],
+    ids=["steps", "flow", "noise over signal"],
 )
-def test_the_rule_of_a_bounded_error(error, sigma, place):
+def test_the_rule_of_a_bounded_error(error, noise, sigma, place):
     drawn, values = expected_errors(error, 4, 20, place)
     driven = Driven(EasyCache(error=error, warmup_steps=4, predictor="taylor"), output)
     for step in range(20):
         for branch in ("cond", "uncond"):
-            driven.forward(step, LATENTS[step], branch, steps=20, sigma=sigma(step))
+            driven.forward(step, LATENTS[step], branch, steps=20, sigma=sigma(step), noise=noise)
     assert driven.drawn(steps=20) == driven.drawn("uncond", steps=20) == drawn
     assert 0 < drawn.count(".") < 16
     section = driven.handler.report()

@@ -157,8 +157,8 @@ def test_seacache_takes_the_last_noise_level_too(transformer):
         for step, sigma in enumerate((1.0, 0.5, 0.0)):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=3, sigma=sigma):
                 transformer(latents(), torch.tensor([500]), text("cond"), return_dict=False)
-        refused = pytest.raises(ConfigError, match=r"sigma in \[0, 1\].*sigma = 1\.5")
-        with refused, transformer.cache_context("cond", step_index=0, num_inference_steps=3, sigma=1.5):
+        refused = pytest.raises(ConfigError, match=r"sigma in \[0, 1\].*sigma = -0\.5")
+        with refused, transformer.cache_context("cond", step_index=0, num_inference_steps=3, sigma=-0.5):
             transformer(latents(), torch.tensor([500]), text("cond"), return_dict=False)
 
 

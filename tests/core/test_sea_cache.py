@@ -11,6 +11,7 @@ from diffusers.hooks.sea_cache import SeaCacheConfig
 
 from dit_accel import ConfigError, SeaCache
 from dit_accel.adapters.adapter import latents_grid
+from dit_accel.adapters.noise import share_of_noise
 from dit_accel.methods.caches.sea import filtered, on_grid
 from dit_accel.plan.layout import TokenLayout
 
@@ -88,6 +89,20 @@ def test_every_kind_of_latents_is_filtered_along_its_own_axes(shape, grid, expec
     assert torch.equal(found.reshape(shape), x)
     if len(axes) == 3:
         assert [found.shape[axis] for axis in axes] == [3, 6, 5]
+
+
+@pytest.mark.parametrize("over_signal", [0.05, 0.7, 3.0, 157.0])
+def test_noise_over_signal_is_filtered_by_the_amplitudes_it_stands_for(over_signal):
+    """Latents a x + b n, a = 1 / sqrt(1 + s^2) and b = s a, as DPM-Solver and Euler hand them to a model of betas."""
+    x, gain = torch.randn(1, 2, 6, 5), torch.ones(())
+    a = (1 + over_signal**2) ** -0.5
+    b = over_signal * a
+    for size in (6, 5):
+        along = a / (a**2 + b**2 * torch.fft.fftfreq(size).abs() ** 3)
+        gain = gain.unsqueeze(-1) * along
+    expected = torch.fft.ifftn(torch.fft.fftn(x, dim=(2, 3)) * gain / gain.mean(), dim=(2, 3)).real
+    share = share_of_noise(over_signal, "exploding")
+    torch.testing.assert_close(filtered(x, (2, 3), share, 3.0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_latents_are_measured_as_unpacked_ones():

@@ -1,6 +1,5 @@
 """Steps and noise levels, read off timesteps and schedulers."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +8,12 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
-from dit_accel.attachment.steps import Schedule, Timeline, noise_level, noisiest, timeline_of
+from dit_accel.attachment.steps import Course, Schedule, Timeline, noise_level, timeline_of
 
 
 def after(scheduler, steps: int = 4, **found):
@@ -22,11 +22,24 @@ def after(scheduler, steps: int = 4, **found):
     return SimpleNamespace(scheduler=scheduler, **found)
 
 
-def test_the_noisiest_frame_tells_the_step():
-    assert noisiest(torch.tensor([[0.0, 0.0, 700.0]]), rising=False) == 700
-    assert noisiest(torch.tensor([500, 500]), rising=False) == 500
-    assert noisiest(torch.tensor([0.25, 0.5, 1.0]), rising=True) == -0.25
-    assert noisiest(None, rising=True) == math.inf
+@pytest.mark.parametrize(
+    ("timesteps", "moved", "noisiest"),
+    [
+        ([1000, 900, 900, 100], [0, 1, 0, 1], (100,)),
+        ([0.0, 0.1, 0.6, 0.0], [0, 1, 1, -1], (0,)),  # the model's rise
+        ([900, 500, 700, 600], [0, 1, -1, 1], (600,)),
+        ([[0, 700], [0, 600], [0, 100]], [0, 1, 1], (100,)),  # a given frame, which has no noise
+        ([[0.0, 1.0], [0.5, 1.0], [0.8, 1.0]], [0, 1, 1], (0.8,)),
+        ([[990, 1000, 1000], [970, 990, 1000], [500, 600, 900]], [0, 0, 1], (900,)),  # frame after frame
+        ([999.0, 832.5007, 832.5, 666.0, 666.0001], [0, 1, 0, 1, 0], (666,)),  # a second evaluation, off by rounding
+        ([[0, 700]], [0], (0, 700)),
+    ],
+)
+def test_the_noisiest_frame_tells_whether_a_run_goes_on_or_back_whichever_way_timesteps_go(timesteps, moved, noisiest):
+    course = Course()
+    assert course.noisiest == ()
+    assert [course.move(torch.tensor(one)) for one in timesteps] == moved
+    assert course.noisiest == pytest.approx(noisiest)
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=3.0), HeunDiscreteScheduler()])
@@ -55,6 +68,7 @@ def test_a_later_start_begins_at_its_own_noise():
         (UniPCMultistepScheduler(), Timeline(steps=4)),
         (HeunDiscreteScheduler(), Timeline(steps=4, repeats=True)),
         (KDPM2DiscreteScheduler(), Timeline(steps=4, halves=True)),
+        (KDPM2AncestralDiscreteScheduler(), Timeline(steps=4, repeats=True)),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -62,11 +76,17 @@ def test_a_run_has_the_steps_that_were_asked_for(scheduler, timeline):
     """Schedulers of second order evaluate the model more often: twice at a timestep, or between two of them."""
     pipe = after(scheduler)
     assert timeline_of(pipe) == timeline
-    different = list(dict.fromkeys(scheduler.timesteps.tolist()))
-    steps = [timeline.step_of(number) for number in range(len(different))]
-    assert steps[0] == 0
-    assert steps[-1] == 3
-    assert sorted(set(steps)) == [0, 1, 2, 3]
+    course, number, steps = Course(), 0, []
+    for timestep in scheduler.timesteps:
+        number += course.move(timestep)
+        steps.append(timeline.step_of(number))
+    assert steps == sorted(steps)
+    assert set(steps) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("steps", [7, 10, 20, 25, 50])
+def test_a_pair_of_timesteps_that_differs_by_rounding_is_one_step(steps):
+    assert timeline_of(after(KDPM2AncestralDiscreteScheduler(), steps)).steps == steps
 
 
 def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
@@ -93,7 +113,7 @@ def test_a_forwards_timestep_is_found_among_those_of_the_scheduler_however_a_pip
         schedule, places = Schedule(scheduler), []
         for number, timestep in enumerate(scheduler.timesteps[start:]):
             given = scaled(timestep) if dtype is None else scaled(timestep).to(dtype)
-            places.append(schedule.follow(float(given), dtype, number))
+            places.append(schedule.follow((float(given),), dtype, number))
         assert places == [(start, place) for place in range(start, 8)]
     assert schedule.timeline(start).steps == 8 - start
     assert schedule.noise_level(start) == float(scheduler.sigmas[start])
@@ -101,16 +121,16 @@ def test_a_forwards_timestep_is_found_among_those_of_the_scheduler_however_a_pip
 
 def test_a_run_that_leaves_the_schedulers_list_does_not_follow_it():
     scheduler = DDIMScheduler()
-    assert Schedule(scheduler).follow(999.0, None, 0) is None  # it lists all, before any steps were asked for
+    assert Schedule(scheduler).follow((999.0,), None, 0) is None  # it lists all, before any steps were asked for
     scheduler.set_timesteps(4)
     schedule = Schedule(scheduler)
-    assert [schedule.follow(value, None, number) for number, value in enumerate((750.0, 500.0))] == [(0, 0), (0, 1)]
-    assert schedule.follow(200.0, None, 2) is None
-    assert schedule.follow(0.0, None, 3) is None  # once left, it is not taken up again
+    assert [schedule.follow((value,), None, number) for number, value in enumerate((750.0, 500.0))] == [(0, 0), (0, 1)]
+    assert schedule.follow((200.0,), None, 2) is None
+    assert schedule.follow((0.0,), None, 3) is None  # once left, it is not taken up again
     skipping = Schedule(scheduler)
-    assert skipping.follow(750.0, None, 0) == (0, 0)
-    assert skipping.follow(250.0, None, 1) is None
-    assert Schedule(None).follow(750.0, None, 0) is None
+    assert skipping.follow((750.0,), None, 0) == (0, 0)
+    assert skipping.follow((250.0,), None, 1) is None
+    assert Schedule(None).follow((750.0,), None, 0) is None
     assert len(Schedule(SimpleNamespace(timesteps=[3, 2, 1]))) == 3  # no tensor
 
 
@@ -120,7 +140,7 @@ def test_twice_the_same_timestep_is_one_step():
     schedule = Schedule(scheduler)
     assert schedule.timeline(0) == Timeline(steps=4, repeats=True)
     different = list(dict.fromkeys(scheduler.timesteps.tolist()))
-    places = [schedule.follow(value, None, number) for number, value in enumerate(different)]
+    places = [schedule.follow((value,), None, number) for number, value in enumerate(different)]
     assert places == [(0, 0), (0, 1), (0, 3), (0, 5)]
     assert [schedule.noise_level(place) for _, place in places] == scheduler.sigmas[[0, 1, 3, 5]].tolist()
 

@@ -30,8 +30,7 @@ def run(case, inputs, step):
         context = case.transformer.cache_context("cond", step_index=step, num_inference_steps=8)
     else:
         time = inputs[case.adapter.timestep]
-        sign = 1 if case.adapter.rising_timesteps else -1
-        inputs[case.adapter.timestep] = time.float() * (1 + sign * step * 1e-5)
+        inputs[case.adapter.timestep] = time.float() * (1 - step * 1e-5)
     with torch.no_grad(), context:
         out = case.transformer(**inputs, return_dict=False)
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]

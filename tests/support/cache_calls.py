@@ -49,13 +49,13 @@ class Driven:
 
     def forward(
         self, step: int, latents: Any, branch: str = "cond", *, steps: int | None = 10, sigma: float | None = None,
-        transformer: str = "transformer", training: bool = False,
+        noise: Any = "flow", transformer: str = "transformer", training: bool = False,
     ) -> Any:  # fmt: skip
         """One forward of a pipeline, and what it gives."""
         self.install(transformer)
         context = ForwardContext(
             transformer=transformer, branch=branch, step_index=step, num_inference_steps=steps, sigma=sigma,
-            layout=None, batch=1, training=training, tells_step=True, inputs={"hidden_states": latents},
+            noise=noise, layout=None, batch=1, training=training, tells_step=True, inputs={"hidden_states": latents},
         )  # fmt: skip
 
         def run(**changed: Any) -> Any:

@@ -23,6 +23,7 @@ from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..guidance.prompt_branches import part_of
+from ..noise import FLOW, NeedsNoise
 from ..options import Count, Steps, within
 from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, target_sample
@@ -55,6 +56,14 @@ class DFA(MethodConfig):
     strict: bool = False
     warmup_steps: Steps = 0.2
     last_steps: Steps = 1
+
+    def noise_needed(self) -> NeedsNoise | None:
+        """Return that the foreground is read off a flow, where it is measured at all."""
+        if self.every == 1 or self.share in (0, 1):
+            return None
+        instead = "use a flow-matching scheduler, or a method on whole steps such as EasyCache"
+        asks = "dfa, which reads the foreground off a flow model's prediction,"
+        return NeedsNoise(asks=asks, instead=instead, kinds=FLOW)
 
     def at_an_end(self, index: int, count: int | None) -> bool:
         """Tell whether a step is one of a run's first or last ones, which are full; errors as of `end_steps`."""
@@ -166,12 +175,11 @@ class DFAHandler(AttentionHandler):
     def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
         """Return how far each token moves, [B, F, Y, X]."""
         grid = layout.frames, layout.height, layout.width
-        if context.sigma is None or not 0 <= context.sigma <= 1:
-            raise ConfigError(
-                f"dfa reads the foreground off a flow model's prediction, and the scheduler tells the noise level "
-                f"{context.sigma}; use a flow-matching scheduler, or a method on whole steps such as EasyCache"
-            )
-        clean = predicted(x, v, context.sigma, grid, layout.text_before, layout.text_after)
+        needs = self.settings.noise_needed()
+        if needs is not None and (context.sigma is None or context.noise != "flow"):
+            raise needs.untold(noise="none" if context.sigma is None else context.noise)
+        toward_noise = -1 if self.model.adapter.toward_clean else 1
+        clean = predicted(x, toward_noise * v, context.sigma or 0.0, grid, layout.text_before, layout.text_after)
         if clean is None:
             raise ConfigError(
                 f"dfa can't lay what {context.transformer} predicts, {list(v.shape)} of {list(x.shape)}, on its "

@@ -13,6 +13,7 @@ from ...plan.rests import USUAL_TURN, Rests, RestType
 from ...plan.tiling import TILE, Tiling, bitmap_bytes, full_lists_bytes, pinned_bytes, visual_lists_bytes
 from ..base import AttentionHandler, Handler, Model
 from ..config import MethodConfig
+from ..noise import NeedsNoise
 from ..options import BlockSize, Count, Steps, ge, gt
 from ..saving import Saving, TileSaving
 from ..steps import end_steps
@@ -88,6 +89,11 @@ class SparseConfig(MethodConfig):
         """Return the options that a model's recipe may set."""
         return {*self.defaults, "dense_above_sigma"}
 
+    def noise_needed(self) -> NeedsNoise | None:
+        """Return the option that needs the noise level, where it is set."""
+        asks = f"{self.name}.dense_above_sigma = {self.dense_above_sigma}"
+        return None if self.dense_above_sigma is None else NeedsNoise(asks=asks, instead="count dense_steps instead")
+
     def is_dense(
         self, step_index: int, num_inference_steps: int | None, layer: int, sigma: float | None = None
     ) -> bool:
@@ -97,12 +103,9 @@ class SparseConfig(MethodConfig):
             ConfigError: if the options need what is not known here: the run's steps, or the noise level.
         """
         first, last = end_steps(self, "dense_steps", "dense_last_steps", num_inference_steps)
-        level = self.dense_above_sigma
-        if level is not None and sigma is None:
-            raise ConfigError(
-                f"{self.name}.dense_above_sigma = {level} needs the noise level, which the pipeline does not tell; "
-                "count dense_steps instead"
-            )
+        level, needs = self.dense_above_sigma, self.noise_needed()
+        if needs is not None and sigma is None:
+            raise needs.untold()
         if layer < (self.dense_layers or 0) or step_index < first or (level is not None and (sigma or 0.0) > level):
             return True
         return num_inference_steps is not None and step_index >= num_inference_steps - last

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from ...errors import ConfigError
 from ...rules.steps import whole_steps
 from ..config import MethodConfig
+from ..noise import NeedsNoise
 from ..options import Count, Share, Steps, begins_with, ge, gt, lt, within
 from ..steps import end_steps, unknown_steps
 
@@ -121,6 +122,13 @@ class StepCacheConfig(MethodConfig):
     def passed_points(self) -> int:
         """How many computed values a forecast is right at, were it made for their time."""
         return {"hold": 1, "taylor": self.order + 1}.get(self.predictor, 2)
+
+    def noise_needed(self) -> NeedsNoise | None:
+        """Return the option that asks for it, where one does."""
+        if self.variable == "sigma":
+            return NeedsNoise(asks=f"{self.name}.variable = 'sigma'", instead="use 'step'")
+        corrected = NeedsNoise(asks=f"{self.name}.corrected = True", instead="use corrected = False")
+        return corrected if self.corrected else None
 
     def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
         """Return why a step, 0-based, of a run of ``count`` (None: unknown) is computed whatever is measured, or None.

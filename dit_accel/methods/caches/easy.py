@@ -72,7 +72,6 @@ class EasyDecider(Decider):
         missed: mean of |forecast - v| and of |v| at the last computed step that there was a forecast for.
         grown: what the error of a forecast had grown to there, up to a factor.
         places: of the last computed steps, along which it grows.
-        flow: the noise levels are those of flow matching, at most 1.
     """
 
     x: Tensor | None = None
@@ -83,7 +82,6 @@ class EasyDecider(Decider):
     missed: tuple[Tensor, Tensor] | None = None
     grown: float = 1.0
     places: tuple[float, ...] = ()
-    flow: bool = True
 
 
 class EasyHandler(StepCacheHandler):
@@ -128,12 +126,13 @@ class EasyHandler(StepCacheHandler):
     def _grown(self, context: ForwardContext, decider: EasyDecider) -> float:
         """Return what the error of a forecast for a step has grown to, up to a factor; 0 at a computed step."""
         passed = decider.places[-self.settings.passed_points :]
-        return growth(passed, self._place(context, decider)) ** GROWTH
+        return growth(passed, self._place(context)) ** GROWTH
 
     @staticmethod
-    def _place(context: ForwardContext, decider: EasyDecider) -> float:
+    def _place(context: ForwardContext) -> float:
         """Return where a step stands on the axis along which errors grow."""
-        return context.step_index if context.sigma is None else log_snr(context.sigma, flow=decider.flow)
+        sigma = context.sigma
+        return context.step_index if sigma is None else log_snr(sigma, flow=context.noise == "flow")
 
     def seen(self, context: ForwardContext, decider: EasyDecider) -> None:
         """Keep the latents."""
@@ -146,9 +145,7 @@ class EasyHandler(StepCacheHandler):
     def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
         """Take the changes between the last two computed steps."""
         if self.settings.error is not None:
-            if not decider.places and context.sigma is not None:
-                decider.flow = context.sigma <= 1
-            decider.places = (*decider.places, self._place(context, decider))[-self.settings.passed_points :]
+            decider.places = (*decider.places, self._place(context))[-self.settings.passed_points :]
             return
         x, v = decider.x, target_sample(output)
         assert x is not None

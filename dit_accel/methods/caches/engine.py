@@ -336,11 +336,9 @@ class StepCacheHandler(Handler):
     def _time(self, context: ForwardContext) -> float:
         if self.settings.variable == "step":
             return float(context.step_index)
-        if context.sigma is None:
-            raise ConfigError(
-                f"{self.name}.variable = 'sigma' needs the noise level, which the pipeline does not tell; use 'step'"
-            )
-        return context.sigma
+        if context.sigma is None and (needs := self.settings.noise_needed()) is not None:
+            raise needs.untold()
+        return context.sigma or 0.0
 
     def _end(self, context: ForwardContext) -> float:
         if self.settings.variable == "sigma":

@@ -17,9 +17,10 @@ from ...errors import ConfigError
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
 from ..config import MethodConfig
+from ..noise import NeedsNoise
 from ..site import ForwardContext, Site
 from .engine import require_no_cache
-from .native_limits import CONFIGS, FIRST_BLOCK, MAG, check_call, check_config, check_hooked, check_model
+from .native_limits import CONFIGS, FIRST_BLOCK, MAG, SEA, check_call, check_config, check_hooked, check_model
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,11 @@ class DiffusersCache(MethodConfig):
     def requested_name(self) -> str:
         """The name of diffusers' config."""
         return type(self.config).__name__
+
+    def noise_needed(self) -> NeedsNoise | None:
+        """Return that diffusers' SeaCache filters by it."""
+        instead = "use FirstBlockCacheConfig, or a flow-matching scheduler"
+        return NeedsNoise(asks=SEA, instead=instead) if SEA in _names(self.config) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config's name and its fields, as plain values."""
@@ -203,7 +209,7 @@ class _Enabled:
     @contextlib.contextmanager
     def entered(self, context: ForwardContext) -> Any:
         """Let diffusers' hooks see the branch, step and noise level of a forward, as far as the core knows them."""
-        known = {"sigma": context.sigma, "num_inference_steps": context.num_inference_steps}
+        known = {"sigma": context.share_of_noise, "num_inference_steps": context.num_inference_steps}
         enter = type(self.transformer).cache_context
         begun = any(name.startswith(f"{context.branch}/") for name in self._states)
         if context.beside is None and self.guided and not begun:

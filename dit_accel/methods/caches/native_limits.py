@@ -146,7 +146,7 @@ def check_call(
             "MagCacheConfig counts forwards as steps, and this scheduler runs the model twice a step; use another "
             "scheduler or another cache"
         )
-    sigma, steps = context.sigma, context.num_inference_steps
+    sigma, steps = context.share_of_noise, context.num_inference_steps
     if kind == SEA and (steps is None or sigma is None or not 0 <= sigma <= 1):
         raise ConfigError(
             f"SeaCacheConfig needs the step's sigma in [0, 1] and the number of steps, and found sigma = "

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...plan.layout import TokenLayout
+from ..noise import NeedsNoise
 from ..options import gt
 from ..site import ForwardContext
 from .cache_config import MeasuredCacheConfig
@@ -28,7 +28,8 @@ class SeaCache(MeasuredCacheConfig):
     Each step adds mean|s - s'| / mean|s'|, with s the latents of this step and s' those of the step before after a
     Wiener filter for the step's noise level; steps are skipped while the sum stays below the threshold. With a = 1 -
     sigma, b = sigma and a power of 1 / f^p at frequency f, the filter's gain along frames, height and width is a / (a^2
-    + b^2 f^p), scaled to a mean of 1. All rows of a batch are measured and skipped together.
+    + b^2 f^p), scaled to a mean of 1. So b / a alone counts: where a
+    scheduler tells noise over signal, s, sigma is s / (1 + s). All rows of a batch are measured and skipped together.
 
     Attributes:
         threshold: relative change of the filtered latents; 0 skips nothing.
@@ -43,6 +44,10 @@ class SeaCache(MeasuredCacheConfig):
 
     power: Annotated[float, gt(0)] = 3.0
 
+    def noise_needed(self) -> NeedsNoise:
+        """Return that it filters by it."""
+        return NeedsNoise(asks=self.name, instead="use easycache, or a scheduler that lists sigmas")
+
 
 class SeaHandler(SignalHandler):
     """SeaCache on one model."""
@@ -52,11 +57,12 @@ class SeaHandler(SignalHandler):
 
     def signal(self, context: ForwardContext) -> Tensor:
         """Return the latents without what the step's noise hides, in float32."""
-        if context.sigma is None:
-            raise ConfigError("seacache needs the noise level, which the pipeline does not tell; use easycache")
+        share = context.share_of_noise
+        if share is None:
+            raise self.settings.noise_needed().untold()
         latents = self.latents(context).float()
         latents, axes = on_grid(latents, context.layout, self.model.adapter.grid)
-        return filtered(latents, axes, context.sigma, self.settings.power)
+        return filtered(latents, axes, share, self.settings.power)
 
 
 def on_grid(latents: Tensor, layout: TokenLayout | None, grid: Any) -> tuple[Tensor, tuple[int, ...]]:

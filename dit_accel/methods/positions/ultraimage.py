@@ -30,6 +30,7 @@ from ...report.sections import Section
 from ...rules.rotary_frequencies import check_kind, edited
 from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
+from ..noise import FLOW, NeedsNoise
 from ..options import Count, Share, ge, gt, within
 from ..saving import Saving
 from ..site import ForwardContext, Site
@@ -106,6 +107,11 @@ class UltraImage(MethodConfig):
     pull: Share | None = None
     small: Count | None = None
     enlarge: Literal["picture", "latents"] | None = None
+
+    def noise_needed(self) -> NeedsNoise | None:
+        """Return that the small picture is followed down to a noise level, where there is one."""
+        asks = f"ultraimage.{'guided' if self.guided else 'view'}"
+        return NeedsNoise(asks=asks, instead="leave it out", kinds=FLOW) if self.guided or self.view else None
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)

@@ -14,6 +14,7 @@ ALLEGRO = Adapter(
     name="allegro",
     transformers=("AllegroTransformer3DModel",),
     guidance=Guidance(together=("AllegroPipeline",), rows={"image_rotary_emb": None}),
+    noise=("exploding",),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     sizes=partial(read_sizes, mlp_ratio=4.0),

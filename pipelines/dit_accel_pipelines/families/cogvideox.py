@@ -101,6 +101,7 @@ COGVIDEOX = Adapter(
     name="cogvideox",
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     guidance=Guidance(together=("ConsisIDPipeline",), rows={"image_rotary_emb": None}),
+    noise=("none",),
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),

@@ -60,6 +60,7 @@ COGVIEW = Adapter(
     name="cogview",
     transformers=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     guidance=Guidance(together=("CogView3PlusPipeline",), in_turn=("CogView4ControlPipeline",)),
+    noise=("flow", "none"),  # 4; 3
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),

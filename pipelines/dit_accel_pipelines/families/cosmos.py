@@ -76,6 +76,7 @@ COSMOS = Adapter(
         ),
         rows={"padding_mask": None},
     ),
+    noise=("exploding", "flow"),  # 1 and 2; 2.5
     self_attention=("transformer_blocks.*.attn1",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="crossattn_proj"),

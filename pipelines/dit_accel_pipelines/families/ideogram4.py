@@ -30,7 +30,6 @@ IDEOGRAM4 = Adapter(
     sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=image_last,
     outer_masks=True,  # padding sees padding, which nobody reads
-    rising_timesteps=True,
     guidance=Guidance(
         branch_of={"transformer": "cond", "unconditional_transformer": "uncond"},
         uncond_tokens="last",  # the image, without the prompt in front of it

@@ -63,7 +63,6 @@ LUMINA2 = Adapter(
     blocks=(BlockList(pattern="layers.*", joined=True),),
     sizes=partial(lumina_sizes, mlp_ratio=4),
     grid=valid_text_first,
-    rising_timesteps=True,
     rope=Rope(
         owner="rope_embedder",
         method="_get_freqs_cis",

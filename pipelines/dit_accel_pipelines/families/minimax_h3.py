@@ -43,12 +43,12 @@ MINIMAX_H3 = Adapter(
             )
         ),
     ),
+    toward_clean=True,
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, width="hidden_size", gated=True),
     grid=packed_video,
     split_text="none",
-    rising_timesteps=True,
     rope=Rope(
         owner="rope",
         form="frequencies of all axes",

@@ -47,12 +47,12 @@ def learned(config: Mapping[str, Any]) -> tuple[Axis, ...]:
 MOCHI = Adapter(
     name="mochi",
     transformers=("MochiTransformer3DModel",),
+    toward_clean=True,
     self_attention=("transformer_blocks.*.attn1",),
     sizes=partial(read_sizes, mlp_ratio=Fraction(8, 3), gated=True),
     grid=partial(latents_grid, text="after"),
     variable_text_length=True,
     signal=modulated_input,
-    rising_timesteps=True,
     rope=Rope(
         owner="rope",
         form="learned",

@@ -43,6 +43,7 @@ PIXART = Adapter(
     grid=partial(latents_grid, frames_axis=None),
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope="PixArt adds sinusoidal positions to the patches",
+    noise=("exploding",),
     families=with_perturbation(PIXART_SIGMA),
     refused=IMAGE_REFUSED,
 )
@@ -56,6 +57,7 @@ HUNYUAN_DIT = replace(
         rows={"image_rotary_emb": None},
         share_prefix=False,  # its second half takes what the first gave, besides its stream
     ),
+    noise=("none",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*"),),
     recipes={"pag": {"layers": ("L1",)}},
@@ -74,11 +76,11 @@ LUMINA_NEXT = replace(
     name="lumina-next",
     transformers=("LuminaNextDiT2DModel",),
     guidance=Guidance(together=("LuminaPipeline",), first_rows="cond", rows={"image_rotary_emb": None}),
+    noise=("flow",),
     self_attention=("layers.*.attn1",),
     blocks=(BlockList(pattern="layers.*"),),
     sizes=partial(lumina_sizes, mlp_ratio=Fraction(8, 3)),
     cross_attention="its attention to text is gated in the block, which nag does not know",
-    rising_timesteps=True,
     rope=Rope(
         input="image_rotary_emb",
         form="plane",

@@ -101,7 +101,6 @@ Z_IMAGE = Adapter(
     grid=list_grid,
     latents="x",
     timestep="t",
-    rising_timesteps=True,
     rope=Rope(
         owner="rope_embedder",
         method="precompute_freqs_cis",

@@ -1,0 +1,130 @@
+"""Every scheduler of diffusers in six pipelines: steps, noise level and windows are those of the pipeline's loop."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_other_pipelines
+import tiny_pipelines
+import tiny_wan_pipelines
+import torch
+from scheduler_walks import STEPS, Walk, made, noise_at, scheduler_names, steps_of, walked
+
+import dit_accel
+from dit_accel import SLG, ConfigError, EasyCache, LiteAttention, SeaCache, SparseD, StaticCache
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "wan": tiny_wan_pipelines.wan,
+    "sd3": tiny_other_pipelines.sd3,
+    "mochi": tiny_pipelines.mochi,
+    "cogvideox": tiny_pipelines.cogvideox,
+    "pixart": tiny_other_pipelines.pixart,
+    "hunyuan-dit": tiny_other_pipelines.hunyuan_dit,
+}
+FLOWS = ("wan", "sd3", "mochi")
+CACHED = dict(warmup_steps=2, last_steps=1)
+TILES = dict(block_size=16)
+CACHES = {
+    "staticcache": (StaticCache(every=2, **CACHED), lambda step: step % 2),
+    "easycache": (EasyCache(threshold=1e9, **CACHED), lambda step: False),
+    "seacache": (SeaCache(threshold=1e9, max_consecutive=STEPS, **CACHED), lambda step: False),
+}
+"""A cache, and which steps it computes besides the first two and the last."""
+SPARSE = {
+    "sparsed": (SparseD(density=0.5, dense_steps=0.5, dense_last_steps=0, dense_layers=0, **TILES), 0.5),
+    "liteattention": (LiteAttention(target_density=0.5, dense_steps=2, **TILES), 0.3),
+}
+"""A sparse method, and the share of the run from which on it plans."""
+WINDOW = SLG(layers="L1", scale=2.0, start=0.4, stop=0.8)
+FEW = {
+    "wan": "UniPCMultistepScheduler", "sd3": "FlowMatchHeunDiscreteScheduler", "cogvideox": "DDIMScheduler",
+    "mochi": "FlowMatchEulerDiscreteScheduler", "pixart": "KDPM2AncestralDiscreteScheduler",
+    "hunyuan-dit": "PNDMScheduler",
+}  # fmt: skip
+LEAST = {"wan": 15, "sd3": 20, "mochi": 4, "cogvideox": 20, "pixart": 20, "hunyuan-dit": 20}
+"""Schedulers that a pipeline is known to run with, at least; a newer diffusers may have more."""
+
+
+@functools.cache
+def plain_of(name: str) -> tuple[Any, dict[str, Any]]:
+    pipe, call = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**call, "num_inference_steps": STEPS, "output_type": "latent"}
+
+
+def runs_with(name: str, scheduler: str) -> bool:
+    """Give a pipeline a scheduler, and tell whether diffusers runs it so."""
+    pipe, call = plain_of(name)
+    try:
+        pipe.scheduler = made(scheduler, name in FLOWS)
+        latents = walked(pipe, call).latents
+    except Exception:
+        return False
+    return bool(torch.as_tensor(latents).isfinite().all())
+
+
+def wrong_with(name: str, scheduler: str) -> tuple[list[str], int, int]:
+    """Return what is wrong in a pipeline with a scheduler, how many methods ran and how many were refused."""
+    pipe, call = plain_of(name)
+    plain = walked(pipe, call)
+    states = name == "wan"  # it states its rounds as steps
+    steps = list(range(plain.rounds)) if states else steps_of(plain.rounds)
+    count, wrong, ran, refused = steps[-1] + 1, [], 0, 0
+
+    def expect(what: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            wrong.append(f"{name}, {scheduler}, {what}: {found}, expected {expected}")
+
+    with dit_accel.attach(pipe, preset="none") as attachment:
+        state = attachment._execution.state
+        seen = walked(pipe, call, lambda: (state.step_index, state.num_inference_steps, state.sigma))
+    for index, timestep, (step, known, sigma) in seen.forwards:
+        expect(f"round {index}", (step, known), (steps[index], count))
+        level = noise_at(pipe.scheduler, timestep) if not states else float(pipe.scheduler.sigmas[index])
+        told = sigma is not None and level is not None
+        if not told or not (math.isnan(level) or math.isclose(sigma, level, rel_tol=0.02, abs_tol=2e-3)):
+            expect(f"noise of round {index}", sigma, level)
+    if states and count != STEPS:
+        return wrong, 1, 0  # its own count, from which the windows below follow as anywhere
+    for method, (config, besides) in CACHES.items():
+        computes = [bool(step in (0, 1, count - 1) or besides(step)) for step in steps]
+        try:
+            attachment = dit_accel.attach(pipe, config)
+        except ConfigError as error:
+            refused += 1
+            expect(method, f"refused: {error}" if method != "seacache" else hasattr(pipe.scheduler, "sigmas"), False)
+            continue
+        with attachment:
+            expect(method, [bool(one) for one in walked(pipe, call).ran], computes)
+        ran += 1
+    for method, (config, since) in SPARSE.items():
+        rounds, walk = set(), Walk()
+        with dit_accel.attach(pipe, config, backend="torch") as attachment:
+            with attachment.observe(lambda _, rounds=rounds, walk=walk: rounds.add(walk.rounds)):
+                walked(pipe, call, walk=walk)
+        expect(method, [one in rounds for one in range(plain.rounds)], [step >= since * count for step in steps])
+        ran += 1
+    with dit_accel.attach(pipe, WINDOW):
+        more = [with_it - without for with_it, without in zip(walked(pipe, call).ran, plain.ran, strict=True)]
+    expect("slg", [bool(one) for one in more], [0.4 <= step / count < 0.8 for step in steps])
+    return wrong, ran + 1, refused
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_scheduler_of_each_kind(name):
+    assert runs_with(name, FEW[name])
+    wrong, ran, _ = wrong_with(name, FEW[name])
+    assert not wrong
+    assert ran >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_scheduler(name, record_property):
+    found = {one: wrong_with(name, one) for one in scheduler_names() if runs_with(name, one)}
+    for number, what in enumerate(("ran", "refused"), 1):
+        record_property(what, sum(one[number] for one in found.values()))
+    assert not [text for wrong, *_ in found.values() for text in wrong]
+    assert len(found) >= LEAST[name]
