@@ -302,5 +302,5 @@ def test_the_public_check_finds_a_forward_that_keeps_state_of_its_own(monkeypatc
     model = Case(adapter_for("WanTransformer3DModel"), tiny_wan())
     check_beside_guidance(model, METHOD_CASES["lite"])
     monkeypatch.setattr(CallsMade, "find", lambda *_: None)
-    with pytest.raises(AssertionError, match=r"away from nothing.*LiteAttention.*learns"):
+    with pytest.raises(AssertionError, match="LiteAttention"):
         check_beside_guidance(model, METHOD_CASES["lite"])

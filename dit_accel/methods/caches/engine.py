@@ -160,10 +160,8 @@ class StepCacheHandler(Handler):
             return run()
         time = self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
-        history, near = (
-            self._histories.get(key),
-            given_beside(self._histories, context, shapes, time, self._end(context)),
-        )
+        near = given_beside(self._histories, context, shapes, time, self._end(context))
+        history = self._histories.get(key)
         if history is None or (history.shapes, history.beside) != (shapes, near is not None):
             history = self._histories[key] = self._new_history(shapes, near is not None)
         decider, leads, reuse = self._settle(context, bool(history.points) or near is not None)
