@@ -37,7 +37,8 @@ KEYS = "int64_t pack() { return 0; }"
 def fresh(monkeypatch, tmp_path):
     """An empty cache, for a loop that is looked for anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CXX", compiled.SWITCH):
+        monkeypatch.delenv(name, raising=False)
     compiled.loop.cache_clear()
     yield tmp_path / "cache" / "dit-accel" / "kernels"
     compiled.loop.cache_clear()
@@ -235,8 +236,9 @@ def test_folders_are_the_users_alone(fresh):
 
 @posix
 @pytest.mark.parametrize("what", ["a link", "a link in the root", "a root of all"])
-def test_what_others_could_swap_is_refused_and_not_changed(fresh, tmp_path, what):
+def test_what_others_could_swap_is_refused_and_not_changed(fresh, monkeypatch, tmp_path, what):
     """A link that somebody laid would have the mode of a folder of the user's own changed."""
+    monkeypatch.setattr(compiled, "_commands", lambda: [["c++"]])
     own, root = tmp_path / "own", fresh.parents[1]
     own.mkdir()
     own.chmod(0o775)
