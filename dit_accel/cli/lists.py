@@ -14,6 +14,7 @@ from ..adapters.embedded import INSTALL, assets, embedded_names
 from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
 from ..methods.config import MethodConfig, spell_type
+from ..methods.verdicts import refused_by, spell_refusal
 from .console import OUT, plain_table, print_json
 from .method_options import first_line
 
@@ -101,22 +102,15 @@ def models(json: Json = False) -> None:
 
 
 def _print_verdicts() -> None:
-    """Print family x method: yes (supported), degenerate, refused or plan only, then every reason once.
-
-    A method that no family refuses has no column.
-    """
-    refused = {name for adapter in installed.adapters().values() for name in adapter.refused}
-    names = [name for name in method_registry.methods() if name in refused]
+    """Print what each family takes all methods but, then every reason once, degenerate (changes nothing) or refused."""
     reasons: dict[str, list[str]] = {}
-    table = plain_table("family", *names)
+    table = plain_table("family", "takes all methods but")
     for adapter in installed.adapters().values():
-        verdicts = {name: adapter.verdict(name) if adapter.transformers else ("plan only", "") for name in names}
-        table.add_row(adapter.name, *("yes" if word == "supported" else word for word, _ in verdicts.values()))
-        for name, (word, why) in verdicts.items():
-            if why:
-                reasons.setdefault(f"{name} is {word}: {why}", []).append(adapter.name)
+        refused = refused_by(adapter) if adapter.transformers else {}
+        table.add_row(adapter.name, ", ".join(refused) if adapter.transformers else "plan only")
+        for name, why in refused.items():
+            reasons.setdefault(f"{name} is {spell_refusal(why, adapter)}", []).append(adapter.name)
     OUT.print(table)
-    OUT.print(f"refused by none: {', '.join(name for name in method_registry.methods() if name not in refused)}")
     for reason, adapters in reasons.items():
         OUT.print(f"{', '.join(adapters)}: {reason}", style="dim")
 
@@ -152,7 +146,7 @@ def attribute_docs(documented: type) -> dict[str, str]:
 def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
     frames = rounded_frames(family, family.num_frames)
     layout = token_layout(family, height=family.height, width=family.width, num_frames=frames)
-    attachable = bool(adapter.transformers)
+    attachable, refused = bool(adapter.transformers), refused_by(adapter)
     sizes = ("layers", "heads", "head_dim", "experts", "height", "width", "num_frames", "num_inference_steps")
     return {
         "name": family.name,
@@ -163,8 +157,8 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
         "text_tokens": family.text_tokens,
         "embedded": family.name in embedded_names(),
         "attachable": attachable,
-        "methods": [name for name in method_registry.methods() if attachable and name not in adapter.refused],
-        "refused": dict(adapter.refused),
+        "methods": [name for name in method_registry.methods() if attachable and name not in refused],
+        "refused": dict(refused),
     }
 
 

@@ -28,6 +28,7 @@ from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
 from dit_accel.methods import registry as method_registry
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
+from dit_accel.methods.verdicts import refused_by, spell_refusal
 
 
 def run(*arguments: str):
@@ -161,19 +162,20 @@ def test_models_lists_families():
     assert all(f"embedded: --model {name}  (height " in text for name in model_names())
     told = " ".join(text.split())
     for adapter in installed.adapters().values():
-        word, why = adapter.verdict("radial")
-        shown = "yes" if word == "supported" else word
-        assert any(line.split()[:1] == [adapter.name] and shown in line.split() for line in text.splitlines())
-        assert not why or f"radial is {word}: {why}" in told
+        refused = refused_by(adapter)
+        assert f"{adapter.name} {', '.join(refused)}".strip() in told
+        assert all(f"{name} is {spell_refusal(why, adapter)}" in told for name, why in refused.items())
 
 
 def test_verdicts_tell_degenerate_from_refused():
     adapter = Adapter(
         name="any", transformers=(), self_attention=(), refused={"radial": ONE_FRAME, "lite": "no reason"}
     )
-    assert adapter.verdict("radial") == ("degenerate", ONE_FRAME)
-    assert adapter.verdict("lite") == ("refused", "no reason")
-    assert adapter.verdict("other") == ("supported", "")
+    refused = refused_by(adapter)
+    assert spell_refusal(refused["radial"], adapter) == f"degenerate: {ONE_FRAME}"
+    assert spell_refusal(refused["lite"], adapter) == "refused: no reason"
+    assert spell_refusal("nag can't on any: any-thing", adapter) == "refused: nag can't on the model: any-thing"
+    assert "easycache" not in refused
 
 
 def test_help_is_quick_and_loads_no_torch():
