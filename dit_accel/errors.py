@@ -12,6 +12,18 @@ class ConfigError(DitAccelError, ValueError):
     """A method, option or size that is wrong in itself or does not fit the others."""
 
 
+class MissingOption(ConfigError):  # noqa: N818 - reads as what it is
+    """An option, or another method, that has no usual value on the model and was not given.
+
+    Attributes:
+        needs: what must be given, such as ``layers``.
+    """
+
+    def __init__(self, text: str, needs: str) -> None:
+        super().__init__(text)
+        self.needs = needs
+
+
 class UnsupportedModel(DitAccelError, LookupError):  # noqa: N818 - reads as what it is
     """A pipeline, transformer or processor that no adapter covers."""
 

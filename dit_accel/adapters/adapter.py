@@ -279,11 +279,6 @@ class Adapter:
             alike, key=lambda known: (known.patch == sizes.patch, known.in_channels in (None, given)), default=None
         )
 
-    def verdict(self, method: str) -> tuple[str, str]:
-        """Return ``supported``, ``degenerate`` or ``refused``, and why."""
-        why = self.refused.get(method, "")
-        return ("degenerate" if why == ONE_FRAME else "refused" if why else "supported"), why
-
     def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:
         """Return the options that ``method`` takes on this model where the user set none."""
         return (family.recipes.get(method) if family else None) or self.recipes.get(method, {})

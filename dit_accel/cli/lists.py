@@ -16,6 +16,7 @@ from ..errors import ConfigError, did_you_mean, install
 from ..estimate.sizes import rounded_frames, token_layout
 from ..methods import registry as method_registry
 from ..methods.config import MethodConfig, spell_type
+from ..methods.verdicts import refused_by, spell_refusal
 from .console import OUT, plain_table, print_json
 from .method_options import first_line
 
@@ -110,17 +111,15 @@ def models(json: Json = False) -> None:
 
 def _print_verdicts() -> None:
     """Print which families take every method; then, once for all that say the same, what others do not, and why."""
-    names = method_registry.methods()
-    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for adapter in installed.adapters().values():
-        verdicts = ((name, *adapter.verdict(name)) for name in names if adapter.transformers)
-        lacks = tuple((name, why) for name, word, why in verdicts if word != "supported")
-        alike.setdefault(lacks if adapter.transformers else (("all", "planned alone"),), []).append(adapter.name)
+        lacks = [f"--{name}: {spell_refusal(why, adapter)}" for name, why in refused_by(adapter).items()]
+        alike.setdefault(tuple(lacks) if adapter.transformers else ("planned alone",), []).append(adapter.name)
     for lacks, families in sorted(alike.items(), key=lambda one: len(one[0])):
         takes = "all methods but these" if lacks else "every method"
         OUT.print(f"\n[bold]{len(families)} families take {takes}[/bold]")
-        for name, why in lacks:
-            OUT.print(Padding(f"--{name}: {why}", (0, 0, 0, 2)), markup=False)
+        for lack in lacks:
+            OUT.print(Padding(lack, (0, 0, 0, 2)), markup=False)
         OUT.print(Padding(", ".join(families), (0, 0, 0, 2)), style="dim")
     OUT.print("\nWhat one model takes, with its scheduler: `dit-accel describe --model MODEL`.", style="dim")
 
@@ -156,7 +155,7 @@ def attribute_docs(documented: type) -> dict[str, str]:
 def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
     frames = rounded_frames(family, family.num_frames)
     layout = token_layout(family, height=family.height, width=family.width, num_frames=frames)
-    attachable = bool(adapter.transformers)
+    attachable, refused = bool(adapter.transformers), refused_by(adapter)
     sizes = ("layers", "heads", "head_dim", "experts", "height", "width", "num_frames", "num_inference_steps")
     return {
         "name": family.name,
@@ -167,8 +166,8 @@ def _family_data(adapter: Adapter, family: Family) -> dict[str, Any]:
         "text_tokens": family.text_tokens,
         "embedded": family.name in embedded_names(),
         "attachable": attachable,
-        "methods": [name for name in method_registry.methods() if attachable and name not in adapter.refused],
-        "refused": dict(adapter.refused),
+        "methods": [name for name in method_registry.methods() if attachable and name not in refused],
+        "refused": dict(refused),
     }
 
 

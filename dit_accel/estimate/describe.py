@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, DitAccelError
-from ..methods.compose import make_handlers
-from ..methods.find import find_transformers, resolve_model
+from ..errors import DitAccelError
+from ..methods.find import find_transformers, resolve_model, scheduler_of
 from ..methods.registry import methods
+from ..methods.verdicts import verdict_of
 from ..report.html import as_printed, folded, piece, table
 from .recommend import Recommendation, recommend
 
@@ -23,8 +23,9 @@ class TransformerDescription:
         family: the released model it has the sizes of, or None.
         layers: attention modules that methods may change.
         heads: attention heads.
-        methods: method name -> its options on this model, every recipe value filled in.
-        refused: method name -> why it can't be attached here.
+        methods: method name -> its options on this model, every recipe value filled in; they can be attached so.
+        needs: method name -> what has no usual value on this model; once it is given, the method can be attached.
+        refused: method name -> why it can't be attached here, with the pipeline's scheduler.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TransformerDescription:
     layers: int
     heads: int
     methods: Mapping[str, Mapping[str, Any]]
+    needs: Mapping[str, str]
     refused: Mapping[str, str]
 
 
@@ -68,6 +70,7 @@ class Description:
                 (name, ", ".join(f"{key}={value}" for key, value in options.items()))
                 for name, options in part.methods.items()
             ]
+            rows += [(name, f"needs {what}") for name, what in part.needs.items()]
             rows += [(name, f"refused, {why}") for name, why in part.refused.items()]
             parts.append(folded(f"{part.name}: {len(part.methods)} methods", table(("method", "options"), rows)))
         return piece("; ".join(map(_header, self.transformers)), *parts)
@@ -77,6 +80,8 @@ class Description:
         lines += ["", str(self.recommendation or f"no recommendation: {self.not_recommended}"), ""]
         for part in self.transformers:
             lines.append(f"{part.name} takes {', '.join(part.methods) or 'no method'}")
+            needs = ", ".join(f"{name} ({what})" for name, what in part.needs.items())
+            lines += [f"{part.name} takes once it is given, {needs}"] if needs else []
             lines += [f"{part.name} refuses {', '.join(part.refused)}"] if part.refused else []
         return "\n".join(
             [*lines, "Their options, and why some are refused: `dit-accel describe --options`, or options()."]
@@ -89,6 +94,7 @@ class Description:
             lines += [_header(part), f"  {part.layers} self-attention layers, {part.heads} heads"]
             for method, options in part.methods.items():
                 lines.append(f"  {method}: {', '.join(f'{key}={value}' for key, value in options.items())}")
+            lines += [f"  {method}: needs {what}" for method, what in part.needs.items()]
             lines += [f"  {method}: refused, {why}" for method, why in part.refused.items()]
         return "\n".join(lines)
 
@@ -109,25 +115,16 @@ def describe(model: Any) -> Description:
         UnsupportedModel: if no adapter covers it; lists what is supported.
     """
     transformers = find_transformers(model)
-    described = tuple(_describe(name, transformers) for name in transformers)
+    described = tuple(_describe(name, transformers, scheduler_of(model)) for name in transformers)
     try:
         return Description(transformers=described, recommendation=recommend(model))
     except DitAccelError as error:  # such as a config that does not tell the sizes
         return Description(transformers=described, not_recommended=str(error))
 
 
-def _describe(name: str, transformers: dict[str, Any]) -> TransformerDescription:
-    model = resolve_model(name, transformers)
-    possible: dict[str, Mapping[str, Any]] = {}
-    refused = dict(model.adapter.refused)
-    for method, config_type in methods().items():
-        if method in refused:
-            continue
-        try:
-            (handler,) = make_handlers([config_type()], model, alone=False)
-            possible[method] = handler.settings.to_dict()
-        except ConfigError as error:
-            refused[method] = str(error)
+def _describe(name: str, transformers: dict[str, Any], scheduler: Any) -> TransformerDescription:
+    model = resolve_model(name, transformers, scheduler)
+    verdicts = {method: verdict_of(config_type(), model) for method, config_type in methods().items()}
     return TransformerDescription(
         name=name,
         transformer=type(transformers[name]).__name__,
@@ -135,6 +132,7 @@ def _describe(name: str, transformers: dict[str, Any]) -> TransformerDescription
         family=model.family.name if model.family else None,
         layers=model.layers,
         heads=model.heads,
-        methods=possible,
-        refused=refused,
+        methods={of: one.handler.settings.to_dict() for of, one in verdicts.items() if one.handler is not None},
+        needs={of: one.needs for of, one in verdicts.items() if one.word == "needs"},
+        refused={of: one.why for of, one in verdicts.items() if one.word == "refused"},
     )

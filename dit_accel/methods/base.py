@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter, Family
 from ..adapters.noise import Noise, noise_of
-from ..errors import ConfigError
+from ..errors import MissingOption
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
@@ -98,9 +98,10 @@ class Model:
         frames = config.trained_frames or (self.family.trained_frames if self.family else None)
         if frames is None:
             name = self.family.name if self.family else f"{self.adapter.name}, with sizes of no released model,"
-            raise ConfigError(
+            raise MissingOption(
                 f"{config.name} needs the length that the model was trained on, which {name} does not tell; set "
-                f"{config.name}.trained_frames to its latent frames"
+                f"{config.name}.trained_frames to its latent frames",
+                needs="trained_frames",
             )
         return frames
 
@@ -162,6 +163,9 @@ class Handler:
 
     def check_with(self, others: Sequence["Handler"]) -> None:
         """Raise `ConfigError` if the other attached methods make this one impossible."""
+
+    def require_given(self) -> None:
+        """Raise `MissingOption` for what `attach` needs beside the usual options, and `plan` does not."""
 
     def check_layout(self, layout: TokenLayout) -> str | None:
         """Return a note on a layout for the report, or None; raise `ConfigError` to refuse the layout."""

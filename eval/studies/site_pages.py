@@ -8,9 +8,17 @@ from dit_accel_eval.runs.results import markdown_table
 
 from dit_accel.adapters.installed import adapters, not_supported
 from dit_accel.errors import install
-from dit_accel.methods.registry import methods
+from dit_accel.methods.verdicts import refused_by, spell_refusal
 
-RAISED = ("ConfigError", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost", "BackendUnavailableError")
+RAISED = (
+    "ConfigError",
+    "MissingOption",
+    "UnsupportedModel",
+    "AttachError",
+    "MissingBackend",
+    "ProcessLost",
+    "BackendUnavailableError",
+)
 """What a user meets; kernels raise ValueError and TypeError besides."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -105,7 +113,7 @@ def models_table(_: Path) -> str:
     """A row for each family: its transformer classes, the released models whose sizes are known, what it refuses."""
     rows = []
     for adapter in adapters().values():
-        refused = [name for name in methods() if adapter.verdict(name)[1]]
+        refused = refused_by(adapter)
         known = [family for family in adapter.families if not family.name.endswith(("-tiny", "-plain"))]
         named = [adapter.transformers, [family.name for family in known], refused]
         rows.append([adapter.name, *(", ".join(f"`{name}`" for name in some) or "-" for some in named)])
@@ -124,10 +132,8 @@ def reasons_table(_: Path) -> str:
     """Why families refuse methods, each reason once."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for adapter in adapters().values():
-        for name in methods():
-            word, why = adapter.verdict(name)
-            if why:
-                reasons.setdefault((name, f"{word}: {why}"), []).append(adapter.name)
+        for name, why in refused_by(adapter).items():
+            reasons.setdefault((name, spell_refusal(why, adapter)), []).append(adapter.name)
     rows = [[f"`{name}`", why, "image models" if len(some) > 9 else ", ".join(some)]
             for (name, why), some in reasons.items()]  # fmt: skip
     return markdown_table("method | why not | families", rows)

@@ -29,6 +29,7 @@ from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
 from dit_accel.methods import registry as method_registry
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
+from dit_accel.methods.verdicts import refused_by, spell_refusal
 
 
 def run(*arguments: str):
@@ -172,20 +173,22 @@ def test_models_lists_families():
     verdicts = " ".join(text[text.rindex("embedded: ") :].split())
     whole, lacking = verdicts.split("families take every method ")[1].split("families take all methods but these ")
     for adapter in installed.adapters().values():
-        listed = lacking if adapter.refused else whole
+        refused = refused_by(adapter)
+        listed = lacking if refused else whole
         assert re.findall(rf"(?<![\w-]){re.escape(adapter.name)}(?=,| \d| What)", verdicts) == [adapter.name]
         assert adapter.name in listed
-        assert all(f"--{name}: {why}" in lacking for name, why in adapter.refused.items())
-    assert verdicts.count(ONE_FRAME) == 1
+        assert all(f"--{name}: {spell_refusal(why, adapter)}" in lacking for name, why in refused.items())
 
 
 def test_verdicts_tell_degenerate_from_refused():
     adapter = Adapter(
         name="any", transformers=(), self_attention=(), refused={"radial": ONE_FRAME, "lite": "no reason"}
     )
-    assert adapter.verdict("radial") == ("degenerate", ONE_FRAME)
-    assert adapter.verdict("lite") == ("refused", "no reason")
-    assert adapter.verdict("other") == ("supported", "")
+    refused = refused_by(adapter)
+    assert spell_refusal(refused["radial"], adapter) == f"degenerate: {ONE_FRAME}"
+    assert spell_refusal(refused["lite"], adapter) == "refused: no reason"
+    assert spell_refusal("nag can't on any: any-thing", adapter) == "refused: nag can't on the model: any-thing"
+    assert "easycache" not in refused
 
 
 def test_help_is_quick_and_loads_no_torch():

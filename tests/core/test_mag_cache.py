@@ -218,6 +218,9 @@ def test_an_expert_in_which_nothing_is_skipped_as_the_script_has_it_from_an_imag
     assert planned("wan2.2-i2v-a14b", 40) == drawn.count(".")
     later = ours("wan2.2-i2v-a14b", 40, switch=30)
     assert "." not in later[:31]  # whenever it takes over: a tenth of its ten steps
+    # the script counts forwards, two a step: 35 of them end the unconditional branch's warm-up a step earlier
+    other = released("wan2.2-i2v-a14b", (0.06, 2), [step for step in range(40) if 2 * step + 1 < int(30 + 50 * 0.1)])
+    assert (other[:18], other.count("#")) == ("#" * 17 + ".", 29)
 
 
 def test_the_plan_says_when_the_second_expert_is_counted_from():

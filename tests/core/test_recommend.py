@@ -294,7 +294,7 @@ def test_describe_leads_with_the_recommendation():
     assert str(recommend(transformer)) in str(description)
     assert "threshold=" not in str(description)
     assert "threshold=0.05" in description.options()
-    assert "refused, " in description.options()
+    assert "pag: needs layers" in description.options()
     assert description.to_dict()["recommendation"]["settings"][0]["name"] == "fast"
     bare = str(replace(description, recommendation=None, not_recommended="no sizes"))
     assert "no recommendation: no sizes" in bare

@@ -101,9 +101,9 @@ def wrong_with(name: str, scheduler: str) -> tuple[list[str], int, int]:
         ran += 1
     for method, (config, since) in SPARSE.items():
         rounds, walk = set(), Walk()
-        with dit_accel.attach(pipe, config, backend="torch") as attachment:
-            with attachment.observe(lambda _, rounds=rounds, walk=walk: rounds.add(walk.rounds)):
-                walked(pipe, call, walk=walk)
+        note = functools.partial(lambda rounds, walk, _: rounds.add(walk.rounds), rounds, walk)
+        with dit_accel.attach(pipe, config, backend="torch") as attachment, attachment.observe(note):
+            walked(pipe, call, walk=walk)
         expect(method, [one in rounds for one in range(plain.rounds)], [step >= since * count for step in steps])
         ran += 1
     with dit_accel.attach(pipe, WINDOW):

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingOption
 from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.exact_rows import dense_rows
@@ -146,12 +146,17 @@ class DeltaHandler(AttentionHandler):
         self.held: dict[Key, tuple[Tensor, int]] = {}
         self._measured: list[tuple[CallContext, Tensor]] = []
 
+    def require_given(self) -> None:
+        """Raise `MissingOption`: alone it corrects nothing."""
+        self.check_with(())
+
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse to correct nothing."""
         if not any(other.phase in (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS) for other in others):
-            raise ConfigError(
+            raise MissingOption(
                 "delta corrects what a sparse method leaves out, but none is attached; add one, such as "
-                "RadialAttention() or --radial"
+                "RadialAttention() or --radial",
+                needs="a sparse method beside it",
             )
         self.restorers = tuple(other for other in others if isinstance(other, RestoresTiles))
 

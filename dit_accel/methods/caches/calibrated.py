@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from ...adapters.installed import families
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError, MissingOption, did_you_mean
 from ..base import Model
 from ..options import NO_FILE
 from .cache_config import MeasuredCacheConfig
@@ -75,8 +75,9 @@ class CalibratedHandler(StepCacheHandler):
                 )
             return known[family]
         if numbers not in recipe:
-            raise ConfigError(
+            raise MissingOption(
                 f"{name} has no {numbers} for {model.name!r}, only for {', '.join(sorted(known))}; measure them with "
-                f"dit-accel tune {name}, or take those of a model that is like it: {name}.family"
+                f"dit-accel tune {name}, or take those of a model that is like it: {name}.family",
+                needs=f"{numbers} or family",
             )
         return recipe

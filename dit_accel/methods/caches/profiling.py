@@ -14,7 +14,7 @@ import torch
 
 from ...adapters.blocks import Streams
 from ...adapters.installed import families
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingOption
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules import block_schedule
@@ -188,9 +188,10 @@ class ProfilingHandler(SpanHandler):
         found = super().recipe(config, model)
         if config.blocks is None and "blocks" not in found:
             known = sorted(name for name, family in families().items() if config.name in family.recipes)
-            raise ConfigError(
+            raise MissingOption(
                 f"profilingcache has no blocks for {model.name!r}, only for {', '.join(known)}; measure them with "
-                "dit-accel tune profile and set profilingcache.blocks to its file, or name them, such as '0, 2-7'"
+                "dit-accel tune profile and set profilingcache.blocks to its file, or name them, such as '0, 2-7'",
+                needs="blocks",
             )
         return found
 

@@ -65,19 +65,19 @@ class TeaHandler(SignalHandler, CalibratedHandler):
     settings: TeaCache
 
     def __init__(self, config: TeaCache, model: Model) -> None:
-        super().__init__(config, model)
         adapter = model.adapter
         signal = adapter.projected_signal if config.use_ret_steps else adapter.signal
         if signal is None and config.use_ret_steps:
             raise ConfigError(
-                f"teacache.use_ret_steps needs the timestep's projected embedding, and the adapter {adapter.name!r} "
+                f"teacache.use_ret_steps needs the timestep's projected embedding, and the adapter of {adapter.name} "
                 "does not say how to get it; leave it out, or give the adapter a projected_signal"
             )
         if signal is None:
             raise ConfigError(
-                f"teacache needs the input of the first block, and the adapter {adapter.name!r} does not say how to "
+                f"teacache needs the input of the first block, and the adapter of {adapter.name} does not say how to "
                 "get it; use easycache, or give the adapter a signal"
             )
+        super().__init__(config, model)
         self._signal_of = signal
 
     @classmethod

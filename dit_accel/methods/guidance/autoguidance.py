@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingOption
 from ...plan.layout import TokenLayout
 from ..saving import Saving
 from ..site import ForwardContext, Site
@@ -73,6 +73,15 @@ class AutoGuidanceHandler(PerturbedHandler):
         """What is perturbed: the whole model."""
         return ("weak",)
 
+    def require_given(self) -> None:
+        """Raise `MissingOption` without a weaker model."""
+        if self.settings.weak is None and self.settings.weak_transformer is None:
+            raise MissingOption(
+                "autoguidance guides away from a weaker model, and none is set; set autoguidance.weak to a folder or a "
+                "hub id, or autoguidance.weak_transformer",
+                needs="weak or weak_transformer",
+            )
+
     def perturbed_layers(self, site: Site) -> Sequence[int]:
         """Return no layer: another model runs."""
         return ()
@@ -123,12 +132,9 @@ class AutoGuidanceHandler(PerturbedHandler):
 
     def _loaded(self, transformer: Any) -> nn.Module:
         """Return the weaker model, beside the transformer and in its type."""
+        self.require_given()
         name = self.settings.weak
-        if name is None:
-            raise ConfigError(
-                "autoguidance guides away from a weaker model, and none is set; set autoguidance.weak to a folder or a "
-                "hub id, or autoguidance.weak_transformer"
-            )
+        assert name is not None
         options, error = {"torch_dtype": transformer.dtype, "use_safetensors": True}, None
         for folder in ({"subfolder": "transformer"}, {}):
             try:

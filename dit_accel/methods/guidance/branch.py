@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedModel
+from ...errors import ConfigError, MissingOption, UnsupportedModel
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules.guidance import added
@@ -58,9 +58,10 @@ class PerturbedHandler(WindowedHandler):
         self._guiders: tuple[Any, ...] = ()
         if self.specs is None:
             known = model.family.name if model.family is not None else f"a {model.adapter.name} of these sizes"
-            raise ConfigError(
+            raise MissingOption(
                 f"{self.name}.{self.option} is not set, and nothing is published for {known}; name some, such as "
-                f"L{max(1, model.layers // 3)}{self.search}"
+                f"L{max(1, model.layers // 3)}{self.search}",
+                needs=self.option,
             )
 
     # What is perturbed.

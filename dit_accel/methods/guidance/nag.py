@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...adapters.cross_attention import CrossAttention
 from ...adapters.joined_text import JoinedText
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingOption
 from ...plan.call import Call
 from ...plan.context import CallContext, StepContext
 from ...plan.layout import TokenLayout
@@ -101,17 +101,22 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         crossed = isinstance(self.model.adapter.cross_attention, CrossAttention)
         return where if isinstance(where, JoinedText) and not crossed else None
 
+    def require_given(self) -> None:
+        """Raise `MissingOption` without a negative text."""
+        if self._embeds is None and self.settings.negative_prompt is None:
+            raise MissingOption(
+                "nag leads away from a text, and none is set; set nag.negative_prompt, such as 'blurry, low quality', "
+                "or nag.negative_embeds",
+                needs="negative_prompt or negative_embeds",
+            )
+
     def install(self, site: Site) -> None:
         """Run around every forward and what attends to the text; raise `ConfigError` without a negative text."""
         where = self._joined or site.adapter.cross_attention
         assert not isinstance(where, (str, type(None)))
         prompt = self.settings.negative_prompt
-        if self._embeds is None:
-            if prompt is None:
-                raise ConfigError(
-                    "nag leads away from a text, and none is set; set nag.negative_prompt, such as 'blurry, low "
-                    "quality', or nag.negative_embeds"
-                )
+        self.require_given()
+        if self._embeds is None and prompt is not None:
             padded = isinstance(where, JoinedText) and where.mask is None
             self._embeds = encoded(site, prompt, padded=padded)
         if isinstance(where, JoinedText):

@@ -82,7 +82,7 @@ class RoPEHandler(Handler):
 
     def __init__(self, config: RoPE, model: Model) -> None:
         super().__init__(config, model)
-        require_kind(model, config.kind, config.axes or ())
+        require_kind(model, config.kind, config.axes or (), option="kind")
         given = {axis: getattr(config, f"trained_{axis}") for axis in VISUAL_AXES}
         self._trained = trained_lengths(config.name, given, model.family)
 

@@ -10,7 +10,7 @@ import numpy as np
 from ...adapters.adapter import Family
 from ...adapters.rope_forms import changed
 from ...adapters.rotary import Rope, RopeChange, changeable_axes, rope_of
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingOption
 from ...plan.layout import TokenLayout
 from ..base import Model
 from ..site import ForwardContext, Site
@@ -28,23 +28,25 @@ def trained_lengths(method: str, given: Mapping[str, int | None], family: Family
     if not known:
         model = family.name if family else "a model with sizes of no released one"
         names = ", ".join(f"{method}.trained_{axis}" for axis in given)
-        raise ConfigError(
+        raise MissingOption(
             f"{method} needs the size that the model was trained on, which is not known of {model}; set one of {names} "
-            "to its tokens"
+            "to its tokens",
+            needs=" or ".join(f"trained_{axis}" for axis in given),
         )
     return known
 
 
-def require_kind(model: Model, kind: str, requested: Sequence[str] = ()) -> None:
+def require_kind(model: Model, kind: str, requested: Sequence[str] = (), option: str = "") -> None:
     """Raise `ConfigError` for a model whose positions can't be changed, or not by this kind or along these axes.
 
     Of a model that is not there yet this is checked as far as its family's sizes tell. ``requested``: the axes; empty:
-    all that can change.
+    all that can change. ``option``: what sets another kind.
     """
     name, rope, config = model.adapter.name, model.adapter.rope, model.config
     if isinstance(rope, Rope) and rope.kinds is not None and kind not in rope.kinds:
         others = " or ".join(repr(known) for known in rope.kinds if known != "none")
-        raise ConfigError(f"rotary frequencies of kind {kind!r} make no sense on {name}: {rope.note}; use {others}")
+        why = f"rotary frequencies of kind {kind!r} make no sense on {name}: {rope.note}; use {others}"
+        raise MissingOption(why, needs=f"{option} = {others}") if option and others else ConfigError(why)
     if config is None and model.family is not None and model.family.config:
         config = model.family.config
     if config is not None or not isinstance(rope, Rope):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingOption
 from ...plan.call import Call
 from ...plan.context import CallContext, StepContext
 from ...plan.heads import HeadShare
@@ -163,9 +163,10 @@ class UltraImageHandler(AttentionHandler):
         known = trained_lengths(config.name, given, model.family)
         missing = [axis for axis in AXES if axis not in known]
         if missing:
-            raise ConfigError(
+            raise MissingOption(
                 f"ultraimage needs the size of the pictures that the model was trained on; set ultraimage.trained_"
-                f"{missing[0]} to its tokens"
+                f"{missing[0]} to its tokens",
+                needs=f"trained_{missing[0]}",
             )
         if config.correct:
             try:

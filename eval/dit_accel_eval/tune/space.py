@@ -14,6 +14,7 @@ from dit_accel.adapters.embedded import assets
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.verdicts import refused_by
 
 from ..runs.model import shipped_scheduler
 from ..suites.arms import Arm, dense_arm, read_arms
@@ -64,13 +65,14 @@ def space_of(
     """
     further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
     usual = {*STEPS, *further, own}
+    refused = refused_by(adapter)
     shifts = scheduler is not None and is_flow(scheduler.config)
 
     def taken(arm: Arm) -> bool:
         if arm.flow_shift is not None and not (shifts and arm.flow_shift != shift_of(scheduler)):
             return False
         known = (one.name in family.recipes or not isinstance(one, CALIBRATED) for one in arm.methods)
-        return all(known) and all(adapter.verdict(one.name)[0] == "supported" for one in arm.methods)
+        return all(known) and not any(one.name in refused for one in arm.methods)
 
     found = [dense_arm(steps) for steps in usual]
     found += [

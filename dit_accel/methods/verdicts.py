@@ -1,0 +1,64 @@
+"""Which methods a model takes, which once an option is set, and which it refuses: one rule for all that lists them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..adapters.adapter import ONE_FRAME, Adapter
+from ..errors import ConfigError, MissingOption
+from .base import Handler, Model
+from .compose import make_handlers
+from .config import MethodConfig
+from .registry import methods
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What `attach` says to a method with its usual options.
+
+    Attributes:
+        word: ``taken``; ``needs``: taken once something is given that has no usual value on the model; ``refused``.
+        why: the error's sentence, where it is not taken.
+        needs: what must be given.
+        handler: the method on the model, where it is taken.
+    """
+
+    word: Literal["taken", "needs", "refused"]
+    why: str = ""
+    needs: str = ""
+    handler: Handler | None = None
+
+
+def verdict_of(config: MethodConfig, model: Model) -> Verdict:
+    """Return what `attach` says to one method on a model, as far as it is known without its weights."""
+    if (why := model.adapter.refused.get(config.name)) is not None:
+        return Verdict(word="refused", why=why)
+    try:
+        (handler,) = make_handlers([config], model, alone=False)
+        handler.require_given()
+    except MissingOption as error:
+        return Verdict(word="needs", why=str(error), needs=error.needs)
+    except ConfigError as error:
+        return Verdict(word="refused", why=str(error))
+    return Verdict(word="taken", handler=handler)
+
+
+def refused_by(adapter: Adapter) -> Mapping[str, str]:
+    """Return method -> why no released model of a family takes it, with the scheduler that it is released with."""
+    sizes: list[dict[str, Any]] = [
+        dict(family=family, heads=family.heads, layers=family.layers) for family in adapter.families
+    ]
+    models = [Model(adapter=adapter, **one) for one in sizes or [dict(family=None, heads=1, layers=1)]]
+    found = {}
+    for name, config_type in methods().items():
+        verdicts = [verdict_of(config_type(), model) for model in models]
+        if all(one.word == "refused" for one in verdicts):
+            found[name] = verdicts[0].why
+    return found
+
+
+def spell_refusal(why: str, adapter: Adapter) -> str:
+    """Return a reason as families that share it read it; ``degenerate`` is what would change nothing."""
+    own = re.compile(rf"(?<![\w.-]){re.escape(adapter.name)}(?![\w.-])")
+    return f"{'degenerate' if why == ONE_FRAME else 'refused'}: {own.sub('the model', why)}"
