@@ -175,7 +175,7 @@ def test_methods_that_depend_on_the_order_of_the_arguments_are_found(monkeypatch
         check_adapter(WAN, tiny_models.WAN[0], only=["pairs"])
 
 
-def shared_history(self, shapes, kept=[]):  # noqa: B006 - one for all branches is what is wrong
+def shared_history(self, shapes, beside=False, kept=[]):  # noqa: B006 - one for all branches is what is wrong
     kept[:] = kept or [History(self.settings, shapes, self._start)]
     return kept[0]
 
