@@ -9,7 +9,10 @@ from dit_accel_eval.runs.results import markdown_table
 from dit_accel.adapters.installed import adapters
 from dit_accel.methods.verdicts import refused_by, spell_refusal
 
-RAISED = ("ConfigError", "MissingOption", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost", "BackendUnavailableError")
+RAISED = (
+    "ConfigError", "MissingOption", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost",
+    "BackendUnavailableError",
+)  # fmt: skip
 """What a user meets; kernels raise ValueError and TypeError besides."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
