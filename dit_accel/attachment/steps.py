@@ -117,8 +117,8 @@ class Schedule:
         return self._numbers[index] - self._numbers[self._start]
 
     def is_over(self, number: int) -> bool:
-        """Tell whether the ``number``-th of the run's different timesteps is the last in the list."""
-        return bool(self._numbers) and number >= self._numbers[-1] - self._numbers[self._start]
+        """Tell whether the ``number``-th of the run's different timesteps is the last that is listed."""
+        return not self._numbers or number >= self._numbers[-1] - self._numbers[self._start]
 
     def sigma(self, number: int) -> float | None:
         """Return the noise level of a run's ``number``-th different timestep."""

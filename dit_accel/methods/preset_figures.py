@@ -7,7 +7,7 @@ levels; `preset_figures.json` holds them, written by `eval/studies/preset_table.
 import functools
 import json
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 PROMPTS = 16
 """Prompts that each figure was measured on."""
@@ -63,7 +63,7 @@ class Promise:
 @functools.cache
 def figures(level: str) -> tuple[Figure, ...]:
     """Return what a level measured; nothing for one that was not."""
-    text = resources.files(__package__).joinpath("preset_figures.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     return tuple(Figure(**one) for one in json.loads(text).get(level, ()))
 
 

@@ -11,14 +11,9 @@ from dit_accel.errors import install
 from dit_accel.methods.verdicts import refused_by, spell_refusal
 
 RAISED = (
-    "ConfigError",
-    "MissingOption",
-    "UnsupportedModel",
-    "AttachError",
-    "MissingBackend",
-    "ProcessLost",
+    "ConfigError", "MissingOption", "UnsupportedModel", "AttachError", "MissingBackend", "ProcessLost",
     "BackendUnavailableError",
-)
+)  # fmt: skip
 """What a user meets; kernels raise ValueError and TypeError besides."""
 
 ROOMS: dict[str, tuple[str, ...]] = {

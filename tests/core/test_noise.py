@@ -122,9 +122,7 @@ def test_a_scheduler_that_replaces_another_after_attach_is_refused_before_any_wo
     pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
     with dit_accel.attach(pipe, SeaCache()):
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-        with pytest.raises(
-            ConfigError, match=r"^seacache.*DDIMScheduler.*easycache"
-        ):
+        with pytest.raises(ConfigError, match=r"^seacache.*DDIMScheduler.*easycache"):
             pipe(**call)
         assert not ran
         pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)

@@ -115,8 +115,9 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         where = self._joined or site.adapter.cross_attention
         assert not isinstance(where, (str, type(None)))
         prompt = self.settings.negative_prompt
-        self.require_given()
-        if self._embeds is None and prompt is not None:
+        if self._embeds is None:
+            self.require_given()
+            assert prompt is not None
             padded = isinstance(where, JoinedText) and where.mask is None
             self._embeds = encoded(site, prompt, padded=padded)
         if isinstance(where, JoinedText):
