@@ -112,7 +112,7 @@ def require_tools() -> None:
 
 
 def compared(
-    dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float, runs: int = 1
+    dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float, *, runs: int = 1
 ) -> Check:
     """Return how near a run with methods is to the dense one of its seed; what is measured is ``check``'s tool's.
 

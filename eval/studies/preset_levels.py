@@ -74,8 +74,10 @@ def candidates(steps: int) -> dict[str, MethodConfig]:
         f"held, error {error:g}": EasyCache(error=error, warmup_steps=3, last_steps=1, **HELD)
         for error in (0.03, 0.04, 0.06, 0.09)
     }
-    sea = {f"line, seacache {threshold:g}": SeaCache(threshold=threshold, **LINE) for threshold in (0.15, 0.25)}
-    return {name: found[name] for name in found if name in first.values()} | errors | sea
+    sea: dict[str, MethodConfig] = {
+        f"line, seacache {threshold:g}": SeaCache(threshold=threshold, **LINE) for threshold in (0.15, 0.25)
+    }
+    return {**{name: found[name] for name in found if name in first.values()}, **errors, **sea}
 
 
 def levels(steps: int) -> dict[str, MethodConfig]:
