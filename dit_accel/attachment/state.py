@@ -53,7 +53,7 @@ class DenoisingState:
         self.num_inference_steps: int | None = None
         self.sigma: float | None = None
         self._noise: Noise | None = None  # what sigma is; None: as it was first
-        self.training = False
+        self.training = self._stated = False  # of the last step
 
     @property
     def pipe(self) -> Any:
@@ -75,7 +75,7 @@ class DenoisingState:
             self._stated_steps = steps
             if run is not None:
                 self._timeline, self._noise = timeline_of(run.pipe), noise_of(_scheduler(run.pipe))
-        self.training = False
+        self.training, self._stated = False, True
         self.step_index = self._number = step
         self.num_inference_steps = self._timeline.steps if steps is None else steps
         self.sigma = stated.get("sigma", None if run is None else noise_level(_scheduler(run.pipe)))
@@ -151,7 +151,7 @@ class DenoisingState:
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
     ) -> None:
         """Infer the step from the timesteps; equal ones are calls of one step."""
-        begins = self._begins(run) or self.training or timestep is None
+        begins = self._begins(run) or self.training or self._stated or timestep is None
         moved = 0 if timestep is None or begins else self._course.move(timestep)
         if moved < 0 and run is not None and self._schedule is not None and not self._schedule.is_over(self._number):
             self._drop()  # the pipeline goes back to more noise, as its call has laid it out
@@ -248,7 +248,7 @@ class DenoisingState:
         self._course = Course()
         self._timeline, self._schedule, self._stated_steps = Timeline(), None, None
         self._first.clear()
-        self.num_inference_steps, self._noise, self.training = None, None, False
+        self.num_inference_steps, self._noise, self.training, self._stated = None, None, False, False
 
 
 def _scheduler(pipe: Any) -> Any:

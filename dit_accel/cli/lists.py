@@ -7,7 +7,6 @@ import typing
 from typing import Annotated, Any
 
 import typer
-from rich.padding import Padding
 
 from ..adapters import installed
 from ..adapters.adapter import Adapter, Family
@@ -110,17 +109,20 @@ def models(json: Json = False) -> None:
 
 
 def _print_verdicts() -> None:
-    """Print which families take every method; then, once for all that say the same, what others do not, and why."""
-    alike: dict[tuple[str, ...], list[str]] = {}
+    """Print what each family does not take, then every reason once."""
+    reasons: dict[str, int] = {}
+    table = plain_table("family", "takes all methods but")
     for adapter in installed.adapters().values():
-        lacks = [f"--{name}: {spell_refusal(why, adapter)}" for name, why in refused_by(adapter).items()]
-        alike.setdefault(tuple(lacks) if adapter.transformers else ("planned alone",), []).append(adapter.name)
-    for lacks, families in sorted(alike.items(), key=lambda one: len(one[0])):
-        takes = "all methods but these" if lacks else "every method"
-        OUT.print(f"\n[bold]{len(families)} families take {takes}[/bold]")
-        for lack in lacks:
-            OUT.print(Padding(lack, (0, 0, 0, 2)), markup=False)
-        OUT.print(Padding(", ".join(families), (0, 0, 0, 2)), style="dim")
+        refused = refused_by(adapter) if adapter.transformers else {}
+        table.add_row(adapter.name, (", ".join(refused) or "-") if adapter.transformers else "all: it is planned alone")
+        for name, why in refused.items():
+            text = f"{name} is {spell_refusal(why, adapter)}"
+            reasons[text] = reasons.get(text, 0) + 1
+    OUT.print()
+    OUT.print(table)
+    OUT.print()
+    for reason, count in reasons.items():
+        OUT.print(f"{reason} ({count} {'family' if count == 1 else 'families'})", markup=False, highlight=False)
     OUT.print("\nWhat one model takes, with its scheduler: `dit-accel describe --model MODEL`.", style="dim")
 
 

@@ -315,7 +315,7 @@ def test_a_preset_is_planned_and_named_methods_win():
     assert "radial" in named["methods"]
     assert planned("--family", "wan2.1-14b", "--preset", "none")["methods"] == {}
     said = run("--family", "flux.1-dev", "--preset", "careful").stderr
-    assert "preset careful: easycache skips up to 2 steps in a row" in said
+    assert "preset careful: easycache skips every second step" in said
     assert "not counted here, but in `dit-accel recommend`" in said
     refused = run("--family", "wan2.1-14b", "--preset", "balancd")
     assert refused.exit_code == 2

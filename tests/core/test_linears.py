@@ -176,8 +176,8 @@ def test_a_report_predicts_beside_them():
     adapter, family = described("wan2.1-14b")
     made = make_handlers([RadialAttention()], Model(adapter=adapter, family=family, heads=40, layers=40))
     layout = plan("wan2.1-14b", **WAN_720P).layout
-    plain = predicted(made, layout, 50, {}, tiny_transformer())
-    eight = predicted(made, layout, 50, {}, quantised(tiny_transformer()))
+    plain = predicted(made, layout, 50, None, tiny_transformer())
+    eight = predicted(made, layout, 50, None, quantised(tiny_transformer()))
     assert eight.speedup > plain.speedup  # attention is more of the time where linear layers take less
     assert (str(plain), plain.linears) == (f"predicted {plain.speedup:.2f}", "")
     assert str(eight) == f"predicted {eight.speedup:.2f} with linear layers in int8, weights and activations"
@@ -188,7 +188,7 @@ def test_a_report_predicts_beside_them():
 def test_attached_to_such_a_model_the_report_asks_it(monkeypatch):
     asked = []
     monkeypatch.setattr(dit_accel.estimate.predicted, "linears_of", lambda transformer: asked.append(transformer))
-    monkeypatch.setattr("dit_accel.attachment.attachment._model_of", wan_14b)
+    monkeypatch.setattr("dit_accel.attachment.attachment.model_of", wan_14b)
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, EasyCache(), preset="none") as attachment:
         denoise(transformer)

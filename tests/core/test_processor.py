@@ -22,7 +22,7 @@ from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
 from dit_accel.attachment.processor import _sdpa, dense_attention_of, require_plain, wrap_processor
 from dit_accel.methods.attention.radial import RadialAttention
-from dit_accel.methods.base import AttentionHandler
+from dit_accel.methods.base import AttentionHandler, Phase
 from dit_accel.plan.tiling import Tiling
 
 GRID = (3, 2, 2, 0, 0)
@@ -32,6 +32,7 @@ class Everything(AttentionHandler):
     """A method that plans every tile as exact, so that our kernels run what dense attention computes."""
 
     config_type = RadialAttention
+    phase = Phase.LISTS
 
     def plan(self, plan, call, context):
         return plan.with_tiles(*self.model.tiling.full(context.layout, context.device))

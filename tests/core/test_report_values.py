@@ -12,6 +12,8 @@ from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.predicted import predicted
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
+from dit_accel.methods.preset_figures import promise
+from dit_accel.methods.presets import PRESETS, PresetMethods
 from dit_accel.report.predicted import Predicted
 from dit_accel.report.schema import report_schema
 
@@ -78,7 +80,7 @@ def test_what_was_predicted_is_what_plan_says():
     made, family = handlers(RadialAttention())
     adapter, _ = installed.described(family.name)
     planned = estimate(adapter, family, methods=[RadialAttention()])
-    found = predicted(made, planned.layout, planned.num_inference_steps, {})
+    found = predicted(made, planned.layout, planned.num_inference_steps)
     assert found == Predicted(speedup=planned.speedup)
     assert planned.speedup > 1
     assert str(found) == f"predicted {planned.speedup:.2f}"
@@ -88,12 +90,14 @@ def test_a_cache_that_decides_by_data_is_predicted_where_it_was_measured_alone()
     made, family = handlers(EasyCache(threshold=0.05, min_steps=10))
     adapter, _ = installed.described(family.name)
     layout = estimate(adapter, family).layout
-    assert predicted(made, layout, 30, {}) == Predicted(speedup=1.0, uncounted=("easycache",))
-    assert str(predicted(made, layout, 30, {})).startswith("not predicted: what easycache saves")
-    assert predicted(made, layout, 30, {"easycache": 0.5}).speedup == pytest.approx(2.0, rel=0.05)
-    assert predicted(made, layout, 8, {"easycache": 0.5}) == Predicted(speedup=1.0)  # computed whole
+    assert predicted(made, layout, 30) == Predicted(speedup=1.0, uncounted=("easycache",))
+    assert str(predicted(made, layout, 30)).startswith("not predicted: what easycache saves")
+    preset = PresetMethods("fast", PRESETS["fast"][:1], made[0].model)
+    skipped = promise("fast", 30).skipped
+    assert predicted(made, layout, 30, preset).speedup == pytest.approx(1 / (1 - skipped), rel=0.05)
+    assert predicted(made, layout, 8, preset) == Predicted(speedup=1.0)  # computed whole
     both, _ = handlers(EasyCache(threshold=0.05), RadialAttention())
-    assert " without easycache" in str(predicted(both, layout, 30, {}))
+    assert " without easycache" in str(predicted(both, layout, 30))
 
 
 def test_models_of_no_released_sizes_are_not_predicted():

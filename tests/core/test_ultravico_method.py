@@ -471,7 +471,8 @@ def test_models_without_frames_or_a_known_length_refuse_it():
     with pytest.raises(ConfigError, match=r"ultravico.*length.*wan, .*sizes"):
         dit_accel.attach(transformer, UltraViCo())
     (described,) = dit_accel.describe(transformer).transformers
-    assert "set ultravico.trained_frames" in described.refused["ultravico"]
+    assert described.needs["ultravico"] == "trained_frames"
+    assert "ultravico" not in {**described.methods, **described.refused}
 
 
 class _Decays(MethodConfig):

@@ -406,7 +406,7 @@ def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(
     assert "ahead by more than 3 dB" in table
     assert "Pairs declared in the suite, PSNR clip by clip; p by Holm&#39;s rule over 4," in table
     assert first_words(path).startswith("The judge's score can't tell the arms of any declared pair apart (95 % int")
-    assert "| careful vs cache-dit, slow | +5.40 [" in writing.markdown_text(found)
+    assert "| careful vs cache-dit, slow | +11.61 [" in writing.markdown_text(found)
     assert writing.data_of(found)["pairs"][0]["pair"]["against"] == "cache-dit, slow"
     assert "[[compare]]" in text
 

@@ -52,7 +52,7 @@ def test_unknown_rivals_and_options_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'cache-dit'"):
         check_rival("cachedit", {})
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"dit-accel\[eval\]"):
+    with pytest.raises(ConfigError, match=r"'\.\[eval\]'"):
         check_rival("cache-dit", {})
 
 

@@ -92,7 +92,7 @@ def only(monkeypatch):
 
     def only(adapter):
         class Fake:
-            value = "stranger:ADAPTERS"
+            value, group = "stranger:ADAPTERS", "dit_accel.adapters"
 
             def load(self):
                 return (adapter,)

@@ -164,13 +164,16 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     assert layout.visual_tokens == 80
     assert (layout.text_before, layout.text_after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]
-    unmeasured = {name: why for name, why in described.refused.items() if name not in IMAGE_REFUSED}
-    assert described.refused == {**unmeasured, **IMAGE_REFUSED}
-    told = set(unmeasured)
-    assert {"magcache", "teacache", "profilingcache"} <= told  # no numbers are published for a model of such sizes
+    own = {"flux": set(), "sd3": {"rope", "teacache"}, "qwen-image": {"teacache"}}[name]
+    assert {of: described.refused[of] for of in IMAGE_REFUSED} == IMAGE_REFUSED
+    assert set(described.refused) == {*own, *IMAGE_REFUSED}
+    assert "teacache" not in own or "give the adapter a signal" in described.refused["teacache"]
+    # no numbers are published for a model of such sizes
+    unmeasured = {"magcache": "ratios or family", "teacache": "polynomial or family", "profilingcache": "blocks"}
     guided = {"nag", "pag", "slg", "seg", "autoguidance", "softpag"}
-    assert told <= {"magcache", "teacache", "profilingcache", "rope", "ultraimage"} | guided
-    assert all("dit-accel tune" in unmeasured[name] for name in ("magcache", "teacache", "profilingcache"))
+    assert set(described.needs) == {*unmeasured, *guided, "rope", "ultraimage", "delta"} - own
+    assert unmeasured.items() - {("teacache", unmeasured["teacache"])} <= described.needs.items()
+    assert described.needs.get("teacache", unmeasured["teacache"]) == unmeasured["teacache"]
     assert described.methods["sol"]["beta"] == 1.0
 
 

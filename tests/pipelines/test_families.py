@@ -103,6 +103,14 @@ def test_every_family_is_consistent(name):
             with pytest.raises(ConfigError, match=why):
                 estimate(adapter, family, methods=[config_type()])
             continue
+        if name in ("dfa", "seacache") and adapter.noise == ("none",):
+            with pytest.raises(ConfigError, match=rf"^{name}.*noise level.*scheduler that {adapter.name} is"):
+                estimate(adapter, family, methods=[config_type()])
+            continue
+        if name == "teacache" and adapter.signal is None:
+            with pytest.raises(ConfigError, match=rf"^teacache.*input of.*adapter of {adapter.name} does"):
+                estimate(adapter, family, methods=[config_type()])
+            continue
         if name in CALIBRATED and name not in family.recipes:
             with pytest.raises(
                 ConfigError,

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_assets import model_path
 from dit_accel_pipelines.families.flux import FLUX, FLUX_DEV
 from dit_accel_pipelines.generation.larger import prepare_larger
@@ -139,8 +140,15 @@ def test_what_can_not_be_is_refused():
         UltraImage(view=True, pull=0.5)
     with pytest.raises(ConfigError, match="small = 40 tokens"):
         run("flux", (96, 96), guided=True, small=40)
-    with pytest.raises(ConfigError, match=r"Adapter\.flow"):
+    with pytest.raises(ConfigError, match=r"^ultraimage\.guided.*flow matching.*noise over signal"):
         run("pixart", (96, 96), guided=True, correct=False)
+    pipe, call = tiny_other_pipelines.PIPELINES["pixart"]()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with (
+        dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True, correct=False)) as attachment,
+        pytest.raises(ConfigError, match=r"Adapter\.flow"),
+    ):
+        attachment.call(**call | {"height": 96, "width": 96, "num_inference_steps": 1})
     pipe, call = tiny_other_pipelines.PIPELINES["flux"]()
     large = {**call, "height": 96, "width": 96, "num_inference_steps": 1}
     with (

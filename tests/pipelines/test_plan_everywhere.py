@@ -35,12 +35,13 @@ SMALL = {
 REFUSALS = (
     r"makes? no.*sense on|delta corrects.*sparse|both set.*the|both cache|needs.*the input.*of|would mix|"
     r"has none.*to change|both change what.*gave|negative text.*beside.* it can't|both change.*rotary frequencies|"
-    r"lite takes.*all of|no rotary.*positions|scales.*positions along.*height"
+    r"lite takes.*all of|no rotary.*positions|scales.*positions along.*height|"
+    r"needs.*noise level, which the scheduler that"
 )
 TOLD = CrossAttention | JoinedText
 SPARSE = {"radial", "sol", "lite", "sparsed", "lvsa"}
 BLOCK_CACHES = ("dbcache", "dbprune", "firstblockcache", "profilingcache")
-APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, {"nag", "seg"}, *({"slg", name} for name in BLOCK_CACHES))
+APART = ({"rope", "ultraimage"}, {"lite", "dfa"}, *({"slg", name} for name in BLOCK_CACHES))
 """Methods that refuse each other, besides those that set the same thing."""
 
 
@@ -53,6 +54,13 @@ def without_positions(adapter, family) -> set[str]:
         return {"rope", "ultraimage"} if family.num_frames == 1 else {"ultraimage"}
     kinds = rope.kinds or ("ntk", "ultraimage")
     return {name for name, kind in (("rope", "ntk"), ("ultraimage", "ultraimage")) if kind not in kinds}
+
+
+def without_noise(adapter) -> set[str]:
+    """Return the methods that the noise level excludes which the scheduler of a family's pipeline tells."""
+    if not adapter.noise:
+        return set()
+    return ({"dfa"} if "flow" not in adapter.noise else set()) | ({"seacache"} if adapter.noise == ("none",) else set())
 
 
 @pytest.mark.parametrize("name", some(FAMILIES, *QUICK))
@@ -76,6 +84,7 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(name):
             or untold
             or any(pair <= set(names) for pair in APART)
             or without_positions(adapter, family) & set(names)
+            or without_noise(adapter) & set(names)
             or ("delta" in names and not SPARSE & set(names))
         ):
             with pytest.raises(ConfigError, match=REFUSALS):
