@@ -196,9 +196,9 @@ def test_attached_to_such_a_model_the_report_asks_it(monkeypatch):
     assert asked == [transformer]
 
 
-def wan_14b(transformers) -> Model:
+def wan_14b(transformer, *_) -> Model:
     adapter, family = described("wan2.1-14b")
-    return Model(adapter=adapter, family=family, heads=4, layers=len(next(iter(transformers.values())).blocks))
+    return Model(adapter=adapter, family=family, heads=4, layers=len(transformer.blocks))
 
 
 def test_recommend_counts_them_in_the_dense_run_too():

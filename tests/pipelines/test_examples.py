@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 MADE = {
     "wan_long_24gb.py": ("long.mp4", "forwards"),
-    "hunyuan_video_fast.py": ("cat.mp4", "easycache: 5 of 12"),
+    "hunyuan_video_fast.py": ("cat.mp4", "easycache: 4 of 12"),
     "flux_4k.py": ("harbour.png", "18 x 18 tokens, trained on 12 x 12"),
     "flux_img2img_batch.py": ("redrawn/4.png", "easycache"),
     "lora_and_cache.py": ("boat-1.0.mp4", "LoRA at 1.0"),

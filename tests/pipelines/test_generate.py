@@ -517,7 +517,7 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path):
     assert "preset balanced: easycache skips" in result.stderr
     record = json.loads((tmp_path / "a.mp4.json").read_text())
     assert record["preset"] == "balanced"
-    assert record["report"]["methods"]["easycache"]["max_consecutive"] == 3
+    assert record["report"]["methods"]["easycache"]["max_consecutive"] == 0.03
     assert "measured speed-up: 1" in result.stderr or "measured speed-up: 0" in result.stderr
     assert "(predicted 1.00)" in result.stderr  # a run of two steps is computed whole
     named = cli(PROMPT, *QUICK, *CACHE, "--preset", "fast", "-q", "--json", "-o", str(tmp_path / "b.mp4"))

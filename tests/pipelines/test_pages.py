@@ -144,6 +144,8 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for text in blocks(page, "", "bash", "sh"):
         for line in text.replace("\\\n", " ").splitlines():
+            if "dit-accel " not in line and "dit_accel " not in line:
+                continue  # what a command prints may hold an apostrophe
             words = [word for word in shlex.split(line, comments=True) if word != "..."]
             if "dit-accel" in words[:1]:
                 found.append(words[1:])

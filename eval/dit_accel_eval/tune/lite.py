@@ -236,10 +236,10 @@ class Tuner(LiteHandler):
     def learn(self, context: CallContext, kept: Tensor) -> None:
         """Leave the plan's own votes aside: they were cast before the threshold was known."""
 
-    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> Tensor:
+    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> tuple[Tensor, None]:
         """Search the threshold on this call's tensors and learn its votes; the output stays."""
         if plan.selection is None or plan.selection.vote is None:
-            return out
+            return out, None
         again = Rerun(plan, call, out)
         level = search_level(
             lambda level: again.after(again.votes(level))[0], self.target_error, self._levels.get(context.key, START)
@@ -255,4 +255,4 @@ class Tuner(LiteHandler):
             "step": context.step_index, "threshold": threshold_of(again.vote.criterion, level), "kept": share,
             "added": added, "dense": again.to_dense(),
         })  # fmt: skip
-        return out
+        return out, None
