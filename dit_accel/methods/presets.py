@@ -29,7 +29,7 @@ MEASURED_ON = ("wan-tiny", "flux-tiny")
 """The families on which the levels were measured; to others the same rule applies unmeasured."""
 
 LEAST_STEPS = 12
-"""Steps of a run from which on the levels skip any: in shorter ones they were no nearer than fewer steps."""
+"""Steps of a run from which on the levels skip any: in shorter ones not all were nearer than fewer steps."""
 
 REACH = 0.035
 """Share of the run that a line is followed: one step of 29 or more, two of 58; longer gaps are held."""
