@@ -29,7 +29,7 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
     """
     types = [handler_of(config) for config in configs]
     configs = [handler.config_for(config) or config for handler, config in zip(types, configs, strict=True)]
-    paired = sorted(zip(types, configs, strict=True), key=lambda pair: (pair[0].phase, pair[1].name))
+    paired = sorted(zip(types, configs, strict=True), key=lambda pair: (*_place(pair[0]), pair[1].name))
     for (one, first), (other, second) in combinations(paired, 2):
         if "cache" in one.exclusive & other.exclusive:
             raise ConfigError(
@@ -112,3 +112,8 @@ def _refuse_on(model: Model, handler_type: type[Handler], config: MethodConfig) 
             f"{name} lays a negative text beside the prompt, in cross-attention or in joined attention, and on "
             f"{adapter.name} it can't: {why}; attach it to another model, such as Wan or FLUX.1"
         )
+
+
+def _place(handler: type[Handler]) -> tuple[int, bool]:
+    """Return where a method acts among others: what runs a forward again lies around all that changes the forward."""
+    return handler.phase, "perturbed prediction" in handler.exclusive

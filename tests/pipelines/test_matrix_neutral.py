@@ -135,8 +135,8 @@ NOTHING = {
 FREE = ("softpag", "seg", "softpag, temperature")
 """Those that are tried in place of the unconditional forward as well."""
 
-REFUSED = ("the branches would mix", "both change what an attention call gave")
-"""What is said of pairs that don't go together: SLG beside a cache of blocks, another target beside NAG."""
+REFUSED = ("the branches would mix", "both change what an attention call gave", "some are to be left out")
+"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA."""
 
 ROUNDING = 1e-5
 """The least share of the latents' norm that counts: the model rounds to float32 inside."""
@@ -202,9 +202,9 @@ def wrong(beside, cases):
     """Say which cases move a run of some methods beside which nothing is perturbed; count those that ran."""
     found, alone, ran = [], {}, 0
     for what, start, together, mode in cases:
-        if together not in alone:
-            alone[together] = run(beside, together)
         try:
+            if together not in alone:
+                alone[together] = run(beside, together)
             made = run((*beside, guidance(what, start, mode)), together)
         except ConfigError as error:
             if not any(reason in str(error) for reason in REFUSED):

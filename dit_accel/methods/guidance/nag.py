@@ -1,7 +1,7 @@
 """NAG: attention guided away from what a negative text gives, within the one conditional forward."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
@@ -146,8 +146,10 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         latents = context.inputs[site.adapter.latents]
         if not self.acts(context, latents):
             return run()
-        # a perturbed branch runs inside the conditional one, and has its rows alone
-        part = "cond" if "/" in context.branch else part_of(self.name, site, context, latents)
+        outer = context if context.beside is None else replace(context, branch=context.beside)
+        # a perturbed branch runs beside the conditional one, and has its rows alone where it says which it has
+        named = "/" in outer.branch or context.rows is not None
+        part = "cond" if named else part_of(self.name, site, outer, latents)
         if part == "uncond":
             return run()
         calls = text.calls
