@@ -67,12 +67,15 @@ class Report:
     @property
     def works(self) -> dict[str, str]:
         """Key -> in words, of the kinds of work, and time where it was measured, by which arms are made equal."""
-        return {key: words for key, words in (WORKS | TIMED).items() if any(key in arm.means for arm in self.arms)}
+        known = WORKS | TIMED
+        found = {key: words for key, words in known.items() if any(key in arm.means for arm in self.arms)}
+        return found or {"work": known["work"]}  # where no reference converged, no arm is judged
 
     @property
     def main(self) -> str:
         """The kind by which arms are ordered first: time where every arm was timed, else own work."""
-        return "steps_in_time" if all("steps_in_time" in arm.means for arm in judged(self)) else "work"
+        timed = "steps_in_time" in self.works and all("steps_in_time" in arm.means for arm in judged(self))
+        return "steps_in_time" if timed else "work"
 
     @property
     def full_steps(self) -> int:
