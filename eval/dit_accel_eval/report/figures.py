@@ -155,7 +155,8 @@ def leads_of(report: Report, arm: ArmFigures, metric: str = "psnr") -> dict[int,
     """
     known, found = latest(report.results.lines), {}
     kind = rival_kind(report.results.lines)
-    for line in () if report.is_dense(arm) or arm.saved_nothing else filter(is_converged, report.lines_of(arm)):
+    lines = [] if report.is_dense(arm) or arm.saved_nothing else report.lines_of(arm)
+    for line in [*filter(is_converged, lines)] or lines:
         own, steps = value_of(line, metric), line.get(report.main)
         rival = None if steps is None else equal_value(known, line["clip"], steps, metric, kind)
         if own is not None and rival is not None:

@@ -81,25 +81,23 @@ def rival_kind(lines: Sequence[Line]) -> str:
     return TUNED if any(is_rival(line) and line["arm"].startswith(f"{TUNED} ") for line in lines) else BEST
 
 
-def saves_nothing(line: Line) -> bool:
-    """Whether a run computed as much as its steps without methods, though it had some that are there to save."""
-    known = handlers()
-    saving = any(name in known and known[name].phase in SAVING for name in line.get("methods", ()))
-    idle = abs(line["work"] - line["num_inference_steps"]) <= NEGLIGIBLE * line["num_inference_steps"]
-    return idle and bool(saving or line.get("rival"))
-
-
 def idle_arms(lines: Sequence[Line]) -> set[str]:
-    """Return the arms that saved nothing on any of these lines' clips."""
-    return {line["arm"] for line in lines} - {line["arm"] for line in lines if not saves_nothing(line)}
+    """Return the arms that computed on all of these clips as much as without methods, though some are there to save."""
+    known, idle = handlers(), {line["arm"] for line in lines}
+    for line in lines:
+        saving = any(name in known and known[name].phase in SAVING for name in line.get("methods", ()))
+        whole = abs(line["work"] - line["num_inference_steps"]) <= NEGLIGIBLE * line["num_inference_steps"]
+        if not whole or not (saving or line.get("rival")):
+            idle.discard(line["arm"])
+    return idle
 
 
 def figures_of(lines: Sequence[Line], listed: Sequence[str]) -> list[ArmFigures]:
     """Return the figures of every arm that ran: dense runs by steps, then the others as listed.
 
-    Clips whose reference did not converge are left out.
+    Clips whose reference did not converge are left out, unless none did.
     """
-    lines = [line for line in lines if is_converged(line)]
+    lines = [line for line in lines if is_converged(line)] or lines
     known, kind = latest(lines), rival_kind(lines)
     dense = sorted({line["num_inference_steps"] for line in known.values() if line["arm"] not in listed})
     ran: dict[str, list[Line]] = {f"{one} {steps}": [] for one in dict.fromkeys((BEST, kind)) for steps in dense}
@@ -178,10 +176,11 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
     arms = figures(suite, lines)
     most = max((arm.clips for arm in arms), default=0)
     shown = [arm for arm in arms if arm.ahead or arm.saved_nothing or arm.clips == most]
-    below = filter(None, (
-        rule_words(arms), rival_words(lines), suite.ladder.loose if suite.ladder else "", *reference_words(lines),
-    ))  # fmt: skip
     lost = len({line["clip"] for line in lines if not is_converged(line)})
+    below = filter(None, (
+        rule_words(arms), rival_words(lines), suite.ladder.loose if suite.ladder else "",
+        *(reference_words(lines) if lost else ()),
+    ))  # fmt: skip
     return f"{table_of(shown, suite.clips - lost)}\n\n{' '.join(below)}"
 
 
