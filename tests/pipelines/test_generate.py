@@ -474,7 +474,8 @@ def test_a_signal_leaves_no_file(tmp_path: Path, moment: str, sent: signal.Signa
         "from dit_accel.cli import main; main()"
     )
     steps = "2" if moment == "writing" else "5000"
-    arguments = ["generate", PROMPT, *QUICK, "--num-inference-steps", steps, "--radial", "-o", str(tmp_path / "a.gif")]
+    arguments = ["generate", PROMPT, "--model", "wan-tiny", *QUICK, "--num-inference-steps", steps]
+    arguments += ["--radial", "-o", str(tmp_path / "a.gif")]
     command = [sys.executable, "-c", script, moment, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:

@@ -52,14 +52,14 @@ def declared(trial: Trial) -> str | None:
         return "how many tokens this forward has along each axis" if Place.POSITIONS in places else why
     if thins and trial.method not in ("rope", "lite") and names & set(MASKED):
         return "sparse attention follows masks that hide keys"
+    if trial.method == "dfa" and "scheduler" in trial.pipe.components and not _flows(trial.pipe):
+        return "reads the foreground off a flow model's prediction"
     if trial.method in STILL and names & set(IMAGES):
         return STILL[trial.method]
     if trial.method in COUNTED and "scheduler" not in trial.pipe.components:
         return "needs the number of steps"
     if trial.method == "seacache" and not hasattr(trial.pipe.components.get("scheduler"), "sigmas"):
         return "needs the noise level"
-    if trial.method == "dfa" and not _flows(trial.pipe):
-        return "reads the foreground off a flow model's prediction"
     if trial.method == "profilingcache" and not adapter.guidance.share_prefix:
         return "whose results it takes besides its streams"
     if trial.method == "teacache" and adapter.signal is None:
