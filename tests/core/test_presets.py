@@ -3,8 +3,8 @@
 import warnings
 
 import pytest
-import tiny_image_pipelines
 import torch
+from tiny_stock import stock_pipeline
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
@@ -49,7 +49,7 @@ def test_named_methods_win():
 
 
 def test_pictures_get_no_method_for_clips():
-    pipe, _ = tiny_image_pipelines.flux()
+    pipe, _ = stock_pipeline("FluxPipeline")
     assert [*attached(pipe, preset="fast")] == ["easycache"]
 
 
