@@ -8,7 +8,6 @@ import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Selection, TileLists, Vote, block_sparse_attention
 from dit_accel_kernels.api import block_sparse_attention_backward, block_sparse_attention_eager
-from dit_accel_kernels.backends.torch import fused
 from dit_accel_kernels.features import product_dtype
 from kernel_cases import qkv, random_lists
 from torch import Tensor
@@ -41,16 +40,6 @@ EVERY_FEATURE = pytest.mark.parametrize("feature", FEATURES)
 BACKENDS = pytest.mark.parametrize("backend", ["loop", "operations", "triton"], indirect=True)
 ALL_BACKENDS = pytest.mark.parametrize("backend", ["loop", "operations", "triton", "reference"], indirect=True)
 VALUES = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-
-
-@pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend's name; that of torch stands for both of its ways on a CPU."""
-    if request.param == "operations":
-        monkeypatch.setattr(fused, "library", lambda: None)
-    elif request.param == "loop" and fused.library() is None:
-        pytest.skip("no C++ compiler is here to build the loop")
-    return "torch" if request.param in ("loop", "operations") else request.param
 
 
 def call(backend: str, q: Tensor, k: Tensor, v: Tensor, tiles: TileLists = TILES, **arguments) -> tuple[Tensor, Tensor]:
