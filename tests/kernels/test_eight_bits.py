@@ -59,31 +59,6 @@ def test_selections_and_votes(vote, rest):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_without_a_key_and_masked_garbage():
-    q, k, v = qkv(1, 1, 1, 32, 48, 16, torch.float32)
-    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf
-    states = torch.tensor([[0, 0, 0], [2, 1, 2]], dtype=torch.uint8)
-    tiles = TileLists.from_states(states, block_q=16, block_k=16, num_q=32, num_k=48)
-    out, lse = attend(q, k, v, tiles, "triton", precision="int8", key_length=torch.tensor([40]))
-    assert torch.equal(out[:, :, :16], torch.zeros(1, 1, 16, 16))
-    assert (lse[..., :16] == -torch.inf).all()
-    expected = attend(q, k, v, tiles, precision="int8", key_length=torch.tensor([40]))
-    torch.testing.assert_close((out, lse), expected)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_the_rows_that_see_it(backend, value):
-    q, k, v = qkv(1, 1, 1, 32, 32, 16, torch.float32)
-    tiles = full(32)
-    q[0, 0, 3, 5] = value
-    out = attend(q, k, v, tiles, backend, precision="int8")[0]
-    assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
-    k[0, 0, 20, 1] = value
-    assert attend(q, k, v, tiles, backend, precision="int8")[0].isnan().all()
-
-
 @pytest.mark.parametrize(("precision", "worst"), [("int8", 0.5 / 127), ("fp8", 2**-4)])
 def test_a_number_is_off_by_half_a_step_at_most(precision, worst):
     """int8: half of a step of the block's scale; fp8: a sixteenth of the number, or half of the least, 2^-9."""
@@ -126,17 +101,6 @@ def test_frame_decay_keeps_the_keys_where_they_are():
     k = k + 1
     truth, found = (attend(q, k, v, tiles, frame_decay=decay, precision=x)[0] for x in (None, "int8"))
     assert (found - truth).norm() / truth.norm() < 0.02
-
-
-@pytest.mark.parametrize("precision", BOTH)
-def test_the_compiled_op_takes_it(precision):
-    q, k, v = qkv(1, 1, 1, 32, 32, 16, torch.float32)
-    tiles = random_lists(1, 32, 32, 16, 16)
-    run = torch.compile(
-        lambda *x: block_sparse_attention(*x, tiles, layout="bhsd", precision=precision, backend="reference"),
-        backend="eager", fullgraph=True,
-    )  # fmt: skip
-    assert torch.equal(run(q, k, v), attend(q, k, v, tiles, precision=precision)[0])
 
 
 def test_auto_is_triton_and_others_are_refused_by_name():

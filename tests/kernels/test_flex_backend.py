@@ -104,20 +104,6 @@ def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, ma
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_what_an_invalid_key_holds_does_not_matter(eager):
-    q, k, v = qkv(2, 2, 2, 100, 100, 16, torch.float32)
-    tiles, arguments = random_lists(1, 100, 100, 16, 16), features(2, 2, 100, 100, 16, mask=True, decay=False)
-    invalid = ~arguments["key_mask"][:, None, :, None]
-    expected, found = (
-        block_sparse_attention(
-            q, k.masked_fill(invalid, key), v.masked_fill(invalid, value), tiles, backend="flex", **arguments
-        )
-        for key, value in ((0.0, 0.0), (float("nan"), float("inf")))
-    )
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_only_tiles_with_an_invalid_key_and_seen_means_are_partial(eager):
     """Tiles of 16 x 32, 80 keys: the pooled columns are block 0, the key tiles blocks 1 to 3."""
     states = torch.tensor(

@@ -98,18 +98,6 @@ def test_a_value_that_is_no_number_reaches_the_rows_that_see_it(backend):
     assert lse.isfinite().all()
 
 
-@VALUES
-@ALL_BACKENDS
-def test_what_a_mask_leaves_out_may_hold_anything(backend, value):
-    q, k, v = qkv(1, 1, 1, TOKENS, TOKENS, 16, torch.float32)
-    mask = FEATURES["masked"]["key_mask"]
-    clean = call(backend, q, k, v, key_mask=mask)
-    for x in (k, v):
-        x[0, 0, ::5, 3] = value
-    for one, two in zip(call(backend, q, k, v, key_mask=mask), clean, strict=True):
-        assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize(("token", "absent"), [(0, [0, 2]), (48, [0, 3])], ids=["whole tiles", "the ragged one"])
 @VALUES
 @ALL_BACKENDS

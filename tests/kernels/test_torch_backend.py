@@ -54,16 +54,6 @@ def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, 
     product_dtype.cache_clear()
 
 
-@pytest.mark.usefixtures("by_operations")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 40_000, 1 << 20])
-def test_small_chunks(monkeypatch, dtype, size):
-    """Cutting block rows finer loses and repeats nothing."""
-    monkeypatch.setattr(torch_attend, "CHUNK_BYTES", size)
-    q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
-    check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
-
-
 @pytest.mark.usefixtures("cpu_path")
 def test_memory_is_not_quadratic():
     """A call at S = 8192 must not hold S x S anything: peak of what the profiler sees allocated."""
@@ -165,13 +155,6 @@ def test_eager_entry_gives_the_same_bits_without_gradient():
     assert not eager.requires_grad
     with pytest.raises(TypeError, match="densty"):
         block_sparse_attention_eager(q, k, v, tiles, layout="bhsd", densty=1)
-
-
-def test_runs_in_inference_mode():
-    with torch.inference_mode():
-        q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
-        tiles = random_lists(1, 40, 40, 8, 8)
-        assert block_sparse_attention(q, k, v, tiles, layout="bhsd").isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
