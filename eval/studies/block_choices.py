@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from dit_accel_eval.runs.results import Line, read_lines
 from dit_accel_eval.statistics import estimate, rank_correlation
+from dit_accel_eval.tune.block_ranking import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
 
 from dit_accel import ConfigError, DitAccelError
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import read_profile
-from dit_accel.rules.block_ranking import cached_blocks
 
 
 def choices(lines: Sequence[Line]) -> dict[tuple[int, ...], dict[int, float]]:

@@ -19,12 +19,12 @@ from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.loaded import FIRST_PROMPT, EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 from dit_accel_eval.statistics import estimate
+from dit_accel_eval.tune.greedy import Job, search
 from dit_accel_pipelines.generation.solvers import BEST
 
 from dit_accel import PAG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.methods.config import MethodConfig
-from dit_accel.rules.greedy import Job, search
 
 NONE = "none"
 PLAIN = {"wan-plain": {"guidance_scale": 1.0}, "flux-tiny": {"true_cfg_scale": 1.0}}

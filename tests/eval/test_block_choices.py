@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from block_choices import main, scores_of, table
 from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.tune.block_ranking import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
 
 from dit_accel import ConfigError
-from dit_accel.rules.block_ranking import cached_blocks
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
 

@@ -8,6 +8,8 @@ import torch
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune import base as module
+from dit_accel_eval.tune.greedy import search
+from dit_accel_eval.tune.head_selection import HeadSelection
 from dit_accel_eval.tune.heads import cost, tune_heads
 from dit_accel_eval.tune.objectives import objective_of
 from typer.testing import CliRunner
@@ -16,8 +18,6 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, SoftPAG
 from dit_accel.cli.app import app
-from dit_accel.rules.greedy import search
-from dit_accel.rules.head_selection import HeadSelection
 
 
 def heads(layers, count=2):

@@ -18,6 +18,7 @@ from dit_accel_eval.tune.lite import (
     tune_lite,
     tuning,
 )
+from dit_accel_eval.tune.threshold_search import CLOSE, HIGHEST, LOWEST, NEAR, search_level
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from hypothesis import given, settings
@@ -36,7 +37,6 @@ from dit_accel.cli.app import app
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
 from dit_accel.plan.tiling import Tiling
-from dit_accel.rules.threshold_search import CLOSE, HIGHEST, LOWEST, NEAR, search_level
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 LITE = LiteAttention(block_size=16, dense_steps=0)

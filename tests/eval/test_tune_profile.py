@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune import base as module
 from dit_accel_eval.tune import profile_watch
+from dit_accel_eval.tune.block_ranking import foreground_ratio
 from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.profile_watch import CRITERIA
 from dit_accel_pipelines.generation.generate import run
@@ -25,7 +26,6 @@ from dit_accel.cli import installed_commands
 from dit_accel.cli.app import app
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.caches.profiling import ProfilingCache
-from dit_accel.rules.block_ranking import foreground_ratio
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.testing.everything import planned
 

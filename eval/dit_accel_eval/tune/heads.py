@@ -21,10 +21,10 @@ from dit_accel import ConfigError
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
-from dit_accel.rules.greedy import Job, search
-from dit_accel.rules.head_selection import HeadSelection
 
 from .base import Runs, Tuned
+from .greedy import Job, search
+from .head_selection import HeadSelection
 from .objectives import Objective, objective_of
 
 

@@ -33,10 +33,10 @@ from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
 from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.plan import AttentionPlan
-from dit_accel.rules.threshold_search import START, search_level
 
 from ..metrics.psnr import psnr
 from .base import Runs, Tuned
+from .threshold_search import START, search_level
 
 FAINTEST = -40.0
 """Log2 of a share of the mass that drops next to nothing."""

@@ -1,7 +1,7 @@
 """Tunes UltraViCo for a model: whether its attention over frames repeats, and after how many.
 
 Measured on the model's own generations, as it is: the mean logit of tokens at one place of two frames, by the frames'
-distance, over layers, heads, steps and prompts; `dit_accel.rules.frame_periods` says what it is made of.
+distance, over layers, heads, steps and prompts; `frame_periods` says what it is made of.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.rotary import rope_of
 from dit_accel.attachment.observed import PlannedCall
-from dit_accel.rules.frame_periods import spectrum
 from dit_accel.rules.ultravico import extended_frames
 
 from .base import Runs, Tuned, watched_attention, write_config
+from .frame_periods import spectrum
 
 
 class Logits:

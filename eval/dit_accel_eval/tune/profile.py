@@ -20,9 +20,9 @@ from dit_accel.files import json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_of
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.block_ranking import cached_blocks, mean_by_row, mean_of_known
 
 from .base import Runs, Tuned, run_settings
+from .block_ranking import cached_blocks, mean_by_row, mean_of_known
 from .profile_watch import CRITERIA, Profiler
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from dit_accel import ConfigError
 
 KINDS = ("harmonic", "threshold")
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from dit_accel_eval.tune.frame_periods import Spectrum, harmonics, spectrum
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_accel.rules.frame_periods import Spectrum, harmonics, spectrum
 from dit_accel.rules.rotary_frequencies import frequencies
 
 HUNYUAN, COGVIDEOX, WAN = ((16, 256.0), 33), ((16, 1e4), 13), ((44, 1e4), 21)

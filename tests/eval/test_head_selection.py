@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from dit_accel_eval.tune.head_selection import HeadSelection
 
 from dit_accel import ConfigError
-from dit_accel.rules.head_selection import HeadSelection
 
 
 def test_one_objective_is_its_mean():
