@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from dit_accel_eval.runs.results import Line, read_lines
-from dit_accel_eval.statistics import estimate, rank_correlation
+from dit_accel_eval.statistics import clip_mean, rank_correlation
 from dit_accel_eval.tune.block_ranking import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
 
@@ -72,7 +72,7 @@ def table(lines: Sequence[Line], by_criterion: Mapping[str, Sequence[float]]) ->
         place = 1 + sum(mean > means[chosen] for mean in means.values())
         clips = sorted(known[chosen])
         by_clip = [1 + sum(values[clip] > known[chosen][clip] for values in known.values()) for clip in clips]
-        ahead = estimate(
+        ahead = clip_mean(
             [known[chosen][clip] - float(np.mean([values[clip] for values in known.values()])) for clip in clips]
         )
         agreement = rank_correlation([-sum(scores[block] for block in blocks) for blocks in means], [*means.values()])

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from dit_accel_eval.runs.results import Line, markdown_table
+from dit_accel_eval.runs.results import markdown_table
 from dit_accel_eval.statistics import FEWEST
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.comparison import ArmFigures, figures_of
+from dit_accel_eval.suites.figures import ArmFigures, figures_of
+from dit_accel_eval.suites.lines import ResultLine
 from dit_accel_eval.suites.suite import Suite
 
 BUDGETS = (8, 10, 12, 16)
@@ -16,7 +17,7 @@ SHOWN = 2
 """Caches that are shown for a budget, the furthest ahead first."""
 
 
-def table(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> str:
+def table(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
     """Return the Markdown table: for each model and budget the caches that lead furthest over UniPC of equal work.
 
     Of each cache the arm with the largest lead stands. Leads are paired, clip by clip, so that arms of more and of

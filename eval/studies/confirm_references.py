@@ -11,7 +11,8 @@ from pathlib import Path
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.results import read_lines, write_lines
-from dit_accel_eval.suites.reference import CONFIRMED, default_cache, dense_run, is_converged
+from dit_accel_eval.suites.lines import CONFIRMED, ResultLine
+from dit_accel_eval.suites.reference import default_cache, dense_run
 from dit_accel_pipelines.generation.threads import one_thread
 from study import RESULTS
 
@@ -24,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.files:
         lines = read_lines(path)
-        lost = {line["clip"]: line for line in lines if not is_converged(line)}
+        lost = {line["clip"]: line for line in lines if not ResultLine.of(line).is_converged}
         for clip, one in sorted(lost.items()):
             with one_thread(embedded=True):
                 model, steps = EmbeddedModel(one["model"], one["call"]), one["reference_steps"]

@@ -18,7 +18,7 @@ from dit_accel_assets import model_closeness, model_path
 from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.loaded import FIRST_PROMPT, EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
-from dit_accel_eval.statistics import estimate
+from dit_accel_eval.statistics import clip_mean
 from dit_accel_eval.tune.greedy import Job, search
 from dit_accel_pipelines.generation.solvers import BEST
 
@@ -223,7 +223,7 @@ def _rows(judged: Judged, heads: Sequence[str]) -> Iterator[str]:
         rank += "" if alike is None else f" of {len(alike)}"
         values, plain = ([judged.line(one, clip)["closeness"] for clip in clips] for one in (name, NONE))
         gained = [100 * (one - other) for one, other in zip(values, plain, strict=True)]
-        text = "" if name == NONE else f"{estimate(gained):+}"
+        text = "" if name == NONE else f"{clip_mean(gained):+}"
         yield f"| {what} | {name} | {rank} | {judged.tuning(name):.3f} | {np.mean(values):.3f} | {text} |"
     tuning = range(FIRST_PROMPT, FIRST_PROMPT + judged.setting.prompts)
     every = sum(judged.line(name, clip)["forwards"] for name in (*singles, *pairs) for clip in tuning)

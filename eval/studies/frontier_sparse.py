@@ -22,9 +22,10 @@ from dit_accel_eval.runs.counting import works
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import Line, markdown_table
-from dit_accel_eval.suites.arms import Arm, is_rival
-from dit_accel_eval.suites.comparison import WORKS, ArmFigures, figures_of, rival_steps
+from dit_accel_eval.suites.arms import Arm
+from dit_accel_eval.suites.figures import ArmFigures, figures_of
 from dit_accel_eval.suites.ladder import Ladder, read_ladder
+from dit_accel_eval.suites.lines import WORKS, ResultLine
 from dit_accel_eval.suites.reference import converged, default_cache
 from study import RESULTS, study
 from tried_rules import Rule
@@ -184,7 +185,8 @@ def measure(options: argparse.Namespace, lines: Sequence[Line]) -> Iterator[Line
             if name not in known and not (rule is None and not base.cache):
                 known[name] = line = _line(model, ladder, clip, name, base, rule, cache)
                 yield line
-        rivals = set[int]().union(*(rival_steps(line) for line in known.values() if not is_rival(line)))
+        known_lines = map(ResultLine.of, known.values())
+        rivals = set[int]().union(*(line.rival_steps for line in known_lines if not line.is_rival))
         rivals |= {base.steps for base in BASES.values()}
         for arm in (ladder.arm(steps) for steps in sorted(rivals)):
             if arm.name not in known:
@@ -246,7 +248,7 @@ def table(lines: Sequence[Line]) -> str:
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
         named = [name for name in arms_of("") if any(line["arm"] == name for line in own)]
-        figures = {one.name: one for one in figures_of(own, named)}
+        figures = {one.name: one for one in figures_of(map(ResultLine.of, own), named)}
         rows = [_cells(figures[name], [line for line in own if line["arm"] == name]) for name in named]
         heads = f"arm | clips | {' | '.join(WORKS.values())} | PSNR, dB | to the dense run of as many steps, dB"
         heads += " | relative error of a sparse call | cosine to the last one's"

@@ -13,7 +13,7 @@ from dit_accel_eval.runs.counting import Counts, works
 from dit_accel_eval.runs.model import Run, SuiteModel
 from dit_accel_eval.runs.results import Line, latest
 from dit_accel_eval.statistics import Judged, judge
-from dit_accel_eval.suites.comparison import WORKS
+from dit_accel_eval.suites.lines import WORKS
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_accel_eval.runs.results import latest, read_lines
-from dit_accel_eval.suites.arms import is_rival
-from dit_accel_eval.suites.comparison import figures_of
+from dit_accel_eval.suites.figures import figures_of
+from dit_accel_eval.suites.lines import last_lines, result_lines
 from dit_accel_eval.tune.pipeline_search import HELD_OUT_PROMPTS
 from matplotlib.figure import Figure
 from suite_picture import picture
@@ -62,12 +61,12 @@ def curve(found: Mapping[str, Any]) -> Any:
 def settings(path: Path) -> Any:
     """Return the picture of a search's settings that have all prompts of an embedded model's last round."""
     prompts = HELD_OUT_PROMPTS.rounds[-1]
-    lines = [line for line in latest(read_lines(path)).values() if line["clip"] in prompts]
-    counts = Counter(line["arm"] for line in lines)
-    whole = [line for line in lines if counts[line["arm"]] == len(prompts)]
+    lines = [line for line in last_lines(result_lines(path)).values() if line.clip in prompts]
+    counts = Counter(line.arm for line in lines)
+    whole = [line for line in lines if counts[line.arm] == len(prompts)]
     if not whole:
         raise ConfigError(f"{path} has no setting on all of prompts {prompts[0]} to {prompts[-1]}; name other lines")
-    names = dict.fromkeys(line["arm"] for line in whole if not is_rival(line))
+    names = dict.fromkeys(line.arm for line in whole if not line.is_rival)
     return picture(figures_of(whole, list(names)), path.name.partition(".")[0])
 
 

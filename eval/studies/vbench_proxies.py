@@ -16,7 +16,7 @@ from dit_accel_assets import painter, world
 from dit_accel_assets.world import Scene
 from dit_accel_eval.metrics import Sample, metric, scores
 from dit_accel_eval.runs.results import Line
-from dit_accel_eval.statistics import estimate, rank_correlation
+from dit_accel_eval.statistics import clip_mean, rank_correlation
 from dit_accel_pipelines.generation.media import Frames
 from study import study
 from world_scores import WORDS, world_scores
@@ -190,7 +190,7 @@ def correlations(lines: Sequence[Line], what: str) -> list[str]:
         for name in names:
             found = by_scene(lines, dimension, name)
             both = any(dimension in line["world"] and name in line["metrics"] for line in lines)
-            said = str(estimate(found)) if found else "constant" if both else "not measured"
+            said = str(clip_mean(found)) if found else "constant" if both else "not measured"
             rows.append(f"| {dimension} | `{name}` | {said} | {len(found)} |")
     return rows
 

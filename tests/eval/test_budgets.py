@@ -1,7 +1,7 @@
 """The caches that lead furthest within a budget: on made-up results."""
 
 from budgets import table
-from dit_accel_eval.statistics import estimate
+from dit_accel_eval.statistics import clip_mean
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite
 
@@ -37,7 +37,7 @@ def test_the_best_arm_of_each_cache_within_the_budget():
     rows = table(
         [(suite("a", far, near, over, beside, *dense), one), (suite("b", mag, rare, below), other)]
     ).splitlines()
-    own = estimate([30.0 + clip for clip in range(8)]).cell()
+    own = clip_mean([30.0 + clip for clip in range(8)]).cell()
     assert rows[2] == f"| wan-plain | 8 | easy, 1 | 8 | 7.50 | {own} | +9.00 [+9.00, +9.00] (+9.00) ahead |"
     assert rows[3].startswith("| wan-plain | 8 | mag | 6 | 8.00 | 27.50 [")
     assert rows[3].endswith("| +3.00 [+3.00, +3.00] (+3.00) ahead |")

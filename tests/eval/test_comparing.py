@@ -8,10 +8,10 @@ import pytest
 from dit_accel_eval.comparing import CompareOptions, suite_of
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST
-from dit_accel_eval.suites import compare
+from dit_accel_eval.suites import running
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.compare import SuiteProgress, clip_steps, cost_of
 from dit_accel_eval.suites.job import Job
+from dit_accel_eval.suites.running import SuiteProgress, clip_steps, cost_of
 from dit_accel_eval.suites.suite import Suite, read_suite
 from fake_model import FakeModel
 from model_folders import model_folder
@@ -36,11 +36,11 @@ def here(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.fixture
 def fake(here, monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(running, "EmbeddedModel", FakeModel)
     monkeypatch.setattr(FakeModel, "made", [])
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
     yield FakeModel
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
 
 
 def command(*arguments):

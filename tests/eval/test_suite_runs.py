@@ -17,11 +17,11 @@ from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import OWN, Run, SuiteModel, check_guided, guided, scheduler_of
 from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
-from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.compare import Runner
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.measuring import median_run, repeated
+from dit_accel_eval.suites.running import Runner
 from dit_accel_eval.suites.suite import Suite, read_suite
 from tiny_other_pipelines import hunyuan_image
 from typer.testing import CliRunner
@@ -60,11 +60,11 @@ class FakeModel:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(running, "EmbeddedModel", FakeModel)
     monkeypatch.setattr(FakeModel, "made", [])
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
     yield FakeModel
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
 
 
 @pytest.fixture

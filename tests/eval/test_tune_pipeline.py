@@ -13,7 +13,7 @@ from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import FIRST_PROMPT, embedded_prompts, tuning_request
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune import pipeline as tune_pipeline
@@ -68,12 +68,12 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
+    monkeypatch.setattr(running, "EmbeddedModel", FakeModel)
     monkeypatch.setattr(FakeModel, "made", [])
     monkeypatch.setattr(FakeModel, "spoil", 1.0)
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
     yield FakeModel
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
 
 
 SPACE = """

@@ -18,12 +18,10 @@ from dit_accel.methods.registry import method
 
 from ..runs.model import OWN, check_options, check_scheduler
 from ..runs.rivals import check_rival
+from .lines import TUNED
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
-
-TUNED = "dense"
-"""What the best dense runs of a ladder of rivals are called, with their steps behind; see `ladder`."""
 
 TABLES = ("call", "scheduler", "guider", "rival")
 """Keys of an arm that hold a table and no method."""
@@ -81,11 +79,6 @@ class Arm:
 def dense_arm(steps: int) -> Arm:
     """Return the dense run of the best solver with so many steps, which others are held against."""
     return Arm(name=f"{BEST} {steps}", num_inference_steps=steps)
-
-
-def is_rival(line: Mapping[str, Any]) -> bool:
-    """Whether a line is a dense run that others are held against, which go by their steps as no other arm does."""
-    return line["arm"] in (f"{kind} {line['num_inference_steps']}" for kind in (BEST, TUNED))
 
 
 def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...]:

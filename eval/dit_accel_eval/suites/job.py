@@ -24,12 +24,11 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
 from ..runs.model import check_guided, scheduler_of, shipped_scheduler
 from ..runs.results import Line, read_lines, write_lines
-from .arms import Arm, is_rival
-from .comparison import table
+from .arms import Arm
 from .judges import Judge, judge_of
-from .pairs import pair_figures, pairs_text
-from .reference import AGREE
+from .lines import AGREE, ResultLine
 from .suite import Suite
+from .tables import suite_markdown
 
 LINE = 1 << 13
 """Bytes that a result line takes, about."""
@@ -77,7 +76,7 @@ class Job:
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        return {**model, "call": call_of(suite, suite.call), "reference": reference_of(suite)}
+        return {**model, "call": suite_call(suite, suite.call), "reference": reference_words(suite)}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
@@ -86,17 +85,17 @@ class Job:
         """
         own = arm.to_dict()
         if self.judge:
-            return {**own, "call": call_of(self.suite, {**self.suite.call, **arm.call})}
+            return {**own, "call": suite_call(self.suite, {**self.suite.call, **arm.call})}
         return own | ({"arm_call": own.pop("call")} if arm.call else {})
 
-    def settings(self, lines: Sequence[Line]) -> dict[str, Line]:
+    def settings(self, lines: Sequence[ResultLine]) -> dict[str, Line]:
         """Return arm -> what its lines must say, of the suite's arms and the rivals among lines."""
-        steps = {line["num_inference_steps"] for line in lines if is_rival(line)}
+        steps = {line.num_inference_steps for line in lines if line.is_rival}
         arms = [*self.suite.arms, *map(self.suite.rival, steps)]
         return {arm.name: self.arm_setting(arm) for arm in arms}
 
 
-def reference_of(suite: Suite) -> str:
+def reference_words(suite: Suite) -> str:
     """Return in words what a suite's arms are held against."""
     own = suite.reference_steps
     return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{suite.reference_solver}, {own} steps of its own"
@@ -111,7 +110,7 @@ def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
     return range(suite.first_clip, suite.first_clip + count)
 
 
-def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
+def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the call of a suite's model: its defaults, changed by what was given.
 
     Raises:
@@ -122,13 +121,12 @@ def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
     return given_call(check_given(suite.source)[0], given)
 
 
-def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
+def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
     """Return a suite's Markdown tables: by its judge, or against the reference and of the pairs that it declares."""
     judge = judge_of(suite) if suite.judge else None
     if judge is not None:
-        return judge.table(suite, lines)
-    pairs = pairs_text(pair_figures(suite.pairs, lines, suite.reference_steps)) if suite.pairs else ""
-    return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
+        return judge.table(suite, [dict(line.raw) for line in lines])
+    return suite_markdown(suite, lines)
 
 
 @contextlib.contextmanager
@@ -153,7 +151,7 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
         known = read_lines(job.out)
-        check_lines(job.out, known, job.setting, job.settings(known))
+        check_lines(job.out, known, job.setting, job.settings([ResultLine.of(line) for line in known]))
         check_clips(job.out, known, job.suite.own)
         write_lines(job.out, known)
         yield
@@ -165,7 +163,7 @@ def _check_fits(job: Job, clips: Sequence[int], known: Sequence[Line], family: F
     missing = sum((arm.name, clip) not in made for arm in job.suite.arms for clip in clips)
     if not missing:
         return
-    call = call_of(job.suite, job.suite.call)
+    call = suite_call(job.suite, job.suite.call)
     frames, height, width = (call.get(name) or getattr(family, name) for name in ("num_frames", "height", "width"))
     pixels, runs = (frames or 1) * height * width, "1 run" if missing == 1 else f"{missing} runs"
     check_room(job.out.parent, LINE * missing, f"the results of {runs} take")
@@ -218,7 +216,7 @@ def _check_kind(job: Job) -> None:
                     f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
                     'judge = "FILE.py"'
                 )
-            call_of(suite, {**suite.call, **arm.call})
+            suite_call(suite, {**suite.call, **arm.call})
         return
     requested = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
              if given]  # fmt: skip

@@ -14,7 +14,8 @@ from dit_accel_pipelines.generation.solvers import check_solver
 
 from dit_accel import ConfigError
 
-from .arms import TUNED, Arm, check_kinds, read_table
+from .arms import Arm, check_kinds, read_table
+from .lines import TUNED
 
 VERSION = 1
 
