@@ -58,6 +58,8 @@ def test_a_line_keeps_every_key_and_tells_what_was_not_measured():
     assert ResultLine.of({**doubtful, "reference_confirmed": {"steps": 64, "agreement": 46.0}}).is_converged
     with pytest.raises(dataclasses.FrozenInstanceError):
         line.clip = 4
+    with pytest.raises(ConfigError, match=r"'world': 3.*lacks arm, clip, num_inference_steps"):
+        ResultLine.of({"world": 3})
 
 
 BAD_SUITES = [

@@ -81,7 +81,7 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
         raise no_space(path, error.strerror or error) from None
 
 
-def write_lines(path: Path, lines: Iterable[Line]) -> None:
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Replace a file by these lines, atomically.
 
     Raises:

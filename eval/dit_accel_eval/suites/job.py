@@ -23,10 +23,10 @@ from dit_accel.methods.compose import make_handlers
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
 from ..runs.model import check_guided, scheduler_of, shipped_scheduler
-from ..runs.results import Line, read_lines, write_lines
+from ..runs.results import Line, write_lines
 from .arms import Arm
 from .judges import Judge, judge_of
-from .lines import AGREE, ResultLine
+from .lines import AGREE, ResultLine, result_lines
 from .suite import Suite
 from .tables import suite_markdown
 
@@ -140,7 +140,7 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
     """
     family = _check_model(job.suite)
     _check_kind(job)
-    _check_fits(job, clips, read_lines(job.out) if job.out.is_file() else [], family)
+    _check_fits(job, clips, result_lines(job.out) if job.out.is_file() else [], family)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
         try:
             if folder is not None:
@@ -150,16 +150,17 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
             raise ConfigError(text) from None
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
-        known = read_lines(job.out)
-        check_lines(job.out, known, job.setting, job.settings([ResultLine.of(line) for line in known]))
-        check_clips(job.out, known, job.suite.own)
-        write_lines(job.out, known)
+        known = result_lines(job.out)
+        raw = [line.raw for line in known]
+        check_lines(job.out, raw, job.setting, job.settings(known))
+        check_clips(job.out, raw, job.suite.own)
+        write_lines(job.out, raw)
         yield
 
 
-def _check_fits(job: Job, clips: Sequence[int], known: Sequence[Line], family: Family) -> None:
+def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], family: Family) -> None:
     """Refuse a disk without room for the lines and frames that clips lack, or for one dense run to be kept."""
-    made = {(line["arm"], line["clip"]) for line in known}
+    made = {line.key for line in known}
     missing = sum((arm.name, clip) not in made for arm in job.suite.arms for clip in clips)
     if not missing:
         return
@@ -229,7 +230,7 @@ def _check_kind(job: Job) -> None:
         judge.check_suite(suite)
 
 
-def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]) -> None:
     """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
@@ -245,7 +246,7 @@ def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping
                     raise ConfigError(f"{path} {text}; {remedy}")
 
 
-def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:
+def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], own: OwnClips | None) -> None:
     """Refuse lines of another prompt or seed than their clip has in the suite.
 
     Args:

@@ -9,7 +9,9 @@ from typing import Any
 
 from dit_accel_pipelines.generation.solvers import BEST
 
-from ..runs.results import Line, read_lines
+from dit_accel import ConfigError
+
+from ..runs.results import read_lines
 
 TUNED = "dense"
 """Name of the best dense runs of a ladder of rivals, with their steps behind; see `ladder`."""
@@ -79,8 +81,11 @@ class ResultLine:
     kept_reference: str | None = None
 
     @classmethod
-    def of(cls, raw: Line) -> "ResultLine":
-        """Return the line of a JSON object."""
+    def of(cls, raw: Mapping[str, Any]) -> "ResultLine":
+        """Return the line of a JSON object; `ConfigError` for one that names no run."""
+        missing = [name for name in ("arm", "clip", "num_inference_steps") if name not in raw]
+        if missing:
+            raise ConfigError(f"{str(raw)[:60]} is no suite's result, it lacks {', '.join(missing)}; name another file")
         return cls(raw=raw, **{name: raw[name] for name in _FIELDS if name in raw})
 
     @property
