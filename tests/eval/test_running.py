@@ -187,7 +187,7 @@ def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, f
         assert len(fake.made) == made + 4
     line = read_lines(job.out)[0]
     assert len(line["by_frame"]["psnr"]) == 3
-    assert np.mean(line["by_frame"]["psnr"]) == pytest.approx(line["metrics"]["psnr"], abs=0.1)
+    assert np.mean(line["by_frame"]["psnr"]) == pytest.approx(line["psnr"], abs=0.1)
     assert "161 pixels" in line["skipped"]["ms-ssim"]
     assert "| psnr-change |" in suite_markdown(measuring.suite, result_lines(job.out))
 
@@ -243,6 +243,9 @@ def test_results_of_something_else_are_refused(job):
     job.out.write_text("{\n")
     with pytest.raises(ConfigError, match=r"line.*JSON"):
         run(job, range(1))
+    methods = {"sol": {**lines[0]["methods"]["sol"], "gone": 1}}  # an option that this release no longer has
+    written(job.out, [{**lines[0], "methods": methods}, *lines[1:]])
+    run(job, range(1))
 
 
 def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):

@@ -230,7 +230,9 @@ def _check_kind(job: Job) -> None:
         judge.check_suite(suite)
 
 
-def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]) -> None:
+def check_lines(
+    path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]
+) -> None:  # fmt: skip
     """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
@@ -241,9 +243,18 @@ def check_lines(path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, 
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
         for of, settled, remedy in (("", expected, "delete it and run again"), of_arm):
             for name, value in settled.items():
-                if line.get(name) != value:
-                    text = f"holds results of {of}{name} {line.get(name)!r}, this suite has {value!r}"
+                found = line.get(name)
+                if (_known_options(found, value) if name == "methods" and found else found) != value:
+                    text = f"holds results of {of}{name} {found!r}, this suite has {value!r}"
                     raise ConfigError(f"{path} {text}; {remedy}")
+
+
+def _known_options(methods: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line's methods without options of earlier releases, which are now what their default was."""
+    return {
+        method: {key: value for key, value in options.items() if key in settled.get(method, options)}
+        for method, options in methods.items()
+    }
 
 
 def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], own: OwnClips | None) -> None:
