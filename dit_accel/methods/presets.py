@@ -135,7 +135,7 @@ def choices(level: str, model: Model, named: Sequence[MethodConfig] = ()) -> lis
         return []
     if level not in PRESETS:
         raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), (*LEVELS, NONE))}")
-    kind = "image" if "ultravico" in model.adapter.refused else "video"
+    kind = "image" if model.adapter.makes_images else "video"
     not_advised = model.family.not_advised if model.family else ()
     chosen: list[Choice] = []
     for choice in PRESETS[level]:

@@ -1,6 +1,7 @@
 """Presets: what is attached where no method is named, that named methods win, and the options that they rest on."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import tiny_image_pipelines
@@ -11,6 +12,7 @@ import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, SolAttention, StaticCache, UltraViCo
 from dit_accel.adapters.installed import adapters
 from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.methods.base import Model
 from dit_accel.methods.presets import LEVELS, PRESETS, choices
 
 
@@ -53,6 +55,12 @@ def test_pictures_get_no_method_for_clips():
     assert [*attached(pipe, preset="fast")] == ["easycache"]
 
 
+def test_a_family_makes_clips_whatever_it_refuses():
+    refusing = replace(adapters()["wan"], refused={"ultravico": "its clips have no end"})
+    names = [one.config.name for one in choices("balanced", Model(adapter=refusing, family=None, heads=4, layers=2))]
+    assert names == ["easycache", "sol"]
+
+
 def test_every_preset_can_be_attached_to_every_released_model():
     """At most one method extends an axis; Wan, on which RIFLEx is not advised, gets UltraViCo."""
     for adapter in adapters().values():
@@ -68,8 +76,6 @@ def test_every_preset_can_be_attached_to_every_released_model():
 
 
 def resolve_family(adapter, family):
-    from dit_accel.methods.base import Model
-
     return Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
 
 
