@@ -158,12 +158,7 @@ def _check_output(page: Path) -> Path:
 
 
 def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
-    """Return what is run: the model, the prompts, and an arm of each setting.
-
-    Raises:
-        ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
-        UnsupportedModel: if the model is not found, or no adapter can take it.
-    """
+    """Return what is run: the model, the prompts, and an arm of each setting."""
     from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
 
     from dit_accel.adapters.model_files import model_source, read_model_files

@@ -88,9 +88,6 @@ def clip_mean(values: Sequence[float]) -> ClipMean:
 
     Args:
         values: one per clip; for a paired comparison the difference of the two arms on that clip.
-
-    Raises:
-        ValueError: for no values.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")

@@ -44,12 +44,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read the results of `eval run`.
-
-    Raises:
-        ConfigError: for a file that is missing or empty, a line that is broken or of another kind, or lines of two
-            models, weights, calls or references.
-    """
+    """Read the results of `eval run`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -44,9 +44,6 @@ class Media:
 
     Args:
         page: which is written after its clips; if that fails, they stay for the next time.
-
-    Raises:
-        ConfigError: for a file of the folder's name, or a folder that holds what no report wrote.
     """
 
     def __init__(self, page: Path) -> None:
@@ -71,9 +68,6 @@ class Media:
             key: what they are made from, as plain values.
             frames: makes them.
             fps: frames per second of a video.
-
-        Raises:
-            ConfigError: if they can't be encoded, or written.
         """
         stem = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
         file, poster = (self.folder / f"{stem}.{suffix}" for suffix in ("mp4" if video else "png", "webp"))
@@ -186,9 +180,6 @@ def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], No
         ``references``, clip -> its file, number of frames, width and height; ``rivals``, dense run -> clip -> its file;
         ``runs``, arm -> clip -> its ``own`` file, that of its amplified ``difference`` to the reference, and the name
         of its ``rival``. And why others are not shown.
-
-    Raises:
-        ConfigError: as `Media.add`.
     """
     references, rivals, runs = dict[int, Entry](), dict[str, dict[int, str]](), dict[str, dict[int, Entry]]()
     failed: list[str] = []

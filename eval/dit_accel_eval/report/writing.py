@@ -32,10 +32,6 @@ def write_reports(
 
     Args:
         clips: prompts whose clips the page shows at most, the hardest first; None: all.
-
-    Raises:
-        ConfigError: for a path that can't be written, as on a full disk, is given twice, or is that of the results, for
-            JSON of several, and for clips that can't be encoded or put there.
     """
     if "json" in wanted and len(reports) > 1:
         raise ConfigError(f"json holds one file of results, got {len(reports)}; report each by itself")

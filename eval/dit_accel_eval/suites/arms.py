@@ -82,12 +82,7 @@ def dense_arm(steps: int) -> Arm:
 
 
 def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...]:
-    """Return the arms of a suite's ``[[arm]]`` tables, all of different names.
-
-    Raises:
-        ConfigError: for an unknown or ill-typed key, a method, cache, scheduler or guider that is not known, or a name
-            that is missing, given twice or kept for dense runs.
-    """
+    """Return the arms of a suite's ``[[arm]]`` tables, all of different names."""
     made = {}
     for arm in (arm for values in tables for arm in _arms(values, path)):
         if arm.name in made:
@@ -102,9 +97,6 @@ def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) 
     Args:
         kinds: key -> what it must be.
         remedy: what is not there if the file is missing, and what to do; ``{}`` is its path.
-
-    Raises:
-        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
     """
     if not path.is_file():
         raise ConfigError(remedy.format(path))

@@ -111,11 +111,7 @@ def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
 
 
 def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the call of a suite's model: its defaults, changed by what was given.
-
-    Raises:
-        ConfigError: for an argument that its pipeline does not take.
-    """
+    """Return the arguments of the call of a suite's model: its defaults, changed by what was given."""
     if suite.embedded:
         return embedded_call(suite.model, given)
     return given_call(check_given(suite.source)[0], given)
@@ -131,13 +127,7 @@ def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
 
 @contextlib.contextmanager
 def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
-    """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block.
-
-    Raises:
-        ConfigError: for a suite that can't run so, a file that can't be written or holds results of another, or a disk
-            without room for what these clips lack.
-        Busy: if another run writes to the file.
-    """
+    """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block."""
     family = _check_model(job.suite)
     _check_kind(job)
     _check_fits(job, clips, result_lines(job.out) if job.out.is_file() else [], family)

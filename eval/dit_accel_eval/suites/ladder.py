@@ -112,11 +112,7 @@ def clip_words(first: int, count: int) -> str:
 
 
 def read_ladder(path: Path) -> Ladder:
-    """Read a ladder of rivals.
-
-    Raises:
-        ConfigError: for a missing file, another version, an unknown or ill-typed key, or no rung.
-    """
+    """Read a ladder of rivals."""
     remedy = "no rivals at {}; make them with python eval/studies/best_rival.py, or leave rivals out"
     data = read_table(path, VERSION, KINDS, remedy)
     missing = [key for key in ("model", "first_clip", "clips", "rung") if data.get(key) in (None, [])]

@@ -30,11 +30,7 @@ class Pair:
 
 
 def read_pairs(tables: Sequence[Any], arms: Sequence[Arm], where: str) -> tuple[Pair, ...]:
-    """Return the pairs of a suite's ``[[compare]]`` tables.
-
-    Raises:
-        ConfigError: for an unknown or ill-typed key, an arm that the suite has not, or an arm against itself.
-    """
+    """Return the pairs of a suite's ``[[compare]]`` tables."""
     names, found = [arm.name for arm in arms], list[Pair]()
     for values in tables:
         if not isinstance(values, dict):

@@ -92,9 +92,6 @@ def dense_run(
     Args:
         run: makes a run as `SuiteModel.run` does; None: that.
         solver: a name of `SOLVERS`, or `OWN`.
-
-    Raises:
-        ConfigError: if the file that should hold it holds another run, or can't be written.
     """
     setting = run_setting(model, clip, steps, solver)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]

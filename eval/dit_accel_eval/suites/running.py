@@ -58,10 +58,6 @@ def run(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch = lamb
 
     Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
     a disk where appending a line is atomic, and the first checks it before and sorts it after.
-
-    Raises:
-        ConfigError: if the file can't be written, or holds results of another model, call, reference or arm.
-        Busy: if another run writes to it.
     """
     if job.timed and workers > 1:
         raise ConfigError(f"timed runs need the machine to themselves, got --workers {workers}")

@@ -115,11 +115,7 @@ class Suite:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read a suite from a TOML file.
-
-    Raises:
-        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
-    """
+    """Read a suite from a TOML file."""
     remedy = "no suite at {}; name a TOML file such as eval/suites/knee-wan-tiny.toml"
     data = read_table(path, SUITE_VERSION, KINDS, remedy)
     arms = data.pop("arm", [])

@@ -70,9 +70,6 @@ class TuningRun:
     Attributes:
         request: the request with all defaults filled in.
         pipe: the pipeline, nothing attached.
-
-    Raises:
-        ConfigError: for files that can't be written, and for scores of other settings or that can't be read.
     """
 
     def __init__(

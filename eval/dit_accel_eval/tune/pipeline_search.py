@@ -210,9 +210,6 @@ class Search:
         Settings by hand and some dense runs come first, the cheapest before the others; what optuna's sampler proposes
         follows. A setting whose work can't but be too much is not run; one that is behind others after the prompts of a
         round is not run on more, those by hand apart.
-
-        Raises:
-            ConfigError: without optuna, and where no setting can be as fast as the target.
         """
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
@@ -316,11 +313,7 @@ class Search:
         return min(points if target.name == SPEEDUP else sure or points, key=target.rank)
 
     def judged(self, points: Sequence[Point], by_hand: Sequence[Arm] = ()) -> Point:
-        """Return the choice as measured on the held-out prompts, or the best by hand where that is better there.
-
-        Raises:
-            ConfigError: if neither meets the target, with the nearer.
-        """
+        """Return the choice as measured on the held-out prompts, or the best by hand where that is better there."""
         hand = [one for one in points if one.arm in by_hand]
         arms = {one.arm.name: one.arm for one in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
         self.stages.stage(f"judging {' and '.join(arms)} on {len(self.prompts.held)} held-out prompts")
