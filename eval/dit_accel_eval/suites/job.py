@@ -241,10 +241,11 @@ def check_lines(
 
 def _known_options(methods: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line's methods without options of earlier releases, which are now what their default was."""
-    return {
-        method: {key: value for key, value in options.items() if key in settled.get(method, options)}
-        for method, options in methods.items()
-    }
+    found = {}
+    for method, options in methods.items():
+        spelt = options | ({"predictor": "corrected"} if options.get("corrected") else {})  # an option of its own then
+        found[method] = {key: value for key, value in spelt.items() if key in settled.get(method, spelt)}
+    return found
 
 
 def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], own: OwnClips | None) -> None:
