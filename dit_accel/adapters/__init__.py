@@ -1,6 +1,6 @@
 """What the core must know of a model family, as data, and where it finds the families that are installed."""
 
-from .adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid, patch_count
+from .adapter import NO_STEP, Adapter, Family, Grid, latents_grid, patch_count
 from .blocks import BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
@@ -8,6 +8,6 @@ from .joined_text import JoinedText
 from .rotary import Rope
 
 __all__ = [
-    "IMAGE_REFUSED", "NO_STEP", "Adapter", "BlockList", "CrossAttention", "Family", "Grid", "Guidance", "JoinedText",
+    "NO_STEP", "Adapter", "BlockList", "CrossAttention", "Family", "Grid", "Guidance", "JoinedText",
     "Rope", "latents_grid", "patch_count",
 ]  # fmt: skip

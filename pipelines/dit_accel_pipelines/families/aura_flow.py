@@ -5,7 +5,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
@@ -56,5 +56,5 @@ AURA_FLOW = Adapter(
     rope="AuraFlow adds learned positions to the patches",
     joined_text=JoinedText(place="before", registers=REGISTERS),
     families=(AURA_FLOW_03,),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )

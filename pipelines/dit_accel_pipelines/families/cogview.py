@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
+from dit_accel.adapters.adapter import NO_STEP, Adapter, Family, Grid, latents_grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
@@ -76,7 +76,7 @@ COGVIEW = Adapter(
     ),
     joined_text=JoinedText(place="before"),
     families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )
 GLM_IMAGE = replace(
     COGVIEW,

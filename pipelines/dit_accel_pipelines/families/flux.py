@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
+from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
@@ -111,7 +111,7 @@ FLUX = Adapter(
     ),
     joined_text=JoinedText(place="before"),
     families=with_perturbation(*with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY)),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )
 
 

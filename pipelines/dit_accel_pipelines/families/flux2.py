@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
@@ -79,7 +79,7 @@ FLUX2 = Adapter(
     joined_text=JoinedText(place="before", alone=("kv_cache",)),
     split_text="before",
     families=(FLUX2_DEV,),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )
 FLUX3 = Adapter(
     name="flux3",
@@ -96,7 +96,7 @@ FLUX3 = Adapter(
     grid=with_own_references,
     variable_text_length=True,
     joined_text=JoinedText(place="before"),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pos_embed",
         form="theta",

@@ -6,7 +6,7 @@ An image that is not square is padded to ``max_resolution`` with tokens that are
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import JOINT, BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope_axes import by_config
@@ -68,5 +68,5 @@ HIDREAM = Adapter(
     ),
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=(HIDREAM_I1,),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.rope_axes import by_config
 from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
@@ -45,5 +45,5 @@ HUNYUAN_IMAGE = Adapter(
     ),
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=(HUNYUAN_IMAGE_21,),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )

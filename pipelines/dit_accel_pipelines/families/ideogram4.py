@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import last_image, read_once
@@ -35,7 +35,7 @@ IDEOGRAM4 = Adapter(
         uncond_tokens="last",  # the image, without the prompt in front of it
     ),
     joined_text="text and image are packed into one sequence for the prompt",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="rotary_emb",
         form="frequencies",

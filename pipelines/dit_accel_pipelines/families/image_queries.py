@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
+from dit_accel.adapters.adapter import Adapter, Grid, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope_axes import by_config
@@ -29,7 +29,7 @@ PRX = Adapter(
     sizes=partial(read_sizes, layers=("depth",), heads="num_heads", head_dim=None, width="hidden_size", gated=True),
     grid=partial(latents_grid, frames_axis=None, text="before"),
     joined_text="its text has keys alone, and no stream to lay another beside",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pe_embedder",
         form="theta",
@@ -75,6 +75,6 @@ NUCLEUS_IMAGE = Adapter(
     sizes=expert_sizes,
     grid=image_then_text,
     joined_text="its text has keys alone, and no stream to lay another beside",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=QWEN_IMAGE.rope,
 )

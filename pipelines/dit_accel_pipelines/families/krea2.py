@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
+from dit_accel.adapters.adapter import Adapter, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import last_row, read_once
@@ -32,7 +32,7 @@ KREA2 = Adapter(
     sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=text_then_image,
     joined_text="its blocks take text of several layers of the encoder",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="rotary_emb",
         form="theta",

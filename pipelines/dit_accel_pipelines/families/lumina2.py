@@ -5,7 +5,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.position_ids import read_once
@@ -74,5 +74,5 @@ LUMINA2 = Adapter(
     ),
     joined_text="it cuts padded text off before the blocks, row by row",
     families=(LUMINA_IMAGE_2,),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.guidance import Guidance
@@ -45,7 +45,7 @@ PIXART = Adapter(
     rope="PixArt adds sinusoidal positions to the patches",
     noise=("exploding",),
     families=with_perturbation(PIXART_SIGMA),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )
 HUNYUAN_DIT = replace(
     PIXART,

@@ -5,7 +5,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
@@ -73,7 +73,7 @@ QWEN_IMAGE = Adapter(
     joined_text=JoinedText(place="before", mask="encoder_hidden_states_mask"),
     split_text="before",
     families=with_step_caches(QWEN_IMAGE_20B),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )
 
 
@@ -99,7 +99,7 @@ QWEN_IMAGE_21 = Adapter(
     grid=last_image,
     separate_text_attention=True,
     joined_text="it attends piece by piece, and caches keys of the prompt alone",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pos_embed",
         form="tables",

@@ -6,7 +6,7 @@ The second attention of 3.5 medium's first blocks sees the image alone.
 from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
+from dit_accel.adapters.adapter import Adapter, Family, latents_grid
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.sizes import read_sizes
@@ -63,5 +63,5 @@ SD3 = Adapter(
     rope="SD3 adds sinusoidal positions to the patches",
     joined_text=JoinedText(place="after"),
     families=with_perturbation(SD3_MEDIUM, SD35_LARGE),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )

@@ -13,7 +13,7 @@ Recipe = Mapping[str, Any]
 
 
 def with_step_caches(*families: Family) -> tuple[Family, ...]:
-    """Return families with the recipes of step caches that are published for a model of their name."""
+    """Return families with what is published for step caches on a model of their name."""
     tables = {
         "magcache": MAGCACHE,
         "teacache": TEACACHE,
@@ -23,6 +23,7 @@ def with_step_caches(*families: Family) -> tuple[Family, ...]:
     return tuple(
         replace(
             family,
+            first_expert=FIRST_EXPERT.get(family.name),
             recipes={
                 **family.recipes,
                 **{method: table[family.name] for method, table in tables.items() if family.name in table},
@@ -30,6 +31,10 @@ def with_step_caches(*families: Family) -> tuple[Family, ...]:
         )
         for family in families
     )
+
+
+FIRST_EXPERT = {"wan2.2-a14b": 26 / 40, "wan2.2-i2v-a14b": 15 / 40}
+"""Model -> share of the steps before the noise level at which its experts change, as released (shift 12 and 5)."""
 
 
 def _magcache(threshold: float, max_consecutive: int, warmup_steps: float, ratios: str, **further: Any) -> Recipe:
@@ -102,7 +107,6 @@ MAGCACHE: Mapping[str, Recipe] = {
         0.98808 0.98765 0.9851 0.98311 0.9805 0.97776 0.97278 0.96731 0.95857 0.94385 0.92118 0.88108 0.80263
         """,
         warmup_of="each",
-        switch=26 / 40,
     ),
     "wan2.2-i2v-a14b": _magcache(
         0.06,
@@ -114,7 +118,6 @@ MAGCACHE: Mapping[str, Recipe] = {
         0.97619 0.97264 0.97088 0.96568 0.96045 0.95322 0.94579 0.93297 0.91699 0.89174 0.8541 0.79823
         """,
         warmup_of="last",
-        switch=15 / 40,
     ),
     "wan2.2-ti2v-5b": _magcache(
         0.06,

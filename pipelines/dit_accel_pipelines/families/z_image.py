@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
+from dit_accel.adapters.adapter import Adapter, Family, Grid
 from dit_accel.adapters.blocks import BlockList
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.adapters.rope_axes import by_config, lengths_of_image
@@ -112,5 +112,5 @@ Z_IMAGE = Adapter(
     ),
     joined_text="it takes texts as a list and packs them with the image",
     families=(Z_IMAGE_TURBO,),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
 )
