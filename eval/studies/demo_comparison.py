@@ -15,7 +15,7 @@ import torch
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.psnr import psnr
-from dit_accel_eval.runs.conditions import processor
+from dit_accel_eval.runs.conditions import processor_name
 from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
 from dit_accel_eval.runs.model import Run
@@ -191,7 +191,7 @@ def _data(model: EmbeddedModel, outcomes: Sequence[Outcome], seed: int) -> dict[
     found = over_prompts(RESULTS.parents[1], model.name, LEVEL)
     return {
         "over_prompts": found and dataclasses.asdict(found),
-        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
+        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor_name(),
         "threads": torch.get_num_threads(), "shown_seed": seed, "arms": arms,
     }  # fmt: skip
 

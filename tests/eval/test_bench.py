@@ -14,7 +14,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from dit_accel_eval.bench import forwards
 from dit_accel_eval.bench.beside import Beside
-from dit_accel_eval.bench.forwards import BenchArm, Plan, arms_of, make_bench, preset_arms, run_bench
+from dit_accel_eval.bench.forwards import BenchArm, Plan, bench_arms, make_bench, preset_arms, run_bench
 from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
 from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import BenchOptions
@@ -89,7 +89,7 @@ def test_methods_are_timed_beside_dense_with_their_work_and_prediction():
     made = narrow(steps=6)
     radial = RadialAttention(dense_steps=0, dense_last_steps=0, dense_layers=0, block_size=16, decay_factor=0.2)
     cache = StaticCache(every=2, warmup_steps=2, last_steps=1)
-    arms = arms_of([radial, cache])
+    arms = bench_arms([radial, cache])
     assert [arm.name for arm in arms if arm.methods] == ["radial", "staticcache", "radial + staticcache"]
     wanted = [arm for arm in arms if arm.methods or arm.backend in ("native", "sage")]
     wanted.append(BenchArm(name="dense, _native_math", backend="_native_math"))
@@ -149,7 +149,7 @@ def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(mo
     assert logits == 4 * 4 * 2 * 480**2
     monkeypatch.setattr(forwards, "free_memory", lambda device: model + logits // 2)
     few = [BenchArm(name=f"dense, {one}", backend=one) for one in ("native", "flex")]
-    monkeypatch.setattr(forwards, "arms_of", lambda methods: [*few, *arms_of(methods)[-1:]])
+    monkeypatch.setattr(forwards, "bench_arms", lambda methods: [*few, *bench_arms(methods)[-1:]])
     sparser = ["--set", "radial.block_size=16", "--set", "radial.decay_factor=0.2"]
     found = CliRunner().invoke(app, ["bench", "--shapes", shape, "--rounds", "1", "--radial", *sparser])
     assert found.exit_code == 0, found.output
@@ -278,7 +278,9 @@ def test_what_can_not_be_timed_is_told(arguments, message):
 
 
 def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch, here):
-    monkeypatch.setattr(forwards, "arms_of", lambda methods: [one for one in arms_of(methods) if one.backend != "flex"])
+    monkeypatch.setattr(
+        forwards, "bench_arms", lambda methods: [one for one in bench_arms(methods) if one.backend != "flex"]
+    )
     out = tmp_path / "b.jsonl"
     arguments = ["bench", "--family", "wan2.1-1.3b", "--heads", "2", "--height", "128", "--width", "128", "--radial"]
     arguments += ["--num-frames", "5", "--num-inference-steps", "2", "--rounds", "1", "-o", str(out)]
@@ -298,7 +300,7 @@ def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch, her
 
 def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table(monkeypatch, here):
     arms = lambda methods: [BenchArm(name="dense"), BenchArm(name="radial", methods=tuple(methods))]  # noqa: E731
-    monkeypatch.setattr(forwards, "arms_of", arms)
+    monkeypatch.setattr(forwards, "bench_arms", arms)
     found = CliRunner().invoke(app, ["bench", "--shapes", "flux.1-dev:64x64", "--rounds", "1", "--radial"])
     assert found.exit_code == 2
     assert "flux.1-dev, 2 layers of 2 of 24 heads, 528 tokens" in found.stdout

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.runs import loaded as given
-from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor
+from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor_name
 from dit_accel_eval.runs.loaded import (
     EmbeddedModel,
     GivenModel,
@@ -267,7 +267,7 @@ def test_an_embedded_model_takes_prompts_of_one_s_own_without_a_score(tmp_path, 
 
 
 def test_a_device_is_called_by_its_name(monkeypatch):
-    assert device_name(torch.device("cpu")) == processor()
+    assert device_name(torch.device("cpu")) == processor_name()
     named = SimpleNamespace(get_device_name=lambda device: f"card {device.index}")
     monkeypatch.setattr(torch, "get_device_module", lambda device: named)
     assert device_name(torch.device("cuda:1")) == "card 1"

@@ -15,7 +15,7 @@ from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune import pipeline as tune_pipeline
 from dit_accel_eval.tune import pipeline_search
-from dit_accel_eval.tune.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
+from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, known_work, least_work, pareto, read_target
 from fake_model import FakeModel, command, faked
 from model_folders import model_folder
 from tuning import tune as tune_command
@@ -243,9 +243,9 @@ def test_targets_and_what_misses_them():
     assert Target(name="warp-error@dis", value=28.0).missed(one) == 1
 
 
-def point(name: str, quality: float, work: float, error: float = 0.0) -> Point:
+def point(name: str, quality: float, work: float, error: float = 0.0) -> Measurement:
     arm = Arm(name=name, num_inference_steps=1)
-    return Point(arm=arm, prompts=6, quality=quality, error=error, work=work, speedup=20 / work)
+    return Measurement(arm=arm, prompts=6, quality=quality, error=error, work=work, speedup=20 / work)
 
 
 def test_the_choice_meets_the_target_by_a_standard_error():

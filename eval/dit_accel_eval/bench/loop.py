@@ -61,18 +61,18 @@ def reason_of(error: Exception) -> DitAccelError:
     return DitAccelError(f"{type(error).__name__}: {told}")
 
 
-def now(device: torch.device) -> float:
+def device_time(device: torch.device) -> float:
     """Return the time in seconds, after all that the device has to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+def call_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of a call on a device."""
-    started = now(device)
+    started = device_time(device)
     run()
-    return now(device) - started
+    return device_time(device) - started
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:

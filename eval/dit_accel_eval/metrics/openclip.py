@@ -135,7 +135,7 @@ def weighted(text: str) -> Weighted:
     return Weighted(model, tag=rest)
 
 
-def fetch(one: Weighted) -> str | None:
+def fetch_model(one: Weighted) -> str | None:
     """Fetch published weights, and the tokenizer where it is the hub's; returns why they can't be had, None if here."""
     import open_clip
 

@@ -11,7 +11,7 @@ from ..suites.figures import ArmFigures
 from ..suites.lines import ResultLine
 from ..suites.tables import NOTHING, pairs_rule, rule_words, seconds_cell
 from .charts import costs, forest, hues, prompt_map, step_map
-from .lines import ALWAYS, better_of, words_of
+from .lines import ALWAYS, better_of, metric_words
 from .media import AMPLIFIED, Entry, fps_of
 from .report import SuiteReport, quantile_clips
 
@@ -80,7 +80,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
         "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scored},
         "columns": _columns(report),
-        "words_of": words_of,
+        "words_of": metric_words,
         "better_of": better_of,
         "digits": lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
         "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),

@@ -81,7 +81,7 @@ class Counter:
         module.forward = counted
 
 
-def planned(
+def run_estimate(
     adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig] = ()
 ) -> Estimate:
     """Return what `dit-accel plan` says of a run at the size of a call."""
@@ -89,7 +89,7 @@ def planned(
     return estimate(adapter, family, methods=methods, **sizes)
 
 
-def attended(
+def attended_share(
     report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
 ) -> tuple[float, dict[int, float]]:
     """Return the share of the query-key pairs that a run's attention calls computed, and the same by step; 1 is dense.
@@ -105,7 +105,7 @@ def attended(
         return 1.0, {}
     sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
     tile = min(sizes, default=1)  # without tiles nothing is pooled
-    probes = sum(saving.exact_rows for saving in planned(adapter, family, call, methods).savings.values())
+    probes = sum(saving.exact_rows for saving in run_estimate(adapter, family, call, methods).savings.values())
     by_step: dict[int, list[tuple[int, float]]] = {}
     for step in report.steps:
         if calls := step.dense_layers + step.sparse_layers:

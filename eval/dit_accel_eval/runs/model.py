@@ -26,7 +26,7 @@ from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
 from .conditions import HeldOutClips, OwnClips
-from .counting import Counter, Counts, attended, density_map, planned
+from .counting import Counter, Counts, attended_share, density_map, run_estimate
 from .rivals import cached_by
 
 DIGITS = 4
@@ -66,7 +66,7 @@ class Run:
 
     frames: Clip
     counts: Counts
-    attended: float
+    attended_share: float
     seconds: float
     times: Times | None = None
     by_step: tuple[tuple[Counts, float], ...] = ()
@@ -99,7 +99,7 @@ class SuiteModel:
         self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
         self.adapter, self.family = adapter, family
-        size = planned(adapter, family, self.call)
+        size = run_estimate(adapter, family, self.call)
         self.own_share, self.tokens = size.attention_share, size.layout.tokens
         self.shipped = pipe.scheduler
         self.transformers = transformers_of(pipe)
@@ -129,7 +129,7 @@ class SuiteModel:
             call: arguments that differ from the model's own.
         """
         call = {**self.call, **(call or {})}
-        self.pipe.scheduler = scheduler_of(self.shipped, solver, scheduler or {}, flow_shift)
+        self.pipe.scheduler = arm_scheduler(self.shipped, solver, scheduler or {}, flow_shift)
         self._counter.take()
         generator, counts = torch.Generator().manual_seed(self.seed(clip)), list[Counts]()
         counted = begin_peak()
@@ -144,7 +144,7 @@ class SuiteModel:
                 prompt=self.prompt(clip), **call, num_inference_steps=steps, generator=generator, output_type="np"
             )
             report = attachment.report() if attachment else None
-        share, shares = attended(report, self.adapter, self.family, call, methods)
+        share, shares = attended_share(report, self.adapter, self.family, call, methods)
         return Run(
             frames=any_pictures_of(out).astype(np.float32, copy=False),
             counts=sum(counts, self._counter.take()),
@@ -240,7 +240,7 @@ def shipped_scheduler(source: str) -> Any:
     return cls.from_config(config)
 
 
-def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
+def arm_scheduler(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
     """Return a fresh scheduler of the model's own noise schedule.
 
     Args:

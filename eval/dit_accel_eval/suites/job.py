@@ -21,8 +21,8 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
-from ..runs.model import check_guided, scheduler_of, shipped_scheduler
+from ..runs.loaded import check_given, embedded_call, embedded_weights, given_weights, model_call
+from ..runs.model import arm_scheduler, check_guided, shipped_scheduler
 from ..runs.results import Line, write_lines
 from .arms import Arm
 from .judges import Judge, judge_of
@@ -70,7 +70,7 @@ class Job:
         """What every line must say: the model, and where there is one, the call of the converged run."""
         suite = self.suite
         if suite.embedded:
-            model = {"model": suite.model, "weights": weights_hash(suite.model)}
+            model = {"model": suite.model, "weights": embedded_weights(suite.model)}
         else:
             dtype = self.machine.dtype(suite.dtype)
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
@@ -114,7 +114,7 @@ def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the call of a suite's model: its defaults, changed by what was given."""
     if suite.embedded:
         return embedded_call(suite.model, given)
-    return given_call(check_given(suite.source)[0], given)
+    return model_call(check_given(suite.source)[0], given)
 
 
 def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
@@ -187,7 +187,7 @@ def _check_model(suite: Suite) -> Family:
     rungs = [ladder.arm(rung.num_inference_steps) for rung in ladder.rungs] if ladder else []
     for arm in (*suite.arms, *rungs):
         try:
-            scheduler_of(shipped, arm.solver, arm.scheduler, arm.flow_shift)
+            arm_scheduler(shipped, arm.solver, arm.scheduler, arm.flow_shift)
             if arm.guider:
                 check_guided(pipeline_class(files))
             make_handlers(arm.methods, taken)

@@ -15,7 +15,7 @@ from dit_accel.adapters.embedded import assets
 
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
-from ..runs.conditions import device_name, processor
+from ..runs.conditions import device_name, processor_name
 from ..runs.counting import Counts, work, works
 from ..runs.model import Run, SuiteModel
 from ..runs.results import Line, keep_beside
@@ -76,11 +76,11 @@ def line_of(sampled: Sampled) -> Line:
         if job.frames is not None:
             line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if len(sampled.runs) > 1:
-        line["repeated"] = repeated(sampled.runs)
+        line["repeated"] = repeat_figures(sampled.runs)
     if sampled.beside:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
-        line |= {"processor": processor(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
+        line |= {"processor": processor_name(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
     return line
 
 
@@ -89,7 +89,7 @@ def median_run(runs: Sequence[Run]) -> Run:
     return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
-def repeated(runs: Sequence[Run]) -> dict[str, Any]:
+def repeat_figures(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
     seconds = [run.seconds for run in runs]
     low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
@@ -113,7 +113,7 @@ def _about(sampled: Sampled) -> Line:
         "diffusers": version("diffusers"),
         "dit_accel": version("dit-accel"),
         "python": platform.python_version(),
-        "device": processor() if embedded else device_name(model.device),
+        "device": processor_name() if embedded else device_name(model.device),
     }
 
 

@@ -50,10 +50,10 @@ def run_job(job: Job, clips: Sequence[int], workers: int, *, quiet: bool) -> Non
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
     job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
     with SuiteProgress(job, clips, quiet=quiet) as watch:
-        run(job, clips, workers=workers, watch=watch)
+        run_arms(job, clips, workers=workers, watch=watch)
 
 
-def run(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch = lambda lines: None) -> None:
+def run_arms(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch = lambda lines: None) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
     Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on

@@ -29,7 +29,7 @@ from ..suites.lines import result_lines
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
-from .pipeline_search import HELD_OUT_PROMPTS, Point, Prompts, Search, Target, pareto, read_target, split
+from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, pareto, read_target, split
 from .space import BY_HAND, default_space, space_of
 
 
@@ -85,7 +85,7 @@ def tune_pipeline(
 
 
 def _tuned(
-    output: Path, kept: Path, target: Target, chosen: Point, frontier: list[Point], tried: tuple[int, int]
+    output: Path, kept: Path, target: Target, chosen: Measurement, frontier: list[Measurement], tried: tuple[int, int]
 ) -> Tuned:
     """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"

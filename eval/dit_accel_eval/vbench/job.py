@@ -10,7 +10,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class VideoJob:
     """A run, as the command's options of these names (`options`) have it.
 
     Attributes:
