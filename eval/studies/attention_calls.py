@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from attention_table import DENSE, SPARSE, page_text
 from dit_accel_eval.bench.loop import call_seconds, in_turn, machine, quartiles, why_not
-from dit_accel_eval.bench.shapes import Shape, shapes_of
+from dit_accel_eval.bench.shapes import Shape, named_shapes
 from dit_accel_eval.runs.results import Line
 from dit_accel_kernels import EXACT, TileLists, block_sparse_attention_eager, predicted_speedup, unpack_bits
 from study import study
@@ -188,7 +188,7 @@ def measure(options: Any, known: Sequence[Line]) -> Iterator[Line]:
     calls = [
         Attention(shape=shape, heads=options.heads, dtype=dtype, rate=dense_rate(dtype))
         for dtype in (torch.float32, torch.bfloat16)
-        for shape in shapes_of(options.shapes)
+        for shape in named_shapes(options.shapes)
     ]
     calls.sort(key=lambda one: one.expected(one.arms[0]))
     needed = [[one.expected(arm) for arm in one.arms] for one in calls]

@@ -19,7 +19,7 @@ from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
 from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import BenchOptions
 from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model
-from dit_accel_eval.bench.shapes import SHAPES, Shape, shapes_of
+from dit_accel_eval.bench.shapes import SHAPES, Shape, named_shapes
 from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
@@ -144,7 +144,7 @@ def test_an_arm_that_fails_is_told_and_the_others_run(monkeypatch):
 def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(monkeypatch, here):
     """With a little more than the model takes: enough for attention in tiles, and too little for every logit."""
     shape = "wan2.1-1.3b:128x192x17"
-    plan = Plan.of(shapes_of(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
+    plan = Plan.of(named_shapes(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
     model, logits = memory_of_model(plan, torch.float32), memory_of_logits(plan, "flex")
     assert logits == 4 * 4 * 2 * 480**2
     monkeypatch.setattr(forwards, "free_memory", lambda device: model + logits // 2)
@@ -164,7 +164,7 @@ def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(mo
 def test_real_sizes_are_refused_where_they_took_a_machine_down():
     options = BenchOptions(shapes="all", heads=2, num_inference_steps=1)
     for name, least, most in (("wan-480p", 30, 40), ("wan-720p", 150, 220), ("flux-1mp", 0.5, 2)):
-        plan = Plan.of(shapes_of(name)[0], options)
+        plan = Plan.of(named_shapes(name)[0], options)
         assert least < (memory_of_model(plan, torch.float32) + memory_of_logits(plan, "flex")) / 2**30 < most
         assert memory_of_model(plan, torch.float32) < 8 * 2**30
 
@@ -203,13 +203,13 @@ def test_a_process_that_is_killed_ends_an_arm_and_the_next_begins_another():
 def test_the_named_shapes_are_the_sequences_of_the_released_models():
     """Tokens by hand: latents of an eighth, patches of two, a frame and one for every four; text where it joins."""
     options = BenchOptions(shapes="all", num_inference_steps=1)
-    plans = {shape.name: Plan.of(shape, options) for shape in shapes_of("all")}
+    plans = {shape.name: Plan.of(shape, options) for shape in named_shapes("all")}
     assert {name: plan.dense.layout.tokens for name, plan in plans.items()} == {
         "flux-1mp": 64 * 64 + 512, "flux-4mp": 128 * 128 + 512, "wan-480p": 21 * 30 * 52, "wan-720p": 21 * 45 * 80,
         "hunyuan-720p": 33 * 45 * 80 + 256,
     }  # fmt: skip
     assert list(plans) == list(SHAPES)
-    assert shapes_of("wan-480p, wan-480p") == [plans["wan-480p"].shape]
+    assert named_shapes("wan-480p, wan-480p") == [plans["wan-480p"].shape]
 
 
 def test_a_few_heads_are_a_share_of_the_model():
@@ -241,7 +241,7 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
     monkeypatch.setattr(forwards.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(forwards, "run_bench", lambda one, *_, **__: [{"shape": one.plan.shape.name, "rounds": 1}])
     said: list[str] = []
-    long, short = shapes_of("wan2.1-1.3b:384x384x17,wan2.1-1.3b:128x128x17")
+    long, short = named_shapes("wan2.1-1.3b:384x384x17,wan2.1-1.3b:128x128x17")
     options = BenchOptions(shapes="", heads=1, num_inference_steps=1, budget=15)
     lines = list(forwards.run_shapes([long, short], [], options=options, device=CPU, dtype=torch.float32,
                                      say=said.append))  # fmt: skip

@@ -76,7 +76,7 @@ class Job:
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        return {**model, "call": suite_call(suite, suite.call), "reference": reference_words(suite)}
+        return {**model, "call": suite_call(suite, suite.call), "reference": reference_name(suite)}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
@@ -95,7 +95,7 @@ class Job:
         return {arm.name: self.arm_setting(arm) for arm in arms}
 
 
-def reference_words(suite: Suite) -> str:
+def reference_name(suite: Suite) -> str:
     """Return in words what a suite's arms are held against."""
     own = suite.reference_steps
     return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{suite.reference_solver}, {own} steps of its own"
