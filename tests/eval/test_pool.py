@@ -21,7 +21,7 @@ def work(item):
 
 def both():
     from dit_accel_eval.runs.pool import run_beside
-    run_beside(work, [0, 1, 2], 2, print)
+    run_beside(work, [0, 1, 2], 2)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)

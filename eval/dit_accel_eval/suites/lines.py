@@ -22,9 +22,6 @@ AGREE = 45.0
 ITSELF = 120.0
 """The agreement in dB of a reference for which nothing was searched: `psnr` of a clip with itself."""
 
-CONFIRMED = "reference_confirmed"
-"""Key of a line whose reference was compared with a run of more steps after the search: ``steps``, ``agreement``."""
-
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
 
@@ -43,6 +40,7 @@ class ResultLine:
         seconds: of the denoising loop where timed, beside ``dense_seconds`` of the dense run of as many steps.
         score: by the model's own judge.
         metrics: metric -> its value; ``skipped`` and ``unavailable`` say why others have none.
+        reference_confirmed: ``steps`` and ``agreement`` of a run of more steps that confirmed the reference.
         kept: path of the frames, from the file's folder.
     """
 

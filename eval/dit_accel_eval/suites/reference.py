@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,24 +54,20 @@ def default_cache() -> Path:
 
 
 def reference_run(
-    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, steps: int | None = None,
-    solver: str = BEST,
+    model: SuiteModel, clip: int, cache: Path, steps: int | None = None, solver: str = BEST
 ) -> Reference:  # fmt: skip
     """Return a clip's reference: the model's own dense run of so many steps of a solver; None: the converged one."""
     if steps is None:
-        return converged(model, clip, cache, run)
-    return _reference(dense_run(model, clip, steps, cache, run, solver), steps, ITSELF)
+        return converged(model, clip, cache)
+    return _reference(dense_run(model, clip, steps, cache, solver), steps, ITSELF)
 
 
-def converged(
-    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, *, first: int = FIRST,
-    most: int = MOST,
-) -> Reference:  # fmt: skip
-    """Return a clip's reference, made by ``run``, None: the model's own, or found again."""
-    steps, coarse = first, dense_run(model, clip, first, cache, run)
+def converged(model: SuiteModel, clip: int, cache: Path, *, first: int = FIRST, most: int = MOST) -> Reference:
+    """Return a clip's converged run, made or found again."""
+    steps, coarse = first, dense_run(model, clip, first, cache)
     while True:
         steps *= 2
-        fine = dense_run(model, clip, steps, cache, run)
+        fine = dense_run(model, clip, steps, cache)
         agreement = psnr(fine.frames, coarse.frames)
         if agreement >= AGREE or 2 * steps > most:
             return _reference(fine, steps, agreement)
@@ -84,20 +79,13 @@ def _reference(made: Run, steps: int, agreement: float) -> Reference:
     return Reference(frames=made.frames, steps=steps, agreement=agreement, step=made.counts / steps, seconds=seconds)
 
 
-def dense_run(
-    model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None, solver: str = BEST
-) -> Run:
-    """Return a dense run of a solver with the model's own noise shift, made or found again, with its times.
-
-    Args:
-        run: makes a run as `SuiteModel.run` does; None: that.
-        solver: a name of `SOLVERS`, or `OWN`.
-    """
+def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str = BEST) -> Run:
+    """Return a dense run of a solver with the model's own noise shift, made or found again, with its times."""
     setting = run_setting(model, clip, steps, solver)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{name}.npz"
     if not path.exists():
-        made = (run or model.run)(clip, steps=steps, solver=solver)
+        made = model.run(clip, steps=steps, solver=solver)
         meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
         meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
         with explained_disk_errors(path):

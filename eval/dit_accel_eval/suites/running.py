@@ -81,7 +81,7 @@ def _run(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None])
     look()
     workers = max(1, min(workers, len(clips)))
     if workers > 1:
-        return run_beside(_run_there, clips, workers, lambda _: None, begin=_begin, given=(job,), look=look)
+        return run_beside(_run_there, clips, workers, begin=_begin, given=(job,), look=look)
     runner = Runner(job)
     for clip in clips:
         runner.run_clip(clip, look)
