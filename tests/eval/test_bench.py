@@ -250,9 +250,8 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
     assert f"{long.name} is left out: it would take about {2 * work[0] / work[1]:.0f} s; raise --budget" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_can_not_be_timed_is_said():
+    for arguments, message in (
         (["--family", "wan2.1-1.3"], "did you mean"),
         (["--family", "z-image-turbo"], "bench can't make the inputs of z-image-turbo yet; "),
         (["--family", "wan2.1-1.3b", "--layers", "31"], "wan2.1-1.3b has 30 layers, got --layers 31; ask for 1 to 30"),
@@ -269,12 +268,10 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
         (["--shapes", "wan2.1-1.3b:481x832x81"], "height must be a multiple of 16 for wan2.1-1.3b, got 481"),
         (["--shapes", ","], "--shapes names none; say all, or some of flux-1mp"),
         (["--shapes", "all", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'?"),
-    ],
-)
-def test_what_can_not_be_timed_is_told(arguments, message):
-    found = CliRunner().invoke(app, ["bench", *arguments])
-    assert found.exit_code == 2
-    assert message in found.stderr
+    ):
+        found = CliRunner().invoke(app, ["bench", *arguments])
+        assert found.exit_code == 2
+        assert message in found.stderr
 
 
 def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch, here):

@@ -147,20 +147,6 @@ def test_a_suite_of_a_folder_runs_goes_on_and_reports(whole):
     assert f"steps of the dense model, of {tokens} tokens, less" in text
 
 
-@pytest.mark.slow
-def test_results_of_another_model_or_prompt_are_refused(whole, tmp_path):
-    model_folder(tmp_path / "tiny", {"eps": 1e-5})
-    (tmp_path / "s.toml").write_text((whole / "s.toml").read_text())
-    found = command("run", tmp_path / "s.toml", "--out", whole / "s.jsonl")
-    assert found.exit_code == 2
-    assert "holds results of weights" in found.stderr
-    (whole / "other.toml").write_text((whole / "s.toml").read_text().replace("blue square", "green square"))
-    found = command("run", whole / "other.toml", "--out", whole / "s.jsonl")
-    assert found.exit_code == 2
-    told = " ".join(found.stderr.split())
-    assert "clip 1 of prompt 'a blue square going up' and seed 1, this suite has 'a green square going up'" in told
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

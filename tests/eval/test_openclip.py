@@ -189,9 +189,8 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
+def test_wrong_names_are_refused_with_what_to_write():
+    for name, said in (
         ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
         ("MODEL", r"no model 'MODEL'"),
         ("", r"no model ''"),
@@ -200,13 +199,10 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
         ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
         ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
         ("ViT-B-32=nowhere.pt", r"nowhere\.pt .*ViT-B-32"),
-    ],
-)
-def test_wrong_names_are_refused_with_what_to_write(name, told):
-    with pytest.raises(ConfigError, match=told):
-        check_names([f"clip-score@open_clip:{name}"])
-    with pytest.raises(ConfigError, match=told):
-        objective_of(f"clip-score@open_clip:{name}", None)
+    ):
+        for check in (lambda name: check_names([name]), lambda name: objective_of(name, None)):
+            with pytest.raises(ConfigError, match=said):
+                check(f"clip-score@open_clip:{name}")
 
 
 def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weights():
