@@ -263,8 +263,9 @@ def set_up_weights(
         set_up_prompts(archives, json)
         return
     from .metrics.weights import folder as weights_folder
+    from .metrics.weights import set_up
 
-    found = set_up_prompts(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
+    found = set_up(given=archives, tell=lambda text: TALK.print(text, markup=False, soft_wrap=True))
     failed = {net: reason for net, reason in found.items() if reason is not None}
     if json:
         print_json({"folder": str(weights_folder()), "networks": found})

@@ -129,7 +129,7 @@ class ArmRun:
     blocks: list[float]
     attention: list[float]
     counts: Counts
-    attended_share: float = 1.0
+    attended: float = 1.0
 
 
 def run_shapes(

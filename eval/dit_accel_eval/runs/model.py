@@ -66,7 +66,7 @@ class Run:
 
     frames: Clip
     counts: Counts
-    attended_share: float
+    attended: float
     seconds: float
     times: Times | None = None
     by_step: tuple[tuple[Counts, float], ...] = ()

@@ -193,7 +193,7 @@ def pair_figures(
         {pair: pair.margin for pair in pairs},
     )
     scores = judge({
-        pair: [100 * (own.score - other.score) for own, other in ends if own.score is not None is not other.score]
+        pair: [100 * (own.score - other.score) for own, other in ends if own.score is not None and other.score is not None]
         for pair, ends in both.items()
     })  # fmt: skip
     found = []

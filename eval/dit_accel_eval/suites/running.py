@@ -221,6 +221,8 @@ class SuiteProgress:
         if not self._quiet:
             self._quiet = True
             more = "" if self._job.judge else "; the dense runs that they are compared with are added"
-            TALK.print(f"{suite.name}: {len(self._clips)} clips x {len(suite.arms)} arms, {done} of {self._total} runs "
-                       f"are done{more}", markup=False, soft_wrap=True)  # fmt: skip
+            counts = (f"{count} {what}{'s' * (count != 1)}" for count, what in ((len(self._clips), "clip"),
+                                                                               (len(suite.arms), "arm")))  # fmt: skip
+            text = f"{suite.name}: {' x '.join(counts)}, {done} of {self._total} runs are done{more}"
+            TALK.print(text, markup=False, soft_wrap=True)
         self._progress.update(self._task, completed=done, description=f"{suite.name}: {len(known)} runs")

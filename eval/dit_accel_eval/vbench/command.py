@@ -73,10 +73,10 @@ def evaluate(
         keeps(f"each dimension's results stand in {output}, and the same command goes on with the next")
         found = measure_officially(job, official)
     else:
-        from .run import LINES, RESULTS
+        from .run import LINES, RESULTS, measure
 
         keeps(f"what was measured stands in {job.file(LINES)}, and the same command goes on there")
-        found = measure_officially(job)
+        found = measure(job)
     _print_scores(found, job.file(RESULTS), whole=official is not None and not custom, json=json)
 
 
