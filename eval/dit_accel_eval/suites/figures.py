@@ -188,20 +188,22 @@ def pair_figures(
     for pair in pairs:
         clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
         both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
-    ahead = judge(
-        {pair: [own.psnr - other.psnr for own, other in ends] for pair, ends in both.items()},
-        {pair: pair.margin for pair in pairs},
+    psnrs, scores = (
+        {pair: _differences(ends, metric, factor) for pair, ends in both.items()}
+        for metric, factor in (("psnr", 1), ("score", 100))
     )
-    scores = judge({
-        pair: [100 * (own.score - other.score) for own, other in ends if own.score is not None and other.score is not None]
-        for pair, ends in both.items()
-    })  # fmt: skip
+    ahead, scored = judge(psnrs, {pair: pair.margin for pair in pairs}), judge(scores)
     found = []
     for pair, judged in ahead.items():
         dense = reference_steps or max(line.num_inference_steps for ends in both[pair] for line in ends)
         by, costs = _costs(both[pair], known, dense)
-        found.append(PairFigures(pair=pair, ahead=judged, score=scores.get(pair), costs=costs, by=by))
+        found.append(PairFigures(pair=pair, ahead=judged, score=scored.get(pair), costs=costs, by=by))
     return found
+
+
+def _differences(ends: Sequence[tuple[ResultLine, ...]], metric: str, factor: int) -> list[float]:
+    values = ((own.value(metric), other.value(metric)) for own, other in ends)
+    return [factor * (own - other) for own, other in values if own is not None and other is not None]
 
 
 def _further(lines: Sequence[ResultLine]) -> dict[str, list[float]]:
