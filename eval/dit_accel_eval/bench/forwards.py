@@ -115,15 +115,7 @@ class BenchArm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmRun:
-    """What one run of an arm took.
-
-    Attributes:
-        steps: seconds of every step.
-        blocks: seconds of every block that ran.
-        attention: seconds of every self-attention that ran.
-        counts: what ran.
-        attended: share of the pairs that ran.
-    """
+    """What one run of an arm took."""
 
     steps: list[float]
     blocks: list[float]

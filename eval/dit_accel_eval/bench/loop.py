@@ -26,7 +26,6 @@ def in_turn(
     """Give what the arms made in each round, one arm after another.
 
     Args:
-        arms: name -> what runs.
         rounds: that count, at most; the first always runs.
         warm_up: rounds before them that don't.
         deadline: as `time.perf_counter` counts; no round begins that would end behind it, taken as long as the last.

@@ -51,7 +51,6 @@ class Weighted:
     """A model of open_clip's with its weights: of a published tag, or of a file.
 
     Attributes:
-        model: its name.
         tag: of published weights; empty: they are a file's.
         file: of weights; None: they are published.
     """

@@ -35,7 +35,6 @@ def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -
 
     Args:
         shown: the clips of each report; none: nothing is shown.
-        folder: name of the folder that holds them, beside the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -55,12 +54,7 @@ def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -
 
 
 def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: str, level: int) -> dict[str, Any]:
-    """Return what the templates take of a report.
-
-    Args:
-        prefix: of the part's ids.
-        level: of its headings.
-    """
+    """Return what the templates take of a report."""
     lines, groups, scores = report.results.lines, _groups(report), score_leads(report)
     scored = any("score" in arm.means for arm in report.arms)
     return {

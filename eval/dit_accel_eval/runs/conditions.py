@@ -76,7 +76,6 @@ class Machine:
     """Where a model that is not embedded runs.
 
     Attributes:
-        device: torch device; None: the accelerator if there is one.
         offload: which weights wait in main memory, one of `OFFLOADS`.
     """
 

@@ -42,9 +42,6 @@ class Counter:
     """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
 
     Made before anything else wraps the transformer, and never taken off.
-
-    Attributes:
-        seconds: by kind, what each call took since the last `take`.
     """
 
     def __init__(
@@ -96,10 +93,6 @@ def attended_share(
 
     A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted. Steps
     without attention calls are left out, as are all of a dense run.
-
-    Args:
-        report: what ran; None: nothing was attached.
-        call: height, width and frames of the run.
     """
     if report is None or report.sparse_density is None:
         return 1.0, {}
@@ -135,8 +128,6 @@ def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> f
     """Return a run's work in steps of the dense model.
 
     Args:
-        dense_step: what one dense step runs.
-        attended: `attended` of the run.
         share: self-attention's share of a dense step's work.
     """
     attention = attended * counts.attention / dense_step.attention

@@ -96,8 +96,6 @@ class GivenModel(SuiteModel):
     """A loaded pipeline of a folder or the hub.
 
     Args:
-        name: what result lines call it.
-        source: the folder or hub id.
         call: arguments of the pipeline's call besides its family's sizes.
     """
 

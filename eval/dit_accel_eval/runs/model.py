@@ -56,11 +56,9 @@ class Run:
         frames: [F, height, width, 3] in [0, 1].
         counts: the blocks and attention calls that ran.
         attended: the share of the pairs that the attention calls computed; 1 is dense.
-        seconds: of the denoising loop.
         times: what its stages took; None where that is not known.
         by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
             is not known.
-        density: `density_map` of what ran.
         memory: the most bytes that were held meanwhile, by `peak_memory`; None where that is not known.
     """
 
@@ -78,15 +76,12 @@ class SuiteModel:
     """A loaded pipeline that makes clips by their numbers.
 
     Args:
-        name: what result lines call the model.
         weights: what tells its weights from others'.
         call: all arguments of the pipeline's call but the prompt, the steps and the generator.
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
-        device: where it runs.
         own_share: self-attention's share of the FLOPs at the size of its call, as `dit-accel plan` counts them.
-        tokens: of a forward.
     """
 
     dtype: str | None = None
@@ -122,11 +117,7 @@ class SuiteModel:
 
         Args:
             solver: a name of `SOLVERS`, `schedulers.OWN`, or the class of one of diffusers' schedulers.
-            scheduler: options of that class.
-            flow_shift: noise shift; None: the model's own.
             guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
-            rival: name of another project's cache -> its options; None: none.
-            call: arguments that differ from the model's own.
         """
         call = {**self.call, **(call or {})}
         self.pipe.scheduler = arm_scheduler(self.shipped, solver, scheduler or {}, flow_shift)

@@ -38,7 +38,6 @@ class ArmFigures:
 
     Attributes:
         means: field of `MEANS` -> its mean, where all clips have it.
-        psnr: PSNR to the reference in dB.
         ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB; all
             arms are judged together.
         metrics: further metric -> its mean over the clips that have it.

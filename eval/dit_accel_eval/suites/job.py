@@ -42,13 +42,9 @@ class Job:
     """What a process needs to run the clips of a suite, checked once by `checked`.
 
     Attributes:
-        out: the result lines' file.
-        cache: folder of dense runs.
         timed: whether each arm is timed beside the dense run of as many steps.
         threads: of torch; None: as many as it takes.
         frames: folder in which the frames of every run are kept; None: nowhere.
-        talk: whether each run is printed to stderr.
-        machine: where a model runs that is not embedded.
     """
 
     suite: Suite
@@ -226,7 +222,6 @@ def check_lines(
     """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
-        expected: key -> what every line must say.
         arms: arm -> what it runs; lines of other arms are not looked at.
     """
     for line in lines:

@@ -37,7 +37,6 @@ class Reference:
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
         agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
-        step: what one dense step computed.
         seconds: processor seconds of one dense step; None where they are not known.
     """
 

@@ -28,7 +28,6 @@ def objective_of(name: str, model: str | None) -> Objective:
         name: ``checker``, how near a clip of an embedded model comes to its prompt; a metric that takes no reference,
             such as ``clip-score@open_clip:ViT-L-14/openai``, turned round where less is better; or
             ``module:function``, a function of a clip and its prompt.
-        model: the embedded model's name; None: another model.
     """
     if name == "checker":
         return _checker(model)

@@ -48,10 +48,8 @@ def tune_pipeline(
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
         output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` lies beside it.
-        target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
         cache: folder of dense runs; None: the user's.
-        stages: progress; None shows none.
 
     Returns:
         Found are the setting ``chosen``, as measured on the held-out prompts; the ``frontier`` of those that none

@@ -116,10 +116,7 @@ class Measurement:
     """A setting as it was measured.
 
     Attributes:
-        arm: the setting.
-        prompts: on how many.
         quality: mean of the target's metric, or PSNR.
-        error: standard error of that mean.
         interval: of that mean, 95 %; None of few prompts.
         work: mean, in steps of the dense model.
         speedup: steps of the model's own dense run over that.
@@ -169,9 +166,6 @@ class Search:
     """A search under way.
 
     Attributes:
-        job: what runs settings, and where their lines go.
-        target: what is requested.
-        stages: shows each round.
         own: steps of the model's own dense run, against which speed-ups count.
         prompts: which clips are looked at.
         ran: names of the settings that were measured.

@@ -74,10 +74,8 @@ def tune_schedule(
     Args:
         request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
         output: TOML, whose ``compute_at`` holds for any number of steps.
-        computed: how many steps are computed.
         placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
             the prompts chooses. None: the request's steps of the model's own scheduler.
-        stages: progress bars; None shows none.
     """
     config, others = _config(request)
     tried = [Placement.read(text) for text in placement] or [Placement(settle(request)[0].num_inference_steps or 0)]

@@ -18,9 +18,6 @@ class VideoJob:
         name: what result files in ``output`` begin with.
         dimensions: those requested, by their official names; none: all that can be measured.
         cache: the package's folder of weights; None: its own.
-        device: where the package's networks run.
-        tell: is given a line of progress.
-        warn: is given what should be known of the scores.
     """
 
     videos: Path

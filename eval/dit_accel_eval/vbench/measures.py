@@ -38,7 +38,6 @@ class VideoScore:
 
     Attributes:
         parts: frames or pairs that it is the mean of, where the dimension weighs videos by those; else 1.
-        more: further entries of the official result.
     """
 
     value: float
