@@ -13,7 +13,7 @@ from dit_accel_eval.metrics.loops import STRETCH, loop_rise
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.motion import mean_motion
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite
 from judging import held_arms, paired_cell
@@ -33,7 +33,7 @@ def repetition(video: Clip, trained: int) -> float:
     return float(min(differences))
 
 
-def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
     """Return what a line says of a clip."""
     trained = int(model_defaults(model.name)["num_frames"])
     return {

@@ -49,7 +49,7 @@ class Times(Timings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class ModelRun:
     """What one call of the pipeline made.
 
     Attributes:
@@ -112,7 +112,7 @@ class SuiteModel:
         methods: Sequence[MethodConfig] = (),
         rival: Mapping[str, Mapping[str, Any]] | None = None,
         call: Mapping[str, Any] | None = None,
-    ) -> Run:
+    ) -> ModelRun:
         """Make one clip.
 
         Args:
@@ -136,7 +136,7 @@ class SuiteModel:
             )
             report = attachment.report() if attachment else None
         share, shares = attended_share(report, self.adapter, self.family, call, methods)
-        return Run(
+        return ModelRun(
             frames=any_pictures_of(out).astype(np.float32, copy=False),
             counts=sum(counts, self._counter.take()),
             attended=share,

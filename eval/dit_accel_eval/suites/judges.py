@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_accel import ConfigError
 
-from ..runs.model import Run, SuiteModel
+from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line
 from .suite import Suite
 
@@ -24,7 +24,7 @@ class Judge:
         numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
     """
 
-    measures: Callable[[SuiteModel, int, Run], Line]
+    measures: Callable[[SuiteModel, int, ModelRun], Line]
     table: Callable[[Suite, Sequence[Line]], str]
     check_suite: Callable[[Suite], None] | None = None
     numbers: Callable[[str, int, int], Sequence[int]] | None = None

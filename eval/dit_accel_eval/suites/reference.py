@@ -22,7 +22,7 @@ from dit_accel.files import user_cache, written_whole
 from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
 from ..runs.counting import Counts
-from ..runs.model import Run, SuiteModel, Times
+from ..runs.model import ModelRun, SuiteModel, Times
 from ..runs.results import explained_disk_errors
 from .lines import AGREE, ITSELF
 
@@ -73,12 +73,12 @@ def converged(model: SuiteModel, clip: int, cache: Path, *, first: int = FIRST, 
         coarse = fine
 
 
-def _reference(made: Run, steps: int, agreement: float) -> Reference:
+def _reference(made: ModelRun, steps: int, agreement: float) -> Reference:
     seconds = made.times.processor / steps if made.times and made.times.processor else None
     return Reference(frames=made.frames, steps=steps, agreement=agreement, step=made.counts / steps, seconds=seconds)
 
 
-def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str = BEST) -> Run:
+def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str = BEST) -> ModelRun:
     """Return a dense run of a solver with the model's own noise shift, made or found again, with its times."""
     setting = run_setting(model, clip, steps, solver)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
@@ -109,7 +109,7 @@ def run_setting(model: SuiteModel, clip: int, steps: int, solver: str = BEST) ->
     }
 
 
-def _read(path: Path, setting: dict[str, Any]) -> Run:
+def _read(path: Path, setting: dict[str, Any]) -> ModelRun:
     try:
         with np.load(path) as saved:
             frames, meta = saved["frames"].astype(np.float32), json.loads(str(saved["meta"]))
@@ -122,7 +122,7 @@ def _read(path: Path, setting: dict[str, Any]) -> Run:
         if found.get(name) != value:
             raise ConfigError(f"{path} is a dense run of {name} {found.get(name)!r}, not {value!r}; delete it")
     steps = setting["steps"]
-    return Run(
+    return ModelRun(
         frames=frames, counts=counts, attended=1.0, seconds=math.nan, times=times, memory=memory,
         by_step=((counts / steps, 1.0),) * steps,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from dit_accel.cli.stopping import keeps
 from ..metrics.registered import metric, unavailable
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
-from ..runs.model import Run, SuiteModel
+from ..runs.model import ModelRun, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import append_line, write_lines
 from .arms import Arm
@@ -140,7 +140,7 @@ class Runner:
                     figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
                     print(f"clip {clip} {arm.name}: {figures.format(**raw)}", file=sys.stderr)
 
-    def sample(self, arm: Arm, clip: int) -> tuple[list[Run], list[Run]]:
+    def sample(self, arm: Arm, clip: int) -> tuple[list[ModelRun], list[ModelRun]]:
         """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
 
         A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
@@ -154,7 +154,7 @@ class Runner:
             for _ in range(suite.warmup):
                 self.model.run(clip, **arm.run_options())
             self._warm.add(arm.name)
-        runs, beside = list[Run](), list[Run]()
+        runs, beside = list[ModelRun](), list[ModelRun]()
         for _ in range(suite.repeats):
             runs.append(self.model.run(clip, **arm.run_options()))
             if self.job.timed and not dense and arm != suite.rival(arm.num_inference_steps):
