@@ -192,12 +192,12 @@ def pair_figures(
         for metric, factor in (("psnr", 1), ("score", 100))
     )
     ahead, scored = judge(psnrs, {pair: pair.margin for pair in pairs}), judge(scores)
-    found = []
+    figures = []
     for pair, judged in ahead.items():
         dense = reference_steps or max(line.num_inference_steps for ends in both[pair] for line in ends)
         by, costs = _costs(both[pair], known, dense)
-        found.append(PairFigures(pair=pair, ahead=judged, score=scored.get(pair), costs=costs, by=by))
-    return found
+        figures.append(PairFigures(pair=pair, ahead=judged, score=scored.get(pair), costs=costs, by=by))
+    return figures
 
 
 def _differences(ends: Sequence[tuple[ResultLine, ...]], metric: str, factor: int) -> list[float]:
@@ -230,8 +230,8 @@ def _costs(
     }
     costs = {by: np.array([[cost(line) for line in ends] for ends in both]) for by, cost in kinds.items()}
     by = next((by for by, values in costs.items() if values.all()), "work")
-    own, other = costs[by].mean(0)
-    return by, (float(own), float(other))
+    arm, against = costs[by].mean(0)
+    return by, (float(arm), float(against))
 
 
 def _busy(line: ResultLine) -> float:

@@ -73,9 +73,9 @@ def converged(model: SuiteModel, clip: int, cache: Path, *, first: int = FIRST, 
         coarse = fine
 
 
-def _reference(made: ModelRun, steps: int, agreement: float) -> Reference:
-    seconds = made.times.processor / steps if made.times and made.times.processor else None
-    return Reference(frames=made.frames, steps=steps, agreement=agreement, step=made.counts / steps, seconds=seconds)
+def _reference(run: ModelRun, steps: int, agreement: float) -> Reference:
+    seconds = run.times.processor / steps if run.times and run.times.processor else None
+    return Reference(frames=run.frames, steps=steps, agreement=agreement, step=run.counts / steps, seconds=seconds)
 
 
 def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str = BEST) -> ModelRun:
@@ -84,13 +84,13 @@ def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{name}.npz"
     if not path.exists():
-        made = model.run(clip, steps=steps, solver=solver)
-        meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
-        meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
+        run = model.run(clip, steps=steps, solver=solver)
+        meta = {"setting": setting, "counts": dataclasses.asdict(run.counts), "memory": run.memory}
+        meta |= {"times": dataclasses.asdict(run.times)} if run.times else {}
         with explained_disk_errors(path):
             cache.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
-            np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
+            np.savez(temporary, frames=run.frames.astype(np.float16), meta=json.dumps(meta))
     return _read(path, setting)
 
 
@@ -113,14 +113,14 @@ def _read(path: Path, setting: dict[str, Any]) -> ModelRun:
     try:
         with np.load(path) as saved:
             frames, meta = saved["frames"].astype(np.float32), json.loads(str(saved["meta"]))
-        found, counts = meta["setting"], Counts(**meta["counts"])
+        made_with, counts = meta["setting"], Counts(**meta["counts"])
         times, memory = meta.get("times"), meta.get("memory")  # earlier releases kept none
         times = Times(**{**times, "steps": tuple(times["steps"])}) if times else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is not a dense run that this release can read ({error}); delete it") from None
     for name, value in setting.items():
-        if found.get(name) != value:
-            raise ConfigError(f"{path} is a dense run of {name} {found.get(name)!r}, not {value!r}; delete it")
+        if made_with.get(name) != value:
+            raise ConfigError(f"{path} is a dense run of {name} {made_with.get(name)!r}, not {value!r}; delete it")
     steps = setting["steps"]
     return ModelRun(
         frames=frames, counts=counts, attended=1.0, seconds=math.nan, times=times, memory=memory,
