@@ -547,7 +547,7 @@ def test_checks_and_presets_that_cannot_be(options, expected, tmp_path: Path, mo
 
 
 def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dit_accel.attachment.attachment.choices", lambda *_: [])
+    monkeypatch.setattr("dit_accel.methods.presets.PRESETS", {"fast": ()})
     with pytest.raises(ConfigError, match=r"preset 'fast'"):
         generate(request(tmp_path, preset="fast", check=True))
     assert names(tmp_path) == []

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -255,9 +255,9 @@ def attached(
     if not methods and preset in (None, NONE):
         yield None
         return
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        attachment = dit_accel.attach(pipe, *methods, preset=cast(Any, preset or NONE), backend=backend, dense=dense)
-    with attachment:
+    with dit_accel.attach(pipe, *methods, preset=cast(Any, preset or NONE), backend=backend, dense=dense) as attachment:
+        if attachment.preset and not quiet:
+            print(attachment.preset, file=sys.stderr)
         yield attachment
 
 
