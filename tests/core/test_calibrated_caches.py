@@ -3,16 +3,20 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from cache_calls import ADAPTER, Driven, line, run_through, still, values_of
 from dit_accel_pipelines import ADAPTERS
-from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE_RET
+from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE, TEACACHE_RET
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit_accel import ConfigError, MagCache, TeaCache
 from dit_accel.adapters.installed import families
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.mag import MagHandler
+from dit_accel.rules.caching import drift, resampled, rescaled
 
 # TeaCache.
 
@@ -67,6 +71,24 @@ def test_the_rule_of_teacache(tea, warmup):
     below_0 = tea(TeaCache(threshold=1e-9, polynomial=(-1.0,)))
     run_through(below_0, moving)
     assert below_0.drawn() == "#........#"  # it counts as 0
+
+
+def test_published_polynomials_never_lower_the_sum():
+    for table, family, values in (
+        (TEACACHE, "flux.1-dev", {0.0: 0.26, 0.02: 0.21, 0.05: 0.18, 0.1: 0.21, 0.2: 0.26}),
+        (TEACACHE, "mochi-1", {0.0: 0.0, 0.05: 0.05, 0.1: 0.1, 0.2: 0.0}),  # -1.1 as published
+        (TEACACHE, "wan2.1-14b", {0.0: 0.0, 0.1: 0.0, 0.2: 0.13}),  # -13 and -.6
+        (TEACACHE, "cogvideox-2b", {0.02: 0.03, 0.05: 0.07, 0.1: 0.14, 0.2: 0.27}),
+        (TEACACHE_RET, "wan2.1-1.3b", {0.0: 0.0, 0.02: 0.08, 0.05: 0.14, 0.1: 0.05, 0.2: 0.0}),  # -.05 and -28
+        (TEACACHE_RET, "wan2.1-14b", {0.0: 0.0, 0.02: 0.14, 0.05: 0.22, 0.1: 0.0}),
+        (TEACACHE_RET, "wan2.1-i2v-14b-480p", {0.0: 0.13, 0.02: 0.18, 0.05: 0.14, 0.1: 3.1}),
+        (TEACACHE_RET, "wan2.1-i2v-14b-720p", {0.0: 0.0, 0.02: 0.16, 0.05: 0.17, 0.1: 0.84}),
+    ):
+        recipe, rough = table[family], 0.05 if table is TEACACHE_RET else 0.006
+        rises = [rescaled(recipe["polynomial"], change) for change in values]
+        assert rises == pytest.approx([*values.values()], abs=rough), family
+        assert table is TEACACHE or (recipe["warmup_steps"], recipe["last_steps"]) == (5, 0)
+    assert not rescaled((1.0, 0.0), math.nan) < 1e9  # what is no number stays none
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -149,6 +171,47 @@ def mag_by_hand(ratios, threshold, most, warm, never=(), reached=False):
                 ratio, count, error = 1.0, 0, 0.0
         drawn += "." if skip else "#"
     return drawn
+
+
+def test_drift_adds_how_far_the_size_is_off_in_each_step():
+    ratios = (1.0, 1.1, 0.9, 0.8, 0.5)
+    assert drift(ratios, 1, 0) == pytest.approx(0.1)
+    assert drift(ratios, 2, 1) == pytest.approx(0.1 + abs(1 - 1.1 * 0.9))
+    assert drift(ratios, 4, 2) == pytest.approx(0.1 + abs(1 - 0.9 * 0.8) + abs(1 - 0.9 * 0.8 * 0.5))
+
+
+CURVES = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=60).map(lambda tail: (1.0, *tail))
+
+
+@given(CURVES, st.integers(2, 5))
+def test_a_step_of_several_has_the_product_of_their_ratios(ratios, times):
+    assert resampled(ratios, len(ratios)) == ratios
+    ratios = ratios[: len(ratios) // times * times] or (1.0,) * times
+    steps = len(ratios) // times
+    coarse = resampled(ratios, steps)
+    assert len(coarse) == steps
+    for step in range(1, steps):
+        assert coarse[step] == pytest.approx(math.prod(ratios[(step - 1) * times + 1 : step * times + 1]))
+
+
+@given(CURVES, st.integers(1, 200), st.floats(0.9, 1.1))
+def test_a_resampled_curve_begins_with_one_and_keeps_its_product(ratios, steps, ratio):
+    again = resampled(ratios, steps)
+    assert (len(again), again[0]) == (steps, 1)
+    assert min(again) > 0
+    at = (len(ratios) - 1) / len(ratios) * steps
+    if steps > len(ratios) and at == int(at):  # up to the last step that was measured
+        assert math.prod(again[: int(at) + 1]) == pytest.approx(math.prod(ratios))
+    geometric = resampled((1.0, *[ratio] * (len(ratios) - 1)), steps)
+    assert geometric[1:] == pytest.approx([ratio ** (len(ratios) / steps)] * (steps - 1))
+
+
+def test_published_ratios_are_one_for_each_step():
+    for family, recipe in MAGCACHE.items():
+        ratios = np.array(recipe["ratios"])
+        assert len(ratios) in (20, 28, 40, 50), family
+        assert ratios[0] == 1
+        assert np.all((ratios > 0.5) & (ratios < 1.7)), family
 
 
 @pytest.mark.parametrize(("most", "warmup"), [(1, 0), (2, 2), (4, 3), (100, 0)])

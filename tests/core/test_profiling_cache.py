@@ -1,19 +1,24 @@
 """ProfilingCache on a tiny model: its rule and schedules, published lists, profiles, and what is held elsewhere."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from block_calls import LAYERS, WHOLE, Counted, forward, ran_by_step, run_inputs, six_blocks
+from hypothesis import given
+from hypothesis import strategies as st
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, ProfilingCache, TokenLayout
 from dit_accel.adapters import installed
 from dit_accel.estimate.estimate import estimate
+from dit_accel.methods.caches.block_numbers import read_numbers, spell_numbers
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.find import resolve_model
 from dit_accel.methods.registry import handler_of
+from dit_accel.rules.block_schedule import fixed, rescaled, runs_of, shrinking
 
 ONCE = dict(every=100, warmup_steps=0)
 """Computed at step 0 alone."""
@@ -235,3 +240,50 @@ def test_schedules_that_the_run_is_too_short_for_or_whose_length_is_not_known(tr
             run(ProfilingCache(blocks="1", every=2, warmup_steps=1, **options), 500, 400)
     alone = ProfilingCache(blocks="1", every=3, warmup_steps=1)
     assert run(alone, 500, 400, 300, 200, 100) == [False, False, True, True, False]
+
+
+# Rules of schedules and numbers.
+
+
+def test_the_fixed_schedule_is_the_published_one():
+    assert fixed(6, 6, 50) == (6, 12, 18, 24, 30, 36, 42, 48)
+
+
+def test_the_shrinking_schedule_is_near_the_published_one():
+    """HunyuanVideo's single blocks: 6, 18, 26, 32, 38, 42, 46, 48, whose distances shrink from 12 to 2."""
+    assert shrinking(6, 12, 2, 50) == (6, 18, 27, 34, 40, 44, 47)
+    assert shrinking(6, 5, 5, 50) == fixed(6, 5, 50)
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 20), st.integers(1, 100))
+def test_distances_of_the_shrinking_schedule_shrink(first, one, two, steps):
+    every, last = max(one, two), min(one, two)
+    found = shrinking(first, every, last, steps)
+    distances = [b - a for a, b in itertools.pairwise(found)]
+    assert all(last <= distance <= every for distance in distances)
+    assert distances == sorted(distances, reverse=True)
+    assert all(first <= step < steps for step in found)
+
+
+@given(st.sets(st.integers(0, 49), min_size=1), st.integers(1, 200))
+def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps):
+    found = rescaled(sorted(listed), 50, steps)
+    assert found == tuple(sorted({*found}))
+    assert all(type(step) is int for step in found)
+    assert 0 <= found[0] <= found[-1] < steps
+    assert all(min(abs(step / steps - one / 50) for one in listed) <= 1 / steps for step in found)
+    assert rescaled(sorted(listed), 50, 50) == tuple(sorted(listed))
+
+
+@given(st.sets(st.integers(0, 99), min_size=1))
+def test_numbers_are_read_as_they_are_spelt(numbers):
+    assert read_numbers(spell_numbers(numbers), "x") == tuple(sorted(numbers))
+    assert sum(last - first + 1 for first, last in runs_of([*numbers])) == len(numbers)
+
+
+def test_numbers_that_can_not_be_read():
+    for text in ("a", "3-", "3-2", "1;2", "-1", ""):
+        with pytest.raises(ConfigError, match=rf"^here\.blocks = {text!r}.*'0, 2-7'"):
+            read_numbers(text, "here.blocks")
+    with pytest.raises(ConfigError, match=r"^here\.blocks.*0 blocks"):
+        read_numbers((), "here.blocks")

@@ -6,7 +6,7 @@ import tiny_other_pipelines
 import tiny_pipelines
 import tiny_video_pipelines
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import FlowMatchHeunDiscreteScheduler, WanImageToVideoPipeline
 from tiny_image_pipelines import generate
 from wan_tiny import generate as generate_video
 from wan_tiny import tiny_transformer
@@ -45,21 +45,6 @@ def test_wan_tells_steps_and_branches(make_pipe):
     assert torch.equal(generate_video(pipe, num_inference_steps=6), plain)
 
 
-def test_only_uncond(make_pipe):
-    pipe = make_pipe()
-    with dit_accel.attach(pipe, StaticCache(every=2, warmup_steps=2, branches="uncond")) as attachment:
-        generate_video(pipe, num_inference_steps=6)
-        assert drawn(attachment) == {"cond": "######", "uncond": "##.#.#"}
-
-
-def test_one_call_for_both_branches():
-    pipe, call = tiny_other_pipelines.sd3()
-    with dit_accel.attach(pipe, ALTERNATE) as attachment:
-        first = generate(pipe, call, num_inference_steps=6)
-        assert drawn(attachment) == {"call 0": "##.#.#"}
-        assert torch.equal(generate(pipe, call, num_inference_steps=6), first)
-
-
 def test_two_evaluations_a_step_are_one_decision():
     pipe, call = tiny_other_pipelines.sd3()
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
@@ -80,20 +65,6 @@ def test_a_run_that_starts_in_the_middle_counts_its_own_steps():
     with dit_accel.attach(pipe, StaticCache(steps=(1, 1, 0, 1, 0, 1))) as attachment:
         generate(pipe, call, num_inference_steps=10, strength=0.6)
         assert drawn(attachment) == {"call 0": "##.#.#"}
-
-
-def test_a_run_after_an_interrupted_one_is_a_fresh_one():
-    pipe, call = tiny_other_pipelines.sd3()
-
-    def interrupt(pipe, step, timestep, tensors):
-        pipe._interrupt = step == 3
-        return tensors
-
-    with dit_accel.attach(pipe, ALTERNATE):
-        fresh = generate(pipe, call, num_inference_steps=6, generator=torch.Generator().manual_seed(1))
-        generate(pipe, call, num_inference_steps=6, callback_on_step_end=interrupt)
-        again = generate(pipe, call, num_inference_steps=6, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(again, fresh)
 
 
 def test_an_expert_that_takes_over_begins_with_nothing(make_pipe):
@@ -122,21 +93,6 @@ def test_sound_is_forecast_too():
         tiny_pipelines.generate(pipe, call, num_inference_steps=3, output_type="latent")
         assert set("".join(drawn(attachment).values())) == {"#", "."}
         assert all(len(out) == 2 for out in given)
-
-
-def test_two_pipelines_by_turns_do_not_meet(make_pipe):
-    pipes: list[WanPipeline] = [make_pipe(0), make_pipe(1)]
-    attachments = [dit_accel.attach(pipe, ALTERNATE) for pipe in pipes]
-    alone = [generate_video(pipe, num_inference_steps=4) for pipe in pipes]
-
-    def meanwhile(pipe, step, timestep, tensors):
-        if step == 1:
-            assert torch.equal(generate_video(pipes[1], num_inference_steps=4), alone[1])
-        return tensors
-
-    assert torch.equal(generate_video(pipes[0], num_inference_steps=4, callback_on_step_end=meanwhile), alone[0])
-    for attachment in attachments:
-        attachment.detach()
 
 
 def test_a_pipeline_that_does_not_tell_its_branches_can_not_skip_one_alone():

@@ -37,7 +37,7 @@ def each(**options: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
 
 BAD_SPARSE = each(block_size=(100, 8, 1024, 128.0), dense_steps=(-1, 1.5), dense_last_steps=(-2,), dense_layers=(-3,))
 BAD_CACHE = (
-    *each(warmup_steps=(-1, 1.5), last_steps=(-2,), max_consecutive=(0,), reach=(0,), order=(0,), switch=(1.0,)),
+    *each(warmup_steps=(-1, 1.5), last_steps=(-2,), max_consecutive=(0,), reach=(0,), order=(0,)),
     *each(warmup_of=("all",)),
     ({"growing": True}, "max_consecutive, got None"),
     ({"predictor": "dmd"}, "hold", "taylor", "heun", "chebyshev"),
