@@ -1,6 +1,5 @@
 """ProfilingCache on a tiny model: its rule and schedules, published lists, profiles, and what is held elsewhere."""
 
-import itertools
 import json
 
 import pytest
@@ -18,7 +17,7 @@ from dit_accel.methods.caches.block_numbers import read_numbers, spell_numbers
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.find import resolve_model
 from dit_accel.methods.registry import handler_of
-from dit_accel.rules.block_schedule import fixed, rescaled, runs_of, shrinking
+from dit_accel.rules.block_schedule import rescaled, runs_of
 
 ONCE = dict(every=100, warmup_steps=0)
 """Computed at step 0 alone."""
@@ -135,7 +134,6 @@ def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped(transformer):
 
 SCHEDULES = {
     "##+..+..+.": dict(every=3, warmup_steps=2),
-    "#+...+..+.": dict(every=4, every_last=1, warmup_steps=1),
     "#...++....": dict(refresh=(4, 5), warmup_steps=1),
     "#+.+.+.+.+": dict(every=10, measured_steps=50, warmup_steps=0.1),
     "#...#...#.": dict(every=100, warmup_steps=0, max_consecutive=3),
@@ -159,7 +157,7 @@ def test_the_estimate_is_what_runs(transformer):
     """On a model of no released size, whose handler is asked directly."""
     two = dict(refresh=(3,), blocks_2="0", refresh_2=(5,))
     rescaled = dict(refresh=(20, 25), measured_steps=50)
-    for options in (dict(every=3, every_last=1), dict(max_consecutive=2, every=100), two, rescaled, dict()):
+    for options in (dict(max_consecutive=2, every=100), two, rescaled, dict()):
         config = ProfilingCache(blocks="1-3", **options)
         handler = handler_of(config)(config, resolve_model("transformer", {"transformer": transformer}))
         saving = handler.estimate(TokenLayout(frames=5, height=4, width=4), 10)
@@ -235,34 +233,13 @@ def test_schedules_that_the_run_is_too_short_for_or_whose_length_is_not_known(tr
                 short(**{**run_inputs(), "timestep": torch.tensor([time])})
             return [entry["reused"] for entry in attachment.report().section("profilingcache").data["forwards"]]
 
-    for options, what in ((dict(measured_steps=50), "measured_steps = 50"), (dict(every_last=1), "every_last = 1")):
-        with pytest.raises(ConfigError, match=rf"^profilingcache\.{what}.*steps"):
-            run(ProfilingCache(blocks="1", every=2, warmup_steps=1, **options), 500, 400)
+    with pytest.raises(ConfigError, match=r"^profilingcache\.measured_steps = 50.*steps"):
+        run(ProfilingCache(blocks="1", every=2, warmup_steps=1, measured_steps=50), 500, 400)
     alone = ProfilingCache(blocks="1", every=3, warmup_steps=1)
     assert run(alone, 500, 400, 300, 200, 100) == [False, False, True, True, False]
 
 
 # Rules of schedules and numbers.
-
-
-def test_the_fixed_schedule_is_the_published_one():
-    assert fixed(6, 6, 50) == (6, 12, 18, 24, 30, 36, 42, 48)
-
-
-def test_the_shrinking_schedule_is_near_the_published_one():
-    """HunyuanVideo's single blocks: 6, 18, 26, 32, 38, 42, 46, 48, whose distances shrink from 12 to 2."""
-    assert shrinking(6, 12, 2, 50) == (6, 18, 27, 34, 40, 44, 47)
-    assert shrinking(6, 5, 5, 50) == fixed(6, 5, 50)
-
-
-@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 20), st.integers(1, 100))
-def test_distances_of_the_shrinking_schedule_shrink(first, one, two, steps):
-    every, last = max(one, two), min(one, two)
-    found = shrinking(first, every, last, steps)
-    distances = [b - a for a, b in itertools.pairwise(found)]
-    assert all(last <= distance <= every for distance in distances)
-    assert distances == sorted(distances, reverse=True)
-    assert all(first <= step < steps for step in found)
 
 
 @given(st.sets(st.integers(0, 49), min_size=1), st.integers(1, 200))

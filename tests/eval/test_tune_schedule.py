@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune.schedule import Placement, tune_schedule
+from dit_accel_eval.tune.skip_costs import SkipCosts, grown, searched
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.request import settle
 from dit_accel_pipelines.generation.solvers import make_scheduler
@@ -19,7 +20,6 @@ from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.cli import installed_commands
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 PROMPTS = ("a red circle moving right", "a blue square moving up")
 STEPS = 7

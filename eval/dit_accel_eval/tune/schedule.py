@@ -22,10 +22,10 @@ from dit_accel_pipelines.generation.traced import Trace, traced
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 from ..metrics.psnr import psnr
 from .base import Runs, Tuned, write_config
+from .skip_costs import SkipCosts, grown, searched
 
 FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cache_calls import Driven, run_through, still
+from dit_accel_eval.tune.skip_costs import SkipCosts, best_lists, grown, searched
 
 from dit_accel import StaticCache
-from dit_accel.rules.schedule import SkipCosts, best_lists, grown, searched
 
 STEPS = 9
 PREDICTORS = [("hold", 1), ("taylor", 1), ("taylor", 2), ("heun", 1), ("chebyshev", 1)]
