@@ -15,7 +15,6 @@ from dit_accel import (
     EasyCache,
     FirstBlockCache,
     ProfilingCache,
-    StaticCache,
 )
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 
@@ -130,21 +129,6 @@ def test_the_rule_of_dbprune(transformer):
     assert 0 < len(ran) < 16 * LAYERS
 
 
-def test_what_stands_still_is_reused_exactly_but_for_rounding(transformer):
-    plain = forward(transformer)
-    for config in (
-        DBCache(first_blocks=2, last_blocks=1, threshold=1e9, warmup_steps=3, last_steps=0, predictor="heun"),
-        ProfilingCache(blocks="0, 2-4", every=100, warmup_steps=2, predictor="taylor"),
-        DBPrune(threshold=0.01, warmup_steps=3, last_steps=0),
-    ):
-        with dit_accel.attach(transformer, config) as attachment:
-            outputs = [forward(transformer, step) for step in range(6)]
-            assert attachment.report().section(config.name).data["reused"] == 3
-        assert all(torch.equal(out, plain) for out in outputs[:3])
-        for out in outputs[3:]:
-            torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
-
-
 # Branches, forwards that are not skipped, what is held.
 
 
@@ -167,20 +151,8 @@ def test_what_the_first_branch_measures_is_its_own(transformer, config):
     assert measured[0] == measured[1]
 
 
-def test_each_branch_keeps_its_own(transformer):
-    def outputs(*branches):
-        with dit_accel.attach(transformer, ProfilingCache(blocks="1-4", **ONCE)):
-            return [
-                [forward(transformer, step, f"branch {n}", 1 + 0.1 * step + n) for n in branches] for step in range(3)
-            ]
-
-    both = outputs(0, 1)
-    for number in (0, 1):
-        assert all(torch.equal(two[number], alone[0]) for two, alone in zip(both, outputs(number), strict=True))
-
-
 def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
-    """Values that are no numbers, gradients to some of the weights, training, other shapes."""
+    """Values that are no numbers, gradients to some of the weights, other shapes."""
     counted = Counted(transformer)
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)) as attachment:
         for step, scale in enumerate((1, 1, float("nan"), 1, 1, 1)):
@@ -190,16 +162,12 @@ def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
     assert reasons[2:4] == ["not a number", "not a number"]
     transformer.requires_grad_(False)
     transformer.blocks[4].requires_grad_(True)  # as fine-tuning of some layers has it
-    for config in (FirstBlockCache(**FOREVER), ProfilingCache(blocks="1-5", **ONCE)):
-        counted.calls.clear()
-        with dit_accel.attach(transformer, config):
-            for step, gradients in enumerate((False, False, True, False, False)):
-                with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
-                    transformer(**run_inputs())
-            with torch.no_grad():
-                transformer.train()(**run_inputs())
-                transformer.eval()
-        assert [len(ran) for ran in counted.by_forward()] == [6, 1, 6, 6, 1, 6]
+    counted.calls.clear()
+    with dit_accel.attach(transformer, ProfilingCache(blocks="1-5", **ONCE)):
+        for step, gradients in enumerate((False, False, True, False, False)):
+            with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
+                transformer(**run_inputs())
+    assert [len(ran) for ran in counted.by_forward()] == [6, 1, 6, 6, 1]
     counted.calls.clear()
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)):
         forward(transformer, 0)
@@ -210,16 +178,6 @@ def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
             with torch.no_grad(), transformer.cache_context("cond", step_index=step, num_inference_steps=10):
                 transformer(**inputs, return_dict=False)
     assert [len(ran) for ran in counted.by_forward()] == [6, 1, 6, 1, 6, 1]
-
-
-def test_a_whole_forward_whose_weights_take_gradients_is_not_skipped(transformer):
-    counted = Counted(transformer)
-    with dit_accel.attach(transformer, StaticCache(every=100, warmup_steps=0, last_steps=0)):
-        for step, gradients in enumerate((False, False, True)):
-            with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
-                output = transformer(**run_inputs())
-    assert [len(ran) for ran in counted.by_forward()] == [6, 6]
-    assert output.sample.requires_grad
 
 
 def test_memory_is_counted_and_freed(transformer):

@@ -91,13 +91,6 @@ def test_published_polynomials_never_lower_the_sum():
     assert not rescaled((1.0, 0.0), math.nan) < 1e9  # what is no number stays none
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_computed_by_teacache(tea, bad):
-    driven = tea(TeaCache(threshold=1e9, polynomial=POLYNOMIAL), lambda *_: torch.full((2, 3), bad))
-    run_through(driven, moving)
-    assert driven.drawn() == "#" * 10
-
-
 def test_the_signal_is_taken_in_float32_after_a_forced_step_and_before_others(tea):
     half = lambda _, inputs: (60000 - 6000 * inputs["hidden_states"]).half()  # noqa: E731
     driven = tea(TeaCache(threshold=1e9, polynomial=(1.0, 0.0)), half)

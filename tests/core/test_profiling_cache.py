@@ -89,23 +89,6 @@ def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
         assert history.forecast((torch.zeros(2, device="meta"),), 1, 9)[0].device.type == "meta"
 
 
-def test_offloaded_groups_of_blocks_that_are_skipped(transformer):
-    from diffusers.hooks import apply_group_offloading
-
-    config = ProfilingCache(blocks="0, 2-3, 5", **ONCE)
-    with dit_accel.attach(transformer, config):
-        plain = denoise(transformer, 4)
-    device = torch.device("cpu")
-    for kind in (dict(offload_type="block_level", num_blocks_per_group=2), dict(offload_type="leaf_level")):
-        kind |= dict(onload_device=device, offload_device=device)
-        before, after = six_blocks(), six_blocks()
-        apply_group_offloading(before, **kind)
-        with dit_accel.attach(before, config), dit_accel.attach(after, config):
-            apply_group_offloading(after, **kind)
-            assert torch.equal(denoise(before, 4), plain)
-            assert torch.equal(denoise(after, 4), plain)
-
-
 @pytest.mark.gpu
 def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped(transformer):
     if not torch.cuda.is_available():

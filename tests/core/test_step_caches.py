@@ -167,13 +167,6 @@ def test_a_run_whose_length_is_not_known_ends_with_the_step_that_runs():
 # Branches.
 
 
-def test_branches_have_state_of_their_own():
-    both = run_through(Driven(listed(1, 1, 0, 0, predictor="taylor"), line), still, 4, ("cond", "uncond"))
-    for branch in ("cond", "uncond"):
-        alone = run_through(Driven(listed(1, 1, 0, 0, predictor="taylor"), line), still, 4, (branch,))
-        assert means(both, branch) == means(alone, branch)
-
-
 def test_the_first_branch_of_a_step_decides_for_all():
     def output(step, branch):
         grows = 1.0 if branch == "cond" else float("inf")

@@ -1,8 +1,7 @@
-"""Caches under everything that users do to a transformer: compiled in four ways, offloaded, with LoRA, quantised."""
+"""Caches under what users do to a transformer: compiled in four ways, offloaded, with LoRA."""
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 from wan_tiny import generate
 
@@ -176,33 +175,3 @@ def test_lora_before_or_after_and_another_scale(make_pipe, name):
             results.append(generate(pipe, num_inference_steps=STEPS))
     assert torch.equal(*results)
     assert not torch.equal(results[1], bare)
-
-
-class Quantised(nn.Linear):
-    """A linear layer whose weights are whole numbers of 8 bits, as quantising backends keep them."""
-
-    @classmethod
-    def of(cls, linear):
-        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        made.scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        made.weight = nn.Parameter((linear.weight / made.scale).round().to(torch.int8), requires_grad=False)
-        made.bias = linear.bias
-        return made
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
-
-
-@EACH
-def test_quantised_weights(make_pipe, name):
-    pipe = make_pipe()
-    for block in pipe.transformer.blocks:
-        for owner in (block.attn1, block.attn2):
-            for part in ("to_q", "to_k", "to_v"):
-                setattr(owner, part, Quantised.of(getattr(owner, part)))
-    plain = generate(pipe, num_inference_steps=STEPS)
-    out, steps = made(pipe, CACHES[name])
-    assert steps == DRAWN
-    assert out.isfinite().all()
-    assert not torch.equal(out, plain)
-    assert torch.equal(generate(pipe, num_inference_steps=STEPS), plain)

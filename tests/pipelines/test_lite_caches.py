@@ -123,37 +123,6 @@ def test_later_calls_read_what_the_last_computed_one_left_and_turn_round_each_ti
             assert torch.equal(now.exact, again[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(criterion="budget", threshold=0.9, detect_every=3),
-        dict(criterion="mass", threshold=0.3),
-        dict(target_density=0.6),
-        dict(RUTHLESS, detect_every=2),
-        dict(RUTHLESS, refresh_every=3, rest="pooled"),
-        dict(RUTHLESS, dense_steps=2, dense_layers=1, dense_last_steps=1),
-    ],
-)
-@pytest.mark.parametrize("cache", ["first block"])
-def test_other_options_beside_a_cache(pipe, cache, options):
-    config = LiteAttention(**{"block_size": 16, "dense_steps": 0, **options})
-    with dit_accel.attach(cached(pipe, cache), config) as attachment:
-        first = run(pipe, height=48, width=48)
-        report = attachment.report()
-        assert torch.equal(run(pipe, height=48, width=48), first)
-        assert not attachment._execution.handlers[0]._states
-    counts = [(step.dense_layers, step.sparse_layers) for step in report.steps]
-    assert sum(map(sum, counts)) < STEPS * 2 * 3
-    assert report.sparse_density < 1
-    if "dense_layers" in options:
-        assert sum(dense for dense, _ in counts) < 2 * (2 * 3 + 7 + 3)
-    by_layer = {}
-    for call in report.calls:
-        by_layer.setdefault((call.branch, call.layer), []).append(call.density)
-    assert all(densities[0] == 1 for densities in by_layer.values())
-
-
 FASTER = dict(
     spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
     unconditional_batch_skip_range=3, unconditional_batch_timestep_skip_range=(-1, 1001), tensor_format="BFCHW",

@@ -102,14 +102,6 @@ def test_a_pipeline_that_does_not_tell_its_branches_can_not_skip_one_alone():
         generate(pipe, call)
 
 
-def test_latents_that_a_pipeline_writes_into_are_cached_like_others():
-    """Kandinsky 5's pipelines write each step's latents into the last one's tensor."""
-    pipe, call = tiny_video_pipelines.kandinsky5()
-    with dit_accel.attach(pipe, EasyCache(threshold=50.0, warmup_steps=1)) as attachment:
-        tiny_pipelines.generate(pipe, call, num_inference_steps=6, output_type="latent")
-        assert set(drawn(attachment, "easycache").values()) == {"##...#"}
-
-
 @pytest.mark.parametrize("made", [tiny_image_pipelines.flux2_klein_kv, tiny_other_pipelines.qwen_image_21])
 def test_a_first_forward_that_holds_more_tokens(made):
     """Theirs holds tokens that later ones read from a cache of keys and values."""
@@ -140,25 +132,3 @@ def test_two_transformers_that_hold_a_prompt_each(cache, reused):
         data = attachment.report().section(cache.name).data
         assert (data["reused"], len(data["forwards"])) == (reused, 14)
         assert torch.equal(generate(pipe, call, num_inference_steps=7), first)
-
-
-@pytest.mark.parametrize("prompts", [1, 2])
-def test_guidance_that_a_callback_switches_off_begins_anew(prompts):
-    """diffusers documents it: half of the rows are left, and they must not be compared with all of them."""
-
-    def switch_off(pipe, step, timestep, tensors):
-        if step == 2:
-            tensors |= {name: value[prompts:] for name, value in tensors.items() if name != "latents"}
-            pipe._guidance_scale = 0.0
-        return tensors
-
-    pipe, call = tiny_other_pipelines.sd3()
-    call = {name: torch.cat([value] * prompts) if torch.is_tensor(value) else value for name, value in call.items()}
-    callback = dict(
-        callback_on_step_end=switch_off,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "pooled_prompt_embeds"],
-    )
-    with dit_accel.attach(pipe, EasyCache(threshold=50.0, warmup_steps=1)) as attachment:
-        latents = generate(pipe, call, num_inference_steps=8, **callback)
-        assert set(drawn(attachment, "easycache").values()) == {"##.###.#"}  # the layers see the new batch in step 3
-    assert latents.isfinite().all()

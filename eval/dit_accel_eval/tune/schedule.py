@@ -151,6 +151,7 @@ def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: in
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
     times = [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    assert config.predictor != "corrected"  # refused before
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
     return searched(costs, computed)
 
