@@ -10,9 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..adapters.adapter import Adapter
 from ..adapters.blocks import BlockList, Streams
@@ -125,12 +123,6 @@ class Site(ABC):
 
         Those of compiled blocks are not seen.
         """
-
-
-def is_recorded(value: Any) -> bool:
-    """Tell whether something lies in a graph of gradients, whose forward can't be skipped."""
-    leaves = tree_leaves(value) if torch.is_grad_enabled() else []
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def target_sample(of: Any) -> Tensor:

@@ -17,8 +17,12 @@ from targets import TARGETS
 ROWS = json.loads(triton_launch.TABLE.read_text())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, key_of_row(row))))
-def test_every_row_is_a_launch_with_a_source(row):
+def test_every_row_is_a_launch_with_a_source():
+    for row in ROWS:
+        check_row(row)
+
+
+def check_row(row: dict) -> None:
     arch, kind, dim, tile, kernel, feature = key_of_row(row)
     assert arch in ("", *TARGETS)
     assert kind in ("half", "fp32")

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from ...errors import ConfigError
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
+from ..gradients import is_recorded
 from ..saving import Saving
-from ..site import ForwardContext, Site, is_recorded, target_sample
+from ..site import ForwardContext, Site, target_sample
 from .cache_config import ExpertSteps, MeasuredCacheConfig, StepCacheConfig, is_unconditional
 from .history import History, given_beside, own_copies, shapes_of
 from .log import CachedForward, section_of

@@ -16,7 +16,8 @@ from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model, Place
-from ..site import Block, ForwardContext, Site, is_recorded
+from ..gradients import is_recorded
+from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
 from .engine import StepCacheHandler, StepDecision
 from .history import BranchOutput, History, given_beside, shapes_of
