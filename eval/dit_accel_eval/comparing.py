@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from dit_accel_pipelines.generation import options as shared
@@ -27,7 +27,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(shared.SharedOptions):
     """What `eval compare` is given besides methods."""
 
     model: shared.ModelBesideMetrics = None
@@ -52,12 +52,6 @@ class CompareOptions:
         typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
     ] = None
     frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
-    height: shared.Pixels = None
-    width: shared.Pixels = None
-    num_frames: shared.Frames = None
-    solver: shared.Solver = None
-    guidance_scale: shared.Guidance = None
-    negative_prompt: shared.NegativePrompt = None
     preset: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,9 +59,6 @@ class CompareOptions:
             rich_help_panel=SETTINGS,
         ),
     ] = None  # fmt: skip
-    dtype: shared.Dtype = None
-    device: shared.Device = None
-    offload: shared.Offload = "none"
     timed: Annotated[
         bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
     ] = False
@@ -165,7 +156,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
         UnsupportedModel: if the model is not found, or no adapter can take it.
     """
-    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
+    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, resolve
 
     from dit_accel.adapters.model_files import model_source, read_model_files
 
@@ -192,7 +183,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
     given = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
-    settled = settle(tuning_request(
+    settled = resolve(tuning_request(
         prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
     ))  # fmt: skip
     for text in (*settled.notes, *settled.warnings):
@@ -204,7 +195,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,
         first_clip=0 if own else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
-        dtype=None if embedded else request.dtype, **(reference if options.reference == "own" else {}),
+        dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
 
 

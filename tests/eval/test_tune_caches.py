@@ -11,7 +11,7 @@ from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
 from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
 from dit_accel_pipelines.generation.loading import load_pipeline
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_pipelines.generation.request import resolve
 from some_cases import some
 from typer.testing import CliRunner
 
@@ -32,7 +32,7 @@ def request(*methods, prompts=PROMPTS, **changes):
 
 def forwards(prompt, **changes):
     """Return what goes in and comes out of the conditional forwards of an untouched run, and the signals."""
-    asked = settle(request(prompts=(prompt,), **changes))[0]
+    asked = resolve(request(prompts=(prompt,), **changes))[0]
     pipe, seen = load_pipeline(asked), []
 
     def note(module, args, kwargs, output):

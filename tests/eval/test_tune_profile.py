@@ -15,7 +15,7 @@ from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.profile_watch import CRITERIA
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_pipelines.generation.request import resolve
 from typer.testing import CliRunner
 from wan_tiny import tiny_transformer
 
@@ -48,7 +48,7 @@ def profiled(tmp_path_factory):
 
 def untouched():
     """What an untouched run's blocks add, its attention and its predictions, written out; the conditional branch's."""
-    asked = settle(request())[0]
+    asked = resolve(request())[0]
     pipe, seen, calls = load_pipeline(asked), [], [0]
     transformer = pipe.transformer
 
@@ -99,7 +99,7 @@ def test_deltas_and_masks_are_those_of_an_untouched_run(profiled, tmp_path):
 def test_attention_is_that_of_the_calls(tmp_path):
     """The ratio of one layer and step, off the tensors that an observer of planned calls gets."""
     found = tune_profile(request(), tmp_path / "own.json")
-    asked = settle(request())[0]
+    asked = resolve(request())[0]
     pipe, taken = load_pipeline(asked), {}
 
     def note(seen):
@@ -136,9 +136,9 @@ def test_what_is_written(profiled):
 def test_profiling_cache_reads_it(profiled):
     found, _ = profiled
     cached = found.found["transformers"]["transformer"]["cached"]
-    pipe = load_pipeline(settle(request())[0])
+    pipe = load_pipeline(resolve(request())[0])
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(found.output), every=2)) as attachment:
-        run(pipe, PROMPTS[0], settle(request())[0])
+        run(pipe, PROMPTS[0], resolve(request())[0])
         section = attachment.report().section("profilingcache")
     assert dit_accel.methods.caches.block_numbers.read_numbers(section.data["cached"]["transformer"], "x") == tuple(
         cached
@@ -196,7 +196,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, profiled):
 
 def test_both_experts_of_wan_2_2_are_measured(tmp_path):
     """What is measured of the second expert begins at its second step; ProfilingCache reads both lists."""
-    parts = dict(load_pipeline(settle(request())[0]).components)
+    parts = dict(load_pipeline(resolve(request())[0]).components)
     models = [tiny_transformer(seed, text_dim=parts["transformer"].config.text_dim) for seed in (0, 5)]
     parts |= dict(zip(("transformer", "transformer_2"), models, strict=True))
     pipe = WanPipeline(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}, boundary_ratio=0.6)
@@ -209,7 +209,7 @@ def test_both_experts_of_wan_2_2_are_measured(tmp_path):
         for row in entry["by_step"]["error"]:
             assert [step for step, value in enumerate(row) if value is not None] == [*known]
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:
-        run(pipe, PROMPTS[0], settle(asked)[0])
+        run(pipe, PROMPTS[0], resolve(asked)[0])
         assert [*attachment.report().section("profilingcache").data["cached"]] == ["transformer", "transformer_2"]
 
 
@@ -234,9 +234,9 @@ def test_an_image_goes_without_attention(tmp_path):
     assert entry["scores"]["attention"] == [None] * 12
     assert all(score > 0 for name in ("delta", "error") for score in entry["scores"][name])
     assert len(entry["cached"]) == 4
-    pipe = load_pipeline(settle(asked)[0])
+    pipe = load_pipeline(resolve(asked)[0])
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "own.json"), every=2, warmup_steps=1)) as attached:
-        run(pipe, asked.prompts[0], settle(asked)[0])
+        run(pipe, asked.prompts[0], resolve(asked)[0])
         assert attached.report().section("profilingcache").data["computed_blocks"] < 1
     with pytest.raises(ConfigError, match=r"an image.*--criterion"):
         tune_profile(asked, tmp_path / "two.json", criterion="attention")

@@ -10,7 +10,7 @@ import pytest
 from dit_accel_eval.runs.loaded import tuning_request
 from dit_accel_eval.tune.schedule import Placement, tune_schedule
 from dit_accel_pipelines.generation.loading import load_pipeline
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import make_scheduler
 from typer.testing import CliRunner
 
@@ -32,7 +32,7 @@ def request(*methods, prompts=PROMPTS, **changes):
 
 def run_of(prompt, *caches):
     """Return the noise levels of an untouched run, and what its solver gets and makes, as the scheduler's steps say."""
-    asked = settle(request(prompts=(prompt,)))[0]
+    asked = resolve(request(prompts=(prompt,)))[0]
     pipe, seen = load_pipeline(asked), []
     real = pipe.scheduler.step
 
@@ -93,12 +93,12 @@ def test_placements_are_chosen_by_prompts_of_their_own(tmp_path):
     assert [row[:3] for row in tuned.rows] == [
         (str(one["steps"]), f"{one['flow_shift']:g}" if one["flow_shift"] else "own", "3") for one in (first, second)
     ]
-    pipe = load_pipeline(settle(request())[0])
+    pipe = load_pipeline(resolve(request())[0])
     shipped, made = pipe.scheduler, []
     for steps, shift, caches in ((first["steps"], first["flow_shift"], [config]), (20, None, [])):
         pipe.scheduler = make_scheduler(shipped, "unipc", shift)
         with dit_accel.attach(pipe, *caches, preset="none"):
-            made.append(base.run(pipe, PROMPTS[1], settle(request(num_inference_steps=steps))[0]).frames / 255.0)
+            made.append(base.run(pipe, PROMPTS[1], resolve(request(num_inference_steps=steps))[0]).frames / 255.0)
     assert first["psnr"] == pytest.approx(-10 * np.log10(((made[0] - made[1]) ** 2).mean()), abs=1e-3)
 
 

@@ -12,7 +12,7 @@ from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
 from dit_accel_pipelines.finetuning.flow import batch_of, flow_loss, order, shifted
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import FineTuning, settle
+from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
 from dit_accel_pipelines.generation.lora import FILE, load_lora
@@ -339,8 +339,8 @@ def test_a_broken_checkpoint_is_told(base: Path, tmp_path: Path):
 def test_processes_that_groups_cannot_share_are_told(base: Path):
     for processes in (1, 3, 5):
         with pytest.raises(ConfigError, match=rf"ulysses = 2.*{processes} were"):
-            settle(recipe(base, ulysses=2), processes)
-    assert settle(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
+            resolve(recipe(base, ulysses=2), processes)
+    assert resolve(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):

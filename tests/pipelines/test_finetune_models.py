@@ -14,7 +14,7 @@ from dit_accel_pipelines.finetuning.experts import component_of, span_of
 from dit_accel_pipelines.finetuning.flow import level_within, shifted
 from dit_accel_pipelines.finetuning.lora import add_lora
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import settle
+from dit_accel_pipelines.finetuning.recipe import resolve
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import shift_of
 from dit_accel_pipelines.generation.lora import FILE, load_lora
@@ -220,8 +220,8 @@ def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path, name: str, chan
 def test_tokens_that_cannot_be_split_are_told_before_anything_is_loaded(bases):
     for name in ("ltx", "mochi"):
         with pytest.raises(ConfigError, match=rf"adapter '{name}'.*tokens"):
-            settle(recipe(bases[name], **of(name, ulysses=2)), 4)
-    assert settle(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
+            resolve(recipe(bases[name], **of(name, ulysses=2)), 4)
+    assert resolve(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
 
 
 def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):

@@ -23,7 +23,7 @@ from dit_accel_pipelines.generation.generate import generate, run
 from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
 from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from dit_accel_pipelines.generation.request import Request, read_prompts, settle
+from dit_accel_pipelines.generation.request import Request, read_prompts, resolve
 from model_folders import model_folder
 from PIL import Image
 from typer.testing import CliRunner
@@ -80,7 +80,7 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
 
 
 def test_the_same_request_gives_the_same_video(tmp_path: Path, pipe):
-    asked = settle(request(tmp_path))[0]
+    asked = resolve(request(tmp_path))[0]
     first, second, other = (run(pipe, PROMPT, dataclasses.replace(asked, seed=seed)).frames for seed in (0, 0, 1))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
@@ -114,31 +114,31 @@ def test_one_frame_is_an_image(tmp_path: Path):
 
 
 def test_frames_are_rounded_with_a_note(tmp_path: Path):
-    asked, family, notes, _ = settle(request(tmp_path, num_frames=10))
+    asked, family, notes, _ = resolve(request(tmp_path, num_frames=10))
     assert notes == ["10 frames are rounded to 11, as the pipeline does"]
     assert (asked.num_frames, family.name) == (11, "wan-tiny")
 
 
 def test_defaults_are_the_familys(tmp_path: Path):
-    asked, family, notes, _ = settle(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
+    asked, family, notes, _ = resolve(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
     assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)
-    asked, *_ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
+    asked, *_ = resolve(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
     own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
     made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
     with pytest.raises(ConfigError, match=r"word\(s\) xylophone"):
-        settle(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
+        resolve(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
     assert name in installed.families()
 
 
 def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):
-    asked, *_ = settle(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
+    asked, *_ = resolve(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
     call = PipelineCall.of(pipeline_class(read_model_files(asked.source)))
     assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
     off = dataclasses.replace(asked, guidance_scale=1.0)
@@ -305,11 +305,11 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
     config = json.loads((folder / "transformer/config.json").read_text())
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
     asked = request(tmp_path, model=str(folder), height=34)
-    assert settle(asked) == (asked, None, [], [])
+    assert resolve(asked) == (asked, None, [], [])
     with pytest.raises(ConfigError, match=r"H.264.*got 48 x 33"):
-        settle(dataclasses.replace(asked, height=33))
+        resolve(dataclasses.replace(asked, height=33))
     with pytest.raises(UnsupportedModel, match=r"adapter.*class WanTransformer4D"):
-        settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
+        resolve(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
 
 @pytest.mark.parametrize("lacking", ["ffn_dim", "num_layers"])
@@ -317,7 +317,7 @@ def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, lackin
     """A transformer of the sizes of no released model, whose config also lacks one."""
     folder = str(model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None}))
     asked = request(tmp_path, model=folder, methods=(RadialAttention(),))
-    assert settle(asked) == (asked, None, [], [])
+    assert resolve(asked) == (asked, None, [], [])
 
 
 def test_methods_run_on_a_model_of_other_sizes(tmp_path: Path, pipe, monkeypatch):
@@ -503,7 +503,7 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     assert "measured speed-up: " in result.stderr
     assert Image.open(tmp_path / "a.check.png").width > 100
     record = json.loads((tmp_path / "a.mp4.json").read_text())
-    asked = settle(request(tmp_path, num_inference_steps=4, seed=3, check=True, methods=(StaticCache(every=2),)))[0]
+    asked = resolve(request(tmp_path, num_inference_steps=4, seed=3, check=True, methods=(StaticCache(every=2),)))[0]
     dense = run(pipe, PROMPT, asked).pictures
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
         made = run(pipe, PROMPT, asked).pictures

@@ -17,7 +17,7 @@ from typing import Any
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, settle
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, resolve
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -83,7 +83,7 @@ class Runs:
         self._path, self._ranks = output.with_name(f"{output.name}.progress.json"), ranks or Ranks()
         for path, what in ((output, "output"), (self._path, "progress file")):
             check_writable(path, f"tune's {what}")
-        self.request = settle(request)[0]
+        self.request = resolve(request)[0]
         self._settings = json.loads(json.dumps({**run_settings(self.request), **settings}))
         self.done: list[Any] = self._ranks.shared(self._read)
         self.stages = stages or Stages(quiet=True)

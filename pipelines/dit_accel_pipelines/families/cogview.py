@@ -8,41 +8,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import NO_STEP, Adapter, Family, Grid, latents_grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters import NO_STEP, Adapter, BlockList, Grid, Guidance, JoinedText, Rope, latents_grid
+from dit_accel.adapters.blocks import JOINT
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import read_sizes
 
-text_first = partial(latents_grid, frames_axis=None, text="before")
+from .released import released
 
-COGVIEW4_6B = Family(
-    name="cogview4-6b",
-    repo="THUDM/CogView4-6B",
-    layers=28,
-    heads=32,
-    head_dim=128,
-    ffn_dim=4 * 32 * 128,
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=224,  # follows the prompt's length, up to 1024
-    height=1024,
-    width=1024,
-    num_frames=1,
-    config={"attention_head_dim": 128, "rope_axes_dim": (256, 256)},
-)
-COGVIEW3_PLUS_3B = replace(
-    COGVIEW4_6B,
-    name="cogview3-plus-3b",
-    repo="THUDM/CogView3-Plus-3B",
-    layers=30,
-    heads=64,
-    head_dim=40,
-    ffn_dim=10240,
-    config={"attention_head_dim": 40},
-)
+text_first = partial(latents_grid, frames_axis=None, text="before")
 
 
 def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -75,7 +48,13 @@ COGVIEW = Adapter(
         fitted=("height", "width"),
     ),
     joined_text=JoinedText(place="before"),
-    families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
+    families=released(
+        "cogview",
+        {
+            "cogview4-6b": {"config": {"attention_head_dim": 128, "rope_axes_dim": (256, 256)}},
+            "cogview3-plus-3b": {"config": {"attention_head_dim": 40}},
+        },
+    ),
     makes_images=True,
 )
 GLM_IMAGE = replace(

@@ -4,26 +4,14 @@ Each chunk of frames is a run of its own, for the methods' warm-up and in the re
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid, latents_grid, patch_count
-from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters import Adapter, BlockList, Grid, Rope, latents_grid, patch_count
 from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
+from dit_accel.adapters.rotary import VISUAL_AXES
 
-from .wan import WAN21_14B
-
-HELIOS_14B = replace(
-    WAN21_14B,
-    name="helios-14b",
-    repo="BestWishYsh/Helios-Base",
-    height=384,
-    width=640,
-    num_frames=33,  # made at a time; the history comes on top
-    trained_frames=None,
-    recipes={},
-)
+from .released import released
+from .wan import WAN21
 
 
 def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -47,5 +35,5 @@ HELIOS = Adapter(
         parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
         axes=by_config("rope_dim", VISUAL_AXES, 10000.0, theta_key="rope_theta"),
     ),
-    families=(HELIOS_14B,),
+    families=released("helios", **WAN21),
 )

@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid, latents_grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, latents_grid
 from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
 from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .qwen_image import QWEN_IMAGE, first_image

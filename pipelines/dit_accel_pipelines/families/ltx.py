@@ -1,38 +1,16 @@
 """LTX-Video: packed latents [B, S, C] whose sizes are among the forward's inputs; text comes in by cross-attention."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters import Adapter, BlockList, CrossAttention, Grid, Rope
 from dit_accel.adapters.position_ids import last_video, read_once
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
+from dit_accel.adapters.rotary import VISUAL_AXES, Axis
 from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
-
-LTX_2B = Family(
-    name="ltx-video-2b",
-    repo="Lightricks/LTX-Video",
-    layers=28,
-    heads=32,
-    head_dim=64,
-    ffn_dim=8192,
-    patch=(1, 1, 1),
-    vae=(8, 32),
-    cross_tokens=128,
-    height=512,
-    width=704,
-    num_frames=161,
-)
-LTX_13B = replace(
-    LTX_2B, name="ltx-video-13b", repo="Lightricks/LTX-Video-0.9.7-dev", layers=48, head_dim=128, ffn_dim=16384
-)
+from .released import released
 
 
 def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -115,5 +93,5 @@ LTX = Adapter(
         note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
         "one number; none of them has a period in frames",
     ),
-    families=with_perturbation(*with_step_caches(LTX_2B, LTX_13B)),
+    families=released("ltx", patch=(1, 1, 1)),
 )

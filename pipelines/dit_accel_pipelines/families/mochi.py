@@ -5,29 +5,11 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, latents_grid
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
+from dit_accel.adapters import Adapter, Rope, latents_grid
+from dit_accel.adapters.rotary import VISUAL_AXES, Axis
 from dit_accel.adapters.sizes import read_sizes
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
-
-MOCHI_1 = Family(
-    name="mochi-1",
-    repo="genmo/mochi-1-preview",
-    layers=48,
-    heads=24,
-    head_dim=128,
-    ffn_dim=12288,  # SwiGLU of 8192: its three matrices cost what two of 12288 do
-    patch=(1, 2, 2),
-    vae=(6, 8),
-    text_tokens=256,
-    height=480,
-    width=848,
-    num_frames=163,
-    trained_frames=28,
-    num_inference_steps=64,
-)
+from .released import released
 
 
 def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
@@ -62,5 +44,5 @@ MOCHI = Adapter(
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
     joined_text="its processor attends row by row, and never sees both texts at once",
-    families=with_perturbation(*with_step_caches(MOCHI_1)),
+    families=released("mochi", trained_frames=28),
 )

@@ -47,7 +47,7 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
     How many processes share a step's clips is no part of it, nor where they run, nor what is kept for the backward.
 
     Args:
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
         base: hash of the frozen transformer.
         clips: digest of the encoded clips and captions.
         processes: how many share the training.

@@ -55,7 +55,7 @@ class Clip:
 
 
 def find_clips(recipe: FineTuning) -> tuple[list[Clip], list[str]]:
-    """Return the clips of a settled recipe, in an order of their own, and notes on them.
+    """Return the clips of a resolved recipe, in an order of their own, and notes on them.
 
     Raises:
         ConfigError: for a folder without videos, a video without caption, one of another size or too short, a

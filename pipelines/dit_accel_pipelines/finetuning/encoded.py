@@ -88,7 +88,7 @@ def encode(
         pipe: the pipeline; its autoencoder and text encoders lie where they are to run.
         trainable: how it encodes.
         clips: what to encode.
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
         ranks: the processes that share the work.
         stages: progress bars.
 

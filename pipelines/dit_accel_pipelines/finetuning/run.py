@@ -31,7 +31,7 @@ from .encoded import Encoded, encode, weights_hash
 from .experts import component_of
 from .lora import add_lora, write_lora
 from .models import trainable_of
-from .recipe import FineTuning, settle
+from .recipe import FineTuning, resolve
 from .samples import FIRST, Sampler
 from .trainable import Trainable, text_parts
 from .trainer import Trainer
@@ -93,12 +93,12 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
 
 
 def _prepared(recipe: FineTuning, processes: int, folder: ExitStack) -> tuple[FineTuning, list[Clip], list[str]]:
-    """Return the settled recipe, its clips and notes, after every check that needs no weights.
+    """Return the resolved recipe, its clips and notes, after every check that needs no weights.
 
     The output, made if need be, is held until ``folder`` is closed; a training that fails before it wrote leaves none.
     """
     trainable_of(read_model_files(recipe.source))
-    recipe = settle(recipe, processes)
+    recipe = resolve(recipe, processes)
     check_output(recipe)
     clips, notes = find_clips(recipe)
     folder.enter_context(new_folder(recipe.output))

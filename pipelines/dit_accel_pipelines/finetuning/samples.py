@@ -30,7 +30,7 @@ class Sampler:
         pipe: the pipeline, its text encoders still there.
         trainable: how it takes text.
         prompts: what to show.
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
     """
 
     def __init__(self, pipe: Any, trainable: Trainable, prompts: Sequence[str], recipe: FineTuning) -> None:

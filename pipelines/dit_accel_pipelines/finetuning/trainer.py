@@ -38,7 +38,7 @@ class Trainer:
         weights: what is trained, by name.
         encoded: the clips.
         trainable: how the pipeline is trained.
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
         ranks: the processes that share the training.
         accelerator: accelerate's, which adds up gradients and feeds trackers.
     """

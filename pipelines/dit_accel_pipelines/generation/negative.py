@@ -42,7 +42,7 @@ def negative_of_methods(request: Any, call: PipelineCall) -> tuple[Any, list[str
 
 
 def idle_negative(request: Any, call: PipelineCall) -> list[str]:
-    """Return a note if no method takes a settled `Request`'s negative prompt, and its guidance scale leaves it out."""
+    """Return a note if no method takes a resolved `Request`'s negative prompt, and its guidance scale leaves it out."""
     text = request.negative_prompt
     if text is None or any(getattr(one, OWN[0], None) == text for one in request.methods):
         return []
