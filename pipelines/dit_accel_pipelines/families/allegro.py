@@ -2,10 +2,8 @@
 
 from functools import partial
 
-from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, CrossAttention, Guidance, Rope, read_sizes
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.rotary import VISUAL_AXES
-from dit_accel.adapters.sizes import read_sizes
 
 ALLEGRO = Adapter(
     name="allegro",

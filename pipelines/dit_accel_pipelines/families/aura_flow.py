@@ -5,9 +5,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, JoinedText, latents_grid
-from dit_accel.adapters.blocks import JOINT
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, JoinedText, latents_grid, read_sizes
 
 from .released import released
 

@@ -7,8 +7,7 @@ text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` an
 
 from dataclasses import replace
 
-from dit_accel.adapters import BlockList, Guidance
-from dit_accel.adapters.blocks import JOINT
+from dit_accel.adapters import JOINT, BlockList, Guidance
 
 from .flux import FLUX, FLUX_LARGER
 from .released import released

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Guidance, JoinedText, Rope, latents_grid
-from dit_accel.adapters.blocks import JOINT
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import (
+    JOINT,
+    VISUAL_AXES,
+    Adapter,
+    Axis,
+    BlockList,
+    Guidance,
+    JoinedText,
+    Rope,
+    latents_grid,
+    read_sizes,
+)
 
 from .released import released
 

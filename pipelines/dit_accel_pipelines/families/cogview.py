@@ -8,10 +8,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import NO_STEP, Adapter, BlockList, Grid, Guidance, JoinedText, Rope, latents_grid
-from dit_accel.adapters.blocks import JOINT
+from dit_accel.adapters import (
+    JOINT,
+    NO_STEP,
+    Adapter,
+    BlockList,
+    Grid,
+    Guidance,
+    JoinedText,
+    Rope,
+    latents_grid,
+    read_sizes,
+)
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.sizes import read_sizes
 
 from .released import released
 

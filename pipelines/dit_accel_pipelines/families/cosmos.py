@@ -6,9 +6,8 @@ Given frames keep a timestep of their own, near none; the noisiest frame tells t
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, CrossAttention, Guidance, Rope
 from dit_accel.adapters.rope_axes import scaled_thirds
-from dit_accel.adapters.rotary import VISUAL_AXES
 
 from .released import released
 

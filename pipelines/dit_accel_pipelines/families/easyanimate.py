@@ -2,9 +2,7 @@
 
 from functools import partial
 
-from dit_accel.adapters import Adapter, BlockList, Guidance, Rope, latents_grid
-from dit_accel.adapters.blocks import JOINT
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import JOINT, Adapter, BlockList, Guidance, Rope, latents_grid, read_sizes
 
 from .cogvideox import eighths
 from .released import released

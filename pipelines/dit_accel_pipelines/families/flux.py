@@ -5,11 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Guidance, JoinedText, Rope
-from dit_accel.adapters.blocks import JOINT
+from dit_accel.adapters import JOINT, Adapter, BlockList, Guidance, JoinedText, Rope, Sizes, by_config, read_sizes
 from dit_accel.adapters.position_ids import ids_grid
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .released import released
 

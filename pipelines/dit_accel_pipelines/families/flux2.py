@@ -8,11 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, JoinedText, Rope
-from dit_accel.adapters.blocks import JOINT
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, JoinedText, Rope, by_config, read_sizes
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.sizes import read_sizes
 
 from .released import released
 

@@ -7,9 +7,7 @@ Each section of frames is a run of its own, for the methods' warm-up and in the 
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters import Adapter, Grid, Guidance, Rope, latents_grid, patch_count
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES
+from dit_accel.adapters import VISUAL_AXES, Adapter, Grid, Guidance, Rope, by_config, latents_grid, patch_count
 
 from .released import released
 

@@ -6,9 +6,7 @@ Each chunk of frames is a run of its own, for the methods' warm-up and in the re
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Rope, latents_grid, patch_count
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, Grid, Rope, by_config, latents_grid, patch_count
 
 from .released import released
 from .wan import WAN21

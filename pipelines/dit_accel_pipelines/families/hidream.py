@@ -6,10 +6,7 @@ An image that is not square is padded to ``max_resolution`` with tokens that are
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope
-from dit_accel.adapters.blocks import JOINT
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.sizes import Sizes, read_sizes
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, read_sizes
 
 from .released import released
 

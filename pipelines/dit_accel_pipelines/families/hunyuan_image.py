@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters import Adapter, Grid, Rope
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES
+from dit_accel.adapters import VISUAL_AXES, Adapter, Grid, Rope, by_config
 
 from .released import released
 

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, Guidance, JoinedText, Rope, latents_grid
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES
+from dit_accel.adapters import VISUAL_AXES, Adapter, Guidance, JoinedText, Rope, by_config, latents_grid
 
 from .released import released
 

@@ -5,10 +5,7 @@ The mask pairs valid queries with valid keys, with the padded tokens sorted to t
 
 from functools import partial
 
-from dit_accel.adapters import Adapter, BlockList, Rope, latents_grid
-from dit_accel.adapters.blocks import JOINT
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES
+from dit_accel.adapters import JOINT, VISUAL_AXES, Adapter, BlockList, Rope, by_config, latents_grid
 
 from .released import released
 

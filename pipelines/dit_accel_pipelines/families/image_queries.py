@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, latents_grid
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.sizes import Sizes, read_sizes
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, latents_grid, read_sizes
 
 from .qwen_image import QWEN_IMAGE, first_image
 

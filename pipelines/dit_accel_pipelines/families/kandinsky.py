@@ -10,10 +10,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, latents_grid
-from dit_accel.adapters.rope_axes import by_config, fixed_lengths
-from dit_accel.adapters.rotary import VISUAL_AXES
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import (
+    VISUAL_AXES,
+    Adapter,
+    BlockList,
+    Grid,
+    Guidance,
+    Rope,
+    by_config,
+    latents_grid,
+    read_sizes,
+)
+from dit_accel.adapters.rope_axes import fixed_lengths
 
 from .released import released
 

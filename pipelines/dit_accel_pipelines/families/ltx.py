@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, CrossAttention, Grid, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, BlockList, CrossAttention, Grid, Rope, read_sizes
 from dit_accel.adapters.position_ids import last_video, read_once
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis
-from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
 from .released import released

@@ -6,8 +6,7 @@ keyframe pipelines stand behind the video and count as text.
 
 from functools import partial
 
-from dit_accel.adapters import Adapter, BlockList, Guidance, Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Guidance, Rope, read_sizes
 
 from .ltx import fractions, packed_grid
 from .released import released

@@ -5,10 +5,9 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, read_sizes
 from dit_accel.adapters.position_ids import read_once
-from dit_accel.adapters.rope_axes import by_config, lengths_of_image
-from dit_accel.adapters.sizes import Sizes, read_sizes
+from dit_accel.adapters.rope_axes import lengths_of_image
 
 from .released import released
 

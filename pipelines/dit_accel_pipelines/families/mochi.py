@@ -5,9 +5,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, Rope, latents_grid
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, Rope, latents_grid, read_sizes
 
 from .released import released
 

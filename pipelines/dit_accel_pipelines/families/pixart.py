@@ -4,9 +4,8 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
-from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope, latents_grid
+from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope, latents_grid, read_sizes
 from dit_accel.adapters.rope_axes import even, fixed_lengths
-from dit_accel.adapters.sizes import read_sizes
 
 from .lumina2 import lumina_sizes
 from .released import released

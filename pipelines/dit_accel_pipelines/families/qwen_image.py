@@ -5,9 +5,8 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, JoinedText, Rope
-from dit_accel.adapters.rope_axes import by_config, fixed_lengths
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, JoinedText, Rope, by_config, read_sizes
+from dit_accel.adapters.rope_axes import fixed_lengths
 
 from .released import released
 

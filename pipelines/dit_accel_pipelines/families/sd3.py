@@ -5,8 +5,7 @@ The second attention of 3.5 medium's first blocks sees the image alone.
 
 from functools import partial
 
-from dit_accel.adapters import Adapter, Guidance, JoinedText, latents_grid
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, Guidance, JoinedText, latents_grid, read_sizes
 
 from .released import released
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope
+from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope, read_sizes
 from dit_accel.adapters.rope_axes import same_length, thirds
-from dit_accel.adapters.sizes import read_sizes
 
 from .released import released
 
