@@ -29,7 +29,7 @@ from .rope_inputs import change_input
 from .rotary import GIVEN, VISUAL_AXES, Axis, Frequencies, Resolve, Rope, RopeChange
 
 
-def changed(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:
+def change_rope(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:
     """Return what to set on one transformer, so that its positions are made from other frequencies.
 
     Position ids, offsets and scaling stay the model's; text does not move. Nothing is changed on classes and modules.

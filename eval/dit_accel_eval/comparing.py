@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import SETTINGS, Setting
+from dit_accel.cli.method_options import SETTINGS, NamedSetting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -149,7 +149,7 @@ def _check_output(page: Path) -> Path:
     return lines
 
 
-def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
+def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suite":
     """Return what is run: the model, the prompts, and an arm of each setting.
 
     Raises:
@@ -201,22 +201,22 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
 
 def _call(request: "Request") -> dict[str, Any]:
     """Return the arguments of the pipeline's call as `generate` sets them, without the steps."""
-    from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+    from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 
     from dit_accel.adapters.model_files import read_model_files
 
-    taken = PipelineCall.of(pipeline_class(read_model_files(request.source)))
+    taken = CallSignature.of(pipeline_class(read_model_files(request.source)))
     call = {**request.call_arguments(), **request.beside(taken)}
     return {key: value for key, value in call.items() if key != "num_inference_steps"}
 
 
-def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
+def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
     """Return the settings that presets are on the model."""
     from dit_accel.adapters.model_files import read_model_files
     from dit_accel.methods.base import Model as OfModel
     from dit_accel.methods.presets import PresetMethods, choices
 
-    found, (adapter, family) = list[Setting](), read_model_files(request.source).identify()
+    found, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
     for level in options.preset or ():
         model = OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
         preset = PresetMethods(level, tuple(choices(level, model)), model)
@@ -224,11 +224,11 @@ def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
             raise ConfigError(f"{preset.words()}; leave it out")
         if not options.quiet:
             note(preset.words())
-        found.append(Setting(name=level, methods=tuple(one.config for one in preset.chosen), run={}))
+        found.append(NamedSetting(name=level, methods=tuple(one.config for one in preset.chosen), run={}))
     return found
 
 
-def _arm(one: Setting, request: "Request") -> dict[str, Any]:
+def _arm(one: NamedSetting, request: "Request") -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
     from dit_accel_pipelines.generation.negative import with_negative
 

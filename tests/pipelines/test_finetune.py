@@ -10,9 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
-from dit_accel_pipelines.finetuning.flow import batch_of, flow_loss, order, shifted
+from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order, shifted
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve
+from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
 from dit_accel_pipelines.generation.lora import FILE, load_lora
@@ -194,7 +194,7 @@ def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tm
         return batch.noise - batch.latents + 2.0
 
     trainable = Trainable(latents=velocity, text=velocity, velocity=velocity)
-    assert float(flow_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
+    assert float(batch_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
     level = float(told["levels"])
     assert torch.allclose(told["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
 
@@ -338,8 +338,8 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
 def test_processes_that_groups_cannot_share_are_told(base: Path):
     for processes in (1, 3, 5):
         with pytest.raises(ConfigError, match=rf"ulysses = 2.*{processes} were"):
-            resolve(recipe(base, ulysses=2), processes)
-    assert resolve(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
+            resolve_recipe(recipe(base, ulysses=2), processes)
+    assert resolve_recipe(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):

@@ -14,9 +14,9 @@ from dit_accel_pipelines.finetuning.experts import component_of, span_of
 from dit_accel_pipelines.finetuning.flow import level_within, shifted
 from dit_accel_pipelines.finetuning.lora import add_lora
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import resolve
+from dit_accel_pipelines.finetuning.recipe import resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
-from dit_accel_pipelines.finetuning.trainable import shift_of
+from dit_accel_pipelines.finetuning.trainable import shift_at
 from dit_accel_pipelines.generation.lora import FILE, load_lora
 from finetunes import recipe, trained, video_folder
 from trainable_folders import CASES, Case, changed_index, pipeline_folder
@@ -214,8 +214,8 @@ def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path):
         assert not (tmp_path / "out" / FILE).exists()
     for name in ("ltx", "mochi"):  # before anything is loaded
         with pytest.raises(ConfigError, match=rf"adapter '{name}'.*tokens"):
-            resolve(recipe(bases[name], **of(name, ulysses=2)), 4)
-    assert resolve(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
+            resolve_recipe(recipe(bases[name], **of(name, ulysses=2)), 4)
+    assert resolve_recipe(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
 
 
 def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):
@@ -253,7 +253,7 @@ def test_the_shift_by_tokens_is_the_schedulers():
         mu = 0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024)
         sigmas = torch.linspace(1.0, 0.1, 10)
         scheduler.set_timesteps(sigmas=sigmas.numpy(), mu=mu)
-        assert torch.allclose(shifted(sigmas, shift_of(scheduler, tokens)), scheduler.sigmas[:-1], atol=1e-6)
+        assert torch.allclose(shifted(sigmas, shift_at(scheduler, tokens)), scheduler.sigmas[:-1], atol=1e-6)
 
 
 def test_an_expert_has_its_part_of_the_noise_levels():

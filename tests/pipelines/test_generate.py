@@ -21,7 +21,7 @@ from diffusers import WanPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.generate import generate, run
 from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
-from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import Request, read_prompts, resolve
 from model_folders import model_folder
@@ -128,7 +128,7 @@ def test_sizes_are_the_familys_and_frames_rounded(tmp_path: Path):
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)
     asked, *_ = resolve(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
-    own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
+    own, call = model_defaults(name), CallSignature.of(pipeline_class(read_model_files(asked.source)))
     made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
@@ -139,7 +139,7 @@ def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, nam
 
 def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):
     asked, *_ = resolve(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
-    call = PipelineCall.of(pipeline_class(read_model_files(asked.source)))
+    call = CallSignature.of(pipeline_class(read_model_files(asked.source)))
     assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
     off = dataclasses.replace(asked, guidance_scale=1.0)
     assert off.beside(call)["true_cfg_scale"] == 1.0

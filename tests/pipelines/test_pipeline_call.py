@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_pipelines.generation.generate import frames_of, run
-from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.progress import Stages
 from dit_accel_pipelines.generation.request import Request, read_pictures, resolve
 from model_folders import model_folder
@@ -22,8 +22,8 @@ from dit_accel.errors import ConfigError, UnsupportedModel
 PROMPT = "a red circle moving right"
 
 
-def call_of(name: str) -> PipelineCall:
-    return PipelineCall.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
+def call_of(name: str) -> CallSignature:
+    return CallSignature.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
 
 
 @pytest.mark.parametrize(

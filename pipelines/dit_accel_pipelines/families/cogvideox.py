@@ -36,7 +36,7 @@ ULTRAVICO_COGVIDEOX = {
 }
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the video."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     time = transformer.time_embedding(
@@ -73,7 +73,7 @@ COGVIDEOX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=1, text="before"),
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         input="image_rotary_emb",
         form="pairs",

@@ -27,7 +27,7 @@ from .released import released
 text_first = partial(latents_grid, frames_axis=None, text="before")
 
 
-def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is no denoising step."""
     grid, caches = text_first(config, inputs), inputs.get("kv_caches")
     if caches is None:
@@ -71,7 +71,7 @@ GLM_IMAGE = replace(
     name="glm-image",
     transformers=("GlmImageTransformer2DModel",),
     guidance=Guidance(in_turn=("GlmImagePipeline",)),
-    grid=with_cached_references,
+    grid=_with_cached_references,
     rope=Rope(
         owner="rope",
         form="theta",

@@ -22,7 +22,7 @@ FLUX_LARGER: dict[str, Any] = {
 _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipes": {"sol": {"block_size": 16}}}
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the image."""
     image = transformer.x_embedder(inputs["hidden_states"])
     timestep, guidance = inputs["timestep"].to(image.dtype) * 1000, inputs.get("guidance")
@@ -61,7 +61,7 @@ FLUX = Adapter(
     grid=ids_grid,
     split_text="before",
     separate_text_attention=True,  # IP-Adapters: image queries over their own keys
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         owner="pos_embed",
         form="theta",

@@ -14,7 +14,7 @@ from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 from .released import released
 
 
-def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+def _with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid as `ids_grid` does; with ``kv_cache_mode``, reference images stand between text and image."""
     mode = inputs.get("kv_cache_mode")
     if mode is None:
@@ -49,7 +49,7 @@ FLUX2 = Adapter(
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
-    grid=with_cached_references,
+    grid=_with_cached_references,
     separate_text_attention=True,  # while the cache is filled, references attend to themselves
     rope=Rope(
         owner="pos_embed",

@@ -12,7 +12,7 @@ from dit_accel.adapters import VISUAL_AXES, Adapter, Grid, Guidance, Rope, by_co
 from .released import released
 
 
-def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off the latents, the history's latents and the lengths of image and prompt."""
     frames, height, width, _, after = latents_grid(
         config, inputs, text="after", joined=("image_embeds", "encoder_hidden_states")
@@ -34,7 +34,7 @@ FRAMEPACK = Adapter(
         ),
     ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    grid=history_grid,
+    grid=_history_grid,
     variable_text_length=True,
     rope=Rope(
         owner="rope",

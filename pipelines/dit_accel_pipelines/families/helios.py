@@ -12,7 +12,7 @@ from .released import released
 from .wan import WAN21
 
 
-def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off the latents and the history's latents."""
     frames, height, width, *_ = latents_grid(config, inputs)
     parts = (("latents_history_short", 1), ("latents_history_mid", 2), ("latents_history_long", 4))
@@ -25,7 +25,7 @@ HELIOS = Adapter(
     transformers=("HeliosTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*", joined=True),),
-    grid=history_grid,
+    grid=_history_grid,
     rope=Rope(
         owner="rope",
         form="frequencies",

@@ -23,7 +23,7 @@ def padded_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return 1, height, width, 0, padding + text
 
 
-def expert_sizes(config: Mapping[str, Any]) -> Sizes:
+def _expert_sizes(config: Mapping[str, Any]) -> Sizes:
     """Read the sizes, where a token passes its activated experts and one of half their width that all share."""
     hidden = 4 * config["num_attention_heads"] * config["attention_head_dim"]
     expert, shared = (-(-(2 * size // 3) // 256) * 256 for size in (hidden, hidden // 2))
@@ -39,7 +39,7 @@ HIDREAM = Adapter(
         BlockList(pattern="double_stream_blocks.*", takes=JOINT, gives=(0, 1)),
         BlockList(pattern="single_stream_blocks.*", joined=True),
     ),
-    sizes=expert_sizes,
+    sizes=_expert_sizes,
     grid=padded_image,
     timestep="timesteps",
     rope=Rope(

@@ -30,7 +30,7 @@ ULTRAVICO_HUNYUAN = {
 }
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the video; a given first frame is modulated by itself."""
     latents, pooled = inputs["hidden_states"], inputs["pooled_projections"]
     patch, norm = transformer.config.patch_size, transformer.transformer_blocks[0].norm1
@@ -50,7 +50,7 @@ HUNYUAN_VIDEO = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=partial(latents_grid, text="after"),
     split_text="after",
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         owner="rope",
         form="theta",

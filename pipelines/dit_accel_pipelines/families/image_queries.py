@@ -42,7 +42,7 @@ DENSE_LAYERS = {
 """``dense_moe_strategy`` -> blocks without experts; any other strategy leaves none."""
 
 
-def expert_sizes(config: Mapping[str, Any]) -> Sizes:
+def _expert_sizes(config: Mapping[str, Any]) -> Sizes:
     """Read the sizes of Nucleus-Image; the feed-forward's is the mean over blocks with and without experts.
 
     Experts choose their tokens, ``capacity_factors`` experts a token on average; another one is shared by all.
@@ -67,7 +67,7 @@ NUCLEUS_IMAGE = Adapter(
     ),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
-    sizes=expert_sizes,
+    sizes=_expert_sizes,
     grid=image_then_text,
     joined_text="its text has keys alone, and no stream to lay another beside",
     makes_images=True,

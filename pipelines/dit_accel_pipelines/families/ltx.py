@@ -54,7 +54,7 @@ def video_before_guides(coords: Any) -> Grid | str:
     return video if isinstance(video, str) else (*video[:4], coords.shape[2] - end)
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets."""
     video, block = transformer.proj_in(inputs["hidden_states"]), transformer.transformer_blocks[0]
     time, _ = transformer.time_embed(inputs["timestep"].flatten(), batch_size=len(video), hidden_dtype=video.dtype)
@@ -81,7 +81,7 @@ LTX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
-    signal=modulated_input,
+    signal=_modulated_input,
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope=Rope(
         owner="rope",

@@ -10,7 +10,7 @@ from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, Rope, latents_grid, r
 from .released import released
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the video."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     mask = inputs["encoder_attention_mask"]
@@ -32,7 +32,7 @@ MOCHI = Adapter(
     sizes=partial(read_sizes, mlp_ratio=Fraction(8, 3), gated=True),
     grid=partial(latents_grid, text="after"),
     variable_text_length=True,
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         owner="rope",
         form="learned",

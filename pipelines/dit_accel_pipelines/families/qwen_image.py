@@ -14,7 +14,7 @@ from .released import released
 ULTRAIMAGE_QWEN = {"indices": (8, 9), "focus_min": 1.0, "focus_max": 1.3}
 
 
-def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it.
 
     Layered makes all images but the last; they are equally large, and count as frames.
@@ -37,7 +37,7 @@ QWEN_IMAGE = Adapter(
     ),
     self_attention=("transformer_blocks.*.attn",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
-    grid=first_image,
+    grid=_first_image,
     rope=Rope(
         owner="pos_embed",
         form="tables behind methods",
@@ -59,7 +59,7 @@ QWEN_IMAGE = Adapter(
 )
 
 
-def last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``, whose last image is made; text and earlier images stand in front of it.
 
     Each of the encoder's image slots becomes four tokens.
@@ -78,7 +78,7 @@ QWEN_IMAGE_21 = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, gated=True),
-    grid=last_image,
+    grid=_last_image,
     separate_text_attention=True,
     joined_text="it attends piece by piece, and caches keys of the prompt alone",
     makes_images=True,

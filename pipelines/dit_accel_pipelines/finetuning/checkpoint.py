@@ -67,12 +67,12 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
     }
 
 
-def check_output(recipe: FineTuning) -> None:
+def check_folder(recipe: FineTuning) -> None:
     """Raise `ConfigError` for an output that another training was written to, or that holds none to go on from."""
     output = recipe.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder")
-    found = latest(output)
+    found = latest_checkpoint(output)
     if recipe.resume and found is None:
         raise ConfigError(f"--resume was requested, but {output} holds no checkpoint; leave it out to begin")
     if not recipe.resume and found is not None:
@@ -83,7 +83,7 @@ def check_output(recipe: FineTuning) -> None:
         raise ConfigError(f"output {output} holds {FILE} of an earlier training; choose another folder")
 
 
-def latest(output: Path) -> Path | None:
+def latest_checkpoint(output: Path) -> Path | None:
     """Return the checkpoint of the most steps in an output folder, or None."""
     found = sorted((output / FOLDER).glob("step-*.pt"))
     return found[-1] if found else None

@@ -26,7 +26,7 @@ FORMAT = 2
 """Of the files, which is part of their names: one of another format is not read."""
 
 
-def weights_hash(module: nn.Module) -> str:
+def module_hash(module: nn.Module) -> str:
     """Return what tells a module's weights and number formats from others', hexadecimal; every byte counts."""
     found = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -43,7 +43,7 @@ def part_hash(part: Any) -> str:
         parts = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         plain = {name: value for name, value in parts.items() if not name.startswith("_")}  # but releases and paths
         plain.pop("transformers_version", None)
-        found.update(f"{weights_hash(part)} {json.dumps(plain, sort_keys=True, default=str)}".encode())
+        found.update(f"{module_hash(part)} {json.dumps(plain, sort_keys=True, default=str)}".encode())
         return found.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         part.save_pretrained(folder)
@@ -79,7 +79,7 @@ class Encoded:
         return _read(self._folder, self._no_caption)
 
 
-def encode(
+def encode_clips(
     pipe: Any, trainable: Trainable, clips: Sequence[Clip], recipe: FineTuning, ranks: Ranks, stages: Stages
 ) -> Encoded:
     """Encode the clips and captions that the cache lacks, each in one of the processes.

@@ -87,7 +87,7 @@ def shifted(levels: Tensor, shift: float) -> Tensor:
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def flow_loss(
+def batch_loss(
     transformer: Any, pipe: Any, trainable: Trainable, batch: Batch, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return the mean squared error of the velocity, noise less clip, in float32."""

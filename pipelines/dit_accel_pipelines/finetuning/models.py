@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import UnsupportedModel
 
-from ..generation.pipeline_call import PipelineCall
+from ..generation.pipeline_call import CallSignature
 from .trainable import Text, Trainable
 
 EMBEDDED_GUIDANCE = 1.0
@@ -35,7 +35,7 @@ def _normalised(found: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tenso
 
 def _longest(pipe: Any) -> int:
     """Return how many tokens of text the pipeline's call takes."""
-    return PipelineCall.of(type(pipe)).default("max_sequence_length")
+    return CallSignature.of(type(pipe)).default("max_sequence_length")
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
     frames, height, width = noisy.shape[2:]
     patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
     pixels = pipe.vae_spatial_compression_ratio
-    seconds = pipe.vae_temporal_compression_ratio / PipelineCall.of(type(pipe)).default("frame_rate")
+    seconds = pipe.vae_temporal_compression_ratio / CallSignature.of(type(pipe)).default("frame_rate")
     found = transformer(
         hidden_states=pipe._pack_latents(noisy, *patches),
         timestep=1000 * levels,

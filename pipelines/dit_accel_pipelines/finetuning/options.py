@@ -9,7 +9,7 @@ import typer
 from dit_accel.cli.run_options import Pixels
 
 from ..generation.options import RUN, Backend, Device, Model, option
-from ..generation.ranges import ABOVE_ZERO, SHARE, at_least, within
+from ..generation.ranges import ABOVE_ZERO, SHARE, at_least, between
 
 TRAINING, KEEPING = "Training", "Keeping"
 
@@ -23,7 +23,7 @@ class TrainingOptions:
         typer.Argument(help="Folder of videos, each with a .txt of its caption, or metadata.jsonl.", metavar="FOLDER"),
     ] = None
     drawn: Annotated[
-        int | None, option("Train on so many drawn clips of the embedded model's world."), within(1, 1_000_000)
+        int | None, option("Train on so many drawn clips of the embedded model's world."), between(1, 1_000_000)
     ] = None
     model: Model = None
     expert: Annotated[str | None, option("Of two transformers the one to train, by its noise levels: high or low.")] = (
@@ -32,7 +32,7 @@ class TrainingOptions:
     height: Pixels = None
     width: Pixels = None
     num_frames: Annotated[int | None, option("Frames of every clip; default: the model's.")] = None
-    rank: Annotated[int, option("Of the LoRA.", panel=TRAINING), within(1, 10_000)] = 32
+    rank: Annotated[int, option("Of the LoRA.", panel=TRAINING), between(1, 10_000)] = 32
     alpha: Annotated[float | None, option("Scales it by alpha / rank; default: by 1.", panel=TRAINING), ABOVE_ZERO] = (
         None
     )
@@ -41,8 +41,8 @@ class TrainingOptions:
     warmup_steps: Annotated[int, option("Over which it rises.", panel=TRAINING), at_least(0)] = 0
     weight_decay: Annotated[float, option("Of AdamW.", panel=TRAINING), at_least(0)] = 0.0
     max_grad_norm: Annotated[float, option("Cuts longer gradients.", panel=TRAINING), ABOVE_ZERO] = 1.0
-    batch_size: Annotated[int, option("Clips of a forward.", panel=TRAINING), within(1, 10_000)] = 1
-    accumulate: Annotated[int, option("Forwards of a step.", panel=TRAINING), within(1, 100_000)] = 1
+    batch_size: Annotated[int, option("Clips of a forward.", panel=TRAINING), between(1, 10_000)] = 1
+    accumulate: Annotated[int, option("Forwards of a step.", panel=TRAINING), between(1, 100_000)] = 1
     ema_decay: Annotated[float, option("Of the averaged weights; 0: none.", panel=TRAINING), SHARE] = 0.99
     caption_dropout: Annotated[float, option("Share of clips without caption.", panel=TRAINING), SHARE] = 0.1
     flow_shift: Annotated[
@@ -56,7 +56,7 @@ class TrainingOptions:
     keep_checkpoints: Annotated[int, option("How many.", panel=KEEPING), at_least(1)] = 2
     resume: Annotated[bool, option("Go on from the latest checkpoint.", "--resume", panel=KEEPING)] = False
     sample_every: Annotated[int, option("Steps; 0: no samples.", panel=KEEPING), at_least(0)] = 0
-    sample_steps: Annotated[int | None, option("Denoising steps.", panel=KEEPING), within(1, 10_000)] = None
+    sample_steps: Annotated[int | None, option("Denoising steps.", panel=KEEPING), between(1, 10_000)] = None
     report_to: Annotated[str | None, option("A tracker of accelerate, such as tensorboard.", panel=KEEPING)] = None
     cache: Annotated[Path | None, option("Of encoded clips; default: in the output.", panel=KEEPING)] = None
     ulysses: Annotated[int, option("Processes of a group that shares clips.", panel=RUN), at_least(1)] = 1

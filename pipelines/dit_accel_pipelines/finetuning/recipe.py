@@ -78,7 +78,7 @@ class FineTuning(TrainingOptions, NamesModel):
         return self.batch_size * self.accumulate * (processes // self.ulysses)
 
 
-def resolve(recipe: FineTuning, processes: int) -> FineTuning:
+def resolve_recipe(recipe: FineTuning, processes: int) -> FineTuning:
     """Check a recipe against its model's configs, and fill in the model's sizes.
 
     Args:

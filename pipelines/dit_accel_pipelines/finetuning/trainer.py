@@ -20,9 +20,9 @@ from ..processes.ranks import Ranks
 from .checkpoint import Checkpoint
 from .encoded import Encoded
 from .experts import span_of
-from .flow import batch_of, flow_loss
+from .flow import batch_loss, batch_of
 from .recipe import FineTuning
-from .trainable import Trainable, shift_of
+from .trainable import Trainable, shift_at
 
 LOG = "log.jsonl"
 LOG_EVERY = 10
@@ -54,7 +54,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self._averages = EMAModel(self.parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
         tokens = encoded.latents(0)[0].numel()
-        self._shift = shift_of(pipe.scheduler, tokens) if recipe.flow_shift is None else recipe.flow_shift
+        self._shift = shift_at(pipe.scheduler, tokens) if recipe.flow_shift is None else recipe.flow_shift
         self._span = span_of(pipe, recipe.expert)
         self._group, self._groups = ranks.rank // recipe.ulysses, ranks.count // recipe.ulysses
         self._dtype = getattr(torch, str(recipe.dtype))
@@ -129,7 +129,7 @@ class Trainer:
         for turn in range(recipe.accumulate):
             batch = batch_of(self._numbers(turn), self.encoded, recipe, self._shift, self._span)
             place = self.parameters[0].device
-            found = flow_loss(self.transformer, self.pipe, self._trainable, batch, place, self._dtype)
+            found = batch_loss(self.transformer, self.pipe, self._trainable, batch, place, self._dtype)
             if self.density is None:
                 self._look(attachment)
             (found / recipe.accumulate).backward()

@@ -21,12 +21,12 @@ from dit_accel.files import held, json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import NONE
 
-from ..processes.parallel import ALONE, Group, check_transformer, joined
+from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, write_media
-from .pipeline_call import PipelineCall
+from .pipeline_call import CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
 from .request import Request, check_path, read_pictures, resolve, side_car_path
@@ -93,7 +93,7 @@ def generate(
     own = request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
     alone = held(own) if process.first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
-    with alone, small, joined(process.local_rank, process.together) as group:
+    with alone, small, joined_group(process.local_rank, process.together) as group:
         kept = group.firsts({one.output: record for one, record in _kept(requested, resume)})
         written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
         for one in written.values():
@@ -304,7 +304,7 @@ def run(
 
     stages = stages or Stages(silent=True)
     pictures = read_pictures(request) if pictures is None else pictures
-    call = PipelineCall.of(type(pipe))
+    call = CallSignature.of(type(pipe))
     arguments = {**request.beside(call), **request.call_arguments(), "prompt": prompt, **pictures}
     call.check(arguments)
     stages.stage("encoding the prompt")
@@ -329,7 +329,7 @@ def _with_choices(request: Request, pipe: Any) -> Request:
     """Return the request with what the pipeline chose where nothing was requested, for the side-car."""
     guidance = request.guidance_scale
     if guidance is None:
-        guidance = PipelineCall.of(type(pipe)).default("guidance_scale")
+        guidance = CallSignature.of(type(pipe)).default("guidance_scale")
     chosen = {"guidance_scale": guidance, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     return dataclasses.replace(request, device=str(pipe._execution_device), **chosen)
 

@@ -6,7 +6,7 @@ from typing import Any
 from dit_accel.errors import ConfigError
 from dit_accel.methods.config import MethodConfig
 
-from .pipeline_call import PipelineCall
+from .pipeline_call import CallSignature
 
 OWN = ("negative_prompt", "negative_embeds")
 """Options of a method that leads away from a text, of which it has one."""
@@ -19,7 +19,7 @@ def with_negative(method: MethodConfig, text: str | None) -> MethodConfig:
     return dataclasses.replace(method, **{OWN[0]: text})  # type: ignore[arg-type] - it has that field
 
 
-def negative_of_methods(request: Any, call: PipelineCall) -> tuple[Any, list[str]]:
+def negative_of_methods(request: Any, call: CallSignature) -> tuple[Any, list[str]]:
     """Return a `Request` whose methods have its negative prompt, which its pipeline need not take then, and notes.
 
     Raises:
@@ -41,7 +41,7 @@ def negative_of_methods(request: Any, call: PipelineCall) -> tuple[Any, list[str
     return dataclasses.replace(request, methods=methods, **taken), [note]
 
 
-def idle_negative(request: Any, call: PipelineCall) -> list[str]:
+def idle_negative(request: Any, call: CallSignature) -> list[str]:
     """Return a note if no method takes a resolved `Request`'s negative prompt, and its guidance scale leaves it out."""
     text = request.negative_prompt
     if text is None or any(getattr(one, OWN[0], None) == text for one in request.methods):

@@ -17,7 +17,7 @@ import typer
 from dit_accel.cli.run_options import Frames, InferenceSteps, Pixels
 from dit_accel.errors import ConfigError
 
-from .ranges import FINITE, within
+from .ranges import FINITE, between
 
 RUN, FILES = "Running", "Prompts, pictures and files"
 LEAST_FPS = 0.01
@@ -91,10 +91,10 @@ class RunOptions(SharedOptions):
     fps: Annotated[
         float | None,
         option("Frames per second; default: 8 for embedded models, else 16.", panel=FILES),
-        within(LEAST_FPS, 240),
+        between(LEAST_FPS, 240),
     ] = None
     scale: Annotated[
-        int, option("Enlarge every pixel so many times.", panel=FILES), within(1, MAX_SCALE, "a whole number ")
+        int, option("Enlarge every pixel so many times.", panel=FILES), between(1, MAX_SCALE, "a whole number ")
     ] = 1
     compile: Annotated[bool, option("Compile the transformer's blocks.", "--compile", panel=RUN)] = False
     backend: Backend = "auto"

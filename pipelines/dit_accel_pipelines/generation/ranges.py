@@ -33,7 +33,7 @@ def at_least(low: int) -> Range:
     return Range(f"{low} or more", lambda number: low <= number < math.inf)
 
 
-def within(low: float, high: float, kind: str = "") -> Range:
+def between(low: float, high: float, kind: str = "") -> Range:
     """Return the range from ``low`` to ``high``, both included."""
     return Range(f"{kind}from {low:,} to {high:,}", lambda number: low <= number <= high)
 

@@ -28,7 +28,7 @@ from .media import check_even, check_output, read_image, read_video
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
 from .options import RunOptions
-from .pipeline_call import PICTURES, PipelineCall, pipeline_class
+from .pipeline_call import PICTURES, CallSignature, pipeline_class
 from .ranges import ABOVE_ZERO, check_ranges
 from .solvers import SOLVERS
 
@@ -154,7 +154,7 @@ class Request(RunOptions, NamesModel):
         """Return the arguments of the pipeline's call that are set, except the prompt."""
         return {name: getattr(self, name) for name in CALL_ARGUMENTS if getattr(self, name) is not None}
 
-    def beside(self, call: PipelineCall) -> dict[str, Any]:
+    def beside(self, call: CallSignature) -> dict[str, Any]:
         """Return what an embedded model's call is made with besides, which a request has no field for."""
         own = assets().model_defaults(self.embedded) if self.embedded else {}
         beside = {name: value for name, value in own.items() if name not in CALL_ARGUMENTS and call.takes(name)}
@@ -221,10 +221,10 @@ def resolve(request: Request) -> Resolved:
     return Resolved(request, family, notes + rounded, warnings)
 
 
-def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, PipelineCall, list[str]]:
+def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSignature, list[str]]:
     """Check a request against its pipeline's call, and fill in an embedded model's defaults; also return notes."""
     cls = pipeline_class(files)
-    call = PipelineCall.of(cls)
+    call = CallSignature.of(cls)
     request, notes = negative_of_methods(request, call)
     call.check(request.call_arguments())
     if request.lora is not None and not hasattr(cls, "load_lora_weights"):
@@ -236,7 +236,7 @@ def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, Pipelin
     return request, call, notes
 
 
-def _resolve_sizes(request: Request, family: Family, call: PipelineCall) -> tuple[Request, list[str]]:
+def _resolve_sizes(request: Request, family: Family, call: CallSignature) -> tuple[Request, list[str]]:
     """Fill in a family's sizes, refuse those that it can't make, and round the frames; also return notes."""
     request = _filled(request, {name: getattr(family, name) for name in SIZES if call.takes(name)})
     for name, multiple in zip(("height", "width"), pixel_multiples(family), strict=True):

@@ -144,7 +144,7 @@ ALONE = Group()
 
 
 @contextlib.contextmanager
-def joined(rank: int, degree: int) -> Iterator[Group]:
+def joined_group(rank: int, degree: int) -> Iterator[Group]:
     """Have the processes that a launcher started find each other, for the block; yields this one's group.
 
     Where ``torch.distributed`` is set up already, it stays as it is.
