@@ -103,8 +103,8 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             note(f"the [run] table of {config} is for generate, and is left out here")
         return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
 
-    kept = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
-    run.__signature__ = signature.replace(parameters=[*kept, *_parameters(names, several)])  # type: ignore[attr-defined]
+    others = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
+    run.__signature__ = signature.replace(parameters=[*others, *_parameters(names, several)])  # type: ignore[attr-defined]
     return run
 
 
@@ -128,7 +128,7 @@ def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequen
     """Return a setting of each config file, then one of the switches and what was set, if there are any."""
     from ..methods.toml import run_table
 
-    found = [
+    named = [
         NamedSetting(
             name=path.stem, methods=tuple(select_methods((), path, ())), run=run_table(_text(path), f"--config {path}")
         )
@@ -137,9 +137,11 @@ def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequen
     methods = select_methods(switched, None, settings)
     if methods:
         options = [setting.strip().partition(".") for setting in settings]
-        parts = [" ".join([one.name, *(rest for name, _, rest in options if name == one.name)]) for one in methods]
-        found.append(NamedSetting(name=" + ".join(parts), methods=tuple(methods), run={}))
-    return found
+        parts = [
+            " ".join([method.name, *(rest for name, _, rest in options if name == method.name)]) for method in methods
+        ]
+        named.append(NamedSetting(name=" + ".join(parts), methods=tuple(methods), run={}))
+    return named
 
 
 def _text(path: Path) -> str:

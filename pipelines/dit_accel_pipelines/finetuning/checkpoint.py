@@ -72,10 +72,10 @@ def check_folder(recipe: FineTuning) -> None:
     output = recipe.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder")
-    found = latest_checkpoint(output)
-    if recipe.resume and found is None:
+    checkpoint = latest_checkpoint(output)
+    if recipe.resume and checkpoint is None:
         raise ConfigError(f"--resume was requested, but {output} holds no checkpoint; leave it out to begin")
-    if not recipe.resume and found is not None:
+    if not recipe.resume and checkpoint is not None:
         raise ConfigError(
             f"output {output} holds checkpoints of an earlier training; go on with --resume, or choose another folder"
         )
@@ -85,8 +85,8 @@ def check_folder(recipe: FineTuning) -> None:
 
 def latest_checkpoint(output: Path) -> Path | None:
     """Return the checkpoint of the most steps in an output folder, or None."""
-    found = sorted((output / FOLDER).glob("step-*.pt"))
-    return found[-1] if found else None
+    checkpoints = sorted((output / FOLDER).glob("step-*.pt"))
+    return checkpoints[-1] if checkpoints else None
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:

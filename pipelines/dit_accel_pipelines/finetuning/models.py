@@ -95,10 +95,10 @@ def _hunyuan_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor
 
 
 def _mochi_latents(pipe: Any, video: Tensor) -> Tensor:
-    found, config = _encoded(pipe, video), pipe.vae.config
+    latents, config = _encoded(pipe, video), pipe.vae.config
     if config.latents_mean is None or config.latents_std is None:
-        return found * config.scaling_factor
-    return _normalised(found, config.latents_mean, config.latents_std, config.scaling_factor)
+        return latents * config.scaling_factor
+    return _normalised(latents, config.latents_mean, config.latents_std, config.scaling_factor)
 
 
 def _mochi_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, text: Text) -> Tensor:
@@ -123,7 +123,7 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
     patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
     pixels = pipe.vae_spatial_compression_ratio
     seconds = pipe.vae_temporal_compression_ratio / CallSignature.of(type(pipe)).default("frame_rate")
-    found = transformer(
+    velocity = transformer(
         hidden_states=pipe._pack_latents(noisy, *patches),
         timestep=1000 * levels,
         encoder_hidden_states=text["prompt_embeds"],
@@ -134,7 +134,7 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
         rope_interpolation_scale=(seconds, pixels, pixels),
         return_dict=False,
     )[0]
-    return pipe._unpack_latents(found, frames, height, width, *patches)
+    return pipe._unpack_latents(velocity, frames, height, width, *patches)
 
 
 TRAINABLE = {

@@ -92,8 +92,8 @@ def resolve_recipe(recipe: FineTuning, processes: int) -> FineTuning:
     """
     files = read_model_files(recipe.source)
     adapter, family = files.identify()
-    own: dict[str, Any] = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
-    fills = {name: own.get(name, getattr(family, name)) for name in SIZES if getattr(recipe, name) is None}
+    defaults: dict[str, Any] = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
+    fills = {name: defaults.get(name, getattr(family, name)) for name in SIZES if getattr(recipe, name) is None}
     if recipe.embedded and recipe.dtype is None:
         fills["dtype"] = "float32"
     recipe = dataclasses.replace(recipe, **fills)

@@ -119,7 +119,7 @@ def _trained(
     base = module_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
     identity = identity_of(recipe, base, encoded.digest, ranks.count)
-    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
+    checkpoint = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
     transformer.to(device)
     weights = ranks.together(lambda: add_lora(transformer, trainable, recipe))
     if recipe.gradient_checkpointing:
@@ -128,10 +128,10 @@ def _trained(
         ranks.together(lambda: _spread(transformer, recipe.ulysses))
     with _accelerator(recipe, device) as accelerator, attached(pipe, recipe.methods, recipe.backend) as attachment:
         trainer = Trainer(pipe, transformer, weights, encoded, trainable, recipe, ranks, accelerator)
-        if found is not None:
-            trainer.go_on_from(found)
-            if found.step >= recipe.steps:
-                stages.note(f"the checkpoint has {found.step} steps done already; no further one is trained")
+        if checkpoint is not None:
+            trainer.go_on_from(checkpoint)
+            if checkpoint.step >= recipe.steps:
+                stages.note(f"the checkpoint has {checkpoint.step} steps done already; no further one is trained")
         if ranks.first:
             trainer.cut_log()
         for step in trainer.train(attachment, stages):
@@ -198,15 +198,15 @@ def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
     """Give accelerate's accelerator, with the tracker that was requested."""
     from accelerate import Accelerator
 
-    made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
     if recipe.report_to is not None:
         fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
         plain = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
-        made.init_trackers("dit-accel-finetune", config=plain)
+        accelerator.init_trackers("dit-accel-finetune", config=plain)
     try:
-        yield made
+        yield accelerator
     finally:
-        for tracker in made.trackers:
+        for tracker in accelerator.trackers:
             tracker.finish()
 
 

@@ -81,10 +81,10 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     process = started_process(together=options.ulysses)
     many = process.count > 1
     require_one_document(options.json, process.count)
-    given = fields_of(Request, options)
-    given |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if given[name] is None}
-    given |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
-    request = Request(prompts=prompts, methods=tuple(methods), **given)
+    fields = fields_of(Request, options)
+    fields |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if fields[name] is None}
+    fields |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
+    request = Request(prompts=prompts, methods=tuple(methods), **fields)
     if len(request.prompts) > 1:
         keeps("outputs that were made are whole, and the same command with --resume makes the others")
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
@@ -94,12 +94,12 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
             notes=tuple(_defaults(options, request)), **shown,
         )  # fmt: skip
     if options.json:
-        print_json([one.record for one in written])
+        print_json([output.record for output in written])
         return
-    for one in () if many else written:
-        print(one.record["output"])
+    for output in () if many else written:
+        print(output.record["output"])
         if not options.quiet:
-            _print_written(one)
+            _print_written(output)
 
 
 def _defaults(options: GenerateOptions, request: "Request") -> Iterator[str]:

@@ -90,26 +90,28 @@ def generate(
         _check_spread(request, family, process.together)
     on_written = on_written if process.first else lambda _: None
     requested = process.own(_single(request))
-    own = request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
-    alone = held(own) if process.first else contextlib.nullcontext()
+    reserved = (
+        request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
+    )
+    alone = held(reserved) if process.first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
     with alone, small, joined_group(process.local_rank, process.together) as group:
-        kept = group.firsts({one.output: record for one, record in _kept(requested, resume)})
-        written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
-        for one in written.values():
-            on_written(one)
-        missing = [one for one in requested if one.output not in written]
+        records = group.firsts({earlier.output: record for earlier, record in _kept(requested, resume)})
+        written = {output: Written(record=record, report=None, kept=True) for output, record in records.items()}
+        for single in written.values():
+            on_written(single)
+        missing = [single for single in requested if single.output not in written]
         if not missing:
             return list(written.values())
         check_outputs_fit(request, process.count // process.together * len(missing))
-        for one in missing if process.first else ():
-            if one.output.exists():
-                stages.note(f"{one.output} is there; it is replaced when the new one is whole")
+        for single in missing if process.first else ():
+            if single.output.exists():
+                stages.note(f"{single.output} is there; it is replaced when the new one is whole")
         with Loaded(request, family, stages, command, writes=process.first, group=group) as loaded:
-            for one in missing:
-                written[one.output] = loaded.make(one)
-                on_written(written[one.output])
-    return [written[one.output] for one in requested]
+            for single in missing:
+                written[single.output] = loaded.make(single)
+                on_written(written[single.output])
+    return [written[single.output] for single in requested]
 
 
 Make = Callable[[str, Path, int], Written]
@@ -249,9 +251,9 @@ def _single(request: Request) -> list[Request]:
 
 def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request, dict[str, Any]]]:
     """Give the requests that are met already, and the side-cars of their outputs."""
-    for one in requested if resume else ():
-        if (record := kept_record(one)) is not None:
-            yield one, record
+    for single in requested if resume else ():
+        if (record := kept_record(single)) is not None:
+            yield single, record
 
 
 @contextlib.contextmanager
@@ -311,10 +313,14 @@ def run(
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
         called = pipe if attachment is None else attachment.call
-        made = pictures_of(called(**arguments, generator=generator, output_type="np"))
+        pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
     return Generation(
-        prompt=prompt, frames=to_uint8(made), timings=timings, report=report, pictures=made if request.check else None
+        prompt=prompt,
+        frames=to_uint8(pictures_made),
+        timings=timings,
+        report=report,
+        pictures=pictures_made if request.check else None,
     )
 
 

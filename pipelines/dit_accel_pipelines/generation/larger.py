@@ -34,7 +34,7 @@ def prepare_larger(pipe: Any, request: Request, family: Family | None) -> list[s
         pipe.vae.enable_tiling()
         notes.append("the autoencoder works in tiles, since the picture is larger than the model was trained on")
     most = pipe.scheduler.config.get("max_image_seq_len")
-    if any(isinstance(one, UltraImage) and (one.guided or one.view) for one in request.methods):
+    if any(isinstance(method, UltraImage) and (method.guided or method.view) for method in request.methods):
         return notes  # which holds the shift in its second stage alone
     if "pinned_shift" in family.beyond and most is not None and layout.visual_tokens > most:
         pipe.scheduler.register_to_config(max_image_seq_len=layout.visual_tokens)

@@ -75,8 +75,8 @@ class CallSignature:
         """Say what to do about an argument that is not taken."""
         if argument == "guidance_scale":
             others = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
-            own = " and ".join(others) or "a guider"
-            return f"leave it out, or call the pipeline from Python: its guidance is set by {own}"
+            guidance = " and ".join(others) or "a guider"
+            return f"leave it out, or call the pipeline from Python: its guidance is set by {guidance}"
         return "leave it out"
 
 

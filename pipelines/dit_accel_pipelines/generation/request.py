@@ -156,8 +156,8 @@ class Request(RunOptions, NamesModel):
 
     def beside(self, call: CallSignature) -> dict[str, Any]:
         """Return what an embedded model's call is made with besides, which a request has no field for."""
-        own = assets().model_defaults(self.embedded) if self.embedded else {}
-        beside = {name: value for name, value in own.items() if name not in CALL_ARGUMENTS and call.takes(name)}
+        defaults = assets().model_defaults(self.embedded) if self.embedded else {}
+        beside = {name: value for name, value in defaults.items() if name not in CALL_ARGUMENTS and call.takes(name)}
         if "true_cfg_scale" in beside and self.guidance_scale is not None:
             beside["true_cfg_scale"] = self.guidance_scale  # what guides this model by a negative prompt
         return beside
@@ -318,7 +318,7 @@ def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[
     model = Model(
         adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
     )  # fmt: skip
-    methods = [*request.methods, *(one.config for one in choices(request.preset or NONE, model, request.methods))]
+    methods = [*request.methods, *(choice.config for choice in choices(request.preset or NONE, model, request.methods))]
     handlers = make_handlers(methods, model)
     check_backend(request.backend, request.dense or "auto", handlers)
     for handler in handlers:

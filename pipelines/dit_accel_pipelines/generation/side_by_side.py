@@ -158,12 +158,12 @@ class Comparing:
             with attachment.suspended():
                 dense = run(pipe, request.prompts[0], request, pictures={}, stages=stages)
             stages.run = "with methods: "
-            made = run(pipe, request.prompts[0], request, pictures={}, stages=stages, attachment=attachment)
-        check = check_of(dense, made)
+            accelerated = run(pipe, request.prompts[0], request, pictures={}, stages=stages, attachment=attachment)
+        check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
         clips = {"dense": check.dense, "accelerated": check.accelerated, "difference": difference}
         files = {name: _written(request, name, clip) for name, clip in clips.items()}
-        report = "\n".join(str(made.report).splitlines()[:REPORT_LINES])
+        report = "\n".join(str(accelerated.report).splitlines()[:REPORT_LINES])
         return SideBySide(**files, check=check, report=report, notes=tuple(stages.notes))
 
     def _pipe(self, request: Request, stages: Watched) -> Any:
