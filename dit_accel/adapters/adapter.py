@@ -104,6 +104,7 @@ class Family:
         num_inference_steps: default number of denoising steps.
         forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
         experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        first_expert: share of a run's steps that the first of two transformers makes; None: not known.
         in_channels: channels of the transformer's input, where that tells it from a model of the same sizes, such as 36
             for image to video; None: any.
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
@@ -134,6 +135,7 @@ class Family:
     num_inference_steps: int = 50
     forwards_per_step: int = 2
     experts: int = 1
+    first_expert: float | None = None
     in_channels: int | None = None
     trained_frames: int | None = None
     trained_size: tuple[int, int] | None = None

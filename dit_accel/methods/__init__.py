@@ -5,7 +5,7 @@ from .attention.sparse import SparseConfig, SparseHandler
 from .base import AttentionHandler, Handler, Model, Phase, Place
 from .caches.cache_config import MeasuredCacheConfig, StepCacheConfig
 from .caches.easy import mean_change, mean_size
-from .caches.engine import Decider, StepCacheHandler
+from .caches.engine import StepCacheHandler, StepDecision
 from .config import MethodConfig
 from .guidance.branch import PerturbedHandler
 from .guidance.guidance_config import PerturbedConfig
@@ -16,8 +16,38 @@ from .saving import Saving, TileSaving
 from .site import Block, ForwardContext, Site, Streams, sample_of, with_sample
 
 __all__ = [
-    "AttentionHandler", "Block", "Decider", "ForwardContext", "Handler", "MaskHandler", "MeasuredCacheConfig",
-    "MethodConfig", "Model", "PerturbedConfig", "PerturbedHandler", "PerturbedHeadsHandler", "Phase", "Place", "Rule",
-    "Saving", "Site", "SparseConfig", "SparseHandler", "StepCacheConfig", "StepCacheHandler", "Streams", "TileSaving",
-    "Tokens", "ge", "gt", "le", "lt", "mean_change", "mean_size", "register", "sample_of", "with_sample", "within",
+    "AttentionHandler",
+    "Block",
+    "ForwardContext",
+    "Handler",
+    "MaskHandler",
+    "MeasuredCacheConfig",
+    "MethodConfig",
+    "Model",
+    "PerturbedConfig",
+    "PerturbedHandler",
+    "PerturbedHeadsHandler",
+    "Phase",
+    "Place",
+    "Rule",
+    "Saving",
+    "Site",
+    "SparseConfig",
+    "SparseHandler",
+    "StepCacheConfig",
+    "StepCacheHandler",
+    "StepDecision",
+    "Streams",
+    "TileSaving",
+    "Tokens",
+    "ge",
+    "gt",
+    "le",
+    "lt",
+    "mean_change",
+    "mean_size",
+    "register",
+    "sample_of",
+    "with_sample",
+    "within",
 ]  # fmt: skip

@@ -56,7 +56,7 @@ GROWING: tuple[tuple[float, int, Literal["heun", "hold"], int], ...] = (
 CONTINUED: dict[str, dict[str, Any]] = {
     "hold": {},
     "taylor": {"predictor": "taylor"},
-    "corrected": {"predictor": "taylor", "corrected": True, "damping": 0.2},
+    "corrected": {"predictor": "corrected"},
 }
 """How steps that are skipped are continued -> options."""
 

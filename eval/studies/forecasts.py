@@ -27,7 +27,7 @@ BASE = "easycache taylor"
 """The settings whose curve of PSNR over work the others are held against: of two thresholds and more each."""
 
 TAYLOR: dict[str, Any] = {"predictor": "taylor"}
-DAMPED: dict[str, Any] = {**TAYLOR, "corrected": True, "damping": 0.2}
+DAMPED: dict[str, Any] = {"predictor": "corrected"}
 
 Setting = tuple[int, float | None, Any]
 """Steps, noise shift (None: the model's own) and the cache.

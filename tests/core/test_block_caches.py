@@ -25,8 +25,6 @@ def transformer():
         FirstBlockCache(threshold=0.0),
         DBCache(threshold=0.0, first_blocks=2, last_blocks=1),
         FirstBlockCache(threshold=1e9, warmup_steps=1000),
-        DBCache(first_blocks=1, threshold=1e9, steps=(1,) * 4),
-        FirstBlockCache(threshold=1e9, max_skips=0),
     ],
 )
 def test_where_nothing_may_be_skipped_every_bit_stays_and_all_blocks_run(transformer, config):
@@ -65,8 +63,6 @@ def test_a_reused_step_runs_the_first_and_last_blocks(transformer, config, ran):
         (dict(warmup_steps=0.25), "###......."),
         (dict(last_steps=2), "#.......##"),
         (dict(max_consecutive=2), "#..#..#..#"),
-        (dict(max_skips=4), "#....#####"),
-        (dict(steps=(1, 0, 0, 1, 0, 0, 1, 1, 0, 0)), "#..#..##.."),
     ],
 )
 def test_the_guards_of_all_step_caches(transformer, options, drawn):

@@ -25,7 +25,7 @@ from dit_accel import (
 from dit_accel.attachment.calls import Held
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.cache_config import MeasuredCacheConfig
-from dit_accel.methods.caches.engine import Decider, StepCacheHandler
+from dit_accel.methods.caches.engine import StepCacheHandler, StepDecision
 from dit_accel.methods.caches.history import own_copies
 
 STEPS = 10
@@ -145,7 +145,7 @@ class Moved(MeasuredCacheConfig):
 
 
 @dataclass
-class MovedDecider(Decider):
+class MovedDecision(StepDecision):
     """It keeps what it is given as it is given, in whatever form."""
 
     inputs: dict[str, Any] | None = None
@@ -154,20 +154,20 @@ class MovedDecider(Decider):
 
 class MovedHandler(StepCacheHandler):
     config_type = Moved
-    decider_type = MovedDecider
+    decision_type = MovedDecision
 
-    def indicator(self, context, decider):
-        if decider.inputs is None:
+    def indicator(self, context, decision):
+        if decision.inputs is None:
             return None
-        before, now = decider.inputs["hidden_states"], context.inputs["hidden_states"]
-        assert torch.equal(decider.outputs[0], decider.of_them)
+        before, now = decision.inputs["hidden_states"], context.inputs["hidden_states"]
+        assert torch.equal(decision.outputs[0], decision.of_them)
         return float((now - before).abs().mean())
 
-    def seen(self, context, decider):
-        decider.inputs = dict(context.inputs)
+    def seen(self, context, decision):
+        decision.inputs = dict(context.inputs)
 
-    def computed(self, context, decider, output):
-        decider.outputs, decider.of_them = [output[0].view(-1)], output[0].flatten().clone()
+    def computed(self, context, decision, output):
+        decision.outputs, decision.of_them = [output[0].view(-1)], output[0].flatten().clone()
 
 
 def test_what_a_cache_of_a_stranger_keeps_is_copied_for_it():
@@ -183,9 +183,9 @@ def test_what_a_cache_of_a_stranger_keeps_is_copied_for_it():
     assert reused == "#..#.."
     values = [entry["value"] for entry in handler.report().data["forwards"] if entry["value"] is not None]
     assert values == pytest.approx([0.1, 0.1, 1.0, 0.1, 0.1])
-    decider = next(iter(handler._deciders.values()))
-    assert decider.inputs["hidden_states"] is not x
-    assert decider.nbytes == 3 * 24  # latents, output and its copy
+    decision = next(iter(handler._decisions.values()))
+    assert decision.inputs["hidden_states"] is not x
+    assert decision.nbytes == 3 * 24  # latents, output and its copy
 
 
 def test_blocks_that_write_into_what_they_take_are_refused():
@@ -212,7 +212,7 @@ def test_what_is_kept_shares_no_memory_with_what_passes_through(name):
         passed.extend(denoised(model, rows=(1,) * 4))
         kept = []
         for handler in attachment._execution.handlers:
-            kept += [decider._kept() for decider in handler._deciders.values()]
+            kept += [decision._attributes() for decision in handler._decisions.values()]
             kept += [[point.values for point in history.points] for history in handler._histories.values()]
     memory = [
         {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(what) if isinstance(leaf, Tensor)}

@@ -227,11 +227,11 @@ def test_the_plan_says_when_the_second_expert_is_counted_from():
     released = families()["wan2.2-a14b"]
     model = Model(adapter=ADAPTER, family=released, heads=40, layers=40)
     notes = MagHandler(MagCache(family="wan2.2-a14b"), model).estimate(None, 40).notes
-    assert notes == ("magcache: the second transformer is counted from 0.65 of the run on (magcache.switch)",)
+    assert notes == ("magcache: the second transformer is counted from 0.65 of the run on",)
 
 
 def test_the_estimate_speaks_of_a_switch_only_where_there_are_two_experts():
     released = families()["wan2.1-1.3b"]
     adapter = next(one for one in ADAPTERS if released in one.families)
     model = Model(adapter=adapter, family=released, heads=12, layers=30, config={})
-    assert MagHandler(MagCache(switch=0.5), model).estimate(None, 50).notes == ()
+    assert MagHandler(MagCache(), model).estimate(None, 50).notes == ()

@@ -21,7 +21,6 @@ def transformer():
     [
         DBPrune(threshold=0.0, warmup_steps=0),
         DBPrune(threshold=1e9, warmup_steps=1000),
-        DBPrune(threshold=1e9, max_skips=0),
         DBPrune(threshold=1e-9, warmup_steps=0),
     ],
 )

@@ -44,7 +44,6 @@ def test_a_list_decides_which_steps_are_computed():
         (dict(max_consecutive=2), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=0.15), "#..#..#..#", "##..#..#.."),
         (dict(max_consecutive=3, growing=True, last_steps=1), "#.#.#..#.#", "##.#..#..#"),
-        (dict(max_skips=4), "#....#####", "##....####"),
         (dict(warmup_steps=2, max_consecutive=3, last_steps=1), "##...#...#", "##...#...#"),
     ],
 )
@@ -103,15 +102,6 @@ def test_the_residual_is_added_to_the_latents_of_the_step():
         driven = Driven(StaticCache(steps=(1, 0), stored=stored), line)
         held[stored] = float(run_through(driven, moving, steps=2)[1]["cond"].mean())
     assert held == {"residual": 10.0, "output": 0.0}
-
-
-def test_sigma_as_the_variable():
-    driven = Driven(cache(warmup_steps=2, predictor="taylor", variable="sigma"), line)
-    for step, sigma in enumerate((1.0, 0.75, 0.25)):
-        out = driven.forward(step, still(step), sigma=sigma)[0]
-    assert float(out.mean()) == pytest.approx(3.0)  # 0 at 1, 1 at .75: 3 at .25
-    with pytest.raises(ConfigError, match=r"^staticcache\.variable = 'sigma'.*noise level"):
-        driven.forward(3, still(3))
 
 
 def test_only_the_latent_part_of_a_wider_input_is_taken_off():
@@ -236,17 +226,15 @@ def test_another_expert_drops_what_was_stored():
     assert len(driven.handler._histories) == 1
 
 
-@pytest.mark.parametrize("most", [None, 3])
-def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other(most):
+def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other():
     """They take turns in every step, and none takes over from the other."""
     holds = Guidance(branch_of={"transformer": "cond", "unconditional_transformer": "uncond"})
-    driven = Driven(cache(predictor="taylor", warmup_steps=2, max_skips=most), line, guidance=holds)
+    driven = Driven(cache(predictor="taylor", warmup_steps=2), line, guidance=holds)
     for step in range(6):
         for name, branch in holds.branch_of.items():
             out = driven.forward(step, still(step), branch, transformer=name)[0]
             assert torch.equal(out, line(step, branch)[0])
-    expected = "##...." if most is None else "##...#"
-    assert driven.drawn(steps=6) == driven.drawn("uncond", 6) == expected
+    assert driven.drawn(steps=6) == driven.drawn("uncond", 6) == "##...."
     assert {key[0] for key in driven.handler._histories} == {*holds.branch_of}
 
 
@@ -255,7 +243,7 @@ def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other(most)
     [
         (dict(warmup_steps=2), "##...|#...."),
         (dict(warmup_steps=2, warmup_of="each"), "##...|##..."),
-        (dict(warmup_steps=0.4, warmup_of="each", switch=0.5), "##...|##..."),
+        (dict(warmup_steps=0.4, warmup_of="each"), "##...|##..."),
         (dict(warmup_steps=2, warmup_of="last"), "#####|##..."),
         (dict(warmup_steps=0.6, warmup_of="last", last_steps=1), "#####|###.#"),
     ],
@@ -263,6 +251,7 @@ def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other(most)
 def test_what_the_first_steps_are_the_first_of(options, drawn):
     steps = len(drawn) - 1
     driven = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
+    driven.handler.first_expert = lambda: 0.5
     driven.install("transformer", "transformer_2")
     measured = drawn.replace("|#.", "|##")  # a rate takes two computed steps
     for run in range(2):
@@ -271,8 +260,7 @@ def test_what_the_first_steps_are_the_first_of(options, drawn):
             name = "transformer" if step < drawn.index("|") else "transformer_2"
             driven.forward(step, torch.full((1, 2, 3), float(step)), steps=steps, transformer=name)
         assert driven.drawn(steps=steps) == measured.replace("|", ""), run
-    listed = cache(**{"switch": 0.5, **options})
-    assert listed.skipped_steps(steps, experts=2) == places(drawn.replace("|", ""))
+    assert cache(**options).skipped_steps(steps, switch=drawn.index("|")) == places(drawn.replace("|", ""))
 
 
 def test_a_transformer_alone_makes_all_steps_of_which_a_share_are_its_first():
@@ -309,7 +297,7 @@ def test_a_share_of_a_first_expert_of_unknown_length_is_refused():
     driven.install("transformer", "transformer_2")
     with pytest.raises(
         ConfigError,
-        match=r"^staticcache\.warmup_of = 'each'.*staticcache\.warmup_steps = 0\.4.*staticcache\.switch",
+        match=r"^staticcache\.warmup_of = 'each'.*staticcache\.warmup_steps = 0\.4",
     ):
         driven.forward(0, still(0))
 
@@ -393,17 +381,13 @@ def test_memory_is_counted_and_freed():
         (dict(max_consecutive=0), r"staticcache\.max_consecutive.*got 0"),
         (dict(reach=0), r"staticcache\.reach.*got 0"),
         (dict(growing=True), r"staticcache\.growing.*staticcache\.max_consecutive, got None"),
-        (dict(max_skips=-1), r"staticcache\.max_skips.*got -1"),
         (
             dict(compute_at=(0.5, 11.0)),
             r"staticcache\.compute_at.*got 11\.0",
         ),
-        (dict(switch=1.0), r"staticcache\.switch.*got 1\.0"),
         (dict(warmup_of="all"), r"staticcache\.warmup_of.*got 'all'"),
         (dict(order=0), r"staticcache\.order.*got 0"),
-        (dict(damping=0.2), r"staticcache\.damping = 0\.2.*'taylor'.*got 'hold'"),
-        (dict(damping=1.5, predictor="taylor"), r"staticcache\.damping.*got 1\.5"),
-        (dict(predictor="dmd"), r"staticcache\.predictor.*'hold'.*'taylor'.*'heun'.*'chebyshev', got"),
+        (dict(predictor="dmd"), r"staticcache\.predictor.*'hold'.*'taylor'.*'heun'.*'chebyshev'"),
         (dict(every=0), r"staticcache\.every.*got 0"),
         (dict(steps=(1, 0)), r"staticcache\.steps = \(1, 0\) and staticcache\.every = 2"),
         (dict(every=None, steps=(1, 2)), r"staticcache\.steps.*got 2"),
@@ -480,8 +464,3 @@ def test_the_indicator_stands_beside_its_threshold_where_there_is_one(threshold,
         for step, value in enumerate((None, 0.3, 0.1, float("nan")))
     ]
     assert section_of("made-up", entries, threshold).lines[-1] == line
-
-
-def test_one_transformer_has_no_expert_to_switch_to():
-    config = StaticCache(every=100, warmup_steps=0, last_steps=0, switch=0.5).filled({})
-    assert [len(config.skipped_steps(10, experts=experts)) for experts in (1, 2)] == [9, 8]

@@ -77,17 +77,6 @@ def test_invalid_keys_leave_pools_and_hold_anything(backend):
 
 
 @BOTH
-def test_key_length_is_a_prefix_mask(backend):
-    q, k, v = qkv(2, 2, 2, 20, 30, 8, WIDE)
-    tiles = random_lists(1, 20, 30, 8, 8)
-    length = torch.tensor([30, 11])
-    mask = torch.arange(30) < length[:, None]
-    a = block_sparse_attention(q, k, v, tiles, layout="bhsd", key_length=length, backend=backend)
-    b = block_sparse_attention(q, k, v, tiles, layout="bhsd", key_mask=mask, backend=backend)
-    assert torch.equal(a, b)
-
-
-@BOTH
 def test_rows_without_keys_give_zero_and_minus_infinity(backend):
     q, k, v = qkv(2, 2, 2, 20, 30, 8, torch.float32)
     tiles = random_lists(1, 20, 30, 8, 8)
@@ -157,35 +146,6 @@ def test_decay_of_a_pooled_tile_is_the_mean_over_its_tokens(backend):
     )
     x = q @ k.unflatten(2, (2, 4)).mean(3).mT / math.sqrt(8) * torch.tensor([0.625, 0.5], dtype=WIDE)
     torch.testing.assert_close(lse, torch.logsumexp(x + math.log(4), -1))
-
-
-@BOTH
-def test_neutral_features_change_no_bit(backend):
-    q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
-    tiles = random_lists(1, 40, 40, 8, 8, pooled=False)
-    frames = torch.arange(40, dtype=torch.int32) // 10
-    plain = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend)
-    for neutral in (
-        dict(head_scale=torch.ones(2)),
-        dict(token_order=torch.arange(40)),
-        dict(identity_mix=torch.zeros(2)),
-    ):
-        found = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend, **neutral)
-        assert torch.equal(found, plain)
-    decay = FrameDecay(table=torch.ones(4), q_frames=frames, k_frames=frames)
-    for neutral in (dict(frame_decay=decay), dict(key_length=torch.tensor([40]))):
-        found = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend, **neutral)
-        torch.testing.assert_close(found, plain)
-
-
-@BOTH
-def test_head_scale_is_scaled_queries(backend):
-    q, k, v = qkv(2, 2, 1, 40, 40, 8, WIDE)
-    tiles = random_lists(2, 40, 40, 8, 8)
-    scale = torch.tensor([[0.5, 2.0], [1.5, 0.0]])
-    found = block_sparse_attention(q, k, v, tiles, layout="bhsd", head_scale=scale, backend=backend)
-    expected = block_sparse_attention(q * scale[:, :, None, None], k, v, tiles, layout="bhsd", backend=backend)
-    torch.testing.assert_close(found, expected)
 
 
 @BOTH

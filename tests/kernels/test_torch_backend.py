@@ -31,16 +31,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [63, 100, 1025])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_odd_sizes(dtype, tokens, pooled):
-    q, k, v = qkv(1, 2, 2, tokens, tokens, 64, dtype)
-    tiles = random_lists(1, tokens, tokens, 64, 64, pooled=pooled)
-    check_against_reference(q, k, v, tiles, layout="bhsd")
-
-
-@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, monkeypatch):
@@ -62,72 +52,6 @@ def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, 
         assert torch.equal(other.grad, one.grad.to(dtype)) is not native
     monkeypatch.undo()
     product_dtype.cache_clear()
-
-
-@pytest.mark.sample
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_lists_heads_and_layouts(dtype, groups, key_heads, layout):
-    q, k, v = qkv(2, 4, key_heads, 100, 75, 32, dtype, layout)
-    check_against_reference(q, k, v, random_lists(groups, 100, 75, 32, 16), layout=layout)
-
-
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("features", range(8))
-def test_features_together(dtype, groups, features):
-    """Every subset of key mask, decay and the rest (head scale, order, mix)."""
-    q, k, v = qkv(2, 4, 2, 100, 100, 32, dtype)
-    arguments: dict = dict(layout="bhsd", scale=0.3)
-    if features & 1:
-        arguments |= dict(key_length=torch.tensor([100, 61]), key_mask=torch.rand(2, 100) > 0.2)
-    if features & 2:
-        frames = torch.arange(100, dtype=torch.int32) // 20 - 1
-        arguments |= dict(frame_decay=FrameDecay(table=torch.tensor([1.0, 0.9, 0.6]), q_frames=frames, k_frames=frames))
-    if features & 4:
-        arguments |= dict(
-            head_scale=torch.rand(4) + 0.5,
-            token_order=torch.randperm(100),
-            identity_mix=torch.rand(2, 4),
-            identity_rows=torch.rand(100) > 0.5,
-        )
-    check_against_reference(q, k, v, random_lists(groups, 100, 100, 16, 24), **arguments)
-
-
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("num_k", [1, 63, 64])
-@pytest.mark.parametrize("value", [0, 1, 2])
-def test_one_tile(num_k, value):
-    q, k, v = qkv(1, 1, 1, 5, num_k, 8, torch.float32)
-    states = torch.tensor([[value]], dtype=torch.uint8)
-    tiles = TileLists.from_states(states, block_q=64, block_k=64, num_q=5, num_k=num_k)
-    check_against_reference(q, k, v, tiles, layout="bhsd")
-
-
-@pytest.mark.usefixtures("cpu_path")
-def test_large_logits_do_not_overflow():
-    q, k, v = qkv(1, 2, 2, 100, 100, 32, torch.float32)
-    check_against_reference(q * 200, k, v, random_lists(1, 100, 100, 16, 16), layout="bhsd")
-
-
-def test_strided_inputs_need_no_copy_by_the_caller():
-    packed = torch.randn(2, 40, 3, 2, 16)
-    q, k, v = packed.unbind(2)
-    check_against_reference(q, k, v, random_lists(1, 40, 40, 16, 16), layout="bshd")
-
-
-@pytest.mark.usefixtures("by_operations")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 40_000, 1 << 20])
-def test_small_chunks(monkeypatch, dtype, size):
-    """Cutting block rows finer loses and repeats nothing."""
-    monkeypatch.setattr(torch_attend, "CHUNK_BYTES", size)
-    q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
-    check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -231,13 +155,6 @@ def test_eager_entry_gives_the_same_bits_without_gradient():
     assert not eager.requires_grad
     with pytest.raises(TypeError, match="densty"):
         block_sparse_attention_eager(q, k, v, tiles, layout="bhsd", densty=1)
-
-
-def test_runs_in_inference_mode():
-    with torch.inference_mode():
-        q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
-        tiles = random_lists(1, 40, 40, 8, 8)
-        assert block_sparse_attention(q, k, v, tiles, layout="bhsd").isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])

@@ -55,7 +55,7 @@ BESIDE = {
     "delta, lite": (d.DeltaAttention(stride=8), d.LiteAttention(threshold=-1.0, dense_steps=0, block_size=16)),
     "dfa, share": (d.DFA(share=0.3, strict=True),),
     "staticcache, held": (d.StaticCache(every=3, predictor="hold", stored="output", **CACHE),),
-    "staticcache, heun": (d.StaticCache(every=2, predictor="heun", corrected=True, **CACHE),),
+    "staticcache, heun": (d.StaticCache(every=2, predictor="heun", **CACHE),),
     "profilingcache": (d.ProfilingCache(blocks="0, 2", every=2, predictor="taylor", **CACHE),),
     "magcache, diffusers": (
         MagCacheConfig(threshold=10.0, max_skip_steps=1, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),

@@ -237,12 +237,12 @@ class ProfilingHandler(SpanHandler):
         stored = any(groups[last] == group for last in now.stored)
         return stored and not self.settings.refreshes(group, step.step_index, step.num_inference_steps)
 
-    def _must_compute(self, context: Any, decider: Any) -> str | None:
+    def _must_compute(self, context: Any, decision: Any) -> str | None:
         groups = {*self._groups[context.transformer].values()}
         refreshed = [  # read first, so that a list that is too long is refused at the first step
             self.settings.refreshes(group, context.step_index, context.num_inference_steps) for group in groups
         ]
-        why = super()._must_compute(context, decider)
+        why = super()._must_compute(context, decision)
         return "refreshed" if why is None and all(refreshed) else why
 
     def _new_history(self, shapes: Any, beside: bool = False) -> History:

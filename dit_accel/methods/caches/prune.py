@@ -17,7 +17,7 @@ from ..site import Block, ForwardContext, Site
 from .block_numbers import kinds_of, read_numbers, require_there
 from .cache_config import MeasuredCacheConfig
 from .easy import mean_size
-from .engine import Decider
+from .engine import StepDecision
 from .ranks import ratio
 from .spans import Pass, Span, SpanHandler
 
@@ -31,8 +31,7 @@ class DBPrune(MeasuredCacheConfig):
 
     With x the visual stream that a block takes, and x' the one at the last step at which it ran, the block is skipped
     while |x - x'| / |x'| is below the threshold, and what it would add is forecast. |.| is the mean of the absolute
-    values. The device is waited for once a block. ``max_consecutive`` and ``max_skips`` count steps in which blocks
-    may be skipped.
+    values. The device is waited for once a block. ``max_consecutive`` counts steps in which blocks may be skipped.
 
     Attributes:
         max_threshold: up to this the threshold rises, to 1.25 times the mean change of the blocks in the last step;
@@ -64,7 +63,7 @@ class DBPrune(MeasuredCacheConfig):
 
 
 @dataclass(slots=True)
-class PruneDecider(Decider):
+class PruneDecision(StepDecision):
     """What the blocks' inputs showed.
 
     Attributes:
@@ -84,7 +83,7 @@ class PruneHandler(SpanHandler):
     """DBPrune on one model: every block is a span of its own."""
 
     config_type = DBPrune
-    decider_type = PruneDecider
+    decision_type = PruneDecision
     settings: DBPrune  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def install(self, site: Site) -> None:
@@ -102,35 +101,35 @@ class PruneHandler(SpanHandler):
             )
         self.cover_blocks(site, left)
 
-    def _measured(self, context: ForwardContext, decider: Decider) -> tuple[bool, str]:
+    def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
         """Return that blocks may be skipped in a step: each is measured when it is called."""
         return (self.settings.threshold or 0) > 0, "each block measured"
 
-    def seen(self, context: ForwardContext, decider: PruneDecider) -> None:
+    def seen(self, context: ForwardContext, decision: PruneDecision) -> None:
         """Set the threshold of a step that begins."""
-        settings, changes = self.settings, decider.changes
-        decider.limit = settings.threshold or 0.0
+        settings, changes = self.settings, decision.changes
+        decision.limit = settings.threshold or 0.0
         if changes and settings.max_threshold is not None:
             relaxed = RELAXED * sum(changes) / len(changes)
-            decider.limit = max(decider.limit, min(relaxed, settings.max_threshold))
-        decider.skipped, decider.changes = frozenset(), ()
+            decision.limit = max(decision.limit, min(relaxed, settings.max_threshold))
+        decision.skipped, decision.changes = frozenset(), ()
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
         """Tell whether a block is skipped: by its input in the branch that decides, as that one was in the others."""
-        decider = now.decider
-        assert isinstance(decider, PruneDecider)
+        decision = now.decision
+        assert isinstance(decision, PruneDecision)
         if block.index not in now.stored:
             return False
         if not now.leads:
-            return block.index in decider.skipped
-        x, before = streams[0], (decider.inputs or {}).get(block.index)
+            return block.index in decision.skipped
+        x, before = streams[0], (decision.inputs or {}).get(block.index)
         if x is None or before is None:
             return False
         change = ratio(*self.numbers(now.context, mean_size(x - before, spent=True), mean_size(before)))
-        decider.changes += (change,)
-        if not change < decider.limit:  # nor where it is not a number
+        decision.changes += (change,)
+        if not change < decision.limit:  # nor where it is not a number
             return False
-        decider.skipped |= {block.index}
+        decision.skipped |= {block.index}
         return True
 
     def joins(self, now: Pass, block: Block) -> bool:
@@ -139,10 +138,10 @@ class PruneHandler(SpanHandler):
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
         """Keep what a block took that ran."""
-        decider = now.decider
-        assert isinstance(decider, PruneDecider)
+        decision = now.decision
+        assert isinstance(decision, PruneDecision)
         if taken[0] is not None:
-            decider.inputs = {**(decider.inputs or {}), block.index: taken[0]}
+            decision.inputs = {**(decision.inputs or {}), block.index: taken[0]}
 
     def due(self, now: Pass) -> list[Span]:
         """Return the blocks that were skipped: whichever they are, each was stored by itself."""

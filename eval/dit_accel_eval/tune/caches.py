@@ -167,7 +167,7 @@ def watched_runs(
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
         for prompt in runs.left():
             watch, notes = new_watch(), list[Note]()
-            cache.computed = lambda context, decider, output, w=watch, n=notes: n.append(w(cache, context, output))
+            cache.computed = lambda context, decision, output, w=watch, n=notes: n.append(w(cache, context, output))
             runs.run(prompt)
             runs.add(notes)
     return runs, cache.model.name, 1 + max(note["step"] for notes in runs.done for note in notes)

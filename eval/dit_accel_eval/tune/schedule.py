@@ -27,7 +27,7 @@ from dit_accel.rules.schedule import SkipCosts, grown, searched
 from ..metrics.psnr import psnr
 from .base import Runs, Tuned, write_config
 
-FREE = ("predictor", "order", "variable", "stored")
+FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""
 
 EARLY = 0.1
@@ -137,6 +137,8 @@ def _config(request: Request) -> tuple[StaticCache, tuple[Any, ...]]:
     for name, value in config.to_dict().items():
         if name not in FREE and value != getattr(StaticCache(), name):
             raise ConfigError(f"tune schedule finds what is computed, got staticcache.{name} = {value!r}; leave it out")
+    if config.predictor == "corrected":
+        raise ConfigError("tune schedule knows no error of staticcache.predictor = 'corrected'; use 'taylor'")
     return config, tuple(one for one in request.methods if not isinstance(one, StaticCache))
 
 
@@ -148,7 +150,7 @@ def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: in
     """Return the best lists of up to so many computed steps by what was measured on prompts."""
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
-    times = sigmas if config.variable == "sigma" else [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    times = [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
     return searched(costs, computed)
 

@@ -16,8 +16,8 @@ Recipe = Mapping[str, Any]
 # which .38 rounded up is in both. From an image, nothing is skipped in the first expert. FLUX.1 never skips the step
 # that is the nearest to 11 of 28.
 _FURTHER: Mapping[str, Recipe] = {
-    "wan2.2-a14b": {"warmup_of": "each", "switch": 26 / 40},
-    "wan2.2-i2v-a14b": {"warmup_of": "last", "switch": 15 / 40},
+    "wan2.2-a14b": {"warmup_of": "each"},
+    "wan2.2-i2v-a14b": {"warmup_of": "last"},
     "flux.1-dev": {"compute_at": (11 / 27,)},
     "flux.1-kontext-dev": {"compute_at": (11 / 27,)},
 }

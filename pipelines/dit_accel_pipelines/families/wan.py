@@ -47,8 +47,9 @@ FURTHER: dict[str, dict[str, Any]] = {
     "wan2.1-i2v-14b-480p": _IMAGE,
     "wan2.1-i2v-14b-720p": _IMAGE,
     "wan2.1-flf2v-14b": _IMAGE,
-    "wan2.2-a14b": _TWO_EXPERTS,
-    "wan2.2-i2v-a14b": {**_TWO_EXPERTS, **_IMAGE},
+    # as released, with shift 12 and 5
+    "wan2.2-a14b": {**_TWO_EXPERTS, "first_expert": 26 / 40},
+    "wan2.2-i2v-a14b": {**_TWO_EXPERTS, **_IMAGE, "first_expert": 15 / 40},
     "wan2.2-ti2v-5b": {"in_channels": 48, "trained_frames": 31},
     "wan-tiny": {
         "in_channels": None,
