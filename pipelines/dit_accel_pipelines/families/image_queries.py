@@ -6,12 +6,12 @@ from typing import Any
 
 from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, latents_grid, read_sizes
 
-from .qwen_image import QWEN_IMAGE, first_image
+from .qwen_image import QWEN_IMAGE, first_listed_image
 
 
 def image_then_text(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``; text stands behind it."""
-    frames, height, width, before, after = first_image(config, inputs)
+    frames, height, width, before, after = first_listed_image(config, inputs)
     return frames, height, width, 0, before + after
 
 

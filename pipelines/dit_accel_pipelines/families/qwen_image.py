@@ -14,7 +14,7 @@ from .released import released
 ULTRAIMAGE_QWEN = {"indices": (8, 9), "focus_min": 1.0, "focus_max": 1.3}
 
 
-def _first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def first_listed_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it.
 
     Layered makes all images but the last; they are equally large, and count as frames.
@@ -37,7 +37,7 @@ QWEN_IMAGE = Adapter(
     ),
     self_attention=("transformer_blocks.*.attn",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
-    grid=_first_image,
+    grid=first_listed_image,
     rope=Rope(
         owner="pos_embed",
         form="tables behind methods",
