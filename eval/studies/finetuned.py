@@ -23,7 +23,7 @@ from dit_accel_eval.metrics.sharpness import sharpness
 from dit_accel_eval.runs.loaded import EmbeddedModel, weights_hash
 from dit_accel_eval.runs.results import Line, append_line, latest, markdown_table, read_lines, write_lines
 from dit_accel_eval.suites.job import check_lines
-from dit_accel_pipelines.finetuning.checkpoint import latest as latest_checkpoint
+from dit_accel_pipelines.finetuning.checkpoint import latest_checkpoint
 from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.generation.lora import load_lora

@@ -107,7 +107,12 @@ class Request(RunOptions, NamesModel):
             raise ConfigError(
                 f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
             )
-        self._check_idle()
+        for name, unset in (("backend", "auto"), ("dense", None), ("check", False)):
+            if getattr(self, name) != unset and not self.attaches:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} was requested, but no method is attached; switch one on, such as "
+                    "--radial or --preset balanced"
+                )
         if self.lora is not None:
             check_lora(self.lora)
         for output in self.outputs():
@@ -115,18 +120,6 @@ class Request(RunOptions, NamesModel):
             check_writable(side_car_path(output))
             if self.check:
                 check_writable(check_path(output), "the check's picture")
-
-    def _check_idle(self) -> None:
-        """Refuse options of methods where no method is attached."""
-        if self.attaches:
-            return
-        remedy = "but no method is attached; switch one on, such as --radial or --preset balanced"
-        if self.backend != "auto":
-            raise ConfigError(f"backend {self.backend!r} was requested, {remedy}")
-        if self.dense is not None:
-            raise ConfigError(f"dense {self.dense!r} was requested, {remedy}")
-        if self.check:
-            raise ConfigError(f"check, which compares methods with the dense run, was requested, {remedy}")
 
     @property
     def attaches(self) -> bool:
