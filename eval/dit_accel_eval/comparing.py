@@ -214,17 +214,17 @@ def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
     """Return the settings that presets are on the model."""
     from dit_accel.adapters.model_files import read_model_files
     from dit_accel.methods.base import Model as OfModel
-    from dit_accel.methods.presets import PresetMethods, choices
+    from dit_accel.methods.presets import preset_methods
 
     found, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
     for level in options.preset or ():
         model = OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-        preset = PresetMethods(level, tuple(choices(level, model)), model)
+        preset = preset_methods(level, model)
         if not preset.chosen:
             raise ConfigError(f"{preset.words()}; leave it out")
         if not options.quiet:
             note(preset.words())
-        found.append(NamedSetting(name=level, methods=tuple(one.config for one in preset.chosen), run={}))
+        found.append(NamedSetting(name=level, methods=preset.configs, run={}))
     return found
 
 

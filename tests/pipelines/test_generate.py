@@ -480,7 +480,7 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path, pi
 
 
 def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, pipe, monkeypatch):
-    monkeypatch.setattr("dit_accel.attachment.attachment.choices", lambda *_: [])
+    monkeypatch.setattr("dit_accel.methods.presets.PRESETS", {"fast": ()})
     with pytest.raises(ConfigError, match=r"preset 'fast'"):
         generate(request(tmp_path, preset="fast", check=True))
     assert names(tmp_path) == []

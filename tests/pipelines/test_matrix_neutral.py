@@ -26,9 +26,8 @@ from dit_accel.methods import Handler, MethodConfig, PerturbedConfig, PerturbedH
 from dit_accel.methods.base import Place
 from dit_accel.methods.site import sample_of, with_sample
 from dit_accel.testing import METHOD_CASES
-from dit_accel.testing.guidance_checks import check_beside_guidance
-from dit_accel.testing.one_method import tiny_wan
-from dit_accel.testing.tiny_models import Case
+from dit_accel.testing.promises import check_beside_guidance
+from dit_accel.testing.tiny_models import Case, tiny_wan
 
 SPARSE = dict(block_size=16, dense_steps=1, dense_last_steps=0, dense_layers=0)
 TURNS = dict(refresh=2, **SPARSE)

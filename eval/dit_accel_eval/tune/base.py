@@ -124,8 +124,8 @@ class Runs:
 
     def attached(self, *further: MethodConfig) -> AbstractContextManager[Any]:
         """Attach further methods and the request's for as long as the context lasts, and give the attachment."""
-        methods = *further, *self.request.methods
-        return dit_accel.attach(self.pipe, *methods, preset="none", backend=self.request.backend)
+        backend: Any = self.request.backend
+        return dit_accel.attach(self.pipe, *further, *self.request.methods, preset="none", backend=backend)
 
     def left(self, how: str = "") -> Iterator[str]:
         """Give the prompts of which no part is done yet, each shown as a stage, with ``how`` behind."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,10 +273,10 @@ def attached(
     if not methods and preset in (None, NONE):
         yield None
         return
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        names: dict[str, Any] = {"preset": preset or NONE, "backend": backend, "dense": dense}
-        attachment = dit_accel.attach(pipe, *methods, **names)
-    with attachment:
+    names: dict[str, Any] = {"preset": preset or NONE, "backend": backend, "dense": dense}
+    with dit_accel.attach(pipe, *methods, **names) as attachment:
+        if attachment.preset and not quiet:
+            print(attachment.preset, file=sys.stderr)
         yield attachment
 
 

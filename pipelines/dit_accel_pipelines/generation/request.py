@@ -21,7 +21,7 @@ from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
-from dit_accel.methods.presets import LEVELS, NONE, choices
+from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .lora import check_lora
 from .media import check_even, check_output, read_image, read_video
@@ -311,7 +311,7 @@ def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[
     model = Model(
         adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
     )  # fmt: skip
-    methods = [*request.methods, *(choice.config for choice in choices(request.preset or NONE, model, request.methods))]
+    methods = [*request.methods, *preset_methods(request.preset or NONE, model, request.methods).configs]
     handlers = make_handlers(methods, model)
     check_backend(request.backend, request.dense or "auto", handlers)
     for handler in handlers:
