@@ -111,7 +111,7 @@ def family(name: str) -> Family:
     return known[name]
 
 
-def adapter_and_family(name: str) -> tuple[Adapter, Family]:
+def described(name: str) -> tuple[Adapter, Family]:
     """Return a model family and the adapter that describes it; an unknown name is refused with the nearest one."""
     sizes = family(name)
     return next(adapter for adapter in adapters().values() if sizes in adapter.families), sizes

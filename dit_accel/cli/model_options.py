@@ -46,5 +46,5 @@ def named_model(command: str, family: str | None, model: str | None) -> tuple[Ad
     if model:
         files = read_model_files(model_source(model))
         return *files.identify(), files.transformer
-    adapter, sizes = installed.adapter_and_family(name)
+    adapter, sizes = installed.described(name)
     return adapter, sizes, sizes.config

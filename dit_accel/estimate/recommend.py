@@ -198,7 +198,7 @@ def _subject(model: Any, card: Hardware | None) -> _Subject:
             source=str(model), linears=linears,
         )  # fmt: skip
     if isinstance(model, str):
-        adapter, family = installed.adapter_and_family(model)
+        adapter, family = installed.described(model)
         weights = least_weights(family)
         return _Subject(adapter=adapter, family=family, config=family.config, weight_bytes=weights, source=family.repo)
     transformers = find_transformers(model)

@@ -11,7 +11,7 @@ from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import EasyCache, RadialAttention, StaticCache
-from dit_accel.adapters.installed import adapter_and_family
+from dit_accel.adapters.installed import described
 from dit_accel.cli.app import app
 from dit_accel.errors import ConfigError
 from dit_accel.estimate.estimate import Estimate, estimate
@@ -27,7 +27,7 @@ WAN_720P = dict(height=720, width=1280, num_frames=81)
 
 
 def plan(name: str, **options) -> Estimate:
-    return estimate(*adapter_and_family(name), **options)
+    return estimate(*described(name), **options)
 
 
 def quantised(
@@ -173,7 +173,7 @@ def test_a_saved_models_config_tells():
 
 
 def test_a_report_predicts_beside_them():
-    adapter, family = adapter_and_family("wan2.1-14b")
+    adapter, family = described("wan2.1-14b")
     made = make_handlers([RadialAttention()], Model(adapter=adapter, family=family, heads=40, layers=40))
     layout = plan("wan2.1-14b", **WAN_720P).layout
     plain = predicted(made, layout, 50, None, tiny_transformer())
@@ -197,7 +197,7 @@ def test_attached_to_such_a_model_the_report_asks_it(monkeypatch):
 
 
 def wan_14b(transformer, *_) -> Model:
-    adapter, family = adapter_and_family("wan2.1-14b")
+    adapter, family = described("wan2.1-14b")
     return Model(adapter=adapter, family=family, heads=4, layers=len(transformer.blocks))
 
 

@@ -12,7 +12,7 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, SolAttention, UnsupportedModel, recommend
-from dit_accel.adapters.installed import adapter_and_family, families
+from dit_accel.adapters.installed import described, families
 from dit_accel.cli.app import app
 from dit_accel.estimate import tuned
 from dit_accel.estimate.estimate import estimate
@@ -54,11 +54,7 @@ def test_rows_are_the_presets_and_dense_the_fastest_first():
     assert fast.medians == {"easycache": promise("fast", 50).median}
     assert fast.psnr is None
     assert fast.sources["sol"].startswith("published (arXiv ")
-    assert (
-        fast.state_bytes
-        == estimate(*adapter_and_family("wan2.1-14b"), methods=[PRESETS["fast"][1].config]).state_bytes
-        > 0
-    )
+    assert fast.state_bytes == estimate(*described("wan2.1-14b"), methods=[PRESETS["fast"][1].config]).state_bytes > 0
     assert fast.needs == ("sol: a GPU with Triton",)
     assert (dense.speedup, dense.losses, dense.needs, dense.state_bytes) == (1.0, {}, (), 0)
     assert row(found, "careful").psnr == promise("careful", 50).tenth
@@ -77,7 +73,7 @@ def test_what_waits_for_a_larger_run_is_said_and_nothing_is_promised_of_it():
 
 def test_a_cache_skips_the_cheap_steps():
     """By hand: with a share a of the time in attention, of which a sparse call takes k."""
-    adapter, family = adapter_and_family("wan2.1-14b")
+    adapter, family = described("wan2.1-14b")
     sparse = SolAttention(dense_steps=0.2, dense_layers=0)
     found = estimate(adapter, family, methods=[sparse], **(KITE | {"num_inference_steps": 30}))
     a, k = found.attention_share, found.pair_density * found.cost_of_pairs
@@ -142,7 +138,7 @@ def test_every_family_has_a_recommendation_that_fits_a_terminal(name):
 
 
 def test_seconds_are_told_of_known_hardware_alone():
-    adapter, family = adapter_and_family("wan2.1-14b")
+    adapter, family = described("wan2.1-14b")
     dense = estimate(adapter, family, **KITE)
     found = recommend("wan2.1-14b", **KITE, hardware="H100")
     least = (dense.total_flops - dense.attention_flops + dense.attention_flops / 0.75) / 989.4e12
