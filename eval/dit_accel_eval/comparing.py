@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
     from rich.table import Table
 
-    from .report.figures import Report
+    from .report.report import SuiteReport
     from .suites.suite import Suite
 
 FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
@@ -90,20 +90,19 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .report.figures import report_of
     from .report.lines import read_results
+    from .report.report import suite_report
     from .report.writing import write_reports
     from .runs.conditions import Machine
-    from .runs.results import read_lines
-    from .suites.arms import is_rival
-    from .suites.compare import run_job
     from .suites.job import Job, clips_of
+    from .suites.lines import result_lines
     from .suites.reference import default_cache
+    from .suites.running import run_job
 
     lines, first = _check_output(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
-    others = {line["arm"] for line in read_lines(lines) if not is_rival(line)} - names
+    others = {line.arm for line in result_lines(lines) if not line.is_rival} - names
     if others:  # what is judged together is named before it runs
         found, named = (", ".join(sorted(one)) for one in (others, names))
         raise ConfigError(f"{lines} holds results of {found}, which is none of {named}; name all settings in one call, "
@@ -121,7 +120,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         _say_rules(suite, len(clips))
     run_job(job, clips, 1, quiet=options.quiet)
     if first:
-        report = report_of(read_results(lines))
+        report = suite_report(read_results(lines))
         write_reports([report], {"html": options.output})
         if not options.quiet:
             OUT.print(arms_table(report))
@@ -150,12 +149,7 @@ def _check_output(page: Path) -> Path:
 
 
 def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suite":
-    """Return what is run: the model, the prompts, and an arm of each setting.
-
-    Raises:
-        ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
-        UnsupportedModel: if the model is not found, or no adapter can take it.
-    """
+    """Return what is run: the model, the prompts, and an arm of each setting."""
     from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, resolve
 
     from dit_accel.adapters.model_files import model_source, read_model_files
@@ -262,16 +256,16 @@ def _say_rules(suite: "Suite", clips: int) -> None:
         warn(suite.many)
 
 
-def arms_table(report: "Report") -> "Table":
+def arms_table(report: "SuiteReport") -> "Table":
     """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
-    from .report.figures import judged
-    from .suites.comparison import NOTHING, decimals_of
+    from .metrics.registered import decimals_of
+    from .suites.tables import NOTHING
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
     columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, "ahead of fewer steps, dB", "verdict")
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
-    for arm in judged(report):
+    for arm in report.judged:
         lead, steps = arm.ahead.get(main), arm.means[main]
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]
