@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request, resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
 from dit_accel_pipelines.generation.traced import Trace, traced
 
@@ -80,7 +80,7 @@ def tune_schedule(
         stages: progress bars; None shows none.
     """
     config, others = _config(request)
-    tried = [Placement.read(text) for text in placement] or [Placement(settle(request)[0].num_inference_steps or 0)]
+    tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
     for one in tried:
         if not 2 <= computed <= one.steps:
             raise ConfigError(f"tune schedule computes from 2 to all of {one.steps} steps, got computed = {computed}")
