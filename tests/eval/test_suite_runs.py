@@ -25,7 +25,7 @@ from dit_accel_eval.suites.measuring import median_run, repeated
 from dit_accel_eval.suites.running import Runner
 from dit_accel_eval.suites.suite import Suite, read_suite
 from fake_model import ARM, FakeModel, command, faked
-from tiny_other_pipelines import hunyuan_image
+from tiny_stock import stock_pipeline
 
 from dit_accel import ConfigError
 from dit_accel.adapters.installed import adapter_for
@@ -152,7 +152,7 @@ class Pictures(SuiteModel):
     """HunyuanImage's pipeline, which guides by a guider, with embeddings for a prompt."""
 
     def __init__(self):
-        pipe, call = hunyuan_image()
+        pipe, call = stock_pipeline("HunyuanImagePipeline")
         adapter = adapter_for("HunyuanImageTransformer2DModel")
         call = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
         call["width"] = 96
