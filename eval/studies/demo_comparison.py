@@ -23,7 +23,7 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
-from dit_accel_pipelines.generation.request import EMBEDDED_FPS, settle
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS, resolve
 from dit_accel_pipelines.generation.threads import one_thread
 from report_tables import over_prompts
 from study import RESULTS
@@ -81,7 +81,7 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
     """
     check_name(name)
     text = shown_prompt(name) if prompt is None else prompt
-    settle(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
+    resolve(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
         model = EmbeddedModel(name, {} if num_frames is None else {"num_frames": num_frames}, text)
         _write(out, model, compare(model, seeds))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from dit_accel_pipelines.generation.loading import load_pipeline, open_pipeline, pick_device
-from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import Dtype, Request, check_words
 from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
@@ -75,7 +75,7 @@ def embedded_weights(name: str) -> str:
 
 def settled_call(name: str, files: ModelFiles, usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's call: the usual ones that its pipeline takes, changed by what is given."""
-    known = [key for key in PipelineCall.of(pipeline_class(files)).parameters if key not in GIVEN]
+    known = [key for key in CallSignature.of(pipeline_class(files)).parameters if key not in GIVEN]
     for key in given:
         if key not in known:
             raise ConfigError(f"a suite's call of {name} takes no {key!r}; {did_you_mean(key, known)}")
@@ -138,7 +138,7 @@ def model_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of another model's call: its family's sizes, changed by what is given, and checked."""
     _, family = files.identify()
     settled = settled_call(files.name, files, {name: getattr(family, name) for name in SIZES}, given)
-    PipelineCall.of(pipeline_class(files)).check({"prompt": "", **settled})
+    CallSignature.of(pipeline_class(files)).check({"prompt": "", **settled})
     return settled
 
 

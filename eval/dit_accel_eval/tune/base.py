@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, settle
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, resolve
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -77,7 +77,7 @@ class TuningRun:
         self._path, self._ranks = output.with_name(f"{output.name}.progress.json"), ranks or Ranks()
         for path, what in ((output, "output"), (self._path, "progress file")):
             check_writable(path, f"tune's {what}")
-        self.request = settle(request)[0]
+        self.request = resolve(request)[0]
         self._settings = json.loads(json.dumps({**run_settings(self.request), **settings}))
         self._scores: dict[str, Any] = {_key(point): score for point, score in self._ranks.shared(self._read)}
         self.stages = stages or Stages(quiet=True)
@@ -142,8 +142,8 @@ class TuningRun:
 
     def attached(self, *further: MethodConfig) -> AbstractContextManager[Any]:
         """Attach further methods and the request's for as long as the context lasts, and give the attachment."""
-        methods = *further, *self.request.methods
-        return dit_accel.attach(self.pipe, *methods, preset="none", backend=self.request.backend)
+        backend: Any = self.request.backend
+        return dit_accel.attach(self.pipe, *further, *self.request.methods, preset="none", backend=backend)
 
     def run(self, prompt: str, attachment: Any = None, **changes: Any) -> Generation:
         """Generate a prompt by the request with some changes."""

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request, resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
 from dit_accel_pipelines.generation.traced import Trace, traced
 
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 from ..metrics.psnr import psnr
 from .base import Tuned, TuningRun, replaced_method, write_config
+from .skip_costs import SkipCosts, grown, searched
 
 FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""
@@ -78,7 +78,7 @@ def tune_schedule(
             the prompts chooses. None: the request's steps of the model's own scheduler.
     """
     config, others = _config(request)
-    tried = [Placement.read(text) for text in placement] or [Placement(settle(request)[0].num_inference_steps or 0)]
+    tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
     for one in tried:
         if not 2 <= computed <= one.steps:
             raise ConfigError(f"tune schedule computes from 2 to all of {one.steps} steps, got computed = {computed}")
@@ -160,6 +160,7 @@ def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: in
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
     times = [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    assert config.predictor != "corrected"  # refused before
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
     return searched(costs, computed)
 
