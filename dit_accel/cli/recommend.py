@@ -6,7 +6,6 @@ import typer
 
 from ..adapters import installed
 from ..estimate.recommend import recommend as recommendation
-from ..estimate.recommend_table import drawn
 from .console import OUT, print_json
 from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, one_model
 
@@ -43,4 +42,4 @@ def recommend(
     if json:
         print_json(found.to_dict())
     else:
-        OUT.print(drawn(found))
+        OUT.print(found)

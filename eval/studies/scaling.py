@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from dit_accel.adapters.adapter import Family
 from dit_accel.adapters.installed import adapters
 from dit_accel.errors import ConfigError
-from dit_accel.estimate.estimate import ASSUMED_BYTES, attention_flops, other_flops
 from dit_accel.estimate.sizes import rounded_frames, token_layout
+from dit_accel.estimate.work import ASSUMED_BYTES, attention_flops, other_flops
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.tiling import TILE, bitmap_bytes
 

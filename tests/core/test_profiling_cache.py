@@ -309,7 +309,7 @@ def test_files_that_are_no_profile(transformer, tmp_path, content, message):
 @pytest.mark.parametrize(("family", "share", "runs"), [("wan2.1-14b", 0.496, 5), ("hunyuan-video", 0.544, 9)])
 def test_published_lists(family, share, runs):
     from dit_accel.adapters import installed
-    from dit_accel.estimate.estimate import estimate
+    from dit_accel.estimate.prediction import estimate
 
     sizes = installed.family(family)
     adapter = next(one for one in installed.adapters().values() if sizes in one.families)
