@@ -9,45 +9,15 @@ from .caches.engine import StepCacheHandler, StepDecision
 from .config import MethodConfig
 from .guidance.branch import PerturbedHandler
 from .guidance.guidance_config import PerturbedConfig
-from .guidance.softpag import PerturbedHeadsHandler
+from .guidance.perturbed_heads import PerturbedHeadsHandler
 from .options import Rule, ge, gt, le, lt, within
 from .registry import register
 from .saving import Saving, TileSaving
 from .site import Block, ForwardContext, Site, Streams, sample_of, with_sample
 
 __all__ = [
-    "AttentionHandler",
-    "Block",
-    "ForwardContext",
-    "Handler",
-    "MaskHandler",
-    "MeasuredCacheConfig",
-    "MethodConfig",
-    "Model",
-    "PerturbedConfig",
-    "PerturbedHandler",
-    "PerturbedHeadsHandler",
-    "Phase",
-    "Place",
-    "Rule",
-    "Saving",
-    "Site",
-    "SparseConfig",
-    "SparseHandler",
-    "StepCacheConfig",
-    "StepCacheHandler",
-    "StepDecision",
-    "Streams",
-    "TileSaving",
-    "Tokens",
-    "ge",
-    "gt",
-    "le",
-    "lt",
-    "mean_change",
-    "mean_size",
-    "register",
-    "sample_of",
-    "with_sample",
-    "within",
+    "AttentionHandler", "Block", "ForwardContext", "Handler", "MaskHandler", "MeasuredCacheConfig", "MethodConfig",
+    "Model", "PerturbedConfig", "PerturbedHandler", "PerturbedHeadsHandler", "Phase", "Place", "Rule", "Saving", "Site",
+    "SparseConfig", "SparseHandler", "StepCacheConfig", "StepCacheHandler", "StepDecision", "Streams", "TileSaving",
+    "Tokens", "ge", "gt", "le", "lt", "mean_change", "mean_size", "register", "sample_of", "with_sample", "within",
 ]  # fmt: skip

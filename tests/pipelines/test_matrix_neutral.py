@@ -26,9 +26,8 @@ from dit_accel.methods import Handler, MethodConfig, PerturbedConfig, PerturbedH
 from dit_accel.methods.base import Place
 from dit_accel.methods.site import sample_of, with_sample
 from dit_accel.testing import METHOD_CASES
-from dit_accel.testing.guidance_checks import check_beside_guidance
-from dit_accel.testing.one_method import tiny_wan
-from dit_accel.testing.tiny_models import Case
+from dit_accel.testing.promises import check_beside_guidance
+from dit_accel.testing.tiny_models import Case, tiny_wan
 
 SPARSE = dict(block_size=16, dense_steps=1, dense_last_steps=0, dense_layers=0)
 TURNS = dict(refresh=2, **SPARSE)
@@ -135,8 +134,12 @@ NOTHING = {
 FREE = ("softpag", "seg", "softpag, temperature")
 """Those that are tried in place of the unconditional forward as well."""
 
-REFUSED = ("the branches would mix", "both change what an attention call gave", "some are to be left out")
-"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA."""
+REFUSED = (
+    "the branches would mix", "both change what an attention call gave", "some are to be left out",
+    "guidance would add what the cache is off by",
+)  # fmt: skip
+"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA, a
+cache of diffusers and guidance that begins later."""
 
 ROUNDING = 1e-5
 """The least share of the latents' norm that counts: the model rounds to float32 inside."""
