@@ -155,10 +155,7 @@ class StepCacheConfig(MethodConfig):
         return expert.first + whole_steps(warmup, (until or 0) - expert.first)
 
     def skipped_steps(
-        self,
-        count: int,
-        skips: Callable[[int, int], bool] = lambda index, in_a_row: True,
-        switch: int = 0,
+        self, count: int, skips: Callable[[int, int], bool] = lambda index, in_a_row: True, switch: int = 0
     ) -> tuple[int, ...]:
         """Return the steps of a run that are skipped where no data decide.
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import ConfigError
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
-from ..gradients import is_recorded, requires_grad
+from ..gradients import is_recorded
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
 from .cache_config import ExpertSteps, MeasuredCacheConfig, StepCacheConfig, is_unconditional
@@ -172,7 +172,7 @@ class StepCacheHandler(Handler):
             self.note_held(self._held())
             return forecast
         output = run()
-        if any(requires_grad(leaf) for leaf in tree_leaves(output)):
+        if is_recorded(output):
             self._histories.pop(key)
             return output
         if history.gives_other(output):
@@ -199,7 +199,8 @@ class StepCacheHandler(Handler):
         """Tell whether gradients are taken through a forward, to its latents or to any of the weights."""
         if context.training or is_recorded(latents):
             return True
-        return torch.is_grad_enabled() and any(map(requires_grad, self.transformer_of(context).parameters()))
+        weights = self.transformer_of(context).parameters()
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
     def _begin(self, context: ForwardContext) -> None:
         """Begin a forward; drop what another expert left, which says nothing of what this one gives.

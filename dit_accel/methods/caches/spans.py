@@ -10,16 +10,16 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ...adapters.blocks import Streams
 from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model, Place
+from ..gradients import is_recorded
 from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
-from .engine import StepCacheHandler, StepDecision, requires_grad
+from .engine import StepCacheHandler, StepDecision
 from .history import BranchOutput, History, given_beside, shapes_of
 from .log import extended
 
@@ -169,7 +169,7 @@ class SpanHandler(StepCacheHandler):
             output = run()
         finally:
             del self._passes[transformer]
-        if not now.reuse and any(requires_grad(leaf) for leaf in tree_leaves(output)):
+        if not now.reuse and is_recorded(output):
             self._keep(context, ())
         elif now.reuse is not None:
             self._require_whole_spans(now)

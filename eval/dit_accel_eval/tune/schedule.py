@@ -22,10 +22,10 @@ from dit_accel_pipelines.generation.traced import Trace, traced
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 from ..metrics.psnr import psnr
 from .base import Tuned, TuningRun, replaced_method, write_config
+from .skip_costs import SkipCosts, grown, searched
 
 FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""
@@ -155,6 +155,7 @@ def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: in
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
     times = [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    assert config.predictor != "corrected"  # refused before
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
     return searched(costs, computed)
 
