@@ -30,7 +30,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.estimate.estimate import Estimate, attention_flops, estimate, other_flops
+from dit_accel.estimate.prediction import Prediction, estimate
+from dit_accel.estimate.work import attention_flops, other_flops
 from dit_accel.methods.attention.sparse import SparseConfig, SparseHandler
 from dit_accel.methods.base import AttentionHandler, Model
 from dit_accel.methods.compose import make_handlers
@@ -94,11 +95,11 @@ class Attention:
         return installed.described(self.shape.family)
 
     @cached_property
-    def planned(self) -> Estimate:
+    def planned(self) -> Prediction:
         """What `dit-accel plan` says of a dense run, with the number of frames that the pipeline makes."""
         return self.with_methods()
 
-    def with_methods(self, *methods: SparseConfig) -> Estimate:
+    def with_methods(self, *methods: SparseConfig) -> Prediction:
         """Return what `dit-accel plan` says of a run with methods."""
         sizes: dict[str, Any] = self.shape.sizes
         return estimate(*self.of, **sizes, methods=methods)

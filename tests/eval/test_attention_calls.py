@@ -14,7 +14,7 @@ from dit_accel_eval.runs.results import read_lines
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel import SolAttention
-from dit_accel.estimate.estimate import KERNEL_COST
+from dit_accel.estimate.prediction import KERNEL_COST
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.presets import PRESETS
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from dit_accel import ConfigError, RadialAttention, StaticCache
 from dit_accel.cli.app import app
 from dit_accel.errors import DitAccelError
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 
 FAMILIES = {
     "cogvideox": "cogvideox-2b", "flux": "flux.1-dev", "hunyuan-video": "hunyuan-video", "ltx": "ltx-video-2b",

@@ -373,7 +373,7 @@ def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(t
         ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
         ("run = 3\n", "run = 3 is no table; write [run]"),
         ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),
-        ("[run]\nflow_shift = 3.0\n", "flow_shift must be above 0, and goes with a solver, got 3.0, None"),
+        ("[run]\nflow_shift = 3.0\n", "flow_shift goes with a solver, got 3.0 without one; name a solver"),
     ):
         config.write_text(text)
         found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(config)])

@@ -22,7 +22,7 @@ import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.errors import DitAccelError
-from dit_accel.estimate.estimate import Estimate, estimate
+from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import PRESETS
@@ -54,7 +54,7 @@ class Plan:
     adapter: Adapter
     family: Family
     all_heads: int
-    dense: Estimate
+    dense: Prediction
 
     @classmethod
     def of(cls, shape: Shape, options: BenchOptions) -> "Plan":

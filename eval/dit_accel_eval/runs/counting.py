@@ -16,7 +16,7 @@ from torch import nn
 from dit_accel import Report
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.block_lists import block_lists, blocks_of
-from dit_accel.estimate.estimate import Estimate, estimate
+from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.find import attention_modules
 
@@ -80,7 +80,7 @@ class Counter:
 
 def run_estimate(
     adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig] = ()
-) -> Estimate:
+) -> Prediction:
     """Return what `dit-accel plan` says of a run at the size of a call."""
     sizes: dict[str, Any] = {name: call[name] for name in ("height", "width", "num_frames") if name in call}
     return estimate(adapter, family, methods=methods, **sizes)
