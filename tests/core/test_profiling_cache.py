@@ -12,7 +12,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, ProfilingCache, TokenLayout
 from dit_accel.adapters import installed
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods.caches.block_numbers import read_numbers, spell_numbers
 from dit_accel.methods.caches.profile_file import weights_digest
 from dit_accel.methods.find import resolve_model
