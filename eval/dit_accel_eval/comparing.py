@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from dit_accel_pipelines.generation import options as shared
@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import SETTINGS, Setting
+from dit_accel.cli.method_options import SETTINGS, NamedSetting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
@@ -27,7 +27,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(shared.SharedOptions):
     """What `eval compare` is given besides methods."""
 
     model: shared.ModelBesideMetrics = None
@@ -52,12 +52,6 @@ class CompareOptions:
         typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
     ] = None
     frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
-    height: shared.Pixels = None
-    width: shared.Pixels = None
-    num_frames: shared.Frames = None
-    solver: shared.Solver = None
-    guidance_scale: shared.Guidance = None
-    negative_prompt: shared.NegativePrompt = None
     preset: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,9 +59,6 @@ class CompareOptions:
             rich_help_panel=SETTINGS,
         ),
     ] = None  # fmt: skip
-    dtype: shared.Dtype = None
-    device: shared.Device = None
-    offload: shared.Offload = "none"
     timed: Annotated[
         bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
     ] = False
@@ -157,9 +148,29 @@ def _check_output(page: Path) -> Path:
     return lines
 
 
-def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
+def _prompts(options: CompareOptions, settings: Sequence[NamedSetting], model: str) -> tuple[str, ...]:
+    """Return the prompts of one's own, () for held-out ones; refuse options that say nothing, or two things."""
+    from dit_accel_pipelines.generation.request import embedded_name, read_prompts
+
+    from .runs.model import OWN
+
+    if not settings and not options.preset:
+        raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
+    if options.reference not in (OWN, "converged"):
+        raise ConfigError(f"there is no reference {options.reference!r}; take own or converged")
+    if options.prompts and options.prompt:
+        raise ConfigError("eval compare takes --prompt or --prompts, got both; give one of them")
+    listed = read_prompts(options.prompts, "--prompts") if options.prompts else tuple(options.prompt or ())
+    if not listed and not embedded_name(options.model):
+        raise ConfigError(f"eval compare has no prompts of its own for {model}; give some with --prompts FILE")
+    if not listed and ((options.clips or 0) > MOST_CLIPS or options.seed):
+        raise ConfigError(f"{model} has {MOST_CLIPS} held-out prompts for this, each with its seed; add --prompts FILE")
+    return listed
+
+
+def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suite":
     """Return what is run: the model, the prompts, and an arm of each setting."""
-    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
+    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, resolve
 
     from dit_accel.adapters.model_files import model_source, read_model_files
 
@@ -172,21 +183,11 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
 
     model, embedded = options.model or EMBEDDED, embedded_name(options.model)
     read_model_files(model_source(model))  # first of all, so that a misspelt name is refused as such
-    if not settings and not options.preset:
-        raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
-    if options.reference not in (OWN, "converged"):
-        raise ConfigError(f"there is no reference {options.reference!r}; take own or converged")
-    if options.prompts and options.prompt:
-        raise ConfigError("eval compare takes --prompt or --prompts, got both; give one of them")
-    listed = read_prompts(options.prompts, "--prompts") if options.prompts else tuple(options.prompt or ())
-    if not listed and not embedded:
-        raise ConfigError(f"eval compare has no prompts of its own for {model}; give some with --prompts FILE")
-    if not listed and ((options.clips or 0) > MOST_CLIPS or options.seed):
-        raise ConfigError(f"{model} has {MOST_CLIPS} held-out prompts for this, each with its seed; add --prompts FILE")
+    listed = _prompts(options, settings, model)
     own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
     given = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
-    settled = settle(tuning_request(
+    settled = resolve(tuning_request(
         prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
     ))  # fmt: skip
     for text in (*settled.notes, *settled.warnings):
@@ -198,28 +199,28 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,
         first_clip=0 if own else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
-        dtype=None if embedded else request.dtype, **(reference if options.reference == "own" else {}),
+        dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
 
 
 def _call(request: "Request") -> dict[str, Any]:
     """Return the arguments of the pipeline's call as `generate` sets them, without the steps."""
-    from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+    from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 
     from dit_accel.adapters.model_files import read_model_files
 
-    taken = PipelineCall.of(pipeline_class(read_model_files(request.source)))
+    taken = CallSignature.of(pipeline_class(read_model_files(request.source)))
     call = {**request.call_arguments(), **request.beside(taken)}
     return {key: value for key, value in call.items() if key != "num_inference_steps"}
 
 
-def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
+def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
     """Return the settings that presets are on the model."""
     from dit_accel.adapters.model_files import read_model_files
     from dit_accel.methods.base import Model as OfModel
     from dit_accel.methods.presets import preset_methods
 
-    found, (adapter, family) = list[Setting](), read_model_files(request.source).identify()
+    found, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
     for level in options.preset or ():
         model = OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
         preset = preset_methods(level, model)
@@ -227,11 +228,11 @@ def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
             raise ConfigError(f"{preset.words()}; leave it out")
         if not options.quiet:
             note(preset.words())
-        found.append(Setting(name=level, methods=preset.configs, run={}))
+        found.append(NamedSetting(name=level, methods=preset.configs, run={}))
     return found
 
 
-def _arm(one: Setting, request: "Request") -> dict[str, Any]:
+def _arm(one: NamedSetting, request: "Request") -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
     from dit_accel_pipelines.generation.negative import with_negative
 

@@ -15,15 +15,15 @@ import torch
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.psnr import psnr
-from dit_accel_eval.runs.conditions import processor
+from dit_accel_eval.runs.conditions import processor_name
 from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
-from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
-from dit_accel_pipelines.generation.request import EMBEDDED_FPS, settle
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS, resolve
 from dit_accel_pipelines.generation.threads import one_thread
 from report_tables import over_prompts
 from study import RESULTS
@@ -53,7 +53,7 @@ class Outcome:
 
     name: str
     arm: Arm
-    runs: tuple[Run, ...]
+    runs: tuple[ModelRun, ...]
     psnr: tuple[float, ...]
     work: tuple[float, ...]
 
@@ -81,7 +81,7 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
     """
     check_name(name)
     text = shown_prompt(name) if prompt is None else prompt
-    settle(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
+    resolve(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
         model = EmbeddedModel(name, {} if num_frames is None else {"num_frames": num_frames}, text)
         _write(out, model, compare(model, seeds))
@@ -170,11 +170,11 @@ def _text(text: str, clip: Clip) -> Frames:
     return np.broadcast_to(np.asarray(box), (len(clip), box.height, box.width, 3))
 
 
-def _run(model: EmbeddedModel, arm: Arm, seed: int) -> Run:
+def _run(model: EmbeddedModel, arm: Arm, seed: int) -> ModelRun:
     return model.run(seed, steps=arm.num_inference_steps, solver=arm.solver, methods=arm.methods)
 
 
-def _outcome(name: str, arm: Arm, runs: Sequence[Run], dense: Sequence[Run], model: EmbeddedModel) -> Outcome:
+def _outcome(name: str, arm: Arm, runs: Sequence[ModelRun], dense: Sequence[ModelRun], model: EmbeddedModel) -> Outcome:
     both, steps = list(zip(runs, dense, strict=True)), DENSE.num_inference_steps
     works = tuple(work(run.counts, whole.counts / steps, run.attended, model.own_share) for run, whole in both)
     psnrs = tuple(psnr(run.frames, whole.frames) for run, whole in both)
@@ -191,7 +191,7 @@ def _data(model: EmbeddedModel, outcomes: Sequence[Outcome], seed: int) -> dict[
     found = over_prompts(RESULTS.parents[1], model.name, LEVEL)
     return {
         "over_prompts": found and dataclasses.asdict(found),
-        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
+        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor_name(),
         "threads": torch.get_num_threads(), "shown_seed": seed, "arms": arms,
     }  # fmt: skip
 

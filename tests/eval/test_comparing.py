@@ -13,7 +13,7 @@ from fake_model import ARM, HEAD, command, faked, told
 from model_folders import model_folder
 
 from dit_accel.cli.console import OUT
-from dit_accel.cli.method_options import Setting
+from dit_accel.cli.method_options import NamedSetting
 
 PROMPTS = "a red circle moving right\n\na blue square going up\n"
 
@@ -45,7 +45,7 @@ def test_a_setting_is_held_against_own_steps_and_dense_runs_of_its_work(fake, he
     said = told(found)
     assert "PSNR of 1 setting to the model's own 10 steps of the same prompt and seed" in said
     assert "Holm's correction over all settings (5%)" in said
-    assert "compare: 6 clips x 1 arms, 0 of 6 runs are done; the dense runs that" in said
+    assert "compare: 6 clips x 1 arm, 0 of 6 runs are done; the dense runs that" in said
     assert "too few clips" not in said
     lines = read_lines(here / "compare.jsonl")
     assert {line["reference"] for line in lines} == {"own, 10 steps of its own"}
@@ -113,7 +113,7 @@ def test_each_preset_and_config_is_a_setting_and_the_switches_are_one(fake, here
 def test_a_file_may_set_guidance_and_a_named_solver_holds_for_all():
     options = CompareOptions(model="flux-tiny", steps=4, solver="unipc", guidance_scale=2.0, preset=["fast"])
     run = {"guidance_scale": 3.0, "solver": "euler", "flow_shift": 2.0}
-    suite = suite_of(options, [Setting(name="mine", methods=(), run={**run, "num_inference_steps": 3})])
+    suite = suite_of(options, [NamedSetting(name="mine", methods=(), run={**run, "num_inference_steps": 3})])
     fast, mine = suite.arms
     assert suite.call["true_cfg_scale"] == 2.0
     assert mine.call == {"guidance_scale": 3.0, "true_cfg_scale": 3.0}

@@ -8,7 +8,7 @@ import pytest
 from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_eval.tune.caches import tune_magcache, tune_teacache
 from dit_accel_pipelines.families.step_caches import MAGCACHE, TEACACHE
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_pipelines.generation.request import resolve
 from tuning import PROMPTS, loaded, one_pipeline, request
 
 from dit_accel import ConfigError, LiteAttention, MagCache, TeaCache
@@ -35,7 +35,7 @@ def untouched():
     hook = pipe.transformer.register_forward_hook(note, with_kwargs=True)
     for prompt in PROMPTS:
         seen: list = []
-        base.run(pipe, prompt, settle(asked(prompts=(prompt,)))[0])
+        base.run(pipe, prompt, resolve(asked(prompts=(prompt,)))[0])
         every.append(seen[::2])
     hook.remove()
     return every

@@ -10,7 +10,7 @@ from dit_accel_eval.tune.block_ranking import foreground_ratio
 from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.profile_watch import CRITERIA
 from dit_accel_pipelines.generation.generate import run
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_pipelines.generation.request import resolve
 from tuning import PROMPTS, loaded, one_pipeline
 from tuning import request as request_of
 from wan_tiny import tiny_transformer
@@ -43,7 +43,7 @@ def profiled(tmp_path_factory):
 
 def untouched():
     """What an untouched run's blocks add, its attention and its predictions, written out; the conditional branch's."""
-    asked = settle(request())[0]
+    asked = resolve(request())[0]
     pipe, seen, calls = loaded("wan-plain"), [], [0]
     transformer = pipe.transformer
 
@@ -97,7 +97,7 @@ def test_deltas_and_masks_are_those_of_an_untouched_run(profiled, tmp_path):
 def test_attention_is_that_of_the_calls(tmp_path):
     """The ratio of one layer and step, off the tensors that an observer of planned calls gets."""
     found = tune_profile(request(), tmp_path / "own.json")
-    asked = settle(request())[0]
+    asked = resolve(request())[0]
     pipe, taken = loaded("wan-plain"), {}
 
     def note(seen):
@@ -130,7 +130,7 @@ def test_what_is_written_is_read_by_profiling_cache(profiled, pipe):
         assert np.shape(entry["by_step"][criterion]) == (6, STEPS)
     assert all(0 <= x <= 1 for row in entry["by_step"]["attention"] for x in row if x is not None)
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(found.output), every=2)) as attachment:
-        run(pipe, PROMPTS[0], settle(request())[0])
+        run(pipe, PROMPTS[0], resolve(request())[0])
         section = attachment.report().section("profilingcache")
     assert [*read_numbers(section.data["cached"]["transformer"], "x")] == entry["cached"]
     assert section.data["computed_blocks"] < 1
@@ -163,7 +163,7 @@ def test_both_experts_of_wan_2_2_are_measured(tmp_path):
         for row in entry["by_step"]["error"]:
             assert [step for step, value in enumerate(row) if value is not None] == [*known]
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:
-        run(pipe, PROMPTS[0], settle(asked)[0])
+        run(pipe, PROMPTS[0], resolve(asked)[0])
         assert [*attachment.report().section("profilingcache").data["cached"]] == ["transformer", "transformer_2"]
 
 
@@ -194,7 +194,7 @@ def test_an_image_goes_without_attention(tmp_path):
     assert len(entry["cached"]) == 4
     pipe = loaded("flux-tiny")
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "own.json"), every=2, warmup_steps=1)) as attached:
-        run(pipe, asked.prompts[0], settle(asked)[0])
+        run(pipe, asked.prompts[0], resolve(asked)[0])
         assert attached.report().section("profilingcache").data["computed_blocks"] < 1
     with pytest.raises(ConfigError, match=r"an image.*--criterion"):
         tune_profile(asked, tmp_path / "two.json", criterion="attention")

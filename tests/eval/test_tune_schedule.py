@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 from dit_accel_eval.tune.schedule import Placement, tune_schedule
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_eval.tune.skip_costs import SkipCosts, grown, searched
+from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import make_scheduler
 from tuning import PROMPTS, loaded, one_pipeline
 from tuning import request as request_of
@@ -15,7 +16,6 @@ from tuning import request as request_of
 import dit_accel
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.cli.method_options import select_methods
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 STEPS = 7
 pipe = pytest.fixture(one_pipeline, autouse=True)
@@ -27,7 +27,7 @@ def request(*methods, **changes):
 
 def run_of(prompt, *caches):
     """Return the noise levels of an untouched run, and what its solver gets and makes, as the scheduler's steps say."""
-    asked = settle(request(prompts=(prompt,)))[0]
+    asked = resolve(request(prompts=(prompt,)))[0]
     pipe, seen = loaded("wan-plain"), []
     real = pipe.scheduler.step
 
@@ -93,7 +93,7 @@ def test_placements_are_chosen_by_prompts_of_their_own(tmp_path, pipe):
     for steps, shift, caches in ((first["steps"], first["flow_shift"], [config]), (20, None, [])):
         pipe.scheduler = make_scheduler(shipped, "unipc", shift)
         with dit_accel.attach(pipe, *caches, preset="none"):
-            made.append(base.run(pipe, PROMPTS[1], settle(request(num_inference_steps=steps))[0]).frames / 255.0)
+            made.append(base.run(pipe, PROMPTS[1], resolve(request(num_inference_steps=steps))[0]).frames / 255.0)
     assert first["psnr"] == pytest.approx(-10 * np.log10(((made[0] - made[1]) ** 2).mean()), abs=1e-3)
 
 

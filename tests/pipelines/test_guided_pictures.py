@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_assets import model_path
-from dit_accel_pipelines.families.flux import FLUX, FLUX_DEV
+from dit_accel_pipelines.families.flux import FLUX
 from dit_accel_pipelines.generation.larger import prepare_larger
 from dit_accel_pipelines.generation.request import Request
 from tiny_stock import stock_pipeline
@@ -21,6 +21,8 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.positions.guide import low_band
 from dit_accel.methods.positions.ultraimage import UltraImageHandler
 from dit_accel.plan.layout import TokenLayout
+
+FLUX_DEV = FLUX.families[0]
 
 TRAINED = {"trained_height": 2, "trained_width": 2}
 

@@ -134,8 +134,12 @@ NOTHING = {
 FREE = ("softpag", "seg", "softpag, temperature")
 """Those that are tried in place of the unconditional forward as well."""
 
-REFUSED = ("the branches would mix", "both change what an attention call gave", "some are to be left out")
-"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA."""
+REFUSED = (
+    "the branches would mix", "both change what an attention call gave", "some are to be left out",
+    "guidance would add what the cache is off by",
+)  # fmt: skip
+"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA, a
+cache of diffusers and guidance that begins later."""
 
 ROUNDING = 1e-5
 """The least share of the latents' norm that counts: the model rounds to float32 inside."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, settle
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, resolve
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -39,11 +39,8 @@ class Tuned:
     """What a tuner found and wrote.
 
     Attributes:
-        output: the file.
         found: everything by name, as plain values for JSON.
         columns: heads of the table that the command line shows.
-        rows: of that table.
-        remarks: lines below it.
     """
 
     output: Path
@@ -63,7 +60,6 @@ class TuningRun:
     Args:
         request: what to generate, with the methods that are attached.
         output: the file that is to be written, of this ``suffix``.
-        stages: progress bars; None shows none.
         ranks: the processes that share the run, of which the first reads and writes; None: this one alone.
         settings: what else must be the same for two runs to be one.
 
@@ -81,7 +77,7 @@ class TuningRun:
         self._path, self._ranks = output.with_name(f"{output.name}.progress.json"), ranks or Ranks()
         for path, what in ((output, "output"), (self._path, "progress file")):
             check_writable(path, f"tune's {what}")
-        self.request = settle(request)[0]
+        self.request = resolve(request)[0]
         self._settings = json.loads(json.dumps({**run_settings(self.request), **settings}))
         self._scores: dict[str, Any] = {_key(point): score for point, score in self._ranks.shared(self._read)}
         self.stages = stages or Stages(quiet=True)
@@ -112,9 +108,6 @@ class TuningRun:
         """Return the score of each point of a space; one that an earlier run scored is not scored again.
 
         Points and scores are plain values, as JSON holds them. The processes share the points.
-
-        Args:
-            words: what the progress calls a point.
         """
 
         def scored(point: Any) -> Any:
@@ -149,8 +142,8 @@ class TuningRun:
 
     def attached(self, *further: MethodConfig) -> AbstractContextManager[Any]:
         """Attach further methods and the request's for as long as the context lasts, and give the attachment."""
-        methods = *further, *self.request.methods
-        return dit_accel.attach(self.pipe, *methods, preset="none", backend=self.request.backend)
+        backend: Any = self.request.backend
+        return dit_accel.attach(self.pipe, *further, *self.request.methods, preset="none", backend=backend)
 
     def run(self, prompt: str, attachment: Any = None, **changes: Any) -> Generation:
         """Generate a prompt by the request with some changes."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request, resolve
 
 from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter
@@ -28,7 +28,6 @@ class Logits:
 
     Attributes:
         total: float64 [F, F], mean logit of two frames' tokens at one place, summed over calls; 0 before any.
-        calls: how many there were.
     """
 
     def __init__(self) -> None:
@@ -60,7 +59,7 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
         raise ConfigError(
             f"tune period measures the model as it is, got --{request.methods[0].name}; leave the methods out"
         )
-    family = settle(request)[1]
+    family = resolve(request)[1]
     if family is not None and family.trained_frames is not None and request.num_frames is None:
         frames = extended_frames(family.trained_frames, 2, family.vae[0])
         request = dataclasses.replace(request, num_frames=frames)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_accel_pipelines.generation.generate import opened
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, read_prompts, settle, side_car_path
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, read_prompts, resolve, side_car_path
 from dit_accel_pipelines.generation.room import check_outputs_fit
 
 from dit_accel import ConfigError
@@ -38,7 +38,7 @@ class Piece:
     seed: int
 
 
-def pieces(
+def video_pieces(
     every: Sequence[Prompt], wanted: Sequence[Prompt], names: Sequence[str], folder: Path, samples: int | None,
     seed: int, augmented: Sequence[str] = (),
 ) -> list[Piece]:  # fmt: skip
@@ -93,7 +93,7 @@ def read_texts(path: Path, option: str) -> tuple[str, ...]:
         raise ConfigError(str(error).replace("--prompt-file", option)) from None
 
 
-def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
+def share_of_work(work: Sequence[Piece], shard: str | None) -> list[Piece]:
     """Return the i-th of n shares of the work, ``i/n`` with i from 0; one without work is refused."""
     if shard is None:
         return list(work)
@@ -130,11 +130,13 @@ def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
 
 def sizes_text(request: Request) -> str:
     """Return the sizes and steps of a request's videos, as far as they are known before a model is loaded."""
-    known = ((name, getattr(settle(request)[0], name)) for name in SIZES)
+    known = ((name, getattr(resolve(request)[0], name)) for name in SIZES)
     return ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
 
 
-def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()) -> None:
+def make_videos(
+    work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()
+) -> None:
     """Make videos, each with its side-car, whole or not at all; after each, tell how long the rest takes.
 
     The prompts are checked before anything is loaded; the side-cars hold the command line.
@@ -142,7 +144,7 @@ def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None
     if request.embedded:
         for piece in work:
             check_words(piece.prompt, request.embedded)
-    check_outputs_fit(settle(request).request, len(work))
+    check_outputs_fit(resolve(request).request, len(work))
     with opened(request, stages=Stages(quiet=True), command=command) as make:
         for number, piece in enumerate(work, 1):
             with held(piece.path):
