@@ -64,8 +64,8 @@ def latents_grid(
     patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
     frames = 1 if frames_axis is None else shape[frames_axis] // patch_frames
     height, width = shape[-2] // patch_height, shape[-1] // patch_width
-    given = [] if text == "none" else [inputs[name] for name in joined if inputs.get(name) is not None]
-    tokens = sum(value.shape[1] for value in given)
+    inputs_in_sequence = [] if text == "none" else [inputs[name] for name in joined if inputs.get(name) is not None]
+    tokens = sum(value.shape[1] for value in inputs_in_sequence)
     before, after = (tokens, 0) if text == "before" else (0, tokens)
     return frames - reference_frames, height, width, before + reference_frames * height * width, after
 
@@ -280,9 +280,9 @@ class Adapter:
             if (family.layers, family.heads, family.head_dim) == (sizes.layers, sizes.heads, sizes.head_dim)
             and family.experts == experts
         ]
-        given = config.get("in_channels")
+        channels = config.get("in_channels")
         return max(
-            alike, key=lambda known: (known.patch == sizes.patch, known.in_channels in (None, given)), default=None
+            alike, key=lambda known: (known.patch == sizes.patch, known.in_channels in (None, channels)), default=None
         )
 
     def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:

@@ -38,12 +38,12 @@ def adapters() -> dict[str, Adapter]:
 
 def _adapters(entry: EntryPoint) -> Sequence[Adapter]:
     """Return the adapters that an entry point gives."""
-    given, entry_point = _load(entry, "a tuple of adapters"), _named(entry)
-    if not isinstance(given, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in given):
+    listed, entry_point = _load(entry, "a tuple of adapters"), _named(entry)
+    if not isinstance(listed, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in listed):
         raise ConfigError(
-            f"{entry_point} must give adapters, got {type(given).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
+            f"{entry_point} must give adapters, got {type(listed).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
         )
-    return given
+    return listed
 
 
 def _load(entry: EntryPoint, what: str) -> Any:

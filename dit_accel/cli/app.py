@@ -64,9 +64,9 @@ class _PlainFlags:
     def get_params(self, ctx: typer.Context) -> list[Any]:
         """Return the parameters, --help among them."""
         params = super().get_params(ctx)  # type: ignore[misc]
-        for one in params:
-            if getattr(one, "is_flag", False):
-                one.metavar = ""
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
         return params
 
 
@@ -188,18 +188,18 @@ def _build(name: str) -> Any:
 
 def _wrapped(name: str, group: typer.Typer) -> typer.Typer:
     """Return a group whose commands, and those of groups inside it, have method options and --traceback as ours do."""
-    made = typer.Typer(cls=SubGroup, name=name, help=group.info.help, no_args_is_help=True, add_completion=False)
-    made.registered_callback = group.registered_callback
+    wrapped = typer.Typer(cls=SubGroup, name=name, help=group.info.help, no_args_is_help=True, add_completion=False)
+    wrapped.registered_callback = group.registered_callback
     for command in group.registered_commands:
         assert command.callback is not None
         whole = copy.copy(command)  # the original stays as its owner made it
         whole.callback, whole.cls = _with_traceback(with_method_options(command.callback)), OneCommand
-        made.registered_commands.append(whole)
+        wrapped.registered_commands.append(whole)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         inner_name = str(inner.name or inner.typer_instance.info.name)
-        made.add_typer(_wrapped(inner_name, inner.typer_instance))
-    return made
+        wrapped.add_typer(_wrapped(inner_name, inner.typer_instance))
+    return wrapped
 
 
 def _ask_for_traceback(ctx: typer.Context, wanted: bool) -> None:

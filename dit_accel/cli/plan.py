@@ -13,7 +13,8 @@ from ..methods.base import Model
 from ..methods.presets import PresetMethods, preset_methods
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList, Preset
-from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, named_model
+from .model_options import FamilyName, ModelName, named_model
+from .run_options import Frames, InferenceSteps, Pixels
 
 FACTORS = {
     "forwards": "computed forwards and blocks",

@@ -9,7 +9,7 @@ from .caches.engine import StepCacheHandler, StepDecision
 from .config import MethodConfig
 from .guidance.branch import PerturbedHandler
 from .guidance.guidance_config import PerturbedConfig
-from .guidance.softpag import PerturbedHeadsHandler
+from .guidance.perturbed_heads import PerturbedHeadsHandler
 from .options import Rule, ge, gt, le, lt, within
 from .registry import register
 from .saving import Saving, TileSaving

@@ -34,7 +34,7 @@ from dit_accel.estimate.estimate import Estimate, attention_flops, estimate, oth
 from dit_accel.methods.attention.sparse import SparseConfig, SparseHandler
 from dit_accel.methods.base import AttentionHandler, Model
 from dit_accel.methods.compose import make_handlers
-from dit_accel.methods.presets import LEVELS, PRESETS, Choice, choices
+from dit_accel.methods.presets import LEVELS, PRESETS, Choice, preset_methods
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
@@ -127,7 +127,7 @@ class Attention:
                 lacking[level] = "no sparse part"
                 continue
             config: Any = choice.config
-            rule = self._rule(choice, choice in choices(level, self.model()))
+            rule = self._rule(choice, choice in preset_methods(level, self.model()).chosen)
             sparse.append(Arm(name=spelled(config), config=config, backend="auto", presets={level: rule}))
         flex = [replace(one, name=f"{one.name}, flex", backend="flex", presets={}) for one in sparse[:1]]
         return [Arm(name=DENSE, presets=lacking), *sparse, *flex]

@@ -21,10 +21,10 @@ from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.statistics import FEWEST, estimate, judge
+from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
-from dit_accel_pipelines.generation.request import EMBEDDED_FPS, settle
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS, resolve
 from dit_accel_pipelines.generation.threads import one_thread
 from report_tables import over_prompts
 from study import RESULTS
@@ -88,7 +88,7 @@ def main(
     """Generate one prompt dense, by a preset, and dense in the same time; compare, and write the pictures."""
     check_name(model)
     text = shown_prompt(model) if prompt is None else prompt
-    settle(tuning_request(prompts=(text,), model=model, num_frames=num_frames))
+    resolve(tuning_request(prompts=(text,), model=model, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
         loaded = EmbeddedModel(model, {} if num_frames is None else {"num_frames": num_frames}, text)
         _write(out, loaded, compare(loaded, seeds))
@@ -211,7 +211,7 @@ def _print(model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None:
     lead = judge({ours.name: [own - rival for own, rival in zip(ours.psnr, fewer.psnr, strict=True)]})
     for one in outcomes:
         cells = [str(one.arm.num_inference_steps), f"{np.mean(one.work):.1f}", f"{one.seconds:.2f}"]
-        cells += [estimate(one.psnr).cell() if one.psnr else "", lead[one.name].judged() if one is ours else ""]
+        cells += [clip_mean(one.psnr).cell() if one.psnr else "", lead[one.name].judged() if one is ours else ""]
         table.add_row(one.name, *cells)
     OUT.print(table)
     below = "work in dense steps, seconds of the denoising loop"

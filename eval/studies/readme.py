@@ -15,6 +15,7 @@ from denoising_time import table as times_table
 from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
+from dit_accel_eval.suites.lines import ResultLine, result_lines
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from false_verdicts import table as false_table
@@ -129,11 +130,11 @@ def main() -> None:
 
 def _suite(root: Path, name: str) -> str:
     path = Path(f"eval/suites/{name}.toml")
-    command, lines = f"dit-accel eval run {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    command, lines = f"dit-accel eval run {path}", result_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
-    command += " --time" if any("seconds" in line for line in lines) else ""
+    command += " --time" if any(line.seconds is not None for line in lines) else ""
     about = _seeds(suite, lines) if suite.judge else _clips(lines)
     picture = (
         f"![PSNR over work]({name}.png)\n\n"
@@ -171,15 +172,15 @@ def _elsewhere(rung: Rung) -> str:
     return own if rung.confirmed else f"{own}, not confirmed: {best[0]} {best[1]:.1f}"
 
 
-def _clips(lines: Sequence[Line]) -> str:
-    clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
-    timed = next((line for line in lines if "seconds" in line), None)
+def _clips(lines: Sequence[ResultLine]) -> str:
+    clips, call = len({line.clip for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0].raw["call"].items())
+    timed = next((line.raw for line in lines if line.seconds is not None), None)
     machine = f"; {timed['threads']} threads, {timed['processor']}" if timed else ""
     return f"{clips} held-out clips ({call}{machine})"
 
 
-def _seeds(suite: Suite, lines: Sequence[Line]) -> str:
-    seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
+def _seeds(suite: Suite, lines: Sequence[ResultLine]) -> str:
+    seeds, steps = sorted({line.clip for line in lines}), {arm.num_inference_steps for arm in suite.arms}
     message = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
     return f"held-out prompts and seeds {seeds[0]} to {seeds[-1]}{message}"
 
@@ -266,7 +267,8 @@ def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
 
 def _budgets(root: Path) -> str:
     names = ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
-    return of_clips.budgets([(read_suite(root / f"eval/suites/{name}.toml"), _lines(root, name)) for name in names])
+    suites = [read_suite(root / f"eval/suites/{name}.toml") for name in names]
+    return of_clips.budgets([(suite, result_lines(root / f"eval/results/{suite.name}.jsonl")) for suite in suites])
 
 
 ANSWERED: dict[str, tuple[str, Write]] = {

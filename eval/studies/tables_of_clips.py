@@ -9,8 +9,9 @@ import numpy as np
 from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
 from dit_accel_eval.runs.results import Line, latest, markdown_table
-from dit_accel_eval.statistics import FEWEST, estimate, judge, rank_correlation
-from dit_accel_eval.suites.comparison import WORKS, ArmFigures, figures_of
+from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
+from dit_accel_eval.suites.figures import ArmFigures, figures_of
+from dit_accel_eval.suites.lines import WORKS, ResultLine
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_eval.tune.block_ranking import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
@@ -26,7 +27,7 @@ SLACK, SHOWN = 2, 2
 """Steps' work, and how many caches are shown for a budget, the furthest ahead first."""
 
 
-def budgets(measured: Sequence[tuple[Suite, Sequence[Line]]]) -> str:
+def budgets(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
     """Which caches lead furthest over UniPC of equal work within a budget, among the arms of several suites."""
     heads, rows = "model | budget | cache | clips | own work | PSNR to converged, dB (median)", []
     for model in dict.fromkeys(suite.model for suite, _ in measured):
@@ -70,7 +71,7 @@ def block_choices(lines: Sequence[Line], scores: Mapping[str, Sequence[float]]) 
         chosen = tuple(cached_blocks(list(values), count=len(next(iter(table))))[0])
         place = 1 + int((everyone.mean(1) > table[chosen].mean()).sum())
         places = ", ".join(map(str, 1 + (everyone > table[chosen]).sum(0)))
-        ahead = estimate((table[chosen] - everyone.mean(0)).tolist())
+        ahead = clip_mean((table[chosen] - everyone.mean(0)).tolist())
         agreement = rank_correlation([-sum(values[block] for block in blocks) for blocks in table], everyone.mean(1))
         place_words = f"{place} of {len(table)}"
         rows.append((criterion, spell_numbers(chosen), place_words, places, f"{ahead:+}", f"{agreement:+.2f}"))
@@ -105,7 +106,7 @@ def every_set(lines: Sequence[Line]) -> str:
         alike = next((sets for sets in (heads, pairs) if name in sets), [])
         rank = f"{1 + sum(worth[one] > worth[name] for one in alike)} of {len(alike)}" if alike else ""
         close, plain = ([by_clip[one][clip]["closeness"] for clip in held_out] for one in (name, "none"))
-        gained = estimate([100 * (one - other) for one, other in zip(close, plain, strict=True)])
+        gained = clip_mean([100 * (one - other) for one, other in zip(close, plain, strict=True)])
         gain = "" if name == "none" else f"{gained:+}"
         rows.append((what, name, rank, f"{worth[name]:.3f}", f"{np.mean(close):.3f}", gain))
     every, asked = (sum(tuning[name]["forwards"] for name in sets) for sets in ([*heads, *pairs], [*heads, *beside]))
@@ -249,7 +250,7 @@ def _correlations(lines: Sequence[Line], what: str) -> str:
             within = (rank_correlation(*zip(*scene, strict=True)) for scene in pairs.values() if len(scene) > 2)
             known = [value for value in within if value == value]
             unknown = "constant" if pairs else "not measured"
-            rows.append((name, f"`{key}`", str(estimate(known)) if known else unknown, len(known)))
+            rows.append((name, f"`{key}`", str(clip_mean(known)) if known else unknown, len(known)))
     return markdown_table(f"dimension | metric | rank correlation within a {what} | {what}s", rows)
 
 

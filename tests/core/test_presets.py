@@ -4,8 +4,8 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import tiny_image_pipelines
 import torch
+from tiny_stock import stock_pipeline
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
@@ -75,7 +75,7 @@ def test_named_methods_win_and_what_they_exclude_is_said():
 
 
 def test_pictures_get_no_method_for_clips():
-    assert [*attached(tiny_image_pipelines.flux()[0], preset="fast")] == ["easycache"]
+    assert [*attached(stock_pipeline("FluxPipeline")[0], preset="fast")] == ["easycache"]
 
 
 def test_a_family_makes_clips_whatever_it_refuses():

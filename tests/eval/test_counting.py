@@ -4,11 +4,13 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from dit_accel_eval.runs.counting import Counter, Counts, attended, planned, work
-from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import DeltaAttention, RadialAttention, SparseD
+
+WAN_PLAIN = WAN.families[-1]
 
 
 def forward(transformer: WanTransformer3DModel, rows: int = 1) -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(BENCH))
 
 import aot  # noqa: E402
 import cases  # noqa: E402
-from dit_accel_kernels.backends.triton.launch import Key, family, table  # noqa: E402
+from dit_accel_kernels.backends.triton.launch import Key, family_of, launch_table  # noqa: E402
 from promised import NAMES, promised  # noqa: E402
 from targets import MEMBERS, TARGETS  # noqa: E402
 
@@ -101,31 +101,31 @@ def test_every_row_of_the_launch_table_is_compiled_for_every_target_that_takes_i
     found = [(Key(*r["row"]), r) for r in RECORDS if r["target"] == target and "row" in r]
     assert {row for row, _ in found} == promised(target)
     for row, record in found:
-        assert record["sizes"] == list(astuple(table()[row])), record["launch"]
+        assert record["sizes"] == list(astuple(launch_table()[row])), record["launch"]
     for row in promised(target):  # at the sizes that it is for
         size = f"-{NAMES[row.kind]}-d{row.dim}-b{row.tile}-"
         assert any(size in record["launch"] for key, record in found if key == row), row
 
 
 def test_every_row_of_the_launch_table_serves_a_target():
-    assert set().union(*map(promised, TARGETS)) == set(table())
+    assert set().union(*map(promised, TARGETS)) == set(launch_table())
 
 
 def test_cards_of_a_family_have_what_its_rows_are_compiled_for():
     """As much shared memory for a block; sm_86, sm_89, sm_120 and sm_121 have least of NVIDIA's."""
     for name, card in MEMBERS.items():
-        assert card.shared_block >= TARGETS[family(name)].shared_block
+        assert card.shared_block >= TARGETS[family_of(name)].shared_block
     assert {name for name, card in (TARGETS | MEMBERS).items() if card.shared_block == 101376} == {
         "sm_86", "sm_89", "sm_120", "sm_121",
     }  # fmt: skip
-    assert [family(name) for name in ("gfx90a", "gfx942", "gfx950", "gfx1100")] == ["gfx942"] * 4
+    assert [family_of(name) for name in ("gfx90a", "gfx942", "gfx950", "gfx1100")] == ["gfx942"] * 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_card_of_a_family_takes_the_shared_memory_that_is_recorded_for_it(tmp_path, member):
     """By the launch that takes most; it may spill a few words more than there, as on sm_87."""
-    rows = [r for r in RECORDS if r["target"] == family(member) and "row" in r]
+    rows = [r for r in RECORDS if r["target"] == family_of(member) and "row" in r]
     most = max(rows, key=lambda r: r["shared"])
     match = f"^{re.escape(most['launch'])}$"
     _, [record] = run_aot(tmp_path, "--match", match, "--target", member, "--jobs", "1")

@@ -25,7 +25,9 @@ needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ c
 def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, dtype, monkeypatch):
     """More columns than are kept at a time in one tile, in several, and of pooled ones; every feature; pairs."""
     taken = []
-    monkeypatch.setattr(fused, "attend", lambda *a, real=fused.attend, **k: taken.append(1) or real(*a, **k))
+    monkeypatch.setattr(
+        fused, "attend_by_loop", lambda *a, real=fused.attend_by_loop, **k: taken.append(1) or real(*a, **k)
+    )
     call = Call(
         batch=2, heads=4, key_heads=2, num_q=150, num_k=1400, dim=dim, dtype=dtype, blocks=(block_q, block_k), groups=4
     )

@@ -21,7 +21,7 @@ FIRST = int(os.environ.get("FUZZ_SEED", "0"))
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.04}
 BY_DTYPE = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
 RUNS = [
-    ("reference", torch.float64, 10), ("reference", torch.float32, 10), ("loop", torch.float32, 20),
+    ("reference", torch.float64, 40), ("reference", torch.float32, 10), ("loop", torch.float32, 20),
     ("operations", torch.float32, 20), ("operations", torch.float64, 20), ("operations", torch.bfloat16, 10),
     ("triton", torch.float32, 12), ("triton", torch.bfloat16, 3),
 ]  # fmt: skip

@@ -167,32 +167,6 @@ def test_packed_sequences_see_themselves_alone(cu_k, limits):
     check_against_dense(tiles, mask)
 
 
-def test_neighbourhood_attention_of_a_video_in_tiles_of_its_grid():
-    """NATTEN's windows of 3 x 3 x 3, moved inside at the edges, on tokens ordered by boxes of 4 x 4 x 2."""
-    grid, box, size = (4, 8, 16), (4, 4, 2), (3, 3, 3)
-    token = torch.arange(512).view(grid)
-    boxes = token.unflatten(2, (-1, box[2])).unflatten(1, (-1, box[1])).unflatten(0, (-1, box[0]))
-    order = boxes.permute(0, 2, 4, 1, 3, 5).flatten()
-    places = torch.stack(torch.unravel_index(order, grid), 1)
-    lengths, sizes = torch.tensor(grid), torch.tensor(size)
-
-    def near(b, h, q_idx, kv_idx):
-        first = (places[q_idx] - sizes // 2).clamp(min=torch.zeros(3).long(), max=lengths - sizes)
-        return ((places[kv_idx] >= first) & (places[kv_idx] < first + sizes)).all()
-
-    tiles = TileLists.from_mask_mod(near, block_q=32, block_k=32, num_q=512, num_k=512)
-    spots = torch.stack(torch.unravel_index(torch.arange(512), grid), 1)
-    mask = torch.ones(512, 512, dtype=torch.bool)
-    for axis, (length, count) in enumerate(zip(grid, size, strict=True)):
-        for token in range(512):
-            start = min(max(int(spots[token, axis]) - count // 2, 0), length - count)
-            mask[token] &= (spots[:, axis] >= start) & (spots[:, axis] < start + count)
-    assert (mask.sum(1) == 27).all()
-    assert tiles.density < 0.4
-    assert TileLists.from_mask(mask, block_q=32, block_k=32).density > 0.45  # rows of the grid as they are
-    check_against_dense(tiles, mask, token_order=order)
-
-
 def test_masks_that_change_in_place_are_followed():
     tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=40, num_k=40)
     q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)

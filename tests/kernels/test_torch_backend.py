@@ -19,8 +19,6 @@ from dit_accel_kernels import (
     block_sparse_attention_eager,
     pack_bits,
 )
-from dit_accel_kernels import votes
-from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks as chunks_module
 from dit_accel_kernels.backends.torch.chunks import WASTE, chunks_of
 from dit_accel_kernels.checks import problem_of
@@ -118,14 +116,6 @@ def test_chunks_cover_every_query_tile_once_with_little_padding(columns, multipl
 FULL = TileLists.full(100, 100, block_q=16, block_k=16)
 
 
-def test_key_tiles_are_counted_through_all_key_heads():
-    problem = problem_of(*qkv(2, 4, 2, 100, 100, 8, torch.float32), FULL, layout="bhsd")
-    seen = {}
-    for chunk in chunks_of(problem, 1, 1, remember=False):
-        seen[int(chunk.q_tiles)] = int(chunk.exact.min()) // 7
-    assert [seen[7 * lane] for lane in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
 @pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_padding_lets_nothing_in_from_tiles_that_a_row_drops(monkeypatch, rest):
@@ -219,18 +209,3 @@ def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, maske
         mask = torch.rand(1, 40) > 0.2 if masked else None
         block_sparse_attention(*leaves, tiles, layout="bhsd", key_mask=mask, backend="torch").sum().backward()
     assert len(calls) == 2  # in smaller chunks for gradients
-
-
-@pytest.mark.usefixtures("by_operations")
-@pytest.mark.parametrize(("tiles", "settled"), [(100, [7]), (28, [4, 3]), (27, [2, 2, 3])])
-def test_chunks_are_settled_together_as_long_as_their_padded_tiles_fit(monkeypatch, tiles, settled):
-    monkeypatch.setattr(torch_attend, "chunk_sizes", lambda problem: (1, 224, 1))  # two query tiles of seven key tiles
-    monkeypatch.setattr(votes, "VOTE_BYTES", tiles * 16 * 4)
-    found, real = [], votes.Tally.settle
-    monkeypatch.setattr(
-        votes.Tally, "settle", lambda self, rows, *given: found.append(len(rows)) or real(self, rows, *given)
-    )
-    q, k, v = qkv(1, 1, 1, 112, 112, 8, torch.float32)
-    lists = TileLists.full(112, 112, block_q=16, block_k=16)
-    block_sparse_attention(q, k, v, lists, layout="bhsd", selection=Selection(vote=Vote()), backend="torch")
-    assert found == settled

@@ -51,7 +51,7 @@ def votes_of(q, k, v, tiles, backend, **arguments):
 @pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", [1 << 20, 9000])
-@pytest.mark.parametrize("vote", [None, *VOTES], ids=["none", *NAMES])
+@pytest.mark.parametrize("vote", VOTES[:2], ids=NAMES[:2])
 def test_outputs_beside_votes_stay_within_rounding(monkeypatch, dtype, part, vote):
     monkeypatch.setattr(torch_attend, "CHUNK_BYTES", part)
     q, k, v = qkv(1, 4, 2, 100, 210, 16, dtype)

@@ -4,7 +4,6 @@ import itertools
 
 import diffusers
 import pytest
-import tiny_pipelines
 import torch
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -15,6 +14,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
 )
 from dit_accel_kernels import block_sparse_attention_eager, unpack_bits
+from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate
 
 import dit_accel
@@ -176,14 +176,14 @@ FASTER = dict(
     ],
 )
 def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(methods):
-    pipe, call = tiny_pipelines.cogvideox()
+    pipe, call = stock_pipeline("CogVideoXPipeline")
     call = dict(call, num_inference_steps=8, output_type="latent")
     diffusers.utils.logging.set_verbosity_error()
     pipe.transformer.enable_cache(FasterCacheConfig(**FASTER, current_timestep_callback=lambda: pipe.current_timestep))
     with dit_accel.attach(pipe, *methods, preset="none") as attachment, recorded(attachment) as calls:
-        first = tiny_pipelines.generate(pipe, call)
+        first = run_stock(pipe, call)
         report = attachment.report()
-        again = tiny_pipelines.generate(pipe, call)
+        again = run_stock(pipe, call)
     assert torch.equal(again, first)
     assert report.sparse_density < 1
     batches = [called.q.shape[0] for called in calls]

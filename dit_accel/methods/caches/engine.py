@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import ConfigError
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
+from ..gradients import is_recorded, requires_grad
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
 from .cache_config import ExpertSteps, MeasuredCacheConfig, StepCacheConfig, is_unconditional
@@ -360,16 +361,6 @@ class StepCacheHandler(Handler):
         every = self.settings.branches == "all"
         rows = self.model.family.forwards_per_step if self.model.family and every else 1
         return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
-
-
-def is_recorded(value: Any) -> bool:
-    """Tell whether something lies in a graph of gradients, whose forward can't be skipped."""
-    return torch.is_grad_enabled() and any(requires_grad(leaf) for leaf in tree_leaves(value))
-
-
-def requires_grad(value: Any) -> bool:
-    """Tell whether something is a tensor that asks for gradients."""
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:

@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Job = tuple[tuple[str, ...], int]
+Trial = tuple[tuple[str, ...], int]
 """What is judged: heads, such as ``L3H1``, in their usual order, and the number of a prompt."""
 
 
 def search(
-    heads: Sequence[str], evaluate: Callable[[Sequence[Job]], Sequence[Any]], *, prompts: int, rounds: int,
+    heads: Sequence[str], evaluate: Callable[[Sequence[Trial]], Sequence[Any]], *, prompts: int, rounds: int,
     per_round: int, worth: Callable[[Sequence[Any]], float] = statistics.fmean,
 ) -> list[tuple[int, str, float]]:  # fmt: skip
     """Select heads round by round; it ends early where no head is left.

@@ -29,11 +29,7 @@ class HeadSelection:
 
     @classmethod
     def of(cls, text: str) -> "HeadSelection":
-        """Read an objective, ``harmonic: A, B`` or ``threshold: A, B >= 20, C >= 6``; the first of these ranks.
-
-        Raises:
-            ConfigError: for a part that names nothing, or a least that is no number or not wanted.
-        """
+        """Read an objective, ``harmonic: A, B`` or ``threshold: A, B >= 20, C >= 6``; the first of these ranks."""
         kind, _, rest = text.partition(":")
         if kind not in KINDS:
             return cls("", (text,), (-math.inf,))
@@ -57,9 +53,6 @@ class HeadSelection:
 
         Args:
             scores: of each clip, what each objective gave.
-
-        Raises:
-            ConfigError: for a mean that is not above 0, of which there is no harmonic mean.
         """
         means = [math.fsum(one) / len(scores) for one in zip(*scores, strict=True)]
         if self.kind != "harmonic":

@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, Sizes, read_sizes
 from dit_accel.adapters.position_ids import read_once
-from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .flux import FLUX
 from .lumina2 import lengths

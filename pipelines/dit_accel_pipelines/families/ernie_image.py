@@ -2,12 +2,7 @@
 
 from functools import partial
 
-from dit_accel.adapters.adapter import Adapter, latents_grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Guidance, Rope, by_config, latents_grid, read_sizes
 
 ERNIE_IMAGE = Adapter(
     name="ernie-image",

@@ -4,13 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, by_config, read_sizes
 from dit_accel.adapters.position_ids import last_row, read_once
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
 
 
 def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:

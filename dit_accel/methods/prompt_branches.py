@@ -4,10 +4,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ...adapters.guidance import PipelineCall
-from ...errors import ConfigError
-from ..site import ForwardContext, Site
-from .perturbed_blocks import Rows
+from ..adapters.guidance import PipelineCall
+from ..errors import ConfigError
+from .site import ForwardContext, Site
+
+Rows = tuple[slice, int] | None
+"""Rows of a batch, and how many rows that has; None: all."""
 
 Part = Literal["cond", "uncond", "both", "perturbed"]
 """What a forward holds; ``perturbed``: the conditional prompt, in a perturbed prediction of the pipeline's own."""
