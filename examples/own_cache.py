@@ -23,11 +23,9 @@ class StillHandler(StepCacheHandler):
     config_type = StillCache
 
     def indicator(self, context, decision):
-        if decision.kept is None:
+        if (before := decision.kept) is None:
             return None  # nothing was computed yet
-        change, size = self.numbers(
-            context, mean_change(self.latents(context), decision.kept), mean_size(decision.kept)
-        )
+        change, size = self.numbers(context, mean_change(self.latents(context), before), mean_size(before))
         return change / size
 
     def computed(self, context, decision, output):

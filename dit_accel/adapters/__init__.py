@@ -4,6 +4,7 @@ from .adapter import NO_STEP, Adapter, Family, Grid, latents_grid, patch_count
 from .blocks import JOINT, BlockList
 from .cross_attention import CrossAttention
 from .guidance import Guidance
+from .installed import register
 from .joined_text import JoinedText
 from .rope_axes import by_config
 from .rotary import VISUAL_AXES, Axis, Rope
@@ -11,5 +12,5 @@ from .sizes import Sizes, read_sizes
 
 __all__ = [
     "JOINT", "NO_STEP", "VISUAL_AXES", "Adapter", "Axis", "BlockList", "CrossAttention", "Family", "Grid", "Guidance",
-    "JoinedText", "Rope", "Sizes", "by_config", "latents_grid", "patch_count", "read_sizes",
+    "JoinedText", "Rope", "Sizes", "by_config", "latents_grid", "patch_count", "read_sizes", "register",
 ]  # fmt: skip

@@ -9,9 +9,5 @@ from torch.utils._pytree import tree_leaves
 
 def is_recorded(value: Any) -> bool:
     """Tell whether something lies in a graph of gradients, whose forward can't be skipped."""
-    return torch.is_grad_enabled() and any(requires_grad(leaf) for leaf in tree_leaves(value))
-
-
-def requires_grad(value: Any) -> bool:
-    """Tell whether something is a tensor that asks for gradients."""
-    return isinstance(value, Tensor) and value.requires_grad
+    leaves = tree_leaves(value) if torch.is_grad_enabled() else []
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)

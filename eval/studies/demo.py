@@ -16,10 +16,10 @@ import typer
 from dit_accel_assets import held_out_prompts
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.psnr import psnr
-from dit_accel_eval.runs.conditions import processor
+from dit_accel_eval.runs.conditions import processor_name
 from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
-from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.arms import Arm, dense_arm
@@ -55,7 +55,7 @@ class Outcome:
 
     name: str
     arm: Arm
-    runs: tuple[Run, ...]
+    runs: tuple[ModelRun, ...]
     psnr: tuple[float, ...]
     work: tuple[float, ...]
 
@@ -177,11 +177,11 @@ def _text(text: str, clip: Clip) -> Frames:
     return np.broadcast_to(np.asarray(box), (len(clip), box.height, box.width, 3))
 
 
-def _run(model: EmbeddedModel, arm: Arm, seed: int) -> Run:
+def _run(model: EmbeddedModel, arm: Arm, seed: int) -> ModelRun:
     return model.run(seed, steps=arm.num_inference_steps, solver=arm.solver, methods=arm.methods)
 
 
-def _outcome(name: str, arm: Arm, runs: Sequence[Run], dense: Sequence[Run], model: EmbeddedModel) -> Outcome:
+def _outcome(name: str, arm: Arm, runs: Sequence[ModelRun], dense: Sequence[ModelRun], model: EmbeddedModel) -> Outcome:
     both, steps = list(zip(runs, dense, strict=True)), DENSE.num_inference_steps
     works = tuple(work(run.counts, whole.counts / steps, run.attended, model.own_share) for run, whole in both)
     psnrs = tuple(psnr(run.frames, whole.frames) for run, whole in both)
@@ -198,7 +198,7 @@ def _data(model: EmbeddedModel, outcomes: Sequence[Outcome], seed: int) -> dict[
     found = over_prompts(RESULTS.parents[1], model.name, LEVEL)
     return {
         "over_prompts": found and dataclasses.asdict(found),
-        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor(),
+        "model": model.name, "prompt": model.prompt(0), "call": model.call, "device": processor_name(),
         "threads": torch.get_num_threads(), "shown_seed": seed, "arms": arms,
     }  # fmt: skip
 

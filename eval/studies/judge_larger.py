@@ -12,7 +12,7 @@ from dit_accel_assets.judge import judge
 from dit_accel_assets.world import scene_of
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite
 from judging import held_arms, paired_cell
@@ -20,7 +20,7 @@ from judging import held_arms, paired_cell
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
 
-def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
     """Return what a line says of a picture."""
     return judged(made.frames, clip, int(model_defaults(model.name)["height"]))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit_accel_eval.runs.conditions import processor
+from dit_accel_eval.runs.conditions import processor_name
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -59,4 +59,4 @@ def study(
 
 def about() -> dict[str, Any]:
     """Return what every timed line says of the machine."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor()}
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor_name()}

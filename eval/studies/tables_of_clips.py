@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
-from dit_accel_eval.runs.results import Line, latest, markdown_table
+from dit_accel_eval.runs.results import Line, last_by_clip, markdown_table
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
 from dit_accel_eval.suites.figures import ArmFigures, figures_of
 from dit_accel_eval.suites.lines import WORKS, ResultLine
@@ -199,7 +199,7 @@ def vbench_proxies(lines: Sequence[Line]) -> str:
 
 def vbench_arms(lines: Sequence[Line]) -> str:
     """What a suite's arms come to by VBench's names, each against the first, on the clips that all of them have."""
-    known = latest(lines)
+    known = last_by_clip(lines)
     arms = [*dict.fromkeys(line["arm"] for line in lines)]
     clips = [clip for clip in sorted({clip for _, clip in known}) if all((arm, clip) in known for arm in arms)]
     held = {arm: [known[arm, clip] for clip in clips] for arm in arms}

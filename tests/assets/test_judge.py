@@ -109,35 +109,20 @@ def test_the_more_a_clip_is_hurt_the_lower_it_scores():
     assert all(high > low + 0.02 for high, low in pairwise(means)), means
 
 
-@pytest.mark.parametrize(
-    ("words", "question"),
-    [
-        ({"color": "green"}, "present"),
-        ({"shape": "circle"}, "shape"),
-        ({"shape": "triangle"}, "shape"),
-        ({"texture": "striped"}, "texture"),
-        ({"motion": "moving left"}, "path"),
-        ({"motion": "moving up-right"}, "path"),
-        ({"speed": "quickly"}, "path"),
-        ({"speed": "slowly"}, "path"),
-        ({"ground": "maroon"}, "ground"),
-        ({"ground_texture": "dotted"}, "ground_texture"),
-        ({"pan": "up"}, "camera"),
-        ({"style": "outlined"}, "style"),
-        ({"style": "dim"}, "style"),
-        ({"style": "soft"}, "style"),
-    ],
-)
-def test_a_wrong_word_is_told_by_its_question(words, question):
-    asked, shown = one_thing(), one_thing(**words)
+def test_a_wrong_word_is_told_by_its_question():
+    asked = one_thing()
     assert not failed(judge.judge(painter.draw(asked), asked))
-    assert question in failed(judge.judge(painter.draw(shown), asked))
-
-
-@pytest.mark.parametrize(("asked", "shown"), [("growing", "still"), ("still", "growing"), ("shrinking", "growing")])
-def test_a_wrong_event_is_told_by_the_size(asked, shown):
-    asked, shown = one_thing(motion=asked), one_thing(motion=shown)
-    assert failed(judge.judge(painter.draw(shown), asked)) == {"size"}
+    for question, *wrong in (
+        ("present", {"color": "green"}), ("shape", {"shape": "circle"}, {"shape": "triangle"}),
+        ("texture", {"texture": "striped"}), ("ground", {"ground": "maroon"}),
+        ("path", {"motion": "moving left"}, {"motion": "moving up-right"}, {"speed": "quickly"}, {"speed": "slowly"}),
+        ("ground_texture", {"ground_texture": "dotted"}), ("camera", {"pan": "up"}),
+        ("style", {"style": "outlined"}, {"style": "dim"}, {"style": "soft"}),
+    ):  # fmt: skip
+        for words in wrong:
+            assert question in failed(judge.judge(painter.draw(one_thing(**words)), asked)), words
+    for asked, shown in (("growing", "still"), ("still", "growing"), ("shrinking", "growing")):
+        assert failed(judge.judge(painter.draw(one_thing(motion=shown)), one_thing(motion=asked))) == {"size"}
 
 
 def test_turning_is_told_from_standing_still():

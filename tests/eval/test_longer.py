@@ -9,7 +9,7 @@ from dit_accel_assets.checker import path_error
 from dit_accel_assets.clips import clip_of, draw
 from dit_accel_eval.suites.suite import read_suite
 from drawn_model import STUDIES, DrawnModel, run_suite, standing_in
-from judge_longer import by_stretch, loop, motion, repetition, sharpness, table
+from judge_longer import by_stretch, loop_rise, mean_motion, repetition, sharpness, table
 
 
 def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
@@ -19,8 +19,8 @@ def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
 
 def test_motion_and_sharpness():
     clip = drawn()
-    assert motion(clip) > 0 == motion(np.repeat(clip[:1], 9, 0))
-    assert motion(clip[::4]) > motion(clip)
+    assert mean_motion(clip) > 0 == mean_motion(np.repeat(clip[:1], 9, 0))
+    assert mean_motion(clip[::4]) > mean_motion(clip)
     assert sharpness(clip) > sharpness((clip[:, :-1, :-1] + clip[:, 1:, 1:]) / 2)
 
 
@@ -34,10 +34,10 @@ def test_repetition_finds_the_opening_again():
 def test_a_loop_is_told_from_a_way_and_from_standing_still():
     for seed in range(6):
         clip = drawn(seed, frames=65)  # one way, across the whole clip
-        assert loop(clip, 17) < 0.6
-        assert loop(np.concatenate([clip[30:47]] * 4), 17) > 1.4
-        assert loop(np.roll(np.concatenate([clip[::2]] * 2), 5, axis=0), 17) > 1.4  # whatever its opening frames
-    assert loop(np.repeat(clip[:1], 40, 0), 17) == 2.0
+        assert loop_rise(clip, 17) < 0.6
+        assert loop_rise(np.concatenate([clip[30:47]] * 4), 17) > 1.4
+        assert loop_rise(np.roll(np.concatenate([clip[::2]] * 2), 5, axis=0), 17) > 1.4  # whatever its opening frames
+    assert loop_rise(np.repeat(clip[:1], 40, 0), 17) == 2.0
 
 
 def test_the_path_error_tells_a_straight_way_from_one_that_begins_again():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 from dit_accel_eval.tune.schedule import Placement, tune_schedule
+from dit_accel_eval.tune.skip_costs import SkipCosts, grown, searched
 from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import make_scheduler
 from tuning import PROMPTS, loaded, one_pipeline
@@ -15,7 +16,6 @@ from tuning import request as request_of
 import dit_accel
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.cli.method_options import select_methods
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 STEPS = 7
 pipe = pytest.fixture(one_pipeline, autouse=True)

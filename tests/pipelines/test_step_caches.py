@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import FlowMatchHeunDiscreteScheduler, WanImageToVideoPipeline
 from tiny_parts import pil
 from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate as generate_video
@@ -42,21 +42,6 @@ def test_wan_tells_steps_and_branches(make_pipe):
     assert torch.equal(generate_video(pipe, num_inference_steps=6), plain)
 
 
-def test_only_uncond(make_pipe):
-    pipe = make_pipe()
-    with dit_accel.attach(pipe, StaticCache(every=2, warmup_steps=2, branches="uncond")) as attachment:
-        generate_video(pipe, num_inference_steps=6)
-        assert drawn(attachment) == {"cond": "######", "uncond": "##.#.#"}
-
-
-def test_one_call_for_both_branches():
-    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
-    with dit_accel.attach(pipe, ALTERNATE) as attachment:
-        first = run_stock(pipe, call, num_inference_steps=6)
-        assert drawn(attachment) == {"call 0": "##.#.#"}
-        assert torch.equal(run_stock(pipe, call, num_inference_steps=6), first)
-
-
 def test_two_evaluations_a_step_are_one_decision():
     pipe, call = stock_pipeline("StableDiffusion3Pipeline")
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
@@ -77,20 +62,6 @@ def test_a_run_that_starts_in_the_middle_counts_its_own_steps():
     with dit_accel.attach(pipe, StaticCache(steps=(1, 1, 0, 1, 0, 1))) as attachment:
         run_stock(pipe, call, num_inference_steps=10, strength=0.6)
         assert drawn(attachment) == {"call 0": "##.#.#"}
-
-
-def test_a_run_after_an_interrupted_one_is_a_fresh_one():
-    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
-
-    def interrupt(pipe, step, timestep, tensors):
-        pipe._interrupt = step == 3
-        return tensors
-
-    with dit_accel.attach(pipe, ALTERNATE):
-        fresh = run_stock(pipe, call, num_inference_steps=6, generator=torch.Generator().manual_seed(1))
-        run_stock(pipe, call, num_inference_steps=6, callback_on_step_end=interrupt)
-        again = run_stock(pipe, call, num_inference_steps=6, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(again, fresh)
 
 
 def test_an_expert_that_takes_over_begins_with_nothing(make_pipe):
@@ -121,34 +92,11 @@ def test_sound_is_forecast_too():
         assert all(len(out) == 2 for out in given)
 
 
-def test_two_pipelines_by_turns_do_not_meet(make_pipe):
-    pipes: list[WanPipeline] = [make_pipe(0), make_pipe(1)]
-    attachments = [dit_accel.attach(pipe, ALTERNATE) for pipe in pipes]
-    alone = [generate_video(pipe, num_inference_steps=4) for pipe in pipes]
-
-    def meanwhile(pipe, step, timestep, tensors):
-        if step == 1:
-            assert torch.equal(generate_video(pipes[1], num_inference_steps=4), alone[1])
-        return tensors
-
-    assert torch.equal(generate_video(pipes[0], num_inference_steps=4, callback_on_step_end=meanwhile), alone[0])
-    for attachment in attachments:
-        attachment.detach()
-
-
 def test_a_pipeline_that_does_not_tell_its_branches_can_not_skip_one_alone():
     pipe, call = stock_pipeline("FluxImg2ImgPipeline")
     refused = pytest.raises(ConfigError, match=r"staticcache\.branches = 'uncond'.*cache_context")
     with dit_accel.attach(pipe, StaticCache(every=2, branches="uncond")), refused:
         run_stock(pipe, call)
-
-
-def test_latents_that_a_pipeline_writes_into_are_cached_like_others():
-    """Kandinsky 5's pipelines write each step's latents into the last one's tensor."""
-    pipe, call = stock_pipeline("Kandinsky5T2VPipeline")
-    with dit_accel.attach(pipe, EasyCache(threshold=50.0, warmup_steps=1)) as attachment:
-        run_stock(pipe, call, num_inference_steps=6, output_type="latent")
-        assert set(drawn(attachment, "easycache").values()) == {"##...#"}
 
 
 @pytest.mark.parametrize("name", ["Flux2KleinKVPipeline", "QwenImage21Pipeline"])
@@ -181,25 +129,3 @@ def test_two_transformers_that_hold_a_prompt_each(cache, reused):
         data = attachment.report().section(cache.name).data
         assert (data["reused"], len(data["forwards"])) == (reused, 14)
         assert torch.equal(run_stock(pipe, call, num_inference_steps=7), first)
-
-
-@pytest.mark.parametrize("prompts", [1, 2])
-def test_guidance_that_a_callback_switches_off_begins_anew(prompts):
-    """diffusers documents it: half of the rows are left, and they must not be compared with all of them."""
-
-    def switch_off(pipe, step, timestep, tensors):
-        if step == 2:
-            tensors |= {name: value[prompts:] for name, value in tensors.items() if name != "latents"}
-            pipe._guidance_scale = 0.0
-        return tensors
-
-    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
-    call = {name: torch.cat([value] * prompts) if torch.is_tensor(value) else value for name, value in call.items()}
-    callback = dict(
-        callback_on_step_end=switch_off,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "pooled_prompt_embeds"],
-    )
-    with dit_accel.attach(pipe, EasyCache(threshold=50.0, warmup_steps=1)) as attachment:
-        latents = run_stock(pipe, call, num_inference_steps=8, **callback)
-        assert set(drawn(attachment, "easycache").values()) == {"##.###.#"}  # the layers see the new batch in step 3
-    assert latents.isfinite().all()

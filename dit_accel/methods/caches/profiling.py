@@ -32,7 +32,7 @@ from .profile_file import cached_in, read_profile, require_weights
 from .spans import Pass, Span, SpanHandler
 
 BLOCKS = ("blocks", "blocks_2", "refresh_2")
-SCHEDULE = ("every", "every_last", "refresh", "refresh_2", "measured_steps")
+SCHEDULE = ("every", "refresh", "refresh_2", "measured_steps")
 Rising = Annotated[
     tuple[int, ...], Rule("a list of steps from 0 on, rising", lambda at: at and at[0] >= 0 and [*at] == sorted({*at}))
 ]
@@ -52,12 +52,11 @@ class ProfilingCache(StepCacheConfig):
         blocks: the blocks that are cached, such as ``"0, 2-7"``; or the ``.json`` file of ``dit-accel tune profile``.
             Unset: those published for the model.
         every: the cached blocks run at every n-th step after the first ones.
-        every_last: the distance shrinks from ``every`` to this over the run; unset: it stays.
         refresh: the steps at which they run, instead of ``every``.
         blocks_2: further cached blocks, which run at the steps ``refresh_2``.
         refresh_2: those steps.
-        measured_steps: ``every``, ``every_last`` and both lists are those of a run of so many steps, and are rescaled
-            to others; unset: they are taken as they are.
+        measured_steps: ``every`` and both lists are those of a run of so many steps, and are rescaled to others;
+            unset: they are taken as they are.
         offload: where what is stored waits between the steps: ``cpu`` frees the accelerator's memory and copies it
             there and back.
     """
@@ -69,7 +68,6 @@ class ProfilingCache(StepCacheConfig):
 
     blocks: Annotated[str, JSON_FILE] | tuple[int, ...] | None = None
     every: Count | None = None
-    every_last: Count | None = None
     refresh: Rising | None = None
     blocks_2: Annotated[str, NO_FILE] | tuple[int, ...] | None = None
     refresh_2: Rising | None = None
@@ -79,11 +77,6 @@ class ProfilingCache(StepCacheConfig):
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
         self.require_one_of("every", "refresh", of="when the cached blocks run")
-        if self.every_last is not None and not self.every_last <= (self.every or 0):
-            raise ConfigError(
-                f"profilingcache.every_last = {self.every_last} must be at most profilingcache.every, which is "
-                f"{self.every or 'unset'}; the distance shrinks from that to this"
-            )
         for option in ("refresh", "refresh_2") if self.measured_steps is not None else ():
             if (listed := getattr(self, option)) and listed[-1] >= self.measured_steps:
                 raise ConfigError(
@@ -116,8 +109,8 @@ class ProfilingCache(StepCacheConfig):
             numbers = [read_numbers(left.pop(option), f"profilingcache.{option}") for option in ("blocks", "blocks_2")]
             left["blocks"] = spell_numbers([*numbers[0], *numbers[1]])
         if self.every is None and self.refresh is None and not {"every", "refresh"} & {*left}:
-            own = any(getattr(self, option) is not None for option in SCHEDULE)
-            left |= {"every": USUAL["every"]} if own else USUAL
+            partly = any(getattr(self, option) is not None for option in SCHEDULE)
+            left |= {"every": USUAL["every"]} if partly else USUAL
         full: Any = StepCacheConfig.filled(self, left)
         return full
 
@@ -138,24 +131,19 @@ class ProfilingCache(StepCacheConfig):
         return tuple(read_profile(self.blocks, "profilingcache.blocks")["transformers"])
 
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
-        """Tell whether the blocks of one of `groups` run at a step, 0-based, of a run of ``count``; None: not known.
+        """Return whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known.
 
         Raises:
             ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
         """
         listed = self.refresh_2 if group else self.refresh
-        if count is None and (self.measured_steps is not None or self.every_last is not None):
-            what = "measured_steps" if self.measured_steps is not None else "every_last"
-            raise unknown_steps(self, what, "set profilingcache.every alone")
-        measured = self.measured_steps or count
-        first = self.first_steps(measured)
-        if listed is None and self.every_last is None:
+        if count is None and self.measured_steps is not None:
+            raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")
+        if listed is None:
+            first, every = self.first_steps(self.measured_steps or count), self.every or 1
             if self.measured_steps is None:
-                return index >= first and (index - first) % (self.every or 1) == 0
-            listed = block_schedule.fixed(first, self.every or 1, self.measured_steps)
-        elif listed is None:
-            assert measured is not None
-            listed = block_schedule.shrinking(first, self.every or 1, self.every_last or 1, measured)
+                return index >= first and (index - first) % every == 0
+            listed = tuple(range(first, self.measured_steps, every))
         if self.measured_steps is None and count is not None and listed[-1:] >= (count,):
             option = "refresh_2" if group else "refresh"
             raise ConfigError(
@@ -185,15 +173,15 @@ class ProfilingHandler(SpanHandler):
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
         """Return what fills the unset options on a model; raise `ConfigError` where nobody names blocks."""
-        found = super().recipe(config, model)
-        if config.blocks is None and "blocks" not in found:
+        recipe = super().recipe(config, model)
+        if config.blocks is None and "blocks" not in recipe:
             known = sorted(name for name, family in families().items() if config.name in family.recipes)
             raise MissingOption(
                 f"profilingcache has no blocks for {model.name!r}, only for {', '.join(known)}; measure them with "
                 "dit-accel tune profile and set profilingcache.blocks to its file, or name them, such as '0, 2-7'",
                 needs="blocks",
             )
-        return found
+        return recipe
 
     def install(self, site: Site) -> None:
         """Run around the forward and its cached blocks; raise `ConfigError` if lists or profile are not the model's."""
@@ -219,11 +207,11 @@ class ProfilingHandler(SpanHandler):
         self.cover_blocks(site, chosen)
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Tell whether a block's group does not run at this step."""
+        """Return whether a block's group does not run at this step."""
         return self._reused(now, self._groups[now.context.transformer][block.index])
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Tell whether a block has the schedule of the one before it."""
+        """Return whether a block has the schedule of the one before it."""
         groups = self._groups[now.context.transformer]
         return groups[block.index] == groups[now.called]
 
@@ -282,7 +270,9 @@ class ProfilingHandler(SpanHandler):
         skipped: list[int] = []
 
         def skips(index: int, in_a_row: int) -> bool:
-            skipped.append(sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps)))
+            skipped.append(
+                sum(len(blocks) for at, blocks in enumerate(groups) if not settings.refreshes(at, index, steps))
+            )
             return skipped[-1] > 0
 
         settings.skipped_steps(steps, skips)

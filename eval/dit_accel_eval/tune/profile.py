@@ -33,10 +33,7 @@ def tune_profile(
 
     Args:
         request: what to generate; where nothing moves, as in an image, attention is not measured.
-        output: JSON file, whose content is what is found.
-        criterion: a name of `CRITERIA`.
         cached: so many blocks are cached, those of the lowest scores; None: those below the largest gap.
-        stages: progress bars; None shows none.
     """
     if criterion not in CRITERIA:
         raise ConfigError(f"there is no criterion {criterion!r}; {did_you_mean(criterion, CRITERIA)}")

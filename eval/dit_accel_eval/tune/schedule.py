@@ -22,10 +22,10 @@ from dit_accel_pipelines.generation.traced import Trace, traced
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 from ..metrics.psnr import psnr
 from .base import Tuned, TuningRun, replaced_method, write_config
+from .skip_costs import SkipCosts, grown, searched
 
 FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""
@@ -74,10 +74,8 @@ def tune_schedule(
     Args:
         request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
         output: TOML, whose ``compute_at`` holds for any number of steps.
-        computed: how many steps are computed.
         placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
             the prompts chooses. None: the request's steps of the model's own scheduler.
-        stages: progress bars; None shows none.
     """
     config, others = _config(request)
     tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
@@ -102,26 +100,33 @@ def tune_schedule(
     quality = np.mean(judged, 0).tolist() if judged else [None]
     order = sorted(range(len(tried)), key=lambda place: -(quality[place] or 0))
     best, path = tried[order[0]], paths[order[0]]
+    about = f"{computed} of {best.steps} steps, {half} prompts."
+    _write(output, config, best, path, f"Searched by dit-accel tune schedule on {tuner.model}: {about}")
+    runs.finish()
+    return _tuned(output, tuner.model, computed, [_found(tried[at], quality[at], lists[at]) for at in order])
+
+
+def _write(output: Path, config: StaticCache, best: Placement, path: Sequence[int], about: str) -> None:
+    """Write the best placement and its list, as shares of the run."""
     run = {"num_inference_steps": best.steps, "solver": BEST if best.text else None, "flow_shift": best.shift}
     shares = tuple(round(step / (best.steps - 1), 6) for step in path)
-    write_config(
-        output, dataclasses.replace(config, compute_at=shares),
-        [f"Searched by dit-accel tune schedule on {tuner.model}: {computed} of {best.steps} steps, {half} prompts."],
-        {key: value for key, value in run.items() if value is not None},
-    )  # fmt: skip
-    runs.finish()
-    found = [_found(tried[place], quality[place], lists[place]) for place in order]
+    run = {key: value for key, value in run.items() if value is not None}
+    write_config(output, dataclasses.replace(config, compute_at=shares), [about], run)
+
+
+def _tuned(output: Path, model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
+    """Return what was found, with the lists as a table: all of them where one placement was tried."""
     rows = [
         (one["steps"], one["flow_shift"] or "own", count, one["error"][count], one["psnr"] or "", spell_numbers(path))
-        for one in found
+        for one in placements
         for count, path in one["lists"].items()
-        if count == computed or len(tried) == 1 < count
+        if count == computed or len(placements) == 1 < count
     ]
     return Tuned(
         output=output,
-        found={"model": tuner.model, "computed": computed, "placements": found},
+        found={"model": model, "computed": computed, "placements": placements},
         columns=("of", "noise shift", "computed", "error", "PSNR", "steps"),
-        rows=[tuple(f"{one:.4g}" if isinstance(one, float) else str(one) for one in row) for row in rows],
+        rows=[tuple(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows],
         remarks=["error: RMS that the forecasts are expected to leave in the latents at the end"],
     )
 
@@ -155,6 +160,7 @@ def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: in
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
     times = [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    assert config.predictor != "corrected"  # refused before
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
     return searched(costs, computed)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from . import forecast
+from dit_accel.rules import forecast
 
 Predictor = Literal["hold", "taylor", "heun", "chebyshev"]
 
