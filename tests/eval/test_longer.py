@@ -109,11 +109,6 @@ def test_the_suite_runs_goes_on_and_prints(tmp_path):
     timed = [{**line, "loop_seconds": 1.52 * (1 + ("decayed" in line["arm"]))} for line in lines]
     assert "| 100% | 1.5 |" in table(read_suite(suite), timed)
     assert "| 2.00 |" in table(read_suite(suite), timed)
-    new = ("closeness_by_stretch", "loop_seconds")
-    before = [{key: value for key, value in line.items() if key not in new} for line in lines]
-    rows = table(read_suite(suite), before).splitlines()
-    assert "| 100% |  |" in rows[2]  # runs of before don't say how near each stretch comes, nor their time
-    assert rows[2].endswith("| 100% |  |")
     (row,) = [row for row in table(read_suite(suite), lines[:3]).splitlines() if row.startswith("| 2x, decayed | 2x")]
     assert "| 2x | 25.00 |" in row  # one clip has no interval
     lost = [{**line, "path_error": float("nan")} if line["clip"] else line for line in lines]
