@@ -15,10 +15,9 @@ from dit_accel import ConfigError, EasyCache, SolAttention, UnsupportedModel, re
 from dit_accel.adapters.installed import described, families
 from dit_accel.cli.app import app
 from dit_accel.estimate import tuned
-from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.hardware import HARDWARE, find_hardware
-from dit_accel.estimate.recommend_table import WIDTH
-from dit_accel.estimate.skipped import speedup_with_skips
+from dit_accel.estimate.prediction import estimate
+from dit_accel.estimate.recommendation import WIDTH
 from dit_accel.methods.preset_figures import figures, promise
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
 
@@ -69,19 +68,6 @@ def test_what_waits_for_a_larger_run_is_said_and_nothing_is_promised_of_it():
     assert {one.speedup for one in few.settings} == {1.0}
     assert row(few, "fast").needs == (f"easycache waits for {LEAST_STEPS} steps, here 4",)
     assert "fast nothing acts in this run" in told(few)
-
-
-def test_a_cache_skips_the_cheap_steps():
-    """By hand: with a share a of the time in attention, of which a sparse call takes k."""
-    adapter, family = described("wan2.1-14b")
-    sparse = SolAttention(dense_steps=0.2, dense_layers=0)
-    found = estimate(adapter, family, methods=[sparse], **(KITE | {"num_inference_steps": 30}))
-    a, k = found.attention_share, found.pair_density * found.cost_of_pairs
-    cheap = 1 - a + a * k
-    assert found.speedup == pytest.approx(30 / (6 + 24 * cheap))
-    cache = EasyCache(threshold=0.05, warmup_steps=0.2, last_steps=1)
-    assert speedup_with_skips(found, cache, 0.5) == pytest.approx(30 / (6 + cheap + (23 - 15) * cheap))
-    assert speedup_with_skips(found, cache, 0.0) == pytest.approx(found.speedup)
 
 
 @pytest.mark.parametrize("steps", [LEAST_STEPS, 20, 30, 40, 50, 80])
