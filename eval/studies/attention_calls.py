@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from attention_table import DENSE, SPARSE, page_text
-from dit_accel_eval.bench.loop import in_turn, machine, quartiles, seconds_of, why_not
-from dit_accel_eval.bench.shapes import Shape, shapes_of
+from dit_accel_eval.bench.loop import call_seconds, in_turn, machine, quartiles, why_not
+from dit_accel_eval.bench.shapes import Shape, named_shapes
 from dit_accel_eval.runs.results import Line
 from dit_accel_kernels import EXACT, TileLists, block_sparse_attention_eager, predicted_speedup, unpack_bits
 from study import study
@@ -189,7 +189,7 @@ def measure(options: Any, known: Sequence[Line]) -> Iterator[Line]:
     calls = [
         Attention(shape=shape, heads=options.heads, dtype=dtype, rate=dense_rate(dtype))
         for dtype in (torch.float32, torch.bfloat16)
-        for shape in shapes_of(options.shapes)
+        for shape in named_shapes(options.shapes)
     ]
     calls.sort(key=lambda one: one.expected(one.arms[0]))
     needed = [[one.expected(arm) for arm in one.arms] for one in calls]
@@ -221,7 +221,7 @@ def timed(one: Attention, arms: Sequence[Arm], rounds: int, deadline: float) -> 
             runs[arm.name] = run
         else:
             yield one.about(arm) | {"reason": reason}
-    takes = {name: partial(seconds_of, run, CPU) for name, run in runs.items()}
+    takes = {name: partial(call_seconds, run, CPU) for name, run in runs.items()}
     taken = list(in_turn(takes, rounds, warm_up=0, deadline=deadline))
     seconds = {name: np.array([made[name] for made in taken]) for name in runs}
     for arm in arms:
@@ -291,7 +291,7 @@ def figures_of(one: Attention, arm: Arm, rest: float, seconds: np.ndarray, dense
 
 def rate_of(flops: float, run: Callable[[], object]) -> float:
     """Return the FLOP/s of a call, by the median of three."""
-    return flops / float(np.median([one[""] for one in in_turn({"": partial(seconds_of, run, CPU)}, 3)]))
+    return flops / float(np.median([one[""] for one in in_turn({"": partial(call_seconds, run, CPU)}, 3)]))
 
 
 def dense_rate(dtype: torch.dtype) -> float:

@@ -46,12 +46,7 @@ def find_family(name: str) -> tuple[Adapter, Family]:
 
 
 def make_model(adapter: Adapter, family: Family, planned: Prediction) -> tuple[Any, Inputs]:
-    """Return a transformer with random weights, float32 on the CPU, and the inputs of one forward of one row.
-
-    Args:
-        family: as many layers and heads as are made.
-        planned: the size.
-    """
+    """Return a transformer with random weights, float32 on the CPU, and the inputs of one forward of one row."""
     import diffusers
 
     layout, (step, scale) = planned.layout, family.vae

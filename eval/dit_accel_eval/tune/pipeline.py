@@ -29,7 +29,7 @@ from ..suites.lines import result_lines
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
-from .pipeline_search import HELD_OUT_PROMPTS, Point, Prompts, Search, Target, pareto, read_target, split
+from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, pareto, read_target, split
 from .space import BY_HAND, default_space, space_of
 
 
@@ -48,10 +48,8 @@ def tune_pipeline(
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
         output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` lies beside it.
-        target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
         cache: folder of dense runs; None: the user's.
-        stages: progress; None shows none.
 
     Returns:
         Found are the setting ``chosen``, as measured on the held-out prompts; the ``frontier`` of those that none
@@ -85,7 +83,7 @@ def tune_pipeline(
 
 
 def _tuned(
-    output: Path, kept: Path, target: Target, chosen: Point, frontier: list[Point], tried: tuple[int, int]
+    output: Path, kept: Path, target: Target, chosen: Measurement, frontier: list[Measurement], tried: tuple[int, int]
 ) -> Tuned:
     """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
