@@ -10,8 +10,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import typer
+from dit_accel_eval.runs.results import result_lines
 from dit_accel_eval.suites.figures import suite_figures
-from dit_accel_eval.suites.lines import result_lines
 from dit_accel_eval.suites.suite import read_suite
 from PIL import Image
 from report_tables import DEMO, demo_text, over_prompts
