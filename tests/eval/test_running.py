@@ -12,6 +12,7 @@ import pytest
 from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.metrics import metrics
+from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.results import (
     ResultLine,
@@ -24,7 +25,7 @@ from dit_accel_eval.runs.results import (
 )
 from dit_accel_eval.suites import reference, running
 from dit_accel_eval.suites.figures import Comparison, suite_figures, suite_table
-from dit_accel_eval.suites.job import Job, check_lines
+from dit_accel_eval.suites.job import Job, check_clips, check_lines
 from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.running import run_arms
 from dit_accel_eval.suites.suite import read_suite
@@ -252,6 +253,20 @@ def test_results_of_something_else_are_refused(job):
     methods = {"sol": {**lines[0]["methods"]["sol"], "gone": 1}}  # an option that this release no longer has
     written(job.out, [{**lines[0], "methods": methods}, *lines[1:]])
     run_arms(job, range(1))
+
+
+def test_lines_of_another_prompt_or_seed_are_refused(tmp_path):
+    line, own = {"clip": 0, "prompt": "a", "seed": 7}, OwnClips(prompts=("a",), seeds=(7,))
+    check_clips(tmp_path, [line], own)
+    check_clips(tmp_path, [{"clip": 3, "prompt": "held out"}], None)
+    for changed, clips, message in (
+        ({**line, "prompt": "b"}, own, r"clip 0 of prompt 'b' and seed 7.*'a' and seed 7"),
+        ({**line, "seed": 8}, own, r"clip 0 of prompt 'a' and seed 8.*'a' and seed 7"),
+        ({**line, "clip": 1}, own, r"clip 1.*no such clip"),
+        (line, None, r"clip 0 of prompt 'a' and seed 7.*a held-out prompt"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_clips(tmp_path, [changed], clips)
 
 
 def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):
