@@ -77,26 +77,24 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 
 def _cells(lines: list[Line]) -> tuple[str, ...]:
-    """What the table says of an arm's lines; runs of before don't say how near each stretch comes, nor their time."""
 
     def mean(name: str, scale: float = 1.0) -> float:
-        return scale * float(np.nanmean([line.get(name, np.nan) for line in lines]))
+        return scale * float(np.nanmean([line[name] for line in lines]))
 
-    stretches = [line[STRETCHES] for line in lines if STRETCHES in line]
-    text = sum(np.isfinite(line.get("path_error", np.nan)) for line in lines)
+    text = sum(np.isfinite(line["path_error"]) for line in lines)
     path = f"{mean('path_error'):.1f}" if text else ""
     return (
         f"{len(lines)}",
         f"{mean('frames'):.0f}",
         f"{mean('score'):.0%}",
-        " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
+        " ".join(f"{value:.2f}" for value in np.mean([line[STRETCHES] for line in lines], 0)),
         path + (f" ({text})" if 0 < text < len(lines) else ""),
         f"{mean('motion', 1000):.2f}",
         f"{mean('sharpness', 1000):.2f}",
         f"{mean('repetition'):.3f}",
         f"{mean('loop'):.2f}",
         f"{mean('attended'):.0%}",
-        f"{mean('loop_seconds'):.1f}" if all("loop_seconds" in line for line in lines) else "",
+        f"{mean('loop_seconds'):.1f}",
     )
 
 
