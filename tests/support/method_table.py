@@ -197,8 +197,8 @@ TABLE: dict[str, MethodCase] = {
     "seacache": _row("seacache", bad=each(threshold=(-0.1,))),
     "firstblockcache": _row("firstblockcache", bad=each(threshold=(-1.0,))),
     "dbcache": MethodCase(
-        neutral=d.DBCache(threshold=0.0, first_blocks=1, last_blocks=1, **CACHE),
-        active=d.DBCache(threshold=1e9, first_blocks=1, last_blocks=1, **CACHE), warm=1, still_run=(0, -1),
+        neutral=d.DBCache(threshold=0.0, first_blocks=1, last_blocks=0, **CACHE),
+        active=d.DBCache(threshold=1e9, first_blocks=1, last_blocks=0, **CACHE), warm=1, still_run=(0,),
         bad=each(threshold=(-0.1,), first_blocks=(0,), last_blocks=(-1,)),
     ),
     "dbprune": MethodCase(
@@ -209,7 +209,7 @@ TABLE: dict[str, MethodCase] = {
     ),
     "profilingcache": MethodCase(
         neutral=d.ProfilingCache(blocks="1", every=1, warmup_steps=0),
-        active=d.ProfilingCache(blocks="1", every=100, warmup_steps=0), warm=1, still_run=(0, 2),
+        active=d.ProfilingCache(blocks="1", every=2, **CACHE), warm=1, still_run=(0, 2),
         bad=(
             *each(blocks=("one",)), ({"blocks": ()}, "0 blocks"), ({"blocks": "1", "every": 0},),
             ({"blocks": "1", "every": 2, "refresh": (3,)}, "every = 2", "refresh = (3,)"),
@@ -236,7 +236,7 @@ TABLE: dict[str, MethodCase] = {
         ({"weak": "a", "weak_transformer": WEAKER}, "got both"),
     ),
     "nag": MethodCase(
-        neutral=d.NAG(scale=1.0, negative_embeds=TEXT), active=d.NAG(scale=6.0, alpha=0.5, negative_embeds=TEXT),
+        neutral=d.NAG(scale=1.0, negative_embeds=TEXT), active=d.NAG(scale=4.0, alpha=0.5, negative_embeds=TEXT),
         bad=(
             *BAD_WINDOW, *each(scale=(0.5,), tau=(0.5,), alpha=(1.5,), negative_prompt=(3,)),
             ({"negative_prompt": "a", "negative_embeds": TEXT}, "negative_prompt", "both"),
