@@ -205,16 +205,6 @@ def test_decay_gathers_attention_in_the_window_and_a_hard_mask_is_its_limit(name
 # How local heads are
 
 
-@pytest.mark.parametrize("name", ONE_AND_ALL)
-def test_entropy_in_one_pass_is_that_of_the_whole_attention(name):
-    """Invariant 10: between 0 and ln N."""
-    q, k, *_ = sample(name).wide()
-    p = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-    found = token_entropy(q, k, keys_at_once=50)
-    torch.testing.assert_close(found, -torch.special.xlogy(p, p).sum(-1).mean(-1))
-    assert 0 < float(found.min()) <= float(found.max()) < np.log(k.shape[2])
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_of_a_model_differ_and_concentrate(name):
     """Invariant 10 on recorded calls: factors within bounds, falling with entropy; concentrated heads are sharper."""

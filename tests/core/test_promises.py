@@ -17,7 +17,8 @@ from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.registry import handlers
 from dit_accel.plan.tiling import visual_lists
 from dit_accel.testing import MethodCase, check_method
-from dit_accel.testing.promises import PROMISES, outputs
+from dit_accel.testing.promises import PROMISES
+from dit_accel.testing.runs import outputs
 from dit_accel.testing.tiny_models import Case, tiny_wan
 
 MODEL = Case(adapter_for("WanTransformer3DModel"), tiny_wan())
