@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters.installed import adapter_for
 from ..errors import AttachError, ConfigError
-from ..estimate.predicted import predicted
+from ..estimate.prediction import predict_attached
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.find import (
@@ -22,8 +22,7 @@ from ..methods.find import (
     resolve_model,
 )
 from ..methods.presets import Level, PresetMethods, preset_methods
-from ..report.predicted import Predicted
-from ..report.report import Report, call_reports, step_reports
+from ..report.report import PredictedSpeedup, Report, call_reports, step_reports
 from .backends import Backend, Dense, check_backend
 from .check import Check, check
 from .diagnosis import (
@@ -185,14 +184,14 @@ class Attachment:
             sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
         )
 
-    def _predicted(self) -> Predicted | None:
+    def _predicted(self) -> PredictedSpeedup | None:
         """Return what was predicted for the last generation; None before its size and steps are known."""
         execution = self._execution
         steps = execution.state.num_inference_steps
-        found = [
-            (layout, one.state.transformer) for one in execution.layers for layout, _ in one.state.layouts.values()
-        ]
-        return predicted(execution.handlers, found[0][0], steps, self._preset, found[0][1]) if found and steps else None
+        for layer in execution.layers if steps else ():
+            for layout, _ in layer.state.layouts.values():
+                return predict_attached(execution.handlers, layout, steps, self._preset, layer.state.transformer)
+        return None
 
     def _require_attached(self) -> None:
         if not self._attached:

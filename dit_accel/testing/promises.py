@@ -130,6 +130,8 @@ def check_free(case: Case, tried: MethodCase) -> str | None:
     """With ``mode="free"`` the negative prompt's rows alone are perturbed, and no further forward runs."""
     if not issubclass(handler_of(tried.config), PerturbedHandler):
         return "it perturbs no forward"
+    if case.model.max_batch < 2:
+        return "a forward takes one row"
     try:
         free = dataclasses.replace(tried.config, mode="free", scale=None, rescale=0.0)  # type: ignore[call-arg]
     except ConfigError as refused:
@@ -139,10 +141,9 @@ def check_free(case: Case, tried: MethodCase) -> str | None:
     with attach(wide, free, preset="none", backend="reference") as attachment:
         together = case.run(both, branch="cond_uncond", transformer=wide)
         ran = attachment._execution.recorder.forwards_run
-    if case.model.max_batch > 1:
-        cond = _row_of_prompt(case)
-        require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
-        require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")
+    cond = _row_of_prompt(case)
+    require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
+    require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")
     require(ran == 1, f"{free} ran {ran} forwards, not one")
     return require_rows_alone(case, (free,), tried.warm, "reference")
 
@@ -172,8 +173,6 @@ def _row_of_prompt(case: Case) -> int:
 def _both(case: Case) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the inputs of a forward for both prompts, in float64, and those of each."""
     both, at = wide_inputs(case.inputs(2)), _row_of_prompt(case)
-    if case.model.max_batch < 2:
-        return both, {}
     return both, {"cond": case.row(both, at), "uncond": case.row(both, 1 - at)}
 
 

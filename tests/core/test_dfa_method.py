@@ -13,7 +13,7 @@ from dit_accel import PAG, ConfigError, LiteAttention, RadialAttention, SoftPAG,
 from dit_accel.adapters import installed
 from dit_accel.attachment.execution import run_kernel
 from dit_accel.attachment.kernel_call import computed_rows
-from dit_accel.estimate.tiles import tiles_left
+from dit_accel.estimate.work import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
 from dit_accel.methods.find import resolve_model

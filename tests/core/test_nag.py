@@ -15,7 +15,7 @@ from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods.guidance.log import UnperturbedRun
 
 EMBEDS = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(7))

@@ -15,7 +15,7 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, RadialAttention, SolAttention
 from dit_accel.adapters.installed import family
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml

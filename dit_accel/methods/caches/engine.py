@@ -21,9 +21,9 @@ from ..gradients import is_recorded
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
 from .cache_config import ExpertSteps, MeasuredCacheConfig, StepCacheConfig, is_unconditional
-from .history import BranchOutput, History, given_beside, own_copies, shapes_of
+from .history import BranchOutput, History, given_beside, own_copies, tensor_shapes
 from .log import CachedForward, section_of
-from .ranks import agreed, groups_of
+from .ranks import agreed, process_groups
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class StepCacheHandler(Handler):
 
     def numbers(self, context: ForwardContext, *values: Tensor) -> list[float]:
         """Return scalars as numbers, summed over the ranks that must decide alike; waits for the device once."""
-        return agreed(list(values), groups_of(self.transformer_of(context)))
+        return agreed(list(values), process_groups(self.transformer_of(context)))
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer; raise `ConfigError` if another cache is active on it."""
@@ -244,7 +244,7 @@ class StepCacheHandler(Handler):
 
     def _shapes(self, context: ForwardContext) -> Any:
         """Return the shapes that must not change, or what was stored and measured is of no use."""
-        return shapes_of(context.inputs[self.model.adapter.latents])
+        return tensor_shapes(context.inputs[self.model.adapter.latents])
 
     def _new_history(self, shapes: Any, beside: bool = False) -> History:
         assert self._start is not None

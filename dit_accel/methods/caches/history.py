@@ -11,11 +11,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from ...rules import forecast
 from ..site import ForwardContext, sample_of, target_sample, with_sample
 from .cache_config import StepCacheConfig
-from .correction import DAMPING, Correction
+from .correction import DAMPING, ForecastCorrection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Point:
+class StoredStep:
     """What one step gave.
 
     Attributes:
@@ -84,17 +84,17 @@ class History:
         self._reach = reach
         self._start = start
         self._held_on = held_on
-        self.correction = Correction(settings) if settings.predictor == "corrected" and not beside else None
+        self.correction = ForecastCorrection(settings) if settings.predictor == "corrected" and not beside else None
         self.shapes = shapes
-        self.points: list[Point] = []
+        self.points: list[StoredStep] = []
         self.skipped: list[int] = []
-        self._forecast: Point | None = None  # of the last step, where Heun's predictor reads it
+        self._forecast: StoredStep | None = None  # of the last step, where Heun's predictor reads it
         self._spec: TreeSpec | None = None
         self._mends: tuple[int, list[Any]] | None = None
 
     def gives_other(self, output: Any) -> bool:
         """Return whether an output has other shapes than the stored one, as a first one that holds text too."""
-        return bool(self.points) and shapes_of(output) != shapes_of(self.last())
+        return bool(self.points) and tensor_shapes(output) != tensor_shapes(self.last())
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +136,7 @@ class History:
         points = points[-(self._settings.kept_points - 1) :] if self._settings.kept_points > 1 else []
         if self._forecast is not None and points:
             points.append(self._forecast)
-        self.points = [*points, Point(step, values)]
+        self.points = [*points, StoredStep(step, values)]
         self.skipped, self._forecast = [], None
 
     def forecast(self, latents: Any, step: int, end: int, beside: BranchOutput | None = None) -> Any:
@@ -149,7 +149,7 @@ class History:
             return tree_unflatten(self._outputs(beside.values, latents), beside.spec)
         values = self._values(step, end)
         if self._settings.predictor == "heun":
-            self._forecast = None if self._is_out_of_reach(step) else Point(step, values, computed=False)
+            self._forecast = None if self._is_out_of_reach(step) else StoredStep(step, values, computed=False)
         if not self.skipped or self.skipped[-1] != step:
             self.skipped.append(step)
         if beside is not None:
@@ -238,7 +238,7 @@ def given_beside(
     return output if output is None or context.rows is None else output.of_rows(context.rows)
 
 
-def shapes_of(tensors: Any) -> Any:
+def tensor_shapes(tensors: Any) -> Any:
     """Return shapes, types and devices of tensors in whatever form, which must not change for a forecast."""
     return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(tensors)]
 

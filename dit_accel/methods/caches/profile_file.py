@@ -12,7 +12,7 @@ from ...files import read_text
 
 VERSION = 1
 SAMPLED = 8
-"""Values of each parameter that go into `weights_of`."""
+"""Values of each parameter that go into `weights_digest`."""
 
 
 def read_profile(path: str, option: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tup
 
 def require_weights(profile: dict[str, Any], path: str, option: str, name: str, transformer: nn.Module) -> None:
     """Raise `ConfigError` if a profile was measured on other weights than a transformer's."""
-    known, here = profile["transformers"][name]["weights"], weights_of(transformer)
+    known, here = profile["transformers"][name]["weights"], weights_digest(transformer)
     if here and known != here:
         raise ConfigError(
             f"{option} = {path!r} was measured on {profile.get('model')!r} with weights {known}, {name} has {here}; "
@@ -63,7 +63,7 @@ def require_weights(profile: dict[str, Any], path: str, option: str, name: str, 
         )
 
 
-def weights_of(transformer: nn.Module) -> str:
+def weights_digest(transformer: nn.Module) -> str:
     """Return 12 hexadecimal digits that tell a transformer's weights from others'; empty where some are not loaded.
 
     They are made of the parameters' names and shapes and of a few values of each, as bfloat16, so that the type in

@@ -157,7 +157,7 @@ class ProfilingCache(StepCacheConfig):
 def _steps_at(listed: tuple[int, ...], measured: int | None, count: int | None) -> frozenset[int]:
     if measured is None or count is None or measured == count:
         return frozenset(listed)
-    return frozenset(block_schedule.rescaled(listed, measured, count))
+    return frozenset(block_schedule.rescaled_steps(listed, measured, count))
 
 
 class ProfilingHandler(SpanHandler):

@@ -20,7 +20,7 @@ from ..gradients import is_recorded
 from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
 from .engine import StepCacheHandler, StepDecision
-from .history import BranchOutput, History, given_beside, shapes_of
+from .history import BranchOutput, History, given_beside, tensor_shapes
 from .log import extended
 
 Span = tuple[int, ...]
@@ -215,7 +215,7 @@ class SpanHandler(StepCacheHandler):
     def _open(self, now: Pass, streams: Streams) -> None:
         """Decide for a forward whose first block that may be skipped is called."""
         context = now.context
-        now.shapes = shapes_of((dict(context.inputs), streams))
+        now.shapes = tensor_shapes((dict(context.inputs), streams))
         self._begin(context)
         if any(history.shapes != now.shapes for history in self._spans(context).values()):
             self._keep(context, ())
