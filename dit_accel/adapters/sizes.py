@@ -73,7 +73,6 @@ def read_sizes(
     """
     if [heads, head_dim, width].count(None) > 1:
         raise ConfigError("read_sizes needs two of heads, head_dim and width, which give the third; name another entry")
-    counts = [_entry(config, layers[0]), *(config.get(name) or 0 for name in layers[1:])]
     number, channels, across = _attention(config, heads, head_dim, width)
     hidden = config.get(ffn_dim)
     ratio = config.get(mlp_ratio) if isinstance(mlp_ratio, str) else mlp_ratio
@@ -83,12 +82,18 @@ def read_sizes(
         hidden = int(hidden * across * (3 if gated else 2)) // (2 * number * channels)
     size = config.get(patch) if isinstance(patch, str) else patch
     return Sizes(
-        layers=sum(count if isinstance(count, int) else len(count) for count in counts),
+        layers=_blocks(config, layers),
         heads=number,
         head_dim=channels,
         ffn_dim=hidden,
         patch=None if size is None else patch_sizes(size, config.get("patch_size_t")),
     )
+
+
+def _blocks(config: Mapping[str, Any], layers: Sequence[str]) -> int:
+    """Return the number of blocks, of which only the first entry must be there."""
+    counts = [_entry(config, layers[0]), *(config.get(name) or 0 for name in layers[1:])]
+    return sum(count if isinstance(count, int) else len(count) for count in counts)
 
 
 def _attention(

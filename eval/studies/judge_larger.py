@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import model_defaults
-from dit_accel_assets.judge import judge
+from dit_accel_assets.judge import judge_clips
 from dit_accel_assets.world import scene_of
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.sharpness import sharpness
@@ -33,7 +33,7 @@ def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
         trained: the trained side in pixels.
     """
     scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)
-    verdict = judge(picture, scene)
+    verdict = judge_clips(picture, scene)
     return {
         "objects_wrong": float(verdict.answers["count"].value),
         "score": verdict.score,

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from dit_accel_assets import catalog, model_path_error, painter, world
-from dit_accel_assets.checker import path_error
-from dit_accel_assets.clips import clip_of, draw
+from dit_accel_assets.checker import path_distance
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.suites.suite import read_suite
 from drawn_model import STUDIES, DrawnModel, run_suite, standing_in
 from judge_longer import by_stretch, loop_rise, mean_motion, repetition, sharpness, table
@@ -14,7 +14,7 @@ from judge_longer import by_stretch, loop_rise, mean_motion, repetition, sharpne
 
 def drawn(seed: int = 3, frames: int = 65) -> np.ndarray:
     _, scene, _ = clip_of(seed, held_out=True)
-    return draw(scene, frames).astype(np.float32) / 255
+    return draw_plain(scene, frames).astype(np.float32) / 255
 
 
 def test_motion_and_sharpness():
@@ -43,10 +43,10 @@ def test_a_loop_is_told_from_a_way_and_from_standing_still():
 def test_the_path_error_tells_a_straight_way_from_one_that_begins_again():
     for seed in range(4):
         clip = drawn(seed, frames=65)
-        assert path_error(clip) < 1
+        assert path_distance(clip) < 1
         again = np.concatenate([clip[::2], clip[::2]])  # the object jumps back where it began
-        assert path_error(again) > 4
-    assert np.isnan(path_error(np.repeat(clip[:1], 9, 0) * 0))
+        assert path_distance(again) > 4
+    assert np.isnan(path_distance(np.repeat(clip[:1], 9, 0) * 0))
 
 
 def test_each_stretch_of_a_clip_is_judged():

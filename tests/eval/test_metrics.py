@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_accel_assets.clips import clip_of, draw
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.metrics import Measured, Metric, NotMeasured, Sample, flow, metric, metrics, scores
 from dit_accel_eval.metrics import registered as registry
 from dit_accel_eval.metrics.flow import dis_flow
@@ -22,7 +22,7 @@ from dit_accel.errors import install
 
 def drawn(frames: int = 9) -> np.ndarray:
     _, scene, _ = clip_of(3, frames=1, held_out=True)
-    return draw(scene, 4 * -(-frames // 4) + 1)[:frames].astype(np.float32) / 255
+    return draw_plain(scene, 4 * -(-frames // 4) + 1)[:frames].astype(np.float32) / 255
 
 
 def noisy(clip: np.ndarray, sigma: float = 0.05) -> np.ndarray:
