@@ -44,7 +44,7 @@ def check_active(case: Case, cases: Mapping[str, MethodCase] | None = None) -> s
 
 
 def _require_planned_once(tried: MethodCase, attachment: Attachment) -> None:
-    report, layers = attachment.report(), attachment._execution.layers
+    report, layers = attachment.report(), attachment.engine.layers
     reached = [step.sparse_layers for step in report.steps]
     require(reached == [len(layers)] * (tried.warm + 1), "not every layer was reached once")
     description = (

@@ -167,7 +167,7 @@ def _run(
 ) -> Watcher:
     """Return what was watched in one generation with methods attached."""
     with dit_accel.attach(model.pipe, *methods, preset="none") as attachment:
-        execution = attachment._execution
+        execution = attachment.engine
         watcher = Watcher(Model(adapter=model.adapter, family=model.family, heads=0, layers=0), near, rows)
         execution.use((*execution.handlers, watcher))
         model.run(prompt, steps=STEPS, solver="unipc", call=call)

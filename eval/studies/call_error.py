@@ -24,7 +24,7 @@ from dit_accel_kernels import EXACT, TileLists
 from torch import Tensor, nn
 
 import dit_accel
-from dit_accel.attachment.execution import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.errors import ConfigError, DitAccelError, did_you_mean
 from dit_accel.files import written_whole
 from dit_accel.methods.config import MethodConfig

@@ -26,7 +26,7 @@ from torch import Tensor
 from tried_rules import TILE, Dense, dense_call, masses, most, partial, rows_of
 
 import dit_accel
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.attention.dfa import DFAHandler
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
@@ -115,7 +115,7 @@ def _keys(arm: Arm, full: Dense, own: Tensor) -> Tensor:
 def run_by(tried: Tried, model: EmbeddedModel, clip: int, every: int, options: dict[str, Any]) -> Any:
     """Return a clip whose attention is computed by arms, with the full steps and the foreground of DFA."""
     with dit_accel.attach(model.pipe, dit_accel.DFA(every=every), preset="none") as attachment:
-        execution: Any = attachment._execution
+        execution: Any = attachment.engine
         (tried.handler,) = (one for one in execution.handlers if isinstance(one, DFAHandler))
         execution._run = tried.run
         with warnings.catch_warnings(action="ignore", category=UnplannedRun):

@@ -19,7 +19,7 @@ from study import study
 from torch import Tensor
 
 import dit_accel
-from dit_accel.attachment.execution import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 
 BUDGETS = (0.1,)
 SETTING: dict[str, Any] = {"block_size": 16, "dense_steps": 2}

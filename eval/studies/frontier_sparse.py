@@ -31,7 +31,7 @@ from tried_rules import Rule
 from tried_sparse import Beside, Tried
 
 import dit_accel
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
@@ -155,7 +155,7 @@ def run_by(
 ) -> Run:
     """Return a clip whose attention is computed by another's ``run``."""
     with dit_accel.attach(model.pipe, *methods, preset="none") as attachment:
-        execution: Any = attachment._execution
+        execution: Any = attachment.engine
         place = Place(Placed(), Model(adapter=model.adapter, family=model.family, heads=0, layers=0))
         execution.use((*execution.handlers, place))
         execution._run = tried.run

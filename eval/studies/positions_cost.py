@@ -20,7 +20,7 @@ from study import about, seconds_of, study
 from torch import Tensor
 
 import dit_accel
-from dit_accel.attachment.execution import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 
 LATENTS = (1, 16, 33, 20, 28)
 """[B, C, T, H, W]: 33 x 10 x 14 tokens."""

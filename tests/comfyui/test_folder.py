@@ -64,7 +64,7 @@ def test_sparse_attention_waits_for_as_many_tokens_as_the_pages_say(monkeypatch)
 
 
 def test_workflows_name_methods_that_there_are():
-    from dit_accel_comfyui.door import method_config
+    from dit_accel_comfyui.patch import method_config
 
     found = []
     for path in (ROOM / "workflows").glob("*.json"):

@@ -228,7 +228,7 @@ def test_gradients_and_training_are_computed(transformer):
         for step in range(2, 4):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=10):
                 transformer(**run_inputs())
-        attachment._execution.handlers[0]._histories.clear()
+        attachment.engine.handlers[0]._histories.clear()
         transformer.train()
         transformer(**run_inputs())
     assert [len(ran) for ran in counted.by_forward()] == [LAYERS] * 5
@@ -242,7 +242,7 @@ def test_memory_is_counted_and_freed(transformer):
             denoise(transformer, 5)
             assert attachment.report().state_bytes["dbcache"] == (2 * tensors + 1) * tokens
             attachment.reset()
-            assert not attachment._execution.handlers[0]._held()
+            assert not attachment.engine.handlers[0]._held()
 
 
 def test_the_visual_stream_is_measured_in_float32():

@@ -58,7 +58,7 @@ def test_a_pattern_is_found_in_all_layers_when_it_is_due():
     with dit_accel.attach(transformer, late, CACHE) as attachment:
         denoise(transformer, 8)
         assert drawn(attachment) == "##.##.#."  # step 4, where the pattern is found, is not skipped
-        assert len(next(one for one in attachment._execution.handlers if one.name == "sparsed").bits) == 2 * LAYERS
+        assert len(next(one for one in attachment.engine.handlers if one.name == "sparsed").bits) == 2 * LAYERS
 
 
 def test_lite_counts_the_calls_of_each_layer():
@@ -67,7 +67,7 @@ def test_lite_counts_the_calls_of_each_layer():
     with dit_accel.attach(transformer, *SPARSE["lite"], CACHE) as attachment:
         with attachment.observe(lambda call: ran.append(call.context.key)):
             denoise(transformer, 6, until=5)
-        lite = next(one for one in attachment._execution.handlers if one.name == "lite")
+        lite = next(one for one in attachment.engine.handlers if one.name == "lite")
         counted = {key: state.calls for key, state in lite._states.items()}
     assert counted == {key: ran.count(key) for key in ran}
     assert set(counted.values()) == {3, 5}

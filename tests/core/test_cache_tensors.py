@@ -22,7 +22,7 @@ from dit_accel import (
     StaticCache,
     TeaCache,
 )  # fmt: skip
-from dit_accel.attachment.calls import Held
+from dit_accel.attachment.layers import Held
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.cache_config import MeasuredCacheConfig
 from dit_accel.methods.caches.engine import Decider, StepCacheHandler
@@ -211,7 +211,7 @@ def test_what_is_kept_shares_no_memory_with_what_passes_through(name):
     with dit_accel.attach(model, CACHES[name]) as attachment:
         passed.extend(denoised(model, rows=(1,) * 4))
         kept = []
-        for handler in attachment._execution.handlers:
+        for handler in attachment.engine.handlers:
             kept += [decider._kept() for decider in handler._deciders.values()]
             kept += [[point.values for point in history.points] for history in handler._histories.values()]
     memory = [

@@ -53,7 +53,7 @@ def drawn(attachment, cache="staticcache"):
 
 
 def handler(attachment, name):
-    return next(one for one in attachment._execution.handlers if one.name == name)
+    return next(one for one in attachment.engine.handlers if one.name == name)
 
 
 @pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE)

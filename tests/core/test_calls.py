@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dit_accel.attachment.calls import Calls, Held, text_in
+from dit_accel.attachment.layers import Calls, Held, text_in
 
 COND, UNCOND, OTHER = (torch.randn(1, 4, 8) for _ in range(3))
 

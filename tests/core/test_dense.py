@@ -11,8 +11,8 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
 from dit_accel.attachment import dense as module
-from dit_accel.attachment.dense import with_loop
-from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.engine import Execution
+from dit_accel.attachment.processor import with_loop
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
 SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=2, dense_layers=1)
@@ -128,9 +128,9 @@ def test_it_is_the_default_of_a_preset_alone(capsys):
     chosen = []
     for methods, options in (((), dict(preset="balanced")), ((), {}), ((SPARSE,), {}), ((), dict(preset="none"))):
         with dit_accel.attach(tiny_transformer(), *methods, **options) as attachment:
-            chosen.append(attachment._execution.dense)
+            chosen.append(attachment.engine.dense)
     with dit_accel.attach(tiny_transformer(), preset="balanced", dense="user") as attachment:
-        chosen.append(attachment._execution.dense)
+        chosen.append(attachment.engine.dense)
     assert chosen == ["auto", "auto", "user", "user", "user"]
 
 

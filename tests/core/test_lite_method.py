@@ -421,7 +421,7 @@ def test_a_reset_frees_all_that_is_held(options):
     transformer = sharp_transformer()
     config = LiteAttention(block_size=BLOCK, dense_steps=0, must_keep=(0, 16), must_skip=(48, 64), **options)
     with dit_accel.attach(transformer, config) as attachment:
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         denoise(transformer, until=3)  # the last step frees some by itself
         assert handler._states
         assert handler._fixed

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import ConfigError
-from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.engine import Execution
 from dit_accel.attachment.processor import planned
 from dit_accel.plan.call import Call
 from dit_accel.plan.masks import HIDDEN, key_validity, visible_row

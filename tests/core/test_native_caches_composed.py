@@ -100,6 +100,6 @@ def test_lite_counts_computed_steps_only(cache):
         ran = []
         with attachment.observe(lambda call: ran.append(call.context.key)):
             denoise(transformer, until=STEPS - 1)
-        handler = next(one for one in attachment._execution.handlers if one.name == "lite")
+        handler = next(one for one in attachment.engine.handlers if one.name == "lite")
         assert {key: state.calls for key, state in handler._states.items()} == {key: ran.count(key) for key in ran}
         assert len(ran) < (STEPS - 1) * 2 * 3

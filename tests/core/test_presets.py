@@ -10,13 +10,13 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, SolAttention, StaticCache, UltraViCo
 from dit_accel.adapters.installed import adapters
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.presets import LEVELS, PRESETS, choices
 
 
 def attached(model, *methods, **options):
     attachment = dit_accel.attach(model, *methods, **options)
-    names = {handler.name: handler.settings for handler in attachment._execution.handlers}
+    names = {handler.name: handler.settings for handler in attachment.engine.handlers}
     attachment.detach()
     return names
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from dit_accel import ConfigError
 from dit_accel.attachment import processor as module
 from dit_accel.attachment.backward import NO_TICKET
-from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.engine import Execution
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
 from dit_accel.attachment.processor import _sdpa, dense_attention_of, require_plain, wrap_processor

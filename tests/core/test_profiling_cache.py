@@ -184,7 +184,7 @@ def test_memory_is_one_tensor_a_run_and_offloading_changes_no_bit(transformer):
             found.append(denoise(transformer, 4))
             assert attachment.report().state_bytes["profilingcache"] == 2 * 2 * tokens
             attachment.reset()
-            assert not attachment._execution.handlers[0]._held()
+            assert not attachment.engine.handlers[0]._held()
     assert torch.equal(*found)
 
 
@@ -192,7 +192,7 @@ def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
     meta = transformer.to("meta")
     latents = torch.zeros(1, 12, 5, 8, 8, device="meta")
     with dit_accel.attach(meta, ProfilingCache(blocks="0, 2-4", offload="cpu", **ONCE)) as attachment:
-        history = attachment._execution.handlers[0]
+        history = attachment.engine.handlers[0]
         history._start = 0.0
         one = history._new_history(None)
         one.take((torch.ones(2),), (torch.zeros(2),), 0, 0.0)

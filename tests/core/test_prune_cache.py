@@ -137,7 +137,7 @@ def test_memory_is_counted_and_freed(transformer):
         denoise(transformer, 3)
         assert attachment.report().state_bytes["dbprune"] == (2 + 1) * 5 * tokens  # two branches, and the inputs
         attachment.reset()
-        assert not attachment._execution.handlers[0]._held()
+        assert not attachment.engine.handlers[0]._held()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def transformer():
 def guided(transformer, *methods, **run):
     with dit_accel.attach(transformer, *methods, preset="none") as attachment:
         out = denoise(transformer, **run)
-        return out, attachment.report(), attachment._execution.recorder.forwards_run
+        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 def test_neutral_settings_change_nothing_and_run_nothing(transformer):
@@ -139,7 +139,7 @@ def test_beside_a_step_cache_each_branch_has_a_past_of_its_own(transformer):
     with dit_accel.attach(transformer, HALF, cache) as attachment:
         made = denoise(transformer, steps=6)
         section = attachment.report().section("softpag")
-        forwards = attachment._execution.recorder.forwards_run
+        forwards = attachment.engine.recorder.forwards_run
     assert section.data["forwards_added"] == 6
     assert min(section.data["distance"].values()) > 0
     assert forwards == 3 * 3
@@ -199,7 +199,7 @@ def test_training_and_gradients_are_left_alone(transformer):
     expected = transformer(*inputs, return_dict=False)[0]
     with dit_accel.attach(transformer, HALF) as attachment:
         assert torch.equal(transformer(*inputs, return_dict=False)[0], expected)
-        assert attachment._execution.recorder.forwards_run == 1
+        assert attachment.engine.recorder.forwards_run == 1
 
 
 @pytest.mark.slow

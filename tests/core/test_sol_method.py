@@ -372,7 +372,7 @@ class TestOnWan:
         for everything in (False, True):
             transformer, call = tiny_transformer(), inputs()
             with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
-                store = attachment._execution.backward
+                store = attachment.engine.backward
                 out = transformer(**call)[0].square().sum()
                 plans = [call.plan for _, call in store._plans.values()]
                 assert len(plans) == len(store) == 3

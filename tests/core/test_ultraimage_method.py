@@ -244,7 +244,7 @@ def test_caches_wait_until_heads_are_measured():
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, HEADS, EasyCache(threshold=100.0, warmup_steps=0)) as attachment:
         denoise(transformer, 4)
-        assert {key[1] for key in attachment._execution.handlers[0]._heads} == {"cond", "uncond"}
+        assert {key[1] for key in attachment.engine.handlers[0]._heads} == {"cond", "uncond"}
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "z-image", "wan"])

@@ -11,7 +11,7 @@ from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists
 
 import dit_accel
-from dit_accel.attachment.execution import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.plan.call import Call
 from dit_accel.plan.plan import AttentionPlan
 from dit_accel.testing.reference import attention

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import demo
 import demo_comparison
 import imageio_ffmpeg
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 from report_tables import DEMO, demo_text, over_prompts
 from typer.testing import CliRunner
 
-import demo
 from dit_accel import ConfigError
 
 

@@ -8,7 +8,7 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_kernels import Selection, TileLists, pack_bits
 from study import RESULTS
 
-from dit_accel.attachment.execution import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_other_pipelines import PIPELINES
 
 import dit_accel
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods
 from dit_accel.methods.registry import methods

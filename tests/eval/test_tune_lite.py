@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention, SparseD
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.attachment.execution import Execution
+from dit_accel.attachment.engine import Execution
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.layers import AttentionLayer, TransformerState
 from dit_accel.attachment.op import planned_attention
@@ -202,7 +202,7 @@ def test_it_tunes_inside_another_methods_tiles(tmp_path: Path):
 
 def test_who_works_with_lite_works_with_the_tuner(tmp_path):
     with tuning(Runs(request(LITE, DeltaAttention()), tmp_path / "a.toml", ".toml", None), 0.05) as (attachment, tuner):
-        handlers = attachment._execution.handlers
+        handlers = attachment.engine.handlers
         assert [handler.name for handler in handlers] == ["lite", "delta"]
         assert handlers[0] is tuner
         assert handlers[1].restorers == (tuner,)

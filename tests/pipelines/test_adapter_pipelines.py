@@ -35,7 +35,7 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
         assert attachment.report() == report
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)
-    state = attachment._execution.layers[0].state
+    state = attachment.engine.layers[0].state
     for method, case in cases_of(state.adapter, state.transformer).items():
         with dit_accel.attach(pipe, *configs_of(case.active), preset="none") as attachment:
             assert generate(pipe, call, output_type="latent").isfinite().all()
@@ -43,7 +43,7 @@ def test_a_pipeline_generates_with_radial_and_reports_it(name):
     assert torch.equal(generate(pipe, call, output_type="latent"), latents)
 
     branches = BRANCHES.get(name, ["cond_uncond"])
-    layers = len(attachment._execution.layers)
+    layers = len(attachment.engine.layers)
     assert [(s.step_index, s.branch, s.dense_layers, s.sparse_layers) for s in report.steps] == [
         (step, branch, 1 if step else layers, layers - 1 if step else 0) for step in range(4) for branch in branches
     ]

@@ -23,7 +23,7 @@ def test_an_image_pipeline_generates_with_every_method_and_reports_it(name):
     pipe, call = PIPELINES[name]()
     plain = generate(pipe, call)
     with dit_accel.attach(pipe, preset="none") as attachment:
-        states = list(dict.fromkeys(layer.state for layer in attachment._execution.layers))
+        states = list(dict.fromkeys(layer.state for layer in attachment.engine.layers))
         adapter = states[0].adapter
         assert name.startswith(adapter.name)
     applying = cases_of(adapter, states[0].transformer)

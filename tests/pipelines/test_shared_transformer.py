@@ -28,7 +28,7 @@ from dit_accel import (
     SparseD,
     StaticCache,
 )
-from dit_accel.attachment.diagnosis import ReplacedTransformer
+from dit_accel.attachment.backends import ReplacedTransformer
 
 LITE = LiteAttention(target_density=0.5, dense_steps=0, block_size=16)
 RADIAL = RadialAttention(
@@ -94,7 +94,7 @@ def test_a_loop_by_hand_after_a_call_of_the_pipeline_has_its_own_steps(flux):
     pipe, call = flux
     with dit_accel.attach(pipe, preset="none") as attachment:
         latents(pipe, call, num_inference_steps=4)
-        state = attachment._execution.state
+        state = attachment.denoising
         given = dict(
             hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, 6, 16), guidance=torch.ones(1),
             pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(6, 3), img_ids=_places(),
@@ -136,7 +136,7 @@ def test_a_run_after_one_that_raised_or_was_interrupted_is_as_the_first(make, me
 
     with dit_accel.attach(pipe.transformer, method) as attachment:
         fresh = latents(pipe, call, 3)
-        assert attachment._execution.state.num_inference_steps == 6
+        assert attachment.denoising.num_inference_steps == 6
     with dit_accel.attach(pipe.transformer, method):
         for step in (0, 2):
             with pytest.raises(KeyError):

@@ -32,7 +32,7 @@ def test_a_video_pipeline_generates_and_reports_it(name):
         assert torch.equal(generate(pipe, call), plain)
         assert attachment.report().density == 1.0
     with dit_accel.attach(pipe, CONFIG) as attachment:
-        sparse, report, layers = generate(pipe, call), attachment.report(), len(attachment._execution.layers)
+        sparse, report, layers = generate(pipe, call), attachment.report(), len(attachment.engine.layers)
     print(f"{name}\n{report}")
     assert sparse.isfinite().all()
     assert not torch.equal(sparse, plain)
@@ -48,7 +48,7 @@ def test_a_video_pipeline_generates_and_reports_it(name):
     assert report.sparse_density < 0.95
     assert report.model == {"transformer": f"{family}, sizes of no released model"}
 
-    state = attachment._execution.layers[0].state
+    state = attachment.engine.layers[0].state
     for method, case in cases_of(state.adapter, state.transformer).items():
         with dit_accel.attach(pipe, *configs_of(case.active), preset="none") as attachment:
             selected = generate(pipe, call, output_type="latent" if name in LATENTS_ALONE else "pt")

@@ -163,7 +163,7 @@ def watched_runs(
     others = [method for method in request.methods if not isinstance(method, type(config))]
     runs = Runs(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
     with runs.attached() as attachment:
-        handlers = attachment._execution.handlers
+        handlers = attachment.engine.handlers
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
         for prompt in runs.left():
             watch, notes = new_watch(), list[Note]()
