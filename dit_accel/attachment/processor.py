@@ -91,10 +91,10 @@ def _subclass(cls: type, engine: Engine) -> type:
     if "dispatch_attention_fn" in names:
         name = "dispatch_attention_fn"
         dense = with_loop(function.__globals__[name], True, engine)
-        replacement: Any = _stand_in(dense, True, engine)
+        replacement: Any = stand_in(dense, True, engine)
     elif "scaled_dot_product_attention" in names and function.__globals__.get("F") is F:
         name, dense = "F", with_loop(F.scaled_dot_product_attention, False, engine)
-        ours = _stand_in(dense, False, engine)
+        ours = stand_in(dense, False, engine)
         replacement = types.SimpleNamespace(**dict(vars(F), scaled_dot_product_attention=ours))
     else:
         raise UnsupportedModel(
@@ -142,7 +142,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
+def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
     """Return what runs in place of ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
 
     Args:

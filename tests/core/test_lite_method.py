@@ -367,16 +367,15 @@ def test_probes_take_back_tiles_that_matter_again():
     for x in drifting(80, 3):
         calls.run(*x)
     plan, context = calls.plan()
-    assert calls.handler.wants_gaps(plan, context)
     gaps = torch.full((1, 2, 5, 5), -5.0)
     gaps[..., 2, 1], gaps[..., 3, 1], gaps[..., 2, 4] = 0.0, -0.9, 0.0
     before = unpack_bits(calls.bits(), 5)
-    calls.handler.restore_tiles(plan, context, gaps, torch.zeros_like(gaps), 0.5)
+    calls.handler.restore_tiles(plan, context, lambda: (gaps, torch.zeros_like(gaps)), 0.5)
     back = unpack_bits(calls.bits(), 5) & ~before
     expected = torch.zeros_like(back)
     expected[..., 2, 1] = ~before[..., 2, 1]
     assert torch.equal(back, expected)
-    assert not Calls(LiteAttention(target_density=0.5)).handler.wants_gaps(plan, context)
+    Calls(LiteAttention(target_density=0.5)).handler.restore_tiles(plan, context, pytest.fail, 0.5)  # asks no probe
 
 
 def test_another_selection_is_kept_and_added_to():

@@ -119,8 +119,6 @@ class GuideHandler(AttentionHandler):
         out = run()
         with self.site.branch("perturbed"):
             perturbed = run()
-        again = self.site.denoising.context(self.site._state)
-        assert (again.branch, again.step_index) == (context.branch, context.step_index)
         sample = sample_of(out)
         return with_sample(out, sample + self.settings.weight * (sample - sample_of(perturbed)))
 

@@ -49,7 +49,7 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     """Execute a plan; output and report shares (exact, pooled, by head)."""
     layer = OneLayer(Fixed(plan), backend=backend)
     out = layer.call(q, k, v, layout)
-    ((entry,),) = [forward.calls for forward in layer.execution.recorder.forwards.values()]
+    ((entry,),) = [forward.calls for forward in layer.engine.recorder.forwards.values()]
     return out, entry
 
 

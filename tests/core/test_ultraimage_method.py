@@ -153,7 +153,7 @@ def test_branches_are_measured_apart():
         run_heads(layer, one, [step], "cond")
         found = run_heads(layer, other, [step], "uncond")[0]
     assert torch.equal(found, expected[1])
-    (handler,) = layer.execution.handlers
+    (handler,) = layer.engine.handlers
     held = {key[1]: heads.factors[0] for key, heads in handler._heads.items()}
     assert set(held) == {"cond", "uncond"}
     assert handler.state_bytes() <= 2 * 2 * 2 * (8 + 4)  # branches x rows x heads x (entropy, factor)

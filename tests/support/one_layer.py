@@ -12,7 +12,7 @@ from dit_accel import RadialAttention
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.attachment.engine import Engine
 from dit_accel.attachment.forward_state import as_tensors
-from dit_accel.attachment.layers import AttentionLayer, Observer
+from dit_accel.attachment.layers import Observer
 from dit_accel.attachment.op import planned_attention
 from dit_accel.attachment.state import DenoisingState
 from dit_accel.methods.base import AttentionHandler, Handler, Model, Phase
@@ -82,10 +82,8 @@ class OneLayer:
         self.engine = Engine([*made, *make_handlers(configs, MODEL)], backend)
         self.denoising = DenoisingState(None, self.engine)
         self.state = self.engine.add_transformer("transformer", nn.Module(), ADAPTER)
-        layer = AttentionLayer(self.state, nn.Module(), 0, 0)
-        layer.dense = self.attend
-        self.engine.layers.append(layer)
-        self.state.layers.append(layer)
+        self.layer = self.engine.add_layer("transformer", MODEL.heads)
+        self.layer.dense = self.attend
         self.steps, self.tokens_first, self.attended = steps, tokens_first, 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
