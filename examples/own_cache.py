@@ -22,14 +22,14 @@ class StillCache(MeasuredCacheConfig):
 class StillHandler(StepCacheHandler):
     config_type = StillCache
 
-    def indicator(self, context, decider):
-        if decider.kept is None:
+    def indicator(self, context, decision):
+        if (before := decision.kept) is None:
             return None  # nothing was computed yet
-        change, size = self.numbers(context, mean_change(self.latents(context), decider.kept), mean_size(decider.kept))
+        change, size = self.numbers(context, mean_change(self.latents(context), before), mean_size(before))
         return change / size
 
-    def computed(self, context, decider, output):
-        decider.kept = self.latents(context)
+    def computed(self, context, decision, output):
+        decision.kept = self.latents(context)
 
 
 pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ pipe = WanPipeline.from_pretrained(MODEL, dtype={"default": torch.bfloat16, "vae
 pipe.enable_group_offload(onload_device=torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 pipe.vae.enable_tiling()
 
-attachment = dit_accel.attach(pipe, preset="balanced")  # says on stderr what it chose for this model
+attachment = dit_accel.attach(pipe, preset="balanced")
 video = pipe(
     PROMPT,
     negative_prompt=NEGATIVE,

@@ -25,7 +25,7 @@ IMAGE_REFUSED: Mapping[str, str] = {
     "lvsa": _NO_LONGER,
     "ultravico": _NO_LONGER,
 }
-"""Method name -> why it makes no sense on a model that makes single images; what image adapters refuse."""
+"""Method name -> why it makes no sense on a model that makes single images: every such adapter refuses these."""
 
 Grid = tuple[int, int, int, int, int]
 """(frames, height, width) of the patch grid, then text tokens before and after the visual ones."""
@@ -64,8 +64,8 @@ def latents_grid(
     patch_frames, patch_height, patch_width = patch_sizes(config.patch_size, getattr(config, "patch_size_t", None))
     frames = 1 if frames_axis is None else shape[frames_axis] // patch_frames
     height, width = shape[-2] // patch_height, shape[-1] // patch_width
-    given = [] if text == "none" else [inputs[name] for name in joined if inputs.get(name) is not None]
-    tokens = sum(value.shape[1] for value in given)
+    inputs_in_sequence = [] if text == "none" else [inputs[name] for name in joined if inputs.get(name) is not None]
+    tokens = sum(value.shape[1] for value in inputs_in_sequence)
     before, after = (tokens, 0) if text == "before" else (0, tokens)
     return frames - reference_frames, height, width, before + reference_frames * height * width, after
 
@@ -104,6 +104,7 @@ class Family:
         num_inference_steps: default number of denoising steps.
         forwards_per_step: transformer rows per step, 2 with classifier-free guidance.
         experts: transformers that share the steps, 2 for Wan 2.2 A14B.
+        first_expert: share of a run's steps that the first of two transformers makes; None: not known.
         in_channels: channels of the transformer's input, where that tells it from a model of the same sizes, such as 36
             for image to video; None: any.
         trained_frames: frames of its training clips, as the transformer's tokens count them; None: not known, or
@@ -134,6 +135,7 @@ class Family:
     num_inference_steps: int = 50
     forwards_per_step: int = 2
     experts: int = 1
+    first_expert: float | None = None
     in_channels: int | None = None
     trained_frames: int | None = None
     trained_size: tuple[int, int] | None = None
@@ -191,9 +193,10 @@ class Adapter:
         cross_attention: where text comes in by cross-attention, or in words why it does not; None: not described.
         joined_text: where text joins the self-attention, or in words why no negative text can be laid beside it; None:
             not described.
+        makes_images: the models make single images, on which methods for several frames make no sense.
         families: the released models, for `plan` and for recipes.
         recipes: method name -> option -> value for a model that none of ``families`` describes.
-        refused: method name -> why it makes no sense here.
+        refused: method name -> why it makes no sense here; `IMAGE_REFUSED` is added where a model makes images.
 
     Raises:
         ConfigError: for names, families or functions of another type.
@@ -222,11 +225,14 @@ class Adapter:
     guidance: Guidance = Guidance()  # noqa: RUF009 - frozen
     cross_attention: CrossAttention | str | None = None
     joined_text: JoinedText | str | None = None
+    makes_images: bool = False
     families: tuple[Family, ...] = ()
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.makes_images:
+            object.__setattr__(self, "refused", {**IMAGE_REFUSED, **self.refused})
         for name, entry, what in (
             ("transformers", str, "names"),
             ("self_attention", str, "names"),
@@ -274,9 +280,9 @@ class Adapter:
             if (family.layers, family.heads, family.head_dim) == (sizes.layers, sizes.heads, sizes.head_dim)
             and family.experts == experts
         ]
-        given = config.get("in_channels")
+        channels = config.get("in_channels")
         return max(
-            alike, key=lambda known: (known.patch == sizes.patch, known.in_channels in (None, given)), default=None
+            alike, key=lambda known: (known.patch == sizes.patch, known.in_channels in (None, channels)), default=None
         )
 
     def recipe(self, method: str, family: Family | None) -> Mapping[str, Any]:

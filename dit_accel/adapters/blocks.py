@@ -125,8 +125,8 @@ class BlockSignature:
                 f"{self.block} gives more than its streams, which can't be made up; let it run once before skipping it"
             )
         elements = [None] * len(self.gives) if like is None else self._elements(like)
-        given = [old if at is None else streams[at] for at, old in zip(self.gives, elements, strict=True)]
-        return given[0] if len(given) == 1 else tuple(given)
+        arguments = [old if at is None else streams[at] for at, old in zip(self.gives, elements, strict=True)]
+        return arguments[0] if len(arguments) == 1 else tuple(arguments)
 
     def _elements(self, result: Any) -> Sequence[Any]:
         several = isinstance(result, (tuple, list))

@@ -29,27 +29,27 @@ class CrossAttention:
     text: str = "encoder_hidden_states"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.modules, tuple) or not all(isinstance(one, str) for one in self.modules):
+        if not isinstance(self.modules, tuple) or not all(isinstance(pattern, str) for pattern in self.modules):
             raise ConfigError(f"modules must be a tuple of names, got {self.modules!r}; one entry is (entry,)")
 
     def found(self, transformer: Any) -> dict[str, Any]:
         """Return name -> module of a transformer's cross-attention; `ConfigError` if there is none."""
         known = {name: module for name, module in transformer.named_modules() if hasattr(module, "processor")}
-        found = {
+        matches = {
             name: module
             for name, module in known.items()
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.modules)
         }
-        if not found:
+        if not matches:
             raise ConfigError(
                 f"the adapter looks for the cross-attention {', '.join(self.modules)} in {type(transformer).__name__} "
                 "and finds none; update the adapter"
             )
-        return found
+        return matches
 
     def projecting(self, transformer: Any) -> Any:
         """Return the module that projects a transformer's text, or None."""
-        found = transformer
+        module = transformer
         for part in self.projection.split(".") if self.projection else ():
-            found = getattr(found, part, None)
-        return None if found is transformer else found
+            module = getattr(module, part, None)
+        return None if module is transformer else module

@@ -11,6 +11,9 @@ from .adapter import Adapter, Family
 ADAPTER_GROUP = "dit_accel.adapters"
 REASON_GROUP = "dit_accel.not_supported"
 
+_registered: dict[str, Adapter] = {}
+"""What `register` was given in this process, by name."""
+
 
 @cache
 def adapters() -> dict[str, Adapter]:
@@ -33,17 +36,46 @@ def adapters() -> dict[str, Adapter]:
                     )
                 classes[name] = adapter.name
             by_name[adapter.name] = adapter
-    return by_name
+    others = {name: adapter for name, adapter in by_name.items() if name not in _registered}
+    return others | _registered
+
+
+def register(adapter: Adapter, *, override: bool = False) -> Adapter:
+    """Make an adapter of a script or a notebook known to this process, without a package, and return it.
+
+    One that was registered so before under its name is replaced. A package names its adapters by an entry point of
+    ``dit_accel.adapters`` instead.
+
+    Args:
+        adapter: the adapter.
+        override: it may stand in the place of installed ones of its name or its transformer classes.
+
+    Raises:
+        ConfigError: for what is no adapter, or a name or class that is taken, without ``override``.
+    """
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(f"register takes an Adapter, got {adapter!r}; make one of it")
+    for name, other in adapters().items():
+        taken = [name for name in adapter.transformers if name in other.transformers]
+        if (name != adapter.name and not taken) or name in _registered or override:
+            continue
+        raise ConfigError(
+            f"{', '.join(taken) or name} is what the adapter {name!r} covers, which is installed, got another, "
+            f"{adapter.name!r}; give override=True to put it in the place of that one"
+        )
+    _registered[adapter.name] = adapter
+    adapters.cache_clear()
+    return adapter
 
 
 def _adapters(entry: EntryPoint) -> Sequence[Adapter]:
     """Return the adapters that an entry point gives."""
-    given, entry_point = _load(entry, "a tuple of adapters"), _named(entry)
-    if not isinstance(given, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in given):
+    listed, entry_point = _load(entry, "a tuple of adapters"), _named(entry)
+    if not isinstance(listed, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in listed):
         raise ConfigError(
-            f"{entry_point} must give adapters, got {type(given).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
+            f"{entry_point} must give adapters, got {type(listed).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
         )
-    return given
+    return listed
 
 
 def _load(entry: EntryPoint, what: str) -> Any:

@@ -25,10 +25,10 @@ def model_source(name: str) -> str:
     if name in known:
         return str(assets().model_path(name))
     if "/" not in name and not Path(name).is_dir():
-        found = f"{name!r} is no embedded model; {did_you_mean(name, known)};"
+        problem = f"{name!r} is no embedded model; {did_you_mean(name, known)};"
         if not known:
-            found = f"there is no {name!r} here, and no embedded models are installed; {install('assets')} for them,"
-        raise ConfigError(f"{found} or name a folder of a diffusers pipeline, or a hub id (owner/name)")
+            problem = f"there is no {name!r} here, and no embedded models are installed; {install('assets')} for them,"
+        raise ConfigError(f"{problem} or name a folder of a diffusers pipeline, or a hub id (owner/name)")
     return name
 
 

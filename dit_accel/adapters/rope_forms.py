@@ -29,7 +29,7 @@ from .rope_inputs import change_input
 from .rotary import GIVEN, VISUAL_AXES, Axis, Frequencies, Resolve, Rope, RopeChange
 
 
-def changed(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:
+def change_rope(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:
     """Return what to set on one transformer, so that its positions are made from other frequencies.
 
     Position ids, offsets and scaling stay the model's; text does not move. Nothing is changed on classes and modules.
@@ -87,15 +87,15 @@ def input_hook(
 
 
 def _resolver(axes: tuple[Axis, ...], changes: tuple[Any, ...], keep: bool) -> Resolve:
-    kept: dict[Any, Tensor] = {}  # where the model's own are always the same: a function may wait for the device
+    resolved: dict[Any, Tensor] = {}  # where the model's own are always the same: a function may wait for the device
 
     def resolve(index: int, own: Tensor) -> Tensor:
         change = changes[index]
         if change is None:
             return own
         key = (index, own.dtype, own.device)
-        if keep and key in kept:
-            return kept[key]
+        if keep and key in resolved:
+            return resolved[key]
         wide = own.detach().to("cpu", torch.float64)
         new = torch.as_tensor(change(wide) if callable(change) else change, dtype=torch.float64)
         if new.shape != own.shape or not bool(new.isfinite().all()):
@@ -103,8 +103,8 @@ def _resolver(axes: tuple[Axis, ...], changes: tuple[Any, ...], keep: bool) -> R
                 f"{axes[index].name} has frequencies of shape {tuple(own.shape)}, got a shape of {tuple(new.shape)} "
                 f"with values {new.flatten()[:4].tolist()} ...; give a finite one for each"
             )
-        kept[key] = new.to(own)
-        return kept[key]
+        resolved[key] = new.to(own)
+        return resolved[key]
 
     return resolve
 
@@ -204,8 +204,8 @@ def _theta_of_function(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: 
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         asks = _asks(rope, axes)
-        made = functools.partial(maker, theta=_Theta(value, asks, resolve))
-        scope = {**function.__globals__, rope.parts[0]: made}
+        maker_with_stand_in = functools.partial(maker, theta=_Theta(value, asks, resolve))
+        scope = {**function.__globals__, rope.parts[0]: maker_with_stand_in}
         copy = types.FunctionType(
             function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
         )
@@ -221,7 +221,9 @@ def _learned(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -
     function = getattr(type(owner), rope.method)
 
     def run(self: Any, learned: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return function(self, torch.stack([resolve(i, own) for i, own in enumerate(learned)]), *args, **kwargs)
+        return function(
+            self, torch.stack([resolve(i, frequencies) for i, frequencies in enumerate(learned)]), *args, **kwargs
+        )
 
     return run
 
@@ -253,16 +255,16 @@ def _frequencies(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolv
 
 
 def _frequencies_of_all(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> dict[str, Any]:
-    own = getattr(owner, rope.parts[0])
-    return {rope.parts[0]: _OfAll(torch.stack([resolve(index, own) for index in range(len(axes))]))}
+    frequencies = getattr(owner, rope.parts[0])
+    return {rope.parts[0]: _OfAll(torch.stack([resolve(index, frequencies) for index in range(len(axes))]))}
 
 
 def _angles(rope: Rope, owner: Any, axes: tuple[Axis, ...], resolve: Resolve) -> dict[str, Any]:
     values = {}
     for index, part in enumerate(rope.parts):
-        own = getattr(owner, part)
-        places = torch.arange(len(own), dtype=own.dtype, device=own.device)
-        values[part] = torch.outer(places, resolve(index, own[1]))  # position 1's angles are the frequencies
+        table = getattr(owner, part)
+        places = torch.arange(len(table), dtype=table.dtype, device=table.device)
+        values[part] = torch.outer(places, resolve(index, table[1]))  # position 1's angles are the frequencies
     return values
 
 

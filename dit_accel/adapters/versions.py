@@ -33,12 +33,12 @@ def require_versions() -> None:
         ConfigError: for one that is older than any that was tried.
     """
     for name, needed in NEEDED.items():
-        found = TorchVersion(importlib.import_module(name).__version__)
-        if found < needed.least:
-            raise ConfigError(f"dit-accel needs {name} {needed.asked} or newer, found {found}; update {name}")
-        if found < needed.asked:
+        installed = TorchVersion(importlib.import_module(name).__version__)
+        if installed < needed.least:
+            raise ConfigError(f"dit-accel needs {name} {needed.asked} or newer, found {installed}; update {name}")
+        if installed < needed.asked:
             warnings.warn(
-                f"{name} {found} is older than {needed.asked}, which dit-accel asks for: some methods were tried with "
-                f"it, the newer models are not there; update {name} where your server lets you",
+                f"{name} {installed} is older than {needed.asked}, which dit-accel asks for: some methods were tried "
+                f"with it, the newer models are not there; update {name} where your server lets you",
                 stacklevel=2,
             )

@@ -1,9 +1,8 @@
 """Attach methods to a pipeline or a transformer, and take them off again without a trace."""
 
 import contextlib
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -22,7 +21,7 @@ from ..methods.find import (
     model_of,
     resolve_model,
 )
-from ..methods.presets import Level, PresetMethods, choices
+from ..methods.presets import Level, PresetMethods, preset_methods
 from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
 from .backends import (
@@ -83,6 +82,11 @@ class Attachment:
         methods = ", ".join(handler.name for handler in self.engine.handlers) or "no method"
         where = ", ".join(f"{name} ({what})" for name, what in self._model.items())
         return f"<Attachment: {methods} on {where}{'' if self._attached else '; detached'}>"
+
+    @property
+    def preset(self) -> str:
+        """What the preset attached, and what it left out and why, in one line; empty without a preset."""
+        return self._preset.words() if self._preset else ""
 
     def detach(self) -> None:
         """Restore processors, calls, contexts and attributes to what they were, bit for bit, and free all state.
@@ -229,7 +233,7 @@ def attach(
         methods: configs such as ``RadialAttention()``.
         preset: methods that are chosen for the model, beside those that are named, which win: ``careful``, ``balanced``
             or ``fast`` (`dit_accel.methods.presets`), or ``none``. Unset: ``balanced`` where no method is named. What
-            was chosen is printed to stderr.
+            it is on this model, and what it leaves out, says `Attachment.preset`.
         backend: the kernel backend of planned attention calls. A named one never falls back; with ``auto`` calls whose
             tile lists only save time stay dense on a CPU that is known to gain none by them, and the report says so.
         dense: what computes dense calls, steps and layers: ``user``, the attention set in diffusers, or ``auto``, on a
@@ -250,17 +254,17 @@ def attach(
     level = preset or ("none" if methods else "balanced")
     if level == "none":
         return _attach(model, methods, backend, layers, dense or "user")
-    chosen = choices(level, of := model_of(model), methods)
-    while True:
-        try:
-            attachment = _attach(model, (*methods, *(x.config for x in chosen)), backend, layers, dense or "auto")
-            break
-        except ConfigError:  # such as positions of a transformer that is compiled whole
-            if not chosen:
-                raise
-            chosen.pop()
-    attachment._preset = PresetMethods(level, tuple(chosen), of)
-    print(attachment._preset.words(), file=sys.stderr)
+
+    def put_on(configs: Sequence[MethodConfig]) -> Attachment:
+        return _attach(model, tuple(configs), backend, layers, dense or "auto")
+
+    preset = preset_methods(level, model_of(model), methods)
+    try:
+        attachment = put_on((*methods, *preset.configs))
+    except ConfigError:  # such as positions of a transformer that is compiled whole: find the method that is refused
+        preset = preset_methods(level, preset.model, methods, try_out=lambda configs: put_on(configs).detach())
+        attachment = put_on((*methods, *preset.configs))
+    attachment._preset = preset
     return attachment
 
 

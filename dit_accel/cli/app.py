@@ -1,13 +1,11 @@
 """The `dit-accel` application: its commands, and how errors become one line and an exit code."""
 
-import atexit
 import contextlib
 import copy
 import functools
 import inspect
-import os
+import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -66,9 +64,9 @@ class _PlainFlags:
     def get_params(self, ctx: typer.Context) -> list[Any]:
         """Return the parameters, --help among them."""
         params = super().get_params(ctx)  # type: ignore[misc]
-        for one in params:
-            if getattr(one, "is_flag", False):
-                one.metavar = ""
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
         return params
 
 
@@ -127,12 +125,12 @@ def _outcome(run: Callable[[], Any], show_traceback: Callable[[], bool]) -> int:
             code = INTERRUPTED
         except Exception as error:
             code = _exit_code(error, show_traceback()) if guard.number is None else INTERRUPTED
-        guard.settle()
-        if code == INTERRUPTED or guard.code is not None:
-            code = guard.code or INTERRUPTED
-            if not guard.said():
-                TALK.show_cursor()
-                print_error(guard.line)
+        guard.raises = False
+        if code == INTERRUPTED or guard.number is not None:
+            code = 128 + (guard.number or signal.SIGINT)
+            TALK.show_cursor()
+            print_error(guard.line)
+            guard.silent = True
         return code if isinstance(code, int) else 0
 
 
@@ -190,18 +188,18 @@ def _build(name: str) -> Any:
 
 def _wrapped(name: str, group: typer.Typer) -> typer.Typer:
     """Return a group whose commands, and those of groups inside it, have method options and --traceback as ours do."""
-    made = typer.Typer(cls=SubGroup, name=name, help=group.info.help, no_args_is_help=True, add_completion=False)
-    made.registered_callback = group.registered_callback
+    wrapped = typer.Typer(cls=SubGroup, name=name, help=group.info.help, no_args_is_help=True, add_completion=False)
+    wrapped.registered_callback = group.registered_callback
     for command in group.registered_commands:
         assert command.callback is not None
         whole = copy.copy(command)  # the original stays as its owner made it
         whole.callback, whole.cls = _with_traceback(with_method_options(command.callback)), OneCommand
-        made.registered_commands.append(whole)
+        wrapped.registered_commands.append(whole)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
         inner_name = str(inner.name or inner.typer_instance.info.name)
-        made.add_typer(_wrapped(inner_name, inner.typer_instance))
-    return made
+        wrapped.add_typer(_wrapped(inner_name, inner.typer_instance))
+    return wrapped
 
 
 def _ask_for_traceback(ctx: typer.Context, wanted: bool) -> None:
@@ -272,22 +270,11 @@ def run_alone(command: Callable[..., Any]) -> None:
 
 
 def _as_process(run: Callable[[], Any]) -> None:
-    """Run what ends with `SystemExit`, and end the process with its code, whatever signals arrive meanwhile.
-
-    Exit handlers run as ever. What Python does after them, unloading torch part by part, takes seconds on a busy
-    machine, in which nothing could be stopped; the system frees all of it at once.
-    """
-    with stoppable() as guard:
+    """Run what ends with `SystemExit`; after a signal, end without Python's own end, which takes seconds with torch."""
+    with stoppable(until_exit=True) as guard:
         try:
             run()
-        except SystemExit as ended:
-            code = ended.code
-        guard.settle()
-        stopped = guard.code
-        if stopped is None:
-            threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python's own end does
-            atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(stopped or (code if isinstance(code, int) else 0))
+        finally:
+            guard.raises = False
+            if guard.number is not None:
+                guard.leave()

@@ -30,7 +30,7 @@ else:  # the methods load torch, and a list of commands need not wait for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class NamedSetting:
     """Methods that are attached together.
 
     Attributes:
@@ -43,7 +43,7 @@ class Setting:
     run: Mapping[str, Any]
 
 
-SettingList = Annotated[list[Setting], "from the method switches and each config"]
+SettingList = Annotated[list[NamedSetting], "from the method switches and each config"]
 """Annotation of the parameter through which a command receives settings to compare."""
 
 RunTable = Annotated[dict, "from the config's [run] table"]
@@ -103,8 +103,8 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             note(f"the [run] table of {config} is for generate, and is left out here")
         return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
 
-    kept = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
-    run.__signature__ = signature.replace(parameters=[*kept, *_parameters(names, several)])  # type: ignore[attr-defined]
+    others = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
+    run.__signature__ = signature.replace(parameters=[*others, *_parameters(names, several)])  # type: ignore[attr-defined]
     return run
 
 
@@ -124,12 +124,12 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
     return [registry.method(name)(**options) for name, options in values.items()]
 
 
-def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequence[str]) -> list[Setting]:
+def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequence[str]) -> list[NamedSetting]:
     """Return a setting of each config file, then one of the switches and what was set, if there are any."""
     from ..methods.toml import run_table
 
-    found = [
-        Setting(
+    named = [
+        NamedSetting(
             name=path.stem, methods=tuple(select_methods((), path, ())), run=run_table(_text(path), f"--config {path}")
         )
         for path in configs
@@ -137,9 +137,11 @@ def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequen
     methods = select_methods(switched, None, settings)
     if methods:
         options = [setting.strip().partition(".") for setting in settings]
-        parts = [" ".join([one.name, *(rest for name, _, rest in options if name == one.name)]) for one in methods]
-        found.append(Setting(name=" + ".join(parts), methods=tuple(methods), run={}))
-    return found
+        parts = [
+            " ".join([method.name, *(rest for name, _, rest in options if name == method.name)]) for method in methods
+        ]
+        named.append(NamedSetting(name=" + ".join(parts), methods=tuple(methods), run={}))
+    return named
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The options by which `plan` and `recommend` name a model without its weights, and the sizes of its output."""
+"""The options by which `plan` and `recommend` name a model without its weights."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -22,9 +22,6 @@ ModelName = Annotated[
         metavar="ID|FOLDER|NAME",
     ),
 ]
-Pixels = Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.", metavar="PIXELS")]
-Frames = Annotated[int | None, typer.Option(help="Output frames; default: the model's.")]
-InferenceSteps = Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")]
 
 
 def one_model(command: str, family: str | None, model: str | None) -> str:

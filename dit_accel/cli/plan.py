@@ -10,10 +10,11 @@ from ..estimate.beyond import advice, beyond_trained
 from ..estimate.estimate import KERNEL_COST, Estimate, estimate
 from ..estimate.linears import CARD, LINEAR_COST, least_weights
 from ..methods.base import Model
-from ..methods.presets import PresetMethods, choices
+from ..methods.presets import PresetMethods, preset_methods
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList, Preset
-from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, named_model
+from .model_options import FamilyName, ModelName, named_model
+from .run_options import Frames, InferenceSteps, Pixels
 
 FACTORS = {
     "forwards": "computed forwards and blocks",
@@ -71,9 +72,9 @@ def plan(
     adapter, sizes, config = named_model("plan", family, model)
     if preset:
         of = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)
-        chosen = choices(preset, of, methods)
-        methods = [*methods, *(one.config for one in chosen)]
-        _note_preset(PresetMethods(preset, tuple(chosen), of), num_inference_steps or sizes.num_inference_steps)
+        chosen = preset_methods(preset, of, methods)
+        methods = [*methods, *chosen.configs]
+        _note_preset(chosen, num_inference_steps or sizes.num_inference_steps)
     requested = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
     estimated = estimate(
         adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config, linears=linears,

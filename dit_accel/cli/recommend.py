@@ -8,7 +8,8 @@ from ..adapters import installed
 from ..estimate.recommend import recommend as recommendation
 from ..estimate.recommend_table import drawn
 from .console import OUT, print_json
-from .model_options import FamilyName, Frames, InferenceSteps, ModelName, Pixels, one_model
+from .model_options import FamilyName, ModelName, one_model
+from .run_options import Frames, InferenceSteps, Pixels
 
 
 def recommend(

@@ -12,7 +12,7 @@ from ..errors import UnsupportedModel
 from ..methods.base import AttentionHandler, Model
 from ..methods.caches.cache_config import StepCacheConfig
 from ..methods.find import find_transformers, resolve_model
-from ..methods.presets import LEVELS, MEASURED_ON, Choice, choices
+from ..methods.presets import LEVELS, MEASURED_ON, Choice, preset_methods
 from ..methods.registry import handler_of, method
 from .beyond import advice, beyond_trained
 from .estimate import Estimate, estimate
@@ -240,7 +240,7 @@ def _dense_row() -> Setting:
 
 
 def _preset_row(level: str, of: _Subject, sizes: Mapping[str, Any], dense: Estimate) -> Setting:
-    chosen = choices(level, of.model)
+    chosen = preset_methods(level, of.model).chosen
     idle = {one.config.name: _idle(one, dense, of.family) for one in chosen}
     acting = [one for one in chosen if idle[one.config.name] is None]
     found = estimate(of.adapter, of.family, methods=[one.config for one in acting], **sizes)
@@ -307,7 +307,7 @@ def _notes(
             f"tiny models {' and '.join(MEASURED_ON)}; attachment.check(prompt) measures yours, `dit-accel tune "
             "pipeline` finds settings for it"
         )
-    presets = [one.config for one in choices(LEVELS[-1], of.model)]
+    presets = preset_methods(LEVELS[-1], of.model).configs
     notes += advice(of.adapter, of.family, dense.layout, presets)
     if dense.linears is not None:
         notes += [*dense.linears.notes, "speed-ups are over the dense run of the model as it is"]

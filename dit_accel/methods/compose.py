@@ -30,24 +30,25 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
     types = [handler_of(config) for config in configs]
     configs = [handler.config_for(config) or config for handler, config in zip(types, configs, strict=True)]
     paired = sorted(zip(types, configs, strict=True), key=lambda pair: (*_place(pair[0]), pair[1].name))
-    for (one, first), (other, second) in combinations(paired, 2):
-        if "cache" in one.exclusive & other.exclusive:
+    for (kind, first), (other_kind, second) in combinations(paired, 2):
+        if "cache" in kind.exclusive & other_kind.exclusive:
             raise ConfigError(
                 f"{first.requested_name} and {second.requested_name} both cache, and a transformer takes one cache; "
                 "attach one of them"
             )
-        if one is other:
-            raise ConfigError(f"two {one.config_type.__name__} configs were given; attach one of each method")
-        if shared := one.exclusive & other.exclusive:
-            of = "an attention call" if Place.ATTENTION in one.places else "a forward"
-            raise ConfigError(
-                f"{one.config_type.name} and {other.config_type.name} both set the {' and '.join(sorted(shared))} of "
-                f"{of}, which takes only one; attach one of them"
-            )
+        if kind is other_kind:
+            raise ConfigError(f"two {kind.config_type.__name__} configs were given; attach one of each method")
     for handler_type, config in paired:
         _refuse_on(model, handler_type, config)
     model = replace(model, tiling=agreed_tiling([config for _, config in paired], model))
     handlers = [handler_type(config, model) for handler_type, config in paired]
+    for one, other in combinations(handlers, 2):
+        if shared := one.exclusive & other.exclusive:
+            of = "an attention call" if Place.ATTENTION in one.places else "a forward"
+            raise ConfigError(
+                f"{one.name} and {other.name} both set the {' and '.join(sorted(shared))} of {of}, which takes only "
+                "one; attach one of them"
+            )
     require_noise(handlers, model.noises, model.noise_source)
     for handler in handlers if alone else ():
         handler.check_with([other for other in handlers if other is not handler])

@@ -15,6 +15,14 @@ from ..errors import ConfigError, did_you_mean
 from .noise import NeedsNoise
 from .options import Rule, find_broken, may_name
 
+Config = typing.TypeVar("Config")
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[Config]) -> type[Config]:
+    """Make a class of options a config: a dataclass that is frozen, slotted and keyword-only."""
+    return dataclass(frozen=True, slots=True, kw_only=True)(cls)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:

@@ -4,8 +4,9 @@ A level is a distance to the user's own dense run of the same seed, steps and so
 many steps is in `preset_figures`, as measured on the two embedded models; larger ones were not measured.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 from ..errors import ConfigError, did_you_mean
@@ -123,56 +124,77 @@ PRESETS: Mapping[str, tuple[Choice, ...]] = {
 }
 
 
-def choices(level: str, model: Model, named: Sequence[MethodConfig] = ()) -> list[Choice]:
+@dataclass(frozen=True, slots=True)
+class PresetMethods:
+    """What a preset attaches to a model.
+
+    Attributes:
+        level: the preset's name.
+        model: the model.
+        chosen: the methods that are attached.
+        left_out: method -> why the model, or a method that the user names, does not allow it.
+    """
+
+    level: str
+    model: Model
+    chosen: tuple[Choice, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def configs(self) -> tuple[MethodConfig, ...]:
+        """The configs of the chosen methods."""
+        return tuple(choice.config for choice in self.chosen)
+
+    def promises(self, steps: int | None) -> dict[str, Promise]:
+        """Return method -> what it promises in a run of `steps`; methods that were not measured are left out."""
+        family = self.model.family and self.model.family.name
+        promises = {choice.config.name: choice.promise(steps or 0, family) for choice in self.chosen}
+        return {name: promise for name, promise in promises.items() if promise is not None}
+
+    def words(self, steps: int | None = None) -> str:
+        """Return in one line what the preset is, what it leaves out, and what was measured of it in `steps`."""
+        parts = [f"{choice.config.name} {choice.what}" for choice in self.chosen] or ["nothing that this model takes"]
+        parts += [f"{name} measured: {promise}" for name, promise in self.promises(steps).items()]
+        parts += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
+        return f"preset {self.level}: {'; '.join(parts)}"
+
+
+def preset_methods(
+    level: str,
+    model: Model,
+    named: Sequence[MethodConfig] = (),
+    try_out: Callable[[Sequence[MethodConfig]], object] | None = None,
+) -> PresetMethods:
     """Return what a preset attaches to a model beside the methods that the user names, which win.
 
-    Left out is what the model refuses, or can't be attached together with the named methods. `NONE` attaches nothing.
+    Args:
+        level: the preset's name; `NONE` attaches nothing.
+        model: the model.
+        named: the methods that the user names.
+        try_out: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
 
     Raises:
         ConfigError: for an unknown level.
     """
     if level == NONE:
-        return []
+        return PresetMethods(level, model)
     if level not in PRESETS:
         raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), (*LEVELS, NONE))}")
-    kind = "image" if "ultravico" in model.adapter.refused else "video"
+    try_out = try_out or partial(make_handlers, model=model, alone=False)
+    kind = "image" if model.adapter.makes_images else "video"
     not_advised = model.family.not_advised if model.family else ()
     chosen: list[Choice] = []
+    left_out: dict[str, str] = {}
     for choice in PRESETS[level]:
-        beside = [*named, *(one.config for one in chosen)]
+        beside, name = [*named, *(earlier.config for earlier in chosen)], choice.config.name
         extended = {axis for config in beside for axis in handler_of(config).extends}
-        twice = extended & handler_of(choice.config).extends
-        if choice.models not in ("all", kind) or choice.config.name in not_advised or twice:
+        if choice.models not in ("all", kind) or name in not_advised or extended & handler_of(choice.config).extends:
             continue
-        if _fits([*beside, choice.config], model):
+        try:
+            try_out([*beside, choice.config])
+        except ConfigError as error:
+            if all(config.name != name for config in named):
+                left_out[name] = str(error)
+        else:
             chosen.append(choice)
-    return chosen
-
-
-def _fits(configs: Sequence[MethodConfig], model: Model) -> bool:
-    try:
-        make_handlers(configs, model, alone=False)
-    except ConfigError:
-        return False
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class PresetMethods:
-    """What a preset attaches to a model."""
-
-    level: str
-    chosen: tuple[Choice, ...]
-    model: Model
-
-    def promises(self, steps: int | None) -> dict[str, Promise]:
-        """Return method -> what it promises in a run of so many steps, of what was measured and acts in it."""
-        family = self.model.family and self.model.family.name
-        found = {one.config.name: one.promise(steps or 0, family) for one in self.chosen}
-        return {name: one for name, one in found.items() if one is not None}
-
-    def words(self, steps: int | None = None) -> str:
-        """Return in one line what the preset is, and what of it was measured in runs of so many steps."""
-        parts = [f"{one.config.name} {one.what}" for one in self.chosen] or ["nothing that this model takes"]
-        parts += [f"{name} measured: {one}" for name, one in self.promises(steps).items()]
-        return f"preset {self.level}: {'; '.join(parts)}"
+    return PresetMethods(level, model, tuple(chosen), left_out)

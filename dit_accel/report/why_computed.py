@@ -56,7 +56,10 @@ def _cause(name: str, reason: str, options: Mapping[str, Any], half: float | Non
         "last steps": ("last steps, always computed", f"lower {option('last_steps')}"),
         "few steps": ("a run of few steps, which is computed whole", f"lower {option('min_steps')}"),
         "conditional": ("conditional forwards, always computed", f"set {name}.branches to all"),
-        "listed": ("steps that are listed to be computed", f"list fewer in {option('steps')} or {name}.compute_at"),
+        "listed": (
+            "steps that are listed to be computed",
+            f"list fewer in {option('steps' if 'steps' in options else 'compute_at')}",
+        ),
         "threshold 0": (f"{name} skips nothing", f"raise {option('threshold')}"),
         "not a number": (f"steps in which {name} measured no number", "look for nan in the model's outputs"),
         "its own rule": (f"steps that diffusers' {options.get('config')} computed", "loosen its options"),
@@ -64,9 +67,8 @@ def _cause(name: str, reason: str, options: Mapping[str, Any], half: float | Non
     }
     if reason in table:
         return table[reason]
-    if match := re.fullmatch(r"\d+ skipped (in a row|in all)", reason):
-        limit = "max_consecutive" if match[1] == "in a row" else "max_skips"
-        return f"steps that {name} computes after so many that it skipped", f"raise {option(limit)}"
+    if re.fullmatch(r"\d+ skipped in a row", reason):
+        return f"steps that {name} computes after so many that it skipped", f"raise {option('max_consecutive')}"
     if match := re.fullmatch(r"(\w+) needs it", reason):
         return f"steps that {match[1]} needs computed", f"detach {match[1]}, if {name} serves you better"
     return f"forwards that {name} computed: {reason}", "no option changes this"

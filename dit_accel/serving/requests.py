@@ -49,7 +49,8 @@ def attach_requested(pipe: Any, setting: str | None = None, logger: logging.Logg
         return None
     lock = threading.RLock()
     _ONE_AT_A_TIME.update(dict.fromkeys(find_transformers(pipe).values(), lock))
-    beside = f"; requests say {', '.join(wanted.run)} for themselves" if wanted.run else ""
+    beside = f"; {attachment.preset}" if attachment.preset else ""
+    beside += f"; requests say {', '.join(wanted.run)} for themselves" if wanted.run else ""
     logger.info("dit-accel: %s of %s%s", attachment, text, beside)
     return attachment
 

@@ -64,7 +64,7 @@ def check_adapter(
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {
     "places": model_checks.check_places,
-    "neutral": model_checks.check_neutral,
+    "neutral": method_checks.check_neutral,
     "full": model_checks.check_full,
     "layout": model_checks.check_layout,
     "blocks": check_blocks,

@@ -10,14 +10,14 @@ from torch import Tensor
 from ..adapters.cross_attention import CrossAttention
 from ..adapters.joined_text import JoinedText
 from ..attachment.attachment import attach
-from ..errors import ConfigError
 from ..methods.config import MethodConfig
 from ..methods.find import attention_modules
 from ..methods.guidance.nag import NAG
 from ..methods.guidance.slg import SLG
 from ..methods.guidance.softpag import SoftPAG
 from .block_checks import Block, blocks_in, replaced, skipped
-from .method_cases import MethodCase, configs_of
+from .method_cases import MethodCase
+from .promises import check_batch, check_free
 from .recording import WIDE, RecordedCall, recorded, require, require_same, require_within_rounding
 from .reference import attention
 from .tiny_models import Case, wide_inputs
@@ -43,51 +43,11 @@ def check_guidance(case: Case) -> str | None:
     require(torch.equal(_run(case, inputs, neutral, forwards=1)[0], plain), f"{neutral} changes the output")
     _require_heads(case, inputs, plain)
     _require_blocks(case, inputs, plain, layers[LAYER])
-    _require_batches(case, SoftPAG(heads=f"L{LAYER}", u=0.5, scale=2.0, share_prefix=False))
+    half = SoftPAG(heads=f"L{LAYER}", u=0.5, scale=2.0, share_prefix=False)
+    tried = MethodCase(neutral=neutral, active=half)
+    check_batch(case, tried)
+    check_free(case, tried)
     return None
-
-
-def check_perturbed(case: Case, tried: MethodCase) -> None:
-    """Raise `AssertionError` unless guidance by a perturbed forward runs one more, adds it to all rows, and no more.
-
-    Neutral settings run no further forward and change no bit; guidance in one call gives what two calls give.
-    """
-    inputs = case.inputs(1)
-    plain = case.run(inputs)
-    (neutral,), (active,) = configs_of(tried.neutral), configs_of(tried.active)
-    require(torch.equal(_run(case, inputs, neutral, forwards=1)[0], plain), f"{neutral} changes the output")
-    moved, _ = _run(case, inputs, active, forwards=2)
-    require(not torch.equal(moved, plain), f"{active} changes nothing")
-    require(bool(moved.isfinite().all()), f"{active} makes values that are not finite")
-    require(torch.equal(case.run(inputs), plain), f"{active} left the output changed")
-    _require_batches(case, active)
-
-
-def check_beside_guidance(case: Case, tried: MethodCase) -> str | None:
-    """Raise `AssertionError` unless a perturbation of nothing adds nothing to what an active method gives.
-
-    Guidance begins in the middle of a run, on latents that move, as the method's own state does until then.
-    """
-    wide, inputs, latents = case.wide(), wide_inputs(case.inputs(1)), case.adapter.latents
-    nothing, active = SoftPAG(heads=f"L{LAYER}", u=1e-12, scale=3.0, start=0.3), configs_of(tried.active)
-    steps = [{**inputs, latents: _moved(inputs[latents], step)} for step in range(tried.warm + 5)]
-    made: list[list[Tensor]] = []
-    for methods in (active, (*active, nothing)):
-        try:
-            attachment = attach(wide, *methods, preset="none", backend="torch")
-        except ConfigError as refused:
-            return str(refused)
-        with attachment:
-            made.append([case.run(given, step, transformer=wide) for step, given in enumerate(steps)])
-    for step, (alone, guided) in enumerate(zip(*made, strict=True)):
-        away = f"guidance away from nothing moves the output of {active} in step {step}"
-        same = torch.allclose(guided, alone, rtol=1e-4, atol=1e-5)
-        require(same, f"{away}: a perturbed forward learns, or leaves out something else")
-    return None
-
-
-def _moved(latents: Any, step: int) -> Any:
-    return [_moved(one, step) for one in latents] if isinstance(latents, list) else latents * (1 + 0.2 * step)
 
 
 def _require_negative_text(case: Case) -> None:
@@ -185,14 +145,6 @@ def _require_blocks(case: Case, inputs: Mapping[str, Any], plain: Tensor, layer:
     guided, _ = _run(case, inputs, SLG(layers=f"L{LAYER}", scale=2.0, start=0.0, stop=1.0), forwards=2)
     expected = (plain.double() + 2.0 * (plain.double() - without.double())).to(plain.dtype)
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
-
-
-def _require_batches(case: Case, config: MethodConfig) -> None:
-    """The rows of one call that holds both prompts get what the conditional row alone gets."""
-    if case.model.max_batch < 2:
-        return
-    plain, guided, untouched, uncond = _batched(case, config)
-    require_same(plain + (uncond - untouched), guided, "the unconditional rows get something else than the conditional")
 
 
 def _batched(case: Case, config: MethodConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:

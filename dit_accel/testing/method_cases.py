@@ -14,11 +14,18 @@ from ..methods.attention.sol import SolAttention
 from ..methods.attention.sparsed import SparseD
 from ..methods.attention.ultravico import UltraViCo
 from ..methods.base import Place
+from ..methods.caches.cache_config import MeasuredCacheConfig
+from ..methods.caches.db import FirstBlockCache
+from ..methods.caches.easy import EasyCache
+from ..methods.caches.mag import MagCache
+from ..methods.caches.sea import SeaCache
+from ..methods.caches.static import StaticCache
+from ..methods.caches.tea import TeaCache
 from ..methods.config import MethodConfig
 from ..methods.positions.rope import RoPE
 from ..methods.positions.ultraimage import UltraImage
 from ..methods.registry import handler_of
-from .tiny_models import Case
+from .tiny_models import STEPS, Case
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +35,34 @@ class MethodCase:
     Attributes:
         neutral: attached, changes nothing.
         active: changes every layer at every step of a `TinyModel`, except the first ``warm`` ones.
-        warm: steps after which the method changes something: those of a method that learns what to leave out.
+        warm: steps after which the method changes something: those in which it learns, or that a cache computes first.
         thins: the method leaves tiles out; one that does not changes what is computed of them.
+        everywhere: a method on attention plans every layer in every step from ``warm`` on.
+        still_run: the blocks, by number, that a step which a cache skips still runs.
+        counted: a cache that needs the number of steps or the noise level.
+        trains: a forward that trains may run under it; else it is refused.
+        bad: options that are refused, as a dict whose last option is to be named with its value, and further words of
+            the error.
+        beside: companions, with which it acts together, in either order.
+        held: bytes that it holds from step to step; None: the case does not say.
     """
 
     neutral: MethodConfig | tuple[MethodConfig, ...]
     active: MethodConfig | tuple[MethodConfig, ...]
     warm: int = 0
     thins: bool = True
+    everywhere: bool = True
+    still_run: tuple[int, ...] = ()
+    counted: bool = False
+    trains: bool = True
+    bad: tuple[tuple[Any, ...], ...] = ()
+    beside: tuple[MethodConfig, ...] = ()
+    held: int | None = None
+
+    @property
+    def config(self) -> MethodConfig:
+        """The active config of the method itself."""
+        return configs_of(self.active)[0]
 
     @property
     def places(self) -> frozenset[Place]:
@@ -93,9 +120,43 @@ METHOD_CASES: dict[str, MethodCase] = {
 """Method name -> the configs that `check_adapter` tries; open to every package."""
 
 
+_ALL: dict[str, Any] = {"warmup_steps": 0, "last_steps": 0}
+
+
+def _measured(config: type[MeasuredCacheConfig], **options: Any) -> dict[str, Any]:
+    """Return the settings of a cache with a threshold, below which all lies or nothing."""
+    return {name: config(threshold=at, **options, **_ALL) for name, at in (("neutral", 0.0), ("active", 1e9))}
+
+
+CACHE_CASES: dict[str, MethodCase] = {
+    "staticcache": MethodCase(neutral=StaticCache(every=1, **_ALL), active=StaticCache(every=2, **_ALL), warm=1),
+    "easycache": MethodCase(**_measured(EasyCache), warm=2),
+    "teacache": MethodCase(**_measured(TeaCache, polynomial=(1.0, 0.0), polynomial_2=(1.0, 0.0)), warm=1),
+    "magcache": MethodCase(**_measured(MagCache, ratios=(1.0,) * STEPS), warm=1, counted=True),
+    "seacache": MethodCase(**_measured(SeaCache), warm=1, counted=True),
+    "firstblockcache": MethodCase(**_measured(FirstBlockCache), warm=1, still_run=(0,)),
+}
+"""Method name -> the settings of a step cache that `check_adapter` tries; open to every package."""
+
+
 def cases_for(case: Case) -> dict[str, MethodCase]:
     """Return the cases of the methods that a tiny model can take."""
     return cases_of(case.adapter, case.transformer)
+
+
+def caches_for(case: Case) -> dict[str, MethodCase]:
+    """Return the cases of the step caches that a tiny model can take."""
+    adapter, possible = case.adapter, {}
+    for name, tried in CACHE_CASES.items():
+        lacking = (
+            name in adapter.refused
+            or (tried.still_run and adapter.blocks == ())
+            or (isinstance(tried.active, TeaCache) and adapter.signal is None)
+            or (tried.counted and not hasattr(case.model.transformer, "cache_context"))
+        )
+        if not lacking:
+            possible[name] = tried
+    return possible
 
 
 def cases_of(adapter: Adapter, transformer: Any) -> dict[str, MethodCase]:

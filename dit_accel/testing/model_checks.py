@@ -5,7 +5,7 @@ import copy
 import fnmatch
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from ..errors import ConfigError
 from ..methods import registry
 from ..methods.find import attention_modules
 from .everything import FromStepOne, planned
-from .method_cases import MethodCase, cases_for, configs_of
 from .recording import recorded, require, require_as_planned, require_same, silenced, stopped_at
 from .tiny_models import Case, wide_inputs
 
@@ -45,27 +44,6 @@ def check_places(case: Case) -> None:
         }
         wrong = sorted(touched ^ set(places))
         require(not wrong, f"attach touched {wrong} beyond the adapter's modules, or missed them")
-
-
-def check_neutral(case: Case, cases: Mapping[str, MethodCase] | None = None) -> None:
-    """Attached and dense is the untouched model, bit for bit, and detach leaves no trace."""
-    calls = [(case.inputs(1), "cond"), (case.inputs(1), "uncond"), (case.inputs(2), "cond_uncond")]
-    plain = [case.run(inputs, branch=branch) for inputs, branch in calls]
-    keys = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
-    processors = {n: m.processor for n, m in case.transformer.named_modules() if hasattr(m, "processor")}
-    tried = (cases_for(case) if cases is None else cases).values()
-    for methods in ((), *(configs_of(one.neutral) for one in tried)):
-        with attach(case.transformer, *methods, preset="none") as attachment:
-            for (inputs, branch), expected in zip(calls, plain, strict=True):
-                require(torch.equal(case.run(inputs, branch=branch), expected), f"{methods} changed the output")
-            require(attachment.report().density == 1.0, f"{methods} did not stay dense")
-        require(torch.equal(case.run(calls[0][0]), plain[0]), f"{methods} left the output changed")
-        now = {name: set(module.__dict__) for name, module in case.transformer.named_modules()}
-        require(now == keys, f"{methods} left attributes behind")
-        require(
-            all(case.transformer.get_submodule(n).processor is p for n, p in processors.items()),
-            f"{methods} left a processor behind",
-        )
 
 
 def check_full(case: Case) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Grid
-from ..adapters.rope_forms import changed, input_hook
+from ..adapters.rope_forms import change_rope, input_hook
 from ..adapters.rotary import GIVEN, VISUAL_AXES, Axis, Frequencies, Rope, RopeChange, rope_of
 from ..errors import ConfigError
 from .recording import require
@@ -163,7 +163,7 @@ class _Samples:
     @contextlib.contextmanager
     def changed(self, frequencies: Frequencies) -> Iterator[None]:
         """The model with other frequencies."""
-        change = changed(self.rope, self.transformer, frequencies)
+        change = change_rope(self.rope, self.transformer, frequencies)
         with replaced(self.transformer, change):
             self._hook = change.inputs
             if change.inputs and self.rope.form not in GIVEN:

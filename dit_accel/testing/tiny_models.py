@@ -52,10 +52,12 @@ class Case:
         for parameter in self.transformer.parameters():  # a gate of an untrained model would hide what stands behind it
             if parameter.ndim > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
+        self.plain: dict[Any, Tensor] = {}
+        """What the untouched model gave, by whatever tells it: checks that share a case compute it once."""
 
-    def inputs(self, batch: int = 1) -> dict[str, Any]:
+    def inputs(self, batch: int = 1, seed: int = 1) -> dict[str, Any]:
         """The same random inputs at every call; row 0 of two rows is not the one row of a batch of one."""
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         inputs = dict(self.model.inputs(min(batch, self.model.max_batch)))
         rope, config = self.rope, self.transformer.config
         if rope is not None and rope.form in GIVEN:
@@ -128,8 +130,11 @@ class Case:
             self.run(inputs, step, branch, transformer)
         return self.run(inputs, warm, branch, transformer)
 
-    def run(self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None) -> Tensor:
-        """One forward, as a pipeline makes it; its video."""
+    def run(
+        self, inputs: Mapping[str, Any], step: int = 0, branch: str = "cond", transformer: Any = None,
+        differentiate: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """One forward, as a pipeline makes it, or one that trains; its video."""
         transformer = transformer or self.transformer
         inputs, context = dict(inputs), contextlib.nullcontext()
         if hasattr(self.model.transformer, "cache_context"):
@@ -141,7 +146,7 @@ class Case:
                 context = transformer.cache_context(branch)
             time = inputs[self.adapter.timestep]
             inputs[self.adapter.timestep] = (time.double() * (1 - step / 100)).to(time.dtype)
-        with torch.no_grad(), context:
+        with torch.set_grad_enabled(differentiate), context:
             out = transformer(**inputs, return_dict=False)
         out = out if isinstance(out, Tensor) else out[0]
         if isinstance(out, Tensor):
@@ -195,3 +200,21 @@ def spread(tables: Mapping[str, Tensor], grid: Grid) -> Tensor:
     shapes = {name: [-1 if name == other else 1 for other in VISUAL_AXES] for name in tables}
     parts = [table.reshape(*shapes[name], table.shape[-1]).expand(*grid[:3], -1) for name, table in tables.items()]
     return torch.cat(parts, -1).flatten(0, 2)
+
+
+def tiny_wan() -> TinyModel:
+    """Return a Wan transformer of 3 blocks and 2 heads, and inputs of 7 x 4 x 8 tokens."""
+    from diffusers import WanTransformer3DModel
+
+    return TinyModel(
+        transformer=WanTransformer3DModel,
+        config=dict(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            text_dim=16, freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=64,
+        ),
+        inputs=lambda batch: dict(
+            hidden_states=torch.randn(batch, 4, 7, 8, 16), timestep=torch.full((batch,), 500.0),
+            encoder_hidden_states=torch.randn(batch, 6, 16),
+        ),
+        left_alone=("blocks.*.attn2",),
+    )  # fmt: skip

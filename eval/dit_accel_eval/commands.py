@@ -16,6 +16,7 @@ from .vbench.command import evaluate
 if TYPE_CHECKING:
     from .runs.results import Line
     from .suites.job import Job
+    from .suites.lines import ResultLine
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("compare")(compare_settings)
@@ -65,8 +66,8 @@ def run_suite(
     from dit_accel_pipelines.processes.processes import started_process
 
     from .runs.conditions import Machine
-    from .runs.results import read_lines
     from .suites.job import Job
+    from .suites.lines import result_lines
     from .suites.reference import default_cache
     from .suites.suite import read_suite
 
@@ -82,7 +83,7 @@ def run_suite(
     if not only_table:
         _run(job, clips, workers, quiet)
     elif not quiet:
-        _show_run(job, read_lines(job.out), written=False)
+        _show_run(job, result_lines(job.out), written=False)
 
 
 def _results_of(suite: Path) -> Path:
@@ -94,25 +95,25 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     """Run what a job's file does not hold yet, and show all."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .runs.results import read_lines
-    from .suites.compare import run_job
     from .suites.job import clips_of
+    from .suites.lines import result_lines
+    from .suites.running import run_job
 
     run_job(job, clips_of(job.suite, clips), workers, quiet=quiet)
     if not quiet and Ranks().first:
-        _show_run(job, read_lines(job.out), written=True)
+        _show_run(job, result_lines(job.out), written=True)
 
 
-def _show_run(job: "Job", lines: "list[Line]", *, written: bool) -> None:
+def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
     """Print a suite's table, and what to know of it."""
     from .suites.job import suite_table
-    from .suites.reference import AGREE
+    from .suites.lines import AGREE
 
     print(suite_table(job.suite, lines))
-    unconverged = {line["clip"]: line for line in lines if line.get("reference_agreement", AGREE) < AGREE}
+    unconverged = {line.clip: line for line in lines if line.reference_agreement < AGREE}
     for clip, line in sorted(unconverged.items()):
-        found = f"{line['reference_steps']} steps agree with half as many to {line['reference_agreement']:.1f} dB only"
-        warn(f"the reference of clip {clip} did not converge: {found}")
+        agreement = f"{line.reference_steps} steps agree with half as many to {line.reference_agreement:.1f} dB only"
+        warn(f"the reference of clip {clip} did not converge: {agreement}")
     if written:
         page = "" if job.suite.judge else f"; for a page: dit-accel eval report {job.out} -o report.html"
         TALK.print(f"written to {job.out}{page}", markup=False)
@@ -150,10 +151,10 @@ def report_results(
 
     dit-accel eval report smoke.jsonl --json smoke.json
     """
-    from .report.figures import reports_of
+    from .report.report import suite_reports
     from .report.writing import markdown_text, write_reports
 
-    reports = reports_of(results, suite or ())
+    reports = suite_reports(results, suite or ())
     wanted = {"html": output, "json": json}
     written = write_reports(reports, {kind: path for kind, path in wanted.items() if path is not None}, clips=clips)
     for path in written:
@@ -179,10 +180,10 @@ def compare_results(
     dit-accel eval diff main.jsonl branch.jsonl
     """
     from .report.diff import diff_markdown, diff_of, others_of
-    from .report.figures import report_of
     from .report.lines import read_results
+    from .report.report import suite_report
 
-    first, second = (report_of(read_results(path)) for path in (before, after))
+    first, second = (suite_report(read_results(path)) for path in (before, after))
     for text in others_of(first, second):
         warn(f"they differ in more than the arms: {text}")
     entries = diff_of(first, second)

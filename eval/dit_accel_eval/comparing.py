@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from dit_accel_pipelines.generation import options as shared
@@ -13,13 +13,13 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import assets
 from dit_accel.cli import SettingList
 from dit_accel.cli.console import OUT, TALK, note, plain_table, warn
-from dit_accel.cli.method_options import SETTINGS, Setting
+from dit_accel.cli.method_options import SETTINGS, NamedSetting
 
 if TYPE_CHECKING:
     from dit_accel_pipelines.generation.request import Request
     from rich.table import Table
 
-    from .report.figures import Report
+    from .report.report import SuiteReport
     from .suites.suite import Suite
 
 FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
@@ -27,7 +27,7 @@ FIRST_CLIP, CLIPS, MOST_CLIPS = 48, 8, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(shared.SharedOptions):
     """What `eval compare` is given besides methods."""
 
     model: shared.ModelBesideMetrics = None
@@ -52,12 +52,6 @@ class CompareOptions:
         typer.Option("--metric", "-m", help="Beside PSNR and SSIM; may be repeated. Default: lpips@alex."),
     ] = None
     frames: Annotated[bool, typer.Option(help="Keep all frames, so that the page can show clips.")] = True
-    height: shared.Pixels = None
-    width: shared.Pixels = None
-    num_frames: shared.Frames = None
-    solver: shared.Solver = None
-    guidance_scale: shared.Guidance = None
-    negative_prompt: shared.NegativePrompt = None
     preset: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,9 +59,6 @@ class CompareOptions:
             rich_help_panel=SETTINGS,
         ),
     ] = None  # fmt: skip
-    dtype: shared.Dtype = None
-    device: shared.Device = None
-    offload: shared.Offload = "none"
     timed: Annotated[
         bool, typer.Option("--time", help="Time settings beside dense runs of their steps.", rich_help_panel=shared.RUN)
     ] = False
@@ -99,20 +90,19 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from dit_accel_pipelines.processes.processes import started_process
     from dit_accel_pipelines.processes.ranks import Ranks
 
-    from .report.figures import report_of
     from .report.lines import read_results
+    from .report.report import suite_report
     from .report.writing import write_reports
     from .runs.conditions import Machine
-    from .runs.results import read_lines
-    from .suites.arms import is_rival
-    from .suites.compare import run_job
     from .suites.job import Job, clips_of
+    from .suites.lines import result_lines
     from .suites.reference import default_cache
+    from .suites.running import run_job
 
     lines, first = _check_output(options.output), Ranks().first
     suite = suite_of(options, settings)
     names = {arm.name for arm in suite.arms}
-    others = {line["arm"] for line in read_lines(lines) if not is_rival(line)} - names
+    others = {line.arm for line in result_lines(lines) if not line.is_rival} - names
     if others:  # what is judged together is named before it runs
         found, named = (", ".join(sorted(one)) for one in (others, names))
         raise ConfigError(f"{lines} holds results of {found}, which is none of {named}; name all settings in one call, "
@@ -130,7 +120,7 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
         _say_rules(suite, len(clips))
     run_job(job, clips, 1, quiet=options.quiet)
     if first:
-        report = report_of(read_results(lines))
+        report = suite_report(read_results(lines))
         write_reports([report], {"html": options.output})
         if not options.quiet:
             OUT.print(arms_table(report))
@@ -158,14 +148,9 @@ def _check_output(page: Path) -> Path:
     return lines
 
 
-def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
-    """Return what is run: the model, the prompts, and an arm of each setting.
-
-    Raises:
-        ConfigError: for no setting, prompts that are missing or refused, or what the model does not take.
-        UnsupportedModel: if the model is not found, or no adapter can take it.
-    """
-    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, settle
+def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suite":
+    """Return what is run: the model, the prompts, and an arm of each setting."""
+    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, resolve
 
     from dit_accel.adapters.model_files import model_source, read_model_files
 
@@ -192,7 +177,7 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
     own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
     given = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip
-    settled = settle(tuning_request(
+    settled = resolve(tuning_request(
         prompts=listed or tuple(assets().held_out_prompts(model, 1)), num_inference_steps=options.steps, **given
     ))  # fmt: skip
     for text in (*settled.notes, *settled.warnings):
@@ -204,40 +189,40 @@ def suite_of(options: CompareOptions, settings: Sequence[Setting]) -> "Suite":
         name=options.output.stem, model=model, clips=len(own) if own else options.clips or CLIPS, own=own,
         first_clip=0 if own else FIRST_CLIP, call=_call(request), arms=read_arms(arms, Path("eval compare")),
         metrics=check_names(["lpips@alex"] if options.metric is None else options.metric),
-        dtype=None if embedded else request.dtype, **(reference if options.reference == "own" else {}),
+        dtype=None if embedded else cast("Any", request.dtype), **(reference if options.reference == "own" else {}),
     )  # fmt: skip
 
 
 def _call(request: "Request") -> dict[str, Any]:
     """Return the arguments of the pipeline's call as `generate` sets them, without the steps."""
-    from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+    from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 
     from dit_accel.adapters.model_files import read_model_files
 
-    taken = PipelineCall.of(pipeline_class(read_model_files(request.source)))
+    taken = CallSignature.of(pipeline_class(read_model_files(request.source)))
     call = {**request.call_arguments(), **request.beside(taken)}
     return {key: value for key, value in call.items() if key != "num_inference_steps"}
 
 
-def _presets(options: CompareOptions, request: "Request") -> list[Setting]:
+def _presets(options: CompareOptions, request: "Request") -> list[NamedSetting]:
     """Return the settings that presets are on the model."""
     from dit_accel.adapters.model_files import read_model_files
     from dit_accel.methods.base import Model as OfModel
-    from dit_accel.methods.presets import PresetMethods, choices
+    from dit_accel.methods.presets import preset_methods
 
-    found, (adapter, family) = list[Setting](), read_model_files(request.source).identify()
+    found, (adapter, family) = list[NamedSetting](), read_model_files(request.source).identify()
     for level in options.preset or ():
         model = OfModel(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
-        preset = PresetMethods(level, tuple(choices(level, model)), model)
+        preset = preset_methods(level, model)
         if not preset.chosen:
             raise ConfigError(f"{preset.words()}; leave it out")
         if not options.quiet:
             note(preset.words())
-        found.append(Setting(name=level, methods=tuple(one.config for one in preset.chosen), run={}))
+        found.append(NamedSetting(name=level, methods=preset.configs, run={}))
     return found
 
 
-def _arm(one: Setting, request: "Request") -> dict[str, Any]:
+def _arm(one: NamedSetting, request: "Request") -> dict[str, Any]:
     """Return a setting as the table of a suite's arm; what its file says of the run holds, but for a named solver."""
     from dit_accel_pipelines.generation.negative import with_negative
 
@@ -271,16 +256,16 @@ def _say_rules(suite: "Suite", clips: int) -> None:
         warn(suite.many)
 
 
-def arms_table(report: "Report") -> "Table":
+def arms_table(report: "SuiteReport") -> "Table":
     """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
-    from .report.figures import judged
-    from .suites.comparison import NOTHING, decimals_of
+    from .metrics.registered import decimals_of
+    from .suites.tables import NOTHING
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"
     columns = ("setting", cost, "speed-up", "PSNR, dB (median)", *further, "ahead of fewer steps, dB", "verdict")
     table, rows = plain_table(*columns, right=columns[1:-1]), list[tuple[float, list[str]]]()
-    for arm in judged(report):
+    for arm in report.judged:
         lead, steps = arm.ahead.get(main), arm.means[main]
         cells = [arm.name, f"{steps:.2f}", f"{report.full_steps / steps:.2f}"]
         cells += [f"{arm.psnr.mean:.2f} ({arm.psnr.median:.2f})"]

@@ -29,7 +29,7 @@ Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class ClipMean:
     """A mean over clips, in the unit of the values.
 
     Attributes:
@@ -60,7 +60,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged(Estimate):
+class Judged(ClipMean):
     """A mean paired difference with its verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`.
 
     Attributes:
@@ -80,7 +80,7 @@ class Judged(Estimate):
         return f"{self.cell(spec)} {self.verdict}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def clip_mean(values: Sequence[float]) -> ClipMean:
     """Return the mean and median of per-clip values, from `FEWEST` on with the interval of the mean.
 
     The interval holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence
@@ -88,14 +88,11 @@ def estimate(values: Sequence[float]) -> Estimate:
 
     Args:
         values: one per clip; for a paired comparison the difference of the two arms on that clip.
-
-    Raises:
-        ValueError: for no values.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
     data = np.asarray(values, dtype=np.float64)
-    found = Estimate(mean=float(data.mean()), median=float(np.median(data)), count=len(data))
+    found = ClipMean(mean=float(data.mean()), median=float(np.median(data)), count=len(data))
     if found.count < FEWEST:
         return found
     error, skew = _error(data)
@@ -105,7 +102,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
-    """Return the two-sided p-value of a mean difference being ``margin``: at most 5 % where `estimate` leaves it out.
+    """Return the two-sided p-value of a mean difference being ``margin``: at most 5 % where `clip_mean` leaves it out.
 
     Args:
         differences: of the two arms, one per clip, at least 3.
@@ -148,7 +145,7 @@ def judge(differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, floa
         differences: key -> differences, one a clip; keys of none are left out.
         margins: key -> what its difference is tested against, by default 0.
     """
-    found = {key: estimate(values) for key, values in differences.items() if len(values)}
+    found = {key: clip_mean(values) for key, values in differences.items() if len(values)}
     least = {key: (margins or {}).get(key, 0.0) for key in found}
     p = {key: p_value(differences[key], least[key]) for key, one in found.items() if one.count >= FEWEST}
     corrected = holm(p)
@@ -161,7 +158,7 @@ def judge(differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, floa
     }  # fmt: skip
 
 
-def _verdict(one: Estimate, margin: float, p: float | None) -> str:
+def _verdict(one: ClipMean, margin: float, p: float | None) -> str:
     if p is None or one.low is None or one.high is None:
         return TOO_FEW
     if p >= WRONG or round(one.low - margin, 2) <= 0 <= round(one.high - margin, 2):
@@ -169,7 +166,7 @@ def _verdict(one: Estimate, margin: float, p: float | None) -> str:
     return "ahead" if one.mean > margin else "behind"
 
 
-def reach_words(found: Iterable[Estimate], unit: str) -> str:
+def reach_words(found: Iterable[ClipMean], unit: str) -> str:
     """Return in words how wide the intervals of differences are, "" where there are none or no value differs."""
     reaches = [(one.high - one.low) / 2 for one in found if one.low is not None and one.high is not None]
     most = round(max(reaches, default=0.0))

@@ -14,10 +14,10 @@ from dit_accel_assets import model_names, model_path
 from dit_accel_eval.runs.model import shipped_scheduler
 from dit_accel_eval.runs.results import Line, latest, read_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
-from dit_accel_eval.suites.compare import SuiteProgress, run
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import VERSION, Ladder, read_ladder, setting_words
 from dit_accel_eval.suites.reference import default_cache
+from dit_accel_eval.suites.running import SuiteProgress, run
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS, shift_of
 from study import RESULTS
@@ -192,7 +192,7 @@ def _run_suite(suite: Suite, out: Path, workers: int) -> Job:
         suite=suite, out=out.with_suffix(".runs.jsonl"), cache=default_cache(), timed=False, threads=1, talk=False
     )
     clips = range(suite.first_clip, suite.first_clip + suite.clips)
-    with SuiteProgress(job, clips, workers=workers) as watch:
+    with SuiteProgress(job, clips) as watch:
         run(job, clips, workers=workers, watch=watch)
     return job
 

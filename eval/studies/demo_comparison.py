@@ -20,10 +20,10 @@ from dit_accel_eval.runs.counting import work
 from dit_accel_eval.runs.loaded import EmbeddedModel, check_name, tuning_request
 from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.statistics import FEWEST, estimate, judge
+from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, write_media
-from dit_accel_pipelines.generation.request import EMBEDDED_FPS, settle
+from dit_accel_pipelines.generation.request import EMBEDDED_FPS, resolve
 from dit_accel_pipelines.generation.threads import one_thread
 from report_tables import over_prompts
 from study import RESULTS
@@ -81,7 +81,7 @@ def make(out: Path, name: str, prompt: str | None, seeds: int, num_frames: int |
     """
     check_name(name)
     text = shown_prompt(name) if prompt is None else prompt
-    settle(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
+    resolve(tuning_request(prompts=(text,), model=name, num_frames=num_frames))
     with new_folder(out), held(out, "the demo's folder"), one_thread(embedded=True):
         model = EmbeddedModel(name, {} if num_frames is None else {"num_frames": num_frames}, text)
         _write(out, model, compare(model, seeds))
@@ -204,7 +204,7 @@ def _print(model: EmbeddedModel, outcomes: Sequence[Outcome]) -> None:
     lead = judge({ours.name: [own - rival for own, rival in zip(ours.psnr, fewer.psnr, strict=True)]})
     for one in outcomes:
         cells = [str(one.arm.num_inference_steps), f"{np.mean(one.work):.1f}", f"{one.seconds:.2f}"]
-        cells += [estimate(one.psnr).cell() if one.psnr else "", lead[one.name].judged() if one is ours else ""]
+        cells += [clip_mean(one.psnr).cell() if one.psnr else "", lead[one.name].judged() if one is ours else ""]
         table.add_row(one.name, *cells)
     OUT.print(table)
     below = "work in dense steps, seconds of the denoising loop"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from dit_accel_eval.runs.results import Line
-from dit_accel_eval.statistics import estimate
+from dit_accel_eval.statistics import clip_mean
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite
 
@@ -49,4 +49,4 @@ def paired_cell(
     values = [scale * (one / other if ratio else one - other) for one, other in pairs if np.isfinite(one - other)]
     if not values:
         return ""
-    return f"{estimate(values)}" + (f" ({len(values)})" if len(values) < len(both) else "")
+    return f"{clip_mean(values)}" + (f" ({len(values)})" if len(values) < len(both) else "")

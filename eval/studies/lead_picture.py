@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites.comparison import ArmFigures, figures
+from dit_accel_eval.suites.figures import ArmFigures, suite_figures
+from dit_accel_eval.suites.lines import result_lines
 from dit_accel_eval.suites.suite import read_suite
 from matplotlib.figure import Figure
 from report_tables import REPORTS
@@ -49,9 +49,8 @@ def lead(arm: ArmFigures):
 def main() -> None:
     """Draw the committed reports."""
     suites = [read_suite(Path(f"eval/suites/{name}.toml")) for name in REPORTS]
-    draw(
-        {suite.model: figures(suite, read_lines(Path(f"eval/results/{suite.name}.jsonl"))) for suite in suites}, PICTURE
-    )
+    lines = {suite.name: result_lines(Path(f"eval/results/{suite.name}.jsonl")) for suite in suites}
+    draw({suite.model: suite_figures(suite, lines[suite.name]) for suite in suites}, PICTURE)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Writes what docs/methods/ has from the declarations and from runs: `python eval/studies/method_pages.py`.
+"""What docs/methods/ has from the declarations: the options of every method's page, and the lists of its index.
 
-Without options it writes the table of options of every method's page, and the lists of index.md. With ``--pictures`` it
-draws the pages' pictures instead, each from runs of an embedded model.
+`readme` writes it there, and `method_pictures` draws the pages' pictures.
 """
 
-import argparse
 import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,25 +137,3 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     **{f"options-{name}": partial(lambda root, name: options_table(name), name=name) for name in methods()},
 }
 """Mark -> what stands between its two halves; the project's root is not asked for anything."""
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the pages' tables, or draw their pictures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--pictures", nargs="*", metavar="METHOD", help="draw the pictures of these methods, of all if none is named"
-    )
-    pictures = parser.parse_args(arguments).pictures
-    if pictures is not None:
-        from method_pictures import draw
-
-        draw(pictures, FOLDER)
-        return
-    from readme import filled
-
-    for page in PAGES:
-        Path(page).write_text(filled(Path(), page))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,14 @@
-"""Runs that the pictures of docs/methods/ show, and what is drawn of them: see `method_pages`.
+"""Draws the pictures of docs/methods/ from runs: `python eval/studies/method_pictures.py METHOD ...` (none: all).
 
 Every video is of the first held-out prompt of wan-tiny, and every picture of the first ones of flux-tiny, with the seed
 that is the prompt's number; none was chosen by its look. Settings are those of the suites in eval/suites/.
 """
 
+import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_path
 from dit_accel_kernels import unpack_bits
 from dit_accel_kernels.tiles import EXACT, POOLED
+from method_pages import FOLDER
 from PIL import Image
 from strips import beside, block_strip, map_picture, rows_picture, save
 
@@ -255,11 +256,13 @@ PICTURES: Mapping[str, Callable[[], Image.Image]] = {
 """Method -> how its picture is drawn; those of the other methods are elsewhere in docs/."""
 
 
-def draw(names: Sequence[str], folder: Path) -> None:
-    """Draw the pictures of some methods into a folder, all if none is named; unknown names are an error.
+def main() -> None:
+    """Draw the pictures of the named methods, of all if none is named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD")
+    for name in parser.parse_args().methods or PICTURES:
+        save(PICTURES[name](), FOLDER / f"{name}.png")
 
-    Raises:
-        KeyError: for a method without a picture here.
-    """
-    for name in names or PICTURES:
-        save(PICTURES[name](), folder / f"{name}.png")
+
+if __name__ == "__main__":
+    main()

@@ -1,47 +1,31 @@
 """Writes the tables of README.md and docs/ from adapters and results: `python eval/studies/readme.py`."""
 
 import argparse
-import math
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from attention_spread import table as spread_table
+import tables
+import tables_of_clips as of_clips
 from attention_table import page_text as shapes_text
-from block_choices import choices, scores_of, whole
-from block_choices import table as choices_table
-from budgets import table as budgets_table
-from call_error import table as calls_table
-from combining import table as combining_table
 from denoising_time import table as times_table
 from dit_accel_eval.runs.results import Line, markdown_table, read_lines
 from dit_accel_eval.suites.job import suite_table
 from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
+from dit_accel_eval.suites.lines import ResultLine, result_lines
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
-from dropped_mass import table as masses_table
-from eight_bit_linears import table as linears_table
-from every_set import Judged, Setting
-from every_set import table as every_table
 from false_verdicts import table as false_table
-from finetuned import page_text as finetuned_text
-from guidance_cost import table as costs_table
 from method_pages import PAGES as METHOD_PAGES
 from method_pages import TABLES as METHOD_TABLES
-from overhead import table as overhead_table
-from positions_cost import page_text as additions_text
 from preset_table import long_table, short_table
-from product_time import page_text as product_text
 from report_tables import demo_text, report_table, score_words, tuned_text
-from scaling import table as scaling_table
 from site_pages import ROOMS, errors_list, models_table, not_supported_table, reasons_table
-from vbench_proxies import page_text as proxies_text
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
-SHAPES = Path("eval/results/attention-shapes.jsonl")
 PAGES = {
     "README.md": ("demo", "presets"),
     "docs/models.md": ("models", "reasons", "not-supported"),
@@ -146,11 +130,11 @@ def main() -> None:
 
 def _suite(root: Path, name: str) -> str:
     path = Path(f"eval/suites/{name}.toml")
-    command, lines = f"dit-accel eval run {path}", read_lines(root / f"eval/results/{name}.jsonl")
+    command, lines = f"dit-accel eval run {path}", result_lines(root / f"eval/results/{name}.jsonl")
     suite = read_suite(root / path)
     if not lines:
         return f"Not measured yet; `{command}` measures it on {suite.model}."
-    command += " --time" if any("seconds" in line for line in lines) else ""
+    command += " --time" if any(line.seconds is not None for line in lines) else ""
     about = _seeds(suite, lines) if suite.judge else _clips(lines)
     picture = (
         f"![PSNR over work]({name}.png)\n\n"
@@ -190,15 +174,15 @@ def _elsewhere(rung: Rung) -> str:
     return own if rung.confirmed else f"{own}, not confirmed: {best[0]} {best[1]:.1f}"
 
 
-def _clips(lines: Sequence[Line]) -> str:
-    clips, call = len({line["clip"] for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0]["call"].items())
-    timed = next((line for line in lines if "seconds" in line), None)
+def _clips(lines: Sequence[ResultLine]) -> str:
+    clips, call = len({line.clip for line in lines}), ", ".join(f"{k} {v}" for k, v in lines[0].raw["call"].items())
+    timed = next((line.raw for line in lines if line.seconds is not None), None)
     machine = f"; {timed['threads']} threads, {timed['processor']}" if timed else ""
     return f"{clips} held-out clips ({call}{machine})"
 
 
-def _seeds(suite: Suite, lines: Sequence[Line]) -> str:
-    seeds, steps = sorted({line["clip"] for line in lines}), {arm.num_inference_steps for arm in suite.arms}
+def _seeds(suite: Suite, lines: Sequence[ResultLine]) -> str:
+    seeds, steps = sorted({line.clip for line in lines}), {arm.num_inference_steps for arm in suite.arms}
     message = f", {min(steps)} UniPC steps" if len(steps) == 1 else ""
     return f"held-out prompts and seeds {seeds[0]} to {seeds[-1]}{message}"
 
@@ -252,67 +236,74 @@ def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) 
     return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
 
 
-def _run(root: Path, study: str, write: Callable[[list[dict[str, Any]]], str]) -> str:
-    records = read_lines(root / f"eval/results/{study.replace('_', '-')}.jsonl")
-    command = f"python eval/studies/{study}.py"
-    return f"`{command}`: {write(records)}" if records else f"Not measured yet; `{command}` does."
+Write = Callable[[list[dict[str, Any]]], str]
+
+
+def _run(root: Path, study: str, write: Write, results: str = "") -> str:
+    """What the committed lines of a study say, under its command."""
+    return f"`python eval/studies/{study}.py`: {write(_lines(root, results or study.replace('_', '-')))}"
+
+
+def _answered(root: Path, command: str, write: Write, results: str) -> str:
+    """What the committed lines of a study say that left the tree, under its command and the tag that has it."""
+    return f"`python eval/studies/{command}` at the tag `{tables.TAG}`: {write(_lines(root, results))}"
+
+
+def _lines(root: Path, results: str) -> list[Line]:
+    return read_lines(root / f"eval/results/{results}.jsonl")
 
 
 def _shapes(root: Path) -> str:
     """What calls of released models' sizes take on a CPU, and what share of the tiles Sol keeps of trained models."""
-    lines, command = read_lines(root / SHAPES), "python eval/studies/attention_calls.py"
-    measured = f"`{command}`: {shapes_text(lines)}" if lines else f"Not measured yet; `{command}` measures it."
-    kept: dict[float, dict[str, list[float]]] = {}
-    for line in read_lines(root / "eval/results/call-error.jsonl"):
-        if beta := re.fullmatch(r"sol (\S+), pooled", line["arm"]):
-            kept.setdefault(float(beta[1]), {}).setdefault(line["model"], []).append(line["density"])
-    trained = [
-        f"at beta {beta:g} {' and '.join(f'{np.mean(shares):.2f} of {model}' for model, shares in models.items())}, "
-        f"where normal scores keep {0.5 * math.erfc(beta / math.sqrt(2)):.2f}"
-        for beta, models in kept.items()
-    ]
-    return (
-        f"{measured}\n\nOf the tiles of the embedded trained models, whose clips and pictures are short, Sol kept "
-        f"{'; '.join(trained)}; the share of normal scores is that "
-        "of the other tiles than those that are always exact (`python eval/studies/call_error.py`)."
-    )
-
-
-def _every(root: Path, model: str) -> str:
-    setting, command = Setting(model=model), f"python eval/studies/every_set.py --model {model}"
-    if not (root / setting.out).is_file():
-        return f"Not measured yet; `{command}` does."
-    head = (
-        f"`{command}`: {setting.model}, guided by the perturbed branch alone, {setting.steps} steps; prompts of "
-        f"tuning: {setting.prompts}, held-out prompts and seeds 0 to {setting.held_out - 1}; 95 % intervals."
-    )
-    return f"{head}\n\n{every_table(Judged(setting, root / setting.out, generate=False))}"
+    measured = _run(root, "attention_calls", shapes_text, "attention-shapes")
+    kept = tables.tiles_kept_by_sol(_lines(root, "call-error"))
+    return f"{measured}\n\n{kept} (`python eval/studies/call_error.py` at the tag `{tables.TAG}`)."
 
 
 def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
-    results, suite = Path(f"eval/results/{name}.jsonl"), read_suite(root / f"eval/suites/{name}.toml")
-    paths = [Path(f"eval/results/{profile}.json") for profile in profiles]
-    command, lines = f"python eval/studies/block_choices.py {results}", read_lines(root / results)
-    if not lines:
-        return f"Not measured yet; `dit-accel eval run eval/suites/{name}.toml` measures it."
-    known = whole(choices(lines))
-    clips, steps = len(next(iter(known.values()))), suite.arms[0].num_inference_steps
-    head = f"`{' '.join([command, *map(str, paths)])}`: {suite.model}, {len(known)} choices, {clips} held-out clips"
-    head += f", {steps} UniPC steps."
-    return "\n".join([head, "", *choices_table(lines, scores_of([root / path for path in paths]))])
+    """Where the choices of profiles come, each criterion by the first profile that tells it of every block."""
+    scores: dict[str, list[float]] = {}
+    for profile in profiles:
+        (entry,) = json.loads((root / f"eval/results/{profile}.json").read_text())["transformers"].values()
+        scores |= {key: values for key, values in entry["scores"].items() if key not in scores and None not in values}
+    return f"`dit-accel eval run eval/suites/{name}.toml`: {of_clips.block_choices(_lines(root, name), scores)}"
+
+
+def _vbench(root: Path, name: str) -> str:
+    command = f"dit-accel eval run eval/suites/{name}.toml"
+    return f"`{command}` at the tag `{tables.TAG}`: {of_clips.vbench_arms(_lines(root, name))}"
 
 
 def _budgets(root: Path) -> str:
     names = ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
     suites = [read_suite(root / f"eval/suites/{name}.toml") for name in names]
-    return budgets_table([(suite, read_lines(root / f"eval/results/{suite.name}.jsonl")) for suite in suites])
+    return of_clips.budgets([(suite, result_lines(root / f"eval/results/{suite.name}.jsonl")) for suite in suites])
 
+
+ANSWERED: dict[str, tuple[str, Write]] = {
+    "combining": ("combining.py", tables.combining),
+    "call-error": ("call_error.py", tables.call_error),
+    "overhead": ("overhead.py", tables.overhead),
+    "attention-spread": ("attention_spread.py", tables.attention_spread),
+    "positions-cost": ("positions_cost.py", tables.positions_cost),
+    "product-time": ("product_time.py", tables.product_time),
+    "eight-bit-linears": ("eight_bit_linears.py", tables.eight_bit_linears),
+    "dropped-mass": ("dropped_mass.py", tables.dropped_mass),
+    "guidance-cost": ("guidance_cost.py", tables.guidance_cost),
+    "vbench-proxies": ("vbench_proxies.py", of_clips.vbench_proxies),
+    "every-set-wan-plain": ("every_set.py --model wan-plain", of_clips.every_set),
+    "every-set-flux-tiny": ("every_set.py --model flux-tiny", of_clips.every_set),
+    **{
+        f"{name}-wan-plain": (f"finetuned.py eval/finetuning/{name}-wan-plain.toml", of_clips.finetuned)
+        for name in ("finetuned", "finetuned-4x")
+    },
+}
+"""Mark, which names the lines too -> command of a study at `tables.TAG` and how its table is drawn."""
 
 _TABLES: dict[str, Callable[[Path], str]] = {
     "models": models_table,
     "reasons": reasons_table,
     "not-supported": not_supported_table,
-    "combining": partial(_run, study="combining", write=combining_table),
     **{f"errors-{room}": partial(errors_list, room=room) for room in ROOMS},
     "presets": short_table,
     "preset-levels": long_table,
@@ -322,28 +313,20 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "rivals-flux-tiny": partial(_rivals, model="flux-tiny"),
     "report": report_table,
     "tuned-flux-tiny": tuned_text,
-    "scaling": lambda _: scaling_table(),
+    "scaling": lambda root: tables.scaling(_lines(root, "scaling")),
     "attention-shapes": _shapes,
     "time": partial(_run, study="denoising_time", write=times_table),
-    "call-error": partial(_run, study="call_error", write=calls_table),
-    "overhead": partial(_run, study="overhead", write=overhead_table),
-    "attention-spread": partial(_run, study="attention_spread", write=spread_table),
-    "positions-cost": partial(_run, study="positions_cost", write=additions_text),
-    "product-time": partial(_run, study="product_time", write=product_text),
     "false-verdicts": partial(_run, study="false_verdicts", write=false_table),
-    "eight-bit-linears": partial(_run, study="eight_bit_linears", write=linears_table),
-    "dropped-mass": partial(_run, study="dropped_mass", write=masses_table),
-    "vbench-proxies": partial(_run, study="vbench_proxies", write=proxies_text),
-    "every-set-wan-plain": partial(_every, model="wan-plain"),
-    "every-set-flux-tiny": partial(_every, model="flux-tiny"),
-    "guidance-cost": partial(_run, study="guidance_cost", write=costs_table),
     "budgets": _budgets,
     "profiling-wan-plain": partial(_choices, name="profiling-wan-plain", profiles=("profile-wan-plain",)),
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    "finetuned-wan-plain": partial(finetuned_text, name="finetuned-wan-plain"),
-    "finetuned-4x-wan-plain": partial(finetuned_text, name="finetuned-4x-wan-plain"),
+    **{f"vbench-{model}": partial(_vbench, name=f"vbench-{model}") for model in ("wan-plain", "flux-tiny")},
+    **{
+        mark: partial(_answered, command=command, write=write, results=mark)
+        for mark, (command, write) in ANSWERED.items()
+    },
     **METHOD_TABLES,
 }
 

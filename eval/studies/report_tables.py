@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 from dit_accel_assets import model_defaults
-from dit_accel_eval.runs.results import Line, latest, markdown_table, read_lines
-from dit_accel_eval.statistics import TOO_FEW, Judged, estimate, judge, reach_words
-from dit_accel_eval.suites.arms import BEST, is_rival
-from dit_accel_eval.suites.comparison import NOTHING, TIMED, WORKS, equal_value, figures, idle_arms, rival_kind
-from dit_accel_eval.suites.reference import is_converged
+from dit_accel_eval.runs.results import markdown_table
+from dit_accel_eval.statistics import TOO_FEW, Judged, clip_mean, judge, reach_words
+from dit_accel_eval.suites.figures import Comparison, suite_figures
+from dit_accel_eval.suites.lines import TIMED, WORKS, ResultLine, result_lines
 from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.suites.tables import NOTHING
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
+from dit_accel_pipelines.generation.solvers import BEST
 
 REPORTS = ("report-wan-tiny", "report-flux-tiny")
 """The suites of `make report`."""
@@ -39,10 +40,10 @@ def report_table(root: Path) -> str:
     rows = []
     for name in REPORTS:
         suite = read_suite(root / f"eval/suites/{name}.toml")
-        lines = read_lines(root / f"eval/results/{name}.jsonl")
+        lines = result_lines(root / f"eval/results/{name}.jsonl")
         if not lines:
             return "Not measured yet; `make report` does."
-        arms = [arm for arm in figures(suite, lines) if "steps_in_time" in arm.ahead or arm.saved_nothing]
+        arms = [arm for arm in suite_figures(suite, lines) if "steps_in_time" in arm.ahead or arm.saved_nothing]
         arms.sort(key=lambda arm: math.inf if arm.saved_nothing else -arm.ahead["steps_in_time"].mean)
         for arm in arms:
             row = (suite.model, arm.name, f"{arm.means['steps_in_time']:.1f}", arm.psnr.cell(".1f"))
@@ -54,18 +55,13 @@ def report_table(root: Path) -> str:
     return markdown_table(heads, rows)
 
 
-def score_words(lines: Sequence[Line]) -> str:
+def score_words(lines: Sequence[ResultLine]) -> str:
     """Return in words which arms the model's own judge tells from the dense runs of equal work; "" without scores."""
-    lines = [line for line in lines if is_converged(line)]
-    known, kind, idle = latest(lines), rival_kind(lines), idle_arms(lines)
-    leads: dict[str, list[float]] = {}
-    for (name, clip), line in known.items():
-        rival = None if is_rival(line) or name in idle else equal_value(known, clip, line["work"], "score", kind)
-        if rival is not None and "score" in line:
-            leads.setdefault(name, []).append(100 * (line["score"] - rival))
-    if not leads:
+    comparison = Comparison(line for line in lines if line.is_converged)
+    leads = {name: comparison.leads(name, "work", "score").values() for name, _ in comparison.lines}
+    judged = judge({name: [100 * lead for lead in found] for name, found in leads.items()})
+    if not judged:
         return ""
-    judged = judge(leads)
     told = [f"{name} ({one.judged('+.0f')})" for name, one in judged.items() if one.verdict not in ("open", TOO_FEW)]
     if told:
         return f"By the model's judge these differ from the dense runs of equal work, in points: {'; '.join(told)}."
@@ -86,17 +82,17 @@ def tuned_text(root: Path) -> str:
     """
     chosen = re.match(r"# (.+), by dit-accel tune pipeline", (root / TUNED).read_text(encoding="utf-8"))
     assert chosen is not None, f"{TUNED} does not begin with the setting that was chosen"
-    lines = read_lines((root / TUNED).with_suffix(".runs.jsonl"))
+    lines = result_lines((root / TUNED).with_suffix(".runs.jsonl"))
     own = int(model_defaults(TUNED_MODEL)["num_inference_steps"])
-    names = list(dict.fromkeys(line["arm"] for line in lines if line["clip"] >= HELD_OUT_FIRST))
+    names = list(dict.fromkeys(line.arm for line in lines if line.clip >= HELD_OUT_FIRST))
     rows = []
     for name in names:
-        held = {line["clip"]: line for line in lines if line["arm"] == name and line["clip"] >= HELD_OUT_FIRST}
+        held = {line.clip: line for line in lines if line.arm == name and line.clip >= HELD_OUT_FIRST}
         if len(held) == HELD_OUT:
-            work = float(np.mean([line["work"] for line in held.values()]))
-            psnr = estimate([line["psnr"] for line in held.values()])
+            work = float(np.mean([line.work for line in held.values()]))
+            psnr = clip_mean([line.psnr for line in held.values()])
             rows.append((name, f"{work:.1f}", f"{own / work:.2f}", f"{psnr:.1f}"))
-    tried = len({line["arm"] for line in lines if not line["arm"].startswith(f"{BEST} ")})
+    tried = len({line.arm for line in lines if not line.arm.startswith(f"{BEST} ")})
     head = (
         f"`dit-accel tune pipeline --model {TUNED_MODEL} --target {TARGET} -o {TUNED}` tried {tried} settings besides "
         f"UniPC's of fewer steps, on 2, 4 and 6 prompts, and took **{chosen[1]}**. What was judged on {HELD_OUT} "
@@ -132,8 +128,8 @@ class OverPrompts:
 def over_prompts(root: Path, model: str, level: str) -> OverPrompts | None:
     """Return a preset's lead over fewer steps in its committed suite below the project's root folder; None without."""
     path = root / f"eval/suites/presets-{model}.toml"
-    lines = read_lines(root / f"eval/results/presets-{model}.jsonl")
-    arms = figures(read_suite(path), lines) if path.is_file() and lines else []
+    lines = result_lines(root / f"eval/results/presets-{model}.jsonl")
+    arms = suite_figures(read_suite(path), lines) if path.is_file() and lines else []
     ahead = next((arm.ahead for arm in arms if arm.name == level), {})
     key = next((key for key in ("steps_in_time", "work") if key in ahead), None)
     return None if key is None else OverPrompts(lead=ahead[key], by=(WORKS | TIMED)[key])

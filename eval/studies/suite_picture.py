@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites.arms import TUNED
-from dit_accel_eval.suites.comparison import WORKS, ArmFigures, figures
+from dit_accel_eval.suites.figures import ArmFigures, suite_figures
+from dit_accel_eval.suites.lines import TUNED, WORKS, result_lines
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from matplotlib.figure import Figure
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         suite = read_suite(options.suite)
         lines = options.results or options.suite.parent.parent / "results" / f"{suite.name}.jsonl"
-        arms = figures(suite, read_lines(lines))
+        arms = suite_figures(suite, result_lines(lines))
         clips = max((arm.clips for arm in arms), default=suite.clips)
         title = f"{suite.name}: {suite.model}, {clips} held-out clips"
         draw(arms, title, options.out or Path("docs/evidence") / f"{suite.name}.png")

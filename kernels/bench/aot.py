@@ -29,7 +29,7 @@ from typing import Any
 
 from calls import PRECISIONS
 from compiled import describe
-from dit_accel_kernels.backends.triton.launch import table
+from dit_accel_kernels.backends.triton.launch import launch_table
 from predictions import pick
 from recorded import Recorded, gpu_target
 from targets import EVERY, TARGETS
@@ -73,7 +73,7 @@ def compile_one(launch: Recorded) -> Record:
 
 def row_of(launch: Recorded) -> Record:
     """The row of the launch table that gave a launch its sizes, and those sizes; empty where none did."""
-    return {} if launch.row is None else {"row": list(launch.row), "sizes": list(astuple(table()[launch.row]))}
+    return {} if launch.row is None else {"row": list(launch.row), "sizes": list(astuple(launch_table()[launch.row]))}
 
 
 def triton_version() -> str:

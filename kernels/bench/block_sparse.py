@@ -16,7 +16,7 @@ import torch
 from calls import DTYPES
 from candidates import NAMES, Call, exact_rows, make
 from dit_accel_kernels import SKIPPED, TileLists
-from dit_accel_kernels.backends.cpu import processor
+from dit_accel_kernels.backends.cpu import processor_kind
 from inputs import append, lists
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace, dtype: str, density: float) -> list[dict[s
     dense = statistics.median(seconds["dense"])
     setting = {
         "device": cpu_name(),
-        "processor": processor(),
+        "processor": processor_kind(),
         "torch": torch.__version__,
         **{name: getattr(args, name) for name in ("threads", "clock", "block", "lists", "rounds")},
         "shape": [batch, heads, tokens, dim],

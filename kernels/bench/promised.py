@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import product
 
 from calls import DTYPES, Setting
-from dit_accel_kernels.backends.triton.launch import Key, row_of, table
+from dit_accel_kernels.backends.triton.launch import Key, launch_table, row_of
 from recorded import Recorded, launches_of
 
 NAMES = {"half": "bf16", "fp32": "fp32"}  # of the dtype that stands for a kind of a row
@@ -26,7 +26,7 @@ FEATURES = ((), ("decay",), ("mask",), ("decay", "mask"), ("eight",))  # of a ca
 
 def sizes() -> list[tuple[str, int, int]]:
     """Kind of dtype, head dim and tile of every row, once each."""
-    return sorted({(key.kind, key.dim, key.tile) for key in table()})
+    return sorted({(key.kind, key.dim, key.tile) for key in launch_table()})
 
 
 def promised(target: str) -> set[Key]:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import calls
 import torch
-from dit_accel_kernels.backends.triton.launch import Key, Launch, row_of, table
+from dit_accel_kernels.backends.triton.launch import Key, Launch, launch_table, row_of
 from targets import EVERY
 
 BACKEND = "dit_accel_kernels.backends.triton"
@@ -113,7 +113,7 @@ def recording(target: str, into: dict[str, Recorded], name: str) -> Iterator[Non
         arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
     ) -> Launch:
         rows[kernel] = row_of(arch, dtype, dim, tile, kernel, features)
-        return table()[rows[kernel]]
+        return launch_table()[rows[kernel]]
 
     def launched(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         options = json.loads(compile["specialization_data"])["options"]

@@ -17,7 +17,7 @@ from .backends.fa4 import attend as fa4_backend
 from .backends.torch import attend as torch_backend
 from .backends.torch import backward
 from .backends.triton import support as triton_support
-from .bits import pack_bits, words_of
+from .bits import pack_bits, word_count
 from .checks import problem_of
 from .csr import EXACT
 from .errors import BackendUnavailableError
@@ -237,7 +237,7 @@ def _by_torch(problem: Problem, *, compiled: bool) -> tuple[Tensor, Tensor, Tens
 
 def _empty_results(problem: Problem) -> Results:
     q = problem.q
-    bits = (*q.shape[:2], problem.query_tiles, words_of(problem.key_tiles))
+    bits = (*q.shape[:2], problem.query_tiles, word_count(problem.key_tiles))
     return (
         problem.empty_output(),
         q.new_empty(q.shape[:3] if problem.return_lse else (0,), dtype=wide_dtype(q.dtype)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def words_of(key_tiles: int) -> int:
+def word_count(key_tiles: int) -> int:
     """Words of a bitmap row, W."""
     return -(-key_tiles // 32)
 

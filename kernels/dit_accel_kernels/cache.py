@@ -36,7 +36,7 @@ class _Entry:
         """Let another stream wait until the value is made, and its memory wait for that stream."""
         if stream is not None and stream != self.stream:
             stream.wait_event(self.event)
-            for tensor in tensors_in(self.value):
+            for tensor in nested_tensors(self.value):
                 tensor.record_stream(stream)
 
 
@@ -158,14 +158,14 @@ def current_stream(device: torch.device) -> Any:
     return None if ask is None else ask(device)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def nested_tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     parts = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else value
     if isinstance(parts, (list, tuple)):
         for part in parts:
-            yield from tensors_in(part)
+            yield from nested_tensors(part)
 
 
 def count_writes(owner: object, names: Iterable[str]) -> None:

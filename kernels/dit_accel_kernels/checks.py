@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import words_of
+from .bits import word_count
 from .errors import BackendUnavailableError
 from .features import FrameDecay, wide_dtype
 from .precision import PRECISIONS
@@ -93,7 +93,7 @@ def check_features(problem: Problem) -> None:
     if problem.selection is not None:
         if problem.mask_ids is not None:
             raise ValueError("a selection chooses among whole tiles, found tiles with masks inside: give one of both")
-        bits = (problem.query_tiles, words_of(problem.key_tiles))
+        bits = (problem.query_tiles, word_count(problem.key_tiles))
         _check("selection.keep", problem.selection.keep, (*q.shape[:2], *bits), torch.int32, device)
         _check("selection.routed", problem.selection.routed, (*q.shape[:2], *bits), torch.int32, device)
         _check("selection.pinned", problem.selection.pinned, bits, torch.int32, device)

@@ -77,7 +77,7 @@ def check_range(
         raise ValueError(f"{name} must lie in {low}..{high} ({what}), {found}")
 
 
-def check_values(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
+def check_lists(name: str, offsets: Tensor, indices: Tensor, tiles: int) -> Tensor:
     """Values of one CSR: offsets rise from 0 to nnz, indices lie in range and ascend strictly in a row.
 
     Returns where each entry is among all tiles of all rows, int64 [nnz].

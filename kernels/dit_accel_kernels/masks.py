@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import pack_bits, words_of
+from .bits import pack_bits, word_count
 from .csr import EXACT, PARTIAL, SKIPPED, check_int32
 from .features import split_tiles
 
@@ -131,7 +131,7 @@ def check_masks(ids: Tensor | None, bits: Tensor | None, entries: int, block_q: 
     check_int32(mask_ids=ids, mask_bits=bits)
     if tuple(ids.shape) != (entries,):
         raise ValueError(f"mask_ids must be [{entries}] like exact_indices, found {list(ids.shape)}")
-    words = words_of(block_k)
+    words = word_count(block_k)
     if bits.dim() != 3 or tuple(bits.shape[1:]) != (block_q, words) or len(bits) == 0:
         raise ValueError(
             f"mask_bits must be [M, {block_q}, {words}] (block_q rows of ceil(block_k / 32) words) with M >= 1, found "

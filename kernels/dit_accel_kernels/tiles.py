@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import csr, masks
-from .bits import words_of
+from .bits import word_count
 from .cache import StorageCache, changed, count_writes
 from .csr import EXACT, PARTIAL, POOLED
 
@@ -285,7 +285,7 @@ class TileLists(Grid):
 
         The last masks hide nothing. M' is a power of 2, so that what is compiled for a number of masks serves others.
         """
-        bits = self.exact_indices.new_empty(0, self.block_q, words_of(self.block_k))
+        bits = self.exact_indices.new_empty(0, self.block_q, word_count(self.block_k))
         bits = bits if self.mask_bits is None else self.mask_bits
         size = 1 << len(bits).bit_length()
         bits = torch.nn.functional.pad(bits, (0, 0, 0, 0, 0, size - len(bits)), value=-1)
@@ -340,9 +340,9 @@ class TileLists(Grid):
         if self.mask_ids is not None and self.mask_bits is not None:
             count = len(self.mask_bits)
             csr.check_range("mask_ids", self.mask_ids, -1, count - 1, f"{count} masks")
-        exact = csr.check_values("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
+        exact = csr.check_lists("exact", self.exact_offsets, self.exact_indices, self.key_tiles)
         if self.pooled_offsets is not None and self.pooled_indices is not None:
-            pooled = csr.check_values("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
+            pooled = csr.check_lists("pooled", self.pooled_offsets, self.pooled_indices, self.key_tiles)
             both = exact[torch.isin(exact, pooled)]
             if both.numel():
                 row, tile = divmod(int(both[0]), self.key_tiles)

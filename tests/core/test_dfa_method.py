@@ -374,12 +374,12 @@ def test_what_is_refused(transformer):
 
 def test_in_a_pipeline_the_scheduler_tells_the_noise_level():
     from dit_accel_pipelines.generation.loading import load_pipeline
-    from dit_accel_pipelines.generation.request import Request, settle
+    from dit_accel_pipelines.generation.request import Request, resolve
 
     request = Request(
         prompts=("a red circle moving right",), output=Path("unused.mp4"), num_frames=9, height=32, width=32
     )
-    pipe = load_pipeline(settle(request)[0])
+    pipe = load_pipeline(resolve(request)[0])
     call = dict(num_frames=9, height=32, width=32, num_inference_steps=6, output_type="latent")
     with dit_accel.attach(pipe, DFA(every=2, warmup_steps=2)) as attachment:
         pipe("a red circle moving right", **call)

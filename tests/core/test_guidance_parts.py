@@ -15,8 +15,8 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import NAG, PAG, SEG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters.guidance import Guidance, PipelineCall
-from dit_accel.methods.guidance.prompt_branches import call_of, part_of, rows_of_prompt
 from dit_accel.methods.guidance.rows import rows_of, with_rows_again
+from dit_accel.methods.prompt_branches import call_of, part_of, rows_of_prompt
 from dit_accel.testing.tiny_models import Case
 
 BRANCHES = {

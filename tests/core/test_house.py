@@ -63,16 +63,106 @@ def test_the_public_face():
         dit_accel.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_sizes(path):
-    text = path.read_text()
-    lines = len(text.splitlines())
-    assert lines <= (40 if path.name == "__init__.py" else 400)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body  # options are no code
-            size = (node.end_lineno or node.lineno) - body[0].lineno + 1
-            assert size <= (150 if node.name.endswith("_kernel") else 60), f"{node.name} has {size} lines"
+def test_files_and_functions_are_short():
+    long = []
+    for path in SOURCES:
+        text = path.read_text()
+        if len(text.splitlines()) > (40 if path.name == "__init__.py" else 400):
+            long.append(f"{path.relative_to(ROOT)} has {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body  # options are no code
+                size = (node.end_lineno or node.lineno) - body[0].lineno + 1
+                if size > (150 if node.name.endswith("_kernel") else 60):
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {size} lines")
+    assert not long
+
+
+def lines_of(*rooms: str) -> int:
+    """Count the lines of the Python files of some folders."""
+    return sum(len(path.read_text().splitlines()) for room in rooms for path in (ROOT / room).rglob("*.py"))
+
+
+def test_the_house_stays_as_light_as_it_is():
+    assert lines_of("tests") <= 44_000
+    assert lines_of("dit_accel", "eval", "pipelines") <= 46_500
+
+
+def test_the_suite_stays_short(request):
+    """Not more than these are collected, however much of the suite is run."""
+    if "slow" not in request.config.option.markexpr.replace("not slow", ""):
+        assert len(request.session.items) <= (5_500 if "not slow" in request.config.option.markexpr else 9_000)
+
+
+def branches_of(function: ast.AST) -> int:
+    """Count the ways through a function as cyclomatic complexity does."""
+    split = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.comprehension, ast.Assert, ast.match_case)
+    nodes = list(ast.walk(function))
+    return (
+        1
+        + sum(isinstance(node, split) for node in nodes)
+        + sum(len(node.values) - 1 for node in nodes if isinstance(node, ast.BoolOp))
+    )
+
+
+def test_few_functions_have_many_branches():
+    trees = {path: ast.parse(path.read_text()) for path in SOURCES if path.parts[len(ROOT.parts)] == "dit_accel"}
+    dense = [
+        f"{path.name}: {node.name}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and branches_of(node) >= 12
+    ]
+    assert len(dense) <= 60, dense
+
+
+NAMES = {"dit_accel": "", "dit_accel_kernels": "kernels", "dit_accel_pipelines": "pipelines", "dit_accel_eval": "eval"}
+NAMES |= {"dit_accel_comfyui": "comfyui", "dit_accel_assets": "assets"}
+PACKAGES = {name: ROOT / room / name for name, room in NAMES.items()}
+
+
+def test_a_public_name_means_one_thing():
+    """Of functions and classes at the top of the packages' modules; a kernel's and a command's name may repeat."""
+    places: dict[str, list[str]] = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(f"{package}/{path.relative_to(folder)}")
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert len(twice) <= 30, twice
+
+
+def imports() -> dict[str, set[str]]:
+    """Read module -> the modules that it imports anywhere, of all packages."""
+    modules = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            modules[".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = path
+    reached: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                names |= inside or {node.module}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+        reached[module] = (names & modules.keys()) - {module}
+    return reached
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    left = imports()
+    while ends := [module for module, names in left.items() if not names & left.keys()]:
+        for module in ends:
+            del left[module]
+    starts = dict(left)
+    while ends := [m for m in starts if not any(m in names for names in starts.values())]:
+        for module in ends:
+            del starts[module]
+    assert not starts
 
 
 def test_rooms_have_short_readmes():

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
-import tiny_other_pipelines
 import torch
 from cache_calls import ADAPTER
 from diffusers.hooks import SeaCacheConfig
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import DFA, ConfigError, EasyCache, SeaCache, SolAttention, UltraImage
@@ -79,8 +79,7 @@ NEEDING = {
     "SeaCacheConfig": (DiffusersCache(config=SeaCacheConfig()), {"flow", "exploding"}),
     "dfa": (DFA(), {"flow"}),
     "ultraimage.guided": (UltraImage(guided=True, trained_height=2, trained_width=2), {"flow"}),
-    "easycache.variable = 'sigma'": (EasyCache(variable="sigma"), {"flow", "exploding"}),
-    "easycache.corrected = True": (EasyCache(corrected=True), {"flow", "exploding"}),
+    "easycache.predictor = 'corrected'": (EasyCache(predictor="corrected"), {"flow", "exploding"}),
     "sol.dense_above_sigma = 0.5": (SolAttention(dense_above_sigma=0.5), {"flow", "exploding"}),
     "nothing": (EasyCache(), {"flow", "exploding", "none"}),
     "no foreground": (DFA(share=0), {"flow", "exploding", "none"}),
@@ -117,7 +116,7 @@ def test_a_family_without_a_pipeline_is_judged_by_the_scheduler_it_is_released_w
 
 
 def test_a_scheduler_that_replaces_another_after_attach_is_refused_before_any_work():
-    pipe, call = tiny_other_pipelines.pixart()
+    pipe, call = stock_pipeline("PixArtSigmaPipeline")
     ran = []
     pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
     with dit_accel.attach(pipe, SeaCache()):

@@ -1,94 +1,113 @@
 """Presets: what is attached where no method is named, that named methods win, and the options that they rest on."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
-import tiny_image_pipelines
 import torch
+from tiny_stock import stock_pipeline
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, SolAttention, StaticCache, UltraViCo
-from dit_accel.adapters.installed import adapters
+from dit_accel.adapters.installed import adapters, described
 from dit_accel.attachment.backends import UnplannedRun
-from dit_accel.methods.presets import LEVELS, PRESETS, choices
+from dit_accel.methods.base import Model
+from dit_accel.methods.caches.easy import EasyHandler
+from dit_accel.methods.presets import LEVELS, PRESETS, preset_methods
 
 
 def attached(model, *methods, **options):
-    attachment = dit_accel.attach(model, *methods, **options)
-    names = {handler.name: handler.settings for handler in attachment.engine.handlers}
-    attachment.detach()
-    return names
+    with dit_accel.attach(model, *methods, **options) as attachment:
+        return {handler.name: handler.settings for handler in attachment.engine.handlers}
 
 
-def test_without_a_method_the_preset_balanced_is_attached_and_said(capsys):
-    assert [*attached(tiny_transformer())] == ["sol", "easycache"]  # sizes of no released model: none is longer
-    line = capsys.readouterr().err
-    assert line.startswith("preset balanced: easycache ")
-    assert line.count("\n") == 1
-    assert "sol" in line
-    assert attached(tiny_transformer(), preset="none") == {}
-    assert [*attached(tiny_transformer(), StaticCache(every=2))] == ["staticcache"]
-    assert capsys.readouterr().err == ""
+def of(adapter, family):
+    return Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
+
+
+def named(level, *family):
+    return [choice.config.name for choice in preset_methods(level, of(*family)).chosen]
+
+
+def test_without_a_method_the_preset_balanced_is_attached_and_nothing_is_printed(capfd):
+    with dit_accel.attach(tiny_transformer()) as attachment:
+        assert [handler.name for handler in attachment.engine.handlers] == ["sol", "easycache"]
+        assert attachment.preset.startswith("preset balanced: easycache skips every second step")
+        assert attachment.preset in attachment.report().notes
+    for methods, preset in [((), "none"), ((StaticCache(every=2),), None)]:
+        with dit_accel.attach(tiny_transformer(), *methods, preset=preset) as attachment:
+            assert [handler.name for handler in attachment.engine.handlers] == [one.name for one in methods]
+            assert attachment.preset == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_method_that_a_transformer_refuses_is_left_out_and_the_reason_said(monkeypatch):
+    def refuse(self, site):
+        raise ConfigError("no cache on a Tuesday")
+
+    monkeypatch.setattr(EasyHandler, "install", refuse)
+    with dit_accel.attach(tiny_transformer(), preset="balanced") as attachment:
+        assert [handler.name for handler in attachment.engine.handlers] == ["sol"]
+        assert "; easycache is left out: no cache on a Tuesday" in attachment.preset
+        assert attachment.preset in attachment.report().notes
+    with pytest.raises(ConfigError, match="Tuesday"):
+        dit_accel.attach(tiny_transformer(), EasyCache(), preset="fast")
+    assert dit_accel.attachment_of(tiny_transformer()) is None
 
 
 @pytest.mark.parametrize("steps", [12, 13, 20, 28, 50])
 def test_levels_are_a_ladder_of_steps_that_may_be_skipped(steps: int):
-    caches = [attached(tiny_transformer(), preset=level)["easycache"] for level in LEVELS]
+    caches = [PRESETS[level][0].config for level in LEVELS]
     assert [cache.threshold for cache in caches] == sorted(cache.threshold for cache in caches)
     bound = [len(cache.skipped_steps(steps)) for cache in caches]
     assert bound == sorted(bound), "each level may skip as much as the one before, or more"
     assert bound[0] < bound[-1]
 
 
-def test_named_methods_win():
-    named = attached(tiny_transformer(), EasyCache(threshold=0.7), preset="balanced")
-    assert named["easycache"].threshold == 0.7
-    assert [*attached(tiny_transformer(), StaticCache(every=2), preset="fast")] == ["sol", "staticcache"]
+def test_named_methods_win_and_what_they_exclude_is_said():
+    caching = attached(tiny_transformer(), EasyCache(threshold=0.7), preset="balanced")
+    assert caching["easycache"].threshold == 0.7
     assert attached(tiny_transformer(), SolAttention(beta=9.0), preset="fast")["sol"].beta == 9.0
+    with dit_accel.attach(tiny_transformer(), StaticCache(every=2), preset="fast") as attachment:
+        assert [handler.name for handler in attachment.engine.handlers] == ["sol", "staticcache"]
+        assert "; easycache is left out: EasyCache and StaticCache both cache" in attachment.preset
 
 
 def test_pictures_get_no_method_for_clips():
-    pipe, _ = tiny_image_pipelines.flux()
-    assert [*attached(pipe, preset="fast")] == ["easycache"]
+    assert [*attached(stock_pipeline("FluxPipeline")[0], preset="fast")] == ["easycache"]
+
+
+def test_a_family_makes_clips_whatever_it_refuses():
+    wan, family = described("wan2.1-1.3b")
+    assert named("balanced", replace(wan, refused={"ultravico": "its clips have no end"}), family) == [
+        "easycache", "sol",
+    ]  # fmt: skip
 
 
 def test_every_preset_can_be_attached_to_every_released_model():
     """At most one method extends an axis; Wan, on which RIFLEx is not advised, gets UltraViCo."""
     for adapter in adapters().values():
         for family in adapter.families:
-            model = resolve_family(adapter, family)
             for level in LEVELS:
-                names = [choice.config.name for choice in choices(level, model)]
+                names = named(level, adapter, family)
                 assert ("easycache" in names) == ("easycache" not in adapter.refused), family.name
                 assert not {"rope", "ultravico"} <= {*names}, family.name
-    wan = next(adapter for adapter in adapters().values() if adapter.name == "wan")
-    family = next(one for one in wan.families if one.name == "wan2.1-14b")
-    assert "ultravico" in [one.config.name for one in choices("careful", resolve_family(wan, family))]
-
-
-def resolve_family(adapter, family):
-    from dit_accel.methods.base import Model
-
-    return Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
+    assert "ultravico" in named("careful", *described("wan2.1-14b"))
 
 
 def test_each_choice_names_what_it_rests_on():
-    for level in LEVELS:
-        for choice in PRESETS[level]:
-            assert choice.source.startswith(("measured: ", "published (arXiv "))
+    for choice in (choice for level in LEVELS for choice in PRESETS[level]):
+        assert choice.source.startswith(("measured: ", "published (arXiv "))
 
 
-def test_an_unknown_preset_is_refused():
-    with pytest.raises(ConfigError, match=r"'balance'.*'balanced'"):
-        dit_accel.attach(tiny_transformer(), preset="balance")
-
-
-def test_what_a_compiled_transformer_cannot_have_is_left_out(capsys):
-    compiled = torch.compile(tiny_transformer(), backend="eager")
-    names = attached(compiled, preset="balanced")
-    assert "easycache" in names or not names
-    assert capsys.readouterr().err.startswith("preset balanced: ")
+@pytest.mark.parametrize(
+    ("methods", "preset", "match"),
+    [((), "balance", "'balance'.*'balanced'"), ((UltraViCo(),), "careful", "ultravico.*trained_frames")],
+)
+def test_an_unknown_preset_and_a_named_method_that_does_not_fit_are_refused(methods, preset, match):
+    with pytest.raises(ConfigError, match=match):
+        dit_accel.attach(tiny_transformer(), *methods, preset=preset)
 
 
 @pytest.mark.parametrize("steps", [4, 8, 9])
@@ -116,20 +135,3 @@ def test_short_sequences_stay_dense_where_that_is_the_users_choice(method, least
     assert (f"{method.name} stays dense over 80 visual tokens, min_tokens = 81" in report.notes) == (least == 81)
     if least == 81:
         assert torch.equal(plain, denoise(transformer))
-
-
-def test_a_plan_counts_no_saving_below_min_tokens():
-    from dit_accel.estimate.estimate import estimate
-
-    wan = next(adapter for adapter in adapters().values() if adapter.name == "wan")
-    family = next(one for one in wan.families if one.name == "wan2.1-1.3b")
-    at = dict(height=480, width=832, num_frames=81)  # 32,760 visual tokens
-    dense = estimate(wan, family, methods=[SolAttention(min_tokens=40_000)], **at)
-    sparse = estimate(wan, family, methods=[SolAttention(min_tokens=30_000)], **at)
-    assert dense.speedup == pytest.approx(1.0)
-    assert sparse.speedup > 1.1
-
-
-def test_a_named_method_that_does_not_fit_is_refused_beside_a_preset():
-    with pytest.raises(ConfigError, match=r"ultravico.*trained_frames"):
-        dit_accel.attach(tiny_transformer(), UltraViCo(), preset="careful")

@@ -54,6 +54,35 @@ def test_doubled_names_are_refused(install):
         installed.adapters()
 
 
+@pytest.fixture
+def register_adapter():
+    """Give `register`, and forget what it was given."""
+    yield installed.register
+    installed._registered.clear()
+    installed.adapters.cache_clear()
+
+
+def test_an_adapter_of_a_script_is_known_to_its_process(register_adapter):
+    mine = Adapter(name="mine", transformers=("MyTransformer",), self_attention=())
+    assert register_adapter(mine) is installed.adapter_for("MyTransformer") is mine
+    again = Adapter(name="mine", transformers=("MyTransformer",), self_attention=("blocks.*.attn",))
+    assert register_adapter(again) is installed.adapter_for("MyTransformer")
+
+
+@pytest.mark.parametrize(("name", "cls"), [("mine", "WanTransformer3DModel"), ("wan", "MyTransformer")])
+def test_an_adapter_stands_in_the_place_of_an_installed_one_where_that_is_said(register_adapter, name, cls):
+    mine = Adapter(name=name, transformers=(cls,), self_attention=())
+    with pytest.raises(ConfigError, match=rf"({cls}|{name}) is.*'wan'.*'{name}'.*override=True"):
+        register_adapter(mine)
+    register_adapter(mine, override=True)
+    assert installed.adapter_for(cls) is installed.adapters()[name] is mine
+
+
+def test_what_is_no_adapter_is_not_registered(register_adapter):
+    with pytest.raises(ConfigError, match=r"register.*Adapter, got 3"):
+        register_adapter(3)
+
+
 def test_doubled_classes_are_refused(install):
     install(Adapter(name="mine", transformers=("WanTransformer3DModel",), self_attention=()))
     with pytest.raises(ConfigError, match=r"WanTransformer3DModel.*'wan' and 'mine'"):

@@ -92,7 +92,7 @@ def test_a_cache_that_decides_by_data_is_predicted_where_it_was_measured_alone()
     layout = estimate(adapter, family).layout
     assert predicted(made, layout, 30) == Predicted(speedup=1.0, uncounted=("easycache",))
     assert str(predicted(made, layout, 30)).startswith("not predicted: what easycache saves")
-    preset = PresetMethods("fast", PRESETS["fast"][:1], made[0].model)
+    preset = PresetMethods("fast", made[0].model, PRESETS["fast"][:1])
     skipped = promise("fast", 30).skipped
     assert predicted(made, layout, 30, preset).speedup == pytest.approx(1 / (1 - skipped), rel=0.05)
     assert predicted(made, layout, 8, preset) == Predicted(speedup=1.0)  # computed whole

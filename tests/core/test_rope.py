@@ -11,7 +11,7 @@ from torch import nn
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.rope_axes import by_config, even, interleaved, lengths_of_image, same_length, thirds
-from dit_accel.adapters.rope_forms import changed
+from dit_accel.adapters.rope_forms import change_rope
 from dit_accel.adapters.rotary import Axis, Rope, rope_of
 from dit_accel.rules.rotary_frequencies import frequencies
 from dit_accel.testing.rope_checks import replaced
@@ -98,7 +98,7 @@ def test_positions_follow_the_given_frequencies():
     model = Model()
     plain = model(IDS)
     new = torch.tensor([0.3, 0.7, 1.1, 0.01], dtype=torch.float64)
-    with replaced(model, changed(ROPE, model, {"width": new})):
+    with replaced(model, change_rope(ROPE, model, {"width": new})):
         found = model(IDS)
     angles = torch.outer(IDS[:, 1].double(), new).repeat_interleave(2, 1)
     for now, before, expected in zip(found, plain, (angles.cos(), angles.sin()), strict=True):
@@ -111,7 +111,7 @@ def test_positions_follow_the_given_frequencies():
 def test_a_function_is_given_the_own_frequencies_once():
     seen = []
     model = Model()
-    change = changed(ROPE, model, {"height": lambda own: seen.append(own) or own / 4})
+    change = change_rope(ROPE, model, {"height": lambda own: seen.append(own) or own / 4})
     with replaced(model, change):
         first = model(IDS)
         model(IDS)
@@ -123,7 +123,7 @@ def test_a_function_is_given_the_own_frequencies_once():
 def test_a_copy_of_a_changed_model_is_changed_by_itself():
     model = Model()
     plain = model(IDS)
-    with replaced(model, changed(ROPE, model, {"height": lambda own: own / 2})):
+    with replaced(model, change_rope(ROPE, model, {"height": lambda own: own / 2})):
         expected, twin = model(IDS), copy.deepcopy(model)
     model.rope.theta = 5.0
     assert all(map(torch.equal, twin(IDS), expected))
@@ -131,7 +131,7 @@ def test_a_copy_of_a_changed_model_is_changed_by_itself():
 
 
 def test_nothing_to_change_is_nothing_to_set():
-    assert changed(ROPE, Model(), {}) == ([], None)
+    assert change_rope(ROPE, Model(), {}) == ([], None)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_nothing_to_change_is_nothing_to_set():
 )
 def test_frequencies_that_do_not_fit_are_refused(change, message):
     model = Model()
-    with pytest.raises(ConfigError, match=message), replaced(model, changed(ROPE, model, change)):
+    with pytest.raises(ConfigError, match=message), replaced(model, change_rope(ROPE, model, change)):
         model(IDS)
     assert "forward" not in vars(model.rope)
 
@@ -156,7 +156,7 @@ def test_frequencies_that_do_not_fit_are_refused(change, message):
 def test_an_axis_of_text_is_not_changed():
     rope = Rope(owner="rope", form="theta", axes=by_config("dims", ("text", "width"), 100.0))
     with pytest.raises(ConfigError, match=r"'text'.*images"):
-        changed(rope, Model(), {"text": torch.ones(2)})
+        change_rope(rope, Model(), {"text": torch.ones(2)})
 
 
 def test_a_model_that_asks_for_fewer_axes_is_not_changed_in_silence():
@@ -164,7 +164,7 @@ def test_a_model_that_asks_for_fewer_axes_is_not_changed_in_silence():
     model = Model()
     with (
         pytest.raises(ConfigError, match=r"Turns.forward.*'theta'"),
-        replaced(model, changed(rope, model, {"frames": lambda own: own})),
+        replaced(model, change_rope(rope, model, {"frames": lambda own: own})),
     ):
         model(IDS)
 
@@ -173,7 +173,7 @@ def test_text_rows_keep_their_positions():
     rope = Rope(owner="rope", form="theta", axes=ROPE.axes, text=lambda inputs: inputs["text"])
     model = Model()
     plain = model(IDS, text=7)
-    change = changed(rope, model, {"height": lambda own: own / 2})
+    change = change_rope(rope, model, {"height": lambda own: own / 2})
     with replaced(model, change):
         found = model(IDS, text=7)
         moved = model(IDS, text=0)
@@ -181,7 +181,7 @@ def test_text_rows_keep_their_positions():
         assert torch.equal(now[:7], before[:7])
         assert torch.equal(now[7:], all_moved[7:])
         assert not torch.equal(now[7:], before[7:])
-    lost = changed(rope, model, {"height": lambda own: own / 2})
+    lost = change_rope(rope, model, {"height": lambda own: own / 2})
     with (
         pytest.raises(ConfigError, match=r"Turns.*inputs.*text"),
         replaced(model, lost._replace(inputs=None)),
@@ -246,9 +246,9 @@ def test_given_positions_are_read_off_and_turned():
     places = torch.rand(2, 300, dtype=torch.float64) * 900 - 300  # neither whole nor from 0 on
     model = Given()
     value, new = pairs(places, (own, own)), own * torch.tensor([1, 0.5, 1, 1, 2, 1, 1, 0.3], dtype=torch.float64)
-    with replaced(model, changed(PAIRS, model, {"width": lambda own: own})):
+    with replaced(model, change_rope(PAIRS, model, {"width": lambda own: own})):
         assert all(map(torch.equal, model(emb=value), value))
-    with replaced(model, changed(PAIRS, model, {"width": new})):
+    with replaced(model, change_rope(PAIRS, model, {"width": new})):
         found = model(emb=value)
         assert model(value)[0] is found[0]  # the pipeline gives the same tensors at every step
         again = model(emb=pairs(places + 1, (own, own)))
@@ -261,7 +261,7 @@ def test_given_positions_are_read_off_and_turned():
 
 def test_given_values_of_no_positions_are_refused():
     model, noise = Given(), torch.rand(9, 32)
-    change = changed(PAIRS, model, {"height": lambda own: own})
+    change = change_rope(PAIRS, model, {"height": lambda own: own})
     with replaced(model, change):
         with pytest.raises(ConfigError, match=r"cos.*sin.*height.*theta 10000.0.*16 chann"):
             model(emb=(noise, noise))

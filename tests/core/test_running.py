@@ -4,9 +4,9 @@ import sys
 
 import diffusers
 import pytest
-import tiny_image_pipelines
-import tiny_video_pipelines
 import torch
+from tiny_parts import picture
+from tiny_stock import stock_pipeline
 
 from dit_accel import RadialAttention, attach
 from dit_accel.attachment.steps import current_run
@@ -32,7 +32,7 @@ def seen(monkeypatch):
 
 
 def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attached_to(seen):
-    pipe, call = tiny_image_pipelines.flux()
+    pipe, call = stock_pipeline("FluxPipeline")
     call |= {"output_type": "latent", "num_inference_steps": 2}
     other = diffusers.FluxImg2ImgPipeline(**pipe.components)
     with attach(pipe, preset="none") as attachment:
@@ -40,7 +40,7 @@ def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attache
         pipe(**call)
         assert pipes == [pipe, pipe]
         pipes.clear()
-        other(**call, image=tiny_image_pipelines.picture(), strength=1.0)
+        other(**call, image=picture(), strength=1.0)
         assert pipes
         assert set(map(id, pipes)) == {id(other)}
         assert attachment.engine.layers[0].state.running is None  # outside forwards
@@ -57,24 +57,24 @@ def test_a_loop_written_by_hand_has_no_pipeline(seen):
 
 
 def test_nothing_runs_outside_a_call():
-    pipe, _ = tiny_image_pipelines.flux()
+    pipe, _ = stock_pipeline("FluxPipeline")
     assert current_run(pipe.transformer) is None
 
 
 def test_a_modular_pipeline_is_found_too():
-    made, call = tiny_video_pipelines.PIPELINES["minimax-h3"]()
+    made, call = stock_pipeline("MiniMaxH3ModularPipeline")
     transformer = made.components["transformer"]
     found = []
     with attach(transformer, preset="none") as attachment:
         handle = transformer.register_forward_hook(lambda *_: found.append(current_run(transformer).pipe))
-        made(output_type="latent", **call)
+        made(**call)
         handle.remove()
         assert set(map(id, found)) == {id(made.pipe)}
         assert attachment.denoising.num_inference_steps == len(found)
 
 
 def test_a_run_goes_on_until_its_call_returns():
-    pipe, call = tiny_image_pipelines.flux()
+    pipe, call = stock_pipeline("FluxPipeline")
     runs = []
 
     def look(*_):
@@ -92,7 +92,7 @@ def test_a_run_goes_on_until_its_call_returns():
 
 
 def test_a_run_is_the_pipelines_call_not_a_method_of_it_further_in():
-    pipe, _ = tiny_image_pipelines.flux()
+    pipe, _ = stock_pipeline("FluxPipeline")
     found = []
 
     class Outer(type(pipe)):

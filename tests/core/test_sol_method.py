@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from dit_accel_kernels import EXACT, POOLED, Selection, count_bits, flex_requirement, pack_bits, unpack_bits
-from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import ADAPTER, Fixed, OneLayer, context_of
@@ -84,7 +84,7 @@ def test_toml_and_recipes():
     usual = {key: value for key, value in SolAttention.defaults.items() if value is not None}
     assert SolAttention().filled().to_dict().items() >= usual.items()
     assert SolAttention(beta=0.0).filled({"beta": 2.0, "dense_layers": 2}).beta == 0.0
-    assert SolAttention().filled(WAN.recipe("sol", WAN_PLAIN)).block_size == 16
+    assert SolAttention().filled(WAN.recipe("sol", WAN.families[-1])).block_size == 16
     with pytest.raises(ConfigError, match=r"recipe.*sol.*'sink'"):
         SolAttention().filled({"sink": "first_frame"})
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import PerturbedAttentionGuidance, SkipLayerGuidance
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_other_pipelines import sd3
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import ConfigError, StaticCache
@@ -148,7 +148,7 @@ def test_a_share_of_steps_and_a_window_meet():
 
 def slg_steps_of_diffusers(count, start, stop):
     """The steps in which diffusers' own Stable Diffusion 3 pipeline skips layers, on a transformer that gives zeros."""
-    pipe, call = sd3()
+    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
     pipe.set_progress_bar_config(disable=True)
     seen, rows = [], []
 

@@ -228,8 +228,7 @@ def test_what_guidance_adds_and_what_a_cache_computes_of_skipped_steps():
     ("reason", "expected"),
     [
         ("2 skipped in a row", "raise easycache.max_consecutive = 2"),
-        ("7 skipped in all", "raise easycache.max_skips"),
-        ("listed", "list fewer in easycache.steps"),
+        ("listed", "list fewer in easycache.compute_at"),
         ("threshold 0", "easycache skips nothing; raise easycache.threshold"),
         ("pag needs it", "steps that pag needs computed"),
         ("conditional", "set easycache.branches to all"),

@@ -10,7 +10,7 @@ import dit_accel_pipelines.generation.generate as generation
 import pytest
 import torch
 import typer
-from dit_accel_eval.suites import compare
+from dit_accel_eval.suites import running
 from dit_accel_eval.tune import caches as tune_caches
 from dit_accel_pipelines.generation.threads import CHOSEN_BY, one_thread, threads
 from typer.testing import CliRunner
@@ -113,7 +113,7 @@ def seen(monkeypatch) -> list[int]:
     monkeypatch.setattr(finetuning, "_trained", reached)
     monkeypatch.setattr(tune_caches, "tune_magcache", reached)
     monkeypatch.setattr(demo_comparison, "EmbeddedModel", reached)
-    monkeypatch.setattr(compare, "_loaded", reached)
+    monkeypatch.setattr(running, "_loaded", reached)
     for name in CHOSEN_BY:
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()

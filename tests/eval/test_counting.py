@@ -4,11 +4,13 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from dit_accel_eval.runs.counting import Counter, Counts, attended, planned, work
-from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import DeltaAttention, RadialAttention, SparseD
+
+WAN_PLAIN = WAN.families[-1]
 
 
 def forward(transformer: WanTransformer3DModel, rows: int = 1) -> None:
@@ -83,3 +85,22 @@ def test_the_own_share_grows_with_the_tokens():
     call = {"height": 64, "width": 64, "guidance_scale": 4.0}
     shares = [planned(WAN, WAN_PLAIN, {**call, "num_frames": frames}).attention_share for frames in (17, 129)]
     assert 0.1 < shares[0] < shares[1] < 0.9
+
+
+@pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
+def test_a_suite_tells_native_caches_the_timestep(given):
+    import diffusers
+    from dit_accel_eval.runs.model import _with_timestep
+
+    from dit_accel.methods.caches.native import DiffusersCache
+
+    class Pipe:
+        current_timestep = 17
+
+    config = getattr(diffusers, given)()
+    told = _with_timestep(DiffusersCache(config=config), Pipe)
+    if given.startswith("Pyramid"):
+        assert told.config.current_timestep_callback() == 17
+        assert config.current_timestep_callback is None
+    else:
+        assert told.config is config

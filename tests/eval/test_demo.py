@@ -10,8 +10,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import typer
-from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites.comparison import figures
+from dit_accel_eval.suites.figures import suite_figures
+from dit_accel_eval.suites.lines import result_lines
 from dit_accel_eval.suites.suite import read_suite
 from PIL import Image
 from report_tables import DEMO, demo_text, over_prompts
@@ -111,9 +111,9 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
 def test_the_demo_s_one_prompt_stands_beside_the_prompts_that_judge(tmp_path: Path):
     root = Path(__file__).parents[2]
     level = demo_comparison.LEVEL
-    found, lines = over_prompts(root, "wan-tiny", level), read_lines(root / "eval/results/presets-wan-tiny.jsonl")
+    found, lines = over_prompts(root, "wan-tiny", level), result_lines(root / "eval/results/presets-wan-tiny.jsonl")
     suite = read_suite(root / "eval/suites/presets-wan-tiny.toml")
-    arm = next(one for one in figures(suite, lines) if one.name == level)
+    arm = next(one for one in suite_figures(suite, lines) if one.name == level)
     assert found.lead in arm.ahead.values()
     words = f"over {arm.clips} prompts that did not choose it the preset is {found.lead.mean:+.1f} ["
     assert words in demo_text(root)

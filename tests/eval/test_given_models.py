@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import CogVideoXPipeline, DiffusionPipeline
 from dit_accel_assets import model_path
 from dit_accel_eval.runs import loaded as given
 from dit_accel_eval.runs.conditions import Machine, OwnClips, device_name, processor
@@ -26,8 +26,8 @@ from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.suite import read_suite
 from model_folders import model_folder
-from tiny_models import COGVIDEOX_TINY
-from tiny_pipelines import cogvideox
+from tiny_parts import assemble
+from tiny_video_kits import cogvideox
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
@@ -184,7 +184,7 @@ def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, text, mess
 
 @pytest.mark.slow
 def test_a_model_trained_on_betas_runs_against_its_converged_run(tmp_path):
-    pipe, _ = cogvideox(COGVIDEOX_TINY | {"max_text_seq_length": 226})
+    pipe, _ = assemble(CogVideoXPipeline, cogvideox(max_text_seq_length=226))
     pipe.register_modules(
         tokenizer=PreTrainedTokenizerFast.from_pretrained(model_path("wan-plain") / "tokenizer"),
         text_encoder=T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),

@@ -1,6 +1,5 @@
 """Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
 
-import arm_sheet
 import judge_guidance as guided
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite, read_suite
 from drawn_model import STUDIES
-from PIL import Image
 from typer.testing import CliRunner
 
-from dit_accel import PAG, ConfigError
+from dit_accel import PAG
 from dit_accel.cli.app import app
 
 SUITE = """
@@ -54,22 +52,12 @@ def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path):
     assert run(path, "--out", out).stdout == told
     assert out.read_text() == before
     suite = read_suite(path)
-    with pytest.raises(ConfigError, match=r"small.*arm 'pog'.*'pag'"):
-        arm_sheet.sheet(suite, tmp_path / "sheet.png", ["pog"])
     arms = {arm.name: arm for arm in suite.arms}
     assert guided.rival_of(suite, arms["pag"], list(lines.values())) is arms["three"]  # off has too few forwards
     assert guided.rival_of(suite, arms["three"], list(lines.values())) is None
     gained = 100 * (lines["pag"]["closeness"] - lines["three"]["closeness"])
     assert f"| pag | 3.0 | 2 | 5.0 | {lines['pag']['score']:.0%} |" in told
     assert f"| three | {gained:+.2f} too few |" in told
-    assert arm_sheet.main([str(path), str(tmp_path / "sheet.png"), "off", "pag"]) == 0
-    assert (tmp_path / "sheet.png").stat().st_size > 1000
-    assert arm_sheet.main([str(path), str(tmp_path / "along.png"), "off", "--along", "1"]) == 0
-    assert arm_sheet.main([str(path), str(tmp_path / "moving.gif"), "off", "pag", "--every", "4"]) == 0
-    with Image.open(tmp_path / "moving.gif") as moving:
-        assert moving.n_frames > 1
-    for wrong in (["sheet.jpg"], ["moving.gif", "--every", "0"]):
-        assert arm_sheet.main([str(path), str(tmp_path / wrong[0]), *wrong[1:]]) == 2
     path.write_text(SUITE.replace('layers = ["L3"]', 'layers = ["L4"]'))
     assert "holds results of arm 'pag' with methods" in run(path, "--out", out).stderr
 

@@ -5,19 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from dit_accel_assets import held_out_prompts
-from dit_accel_eval.runs.loaded import tuning_request
-from dit_accel_eval.tune import base as module
+from dit_accel_eval.runs.loaded import embedded_prompts
+from dit_accel_eval.tune.greedy import search
+from dit_accel_eval.tune.head_selection import HeadSelection
 from dit_accel_eval.tune.heads import cost, tune_heads
 from dit_accel_eval.tune.objectives import objective_of
-from typer.testing import CliRunner
+from tuning import one_pipeline
+from tuning import request as request_of
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, SoftPAG
-from dit_accel.cli.app import app
-from dit_accel.rules.greedy import search
-from dit_accel.rules.head_selection import HeadSelection
+
+pipe = pytest.fixture(one_pipeline)
 
 
 def heads(layers, count=2):
@@ -99,100 +99,54 @@ def test_the_order_of_judging_has_no_influence():
     assert [head for _, head, _ in one] == [head for _, head, _ in back]
 
 
-def test_the_paper_s_general_search_costs_what_it_says():
-    assert cost(576, 1, 24, 20) == 11520
+def request(*methods):
+    return request_of(*methods, prompts=embedded_prompts("wan-plain", 1), num_inference_steps=2, height=32, width=32)
 
 
-@pytest.fixture
-def request_of(tmp_path):
-    def make(**changes):
-        options = dict(
-            model="wan-plain",
-            prompts=tuple(held_out_prompts("wan-plain", 65)[64:]),
-            num_inference_steps=2,
-            num_frames=5,
-            height=32,
-            width=32,
-        )
-        return tuning_request(**{**options, **changes})
-
-    return make
-
-
-@pytest.mark.slow
-def test_a_search_writes_heads_goes_on_and_generates_nothing_twice(request_of, tmp_path, monkeypatch):
-    output, made = tmp_path / "heads.json", []
-    original = module.run
-
-    def run(*arguments, **options):
-        if len(made) == stop[0]:
-            raise KeyboardInterrupt
-        made.append(arguments)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(module, "run", run)
+def test_a_search_writes_heads_and_keeps_what_was_judged_for_further_rounds(tmp_path, pipe):
+    output = tmp_path / "heads.json"
     options = dict(objective="objective:brightness", rounds=1, per_round=2)
-    stop = [7]
-    with pytest.raises(KeyboardInterrupt):
-        tune_heads(request_of(), output, **options)
-    assert not output.exists()
-    stop = [10**6]
-    found = tune_heads(request_of(), output, **options)
-    assert found.found["clips"] == len(made) == 30
-    parts = json.loads((tmp_path / "heads.json.progress.json").read_text())["prompts"]
-    scores = {part["heads"][0]: part["score"][0] for part in parts}
+    found = tune_heads(request(), output, **options)
+    assert found.found["clips"] == 30 == cost(30, 1, 2, 1)
+    kept = json.loads((tmp_path / "heads.json.progress.json").read_text())["scores"]
+    scores = {heads[0]: score[0] for (heads, _), score in kept}
     best = sorted(scores, key=lambda head: -scores[head])[:2]
     assert found.found["heads"] == best == json.loads(output.read_text())["heads"]
     assert SoftPAG(heads=str(output)).heads == str(output)
-    assert tune_heads(request_of(), output, **options).found == found.found
-    assert len(made) == 30  # what was judged is kept for further rounds
+    assert tune_heads(request(), output, **options).found == found.found
     with pytest.raises(ConfigError, match=r"heads\.json\.progress.*objective = .*finish"):
-        tune_heads(request_of(), output, **{**options, "objective": "sharpness"})
+        tune_heads(request(), output, **{**options, "objective": "sharpness"})
+    assert cost(576, 1, 24, 20) == 11520  # the paper's general search
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
+def test_bad_options_are_refused(tmp_path, pipe):
+    for options, text in (
         (dict(rounds=0), "rounds >= 1, got 0"),
         (dict(objective="harmonic: sharpness, sharpnes"), r"objective 'sharpnes'.*'sharpness'"),
         (
             dict(objective="threshold: checker, sharpness"),
             r"threshold: A, B >= 20.*got 'threshold: checker, sharpness'",
         ),
-        (dict(objective="threshold: checker, sharpness >= 1e9"), r"passes.*'threshold: checker, sharpness >= 1e9'"),
         (dict(objective="sharpnes"), r"objective 'sharpnes'.*'sharpness'.*module:function"),
         (dict(objective="nowhere:f"), r"objective nowhere:f .*module named 'nowhere'"),
         (dict(objective="objective:f"), r"objective objective:f .*'f'"),
         (dict(objective="objective:broken"), r"objective.*nan.*\('L0H0',\)"),
-    ],
-)
-def test_bad_options_are_refused(request_of, tmp_path, options, text):
-    with pytest.raises(ConfigError, match=text):
-        tune_heads(request_of(), tmp_path / "heads.json", **options)
-
-
-def test_heads_that_are_named_and_other_outputs_are_refused(request_of, tmp_path):
+    ):
+        with pytest.raises(ConfigError, match=text):
+            tune_heads(request(), tmp_path / "heads.json", **options)
     with pytest.raises(ConfigError, match=r"got softpag\.heads = 'L1'"):
-        tune_heads(request_of(methods=(SoftPAG(heads="L1"),)), tmp_path / "heads.json")
-    with pytest.raises(ConfigError, match=r"\.json.*got .*heads\.toml"):
-        tune_heads(request_of(), tmp_path / "heads.toml")
+        tune_heads(request(SoftPAG(heads="L1")), tmp_path / "heads.json")
     with pytest.raises(ConfigError, match=r"objective 'checker'.*embedded models"):
         objective_of("checker", None)
     with pytest.raises(ConfigError, match=r"objective 'checker'.*'a red circle'"):
         objective_of("checker", "wan-plain")(np.zeros((5, 64, 64, 3), np.float32), "a red circle")
 
 
-def test_each_command_has_options_of_its_own():
-    told = CliRunner().invoke(app, ["tune", "lite", "--rounds", "2"])
-    assert told.exit_code == 2
-    assert "No such option: --rounds" in told.stderr
-    assert "No such option: --metric" in CliRunner().invoke(app, ["tune", "heads", "--metric", "l2"]).stderr
-    helped = CliRunner().invoke(app, ["tune", "heads", "--help"])
-    assert helped.exit_code == 0
-    assert all(option in helped.stdout for option in ("--rounds", "--num-frames", "--softpag"))
-    assert "--target-error" not in helped.stdout
+def test_heads_that_pass_no_threshold_are_not_written(tmp_path, pipe):
+    with pytest.raises(ConfigError, match=r"passes.*>= 1e9'"):
+        tune_heads(request(), tmp_path / "heads.json", objective="threshold: sharpness, objective:brightness >= 1e9")
+    assert not (tmp_path / "heads.json").exists()
 
 
 def test_sharpness_is_an_objective():
-    still = torch.zeros(2, 8, 8, 3).numpy()
-    assert objective_of("sharpness", None)(still, "") == 0.0
+    assert objective_of("sharpness", None)(torch.zeros(2, 8, 8, 3).numpy(), "") == 0.0

@@ -14,7 +14,7 @@ import typer
 from dit_accel_assets import model_path
 from method_pages import FOLDER, GROUPS, group_table, options_table
 from PIL import Image
-from tiny_other_pipelines import PIPELINES
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel.attachment.backends import UnplannedRun
@@ -57,7 +57,7 @@ def page(name: str) -> str:
 def pipeline(cls: str) -> tuple[Any, dict[str, Any]]:
     """The embedded or tiny pipeline of a class, and what a short call of it takes."""
     if cls == "StableDiffusion3Pipeline":
-        pipe, call = PIPELINES["sd3"]()
+        pipe, call = stock_pipeline("StableDiffusion3Pipeline")
         call = {**call, "prompt": None, "num_inference_steps": 2}
     else:
         model = {"WanPipeline": "wan-tiny", "FluxPipeline": "flux-tiny"}[cls]

@@ -277,7 +277,7 @@ def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypa
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
     ran = []
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    monkeypatch.setattr("dit_accel_eval.suites.compare.run", lambda *given, **more: ran.append(given))
+    monkeypatch.setattr("dit_accel_eval.suites.running.run", lambda *given, **more: ran.append(given))
     path = tmp_path / "s.toml"
     text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
     arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'

@@ -6,8 +6,8 @@ from pathlib import Path
 import lead_picture
 import pytest
 import suite_picture
-from dit_accel_eval.statistics import Estimate, judge
-from dit_accel_eval.suites.comparison import ArmFigures
+from dit_accel_eval.statistics import ClipMean, judge
+from dit_accel_eval.suites.figures import ArmFigures
 from PIL import Image
 
 SUITES = Path(__file__).parents[2] / "eval" / "suites"
@@ -15,7 +15,7 @@ SUITES = Path(__file__).parents[2] / "eval" / "suites"
 
 def figure(name: str, psnr: float, work: float, real: float | None = None, clips: int = 2) -> ArmFigures:
     means = {"work": work, "work_real": work if real is None else real}
-    found = Estimate(mean=psnr, median=psnr, count=clips, low=psnr - 1, high=psnr + 1)
+    found = ClipMean(mean=psnr, median=psnr, count=clips, low=psnr - 1, high=psnr + 1)
     return ArmFigures(name=name, clips=clips, means=means, psnr=found)
 
 

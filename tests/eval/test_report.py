@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from dit_accel_eval.report import writing
 from dit_accel_eval.report.charts import forest, hues, ticks
-from dit_accel_eval.report.figures import leads_of, quantile_clips, report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page, score_leads, summary
+from dit_accel_eval.report.report import quantile_clips, suite_report
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites.comparison import figures, table
-from dit_accel_eval.suites.reference import ITSELF
+from dit_accel_eval.suites.figures import suite_figures
+from dit_accel_eval.suites.lines import ITSELF, ResultLine, result_lines
 from dit_accel_eval.suites.suite import read_suite
-from typer.testing import CliRunner
-
-from dit_accel.cli.app import app
+from dit_accel_eval.suites.tables import suite_markdown
+from fake_model import command, told, written
 
 EVAL = Path(__file__).parents[2] / "eval"
 WAN, FLUX = (EVAL / "results" / f"{name}.jsonl" for name in ("profiling-wan-plain", "knee-flux-tiny"))
@@ -29,27 +28,22 @@ TAGS_WITHOUT_END = {"meta", "img", "input", "br", "link", "hr"}
 
 
 def run(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", "report", *map(str, arguments)])
-
-
-def lines_in(path: Path, lines: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return command("report", *arguments)
 
 
 @functools.cache
 def committed():
-    return report_of(read_results(WAN))
+    return suite_report(read_results(WAN))
 
 
 def report(path: Path = WAN):
-    return committed() if path == WAN else report_of(read_results(path))
+    return committed() if path == WAN else suite_report(read_results(path))
 
 
 def few(tmp_path: Path, name: str, clips: int) -> Path:
     kept = EARLIER if name == "report-wan-tiny" else EVAL / "results"
     lines = read_lines(kept / f"{name}.jsonl")
-    return lines_in(tmp_path / f"{name}.jsonl", [line for line in lines if line["clip"] < clips])
+    return written(tmp_path / f"{name}.jsonl", [line for line in lines if line["clip"] < clips])
 
 
 class Page(HTMLParser):
@@ -79,33 +73,33 @@ class Page(HTMLParser):
     def all(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
 
+    def ids(self) -> set[str]:
+        """Return the ids, of which none is there twice, and which all links and labels have."""
+        ids = [element["id"] for _, element in self.elements if "id" in element]
+        assert len(ids) == len({*ids})
+        links = {one.get("href", "") for one in self.all("a")}
+        labels = {element["aria-labelledby"] for _, element in self.elements if "aria-labelledby" in element}
+        assert {link[1:] for link in links if link.startswith("#")} | labels <= {*ids}
+        return {*ids}
+
 
 def test_figures_are_those_of_the_suite_table():
-    suite = read_suite(EVAL / "suites" / "profiling-wan-plain.toml")
-    lines = read_lines(WAN)
-    assert {arm.name: arm for arm in report().arms} == {arm.name: arm for arm in figures(suite, lines)}
-    rows = set(table(suite, lines).splitlines())
+    suite, lines = read_suite(EVAL / "suites" / "profiling-wan-plain.toml"), result_lines(WAN)
+    assert {arm.name: arm for arm in report().arms} == {arm.name: arm for arm in suite_figures(suite, lines)}
+    rows = set(suite_markdown(suite, lines).splitlines())
     assert len(rows & set(writing.markdown_text(report()).splitlines())) >= len(report().arms)
 
 
 def test_several_results_make_one_page(tmp_path):
     text = page(report(), report(FLUX))
     found = Page(text)
-    assert (
-        found.texts.count("profiling-wan-plain: wan-plain, 4 clips") == 2
-    )  # in the list of suites, and above its part
-    ids = [element["id"] for _, element in found.elements if "id" in element]
-    assert len(ids) == len(set(ids))
-    links = [one["href"][1:] for one in found.all("a")]
-    assert set(links) <= set(ids)
-    assert {element["aria-labelledby"] for _, element in found.elements if "aria-labelledby" in element} <= set(ids)
-    assert {"p1-table", "p2-table"} <= set(ids)
+    assert found.texts.count("profiling-wan-plain: wan-plain, 4 clips") == 2  # among the suites, and above its part
+    assert {"p1-table", "p2-table"} <= found.ids()
     out = tmp_path / "both.html"
     assert run(WAN, FLUX, "-o", out).exit_code == 0
     assert out.read_text() == text
     refused = run(WAN, FLUX, "--json", tmp_path / "both.json")
-    assert refused.exit_code == 2
-    assert "json holds one file of results, got 2; report each by itself" in refused.stderr
+    assert (refused.exit_code, "json holds one file of results, got 2;" in refused.stderr) == (2, True)
     assert run(WAN, FLUX).stdout.count("| arm |") == 2
 
 
@@ -131,42 +125,29 @@ def test_json_and_markdown_agree(tmp_path, clips):
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
-def test_the_page_stands_alone_and_can_be_read_by_all():
+def test_the_page_stands_alone_and_can_be_read_by_all(tmp_path):
     text = page(report())
     assert len(text.encode()) < 300_000
     found = Page(text)
     links = [one.get("href", one.get("src", "")) for one in (element for _, element in found.elements)]
     assert all(link.startswith(("#", "data:")) for link in links if link)
     assert "http" not in text.replace("http://www.w3.org", "")
-    ids = [element["id"] for _, element in found.elements if "id" in element]
-    assert len(ids) == len(set(ids))
-    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
-    assert {element["aria-labelledby"] for _, element in found.elements if "aria-labelledby" in element} <= set(ids)
+    assert found.ids()
     assert len(found.all("caption")) == len(found.all("table")) == 4
     assert all(head.get("scope") in ("col", "row", "rowgroup") for head in found.all("th"))
     assert all(one.get("aria-label") or one.get("aria-hidden") for one in found.all("svg"))
     assert "open" not in {key for one in found.all("details") for key in one}  # all but the first screen is folded
     assert found.all("html") == [{"lang": "en"}]
-    assert [tag for tag, _ in found.elements if tag in ("h1", "h2")][:2] == ["h1", "h2"]
     for arm in report().arms:
         assert found.texts.count(arm.name) >= 3  # the tables, what ran
-    assert text == page(report())
-
-
-def test_what_a_page_shows_is_escaped(tmp_path):
-    lines = [{**line, "prompt": "<script>alert(1)</script>"} for line in read_lines(WAN)]
-    text = page(report(lines_in(tmp_path / "r.jsonl", lines)))
-    assert "<script>alert" not in text
-    assert "&lt;script&gt;alert(1)" in text
-
-
-def test_the_page_has_the_suite_that_lies_near_and_says_where_it_does_not(tmp_path):
-    suite = (EVAL / "suites" / "profiling-wan-plain.toml").read_text()
-    assert suite.strip() in "".join(Page(page(report())).texts)
+    assert (EVAL / "suites" / "profiling-wan-plain.toml").read_text().strip() in "".join(found.texts)
     commands = "dit-accel eval run profiling-wan-plain.toml --out profiling-wan-plain.jsonl\n"
-    assert commands in "".join(Page(page(report())).texts)
-    alone = page(report(few(tmp_path, "profiling-wan-plain", 1)))
+    assert commands in "".join(found.texts)
+    lines = [{**line, "prompt": "<script>alert(1)</script>"} for line in read_lines(WAN) if line["clip"] == 0]
+    alone = page(report(written(tmp_path / "profiling-wan-plain.jsonl", lines)))
     assert "It was not found beside the results; <code>--suite FILE</code> names it." in alone
+    assert "<script>alert" not in alone
+    assert "&lt;script&gt;alert(1)" in alone
 
 
 def test_warnings_say_what_not_to_believe(tmp_path):
@@ -181,10 +162,10 @@ def test_warnings_say_what_not_to_believe(tmp_path):
             line["reference_confirmed"] = {"steps": 512, "agreement": 68.0}
         if line["clip"] == 2:
             line["torch"] = "9.9"
-    path = lines_in(tmp_path / "r.jsonl", lines)
+    path = written(tmp_path / "r.jsonl", lines)
     path.write_text(path.read_text() + '{"arm": "cut')
     found = report(path)
-    told = "\n".join(found.warnings)
+    said = "\n".join(found.warnings)
     clips = len(found.prompts)
     for text in (
         "The last line of the results was cut off",
@@ -194,7 +175,7 @@ def test_warnings_say_what_not_to_believe(tmp_path):
         f"With {clips - 1} clips there is no verdict; it takes 6.",
         "The runs are of several versions of torch: 2.",
     ):
-        assert text in told
+        assert text in said
     assert all(text in page(found).replace("&#39;", "'") for text in found.warnings)
 
 
@@ -205,7 +186,7 @@ def measured(tmp_path: Path) -> Path:
         line["metrics"] = {"warp-error@dis": line["psnr"] / 100, "mine": 1.0}
         line["by_frame"] = {"psnr": [line["psnr"] + one for one in range(5)]}
         line["skipped" if line["clip"] else "unavailable"] = {"lpips@alex": "there are no weights"}
-    return lines_in(tmp_path / "m.jsonl", lines)
+    return written(tmp_path / "m.jsonl", lines)
 
 
 def test_further_metrics_have_intervals_and_paired_differences(tmp_path):
@@ -221,10 +202,8 @@ def test_further_metrics_have_intervals_and_paired_differences(tmp_path):
     assert skipped == [f"lpips@alex was skipped on {clips} clips: there are no weights."]
     data = writing.data_of(found)
     best = data["arms"][-1]["metrics"]["warp-error@dis"]
-    assert (best["better"], best["against_fewer_steps"]["mean"]) == (
-        "less",
-        arms[-1].differences["warp-error@dis"].mean,
-    )
+    lead = arms[-1].differences["warp-error@dis"].mean
+    assert (best["better"], best["against_fewer_steps"]["mean"]) == ("less", lead)
     text = page(found)
     assert "warp error, RMS, DIS, less is better" in Page(text).texts
     assert "warp-error@dis" in writing.markdown_text(found)
@@ -247,39 +226,33 @@ def test_what_is_written_is_listed(tmp_path):
     assert table_only.stdout == writing.markdown_text(report()) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda lines: [], "holds no results; fill it with dit-accel eval run"),
-        (lambda lines: lines + read_lines(FLUX)[:1], "mixes results of several model: "),
-        (lambda lines: [*lines, {**lines[0], "weights": "other"}], "mixes results of several weights: "),
-        (lambda lines: [*lines, {**lines[0], "clip": 1, "solver": "euler"}], "with two settings; rename one"),
-        (lambda lines: [lines[0], {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
-        (lambda lines: [{**lines[0], "clip": "0"}], "line 1 has clip '0', which is no finite number"),
-        (lambda lines: [{**lines[0], "arm": 3}], "line 1 has arm 3, which is no text"),
-        (lambda lines: [{**lines[0], "methods": []}], "line 1 has methods [], which is no table"),
-        (lambda lines: [{**lines[0], "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
-        (lambda lines: [{**lines[0], "metrics": 3}], "line 1 has metrics 3, which is no table"),
-        (lambda lines: [lines[0], [1]], "line 2 is no result but '[1]'"),
-        (lambda lines: read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
-    ],
-)
-def test_results_that_no_report_can_be_true_of(tmp_path, change, message):
-    path = lines_in(tmp_path / "r.jsonl", change(read_lines(WAN)))
-    result = run(path, "-o", tmp_path / "r.html")
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert not (tmp_path / "r.html").exists()
-
-
-def test_files_that_are_no_results(tmp_path):
+def test_results_that_no_report_can_be_true_of(tmp_path):
+    lines, path = read_lines(WAN), tmp_path / "r.jsonl"
+    first = lines[0]
+    for changed, message in (
+        ([], "holds no results; fill it with dit-accel eval run"),
+        (lines + read_lines(FLUX)[:1], "mixes results of several model: "),
+        ([*lines, {**first, "weights": "other"}], "mixes results of several weights: "),
+        ([*lines, {**first, "clip": 1, "solver": "euler"}], "with two settings; rename one"),
+        ([first, {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
+        ([{**first, "clip": "0"}], "line 1 has clip '0', which is no finite number"),
+        ([{**first, "arm": 3}], "line 1 has arm 3, which is no text"),
+        ([{**first, "methods": []}], "line 1 has methods [], which is no table"),
+        ([{**first, "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
+        ([{**first, "metrics": 3}], "line 1 has metrics 3, which is no table"),
+        ([first, [1]], "line 2 is no result but '[1]'"),
+        (read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
+    ):
+        result = run(written(path, changed), "-o", tmp_path / "r.html")
+        assert (result.exit_code, (tmp_path / "r.html").exists()) == (2, False)
+        assert message in result.stderr
+    for content, message in (
+        (b"\xff\xfe\n", "can't be read ('utf-8' codec"),
+        (WAN.read_bytes().splitlines()[0] + b"\n{broken\n", "r.jsonl, line 2 is not JSON ("),
+    ):
+        path.write_bytes(content)
+        assert message in run(path).stderr
     assert "can't be read (No such file or directory); name the file" in run(tmp_path / "none.jsonl").stderr
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\n")
-    assert "can't be read ('utf-8' codec" in run(tmp_path / "b.jsonl").stderr
-    (tmp_path / "c.jsonl").write_text(WAN.read_text().splitlines()[0] + "\n{broken\n")
-    result = run(tmp_path / "c.jsonl")
-    assert result.exit_code == 2
-    assert "c.jsonl, line 2 is not JSON (" in result.stderr
 
 
 def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
@@ -303,10 +276,7 @@ def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     found = run(results, "-o", good)
-    assert (found.exit_code, "r.html can't be written (No space left on device); free some" in found.stderr) == (
-        2,
-        True,
-    )
+    assert (found.exit_code, "r.html can't be written (No space left on device); free some" in told(found)) == (2, True)
     assert good.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl"]
 
@@ -330,14 +300,14 @@ def test_the_first_screen_ranks_arms_by_lead_time_and_verdict():
         assert f"{lead.low:+.2f} to {lead.high:+.2f}" in cells
         assert f"{timed.full_steps / arm.means['steps_in_time']:.2f}×" in cells
         assert lead.verdict in cells
-        leads = leads_of(timed, arm)
+        leads = timed.leads(arm)
         assert np.mean([*leads.values()]) == pytest.approx(lead.mean)
         assert [f"clip {clip}" in cells for clip in leads] == [True] * arm.clips  # a dot a clip
     text = page(timed)
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
     for arm in data["parts"][0]["arms"]:  # what the table shows of one prompt alone
         found = next(one for one in ours if one.name == arm["name"])
-        leads = leads_of(timed, found)
+        leads = timed.leads(found)
         assert {int(clip): cells["lead"] for clip, cells in arm["cells"].items()} == {
             clip: f"{lead:+.2f}" for clip, lead in leads.items()
         }
@@ -362,11 +332,9 @@ def test_a_drawn_lead_is_right_of_the_line_where_the_arm_is_ahead():
     assert dict((value, place) for place, value in drawn.marks)[0.0] == drawn.zero
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "found"), [(-6, 14, [-5, 0, 5, 10]), (0.0, 0.1, [0, 0.02, 0.04, 0.06, 0.08, 0.1])]
-)
-def test_marks_are_round(low, high, found):
-    assert ticks(low, high) == pytest.approx(found)
+def test_marks_are_round():
+    assert ticks(-6, 14) == pytest.approx([-5, 0, 5, 10])
+    assert ticks(0.0, 0.1) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
 
 
 def test_of_few_clips_it_says_so_and_draws_no_interval():
@@ -384,7 +352,7 @@ def test_a_judge_that_tells_no_arm_apart_is_told_first(tmp_path):
     words = "The judge's score can't tell any of these arms from fewer steps"
     assert first_words(path).startswith(f"{words} (95 % intervals of up to ±")
     lines = [{**line, "score": (0.8 if line["methods"] else 0.2) + line["clip"] / 100} for line in read_lines(path)]
-    assert words not in first_words(lines_in(tmp_path / "r.jsonl", lines))
+    assert words not in first_words(written(tmp_path / "r.jsonl", lines))
 
 
 def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(tmp_path):
@@ -397,11 +365,11 @@ def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(
     text = page(found)
     table = text.partition('id="pairs">')[2].partition("</table>")[0]
     assert text.index('id="table"') < text.index('id="pairs"') < text.index("<details")
+    lines = found.comparison.lines
     for one in found.pairs:
         assert f"{one.ahead.mean:+.2f} ({one.ahead.median:+.2f})<small>{one.ahead.low:+.2f} to " in table
-        assert one.score.mean == pytest.approx(
-            100 * np.mean([own["score"] - other["score"] for own, other in both(found, one.pair)])
-        )
+        differences = [lines[one.pair.arm, clip].score - lines[one.pair.against, clip].score for clip in found.prompts]
+        assert one.score.mean == pytest.approx(100 * np.mean(differences))
         assert f"{one.score.mean:+.1f} ({one.score.median:+.1f})" in table
     assert "ahead by more than 3 dB" in table
     assert "Pairs declared in the suite, PSNR clip by clip; p by Holm&#39;s rule over 4," in table
@@ -409,11 +377,6 @@ def test_declared_pairs_stand_below_the_first_table_and_say_what_the_judge_sees(
     assert "| careful vs cache-dit, slow | +11.61 [" in writing.markdown_text(found)
     assert writing.data_of(found)["pairs"][0]["pair"]["against"] == "cache-dit, slow"
     assert "[[compare]]" in text
-
-
-def both(found, pair):
-    lines = {(line["arm"], line["clip"]): line for line in found.results.lines}
-    return [(lines[pair.arm, clip], lines[pair.against, clip]) for clip in found.prompts]
 
 
 def first_words(path: Path) -> str:
@@ -450,10 +413,9 @@ def test_every_arm_has_one_colour_and_dense_runs_none():
 
 
 def test_the_median_of_an_even_number_is_the_lower_one():
-    lines = [{"psnr": value} for value in (4.0, 1.0, 3.0, 2.0)]
-    assert [line["psnr"] for line in quantile_clips(lines)] == [1, 2]
-    assert [line["psnr"] for line in quantile_clips(lines[:3])] == [1, 3]
-    assert [line["psnr"] for line in quantile_clips(lines[:2])] == [1, 1]
+    lines = [ResultLine(arm="a", clip=0, num_inference_steps=1, psnr=value) for value in (4.0, 1.0, 3.0, 2.0)]
+    for count, found in ((4, [1, 2]), (3, [1, 3]), (2, [1, 1])):
+        assert [line.psnr for line in quantile_clips(lines[:count])] == found
 
 
 def test_dense_runs_of_some_clips_alone_are_left_out_of_the_page():
@@ -466,7 +428,7 @@ def test_dense_runs_of_some_clips_alone_are_left_out_of_the_page():
 
 def test_results_against_the_models_own_steps_say_so(tmp_path):
     lines = [{**line, "reference_agreement": ITSELF, "reference_steps": 50} for line in read_lines(WAN)]
-    found = report(lines_in(tmp_path / "r.jsonl", lines))
+    found = report(written(tmp_path / "r.jsonl", lines))
     text = page(found)
     assert "over 50 dense steps" in text
     assert "PSNR to the model&#39;s own 50 steps" in text

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from dit_accel_eval.report.diff import diff_of
-from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
+from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
@@ -38,7 +38,7 @@ def after(tmp_path_factory) -> Path:
 
 
 def test_changes_are_paired_by_clip_and_named(after):
-    before, then = (report_of(read_results(path)) for path in (BEFORE, after))
+    before, then = (suite_report(read_results(path)) for path in (BEFORE, after))
     found = {entry["name"]: entry for entry in diff_of(before, then)}
     assert {name for name in found if name.startswith("unipc")} == set()  # the rivals are not judged
     better = found["easycache hold 14"]

@@ -7,9 +7,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from dit_accel_eval.report import media
-from dit_accel_eval.report.figures import quantile_clips, report_of, worst_first
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.media import difference, folder_of, kept_lines
+from dit_accel_eval.report.report import quantile_clips, suite_report
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_pipelines.generation.media import read_image, read_video
 from PIL import Image
@@ -46,7 +46,7 @@ def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
 
 
 def report(path: Path):
-    return report_of(read_results(path))
+    return suite_report(read_results(path))
 
 
 def data_of(page: Path) -> dict:
@@ -153,13 +153,13 @@ def test_the_hardest_prompts_are_shown_and_all_by_default(tmp_path):
     path = kept(tmp_path)
     found = report(path)
     assert set(kept_lines(found, 9)) == {0, 1}
-    assert list(kept_lines(found, 1)) == worst_first(found)[:1]
+    assert list(kept_lines(found, 1)) == found.worst_first()[:1]
     assert run(path, "-o", tmp_path / "r.html", "--clips", 0).exit_code == 0
     assert not folder_of(tmp_path / "r.html").exists()
     (part,) = data_of(tmp_path / "r.html")["parts"]
     for arm in part["arms"]:
-        worst, median = quantile_clips([line for line in found.results.lines if line["arm"] == arm["name"]])
-        assert (arm["worst"], arm["median"], arm["even"]) == (worst["clip"], median["clip"], True)
+        worst, median = quantile_clips([line for line in found.results.lines if line.arm == arm["name"]])
+        assert (arm["worst"], arm["median"], arm["even"]) == (worst.clip, median.clip, True)
         assert worst is median
 
 

@@ -5,25 +5,20 @@ from pathlib import Path
 
 import best_rival
 import pytest
-from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites import compare
 from dit_accel_eval.suites.arms import Arm, dense_arm
-from dit_accel_eval.suites.compare import run
-from dit_accel_eval.suites.comparison import figures, table
-from dit_accel_eval.suites.job import Job, suite_table
+from dit_accel_eval.suites.figures import pair_figures, suite_figures
+from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import read_ladder
-from dit_accel_eval.suites.pairs import Pair, pair_figures, pairs_text
+from dit_accel_eval.suites.lines import ResultLine, result_lines
+from dit_accel_eval.suites.pairs import Pair
+from dit_accel_eval.suites.running import run
 from dit_accel_eval.suites.suite import Suite, read_suite
-from fake_model import FakeModel
-from typer.testing import CliRunner
+from dit_accel_eval.suites.tables import pairs_markdown, suite_markdown
+from fake_model import ARM, HEAD, THIN, command, faked, told
 
 from dit_accel import ConfigError
-from dit_accel.cli.app import app
 
 JUDGE = Path(__file__).parents[2] / "eval/studies/judge_longer.py"
-HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
-ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
-THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n'
 LADDER = (
     'version = 1\nmodel = "wan-plain"\nfirst_clip = 0\nclips = 4\n'
     '[[rung]]\nnum_inference_steps = 3\nsolver = "dpm++"\nflow_shift = 8.0\npsnr = 20.0\n'
@@ -31,17 +26,7 @@ LADDER = (
 )
 
 
-@pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    compare._loaded.cache_clear()
-    yield FakeModel
-    compare._loaded.cache_clear()
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+fake = pytest.fixture(faked)
 
 
 @pytest.fixture
@@ -60,22 +45,25 @@ def judging(folder, more="", arms=THIN + ARM):
     return read(folder, f'{head}rivals = "rivals.toml"\n{more}{arms}')
 
 
-def test_arms_are_held_against_the_best_dense_run_of_their_work(folder, fake):
-    suite = judging(folder)
-    job = Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+def job_of(suite, folder):
+    return Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+
+
+def test_arms_are_compared_with_the_best_dense_run_of_their_work(folder, fake):
+    job = job_of(judging(folder), folder)
     run(job, range(4, 6))
-    lines = read_lines(job.out)
-    dense = {line["arm"]: (line["solver"], line["flow_shift"]) for line in lines if line["arm"].startswith("dense")}
+    lines = result_lines(job.out)
+    dense = {line.arm: (line.solver, line.flow_shift) for line in lines if line.arm.startswith("dense")}
     own, tuned = ("unipc", None), ("dpm++", 8.0)
     assert dense == {"dense 2": tuned, "dense 6": own, "dense 7": own, "dense 8": own}
-    found = {arm.name: arm for arm in figures(suite, lines)}
+    found = {arm.name: arm for arm in suite_figures(job.suite, lines)}
     assert list(found) == [*dense, "thin", "a"]
     assert not found["dense 7"].ahead
     assert {*found["thin"].ahead} == {"work", "work_real"}
-    known = {(line["arm"], line["clip"]): line["psnr"] for line in lines}
+    known = {line.key: line.psnr for line in lines}
     lead = [known["thin", c] - (known["dense 7", c] + known["dense 8", c]) / 2 for c in (4, 5)]
     assert found["thin"].ahead["work"].mean == pytest.approx(sum(lead) / 2)
-    printed = table(suite, lines)
+    printed = suite_markdown(job.suite, lines)
     assert "best dense runs of the ladder of rivals: dpm++ shift 8 at 2; unipc at 6, 7, 8 steps." in printed
     made = len(fake.made)
     run(job, range(4, 6))
@@ -85,12 +73,15 @@ def test_arms_are_held_against_the_best_dense_run_of_their_work(folder, fake):
         run(dataclasses.replace(job, suite=judging(folder)), range(4, 6))
 
 
-def test_a_suite_without_a_ladder_says_so(folder, fake):
-    suite = read(folder, HEAD + THIN)
-    job = Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
-    run(job, range(1))
-    assert "UniPC's at the model's own noise shift, not the best solver" in table(suite, read_lines(job.out))
+def test_without_a_ladder_the_table_says_so_and_declared_pairs_stand_below_it(folder, fake):
+    suite = read(folder, HEAD + THIN + ARM + '[[compare]]\narm = "thin"\nagainst = "a"\nmargin = 3\n')
+    assert suite.pairs == (Pair(arm="thin", against="a", margin=3),)
     assert suite.rival(9) == dense_arm(9)
+    job = job_of(suite, folder)
+    run(job, range(1))
+    printed = suite_markdown(suite, result_lines(job.out))
+    assert "UniPC's at the model's own noise shift, not the best solver" in printed
+    assert printed.index("not the best solver") < printed.index("| thin vs a | +")
 
 
 def test_the_ladder_s_nearest_rung_gives_solver_and_shift(folder):
@@ -101,52 +92,53 @@ def test_the_ladder_s_nearest_rung_gives_solver_and_shift(folder):
     assert str(ladder) == "3 dpm++ shift 8, 7 unipc, chosen on clips 0 to 3"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("version = 1", "version = 9"), r"rivals\.toml.*version 1"),
-        (("first_clip = 0\n", ""), r"lacks first_clip"),
-        (("psnr = 20.0\n", ""), r"rung.*'dpm\+\+'.*needs"),
-        (('"dpm++"', '"dpm"'), r"rivals\.toml: .*solver 'dpm'"),
-        (("psnr = 30.0", "psnr = 30.0\nshift = 2"), r"'shift'.*'flow_shift'"),
-        (("[[rung]]", "[rung]]"), r"rivals\.toml.*TOML"),
-    ],
-)
-def test_bad_ladders_say_what_is_wrong(folder, change, message):
-    (folder / "rivals.toml").write_text(LADDER.replace(*change, 1))
-    with pytest.raises(ConfigError, match=message):
-        read_ladder(folder / "rivals.toml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('clips = 2\nrivals = "rivals.toml"\n', r"0 to 1,.* 0 to 3;.*first_clip"),
-        ('clips = 3\nfirst_clip = 3\nrivals = "rivals.toml"\n', r"3 to 5,.*rivals"),
-        ("clips = 2\nfirst_clip = 15\nchosen_on = [0, 15]\n", r"15 to 16,.*\(chosen_on\).* 0 to 15"),
-        ("clips = 2\nchosen_on = [3]\n", r"chosen_on = \[3\]"),
-        ("clips = 2\nchosen_on = [3, 1]\n", r"chosen_on = \[3, 1\]"),
-        ('clips = 2\nrivals = "none.toml"\n', r"rivals at.*none\.toml.*best_rival"),
-        ('clips = 2\nfirst_clip = 4\nreference_steps = 30\nrivals = "rivals.toml"\n', r"reference_steps 30.*None"),
-        ('clips = 2\nfirst_clip = 4\nrivals = "rivals.toml"\ncall = { num_frames = 5 }\n', r"call \{'num_frames': 5\}"),
-        (f'clips = 2\njudge = "{JUDGE}"\ntimed = true\n', r"timed.*judge = '.*judge_longer\.py'"),
-        ("clips = 2\ntimed = 1\n", r"timed = 1"),
-    ],
-)
-def test_clips_that_choose_and_judge_and_rivals_of_another_run_are_refused(folder, text, message):
-    with pytest.raises(ConfigError, match=message):
-        read(folder, HEAD.replace("clips = 1\n", text) + THIN)
-
-
-def test_a_ladder_of_another_model_is_refused(folder):
+def test_bad_ladders_say_what_is_wrong(folder):
+    for before, after, message in (
+        ("version = 1", "version = 9", r"rivals\.toml.*version 1"),
+        ("first_clip = 0\n", "", r"lacks first_clip"),
+        ("psnr = 20.0\n", "", r"rung.*'dpm\+\+'.*needs"),
+        ('"dpm++"', '"dpm"', r"rivals\.toml: .*solver 'dpm'"),
+        ("psnr = 30.0", "psnr = 30.0\nshift = 2", r"'shift'.*'flow_shift'"),
+        ("[[rung]]", "[rung]]", r"rivals\.toml.*TOML"),
+    ):
+        (folder / "rivals.toml").write_text(LADDER.replace(before, after, 1))
+        with pytest.raises(ConfigError, match=message):
+            read_ladder(folder / "rivals.toml")
     (folder / "rivals.toml").write_text(LADDER.replace("wan-plain", "wan-tiny"))
     with pytest.raises(ConfigError, match=r"model 'wan-plain'.*'wan-tiny'.*best_rival"):
         judging(folder)
 
 
-def test_names_of_rivals_are_theirs(folder):
+def test_clips_that_choose_and_judge_and_rivals_of_another_run_are_refused(folder):
+    rivals = 'rivals = "rivals.toml"\n'
+    for text, message in (
+        (f"clips = 2\n{rivals}", r"0 to 1,.* 0 to 3;.*first_clip"),
+        (f"clips = 3\nfirst_clip = 3\n{rivals}", r"3 to 5,.*rivals"),
+        ("clips = 2\nfirst_clip = 15\nchosen_on = [0, 15]\n", r"15 to 16,.*\(chosen_on\).* 0 to 15"),
+        ("clips = 2\nchosen_on = [3]\n", r"chosen_on = \[3\]"),
+        ("clips = 2\nchosen_on = [3, 1]\n", r"chosen_on = \[3, 1\]"),
+        ('clips = 2\nrivals = "none.toml"\n', r"rivals at.*none\.toml.*best_rival"),
+        (f"clips = 2\nfirst_clip = 4\nreference_steps = 30\n{rivals}", r"reference_steps 30.*None"),
+        (f"clips = 2\nfirst_clip = 4\n{rivals}call = {{ num_frames = 5 }}\n", r"call \{'num_frames': 5\}"),
+        (f'clips = 2\njudge = "{JUDGE}"\ntimed = true\n', r"timed.*judge = '.*judge_longer\.py'"),
+        ("clips = 2\ntimed = 1\n", r"timed = 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(folder, HEAD.replace("clips = 1\n", text) + THIN)
     with pytest.raises(ConfigError, match=r"'dense 4', a name.*ladder"):
         read(folder, HEAD + THIN.replace('"thin"', '"dense 4"'))
+
+
+def test_bad_pairs_say_what_is_wrong(folder):
+    for text, message in (
+        ('arm = "thin"\nagainst = "thn"\n', r"'thn'.*'thin'"),
+        ('arm = "thin"\n', r"without against"),
+        ('arm = "thin"\nagainst = "thin"\n', r"'thin' with 'thin'"),
+        ('arm = "thin"\nagainst = "a"\nmargn = 3\n', r"'margn'.*'margin'"),
+        ('arm = "thin"\nagainst = "a"\nmargin = "3"\n', r"margin = '3'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(folder, HEAD + THIN + ARM + "[[compare]]\n" + text)
 
 
 def test_a_suite_may_be_timed_by_itself_and_shows_seconds_and_equal_time(folder, fake):
@@ -166,18 +158,15 @@ def test_many_arms_are_warned_of_before_they_run(folder, fake):
     (folder / "s.toml").write_text(HEAD + arms)
     options = ("--out", folder / "s.jsonl", "--cache", folder / "cache")
     found = command("run", folder / "s.toml", "--table", *options)
-    told = " ".join(found.stderr.split())
-    assert "s has 11 arms, more than 10: each must stand after Holm's correction over all of them" in told
+    assert "s has 11 arms, more than 10: each must stand after Holm's correction over all of them" in told(found)
     assert not read(
         folder, HEAD + THIN + '[[arm]]\nname = "unipc"\nnum_inference_steps = [1,2,3,4,5,6,7,8,9,10]\n'
     ).many
 
 
-def lines_of(arm, leads, **more):
-    return [
-        {"arm": arm, "clip": clip, "num_inference_steps": 30, "psnr": 30.0 + clip % 3 + lead, "work": 20.0, **more}
-        for clip, lead in enumerate(leads)
-    ]
+def lines_of(arm, leads, steps=30, **more):
+    values = {"arm": arm, "num_inference_steps": steps, "work": 20.0, **more}
+    return [ResultLine.of({**values, "clip": clip, "psnr": 30.0 + clip % 3 + lead}) for clip, lead in enumerate(leads)]
 
 
 OURS, WELL = [17.0, 16.0, 18.0, 15.5, 17.5, 16.5, 17.2, 16.8], [4.0, 5.0, 2.5, 4.5, 1.5, 5.5, 3.0, 3.9]
@@ -197,11 +186,11 @@ def test_declared_pairs_are_judged_together_by_their_margins_and_tell_both_times
     assert found[1].ahead.low < 3 < found[1].ahead.mean
     assert {one.ahead.together for one in found} == {4}
     assert pair_figures([declared[0]], RUNS, 30)[0].ahead.p_holm < found[0].ahead.p_holm
-    rows = pairs_text(found).splitlines()
+    rows = pairs_markdown(found).splitlines()
     assert rows[2] == "| pair | PSNR ahead, dB (median) | Holm p | verdict | share of dense time |"
     assert rows[4].startswith("| ours vs other | +16.81 [")
     assert rows[4].endswith("(+16.90) | < .001 | ahead by more than 3 dB | 0.71 vs 0.74 |")
-    assert pairs_text(pair_figures(declared, [], 30)) == pairs_text(pair_figures([], RUNS)) == ""
+    assert pairs_markdown(pair_figures(declared, [], 30)) == pairs_markdown(pair_figures([], RUNS)) == ""
 
 
 def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_judged():
@@ -210,27 +199,26 @@ def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_
         *lines_of("ours", OURS, **{**values, "methods": {"easycache": {}}}),
         *lines_of("idle", [70.0] * 8, **{**values, "work": 30.01, "work_real": 30.01, "rival": {"cache-dit": {}}}),
         *lines_of("guided", WELL, **{**values, "work": 30.0, "work_real": 30.0, "methods": {"nag": {}}}),
-        *(line for steps in (20, 30, 31) for line in lines_of(f"unipc {steps}", [0.0] * 8, **values)),
+        *(line for steps in (20, 30, 31) for line in lines_of(f"unipc {steps}", [0.0] * 8, steps, **values)),
     ]
-    for line in lines:
-        line["num_inference_steps"] = int(line["arm"].split()[-1]) if "unipc" in line["arm"] else 30
     suite = Suite(name="s", model="wan-plain", clips=8, arms=(
         *(Arm(name=name, num_inference_steps=30, flow_shift=2.0) for name in ("ours", "idle", "guided")),
     ))  # fmt: skip
-    found = {arm.name: arm for arm in figures(suite, lines)}
+    found = {arm.name: arm for arm in suite_figures(suite, lines)}
     assert (found["idle"].saved_nothing, found["idle"].ahead) == (True, {})
     assert found["ours"].ahead["work"].together == 2
     assert found["guided"].ahead["work"].mean == pytest.approx(3.74, abs=0.01)
-    printed = table(suite, lines)
+    printed = suite_markdown(suite, lines)
     assert next(line for line in printed.splitlines() if "| idle " in line).endswith(
         "| saved nothing | saved nothing |"
     )
     assert "correction over 2 arms" in printed
-    for line in lines:
-        line |= {"reference_agreement": 17.5 if line["clip"] in (0, 1) else 50.0, "reference_steps": 256}
-        line |= {"reference_confirmed": {"steps": 512, "agreement": 68.4}} if line["clip"] == 1 else {}
-    assert {arm.clips for arm in figures(suite, lines)} == {7}
-    printed = table(suite, lines)
+    for at, line in enumerate(lines):
+        confirmed = {"reference_confirmed": {"steps": 512, "agreement": 68.4}} if line.clip == 1 else {}
+        agreement = {"reference_agreement": 17.5 if line.clip in (0, 1) else 50.0, "reference_steps": 256}
+        lines[at] = dataclasses.replace(line, **agreement, **confirmed)
+    assert {arm.clips for arm in suite_figures(suite, lines)} == {7}
+    printed = suite_markdown(suite, lines)
     assert "Left out, since their references did not converge to 45 dB: clip 0 (256 steps, 17.5 dB)." in printed
     assert "References that a run of twice as many steps confirmed: clip 1 (256 steps, 68.4 dB to 512)." in printed
     assert "| clips |" not in printed
@@ -239,11 +227,11 @@ def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_
 
 
 def test_the_judge_s_score_stands_beside_the_pairs_lead():
-    lines = [{**line, "score": 0.5 + 0.1 * (line["arm"] == "ours") + line["clip"] % 3 / 100} for line in RUNS]
+    lines = [dataclasses.replace(line, score=0.5 + 0.1 * (line.arm == "ours") + line.clip % 3 / 100) for line in RUNS]
     found = pair_figures([Pair(arm="ours", against="other"), Pair(arm="well", against="other")], lines, 30)
     assert [one.score.mean for one in found] == pytest.approx([10, 0])
     assert [one.score.verdict for one in found] == ["ahead", "open"]
-    rows = pairs_text(found).splitlines()
+    rows = pairs_markdown(found).splitlines()
     assert rows[2].endswith("| verdict | score, % | share of dense time |")
     assert rows[4].endswith("(+10.0) ahead | 0.71 vs 0.74 |")
     assert pair_figures([Pair(arm="ours", against="other")], RUNS, 30)[0].score is None
@@ -252,37 +240,14 @@ def test_the_judge_s_score_stands_beside_the_pairs_lead():
 def test_a_margin_that_is_clearly_missed_is_told_and_few_clips_give_no_verdict():
     pair = Pair(arm="well", against="other", margin=9.0)
     assert pair_figures([pair], RUNS)[0].verdict == "not 9 dB ahead"
-    short = [line for line in RUNS if line["clip"] < 5]
+    short = [line for line in RUNS if line.clip < 5]
     (few,) = pair_figures([pair], short)
     assert (few.verdict, few.ahead.low) == ("too few", None)
-    assert "no verdict under 6 clips" in pairs_text([few])
-    untimed = [{key: value for key, value in line.items() if key != "steps_in_time"} for line in RUNS]
-    printed = pairs_text(pair_figures([pair], untimed))
+    assert "no verdict under 6 clips" in pairs_markdown([few])
+    untimed = [dataclasses.replace(line, steps_in_time=None) for line in RUNS]
+    printed = pairs_markdown(pair_figures([pair], untimed))
     assert "share of dense work |" in printed
     assert "| 0.67 vs 0.67 |" in printed
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('arm = "thin"\nagainst = "thn"\n', r"'thn'.*'thin'"),
-        ('arm = "thin"\n', r"without against"),
-        ('arm = "thin"\nagainst = "thin"\n', r"'thin' with 'thin'"),
-        ('arm = "thin"\nagainst = "a"\nmargn = 3\n', r"'margn'.*'margin'"),
-        ('arm = "thin"\nagainst = "a"\nmargin = "3"\n', r"margin = '3'"),
-    ],
-)
-def test_bad_pairs_say_what_is_wrong(folder, text, message):
-    with pytest.raises(ConfigError, match=message):
-        read(folder, HEAD + THIN + ARM + "[[compare]]\n" + text)
-
-
-def test_the_pairs_of_a_suite_are_printed_below_its_table(folder, fake):
-    suite = read(folder, HEAD + THIN + ARM + '[[compare]]\narm = "thin"\nagainst = "a"\nmargin = 3\n')
-    assert suite.pairs == (Pair(arm="thin", against="a", margin=3),)
-    job = Job(suite=suite, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
-    run(job, range(1))
-    assert "| thin vs a | +" in suite_table(suite, read_lines(job.out))
 
 
 def test_the_study_keeps_the_best_run_of_each_number_of_steps(folder):
@@ -327,9 +292,9 @@ def test_a_rung_is_confirmed_on_clips_that_did_not_choose_it(folder, fake):
         assert ladder.loose.endswith(loose)
     best_rival.write_ladder(found, folder / "rivals.toml", "made so")
     judged = judging(folder)
-    job = Job(suite=judged, out=folder / "s.jsonl", cache=folder / "cache", timed=False, threads=1)
+    job = job_of(judged, folder)
     run(job, [4])
-    assert ladder.loose in table(judged, read_lines(job.out))
+    assert ladder.loose in suite_markdown(judged, result_lines(job.out))
 
 
 def test_the_best_of_the_first_clips_go_on_to_all(monkeypatch):

@@ -6,7 +6,7 @@ from itertools import permutations
 import false_verdicts
 import numpy as np
 import pytest
-from dit_accel_eval.statistics import FEWEST, estimate, holm, judge, p_value, p_words, rank_correlation
+from dit_accel_eval.statistics import FEWEST, clip_mean, holm, judge, p_value, p_words, rank_correlation
 from judging import paired_cell
 from scipy import stats
 
@@ -50,7 +50,7 @@ def test_the_interval_leaves_out_just_what_the_test_refuses(clips):
     rng, sides = np.random.default_rng(clips), set()
     for _ in range(300):
         values, margin = rng.exponential(1, clips) * rng.choice([-1, 1]), rng.normal(0, 2)
-        found = estimate(values)
+        found = clip_mean(values)
         assert found.low <= found.mean <= found.high
         outside = not found.low <= margin <= found.high
         assert (p_value(values, margin) < 0.05) == outside
@@ -60,28 +60,28 @@ def test_the_interval_leaves_out_just_what_the_test_refuses(clips):
 
 def test_the_interval_holds_student_s_and_reaches_further_to_the_side_of_the_tail():
     values = [0.1, 0.2, 0.2, 0.3, 0.4, 0.5, 4.0, 0.3]
-    student, found = stats.ttest_1samp(values, 0.0), estimate(values)
+    student, found = stats.ttest_1samp(values, 0.0), clip_mean(values)
     interval = student.confidence_interval(0.95)
     assert found.low == pytest.approx(interval.low)
     assert found.high > interval.high + 1
     assert p_value(values) == pytest.approx(student.pvalue)
-    mirrored = estimate([-one for one in values])
+    mirrored = clip_mean([-one for one in values])
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
     even = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # without skewness they are one
-    assert estimate(even).high == pytest.approx(stats.ttest_1samp(even, 0.0).confidence_interval(0.95).high)
+    assert clip_mean(even).high == pytest.approx(stats.ttest_1samp(even, 0.0).confidence_interval(0.95).high)
 
 
 def test_estimates_of_few_clips_have_no_interval_and_no_verdict():
     few = judge({"a": [-19.7, -8.0, -7.5, -6.9, -6.6]})["a"]
     assert (few.low, few.high, few.p, few.p_holm, few.verdict, few.count) == (None, None, None, None, "too few", 5)
     assert few.judged() == "-9.74 (-7.50) too few"
-    assert (estimate([2.0]).cell(), str(estimate([1.0, 3.0]))) == ("2.00", "2.00")
+    assert (clip_mean([2.0]).cell(), str(clip_mean([1.0, 3.0]))) == ("2.00", "2.00")
     constant = judge({"a": [2.0] * FEWEST})["a"]
     assert (constant.low, constant.high, constant.p, constant.verdict) == (2.0, 2.0, 0.0, "ahead")
     assert constant.judged() == "+2.00 [+2.00, +2.00] (+2.00) ahead"
     assert judge({"none": []}) == {}
     with pytest.raises(ValueError, match=r"interval.*got none"):
-        estimate([])
+        clip_mean([])
 
 
 def test_arms_that_are_judged_together_must_stand_after_holm():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.report.charts import costs, step_map
-from dit_accel_eval.report.figures import report_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page
+from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.report.writing import data_of
 from dit_accel_eval.runs.counting import Counts, work
 from dit_accel_eval.runs.loaded import EmbeddedModel
@@ -126,7 +126,7 @@ def line(arm: str, clip: int, amount: float) -> dict:
 
 
 def test_the_report_shows_steps_and_stages(tmp_path):
-    report = report_of(read_results(written(tmp_path)))
+    report = suite_report(read_results(written(tmp_path)))
     work = step_map(report)
     assert work.rows == {"whole 4": [1, 1, 1, 1], "skips 4": [1, 0, 0.5, 1]}
     assert (work.ends, work.share(0.5)) == ((0, 1), 0.5)
@@ -143,6 +143,6 @@ def test_the_report_shows_steps_and_stages(tmp_path):
 def test_results_without_steps_are_reported_as_before(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(line(arm, 0, 4)) + "\n" for arm in ("whole 4", "unipc 4")))
-    text = page(report_of(read_results(path)))
+    text = page(suite_report(read_results(path)))
     assert "Step by step" not in text
     assert "decoding, s" not in text

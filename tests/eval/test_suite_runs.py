@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,61 +11,39 @@ from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from dit_accel_eval.runs import results
-from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import EmbeddedModel
-from dit_accel_eval.runs.model import OWN, Run, SuiteModel, check_guided, guided, scheduler_of
+from dit_accel_eval.runs.model import OWN, SuiteModel, check_guided, guided, scheduler_of
 from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
-from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.arms import Arm
-from dit_accel_eval.suites.compare import Runner
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.measuring import median_run, repeated
+from dit_accel_eval.suites.running import Runner
 from dit_accel_eval.suites.suite import Suite, read_suite
-from tiny_other_pipelines import hunyuan_image
-from typer.testing import CliRunner
+from fake_model import ARM, FakeModel, command, faked
+from tiny_stock import stock_pipeline
 
 from dit_accel import ConfigError
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.cli.app import app
 
 HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 2\n'
-ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
 SMALL = {"num_frames": 5, "height": 32, "width": 32}
 
 
-class FakeModel:
-    """Stands in for a model: the n-th run of all takes n seconds, and shows its steps."""
+class CountedModel(FakeModel):
+    """The n-th run of all takes n seconds."""
 
-    name, own_share, weights, dtype, call = "wan-plain", 0.5, "w", None, dict(SMALL)
-    shipped = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    made: list = []  # noqa: RUF012
-
-    def __init__(self, name="wan-plain", call=None):
-        pass
-
-    def prompt(self, clip):
-        return f"prompt {clip}"
-
-    def seed(self, clip):
-        return clip
-
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
-        self.made.append((clip, steps, solver))
-        frames = np.full((3, 16, 16, 3), 0.5 + 1 / steps**2, np.float32)
-        counts = Counts(blocks=12 * steps, attention=12 * steps)
-        return Run(frames=frames, counts=counts, attended=1.0, seconds=float(len(self.made)))
+    def cost(self, steps, methods):
+        return {**super().cost(steps, ()), "seconds": float(len(self.made))}
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    compare._loaded.cache_clear()
-    yield FakeModel
-    compare._loaded.cache_clear()
+    yield from faked(monkeypatch, CountedModel)
 
 
 @pytest.fixture
@@ -73,8 +52,7 @@ def ready(tmp_path, fake):
 
     def run(further: str = "", *options: str):
         (tmp_path / "s.toml").write_text(HEAD + further + ARM)
-        out = ["--out", str(tmp_path / "s.jsonl"), "--cache", str(tmp_path / "cache")]
-        return CliRunner().invoke(app, ["eval", "run", str(tmp_path / "s.toml"), *out, *options])
+        return command("run", tmp_path / "s.toml", "--out", tmp_path / "s.jsonl", "--cache", tmp_path / "c", *options)
 
     return run
 
@@ -82,7 +60,7 @@ def ready(tmp_path, fake):
 def test_repeats_are_told_by_median_and_quartiles_and_warm_up_is_not(ready, fake, tmp_path):
     assert ready("repeats = 3\nwarmup = 2\n", "--clips", "1").exit_code == 0
     # 16 and 32 steps, two to warm up, three that count; then the dense run of two steps likewise
-    assert [steps for _, steps, _ in fake.made] == [16, 32, *[2] * 10]
+    assert [steps for _, steps, *_ in fake.made] == [16, 32, *[2] * 10]
     arm, dense = read_lines(tmp_path / "s.jsonl")
     assert arm["repeated"] == {"seconds": [5.0, 6.0, 7.0], "median": 6.0, "quartiles": [5.5, 6.5]}
     assert dense["repeated"]["seconds"] == [10.0, 11.0, 12.0]
@@ -97,7 +75,7 @@ def test_timed_repeats_alternate_with_dense_runs(fake):
     suite = Suite(name="s", model="wan-plain", clips=2, arms=(arm,), repeats=2, warmup=1)
     runner = Runner(Job(suite=suite, out=Path("s"), cache=Path("c"), timed=True, threads=1))
     runs, dense = runner.sample(arm, 0)
-    assert [solver for *_, solver in fake.made] == ["euler", "euler", "unipc", "euler", "unipc"]
+    assert [solver for _, _, solver, _ in fake.made] == ["euler", "euler", "unipc", "euler", "unipc"]
     assert ([run.seconds for run in runs], [run.seconds for run in dense]) == ([2, 4], [3, 5])
     assert median_run(runs).seconds == 4
     assert repeated(runs)["median"] == 3
@@ -108,15 +86,16 @@ def test_timed_repeats_alternate_with_dense_runs(fake):
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "euler", "dpm++"])
-def test_a_scheduler_by_class_follows_the_model_s_own_noise(solver):
-    named = {"unipc": "UniPCMultistepScheduler", "euler": "FlowMatchEulerDiscreteScheduler"}
-    cls = named.get(solver, "DPMSolverMultistepScheduler")
-    ours, theirs = scheduler_of(FLOW, solver, {}, None), scheduler_of(FLOW, cls, {}, None)
-    for one in (ours, theirs):
-        one.set_timesteps(5)
-    assert type(ours) is type(theirs)
-    assert torch.equal(ours.sigmas, theirs.sigmas)
+def test_a_scheduler_by_class_follows_the_model_s_own_noise():
+    for solver, cls in (
+        ("unipc", "UniPCMultistepScheduler"), ("euler", "FlowMatchEulerDiscreteScheduler"),
+        ("dpm++", "DPMSolverMultistepScheduler"),
+    ):  # fmt: skip
+        ours, theirs = scheduler_of(FLOW, solver, {}, None), scheduler_of(FLOW, cls, {}, None)
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(5)
+        assert type(ours) is type(theirs)
+        assert torch.equal(ours.sigmas, theirs.sigmas)
 
 
 def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
@@ -132,26 +111,26 @@ def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
     assert (len(betas.betas), betas.config.solver_order) == (1000, 3)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("scheduler = { UniPC = {} }", "diffusers has no scheduler 'UniPC'; "),
-        ("scheduler = { EDMEulerScheduler = {} }", "EDMEulerScheduler takes no noise schedule but its own; take, say"),
-        ("scheduler = { UniPCMultistepScheduler = { order = 3 } }", "UniPCMultistepScheduler has no option 'order'; "),
-        ("scheduler = { UniPCMultistepScheduler = 3 }", "does not name one class; write scheduler = "),
-        ("scheduler = { A = {}, B = {} }", "does not name one class; write scheduler = "),
-        ('solver = "euler"\nscheduler = { UniPCMultistepScheduler = {} }', "scheduler stands beside solver; leave one"),
-        ("guider = { Guidance = {} }", "diffusers has no guider 'Guidance'; "),
-        ("guider = { AutoGuidance = { scale = 3 } }", "AutoGuidance has no option 'scale'; did you mean"),
-        ('guider = {}\nsolver = "heun"', "there is no solver 'heun'; known: dpm"),
-    ],
-)
-def test_bad_arms_say_what_is_wrong(tmp_path, text, message):
-    (tmp_path / "s.toml").write_text(HEAD + f'[[arm]]\nname = "a"\nnum_inference_steps = 2\n{text}\n')
-    with pytest.raises(ConfigError) as error:
-        read_suite(tmp_path / "s.toml")
-    assert "arm 'a': " in str(error.value)
-    assert message in str(error.value)
+BAD_ARMS = [
+    ("scheduler = { UniPC = {} }", "diffusers has no scheduler 'UniPC'; "),
+    ("scheduler = { EDMEulerScheduler = {} }", "EDMEulerScheduler takes no noise schedule but its own; take, say"),
+    ("scheduler = { UniPCMultistepScheduler = { order = 3 } }", "UniPCMultistepScheduler has no option 'order'; "),
+    ("scheduler = { UniPCMultistepScheduler = 3 }", "does not name one class; write scheduler = "),
+    ("scheduler = { A = {}, B = {} }", "does not name one class; write scheduler = "),
+    ('solver = "euler"\nscheduler = { UniPCMultistepScheduler = {} }', "scheduler stands beside solver; leave one"),
+    ("guider = { Guidance = {} }", "diffusers has no guider 'Guidance'; "),
+    ("guider = { AutoGuidance = { scale = 3 } }", "AutoGuidance has no option 'scale'; did you mean"),
+    ('guider = {}\nsolver = "heun"', "there is no solver 'heun'; known: dpm"),
+]
+
+
+def test_bad_arms_say_what_is_wrong(tmp_path):
+    for text, message in BAD_ARMS:
+        (tmp_path / "s.toml").write_text(HEAD + f'[[arm]]\nname = "a"\nnum_inference_steps = 2\n{text}\n')
+        with pytest.raises(ConfigError) as error:
+            read_suite(tmp_path / "s.toml")
+        assert "arm 'a': " in str(error.value)
+        assert message in str(error.value)
 
 
 def test_an_arm_with_a_scheduler_runs_and_is_told(tmp_path):
@@ -173,7 +152,7 @@ class Pictures(SuiteModel):
     """HunyuanImage's pipeline, which guides by a guider, with embeddings for a prompt."""
 
     def __init__(self):
-        pipe, call = hunyuan_image()
+        pipe, call = stock_pipeline("HunyuanImagePipeline")
         adapter = adapter_for("HunyuanImageTransformer2DModel")
         call = {key: value for key, value in call.items() if key not in ("num_inference_steps", "output_type")}
         call["width"] = 96
@@ -227,36 +206,24 @@ def test_a_disk_that_fills_up_while_a_line_is_appended_loses_no_other(tmp_path, 
     assert [line["clip"] for line in read_lines(path)] == [0, 2]
 
 
-def test_a_disk_that_is_full_leaves_what_stood_and_says_so(tmp_path, monkeypatch):
-    path = tmp_path / "s.jsonl"
-    write_lines(path, [{"clip": 0}])
-
-    def full(*_, **__):
-        raise FULL
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ConfigError, match=r"s\.jsonl.*\(No space left"):
-        write_lines(path, [{"clip": 1}])
-    monkeypatch.undo()
-    assert [line["clip"] for line in read_lines(path)] == [0]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["s.jsonl"]
-
-
-@pytest.mark.parametrize("what", ["frames", "dense run"])
-def test_frames_and_dense_runs_that_find_no_space_leave_no_piece(tmp_path, monkeypatch, fake, what):
-    def full(*_, **__):
-        raise FULL
-
+def test_a_disk_that_is_full_leaves_what_stood_and_says_so(tmp_path, monkeypatch, fake):
     clip = np.zeros((2, 16, 16, 3), np.float32)
-    if what == "frames":
-        monkeypatch.setattr("PIL.Image.Image.save", full)
-        work = lambda: keep(tmp_path / "frames" / "a.png", clip, {})  # noqa: E731
-    else:
-        monkeypatch.setattr(reference.np, "savez", full)
-        work = lambda: reference.dense_run(FakeModel(), 0, 2, tmp_path / "cache")  # noqa: E731
-    with pytest.raises(ConfigError, match=r"(a\.png|\.npz).*\(No space left"):
-        work()
-    assert not [entry for entry in tmp_path.rglob("*") if entry.is_file()]
+    write_lines(tmp_path / "s.jsonl", [{"clip": 0}])
+
+    def full(*_, **__):
+        raise FULL
+
+    for owner, name, file, work in (
+        (Path, "write_text", "s.jsonl", lambda: write_lines(tmp_path / "s.jsonl", [{"clip": 1}])),
+        (PIL.Image.Image, "save", "a.png", lambda: keep(tmp_path / "frames" / "a.png", clip, {})),
+        (reference.np, "savez", ".npz", lambda: reference.dense_run(CountedModel(), 0, 2, tmp_path / "cache")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(ConfigError, match=rf"{re.escape(file)}.*\(No space left"):
+                work()
+    assert [line["clip"] for line in read_lines(tmp_path / "s.jsonl")] == [0]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["s.jsonl"]
 
 
 LIMITED = """

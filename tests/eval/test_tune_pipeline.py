@@ -6,20 +6,19 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.loaded import FIRST_PROMPT, embedded_prompts, tuning_request
-from dit_accel_eval.runs.model import Run
 from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites import compare, reference
+from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune import pipeline as tune_pipeline
 from dit_accel_eval.tune import pipeline_search
 from dit_accel_eval.tune.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
+from fake_model import FakeModel, command, faked
 from model_folders import model_folder
+from tuning import tune as tune_command
 from typer.testing import CliRunner
 
 import dit_accel
@@ -28,36 +27,21 @@ from dit_accel.cli.app import app
 from dit_accel.methods.toml import from_toml, run_table
 
 
-class FakeModel:
-    """Stands in for an embedded model: n steps are 4 / n^2 off, twice that by Euler; caches halve the work."""
+class Cached(FakeModel):
+    """n steps are 4 / n^2 off, by Euler 8; caches halve the work; what held-out prompts and shifts change is set."""
 
-    name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
-    call = {"num_frames": 3}  # noqa: RUF012
-    shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    made: list = []  # noqa: RUF012
     spoil = spoil_cached = shifted = 1.0
 
-    def __init__(self, name, call):
-        pass
+    def error(self, clip, steps, solver, flow_shift, methods):
+        error = (8.0 if solver == "euler" else 4.0) / steps**2 * (1.1 if methods else 1)
+        if clip >= pipeline_search.HELD_OUT_FIRST:
+            error *= self.spoil * (self.spoil_cached if methods else 1)
+        return error * (self.shifted if flow_shift else 1)
 
-    def prompt(self, clip):
-        return f"prompt {clip}"
-
-    def seed(self, clip):
-        return clip
-
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=(), call=None):
-        self.made.append((clip, steps, solver, tuple(method.name for method in methods)))
-        base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
-        held_out = clip >= pipeline_search.HELD_OUT_FIRST
-        error = (
-            (8.0 if solver == "euler" else 4.0) / steps**2 * (1.1 if methods else 1) * (self.spoil if held_out else 1)
-        )
-        error *= self.spoil_cached if held_out and methods else 1
-        error *= self.shifted if flow_shift else 1
-        forwards = steps / 2 if any(isinstance(one, EasyCache) for one in methods) else steps
+    def cost(self, steps, methods):
+        forwards = steps / 2 if any(isinstance(method, EasyCache) for method in methods) else steps
         counts = Counts(blocks=12 * forwards, attention=12 * forwards)
-        return Run(frames=np.clip(base + error, 0, 1), counts=counts, attended=1.0, seconds=1.0)
+        return {"counts": counts, "attended": 1.0, "seconds": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +52,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(compare, "EmbeddedModel", FakeModel)
-    monkeypatch.setattr(FakeModel, "made", [])
-    monkeypatch.setattr(FakeModel, "spoil", 1.0)
-    compare._loaded.cache_clear()
-    yield FakeModel
-    compare._loaded.cache_clear()
+    yield from faked(monkeypatch, Cached)
 
 
 SPACE = """
@@ -130,16 +109,10 @@ def test_the_cheapest_setting_that_meets_the_target_is_written_for_generate(tune
     assert any("cached 14" in row for row in tuned.rows)
     assert Path(found["kept"]).read_text() == text
     assert f"`dit-accel recommend` lists it first for this model, from {found['kept']}" in tuned.remarks
-
-
-def test_recommend_lists_first_what_was_tuned(tune):
-    found = tune("psnr=32").found
     first = dit_accel.recommend("wan-plain").settings[0]
     assert first.name == "psnr=32-64x64x17-20"
-    assert (first.speedup, first.losses) == (
-        pytest.approx(found["chosen"]["speedup"], abs=1e-3),
-        {"psnr": pytest.approx(found["chosen"]["quality"], abs=1e-3)},
-    )
+    assert first.speedup == pytest.approx(chosen["speedup"], abs=1e-3)
+    assert first.losses == {"psnr": pytest.approx(chosen["quality"], abs=1e-3)}
     assert found["kept"] in first.sources[first.name]
     assert "easycache" in first.methods
     assert "num_inference_steps 14" in first.methods["run"]
@@ -149,47 +122,28 @@ def test_recommend_lists_first_what_was_tuned(tune):
     assert dit_accel.recommend("wan-tiny").settings[0].name == "fast"
 
 
-def test_guidance_and_shift_are_written_as_they_were_tried(tune, tmp_path):
+def test_guidance_and_shift_are_written_as_they_were_tried(tune, tmp_path, fake, monkeypatch):
     shifted = SPACE + '[[arm]]\nname = "shifted"\nnum_inference_steps = 6\nflow_shift = 8.0\n'
     (tmp_path / "space.toml").write_text(shifted)
-    FakeModel.shifted = 0.1
-    try:
-        found = tune("psnr=32", guidance_scale=3.0)
-    finally:
-        FakeModel.shifted = 1.0
+    monkeypatch.setattr(fake, "shifted", 0.1)
+    found = tune("psnr=32", guidance_scale=3.0)
     assert found.found["chosen"]["arm"] == "shifted"
     run = run_table((tmp_path / "fast.toml").read_text())
     assert run == {"num_inference_steps": 6, "solver": "unipc", "flow_shift": 8.0, "guidance_scale": 3.0}
 
 
-@pytest.mark.parametrize(
-    ("count", "rounds", "held_first", "held"),
-    [
-        (4, (2,), 2, 2),
-        (5, (2,), 2, 3),
-        (7, (2, 3), 3, 4),
-        (9, (2, 4), 4, 5),
-        (12, (2, 4, 6), 6, 6),
+def test_half_of_one_s_own_prompts_are_held_out_and_none_of_those_that_chose():
+    for count, rounds, first, held in (
+        (4, (2,), 2, 2), (5, (2,), 2, 3), (7, (2, 3), 3, 4), (9, (2, 4), 4, 5), (12, (2, 4, 6), 6, 6),
         (40, (2, 4, 6), 6, 6),
-    ],
-)
-def test_half_of_one_s_own_prompts_are_held_out(count, rounds, held_first, held):
-    found = pipeline_search.split(count)
-    assert found.rounds == tuple(map(range, rounds))
-    assert found.held == range(held_first, held_first + held)
-    assert not {*found.rounds[-1]} & {*found.held}
-    assert found.held[-1] < count
-
-
-def test_the_held_out_prompts_of_an_embedded_model_are_none_of_those_that_chose():
+    ):  # fmt: skip
+        found = pipeline_search.split(count)
+        assert (found.rounds, found.held) == (tuple(map(range, rounds)), range(first, first + held))
+    with pytest.raises(ConfigError, match=r"4 prompts.*got 3"):
+        pipeline_search.split(3)
     own = pipeline_search.HELD_OUT_PROMPTS
     assert not {*own.rounds[-1]} & {*own.held}
     assert own.rounds[0][0] >= FIRST_PROMPT  # beyond all that suites judge on
-
-
-def test_too_few_prompts_of_one_s_own_are_told():
-    with pytest.raises(ConfigError, match=r"4 prompts.*got 3"):
-        pipeline_search.split(3)
 
 
 OWN_SPACE = """
@@ -239,20 +193,16 @@ def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monk
     assert (scored.exit_code, "the judge knows held-out prompts" in scored.stderr) == (2, True)
 
 
-def test_settings_that_can_not_be_cheaper_are_never_run(tune, fake):
+def test_settings_that_can_not_be_cheaper_are_never_run_and_a_speed_up_is_met_by_the_best_quality(tune, fake):
     tune("psnr=20")
     steps = {steps for _, steps, solver, methods in fake.made if solver == "unipc" and not methods}
     assert not {20, 24, 30} & steps  # the search for the converged run takes 16 and 32
+    chosen = tune("speedup=2.5", "other.toml").found["chosen"]
+    assert (chosen["arm"], chosen["speedup"] >= 2.5) == ("cached 16", True)  # of 20 dense steps
 
 
-def test_a_speed_up_is_met_by_the_best_quality_at_that_cost(tune):
-    chosen = tune("speedup=2.5").found["chosen"]
-    assert chosen["speedup"] >= 2.5  # of 20 dense steps
-    assert chosen["arm"] == "cached 16"
-
-
-def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake):
-    fake.spoil = 3.0  # 9.5 dB less on the prompts that the search never saw
+def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(fake, "spoil", 3.0)  # 9.5 dB less on the prompts that the search never saw
     with pytest.raises(ConfigError, match=r"psnr 32.*6 held-out prompts"):
         tune("psnr=32")
     assert not (tmp_path / "fast.toml").exists()
@@ -267,7 +217,7 @@ def test_a_search_goes_on_where_it_stopped_and_can_be_reported(tune, tmp_path, f
     lines = (tmp_path / "fast.runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "fast.runs.jsonl").write_text("".join(lines[:-3]) + lines[-1][:20])  # stopped while it wrote
     assert tune("psnr=32").found["chosen"] == whole.found["chosen"]
-    report = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "fast.runs.jsonl")])
+    report = command("report", tmp_path / "fast.runs.jsonl")
     assert report.exit_code == 0, report.output
 
 
@@ -362,50 +312,41 @@ def test_more_steps_of_the_same_methods_take_no_less_work():
     assert known_work(Arm(name="c 8", num_inference_steps=8, methods=(cache,)), ran) == 0.0
 
 
-def test_optuna_is_asked_for_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
+def test_what_can_not_be_tuned_is_said_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = CliRunner().invoke(app, ["tune", "pipeline", "--target", "psnr=30"])
-    assert (found.exit_code, "'.[eval]'" in found.stderr) == (2, True)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+    target = ["--target", "psnr=30"]
+    for arguments, message in (
         ([], "tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2"),
         (["--target", "psnr"], "--target 'psnr' is not NAME=VALUE"),
         (["--target", "pnsr=3"], "--target 'pnsr=3' names no metric; did you mean 'psnr'"),
         (["--target", "psnr=high"], "has no number that psnr could be"),
         (["--target", "speedup=0"], "has no number that speedup could be"),
         (["--target", "motion=1"], "of motion neither more nor less is better; name another"),
-        (["--target", "psnr=30", "--radial"], "tune pipeline chooses the methods itself, got radial; leave them out"),
-        (["--target", "psnr=30", "-o", "x.json"], "the config must be a .toml, got x.json"),
-        (["--target", "psnr=30", "--model", "no-tiny", "--prompt", "a"], "'no-tiny' is no embedded model"),
-        (["--target", "psnr=30", "--space", "none.toml"], "no suite at none.toml"),
-        (["--target", "psnr=30", "--try-guidance", "1"], "No such option: --try-guidance"),
-    ],
-)
-def test_what_can_not_be_tuned_is_told(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = CliRunner().invoke(app, ["tune", "pipeline", *arguments])
-    assert found.exit_code == 2
-    assert message in found.stderr
+        ([*target, "--radial"], "tune pipeline chooses the methods itself, got radial; leave them out"),
+        ([*target, "-o", "x.json"], "the config must be a .toml, got x.json"),
+        ([*target, "--model", "no-tiny", "--prompt", "a"], "'no-tiny' is no embedded model"),
+        ([*target, "--space", "none.toml"], "no suite at none.toml"),
+        ([*target, "--try-guidance", "1"], "No such option: --try-guidance"),
+    ):
+        found = tune_command("pipeline", *arguments)
+        assert found.exit_code == 2
+        assert message in found.stderr
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    found = tune_command("pipeline", *target)
+    assert (found.exit_code, "'.[eval]'" in found.stderr) == (2, True)
     assert not list(tmp_path.iterdir())
 
 
 def test_arms_that_no_config_can_hold_are_refused(tune, tmp_path):
-    native = SPACE + '[[arm]]\nname = "n"\nnum_inference_steps = 9\ndiffusers = { FirstBlockCacheConfig = {} }\n'
-    (tmp_path / "space.toml").write_text(native)
-    with pytest.raises(ConfigError, match=r"arm 'n'.*config"):
-        tune("psnr=30")
-    rival = SPACE + '[[arm]]\nname = "r"\nnum_inference_steps = 9\nrival = { cache-dit = {} }\n'
-    (tmp_path / "space.toml").write_text(rival)
-    with pytest.raises(ConfigError, match=r"arm 'r'.*config.*rival"):
-        tune("psnr=30")
-    (tmp_path / "space.toml").write_text(SPACE.replace("wan-plain", "flux-tiny"))
-    with pytest.raises(ConfigError, match=r"suite.*flux-tiny.*wan-plain"):
-        tune("psnr=30")
+    arm = '[[arm]]\nname = "n"\nnum_inference_steps = 9\n'
+    for text, message in (
+        (f"{SPACE}{arm}diffusers = {{ FirstBlockCacheConfig = {{}} }}\n", r"arm 'n'.*config"),
+        (f"{SPACE}{arm}rival = {{ cache-dit = {{}} }}\n", r"arm 'n'.*config.*rival"),
+        (SPACE.replace("wan-plain", "flux-tiny"), r"suite.*flux-tiny.*wan-plain"),
+    ):
+        (tmp_path / "space.toml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            tune("psnr=30")
 
 
 RUN = '[run]\nnum_inference_steps = 2\nsolver = "euler"\n'
@@ -425,25 +366,19 @@ def test_generate_takes_the_run_of_a_config(tmp_path):
     assert Path(tmp_path / "a.gif").read_bytes() != Path(tmp_path / "b.gif").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(tmp_path):
+    config = tmp_path / "c.toml"
+    for text, message in (
         ("[run]\nsteps = 3\n", "[run] has no 'steps'; known: flow_shift, guidance_scale, num_inference_steps, solver"),
         ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
         ("run = 3\n", "run = 3 is no table; write [run]"),
         ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),
         ("[run]\nflow_shift = 3.0\n", "flow_shift must be above 0, and goes with a solver, got 3.0, None"),
-    ],
-)
-def test_bad_runs_of_a_config_are_told(tmp_path, text, message):
-    (tmp_path / "c.toml").write_text(text)
-    found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(tmp_path / "c.toml")])
-    assert found.exit_code == 2
-    assert message in found.stderr
-
-
-def test_other_commands_say_that_they_leave_the_run_out(tmp_path):
-    (tmp_path / "c.toml").write_text(RUN + "[radial]\n")
-    found = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--config", str(tmp_path / "c.toml")])
-    assert found.exit_code == 0
-    assert "the [run] table of" in found.stderr
+    ):
+        config.write_text(text)
+        found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(config)])
+        assert found.exit_code == 2
+        assert message in found.stderr
+    config.write_text(RUN + "[radial]\n")
+    found = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--config", str(config)])
+    assert (found.exit_code, "the [run] table of" in found.stderr) == (0, True)

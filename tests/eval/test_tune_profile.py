@@ -2,54 +2,49 @@
 
 import json
 
-import dit_accel_eval
 import numpy as np
 import pytest
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from dit_accel_eval.runs.loaded import tuning_request
-from dit_accel_eval.tune import base as module
 from dit_accel_eval.tune import profile_watch
+from dit_accel_eval.tune.block_ranking import foreground_ratio
 from dit_accel_eval.tune.profile import tune_profile
 from dit_accel_eval.tune.profile_watch import CRITERIA
 from dit_accel_pipelines.generation.generate import run
-from dit_accel_pipelines.generation.loading import load_pipeline
-from dit_accel_pipelines.generation.request import settle
-from typer.testing import CliRunner
+from dit_accel_pipelines.generation.request import resolve
+from tuning import PROMPTS, loaded, one_pipeline
+from tuning import request as request_of
 from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.cli import installed_commands
-from dit_accel.cli.app import app
+from dit_accel.methods.caches.block_numbers import read_numbers
 from dit_accel.methods.caches.profile_file import weights_of
 from dit_accel.methods.caches.profiling import ProfilingCache
-from dit_accel.rules.block_ranking import foreground_ratio
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.testing.everything import planned
 
-PROMPTS = ("a red circle moving right", "a blue square moving up")
 STEPS = 5
-SMALL = dict(height=48, width=48, num_inference_steps=4)
+pipe = pytest.fixture(one_pipeline, autouse=True)
 
 
-def request(*methods, prompts=PROMPTS[:1], **changes):
-    values = dict(model="wan-plain", num_inference_steps=STEPS, num_frames=9, height=32, width=32, methods=methods)
-    return tuning_request(prompts=prompts, **{**values, **changes})
+def request(*methods, **changes):
+    sizes = dict(num_inference_steps=STEPS, num_frames=9, height=32, width=32, prompts=PROMPTS[:1])
+    return request_of(*methods, **{**sizes, **changes})
 
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    found = tune_profile(request(prompts=PROMPTS), folder / "profile.json")
-    return found, folder
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in one_pipeline(patch):
+            return tune_profile(request(prompts=PROMPTS), folder / "profile.json"), folder
 
 
 def untouched():
     """What an untouched run's blocks add, its attention and its predictions, written out; the conditional branch's."""
-    asked = settle(request())[0]
-    pipe, seen, calls = load_pipeline(asked), [], [0]
+    asked = resolve(request())[0]
+    pipe, seen, calls = loaded("wan-plain"), [], [0]
     transformer = pipe.transformer
 
     def block_hook(index):
@@ -70,11 +65,14 @@ def untouched():
             seen[-1]["v"] = output[0].clone()
         calls[0] += 1
 
-    for index, block in enumerate(transformer.blocks):
-        block.register_forward_hook(block_hook(index), with_kwargs=True)
-    transformer.register_forward_pre_hook(before, with_kwargs=True)
-    transformer.register_forward_hook(after, with_kwargs=True)
+    hooks = [
+        block.register_forward_hook(block_hook(at), with_kwargs=True) for at, block in enumerate(transformer.blocks)
+    ]
+    hooks.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
+    hooks.append(transformer.register_forward_hook(after, with_kwargs=True))
     run(pipe, PROMPTS[0], asked)
+    for hook in hooks:
+        hook.remove()
     return seen
 
 
@@ -99,8 +97,8 @@ def test_deltas_and_masks_are_those_of_an_untouched_run(profiled, tmp_path):
 def test_attention_is_that_of_the_calls(tmp_path):
     """The ratio of one layer and step, off the tensors that an observer of planned calls gets."""
     found = tune_profile(request(), tmp_path / "own.json")
-    asked = settle(request())[0]
-    pipe, taken = load_pipeline(asked), {}
+    asked = resolve(request())[0]
+    pipe, taken = loaded("wan-plain"), {}
 
     def note(seen):
         if seen.context.branch == "cond" and (seen.context.step_index, seen.context.layer) == (0, 3):
@@ -112,37 +110,29 @@ def test_attention_is_that_of_the_calls(tmp_path):
             "clean", predicted(kwargs["hidden_states"], output[0], float(pipe.scheduler.sigmas[0]), (5, 4, 4))
         )
 
-    pipe.transformer.register_forward_hook(after, with_kwargs=True)
+    hook = pipe.transformer.register_forward_hook(after, with_kwargs=True)
     with planned(pipe.transformer, adapter_for("WanTransformer3DModel")) as attachment, attachment.observe(note):
         run(pipe, PROMPTS[0], asked)
+    hook.remove()
     expected = foreground_ratio(taken["received"], foreground(taken["clean"]).numpy())
     assert found.found["transformers"]["transformer"]["by_step"]["attention"][3][0] == pytest.approx(expected, abs=0.05)
 
 
-def test_what_is_written(profiled):
-    _, folder = profiled
+def test_what_is_written_is_read_by_profiling_cache(profiled, pipe):
+    found, folder = profiled
     assert [path.name for path in folder.iterdir()] == ["profile.json"]
     content = json.loads((folder / "profile.json").read_text())
     entry = content["transformers"]["transformer"]
-    assert content["model"] == "wan-plain"
-    assert content["settings"]["prompts"] == [*PROMPTS]
+    assert (content["model"], content["settings"]["prompts"]) == ("wan-plain", [*PROMPTS])
     assert {"torch", "diffusers", "dit-accel"} == {*content["versions"]}
     assert [run["prompt"] for run in content["runs"]] == [*PROMPTS]
     for criterion in CRITERIA:
         assert np.shape(entry["by_step"][criterion]) == (6, STEPS)
     assert all(0 <= x <= 1 for row in entry["by_step"]["attention"] for x in row if x is not None)
-
-
-def test_profiling_cache_reads_it(profiled):
-    found, _ = profiled
-    cached = found.found["transformers"]["transformer"]["cached"]
-    pipe = load_pipeline(settle(request())[0])
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(found.output), every=2)) as attachment:
-        run(pipe, PROMPTS[0], settle(request())[0])
+        run(pipe, PROMPTS[0], resolve(request())[0])
         section = attachment.report().section("profilingcache")
-    assert dit_accel.methods.caches.block_numbers.read_numbers(section.data["cached"]["transformer"], "x") == tuple(
-        cached
-    )
+    assert [*read_numbers(section.data["cached"]["transformer"], "x")] == entry["cached"]
     assert section.data["computed_blocks"] < 1
 
 
@@ -158,45 +148,9 @@ def test_of_long_clips_a_sample_of_the_queries_is_looked_at(tmp_path, monkeypatc
     assert sample["scores"]["attention"] == pytest.approx(exact["scores"]["attention"], abs=0.25)
 
 
-@pytest.mark.slow
-def test_classes_are_made_again_without_a_new_measurement(tmp_path, monkeypatch):
-    for options, count in (
-        (dict(cached=2), 2),
-        (dict(criterion="delta", cached=6), 6),
-        (dict(criterion="error", cached=1), 1),
-    ):
-        found = tune_profile(request(), tmp_path / "own.json", **options)
-        assert len(found.found["transformers"]["transformer"]["cached"]) == count
-        assert found.found["criterion"] == options.get("criterion", "error")
-
-
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, profiled):
-    ran, real = [], module.run
-
-    def stopped(pipe, prompt, asked, **options):
-        if len(ran) == 1:
-            raise KeyboardInterrupt
-        ran.append(prompt)
-        return real(pipe, prompt, asked, **options)
-
-    monkeypatch.setattr(module, "run", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        tune_profile(request(prompts=PROMPTS), tmp_path / "own.json")
-    assert not (tmp_path / "own.json").exists()
-    with pytest.raises(ConfigError, match=r"progress.*seed = 0.*1"):
-        tune_profile(request(prompts=PROMPTS, seed=1), tmp_path / "own.json")
-    monkeypatch.setattr(
-        module, "run", lambda pipe, prompt, asked, **o: ran.append(prompt) or real(pipe, prompt, asked, **o)
-    )
-    found = tune_profile(request(prompts=PROMPTS), tmp_path / "own.json")
-    assert ran == [*PROMPTS]
-    assert found.found == profiled[0].found
-    assert not list(tmp_path.glob("*.progress.json"))
-
-
 def test_both_experts_of_wan_2_2_are_measured(tmp_path):
     """What is measured of the second expert begins at its second step; ProfilingCache reads both lists."""
-    parts = dict(load_pipeline(settle(request())[0]).components)
+    parts = dict(loaded("wan-plain").components)
     models = [tiny_transformer(seed, text_dim=parts["transformer"].config.text_dim) for seed in (0, 5)]
     parts |= dict(zip(("transformer", "transformer_2"), models, strict=True))
     pipe = WanPipeline(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}, boundary_ratio=0.6)
@@ -209,23 +163,27 @@ def test_both_experts_of_wan_2_2_are_measured(tmp_path):
         for row in entry["by_step"]["error"]:
             assert [step for step, value in enumerate(row) if value is not None] == [*known]
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:
-        run(pipe, PROMPTS[0], settle(asked)[0])
+        run(pipe, PROMPTS[0], resolve(asked)[0])
         assert [*attachment.report().section("profilingcache").data["cached"]] == ["transformer", "transformer_2"]
 
 
-@pytest.mark.parametrize("methods", [
-    (RadialAttention(block_size=16, dense_steps=0),), (LiteAttention(block_size=16, dense_steps=0, threshold=-1.0),),
-])  # fmt: skip
-def test_sparse_methods_may_be_attached(methods, tmp_path):
-    found = tune_profile(request(*methods), tmp_path / "own.json").found["transformers"]["transformer"]
-    assert all(score is not None for score in found["scores"]["attention"])
-    dense = tune_profile(request(), tmp_path / "two.json").found["transformers"]["transformer"]
-    assert found["scores"]["delta"] != pytest.approx(dense["scores"]["delta"], rel=1e-6)
+def test_sparse_methods_may_be_attached(tmp_path):
+    radial, lite = (RadialAttention(block_size=16, dense_steps=0),
+                    LiteAttention(block_size=16, dense_steps=0, threshold=-1.0))  # fmt: skip
+    dense, *sparse = (
+        tune_profile(request(*methods), tmp_path / f"{at}.json", cached=2).found["transformers"]["transformer"]
+        for at, methods in enumerate(((), (radial,), (lite,)))
+    )
+    for found in sparse:
+        assert all(score is not None for score in found["scores"]["attention"])
+        assert len(found["cached"]) == 2
+        assert found["scores"]["delta"] != pytest.approx(dense["scores"]["delta"], rel=1e-6)
 
 
 @pytest.mark.slow
 def test_an_image_goes_without_attention(tmp_path):
-    asked = request(model="flux-tiny", prompts=("a green ring on a navy background",), num_frames=None, **SMALL)
+    sizes = dict(num_frames=None, height=48, width=48, num_inference_steps=4)
+    asked = request(model="flux-tiny", prompts=("a green ring on a navy background",), **sizes)
     found = tune_profile(asked, tmp_path / "own.json", cached=4).found
     entry = found["transformers"]["transformer"]
     assert entry["names"] == [f"transformer_blocks.{i}" for i in range(4)] + [
@@ -234,55 +192,21 @@ def test_an_image_goes_without_attention(tmp_path):
     assert entry["scores"]["attention"] == [None] * 12
     assert all(score > 0 for name in ("delta", "error") for score in entry["scores"][name])
     assert len(entry["cached"]) == 4
-    pipe = load_pipeline(settle(asked)[0])
+    pipe = loaded("flux-tiny")
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "own.json"), every=2, warmup_steps=1)) as attached:
-        run(pipe, asked.prompts[0], settle(asked)[0])
+        run(pipe, asked.prompts[0], resolve(asked)[0])
         assert attached.report().section("profilingcache").data["computed_blocks"] < 1
     with pytest.raises(ConfigError, match=r"an image.*--criterion"):
         tune_profile(asked, tmp_path / "two.json", criterion="attention")
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (dict(criterion="delt"), r"criterion 'delt'.*'delta'\?"),
-        (dict(cached=0), r"^tune profile.*cached.*>= 1, got 0"),
-    ],
-)
-def test_options_that_make_no_sense(options, text, tmp_path):
-    with pytest.raises(ConfigError, match=text):
-        tune_profile(request(), tmp_path / "own.json", **options)
-
-
-def test_what_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^tune.*output.*\.json.*got"):
-        tune_profile(request(), tmp_path / "own.toml")
-    with pytest.raises(ConfigError, match=r"^tune profile.*easycache"):
-        tune_profile(request(EasyCache()), tmp_path / "own.json")
-    with pytest.raises(ConfigError, match=r"^tune profile.*cached = 7.*6 blocks"):
-        tune_profile(request(), tmp_path / "own.json", cached=7)
-    assert not list(tmp_path.glob("*.progress.json"))  # before anything ran
-
-
-def test_the_command(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(installed_commands, "commands", lambda: dict(dit_accel_eval.COMMANDS))
-    small = [
-        "--prompt",
-        PROMPTS[0],
-        "--num-inference-steps",
-        "3",
-        "--height",
-        "32",
-        "--width",
-        "32",
-        "--num-frames",
-        "9",
-    ]
-    result = CliRunner().invoke(app, ["tune", "profile", *small, "--criterion", "delta", "--cached", "2"])
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("profile.json\n")
-    assert "transformer: blocks " in result.stderr
-    result = CliRunner().invoke(app, ["tune", "profile", "--metric", "l1"])
-    assert "No such option: --metric" in result.stderr
-    assert torch.get_num_threads() >= 1
+def test_what_is_refused_before_anything_runs(tmp_path):
+    for methods, options, text in (
+        ((), dict(criterion="delt"), r"criterion 'delt'.*'delta'\?"),
+        ((), dict(cached=0), r"^tune profile.*cached.*>= 1, got 0"),
+        ((), dict(cached=7), r"^tune profile.*cached = 7.*6 blocks"),
+        ((EasyCache(),), {}, r"^tune profile.*easycache"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            tune_profile(request(*methods), tmp_path / "own.json", **options)
+    assert not list(tmp_path.iterdir())

@@ -1,39 +1,34 @@
-"""Tuning StaticCache: what is measured, against the run written out; the file; placements; resuming; bad input."""
+"""Tuning StaticCache: what is measured, against the run written out; the file; placements; bad input."""
 
-import json
 import tomllib
 
-import dit_accel_eval
 import dit_accel_eval.tune.base as base
 import numpy as np
 import pytest
-from dit_accel_eval.runs.loaded import tuning_request
+from diffusers import DDIMScheduler
 from dit_accel_eval.tune.schedule import Placement, tune_schedule
-from dit_accel_pipelines.generation.loading import load_pipeline
-from dit_accel_pipelines.generation.request import settle
+from dit_accel_eval.tune.skip_costs import SkipCosts, grown, searched
+from dit_accel_pipelines.generation.request import resolve
 from dit_accel_pipelines.generation.solvers import make_scheduler
-from typer.testing import CliRunner
+from tuning import PROMPTS, loaded, one_pipeline
+from tuning import request as request_of
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, StaticCache
-from dit_accel.cli import installed_commands
-from dit_accel.cli.app import app
 from dit_accel.cli.method_options import select_methods
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
-PROMPTS = ("a red circle moving right", "a blue square moving up")
 STEPS = 7
-SMALL = dict(model="wan-plain", num_inference_steps=STEPS, num_frames=5, height=16, width=16)
+pipe = pytest.fixture(one_pipeline, autouse=True)
 
 
-def request(*methods, prompts=PROMPTS, **changes):
-    return tuning_request(prompts=prompts, methods=methods, **{**SMALL, **changes})
+def request(*methods, **changes):
+    return request_of(*methods, **{"num_inference_steps": STEPS, **changes})
 
 
 def run_of(prompt, *caches):
     """Return the noise levels of an untouched run, and what its solver gets and makes, as the scheduler's steps say."""
-    asked = settle(request(prompts=(prompt,)))[0]
-    pipe, seen = load_pipeline(asked), []
+    asked = resolve(request(prompts=(prompt,)))[0]
+    pipe, seen = loaded("wan-plain"), []
     real = pipe.scheduler.step
 
     def step(model_output, timestep, sample, **options):
@@ -45,6 +40,7 @@ def run_of(prompt, *caches):
     pipe.scheduler.step = step
     with dit_accel.attach(pipe, *caches, preset="none"):
         base.run(pipe, prompt, asked)
+    del pipe.scheduler.step
     sigmas, x, v, made = (list(one) for one in zip(*seen, strict=True))
     return np.array([*sigmas, 0.0]), np.array([*x, made[-1]]).reshape(STEPS + 1, -1), np.array(v).reshape(STEPS, -1)
 
@@ -77,8 +73,8 @@ def test_the_lists_are_the_best_by_what_the_runs_show(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["own.toml"]
 
 
-def test_placements_are_chosen_by_prompts_of_their_own(tmp_path):
-    output = tmp_path / "own.toml"
+def test_placements_are_chosen_by_prompts_of_their_own(tmp_path, pipe):
+    output, settled_scheduler = tmp_path / "own.toml", pipe.scheduler
     tuned = tune_schedule(
         request(StaticCache(predictor="hold", stored="output")), output, computed=3, placement=("4", "5@8")
     )
@@ -93,41 +89,16 @@ def test_placements_are_chosen_by_prompts_of_their_own(tmp_path):
     assert [row[:3] for row in tuned.rows] == [
         (str(one["steps"]), f"{one['flow_shift']:g}" if one["flow_shift"] else "own", "3") for one in (first, second)
     ]
-    pipe = load_pipeline(settle(request())[0])
-    shipped, made = pipe.scheduler, []
+    shipped, made = settled_scheduler, []
     for steps, shift, caches in ((first["steps"], first["flow_shift"], [config]), (20, None, [])):
         pipe.scheduler = make_scheduler(shipped, "unipc", shift)
         with dit_accel.attach(pipe, *caches, preset="none"):
-            made.append(base.run(pipe, PROMPTS[1], settle(request(num_inference_steps=steps))[0]).frames / 255.0)
+            made.append(base.run(pipe, PROMPTS[1], resolve(request(num_inference_steps=steps))[0]).frames / 255.0)
     assert first["psnr"] == pytest.approx(-10 * np.log10(((made[0] - made[1]) ** 2).mean()), abs=1e-3)
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    output, ran, options = tmp_path / "own.toml", [], dict(computed=3, placement=("4", "5"))
-    whole = tune_schedule(request(), tmp_path / "whole.toml", **options)
-    real = base.run
-
-    def stopped(pipe, prompt, *arguments, **given):
-        if len(ran) == 3:
-            raise KeyboardInterrupt
-        ran.append(prompt)
-        return real(pipe, prompt, *arguments, **given)
-
-    monkeypatch.setattr(base, "run", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        tune_schedule(request(), output, **options)
-    with pytest.raises(ConfigError, match=r"progress.*computed = 3.*2"):
-        tune_schedule(request(), output, **{**options, "computed": 2})
-    assert not output.exists()
-    monkeypatch.setattr(base, "run", lambda *given, **named: ran.append("") or real(*given, **named))
-    assert tune_schedule(request(), output, **options).found == whole.found
-    assert ran[3:] == [""] * 5  # the second placement's two anew, and the three that choose
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.toml", "whole.toml"]
-
-
-@pytest.mark.parametrize(
-    ("methods", "options", "text"),
-    [
+def test_what_can_not_be_searched_is_refused(tmp_path):
+    for methods, options, text in (
         ((), dict(computed=1), r"^tune schedule.*2 to.*7 steps.*computed = 1"),
         ((), dict(computed=8), r"^tune schedule.*2 to.*7 steps.*computed = 8"),
         ((), dict(placement=("9@8", "5")), r"9 steps.*computed = 12"),
@@ -136,74 +107,20 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
         ((StaticCache(every=2),), {}, r"staticcache\.every = 2"),
         ((StaticCache(branches="uncond"),), {}, r"staticcache\.branches = 'uncond'"),
         ((EasyCache(),), dict(computed=3), r"EasyCache.*StaticCache.*one cache|StaticCache.*EasyCache.*one cache"),
-    ],
-)
-def test_what_can_not_be_searched_is_refused(methods, options, text, tmp_path):
-    with pytest.raises(ConfigError, match=text):
-        tune_schedule(request(*methods), tmp_path / "own.toml", **options)
-    assert not (tmp_path / "own.toml").exists()
-
-
-def test_one_prompt_can_not_choose(tmp_path):
+    ):
+        with pytest.raises(ConfigError, match=text):
+            tune_schedule(request(*methods), tmp_path / "own.toml", **options)
     with pytest.raises(ConfigError, match=r"2 prompts.*got 1"):
         tune_schedule(request(prompts=PROMPTS[:1]), tmp_path / "own.toml", computed=2, placement=("4", "5"))
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda pipe: setattr(pipe, "scheduler", _of_betas()), r"wan-plain.*DDIMScheduler.*staticcache\.compute_at"),
-        (lambda pipe: setattr(pipe.scheduler, "sigmas", None), None),
-    ],
-)
-def test_a_scheduler_that_tells_no_noise_levels(change, text, tmp_path, monkeypatch):
-    if text is None:
-        monkeypatch.setattr("dit_accel_pipelines.generation.traced.noise_level", lambda scheduler: None)
-        text = r"scheduler.*noise levels.*--placement"
-        change = lambda pipe: None  # noqa: E731
-    real = base.load_pipeline
-
-    def loaded(asked):
-        pipe = real(asked)
-        change(pipe)
-        return pipe
-
-    monkeypatch.setattr(base, "load_pipeline", loaded)
-    with pytest.raises(ConfigError, match=text):
-        tune_schedule(request(), tmp_path / "own.toml", computed=3)
-
-
-def _of_betas():
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler()
-
-
-def test_an_output_that_can_not_be_written(tmp_path):
-    for output in (tmp_path / "own.json", tmp_path / "none" / "own.toml"):
-        with pytest.raises(ConfigError, match=r"output.*\.toml.*got"):
-            tune_schedule(request(), output, computed=3)
-
-
-def test_a_placement_is_read():
+    assert not (tmp_path / "own.toml").exists()
     assert Placement.read("30@8") == Placement(30, 8.0, "30@8")
     assert Placement.read("24") == Placement(24, None, "24")
 
 
-def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(installed_commands, "commands", lambda: dict(dit_accel_eval.COMMANDS))
-    small = ["--model", "wan-plain", "--num-frames", "5", "--height", "16", "--width", "16", "--prompt", PROMPTS[0]]
-    usual = ["tune", "schedule", *small, "--num-inference-steps", "5", "--computed", "3"]
-    result = CliRunner().invoke(app, [*usual, "--staticcache", "--set", "staticcache.predictor=hold"])
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("schedule.toml\n")
-    assert [line.split()[:3] for line in result.stdout.splitlines() if line.lstrip().startswith("5")] == [
-        ["5", "own", "2"], ["5", "own", "3"],
-    ]  # fmt: skip
-    assert tomllib.loads((tmp_path / "schedule.toml").read_text())["staticcache"]["predictor"] == "hold"
-    result = CliRunner().invoke(app, [*usual, "--json"])
-    assert json.loads(result.stdout)["computed"] == 3
-    result = CliRunner().invoke(app, [*usual[:-1], "9"])
-    assert result.exit_code == 2
-    assert "computed = 9" in result.stderr
+def test_a_scheduler_that_tells_no_noise_levels_is_refused(tmp_path, pipe, monkeypatch):
+    monkeypatch.setattr("dit_accel_pipelines.generation.traced.noise_level", lambda scheduler: None)
+    with pytest.raises(ConfigError, match=r"scheduler.*noise levels.*--placement"):
+        tune_schedule(request(), tmp_path / "own.toml", computed=3)
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ConfigError, match=r"wan-plain.*DDIMScheduler.*staticcache\.compute_at"):
+        tune_schedule(request(), tmp_path / "own.toml", computed=3)

@@ -41,3 +41,15 @@ def unwritten_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend's name; that of torch stands for both of its ways on a CPU, `loop` and `operations`."""
+    from dit_accel_kernels.backends.torch import fused
+
+    if request.param == "operations":
+        monkeypatch.setattr(fused, "library", lambda: None)
+    elif request.param == "loop" and fused.library() is None:
+        pytest.skip("no C++ compiler is here to build the loop")
+    return "torch" if request.param in ("loop", "operations") else request.param

@@ -39,23 +39,23 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("CXX", compiled.SWITCH):
         monkeypatch.delenv(name, raising=False)
-    compiled.loop.cache_clear()
+    compiled.compiled_loop.cache_clear()
     yield tmp_path / "cache" / "dit-accel" / "kernels"
-    compiled.loop.cache_clear()
+    compiled.compiled_loop.cache_clear()
 
 
 @pytest.fixture
 def quick(fresh, monkeypatch, tmp_path):
     """A source that takes a fraction of the time, and a file that appears when it is loaded."""
     source, witness = tmp_path / "quick.cpp", tmp_path / "witness"
-    source.write_text(SOURCE % (witness, ctypes.sizeof(binding.Call), KEYS))
+    source.write_text(SOURCE % (witness, ctypes.sizeof(binding.LoopCall), KEYS))
     monkeypatch.setattr(compiled, "SOURCE", source)
     return fresh
 
 
 def again() -> compiled.Loop:
-    compiled.loop.cache_clear()
-    return compiled.loop()
+    compiled.compiled_loop.cache_clear()
+    return compiled.compiled_loop()
 
 
 def name_of(loop: compiled.Loop) -> Path:
@@ -93,7 +93,7 @@ def test_without_a_compiler_or_by_the_switch_torch_computes_and_says_so(fresh, m
 @needs_compiler
 def test_which_way_a_call_takes_is_told(quick):
     cpu = torch.device("cpu")
-    assert compiled.loop().why == "compiled by c++"
+    assert compiled.compiled_loop().why == "compiled by c++"
     assert torch_way(cpu, torch.float32) == "loop compiled by c++"
     assert torch_way(cpu, torch.float64) == "gathered tiles, since the loop has no products of float64"
     assert torch_way(torch.device("cuda"), torch.float32) == "gathered tiles"
@@ -104,7 +104,7 @@ def test_which_way_a_call_takes_is_told(quick):
 def test_cxx_may_hold_arguments(quick, monkeypatch, tmp_path, flag):
     compiler = written(tmp_path / "mine", f'echo "$@" >> {tmp_path}/asked\nexec {shutil.which("c++")} "$@"')
     monkeypatch.setenv("CXX", f"{compiler} {flag}")
-    assert compiled.loop().why == "compiled by mine"
+    assert compiled.compiled_loop().why == "compiled by mine"
     asked = (tmp_path / "asked").read_text().splitlines()
     assert all(line.startswith(flag.replace("'", "")) for line in asked)
     assert asked[0].endswith("--version")
@@ -124,7 +124,7 @@ def test_a_named_compiler_that_does_not_work_is_warned_of_and_no_other_tried(fre
     with pytest.warns(UserWarning, match=rf"loop.*torch backend .{why}") as warned:
         assert (compiled.library(), compiled.library()) == (None, None)
     assert len(warned) == 1
-    assert compiled.loop().why.startswith("it could not be built (")
+    assert compiled.compiled_loop().why.startswith("it could not be built (")
     assert attends()
 
 
@@ -152,7 +152,7 @@ def test_without_cxx_the_next_compiler_is_tried(quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize("kept", [0, 100, 0.5, "another", "one bit"])
 def test_a_damaged_file_is_never_loaded_but_built_anew(quick, tmp_path, kept):
     """An end that is missing ended the process, by SIGBUS, or the loop for good."""
-    first = name_of(compiled.loop())
+    first = name_of(compiled.compiled_loop())
     good = first.read_bytes()
     damaged = {"another": b"\x7fELF" + bytes(5000), "one bit": good[:-1] + bytes([good[-1] ^ 1])}.get(kept)
     if damaged is None:
@@ -170,8 +170,8 @@ def test_a_damaged_file_is_never_loaded_but_built_anew(quick, tmp_path, kept):
 @needs_compiler
 @pytest.mark.parametrize("how", ["by another digest", "for others to write"])
 def test_a_planted_file_does_not_run(quick, tmp_path, how):
-    path, source = name_of(compiled.loop()), tmp_path / "planted.cpp"
-    source.write_text(SOURCE % (tmp_path / "it ran", ctypes.sizeof(binding.Call), KEYS))
+    path, source = name_of(compiled.compiled_loop()), tmp_path / "planted.cpp"
+    source.write_text(SOURCE % (tmp_path / "it ran", ctypes.sizeof(binding.LoopCall), KEYS))
     made, made_of = tmp_path / "planted.so", path.stem.split("-")[1]
     subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
     digest = "0" * compiled.DIGITS if how == "by another digest" else compiled._digest(made.read_bytes())
@@ -187,7 +187,7 @@ def test_a_planted_file_does_not_run(quick, tmp_path, how):
 @posix
 @pytest.mark.parametrize("what", ["file", "folder", "link"])
 def test_what_belongs_to_somebody_else_is_not_loaded(quick, monkeypatch, what):
-    path = name_of(compiled.loop())
+    path = name_of(compiled.compiled_loop())
     assert compiled.whole(path)
     if what == "link":
         moved = path.rename(path.with_suffix(".moved"))
@@ -275,18 +275,18 @@ def test_without_a_place_to_write_torch_computes(fresh, monkeypatch, tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("lacks", ["a function", "bytes of a call"])
 def test_a_library_that_is_not_the_loop_is_refused(quick, tmp_path, lacks):
-    size = ctypes.sizeof(binding.Call) - 8 * (lacks == "bytes of a call")
+    size = ctypes.sizeof(binding.LoopCall) - 8 * (lacks == "bytes of a call")
     keys = "" if lacks == "a function" else KEYS
     compiled.SOURCE.write_text(SOURCE % (tmp_path / "witness", size, keys))
     why = r"no compiled.*pack" if keys == "" else rf"{size} bytes, not of {size + 8}"
     with pytest.warns(UserWarning, match=why):
-        assert compiled.loop().library is None
+        assert compiled.compiled_loop().library is None
 
 
 @needs_compiler
 def test_a_file_of_another_machine_is_left_alone(quick):
     """Its digest is right, and it can't be loaded here: it stays, beside the one that is built."""
-    first = name_of(compiled.loop())
+    first = name_of(compiled.compiled_loop())
     other = quick / f"fused-{first.stem.split('-')[1]}-{compiled._digest(b'other')}.so"
     other.write_bytes(b"other")
     other.chmod(0o700)
@@ -301,10 +301,10 @@ def test_no_memory_is_an_error_and_not_the_end():
     loop = compiled.library()
     done = (ctypes.c_int64 * 3)()
     sizes = dict(columns=64, num_q=9, num_k=9, batch=1, heads=1, key_heads=1, groups=1, threads=3, end=9)
-    call = binding.Call(rows=1 << 40, dim=64, value_dim=64, done=ctypes.addressof(done), **sizes)
+    call = binding.LoopCall(rows=1 << 40, dim=64, value_dim=64, done=ctypes.addressof(done), **sizes)
     with pytest.raises(MemoryError, match=r"attend.*no memory"):
         loop.attend(ctypes.byref(call))
-    call = binding.Call(rows=64, dim=1 << 40, value_dim=1 << 40, done=ctypes.addressof(done), **sizes)
+    call = binding.LoopCall(rows=64, dim=1 << 40, value_dim=1 << 40, done=ctypes.addressof(done), **sizes)
     with pytest.raises(MemoryError, match=r"pack.*no memory"):
         loop.pack(ctypes.byref(call))
     assert not any(done)
@@ -315,17 +315,17 @@ def test_a_processor_is_told_by_its_model_and_instructions_in_one_order(monkeypa
     lines = [f"model name\t: {i}" for i in (3, 1, 2, 0, 5, 4)] + ["bogomips\t: 1", "flags\t\t: fpu", "Features\t: neon"]
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "\n".join(lines * 2))
     expected = ["Features\t: neon", "flags\t\t: fpu", *(f"model name\t: {i}" for i in range(6))]
-    assert compiled.processor() == "\n".join(expected)
+    assert compiled.processor_text() == "\n".join(expected)
 
 
 @needs_compiler
 def test_it_is_built_once_whoever_asks_at_the_same_time(quick, monkeypatch):
     """Threads of one process; another processor's is another file."""
     with ThreadPoolExecutor(3) as pool:
-        names = {name_of(x) for x in pool.map(lambda _: compiled.loop(), range(3))}
+        names = {name_of(x) for x in pool.map(lambda _: compiled.compiled_loop(), range(3))}
     assert names == set(quick.iterdir())
     assert len(names) == 1
-    monkeypatch.setattr(compiled, "processor", lambda: "another")
+    monkeypatch.setattr(compiled, "processor_text", lambda: "another")
     assert name_of(again()) not in names
 
 

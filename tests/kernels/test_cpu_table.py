@@ -52,7 +52,7 @@ def speed(density: float, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> 
 @pytest.fixture
 def amx(monkeypatch):
     """A Xeon with AMX and a C++ compiler."""
-    monkeypatch.setattr(cpu, "processor", lambda: "amx")
+    monkeypatch.setattr(cpu, "processor_kind", lambda: "amx")
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
 
 
@@ -85,13 +85,13 @@ def test_the_processor_is_told_by_what_it_has(monkeypatch, has, kind):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True, raising=False)
         else:
             monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
-    assert cpu.processor.__wrapped__() == kind
+    assert cpu.processor_kind.__wrapped__() == kind
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(row[name]) for name in cpu_table.KEY))
 def test_the_backend_ahead_at_a_density_is_taken_and_its_speed_is_told(monkeypatch, row):
     rivals = [other for other in ROWS if all(other[name] == row[name] for name in cpu_table.KEY[:-1])]
-    monkeypatch.setattr(cpu, "processor", lambda: row["processor"])
+    monkeypatch.setattr(cpu, "processor_kind", lambda: row["processor"])
     monkeypatch.setattr(flex_backend, "missing_requirement", lambda device_type: None)
     dtype, sizes = DTYPES[row["dtype"]], {"tokens": row["tokens"], "tile": row["tile"]}
     for density in (density for density, _ in row["shares"]):
@@ -116,7 +116,7 @@ def test_amx_takes_flex_in_bf16_where_it_is_ahead_and_no_backend_wins_at_density
     ("avx512", "fp32", 0.885), ("avx512", "bf16", 0.942), ("avx512_bf16", "fp32", 2), ("avx512_bf16", "bf16", 2),
 ])  # fmt: skip
 def test_the_measured_makes_gain_up_to_these_densities(monkeypatch, kind, dtype, even):
-    monkeypatch.setattr(cpu, "processor", lambda: kind)
+    monkeypatch.setattr(cpu, "processor_kind", lambda: kind)
     for density in (0.1, 0.25, 0.5, 0.79, 0.87, 0.9, 0.93, 0.95, 1.0):
         assert auto(density, DTYPES[dtype]) == "torch"
         if density != 0.1 or dtype == "bf16":
@@ -131,7 +131,7 @@ def test_what_no_row_serves_is_torchs_and_nothing_is_known_of_it(amx, monkeypatc
     ):
         assert auto(density, dtype, tokens=tokens) == "torch"
         assert speed(density, dtype, tokens=tokens) is None
-    monkeypatch.setattr(cpu, "processor", lambda: "other")
+    monkeypatch.setattr(cpu, "processor_kind", lambda: "other")
     assert (auto(0.5), speed(0.5)) == ("torch", None)
     assert predicted_speedup(torch.device("meta"), torch.bfloat16, lists(0.5)) is None
 
@@ -204,9 +204,11 @@ def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generat
     cpu._dense_speed.cache_clear()
     torch.manual_seed(0)
     before, taken = torch.get_rng_state(), []
-    real = cpu.fused.attend
+    real = cpu.fused.attend_by_loop
     monkeypatch.setattr(
-        cpu.fused, "attend", lambda problem, *a, **more: taken.append(problem.q.shape) or real(problem, *a, **more)
+        cpu.fused,
+        "attend_by_loop",
+        lambda problem, *a, **more: taken.append(problem.q.shape) or real(problem, *a, **more),
     )
     found = [dense_speed(torch.float32, 32) for _ in range(2)]
     assert found[0] == found[1] > 0
@@ -221,7 +223,7 @@ def test_dense_calls_are_measured_once_and_draw_nothing_from_the_callers_generat
 def test_the_slower_way_is_told_as_such(monkeypatch):
     monkeypatch.delenv(cpu.DENSE, raising=False)
     monkeypatch.setattr(cpu, "DENSE_TOKENS", 128)
-    ways = ((cpu.fused, "attend", 0.0), (cpu, "scaled_dot_product_attention", float("inf")))
+    ways = ((cpu.fused, "attend_by_loop", 0.0), (cpu, "scaled_dot_product_attention", float("inf")))
     for module, name, slow in ways:
         cpu._dense_speed.cache_clear()
         with monkeypatch.context() as patch:

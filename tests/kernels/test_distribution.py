@@ -100,7 +100,7 @@ def test_two_versions_compute_in_one_process_without_meeting(tmp_path, forget):
             )
             assert copy.block_sparse_attention(*fake, lists, layout="bhsd").shape == (1, 2, 48, 16)
         assert getattr(torch.ops, name).block_sparse_attention.default.namespace == name
-    tables = [importlib.import_module(f"{copy.__name__}.backends.triton.launch").table() for copy in copies]
+    tables = [importlib.import_module(f"{copy.__name__}.backends.triton.launch").launch_table() for copy in copies]
     assert tables[0] is not tables[1]
 
 

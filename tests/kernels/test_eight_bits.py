@@ -24,17 +24,13 @@ from dit_accel_kernels import (
 )
 from dit_accel_kernels.backends.triton import launch, support
 from dit_accel_kernels.precision import centre_of, rounded
-from kernel_cases import check_against_reference, qkv, random_lists
+from kernel_cases import qkv, random_lists
 
 BOTH = ["int8", "fp8"]
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(0))
 
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
-
-
-def check(q, k, v, tiles, precision, **arguments):
-    check_against_reference(q, k, v, tiles, "triton", **{"layout": "bhsd", "precision": precision, **arguments})
 
 
 def full(tokens: int) -> TileLists:
@@ -45,46 +41,6 @@ def full(tokens: int) -> TileLists:
 
 def attend(q, k, v, tiles, backend="reference", **arguments):
     return block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend=backend, **arguments)
-
-
-@pytest.mark.parametrize("precision", BOTH)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [40, 64, 96, 128])
-def test_head_dims(precision, dtype, dim):
-    check(*qkv(1, 2, 1, 37, 51, dim, dtype), random_lists(2, 37, 51, 16, 16), precision)
-
-
-@pytest.mark.parametrize("precision", BOTH)
-@pytest.mark.parametrize(("num_q", "num_k", "blocks"), [(1, 1, (16, 16)), (63, 65, (32, 32)), (70, 130, (24, 48))])
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_odd_sizes_and_layouts(precision, num_q, num_k, blocks, layout):
-    q, k, v = qkv(2, 4, 2, num_q, num_k, 16, torch.float32, layout)
-    check(q, k, v, random_lists(8, num_q, num_k, *blocks), precision, layout=layout)
-
-
-@pytest.mark.parametrize("precision", BOTH)
-@pytest.mark.parametrize("features", range(8))
-def test_features_together(precision, features):
-    """Every subset of key masks, decay and the rest (head scale, token order, identity mix)."""
-    q, k, v = qkv(2, 2, 1, 40, 40, 16, torch.float32)
-    arguments: dict = dict(scale=0.3)
-    if features & 1:
-        arguments |= dict(key_length=torch.tensor([40, 21]), key_mask=torch.rand(2, 40) > 0.2)
-    if features & 2:
-        frames = torch.arange(40, dtype=torch.int32) // 16 - 1
-        arguments |= dict(frame_decay=FrameDecay(table=torch.tensor([1.0, 0.6]), q_frames=frames, k_frames=frames))
-    if features & 4:
-        arguments |= dict(head_scale=torch.tensor([-0.7, 1.4]), token_order=ORDER)
-        arguments |= dict(identity_mix=torch.rand(2, 2), identity_rows=torch.rand(40) > 0.5)
-    check(q, k + 3, v, random_lists(2, 40, 40, 16, 16), precision, **arguments)
-
-
-@pytest.mark.parametrize("precision", BOTH)
-def test_masks_inside_tiles_and_values_of_another_head_dim(precision):
-    q, k, _ = qkv(1, 2, 1, 50, 50, 40, torch.float16)
-    v = torch.randn(1, 1, 50, 24).half()
-    causal = torch.ones(50, 50, dtype=torch.bool).tril()
-    check(q, k, v, TileLists.from_mask(causal, block_q=16, block_k=16), precision)
 
 
 @pytest.mark.parametrize("vote", [Vote(threshold=-2.0), Vote(criterion="mass", threshold=0.05)])
@@ -101,31 +57,6 @@ def test_selections_and_votes(vote, rest):
     assert torch.equal(found[3], expected[3])
     for one, other in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_without_a_key_and_masked_garbage():
-    q, k, v = qkv(1, 1, 1, 32, 48, 16, torch.float32)
-    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.inf
-    states = torch.tensor([[0, 0, 0], [2, 1, 2]], dtype=torch.uint8)
-    tiles = TileLists.from_states(states, block_q=16, block_k=16, num_q=32, num_k=48)
-    out, lse = attend(q, k, v, tiles, "triton", precision="int8", key_length=torch.tensor([40]))
-    assert torch.equal(out[:, :, :16], torch.zeros(1, 1, 16, 16))
-    assert (lse[..., :16] == -torch.inf).all()
-    expected = attend(q, k, v, tiles, precision="int8", key_length=torch.tensor([40]))
-    torch.testing.assert_close((out, lse), expected)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_the_rows_that_see_it(backend, value):
-    q, k, v = qkv(1, 1, 1, 32, 32, 16, torch.float32)
-    tiles = full(32)
-    q[0, 0, 3, 5] = value
-    out = attend(q, k, v, tiles, backend, precision="int8")[0]
-    assert out.isnan().any(-1).nonzero().tolist() == [[0, 0, 3]]
-    k[0, 0, 20, 1] = value
-    assert attend(q, k, v, tiles, backend, precision="int8")[0].isnan().all()
 
 
 @pytest.mark.parametrize(("precision", "worst"), [("int8", 0.5 / 127), ("fp8", 2**-4)])
@@ -170,17 +101,6 @@ def test_frame_decay_keeps_the_keys_where_they_are():
     k = k + 1
     truth, found = (attend(q, k, v, tiles, frame_decay=decay, precision=x)[0] for x in (None, "int8"))
     assert (found - truth).norm() / truth.norm() < 0.02
-
-
-@pytest.mark.parametrize("precision", BOTH)
-def test_the_compiled_op_takes_it(precision):
-    q, k, v = qkv(1, 1, 1, 32, 32, 16, torch.float32)
-    tiles = random_lists(1, 32, 32, 16, 16)
-    run = torch.compile(
-        lambda *x: block_sparse_attention(*x, tiles, layout="bhsd", precision=precision, backend="reference"),
-        backend="eager", fullgraph=True,
-    )  # fmt: skip
-    assert torch.equal(run(q, k, v), attend(q, k, v, tiles, precision=precision)[0])
 
 
 def test_auto_is_triton_and_others_are_refused_by_name():

@@ -21,12 +21,11 @@ from dit_accel_kernels import (
     Vote,
     block_sparse_attention,
     fa4_requirement,
-    pack_bits,
     resolve_backend,
 )
 from dit_accel_kernels import api
 from dit_accel_kernels.backends.fa4 import support
-from kernel_cases import WIDE, assert_within_rounding, check_against_reference, qkv, random_lists
+from kernel_cases import check_against_reference, qkv, random_lists
 
 CPU = torch.device("cpu")
 ORDER = torch.randperm(300, generator=torch.Generator().manual_seed(0))
@@ -56,63 +55,6 @@ def arch(request, monkeypatch) -> str:
     torch.use_deterministic_algorithms(True)
     yield request.param
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.sample
-@pytest.mark.parametrize(
-    ("shape", "block_q", "groups", "dtype", "pooled", "features"),
-    [
-        ((1, 2, 2, 300, 300, 16), 128, 1, torch.bfloat16, False, ""),
-        ((1, 2, 2, 300, 300, 16), 128, 2, torch.float16, True, "order"),
-        ((2, 2, 1, 140, 400, 24), 128, 4, torch.bfloat16, True, "mask"),
-        ((1, 2, 1, 300, 200, 64), 256, 2, torch.bfloat16, True, "scale"),
-        ((2, 2, 2, 300, 300, 16), 128, 1, torch.bfloat16, False, "mask order scale"),
-        ((1, 1, 1, 20, 5000, 8), 128, 1, torch.bfloat16, False, "mask"),  # more tiles than a word of bits has
-        ((1, 2, 2, 300, 300, 16), 128, 2, torch.bfloat16, True, "decay order"),
-        ((2, 2, 1, 140, 400, 24), 128, 4, torch.float16, True, "mask decay"),
-        ((1, 2, 1, 300, 200, 64), 256, 1, torch.bfloat16, False, "decay scale"),
-    ],
-)
-def test_agrees_with_the_specification(arch, shape, block_q, groups, dtype, pooled, features):
-    """Lists of one set, of heads and of all; grouped heads; ragged ends; empty and pooled rows; LSE and none."""
-    batch, _, _, num_q, num_k, _ = shape
-    arguments: dict = dict(layout="bhsd")
-    if "mask" in features:
-        valid = torch.rand(batch, num_k) > 0.3
-        valid[0, 128:256] = False
-        arguments |= dict(key_mask=valid, key_length=torch.full((batch,), num_k - 60))
-    if "order" in features:
-        arguments |= dict(token_order=ORDER)
-    if "scale" in features:
-        arguments |= dict(head_scale=torch.tensor([0.5, -1.5]))
-    if "decay" in features:
-        arguments |= dict(frame_decay=frame_decay(num_q, num_k))
-    tiles = random_lists(groups, num_q, num_k, block_q, 128, pooled=pooled)
-    check_against_reference(*qkv(*shape, dtype), tiles, backend="fa4", **arguments)
-    assert fa4_stand_in.calls
-
-
-def test_tokens_first_and_as_slices_of_one_tensor(arch):
-    """Fused q, k, v lie as they are; a head dim that no 16 bytes divide from the start is copied."""
-    tiles = random_lists(1, 300, 300, 128, 128)
-    fused = torch.randn(1, 300, 3, 2, 16).to(torch.bfloat16)
-    for q, k, v in (fused.unbind(2), torch.randn(3, 1, 300, 2, 17).to(torch.bfloat16)[..., 1:].unbind()):
-        check_against_reference(q, k, v, tiles, backend="fa4")
-
-
-@pytest.mark.parametrize("rest", ["skip", "pooled"])
-def test_a_selection_narrows_the_lists(arch, rest):
-    q, k, v = qkv(1, 2, 2, 140, 400, 16, torch.bfloat16)
-    tiles = random_lists(2, 140, 400, 128, 128)
-    selection = Selection(keep=pack_bits(torch.rand(1, 2, 2, 4) > 0.4), rest=rest)
-    arguments = dict(layout="bhsd", selection=selection, return_tiles=True)
-    found, truth = (
-        block_sparse_attention(*(x.to(dtype) for x in (q, k, v)), tiles, backend=backend, **arguments)
-        for backend, dtype in (("fa4", q.dtype), ("reference", WIDE))
-    )
-    assert torch.equal(found[1], truth[1])
-    yardstick = block_sparse_attention(q, k, v, tiles, backend="reference", **arguments)
-    assert_within_rounding(found[0], yardstick[0], truth[0], q.dtype)
 
 
 def test_routing_and_what_it_chose_are_one_call(arch):
@@ -176,26 +118,6 @@ def test_decay_is_remembered_with_its_frames_and_their_order(arch):
     assert all(a is b for a, b in zip(first, second, strict=True))
     assert torch.equal(third[0], first[0][:, ORDER.argsort()])
     assert fa4_stand_in.calls[0]["mask_mod"] is None
-
-
-@pytest.mark.parametrize("decays", [False, True])
-def test_gradients_are_those_of_the_triton_backend(arch, decays):
-    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 140, 200, 16, torch.bfloat16)]
-    tiles = random_lists(1, 140, 200, 128, 128)
-    seed = torch.randn_like(leaves[0])
-    arguments = dict(layout="bhsd", frame_decay=frame_decay(140, 200) if decays else None)
-
-    def gradients(backend: str, dtype: torch.dtype) -> tuple:
-        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
-        out = block_sparse_attention(*inputs, tiles, backend=backend, **arguments)
-        return torch.autograd.grad(out, inputs, seed.to(dtype))
-
-    found, yardstick, truth = (
-        gradients(*x) for x in (("fa4", seed.dtype), ("reference", seed.dtype), ("reference", WIDE))
-    )
-    assert all(call["tensors"].block_size[1] == 128 for call in fa4_stand_in.calls)
-    for a, b, c in zip(found, yardstick, truth, strict=True):
-        assert_within_rounding(a, b, c, seed.dtype)
 
 
 LISTS = random_lists(1, 300, 300, 128, 128)

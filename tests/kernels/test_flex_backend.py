@@ -14,7 +14,7 @@ from dit_accel_kernels import (
     block_sparse_attention,
 )
 from dit_accel_kernels.backends import flex as flex_backend
-from kernel_cases import assert_within_rounding, check_against_reference, qkv, random_lists, with_masks
+from kernel_cases import assert_within_rounding, qkv, random_lists, with_masks
 from torch._dynamo.utils import counters
 
 LISTS = random_lists(1, 40, 40, 16, 16)
@@ -101,55 +101,6 @@ def features(batch: int, heads: int, num_q: int, num_k: int, block_k: int, *, ma
         table = torch.tensor([1.0, 0.9, 0.5, 0.2])
         found["frame_decay"] = FrameDecay(**dict(zip(("q_frames", "k_frames"), frames, strict=True)), table=table)
     return found
-
-
-@pytest.mark.sample
-@pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize(("mask", "decay"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(
-    ("shape", "blocks", "groups", "dtype"),
-    [
-        ((1, 2, 2, 63, 63, 16), (16, 16), 1, torch.float32),
-        ((2, 4, 2, 100, 130, 24), (32, 16), 4, torch.bfloat16),
-        ((2, 2, 1, 1, 300, 40), (64, 64), 4, torch.float16),
-        ((1, 3, 1, 130, 20, 8), (16, 128), 3, torch.float32),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:return_lse is deprecated")
-def test_mask_and_score_functions_agree_with_the_specification(
-    eager, shape, blocks, groups, dtype, mask, decay, partial
-):
-    """What needs no compiler: tables, functions, lengths of ragged and masked tiles, LSE, rows without a key."""
-    batch, heads, _, num_q, num_k, _ = shape
-    q, k, v = qkv(*shape, dtype)
-    v = v[..., : 8 if partial else None]
-    arguments = features(batch, heads, num_q, num_k, blocks[1], mask=mask, decay=decay)
-    if num_q == num_k:
-        arguments["token_order"] = torch.randperm(num_q)
-    tiles = random_lists(groups, num_q, num_k, *blocks)
-    if tiles.pooled_indices is None and not mask:
-        tiles = TileLists.from_states((tiles.states() > 0).to(torch.uint8) * POOLED, **sizes_of(tiles))
-    tiles = with_masks(tiles) if partial else tiles
-    check_against_reference(q, k, v, tiles, backend="flex", **arguments)
-    assert all(blocks.seen is not None for _, blocks in eager)
-
-
-def sizes_of(tiles: TileLists) -> dict:
-    return dict(block_q=tiles.block_q, block_k=tiles.block_k, num_q=tiles.num_q, num_k=tiles.num_k)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_what_an_invalid_key_holds_does_not_matter(eager):
-    q, k, v = qkv(2, 2, 2, 100, 100, 16, torch.float32)
-    tiles, arguments = random_lists(1, 100, 100, 16, 16), features(2, 2, 100, 100, 16, mask=True, decay=False)
-    invalid = ~arguments["key_mask"][:, None, :, None]
-    expected, found = (
-        block_sparse_attention(
-            q, k.masked_fill(invalid, key), v.masked_fill(invalid, value), tiles, backend="flex", **arguments
-        )
-        for key, value in ((0.0, 0.0), (float("nan"), float("inf")))
-    )
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

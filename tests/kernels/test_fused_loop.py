@@ -6,35 +6,35 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from dit_accel_kernels import FrameDecay, Selection, TileLists, Vote, block_sparse_attention
 from dit_accel_kernels.backends.torch import attend, binding, compiled, fused, memory, tiled
 from dit_accel_kernels.features import product_dtype
-from kernel_cases import check_against_reference, qkv, random_lists
+from kernel_cases import Call, check_against_reference, qkv, random_lists
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [5, 40, 96])
-@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 100), (64, 33)])
-def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, monkeypatch):
-    """More columns than are kept at a time in one tile, in several, and of pooled ones; every feature at once."""
+@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
+def test_chunks_panels_and_rows_of_every_length(dim, block_q, block_k, dtype, monkeypatch):
+    """More columns than are kept at a time in one tile, in several, and of pooled ones; every feature; pairs."""
     taken = []
-    monkeypatch.setattr(fused, "attend", lambda *a, real=fused.attend, **k: taken.append(1) or real(*a, **k))
-    q, k, v = qkv(2, 2, 1, 150, 1400, dim, torch.float32)
-    decay = FrameDecay(
-        table=torch.tensor([1.0, 0.8, 0.5]),
-        q_frames=torch.arange(150, dtype=torch.int32) // 31 - 1,
-        k_frames=torch.arange(1400, dtype=torch.int32) // 290 - 1,
+    monkeypatch.setattr(
+        fused, "attend_by_loop", lambda *a, real=fused.attend_by_loop, **k: taken.append(1) or real(*a, **k)
     )
-    tiles = random_lists(2, 150, 1400, block_q, block_k, pooled=True)
-    mask = torch.rand(2, 1400) > 0.3
-    for options in (dict(), dict(key_mask=mask, frame_decay=decay, head_scale=torch.tensor([0.5, 2.0]))):
-        check_against_reference(q, k, v, tiles, layout="bhsd", **options)
-    assert taken
+    call = Call(
+        batch=2, heads=4, key_heads=2, num_q=150, num_k=1400, dim=dim, dtype=dtype, blocks=(block_q, block_k), groups=4
+    )
+    plain, hidden = (replace(call, features=f"pooled {words}") for words in ("", "inside mask decay heads"))
+    for each in (plain, replace(hidden, value_dim=7), replace(call, layout="bshd", features="pooled mask")):
+        check_against_reference(*each.tensors(), each.lists(), **each.arguments())
+    assert taken or dtype == torch.bfloat16  # where the processor has no pairs of products
 
 
 @needs_compiler
@@ -230,59 +230,6 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch, threads):
     child.start()
     assert queue.get(timeout=60) == expected
     child.join()
-
-
-@needs_compiler
-@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("dim", [5, 40, 64])
-@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
-def test_bfloat16_stays_within_rounding(block_q, block_k, dim, layout):
-    """In pairs where the processor multiplies them: odd head dims and tiles too, masks, strides, values to mask out."""
-    q, k, v = qkv(2, 4, 2, 150, 1400, dim, torch.bfloat16, layout)
-    mask = torch.rand(2, 1400) > 0.3
-    tiles = random_lists(4, 150, 1400, block_q, block_k, pooled=True)
-    check_against_reference(q, k, v, tiles, layout=layout, head_scale=torch.tensor([0.5, 2.0, 1.0, 0.7]))
-    if dim == 64:  # rows that don't lie in one piece
-        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
-    hidden = ~mask[:, :, None, None] if layout == "bshd" else ~mask[:, None, :, None]
-    found = [
-        block_sparse_attention(
-            q, x, y, tiles, layout=layout, key_mask=mask, return_lse=True, backend="torch"
-        )
-        for x, y in ((k, v), (k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf)))
-    ]  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    check_against_reference(q, k, v, tiles, layout=layout, key_mask=mask)
-
-
-def masked_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int) -> TileLists:
-    """Causal up to the last key, with a gap, and rows that see no key."""
-    rows, keys = torch.arange(num_q)[:, None], torch.arange(num_k)
-    seen = (keys - (num_k - num_q)) <= rows
-    seen = seen & (rows % 29 != 3) & ((keys - rows) % 50 != 7)
-    return TileLists.from_mask(seen.expand(groups, -1, -1), block_q=block_q, block_k=block_k)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("block_q", "block_k"), [(7, 640), (13, 101), (64, 33)])
-@pytest.mark.parametrize(("dim", "value_dim"), [(40, 40), (5, 24), (64, 7)])
-def test_masks_inside_tiles_and_a_head_dim_of_v(dim, value_dim, block_q, block_k, dtype):
-    """Rows without a key among others of their tile, key masks, decay, strides; whole tiles beside masked ones."""
-    q, k, _ = qkv(2, 4, 2, 150, 700, dim, dtype)
-    v = torch.randn(2, 2, 700, value_dim).to(dtype)
-    tiles = masked_lists(1, 150, 700, block_q, block_k)
-    assert tiles.mask_ids is not None
-    check_against_reference(q, k, v, tiles, layout="bhsd")
-    frames = torch.arange(700, dtype=torch.int32) // 90
-    decay = FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=frames[:150], k_frames=frames)
-    mask = torch.rand(2, 700) > 0.3
-    check_against_reference(q, k, v, tiles, layout="bhsd", key_mask=mask, frame_decay=decay)
-    out, lse = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend="torch")
-    assert out.shape == (2, 4, 150, value_dim)
-    assert not out[:, :, 3::29].any()
-    assert lse[:, :, 3::29].eq(-torch.inf).all()
-    assert lse[:, :, 4::29].isfinite().all()
 
 
 @needs_compiler

@@ -81,7 +81,7 @@ def test_parts_are_disjoint_and_no_larger_than_the_scratch(monkeypatch, groups, 
     seen, lanes = torch.zeros(2, 4, dtype=torch.int32), {1: 1, 4: 4, 8: 8}[groups]  # that one copy serves
     for part in triton_slices.slices(problem):
         seen[part] += 1
-        found = triton_slices.part_of(problem, part)
+        found = triton_slices.slice_of(problem, part)
         batch, heads = found.q.shape[:2]
         assert heads == 2 * found.k.shape[1]
         assert batch * heads <= max(copies * lanes, 2 if groups == 1 else lanes)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from dit_accel_kernels import EXACT, PARTIAL, POOLED, SKIPPED, TileLists, block_sparse_attention, unpack_bits
+from dit_accel_kernels import EXACT, PARTIAL, TileLists, block_sparse_attention, unpack_bits
 from dit_accel_kernels.bits import pack_bits
 from kernel_cases import qkv, random_lists, with_masks
 from torch import Tensor
@@ -78,15 +78,6 @@ def test_a_mask_mod_is_exact(name):
     tiles = TileLists.from_mask_mod(MASK_MODS[name], **SIZES).validate()
     assert torch.equal(dense(tiles), mask[0])
     check_against_dense(tiles, mask)
-
-
-def test_a_mask_mod_by_batch_and_head_and_values_of_another_head_dim():
-    mask = create_mask(by_head, 2, 2, TOKENS, TOKENS, "cpu")
-    tiles = TileLists.from_mask_mod(by_head, batch=2, heads=2, **SIZES)
-    assert tiles.groups == 4
-    check_against_dense(tiles, mask, dim_v=5)
-    of_first = TileLists.from_mask_mod(by_head, heads=2, **SIZES)
-    assert torch.equal(dense(of_first), mask[0])
 
 
 def test_a_mask_mod_is_evaluated_by_rows_of_tiles(monkeypatch):
@@ -176,61 +167,6 @@ def test_packed_sequences_see_themselves_alone(cu_k, limits):
     check_against_dense(tiles, mask)
 
 
-def test_neighbourhood_attention_of_a_video_in_tiles_of_its_grid():
-    """NATTEN's windows of 3 x 3 x 3, moved inside at the edges, on tokens ordered by boxes of 4 x 4 x 2."""
-    grid, box, size = (4, 8, 16), (4, 4, 2), (3, 3, 3)
-    token = torch.arange(512).view(grid)
-    boxes = token.unflatten(2, (-1, box[2])).unflatten(1, (-1, box[1])).unflatten(0, (-1, box[0]))
-    order = boxes.permute(0, 2, 4, 1, 3, 5).flatten()
-    places = torch.stack(torch.unravel_index(order, grid), 1)
-    lengths, sizes = torch.tensor(grid), torch.tensor(size)
-
-    def near(b, h, q_idx, kv_idx):
-        first = (places[q_idx] - sizes // 2).clamp(min=torch.zeros(3).long(), max=lengths - sizes)
-        return ((places[kv_idx] >= first) & (places[kv_idx] < first + sizes)).all()
-
-    tiles = TileLists.from_mask_mod(near, block_q=32, block_k=32, num_q=512, num_k=512)
-    spots = torch.stack(torch.unravel_index(torch.arange(512), grid), 1)
-    mask = torch.ones(512, 512, dtype=torch.bool)
-    for axis, (length, count) in enumerate(zip(grid, size, strict=True)):
-        for token in range(512):
-            start = min(max(int(spots[token, axis]) - count // 2, 0), length - count)
-            mask[token] &= (spots[:, axis] >= start) & (spots[:, axis] < start + count)
-    assert (mask.sum(1) == 27).all()
-    assert tiles.density < 0.4
-    assert TileLists.from_mask(mask, block_q=32, block_k=32).density > 0.45  # rows of the grid as they are
-    check_against_dense(tiles, mask, token_order=order)
-
-
-def test_masks_and_pooled_tiles_in_one_row():
-    """A pooled tile that a causal row comes after: the sum of both sides by LSE."""
-    states = torch.tensor([[EXACT, SKIPPED], [POOLED, EXACT]], dtype=torch.uint8)
-    sizes = dict(block_q=16, block_k=16, num_q=32, num_k=32)
-    mask = pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril())
-    both = replace(TileLists.from_states(states, **sizes), mask_ids=torch.zeros(2, dtype=torch.int32), mask_bits=mask)
-    q, k, v = qkv(1, 2, 2, 32, 32, 8, torch.float64)
-    exact = TileLists.from_mask(dense(both), block_q=16, block_k=16)
-    pooled = TileLists.from_states(torch.tensor([[0, 0], [1, 0]], dtype=torch.uint8), **sizes)
-    parts = [
-        block_sparse_attention(q, k, v, x, layout="bhsd", return_lse=True, backend="torch")
-        for x in (exact, pooled, both)
-    ]
-    (one, lse), (two, lse_two), (found, lse_found) = parts
-    total = torch.logaddexp(lse, lse_two)
-    torch.testing.assert_close(lse_found, total)
-    expected = one * (lse - total).exp()[..., None] + two * (lse_two - total).exp()[..., None]
-    torch.testing.assert_close(found, expected)
-
-
-def test_rows_of_lists_that_are_longer_than_others_have_the_masks():
-    """Query tiles that see 18 and 20 key tiles are computed together; only the last of the longer list has a mask."""
-    mask = torch.zeros(48, 160, dtype=torch.bool)
-    mask[:16, :144] = mask[16:, :157] = True
-    tiles = TileLists.from_mask(mask, block_q=16, block_k=8)
-    assert (tiles.exact_offsets.diff() == torch.tensor([18, 20, 20])).all()
-    check_against_dense(tiles, mask)
-
-
 def test_masks_that_change_in_place_are_followed():
     tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=40, num_k=40)
     q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
@@ -289,19 +225,6 @@ def test_a_key_that_masks_hide_from_all_rows_is_nothing(value):
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
     assert not results[1][2][0, 0, 20].any()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_query_that_is_no_number_is_one_row_unless_it_sees_nothing(backend, value):
-    mask = torch.ones(40, 40, dtype=torch.bool).tril(-1)
-    tiles = TileLists.from_mask(mask, block_q=16, block_k=16)
-    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
-    q[0, 0, [0, 21]] = value
-    out, lse = block_sparse_attention(q, k, v, tiles, layout="bhsd", return_lse=True, backend=backend)
-    assert (~out[0, 0].isfinite()).any(-1).nonzero().flatten().tolist() == [21]
-    assert torch.equal(out[0, 0, 0], torch.zeros(8))
-    assert lse[0, 0, 0] == -torch.inf
 
 
 def ones(*shape, dtype=torch.int32):

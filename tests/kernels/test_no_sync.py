@@ -5,6 +5,7 @@ import triton_interpreter  # noqa: F401, I001 (before everything that may import
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -217,9 +218,13 @@ def test_plans_are_made_without_a_wait(feature, call, rest, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="interprets its kernels: TRITON_INTERPRET=0 runs them on a GPU")
-@pytest.mark.parametrize("rest", [0, 1], ids=["skipped", "pooled"])
-@pytest.mark.parametrize(("feature", "call"), CALLS)
-def test_calls_replay_from_a_cuda_graph(feature, call, rest):
+@pytest.mark.parametrize("feature", FEATURES)
+def test_calls_replay_from_a_cuda_graph(feature):
+    for call, rest in product([call for name, call in CALLS if name == feature], (0, 1)):
+        check_replay(feature, call, rest)
+
+
+def check_replay(feature: str, call: Callable, rest: int) -> None:
     """Captured on one set of inputs, replayed on another: bit for bit what the call gives there."""
     tiles, features, inputs = lists(rest, feature, "cuda"), FEATURES[feature]("cuda"), tensors("cuda")
     stream = torch.cuda.Stream()

@@ -20,7 +20,7 @@ from dit_accel_kernels import (
 )
 from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.packing import flatten, restore
-from kernel_cases import assert_within_rounding, qkv, random_lists, with_masks
+from kernel_cases import CALLS, qkv, random_lists, with_masks
 
 FRAMES = torch.arange(30, dtype=torch.int32) // 8 - 1
 DECAY = FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=FRAMES, k_frames=FRAMES)
@@ -34,38 +34,6 @@ EVERYTHING = dict(
     identity_mix=torch.tensor([0.0, 0.5, 1.0, 0.3]),
     identity_rows=torch.arange(30) % 3 > 0,
 )
-
-
-@pytest.mark.parametrize("arguments", [dict(layout="bhsd"), EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("partial", [False, True])
-def test_gradients_equal_those_of_the_specification(arguments, groups, key_heads, partial):
-    q, k, v = qkv(2, 4, key_heads, 30, 30, 8, torch.float64)
-    leaves = [x.requires_grad_() for x in (q, k, v[..., :5] if partial else v)]
-    tiles = random_lists(groups, 30, 30, 8, 7)
-    tiles = with_masks(tiles) if partial else tiles
-    found, expected = [], []
-    seeds = [torch.randn(2, 4, 30, leaves[2].shape[3], dtype=torch.float64), torch.randn(2, 4, 30, dtype=torch.float64)]
-    for result, backend in ((found, "torch"), (expected, "reference")):
-        out, lse = block_sparse_attention(*leaves, tiles, return_lse=True, backend=backend, **arguments)
-        lse = lse.masked_fill(lse.isinf(), 0.0)
-        result += torch.autograd.grad([out, lse], leaves, seeds)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # a pooled tile's mean decay is a float32 sum
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_dtype_gradients_within_rounding(dtype):
-    leaves = qkv(1, 2, 2, 100, 100, 32, dtype)
-    tiles, seed = random_lists(1, 100, 100, 16, 16), torch.randn(1, 2, 100, 32).to(dtype)
-    grads = []
-    for backend, wide in (("torch", False), ("reference", False), ("reference", True)):
-        inputs = [(x.double() if wide else x).detach().requires_grad_() for x in leaves]
-        out = block_sparse_attention(*inputs, tiles, layout="bhsd", backend=backend)
-        grads.append(torch.autograd.grad(out, inputs, seed.to(out.dtype)))
-    for a, b, c in zip(*grads, strict=True):
-        assert_within_rounding(a, b, c, dtype)
 
 
 def test_gradcheck():
@@ -87,27 +55,20 @@ def test_backward_entry_equals_autograd():
         block_sparse_attention_backward(seed, *leaves, tiles, layout="bhsd", densty=1)
 
 
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_opcheck(everything, layout, return_lse):
-    """Everything means masks inside tiles and values of their own head dim too."""
-    q, k, v = qkv(2, 4, 2, 30, 30, 8, torch.float32, layout)
-    leaves = [x.requires_grad_() for x in (q, k, v[..., :5] if everything else v)]
-    arguments = {**(EVERYTHING if everything else {}), "layout": layout, "return_lse": return_lse}
-    tiles = random_lists(1, 30, 30, 8, 8, pooled=everything)
-    problem = problem_of(*leaves, with_masks(tiles) if everything else tiles, **arguments)
+@pytest.mark.parametrize("name", ["everything", "masks inside and a head dim of v", "bits that pool", "tokens first"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend, name):
+    call = CALLS[name]
+    leaves = [x.requires_grad_() for x in call.tensors()]
+    problem = problem_of(*leaves, call.lists(), return_lse=True, backend=backend, **call.arguments())
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(problem))
 
 
-@pytest.mark.sample(1)
 @pytest.mark.parametrize("return_tiles", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck_with_a_selection(backend, return_tiles):
-    """Keep bits, routing and votes, gradients included."""
+def test_opcheck_with_votes_and_routing(return_tiles):
     leaves = [x.requires_grad_() for x in qkv(2, 4, 2, 30, 30, 8, torch.float32)]
     selection = Selection(keep=pack_bits(torch.rand(2, 4, 4, 4) > 0.2), routing=Routing(beta=0.0), vote=Vote())
-    given = dict(layout="bhsd", selection=selection, return_tiles=return_tiles, return_lse=True, backend=backend)
+    given = dict(layout="bhsd", selection=selection, return_tiles=return_tiles, return_lse=True, backend="torch")
     problem = problem_of(*leaves, random_lists(1, 30, 30, 8, 8), **given)
     torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(problem))
 

@@ -5,9 +5,6 @@ import math
 import pytest
 import torch
 from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
     Routing,
     Selection,
     TileLists,
@@ -21,7 +18,7 @@ from dit_accel_kernels.checks import problem_of
 from dit_accel_kernels.states import routing_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import qkv, random_lists
+from kernel_cases import qkv
 
 WIDE = torch.float64
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -42,28 +39,6 @@ def test_bits_survive_packing(count, seed):
 
 
 @BOTH
-@pytest.mark.parametrize("rest", ["skip", "pooled"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_keep_bits_are_lists_of_their_own(backend, rest, groups):
-    q, k, v = qkv(2, 2, 1, 50, 50, 8, WIDE)
-    tiles = random_lists(groups, 50, 50, 8, 8)
-    keep, pinned = torch.rand(2, 2, 7, 7) > 0.5, torch.rand(7, 7) > 0.8
-    selection = Selection(keep=pack_bits(keep), rest=rest, pinned=pack_bits(pinned))
-    out, lse, exact = block_sparse_attention(
-        q, k, v, tiles, layout="bhsd", selection=selection, return_tiles=True, return_lse=True, backend=backend
-    )
-    states = tiles.states()
-    states = (states[None] if groups < 4 else states.unflatten(0, (2, 2))).expand(2, 2, 7, 7)
-    dropped = (states == EXACT) & ~keep & ~pinned
-    states = torch.where(dropped, POOLED if rest == "pooled" else SKIPPED, states).to(torch.uint8)
-    lists = TileLists.from_states(states.flatten(0, 1), block_q=8, block_k=8, num_q=50, num_k=50)
-    expected = block_sparse_attention(q, k, v, lists, layout="bhsd", return_lse=True, backend=backend)
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
-    assert torch.equal(unpack_bits(exact, 7), states == EXACT)
-
-
-@BOTH
 @pytest.mark.parametrize("threshold", ["diag", "exact"])
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
 def test_routing_keeps_the_normal_tail_of_gaussian_data(backend, threshold, beta):
@@ -78,73 +53,10 @@ def test_routing_keeps_the_normal_tail_of_gaussian_data(backend, threshold, beta
     assert abs(density - expected) < 4 * math.sqrt(expected / (4 * 64))  # tiles of a row share its mean query
 
 
-def test_routing_follows_the_formula():
-    """mu and sigma written out for one row, head scale and a pinned column included."""
-    q, k, v = qkv(1, 1, 1, 8, 32, 4, WIDE)
-    pinned = torch.zeros(1, 4, dtype=torch.bool)
-    pinned[0, 3] = True
-    means = k.unflatten(2, (4, 8)).mean(3)[0, 0]
-    row = q.mean(2)[0, 0] * 0.3 * 1.5 * math.log2(math.e)
-    scores = means @ row
-    for threshold in ("diag", "exact"):
-        spread = (
-            (row**2 * means[:3].var(0, correction=0)).sum() if threshold == "diag" else scores[:3].var(correction=0)
-        )
-        expected = scores > scores[:3].mean() + 0.2 * (spread + 1e-6).sqrt()
-        expected[3] = True
-        _, exact = block_sparse_attention(
-            q, k, v, TileLists.full(8, 32, block_q=8, block_k=8), layout="bhsd", scale=0.3,
-            head_scale=torch.tensor([1.5], dtype=WIDE), return_tiles=True, backend="reference",
-            selection=Selection(routing=Routing(beta=0.2, threshold=threshold), pinned=pack_bits(pinned)),
-        )  # fmt: skip
-        assert torch.equal(unpack_bits(exact, 4)[0, 0, 0], expected)
-
-
-@BOTH
-def test_routing_demotes_within_what_keep_left(backend):
-    q, k, v = qkv(1, 2, 2, 64, 64, 8, WIDE)
-    keep = torch.rand(1, 2, 8, 8) > 0.3
-    options = dict(layout="bhsd", return_tiles=True, backend=backend)
-    routing = Routing(beta=0.0)
-    routed = block_sparse_attention(q, k, v, full(64, 64, 8), selection=Selection(routing=routing), **options)[1]
-    both = Selection(keep=pack_bits(keep), rest="skip", routing=routing)
-    out, exact = block_sparse_attention(q, k, v, full(64, 64, 8), selection=both, **options)
-    assert torch.equal(unpack_bits(exact, 8), unpack_bits(routed, 8) & keep)
-    states = torch.where(keep, torch.where(unpack_bits(routed, 8), EXACT, POOLED), SKIPPED).to(torch.uint8)
-    lists = TileLists.from_states(states[0], block_q=8, block_k=8, num_q=64, num_k=64)
-    assert torch.equal(out, block_sparse_attention(q, k, v, lists, layout="bhsd", backend=backend))
-
-
 def kept(q, k, v, tiles, vote, backend="reference", **selection):
     options = dict(layout="bhsd", scale=1.0, selection=Selection(vote=vote, **selection), backend=backend)
     bits = block_sparse_attention(q, k, v, tiles, **options)[-1]
     return unpack_bits(bits, tiles.key_tiles)
-
-
-def one_logit_a_tile(logits):
-    """q, k, v of one query whose logits of successive tiles, each of one key repeated 16 times, are the ones given."""
-    q = torch.ones(1, 1, 1, 1, dtype=WIDE)
-    k = torch.tensor(logits, dtype=WIDE).repeat_interleave(16)[None, None, :, None]
-    return q, k, torch.ones_like(k)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_maxgap_faces_the_running_maximum(reverse):
-    logits = [0.0, -8.0, 5.0, -1.0, -8.0]
-    q, k, v = one_logit_a_tile(logits)
-    found = kept(q, k, v, TileLists.full(1, 80, block_q=16, block_k=16), Vote(threshold=-10.0), reverse=reverse)
-    # gaps in log2 units: forward -11.5, +7.2, -8.7, -18.8; backward +10.1, +8.7, -18.8, -7.2
-    expected = [True, False, True, True, False] if not reverse else [True, False, True, True, True]
-    assert found.flatten().tolist() == expected
-
-
-def test_mass_and_budget_count_shares_of_the_mass_so_far():
-    q, k, v = one_logit_a_tile([math.log(x) for x in (8.0, 1.0, 1.0, 1.0, 4.0)])
-    tiles = TileLists.full(1, 80, block_q=16, block_k=16)
-    # shares of what has been seen: 1, 1/9, 1/10, 1/11, 4/15
-    assert kept(q, k, v, tiles, Vote(criterion="mass", threshold=0.105)).flatten().tolist() == [1, 1, 0, 0, 1]
-    assert kept(q, k, v, tiles, Vote(criterion="budget", threshold=0.15)).flatten().tolist() == [1, 0, 1, 1, 1]
-    assert kept(q, k, v, tiles, Vote(criterion="budget", threshold=0.25)).flatten().tolist() == [1, 0, 0, 1, 1]
 
 
 def test_votes_leave_pinned_unvisited_and_padding_alone():

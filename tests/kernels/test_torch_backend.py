@@ -19,8 +19,6 @@ from dit_accel_kernels import (
     block_sparse_attention_eager,
     pack_bits,
 )
-from dit_accel_kernels import votes
-from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import chunks as chunks_module
 from dit_accel_kernels.backends.torch.chunks import WASTE, chunks_of
 from dit_accel_kernels.checks import problem_of
@@ -28,16 +26,6 @@ from dit_accel_kernels.features import product_dtype
 from kernel_cases import check_against_reference, qkv, random_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [63, 100, 1025])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_odd_sizes(dtype, tokens, pooled):
-    q, k, v = qkv(1, 2, 2, tokens, tokens, 64, dtype)
-    tiles = random_lists(1, tokens, tokens, 64, 64, pooled=pooled)
-    check_against_reference(q, k, v, tiles, layout="bhsd")
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -62,72 +50,6 @@ def test_a_processor_without_narrow_products_computes_in_float32(dtype, native, 
         assert torch.equal(other.grad, one.grad.to(dtype)) is not native
     monkeypatch.undo()
     product_dtype.cache_clear()
-
-
-@pytest.mark.sample
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_lists_heads_and_layouts(dtype, groups, key_heads, layout):
-    q, k, v = qkv(2, 4, key_heads, 100, 75, 32, dtype, layout)
-    check_against_reference(q, k, v, random_lists(groups, 100, 75, 32, 16), layout=layout)
-
-
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("features", range(8))
-def test_features_together(dtype, groups, features):
-    """Every subset of key mask, decay and the rest (head scale, order, mix)."""
-    q, k, v = qkv(2, 4, 2, 100, 100, 32, dtype)
-    arguments: dict = dict(layout="bhsd", scale=0.3)
-    if features & 1:
-        arguments |= dict(key_length=torch.tensor([100, 61]), key_mask=torch.rand(2, 100) > 0.2)
-    if features & 2:
-        frames = torch.arange(100, dtype=torch.int32) // 20 - 1
-        arguments |= dict(frame_decay=FrameDecay(table=torch.tensor([1.0, 0.9, 0.6]), q_frames=frames, k_frames=frames))
-    if features & 4:
-        arguments |= dict(
-            head_scale=torch.rand(4) + 0.5,
-            token_order=torch.randperm(100),
-            identity_mix=torch.rand(2, 4),
-            identity_rows=torch.rand(100) > 0.5,
-        )
-    check_against_reference(q, k, v, random_lists(groups, 100, 100, 16, 24), **arguments)
-
-
-@pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("num_k", [1, 63, 64])
-@pytest.mark.parametrize("value", [0, 1, 2])
-def test_one_tile(num_k, value):
-    q, k, v = qkv(1, 1, 1, 5, num_k, 8, torch.float32)
-    states = torch.tensor([[value]], dtype=torch.uint8)
-    tiles = TileLists.from_states(states, block_q=64, block_k=64, num_q=5, num_k=num_k)
-    check_against_reference(q, k, v, tiles, layout="bhsd")
-
-
-@pytest.mark.usefixtures("cpu_path")
-def test_large_logits_do_not_overflow():
-    q, k, v = qkv(1, 2, 2, 100, 100, 32, torch.float32)
-    check_against_reference(q * 200, k, v, random_lists(1, 100, 100, 16, 16), layout="bhsd")
-
-
-def test_strided_inputs_need_no_copy_by_the_caller():
-    packed = torch.randn(2, 40, 3, 2, 16)
-    q, k, v = packed.unbind(2)
-    check_against_reference(q, k, v, random_lists(1, 40, 40, 16, 16), layout="bshd")
-
-
-@pytest.mark.usefixtures("by_operations")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 40_000, 1 << 20])
-def test_small_chunks(monkeypatch, dtype, size):
-    """Cutting block rows finer loses and repeats nothing."""
-    monkeypatch.setattr(torch_attend, "CHUNK_BYTES", size)
-    q, k, v = qkv(1, 3, 3, 200, 200, 16, dtype)
-    check_against_reference(q, k, v, random_lists(1, 200, 200, 16, 16), layout="bhsd")
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -194,14 +116,6 @@ def test_chunks_cover_every_query_tile_once_with_little_padding(columns, multipl
 FULL = TileLists.full(100, 100, block_q=16, block_k=16)
 
 
-def test_key_tiles_are_counted_through_all_key_heads():
-    problem = problem_of(*qkv(2, 4, 2, 100, 100, 8, torch.float32), FULL, layout="bhsd")
-    seen = {}
-    for chunk in chunks_of(problem, 1, 1, remember=False):
-        seen[int(chunk.q_tiles)] = int(chunk.exact.min()) // 7
-    assert [seen[7 * lane] for lane in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
 @pytest.mark.usefixtures("by_operations")
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_padding_lets_nothing_in_from_tiles_that_a_row_drops(monkeypatch, rest):
@@ -231,13 +145,6 @@ def test_eager_entry_gives_the_same_bits_without_gradient():
     assert not eager.requires_grad
     with pytest.raises(TypeError, match="densty"):
         block_sparse_attention_eager(q, k, v, tiles, layout="bhsd", densty=1)
-
-
-def test_runs_in_inference_mode():
-    with torch.inference_mode():
-        q, k, v = qkv(1, 2, 2, 40, 40, 8, torch.float32)
-        tiles = random_lists(1, 40, 40, 8, 8)
-        assert block_sparse_attention(q, k, v, tiles, layout="bhsd").isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
@@ -302,18 +209,3 @@ def test_lists_are_scheduled_once_for_all_calls_and_gradients(monkeypatch, maske
         mask = torch.rand(1, 40) > 0.2 if masked else None
         block_sparse_attention(*leaves, tiles, layout="bhsd", key_mask=mask, backend="torch").sum().backward()
     assert len(calls) == 2  # in smaller chunks for gradients
-
-
-@pytest.mark.usefixtures("by_operations")
-@pytest.mark.parametrize(("tiles", "settled"), [(100, [7]), (28, [4, 3]), (27, [2, 2, 3])])
-def test_chunks_are_settled_together_as_long_as_their_padded_tiles_fit(monkeypatch, tiles, settled):
-    monkeypatch.setattr(torch_attend, "chunk_sizes", lambda problem: (1, 224, 1))  # two query tiles of seven key tiles
-    monkeypatch.setattr(votes, "VOTE_BYTES", tiles * 16 * 4)
-    found, real = [], votes.Tally.settle
-    monkeypatch.setattr(
-        votes.Tally, "settle", lambda self, rows, *given: found.append(len(rows)) or real(self, rows, *given)
-    )
-    q, k, v = qkv(1, 1, 1, 112, 112, 8, torch.float32)
-    lists = TileLists.full(112, 112, block_q=16, block_k=16)
-    block_sparse_attention(q, k, v, lists, layout="bhsd", selection=Selection(vote=Vote()), backend="torch")
-    assert found == settled

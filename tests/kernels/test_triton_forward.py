@@ -1,4 +1,4 @@
-"""The triton backend's forward against the float64 specification, in Triton's interpreter on tiny shapes."""
+"""The Triton forward: its plans and launches, what it refuses, and decays that tables hold."""
 
 import triton_interpreter  # noqa: F401, I001 (before everything that may import triton)
 
@@ -14,7 +14,6 @@ from dit_accel_kernels import (
     FrameDecay,
     TileLists,
     block_sparse_attention,
-    block_sparse_attention_backward,
     resolve_backend,
 )
 from dit_accel_kernels.backends.triton import attend as triton_backend
@@ -23,13 +22,10 @@ from dit_accel_kernels.backends.triton import plan as triton_plan
 from dit_accel_kernels.backends.triton import pool as triton_pool
 from dit_accel_kernels.backends.triton import support as triton_support
 from dit_accel_kernels.checks import problem_of
-from dit_accel_kernels.packing import flatten
-from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import decay_by_frame
-from kernel_cases import check_against_reference, qkv, random_lists
+from kernel_cases import check_against_reference, problem_from, qkv, random_lists, with_masks
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ORDER = torch.randperm(40, generator=torch.Generator().manual_seed(0))
 
 
@@ -46,58 +42,6 @@ def decay(tokens: int, frame: int, table=(1.0, 0.9, 0.6)) -> FrameDecay:
     return FrameDecay(table=torch.tensor(table), q_frames=frames, k_frames=frames)
 
 
-def make(tiles: TileLists, q, k, v, **features) -> Problem:
-    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
-    lists = {name: getattr(tiles, name) for name in names}
-    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
-    return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
-
-
-@pytest.mark.sample
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [8, 24, 32, 64, 72, 96, 128, 256])
-def test_head_dims(dtype, dim):
-    check(*qkv(1, 1, 1, 20, 35, dim, dtype), random_lists(1, 20, 35, 16, 16))
-
-
-@pytest.mark.parametrize(("num_q", "num_k"), [(1, 1), (63, 63), (64, 65), (17, 100), (100, 31)])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_odd_sizes(num_q, num_k, pooled):
-    check(*qkv(1, 2, 2, num_q, num_k, 16, torch.float32), random_lists(2, num_q, num_k, 32, 32, pooled=pooled))
-
-
-@pytest.mark.parametrize("blocks", [(9, 11), (24, 24), (48, 48), (16, 128), (128, 64)])
-def test_any_tile_size(blocks):
-    """Tiles of several programs and chunks, tiles that no chunk divides, tiles smaller than a chunk."""
-    check(*qkv(1, 1, 1, 70, 130, 16, torch.bfloat16), random_lists(1, 70, 130, *blocks))
-
-
-@pytest.mark.sample
-@pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_lists_heads_and_layouts(groups, key_heads, layout):
-    q, k, v = qkv(2, 4, key_heads, 30, 35, 16, torch.float32, layout)
-    check(q, k, v, random_lists(groups, 30, 35, 16, 16), layout=layout)
-
-
-@pytest.mark.sample(8)
-@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 4)])
-@pytest.mark.parametrize("features", range(8))
-def test_features_together(dtype, groups, features):
-    """Every subset of key masks, decay and the rest (head scale, token order, identity mix)."""
-    q, k, v = qkv(2, 2, 1, 40, 40, 16, dtype)
-    arguments: dict = dict(scale=0.3)
-    if features & 1:
-        arguments |= dict(key_length=torch.tensor([40, 21]), key_mask=torch.rand(2, 40) > 0.2)
-    if features & 2:
-        arguments |= dict(frame_decay=decay(40, 16))
-    if features & 4:
-        arguments |= dict(head_scale=torch.tensor([0.7, 1.4]), token_order=ORDER)
-        arguments |= dict(identity_mix=torch.rand(2, 2), identity_rows=torch.rand(40) > 0.5)
-    check(q, k, v, random_lists(groups, 40, 40, 16, 16), **arguments)
-
-
 @pytest.mark.sample
 @pytest.mark.parametrize("frame", [4, 16, 17, 50])
 @pytest.mark.parametrize("table", [(1.0,), (0.7,), (1.0, 1.0, 0.8, 0.8, 0.5), (0.9, 0.5, 1.0)])
@@ -107,38 +51,6 @@ def test_decay_tables(frame, table):
     )
 
 
-def test_masked_keys_may_hold_anything():
-    q, k, v = qkv(2, 1, 1, 40, 40, 16, torch.float32)
-    valid = torch.rand(2, 40) > 0.4
-    valid[0, :16] = valid[1] = False  # a tile without a valid key, and a batch without any
-    for value in (torch.nan, torch.inf):
-        k, v = (x.masked_fill(~valid[:, None, :, None], value) for x in (k, v))
-        out, lse = block_sparse_attention(
-            q, k, v, random_lists(1, 40, 40, 16, 16), layout="bhsd", key_mask=valid, return_lse=True, backend="triton"
-        )
-        assert out.isfinite().all()
-        assert not out[1].any()
-        assert (lse[1] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("value", [0, POOLED, EXACT])
-@pytest.mark.parametrize("num_k", [1, 31, 32])
-def test_one_tile(num_k, value):
-    states = torch.tensor([[value]], dtype=torch.uint8)
-    tiles = TileLists.from_states(states, block_q=32, block_k=32, num_q=5, num_k=num_k)
-    check(*qkv(1, 1, 1, 5, num_k, 8, torch.float32), tiles)
-
-
-@pytest.mark.parametrize("scale", [200.0, 0.0, -3.0])
-def test_any_scale(scale):
-    """Large logits, none and negative ones, by the scale and by a head's."""
-    q, k, v = qkv(1, 2, 2, 40, 40, 16, torch.float32)
-    tiles = random_lists(1, 40, 40, 16, 16)
-    logits = max(1.0, abs(scale) * float((q @ k.mT).abs().max()))
-    check(q, k, v, tiles, scale=scale, logits=logits)
-    check(q, k, v, tiles, head_scale=torch.tensor([scale, 1.0]), frame_decay=decay(40, 16), logits=logits)
-
-
 def test_strided_inputs_and_layout_of_the_output():
     q, k, v = torch.randn(2, 40, 3, 2, 16).unbind(2)  # [B, S, H, D] of a fused projection
     tiles = random_lists(1, 40, 40, 16, 16)
@@ -146,7 +58,7 @@ def test_strided_inputs_and_layout_of_the_output():
     check(*(x.mT.contiguous().mT for x in qkv(1, 2, 2, 40, 40, 16, torch.float32)), tiles)
     for strided in (q.transpose(1, 2), q.transpose(1, 2).contiguous()):
         for heads_first in (False, True):
-            problem = replace(make(tiles, strided, strided, strided), heads_first=heads_first)
+            problem = replace(problem_from(tiles, strided, strided, strided), heads_first=heads_first)
             out, *_ = triton_backend.attend(problem, need_lse=False)
             assert (out.stride(1) > out.stride(2)) == heads_first
 
@@ -156,7 +68,7 @@ def test_direction_changes_the_order_only(features):
     q, k, v = qkv(1, 1, 1, 70, 70, 16, torch.float32)
     tiles = TileLists.full(70, 70, block_q=32, block_k=16)
     frame = features.get("frame_decay")
-    problem = make(
+    problem = problem_from(
         tiles, q, k, v, key_length=features.get("key_length"),
         decay=None if frame is None else (frame.table, frame.q_frames, frame.k_frames),
     )  # fmt: skip
@@ -168,34 +80,13 @@ def test_direction_changes_the_order_only(features):
     assert not torch.equal(out, back)
 
 
-def test_full_lists_equal_dense_attention():
-    q, k, v = qkv(1, 2, 2, 70, 70, 16, torch.float32)
-    out = block_sparse_attention(
-        q, k, v, TileLists.full(70, 70, block_q=32, block_k=32), layout="bhsd", backend="triton"
-    )
-    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("everything", [False, True])
-def test_opcheck(everything):
-    arguments: dict = dict(layout="bshd", return_lse=True, backend="triton")
-    if everything:
-        arguments |= dict(head_scale=torch.tensor([0.5, 2.0]), key_length=torch.tensor([33]), token_order=ORDER)
-        arguments |= dict(frame_decay=decay(40, 16), identity_mix=torch.tensor([0.0, 0.5]))
-    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
-    tiles = random_lists(1, 40, 40, 16, 16, pooled=everything)
-    packed = flatten(problem_of(*leaves, tiles, **arguments))
-    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, packed)
-
-
 def test_sections_hold_what_they_promise():
     """Every entry of a plan lies in the section that its keys and decays ask for, and the entries stay complete."""
     q, k, v = qkv(2, 2, 2, 100, 100, 16, torch.float32)
     tiles, frames = random_lists(2, 100, 100, 16, 16), decay(100, 24, (1.0, 0.9, 0.9, 0.4))
     parts = (frames.table, frames.q_frames, frames.k_frames)
     length = torch.tensor([100, 70])
-    plan = triton_plan.row_plan(make(tiles, q, k, v, decay=parts, key_length=length))
+    plan = triton_plan.row_plan(problem_from(tiles, q, k, v, decay=parts, key_length=length))
     table, frame_rows = decay_by_frame(*parts)
     t = table[frame_rows]
     seen = set()
@@ -220,7 +111,7 @@ def test_sections_hold_what_they_promise():
 def test_longest_rows_come_first():
     tiles = random_lists(2, 100, 100, 16, 16)
     q, k, v = qkv(1, 2, 2, 100, 100, 16, torch.float32)
-    plan = triton_plan.row_plan(make(tiles, q, k, v))
+    plan = triton_plan.row_plan(problem_from(tiles, q, k, v))
     exact = (tiles.states() == EXACT).sum(-1)
     work = exact * 16 + (tiles.states() == POOLED).sum(-1)
     assert (work.gather(1, plan.q_order.long()).diff(dim=1) <= 0).all()
@@ -230,9 +121,9 @@ def test_longest_rows_come_first():
 def test_a_plan_is_made_once_and_in_every_call_with_a_mask():
     tiles, length = random_lists(1, 100, 100, 16, 16), torch.tensor([90])
     inputs = qkv(1, 2, 2, 100, 100, 16, torch.float32)
-    plain = make(tiles, *inputs)
+    plain = problem_from(tiles, *inputs)
     assert triton_plan.row_plan(plain) is triton_plan.row_plan(plain)
-    masked = make(tiles, *inputs, key_length=length)
+    masked = problem_from(tiles, *inputs, key_length=length)
     assert int(triton_plan.row_plan(masked).valid.sum()) == 90
     length.fill_(80)
     assert int(triton_plan.row_plan(masked).valid.sum()) == 80
@@ -258,13 +149,15 @@ def test_pool_of_valid_tokens():
         (torch.float64, 16, r"'triton'.*bfloat16, float16.*float32 \(found torch\.float64\).*'torch'"),
         (torch.float32, 12, r"'triton'.*8.*256 \(found 12\)"),
         (torch.float32, 264, r"'triton'.*8.*256 \(found 264\)"),
+        (torch.float32, (16, 12), r"multiple of 8 up to 256 \(found 12\)"),
     ],
 )
 def test_refuses_dtypes_and_head_dims(dtype, dim, text):
+    dim, value_dim = dim if isinstance(dim, tuple) else (dim, dim)
+    q, k, v = qkv(1, 1, 1, 20, 20, max(dim, value_dim), dtype)
+    call = (q[..., :dim], k[..., :dim], v[..., :value_dim], random_lists(1, 20, 20, 16, 16))
     with pytest.raises(BackendUnavailableError, match=text):
-        block_sparse_attention(
-            *qkv(1, 1, 1, 20, 20, dim, dtype), random_lists(1, 20, 20, 16, 16), layout="bhsd", backend="triton"
-        )
+        block_sparse_attention(*call, layout="bhsd", backend="triton")
 
 
 def test_says_what_the_machine_lacks(monkeypatch):
@@ -330,47 +223,6 @@ def test_a_token_order_takes_smaller_launches():
     assert triton_launch.with_order(small, decay=False) == replace(small, block_k=32, block_s=16)
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("mixed", [False, True])
-def test_gradients_flow_through_the_call(monkeypatch, mixed):
-    """The forward's output and LSE serve the gradient, which recomputes them only where an identity mix hides them."""
-    arguments: dict = dict(head_scale=torch.tensor([0.5, 2.0]), key_length=torch.tensor([33]), token_order=ORDER)
-    arguments |= dict(frame_decay=decay(40, 16)) | (dict(identity_mix=torch.tensor([0.2, 1.0])) if mixed else {})
-    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 40, 40, 16, torch.float32, "bshd")]
-    tiles, seed = random_lists(1, 40, 40, 16, 16), torch.randn(1, 40, 2, 16)
-    calls, attend = [], triton_backend.attend
-
-    def counted(*values, **named):
-        calls.append(named)
-        return attend(*values, **named)
-
-    monkeypatch.setattr(triton_backend, "attend", counted)
-    grads = []
-    for backend in ("triton", "reference"):
-        out = block_sparse_attention(*leaves, tiles, backend=backend, **arguments)
-        grads.append(torch.autograd.grad(out, leaves, seed))
-    grads.append(block_sparse_attention_backward(seed, *leaves, tiles, backend="triton", **arguments))
-    for found, expected, entry in zip(grads[0], grads[1], grads[2], strict=True):
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(entry, expected)
-    assert len(calls) == 2 + mixed
-    assert all(call["need_lse"] for call in calls)
-
-
-def test_compiles_to_one_full_graph():
-    torch._dynamo.reset()
-    leaves = [x.requires_grad_() for x in qkv(1, 1, 1, 40, 40, 16, torch.float32)]
-    tiles = random_lists(1, 40, 40, 16, 16)
-
-    def call(q, k, v):
-        return block_sparse_attention(q * 2, k, v, tiles, layout="bhsd", backend="triton") + 1
-
-    out, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves), call(*leaves)
-    assert torch.equal(out, expected)
-    for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (out, expected)), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_lists_that_batches_or_heads_share_are_copied_once_for_each_of_them():
     from dit_accel_kernels.backends.triton.expand import _room
 
@@ -394,3 +246,37 @@ def test_calls_with_decay_take_the_launch_rows_of_decay(monkeypatch, decays):
     tiles = TileLists.full(32, 32, block_q=16, block_k=16)
     block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="triton", frame_decay=decay)
     assert asked == [("decay",) if decays else ()]
+
+
+def test_a_mask_that_lets_everything_through_is_none():
+    """What is masked must leave what isn't alone: bit for bit the output of the same lists without masks."""
+    q, k, v = qkv(1, 2, 2, 48, 96, 32, torch.float32)
+    tiles = random_lists(1, 48, 96, 16, 32)
+    ones = torch.full((1, 16, 1), -1, dtype=torch.int32)
+    masked = replace(tiles, mask_ids=torch.zeros(tiles.tiles_exact, dtype=torch.int32), mask_bits=ones)
+    out, other = (block_sparse_attention(q, k, v, x, layout="bhsd", backend="triton") for x in (tiles, masked))
+    torch.testing.assert_close(other, out, rtol=1e-6, atol=1e-6)
+
+
+def test_masks_written_to_count():
+    """Bits are read in every call; numbers are in the plan, which follows their writes."""
+    q, k, v = qkv(1, 1, 1, 48, 48, 16, torch.float32)
+    tiles = with_masks(random_lists(1, 48, 48, 16, 16))
+    assert tiles.mask_bits is not None
+    assert tiles.mask_ids is not None
+    block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="triton")
+    for x in (tiles.mask_bits, tiles.mask_ids):
+        x.copy_(x.flip(0))
+        check_against_reference(q, k, v, tiles, "triton", layout="bhsd")
+
+
+def test_hidden_tokens_take_no_part_in_the_plan_of_others():
+    """Partial tiles are slow ones, whole tiles stay where they were."""
+    q, k, v = qkv(1, 1, 1, 64, 64, 16, torch.float32)
+    tiles = TileLists.from_mask(torch.ones(64, 64, dtype=torch.bool).tril(), block_q=16, block_k=16)
+    problem = problem_of(q, k, v, tiles, layout="bhsd")
+    bounds = triton_plan.row_plan(problem).bounds[0]
+    assert (bounds[:, 1] - bounds[:, 0]).tolist() == [0, 1, 2, 3]  # plain
+    assert (bounds[:, 3] - bounds[:, 2]).tolist() == [1, 1, 1, 1]  # slow
+    rest = triton_plan.row_plan(problem, without_whole=True).bounds[0]
+    assert (rest[:, 1:4] - rest[:, :3]).tolist() == [[0, 0, 1]] * 4

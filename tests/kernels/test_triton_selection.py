@@ -23,7 +23,6 @@ from dit_accel_kernels import (
 from dit_accel_kernels.backends.triton import expand as triton_expand
 from dit_accel_kernels.backends.triton import plan as triton_plan
 from dit_accel_kernels.checks import problem_of
-from dit_accel_kernels.packing import flatten
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.features import tile_means
 from dit_accel_kernels.selection import LOG2_E
@@ -107,27 +106,6 @@ def check(q, k, v, tiles, selection, **arguments) -> Tensor:
 def test_routing_of_head_dims(routing, dtype, dim):
     tiles = random_lists(1, 70, 300, 16, 16)  # more than one word of tiles would be 33; two chunks of rows
     check(*qkv(1, 2, 1, 70, 300, dim, dtype), tiles, Selection(routing=routing))
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize(("features", "groups"), [*enumerate([1, 2, 4, 1, 2, 4, 1, 2]), (7, 4), (7, 1)])
-def test_features_together(features, groups):
-    """Keep bits that skip and pool, both routings, pins, GQA, key masks, decay, head scale and token order."""
-    q, k, v = qkv(2, 2, 1, 70, 70, 16, [torch.float32, torch.bfloat16][features % 2])
-    arguments: dict = {}
-    if features & 1:
-        valid = torch.rand(2, 70) > 0.2
-        valid[0, ORDER[16:32] if features & 4 else slice(16, 32)] = False  # a tile without a valid key
-        arguments |= dict(key_length=torch.tensor([70, 41]), key_mask=valid)
-    if features & 2:
-        arguments |= dict(frame_decay=decay(70, 16))
-    if features & 4:
-        arguments |= dict(head_scale=torch.tensor([0.7, 1.4]), token_order=ORDER)
-    tiles, keep, pinned = random_lists(groups, 70, 70, 16, 16), bits(2, 2, 5, 5), bits(5, 5, share=0.2)
-    check(q, k, v, tiles, Selection(keep=keep), **arguments)
-    check(q, k, v, tiles, Selection(keep=keep, rest="pooled", pinned=pinned), **arguments)
-    check(q, k, v, tiles, Selection(routing=ROUTINGS[0], pinned=pinned), **arguments)
-    check(q, k, v, tiles, Selection(routing=ROUTINGS[1], keep=keep, rest=["skip", "pooled"][groups % 2]), **arguments)
 
 
 @pytest.mark.sample(2)
@@ -290,72 +268,3 @@ def test_votes_of_all_sections_share_words(vote):
     mask = (keys % 240 != 7)[None]
     found = check_votes(q, k, v, tiles, Selection(vote=vote), scale=0.5, frame_decay=table, key_mask=mask)
     assert 2 < found.sum() < found.numel() - 2
-
-
-def test_votes_change_nothing_in_the_call_itself():
-    q, k, v = qkv(1, 2, 2, 70, 70, 16, torch.float32)
-    tiles, keep = random_lists(1, 70, 70, 16, 16), bits(1, 2, 5, 5)
-    before = keep.clone()
-    out = block_sparse_attention(q, k, v, tiles, layout="bhsd", selection=Selection(keep=keep), backend="triton")
-    for vote in VOTES:
-        found = block_sparse_attention(
-            q, k, v, tiles, layout="bhsd", selection=Selection(keep=keep, vote=vote), backend="triton"
-        )
-        assert torch.equal(found[0], out)
-        assert torch.equal(keep, before)
-        assert found[1].data_ptr() != keep.data_ptr()
-
-
-@pytest.mark.parametrize("selection", range(3))
-def test_gradients_through_a_selected_call(selection):
-    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32))
-    keep = bits(1, 2, 5, 5)
-    chosen = [
-        Selection(routing=ROUTINGS[0]),
-        Selection(keep=keep, vote=VOTES[0]),
-        Selection(keep=keep, rest="pooled", routing=ROUTINGS[1], reverse=True),
-    ][selection]
-    tiles, seed, grads = random_lists(1, 70, 70, 16, 16), torch.randn(1, 2, 70, 16), []
-    for backend in ("triton", "reference"):
-        out = block_sparse_attention(
-            q, k, v, tiles, layout="bhsd", selection=chosen, token_order=ORDER, backend=backend
-        )
-        out = out if isinstance(out, Tensor) else out[0]
-        grads.append(torch.autograd.grad(out, (q, k, v), seed))
-    for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-EVERYTHING = Selection(routing=ROUTINGS[0], keep=bits(1, 2, 5, 5), rest="pooled", vote=VOTES[1], reverse=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("selection", [Selection(vote=VOTES[0]), EVERYTHING])
-def test_opcheck(selection):
-    leaves = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)]
-    given = dict(return_tiles=True, return_lse=True, backend="triton")
-    call = problem(*leaves, random_lists(1, 70, 70, 16, 16), selection, **given)
-    torch.library.opcheck(torch.ops.dit_accel_kernels.block_sparse_attention.default, flatten(call))
-
-
-@pytest.mark.slow
-def test_compiles_to_one_full_graph():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    tiles, options = random_lists(1, 70, 70, 16, 16), dict(layout="bhsd", return_tiles=True, backend="triton")
-
-    def call(q, k, v, keep):
-        selection = replace(EVERYTHING, keep=keep)
-        out, exact, kept = block_sparse_attention(q * 2, k, v, tiles, selection=selection, **options)
-        return out + 1, exact, kept
-
-    compiled = torch.compile(call, fullgraph=True, backend=counter)
-    leaves, keep = [x.requires_grad_() for x in qkv(1, 2, 1, 70, 70, 16, torch.float32)], bits(1, 2, 5, 5)
-    for _ in range(3):  # a call's kept bits are the next one's
-        found, expected = compiled(*leaves, keep), call(*leaves, keep)
-        for a, b in zip(found, expected, strict=True):
-            assert torch.equal(a, b)
-        for a, b in zip(*(torch.autograd.grad(x[0].sum(), leaves) for x in (found, expected)), strict=True):
-            assert torch.equal(a, b)
-        keep = found[2]
-    assert counter.frame_count == 1

@@ -228,20 +228,6 @@ def test_a_mix_of_nothing_takes_nothing_of_a_masked_value(backend, rows, cpu_pat
     assert torch.equal(found[:, 0], plain[:, 0])
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_float64_means_of_decay_are_float64(backward):
-    q, k, v = (x.requires_grad_() for x in inputs(torch.float64))
-    frames = torch.arange(TOKENS, dtype=torch.int32) // 5
-    decay = FrameDecay(table=torch.linspace(1, 0.1, 12), q_frames=frames, k_frames=frames)
-    tiles = random_lists(1, TOKENS, TOKENS, BLOCK, BLOCK)
-    found = []
-    for backend in ("torch", "reference"):
-        out = block_sparse_attention(q, k, v, tiles, layout="bhsd", frame_decay=decay, backend=backend)
-        found.append(torch.autograd.grad(out.square().sum(), (q, k, v)) if backward else [out])
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-14)
-
-
 def test_a_wild_index_does_not_end_the_process():
     """It was a segmentation fault, which no test survives to tell of."""
     code = (

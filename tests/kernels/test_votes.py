@@ -6,14 +6,11 @@ tests/pipelines/test_attach_lite.py, replay of CUDA graphs (14), which needs a c
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from dit_accel_kernels import (
-    EXACT,
-    SKIPPED,
     FrameDecay,
     Selection,
     TileLists,
@@ -32,17 +29,13 @@ from vote_calls import (
     CRITERIA,
     DIRECTIONS,
     EVERY,
-    NUM_K,
     NUM_Q,
-    OFF,
     SCALE,
     SEEDS,
     TILES,
     VOTES,
-    WIDE,
     by_token,
     call,
-    dtype_of,
     inputs,
     logits,
     property_of,
@@ -123,54 +116,6 @@ def test_4_bits_only_fall_one_tile_stays_and_none_lies_beyond_the_last(backend, 
     assert (count_bits(keep) < COUNT).any()
 
 
-@EVERY
-@VOTES
-def test_5_a_call_runs_on_the_bits_that_it_was_given(backend, vote):
-    """Never on those that it makes: its output is that of the given tiles alone, and so on from call to call."""
-    keep, (q, k, v) = ALL, inputs(backend, 3)
-    for step in range(2):
-        out, lse, after = call(backend, q + 0.1 * step, k, v, keep=keep, vote=vote)
-        x = (logits(q + 0.1 * step, k) * math.log(2)).masked_fill(~by_token(keep), -torch.inf)
-        torch.testing.assert_close(out, (x.softmax(-1) @ v.to(WIDE)).to(out.dtype))
-        torch.testing.assert_close(lse, x.logsumexp(-1).to(lse.dtype))
-        states = torch.where(keep, EXACT, SKIPPED).to(torch.uint8).flatten(0, 1)
-        lists = TileLists.from_states(states, block_q=BLOCK, block_k=BLOCK, num_q=NUM_Q, num_k=NUM_K)
-        torch.testing.assert_close(out, call(backend, q + 0.1 * step, k, v, lists)[0])
-        keep = after
-    assert not keep.all()
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("decayed", [False, True], ids=["", "decayed"])
-@VOTES
-def test_6_backends_vote_alike_but_for_gaps_at_the_threshold(backend, decayed, vote):
-    """In float32 each bit is the float64 specification's, unless thresholds a rounding apart give another there.
-
-    Votes face the logits as frame decay leaves them.
-    """
-    frames = torch.arange(NUM_K, dtype=torch.int32) // 20
-    decay = (
-        FrameDecay(table=torch.tensor([1.0, 0.8, 0.5]), q_frames=frames[:NUM_Q], k_frames=frames) if decayed else None
-    )
-    plain = set()
-    for seed, reverse in ((0, False), (1, True)):
-        q, k, v = (x.float() for x in inputs("reference", seed))
-        wide = [x.to(WIDE) for x in (q, k, v)]
-        options = dict(decay=decay, keep=some_tiles(seed), reverse=reverse)
-        low, expected, high = (
-            call("reference", *wide, **options, vote=replace(vote, threshold=vote.threshold * (1 + OFF * sign)))[2]
-            for sign in (-1, 0, 1)
-        )
-        certain = (low == expected) & (expected == high)
-        assert (~certain).sum() <= 1
-        out, _, bits = call(backend, q, k, v, **options, vote=vote)
-        assert torch.equal(bits & certain, expected & certain)
-        torch.testing.assert_close(out, call("reference", *wide, **options)[0].float())
-        if decayed:
-            plain.add(torch.equal(expected, call("reference", *wide, **{**options, "decay": None}, vote=vote)[2]))
-    assert not decayed or False in plain
-
-
 @DIRECTIONS
 @VOTES
 def test_6_tiles_are_visited_by_section_where_all_of_them_are_whole(reverse, vote):
@@ -218,42 +163,6 @@ def test_8_bits_settle_after_both_directions_and_a_higher_threshold_drops_more(b
     keep = call(backend, q, k, v, keep=tight, vote=Vote(threshold=high), reverse=True)[2]
     for reverse in (False, True):
         assert torch.equal(call(backend, q, k, v, keep=keep, vote=Vote(threshold=high), reverse=reverse)[2], keep)
-
-
-@EVERY
-@VOTES
-@DIRECTIONS
-def test_10_tiles_that_point_away_are_dropped_and_no_other(backend, vote, reverse):
-    direction = torch.ones(1, 2, 1, 16, dtype=dtype_of(backend))
-    signs = torch.tensor([4.0, -4.0, -4.0, 4.0]).repeat_interleave(BLOCK)[:, None].to(direction.dtype)
-    q, k = direction.expand(-1, -1, 24, -1), direction * signs
-    tiles = TileLists.full(24, 64, block_q=BLOCK, block_k=BLOCK)
-    bits = call(backend, q, k, torch.randn_like(k), tiles, vote=vote, reverse=reverse)[2]
-    assert torch.equal(bits, torch.tensor([True, False, False, True]).expand(1, 2, 2, 4))
-
-
-@EVERY
-@VOTES
-@DIRECTIONS
-def test_11_what_pads_a_tile_neither_vetoes_nor_wins(backend, vote, reverse):
-    """Every logit is far below the 0 of padding, in a last block row of few queries and a last tile of few keys."""
-    direction = torch.ones(1, 2, 1, 16, dtype=dtype_of(backend))
-    tokens = [-4.0] * BLOCK + [-8.0] * BLOCK + [-8.0] * 3
-    k = direction * torch.tensor(tokens, dtype=direction.dtype)[:, None]
-    q, v = direction.expand(-1, -1, BLOCK + 2, -1), torch.randn(1, 2, len(tokens), 16, dtype=k.dtype)
-    tiles = TileLists.full(q.shape[2], k.shape[2], block_q=BLOCK, block_k=BLOCK)
-    bits = call(backend, q, k, v, tiles, vote=vote, reverse=reverse)[2]
-    first = [reverse, False] if reverse else [False, False]  # the direction's first tile is kept whatever it holds
-    assert torch.equal(bits, torch.tensor([True, first[0], False]).expand(1, 2, 2, 3))
-
-
-@EVERY
-def test_11_votes_of_the_last_block_row_are_its_queries_own(backend):
-    q, k, v = inputs(backend, 3)
-    last = TileLists.full(8, NUM_K, block_q=8, block_k=BLOCK)
-    alone = call(backend, q[:, :, 16:], k, v, last, vote=CRITERIA[0])[2]
-    assert not alone.all()
-    assert torch.equal(call(backend, q, k, v, vote=CRITERIA[0])[2][:, :, 1:], alone)
 
 
 @EVERY

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import dit_accel_pipelines.generation.generate as generation
 import pytest
-from dit_accel_eval.suites import compare
+from dit_accel_eval.suites import running
 from dit_accel_pipelines.generation import side_by_side, ui
 from dit_accel_pipelines.generation.media import SUFFIXES, expected_size, write_media
 from skimage import data
@@ -99,7 +99,7 @@ def test_what_would_end_a_run_is_told_before_a_model_is_loaded(tmp_path: Path, m
     monkeypatch.chdir(here)
     for name, text in (("p.txt", f"{PROMPT}\n" * 5), ("s.toml", SUITE), ("a.safetensors", "")):
         (here / name).write_text(text)
-    for module, name in ((generation, "load_pipeline"), (side_by_side, "load_pipeline"), (compare, "_loaded")):
+    for module, name in ((generation, "load_pipeline"), (side_by_side, "load_pipeline"), (running, "_loaded")):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(ui, "_require_gradio", lambda: None)
     arguments, break_it, message = FAULTS[fault]

@@ -5,7 +5,7 @@ from pathlib import Path
 import foreign_processors as foreign
 import pytest
 import torch
-from tiny_wan_pipelines import wan
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, FirstBlockCache, RadialAttention, SoftPAG, SparseD, UnsupportedModel
@@ -74,7 +74,7 @@ def test_the_page_has_every_library_and_method_in_both_orders():
 
 @pytest.mark.parametrize(("other", "first", "name", "word"), [*cells()])
 def test_each_cell_is_as_the_page_says(other, first, name, word, request):
-    pipe, call = wan()
+    pipe, call = stock_pipeline("WanPipeline")
     run = lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
     call.update(num_inference_steps=6, output_type="latent")
     call.pop("generator", None)
@@ -113,15 +113,15 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request):
 
 
 def test_a_transformer_under_another_name_is_refused_by_it():
-    pipe, _ = wan()
+    pipe, _ = stock_pipeline("WanPipeline")
     pipe.transformer.__class__ = type("NunchakuWanTransformer3DModel", (type(pipe.transformer),), {})
     with pytest.raises(UnsupportedModel, match="NunchakuWanTransformer3DModel"):
         dit_accel.attach(pipe, METHODS["EasyCache"], preset="none")
 
 
 def test_the_foreign_processors_compute_what_diffusers_own_do():
-    pipe, call = wan()
-    run = lambda: pipe(**call, output_type="latent", generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
+    pipe, call = stock_pipeline("WanPipeline")
+    run = lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
     call.pop("generator", None)
     own = run()
     for processor in (foreign.TorchAttention, foreign.ShardedAttention):

@@ -1,10 +1,7 @@
-"""Caches under everything that users do to a transformer: compiled in four ways, offloaded, with LoRA, quantised."""
-
-import dataclasses
+"""Caches under what users do to a transformer: compiled in four ways, offloaded, with LoRA."""
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 from wan_tiny import generate
 
@@ -120,24 +117,26 @@ def compile_as(pipe, how):
         pipe.transformer = torch.compile(pipe.transformer, **options)
 
 
-@pytest.mark.parametrize("first", ["cache", "offload"])
-@pytest.mark.parametrize("how", ["model", "sequential", "group of leaves", "group of blocks"])
-@pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ("easycache", "dbcache") else pytest.mark.slow) for name in CACHES],
 )
-def test_an_offloaded_model_gives_the_same(make_pipe, name, how, first):
+
+
+@EACH
+def test_an_offloaded_model_gives_the_same(make_pipe, name):
     expected, steps = made(make_pipe(), CACHES[name])
     assert steps == DRAWN
-    pipe = make_pipe()
-    if first == "offload":
-        offload(pipe, how)
-    with dit_accel.attach(pipe, CACHES[name]) as attachment:
-        if first == "cache":
-            offload(pipe, how)
-        assert torch.equal(generate(pipe, num_inference_steps=STEPS), expected)
-        assert drawn(attachment, name) == DRAWN
-        assert torch.equal(generate(pipe, num_inference_steps=STEPS), expected)
+    for how in ("model", "sequential", "group of leaves", "group of blocks"):
+        for first in ("cache", "offload"):
+            pipe = make_pipe()
+            if first == "offload":
+                offload(pipe, how)
+            with dit_accel.attach(pipe, CACHES[name]) as attachment:
+                if first == "cache":
+                    offload(pipe, how)
+                assert torch.equal(generate(pipe, num_inference_steps=STEPS), expected), (how, first)
+                assert drawn(attachment, name) == DRAWN
 
 
 def offload(pipe, how):
@@ -157,7 +156,7 @@ def offload(pipe, how):
         apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
 
 
-@pytest.mark.parametrize("name", CACHES)
+@EACH
 def test_lora_before_or_after_and_another_scale(make_pipe, name):
     from peft import LoraConfig
 
@@ -176,35 +175,3 @@ def test_lora_before_or_after_and_another_scale(make_pipe, name):
             results.append(generate(pipe, num_inference_steps=STEPS))
     assert torch.equal(*results)
     assert not torch.equal(results[1], bare)
-
-
-class Quantised(nn.Linear):
-    """A linear layer whose weights are whole numbers of 8 bits, as quantising backends keep them."""
-
-    @classmethod
-    def of(cls, linear):
-        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        made.scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        made.weight = nn.Parameter((linear.weight / made.scale).round().to(torch.int8), requires_grad=False)
-        made.bias = linear.bias
-        return made
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_quantised_weights(make_pipe, name):
-    pipe = make_pipe()
-    for block in pipe.transformer.blocks:
-        for owner in (block.attn1, block.attn2):
-            for part in ("to_q", "to_k", "to_v"):
-                setattr(owner, part, Quantised.of(getattr(owner, part)))
-    plain = generate(pipe, num_inference_steps=STEPS)
-    neutral = {"every": 1} if name in ("staticcache", "profilingcache") else {"threshold": 0.0}
-    assert torch.equal(made(pipe, dataclasses.replace(CACHES[name], **neutral))[0], plain)
-    out, steps = made(pipe, CACHES[name])
-    assert steps == DRAWN
-    assert out.isfinite().all()
-    assert not torch.equal(out, plain)
-    assert torch.equal(generate(pipe, num_inference_steps=STEPS), plain)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny_image_pipelines
 import torch
 from PIL import Image
+from tiny_stock import stock_pipeline
 from wan_tiny import generate
 
 import dit_accel
@@ -88,7 +88,7 @@ def test_methods_that_change_nothing_are_equal(pipe):
 
 
 def test_a_picture_is_one_frame_and_embeddings_stand_for_a_prompt():
-    pipe, call = tiny_image_pipelines.flux()
+    pipe, call = stock_pipeline("FluxPipeline")
     call = {**call, "num_inference_steps": 6}
     with dit_accel.attach(pipe, CACHE) as attachment:
         found = attachment.check(**{key: value for key, value in call.items() if key != "output_type"})

@@ -1,7 +1,6 @@
 """The examples: short, of public names alone, true in the speed that they promise; each runs on a tiny model."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from examples_runner import run
 
 import dit_accel
 from dit_accel import methods
@@ -18,6 +18,7 @@ from dit_accel.methods import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
+PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))
 MADE = {
     "wan_long_24gb.py": ("long.mp4", "forwards"),
     "hunyuan_video_fast.py": ("cat.mp4", "easycache: 4 of 12"),
@@ -37,13 +38,10 @@ MADE = {
 ALONE = ("two_gpus.py", "tune_to_a_target.py")
 """Those that run in processes of their own."""
 
+NEEDED = {
+    "torchao_and_preset.py": ["torchao"], "lora_and_cache.py": ["peft"], "tune_to_a_target.py": ["optuna"],
+}  # fmt: skip
 QUICK = ("hunyuan_video_fast.py", "own_cache.py", "own_mask.py")
-
-SPEC = importlib.util.spec_from_file_location("examples_run", EXAMPLES / "run.py")
-assert SPEC is not None
-run = importlib.util.module_from_spec(SPEC)
-assert SPEC.loader is not None
-SPEC.loader.exec_module(run)
 
 
 @pytest.fixture
@@ -82,27 +80,18 @@ def test_the_speed_up_that_is_promised_is_the_one_predicted():
     assert f"{fast.speedup:.1f} times as fast" in (EXAMPLES / "hunyuan_video_fast.py").read_text()
 
 
-def ran(name: str, capsys) -> None:
-    """Run an example on a tiny model, and look at what it wrote and printed."""
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MADE if name not in ALONE],
+)
+def test_it_runs_on_a_tiny_model(name, capsys, own_methods):
+    """It writes and prints what it should."""
+    for needed in NEEDED.get(name, ()):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     with run.folder() as folder, run.tiny():
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         assert (folder / MADE[name][0]).stat().st_size > 100
     assert MADE[name][1] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_quick_ones_run_on_a_tiny_model(name, capsys, own_methods):
-    ran(name, capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MADE if name not in (*QUICK, *ALONE)])
-def test_the_others_run_on_a_tiny_model(name, capsys, own_methods):
-    if name == "torchao_and_preset.py":
-        pytest.importorskip("torchao", reason="torchao is not installed")
-    if name == "lora_and_cache.py":
-        pytest.importorskip("peft", reason="LoRAs need peft")
-    ran(name, capsys)
 
 
 def test_without_torchao_its_example_says_what_to_install(monkeypatch):
@@ -114,13 +103,12 @@ def test_without_torchao_its_example_says_what_to_install(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_those_of_several_processes_run_by_the_switch(name):
-    if name == "tune_to_a_target.py":
-        pytest.importorskip("optuna", reason="optuna searches")
+    for needed in NEEDED.get(name, ()):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if name == "two_gpus.py" else []
     command = [sys.executable, *several, str(EXAMPLES / "run.py"), str(EXAMPLES / name)]
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))
-    kept = {**os.environ, run.SWITCH: "tiny", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=kept, capture_output=True, text=True)
+    environment = {**os.environ, run.SWITCH: "tiny", "PYTHONPATH": PATHS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert MADE[name][1] in done.stdout
 
@@ -146,8 +134,7 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path, monkeypatch
     reason = "notebooks run by nbclient and ipykernel: pip install nbclient ipykernel"
     nbclient, nbformat = pytest.importorskip("nbclient", reason=reason), pytest.importorskip("nbformat", reason=reason)
     pytest.importorskip("ipykernel", reason=reason)
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "pipelines", "eval", "assets"))
-    monkeypatch.setenv("PYTHONPATH", paths)
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     made = nbformat.read(NOTEBOOK, 4)
     nbclient.NotebookClient(made, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = str([cell.outputs for cell in made.cells if cell.cell_type == "code"])

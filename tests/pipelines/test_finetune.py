@@ -10,9 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
-from dit_accel_pipelines.finetuning.flow import batch_of, flow_loss, order, shifted
+from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order, shifted
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import FineTuning, settle
+from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
 from dit_accel_pipelines.generation.lora import FILE, load_lora
@@ -129,10 +129,12 @@ def test_the_command_and_its_lora_in_generate(tmp_path: Path):
     assert "of an earlier training; go on with --resume, or choose another folder" in again.stderr
 
 
-def test_bfloat16_trains_a_lora_of_float32(base: Path, tmp_path: Path):
-    found = trained(base, tmp_path / "half", dtype="bfloat16")
-    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in found.values())
-    assert json.loads((tmp_path / "half" / "finetune.json").read_text())["dtype"] == "bfloat16"
+def test_bfloat16_trains_a_lora_of_float32_and_a_tracker_is_fed(base: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    lora = trained(base, tmp_path, dtype="bfloat16", report_to="tensorboard")
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in lora.values())
+    assert json.loads((tmp_path / "finetune.json").read_text())["dtype"] == "bfloat16"
+    assert any(b"loss" in path.read_bytes() for path in tmp_path.rglob("*tfevents*"))
 
 
 def test_clips_and_captions_are_encoded_once(base: Path, tmp_path: Path, monkeypatch):
@@ -192,7 +194,7 @@ def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tm
         return batch.noise - batch.latents + 2.0
 
     trainable = Trainable(latents=velocity, text=velocity, velocity=velocity)
-    assert float(flow_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
+    assert float(batch_loss(None, None, trainable, batch, torch.device("cpu"), torch.float32)) == pytest.approx(4.0)
     level = float(told["levels"])
     assert torch.allclose(told["noisy"] - level * (batch.noise - batch.latents), batch.latents, atol=1e-5)
 
@@ -253,44 +255,44 @@ def test_bad_input_is_told_before_anything_is_trained(base: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num-frames", "7"], "wan-tiny: frames=7: a clip has 4k+1 frames; use 5"),
-        (["--model", "wan-plain", "--width", "96"], "wan-plain: clips of this world have 64 x 64 pixels, got 96 x 64"),
-        (
-            ["--model", "{base}/model", "--height", "32", "--width", "32"],
-            "drawn for embedded models alone, got model {base}/model; give --data FOLDER",
-        ),
-    ],
-)
-def test_what_can_not_be_drawn_is_told(base: Path, tmp_path: Path, arguments, message):
-    asked = [one.format(base=base) for one in ("--num-frames", "5", *arguments)]
-    result = CliRunner().invoke(app, ["finetune", "--drawn", "2", *asked, "-o", str(tmp_path / "lora")])
-    assert result.exit_code == 2
-    assert message.format(base=base) in " ".join(result.stderr.split())
-    assert not (tmp_path / "lora").exists()
+DRAWN = [
+    (["--num-frames", "7"], "wan-tiny: frames=7: a clip has 4k+1 frames; use 5"),
+    (["--model", "wan-plain", "--width", "96"], "wan-plain: clips of this world have 64 x 64 pixels, got 96 x 64"),
+    (["--model", "{base}/model", "--height", "32", "--width", "32"],
+     "drawn for embedded models alone, got model {base}/model; give --data FOLDER"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": None}, r"videos.*drawn clips, got neither"),
-        ({"drawn": 3}, r"videos.*drawn clips, got both"),
-        ({"data": None, "drawn": 0}, r"drawn.*1 or more, got 0"),
-        ({"rank": 0}, r"rank.*1 or more, got 0"),
-        ({"rank": 10**12}, r"rank.*10,000, got 1,000,000,000,000"),
-        ({"data": None, "drawn": 10**12}, r"drawn.*1,000,000, got 1,000,000,000,000"),
-        ({"learning_rate": 0.0}, r"learning_rate.*above 0, got 0.0"),
-        ({"caption_dropout": 1.0}, r"caption_dropout.*0.*1, got 1.0"),
-        ({"dtype": "float16"}, "dtype 'float16'"),
-        ({"methods": (EasyCache(),)}, r"easycache.*forward.*training"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_values_out_of_range(tmp_path: Path, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        recipe(tmp_path, **changes)
+def test_what_can_not_be_drawn_is_told(base: Path, tmp_path: Path):
+    for arguments, message in DRAWN:
+        words = [word.format(base=base) for word in ("--num-frames", "5", *arguments)]
+        result = CliRunner().invoke(app, ["finetune", "--drawn", "2", *words, "-o", str(tmp_path / "lora")])
+        assert result.exit_code == 2
+        assert message.format(base=base) in " ".join(result.stderr.split())
+        assert not (tmp_path / "lora").exists()
+
+
+BAD = [
+    ({"data": None}, r"videos.*drawn clips, got neither"),
+    ({"drawn": 3}, r"videos.*drawn clips, got both"),
+    ({"data": None, "drawn": 0}, r"drawn.*1 to 1,000,000, got 0"),
+    ({"rank": 0}, r"rank.*1 to 10,000, got 0"),
+    ({"rank": 10**12}, r"rank.*10,000, got 1,000,000,000,000"),
+    ({"steps": 0}, r"steps.*1 or more, got 0"),
+    ({"seed": -1}, r"seed.*0 or more, got -1"),
+    ({"weight_decay": float("inf")}, r"weight_decay.*0 or more, got inf"),
+    ({"learning_rate": 0.0}, r"learning_rate.*above 0, got 0"),
+    ({"caption_dropout": 1.0}, r"caption_dropout.*0 to below 1, got 1"),
+    ({"dtype": "float16"}, "dtype 'float16'"),
+    ({"expert": "highest"}, "expert 'highest'.*'high'"),
+    ({"methods": (EasyCache(),)}, r"easycache.*forward.*training"),
+]
+
+
+def test_values_out_of_range(tmp_path: Path):
+    for changes, message in BAD:
+        with pytest.raises(ConfigError, match=message):
+            recipe(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(
@@ -324,23 +326,20 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
     (output / "log.jsonl").write_text('{"step": 10, "loss": 9.0}\n')
     trained(base, output, steps=1)
     assert [json.loads(line)["step"] for line in (output / "log.jsonl").open()] == [1]
-    next((output / "checkpoints").iterdir()).unlink()
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    checkpoint.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"checkpoint .*step-00000001\.pt.*delete"):
+        finetune(recipe(base, output=output, steps=2, resume=True))
+    checkpoint.unlink()
     with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors"):
         finetune(recipe(base, output=output))
-
-
-def test_a_broken_checkpoint_is_told(base: Path, tmp_path: Path):
-    trained(base, tmp_path, steps=1)
-    next((tmp_path / "checkpoints").iterdir()).write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"checkpoint .*step-00000001\.pt.*delete"):
-        finetune(recipe(base, output=tmp_path, steps=2, resume=True))
 
 
 def test_processes_that_groups_cannot_share_are_told(base: Path):
     for processes in (1, 3, 5):
         with pytest.raises(ConfigError, match=rf"ulysses = 2.*{processes} were"):
-            settle(recipe(base, ulysses=2), processes)
-    assert settle(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
+            resolve_recipe(recipe(base, ulysses=2), processes)
+    assert resolve_recipe(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):
@@ -349,29 +348,13 @@ def test_other_pipelines_are_refused_by_name(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lora_that_does_not_fit_is_refused(base: Path, tmp_path: Path):
-    trained(base, tmp_path / "lora", steps=1)
+def test_a_lora_that_does_not_fit_is_refused(base: Path, one_step: Path, tmp_path: Path):
     pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"LoRA .*WanPipeline: .*size mismatch"):
-        load_lora(pipe, str(tmp_path / "lora"))
-    for name, message in (
-        (
-            "none.safetensors",
-            r"LoRA at .*none.safetensors",
-        ),
-        ("videos", r"no pytorch_lora_weights.safetensors"),
-    ):
-        result = CliRunner().invoke(app, ["generate", "a red circle", "--lora", str(base / name)])
-        assert result.exit_code == 2
+        load_lora(pipe, str(one_step))
+    for name, message in (("none.safetensors", "LoRA at .*none"), ("videos", "no pytorch_lora_weights.safetensors")):
         with pytest.raises(ConfigError, match=message):
             Request(prompts=("a red circle",), output=tmp_path / "a.png", lora=str(base / name))
-
-
-def test_a_tracker_is_fed(base: Path, tmp_path: Path):
-    pytest.importorskip("tensorboard")
-    trained(base, tmp_path, report_to="tensorboard")
-    events = [path for path in tmp_path.rglob("*tfevents*") if b"loss" in path.read_bytes()]
-    assert events
 
 
 def test_the_gradient_is_that_of_the_attached_methods(base: Path):

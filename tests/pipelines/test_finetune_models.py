@@ -14,9 +14,9 @@ from dit_accel_pipelines.finetuning.experts import component_of, span_of
 from dit_accel_pipelines.finetuning.flow import level_within, shifted
 from dit_accel_pipelines.finetuning.lora import add_lora
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import settle
+from dit_accel_pipelines.finetuning.recipe import resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
-from dit_accel_pipelines.finetuning.trainable import shift_of
+from dit_accel_pipelines.finetuning.trainable import shift_at
 from dit_accel_pipelines.generation.lora import FILE, load_lora
 from finetunes import recipe, trained, video_folder
 from trainable_folders import CASES, Case, changed_index, pipeline_folder
@@ -188,40 +188,34 @@ def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
 def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
-    asked = of(name, dtype="bfloat16", sample_every=1, sample_steps=4, ema_decay=0.5, report_to="tensorboard")
-    found = trained(bases[name], tmp_path, **asked)
-    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in found.values())
-    sheets = sorted((tmp_path / "samples").iterdir())
-    assert [sheet.name for sheet in sheets] == ["step-00000001.png", "step-00000002.png"]
-    assert sheets[0].read_bytes() != sheets[1].read_bytes()
-    assert [path for path in tmp_path.rglob("*tfevents*") if b"loss" in path.read_bytes()]
+    lora = trained(bases[name], tmp_path, **of(name, dtype="bfloat16", sample_every=1, sample_steps=4, ema_decay=0.5))
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in lora.values())
+    sheets = [(tmp_path / "samples" / f"step-0000000{step}.png").read_bytes() for step in (1, 2)]
+    assert sheets[0] != sheets[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("hunyuan-video", {"num_frames": 16}, r"num_frames.*4 and 1 more.*such as 17, got 16"),
-        ("mochi", {"num_frames": 27}, r"num_frames.*6 and 1 more.*such as 25, got 27"),
-        ("ltx", {"num_frames": 29}, r"num_frames.*8 and 1 more.*such as 25, got 29"),
-        ("hunyuan-video", {"width": 72}, r"width.*16.*got 72"),
-        ("ltx", {"height": 144}, r"height.*32.*got 144"),
-        ("mochi", {"num_frames": 31}, r"29 frames.*31"),
-        ("wan a14b low", {"expert": None}, r"two transformers.*--expert"),
-        ("ltx", {"ulysses": 2}, "ulysses = 2.*1 were started"),
-        ("mochi", {"expert": "low"}, "one transformer, got expert 'low'"),
-    ],
-)
-def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path, name: str, changes: dict[str, Any], message: str):
-    with pytest.raises(ConfigError, match=message):
-        finetune(recipe(bases[name], output=tmp_path / "out", **{**of(name), **changes}))
-    assert not (tmp_path / "out" / FILE).exists()
+BAD = [
+    ("hunyuan-video", {"num_frames": 16}, r"num_frames.*4 and 1 more.*such as 17, got 16"),
+    ("mochi", {"num_frames": 27}, r"num_frames.*6 and 1 more.*such as 25, got 27"),
+    ("ltx", {"num_frames": 29}, r"num_frames.*8 and 1 more.*such as 25, got 29"),
+    ("hunyuan-video", {"width": 72}, r"width.*16.*got 72"),
+    ("ltx", {"height": 144}, r"height.*32.*got 144"),
+    ("mochi", {"num_frames": 31}, r"29 frames.*31"),
+    ("wan a14b low", {"expert": None}, r"two transformers.*--expert"),
+    ("ltx", {"ulysses": 2}, "ulysses = 2.*1 were started"),
+    ("mochi", {"expert": "low"}, "one transformer, got expert 'low'"),
+]
 
 
-def test_tokens_that_cannot_be_split_are_told_before_anything_is_loaded(bases):
-    for name in ("ltx", "mochi"):
+def test_what_a_model_cannot_make_is_told(bases, tmp_path: Path):
+    for name, changes, message in BAD:
+        with pytest.raises(ConfigError, match=message):
+            finetune(recipe(bases[name], output=tmp_path / "out", **{**of(name), **changes}))
+        assert not (tmp_path / "out" / FILE).exists()
+    for name in ("ltx", "mochi"):  # before anything is loaded
         with pytest.raises(ConfigError, match=rf"adapter '{name}'.*tokens"):
-            settle(recipe(bases[name], **of(name, ulysses=2)), 4)
-    assert settle(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
+            resolve_recipe(recipe(bases[name], **of(name, ulysses=2)), 4)
+    assert resolve_recipe(recipe(bases["hunyuan-video"], **of("hunyuan-video", ulysses=2)), 4).clips_a_step(4) == 2
 
 
 def test_what_is_not_trained_is_refused_with_its_reason(bases, tmp_path: Path):
@@ -259,7 +253,7 @@ def test_the_shift_by_tokens_is_the_schedulers():
         mu = 0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024)
         sigmas = torch.linspace(1.0, 0.1, 10)
         scheduler.set_timesteps(sigmas=sigmas.numpy(), mu=mu)
-        assert torch.allclose(shifted(sigmas, shift_of(scheduler, tokens)), scheduler.sigmas[:-1], atol=1e-6)
+        assert torch.allclose(shifted(sigmas, shift_at(scheduler, tokens)), scheduler.sigmas[:-1], atol=1e-6)
 
 
 def test_an_expert_has_its_part_of_the_noise_levels():

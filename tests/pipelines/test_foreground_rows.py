@@ -1,30 +1,18 @@
 """Foreground-only attention decides row by row: prompts that share a call get what each of them gets alone."""
 
-import diffusers
 import pytest
-import tiny_pipelines
-import tiny_video_pipelines
 import torch
-from wan_tiny import tiny_transformer
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel.methods.attention.dfa import DFA
 
-
-def wan():
-    vae, scheduler = tiny_video_pipelines._wan_vae(12), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = dict(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler)
-    pipe = diffusers.WanPipeline(transformer=tiny_transformer(), **parts)
-    prompt = tiny_video_pipelines._prompts(width=64)
-    return pipe, dict(height=64, width=64, num_frames=9, guidance_scale=3.0, **prompt)
-
-
-MAKERS = {
-    "wan": wan,  # one call a prompt
-    "hunyuan-video": tiny_pipelines.hunyuan_video,
-    "ltx": tiny_pipelines.ltx,  # both prompts of guidance in one call
-    "mochi": tiny_pipelines.mochi,  # attention row by row
-}
+NAMES = (
+    "WanPipeline",  # one call a prompt
+    "HunyuanVideoPipeline",
+    "LTXPipeline",  # both prompts of guidance in one call
+    "MochiPipeline",  # attention row by row
+)
 
 
 def of_prompts(call, *seeds):
@@ -50,10 +38,14 @@ OTSU, STRICT = DFA(warmup_steps=1), DFA(share=0.4, warmup_steps=1, strict=True)
 
 @pytest.mark.parametrize(
     ("name", "config", "guidance"),
-    [*((name, config, 3.0) for name in MAKERS for config in (OTSU, STRICT)), ("ltx", OTSU, 1.0), ("mochi", OTSU, 1.0)],
+    [
+        *((name, config, 3.0) for name in NAMES for config in (OTSU, STRICT)),
+        ("LTXPipeline", OTSU, 1.0),
+        ("MochiPipeline", OTSU, 1.0),
+    ],
 )
 def test_two_prompts_in_a_batch_get_what_each_gets_alone(name, config, guidance):
-    pipe, call = MAKERS[name]()
+    pipe, call = stock_pipeline(name)
     call["guidance_scale"] = guidance
     pipe.set_progress_bar_config(disable=True)
     plain = run(pipe, call, [1, 2], [3, 4])

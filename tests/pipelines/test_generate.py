@@ -21,9 +21,9 @@ from diffusers import WanPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.generate import generate, run
 from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
-from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
-from dit_accel_pipelines.generation.request import Request, read_prompts, settle
+from dit_accel_pipelines.generation.request import Request, read_prompts, resolve
 from model_folders import model_folder
 from PIL import Image
 from typer.testing import CliRunner
@@ -56,8 +56,15 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> WanPipeline:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> WanPipeline:
     return load_pipeline(request(tmp_path_factory.mktemp("pipe")))
+
+
+@pytest.fixture
+def pipe(loaded: WanPipeline, monkeypatch) -> WanPipeline:
+    """The embedded pipeline, which `generate` finds loaded."""
+    monkeypatch.setattr(generation, "load_pipeline", lambda request: loaded)
+    return loaded
 
 
 def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
@@ -80,21 +87,21 @@ def test_a_video_and_all_that_is_needed_to_repeat_it(tmp_path: Path):
 
 
 def test_the_same_request_gives_the_same_video(tmp_path: Path, pipe):
-    asked = settle(request(tmp_path))[0]
+    asked = resolve(request(tmp_path))[0]
     first, second, other = (run(pipe, PROMPT, dataclasses.replace(asked, seed=seed)).frames for seed in (0, 0, 1))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
 
 
 def test_prompts_have_seeds_of_their_own_unless_they_are_to_be_compared(tmp_path: Path):
-    asked = dataclasses.replace(request(tmp_path), prompts=("a", "b", "c"), seed=7)
-    assert asked.seeds() == [7, 8, 9]
-    assert dataclasses.replace(asked, same_seed=True).seeds() == [7, 7, 7]
+    several = dataclasses.replace(request(tmp_path), prompts=("a", "b", "c"), seed=7)
+    assert several.seeds() == [7, 8, 9]
+    assert dataclasses.replace(several, same_seed=True).seeds() == [7, 7, 7]
     with pytest.raises(ConfigError, match=r"seeds.*0 to 2\*\*63 - 1, got 9223372036854775806.*3"):
-        dataclasses.replace(asked, seed=2**63 - 2)
+        dataclasses.replace(several, seed=2**63 - 2)
 
 
-def test_many_prompts_give_many_files(tmp_path: Path):
+def test_many_prompts_give_many_files(tmp_path: Path, pipe):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue square going up  \n")
     output = tmp_path / "a.gif"
     result = cli("--prompt-file", str(tmp_path / "prompts.txt"), *QUICK, "-o", str(output), "--scale", "2", "--json")
@@ -105,41 +112,34 @@ def test_many_prompts_give_many_files(tmp_path: Path):
     assert (records[0]["report"], records[0]["methods"]) == (None, {})
     assert [record["seed"] for record in records] == [0, 1]
     assert Image.open(tmp_path / "a-02.gif").size == (96, 64)
-
-
-def test_one_frame_is_an_image(tmp_path: Path):
-    result = cli("a red circle", *QUICK, "--num-frames", "1", "-o", str(tmp_path / "a.png"))
-    assert result.exit_code == 0, result.stderr
+    assert cli("a red circle", *QUICK, "--num-frames", "1", "-o", str(tmp_path / "a.png")).exit_code == 0
     assert Image.open(tmp_path / "a.png").size == (48, 32)
 
 
-def test_frames_are_rounded_with_a_note(tmp_path: Path):
-    asked, family, notes, _ = settle(request(tmp_path, num_frames=10))
+def test_sizes_are_the_familys_and_frames_rounded(tmp_path: Path):
+    asked, family, notes, _ = resolve(request(tmp_path, num_frames=10))
     assert notes == ["10 frames are rounded to 11, as the pipeline does"]
     assert (asked.num_frames, family.name) == (11, "wan-tiny")
-
-
-def test_defaults_are_the_familys(tmp_path: Path):
-    asked, family, notes, _ = settle(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
+    asked, family, notes, _ = resolve(Request(prompts=(PROMPT,), output=tmp_path / "a.mp4"))
     assert (asked.height, asked.num_frames, asked.dtype, notes) == (64, family.num_frames, "float32", [])
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_embedded_models_run_by_name_with_their_own_defaults(tmp_path: Path, name: str):
     (prompt,) = held_out_prompts(name, 1)
-    asked, *_ = settle(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
-    own, call = model_defaults(name), PipelineCall.of(pipeline_class(read_model_files(asked.source)))
+    asked, *_ = resolve(Request(prompts=(prompt,), output=tmp_path / "a.mp4", model=name))
+    own, call = model_defaults(name), CallSignature.of(pipeline_class(read_model_files(asked.source)))
     made_with = {**asked.beside(call), **asked.call_arguments()}
     assert {key: value for key, value in own.items() if call.takes(key)}.items() <= made_with.items()
     assert (asked.source, asked.dtype, asked.output_fps) == (str(model_path(name)), "float32", 8)
     with pytest.raises(ConfigError, match=r"word\(s\) xylophone"):
-        settle(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
+        resolve(Request(prompts=("a xylophone",), output=tmp_path / "a.mp4", model=name))
     assert name in installed.families()
 
 
 def test_a_guidance_scale_is_that_by_a_negative_prompt_where_the_embedded_model_has_no_other(tmp_path: Path):
-    asked, *_ = settle(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
-    call = PipelineCall.of(pipeline_class(read_model_files(asked.source)))
+    asked, *_ = resolve(Request(prompts=("a red circle",), output=tmp_path / "a.png", model="flux-tiny"))
+    call = CallSignature.of(pipeline_class(read_model_files(asked.source)))
     assert asked.beside(call)["true_cfg_scale"] == model_defaults("flux-tiny")["true_cfg_scale"]
     off = dataclasses.replace(asked, guidance_scale=1.0)
     assert off.beside(call)["true_cfg_scale"] == 1.0
@@ -155,78 +155,63 @@ def test_what_a_request_has_no_field_for_is_given_beside(tmp_path: Path, pipe, m
     assert seen["max_sequence_length"] == 7  # and no true_cfg_scale, which the pipeline does not take
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "generate takes a prompt in quotes or --prompt-file, got neither; give one of them"),
-        (["a", "--prompt-file", "x"], "generate takes a prompt in quotes or --prompt-file, got both"),
-        ([" "], "generate needs a prompt, got none; write one in quotes, or give --prompt-file"),
-        (["--prompt-file", "none.txt"], "--prompt-file none.txt can't be read (No such file or directory)"),
-        (["a purple circle"], "unknown word(s) purple; the embedded model knows only: a, above, and"),
-        (["a kite"], "no model was named, so the tiny embedded wan-tiny was taken: prompt 'a kite': unknown word"),
-        (["a circle", "--nag"], "nag leads away from a text, and none is set; give a negative prompt, such as"),
-        (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
-        (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
-        (["a circle", "--width", "40"], "width must be a multiple of 16 for wan-tiny, got 40; the nearest is 48"),
-        (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
-        (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
-        (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
-        (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
-        (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
-        (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
-        (["a circle", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
-        (["a circle", "--fps", "nan"], "fps must be from 0.01 to 240, got nan"),
-        (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
-        (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
-        (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
-        (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
-        (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
-        (["a circle", "--fps", "0"], "fps must be from 0.01 to 240, got 0"),
-        (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
-        (
-            ["a circle", "--num-inference-steps", "99999999999999"],
-            "num_inference_steps must be at most 10,000, got",
-        ),
-        (
-            ["a circle", "--num-frames", "4000000000001"],
-            "wan has rotary positions for 256 tokens along frames",
-        ),
-        (
-            ["a circle", "--model", "flux-tiny", "--height", "1600000", "--width", "1600000", "-o", "a.png"],
-            "an output of 1 frames, 1,600,000 x 1,600,000, takes 28,610 GiB for its pixels alone, and this machine",
-        ),
-        (["..."], "prompt '...' has no word in it; say what to show, such as \"a red circle\""),
-        (["a circle", "--negative-prompt", " ,"], "prompt ' ,' has no word in it"),
-        (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
-        (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
-        (
-            ["a circle", "--backend", "torch"],
-            "backend 'torch' was requested, but no method would use it; switch one",
-        ),
-        (
-            ["a circle", "--model", "none"],
-            "'none' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a",
-        ),
-        (["a circle", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
-        (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),
-        (["a circle", "--radail"], "--radial"),
-        (
-            ["a circle", *QUICK, "--radial", "--backend", "tritn"],
-            "there is no backend 'tritn'; did you mean 'triton'",
-        ),
-        (["a circle", "--dense", "auto"], "dense 'auto' was requested, but no method is attached; switch one on"),
-        (["a circle", *QUICK, "--radial", "--dense", "atuo"], "there is no dense 'atuo'; did you mean 'auto'"),
-        (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
-    ],
-)
+ONE = "generate takes a prompt in quotes or --prompt-file, got"
+PURPLE = "unknown word(s) purple; the embedded model knows only: a, above, and"
+BAD: list[tuple[list[str], str]] = [
+    ([], f"{ONE} neither; give one of them"),
+    (["a", "--prompt-file", "x"], f"{ONE} both"),
+    ([" "], "generate needs a prompt, got none; write one in quotes, or give --prompt-file"),
+    (["--prompt-file", "none.txt"], "--prompt-file none.txt can't be read (No such file or directory)"),
+    (["a purple circle"], PURPLE),
+    (["a kite"], "no model was named, so the tiny embedded wan-tiny was taken: prompt 'a kite': unknown word"),
+    (["..."], "prompt '...' has no word in it; say what to show, such as \"a red circle\""),
+    (["a circle", "--nag"], "nag leads away from a text, and none is set; give a negative prompt, such as"),
+    (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
+    (["a circle", "--negative-prompt", " ,"], "prompt ' ,' has no word in it"),
+    (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
+    (["a circle", "--width", "40"], "width must be a multiple of 16 for wan-tiny, got 40; the nearest is 48"),
+    (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
+    (["a circle", "--num-frames", "4000000000001"], "wan has rotary positions for 256 tokens along frames"),
+    (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
+    (["a circle", "--num-inference-steps", "99999999999999"], "num_inference_steps must be at most 10,000, got"),
+    (["a circle", "-m", "flux-tiny", "--height", "1600000", "--width", "1600000", "-o", "a.png"],
+     "an output of 1 frames, 1,600,000 x 1,600,000, takes 28,610 GiB for its pixels alone, and this machine"),
+    (["a circle", "-o", "a.avi"], "output a.avi ends in '.avi'; use one of .mp4, .gif, .png"),
+    (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
+    (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
+    (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
+    (["a circle", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
+    (["a circle", "--fps", "nan"], "fps must be from 0.01 to 240, got nan"),
+    (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
+    (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
+    (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
+    (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
+    (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
+    (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
+    (["a circle", "--solver", "ulber"], "there is no solver 'ulber'; did you mean 'euler'"),
+    (["a circle", "--preset", "balance"], "there is no preset 'balance'"),
+    (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
+    (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
+    (["a circle", "--model", "none"], "'none' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a"),
+    (["a circle", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
+    (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),
+    (["a circle", "--radail"], "--radial"),
+    (["a circle", *QUICK, "--radial", "--backend", "tritn"], "there is no backend 'tritn'; did you mean 'triton'"),
+    (["a circle", *QUICK, "--radial", "--dense", "atuo"], "there is no dense 'atuo'; did you mean 'auto'"),
+    (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
+    (["a circle", "--backend", "torch"], "backend 'torch' was requested, but no method is attached; switch one on"),
+    (["a circle", "--dense", "auto"], "dense 'auto' was requested, but no method is attached; switch one on"),
+    (["a circle", "--check", "--preset", "none"], "was requested, but no method is attached; switch one on"),
+    (["a circle", "--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_input_is_one_line_exit_code_2_and_no_file(arguments, message, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = cli(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
+    assert (result.exit_code, result.stdout, result.stderr.count("\n"), names(tmp_path)) == (2, "", 1, [])
     assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert names(tmp_path) == []
 
 
 GUIDED, UNGUIDED = ["--guidance-scale", "4"], ["--guidance-scale", "1"]
@@ -265,14 +250,11 @@ def test_what_was_taken_unnamed_does_nothing_or_is_replaced_is_noted(tmp_path, m
     )
 
 
-def test_bad_prompt_files(tmp_path: Path):
+def test_prompt_files(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match=r"--prompt-file .*empty.txt.*no prompt"):
         read_prompts(tmp_path / "empty.txt")
-
-
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path):
-    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")  # a byte-order mark
     assert read_prompts(tmp_path / "marked.txt") == ("a red circle", "a blue square")
 
 
@@ -294,61 +276,46 @@ def copy_model(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_without_weights(tmp_path: Path):
-    folder = str(copy_model(tmp_path / "model"))
-    with pytest.raises(UnsupportedModel, match=r"diffusers.*load '.*model': "):
-        load_pipeline(request(tmp_path, model=folder))
-
-
 def test_models_that_no_adapter_knows(tmp_path: Path):
     folder = copy_model(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"diffusers.*load '.*model': "):  # it has no weights
+        load_pipeline(request(tmp_path, model=str(folder)))
     config = json.loads((folder / "transformer/config.json").read_text())
     (folder / "transformer/config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer4D"}))
     asked = request(tmp_path, model=str(folder), height=34)
-    assert settle(asked) == (asked, None, [], [])
+    assert resolve(asked) == (asked, None, [], [])
     with pytest.raises(ConfigError, match=r"H.264.*got 48 x 33"):
-        settle(dataclasses.replace(asked, height=33))
+        resolve(dataclasses.replace(asked, height=33))
     with pytest.raises(UnsupportedModel, match=r"adapter.*class WanTransformer4D"):
-        settle(dataclasses.replace(asked, methods=(RadialAttention(),)))
+        resolve(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
 
 @pytest.mark.parametrize("lacking", ["ffn_dim", "num_layers"])
-def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, lacking: str):
-    """A transformer of the sizes of no released model, whose config also lacks one."""
-    folder = str(model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None}))
-    asked = request(tmp_path, model=folder, methods=(RadialAttention(),))
-    assert settle(asked) == (asked, None, [], [])
-
-
-def test_methods_run_on_a_model_of_other_sizes(tmp_path: Path, pipe, monkeypatch):
-    """Without sizes of a released model the pipeline's own defaults hold, and methods attach all the same."""
-    folder = model_folder(tmp_path / "model", transformer={"ffn_dim": None, "num_layers": 4})
-    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, pipe, lacking: str):
+    """A transformer of the sizes of no released model, whose config also lacks one: the pipeline's defaults hold."""
+    folder = model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None})
     asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
-    (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif"))
-    assert written.report is not None
-    assert written.record["num_frames"] == 5
+    assert resolve(asked) == (asked, None, [], [])
+    if lacking == "ffn_dim":
+        (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif"))
+        assert written.report is not None
+        assert written.record["num_frames"] == 5
 
 
 def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monkeypatch):
-    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
-    before = {
-        name: module.processor for name, module in pipe.transformer.named_modules() if hasattr(module, "processor")
-    }
+    def processors() -> dict[str, Any]:
+        return {name: part.processor for name, part in pipe.transformer.named_modules() if hasattr(part, "processor")}
 
     def interrupt(path: Path, frames: np.ndarray, *, fps: float) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
+    before = processors()
     monkeypatch.setattr(generation, "write_media", interrupt)
-    asked = request(tmp_path, methods=(RadialAttention(dense_steps=0),))
     with pytest.raises(KeyboardInterrupt):
-        generate(asked)
+        generate(request(tmp_path, methods=(RadialAttention(dense_steps=0),)))
     assert names(tmp_path) == []
-    after = {
-        name: module.processor for name, module in pipe.transformer.named_modules() if hasattr(module, "processor")
-    }
-    assert all(after[name] is processor for name, processor in before.items())
+    assert all(processors()[name] is processor for name, processor in before.items())
     assert "_dit_accel_attachment" not in vars(pipe.transformer)
 
 
@@ -362,7 +329,6 @@ def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path, pipe, monke
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
     monkeypatch.setattr(generation, "write_media", full)
     output = tmp_path / "a.gif"
     told = cli(PROMPT, "--num-inference-steps", "1", "--num-frames", "1", "-o", str(output), "--quiet")
@@ -378,51 +344,35 @@ def test_values_that_are_no_numbers_are_no_picture():
         generation.frames_of(SimpleNamespace(frames=frames))
 
 
-@pytest.mark.parametrize("compiling", [True, False, None])
-def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatch, compiling: bool | None):
+@pytest.mark.parametrize("compiling", [True, False])
+def test_blocks_are_compiled_exactly_when_asked(tmp_path: Path, pipe, monkeypatch, compiling: bool):
     compiled: list[Any] = []
-    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
     monkeypatch.setattr(generation, "compile_blocks", compiled.append)
-    changes = {} if compiling is None else {"compile": compiling}
+    changes = {"compile": True} if compiling else {}
     asked = request(tmp_path, output=tmp_path / "a.gif", num_inference_steps=1, num_frames=1, **changes)
     (written,) = generate(asked)
     assert compiled == ([pipe] if compiling else [])
-    assert written.record["compile"] is bool(compiling)
+    assert written.record["compile"] is compiling
+    parts = [SimpleNamespace(compile_repeated_blocks=lambda fullgraph: compiled.append(fullgraph)) for _ in "ab"]
+    compile_blocks(SimpleNamespace(transformer=parts[0], transformer_2=parts[1]))
+    assert compiled[-2:] == [True, True]
 
 
-def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe, monkeypatch):
-    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
+def test_quiet_prints_nothing_but_the_file(tmp_path: Path, pipe):
     arguments = [PROMPT, *QUICK, "--num-inference-steps", "1", "--num-frames", "4", "-o", str(tmp_path / "a.gif")]
-    told = cli(*arguments)
-    assert "note: 4 frames are rounded to 5, as the pipeline does\n" in told.stderr
-    told = cli(*arguments, "--quiet")
-    assert (told.stdout, told.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
+    assert "note: 4 frames are rounded to 5, as the pipeline does\n" in cli(*arguments).stderr
+    result = cli(*arguments, "--quiet")
+    assert (result.stdout, result.stderr) == (f"{tmp_path / 'a.gif'}\n", "")
 
 
 def test_an_ffmpeg_that_fails_at_the_end_fails_the_command(tmp_path: Path, pipe, monkeypatch):
     ffmpeg = tmp_path / "ffmpeg"
     ffmpeg.write_text('#!/bin/sh\ncat > /dev/null\ncase "$*" in *null*) exit 0;; esac\nexit 1\n')
     ffmpeg.chmod(0o755)
-    monkeypatch.setattr(generation, "load_pipeline", lambda request: pipe)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(ffmpeg))
     told = cli(PROMPT, *QUICK, "--num-inference-steps", "1", "-o", str(tmp_path / "a.mp4"))
     assert (told.exit_code, told.stdout, names(tmp_path)) == (1, "", ["ffmpeg"])
     assert "error: RuntimeError: ffmpeg ended with exit code 1 and wrote no video" in told.stderr
-
-
-def test_compiled_blocks_are_those_of_every_transformer():
-    class Transformer:
-        compiled: bool | None = None
-
-        def compile_repeated_blocks(self, fullgraph: bool) -> None:
-            self.compiled = fullgraph
-
-    class Pipe:
-        transformer, transformer_2 = Transformer(), Transformer()
-
-    compile_blocks(Pipe)
-    assert Pipe.transformer.compiled
-    assert Pipe.transformer_2.compiled
 
 
 def test_libraries_are_quiet_only_inside():
@@ -503,7 +453,7 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     assert "measured speed-up: " in result.stderr
     assert Image.open(tmp_path / "a.check.png").width > 100
     record = json.loads((tmp_path / "a.mp4.json").read_text())
-    asked = settle(request(tmp_path, num_inference_steps=4, seed=3, check=True, methods=(StaticCache(every=2),)))[0]
+    asked = resolve(request(tmp_path, num_inference_steps=4, seed=3, check=True, methods=(StaticCache(every=2),)))[0]
     dense = run(pipe, PROMPT, asked).pictures
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
         made = run(pipe, PROMPT, asked).pictures
@@ -512,7 +462,7 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     assert f"psnr {expected:.4g}" in result.stderr
 
 
-def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path):
+def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path, pipe):
     result = cli(PROMPT, *QUICK, "--preset", "balanced", "-o", str(tmp_path / "a.mp4"))
     assert result.exit_code == 0, result.stderr
     assert "preset balanced: easycache skips" in result.stderr
@@ -529,31 +479,14 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path):
     assert json.loads(none.stdout)[0]["report"] is None
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--check"], "no method was requested; switch one on, such as --preset balanced"),
-        (["--check", "--preset", "none"], "no method was requested"),
-        (["--preset", "balance"], "there is no preset 'balance'"),
-        (["--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
-    ],
-)
-def test_checks_and_presets_that_cannot_be(options, expected, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = cli(PROMPT, *QUICK, *options)
-    assert result.exit_code != 0
-    assert expected in " ".join(result.stderr.split())
-    assert names(tmp_path) == []
-
-
-def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dit_accel.attachment.attachment.choices", lambda *_: [])
+def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, pipe, monkeypatch):
+    monkeypatch.setattr("dit_accel.methods.presets.PRESETS", {"fast": ()})
     with pytest.raises(ConfigError, match=r"preset 'fast'"):
         generate(request(tmp_path, preset="fast", check=True))
     assert names(tmp_path) == []
 
 
-def test_what_computes_dense_attention_reaches_attach_and_the_side_car(tmp_path: Path, monkeypatch):
+def test_what_computes_dense_attention_reaches_attach_and_the_side_car(tmp_path: Path, pipe, monkeypatch):
     given = []
     monkeypatch.setattr(generation.dit_accel, "attach", lambda *a, **k: given.append(k["dense"]) or attach(*a, **k))
     for dense in ((), ("--dense", "user"), ("--dense", "auto")):

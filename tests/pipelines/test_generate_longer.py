@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request, resolve
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -37,7 +37,7 @@ def warned(tmp_path, *flags: str, **options):
     methods = tuple(select_methods(flags, None, ()))
     asked = {"model": "wan-plain", **options}
     request = Request(prompts=("a red circle",), output=tmp_path / "a.mp4", methods=methods, **asked)
-    return settle(request).warnings
+    return resolve(request).warnings
 
 
 def test_sizes_beyond_the_trained_one_are_told(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 from dit_accel_pipelines import ADAPTERS
 
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.methods.guidance.prompt_branches import NAMES
+from dit_accel.methods.prompt_branches import NAMES
 
 ROOT = Path(diffusers.__file__).parent
 ADAPTER_OF = {name: adapter for adapter in ADAPTERS for name in adapter.transformers}

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_assets import model_path
-from dit_accel_pipelines.families.flux import FLUX, FLUX_DEV
+from dit_accel_pipelines.families.flux import FLUX
 from dit_accel_pipelines.generation.larger import prepare_larger
 from dit_accel_pipelines.generation.request import Request
+from tiny_stock import stock_pipeline
 from typer.testing import CliRunner
 
 import dit_accel
@@ -20,14 +21,15 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.positions.guide import low_band
 from dit_accel.methods.positions.ultraimage import UltraImageHandler
 from dit_accel.plan.layout import TokenLayout
-from tests.support import tiny_other_pipelines
+
+FLUX_DEV = FLUX.families[0]
 
 TRAINED = {"trained_height": 2, "trained_width": 2}
 
 
 def run(name, side, steps=2, **options):
     """Return the pipeline's pictures of a tiny pipeline and what the first stage gave, and the report."""
-    pipe, call = tiny_other_pipelines.PIPELINES[name]()
+    pipe, call = stock_pipeline(name)
     made = []
     of = type(pipe).__call__
 
@@ -39,7 +41,7 @@ def run(name, side, steps=2, **options):
     pipe.__class__ = Watched
     call |= {"height": side[0], "width": side[1], "num_inference_steps": steps}
     call["output_type"] = options.pop("output_type", "pt")
-    settings = UltraImage(**{**TRAINED, "correct": name != "sd3", **options})
+    settings = UltraImage(**{**TRAINED, "correct": name != "StableDiffusion3Pipeline", **options})
     with dit_accel.attach(pipe, settings) as attachment:
         out = attachment.call(**call, generator=torch.Generator().manual_seed(0))
         return pipe, out.images, made, attachment.report()
@@ -54,7 +56,7 @@ def through(pipe, picture):
     return ((back + 1) / 2).clamp(0, 1)
 
 
-@pytest.mark.parametrize("name", ["flux", "chroma", "qwen-image", "sd3"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline"])
 def test_a_picture_that_follows_to_the_end_is_the_small_one_enlarged(name):
     pipe, large, made, report = run(name, (96, 128), guided=True, follow_above=0.0, small=4)
     (first, small), (second, _) = made
@@ -65,7 +67,7 @@ def test_a_picture_that_follows_to_the_end_is_the_small_one_enlarged(name):
     assert "2 steps took no forward" in report.sections[0].lines[0]
 
 
-@pytest.mark.parametrize("name", ["flux", "chroma", "qwen-image", "sd3"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline"])
 def test_view_mode_keeps_the_small_picture_in_the_middle_alone(name):
     options = {"view": True, "small": 4, "enlarge": "latents", "output_type": "latent"}
     pipe, large, made, report = run(name, (128, 96), follow_above=0.0, **options)
@@ -90,16 +92,16 @@ def unpacked(pipe, latents, call):
 
 
 def test_latents_are_enlarged_as_the_transformer_takes_them():
-    _, picture, _, _ = run("flux", (96, 96), guided=True, follow_above=0.0)
-    _, latents, made, _ = run("flux", (96, 96), guided=True, follow_above=0.0, enlarge="latents")
+    _, picture, _, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.0)
+    _, latents, made, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.0, enlarge="latents")
     assert made[0][0]["output_type"] == "latent"
     assert latents.shape == picture.shape
     assert torch.isfinite(latents).all()
 
 
 def test_low_frequencies_are_pulled_below_the_level():
-    _, free, _, _ = run("flux", (96, 96), guided=True, follow_above=0.9)
-    _, pulled, made, report = run("flux", (96, 96), guided=True, follow_above=0.9, pull=1.0)
+    _, free, _, _ = run("FluxPipeline", (96, 96), guided=True, follow_above=0.9)
+    _, pulled, made, report = run("FluxPipeline", (96, 96), guided=True, follow_above=0.9, pull=1.0)
     wanted = F.interpolate(made[0][1].images, size=(96, 96), mode="bicubic", antialias=True)
     assert (pulled - wanted).abs().mean() < (free - wanted).abs().mean()
     assert "pulled to its low frequencies" in str(report)
@@ -116,14 +118,14 @@ def test_the_low_band_is_the_mean_of_what_a_small_token_covers():
 
 
 def test_a_picture_no_larger_than_trained_is_made_at_once():
-    _, _, made, _ = run("flux", (64, 64), guided=True, trained_height=64, trained_width=64)
+    _, _, made, _ = run("FluxPipeline", (64, 64), guided=True, trained_height=64, trained_width=64)
     assert len(made) == 1
 
 
 def test_step_caches_leave_the_steps_that_follow():
     followed = []
     for caches in ((), (EasyCache(threshold=9.0),)):
-        pipe, call = tiny_other_pipelines.PIPELINES["flux"]()
+        pipe, call = stock_pipeline("FluxPipeline")
         call |= {"height": 96, "width": 96, "num_inference_steps": 8}
         with dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True), *caches) as attachment:
             attachment.call(**call)
@@ -139,17 +141,17 @@ def test_what_can_not_be_is_refused():
     with pytest.raises(ConfigError, match=r"pull = 0\.5 pulls"):
         UltraImage(view=True, pull=0.5)
     with pytest.raises(ConfigError, match="small = 40 tokens"):
-        run("flux", (96, 96), guided=True, small=40)
+        run("FluxPipeline", (96, 96), guided=True, small=40)
     with pytest.raises(ConfigError, match=r"^ultraimage\.guided.*, and DPMSolverMultistepScheduler "):
-        run("pixart", (96, 96), guided=True, correct=False)
-    pipe, call = tiny_other_pipelines.PIPELINES["pixart"]()
+        run("PixArtSigmaPipeline", (96, 96), guided=True, correct=False)
+    pipe, call = stock_pipeline("PixArtSigmaPipeline")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with (
         dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True, correct=False)) as attachment,
         pytest.raises(ConfigError, match=r"Adapter\.flow"),
     ):
         attachment.call(**call | {"height": 96, "width": 96, "num_inference_steps": 1})
-    pipe, call = tiny_other_pipelines.PIPELINES["flux"]()
+    pipe, call = stock_pipeline("FluxPipeline")
     large = {**call, "height": 96, "width": 96, "num_inference_steps": 1}
     with (
         dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True)),
@@ -162,7 +164,7 @@ def test_what_can_not_be_is_refused():
 
 
 def test_the_noise_shift_is_held_in_the_large_stage_alone(tmp_path):
-    pipe, _ = tiny_other_pipelines.PIPELINES["flux"]()
+    pipe, _ = stock_pipeline("FluxPipeline")
     pipe.vae.enable_tiling = lambda: None
     config = UltraImage(guided=True)
     before = pipe.scheduler.config.max_image_seq_len

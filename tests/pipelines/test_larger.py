@@ -5,9 +5,12 @@ import types
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from dit_accel_pipelines.families.flux import FLUX_DEV, FLUX_TINY
+from dit_accel_pipelines.families.flux import FLUX
 from dit_accel_pipelines.generation.larger import prepare_larger
 from dit_accel_pipelines.generation.request import Request
+
+FLUX_DEV = FLUX.families[0]
+FLUX_TINY = FLUX.families[-1]
 
 
 @pytest.fixture

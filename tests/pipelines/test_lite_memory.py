@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from dit_accel_pipelines.families.wan import WAN, WAN_PLAIN
+from dit_accel_pipelines.families.wan import WAN
 from typer.testing import CliRunner
 from wan_tiny import generate, tiny_transformer
 
@@ -14,6 +14,8 @@ from dit_accel.adapters import installed
 from dit_accel.cli.app import app
 from dit_accel.estimate.estimate import estimate
 from dit_accel.estimate.sizes import token_layout
+
+WAN_PLAIN = WAN.families[-1]
 
 SIZE = dict(height=48, width=32, num_frames=9, num_inference_steps=4)
 LITE = LiteAttention(block_size=16, dense_steps=0)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import pytest
 from matrix_cases import Case, cases_of, few, many, plain_of, wrong_in
 from matrix_classes import covered, pipeline_classes
-from matrix_limits import forwards_of, found_of, limits
+from matrix_limits import forwards_of, found_of, limits, refused_of
 from matrix_methods import METHODS, names_of
 from matrix_situations import SITUATIONS
-from matrix_stock import NOT_BUILT, PIPELINES
+from tiny_stock import NOT_BUILT, PIPELINES
 
 from dit_accel.methods.registry import handlers
 
@@ -42,6 +42,7 @@ def require_right(name: str, cases: list[Case], record: Callable[[str, object], 
     "name", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in PIPELINES]
 )
 def test_a_pipeline_is_right_with_a_method_in_a_situation(name, record_property):
+    assert refused_of(plain_of(name)) == limits()[name].refused, "run tests/support/matrix_limits.py"
     require_right(name, [few()[name]], record_property)
 
 
@@ -70,7 +71,7 @@ def test_what_diffusers_cannot_do_is_no_more_than_that(name):
 def test_every_pipeline_class_is_in_the_matrix():
     classes = set(pipeline_classes())
     built = {name.split(",")[0] for name in PIPELINES}
-    assert not classes - built - set(NOT_BUILT), "give matrix_stock a tiny pipeline of each"
+    assert not classes - built - set(NOT_BUILT), "give tiny_stock a tiny pipeline of each"
     assert not (built | set(NOT_BUILT)) - classes, "these are no pipelines of a covered transformer"
     assert not built & set(NOT_BUILT)
     assert set(limits()) == set(PIPELINES), "run tests/support/matrix_limits.py"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from matrix_cases import plain_of, wrong_in
 from matrix_runs import run
-from matrix_stock import PIPELINES
-from tiny_image_pipelines import picture
+from tiny_parts import picture
+from tiny_stock import stock_pipeline
 from wan_tiny import sharp_transformer, tiny_transformer
 
 from dit_accel import (
@@ -176,8 +176,7 @@ def test_a_share_of_the_steps_is_as_many_for_attention_as_for_caches(share, step
     ids=lambda method: method.name,
 )
 def test_a_transformer_compiled_after_attach_is_followed_or_said(method):
-    stock = PIPELINES["WanPipeline"]
-    pipe, call = stock.make()
+    pipe, call = stock_pipeline("WanPipeline")
     pipe.set_progress_bar_config(disable=True)
     call = {**call, "output_type": "latent"}
     with attached(pipe, method):
@@ -196,7 +195,7 @@ def test_a_transformer_compiled_after_attach_is_followed_or_said(method):
 
 
 def test_a_transformer_replaced_while_attached_is_said():
-    pipe, call = PIPELINES["WanPipeline"].make()
+    pipe, call = stock_pipeline("WanPipeline")
     pipe.set_progress_bar_config(disable=True)
     call = {**call, "output_type": "latent"}
     sparse = RadialAttention(
@@ -223,7 +222,7 @@ def test_a_transformer_replaced_while_attached_is_said():
     ids=lambda method: method.name,
 )  # fmt: skip
 def test_two_threads_around_one_attached_transformer_are_right_or_refused(method):
-    pipe, call = PIPELINES["WanPipeline"].make()
+    pipe, call = stock_pipeline("WanPipeline")
     pipe.set_progress_bar_config(disable=True)
     other = copy.copy(pipe)
     other.scheduler = copy.deepcopy(pipe.scheduler)
@@ -293,7 +292,7 @@ CONVERTED = {
 
 def first_step(name, **method):
     """Run a modular pipeline; return its transformer's predictions and its guider's result in the first step."""
-    pipe, call = PIPELINES[name].make()
+    pipe, call = stock_pipeline(name)
     given, mixed, sigmas = [], [], []
     forward = pipe.guider.forward
 
@@ -325,6 +324,6 @@ def test_a_pipeline_that_changes_predictions_before_its_guider_is_refused_if_und
     from dit_accel_pipelines.families.z_image import Z_IMAGE
 
     monkeypatch.setattr(type(Z_IMAGE.guidance), "converted", (), raising=False)
-    pipe, call = PIPELINES["ZImageModularPipeline"].make()
+    pipe, call = stock_pipeline("ZImageModularPipeline")
     with attach(pipe, PAG(layers="L1")), pytest.raises(DitAccelError, match=r"pag.*guider mixes"):
         run(pipe, call)

@@ -26,9 +26,8 @@ from dit_accel.methods import Handler, MethodConfig, PerturbedConfig, PerturbedH
 from dit_accel.methods.base import Place
 from dit_accel.methods.site import sample_of, with_sample
 from dit_accel.testing import METHOD_CASES
-from dit_accel.testing.guidance_checks import check_beside_guidance
-from dit_accel.testing.one_method import tiny_wan
-from dit_accel.testing.tiny_models import Case
+from dit_accel.testing.promises import check_beside_guidance
+from dit_accel.testing.tiny_models import Case, tiny_wan
 
 SPARSE = dict(block_size=16, dense_steps=1, dense_last_steps=0, dense_layers=0)
 TURNS = dict(refresh=2, **SPARSE)
@@ -55,7 +54,7 @@ BESIDE = {
     "delta, lite": (d.DeltaAttention(stride=8), d.LiteAttention(threshold=-1.0, dense_steps=0, block_size=16)),
     "dfa, share": (d.DFA(share=0.3, strict=True),),
     "staticcache, held": (d.StaticCache(every=3, predictor="hold", stored="output", **CACHE),),
-    "staticcache, heun": (d.StaticCache(every=2, predictor="heun", corrected=True, **CACHE),),
+    "staticcache, heun": (d.StaticCache(every=2, predictor="heun", **CACHE),),
     "profilingcache": (d.ProfilingCache(blocks="0, 2", every=2, predictor="taylor", **CACHE),),
     "magcache, diffusers": (
         MagCacheConfig(threshold=10.0, max_skip_steps=1, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
@@ -135,8 +134,12 @@ NOTHING = {
 FREE = ("softpag", "seg", "softpag, temperature")
 """Those that are tried in place of the unconditional forward as well."""
 
-REFUSED = ("the branches would mix", "both change what an attention call gave", "some are to be left out")
-"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA."""
+REFUSED = (
+    "the branches would mix", "both change what an attention call gave", "some are to be left out",
+    "guidance would add what the cache is off by",
+)  # fmt: skip
+"""What is said of what does not go together: SLG and a cache of blocks, another target and NAG, UltraViCo and DFA, a
+cache of diffusers and guidance that begins later."""
 
 ROUNDING = 1e-5
 """The least share of the latents' norm that counts: the model rounds to float32 inside."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.modular_pipelines import SequentialPipelineBlocks
-from tiny_modular_pipelines import MODULAR
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import AttachError, ConfigError, EasyCache
@@ -16,7 +16,7 @@ SETTING = "[easycache]\nthreshold = 1e9\nwarmup_steps = 1\nmax_consecutive = 1\n
 def made(request, tmp_path):
     """A pipeline with the block in front, its call without the setting, and the path of a setting."""
     (tmp_path / "cache.toml").write_text(SETTING)
-    pipe, call = MODULAR[request.param]()
+    pipe, call = stock_pipeline(request.param)
     blocks = pipe.blocks
     blocks.sub_blocks.insert("dit_accel", AttachMethods("none"), 0)
     with_block = type(pipe)(blocks=blocks)

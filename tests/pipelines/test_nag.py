@@ -9,10 +9,7 @@ import matrix_cases
 import pytest
 import torch
 import wan_tiny
-from tiny_image_pipelines import generate as generate_image
-from tiny_other_pipelines import PIPELINES as IMAGES
-from tiny_pipelines import PIPELINES as VIDEOS
-from tiny_pipelines import generate as generate_video
+from tiny_stock import run_stock, stock_pipeline
 from typer.testing import CliRunner
 
 import dit_accel
@@ -99,20 +96,19 @@ def test_a_prompt_is_encoded_as_the_pipeline_encodes_its_own(make_pipe):
     assert dit_accel.attachment_of(pipe) is None
 
 
-@pytest.mark.parametrize("name", ["ltx", "pixart"])
+@pytest.mark.parametrize("name", ["LTXPipeline", "PixArtSigmaPipeline"])
 def test_guidance_in_one_call_guides_the_conditional_rows_alone(name):
     """The negative text as the prompt itself moves nothing, so that padded text and rows are told rightly."""
-    pipe, call = (VIDEOS | IMAGES)[name]()
-    generate = generate_video if name in VIDEOS else generate_image
-    plain = generate(pipe, call)
+    pipe, call = stock_pipeline(name)
+    plain = run_stock(pipe, call)
     valid = call["prompt_attention_mask"][0].bool()
     own = call["prompt_embeds"][:, valid]
     with dit_accel.attach(pipe, NAG(negative_embeds=own)) as attachment:
-        torch.testing.assert_close(generate(pipe, call), plain, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run_stock(pipe, call), plain, rtol=1e-3, atol=1e-3)
         assert attachment.report().section("nag").data["forwards"] > 0
     with dit_accel.attach(pipe, NAG(negative_embeds=own.flip(-1), scale=11.0)):
-        assert not torch.allclose(generate(pipe, call), plain, rtol=1e-2, atol=1e-2)
-    assert torch.equal(generate(pipe, call), plain)
+        assert not torch.allclose(run_stock(pipe, call), plain, rtol=1e-2, atol=1e-2)
+    assert torch.equal(run_stock(pipe, call), plain)
 
 
 def test_generate_takes_a_negative_prompt_at_guidance_1(tmp_path):

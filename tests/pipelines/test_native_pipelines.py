@@ -1,9 +1,6 @@
 """diffusers' own caches attached to whole pipelines, with and without contexts of their own."""
 
 import pytest
-import tiny_image_pipelines
-import tiny_other_pipelines
-import tiny_pipelines
 import torch
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -13,6 +10,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     TextKVCacheConfig,
 )
+from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate
 
 import dit_accel
@@ -50,63 +48,63 @@ def test_wan_runs_as_under_enable_cache_and_is_itself_again_after(make_pipe, con
     assert not pipe.transformer.is_cache_enabled
 
 
-@pytest.mark.parametrize("name", ["flux_img2img", "flux_kontext"])
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxKontextPipeline"])
 @pytest.mark.parametrize(
     "config",
     [FirstBlockCacheConfig(threshold=1e9), TaylorSeerCacheConfig(disable_cache_before_step=1)],
     ids=lambda config: type(config).__name__,
 )
 def test_pipelines_without_contexts_are_given_some(name, config):
-    pipe, call = getattr(tiny_image_pipelines, name)()
+    pipe, call = stock_pipeline(name)
 
     def stop(pipe, step, timestep, tensors):
         raise RuntimeError("stopped")
 
     with dit_accel.attach(pipe, config) as attachment:
-        first = tiny_image_pipelines.generate(pipe, call)
+        first = run_stock(pipe, call)
         ran, of = counted(attachment)
         assert 0 < ran < of
         with pytest.raises(RuntimeError, match="stopped"):
-            tiny_image_pipelines.generate(pipe, call, callback_on_step_end=stop)
-        tiny_image_pipelines.generate(pipe, call, height=64, width=64)
-        assert torch.equal(tiny_image_pipelines.generate(pipe, call), first)
+            run_stock(pipe, call, callback_on_step_end=stop)
+        run_stock(pipe, call, height=64, width=64)
+        assert torch.equal(run_stock(pipe, call), first)
     pipe.transformer.enable_cache(config)
     with pytest.raises(ValueError, match="cache context"):
-        tiny_image_pipelines.generate(pipe, call)
+        run_stock(pipe, call)
 
 
 def test_faster_cache_skips_the_unconditional_half():
-    pipe, call = tiny_pipelines.cogvideox()
+    pipe, call = stock_pipeline("CogVideoXPipeline")
     call = dict(call, num_inference_steps=8, output_type="latent")
     faster = FasterCacheConfig(
         spatial_attention_timestep_skip_range=(-1, 1001), unconditional_batch_timestep_skip_range=(-1, 1001),
         tensor_format="BFCHW", attention_weight_callback=lambda module: 0.3,
         current_timestep_callback=lambda: pipe.current_timestep,
     )  # fmt: skip
-    native, _ = tiny_pipelines.cogvideox()
+    native, _ = stock_pipeline("CogVideoXPipeline")
     with dit_accel.attach(pipe, faster) as attachment:
-        first = tiny_pipelines.generate(pipe, call)
+        first = run_stock(pipe, call)
         ran, of = counted(attachment)
         assert 0 < ran < of
-        assert torch.equal(tiny_pipelines.generate(pipe, call), first)
+        assert torch.equal(run_stock(pipe, call), first)
         with pytest.raises(ConfigError, match=r"FasterCacheConfig.*batched call"):
-            tiny_pipelines.generate(pipe, call, guidance_scale=1.0)
-        assert torch.equal(tiny_pipelines.generate(pipe, call), first)
+            run_stock(pipe, call, guidance_scale=1.0)
+        assert torch.equal(run_stock(pipe, call), first)
     native.transformer.enable_cache(faster)
     pipe = native  # whose timestep the config asks for
-    assert torch.equal(tiny_pipelines.generate(native, call), first)
+    assert torch.equal(run_stock(native, call), first)
 
 
 def test_the_text_cache_changes_nothing():
-    pipe, call = tiny_other_pipelines.nucleus_image()
-    plain = tiny_image_pipelines.generate(pipe, call)
+    pipe, call = stock_pipeline("NucleusMoEImagePipeline")
+    plain = run_stock(pipe, call)
     with dit_accel.attach(pipe, TextKVCacheConfig()):
-        torch.testing.assert_close(tiny_image_pipelines.generate(pipe, call), plain)
-    assert torch.equal(tiny_image_pipelines.generate(pipe, call), plain)
+        torch.testing.assert_close(run_stock(pipe, call), plain)
+    assert torch.equal(run_stock(pipe, call), plain)
 
 
 def test_sea_cache_is_refused_where_the_scheduler_tells_no_sigma():
-    pipe, _ = tiny_pipelines.cogvideox()
+    pipe, _ = stock_pipeline("CogVideoXPipeline")
     sea = SeaCacheConfig(raw_vision_callback=lambda module, args, kwargs: list(kwargs["hidden_states"].mT))
     with pytest.raises(ConfigError, match=r"SeaCacheConfig.*noise level.*CogVideoXDDIMScheduler does"):
         dit_accel.attach(pipe, sea)

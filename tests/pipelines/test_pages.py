@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 from examples_runner import run
-from tiny_other_pipelines import PIPELINES
+from tiny_stock import stock_pipeline
 from typer.testing import CliRunner
 
 import dit_accel
@@ -77,7 +77,7 @@ def stable_diffusion():
     from diffusers import StableDiffusion3Pipeline
 
     def load(*_: Any, **__: Any) -> Any:
-        pipe, given = PIPELINES["sd3"]()
+        pipe, given = stock_pipeline("StableDiffusion3Pipeline")
         kind, original = type(pipe), type(pipe).__call__
         call = {"__call__": lambda self, *_, **__: original(self, **given)}
         pipe.__class__ = type(kind.__name__, (kind,), call)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_pipelines.generation.generate import frames_of, run
-from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, read_pictures, settle
+from dit_accel_pipelines.generation.request import Request, read_pictures, resolve
 from model_folders import model_folder
 from PIL import Image
 
@@ -22,8 +22,8 @@ from dit_accel.errors import ConfigError, UnsupportedModel
 PROMPT = "a red circle moving right"
 
 
-def call_of(name: str) -> PipelineCall:
-    return PipelineCall.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
+def call_of(name: str) -> CallSignature:
+    return CallSignature.of(pipeline_class(ModelFiles(name="m", index={"_class_name": name}, transformer={}, vae={})))
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def request(folder: Path, **changes: Any) -> Request:
 def test_defaults_go_only_to_parameters_that_are_there(tmp_path: Path):
     """The family knows frames and sizes; an image pipeline takes no frames, image to video no sizes."""
     model = str(model_folder(tmp_path / "v2v", _class_name="WanVideoToVideoPipeline"))
-    asked, family, notes, _ = settle(request(tmp_path, model=model, video=tmp_path / "b.mp4"))
+    asked, family, notes, _ = resolve(request(tmp_path, model=model, video=tmp_path / "b.mp4"))
     assert (family.name, notes, asked.num_frames) == ("wan-plain", [], None)
     assert (asked.height, asked.width, asked.num_inference_steps) == (64, 64, 20)
     model = str(model_folder(tmp_path / "i2v", _class_name="HunyuanVideo15ImageToVideoPipeline"))
-    asked, *_ = settle(request(tmp_path, model=model, image=tmp_path / "b.png"))
+    asked, *_ = resolve(request(tmp_path, model=model, image=tmp_path / "b.png"))
     assert (asked.height, asked.width, asked.num_frames) == (None, None, 17)
 
 

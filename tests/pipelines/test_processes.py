@@ -48,7 +48,7 @@ def loads(monkeypatch) -> list[Request]:
     """The requests for which a pipeline was loaded; what they make is black."""
     found: list[Request] = []
     monkeypatch.setattr(generating, "load_pipeline", lambda asked: found.append(asked) or object())
-    monkeypatch.setattr(generating, "_resolved", lambda one, pipe: one)
+    monkeypatch.setattr(generating, "_with_choices", lambda one, pipe: one)
     monkeypatch.setattr(generating, "prepare_larger", lambda *_: [])
 
     def run(pipe, prompt, one, **_):

@@ -17,7 +17,7 @@ from tiny_inputs import ids, packed
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.rope_forms import changed
+from dit_accel.adapters.rope_forms import change_rope
 from dit_accel.adapters.rotary import Rope, RopeChange, rope_of
 from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
 from dit_accel.testing import rope_checks
@@ -142,10 +142,10 @@ def test_a_wrong_adapter_is_found(name, changes, message):
 
 def test_a_change_of_a_class_is_found(monkeypatch):
     def on_the_class(*args):
-        change = changed(*args)
+        change = change_rope(*args)
         return RopeChange([(type(owner), name, value) for owner, name, value in change.attributes], change.inputs)
 
-    monkeypatch.setattr(rope_checks, "changed", on_the_class)
+    monkeypatch.setattr(rope_checks, "change_rope", on_the_class)
     with pytest.raises(AssertionError, match="was changed"):
         check_rope(tiny("flux"))
 
@@ -164,7 +164,7 @@ class HalfRopeHandler(Handler):
 
     def install(self, site):
         rope = rope_of(site.adapter.name, site.adapter.rope, site.transformer.config)
-        change = changed(rope, site.transformer, {"height": lambda own: own / 2})
+        change = change_rope(rope, site.transformer, {"height": lambda own: own / 2})
         for owner, name, value in change.attributes:
             site.replace(owner, name, value)
         if change.inputs is not None:
@@ -185,7 +185,7 @@ def test_a_method_changes_positions_through_the_core(monkeypatch, name):
             dit_accel.attach(case.transformer, HalfRope())
         return
     plain = case.run(inputs)
-    with replaced(case.transformer, changed(case.adapter.rope, case.transformer, {"height": lambda own: own / 2})):
+    with replaced(case.transformer, change_rope(case.adapter.rope, case.transformer, {"height": lambda own: own / 2})):
         expected = case.run(inputs)
     for _ in range(2):
         with dit_accel.attach(case.transformer, HalfRope()):
@@ -196,7 +196,7 @@ def test_a_method_changes_positions_through_the_core(monkeypatch, name):
 
 def rope_outputs(case, frequencies, call):
     rope = rope_of(case.adapter.name, case.adapter.rope, case.transformer.config)
-    with replaced(case.transformer, changed(rope, case.transformer, frequencies)):
+    with replaced(case.transformer, change_rope(rope, case.transformer, frequencies)):
         return call()
 
 
@@ -220,7 +220,7 @@ def test_one_frequency_moves_two_columns_to_the_formula():
 def given(name, value, frequencies, number=0, **config):
     case = tiny(name, number, **config)
     rope = rope_of(name, case.adapter.rope, case.transformer.config)
-    inputs = changed(rope, case.transformer, frequencies).inputs
+    inputs = change_rope(rope, case.transformer, frequencies).inputs
     return inputs({rope.input: value})[rope.input]
 
 
@@ -274,7 +274,7 @@ def test_a_copied_model_keeps_its_change():
     for name in ("wan", "z-image", "qwen-image", "ideogram4"):
         case = tiny(name)
         rope, inputs = case.adapter.rope, case.inputs(1)
-        change = changed(rope, case.transformer, {"height": lambda own: own / 2})
+        change = change_rope(rope, case.transformer, {"height": lambda own: own / 2})
         with replaced(case.transformer, change):
             expected = case.run(inputs)
             twin = copy.deepcopy(case.transformer)
@@ -300,7 +300,7 @@ def test_a_model_of_half_precision_keeps_its_own():
         transformer, inputs = case.transformer, case.inputs(1)
         rope = rope_of(name, case.adapter.rope, transformer.config)
         calls = rope_checks._recorded(case, rope, inputs)
-        change = changed(rope, transformer, {"frames": lambda own: own})
+        change = change_rope(rope, transformer, {"frames": lambda own: own})
         rope.find_owner(transformer).to(torch.bfloat16)
         plain = [leaf for call in calls for leaf in rope_checks._leaves(call())]
         if change.inputs:

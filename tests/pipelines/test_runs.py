@@ -5,12 +5,10 @@ import warnings
 
 import diffusers
 import pytest
-import tiny_image_pipelines
-import tiny_other_pipelines
-import tiny_pipelines
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, WanImageToVideoPipeline
-from tiny_image_pipelines import generate
+from tiny_parts import pil
+from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate as generate_video
 from wan_tiny import tiny_transformer
 
@@ -32,11 +30,11 @@ def steps_of(attachment):
 
 @pytest.fixture(scope="module")
 def sd3():
-    return tiny_other_pipelines.sd3()
+    return stock_pipeline("StableDiffusion3Pipeline")
 
 
 def test_a_scheduler_that_replaces_another_after_attach_is_asked():
-    pipe, call = tiny_pipelines.hunyuan_video()
+    pipe, call = stock_pipeline("HunyuanVideoPipeline")
     with dit_accel.attach(
         pipe, RadialAttention(block_size=16, dense_steps=0.5, dense_last_steps=1, dense_layers=0)
     ) as a:
@@ -54,7 +52,7 @@ def generate_tiny(pipe, call, **changes):
 def test_a_run_after_an_interrupted_or_failed_one_is_a_fresh_one(sd3, method):
     pipe, call = sd3
     with dit_accel.attach(pipe, method):
-        fresh = generate(pipe, call, generator=torch.Generator().manual_seed(1))
+        fresh = run_stock(pipe, call, generator=torch.Generator().manual_seed(1))
 
     def interrupt(pipe, step, timestep, tensors):
         pipe._interrupt = True
@@ -64,20 +62,20 @@ def test_a_run_after_an_interrupted_or_failed_one_is_a_fresh_one(sd3, method):
         raise RuntimeError("stopped")
 
     with dit_accel.attach(pipe, method) as attachment:
-        generate(pipe, call, callback_on_step_end=interrupt)
-        assert torch.equal(generate(pipe, call, generator=torch.Generator().manual_seed(1)), fresh)
+        run_stock(pipe, call, callback_on_step_end=interrupt)
+        assert torch.equal(run_stock(pipe, call, generator=torch.Generator().manual_seed(1)), fresh)
         with pytest.raises(RuntimeError, match="stopped"):  # in step 0: the timestep does not rise afterwards
-            generate(pipe, call, callback_on_step_end=fail)
-        assert torch.equal(generate(pipe, call, generator=torch.Generator().manual_seed(1)), fresh)
+            run_stock(pipe, call, callback_on_step_end=fail)
+        assert torch.equal(run_stock(pipe, call, generator=torch.Generator().manual_seed(1)), fresh)
         assert len(attachment.report().steps) == call["num_inference_steps"]
 
 
 def test_runs_of_one_step_follow_each_other_as_runs(sd3):
     pipe, call = sd3
     with dit_accel.attach(pipe, SPARSED) as attachment:
-        first = generate(pipe, call, num_inference_steps=1)
-        generate(pipe, call, num_inference_steps=1, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(generate(pipe, call, num_inference_steps=1), first)
+        first = run_stock(pipe, call, num_inference_steps=1)
+        run_stock(pipe, call, num_inference_steps=1, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(run_stock(pipe, call, num_inference_steps=1), first)
         assert len(attachment.report().steps) == 1
 
 
@@ -89,28 +87,28 @@ def test_two_evaluations_a_step_are_one_step(sd3):
         with dit_accel.attach(
             pipe, SparseD(block_size=16, density=0.5, dense_steps=0.25, dense_layers=0)
         ) as attachment:
-            first = generate(pipe, call, num_inference_steps=8)
+            first = run_stock(pipe, call, num_inference_steps=8)
             assert len(pipe.scheduler.timesteps) == 15
             planned = steps_of(attachment)
             assert planned == {step: step >= 2 for step in range(8)}
             assert {step.branch for step in attachment.report().steps} == {"call 0"}
-            assert torch.equal(generate(pipe, call, num_inference_steps=8), first)
+            assert torch.equal(run_stock(pipe, call, num_inference_steps=8), first)
     finally:
         pipe.scheduler = scheduler
 
 
 def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
-    pipe, call = tiny_image_pipelines.flux_img2img()
+    pipe, call = stock_pipeline("FluxImg2ImgPipeline")
     method = SparseD(block_size=16, density=0.5, dense_steps=0.25, dense_last_steps=1, dense_layers=0)
     with dit_accel.attach(pipe, method) as attachment:
-        generate(pipe, call, num_inference_steps=10, strength=0.8)
+        run_stock(pipe, call, num_inference_steps=10, strength=0.8)
         assert steps_of(attachment) == {step: 2 <= step < 7 for step in range(8)}
-        generate(pipe, call, num_inference_steps=10, strength=0.4)
+        run_stock(pipe, call, num_inference_steps=10, strength=0.4)
         assert steps_of(attachment) == {0: False, 1: True, 2: True, 3: False}
 
 
 def test_an_interrupted_run_and_one_from_the_middle_do_not_go_on():
-    pipe, call = tiny_image_pipelines.flux_img2img()
+    pipe, call = stock_pipeline("FluxImg2ImgPipeline")
 
     def interrupt(pipe, step, timestep, tensors):
         if step == 0:
@@ -119,10 +117,10 @@ def test_an_interrupted_run_and_one_from_the_middle_do_not_go_on():
 
     for method in (LITE, SPARSED):
         with dit_accel.attach(pipe, method):
-            fresh = generate(pipe, call, num_inference_steps=6, strength=0.6)
+            fresh = run_stock(pipe, call, num_inference_steps=6, strength=0.6)
         with dit_accel.attach(pipe, method) as attachment:
-            generate(pipe, call, num_inference_steps=6, strength=1.0, callback_on_step_end=interrupt)
-            assert torch.equal(generate(pipe, call, num_inference_steps=6, strength=0.6), fresh)
+            run_stock(pipe, call, num_inference_steps=6, strength=1.0, callback_on_step_end=interrupt)
+            assert torch.equal(run_stock(pipe, call, num_inference_steps=6, strength=0.6), fresh)
             assert len(attachment.report().steps) == 4
 
 
@@ -133,7 +131,7 @@ def test_two_experts_share_one_count_of_steps(make_pipe):
     parts.update(transformer=experts[0], transformer_2=experts[1])
     pipe = WanImageToVideoPipeline(**parts, boundary_ratio=0.9)
     pipe.set_progress_bar_config(disable=True)
-    picture = tiny_image_pipelines.pil(32, 32)
+    picture = pil(32, 32)
     method = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0.4, dense_layers=0)
     with dit_accel.attach(pipe, method) as attachment:
         generate_video(pipe, image=picture, num_inference_steps=6)

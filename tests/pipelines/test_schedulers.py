@@ -2,26 +2,23 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny_other_pipelines
-import tiny_pipelines
-import tiny_wan_pipelines
 import torch
 from scheduler_walks import STEPS, Walk, made, noise_at, scheduler_names, steps_of, walked
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import SLG, ConfigError, EasyCache, LiteAttention, SeaCache, SparseD, StaticCache
 
-PIPELINES: dict[str, Callable[[], Any]] = {
-    "wan": tiny_wan_pipelines.wan,
-    "sd3": tiny_other_pipelines.sd3,
-    "mochi": tiny_pipelines.mochi,
-    "cogvideox": tiny_pipelines.cogvideox,
-    "pixart": tiny_other_pipelines.pixart,
-    "hunyuan-dit": tiny_other_pipelines.hunyuan_dit,
+PIPELINES = {
+    "wan": "WanPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "mochi": "MochiPipeline",
+    "cogvideox": "CogVideoXPipeline",
+    "pixart": "PixArtSigmaPipeline",
+    "hunyuan-dit": "HunyuanDiTPipeline",
 }
 FLOWS = ("wan", "sd3", "mochi")
 CACHED = dict(warmup_steps=2, last_steps=1)
@@ -49,7 +46,7 @@ LEAST = {"wan": 15, "sd3": 20, "mochi": 4, "cogvideox": 20, "pixart": 20, "hunyu
 
 @functools.cache
 def plain_of(name: str) -> tuple[Any, dict[str, Any]]:
-    pipe, call = PIPELINES[name]()
+    pipe, call = stock_pipeline(PIPELINES[name])
     pipe.set_progress_bar_config(disable=True)
     return pipe, {**call, "num_inference_steps": STEPS, "output_type": "latent"}
 

@@ -6,11 +6,10 @@ import warnings
 
 import diffusers
 import pytest
-import tiny_image_pipelines
-import tiny_other_pipelines
-import tiny_pipelines
 import torch
 import wan_tiny
+from tiny_parts import picture
+from tiny_stock import stock_pipeline
 
 import dit_accel
 from dit_accel import (
@@ -46,12 +45,12 @@ def latents(pipe, call, seed=0, **changes):
 
 @pytest.fixture
 def flux():
-    return tiny_image_pipelines.flux()
+    return stock_pipeline("FluxPipeline")
 
 
 def image_to_image(pipe, **parts):
-    made = diffusers.FluxImg2ImgPipeline(**{**pipe.components, **parts})
-    return made, dict(image=tiny_image_pipelines.picture(), strength=1.0, num_inference_steps=12)
+    other = diffusers.FluxImg2ImgPipeline(**{**pipe.components, **parts})
+    return other, dict(image=picture(), strength=1.0, num_inference_steps=12)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["one scheduler", "schedulers of their own"])
@@ -81,7 +80,7 @@ def test_the_steps_are_those_of_the_pipeline_that_runs_whichever_was_attached_to
 def test_a_pipeline_made_from_another_runs_with_its_own_steps(flux):
     pipe, call = flux
     other = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
-    changes = dict(image=tiny_image_pipelines.picture(), strength=0.5, num_inference_steps=12)
+    changes = dict(image=picture(), strength=0.5, num_inference_steps=12)
     with dit_accel.attach(other, CACHE) as attachment:
         alone, title = latents(other, call, **changes), attachment.report().section("staticcache").title
     with dit_accel.attach(pipe, CACHE) as attachment:
@@ -117,11 +116,11 @@ def _places():
     return torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float()
 
 
-@pytest.mark.parametrize("make", [tiny_other_pipelines.sd3, tiny_pipelines.hunyuan_video, tiny_image_pipelines.flux])
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "HunyuanVideoPipeline", "FluxPipeline"])
 @pytest.mark.parametrize("method", [LITE, EasyCache(threshold=0.5, warmup_steps=1)], ids=lambda method: method.name)
-def test_a_run_after_one_that_raised_or_was_interrupted_is_as_the_first(make, method):
+def test_a_run_after_one_that_raised_or_was_interrupted_is_as_the_first(name, method):
     """Attached to the transformer alone: the pipeline that runs it tells where a run begins, and its steps."""
-    pipe, call = make()
+    pipe, call = stock_pipeline(name)
     call["num_inference_steps"] = 6
 
     def stop_at(step, interrupt=False):
@@ -148,7 +147,7 @@ def test_a_run_after_one_that_raised_or_was_interrupted_is_as_the_first(make, me
 
 def test_two_transformers_of_which_each_holds_one_prompt_are_branches_of_their_own():
     """One step each: the second transformer's forwards are not told apart by the timestep of the run before."""
-    pipe, call = tiny_other_pipelines.ideogram4()
+    pipe, call = stock_pipeline("Ideogram4Pipeline")
     with dit_accel.attach(pipe, preset="none") as attachment:
         for _ in range(2):
             latents(pipe, call, num_inference_steps=1)
@@ -266,10 +265,10 @@ def test_loops_by_hand_in_two_threads_end_in_an_error_in_both_where_they_mixed()
 # Transformers compiled or replaced after attach
 
 
-def compiled_after(make, *methods, **options):
+def compiled_after(name, *methods, **options):
     """Attach methods, let torch.compile wrap the pipeline's transformer, and generate."""
     torch._dynamo.reset()
-    pipe, call = make()
+    pipe, call = stock_pipeline(name)
     attachment = dit_accel.attach(pipe, *methods, preset="none", backend="torch")
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", **options)
     try:
@@ -289,18 +288,16 @@ def compiled_after(make, *methods, **options):
     ],
     ids=lambda method: method.name,
 )
-@pytest.mark.parametrize(
-    "make", [tiny_pipelines.ltx, pytest.param(tiny_pipelines.hunyuan_video, marks=pytest.mark.slow)]
-)
-def test_a_transformer_compiled_after_attach_is_refused_where_methods_act_around_it_or_inside(make, method):
+@pytest.mark.parametrize("name", ["LTXPipeline", pytest.param("HunyuanVideoPipeline", marks=pytest.mark.slow)])
+def test_a_transformer_compiled_after_attach_is_refused_where_methods_act_around_it_or_inside(name, method):
     with pytest.raises(ConfigError, match=r"the forward.*torch\.compile\(transformer\)"):
-        compiled_after(make, method)
+        compiled_after(name, method)
 
 
 @pytest.mark.parametrize("method", [RADIAL, SparseD(block_size=16, density=0.3, dense_steps=1)], ids=lambda m: m.name)
 def test_a_transformer_compiled_after_attach_is_refused_where_its_pipeline_tells_no_steps(method):
     with pytest.raises(ConfigError, match=r"steps.*cache_context.*torch\.compile"):
-        compiled_after(tiny_pipelines.ltx, method)
+        compiled_after("LTXPipeline", method)
 
 
 @pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -11,61 +11,52 @@ import pytest
 import torch
 import wan_tiny
 from three_branches import perturbed_heads, three_branches
-from tiny_image_pipelines import generate as generate_image
-from tiny_other_pipelines import PIPELINES as IMAGES
-from tiny_pipelines import PIPELINES as VIDEOS
-from tiny_pipelines import generate as generate_video
+from tiny_stock import run_stock, stock_pipeline
 
 import dit_accel
 from dit_accel import PAG, SLG, AutoGuidance, ConfigError, SoftPAG
 
 NEGATIVE = dict(negative_prompt_embeds=torch.ones(1, 6, 16), negative_pooled_prompt_embeds=torch.ones(1, 8))
 CASES = {
-    "flux, guidance embedded": ("flux", {}, "transformer_blocks.1.attn", "L1", False),
-    "flux, two calls": ("flux", dict(true_cfg_scale=2.0, **NEGATIVE), "transformer_blocks.1.attn", "L1", False),
-    "sd3, one call": ("sd3", dict(guidance_scale=3.0), "transformer_blocks.1.attn", "L1", True),
-    "sd3, guidance off": ("sd3", dict(guidance_scale=1.0), "transformer_blocks.1.attn", "L1", False),
-    "hunyuan-video, two calls": ("hunyuan-video", {}, "transformer_blocks.1.attn", "L1", False),
-    "hunyuan-video, embedded": ("hunyuan-video", dict(true_cfg_scale=1.0), "transformer_blocks.1.attn", "L1", False),
-    "cogvideox, one call": ("cogvideox", {}, "transformer_blocks.1.attn1", "L1", True),
+    "flux, guidance embedded": ("FluxPipeline", {}, "attn", False),
+    "flux, two calls": ("FluxPipeline", dict(true_cfg_scale=2.0, **NEGATIVE), "attn", False),
+    "sd3, one call": ("StableDiffusion3Pipeline", dict(guidance_scale=3.0), "attn", True),
+    "sd3, guidance off": ("StableDiffusion3Pipeline", dict(guidance_scale=1.0), "attn", False),
+    "hunyuan-video, two calls": ("HunyuanVideoPipeline", {}, "attn", False),
+    "hunyuan-video, embedded": ("HunyuanVideoPipeline", dict(true_cfg_scale=1.0), "attn", False),
+    "cogvideox, one call": ("CogVideoXPipeline", {}, "attn1", True),
     "cogvideox, a scale that moves": (
-        "cogvideox", dict(use_dynamic_cfg=True, guidance_scale=6.0), "transformer_blocks.1.attn1", "L1", True,
+        "CogVideoXPipeline", dict(use_dynamic_cfg=True, guidance_scale=6.0), "attn1", True,
     ),
-    "ltx, one call": ("ltx", {}, "transformer_blocks.1.attn1", "L1", True),
-    "qwen-image, guidance off": ("qwen-image", dict(true_cfg_scale=1.0), "transformer_blocks.1.attn", "L1", False),
+    "ltx, one call": ("LTXPipeline", {}, "attn1", True),
+    "qwen-image, guidance off": ("QwenImagePipeline", dict(true_cfg_scale=1.0), "attn", False),
 }  # fmt: skip
-
-
-def run(name, pipe, call, **changes):
-    if name in VIDEOS:
-        return generate_video(pipe, call, output_type="latent", **changes)
-    return generate_image(pipe, call, output_type="latent", **changes)
 
 
 @pytest.mark.sample
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "u"), [((1,), 0.6), ((0, 1), 1.0)])
 def test_the_fold_is_the_formula(case, heads, u):
-    name, changes, module, layer, batched = CASES[case]
-    pipe, call = (VIDEOS | IMAGES)[name]()
-    plain = run(name, pipe, call, **changes)
+    name, changes, module, batched = CASES[case]
+    pipe, call = stock_pipeline(name)
+    plain = run_stock(pipe, call, **changes)
 
     def perturbed(transformer):
-        return perturbed_heads(transformer.get_submodule(module), heads, u)
+        return perturbed_heads(transformer.transformer_blocks[1].get_submodule(module), heads, u)
 
     with three_branches(pipe, perturbed, 3.0, batched=batched) as sizes:
-        expected = run(name, pipe, call, **changes)
+        expected = run_stock(pipe, call, **changes)
     assert min(sizes) > 0
-    spec = layer if len(heads) == 2 else f"{layer}H{heads[0]}"
+    spec = "L1" if len(heads) == 2 else f"L1H{heads[0]}"
     with dit_accel.attach(pipe, SoftPAG(heads=spec, u=u, scale=3.0)) as attachment:
-        made = run(name, pipe, call, **changes)
+        made = run_stock(pipe, call, **changes)
         section = attachment.report().section("softpag")
     moved = float((expected - plain).norm() / plain.norm())
     assert moved > 1e-4
     error = float((made - expected).norm() / expected.norm())
     assert error <= 1e-5, f"{error:.2g}, the branch moved the result by {moved:.2g}"
     assert section.data["forwards_added"] == len(sizes)
-    assert torch.equal(run(name, pipe, call, **changes), plain)
+    assert torch.equal(run_stock(pipe, call, **changes), plain)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -146,14 +137,14 @@ def test_autoguidance_is_the_formula_with_a_weaker_model(make_pipe, tmp_path, gi
 
 
 def test_autoguidance_in_one_call_runs_the_weaker_model_on_the_prompt_alone():
-    pipe, call = IMAGES["sd3"]()
+    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
     weak = weakened(pipe.transformer)
     with three_branches(pipe, partial(weights_of, weak), 1.5, batched=True):
-        expected = run("sd3", pipe, call)
+        expected = run_stock(pipe, call)
     rows = []
     weak.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True)
     with dit_accel.attach(pipe, AutoGuidance(scale=1.5, weak_transformer=weak)):
-        made = run("sd3", pipe, call)
+        made = run_stock(pipe, call)
     assert set(rows) == {1}
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
 
@@ -178,19 +169,19 @@ def test_a_weaker_model_that_is_none_is_refused(make_pipe, tmp_path):
 
 def test_two_prompts_in_one_call_are_not_taken_for_guidance():
     """SD3 without guidance on two prompts: an even number of rows, each conditional."""
-    pipe, call = IMAGES["sd3"]()
+    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
     two = {
         key: torch.cat([value, value.flip(-1)]) if isinstance(value, torch.Tensor) else value
         for key, value in call.items()
     }
     with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)):
-        together = run("sd3", pipe, two, guidance_scale=1.0, latents=torch.randn(2, 4, 16, 20, generator=seeded()))
+        together = run_stock(pipe, two, guidance_scale=1.0, latents=torch.randn(2, 4, 16, 20, generator=seeded()))
         noise = torch.randn(2, 4, 16, 20, generator=seeded())
         for row in range(2):
             one = {
                 key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in two.items()
             }
-            alone = run("sd3", pipe, one, guidance_scale=1.0, latents=noise[row : row + 1])
+            alone = run_stock(pipe, one, guidance_scale=1.0, latents=noise[row : row + 1])
             torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -200,20 +191,20 @@ def seeded():
 
 def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_the_reason():
     method = SoftPAG(heads="L1", u=1.0)
-    pipe, call = IMAGES["qwen-image"]()
+    pipe, call = stock_pipeline("QwenImagePipeline")
     with (
         dit_accel.attach(pipe, method),
         pytest.raises(ConfigError, match=r"softpag.*guidance: it rescales.*norm"),
     ):
-        run("qwen-image", pipe, call)
-    pipe, call = VIDEOS["ltx"]()
+        run_stock(pipe, call)
+    pipe, call = stock_pipeline("LTXPipeline")
     with (
         dit_accel.attach(pipe, method),
         pytest.raises(ConfigError, match=r"guidance: guidance_rescale = 0\.7.*softpag\.mode = 'free'"),
     ):
-        run("ltx", pipe, call, guidance_rescale=0.7)
+        run_stock(pipe, call, guidance_rescale=0.7)
     with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0, mode="free")):
-        assert run("ltx", pipe, call, guidance_rescale=0.7).isfinite().all()
+        assert run_stock(pipe, call, guidance_rescale=0.7).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -228,68 +219,68 @@ def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_t
     ids=["apg", "rescaled", "cfg", "zero star", "off"],
 )
 def test_behind_any_guider_the_branch_is_added_to_its_result(guider):
-    pipe, call = IMAGES["hunyuan-image"]()
+    pipe, call = stock_pipeline("HunyuanImagePipeline")
     pipe.guider = guider
 
     def perturbed(transformer):
         return perturbed_heads(transformer.get_submodule("transformer_blocks.1.attn"), (1,), 0.6)
 
-    plain = run("hunyuan-image", pipe, call)
+    plain = run_stock(pipe, call)
     with three_branches(pipe, perturbed, 3.0, batched=False):
-        expected = run("hunyuan-image", pipe, call)
+        expected = run_stock(pipe, call)
     with dit_accel.attach(pipe, SoftPAG(heads="L1H1", u=0.6)) as attachment:
-        made = run("hunyuan-image", pipe, call)
+        made = run_stock(pipe, call)
         assert attachment.report().section("softpag").data["forwards_added"] == 3
         pipe.guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True)
         with pytest.raises(ConfigError, match="guider AdaptiveProjectedMixGuidance"):
-            run("hunyuan-image", pipe, call)
+            run_stock(pipe, call)
     pipe.guider = guider
     assert "forward" not in vars(guider)
-    assert torch.equal(run("hunyuan-image", pipe, call), plain)
+    assert torch.equal(run_stock(pipe, call), plain)
     assert float((expected - plain).norm() / plain.norm()) > 1e-4
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
 
 
 def test_a_modular_pipeline_is_guided_behind_its_guider():
-    pipe, call = IMAGES["flux3"]()
-    plain = generate_image(pipe, call)
+    pipe, call = stock_pipeline("Flux3ModularPipeline")
+    plain = run_stock(pipe, call)
     with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)) as attachment:
-        made = generate_image(pipe, call)
+        made = run_stock(pipe, call)
         assert attachment.report().section("softpag").data["forwards_added"] == 3
     assert not torch.equal(made, plain)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("ltx", {}), ("hunyuan-video", {})])
+@pytest.mark.parametrize(("name", "changes"), [("LTXPipeline", {}), ("HunyuanVideoPipeline", {})])
 def test_free_mode_perturbs_the_unconditional_rows_alone(name, changes):
     """unc is perturbed in unc + s (cond - unc): the guided prediction moves by (1 - s) (unc - perturbed)."""
-    pipe, call = VIDEOS[name]()
+    pipe, call = stock_pipeline(name)
     with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0, mode="free")) as attachment:
-        made = run(name, pipe, call)
+        made = run_stock(pipe, call)
         section = attachment.report().section("softpag")
     assert section.data["forwards_added"] == 0
     assert section.data["steps"] == [0, 1, 2, 3]
-    assert not torch.equal(made, run(name, pipe, call))
+    assert not torch.equal(made, run_stock(pipe, call))
 
 
 def test_a_run_that_perturbs_nothing_is_told():
-    pipe, call = IMAGES["flux"]()
+    pipe, call = stock_pipeline("FluxPipeline")
     with dit_accel.attach(pipe, SoftPAG(heads="L1", mode="free")) as attachment:
-        run("flux", pipe, call)
+        run_stock(pipe, call)
         with pytest.warns(UserWarning, match=r"softpag.*mode = 'free'.*unconditional"):
             text = str(attachment.report())
         assert "perturbed nothing" in text
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            run("flux", pipe, call)  # said once
+            run_stock(pipe, call)  # said once
 
 
 @pytest.mark.parametrize("method", [SoftPAG(heads="L1H1", u=0.6, scale=2.0), SLG(layers="L1", start=0.0, stop=1.0)])
 def test_a_transformer_for_each_prompt_is_perturbed_in_the_conditional_one_alone(method):
     """Ideogram 4: what the conditional one adds to the image's tokens, the other gets as well."""
-    pipe, call = IMAGES["ideogram4"]()
-    plain = run("ideogram4", pipe, call)
+    pipe, call = stock_pipeline("Ideogram4Pipeline")
+    plain = run_stock(pipe, call)
     with dit_accel.attach(pipe, method) as attachment:
-        made = run("ideogram4", pipe, call)
+        made = run_stock(pipe, call)
         section = attachment.report().section(method.name)
     assert section.data["forwards_added"] == 3
     assert section.data["steps"] == [0, 1, 2]
@@ -299,18 +290,18 @@ def test_a_transformer_for_each_prompt_is_perturbed_in_the_conditional_one_alone
 
 @pytest.mark.parametrize("mode", ["branch", "free"])
 def test_a_transformer_for_each_prompt_runs_twice_alike_in_one_step(mode):
-    pipe, call = IMAGES["ideogram4"]()
+    pipe, call = stock_pipeline("Ideogram4Pipeline")
     call["num_inference_steps"] = 1
-    plain = run("ideogram4", pipe, call)
+    plain = run_stock(pipe, call)
     with dit_accel.attach(pipe, PAG(layers="L1", mode=mode)) as attachment:
-        first, second = (run("ideogram4", pipe, call) for _ in range(2))
+        first, second = (run_stock(pipe, call) for _ in range(2))
         assert attachment.report().section("pag").data["forwards_added"] == (mode == "branch")
     assert torch.equal(first, second)
     assert not torch.equal(first, plain)
 
 
 def test_ideogram_s_third_branch_is_the_formula():
-    pipe, call = IMAGES["ideogram4"]()
+    pipe, call = stock_pipeline("Ideogram4Pipeline")
 
     def perturbed(transformer):
         return perturbed_heads(transformer.get_submodule("layers.1.attention"), (1,), 0.6)
@@ -333,8 +324,8 @@ def test_ideogram_s_third_branch_is_the_formula():
 
     forward = conditional.forward
     with mock.patch.object(conditional, "forward", observed), mock.patch.object(pipe.scheduler, "step", guided):
-        expected = run("ideogram4", pipe, call)
+        expected = run_stock(pipe, call)
     with dit_accel.attach(pipe, SoftPAG(heads="L1H1", u=0.6, scale=3.0)):
-        made = run("ideogram4", pipe, call)
+        made = run_stock(pipe, call)
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
-    assert float((made - run("ideogram4", pipe, call)).norm() / expected.norm()) > 1e-3
+    assert float((made - run_stock(pipe, call)).norm() / expected.norm()) > 1e-3

@@ -117,9 +117,8 @@ def told_error(comparing: Any, folder: Path, **changes: Any) -> str:
     return told
 
 
-@pytest.mark.parametrize("model", embedded_names())
-def test_the_embedded_models_know_the_examples(model):
-    for prompt in ui.EXAMPLES:
+def test_the_embedded_models_know_the_examples():
+    for prompt, model in itertools.product(ui.EXAMPLES, embedded_names()):
         check_words(prompt, model)
 
 
@@ -163,18 +162,15 @@ def test_runs_wait_for_each_other(tmp_path):
     assert sum(first != second for first, second in itertools.pairwise(order)) == 1
 
 
-def test_without_gradio_the_command_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    made = CliRunner().invoke(app, ["ui"])
-    assert made.exit_code == 2
-    assert "pip install ./kernels ./assets '.[ui]'" in made.stderr.replace("\n", " ")
-
-
-def test_an_older_gradio_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="4.44.1"))
-    made = CliRunner().invoke(app, ["ui"])
-    assert made.exit_code == 2
-    assert "found 4.44.1" in made.stderr
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [(None, "pip install ./kernels ./assets '.[ui]'"), (SimpleNamespace(__version__="4.44.1"), "found 4.44.1")],
+)
+def test_a_gradio_that_lacks_or_is_too_old_is_named(monkeypatch, module, message):
+    monkeypatch.setitem(sys.modules, "gradio", module)
+    result = CliRunner().invoke(app, ["ui"])
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded():

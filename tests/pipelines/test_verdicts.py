@@ -2,10 +2,7 @@
 
 import diffusers
 import pytest
-import tiny_other_pipelines
-import tiny_pipelines
-import tiny_video_pipelines
-import tiny_wan_pipelines
+from tiny_stock import PIPELINES, stock_pipeline
 
 import dit_accel
 from dit_accel import ConfigError, DBCache
@@ -15,30 +12,18 @@ from dit_accel.errors import MissingOption
 from dit_accel.methods.registry import methods
 from dit_accel.methods.verdicts import refused_by
 
-PIPELINES = {
-    "wan": tiny_wan_pipelines.wan, **tiny_pipelines.PIPELINES, **tiny_video_pipelines.PIPELINES,
-    **tiny_other_pipelines.PIPELINES,
-}  # fmt: skip
 FEW = (
-    "wan",
-    "mochi",
-    "cogvideox",
-    "cosmos",
-    "allegro",
-    "flux",
-    "sd3",
-    "cogview-3",
-    "pixart",
-    "hunyuan-dit",
-    "lumina-next",
-)
+    "WanPipeline", "MochiPipeline", "CogVideoXPipeline", "CosmosTextToWorldPipeline", "AllegroPipeline",
+    "FluxPipeline", "StableDiffusion3Pipeline", "CogView3PlusPipeline", "PixArtSigmaPipeline", "HunyuanDiTPipeline",
+    "LuminaPipeline",
+)  # fmt: skip
 FEWER_BLOCKS = {"dbcache": DBCache(first_blocks=1)}
 """Tiny models have fewer blocks than it usually computes."""
 
 
 def wrong_of(name: str) -> list[str]:
-    made, _ = PIPELINES[name]()
-    pipe = getattr(made, "pipe", made)
+    pipe, _ = stock_pipeline(name)
+    pipe = getattr(pipe, "pipe", pipe)
     (*_, found) = dit_accel.describe(pipe).transformers
     assert set(found.methods) | set(found.needs) | set(found.refused) == set(methods())
     wrong = []
@@ -56,7 +41,7 @@ def wrong_of(name: str) -> list[str]:
         elif why is not None and getattr(found, said)[method] not in why:
             wrong.append(f"{name}, {method}: {getattr(found, said)[method]} is listed, and attach says {why}")
     adapter = adapters()[found.adapter]
-    if noise_of(pipe.scheduler) in adapter.noise:  # as released
+    if noise_of(pipe.components.get("scheduler")) in adapter.noise:  # as released
         unknown = set(refused_by(adapter)) - set(found.refused)
         wrong += [f"{name}, {method}: the table of models refuses it" for method in unknown]
     return wrong
@@ -69,11 +54,12 @@ def test_describe_and_the_table_of_models_say_what_attach_says(name):
 
 @pytest.mark.slow
 def test_every_pipeline_says_what_attach_says():
-    assert not [text for name in PIPELINES if name not in FEW for text in wrong_of(name)]
+    names = [name for name in PIPELINES if name not in FEW and "," not in name and "Modular" not in name]
+    assert not [text for name in names for text in wrong_of(name)]
 
 
 def test_a_description_says_what_must_be_given_and_names_the_scheduler():
-    pipe, _ = tiny_pipelines.cogvideox()
+    pipe, _ = stock_pipeline("CogVideoXPipeline")
     found = dit_accel.describe(pipe)
     text = str(found)
     assert "transformer takes once it is given, " in text

@@ -12,7 +12,7 @@ from dit_accel_pipelines.families.cosmos3 import COSMOS3
 from dit_accel_pipelines.families.kandinsky import KANDINSKY5, KANDINSKY6
 from dit_accel_pipelines.families.motif import MOTIF_VIDEO
 from dit_accel_pipelines.families.wan import WAN
-from tiny_video_pipelines import generate, helios, kandinsky5, minimax_h3
+from tiny_stock import run_stock, stock_pipeline
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
@@ -137,29 +137,29 @@ def levels(attachment):
 
 
 def test_every_chunk_is_a_run_of_its_own():
-    pipe, call = helios()
+    pipe, call = stock_pipeline("HeliosPipeline")
     config = RadialAttention(block_size=16, dense_steps=1, dense_layers=0, decay_factor=0.2, near="half", sink=False)
     with dit_accel.attach(pipe, config) as attachment, levels(attachment) as found:
-        video = generate(pipe, {**call, "num_frames": 50, "guidance_scale": 1.0, "num_inference_steps": 2})
+        video = run_stock(pipe, {**call, "num_frames": 50, "guidance_scale": 1.0, "num_inference_steps": 2})
         steps = [(step.step_index, step.sparse_layers) for step in attachment.report().steps]
     assert video.isfinite().all()
     assert steps == [(0, 0), (1, 3)]
     assert [step for step, _ in found] == [1] * 3 * 2  # both chunks begin dense
 
 
-@pytest.mark.parametrize("make", [kandinsky5, minimax_h3])
-def test_the_noise_level_comes_from_the_scheduler_where_no_pipeline_tells_it(make):
-    pipe, call = make()
+@pytest.mark.parametrize("name", ["Kandinsky5T2VPipeline", "MiniMaxH3ModularPipeline"])
+def test_the_noise_level_comes_from_the_scheduler_where_no_pipeline_tells_it(name):
+    pipe, call = stock_pipeline(name)
     with dit_accel.attach(pipe, ACTIVE) as attachment, levels(attachment) as found:
-        generate(pipe, call)
+        run_stock(pipe, call)
     assert set(found) == set(enumerate(pipe.scheduler.sigmas[:-1].tolist()))
 
 
 def test_warm_up_may_be_counted_in_noise_on_a_schedule_with_a_large_shift():
-    pipe, call = minimax_h3()
+    pipe, call = stock_pipeline("MiniMaxH3ModularPipeline")
     config = RadialAttention(block_size=16, dense_steps=0, dense_layers=0, dense_above_sigma=0.95)
     with dit_accel.attach(pipe, config) as attachment:
-        generate(pipe, call)
+        run_stock(pipe, call)
         dense = [step.step_index for step in attachment.report().steps if not step.sparse_layers]
     sigmas = pipe.scheduler.sigmas
     assert dense == [index for index, sigma in enumerate(sigmas[:-1].tolist()) if sigma > 0.95]

@@ -2,10 +2,14 @@
 
 import itertools
 
+import pytest
 import torch
-from wan_tiny import tiny_transformer
+from wan_tiny import denoise, tiny_transformer
+
+import dit_accel
 
 LAYERS = 6
+WHOLE = [*range(LAYERS)]
 
 
 def six_blocks(seed=0):
@@ -37,3 +41,16 @@ def run_inputs(scale=1.0):
 def forward(model, step=0, branch="cond", scale=1.0, **options):
     with torch.no_grad(), model.cache_context(branch, step_index=step, num_inference_steps=10):
         return model(**run_inputs(scale), return_dict=False, **options)[0]
+
+
+def ran_by_step(transformer, config, steps=10, branches=("cond",)):
+    """The blocks that run in each forward of a run with a cache, as its report has them too."""
+    counted, starts = Counted(transformer), []
+    transformer.patch_embedding.register_forward_hook(lambda *_: starts.append(len(counted.calls)))
+    with dit_accel.attach(transformer, config) as attachment:
+        denoise(transformer, steps, branches=branches)
+        data = attachment.report().section(config.name).data
+    ends = [*starts[1:], len(counted.calls)]
+    ran = [counted.calls[one:two] for one, two in zip(starts, ends, strict=True)]
+    assert data["computed_blocks"] == pytest.approx(sum(map(len, ran)) / (len(ran) * LAYERS))
+    return ran

@@ -97,5 +97,10 @@ def still(step: int) -> Tensor:
     return torch.zeros(1, 2, 3)
 
 
+def values_of(driven: Driven) -> list[float]:
+    """What a cache measured in a run, where it did."""
+    return [entry["value"] for entry in driven.handler.report().data["forwards"] if entry["value"] is not None]
+
+
 def _fields(adapter: Adapter) -> dict[str, Any]:
     return {name: getattr(adapter, name) for name in adapter.__slots__}

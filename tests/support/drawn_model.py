@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.model import Run
-from dit_accel_eval.suites import compare
+from dit_accel_eval.suites import running
 from typer.testing import CliRunner, Result
 
 from dit_accel.cli.app import app
@@ -44,11 +44,11 @@ class DrawnModel:
 
 def standing_in(monkeypatch: pytest.MonkeyPatch, model: type[DrawnModel]) -> Iterator[None]:
     """Have suites run on it, as a fixture does."""
-    monkeypatch.setattr(compare, "EmbeddedModel", model)
+    monkeypatch.setattr(running, "EmbeddedModel", model)
     monkeypatch.setattr(model, "made", [], raising=False)
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
     yield
-    compare._loaded.cache_clear()
+    running._loaded.cache_clear()
 
 
 def run_suite(*arguments: Any) -> Result:

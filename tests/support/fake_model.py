@@ -1,34 +1,78 @@
 """A model for suites that takes no time: its error is known by its steps, solver and methods."""
 
-from typing import ClassVar
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_eval.runs.counting import Counts
 from dit_accel_eval.runs.model import Run
+from dit_accel_eval.suites import running
+from typer.testing import CliRunner, Result
+
+from dit_accel.cli.app import app
+
+HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
+ARM = '[[arm]]\nname = "a"\nsolver = "euler"\nnum_inference_steps = 2\n'
+THIN = '[[arm]]\nname = "thin"\nnum_inference_steps = 10\nsol = {}\n'
 
 
 class FakeModel:
-    """Stands in for an embedded model: its dense runs of n steps are 100 / n grey levels off, methods half of that."""
+    """Stands in for an embedded model: dense runs of n steps are 1 / n^2 off, by Euler twice, with methods half that.
+
+    Methods halve the work of attention, and take three quarters of the time; ``made`` notes each run.
+    """
 
     name, own_share, weights, dtype = "wan-plain", 0.5, "w", None
     call: ClassVar = {"num_frames": 3}
     shipped = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made: ClassVar[list] = []
 
-    def __init__(self, name, call):
+    def __init__(self, name: str = "", call: Any = None) -> None:
         pass
 
-    def prompt(self, clip):
+    def prompt(self, clip: int) -> str:
         return f"prompt {clip}"
 
-    def seed(self, clip):
+    def seed(self, clip: int) -> int:
         return clip
 
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=()):
-        self.made.append((clip, steps, solver, len(methods)))
+    def error(self, clip: int, steps: int, solver: str, flow_shift: Any, methods: Any) -> float:
+        return (2.0 if solver == "euler" else 1.0) / steps**2 / (2 if methods else 1)
+
+    def cost(self, steps: int, methods: Any) -> dict[str, Any]:
+        counts = Counts(blocks=12 * steps, attention=12 * steps)
+        return {"counts": counts, "attended": 0.5 if methods else 1.0, "seconds": steps * (0.75 if methods else 1.0)}
+
+    def run(self, clip, *, steps, solver, flow_shift=None, methods=(), call=None) -> Run:
+        self.made.append((clip, steps, solver, tuple(method.name for method in methods)))
         base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
-        error = (2.0 if solver == "euler" else 1.0) / steps**2 / (2 if methods else 1)
-        frames = np.clip(base + error, 0, 1)
-        return Run(frames=frames, counts=Counts(blocks=12 * steps, attention=12 * steps),
-                   attended=0.5 if methods else 1.0, seconds=steps * (0.75 if methods else 1.0))  # fmt: skip
+        frames = np.clip(base + self.error(clip, steps, solver, flow_shift, methods), 0, 1)
+        return Run(frames=frames.astype(np.float32), **self.cost(steps, methods))
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, model: type = FakeModel) -> Iterator[type]:
+    """Let suites of embedded models run on a fake, as a fixture does."""
+    monkeypatch.setattr(running, "EmbeddedModel", model)
+    monkeypatch.setattr(model, "made", [])
+    running._loaded.cache_clear()
+    yield model
+    running._loaded.cache_clear()
+
+
+def command(*arguments: Any) -> Result:
+    """Return what `dit-accel eval` says to arguments."""
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def told(result: Result) -> str:
+    """Return what a command wrote to stderr, on one line."""
+    return " ".join(result.stderr.split())
+
+
+def written(path: Any, lines: Any) -> Any:
+    """Write JSON lines, and return their path."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -7,7 +7,7 @@ import numpy as np
 from dit_accel_pipelines.generation.generate import generate
 from dit_accel_pipelines.generation.media import read_image
 from dit_accel_pipelines.generation.request import Request
-from dit_accel_pipelines.processes.parallel import joined
+from dit_accel_pipelines.processes.parallel import joined_group
 from dit_accel_pipelines.processes.processes import Process, started_process
 from parallel_ranks import told
 
@@ -37,7 +37,7 @@ def make(rank: int, world: int, folder: Path) -> dict[str, Any]:
         except dit_accel.ConfigError as error:
             refused.append(told(error))
     process = started_process(together=2)
-    with joined(process.local_rank, process.together):
+    with joined_group(process.local_rank, process.together):
         made = generate(request(folder / "shared"), process=process, on_written=note)
         if rank == 0:
             (folder / "shared" / "a-03.png").unlink()

@@ -1,9 +1,11 @@
 """Shared by the kernel tests: random calls, and the one rule of how far a backend may stray from the specification."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from dit_accel_kernels import EXACT, TileLists, block_sparse_attention, pack_bits
+from dit_accel_kernels import EXACT, FrameDecay, Selection, TileLists, block_sparse_attention, pack_bits
+from dit_accel_kernels.problem import Problem
 from torch import Tensor
 
 WIDE = torch.float64
@@ -79,3 +81,138 @@ def check_against_reference(
     assert torch.equal(found[0], alone)
     for a, b, c in zip(found, yardstick, truth, strict=True):
         assert_within_rounding(a, b, c, q.dtype, logits)
+
+
+def problem_from(tiles: TileLists, q: Tensor, k: Tensor, v: Tensor, **features) -> Problem:
+    """A call in [B, H, S, D] as backends get it."""
+    names = ("exact_offsets", "exact_indices", "pooled_offsets", "pooled_indices")
+    lists = {name: getattr(tiles, name) for name in names}
+    defaults = dict(scale=q.shape[-1] ** -0.5, head_scale=None, key_valid=None, decay=None)
+    return Problem(q=q, k=k, v=v, block_q=tiles.block_q, block_k=tiles.block_k, **lists, **{**defaults, **features})
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a backend in words; its numbers are random.
+
+    Attributes:
+        features: words among `pooled`, `length`, `mask`, `decay`, `heads` (scales of heads), `order`, `mix`, `inside`
+            (masks inside tiles), `keep` and `demoted` (a selection's bits, whose rest is skipped or pooled), `reverse`.
+        states: what the tiles are, if not random; 0 skipped, 1 pooled, 2 exact.
+        size: what queries are multiplied by.
+    """
+
+    batch: int = 1
+    heads: int = 2
+    key_heads: int = 1
+    num_q: int = 40
+    num_k: int = 40
+    dim: int = 16
+    value_dim: int = 0
+    dtype: torch.dtype = torch.float32
+    blocks: tuple[int, int] = (16, 16)
+    groups: int = 1
+    layout: str = "bhsd"
+    features: str = "pooled"
+    states: tuple[tuple[int, ...], ...] = ()
+    scale: float | None = None
+    size: float = 1.0
+
+    def tensors(self) -> list[Tensor]:
+        """q, k and v, v with a head dim of its own where one is asked for."""
+        q, k, v = qkv(self.batch, self.heads, self.key_heads, self.num_q, self.num_k, self.dim, self.dtype, self.layout)
+        if self.value_dim:
+            v = torch.randn(*v.shape[:3], self.value_dim).to(self.dtype)
+        return [q * self.size, k, v]
+
+    def lists(self) -> TileLists:
+        """The tiles."""
+        sizes = dict(num_q=self.num_q, num_k=self.num_k, block_q=self.blocks[0], block_k=self.blocks[1])
+        if self.states:
+            return TileLists.from_states(torch.tensor(self.states, dtype=torch.uint8), **sizes)
+        tiles = random_lists(self.groups, **sizes, pooled="pooled" in self.features)
+        return with_masks(tiles) if "inside" in self.features else tiles
+
+    def arguments(self) -> dict[str, Any]:
+        """What else the call is given."""
+        batch, heads, num_q, num_k, words = self.batch, self.heads, self.num_q, self.num_k, self.features.split()
+        arguments: dict[str, Any] = dict(layout=self.layout, scale=self.scale)
+        if "length" in words:
+            arguments["key_length"] = torch.tensor([num_k, num_k // 2 + 1][:batch])
+        if "mask" in words:
+            arguments["key_mask"] = torch.rand(batch, num_k) > 0.2
+        if "decay" in words:
+            of_q, of_k = (torch.arange(n, dtype=torch.int32) // 18 - 1 for n in (num_q, num_k))
+            table = torch.tensor([1.0, 0.9, 0.6])
+            arguments["frame_decay"] = FrameDecay(table=table, q_frames=of_q, k_frames=of_k)
+        if "heads" in words:
+            arguments["head_scale"] = torch.rand(batch, heads) + 0.5
+        if "order" in words:
+            arguments["token_order"] = torch.randperm(num_q)
+        if "mix" in words:
+            arguments |= dict(identity_mix=torch.rand(batch, heads), identity_rows=torch.rand(num_q) > 0.5)
+        if {"keep", "demoted", "reverse"} & set(words):
+            bits = torch.rand(batch, heads, -(-num_q // self.blocks[0]), -(-num_k // self.blocks[1])) < 0.6
+            rest = "pooled" if "demoted" in words else "skip"
+            arguments["selection"] = Selection(keep=pack_bits(bits), rest=rest, reverse="reverse" in words)
+        return arguments
+
+
+EVERYTHING = "pooled length mask decay heads order mix"
+HALF = torch.bfloat16
+CALLS = {
+    "one query": Call(num_q=1, num_k=3),
+    "tokens first": Call(layout="bshd", heads=4, key_heads=2),
+    "a list a head": Call(heads=4, key_heads=2, groups=4, num_q=63, num_k=31),
+    "a list a head and batch": Call(batch=2, groups=4, num_q=17, num_k=100, dtype=HALF, layout="bshd"),
+    "nothing pooled": Call(num_q=65, num_k=64, features=""),
+    "one skipped tile": Call(states=((0,),), blocks=(64, 64)),
+    "one pooled tile": Call(states=((1,),), blocks=(64, 64), num_k=31),
+    "one exact tile": Call(states=((2,),), blocks=(64, 64), num_k=1, dtype=HALF),
+    "head dim 8": Call(dim=8, dtype=torch.float16),
+    "head dim 72": Call(dim=72, dtype=HALF),
+    "head dim 96": Call(dim=96),
+    "head dim 256": Call(dim=256, num_k=20),
+    "odd tiles": Call(blocks=(9, 11), dtype=torch.float16),
+    "tiles that no chunk divides": Call(blocks=(24, 48), num_q=70, num_k=150),
+    "tiles of several chunks": Call(blocks=(256, 192), num_q=300, num_k=400, heads=1, dtype=HALF),
+    "many pooled tiles": Call(blocks=(32, 8), num_k=8 * 41 - 3, dim=8),
+    "large logits": Call(size=200.0),
+    "no scale": Call(scale=0.0),
+    "a negative scale": Call(scale=-0.4, features="pooled decay"),
+    "keys left out": Call(batch=2, features="pooled length mask", dtype=HALF),
+    "decay in float16": Call(features="pooled decay", num_q=70, num_k=70, dtype=torch.float16),
+    "everything": Call(batch=2, groups=2, features=EVERYTHING),
+    "everything, narrow": Call(batch=2, features=EVERYTHING, dtype=HALF, scale=0.3),
+    "masks inside": Call(features="inside", groups=2, num_q=75, num_k=75, blocks=(32, 16)),
+    "masks inside and a head dim of v": Call(
+        batch=2, features="pooled inside length mask heads", dim=40, value_dim=24, dtype=HALF, blocks=(16, 32)
+    ),
+    "masks inside, decay and order": Call(features="pooled inside decay order", value_dim=48, dtype=torch.float16),
+    "bits that skip": Call(batch=2, groups=2, features="pooled keep mask heads"),
+    "bits that pool": Call(features="pooled demoted decay order", groups=2, value_dim=8),
+    "bits, last tile first": Call(features="pooled keep reverse", dtype=HALF),
+}
+"""Calls by what is odd about them; random ones of every kind are drawn in `fuzz_cases`."""
+
+
+def gradients(backend: str, leaves: list[Tensor], seeds: list[Tensor], tiles: TileLists, **arguments) -> list[Tensor]:
+    """Of q, k and v, from those of the output and of the LSE."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out, lse = block_sparse_attention(*leaves, tiles, return_lse=True, backend=backend, **arguments)
+    total = (out * seeds[0].to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * seeds[1].to(lse.dtype)).sum()
+    return list(torch.autograd.grad(total, leaves))
+
+
+def check_gradients(
+    q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, backend: str, *, logits: float = 1.0, **arguments
+) -> None:
+    """Gradients of a backend in the inputs' dtype against those of the reference in float64 on the same inputs."""
+    shape = q.shape[:3] if arguments.get("layout") == "bhsd" else q.transpose(1, 2).shape[:3]
+    seeds = [torch.randn(*q.shape[:3], v.shape[3]), torch.randn(shape)]
+    wide = {name: x.to(WIDE) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+    truth = gradients("reference", [x.to(WIDE) for x in (q, k, v)], seeds, tiles, **wide)
+    yardstick = gradients("reference", [q, k, v], seeds, tiles, **arguments)
+    for x, y, z in zip(gradients(backend, [q, k, v], seeds, tiles, **arguments), yardstick, truth, strict=True):
+        assert x.dtype == q.dtype
+        assert_within_rounding(x, y, z, q.dtype, logits)

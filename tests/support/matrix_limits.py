@@ -16,6 +16,7 @@ from matrix_methods import METHODS
 from matrix_refusals import declared
 from matrix_runs import run
 from matrix_situations import SITUATIONS, Plain, Trial, plain_of, transformer_of
+from tiny_stock import PIPELINES
 
 FILE = Path(__file__).with_suffix(".json")
 
@@ -78,12 +79,10 @@ def forwards_of(plain: Plain) -> tuple[int, int]:
 
 def write(pattern: str) -> None:
     """Find the limits of the pipelines whose names hold a pattern, and write them down."""
-    from matrix_stock import PIPELINES
-
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name, stock in PIPELINES.items():
+    for name in PIPELINES:
         if re.search(pattern, name):
-            found[name] = asdict(found_of(Plain(name, stock)))
+            found[name] = asdict(found_of(Plain(name)))
     lines = [f"{json.dumps(name)}: {json.dumps(found[name])}" for name in PIPELINES if name in found]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

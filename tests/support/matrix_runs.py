@@ -7,43 +7,16 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from matrix_methods import STEPS
+from tiny_stock import Call, Stock, stock_pipeline
 from torch import Tensor
-
-Call = dict[str, Any]
 
 
 class Stopped(Exception):  # noqa: N818 - reads as what it is
     """What the tests raise in the middle of a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stock:
-    """One pipeline class around a tiny transformer.
-
-    Attributes:
-        make: makes the pipeline and the arguments of a call with one prompt.
-        without: situation -> why this class can't be brought into it, whatever is attached.
-        rows: (call, prompts) -> a call of several prompts, where `call_of_rows` does not do.
-        off: the guidance scale at which this class guides no more.
-        output: what a run is to give.
-        scale: the argument that says how far it guides, where that can't be seen from its negative prompt.
-        repeated: arguments, such as a picture, that are given once for each prompt.
-        one: it makes one video, whose rows are no prompts.
-    """
-
-    make: Callable[[], tuple[Any, Call]]
-    without: Mapping[str, str] = field(default_factory=dict)
-    rows: Callable[[Call, Sequence[int]], Call] | None = None
-    off: float = 1.0
-    output: str = "latent"
-    scale: str | None = None
-    repeated: tuple[str, ...] = ()
-    one: bool = False
 
 
 def _other(name: str, value: Tensor) -> Tensor:
@@ -112,15 +85,12 @@ def run(pipe: Any, call: Call, seeds: Sequence[int] = (0,)) -> Tensor:
     return latents_of(pipe(**call, generator=generators if len(seeds) > 1 else generators[0])).clone()
 
 
-def prepared(stock: Stock) -> tuple[Any, Call]:
+def prepared(name: str) -> tuple[Any, Call]:
     """Return a pipeline and a call of one prompt that gives latents after `STEPS` steps."""
-    pipe, call = stock.make()
+    pipe, call = stock_pipeline(name)
     pipe.set_progress_bar_config(disable=True)
-    call = dict(call)
     if "num_inference_steps" in call:
         call["num_inference_steps"] = STEPS
-    if "output" not in call:
-        call["output_type"] = stock.output
     for part in getattr(pipe, "components", {}).values():
         if hasattr(part, "encode") and hasattr(part, "decode"):
             _encode_without_noise(part)

@@ -10,7 +10,8 @@ from typing import Any
 import matrix_runs as runs
 import torch
 from matrix_methods import GUIDING, METHODS, STEPS
-from matrix_runs import Call, Stock, rows_call
+from matrix_runs import rows_call
+from tiny_stock import PIPELINES, Call, Stock
 from torch import Tensor
 
 import dit_accel
@@ -44,19 +45,22 @@ class Plain:
 
     Attributes:
         name: the class's name.
-        stock: how it is made.
         wide: whether it runs in float64.
     """
 
     name: str
-    stock: Stock
     wide: bool = False
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.pipe, self.call = runs.prepared(self.stock)
+        self.pipe, self.call = runs.prepared(self.name)
         if self.wide:
             self.call = runs.widened(self.pipe, self.call)
+
+    @property
+    def stock(self) -> Stock:
+        """How it is made."""
+        return PIPELINES[self.name]
 
     @property
     def rounding(self) -> float:
@@ -207,7 +211,7 @@ def _compared_in_float64(
 ) -> list[str]:
     """Compare rows on the same pipeline in float64; what was ``found`` stands where the pipeline does not run in it."""
     try:
-        plain = Plain(trial.plain.name, trial.plain.stock, wide=True)
+        plain = Plain(trial.plain.name, wide=True)
         plain.rows([prompts[0]] if how == "images" else prompts, seeds, how=how)
         kinds = {plain.rows([one], [seed], how=alone).dtype for one, seed in zip(prompts, seeds, strict=True)}
     except RuntimeError:  # of two types in one product

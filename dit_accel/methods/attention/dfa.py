@@ -22,9 +22,9 @@ from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
 from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
-from ..guidance.prompt_branches import part_of
 from ..noise import FLOW, NeedsNoise
 from ..options import Count, Steps, within
+from ..prompt_branches import part_of
 from ..saving import Saving, TileSaving
 from ..site import ForwardContext, Site, target_sample
 from ..steps import end_steps

@@ -11,28 +11,31 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...errors import ConfigError
 from ..site import ForwardContext
+from .cache_config import StepCacheConfig
 
 SHARE = 0.35
 """Of the error that is taken off; the model mends the rest itself, as its next outputs start from the wrong latents."""
+
+DAMPING = 0.2
+"""Share of the line's change that a corrected forecast does not follow; without a correction that loses quality."""
 
 
 class Correction:
     """Corrects the computed outputs of one branch for what the skipped steps before them were off by."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name  # the cache's
-        self._skipped: list[tuple[float, float]] = []  # (time, noise level) since the last computed step
+    def __init__(self, settings: StepCacheConfig) -> None:
+        self._settings = settings
+        self._skipped: list[tuple[int, float]] = []  # (step, noise level) since the last computed step
         self._sigma: float | None = None  # of the last step
         self._width = 0.0  # noise levels between the last two steps
 
-    def skipped(self, context: ForwardContext, time: float) -> None:
+    def skipped(self, context: ForwardContext) -> None:
         """Note a skipped step."""
-        self._skipped.append((time, self._reach(context)))
+        self._skipped.append((context.step_index, self._noise_level(context)))
 
     def computed(
-        self, output: Any, context: ForwardContext, time: float, growth: Callable[[float], float],
+        self, output: Any, context: ForwardContext, growth: Callable[[int], float],
         missed: Callable[[], Sequence[Tensor | None]],
     ) -> Any:  # fmt: skip
         """Return the output of a computed step, corrected for the skipped steps before it.
@@ -40,31 +43,28 @@ class Correction:
         Args:
             output: of the step.
             context: of the step.
-            time: of the step.
-            growth: time -> what the forecast for it is off by, up to a factor.
+            growth: step -> what the forecast for it is off by, up to a factor.
             missed: gives what the forecast of this step would have been off by, for each tensor of the output.
         """
-        sigma, skipped = self._reach(context), self._skipped
+        sigma, skipped = self._noise_level(context), self._skipped
         self._skipped = []
         width = sigma if context.step_index + 1 == context.num_inference_steps else self._width
         if not skipped or width <= 0:
             return output
+        # each skipped step moved the latents by its error times its width: their sum, in units of this step's error
         levels = [*(level for _, level in skipped), sigma]
-        moved = sum(
-            growth(moment) * (level - after) for (moment, level), after in zip(skipped, levels[1:], strict=True)
-        )
-        weight = SHARE * moved / growth(time) / width
+        moved = sum(growth(step) * (level - after) for (step, level), after in zip(skipped, levels[1:], strict=True))
+        weight = SHARE * moved / growth(context.step_index) / width
         leaves, spec = tree_flatten(output)
         return tree_unflatten([_plus(leaf, off, weight) for leaf, off in zip(leaves, missed(), strict=True)], spec)
 
-    def _reach(self, context: ForwardContext) -> float:
+    def _noise_level(self, context: ForwardContext) -> float:
         """Return the noise level of a step, which says how far the step before it went."""
         sigma = context.sigma
         if sigma is None:
-            raise ConfigError(
-                f"{self._name}.corrected = True needs the noise level, which the pipeline does not tell; use "
-                "corrected = False"
-            )
+            needs = self._settings.noise_needed()
+            assert needs is not None
+            raise needs.untold()
         if sigma != self._sigma:  # else a scheduler calls twice in a step
             self._sigma, self._width = sigma, 0.0 if self._sigma is None else self._sigma - sigma
         return sigma

@@ -22,7 +22,7 @@ from ..options import Count, ge
 from ..site import Block, ForwardContext, Site
 from .cache_config import MeasuredCacheConfig, StepCacheConfig
 from .easy import mean_size
-from .engine import Decider
+from .engine import StepDecision
 from .log import extended
 from .ranks import ratio
 from .spans import SpanHandler, versions_of
@@ -63,7 +63,7 @@ class DBCache(MeasuredCacheConfig):
 
 
 @dataclass(slots=True)
-class BlockDecider(Decider):
+class BlockDecision(StepDecision):
     """What the first blocks showed.
 
     Attributes:
@@ -77,24 +77,24 @@ class DBHandler(SpanHandler):
     """DBCache on one model: what spans of blocks in the middle add is stored, and forecast in their place."""
 
     config_type: ClassVar[type[MethodConfig]] = DBCache
-    decider_type = BlockDecider
+    decision_type = BlockDecision
     settings: FirstBlockCache | DBCache  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config, model)
         self._first_blocks, self._last_blocks = self.settings.first_blocks or 0, self.settings.last_blocks or 0
 
-    def indicator(self, context: ForwardContext, decider: BlockDecider) -> float | None:
+    def indicator(self, context: ForwardContext, decision: BlockDecision) -> float | None:
         """Return how much of what the first blocks add changed since the last computed step; waits for the device."""
-        now, before = self._passes[context.transformer].added, decider.added
+        now, before = self._passes[context.transformer].added, decision.added
         if now is None or before is None:
             return None
         return ratio(*self.numbers(context, mean_size(now - before, spent=True), mean_size(before)))
 
-    def seen(self, context: ForwardContext, decider: BlockDecider) -> None:
+    def seen(self, context: ForwardContext, decision: BlockDecision) -> None:
         """Keep what the first blocks added, where the step is computed."""
-        if not decider.reuse:
-            decider.added = self._passes[context.transformer].added
+        if not decision.reuse:
+            decision.added = self._passes[context.transformer].added
 
     def install(self, site: Site) -> None:
         """Run around the forward and its blocks but the last; raise `ConfigError` if none is left to skip."""

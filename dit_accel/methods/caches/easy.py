@@ -15,7 +15,7 @@ from ...rules.forecast import growth, log_snr
 from ..options import gt
 from ..site import ForwardContext, target_sample
 from .cache_config import MeasuredCacheConfig
-from .engine import Decider, StepCacheHandler
+from .engine import StepCacheHandler, StepDecision
 from .history import History
 from .ranks import ratio
 
@@ -60,7 +60,7 @@ class EasyCache(MeasuredCacheConfig):
 
 
 @dataclass(slots=True)
-class EasyDecider(Decider):
+class EasyDecision(StepDecision):
     """What EasyCache measures of a branch; tensors on the device.
 
     Attributes:
@@ -88,44 +88,42 @@ class EasyHandler(StepCacheHandler):
     """EasyCache on one model."""
 
     config_type = EasyCache
-    decider_type = EasyDecider
+    decision_type = EasyDecision
     settings: EasyCache
 
-    def indicator(self, context: ForwardContext, decider: EasyDecider) -> float | None:
+    def indicator(self, context: ForwardContext, decision: EasyDecision) -> float | None:
         """Return what the steps since the last computed one add up to, this one included; waits for the device.
 
         With ``error``: what the forecast of this step is expected to be off by.
         """
         if self.settings.error is not None:
-            if decider.missed is None:
+            if decision.missed is None:
                 return None
-            grown = self._grown(context, decider)
-            return ratio(*self.numbers(context, *decider.missed)) * grown / decider.grown
-        if decider.changes is None or decider.v is None or decider.x is None:
+            grown = self._grown(context, decision)
+            return ratio(*self.numbers(context, *decision.missed)) * grown / decision.grown
+        if decision.changes is None or decision.v is None or decision.x is None:
             return None
-        moved = mean_change(self.latents(context), decider.x)
-        change, by, now, size = self.numbers(context, *decider.changes, moved, mean_size(decider.v))
-        decider.total += ratio(change, by) * ratio(now, size)
-        return decider.total
+        moved = mean_change(self.latents(context), decision.x)
+        change, by, now, size = self.numbers(context, *decision.changes, moved, mean_size(decision.v))
+        decision.total += ratio(change, by) * ratio(now, size)
+        return decision.total
 
     def threshold(self) -> float | None:
         """Return what the indicator is compared with."""
         return StepCacheHandler.threshold(self) if self.settings.error is None else self.settings.error
 
-    def arrived(
-        self, context: ForwardContext, decider: EasyDecider, history: History, output: Any, time: float
-    ) -> None:
+    def arrived(self, context: ForwardContext, decision: EasyDecision, history: History, output: Any) -> None:
         """Measure what the forecast of a computed step would have been off by, where that decides."""
-        if self.settings.error is None or not (grown := self._grown(context, decider)):
+        if self.settings.error is None or not (grown := self._grown(context, decision)):
             return
         latents = context.inputs[self.model.adapter.latents]
-        off = history.sample_missed(output, latents, time, self._end(context))
-        decider.missed = mean_size(off, spent=True), mean_size(target_sample(output))
-        decider.grown = grown
+        off = history.sample_missed(output, latents, context.step_index, self._end(context))
+        decision.missed = mean_size(off, spent=True), mean_size(target_sample(output))
+        decision.grown = grown
 
-    def _grown(self, context: ForwardContext, decider: EasyDecider) -> float:
+    def _grown(self, context: ForwardContext, decision: EasyDecision) -> float:
         """Return what the error of a forecast for a step has grown to, up to a factor; 0 at a computed step."""
-        passed = decider.places[-self.settings.passed_points :]
+        passed = decision.places[-self.settings.passed_points :]
         return growth(passed, self._place(context)) ** GROWTH
 
     @staticmethod
@@ -134,24 +132,24 @@ class EasyHandler(StepCacheHandler):
         sigma = context.sigma
         return context.step_index if sigma is None else log_snr(sigma, flow=context.noise == "flow")
 
-    def seen(self, context: ForwardContext, decider: EasyDecider) -> None:
+    def seen(self, context: ForwardContext, decision: EasyDecision) -> None:
         """Keep the latents."""
         if self.settings.error is not None:
             return
-        decider.x = self.latents(context)
-        if not decider.reuse:
-            decider.total = 0.0
+        decision.x = self.latents(context)
+        if not decision.reuse:
+            decision.total = 0.0
 
-    def computed(self, context: ForwardContext, decider: EasyDecider, output: Any) -> None:
+    def computed(self, context: ForwardContext, decision: EasyDecision, output: Any) -> None:
         """Take the changes between the last two computed steps."""
         if self.settings.error is not None:
-            decider.places = (*decider.places, self._place(context))[-self.settings.passed_points :]
+            decision.places = (*decision.places, self._place(context))[-self.settings.passed_points :]
             return
-        x, v = decider.x, target_sample(output)
+        x, v = decision.x, target_sample(output)
         assert x is not None
-        if decider.v is not None and decider.x_computed is not None:
-            decider.changes = mean_change(v, decider.v), mean_change(x, decider.x_computed)
-        decider.x_computed, decider.v = x, v
+        if decision.v is not None and decision.x_computed is not None:
+            decision.changes = mean_change(v, decision.v), mean_change(x, decision.x_computed)
+        decision.x_computed, decision.v = x, v
 
 
 def mean_size(of: Tensor, *, spent: bool = False) -> Tensor:

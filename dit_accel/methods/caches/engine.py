@@ -17,20 +17,21 @@ from torch.utils._pytree import tree_leaves
 from ...errors import ConfigError
 from ...report.sections import Section
 from ..base import Handler, Model, Phase, Place
+from ..gradients import is_recorded
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
-from .cache_config import MeasuredCacheConfig, StepCacheConfig, Turn, is_unconditional
+from .cache_config import ExpertSteps, MeasuredCacheConfig, StepCacheConfig, is_unconditional
 from .history import History, given_beside, own_copies, shapes_of
 from .log import CachedForward, section_of
 from .ranks import agreed, groups_of
 
 
 @dataclass(slots=True)
-class Decider:
-    """Who decides for a step: all branches of a transformer together, or one branch by itself.
+class StepDecision:
+    """Whether a step is skipped, for all branches of a transformer together or for one by itself, and what it rests on.
 
-    A new one begins where another branch or other latents are measured. What it keeps of the tensors that its handler
-    was given is copied for it.
+    It lives from step to step; a new one begins where another branch or other latents are measured. What it keeps of
+    the tensors that its handler was given is copied for it.
 
     Attributes:
         branch: the branch that is measured: the first one of a step.
@@ -38,7 +39,7 @@ class Decider:
         step: the last step that was decided.
         reuse: the step is skipped.
         reason: why.
-        value: the indicator, where it was requested.
+        value: the indicator, where it was measured.
         in_a_row: steps skipped since the last computed one.
         kept: whatever the cache keeps from step to step; a subclass may have fields of its own beside it.
     """
@@ -55,16 +56,16 @@ class Decider:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that the indicator needs; one that two fields hold counts once."""
-        values = tree_leaves(self._kept())
-        return sum({id(one): one.nbytes for one in values if isinstance(one, Tensor)}.values())
+        leaves = tree_leaves(self._attributes())
+        return sum({id(leaf): leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)}.values())
 
-    def own(self, given: Any) -> None:
+    def copy_shared(self, lent: Any) -> None:
         """Copy what it keeps of tensors that are somebody else's, who may write into them."""
-        for name, value in own_copies(self._kept(), given).items():
+        for name, value in own_copies(self._attributes(), lent).items():
             setattr(self, name, value)
 
-    def _kept(self) -> dict[str, Any]:
-        """Return all attributes: those of a subclass that declares none of its own too."""
+    def _attributes(self) -> dict[str, Any]:
+        """Return all attributes by name, also those of a subclass that declares none."""
         return {**getattr(self, "__dict__", {}), **{field.name: getattr(self, field.name) for field in fields(self)}}
 
 
@@ -72,7 +73,7 @@ class StepCacheHandler(Handler):
     """A step cache on one model: it skips forwards, and gives forecasts in their place.
 
     Who writes a cache says when: `indicator` measures how much a step changed; `seen` and `computed` keep on the
-    decider what it is measured against. All else is here: branches, transformers that take over, shapes that change,
+    decision what it is measured against. All else is here: branches, transformers that take over, shapes that change,
     training, steps that other methods need, copies of what the pipeline may overwrite, several devices, forecasts and
     the report.
     """
@@ -80,7 +81,7 @@ class StepCacheHandler(Handler):
     phase = Phase.CACHES
     places = frozenset({Place.FORWARD})
     exclusive = frozenset({"cache"})
-    decider_type: ClassVar[type[Decider]] = Decider
+    decision_type: ClassVar[type[StepDecision]] = StepDecision
     settings: StepCacheConfig
     _reach: int | None = None  # in steps of this run
 
@@ -88,17 +89,16 @@ class StepCacheHandler(Handler):
         super().__init__(config, model)
         self._others: Sequence[Handler] = ()
         self._histories: dict[tuple[Any, ...], History] = {}  # by transformer, branch and, where it is one, part
-        self._deciders: dict[tuple[str, str], Decider] = {}
+        self._decisions: dict[tuple[str, str], StepDecision] = {}
         self._transformers: dict[str, Any] = {}
         self._transformer = ""
         self._since: dict[str, int] = {}  # transformer -> the first step that it made in this run
-        self._steps_skipped: set[int] = set()
-        self._start: float | None = None
+        self._start: int | None = None  # the first step that this run made
         self._log: list[CachedForward] = []
 
     # What a cache says.
 
-    def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
+    def indicator(self, context: ForwardContext, decision: StepDecision) -> float | None:
         """Return how much a step that may be skipped changed; it is skipped below the threshold.
 
         None: nothing is measured, and every step that may be skipped is.
@@ -109,14 +109,14 @@ class StepCacheHandler(Handler):
         """Return what the indicator is compared with."""
         return self.settings.threshold if isinstance(self.settings, MeasuredCacheConfig) else None
 
-    def seen(self, context: ForwardContext, decider: Decider) -> None:
-        """Note the input of a step, computed or not, after it was decided; what the decider keeps of it is copied."""
+    def seen(self, context: ForwardContext, decision: StepDecision) -> None:
+        """Note the input of a step, computed or not, after it was decided; what the decision keeps of it is copied."""
 
-    def arrived(self, context: ForwardContext, decider: Decider, history: History, output: Any, time: float) -> None:
+    def arrived(self, context: ForwardContext, decision: StepDecision, history: History, output: Any) -> None:
         """Note what a step that was computed gave, beside what its branch's history would have forecast for it."""
 
-    def computed(self, context: ForwardContext, decider: Decider, output: Any) -> None:
-        """Note what a step that was computed gave; what the decider keeps of it is copied."""
+    def computed(self, context: ForwardContext, decision: StepDecision, output: Any) -> None:
+        """Note what a step that was computed gave; what the decision keeps of it is copied."""
 
     # What all of them share.
 
@@ -158,51 +158,52 @@ class StepCacheHandler(Handler):
         latents = context.inputs[name]
         if self.is_trained(context, latents):
             return run()
-        time = self._begin(context)
+        self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
-        near = given_beside(self._histories, context, shapes, time, self._end(context))
+        beside = given_beside(self._histories, context, shapes, self._end(context))
         history = self._histories.get(key)
-        if history is None or (history.shapes, history.beside) != (shapes, near is not None):
-            history = self._histories[key] = self._new_history(shapes, near is not None)
-        decider, leads, reuse = self._settle(context, bool(history.points) or near is not None)
+        if history is None or (history.shapes, history.beside) != (shapes, beside is not None):
+            history = self._histories[key] = self._new_history(shapes, beside is not None)
+        decision, leads, reuse = self._decide(context, bool(history.points) or beside is not None)
         if reuse:
-            given = history.forecast(latents, context.step_index, time, self._end(context), near)
+            forecast = history.forecast(latents, context.step_index, self._end(context), beside)
             if history.correction is not None:
-                history.correction.skipped(context, time)
+                history.correction.skipped(context)
             self.note_held(self._held())
-            return given
+            return forecast
         output = run()
-        if any(requires_grad(leaf) for leaf in tree_leaves(output)):
+        if is_recorded(output):
             self._histories.pop(key)
             return output
         if history.gives_other(output):
-            history = self._histories[key] = self._new_history(shapes, near is not None)
+            history = self._histories[key] = self._new_history(shapes, beside is not None)
             if leads:
-                decider = self._new_decider(context, decider)
-                self._see(context, decider)
-        given = output if near is None else near.mended(output)
+                decision = self._new_decision(context, decision)
+                self._see(context, decision)
+        corrected = output if beside is None else beside.mended(output)
         if history.correction is not None:
-            missed = functools.partial(history.missed, output, latents, time, self._end(context))
-            given = history.correction.computed(output, context, time, history.growth, missed)
-            if given is not output:
-                history.mend(output, given, context.step_index)
+            missed = functools.partial(history.missed, output, latents, context.step_index, self._end(context))
+            corrected = history.correction.computed(output, context, history.growth, missed)
+            if corrected is not output:
+                history.mend(output, corrected, context.step_index)
         if leads and history.points:
-            self.arrived(context, decider, history, output, time)
-        history.take(output, latents, context.step_index, time, near)
+            self.arrived(context, decision, history, output)
+        history.take(output, latents, context.step_index, beside)
         if leads:
-            self.computed(context, decider, output)
-            decider.own((context.inputs, output))
+            self.computed(context, decision, output)
+            decision.copy_shared((context.inputs, output))
         self.note_held(self._held())
-        return given
+        return corrected
 
     def is_trained(self, context: ForwardContext, latents: Any) -> bool:
         """Tell whether gradients are taken through a forward, to its latents or to any of the weights."""
         if context.training or is_recorded(latents):
             return True
-        return torch.is_grad_enabled() and any(map(requires_grad, self.transformer_of(context).parameters()))
+        weights = self.transformer_of(context).parameters()
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
-    def _begin(self, context: ForwardContext) -> float:
-        """Drop what another expert left, of which what it gave says nothing, and return the time of the step.
+    def _begin(self, context: ForwardContext) -> None:
+        """Begin a forward; drop what another expert left, which says nothing of what this one gives.
 
         Raises:
             ConfigError: if another cache was switched on after this one was attached.
@@ -211,22 +212,26 @@ class StepCacheHandler(Handler):
         if context.transformer != self._transformer:
             if not self._holds_a_prompt(context.transformer):
                 self._histories.clear()
-                self._deciders.clear()
+                self._decisions.clear()
             self._transformer = context.transformer
         self._since.setdefault(context.transformer, context.step_index)
-        time = self._time(context)
-        self._start = time if self._start is None else self._start
+        self._start = context.step_index if self._start is None else self._start
         self._reach = self.settings.reached(context.num_inference_steps)
-        return time
 
     def _holds_a_prompt(self, transformer: str) -> bool:
         """Tell whether a transformer makes one prompt's forward of every step, beside another that makes the rest."""
         return transformer in self.model.adapter.guidance.branch_of
 
-    def _turn(self, transformer: str) -> Turn:
-        """Return which steps of this run a transformer makes, as far as that is known."""
-        last = self._holds_a_prompt(transformer) or transformer == [*self._transformers][-1]
-        return Turn(self._since[transformer], last)
+    def _expert_steps(self, context: ForwardContext) -> ExpertSteps:
+        """Return which steps of this run a forward's transformer makes, as far as that is known."""
+        name, count, share = context.transformer, context.num_inference_steps, self.first_expert()
+        last = self._holds_a_prompt(name) or name == [*self._transformers][-1]
+        until = None if last or share is None or count is None else round(share * count)
+        return ExpertSteps(self._since[name], until, last)
+
+    def first_expert(self) -> float | None:
+        """Return the share of a run's steps that the first of two transformers makes, where that is known."""
+        return self.model.family.first_expert if self.model.family else None
 
     def _shapes(self, context: ForwardContext) -> Any:
         """Return what must stay the same for what was stored and measured to be of use."""
@@ -236,75 +241,76 @@ class StepCacheHandler(Handler):
         assert self._start is not None
         return History(self.settings, shapes, self._start, reach=self._reach, beside=beside)
 
-    def _settle(self, context: ForwardContext, stored: bool) -> tuple[Decider, bool, bool]:
-        """Return who decides, whether this forward is the one that is measured, and whether it is skipped; log that.
+    def _decide(self, context: ForwardContext, stored: bool) -> tuple[StepDecision, bool, bool]:
+        """Decide whether to skip this forward, and log it; the first forward of a step is measured and decides for all.
 
-        ``stored``: there is something to forecast it from.
+        Args:
+            context: of the forward.
+            stored: there is something to forecast it from.
+
+        Returns:
+            The decision, whether this forward was the first of its step, and whether it is skipped.
         """
-        decider, leads = self._decide(context)
-        reuse, reason = decider.reuse, decider.reason
-        if reuse and not stored:
-            reuse, reason = False, "nothing stored"
+        decision = self._decisions.get(self._key(context))
+        leads = decision is None or decision.step != context.step_index
+        if leads:
+            decision = self._measure(context, decision)
+        assert decision is not None
+        reuse = decision.reuse and stored
         self._log.append(
             CachedForward(
                 transformer=context.transformer, step_index=context.step_index, branch=context.branch, reused=reuse,
-                reason=reason, value=decider.value if leads else None,
+                reason=decision.reason if reuse or not decision.reuse else "nothing stored",
+                value=decision.value if leads else None,
             )
         )  # fmt: skip
-        return decider, leads, reuse
+        return decision, leads, reuse
+
+    def _measure(self, context: ForwardContext, decision: StepDecision | None) -> StepDecision:
+        """Decide a step by its first forward."""
+        if decision is None or (decision.branch, decision.shapes) != (context.branch, self._shapes(context)):
+            decision = self._new_decision(context, decision)
+        decision.value = None
+        decision.reason = self._must_compute(context, decision) or ""
+        decision.reuse = not decision.reason
+        if decision.reuse:
+            decision.reuse, decision.reason = self._measured(context, decision)
+        decision.step = context.step_index
+        decision.in_a_row = decision.in_a_row + 1 if decision.reuse else 0
+        self._see(context, decision)
+        return decision
 
     def _held(self) -> int:
         """Return how many bytes are held from step to step now."""
-        return sum(one.nbytes for one in (*self._histories.values(), *self._deciders.values()))
+        return sum(holder.nbytes for holder in (*self._histories.values(), *self._decisions.values()))
 
-    def _decide(self, context: ForwardContext) -> tuple[Decider, bool]:
-        """Return who decides for a forward, and whether this one is the first of its step, which is measured."""
-        decider = self._deciders.get(self._whose(context))
-        if decider is not None and decider.step == context.step_index:
-            return decider, False
-        if decider is None or (decider.branch, decider.shapes) != (context.branch, self._shapes(context)):
-            decider = self._new_decider(context, decider)
-        decider.value = None
-        decider.reason = self._must_compute(context, decider) or ""
-        decider.reuse = not decider.reason
-        if decider.reuse:
-            decider.reuse, decider.reason = self._measured(context, decider)
-        decider.step = context.step_index
-        decider.in_a_row = decider.in_a_row + 1 if decider.reuse else 0
-        if decider.reuse:
-            self._steps_skipped.add(context.step_index)
-        self._see(context, decider)
-        return decider, True
+    def _see(self, context: ForwardContext, decision: StepDecision) -> None:
+        self.seen(context, decision)
+        decision.copy_shared(context.inputs)
 
-    def _see(self, context: ForwardContext, decider: Decider) -> None:
-        self.seen(context, decider)
-        decider.own(context.inputs)
-
-    def _whose(self, context: ForwardContext) -> tuple[str, str]:
-        """Return whose forwards are decided together."""
+    def _key(self, context: ForwardContext) -> tuple[str, str]:
+        """Return the transformer and, where branches decide apart, the branch that a decision is for."""
         return context.transformer, context.branch if self.settings.branches == "uncond" else ""
 
-    def _new_decider(self, context: ForwardContext, before: Decider | None) -> Decider:
-        """Return a decider that has measured nothing yet, for the step that another one decided or was to decide."""
-        decider = self._deciders[self._whose(context)] = self.decider_type(context.branch)
-        decider.shapes = self._shapes(context)
+    def _new_decision(self, context: ForwardContext, before: StepDecision | None) -> StepDecision:
+        """Return a decision that rests on nothing yet, for the step that another one decided or was to decide."""
+        decision = self._decisions[self._key(context)] = self.decision_type(context.branch)
+        decision.shapes = self._shapes(context)
         if before is not None:
-            decider.step, decider.in_a_row = before.step, before.in_a_row
-        return decider
+            decision.step, decision.in_a_row = before.step, before.in_a_row
+        return decision
 
-    def _must_compute(self, context: ForwardContext, decider: Decider) -> str | None:
-        """Return why a step is computed whatever is measured, or None."""
+    def _must_compute(self, context: ForwardContext, decision: StepDecision) -> str | None:
+        """Return the reason why a step must be computed whatever is measured, or None if it may be skipped."""
         settings = self.settings
         if settings.branches == "uncond" and not is_unconditional(context.branch, settings.name):
             return "conditional"
-        turn = self._turn(context.transformer)
-        if (why := settings.always_computed(context.step_index, context.num_inference_steps, turn)) is not None:
+        index, count, expert = context.step_index, context.num_inference_steps, self._expert_steps(context)
+        if (why := settings.always_computed(index, count, expert)) is not None:
             return why
         if not self._stored(context):
             return "nothing stored"
-        index, count = context.step_index, context.num_inference_steps
-        skips = len(self._steps_skipped - {index})
-        if (why := settings.most_skipped(decider.in_a_row, skips, index, count, turn)) is not None:
+        if (why := settings.most_skipped(decision.in_a_row, index, count, expert)) is not None:
             return why
         needing = self._needing(context)
         return needing and f"{needing} needs it"
@@ -319,41 +325,33 @@ class StepCacheHandler(Handler):
         history = self._histories.get((context.transformer, context.branch))
         return history is not None and bool(history.points)
 
-    def _measured(self, context: ForwardContext, decider: Decider) -> tuple[bool, str]:
+    def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
         """Return whether a step is skipped, and why, by what is measured; anything but a number below computes it."""
         threshold = self.threshold()
         if threshold is not None and not threshold > 0:
             return False, "threshold 0"
-        value = decider.value = self.indicator(context, decider)
+        value = decision.value = self.indicator(context, decision)
         if threshold is None:
             return True, "listed"
         if value is None:
             return False, "nothing measured yet"
         return value < threshold, "not a number" if math.isnan(value) else "measured"
 
-    def _time(self, context: ForwardContext) -> float:
-        if self.settings.variable == "step":
-            return float(context.step_index)
-        if context.sigma is None and (needs := self.settings.noise_needed()) is not None:
-            raise needs.untold()
-        return context.sigma or 0.0
-
-    def _end(self, context: ForwardContext) -> float:
-        if self.settings.variable == "sigma":
-            return 0.0
-        return float((context.num_inference_steps or context.step_index + 1) - 1)
+    @staticmethod
+    def _end(context: ForwardContext) -> int:
+        """Return the run's last step."""
+        return (context.num_inference_steps or context.step_index + 1) - 1
 
     def reset(self) -> None:
         """Free what is stored."""
         self._histories.clear()
-        self._deciders.clear()
+        self._decisions.clear()
         self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
         """Forget what was done."""
         self._log.clear()
         self._since.clear()
-        self._steps_skipped.clear()
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, by step and branch."""
@@ -364,16 +362,6 @@ class StepCacheHandler(Handler):
         every = self.settings.branches == "all"
         rows = self.model.family.forwards_per_step if self.model.family and every else 1
         return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
-
-
-def is_recorded(value: Any) -> bool:
-    """Tell whether something lies in a graph of gradients, whose forward can't be skipped."""
-    return torch.is_grad_enabled() and any(requires_grad(leaf) for leaf in tree_leaves(value))
-
-
-def requires_grad(value: Any) -> bool:
-    """Tell whether something is a tensor that asks for gradients."""
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from ...rules import forecast
 from ..site import ForwardContext, sample_of, target_sample, with_sample
 from .cache_config import StepCacheConfig
-from .correction import Correction
+from .correction import DAMPING, Correction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,19 +20,17 @@ class Point:
 
     Attributes:
         step: the step's index.
-        time: that, or its noise level.
         values: a tensor for each of the output's: what is stored of it; anything else is stored as it is.
         computed: by a forward; else it is a forecast.
     """
 
     step: int
-    time: float
     values: list[Any]
     computed: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Given:
+class BranchOutput:
     """What a branch gives in one step, for the branch that runs beside it.
 
     Attributes:
@@ -45,10 +43,10 @@ class Given:
     spec: TreeSpec
     mends: list[Any] | None = None
 
-    def of_rows(self, rows: Sequence[int]) -> "Given":
+    def of_rows(self, rows: Sequence[int]) -> "BranchOutput":
         """Return what some rows give."""
         (values, spec), mends = _of_rows(self.values, self.spec, rows), self.mends
-        return Given(values, spec, None if mends is None else _of_rows(mends, self.spec, rows)[0])
+        return BranchOutput(values, spec, None if mends is None else _of_rows(mends, self.spec, rows)[0])
 
     def mended(self, output: Any) -> Any:
         """Return an output of the branch beside it, with what the correction added here."""
@@ -67,17 +65,18 @@ class History:
     Args:
         settings: how is forecast.
         shapes: of the latents that went in.
-        start: the time at which the run began.
+        start: the first step that the run made.
         held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
         beside: it is of a branch beside another.
 
     Attributes:
         correction: what corrects computed outputs for the skipped ones before, or None.
+        skipped: the steps that were forecast since the last computed one.
     """
 
     def __init__(
-        self, settings: StepCacheConfig, shapes: Any, start: float, held_on: torch.device | None = None,
+        self, settings: StepCacheConfig, shapes: Any, start: int, held_on: torch.device | None = None,
         reach: int | None = None, beside: bool = False,
     ) -> None:  # fmt: skip
         self.beside = beside
@@ -85,11 +84,11 @@ class History:
         self._reach = reach
         self._start = start
         self._held_on = held_on
-        self.correction = Correction(settings.name) if settings.corrected and not beside else None
+        self.correction = Correction(settings) if settings.predictor == "corrected" and not beside else None
         self.shapes = shapes
         self.points: list[Point] = []
-        self.skipped: list[float] = []
-        self._given: Point | None = None  # what the last step gave, where it is a forecast that Heun's reads
+        self.skipped: list[int] = []
+        self._forecast: Point | None = None  # of the last step, where Heun's predictor reads it
         self._spec: TreeSpec | None = None
         self._mends: tuple[int, list[Any]] | None = None
 
@@ -100,7 +99,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are held."""
-        points = [*self.points, *([self._given] if self._given else [])]
+        points = [*self.points, *([self._forecast] if self._forecast else [])]
         return sum(value.nbytes for point in points for value in point.values if isinstance(value, Tensor))
 
     def last(self) -> Any:
@@ -108,79 +107,80 @@ class History:
         assert self._spec is not None
         return tree_unflatten(self.points[-1].values, self._spec)
 
-    def mend(self, output: Any, given: Any, step: int) -> None:
-        """Note what was given in place of a computed output, for branches beside this one."""
-        pairs = zip(tree_leaves(given), tree_leaves(output), strict=True)
-        self._mends = step, [one.to(_wide(one)) - of if isinstance(one, Tensor) else None for one, of in pairs]
+    def mend(self, output: Any, corrected: Any, step: int) -> None:
+        """Note what took the place of a computed output, for branches beside this one."""
+        pairs = zip(tree_leaves(corrected), tree_leaves(output), strict=True)
+        self._mends = step, [new.to(_wide(new)) - old if isinstance(new, Tensor) else None for new, old in pairs]
 
-    def given(self, step: int, time: float, end: float) -> Given | None:
+    def output_of(self, step: int, end: int) -> BranchOutput | None:
         """Return what the branch gives in a step that it has made already; None before the first."""
         if not self.points or self._spec is None:
             return None
-        made = self.points[-1].step == step
+        computed = self.points[-1].step == step
         mends = self._mends[1] if self._mends is not None and self._mends[0] == step else None
-        return Given(self.points[-1].values if made else self._values(time, end), self._spec, mends)
+        return BranchOutput(self.points[-1].values if computed else self._values(step, end), self._spec, mends)
 
-    def take(self, output: Any, latents: Any, step: int, time: float, given: Given | None = None) -> None:
+    def take(self, output: Any, latents: Any, step: int, beside: BranchOutput | None = None) -> None:
         """Store what a forward made of its latents; what the same step gave before goes: a scheduler may call twice.
 
-        ``given`` is what the branch gives that it runs beside.
+        ``beside`` is what the branch gives that it runs beside.
         """
         leaves, self._spec = tree_flatten(output)
         values = [
-            _minus(leaf, near).to(self._held_on or leaf.device) if isinstance(leaf, Tensor) else leaf
-            for leaf, near in zip(leaves, self._bases(leaves, latents), strict=True)
+            _minus(leaf, base).to(self._held_on or leaf.device) if isinstance(leaf, Tensor) else leaf
+            for leaf, base in zip(leaves, self._bases(leaves, latents), strict=True)
         ]
-        if given is not None:
-            values = [_minus(one, of) for one, of in zip(values, given.values, strict=True)]
-        points = [point for point in self.points if point.computed and point.step != step and point.time != time]
+        if beside is not None:
+            values = [_minus(value, other) for value, other in zip(values, beside.values, strict=True)]
+        points = [point for point in self.points if point.computed and point.step != step]
         points = points[-(self._settings.kept_points - 1) :] if self._settings.kept_points > 1 else []
-        if self._given is not None and points:
-            points.append(self._given)
-        self.points = [*points, Point(step, time, values)]
-        self.skipped, self._given = [], None
+        if self._forecast is not None and points:
+            points.append(self._forecast)
+        self.points = [*points, Point(step, values)]
+        self.skipped, self._forecast = [], None
 
-    def forecast(self, latents: Any, step: int, time: float, end: float, given: Given | None = None) -> Any:
-        """Return an output in the form of the last one, forecast for a step of a run that ends at a time.
+    def forecast(self, latents: Any, step: int, end: int, beside: BranchOutput | None = None) -> Any:
+        """Return an output in the form of the last one, forecast for a step of a run that ends with step ``end``.
 
-        ``given`` is what the branch gives that it runs beside, which it gives as well before it made a step itself.
+        ``beside`` is what the branch gives that it runs beside; it stands for the output before the first one is
+        computed.
         """
-        if given is not None and not self.points:
-            return tree_unflatten(self._outputs(given.values, latents), given.spec)
-        values = self._values(time, end)
+        if beside is not None and not self.points:
+            return tree_unflatten(self._outputs(beside.values, latents), beside.spec)
+        values = self._values(step, end)
         if self._settings.predictor == "heun":
-            self._given = None if self._is_out_of_reach(time) else Point(step, time, values, computed=False)
-        if not self.skipped or self.skipped[-1] != time:
-            self.skipped.append(time)
-        if given is not None:
-            values = [_added(of, one) for one, of in zip(values, given.values, strict=True)]
+            self._forecast = None if self._is_out_of_reach(step) else Point(step, values, computed=False)
+        if not self.skipped or self.skipped[-1] != step:
+            self.skipped.append(step)
+        if beside is not None:
+            values = [_added(other, value) for value, other in zip(values, beside.values, strict=True)]
         assert self._spec is not None
         return tree_unflatten(self._outputs(values, latents), self._spec)
 
-    def missed(self, output: Any, latents: Any, time: float, end: float) -> list[Tensor | None]:
+    def missed(self, output: Any, latents: Any, step: int, end: int) -> list[Tensor | None]:
         """Return for each tensor of an output what its forecast from its latents would be off by; take it afterwards.
 
         In float32 or wider; None for what is no tensor of floating-point numbers.
         """
-        forecasts = self._outputs(self._values(time, end), latents)
+        forecasts = self._outputs(self._values(step, end), latents)
         return [
             leaf.detach().to(_wide(leaf)) - made if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
             for leaf, made in zip(tree_leaves(output), forecasts, strict=True)
         ]
 
-    def sample_missed(self, output: Any, latents: Any, time: float, end: float) -> Tensor:
+    def sample_missed(self, output: Any, latents: Any, step: int, end: int) -> Tensor:
         """Return what a forecast of the prediction would be off by, as one tensor of its own."""
         assert self._spec is not None
-        return target_sample(tree_unflatten(self.missed(output, latents, time, end), self._spec))
+        return target_sample(tree_unflatten(self.missed(output, latents, step, end), self._spec))
 
-    def growth(self, time: float) -> float:
-        """Return what a forecast for a time is off by, up to a factor, by the computed steps that it goes through."""
-        computed = [point.time for point in self.points if point.computed]
-        return forecast.growth(computed[-self._settings.passed_points :], time)
+    def growth(self, step: int) -> float:
+        """Return what a forecast for a step is off by, up to a factor, by the computed steps that it goes through."""
+        computed = [point.step for point in self.points if point.computed]
+        return forecast.growth(computed[-self._settings.passed_points :], step)
 
-    def _values(self, time: float, end: float) -> list[Any]:
-        """Return what would be stored of the output of a time."""
-        weights, count = self._weights(time, end), len(self.points)
+    def _values(self, step: int, end: int) -> list[Any]:
+        """Return what would be stored of the output of a step."""
+        weights, count = self._weights(step, end), len(self.points)
         return [
             _weighted([self.points[i].values[leaf] for i in range(count)], weights)
             if isinstance(value, Tensor)
@@ -194,50 +194,48 @@ class History:
             device = next(leaf.device for leaf in tree_leaves(latents) if isinstance(leaf, Tensor))
             values = [value.to(device) if isinstance(value, Tensor) else value for value in values]
         return [
-            _plus(value, near) if isinstance(value, Tensor) else value
-            for value, near in zip(values, self._bases(values, latents), strict=True)
+            _plus(value, base) if isinstance(value, Tensor) else value
+            for value, base in zip(values, self._bases(values, latents), strict=True)
         ]
 
-    def _weights(self, time: float, end: float) -> list[float]:
-        settings, times = self._settings, [point.time for point in self.points]
-        if settings.predictor == "hold" or self._is_out_of_reach(time):
-            return [0.0] * (len(times) - 1) + [1.0]
-        if settings.predictor == "taylor":
-            return forecast.taylor(times, time, settings.order, settings.damping or 0.0)
+    def _weights(self, step: int, end: int) -> list[float]:
+        settings, steps = self._settings, [point.step for point in self.points]
+        if settings.predictor == "hold" or self._is_out_of_reach(step):
+            return [0.0] * (len(steps) - 1) + [1.0]
         if settings.predictor == "chebyshev":
-            return forecast.chebyshev(times, time, settings.order, (self._start, end))
-        before = next((point.time for point in self.points if not point.computed), None)
-        return forecast.heun(times, [moment for moment in self.skipped if moment != time], time, before)
+            return forecast.chebyshev(steps, step, settings.order, (self._start, end))
+        if settings.predictor == "heun":
+            before = next((point.step for point in self.points if not point.computed), None)
+            return forecast.heun(steps, [skipped for skipped in self.skipped if skipped != step], step, before)
+        return forecast.taylor(steps, step, settings.order, DAMPING if settings.predictor == "corrected" else 0.0)
 
-    def _is_out_of_reach(self, time: float) -> bool:
-        """Tell whether a time lies more skipped steps past the last computed one than the predictor reaches."""
-        return self._reach is not None and sum(moment != time for moment in self.skipped) >= self._reach
+    def _is_out_of_reach(self, step: int) -> bool:
+        """Tell whether a step lies more skipped ones past the last computed one than the predictor reaches."""
+        return self._reach is not None and sum(skipped != step for skipped in self.skipped) >= self._reach
 
     def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
         """Return for each output the part of the latents that is taken off it, None where it is stored whole."""
-        given = tree_leaves(latents) if self._settings.stored == "residual" else []
-        return [_covering(leaf, given[i]) if i < len(given) else None for i, leaf in enumerate(leaves)]
+        bases = tree_leaves(latents) if self._settings.stored == "residual" else []
+        return [_covering(leaf, bases[i]) if i < len(bases) else None for i, leaf in enumerate(leaves)]
 
 
 def given_beside(
-    histories: Mapping[tuple[Any, ...], History], context: ForwardContext, shapes: Any, time: float, end: float,
-    *part: Any,
-) -> Given | None:  # fmt: skip
+    histories: Mapping[tuple[Any, ...], History], context: ForwardContext, shapes: Any, end: int, *part: Any
+) -> BranchOutput | None:
     """Return what the branch that a forward runs beside gives in its step; None: there is none, or it is not known.
 
     Args:
         histories: by transformer, branch and part.
         context: of the forward.
         shapes: of its latents.
-        time: of the step.
-        end: of the run.
+        end: the run's last step.
         part: of the forward, where it has a history of its own.
     """
     history = histories.get((context.transformer, context.beside, *part))
     if history is None or (context.rows is None and history.shapes != shapes):
         return None
-    given = history.given(context.step_index, time, end)
-    return given if given is None or context.rows is None else given.of_rows(context.rows)
+    output = history.output_of(context.step_index, end)
+    return output if output is None or context.rows is None else output.of_rows(context.rows)
 
 
 def shapes_of(tensors: Any) -> Any:
@@ -245,26 +243,26 @@ def shapes_of(tensors: Any) -> Any:
     return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(tensors)]
 
 
-def own_copies(kept: Any, given: Any) -> Any:
-    """Return what is kept from step to step, with a copy of each tensor that shares memory with one that was given.
+def own_copies(kept: Any, lent: Any) -> Any:
+    """Return what is kept from step to step, with a copy of each tensor that shares memory with one that was lent.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
 
     Args:
         kept: in whatever form.
-        given: the tensors of somebody else, in whatever form.
+        lent: the tensors of somebody else, in whatever form.
     """
-    memory = {_memory_of(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    memory = {_memory_of(leaf) for leaf in tree_leaves(lent) if isinstance(leaf, Tensor)}
     copies: dict[int, Tensor] = {}  # a tensor that is kept twice is copied once
 
-    def own(leaf: Any) -> Any:
+    def copied(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if None not in memory and (place := _memory_of(leaf)) is not None and place not in memory:
             return leaf
         return copies.setdefault(id(leaf), leaf.detach().clone())
 
-    return tree_map(own, kept)
+    return tree_map(copied, kept)
 
 
 def _memory_of(tensor: Tensor) -> int | None:

@@ -17,7 +17,7 @@ from ..options import begins_with, gt
 from ..saving import Saving
 from ..site import ForwardContext
 from .calibrated import CalibratedConfig, CalibratedHandler
-from .engine import Decider
+from .engine import StepDecision
 from .log import extended
 
 Ratio = Annotated[float, gt(0), "measure them again"]
@@ -43,7 +43,7 @@ class MagCache(CalibratedConfig):
     # the paper's for video
     defaults: ClassVar[Mapping[str, Any]] = {
         "threshold": 0.12, "max_consecutive": 4, "warmup_steps": 0.2, "ratios": None, "compute_at": None,
-        "warmup_of": "run", "switch": None,
+        "warmup_of": "run",
     }  # fmt: skip
     numbers: ClassVar[str] = "ratios"
 
@@ -58,14 +58,14 @@ class MagHandler(CalibratedHandler):
     _steps: int | None = None
     """Steps of the last run."""
 
-    def indicator(self, context: ForwardContext, decider: Decider) -> float | None:
+    def indicator(self, context: ForwardContext, decision: StepDecision) -> float | None:
         """Return what the steps since the last computed one add up to, this one included."""
         count = self._steps = context.num_inference_steps
         if count is None:
             raise ConfigError(
                 "magcache needs the number of steps, which is not known here; attach to the pipeline, or use easycache"
             )
-        return drift(self._ratios(count), context.step_index, decider.in_a_row)
+        return drift(self._ratios(count), context.step_index, decision.in_a_row)
 
     def report(self) -> Section | None:
         """Return what was computed and reused, and whether the curve was interpolated."""
@@ -74,12 +74,12 @@ class MagHandler(CalibratedHandler):
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the forwards that the curve skips."""
         ratios, threshold = self._ratios(steps), self.settings.threshold or 0.0
-        experts = self.model.family.experts if self.model.family else 1
-        skipped = self.settings.skipped_steps(steps, lambda index, row: drift(ratios, index, row) < threshold, experts)
+        share = self.first_expert() if self.model.family and self.model.family.experts > 1 else None
+        switch = round((share or 0) * steps)
+        skipped = self.settings.skipped_steps(steps, lambda index, row: drift(ratios, index, row) < threshold, switch)
         notes = self._notes(steps)
-        if experts > 1 and self.settings.switch is not None:
-            share = self.settings.switch
-            notes += (f"magcache: the second transformer is counted from {share:.3g} of the run on (magcache.switch)",)
+        if share is not None:
+            notes += (f"magcache: the second transformer is counted from {share:.3g} of the run on",)
         return self.counted(skipped, notes)
 
     def _ratios(self, steps: int) -> Sequence[float]:

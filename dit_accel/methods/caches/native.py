@@ -1,17 +1,15 @@
 """diffusers' own caches as a method: enabled and disabled exactly, state by branch, and reset at each run.
 
-`attach` takes diffusers' config itself. What fails or goes wrong in diffusers is refused by `native_limits`; what can
-be put right from outside is put right here.
+`attach` takes diffusers' config itself. What fails or goes wrong in diffusers is refused by `native_limits`.
 """
 
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ...errors import ConfigError
 from ...report.sections import Section
@@ -20,7 +18,7 @@ from ..config import MethodConfig
 from ..noise import NeedsNoise
 from ..site import ForwardContext, Site
 from .engine import require_no_cache
-from .native_limits import CONFIGS, FIRST_BLOCK, MAG, SEA, check_call, check_config, check_hooked, check_model
+from .native_limits import CONFIGS, SEA, check_call, check_config, check_hooked, check_model
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +38,7 @@ class DiffusersCache(MethodConfig):
         return type(self.config).__name__
 
     def noise_needed(self) -> NeedsNoise | None:
-        """Return that diffusers' SeaCache filters by it."""
+        """Return the need of the noise level that diffusers' SeaCache has."""
         instead = "use FirstBlockCacheConfig, or a flow-matching scheduler"
         return NeedsNoise(asks=SEA, instead=instead) if SEA in _names(self.config) else None
 
@@ -58,8 +56,7 @@ class NativeHandler(Handler):
     """One of diffusers' caches on the transformers of one attachment.
 
     Departures from diffusers: branches are kept apart whatever the pipeline tells and whichever cache it is; state is
-    dropped when a run begins, also after one that was stopped; a threshold of 0 computes every step, and so does a
-    first block whose difference is NaN; `detach` leaves no hook, registry or attribute behind.
+    dropped when a run begins, also after one that was stopped; `detach` leaves no hook, registry or attribute behind.
     """
 
     config_type = DiffusersCache
@@ -72,7 +69,6 @@ class NativeHandler(Handler):
         super().__init__(config, model)
         self._kind = next(name for name in _names(config.config) if name in CONFIGS)
         self._enabled: dict[str, _Enabled] = {}
-        self._guided = False
         self._ran: dict[tuple[str, str, int], int] = {}
         check_config(self._kind, config.config)
 
@@ -83,16 +79,12 @@ class NativeHandler(Handler):
             return DiffusersCache(config=given)
         return super().config_for(given)
 
-    def check_with(self, others: Sequence[Handler]) -> None:
-        """Note whether branches may begin beside others."""
-        self._guided = any(other.phase is Phase.GUIDANCE for other in others)
-
     def install(self, site: Site) -> None:
         """Enable the cache on one transformer; raise `ConfigError` if another is active, or it can't work there."""
         name, config, transformer = site.name, self.settings.config, site.transformer
         check_model(self._kind, config, name, transformer, further=bool(self._enabled))
         require_no_cache(name, transformer, self._kind)
-        enabled = _Enabled(transformer, _made_safe(self._kind, config), self._guided)
+        enabled = _Enabled(transformer, copy.copy(config))
         try:
             enabled.enable(self._kind)
             check_hooked(self._kind, config, transformer, self.model.adapter, enabled.hooks)
@@ -160,20 +152,17 @@ class _Enabled:
     Attributes:
         transformer: the transformer.
         hooks: module name -> the cache's hooks there, but for the transformer's own.
-        guided: branches may begin beside others.
     """
 
-    def __init__(self, transformer: Any, config: Any, guided: bool) -> None:
-        self.transformer, self.guided = transformer, guided
+    def __init__(self, transformer: Any, config: Any) -> None:
+        self.transformer = transformer
         self.hooks: dict[str, list[Any]] = {}
         self._config = config
         self._before = [
             (name, module, set(module.__dict__), set(_hooks(module))) for name, module in transformer.named_modules()
         ]
-        self._keepers: list[Any] = []  # hooks that know no contexts
-        self._states: dict[str, list[Any]] = {}
-        self._managers: dict[int, Any] = {}  # of those that know some, by identity: hooks share them
-        self._begun: dict[str, tuple[int, list[Any], dict[int, Any]]] = {}  # branch -> rows and states it began with
+        self._shared: list[Any] = []  # hooks that keep one state for all branches
+        self._states: dict[str, list[Any]] = {}  # branch -> theirs
         self._context: Callable[[], Any] | None = None
         self._open = contextlib.ExitStack()
 
@@ -188,8 +177,7 @@ class _Enabled:
             ) from error
         for name, module, _, before in self._before:
             new = [hook for key, hook in _hooks(module).items() if key not in before]
-            self._keepers += [hook for hook in new if hasattr(hook, "state")]
-            self._managers |= {id(one.state_manager): one.state_manager for one in new if hasattr(one, "state_manager")}
+            self._shared += [hook for hook in new if hasattr(hook, "state")]
             if new and name:
                 self.hooks[name] = new
 
@@ -211,14 +199,8 @@ class _Enabled:
         """Let diffusers' hooks see the branch, step and noise level of a forward, as far as the core knows them."""
         known = {"sigma": context.share_of_noise, "num_inference_steps": context.num_inference_steps}
         enter = type(self.transformer).cache_context
-        begun = any(name.startswith(f"{context.branch}/") for name in self._states)
-        if context.beside is None and self.guided and not begun:
-            self._note_before(context)
-        elif context.branch not in self._states and context.beside in self._begun:
-            self._begin_beside(context)
-        if context.branch not in self._states:
-            self._states[context.branch] = [type(hook.state)() for hook in self._keepers]
-        for hook, state in zip(self._keepers, self._states[context.branch], strict=True):
+        states = self._states.setdefault(context.branch, [type(hook.state)() for hook in self._shared])
+        for hook, state in zip(self._shared, states, strict=True):
             hook.state = state
         self._context = lambda: enter(self.transformer, context.branch, step_index=context.step_index, **known)
         try:
@@ -228,66 +210,14 @@ class _Enabled:
         finally:
             self._context = None
 
-    def _note_before(self, context: ForwardContext) -> None:
-        """Note what a forward begins with: one beside it, of a branch that begins there, has to begin with the same."""
-        managed = {key: one._state_cache[context.branch] for key, one in self._managers.items()
-                   if context.branch in one._state_cache}  # fmt: skip
-        states = [_rows_of(state) for state in self._states.get(context.branch, ())]
-        self._begun[context.branch] = context.batch or 0, states, {key: _rows_of(one) for key, one in managed.items()}
-
-    def _begin_beside(self, context: ForwardContext) -> None:
-        """Let a branch begin with what the one that it runs beside had before this step."""
-        batch, states, managed = self._begun[context.beside or ""]
-        if states:
-            self._states[context.branch] = [_rows_of(state, batch, context.rows) for state in states]
-        else:
-            self._states[context.branch] = [type(hook.state)() for hook in self._keepers]
-        for key, state in managed.items():
-            self._managers[key]._state_cache[context.branch] = _rows_of(state, batch, context.rows)
-
     def reset(self) -> None:
         """Have all hooks forget what they carry."""
         type(self.transformer)._reset_stateful_cache(self.transformer)
         for state in (state for states in self._states.values() for state in states):
             state.reset()
         self._states.clear()
-        self._begun.clear()
         if self._context is not None:  # a forward is under way, and diffusers forgets its context with the rest
             self._open.enter_context(self._context())
-
-
-class Threshold(float):
-    """A threshold that a NaN exceeds, and that everything exceeds where it is 0.
-
-    Python asks the more derived operand first, so that ``difference > threshold`` asks this one.
-    """
-
-    def __lt__(self, difference: float) -> bool:
-        """Tell whether a difference exceeds the threshold."""
-        return float(self) <= 0 or not difference <= float(self)
-
-
-def _made_safe(kind: str, config: Any) -> Any:
-    """Return a copy of a config for diffusers to keep and to fill in, with which it computes where it should."""
-    config = copy.copy(config)
-    if kind == FIRST_BLOCK:
-        config.threshold = Threshold(config.threshold)
-    if kind == MAG and config.threshold == 0:
-        config.threshold = -1.0  # it reuses where its error is 0 too
-    return config
-
-
-def _rows_of(state: Any, batch: int = 0, rows: Sequence[int] | None = None) -> Any:
-    """Return a copy of a hook's state around the same tensors, or some rows of those that have as many as the batch."""
-    made = copy.copy(state)
-    for name, value in vars(state).items():
-        setattr(made, name, tree_map(lambda x: _some(x, batch, rows), value))
-    return made
-
-
-def _some(leaf: Any, batch: int, rows: Sequence[int] | None) -> Any:
-    alike = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
-    return leaf[list(rows)] if alike and rows is not None else leaf
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
@@ -295,9 +225,9 @@ def _hooks(module: nn.Module) -> dict[str, Any]:
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 
-def _names(given: Any) -> list[str]:
+def _names(config: Any) -> list[str]:
     """Return the names of an object's types, as far as they are diffusers'."""
-    return [cls.__name__ for cls in type(given).__mro__ if cls.__module__.startswith("diffusers.")]
+    return [cls.__name__ for cls in type(config).__mro__ if cls.__module__.startswith("diffusers.")]
 
 
 def _plain(value: Any) -> Any:

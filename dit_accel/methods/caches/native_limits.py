@@ -44,8 +44,11 @@ def check_config(kind: str, config: Any) -> None:
         value = getattr(config, option)
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{kind}.{option} must be a whole number >= {least}, got {value!r}")
-    if kind in (FIRST_BLOCK, MAG) and not config.threshold >= 0:
-        raise ConfigError(f"{kind}.threshold must be >= 0, got {config.threshold!r}; 0 computes every step")
+    if kind in (FIRST_BLOCK, MAG) and not config.threshold > 0:
+        raise ConfigError(
+            f"{kind}.threshold must be > 0, got {config.threshold!r}, at which diffusers reuses steps all the same; "
+            "leave the cache out to compute every step"
+        )
     if kind in (FASTER, PYRAMID) and config.current_timestep_callback is None:
         raise ConfigError(
             f"{kind}.current_timestep_callback is not set, and diffusers can't tell the timestep without it; set "
@@ -145,6 +148,12 @@ def check_call(
         raise ConfigError(
             "MagCacheConfig counts forwards as steps, and this scheduler runs the model twice a step; use another "
             "scheduler or another cache"
+        )
+    if context.beside is not None and context.step_index > 0 and not ran:
+        raise ConfigError(
+            f"{kind} begins a state of its own for {context.branch!r} in step {context.step_index}, after "
+            f"{context.beside!r} reused some, so that guidance would add what the cache is off by; let it guide from "
+            "the first step on (start = 0), or use one of dit-accel's own caches"
         )
     sigma, steps = context.share_of_noise, context.num_inference_steps
     if kind == SEA and (steps is None or sigma is None or not 0 <= sigma <= 1):

@@ -32,7 +32,7 @@ from .profile_file import cached_in, read_profile, require_weights
 from .spans import Pass, Span, SpanHandler
 
 BLOCKS = ("blocks", "blocks_2", "refresh_2")
-SCHEDULE = ("every", "every_last", "refresh", "refresh_2", "measured_steps")
+SCHEDULE = ("every", "refresh", "refresh_2", "measured_steps")
 Rising = Annotated[
     tuple[int, ...], Rule("a list of steps from 0 on, rising", lambda at: at and at[0] >= 0 and [*at] == sorted({*at}))
 ]
@@ -52,12 +52,11 @@ class ProfilingCache(StepCacheConfig):
         blocks: the blocks that are cached, such as ``"0, 2-7"``; or the ``.json`` file of ``dit-accel tune profile``.
             Unset: those published for the model.
         every: the cached blocks run at every n-th step after the first ones.
-        every_last: the distance shrinks from ``every`` to this over the run; unset: it stays.
         refresh: the steps at which they run, instead of ``every``.
         blocks_2: further cached blocks, which run at the steps ``refresh_2``.
         refresh_2: those steps.
-        measured_steps: ``every``, ``every_last`` and both lists are those of a run of so many steps, and are rescaled
-            to others; unset: they are taken as they are.
+        measured_steps: ``every`` and both lists are those of a run of so many steps, and are rescaled to others;
+            unset: they are taken as they are.
         offload: where what is stored waits between the steps: ``cpu`` frees the accelerator's memory and copies it
             there and back.
     """
@@ -69,7 +68,6 @@ class ProfilingCache(StepCacheConfig):
 
     blocks: Annotated[str, JSON_FILE] | tuple[int, ...] | None = None
     every: Count | None = None
-    every_last: Count | None = None
     refresh: Rising | None = None
     blocks_2: Annotated[str, NO_FILE] | tuple[int, ...] | None = None
     refresh_2: Rising | None = None
@@ -79,11 +77,6 @@ class ProfilingCache(StepCacheConfig):
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
         self.require_one_of("every", "refresh", of="when the cached blocks run")
-        if self.every_last is not None and not self.every_last <= (self.every or 0):
-            raise ConfigError(
-                f"profilingcache.every_last = {self.every_last} must be at most profilingcache.every, which is "
-                f"{self.every or 'unset'}; the distance shrinks from that to this"
-            )
         for option in ("refresh", "refresh_2") if self.measured_steps is not None else ():
             if (listed := getattr(self, option)) and listed[-1] >= self.measured_steps:
                 raise ConfigError(
@@ -144,18 +137,13 @@ class ProfilingCache(StepCacheConfig):
             ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
         """
         listed = self.refresh_2 if group else self.refresh
-        if count is None and (self.measured_steps is not None or self.every_last is not None):
-            what = "measured_steps" if self.measured_steps is not None else "every_last"
-            raise unknown_steps(self, what, "set profilingcache.every alone")
-        measured = self.measured_steps or count
-        first = self.first_steps(measured)
-        if listed is None and self.every_last is None:
+        if count is None and self.measured_steps is not None:
+            raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")
+        if listed is None:
+            first, every = self.first_steps(self.measured_steps or count), self.every or 1
             if self.measured_steps is None:
-                return index >= first and (index - first) % (self.every or 1) == 0
-            listed = block_schedule.fixed(first, self.every or 1, self.measured_steps)
-        elif listed is None:
-            assert measured is not None
-            listed = block_schedule.shrinking(first, self.every or 1, self.every_last or 1, measured)
+                return index >= first and (index - first) % every == 0
+            listed = tuple(range(first, self.measured_steps, every))
         if self.measured_steps is None and count is not None and listed[-1:] >= (count,):
             option = "refresh_2" if group else "refresh"
             raise ConfigError(
@@ -237,12 +225,12 @@ class ProfilingHandler(SpanHandler):
         stored = any(groups[last] == group for last in now.stored)
         return stored and not self.settings.refreshes(group, step.step_index, step.num_inference_steps)
 
-    def _must_compute(self, context: Any, decider: Any) -> str | None:
+    def _must_compute(self, context: Any, decision: Any) -> str | None:
         groups = {*self._groups[context.transformer].values()}
         refreshed = [  # read first, so that a list that is too long is refused at the first step
             self.settings.refreshes(group, context.step_index, context.num_inference_steps) for group in groups
         ]
-        why = super()._must_compute(context, decider)
+        why = super()._must_compute(context, decision)
         return "refreshed" if why is None and all(refreshed) else why
 
     def _new_history(self, shapes: Any, beside: bool = False) -> History:

@@ -8,17 +8,19 @@ residual, not the last block's; the first branch of a step decides for all.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...plan.layout import TokenLayout
 from ..noise import NeedsNoise
-from ..options import gt
 from ..site import ForwardContext
 from .cache_config import MeasuredCacheConfig
 from .signal import SignalHandler
+
+POWER = 3.0
+"""The power by which that of clean latents falls with the frequency: the paper's for videos."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +29,12 @@ class SeaCache(MeasuredCacheConfig):
 
     Each step adds mean|s - s'| / mean|s'|, with s the latents of this step and s' those of the step before after a
     Wiener filter for the step's noise level; steps are skipped while the sum stays below the threshold. With a = 1 -
-    sigma, b = sigma and a power of 1 / f^p at frequency f, the filter's gain along frames, height and width is a / (a^2
-    + b^2 f^p), scaled to a mean of 1. So b / a alone counts: where a
+    sigma, b = sigma and a power of 1 / f^3 at frequency f, the filter's gain along frames, height and width is a / (a^2
+    + b^2 f^3), scaled to a mean of 1. So b / a alone counts: where a
     scheduler tells noise over signal, s, sigma is s / (1 + s). All rows of a batch are measured and skipped together.
 
     Attributes:
         threshold: relative change of the filtered latents; 0 skips nothing.
-        power: p, by which the power of clean latents falls with the frequency; 3 is the paper's for videos.
     """
 
     name: ClassVar[str] = "seacache"
@@ -42,10 +43,8 @@ class SeaCache(MeasuredCacheConfig):
         "threshold": 0.25, "warmup_steps": 1, "last_steps": 1, "max_consecutive": 2,
     }  # fmt: skip
 
-    power: Annotated[float, gt(0)] = 3.0
-
     def noise_needed(self) -> NeedsNoise:
-        """Return that it filters by it."""
+        """Return the need of the noise level by which it filters."""
         return NeedsNoise(asks=self.name, instead="use easycache, or a scheduler that lists sigmas")
 
 
@@ -62,7 +61,7 @@ class SeaHandler(SignalHandler):
             raise self.settings.noise_needed().untold()
         latents = self.latents(context).float()
         latents, axes = on_grid(latents, context.layout, self.model.adapter.grid)
-        return filtered(latents, axes, share, self.settings.power)
+        return filtered(latents, axes, share)
 
 
 def on_grid(latents: Tensor, layout: TokenLayout | None, grid: Any) -> tuple[Tensor, tuple[int, ...]]:
@@ -84,7 +83,7 @@ def on_grid(latents: Tensor, layout: TokenLayout | None, grid: Any) -> tuple[Ten
     return latents, (*((frames,) if latents.dim() == 5 and frames is not None else ()), last - 1, last)
 
 
-def filtered(latents: Tensor, axes: tuple[int, ...], sigma: float, power: float) -> Tensor:
+def filtered(latents: Tensor, axes: tuple[int, ...], sigma: float, power: float = POWER) -> Tensor:
     """Return latents after the Wiener filter for a noise level in (0, 1), of the same shape, in float32."""
     sigma = min(max(sigma, 1e-6), 1 - 1e-6)
     gain = torch.ones((), device=latents.device)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..site import ForwardContext
 from .easy import mean_change, mean_size
-from .engine import Decider, StepCacheHandler
+from .engine import StepCacheHandler, StepDecision
 from .ranks import ratio
 
 
 @dataclass(slots=True)
-class SignalDecider(Decider):
+class SignalDecision(StepDecision):
     """What is measured of a branch.
 
     Attributes:
@@ -30,7 +30,7 @@ class SignalDecider(Decider):
 class SignalHandler(StepCacheHandler, ABC):
     """A cache on one model that skips steps while mean|s - s'| / mean|s'| of a signal adds up to little."""
 
-    decider_type = SignalDecider
+    decision_type = SignalDecision
 
     @abstractmethod
     def signal(self, context: ForwardContext) -> Tensor:
@@ -40,22 +40,22 @@ class SignalHandler(StepCacheHandler, ABC):
         """Return what a relative change counts as."""
         return change
 
-    def indicator(self, context: ForwardContext, decider: SignalDecider) -> float | None:
+    def indicator(self, context: ForwardContext, decision: SignalDecision) -> float | None:
         """Return what the steps since the last computed one add up to, this one included; waits for the device."""
-        if decider.signal is None:
+        if decision.signal is None:
             return None
-        decider.now, before = self.signal(context), decider.signal
-        change, size = self.numbers(context, mean_change(decider.now, before), mean_size(before))
-        decider.total += self.rescaled(context, ratio(change, size))
-        return decider.total
+        decision.now, before = self.signal(context), decision.signal
+        change, size = self.numbers(context, mean_change(decision.now, before), mean_size(before))
+        decision.total += self.rescaled(context, ratio(change, size))
+        return decision.total
 
-    def seen(self, context: ForwardContext, decider: SignalDecider) -> None:
+    def seen(self, context: ForwardContext, decision: SignalDecision) -> None:
         """Keep the signal, where it was taken."""
-        decider.signal, decider.now = decider.now, None
-        if not decider.reuse:
-            decider.total = 0.0
+        decision.signal, decision.now = decision.now, None
+        if not decision.reuse:
+            decision.total = 0.0
 
-    def computed(self, context: ForwardContext, decider: SignalDecider, output: Any) -> None:
+    def computed(self, context: ForwardContext, decision: SignalDecision, output: Any) -> None:
         """Take the signal of a step that had to be computed, now that its weights are on the device."""
-        if decider.signal is None:
-            decider.signal = self.signal(context)
+        if decision.signal is None:
+            decision.signal = self.signal(context)

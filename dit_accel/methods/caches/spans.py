@@ -4,24 +4,23 @@ A span is a run of blocks that hand on the very tensors that they give. A model 
 blocks, and what it adds there, such as a control branch's hints, is always this step's own.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ...adapters.blocks import Streams
 from ...errors import ConfigError
 from ...plan.context import StepContext
 from ...report.sections import Section
 from ..base import Model, Place
+from ..gradients import is_recorded
 from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
-from .engine import Decider, StepCacheHandler, requires_grad
-from .history import Given, History, given_beside, shapes_of
+from .engine import StepCacheHandler, StepDecision
+from .history import BranchOutput, History, given_beside, shapes_of
 from .log import extended
 
 Span = tuple[int, ...]
@@ -34,14 +33,13 @@ class Pass:
     Attributes:
         context: the forward.
         needing: the method that needs the step.
-        time: the time of its step.
         shapes: of its inputs, and of the streams that the first block takes that may be skipped.
         apart: every block is a span of its own.
-        decider: who decides for it, once that is known.
+        decision: who decides for it, once that is known.
         leads: it is the forward that is measured.
         reuse: blocks are skipped; None: that is not decided yet.
         stored: last block of a span -> what such a span added at the steps before.
-        near: the same of what such a span gives in the branch that it runs beside; empty: there is no such branch.
+        beside: the same of what such a span gives in the branch that it runs beside; empty: there is none.
         skipped: the blocks that were skipped so far.
         called: the last block that was called.
         spans: the blocks that were computed so far. The blocks of a span hand on the very tensors that they give;
@@ -53,15 +51,14 @@ class Pass:
     def __init__(self, context: ForwardContext, needing: str | None) -> None:
         self.context = context
         self.needing = needing
-        self.time = math.nan
         self.shapes: Any = None
         # some models write what a control network gives into a stream: then what is the block's own is not known
         self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
-        self.decider: Decider | None = None
+        self.decision: StepDecision | None = None
         self.leads = False
         self.reuse: bool | None = None
         self.stored: dict[int, History] = {}
-        self.near: dict[int, Given | None] = {}
+        self.beside: dict[int, BranchOutput | None] = {}
         self.skipped: list[int] = []
         self.called = -1
         self.spans: list[list[int]] = []
@@ -129,10 +126,10 @@ class SpanHandler(StepCacheHandler):
 
     def __init__(self, config: StepCacheConfig, model: Model) -> None:
         super().__init__(config, model)
-        if config.corrected:
+        if config.predictor == "corrected":
             raise ConfigError(
-                f"{config.name}.corrected = True is for caches of whole forwards, such as EasyCache; {config.name} "
-                f"skips blocks: use {config.name}.corrected = False"
+                f"{config.name}.predictor = 'corrected' is for caches of whole forwards, such as EasyCache, and "
+                f"{config.name} skips blocks: use 'taylor'"
             )
         self._passes: dict[str, Pass] = {}
         self._counts: dict[str, int] = {}
@@ -149,7 +146,7 @@ class SpanHandler(StepCacheHandler):
         return True
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
-        """Note what a block took that ran in the branch that decides; what the decider keeps of it is copied."""
+        """Note what a block took that ran in the branch that decides; what the decision keeps of it is copied."""
 
     def due(self, now: Pass) -> list[Span]:
         """Return the stored spans that had to be skipped whole in this forward."""
@@ -172,7 +169,7 @@ class SpanHandler(StepCacheHandler):
             output = run()
         finally:
             del self._passes[transformer]
-        if not now.reuse and any(requires_grad(leaf) for leaf in tree_leaves(output)):
+        if not now.reuse and is_recorded(output):
             self._keep(context, ())
         elif now.reuse is not None:
             self._require_whole_spans(now)
@@ -199,8 +196,8 @@ class SpanHandler(StepCacheHandler):
             history = now.stored.get(block.index)
             if history is None:
                 return streams
-            near = now.near.get(block.index)
-            return history.forecast(streams, now.context.step_index, now.time, self._end(now.context), near)
+            beside = now.beside.get(block.index)
+            return history.forecast(streams, now.context.step_index, self._end(now.context), beside)
         if now.begins_span(streams) or not self.joins(now, block):
             self._take(now)
             now.begin_span(streams)
@@ -208,9 +205,9 @@ class SpanHandler(StepCacheHandler):
         now.spans[-1].append(block.index)
         given = run(streams)
         now.note(given)
-        if now.decider is not None and now.leads:
+        if now.decision is not None and now.leads:
             self.ran(now, block, streams)
-            now.decider.own(streams)
+            now.decision.copy_shared(streams)
         if now.apart:
             self._take(now)
         return given
@@ -219,32 +216,32 @@ class SpanHandler(StepCacheHandler):
         """Decide for a forward whose first block that may be skipped is called."""
         context = now.context
         now.shapes = shapes_of((dict(context.inputs), streams))
-        now.time = self._begin(context)
+        self._begin(context)
         if any(history.shapes != now.shapes for history in self._spans(context).values()):
             self._keep(context, ())
         spans, own = self._spans(context, followed=True), self._spans(context)
         if context.beside is not None:
-            now.near = {span[-1]: self._near(now, span) for span in spans}
+            now.beside = {span[-1]: self._beside(now, span) for span in spans}
         now.stored = {span[-1]: own.get(span) or self._new_history(now.shapes, True) for span in spans}
-        now.decider, now.leads, now.reuse = self._settle(context, bool(spans))
+        now.decision, now.leads, now.reuse = self._decide(context, bool(spans))
 
     def _take(self, now: Pass) -> None:
         """Store what the last span of a forward added, unless that was done."""
         if not now.given:
             return
         context, span = now.context, tuple(now.spans[-1])
-        near = self._near(now, span)
-        if context.beside is None or near is not None:
+        beside = self._beside(now, span)
+        if context.beside is None or beside is not None:
             history = self._histories.get((context.transformer, context.branch, span))
-            if history is None or history.beside != (near is not None):
-                history = self._new_history(now.shapes, near is not None)
+            if history is None or history.beside != (beside is not None):
+                history = self._new_history(now.shapes, beside is not None)
             self._histories[context.transformer, context.branch, span] = history
-            history.take(now.given, now.taken, context.step_index, now.time, near)
+            history.take(now.given, now.taken, context.step_index, beside)
         now.taken = now.given = ()
 
-    def _near(self, now: Pass, span: Span) -> Given | None:
+    def _beside(self, now: Pass, span: Span) -> BranchOutput | None:
         """Return what a span gives in the branch that a forward runs beside."""
-        return given_beside(self._histories, now.context, now.shapes, now.time, self._end(now.context), span)
+        return given_beside(self._histories, now.context, now.shapes, self._end(now.context), span)
 
     def _keep(self, context: ForwardContext, spans: Sequence[Sequence[int]]) -> None:
         """Drop what other spans of a branch added."""

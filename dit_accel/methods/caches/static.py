@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
+from ...errors import ConfigError
 from ...plan.layout import TokenLayout
-from ..options import Count
+from ..options import Count, begins_with, within
 from ..saving import Saving
-from .cache_config import ALONE, StepCacheConfig, Turn
+from .cache_config import ALONE, ExpertSteps, StepCacheConfig
 from .engine import StepCacheHandler
+
+Computed = Annotated[int, within(0, 1), "1 is computed, 0 is skipped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,7 @@ class StaticCache(StepCacheConfig):
     A list is ``steps``, for one number of steps, or ``compute_at``, for any.
 
     Attributes:
+        steps: one number for each step of the run: 1 is computed, 0 is skipped.
         every: one step in so many is computed, counted from the warm-up's last; instead of ``steps``. Beside it
             ``compute_at`` names further steps; without it those alone are computed.
     """
@@ -26,6 +30,7 @@ class StaticCache(StepCacheConfig):
     # with ``steps``, or ``compute_at`` alone, the list decides
     defaults: ClassVar[Mapping[str, Any]] = {"warmup_steps": 0.1, "last_steps": 1, "every": 2}
 
+    steps: Annotated[tuple[Computed, ...], begins_with(1)] | None = None
     every: Count | None = None
 
     def __post_init__(self) -> None:
@@ -38,11 +43,22 @@ class StaticCache(StepCacheConfig):
         full: Any = self if listed else StepCacheConfig.filled(self, recipe)
         return full
 
-    def always_computed(self, index: int, count: int | None, turn: Turn = ALONE) -> str | None:
-        """Return why a step is computed, or None: it is skipped."""
-        why = StepCacheConfig.always_computed(self, index, count, turn)
+    def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
+        """Return the reason why step ``index`` is computed, or None if it is skipped.
+
+        Raises:
+            ConfigError: as for all step caches, and for ``steps`` of another number of them than the run's.
+        """
+        if self.steps is not None and len(self.steps) != count:
+            raise ConfigError(
+                f"{self.name}.steps has {len(self.steps)} entries, this run has {count or 'an unknown number of'} "
+                "steps; give one for each"
+            )
+        why = StepCacheConfig.always_computed(self, index, count, expert)
+        if why is None and self.steps is not None:
+            return "listed" if self.steps[index] else None
         if why is None and self.every is not None:
-            why = None if (index - max(self.first_steps(count, turn) - 1, 0)) % self.every else "listed"
+            why = None if (index - max(self.first_steps(count, expert) - 1, 0)) % self.every else "listed"
         return why
 
 

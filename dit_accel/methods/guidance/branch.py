@@ -17,14 +17,14 @@ from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules.guidance import added
 from ..base import Handler, Model, Place
+from ..prompt_branches import Rows, call_of, part_of, rows_of_prompt
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .guidance_config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
 from .head_specs import first_layer, split_specs
 from .log import PerturbedForward, WindowedHandler, note_of, strips_of
-from .perturbed_blocks import PerturbedBlocks, Rows
-from .prompt_branches import call_of, part_of, rows_of_prompt
+from .perturbed_blocks import PerturbedBlocks
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
 

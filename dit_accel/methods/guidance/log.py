@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...report.sections import Strip
 from ..base import Handler, Model, Phase
-from ..caches.engine import is_recorded
+from ..gradients import is_recorded
 from ..site import ForwardContext
 from .guidance_config import WindowedConfig
 from .rows import Sample, as_rows

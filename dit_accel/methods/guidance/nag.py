@@ -17,6 +17,7 @@ from ...report.sections import Section
 from ..base import AttentionHandler, Model, Place
 from ..config import MethodConfig
 from ..options import NO_FILE, ge, within
+from ..prompt_branches import part_of, rows_of_prompt
 from ..saving import Saving
 from ..site import ForwardContext, Site
 from .guidance_config import WindowedConfig
@@ -24,7 +25,7 @@ from .log import WindowedHandler, strips_of
 from .nag_cross import CrossAttentionNAG
 from .nag_joined import JointNAG
 from .negative_text import encoded
-from .prompt_branches import part_of, rows_of_prompt
+from .targets import LAST_CHANGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,7 @@ class NAGHandler(WindowedHandler, AttentionHandler):
     config_type = NAG
     did = "guided"
     places = frozenset({Place.FORWARD, Place.TEXT})
+    exclusive = LAST_CHANGE
     by_place = True
     settings: NAG
 

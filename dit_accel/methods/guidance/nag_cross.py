@@ -9,9 +9,9 @@ from torch import Tensor, cat, nn
 from ...adapters.cross_attention import CrossAttention
 from ...errors import ConfigError
 from ...rules.guidance import normalized
+from ..prompt_branches import Rows
 from ..site import ForwardContext, Site
 from .negative_text import require_width
-from .perturbed_blocks import Rows
 from .rows import rows_of
 
 

@@ -12,9 +12,9 @@ from ...errors import ConfigError
 from ...plan.context import CallContext
 from ...plan.normalized_guidance import NormalizedGuidance
 from ...plan.plan import AttentionPlan
+from ..prompt_branches import Rows
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .negative_text import require_width
-from .perturbed_blocks import Rows
 from .rows import require_sample, with_rows_again
 
 

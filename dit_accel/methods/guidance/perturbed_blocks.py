@@ -8,10 +8,8 @@ from torch import Tensor
 
 from ...adapters.blocks import Streams
 from ...plan.context import StepContext
+from ..prompt_branches import Rows
 from ..site import Block
-
-Rows = tuple[slice, int] | None
-"""Rows of a batch, and how many rows that has; None: all."""
 
 
 class PerturbedBlocks:

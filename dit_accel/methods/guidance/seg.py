@@ -13,7 +13,7 @@ from ...plan.plan import AttentionPlan
 from ..options import gt
 from .guidance_config import PerturbedConfig
 from .head_specs import Specs
-from .softpag import PerturbedHeadsHandler
+from .perturbed_heads import PerturbedHeadsHandler
 from .targets import ENDLESS, blurred_queries
 
 

@@ -10,7 +10,7 @@ from ..site import Site
 from .branch import PerturbedHandler, block_of
 from .guidance_config import PerturbedConfig
 from .head_specs import Specs, read_heads
-from .softpag import stacks_of
+from .perturbed_heads import stacks_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,9 @@ from ...plan.call import Call
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 
+LAST_CHANGE = frozenset({"last change of attention"})
+"""What a method is alone in that changes what an attention call gave, last of all."""
+
 ENDLESS = 9999.0
 """Standard deviation above which a blur is the mean, as in SEG's code."""
 

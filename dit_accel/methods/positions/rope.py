@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from ...adapters.rotary import VISUAL_AXES
+from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ...rules.rotary_frequencies import check_kind, edited
 from ..base import Handler, Model, Phase, Place
@@ -67,7 +68,15 @@ class RoPE(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        check_kind(self.kind, period=self.period, turn=self.turn, indices=self.indices)
+        check_frequencies(self, self.kind, period=self.period, turn=self.turn, indices=self.indices)
+
+
+def check_frequencies(config: MethodConfig, kind: str, **options: Any) -> None:
+    """Raise `ConfigError`, which names the method, for options that `check_kind` refuses."""
+    try:
+        check_kind(kind, **options)
+    except ConfigError as error:
+        raise ConfigError(f"{config.name}: {error}") from None
 
 
 class RoPEHandler(Handler):

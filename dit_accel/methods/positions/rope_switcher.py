@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...adapters.adapter import Family
-from ...adapters.rope_forms import changed
+from ...adapters.rope_forms import change_rope
 from ...adapters.rotary import Rope, RopeChange, changeable_axes, rope_of
 from ...errors import ConfigError, MissingOption
 from ...plan.layout import TokenLayout
@@ -97,7 +97,7 @@ class RopeSwitcher:
         self._edit, self._factor = edit, factor
         self._made: dict[tuple[int, ...], RopeChange] = {}
         identity = {axis: lambda own: own for axis in self._trained}
-        places = changed(self._rope, self._transformer, identity).attributes
+        places = change_rope(self._rope, self._transformer, identity).attributes
         self._switches = [_Switch(*inside_hooks(owner, name)) for owner, name, _ in places]
         if self._rope.form == "object of tables":  # a switch is about to stand in its place
             self._transformer = types.SimpleNamespace(config=self._config, **{self._rope.owner: self._switches[0].own})
@@ -143,7 +143,7 @@ class RopeSwitcher:
             edits = {axis: self._edited(*lengths) for axis, lengths in wanted.items()}
             if len(self._made) >= KEPT_SIZES:
                 self._made.pop(next(iter(self._made)))
-            self._made[key] = changed(self._rope, self._transformer, edits)
+            self._made[key] = change_rope(self._rope, self._transformer, edits)
         return self._made[key]
 
     def _edited(self, trained: float, length: float) -> Callable[[Any], np.ndarray]:

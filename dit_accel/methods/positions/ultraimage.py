@@ -27,7 +27,7 @@ from ...plan.heads import HeadShare
 from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...report.sections import Section
-from ...rules.rotary_frequencies import check_kind, edited
+from ...rules.rotary_frequencies import edited
 from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..noise import FLOW, NeedsNoise
@@ -36,6 +36,7 @@ from ..saving import Saving
 from ..site import ForwardContext, Site
 from .entropy import focus, token_entropy
 from .guide import Guide
+from .rope import check_frequencies
 from .rope_switcher import RopeSwitcher, require_kind, trained_lengths
 
 AXES = ("height", "width")
@@ -115,7 +116,7 @@ class UltraImage(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        check_kind("ultraimage", turn=self.turn, indices=self.indices)
+        check_frequencies(self, "ultraimage", turn=self.turn, indices=self.indices)
         if self.guided and self.view:
             raise ConfigError(
                 "ultraimage.guided enlarges the small picture, and ultraimage.view leaves it its size in the middle, "

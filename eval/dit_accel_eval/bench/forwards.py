@@ -142,9 +142,6 @@ def run_shapes(
 
     Args:
         options: settled; how much of each model, how often, and the seconds of all.
-
-    Raises:
-        ConfigError: for a model, sizes, layers or heads that can't be made, before anything is timed.
     """
     plans = sorted((Plan.of(shape, options) for shape in shapes), key=lambda plan: plan.dense.total_flops)
     deadline, rate = time.perf_counter() + options.budget, math.inf
@@ -210,11 +207,7 @@ def run_bench(
     bench: Bench | Beside, arms: Sequence[BenchArm], *, rounds: int, deadline: float = math.inf,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Line]:  # fmt: skip
-    """Run all arms in turn, round by round, and return a line for each, those that can't run here with their reason.
-
-    Raises:
-        ConfigError: if no backend of diffusers runs here.
-    """
+    """Run all arms in turn, round by round, and return a line for each, those that can't run here with their reason."""
     steps = bench.plan.dense.num_inference_steps
     model = memory_of_model(bench.plan, bench.dtype)
     memory = {arm.name: model + memory_of_logits(bench.plan, arm.backend) for arm in arms}

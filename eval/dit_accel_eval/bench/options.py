@@ -43,11 +43,7 @@ class BenchOptions:
     json: Json = False
 
     def settled(self) -> "BenchOptions":
-        """Return the options with what they are by default.
-
-        Raises:
-            ConfigError: for neither a family nor shapes, both, sizes beside shapes, or an unknown dtype.
-        """
+        """Return the options with what they are by default."""
         from dit_accel_pipelines.generation.request import Dtype as DtypeName  # loads torch, which --help need not
 
         known = get_args(DtypeName)

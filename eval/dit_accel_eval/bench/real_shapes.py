@@ -37,11 +37,7 @@ EXACT = ("timestep", "img_ids", "txt_ids", "guidance")
 
 
 def find_family(name: str) -> tuple[Adapter, Family]:
-    """Return a family whose transformers can be made here, with its adapter.
-
-    Raises:
-        ConfigError: for an unknown family, or one whose inputs are not described, with those that are.
-    """
+    """Return a family whose transformers can be made here, with its adapter."""
     adapter, family = installed.described(name)
     if adapter.name not in LATENTS:
         known = [one.name for key in LATENTS for one in installed.adapters()[key].families]
@@ -55,9 +51,6 @@ def make_model(adapter: Adapter, family: Family, planned: Estimate) -> tuple[Any
     Args:
         family: as many layers and heads as are made.
         planned: the size.
-
-    Raises:
-        ConfigError: for fewer layers than the model has kinds of blocks, or if the forward's layout is not the plan's.
     """
     import diffusers
 

@@ -34,11 +34,7 @@ class Shape:
 
 
 def shapes_of(text: str) -> list[Shape]:
-    """Return the shapes that a user names: ``all``, or a comma list of names and of FAMILY:HEIGHTxWIDTHxFRAMES.
-
-    Raises:
-        ConfigError: for no name, or an unknown one.
-    """
+    """Return the shapes that a user names: ``all``, or a comma list of names and of FAMILY:HEIGHTxWIDTHxFRAMES."""
     names = SHAPES if text.strip() == "all" else dict.fromkeys(filter(None, map(str.strip, text.split(","))))
     if not names:
         raise ConfigError(f"--shapes names none; say all, or some of {', '.join(SHAPES)}")

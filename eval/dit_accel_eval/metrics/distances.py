@@ -20,11 +20,7 @@ TOGETHER = 32
 
 
 class Distance:
-    """One of `SETS`; torch-fidelity fetches the network's weights, 91 MB, into torch's hub folder when first requested.
-
-    Raises:
-        ConfigError: if torch-fidelity or the weights can't be had.
-    """
+    """One of `SETS`; torch-fidelity fetches the network's weights, 91 MB, into torch's hub folder at first use."""
 
     def __init__(self, name: str) -> None:
         from torchmetrics.image.fid import FrechetInceptionDistance

@@ -94,11 +94,7 @@ class Weighted:
         return next((Path(one) for one in held if isinstance(one, str)), None)
 
     def missing(self) -> str | None:
-        """Return why the model can't be had, None if it can, for which it is built.
-
-        Raises:
-            ConfigError: for weights of another model.
-        """
+        """Return why the model can't be had, None if it can, for which it is built."""
         try:
             self.embedder()
         except NotMeasured as reason:
@@ -116,11 +112,7 @@ class Weighted:
 
 
 def weighted(text: str) -> Weighted:
-    """Return a model with its weights from ``MODEL/TAG`` or ``MODEL=FILE``.
-
-    Raises:
-        ConfigError: for an unknown model or tag, with the nearest, no weights at all, or a file that is not there.
-    """
+    """Return a model with its weights from ``MODEL/TAG`` or ``MODEL=FILE``."""
     import open_clip
 
     model, sign, rest = (*re.split("([/=])", text, maxsplit=1), "", "")[:3]
@@ -156,12 +148,7 @@ def fetch(one: Weighted) -> str | None:
 
 
 class Embedder:
-    """A model of open_clip's with the weights of a file, on a CUDA device if there is one.
-
-    Raises:
-        NotMeasured: if its tokenizer is not here.
-        ConfigError: if the file holds another model's weights, or none.
-    """
+    """A model of open_clip's with the weights of a file, on a CUDA device if there is one."""
 
     def __init__(self, one: Weighted, path: Path) -> None:
         import open_clip

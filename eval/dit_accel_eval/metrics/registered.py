@@ -54,6 +54,11 @@ def described(name: str) -> Metric | None:
     return replace(family, name=name, words=f"{family.words}, {model}") if family else metrics().get(name)
 
 
+def decimals_of(name: str) -> int:
+    """Return how many digits behind the point a metric is shown with; 3 for one that is not installed."""
+    return about.decimals if (about := described(name)) else 3
+
+
 def _family(name: str) -> tuple[Metric | None, str]:
     """Return the family that a name belongs to, None if to none, and the model that it names."""
     first, _, model = name.partition(":")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..suites.comparison import ArmFigures
-from .figures import Report, judged, leads_of, worst_first
+from ..suites.figures import ArmFigures
+from .report import SuiteReport
 
 ACROSS = 320
 """Width of the drawing of leads."""
@@ -17,7 +17,7 @@ GOLDEN = 137.508
 MIB = 2**20
 
 
-def hues(report: Report) -> dict[str, int]:
+def hues(report: SuiteReport) -> dict[str, int]:
     """Return arm -> its hue in degrees, the same in every drawing; dense runs have none and are drawn in black."""
     arms = [arm.name for arm in report.arms if not report.is_dense(arm)]
     return {name: round(250 + number * GOLDEN) % 360 for number, name in enumerate(arms)}
@@ -60,10 +60,10 @@ class Forest:
     zero: float
 
 
-def forest(report: Report) -> Forest | None:
+def forest(report: SuiteReport) -> Forest | None:
     """Return the leads at equal `Report.main`; None where no arm is held against fewer steps."""
-    arms = {arm.name: arm.ahead[report.main] for arm in judged(report) if report.main in arm.ahead}
-    leads = {arm.name: leads_of(report, arm) for arm in judged(report) if arm.name in arms}
+    arms = {arm.name: arm.ahead[report.main] for arm in report.judged if report.main in arm.ahead}
+    leads = {arm.name: report.leads(arm) for arm in report.judged if arm.name in arms}
     if not arms:
         return None
     every = np.array([lead for found in leads.values() for lead in found.values()])
@@ -113,19 +113,19 @@ class Map:
         return (value - low) / ((high - low) or 1.0)
 
 
-def prompt_map(report: Report, arms: Sequence[ArmFigures]) -> Map:
+def prompt_map(report: SuiteReport, arms: Sequence[ArmFigures]) -> Map:
     """Return the PSNR of arms by clip, the hardest clip first."""
-    values = {(line["arm"], line["clip"]): line["psnr"] for line in report.results.lines}
-    clips = worst_first(report)
+    values = {line.key: line.psnr for line in report.results.lines}
+    clips = report.worst_first()
     rows = {arm.name: [values.get((arm.name, clip)) for clip in clips] for arm in arms}
     return Map(name="PSNR in dB", heads=[(clip, report.prompts[clip]) for clip in clips], rows=rows, digits=1)
 
 
-def step_map(report: Report) -> Map | None:
+def step_map(report: SuiteReport) -> Map | None:
     """Return the work of each step of the arms that are not dense runs, means over clips; None where no line tells."""
     rows = {}
-    for arm in judged(report):
-        works = [line["step_work"] for line in report.lines_of(arm) if line.get("step_work")]
+    for arm in report.judged:
+        works = [line.step_work for line in report.lines_of(arm) if line.step_work]
         if len({len(work) for work in works}) == 1:
             rows[arm.name] = [float(one) for one in np.mean(works, axis=0)]
     name = (
@@ -136,16 +136,16 @@ def step_map(report: Report) -> Map | None:
     return Map(name=name, heads=heads, rows=rows, digits=2) if rows else None
 
 
-def costs(report: Report) -> dict[str, dict[str, float]]:
+def costs(report: SuiteReport) -> dict[str, dict[str, float]]:
     """Return arm -> what its stages took in seconds, and the most MiB that were held, means over clips that tell."""
     found = {}
     for arm in report.arms:
-        lines = [line for line in report.lines_of(arm) if "times" in line]
-        held = [max(line["peak_memory_bytes"].values()) / MIB for line in lines if line.get("peak_memory_bytes")]
+        lines = [line for line in report.lines_of(arm) if line.times]
+        held = [max(line.peak_memory_bytes.values()) / MIB for line in lines if line.peak_memory_bytes]
         if lines:
             found[arm.name] = {
-                **{key: float(np.mean([one["times"][key] for one in lines])) for key in ("text", "denoise", "decode")},
-                "step": float(np.median([seconds for line in lines for seconds in line["times"]["steps"]])),
+                **{key: float(np.mean([line.times[key] for line in lines])) for key in ("text", "denoise", "decode")},
+                "step": float(np.median([seconds for line in lines for seconds in line.times["steps"]])),
                 **({"memory": max(held)} if held else {}),
             }
     return found

@@ -6,15 +6,15 @@ from typing import Any
 
 from ..runs.results import markdown_table
 from ..statistics import judge
-from ..suites.comparison import ArmFigures
-from .figures import Report, judged
+from ..suites.figures import ArmFigures
 from .lines import ONE
+from .report import SuiteReport
 
 WORDS = {"ahead": "better", "behind": "worse"}
 """Verdict of a change -> what it is called here."""
 
 
-def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
+def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
     """Return an entry an arm that either report judges, those of the first in its order, then the new ones.
 
     Each has the arm's ``name``; ``before`` and ``after`` its PSNR in dB, the dense steps that it costs by time, or by
@@ -23,8 +23,8 @@ def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
     together, and whether that is ``better`` or ``worse`` than before, the ``same``, ``open`` or of ``too few`` clips.
     """
     reports = (before, after)
-    sides = [{arm.name: arm for arm in judged(report)} for report in reports]
-    first, second = ({(line["arm"], line["clip"]): line["psnr"] for line in one.results.lines} for one in reports)
+    sides = [{arm.name: arm for arm in report.judged} for report in reports]
+    first, second = ({line.key: line.psnr for line in report.results.lines} for report in reports)
     same = [clip for clip, prompt in before.prompts.items() if after.prompts.get(clip) == prompt]
     both = first.keys() & second.keys()
     changes = {
@@ -45,7 +45,7 @@ def diff_of(before: Report, after: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _side(report: Report, arm: ArmFigures | None) -> dict[str, Any] | None:
+def _side(report: SuiteReport, arm: ArmFigures | None) -> dict[str, Any] | None:
     if arm is None:
         return None
     key = "steps_in_time" if "steps_in_time" in arm.means else "work"
@@ -53,9 +53,9 @@ def _side(report: Report, arm: ArmFigures | None) -> dict[str, Any] | None:
     return {"psnr": arm.psnr.mean, "steps": arm.means[key], "by": report.works[key], "verdict": verdict}
 
 
-def others_of(before: Report, after: Report) -> list[str]:
+def others_of(before: SuiteReport, after: SuiteReport) -> list[str]:
     """Return what the two files do not share, so that a difference may come from it: the model, the call, versions."""
-    first, second = before.results.lines[0], after.results.lines[0]
+    first, second = before.results.lines[0].raw, after.results.lines[0].raw
     keys = (*ONE, "torch", "diffusers", "dit_accel", "device", "threads")
     found = [f"{key} {first.get(key)!r}, then {second.get(key)!r}" for key in keys if first.get(key) != second.get(key)]
     if before.prompts != after.prompts:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dit_accel import ConfigError
 
 from ..metrics.registered import described
-from ..runs.results import Line, latest
+from ..suites.lines import ResultLine, last_lines
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""
@@ -34,22 +34,17 @@ class Results:
     """
 
     path: Path
-    lines: tuple[Line, ...]
+    lines: tuple[ResultLine, ...]
     cut: bool
 
     @property
     def name(self) -> str:
         """The suite's name, or the file's where lines tell none."""
-        return next((line["suite"] for line in self.lines if "suite" in line), self.path.stem)
+        return next((line.raw["suite"] for line in self.lines if "suite" in line.raw), self.path.stem)
 
 
 def read_results(path: Path) -> Results:
-    """Read the results of `eval run`.
-
-    Raises:
-        ConfigError: for a file that is missing or empty, a line that is broken or of another kind, or lines of two
-            models, weights, calls or references.
-    """
+    """Read the results of `eval run`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -60,10 +55,10 @@ def read_results(path: Path) -> Results:
     if not lines:
         raise ConfigError(f"{path} holds no results; fill it with dit-accel eval run SUITE.toml --out {path}")
     _check_one(path, lines)
-    return Results(path=path, lines=tuple(latest(lines).values()), cut=bool(rest.strip()))
+    return Results(path=path, lines=tuple(last_lines(lines).values()), cut=bool(rest.strip()))
 
 
-def _line(where: str, text: str) -> Line:
+def _line(where: str, text: str) -> ResultLine:
     try:
         line = json.loads(text)
     except ValueError as error:
@@ -85,7 +80,7 @@ def _line(where: str, text: str) -> Line:
             _check(where, key, value, kind)
     for key, value in metrics.items():
         _check(where, key, value, "finite number")
-    return line
+    return ResultLine.of(line)
 
 
 def _check(where: str, key: str, value: object, kind: str) -> None:
@@ -95,9 +90,9 @@ def _check(where: str, key: str, value: object, kind: str) -> None:
         raise ConfigError(f"{where} has {key} {value!r}, which is no {kind}; delete it and run again")
 
 
-def further_metrics(lines: Sequence[Line]) -> list[str]:
+def further_metrics(lines: Sequence[ResultLine]) -> list[str]:
     """Return the metrics that lines have besides `ALWAYS`, as they first appear."""
-    return list(dict.fromkeys(name for line in lines for name in line.get("metrics", ())))
+    return list(dict.fromkeys(name for line in lines for name in line.metrics))
 
 
 def words_of(metric: str) -> str:
@@ -112,15 +107,15 @@ def better_of(metric: str) -> str:
     return "more" if metric in ALWAYS else found.better if found else "neither"
 
 
-def _check_one(path: Path, lines: Sequence[Line]) -> None:
+def _check_one(path: Path, lines: Sequence[ResultLine]) -> None:
     for key in ONE:
-        counts = Counter(json.dumps(line.get(key), sort_keys=True) for line in lines)
+        counts = Counter(json.dumps(line.raw.get(key), sort_keys=True) for line in lines)
         if len(counts) > 1:
             mixed = " and ".join(f"{value} ({count} lines)" for value, count in counts.most_common(3))
             raise ConfigError(f"{path} mixes results of several {key}: {mixed}; report each from a file of its own")
     settings: dict[str, str] = {}
-    for line in latest(lines).values():
+    for line in last_lines(lines).values():
         keys = ("num_inference_steps", "solver", "flow_shift", "methods", "scheduler", "guider", "arm_call")
-        setting = json.dumps([line.get(key) for key in keys], sort_keys=True)
-        if settings.setdefault(line["arm"], setting) != setting:
-            raise ConfigError(f"{path} has arm {line['arm']!r} with two settings; rename one, or delete its lines")
+        setting = json.dumps([line.raw.get(key) for key in keys], sort_keys=True)
+        if settings.setdefault(line.arm, setting) != setting:
+            raise ConfigError(f"{path} has arm {line.arm!r} with two settings; rename one, or delete its lines")

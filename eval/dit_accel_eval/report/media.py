@@ -18,9 +18,9 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import embedded_names
 from dit_accel.files import no_room, no_space, written_whole
 
-from ..runs.results import Line, kept_shape, read_kept, reference_of, run_of
-from ..suites.comparison import rival_kind
-from .figures import Report, judged, worst_first
+from ..runs.results import kept_shape, read_kept, reference_of, run_of
+from ..suites.lines import ResultLine
+from .report import SuiteReport
 
 AMPLIFIED = 5
 """How many times larger differences are shown."""
@@ -44,9 +44,6 @@ class Media:
 
     Args:
         page: which is written after its clips; if that fails, they stay for the next time.
-
-    Raises:
-        ConfigError: for a file of the folder's name, or a folder that holds what no report wrote.
     """
 
     def __init__(self, page: Path) -> None:
@@ -71,9 +68,6 @@ class Media:
             key: what they are made from, as plain values.
             frames: makes them.
             fps: frames per second of a video.
-
-        Raises:
-            ConfigError: if they can't be encoded, or written.
         """
         stem = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
         file, poster = (self.folder / f"{stem}.{suffix}" for suffix in ("mp4" if video else "png", "webp"))
@@ -116,27 +110,27 @@ def _enlarged(frames: Frames) -> Frames:
     return upscale(frames, scale * (2 if odd else 1)) if scale > 1 or odd else frames
 
 
-def fps_of(report: Report) -> int:
+def fps_of(report: SuiteReport) -> int:
     """Return the frames per second of a report's clips."""
-    return EMBEDDED_FPS if report.results.lines[0]["model"] in embedded_names() else OTHER_FPS
+    return EMBEDDED_FPS if report.results.lines[0].model in embedded_names() else OTHER_FPS
 
 
-def kept_lines(report: Report, most: int) -> dict[int, list[tuple[Line, Line | None]]]:
+def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLine, ResultLine | None]]]:
     """Return clip -> its lines of arms whose frames were kept, each with the kept dense run that costs about as much.
 
     Args:
         most: clips at most, the hardest ones first.
     """
-    kept = [line for line in report.results.lines if "kept" in line]
-    arms, kind = {arm.name for arm in judged(report)}, rival_kind(report.results.lines)
-    found: dict[int, list[tuple[Line, Line | None]]] = {}
-    for clip in worst_first(report):
-        own = [line for line in kept if line["clip"] == clip and line["arm"] in arms]
-        dense = [line for line in kept if line["clip"] == clip and line["arm"] not in arms]
-        dense = [line for line in dense if line["arm"].startswith(f"{kind} ")]
+    kept = [line for line in report.results.lines if line.kept]
+    arms, kind = {arm.name for arm in report.judged}, report.comparison.kind
+    found: dict[int, list[tuple[ResultLine, ResultLine | None]]] = {}
+    for clip in report.worst_first():
+        own = [line for line in kept if line.clip == clip and line.arm in arms]
+        dense = [line for line in kept if line.clip == clip and line.arm not in arms]
+        dense = [line for line in dense if line.arm.startswith(f"{kind} ")]
         if own and len(found) < most:
-            steps = [line.get(report.main, line["work"]) for line in own]
-            near = [min(dense, key=lambda one: abs(one["num_inference_steps"] - at), default=None) for at in steps]
+            steps = [line.amount(report.main) or line.work for line in own]
+            near = [min(dense, key=lambda line: abs(line.num_inference_steps - at), default=None) for at in steps]
             found[clip] = list(zip(own, near, strict=True))
     return found
 
@@ -175,7 +169,7 @@ def _kept(path: Path, made_by: Entry) -> _Kept:
     return _Kept(path=path, made_by=json.dumps(made_by, sort_keys=True), shape=kept_shape(path, made_by))
 
 
-def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:
+def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:
     """Encode the kept clips of a report.
 
     Args:
@@ -186,9 +180,6 @@ def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) 
         ``references``, clip -> its file, number of frames, width and height; ``rivals``, dense run -> clip -> its file;
         ``runs``, arm -> clip -> its ``own`` file, that of its amplified ``difference`` to the reference, and the name
         of its ``rival``. And why others are not shown.
-
-    Raises:
-        ConfigError: as `Media.add`.
     """
     references, rivals, runs = dict[int, Entry](), dict[str, dict[int, str]](), dict[str, dict[int, Entry]]()
     failed: list[str] = []
@@ -200,25 +191,25 @@ def shown(report: Report, media: Media, most: int, advance: Callable[[], None]) 
     for clip, pairs in kept_lines(report, most).items():
         for line, dense in pairs:
             try:
-                own = _kept(folder / line["kept"], run_of(line))
-                reference = _kept(folder / line["kept_reference"], reference_of(line))
-                rival = _kept(folder / dense["kept"], run_of(dense)) if dense else None
+                own = _kept(folder / str(line.kept), run_of(line.raw))
+                reference = _kept(folder / str(line.kept_reference), reference_of(line.raw))
+                rival = _kept(folder / str(dense.kept), run_of(dense.raw)) if dense else None
                 if own.shape != reference.shape:
                     raise ConfigError(f"its frames are of shape {own.shape}, its reference's of {reference.shape}")
             except ConfigError as error:
-                failed.append(f"Clip {clip} of {line['arm']} is not shown: {error}.")
+                failed.append(f"Clip {clip} of {line.arm} is not shown: {error}.")
             else:
                 count, height, width = reference.shape
                 references[clip] = {"file": add(reference), "frames": count, "width": width, "height": height}
-                entry = runs.setdefault(line["arm"], {})[clip] = {"own": add(own)}
+                entry = runs.setdefault(line.arm, {})[clip] = {"own": add(own)}
                 entry["difference"] = media.add(
                     f"{own.label}-difference", [AMPLIFIED, own.key, reference.key],
                     lambda own=own, reference=reference: difference(own.frames(), reference.frames()),
                     fps=fps, video=count > 1,
                 )  # fmt: skip
                 if dense and rival:
-                    rivals.setdefault(dense["arm"], {})[clip] = add(rival)
-                    entry["rival"] = dense["arm"]
+                    rivals.setdefault(dense.arm, {})[clip] = add(rival)
+                    entry["rival"] = dense.arm
             advance()
     _read.cache_clear()
     return {"references": references, "rivals": rivals, "runs": runs}, failed

@@ -5,14 +5,15 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runs.results import Line
+from ..metrics.registered import decimals_of
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
-from ..suites.comparison import NOTHING, ArmFigures, decimals_of, rule_words, seconds_cell
-from ..suites.pairs import pairs_rule
+from ..suites.figures import ArmFigures
+from ..suites.lines import ResultLine
+from ..suites.tables import NOTHING, pairs_rule, rule_words, seconds_cell
 from .charts import costs, forest, hues, prompt_map, step_map
-from .figures import Report, judged, leads_of, quantile_clips
 from .lines import ALWAYS, better_of, words_of
 from .media import AMPLIFIED, Entry, fps_of
+from .report import SuiteReport, quantile_clips
 
 RANKS = {"ahead": 4, "open": 3, "behind": 2, TOO_FEW: 1, "": 0, NOTHING: 0}
 """Verdict -> its place when the table is sorted by it."""
@@ -29,7 +30,7 @@ Shown = tuple[Entry, Sequence[str]]
 """What `media.shown` returns of a report."""
 
 
-def page(*reports: Report, shown: Sequence[Shown] = (), folder: str = "") -> str:
+def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -> str:
     """Return the HTML of one report, or of several on one page.
 
     Args:
@@ -53,7 +54,7 @@ def page(*reports: Report, shown: Sequence[Shown] = (), folder: str = "") -> str
     return environment.get_template("page.html.jinja").render(title=title, parts=parts, data=data)
 
 
-def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, level: int) -> dict[str, Any]:
+def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: str, level: int) -> dict[str, Any]:
     """Return what the templates take of a report.
 
     Args:
@@ -65,10 +66,10 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
     return {
         "prefix": prefix,
         "level": level,
-        "title": f"{report.name}: {lines[0]['model']}, {len(report.prompts)} clips",
+        "title": f"{report.name}: {lines[0].model}, {len(report.prompts)} clips",
         "summary": summary(report, scores),
         "report": report,
-        "first": lines[0],
+        "first": lines[0].raw,
         "reference": f"the model's own {report.full_steps} steps" if report.own else "the converged run",
         "warnings": [*report.warnings, *failed],
         "rows": _rows(report, scores),
@@ -85,7 +86,7 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),
         "step_map": step_map(report),
         "costs": costs(report),
-        "threads": sorted({line["times"]["threads"] for line in lines if "times" in line}),
+        "threads": sorted({line.times["threads"] for line in lines if line.times}),
         "p_words": p_words,
         "seconds_cell": seconds_cell,
         "rule": rule_words(report.arms),
@@ -93,22 +94,22 @@ def _part(report: Report, media: Entry, failed: Sequence[str], *, prefix: str, l
         "shows": bool(media.get("runs")),
         "options": _options,
         "commands": _commands(report),
-        "versions": versions_of(lines),
-        "machines": "; ".join(sorted({line["device"] for line in lines if "device" in line})),
-        "tokens": lines[0].get("tokens"),
+        "versions": package_versions(lines),
+        "machines": "; ".join(sorted({line.raw["device"] for line in lines if "device" in line.raw})),
+        "tokens": lines[0].raw.get("tokens"),
         "data": _data(report, media, prefix),
     }
 
 
-def score_leads(report: Report) -> dict[str, Judged]:
+def score_leads(report: SuiteReport) -> dict[str, Judged]:
     """Return arm -> by how many percent the judge's score is above that of fewer steps, of the arms that have one."""
-    leads = {arm.name: leads_of(report, arm, "score").values() for arm in judged(report)}
+    leads = {arm.name: report.leads(arm, "score").values() for arm in report.judged}
     return judge({name: [100 * one for one in found] for name, found in leads.items()})
 
 
-def summary(report: Report, scores: Mapping[str, Judged]) -> str:
+def summary(report: SuiteReport, scores: Mapping[str, Judged]) -> str:
     """Return in a sentence or two whether the judge can tell the arms from fewer steps, and how they stand."""
-    found = {arm.name: arm.ahead[report.main] for arm in judged(report) if report.main in arm.ahead}
+    found = {arm.name: arm.ahead[report.main] for arm in report.judged if report.main in arm.ahead}
     if not found:
         return "No arm is held against fewer steps here."
     if all(one.verdict == TOO_FEW for one in found.values()):
@@ -122,7 +123,7 @@ def summary(report: Report, scores: Mapping[str, Judged]) -> str:
     )
     parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(found)} arms"
                  f" are ahead, {len(names['behind'])} behind; of the others these clips do not tell.")  # fmt: skip
-    idle = [arm.name for arm in judged(report) if arm.saved_nothing]
+    idle = [arm.name for arm in report.judged if arm.saved_nothing]
     parts += [f"Saved nothing, and is not judged: {', '.join(idle)}."] if idle else []
     parts += [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
     pairs = {str(one.pair): one.score for one in report.pairs if one.score}
@@ -140,32 +141,32 @@ def _alike(scores: Mapping[str, Judged]) -> bool:
     return {one.verdict for one in scores.values()} == {"open"}
 
 
-def _rows(report: Report, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
+def _rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
     """Return the rows of the first table, the arm that is furthest ahead first."""
     rows = []
-    for arm in judged(report):
+    for arm in report.judged:
         lead = arm.ahead.get(report.main)
         stands = lead.verdict if lead else NOTHING * arm.saved_nothing
         rows.append({
             "arm": arm, "lead": lead, "stands": stands, "rank": RANKS[stands], "score": scores.get(arm.name),
-            "speedups": {key: report.speedup(arm.means, key) for key in report.works},
+            "speedups": {key: (steps := arm.means.get(key)) and report.full_steps / steps for key in report.works},
         })  # fmt: skip
     return sorted(rows, key=lambda row: -(row["lead"].mean if row["lead"] else -1e9))
 
 
-def _columns(report: Report) -> list[str]:
+def _columns(report: SuiteReport) -> list[str]:
     """Return the further metrics of the first table: those that compare frames as people do."""
     return [name for name in report.further if name.startswith("lpips")][:1]
 
 
-def _data(report: Report, media: Entry, prefix: str) -> dict[str, Any]:
+def _data(report: SuiteReport, media: Entry, prefix: str) -> dict[str, Any]:
     """Return what the page's script knows of a report, as plain values."""
     colours, arms = hues(report), []
-    for arm in judged(report):
+    for arm in report.judged:
         lines = report.lines_of(arm)
         worst, median = quantile_clips(lines)
         arms.append({
-            "name": arm.name, "hue": colours.get(arm.name), "worst": worst["clip"], "median": median["clip"],
+            "name": arm.name, "hue": colours.get(arm.name), "worst": worst.clip, "median": median.clip,
             "even": len(lines) % 2 == 0, "cells": _cells(report, arm),
             "clips": media.get("runs", {}).get(arm.name, {}),
         })  # fmt: skip
@@ -176,21 +177,21 @@ def _data(report: Report, media: Entry, prefix: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cells(report: Report, arm: ArmFigures) -> dict[int, dict[str, str]]:
+def _cells(report: SuiteReport, arm: ArmFigures) -> dict[int, dict[str, str]]:
     """Return clip -> the cells of an arm's row of the first table that a clip has of its own, by their columns."""
-    leads, found = leads_of(report, arm), {}
+    leads, found = report.leads(arm), {}
     for line in report.lines_of(arm):
-        cells = {"psnr": f"{line['psnr']:.2f}"}
-        cells |= {"lead": f"{leads[line['clip']]:+.2f}"} if line["clip"] in leads else {}
-        cells |= {key: f"{speed:.2f}×" for key in report.works if (speed := report.speedup(line, key))}
-        cells |= {"score": f"{100 * line['score']:.0f} %"} if "score" in line else {}
-        values = line.get("metrics", {})
-        cells |= {name: f"{values[name]:.{decimals_of(name)}f}" for name in _columns(report) if name in values}
-        found[line["clip"]] = cells
+        cells = {"psnr": f"{line.psnr:.2f}"}
+        cells |= {"lead": f"{leads[line.clip]:+.2f}"} if line.clip in leads else {}
+        cells |= {key: f"{report.full_steps / steps:.2f}×" for key in report.works if (steps := line.amount(key))}
+        cells |= {"score": f"{100 * line.score:.0f} %"} if line.score is not None else {}
+        metrics = {name: line.metrics[name] for name in _columns(report) if name in line.metrics}
+        cells |= {name: f"{value:.{decimals_of(name)}f}" for name, value in metrics.items()}
+        found[line.clip] = cells
     return found
 
 
-def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
+def _groups(report: SuiteReport) -> list[tuple[str, list[ArmFigures]]]:
     """Return the rows of the table of all figures under their heads; dense runs are those that most clips have."""
     dense = [arm for arm in report.arms if report.is_dense(arm)]
     most = max((arm.clips for arm in dense), default=0)
@@ -199,27 +200,27 @@ def _groups(report: Report) -> list[tuple[str, list[ArmFigures]]]:
     return [(head, arms) for head, arms in groups.items() if arms]
 
 
-def versions_of(lines: Sequence[Line]) -> dict[str, str]:
+def package_versions(lines: Sequence[ResultLine]) -> dict[str, str]:
     """Return package -> its versions among the lines; lines made before a version was kept tell none."""
-    found = {key: sorted({str(line[key]) for line in lines if key in line}) for key in VERSIONS}
+    found = {key: sorted({str(line.raw[key]) for line in lines if key in line.raw}) for key in VERSIONS}
     return {key: ", ".join(versions) for key, versions in found.items() if versions}
 
 
-def _commands(report: Report) -> list[str]:
+def _commands(report: SuiteReport) -> list[str]:
     """Return the commands that make the results anew, and the page from those."""
     path, lines = report.results.path, report.results.lines
     suite, out, page = (shlex.quote(name) for name in (f"{report.name}.toml", path.name, f"{path.stem}.html"))
-    timed = " --time" if any("seconds" in line for line in lines) else ""
-    kept = " --frames frames" if any("kept" in line for line in lines) else ""
+    timed = " --time" if any(line.seconds is not None for line in lines) else ""
+    kept = " --frames frames" if any(line.kept for line in lines) else ""
     return [f"dit-accel eval run {suite} --out {out}{timed}{kept}", f"dit-accel eval report {out} -o {page}"]
 
 
-def _options(line: Line) -> list[tuple[str, str]]:
+def _options(line: ResultLine) -> list[tuple[str, str]]:
     """Return (method, its options in words) of what a line ran."""
-    ran = dict(line["methods"])
-    ran |= {f"scheduler {line['solver']}": line["scheduler"]} if "scheduler" in line else {}
-    ran |= {"call": line["arm_call"]} if "arm_call" in line else {}
-    ran |= {**line.get("guider", {}), **line.get("rival", {})}
+    ran = dict(line.methods)
+    ran |= {f"scheduler {line.solver}": line.raw["scheduler"]} if "scheduler" in line.raw else {}
+    ran |= {"call": line.raw["arm_call"]} if "arm_call" in line.raw else {}
+    ran |= {**line.raw.get("guider", {}), **line.rival}
     return [
         (method, ", ".join(f"{key} = {_short(value)}" for key, value in options.items() if value is not None))
         for method, options in ran.items()

@@ -10,12 +10,12 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..suites.comparison import ArmFigures, rule_words, table_of
-from ..suites.pairs import pairs_text
-from .figures import Report
+from ..suites.figures import ArmFigures
+from ..suites.tables import arms_markdown, pairs_markdown, rule_words
 from .lines import better_of
 from .media import Media, kept_lines, shown
-from .page import page, versions_of
+from .page import package_versions, page
+from .report import SuiteReport
 
 SCHEMA, SCHEMA_VERSION = "dit-accel/eval-report", 3
 SETTING = ("num_inference_steps", "solver", "flow_shift", "methods")
@@ -23,17 +23,15 @@ FURTHER = ("scheduler", "guider", "arm_call")
 """What only some arms set."""
 
 
-def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, clips: int | None = None) -> list[Path]:
+def write_reports(
+    reports: Sequence[SuiteReport], wanted: Mapping[str, Path], *, clips: int | None = None
+) -> list[Path]:
     """Write files by kind, ``html`` or ``json``; returns their paths.
 
     Several reports make one page; JSON holds one. Kept clips are put into a folder beside the page.
 
     Args:
         clips: prompts whose clips the page shows at most, the hardest first; None: all.
-
-    Raises:
-        ConfigError: for a path that can't be written, as on a full disk, is given twice, or is that of the results, for
-            JSON of several, and for clips that can't be encoded or put there.
     """
     if "json" in wanted and len(reports) > 1:
         raise ConfigError(f"json holds one file of results, got {len(reports)}; report each by itself")
@@ -51,7 +49,7 @@ def write_reports(reports: Sequence[Report], wanted: Mapping[str, Path], *, clip
     return list(wanted.values())
 
 
-def _write_page(reports: Sequence[Report], path: Path, clips: int | None) -> None:
+def _write_page(reports: Sequence[SuiteReport], path: Path, clips: int | None) -> None:
     most = max(len(report.prompts) for report in reports) if clips is None else clips
     total = sum(len(pairs) for report in reports for pairs in kept_lines(report, most).values())
     media, found = Media(path) if total else None, []
@@ -65,18 +63,18 @@ def _write_page(reports: Sequence[Report], path: Path, clips: int | None) -> Non
         media.tidy()
 
 
-def data_of(report: Report) -> dict[str, Any]:
+def data_of(report: SuiteReport) -> dict[str, Any]:
     """Return all figures as plain values."""
-    first = report.results.lines[0]
-    references = {line["clip"]: line for line in report.results.lines}
+    first = report.results.lines[0].raw
+    references = {line.clip: line for line in report.results.lines}
     return {
         "schema": SCHEMA,
         "version": SCHEMA_VERSION,
         **{key: first[key] for key in ("model", "weights", "call", "reference")},
-        "versions": versions_of(report.results.lines),
+        "versions": package_versions(report.results.lines),
         "clips": [
-            {"clip": clip, "prompt": prompt, "reference_steps": references[clip]["reference_steps"],
-             "reference_agreement": references[clip]["reference_agreement"]}
+            {"clip": clip, "prompt": prompt, "reference_steps": references[clip].reference_steps,
+             "reference_agreement": references[clip].reference_agreement}
             for clip, prompt in report.prompts.items()
         ],
         "arms": [_arm(report, arm) for arm in report.arms],
@@ -85,9 +83,9 @@ def data_of(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
-    setting = report.settings[arm.name]
-    runs = sorted(report.lines_of(arm), key=lambda line: line["clip"])
+def _arm(report: SuiteReport, arm: ArmFigures) -> dict[str, Any]:
+    setting = report.settings[arm.name].raw
+    runs = sorted(report.lines_of(arm), key=lambda line: line.clip)
     keys = ("clip", "psnr", "ssim", "score", "metrics", "skipped", *report.works, "seconds", "dense_seconds")
     keys += ("times", "repeated", "step_work", "peak_memory_bytes")
     return {
@@ -106,14 +104,14 @@ def _arm(report: Report, arm: ArmFigures) -> dict[str, Any]:
             }
             for name, found in arm.metrics.items()
         },
-        "runs": [{key: line[key] for key in keys if key in line} for line in runs],
+        "runs": [{key: line.raw[key] for key in keys if key in line.raw} for line in runs],
     }  # fmt: skip
 
 
-def markdown_text(report: Report) -> str:
+def markdown_text(report: SuiteReport) -> str:
     """Return the table of all arms, and below it that of declared pairs and what to know."""
     first = report.results.lines[0]
-    parts = [f"{first['model']}, {len(report.prompts)} clips, 95 % intervals. {rule_words(report.arms)}"]
-    parts += [table_of(report.arms), *([pairs_text(report.pairs)] if report.pairs else [])]
+    parts = [f"{first.model}, {len(report.prompts)} clips, 95 % intervals. {rule_words(report.arms)}"]
+    parts += [arms_markdown(report.arms), *([pairs_markdown(report.pairs)] if report.pairs else [])]
     parts += ["\n".join(["Warnings:", "", *(f"- {text}" for text in report.warnings)])] if report.warnings else []
     return "\n\n".join(parts)

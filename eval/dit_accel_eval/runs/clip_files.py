@@ -37,11 +37,7 @@ class ClipFile:
     path: Path
 
     def frames(self) -> Clip:
-        """Return the frames, [F, height, width, 3] in [0, 1]; those that `eval run` kept one below the other as many.
-
-        Raises:
-            ConfigError: if the file can't be read, is cut off or damaged, or its frames differ in size.
-        """
+        """Return the frames, [F, height, width, 3] in [0, 1], also of a picture in which `eval run` kept several."""
         if self.path.suffix.lower() in PICTURES:
             pictures = np.asarray(read_image(self.path))
             kept = _kept_frames(self.path)
@@ -87,11 +83,7 @@ def _is_lossless(path: Path) -> bool:
 
 
 def clips_in(path: Path) -> list[ClipFile]:
-    """Return the clips of a file or folder, by name; folders within are looked into.
-
-    Raises:
-        ConfigError: if there is none, or two of one name.
-    """
+    """Return the clips of a file or folder, by name; folders within are looked into."""
     if path.is_file():
         if path.suffix.lower() not in (*PICTURES, *VIDEOS):
             raise ConfigError(f"{path} is no clip: its name must end in {', '.join((*VIDEOS, *PICTURES))}")
@@ -110,11 +102,7 @@ def clips_in(path: Path) -> list[ClipFile]:
 
 
 def paired(clips: list[ClipFile], path: Path, references: Path | None) -> Iterator[tuple[ClipFile, ClipFile | None]]:
-    """Give each clip with the reference of its name; two files are a pair whatever they are called.
-
-    Raises:
-        ConfigError: for a clip without a reference, with the nearest name.
-    """
+    """Give each clip with the reference of its name; two files are a pair whatever they are called."""
     if references is None:
         yield from ((one, None) for one in clips)
         return

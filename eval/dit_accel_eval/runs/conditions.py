@@ -40,9 +40,6 @@ class OwnClips:
 
     Attributes:
         seeds: of the noise; empty: each prompt has one of its own, its place in the list.
-
-    Raises:
-        ConfigError: for no prompt, an empty one, one given twice, or seeds that are none.
     """
 
     prompts: tuple[str, ...]

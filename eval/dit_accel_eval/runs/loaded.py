@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from dit_accel_pipelines.generation.loading import load_pipeline, open_pipeline, pick_device
-from dit_accel_pipelines.generation.pipeline_call import PipelineCall, pipeline_class
+from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import Dtype, Request, check_words
 from dit_accel_pipelines.generation.solvers import is_flow, is_of_betas
@@ -41,9 +41,6 @@ class EmbeddedModel(SuiteModel):
         call: arguments of the pipeline's call besides the model's defaults, such as ``num_frames``.
         prompt: of all clips, whose number is then only the seed; None: each number's held-out prompt.
         own: prompts and seeds instead; None: held-out ones.
-
-    Raises:
-        ConfigError: for an unknown model, arguments that its pipeline does not take, or words that it never saw.
     """
 
     def __init__(
@@ -77,12 +74,8 @@ def weights_hash(name: str) -> str:
 
 
 def settled_call(name: str, files: ModelFiles, usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model's call: the usual ones that its pipeline takes, changed by what is given.
-
-    Raises:
-        ConfigError: for an argument that its pipeline does not take, or one that a suite sets by itself.
-    """
-    known = [key for key in PipelineCall.of(pipeline_class(files)).parameters if key not in GIVEN]
+    """Return the arguments of a model's call: the usual ones that its pipeline takes, changed by what is given."""
+    known = [key for key in CallSignature.of(pipeline_class(files)).parameters if key not in GIVEN]
     for key in given:
         if key not in known:
             raise ConfigError(f"a suite's call of {name} takes no {key!r}; {did_you_mean(key, known)}")
@@ -106,10 +99,6 @@ class GivenModel(SuiteModel):
         name: what result lines call it.
         source: the folder or hub id.
         call: arguments of the pipeline's call besides its family's sizes.
-
-    Raises:
-        UnsupportedModel: if diffusers can't load it, or no adapter covers it.
-        ConfigError: for arguments that its pipeline does not take.
     """
 
     def __init__(
@@ -133,13 +122,7 @@ class GivenModel(SuiteModel):
 
 
 def check_given(source: str) -> tuple[ModelFiles, Family]:
-    """Refuse a model that suites can't run, by its configs alone; returns them and its sizes.
-
-    Raises:
-        ConfigError: for what is neither an embedded model, a folder nor a hub id.
-        UnsupportedModel: if it is not found, no adapter covers its transformer, or its scheduler is of neither flow nor
-            betas.
-    """
+    """Refuse a model that suites can't run, by its configs alone; returns them and its sizes."""
     model_source(source)  # refuses what names no model
     files = read_model_files(source)
     pipeline_class(files)
@@ -157,17 +140,13 @@ def given_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of another model's call: its family's sizes, changed by what is given, and checked."""
     _, family = files.identify()
     settled = settled_call(files.name, files, {name: getattr(family, name) for name in SIZES}, given)
-    PipelineCall.of(pipeline_class(files)).check({"prompt": "", **settled})
+    CallSignature.of(pipeline_class(files)).check({"prompt": "", **settled})
     return settled
 
 
 @functools.cache
 def local_folder(source: str) -> Path:
-    """Return the folder of a model's files; a hub id's are fetched by diffusers, and found again.
-
-    Raises:
-        UnsupportedModel: if the hub does not give them.
-    """
+    """Return the folder of a model's files; a hub id's are fetched by diffusers, and found again."""
     if Path(source).is_dir():
         return Path(source)
     from diffusers import DiffusionPipeline
@@ -201,9 +180,5 @@ def _file_hash(path: Path) -> str:
 
 
 def tuning_request(**options: Any) -> Request:
-    """Return a generation request that writes nothing; the options are `Request`'s.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
+    """Return a generation request that writes nothing; the options are `Request`'s."""
     return Request(output=Path(tempfile.gettempdir()) / "unused.png", **options)

@@ -127,9 +127,6 @@ class SuiteModel:
             guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
             rival: name of another project's cache -> its options; None: none.
             call: arguments that differ from the model's own.
-
-        Raises:
-            ConfigError: for a guider where the pipeline takes none, or a rival that is not installed.
         """
         call = {**self.call, **(call or {})}
         self.pipe.scheduler = scheduler_of(self.shipped, solver, scheduler or {}, flow_shift)
@@ -162,11 +159,7 @@ class SuiteModel:
 
 @contextlib.contextmanager
 def guided(pipe: Any, guider: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Let a pipeline guide by one of diffusers' guiders for the block.
-
-    Raises:
-        ConfigError: for a pipeline that takes none, or options that the guider does not accept.
-    """
+    """Let a pipeline guide by one of diffusers' guiders for the block."""
     if not guider:
         yield
         return
@@ -237,11 +230,7 @@ def check_options(kind: str, name: str, options: Iterable[str], known: Collectio
 
 
 def shipped_scheduler(source: str) -> Any:
-    """Return the scheduler that a model ships with, from its config alone.
-
-    Raises:
-        UnsupportedModel: if the config is not found, or diffusers has no such scheduler.
-    """
+    """Return the scheduler that a model ships with, from its config alone."""
     import diffusers
 
     config = read_config(source, "scheduler/scheduler_config.json")
@@ -258,9 +247,6 @@ def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shi
         solver: a name of `SOLVERS`, `OWN`, or the class of one of diffusers' schedulers.
         options: of that class; what is not among them is as in the shipped one's config.
         flow_shift: another noise shift, of a solver; None: the model's own.
-
-    Raises:
-        ConfigError: for a scheduler that can't take the shipped one's place.
     """
     if solver in SOLVERS:
         return make_scheduler(shipped, solver, flow_shift)

@@ -29,11 +29,7 @@ _FURTHER = ("seed", "dtype", "scheduler", "guider", "arm_call")
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the JSON lines of a file, [] if there is none; a last line without an end was cut off, and is left out.
-
-    Raises:
-        ConfigError: for a line that is not JSON.
-    """
+    """Return the JSON lines of a file, [] if there is none; a last line without an end was cut off, and is left out."""
     if not path.exists():
         return []
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
@@ -44,11 +40,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Append one line, whole, so that several processes may write to one file.
-
-    Raises:
-        ConfigError: if it can't be written whole, as on a full disk; the part that was is taken off.
-    """
+    """Append one line, whole, so that several processes may write to one file."""
     data = (json.dumps(line) + "\n").encode()
     with explained_disk_errors(path):
         handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o666)
@@ -81,12 +73,8 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
         raise no_space(path, error.strerror or error) from None
 
 
-def write_lines(path: Path, lines: Iterable[Line]) -> None:
-    """Replace a file by these lines, atomically.
-
-    Raises:
-        ConfigError: if it can't be written, as on a full disk; the file is as it was.
-    """
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by these lines, atomically."""
     with written_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -126,11 +114,7 @@ def _further(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep(path: Path, clip: Clip, made_by: Mapping[str, Any]) -> None:
-    """Write frames [F, height, width, 3] in [0, 1] as 8-bit PNG, whole or not at all.
-
-    Raises:
-        ConfigError: if they can't be written, as on a full disk.
-    """
+    """Write frames [F, height, width, 3] in [0, 1] as 8-bit PNG, whole or not at all."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -189,10 +173,6 @@ def kept_shape(path: Path, made_by: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def read_kept(path: Path, made_by: Mapping[str, Any]) -> Frames:
-    """Return kept frames, uint8 [F, height, width, 3].
-
-    Raises:
-        ConfigError: for a file that is missing, can't be read, or holds the frames of another run.
-    """
+    """Return kept frames, uint8 [F, height, width, 3]."""
     with _opened(path, made_by) as (image, count):
         return strip_frames(np.asarray(image.convert("RGB")), count)

@@ -18,12 +18,10 @@ from dit_accel.methods.registry import method
 
 from ..runs.model import OWN, check_options, check_scheduler
 from ..runs.rivals import check_rival
+from .lines import TUNED
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""
-
-TUNED = "dense"
-"""What the best dense runs of a ladder of rivals are called, with their steps behind; see `ladder`."""
 
 TABLES = ("call", "scheduler", "guider", "rival")
 """Keys of an arm that hold a table and no method."""
@@ -83,18 +81,8 @@ def dense_arm(steps: int) -> Arm:
     return Arm(name=f"{BEST} {steps}", num_inference_steps=steps)
 
 
-def is_rival(line: Mapping[str, Any]) -> bool:
-    """Whether a line is a dense run that others are held against, which go by their steps as no other arm does."""
-    return line["arm"] in (f"{kind} {line['num_inference_steps']}" for kind in (BEST, TUNED))
-
-
 def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...]:
-    """Return the arms of a suite's ``[[arm]]`` tables, all of different names.
-
-    Raises:
-        ConfigError: for an unknown or ill-typed key, a method, cache, scheduler or guider that is not known, or a name
-            that is missing, given twice or kept for dense runs.
-    """
+    """Return the arms of a suite's ``[[arm]]`` tables, all of different names."""
     made = {}
     for arm in (arm for values in tables for arm in _arms(values, path)):
         if arm.name in made:
@@ -109,9 +97,6 @@ def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) 
     Args:
         kinds: key -> what it must be.
         remedy: what is not there if the file is missing, and what to do; ``{}`` is its path.
-
-    Raises:
-        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
     """
     if not path.is_file():
         raise ConfigError(remedy.format(path))

@@ -23,13 +23,12 @@ from dit_accel.methods.compose import make_handlers
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
 from ..runs.model import check_guided, scheduler_of, shipped_scheduler
-from ..runs.results import Line, read_lines, write_lines
-from .arms import Arm, is_rival
-from .comparison import table
+from ..runs.results import Line, write_lines
+from .arms import Arm
 from .judges import Judge, judge_of
-from .pairs import pair_figures, pairs_text
-from .reference import AGREE
+from .lines import AGREE, ResultLine, result_lines
 from .suite import Suite
+from .tables import suite_markdown
 
 LINE = 1 << 13
 """Bytes that a result line takes, about."""
@@ -77,7 +76,7 @@ class Job:
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        return {**model, "call": call_of(suite, suite.call), "reference": reference_of(suite)}
+        return {**model, "call": suite_call(suite, suite.call), "reference": reference_words(suite)}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
@@ -86,17 +85,17 @@ class Job:
         """
         own = arm.to_dict()
         if self.judge:
-            return {**own, "call": call_of(self.suite, {**self.suite.call, **arm.call})}
+            return {**own, "call": suite_call(self.suite, {**self.suite.call, **arm.call})}
         return own | ({"arm_call": own.pop("call")} if arm.call else {})
 
-    def settings(self, lines: Sequence[Line]) -> dict[str, Line]:
+    def settings(self, lines: Sequence[ResultLine]) -> dict[str, Line]:
         """Return arm -> what its lines must say, of the suite's arms and the rivals among lines."""
-        steps = {line["num_inference_steps"] for line in lines if is_rival(line)}
+        steps = {line.num_inference_steps for line in lines if line.is_rival}
         arms = [*self.suite.arms, *map(self.suite.rival, steps)]
         return {arm.name: self.arm_setting(arm) for arm in arms}
 
 
-def reference_of(suite: Suite) -> str:
+def reference_words(suite: Suite) -> str:
     """Return in words what a suite's arms are held against."""
     own = suite.reference_steps
     return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{suite.reference_solver}, {own} steps of its own"
@@ -111,38 +110,27 @@ def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
     return range(suite.first_clip, suite.first_clip + count)
 
 
-def call_of(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the call of a suite's model: its defaults, changed by what was given.
-
-    Raises:
-        ConfigError: for an argument that its pipeline does not take.
-    """
+def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the call of a suite's model: its defaults, changed by what was given."""
     if suite.embedded:
         return embedded_call(suite.model, given)
     return given_call(check_given(suite.source)[0], given)
 
 
-def suite_table(suite: Suite, lines: Sequence[Line]) -> str:
+def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
     """Return a suite's Markdown tables: by its judge, or against the reference and of the pairs that it declares."""
     judge = judge_of(suite) if suite.judge else None
     if judge is not None:
-        return judge.table(suite, lines)
-    pairs = pairs_text(pair_figures(suite.pairs, lines, suite.reference_steps)) if suite.pairs else ""
-    return table(suite, lines) + (f"\n\n{pairs}" if pairs else "")
+        return judge.table(suite, [dict(line.raw) for line in lines])
+    return suite_markdown(suite, lines)
 
 
 @contextlib.contextmanager
 def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
-    """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block.
-
-    Raises:
-        ConfigError: for a suite that can't run so, a file that can't be written or holds results of another, or a disk
-            without room for what these clips lack.
-        Busy: if another run writes to the file.
-    """
+    """Check what can be checked beforehand, and hold the file, without a last line that was cut off, for the block."""
     family = _check_model(job.suite)
     _check_kind(job)
-    _check_fits(job, clips, read_lines(job.out) if job.out.is_file() else [], family)
+    _check_fits(job, clips, result_lines(job.out) if job.out.is_file() else [], family)
     for folder, what in ((job.out.parent, "results"), (job.frames, "frames")):
         try:
             if folder is not None:
@@ -152,20 +140,21 @@ def checked(job: Job, clips: Sequence[int]) -> Iterator[None]:
             raise ConfigError(text) from None
     check_writable(job.out, "results")
     with held(job.out, "the results file"):
-        known = read_lines(job.out)
-        check_lines(job.out, known, job.setting, job.settings(known))
-        check_clips(job.out, known, job.suite.own)
-        write_lines(job.out, known)
+        known = result_lines(job.out)
+        raw = [line.raw for line in known]
+        check_lines(job.out, raw, job.setting, job.settings(known))
+        check_clips(job.out, raw, job.suite.own)
+        write_lines(job.out, raw)
         yield
 
 
-def _check_fits(job: Job, clips: Sequence[int], known: Sequence[Line], family: Family) -> None:
+def _check_fits(job: Job, clips: Sequence[int], known: Sequence[ResultLine], family: Family) -> None:
     """Refuse a disk without room for the lines and frames that clips lack, or for one dense run to be kept."""
-    made = {(line["arm"], line["clip"]) for line in known}
+    made = {line.key for line in known}
     missing = sum((arm.name, clip) not in made for arm in job.suite.arms for clip in clips)
     if not missing:
         return
-    call = call_of(job.suite, job.suite.call)
+    call = suite_call(job.suite, job.suite.call)
     frames, height, width = (call.get(name) or getattr(family, name) for name in ("num_frames", "height", "width"))
     pixels, runs = (frames or 1) * height * width, "1 run" if missing == 1 else f"{missing} runs"
     check_room(job.out.parent, LINE * missing, f"the results of {runs} take")
@@ -218,7 +207,7 @@ def _check_kind(job: Job) -> None:
                     f"run, so that it may only set {' and '.join(SCALES)}; leave it out, or judge clips by themselves: "
                     'judge = "FILE.py"'
                 )
-            call_of(suite, {**suite.call, **arm.call})
+            suite_call(suite, {**suite.call, **arm.call})
         return
     requested = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
              if given]  # fmt: skip
@@ -231,7 +220,9 @@ def _check_kind(job: Job) -> None:
         judge.check_suite(suite)
 
 
-def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
+def check_lines(
+    path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]
+) -> None:  # fmt: skip
     """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
@@ -242,12 +233,22 @@ def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
         for of, settled, remedy in (("", expected, "delete it and run again"), of_arm):
             for name, value in settled.items():
-                if line.get(name) != value:
-                    text = f"holds results of {of}{name} {line.get(name)!r}, this suite has {value!r}"
+                found = line.get(name)
+                if (_known_options(found, value) if name == "methods" and found else found) != value:
+                    text = f"holds results of {of}{name} {found!r}, this suite has {value!r}"
                     raise ConfigError(f"{path} {text}; {remedy}")
 
 
-def check_clips(path: Path, lines: Sequence[Line], own: OwnClips | None) -> None:
+def _known_options(methods: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line's methods without options of earlier releases, which are now what their default was."""
+    found = {}
+    for method, options in methods.items():
+        spelt = options | ({"predictor": "corrected"} if options.get("corrected") else {})  # an option of its own then
+        found[method] = {key: value for key, value in spelt.items() if key in settled.get(method, spelt)}
+    return found
+
+
+def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], own: OwnClips | None) -> None:
     """Refuse lines of another prompt or seed than their clip has in the suite.
 
     Args:

@@ -35,9 +35,6 @@ def judge_of(suite: Suite) -> Judge:
     """Return the judge of a suite that has one.
 
     The file is imported as a script's modules are, from its own folder, so that it may import what lies beside it.
-
-    Raises:
-        ConfigError: for a file that can't be imported, has the name of another module, or lacks a function.
     """
     path = (suite.folder / suite.judge).resolve()
     sys.path.insert(0, str(path.parent))

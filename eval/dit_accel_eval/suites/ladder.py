@@ -14,7 +14,8 @@ from dit_accel_pipelines.generation.solvers import check_solver
 
 from dit_accel import ConfigError
 
-from .arms import TUNED, Arm, check_kinds, read_table
+from .arms import Arm, check_kinds, read_table
+from .lines import TUNED
 
 VERSION = 1
 
@@ -111,11 +112,7 @@ def clip_words(first: int, count: int) -> str:
 
 
 def read_ladder(path: Path) -> Ladder:
-    """Read a ladder of rivals.
-
-    Raises:
-        ConfigError: for a missing file, another version, an unknown or ill-typed key, or no rung.
-    """
+    """Read a ladder of rivals."""
     remedy = "no rivals at {}; make them with python eval/studies/best_rival.py, or leave rivals out"
     data = read_table(path, VERSION, KINDS, remedy)
     missing = [key for key in ("model", "first_clip", "clips", "rung") if data.get(key) in (None, [])]

@@ -24,13 +24,8 @@ from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
 from ..runs.counting import Counts
 from ..runs.model import Run, SuiteModel, Times
-from ..runs.results import Line, explained_disk_errors
-
-AGREE = 45.0
-"""PSNR in dB of N and 2 N steps at which the run of 2 N steps counts as converged."""
-
-ITSELF = 120.0
-"""The agreement in dB that a reference has which nothing was searched for: `psnr` of a clip with itself."""
+from ..runs.results import explained_disk_errors
+from .lines import AGREE, ITSELF
 
 FIRST, MOST = 16, 512
 """Steps with which the search begins, and the most that it tries."""
@@ -52,15 +47,6 @@ class Reference:
     agreement: float
     step: Counts
     seconds: float | None = None
-
-
-CONFIRMED = "reference_confirmed"
-"""Key of a line whose reference was held against a run of more steps after the search: ``steps``, ``agreement``."""
-
-
-def is_converged(line: Line) -> bool:
-    """Whether a line's reference is one: it agrees with the run of half its steps, or of twice as many."""
-    return max(line.get("reference_agreement", ITSELF), line.get(CONFIRMED, {}).get("agreement", -math.inf)) >= AGREE
 
 
 def default_cache() -> Path:
@@ -106,9 +92,6 @@ def dense_run(
     Args:
         run: makes a run as `SuiteModel.run` does; None: that.
         solver: a name of `SOLVERS`, or `OWN`.
-
-    Raises:
-        ConfigError: if the file that should hold it holds another run, or can't be written.
     """
     setting = run_setting(model, clip, steps, solver)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]

@@ -41,10 +41,6 @@ def score_files(
         prompt: what all clips should show.
         prompts: JSON object {file name: prompt}, in place of that.
         warn: is given what should be known beforehand.
-
-    Raises:
-        ConfigError: for an unknown metric, one that needs references or prompts where there are none, or clips that
-            can't be read or compared; what can be refused before anything is measured is.
     """
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]

@@ -15,8 +15,9 @@ from dit_accel.errors import did_you_mean
 from ..metrics.registered import check_names
 from ..runs.conditions import OwnClips
 from ..runs.model import OWN
-from .arms import TUNED, Arm, dense_arm, read_arms, read_table
+from .arms import Arm, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
+from .lines import TUNED
 from .pairs import Pair, read_pairs
 
 SUITE_VERSION = 2
@@ -114,11 +115,7 @@ class Suite:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read a suite from a TOML file.
-
-    Raises:
-        ConfigError: for a missing file, another version, or an unknown or ill-typed key.
-    """
+    """Read a suite from a TOML file."""
     remedy = "no suite at {}; name a TOML file such as eval/suites/knee-wan-tiny.toml"
     data = read_table(path, SUITE_VERSION, KINDS, remedy)
     arms = data.pop("arm", [])

@@ -1,23 +1,23 @@
-"""What all tuning runs share: generations of a request's prompts, what is done so far, and what was found.
+"""What all tuners share: a search that scores the points of a space and keeps each score, and what was found.
 
 Each `tune_*` is a function of a `Request`, whose methods are attached, of the file to write, of options of its own and
-of ``stages``, the progress bars (None shows none). It writes the file and returns what was found, a `Tuned`. It raises
-`ConfigError` for what can't be tuned, a file that can't be written, and progress of other settings beside that file; a
-run that was stopped goes on after the last part that was whole.
+of ``stages``, the progress bars (None shows none). It says what its space is and what a point scores, writes the file
+and returns what was found, a `Tuned`. It raises `ConfigError` for what can't be tuned, a file that can't be written,
+and scores of other settings that are kept beside that file; a run that was stopped goes on after its last score.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dit_accel_pipelines.generation.generate import run
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, settle
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, resolve
 from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.processes.ranks import Ranks
 
@@ -29,7 +29,9 @@ from dit_accel.methods.base import AttentionHandler, Model, Phase
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
 
-VERSION = 1
+VERSION = 2
+
+Config = TypeVar("Config", bound=MethodConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,8 @@ class Tuned:
         return {"output": str(self.output), **self.found}
 
 
-class Runs:
-    """The generations of a tuning run, with the loaded model; what they gave is kept beside the output until `finish`.
+class TuningRun:
+    """The loaded model of a tuning run, its generations, and the scores, which are kept beside the output.
 
     Args:
         request: what to generate, with the methods that are attached.
@@ -66,12 +68,8 @@ class Runs:
         settings: what else must be the same for two runs to be one.
 
     Attributes:
-        request: the settled one.
+        request: the request with all defaults filled in.
         pipe: the pipeline, nothing attached.
-        done: the parts that are done, plain values.
-
-    Raises:
-        ConfigError: for files that can't be written, and for what is kept of other settings or can't be read.
     """
 
     def __init__(
@@ -83,9 +81,9 @@ class Runs:
         self._path, self._ranks = output.with_name(f"{output.name}.progress.json"), ranks or Ranks()
         for path, what in ((output, "output"), (self._path, "progress file")):
             check_writable(path, f"tune's {what}")
-        self.request = settle(request)[0]
+        self.request = resolve(request)[0]
         self._settings = json.loads(json.dumps({**run_settings(self.request), **settings}))
-        self.done: list[Any] = self._ranks.shared(self._read)
+        self._scores: dict[str, Any] = {_key(point): score for point, score in self._ranks.shared(self._read)}
         self.stages = stages or Stages(quiet=True)
         self.stages.stage("loading")
         self.pipe = load_pipeline(self.request)
@@ -95,7 +93,7 @@ class Runs:
             return []
         try:
             saved = json.loads(self._path.read_text(encoding="utf-8"))
-            known, done = saved["settings"], list(saved["prompts"])
+            known, scores = saved["settings"], [(point, score) for point, score in saved["scores"]]
             if saved["version"] != VERSION:
                 raise ValueError(f"version {saved['version']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -108,31 +106,51 @@ class Runs:
                     f"{self._path} holds progress of a run with {name} = {known.get(name)!r}, this one has {value!r}; "
                     "finish that run, or delete the file to start again"
                 )
-        return done
+        return scores
 
-    def add(self, part: Any) -> None:
-        """Note a part that is done, and keep it."""
-        self.done.append(part)
+    def search(self, space: Sequence[Any], score: Callable[[Any], Any], words: Callable[[Any], str] = str) -> list[Any]:
+        """Return the score of each point of a space; one that an earlier run scored is not scored again.
+
+        Points and scores are plain values, as JSON holds them. The processes share the points.
+
+        Args:
+            words: what the progress calls a point.
+        """
+
+        def scored(point: Any) -> Any:
+            self.stages.stage(words(point))
+            return score(point)
+
+        self._ranks.spread([point for point in space if _key(point) not in self._scores], scored, self._keep)
+        return [self._scores[_key(point)] for point in space]
+
+    def over_prompts(self, score: Callable[[str], Any]) -> list[Any]:
+        """Return the score of each of the request's prompts."""
+        prompts = self.request.prompts
+        words = lambda number: f"prompt {number + 1} of {len(prompts)}"  # noqa: E731
+        return self.search(range(len(prompts)), lambda number: score(prompts[number]), words)
+
+    def _keep(self, point: Any, score: Any) -> None:
+        self._scores[_key(point)] = score
         if self._ranks.first:
+            scores = [(json.loads(key), one) for key, one in self._scores.items()]
             with written_whole(self._path) as temporary:
-                content = {"version": VERSION, "settings": self._settings, "prompts": self.done}
+                content = {"version": VERSION, "settings": self._settings, "scores": scores}
                 temporary.write_text(json.dumps(content), encoding="utf-8")
 
+    @property
+    def scored(self) -> int:
+        """How many points have a score."""
+        return len(self._scores)
+
     def finish(self) -> None:
-        """Delete what was kept: the run's output is whole."""
+        """Delete the scores: the run's output is whole."""
         self._path.unlink(missing_ok=True)
 
     def attached(self, *further: MethodConfig) -> AbstractContextManager[Any]:
         """Attach further methods and the request's for as long as the context lasts, and give the attachment."""
-        methods = *further, *self.request.methods
-        return dit_accel.attach(self.pipe, *methods, preset="none", backend=self.request.backend)
-
-    def left(self, how: str = "") -> Iterator[str]:
-        """Give the prompts of which no part is done yet, each shown as a stage, with ``how`` behind."""
-        done = len(self.done)
-        for number, prompt in enumerate(self.request.prompts[done:], done + 1):
-            self.stages.stage(f"prompt {number} of {len(self.request.prompts)}{how}")
-            yield prompt
+        backend: Any = self.request.backend
+        return dit_accel.attach(self.pipe, *further, *self.request.methods, preset="none", backend=backend)
 
     def run(self, prompt: str, attachment: Any = None, **changes: Any) -> Generation:
         """Generate a prompt by the request with some changes."""
@@ -140,12 +158,23 @@ class Runs:
         return run(self.pipe, prompt, request, attachment=attachment, stages=self.stages)
 
 
+def _key(point: Any) -> str:
+    return json.dumps(point)
+
+
+def replaced_method(request: Request, config_type: type[Config], usual: Config | None = None) -> tuple[Config, Any]:
+    """Return the request's config of a type, else the usual one, and the request's other methods."""
+    others = tuple(method for method in request.methods if not isinstance(method, config_type))
+    known = (method for method in request.methods if isinstance(method, config_type))
+    return next(known, usual or config_type()), others
+
+
 def run_settings(request: Request) -> dict[str, Any]:
     """Return what must be the same for two runs of a request to be one."""
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "seed", "dtype", "backend")
     settings = {name: getattr(request, name) for name in names}
     settings |= {"model": request.model or EMBEDDED, "prompts": request.prompts}
-    return {**settings, "methods": {one.name: one.to_dict() for one in request.methods}}
+    return {**settings, "methods": {method.name: method.to_dict() for method in request.methods}}
 
 
 def write_config(

@@ -23,7 +23,7 @@ from dit_accel.methods.caches.tea import TeaHandler
 from dit_accel.methods.site import ForwardContext, target_sample
 from dit_accel.rules.caching import rescaled
 
-from .base import Runs, Tuned, write_config
+from .base import Tuned, TuningRun, replaced_method, write_config
 
 DEGREE = 4
 """Of TeaCache's polynomial."""
@@ -45,8 +45,8 @@ def tune_magcache(request: Request, output: Path, *, stages: Stages | None = Non
     """
     requested = config_of(request, MagCache)
     config = dataclasses.replace(requested, threshold=0.0, ratios=(1.0,), branches="all")
-    runs, model, steps = watched_runs(request, output, config, lambda: _note_size, stages)
-    curves = np.array([_ratios(notes, steps) for notes in runs.done])
+    runs, prompts, model, steps = watched_runs(request, output, config, lambda: _note_size, stages)
+    curves = np.array([_ratios(notes, steps) for notes in prompts])
     ratios, spread = (
         tuple(round(float(ratio), 5) for ratio in values)
         for values in (np.exp(np.log(curves).mean(0)), curves.max(0) / curves.min(0))
@@ -89,13 +89,13 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     """
     requested = config_of(request, TeaCache)
     config = dataclasses.replace(requested, threshold=0.0, polynomial=(0.0,), polynomial_2=(0.0,), branches="all")
-    runs, model, steps = watched_runs(request, output, config, _Changes, stages)
-    notes = [note for prompt in runs.done for note in prompt if "signal" in note]
+    runs, prompts, model, steps = watched_runs(request, output, config, _Changes, stages)
+    notes = [note for prompt in prompts for note in prompt if "signal" in note]
     fits = [_fit(name, notes) for name in sorted({note["transformer"] for note in notes})]
     if not fits:
         raise ConfigError(f"tune teacache needs steps to compare, got {steps}; ask for {DEGREE + 2} or more")
     first, second = (*(fit["polynomial"] for fit in fits), None)[:2]
-    about = [f"Fitted by dit-accel tune teacache on {model}: {steps} steps, {len(runs.done)} prompts."]
+    about = [f"Fitted by dit-accel tune teacache on {model}: {steps} steps, {len(prompts)} prompts."]
     about += [
         f"{fit['transformer']}: changes of the signal from {fit['lowest']:.4g} to {fit['highest']:.4g}, off by "
         f"{fit['off']:.3g} where they spread by {fit['spread']:.3g}"
@@ -107,7 +107,7 @@ def tune_teacache(request: Request, output: Path, *, stages: Stages | None = Non
     numbers = ("lowest", "highest", "off", "spread")
     return Tuned(
         output=output,
-        found={"model": model, "steps": steps, "prompts": len(runs.done), "fits": fits},
+        found={"model": model, "steps": steps, "prompts": len(prompts), "fits": fits},
         columns=("transformer", "points", "smallest change", "largest", "off by", "spread"),
         rows=[(fit["transformer"], str(fit["points"]), *(f"{fit[name]:.4g}" for name in numbers)) for fit in fits],
     )
@@ -154,28 +154,31 @@ def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
 
 def watched_runs(
     request: Request, output: Path, config: CalibratedConfig, new_watch: Callable[[], Watch], stages: Stages | None
-) -> tuple[Runs, str, int]:
-    """Generate every prompt of a request with all steps computed; the notes of each are a part that is done.
+) -> tuple[TuningRun, list[list[Note]], str, int]:
+    """Generate every prompt with all steps computed; return the run, each prompt's notes, the model and the steps.
 
     Attached are the request's methods, with ``config`` in place of one of its type, whose numbers are not used;
-    ``new_watch`` makes what notes one prompt's forwards. Returned are the runs, the model's name, and the steps.
+    ``new_watch`` makes what notes one prompt's forwards.
     """
-    others = [method for method in request.methods if not isinstance(method, type(config))]
-    runs = Runs(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
+    others = replaced_method(request, type(config))[1]
+    runs = TuningRun(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
     with runs.attached() as attachment:
         handlers = attachment.engine.handlers
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
-        for prompt in runs.left():
+
+        def noted(prompt: str) -> list[Note]:
             watch, notes = new_watch(), list[Note]()
-            cache.computed = lambda context, decider, output, w=watch, n=notes: n.append(w(cache, context, output))
+            cache.computed = lambda context, decider, output: notes.append(watch(cache, context, output))
             runs.run(prompt)
-            runs.add(notes)
-    return runs, cache.model.name, 1 + max(note["step"] for notes in runs.done for note in notes)
+            return notes
+
+        prompts = runs.over_prompts(noted)
+    return runs, prompts, cache.model.name, 1 + max(note["step"] for notes in prompts for note in notes)
 
 
 def config_of(request: Request, config_type: type[Config]) -> Config:
     """Return the request's config of a cache; one that has numbers is refused."""
-    config = next((one for one in request.methods if isinstance(one, config_type)), config_type())
+    config = replaced_method(request, config_type)[0]
     for name in (config.numbers, "family", "measured_on"):
         if getattr(config, name) is not None:
             raise ConfigError(

@@ -21,10 +21,10 @@ from dit_accel import ConfigError
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
-from dit_accel.rules.greedy import Job, search
-from dit_accel.rules.head_selection import HeadSelection
 
-from .base import Runs, Tuned
+from .base import Tuned, TuningRun, replaced_method
+from .greedy import Trial, search
+from .head_selection import HeadSelection
 from .objectives import Objective, objective_of
 
 
@@ -60,15 +60,16 @@ def tune_heads(
     judges = [objective_of(one, embedded_name(request.model)) for one in selection.objectives]
     ranks, (request, config) = ranks or Ranks(), _split(request)
     softpag = {**config.to_dict(), "heads": None}
-    runs = Runs(request, output, ".json", stages, ranks, objective=objective, softpag=softpag)
+    runs = TuningRun(request, output, ".json", stages, ranks, objective=objective, softpag=softpag)
     transformers = find_transformers(runs.pipe)
     known = resolve_model(next(iter(transformers)), transformers)
     heads = [f"L{layer}H{head}" for layer in range(known.layers) for head in range(known.heads)]
     most = cost(len(heads), rounds, per_round, len(request.prompts))
     runs.stages.note(f"{len(heads)} heads: at most {most} clips, each step of two forwards or less")
-    scores = _Scores(runs, ranks, config, judges)
+    score = lambda trial: _judged(runs, config, judges, trial)  # noqa: E731
+    words = lambda trial: f"{'+'.join(trial[0])}, prompt {trial[1] + 1}"  # noqa: E731
     counts = {"prompts": len(request.prompts), "rounds": rounds, "per_round": per_round}
-    found = search(heads, scores.of, **counts, worth=selection.worth)
+    found = search(heads, lambda trials: runs.search(trials, score, words), **counts, worth=selection.worth)
     ranks.close()
     if not found:
         raise ConfigError(f"no head passes the objective {objective!r}; lower what it asks for")
@@ -79,47 +80,30 @@ def tune_heads(
             temporary.write_text(json_text(chosen) + "\n", encoding="utf-8")
     return Tuned(
         output=output,
-        found={**chosen, "rounds": [one[0] for one in found], "clips": len(runs.done)},
+        found={**chosen, "rounds": [one[0] for one in found], "clips": runs.scored},
         columns=("round", "head", objective),
         rows=[(str(number), head, f"{score:.4f}") for number, head, score in found],
-        remarks=[f"{len(runs.done)} clips were judged"],
+        remarks=[f"{runs.scored} clips were judged"],
     )
 
 
-class _Scores:
-    """What sets of heads are worth, of a search's progress or judged, each in one of the processes."""
-
-    def __init__(self, runs: Runs, ranks: Ranks, config: SoftPAG, judges: Sequence[Objective]) -> None:
-        self._runs, self._ranks, self._config, self._judges = runs, ranks, config, judges
-        self._known: dict[Job, list[float]] = {(tuple(one["heads"]), one["prompt"]): one["score"] for one in runs.done}
-
-    def of(self, jobs: Sequence[Job]) -> list[list[float]]:
-        """Return what sets are worth on prompts, after judging those that are not known."""
-        self._ranks.spread([job for job in jobs if job not in self._known], self._judged, self._keep)
-        return [self._known[job] for job in jobs]
-
-    def _judged(self, job: Job) -> list[float]:
-        (chosen, prompt), request = job, self._runs.request
-        self._runs.stages.stage(f"{'+'.join(chosen)}, prompt {prompt + 1}")
-        text, softpag = request.prompts[prompt], dataclasses.replace(self._config, heads=chosen)
-        with attached(self._runs.pipe, (*request.methods, softpag), request.backend):
-            made = self._runs.run(text, seed=request.seed + prompt)
-        score = [float(judge(made.frames.astype(np.float32) / 255.0, text)) for judge in self._judges]
-        if not all(map(math.isfinite, score)):
-            raise ConfigError(f"the objective gave {score} for {chosen}; it must give a finite number")
-        return score
-
-    def _keep(self, job: Job, score: list[float]) -> None:
-        self._known[job] = score
-        self._runs.add({"heads": list(job[0]), "prompt": job[1], "score": score})
+def _judged(runs: TuningRun, config: SoftPAG, judges: Sequence[Objective], trial: Trial) -> list[float]:
+    """Return what a set of heads is worth on a prompt, by each objective."""
+    chosen, prompt = trial
+    text, softpag = runs.request.prompts[prompt], dataclasses.replace(config, heads=chosen)
+    with attached(runs.pipe, (*runs.request.methods, softpag), runs.request.backend):
+        made = runs.run(text, seed=runs.request.seed + prompt)
+    score = [float(judge(made.frames.astype(np.float32) / 255.0, text)) for judge in judges]
+    if not all(map(math.isfinite, score)):
+        raise ConfigError(f"the objective gave {score} for {chosen}; it must give a finite number")
+    return score
 
 
 def _split(request: Request) -> tuple[Request, SoftPAG]:
     """Return the request without SoftPAG and, where it has no scale, without guidance; and the SoftPAG searched."""
-    config = next((one for one in request.methods if isinstance(one, SoftPAG)), SoftPAG(u=1.0))
+    config, others = replaced_method(request, SoftPAG, SoftPAG(u=1.0))
     if config.heads is not None:
         raise ConfigError(f"tune heads finds the heads itself, got softpag.heads = {config.heads!r}; leave them out")
-    others = tuple(one for one in request.methods if not isinstance(one, SoftPAG))
     scale = 1.0 if request.guidance_scale is None else request.guidance_scale
     return dataclasses.replace(request, methods=others, guidance_scale=scale), config
 

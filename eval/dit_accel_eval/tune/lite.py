@@ -33,10 +33,10 @@ from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
 from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.plan import AttentionPlan, KernelResult
-from dit_accel.rules.threshold_search import START, search_level
 
 from ..metrics.psnr import psnr
-from .base import Runs, Tuned
+from .base import Tuned, TuningRun, replaced_method
+from .threshold_search import START, search_level
 
 FAINTEST = -40.0
 """Log2 of a share of the mass that drops next to nothing."""
@@ -63,23 +63,25 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
     if not 0 < target_error < 1:
         raise ConfigError(f"target_error must be between 0 and 1, got {target_error}; 0.01 is usual")
     request = dataclasses.replace(request, methods=(config, *others))
-    runs = Runs(request, output, ".toml", stages, target_error=target_error)
+    runs = TuningRun(request, output, ".toml", stages, target_error=target_error)
     steps = runs.request.num_inference_steps
     with runs.attached() as attachment:
         layers = dict(Counter(layer.state.name for layer in attachment.engine.layers))
         lite = _handler(attachment)
     _check_something_votes(lite.settings, steps, max(layers.values()))
-    for prompt in runs.left(": dense, then tuned"):
+
+    def tuned_beside_dense(prompt: str) -> dict[str, Any]:
         dense = runs.run(prompt)
         with tuning(runs, target_error) as (attachment, tuner):
             tuned = runs.run(prompt, attachment)
-        steps = len(tuned.timings.steps)
+        ran = len(tuned.timings.steps)
         if not tuner.found:
-            raise ConfigError(NOTHING_VOTES.format(steps=steps))
+            raise ConfigError(NOTHING_VOTES.format(steps=ran))
         frames, reference = (np.divide(made.frames, 255, dtype=np.float32) for made in (tuned, dense))
-        runs.add({"prompt": prompt, "psnr": psnr(frames, reference), "calls": tuner.found})
-    assert steps is not None
-    parts = runs.done
+        return {"prompt": prompt, "psnr": psnr(frames, reference), "calls": tuner.found, "steps": ran}
+
+    parts = runs.over_prompts(tuned_beside_dense)
+    steps = parts[-1]["steps"]
     calls = [call for part in parts for call in part["calls"]]
     table = combine(calls, layers, steps, lite.model.name, config.criterion, target_error)
     write_thresholds(output, table)
@@ -133,7 +135,7 @@ def _handler(attachment: Any) -> LiteHandler:
 
 
 @contextlib.contextmanager
-def tuning(runs: Runs, target_error: float) -> Iterator["tuple[Any, Tuner]"]:
+def tuning(runs: TuningRun, target_error: float) -> Iterator["tuple[Any, Tuner]"]:
     """Attach the request's methods with a `Tuner` in LiteAttention's place."""
     with runs.attached() as attachment:
         execution, lite = attachment.engine, _handler(attachment)
@@ -155,8 +157,7 @@ def _check_something_votes(settings: SparseConfig, steps: int | None, layers: in
 
 def _lite_of(request: Request) -> tuple[LiteAttention, tuple[MethodConfig, ...]]:
     """Return the LiteAttention config to tune, and the other methods."""
-    others = tuple(method for method in request.methods if not isinstance(method, LiteAttention))
-    config = next((method for method in request.methods if isinstance(method, LiteAttention)), LiteAttention())
+    config, others = replaced_method(request, LiteAttention)
     for name in ("threshold", "target_density", "thresholds_file"):
         value = getattr(config, name)
         if value is not None:

@@ -1,7 +1,7 @@
 """Tunes UltraViCo for a model: whether its attention over frames repeats, and after how many.
 
 Measured on the model's own generations, as it is: the mean logit of tokens at one place of two frames, by the frames'
-distance, over layers, heads, steps and prompts; `dit_accel.rules.frame_periods` says what it is made of.
+distance, over layers, heads, steps and prompts; `frame_periods` says what it is made of.
 """
 
 import dataclasses
@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request, resolve
 
 from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.rotary import rope_of
 from dit_accel.attachment.layers import PlannedCall
-from dit_accel.rules.frame_periods import spectrum
 from dit_accel.rules.ultravico import extended_frames
 
-from .base import Runs, Tuned, watched_attention, write_config
+from .base import Tuned, TuningRun, watched_attention, write_config
+from .frame_periods import spectrum
 
 
 class Logits:
@@ -60,22 +60,24 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
         raise ConfigError(
             f"tune period measures the model as it is, got --{request.methods[0].name}; leave the methods out"
         )
-    family = settle(request)[1]
+    family = resolve(request)[1]
     if family is not None and family.trained_frames is not None and request.num_frames is None:
         frames = extended_frames(family.trained_frames, 2, family.vae[0])
         request = dataclasses.replace(request, num_frames=frames)
-    runs = Runs(request, output, ".toml", stages)
+    runs = TuningRun(request, output, ".toml", stages)
     transformer = runs.pipe.transformer
     adapter = adapter_for(type(transformer).__name__)
     frequencies = _frequencies(adapter, transformer.config)
     family = adapter.family(transformer.config)
     with runs.attached() as attachment:
-        for prompt in runs.left():
+
+        def measured(prompt: str) -> list[list[float]]:
             logits = Logits()
             with watched_attention(attachment, logits.add):
                 runs.run(prompt)
-            runs.add((logits.total / logits.calls).tolist())
-    mean = np.mean(runs.done, axis=0)
+            return (logits.total / logits.calls).tolist()
+
+        mean = np.mean(runs.over_prompts(measured), axis=0)
     both = (mean + mean.T) / 2
     curve = np.array([np.diagonal(both, distance).mean() for distance in range(len(both))])
     found, name = spectrum(curve, frequencies), family.name if family else adapter.name
@@ -89,7 +91,7 @@ def tune_period(request: Request, output: Path, *, stages: Stages | None = None)
         f"fit's error {found.error:.0%}",
     ]
     config = UltraViCo(period=found.period, gamma=found.gamma, trained_frames=family.trained_frames if family else None)
-    about = f"{len(curve)} latent frames, {len(runs.done)} prompts"
+    about = f"{len(curve)} latent frames, {len(request.prompts)} prompts"
     write_config(output, config, [f"Measured by dit-accel tune period on {name}: {about}.", *remarks])
     runs.finish()
     return Tuned(

@@ -22,10 +22,10 @@ from dit_accel.methods.caches.native import DiffusersCache
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
-from ..runs.results import read_lines
 from ..statistics import FEWEST
 from ..suites.arms import Arm
 from ..suites.job import Job
+from ..suites.lines import result_lines
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
@@ -80,7 +80,7 @@ def tune_pipeline(
         quality=round(chosen.quality, 4), speedup=round(chosen.speedup, 4), prompts=chosen.prompts,
     )  # fmt: skip
     kept = _write(output, chosen.arm, request.guidance_scale, requested, measured)
-    ran = {line["arm"] for line in read_lines(job.out)} & {arm.name for arm in arms}
+    ran = {line.arm for line in result_lines(job.out)} & {arm.name for arm in arms}
     return _tuned(output, kept, requested, chosen, frontier, (len(ran), len(arms)))
 
 

@@ -14,12 +14,11 @@ from dit_accel.errors import ConfigError, did_you_mean, install
 
 from ..metrics.registered import described, metric, metrics
 from ..runs.loaded import FIRST_PROMPT
-from ..runs.results import Line, latest, read_lines
-from ..statistics import estimate
-from ..suites.arms import Arm, dense_arm, is_rival
-from ..suites.compare import run
-from ..suites.comparison import rival_steps, value_of
+from ..statistics import clip_mean
+from ..suites.arms import Arm, dense_arm
 from ..suites.job import Job
+from ..suites.lines import ResultLine, last_lines, result_lines
+from ..suites.running import run
 
 ROUNDS = (2, 4, 6)
 """Prompts on which a setting is measured before it may be pruned, and then all; those before are among them."""
@@ -188,17 +187,17 @@ class Search:
     def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Point]:
         """Return settings as measured on prompts, made or found again."""
         run(dataclasses.replace(self.job, suite=dataclasses.replace(self.job.suite, arms=tuple(arms))), prompts)
-        known = latest(read_lines(self.job.out))
+        known = last_lines(result_lines(self.job.out))
         self.ran.update(arm.name for arm in arms)
         return [self._point(arm, [known[arm.name, prompt] for prompt in prompts]) for arm in arms]
 
-    def _point(self, arm: Arm, lines: Sequence[Line]) -> Point:
-        values = [value for line in lines if (value := value_of(line, self.target.quality)) is not None]
+    def _point(self, arm: Arm, lines: Sequence[ResultLine]) -> Point:
+        values = [value for line in lines if (value := line.value(self.target.quality)) is not None]
         if len(values) < len(lines):
-            kept = (line.get(key, {}) for line in lines for key in ("skipped", "unavailable"))
+            kept = (reasons for line in lines for reasons in (line.skipped, line.unavailable))
             reason = next(filter(None, (one.get(self.target.quality) for one in kept)), "it has no value")
             raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
-        work, found = float(np.mean([line["work"] for line in lines])), estimate(values)
+        work, found = float(np.mean([line.work for line in lines])), clip_mean(values)
         return Point(
             arm=arm, prompts=len(lines), work=work, speedup=self.own / work, quality=found.mean,
             error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
@@ -211,9 +210,6 @@ class Search:
         Settings by hand and some dense runs come first, the cheapest before the others; what optuna's sampler proposes
         follows. A setting whose work can't but be too much is not run; one that is behind others after the prompts of a
         round is not run on more, those by hand apart.
-
-        Raises:
-            ConfigError: without optuna, and where no setting can be as fast as the target.
         """
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
@@ -290,19 +286,20 @@ class Search:
         sign = self.target.sign
         if self.target.name == SPEEDUP:
             return 1e6 * self.target.missed(point) - sign * point.quality
-        lines = latest(read_lines(self.job.out))
+        lines = last_lines(result_lines(self.job.out))
         found = []
         for clip in self.prompts.rounds[-1][: point.prompts]:
             ran = [lines[name, clip] for name in self.ran if (name, clip) in lines]
             # a search that goes on has lines of later settings, which must not change what it proposes
-            steps = {line["num_inference_steps"] for line in ran if is_rival(line)}.union(*map(rival_steps, ran))
+            steps = {line.num_inference_steps for line in ran if line.is_rival}
+            steps = steps.union(*(line.rival_steps for line in ran))
             rivals = [lines[dense_arm(count).name, clip] for count in steps]
-            dense = sorted((one["work"], sign * (value_of(one, self.target.quality) or 0.0)) for one in rivals)
+            dense = sorted((one.work, sign * (one.value(self.target.quality) or 0.0)) for one in rivals)
             works, ladder = (np.array(one) for one in zip(*dense, strict=True))
             own = lines[point.arm.name, clip]
-            values = [sign * (value_of(own, self.target.quality) or 0.0), sign * self.target.value]
+            values = [sign * (own.value(self.target.quality) or 0.0), sign * self.target.value]
             same, goal = np.interp(values, np.maximum.accumulate(ladder), works, right=self.own)
-            found.append(own["work"] / same * goal + max(goal - same, (same - goal) / 2))
+            found.append(own.work / same * goal + max(goal - same, (same - goal) / 2))
         return float(np.mean(found))
 
     def chosen(self, points: Sequence[Point]) -> Point:
@@ -316,11 +313,7 @@ class Search:
         return min(points if target.name == SPEEDUP else sure or points, key=target.rank)
 
     def judged(self, points: Sequence[Point], by_hand: Sequence[Arm] = ()) -> Point:
-        """Return the choice as measured on the held-out prompts, or the best by hand where that is better there.
-
-        Raises:
-            ConfigError: if neither meets the target, with the nearer.
-        """
+        """Return the choice as measured on the held-out prompts, or the best by hand where that is better there."""
         hand = [one for one in points if one.arm in by_hand]
         arms = {one.arm.name: one.arm for one in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
         self.stages.stage(f"judging {' and '.join(arms)} on {len(self.prompts.held)} held-out prompts")

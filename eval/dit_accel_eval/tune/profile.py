@@ -20,9 +20,9 @@ from dit_accel.files import json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.caches.profile_file import VERSION, weights_of
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.block_ranking import cached_blocks, mean_by_row, mean_of_known
 
-from .base import Runs, Tuned, run_settings
+from .base import Tuned, TuningRun, run_settings
+from .block_ranking import cached_blocks, mean_by_row, mean_of_known
 from .profile_watch import CRITERIA, Profiler
 
 
@@ -42,15 +42,18 @@ def tune_profile(
         raise ConfigError(f"there is no criterion {criterion!r}; {did_you_mean(criterion, CRITERIA)}")
     if cached is not None and cached < 1:
         raise ConfigError(f"tune profile's cached must be >= 1, got {cached}")
-    runs = Runs(request, output, ".json", stages)
+    runs = TuningRun(request, output, ".json", stages)
     with runs.attached() as attachment:
         profiler = Profiler(attachment, criterion == "attention")
         _check(attachment, profiler, cached)
-        for prompt in runs.left():
+
+        def profiled(prompt: str) -> dict[str, Any]:
             with profiler.watching():
                 runs.run(prompt)
-            runs.add(_part(prompt, profiler))
-    transformers, parts = find_transformers(runs.pipe), runs.done
+            return _part(prompt, profiler)
+
+        parts = runs.over_prompts(profiled)
+    transformers = find_transformers(runs.pipe)
     content = {
         "profile": VERSION, "model": resolve_model(next(iter(transformers)), transformers).name,
         "criterion": criterion, "cached": cached, "settings": run_settings(runs.request),

@@ -17,10 +17,10 @@ from dit_accel.attachment.layers import PlannedCall, TransformerState
 from dit_accel.attachment.site import find_blocks
 from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.site import Block, target_sample
-from dit_accel.rules.block_ranking import attention_received, foreground_ratio
 from dit_accel.rules.foreground import foreground, predicted
 
 from .base import watched_attention
+from .block_ranking import attention_received, foreground_ratio
 
 CRITERIA = ("attention", "delta", "error")
 """What blocks are judged by. ``attention``: the share of the foreground that receives more attention than the mean

@@ -8,26 +8,26 @@ the solver moves and how they grow; and the solver's own steps are searched besi
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import Request, settle
+from dit_accel_pipelines.generation.request import Request, resolve
 from dit_accel_pipelines.generation.solvers import BEST, is_flow, make_scheduler
 from dit_accel_pipelines.generation.traced import Trace, traced
 
 from dit_accel import ConfigError, StaticCache
 from dit_accel.methods.caches.block_numbers import spell_numbers
 from dit_accel.methods.find import find_transformers, resolve_model
-from dit_accel.rules.schedule import SkipCosts, grown, searched
 
 from ..metrics.psnr import psnr
-from .base import Runs, Tuned, write_config
+from .base import Tuned, TuningRun, replaced_method, write_config
+from .skip_costs import SkipCosts, grown, searched
 
-FREE = ("predictor", "order", "variable", "stored")
+FREE = ("predictor", "order", "stored")
 """Options of `StaticCache` that a request may set: how is forecast, not when."""
 
 EARLY = 0.1
@@ -80,7 +80,7 @@ def tune_schedule(
         stages: progress bars; None shows none.
     """
     config, others = _config(request)
-    tried = [Placement.read(text) for text in placement] or [Placement(settle(request)[0].num_inference_steps or 0)]
+    tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
     for one in tried:
         if not 2 <= computed <= one.steps:
             raise ConfigError(f"tune schedule computes from 2 to all of {one.steps} steps, got computed = {computed}")
@@ -88,13 +88,17 @@ def tune_schedule(
     if not half:
         raise ConfigError("tune schedule takes 2 prompts or more to choose among placements, got 1; add some")
     kept = {"placement": [one.text for one in tried], "computed": computed, "cache": config.to_dict()}
-    runs = Runs(dataclasses.replace(request, methods=others), output, ".toml", stages, **kept)
+    runs = TuningRun(dataclasses.replace(request, methods=others), output, ".toml", stages, **kept)
     with runs.attached(config):  # refuses methods that don't go together
         tuner = _Tuner(runs, config)
-    parts = [[tuner.calibrated(one, prompt) for prompt in request.prompts[:half]] for one in tried]
+    parts = [runs.search(
+        [(one.text or one.steps, prompt) for prompt in request.prompts[:half]],
+        lambda point, one=one: tuner.calibrated(one, point[1]), lambda point: f"{point[0]} steps, {point[1]}",
+    ) for one in tried]  # fmt: skip
     lists = [_searched(of, config, computed) for of in parts]
     paths = [of[computed][1] for of in lists]
-    judged = [tuner.judged(prompt, tried, paths) for prompt in request.prompts[half:]]
+    choosing = [("choosing", prompt) for prompt in request.prompts[half:]]
+    judged = runs.search(choosing, lambda point: tuner.judged(point[1], tried, paths), " by ".join)
     quality = np.mean(judged, 0).tolist() if judged else [None]
     order = sorted(range(len(tried)), key=lambda place: -(quality[place] or 0))
     best, path = tried[order[0]], paths[order[0]]
@@ -133,11 +137,13 @@ def _found(placement: Placement, quality: float | None, lists: Lists) -> dict[st
 
 def _config(request: Request) -> tuple[StaticCache, tuple[Any, ...]]:
     """Return the request's cache, and its other methods; a cache that says when is computed is refused."""
-    config = next((one for one in request.methods if isinstance(one, StaticCache)), StaticCache(predictor="taylor"))
+    config, others = replaced_method(request, StaticCache, StaticCache(predictor="taylor"))
     for name, value in config.to_dict().items():
         if name not in FREE and value != getattr(StaticCache(), name):
             raise ConfigError(f"tune schedule finds what is computed, got staticcache.{name} = {value!r}; leave it out")
-    return config, tuple(one for one in request.methods if not isinstance(one, StaticCache))
+    if config.predictor == "corrected":
+        raise ConfigError("tune schedule knows no error of staticcache.predictor = 'corrected'; use 'taylor'")
+    return config, others
 
 
 def _listed(config: StaticCache, steps: int, path: Sequence[int]) -> StaticCache:
@@ -148,16 +154,17 @@ def _searched(parts: Sequence[dict[str, Any]], config: StaticCache, computed: in
     """Return the best lists of up to so many computed steps by what was measured on prompts."""
     products, sigmas = np.array([part["products"] for part in parts]), parts[0]["sigmas"]
     weights = np.array([np.abs(np.diff(part["sigmas"])) * grown(part["moved"], part["early"]) for part in parts])
-    times = sigmas if config.variable == "sigma" else [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    times = [*map(float, range(len(sigmas) - 1)), len(sigmas) - 2.0]
+    assert config.predictor != "corrected"  # refused before
     costs = SkipCosts(products=products, weights=weights, times=times, predictor=config.predictor, order=config.order)
     return searched(costs, computed)
 
 
 class _Tuner:
-    """The generations of a search; each part is kept as soon as it is done."""
+    """The generations of a search."""
 
-    def __init__(self, runs: Runs, config: StaticCache) -> None:
-        self._runs, self._config, self._part = runs, config, 0
+    def __init__(self, runs: TuningRun, config: StaticCache) -> None:
+        self._runs, self._config = runs, config
         self._shipped = runs.pipe.scheduler
         transformers = find_transformers(runs.pipe)
         self.model = resolve_model(next(iter(transformers)), transformers).name
@@ -169,42 +176,25 @@ class _Tuner:
 
     def calibrated(self, placement: Placement, prompt: str) -> dict[str, Any]:
         """Return the products of what a prompt's run stores, its noise levels, and how far an early error moves it."""
-
-        def calibrate() -> dict[str, Any]:
-            steps, early = placement.steps, max(1, round(EARLY * placement.steps))
-            dense = self._run(placement, prompt)[1]
-            if len(dense.outputs) != steps or None in dense.sigmas:
-                raise ConfigError(
-                    f"tune schedule needs a scheduler that makes one call a step and tells its noise levels, got "
-                    f"{len(dense.outputs)} calls in {steps} steps of {type(self._shipped).__name__}; give --placement"
-                )
-            skipping = _listed(self._config, steps, [step for step in range(steps) if step != early])
-            other = self._run(placement, prompt, skipping)[1]
-            products = dense.products(self._config.stored == "residual").tolist()
-            return {"products": products, "sigmas": dense.sigmas, "moved": dense.moved(other), "early": early}
-
-        return self._once(f"{placement.steps} steps, {prompt}", calibrate)
+        steps, early = placement.steps, max(1, round(EARLY * placement.steps))
+        dense = self._run(placement, prompt)[1]
+        if len(dense.outputs) != steps or None in dense.sigmas:
+            raise ConfigError(
+                f"tune schedule needs a scheduler that makes one call a step and tells its noise levels, got "
+                f"{len(dense.outputs)} calls in {steps} steps of {type(self._shipped).__name__}; give --placement"
+            )
+        skipping = _listed(self._config, steps, [step for step in range(steps) if step != early])
+        other = self._run(placement, prompt, skipping)[1]
+        products = dense.products(self._config.stored == "residual").tolist()
+        return {"products": products, "sigmas": dense.sigmas, "moved": dense.moved(other), "early": early}
 
     def judged(self, prompt: str, tried: Sequence[Placement], paths: Sequence[Sequence[int]]) -> list[float]:
         """Return the PSNR of each placement's list on a prompt, to a run of many more steps."""
-
-        def judge() -> list[float]:
-            finer = Placement(FINER * max(one.steps for one in tried), text="finer")
-            converged = self._run(finer, prompt)[0]
-            listed = [_listed(self._config, one.steps, path) for one, path in zip(tried, paths, strict=True)]
-            return [
-                psnr(self._run(*one)[0], converged) for one in zip(tried, [prompt] * len(tried), listed, strict=True)
-            ]
-
-        return self._once(f"choosing by {prompt}", judge)
-
-    def _once(self, what: str, make: Callable[[], Any]) -> Any:
-        """Return a part of the search that an earlier run kept, or make and keep it."""
-        self._runs.stages.stage(what)
-        if self._part == len(self._runs.done):
-            self._runs.add(make())
-        self._part += 1
-        return self._runs.done[self._part - 1]
+        converged = self._run(Placement(FINER * max(one.steps for one in tried), text="finer"), prompt)[0]
+        return [
+            psnr(self._run(placement, prompt, _listed(self._config, placement.steps, path))[0], converged)
+            for placement, path in zip(tried, paths, strict=True)
+        ]
 
     def _run(self, placement: Placement, prompt: str, *caches: StaticCache) -> tuple[np.ndarray, Trace]:
         """Return a run's frames, in [0, 1], and what its solver saw."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_accel_pipelines.generation.generate import opened
 from dit_accel_pipelines.generation.progress import Stages
-from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, read_prompts, settle, side_car_path
+from dit_accel_pipelines.generation.request import EMBEDDED, Request, check_words, read_prompts, resolve, side_car_path
 from dit_accel_pipelines.generation.room import check_outputs_fit
 
 from dit_accel import ConfigError
@@ -130,7 +130,7 @@ def remaining(work: Iterable[Piece], request: Request) -> list[Piece]:
 
 def sizes_text(request: Request) -> str:
     """Return the sizes and steps of a request's videos, as far as they are known before a model is loaded."""
-    known = ((name, getattr(settle(request)[0], name)) for name in SIZES)
+    known = ((name, getattr(resolve(request)[0], name)) for name in SIZES)
     return ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
 
 
@@ -142,7 +142,7 @@ def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None
     if request.embedded:
         for piece in work:
             check_words(piece.prompt, request.embedded)
-    check_outputs_fit(settle(request).request, len(work))
+    check_outputs_fit(resolve(request).request, len(work))
     with opened(request, stages=Stages(quiet=True), command=command) as make:
         for number, piece in enumerate(work, 1):
             with held(piece.path):

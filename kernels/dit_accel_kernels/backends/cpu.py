@@ -41,7 +41,7 @@ _PROBES = {  # the most telling first
 
 
 @lru_cache(maxsize=1)
-def processor() -> str:
+def processor_kind() -> str:
     """What this machine's processor has, as the table's rows name it; "other" for what they don't know."""
     return next((name for name, probe in _PROBES.items() if getattr(torch.cpu, probe, bool)()), "other")
 
@@ -53,7 +53,7 @@ def choice(dtype: torch.dtype | None, tiles: Grid) -> tuple[str, float | None]:
     tile sides are powers of 2; that the call has neither votes nor LSE is the caller's to know.
     """
     tile = 64 if min(tiles.block_q, tiles.block_k) <= 64 else 128
-    rows = _serving(processor(), DTYPES.get(dtype) if dtype else None, min(tiles.num_q, tiles.num_k), tile)
+    rows = _serving(processor_kind(), DTYPES.get(dtype) if dtype else None, min(tiles.num_q, tiles.num_k), tile)
     density = max(tiles.density, 1e-9)
     speed = {backend: _at(shares, density) / density for backend, shares in rows.items()}
     ahead = sorted(speed, key=speed.__getitem__, reverse=True)
@@ -97,7 +97,10 @@ def _dense_speed(dtype: torch.dtype, dim: int) -> float:
     q, k, v = (torch.randn(1, 1, DENSE_TOKENS, dim, generator=generator).to(dtype) for _ in range(3))
     tiles = TileLists.full(DENSE_TOKENS, DENSE_TOKENS, block_q=DENSE_TILE, block_k=DENSE_TILE)
     problem = Problem(q=q, k=k, v=v, **tiles.parts, block_q=DENSE_TILE, block_k=DENSE_TILE, scale=dim**-0.5)
-    dense, loop = partial(scaled_dot_product_attention, q, k, v), partial(fused.attend, problem, None, need_lse=False)
+    dense, loop = (
+        partial(scaled_dot_product_attention, q, k, v),
+        partial(fused.attend_by_loop, problem, None, need_lse=False),
+    )
     best, threads = [float("inf")] * 2, torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -32,7 +32,7 @@ from ..sections import valid_tiles
 from ..states import list_states, resolved
 
 
-class Blocks(NamedTuple):
+class FlexBlocks(NamedTuple):
     """Tile lists as FlexAttention's padded rows: counts int32 [B or 1, H or 1, NQ], indices int32 [.., NQ, P + NK].
 
     P blocks of pooled columns come before the key tiles. `seen` is bool [.., NQ, P * block_k + NK]: every pooled column
@@ -67,7 +67,7 @@ class Columns(NamedTuple):
 MadeFor = tuple[int, int, int, float, bool]
 """What one compiled function is made for beside shapes: block_q, block_k, pooled columns, scale, LSE or not."""
 
-_blocks_of_lists: StorageCache[Blocks] = StorageCache()
+_blocks_of_lists: StorageCache[FlexBlocks] = StorageCache()
 
 
 def check(problem: Problem, *, need_lse: bool) -> None:
@@ -134,7 +134,7 @@ def _compiled() -> Any:
     return torch.compile(_compilable, dynamic=False, fullgraph=True)
 
 
-def _compilable(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) -> tuple[Tensor, Tensor | None]:
+def _compilable(q: Tensor, columns: Columns, blocks: FlexBlocks, made_for: MadeFor) -> tuple[Tensor, Tensor | None]:
     if not torch.compiler.is_dynamo_compiling():  # the eager FlexAttention reads no lists and would be dense
         raise BackendUnavailableError(
             "backend 'flex' needs torch.compile, which is switched off: use 'torch' or 'auto'"
@@ -142,7 +142,7 @@ def _compilable(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) 
     return flex_call(q, columns, blocks, made_for)
 
 
-def flex_call(q: Tensor, columns: Columns, blocks: Blocks, made_for: MadeFor) -> tuple[Tensor, Tensor | None]:
+def flex_call(q: Tensor, columns: Columns, blocks: FlexBlocks, made_for: MadeFor) -> tuple[Tensor, Tensor | None]:
     """FlexAttention's output and LSE (None where not needed); rows without a key are left to the caller.
 
     Not compiled, FlexAttention is dense and reads `mask_mod` alone, which says all there is to say if `seen` is given.
@@ -196,7 +196,7 @@ def _kernel_options(q: Tensor, block_q: int, block_k: int) -> dict[str, Any]:
     return options
 
 
-def _blocks(problem: Problem, pooled: int) -> Blocks:
+def _blocks(problem: Problem, pooled: int) -> FlexBlocks:
     """The call's lists as blocks: exact tiles are full where all their keys are valid, absent where none is."""
     states = list_states(problem)
     exact = states >= EXACT
@@ -218,7 +218,7 @@ def _blocks(problem: Problem, pooled: int) -> Blocks:
     if seen is not None and problem.mask_ids is not None:
         masks, bits = lists_of(problem).mask_table()
         masks = by_head(pad(masks, (pooled, 0), value=len(bits) - 1), problem.q.shape[1]).expand_as(seen)
-    return Blocks(*padded_rows(partial), *padded_rows(full), seen, masks, bits)
+    return FlexBlocks(*padded_rows(partial), *padded_rows(full), seen, masks, bits)
 
 
 def _columns(problem: Problem, pooled: int) -> Columns:

@@ -2,13 +2,8 @@
 
 from functools import partial
 
-from dit_accel.adapters.adapter import Adapter
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.cross_attention import CrossAttention
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, CrossAttention, Guidance, Rope, read_sizes
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
-from dit_accel.adapters.sizes import read_sizes
 
 ALLEGRO = Adapter(
     name="allegro",

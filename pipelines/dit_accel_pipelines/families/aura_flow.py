@@ -5,29 +5,12 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid, latents_grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, JoinedText, latents_grid, read_sizes
+
+from .released import released
 
 REGISTERS = 8
 """Learned tokens in front of the text."""
-
-AURA_FLOW_03 = Family(
-    name="aura-flow-0.3",
-    repo="fal/AuraFlow-v0.3",
-    layers=4 + 32,  # double and single blocks
-    heads=12,
-    head_dim=256,
-    ffn_dim=8192 * 3 // 2,  # gated: three matrices
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=REGISTERS + 256,
-    height=1024,
-    width=1024,
-    num_frames=1,
-)
 
 
 def behind_registers(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -55,6 +38,6 @@ AURA_FLOW = Adapter(
     grid=behind_registers,
     rope="AuraFlow adds learned positions to the patches",
     joined_text=JoinedText(place="before", registers=REGISTERS),
-    families=(AURA_FLOW_03,),
-    refused=IMAGE_REFUSED,
+    families=released("aura-flow"),
+    makes_images=True,
 )

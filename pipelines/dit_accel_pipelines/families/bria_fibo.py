@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, Sizes, read_sizes
 from dit_accel.adapters.position_ids import read_once
-from dit_accel.adapters.sizes import Sizes, read_sizes
 
 from .flux import FLUX
 from .lumina2 import lengths
@@ -67,6 +64,6 @@ BRIA_FIBO_2 = Adapter(
     sizes=gated_sizes,
     grid=behind_the_gist,
     joined_text="its blocks take text of all layers of the encoder",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Z_IMAGE.rope,
 )

@@ -7,10 +7,10 @@ text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` an
 
 from dataclasses import replace
 
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import JOINT, BlockList, Guidance
 
-from .flux import FLUX, FLUX_DEV
+from .flux import FLUX, FLUX_LARGER
+from .released import released
 
 CHROMA = replace(
     FLUX,
@@ -27,13 +27,5 @@ CHROMA = replace(
     outer_masks=True,
     signal=None,
     joined_text="its mask of pairs is made for the prompt",
-    families=(
-        replace(
-            FLUX_DEV,
-            name="chroma1-hd",
-            repo="lodestones/Chroma1-HD",
-            num_inference_steps=35,
-            forwards_per_step=2,
-        ),
-    ),
+    families=released("chroma", **FLUX_LARGER),
 )

@@ -4,20 +4,30 @@ The latents are [B, T, C, H, W]; version 1.5 takes two frames into a token. Cons
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, latents_grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import (
+    JOINT,
+    VISUAL_AXES,
+    Adapter,
+    Axis,
+    BlockList,
+    Guidance,
+    JoinedText,
+    Rope,
+    latents_grid,
+    read_sizes,
+)
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
+from .released import released
 
+ROTARY = {"attention_head_dim": 64, "use_rotary_positional_embeddings": True}
+# CogVideoX 1.5 was trained on two lengths, of 5 and 10 seconds.
+SIZES_15 = {
+    "patch": (2, 2, 2),
+    "config": {**ROTARY, "patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300},
+}
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
 ULTRAVICO_COGVIDEOX = {
     "period": 20.0,
@@ -25,51 +35,8 @@ ULTRAVICO_COGVIDEOX = {
     "by_ratio": ((2.0, 0.9, 0.6), (3.0, 0.9, 0.6), (4.0, 0.85, 0.6)),
 }
 
-COGVIDEOX_2B = Family(
-    name="cogvideox-2b",
-    repo="THUDM/CogVideoX-2b",
-    layers=30,
-    heads=30,
-    head_dim=64,
-    ffn_dim=7680,
-    patch=(1, 2, 2),
-    vae=(4, 8),
-    text_tokens=226,
-    height=480,
-    width=720,
-    num_frames=49,
-    trained_frames=13,
-    config={"attention_head_dim": 64, "use_rotary_positional_embeddings": False},
-)
-COGVIDEOX_5B = replace(
-    COGVIDEOX_2B,
-    name="cogvideox-5b",
-    repo="THUDM/CogVideoX-5b",
-    layers=42,
-    heads=48,
-    ffn_dim=12288,
-    config={"attention_head_dim": 64, "use_rotary_positional_embeddings": True},
-    recipes={"ultravico": ULTRAVICO_COGVIDEOX},
-)
-COGVIDEOX_15_5B = replace(
-    COGVIDEOX_5B,
-    name="cogvideox1.5-5b",
-    repo="THUDM/CogVideoX1.5-5B",
-    patch=(2, 2, 2),
-    height=768,
-    width=1360,
-    num_frames=81,
-    in_channels=16,
-    trained_frames=None,  # 5 and 10 seconds
-    config={**COGVIDEOX_5B.config, "patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300},
-    recipes={},
-)
-COGVIDEOX_15_5B_I2V = replace(
-    COGVIDEOX_15_5B, name="cogvideox1.5-5b-i2v", repo="THUDM/CogVideoX1.5-5B-I2V", in_channels=32
-)
 
-
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the video."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     time = transformer.time_embedding(
@@ -106,7 +73,7 @@ COGVIDEOX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(0, 1)),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=partial(latents_grid, frames_axis=1, text="before"),
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         input="image_rotary_emb",
         form="pairs",
@@ -120,5 +87,16 @@ COGVIDEOX = Adapter(
         ),
     ),
     joined_text=JoinedText(place="before"),
-    families=with_perturbation(*with_step_caches(COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15_5B, COGVIDEOX_15_5B_I2V)),
+    families=released(
+        "cogvideox",
+        {
+            "cogvideox-2b": {
+                "trained_frames": 13,
+                "config": {"attention_head_dim": 64, "use_rotary_positional_embeddings": False},
+            },
+            "cogvideox-5b": {"trained_frames": 13, "config": ROTARY, "recipes": {"ultravico": ULTRAVICO_COGVIDEOX}},
+            "cogvideox1.5-5b": {**SIZES_15, "in_channels": 16},
+            "cogvideox1.5-5b-i2v": {**SIZES_15, "in_channels": 32},
+        },
+    ),
 )

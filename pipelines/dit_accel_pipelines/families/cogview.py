@@ -8,44 +8,26 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, NO_STEP, Adapter, Family, Grid, latents_grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters import (
+    JOINT,
+    NO_STEP,
+    Adapter,
+    BlockList,
+    Grid,
+    Guidance,
+    JoinedText,
+    Rope,
+    latents_grid,
+    read_sizes,
+)
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+
+from .released import released
 
 text_first = partial(latents_grid, frames_axis=None, text="before")
 
-COGVIEW4_6B = Family(
-    name="cogview4-6b",
-    repo="THUDM/CogView4-6B",
-    layers=28,
-    heads=32,
-    head_dim=128,
-    ffn_dim=4 * 32 * 128,
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=224,  # follows the prompt's length, up to 1024
-    height=1024,
-    width=1024,
-    num_frames=1,
-    config={"attention_head_dim": 128, "rope_axes_dim": (256, 256)},
-)
-COGVIEW3_PLUS_3B = replace(
-    COGVIEW4_6B,
-    name="cogview3-plus-3b",
-    repo="THUDM/CogView3-Plus-3B",
-    layers=30,
-    heads=64,
-    head_dim=40,
-    ffn_dim=10240,
-    config={"attention_head_dim": 40},
-)
 
-
-def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid as CogView does; cached keys count as text. A forward that fills the cache is no denoising step."""
     grid, caches = text_first(config, inputs), inputs.get("kv_caches")
     if caches is None:
@@ -75,15 +57,21 @@ COGVIEW = Adapter(
         fitted=("height", "width"),
     ),
     joined_text=JoinedText(place="before"),
-    families=(COGVIEW4_6B, COGVIEW3_PLUS_3B),
-    refused=IMAGE_REFUSED,
+    families=released(
+        "cogview",
+        {
+            "cogview4-6b": {"config": {"attention_head_dim": 128, "rope_axes_dim": (256, 256)}},
+            "cogview3-plus-3b": {"config": {"attention_head_dim": 40}},
+        },
+    ),
+    makes_images=True,
 )
 GLM_IMAGE = replace(
     COGVIEW,
     name="glm-image",
     transformers=("GlmImageTransformer2DModel",),
     guidance=Guidance(in_turn=("GlmImagePipeline",)),
-    grid=with_cached_references,
+    grid=_with_cached_references,
     rope=Rope(
         owner="rope",
         form="theta",

@@ -4,53 +4,12 @@ Given frames keep a timestep of their own, near none; the noisiest frame tells t
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.cross_attention import CrossAttention
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, CrossAttention, Guidance, Rope
 from dit_accel.adapters.rope_axes import scaled_thirds
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
 
-COSMOS_7B = Family(
-    name="cosmos-1-7b",
-    repo="nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
-    layers=28,
-    heads=32,
-    head_dim=128,
-    ffn_dim=16384,
-    patch=(1, 2, 2),
-    vae=(8, 8),
-    cross_tokens=512,
-    height=704,
-    width=1280,
-    num_frames=121,
-    trained_frames=16,
-    num_inference_steps=36,
-)
-COSMOS_14B = replace(
-    COSMOS_7B,
-    name="cosmos-1-14b",
-    repo="nvidia/Cosmos-1.0-Diffusion-14B-Text2World",
-    layers=36,
-    heads=40,
-    ffn_dim=20480,
-    trained_frames=None,  # Predict 2's of this size takes 24, not 16
-)
-COSMOS_PREDICT2_2B = replace(
-    COSMOS_7B,
-    name="cosmos-predict2-2b",
-    repo="nvidia/Cosmos-Predict2-2B-Video2World",
-    heads=16,
-    ffn_dim=8192,
-    vae=(4, 8),
-    num_frames=93,
-    trained_frames=24,
-    num_inference_steps=35,
-    config={"attention_head_dim": 128, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None},
-)
+from .released import released
 
 
 def cosmos_lengths(config: Mapping[str, Any]) -> Mapping[str, int]:
@@ -88,5 +47,14 @@ COSMOS = Adapter(
         max_positions=cosmos_lengths,
         note="Cosmos 1 adds learned positions to the patches, which do not move",
     ),
-    families=(COSMOS_7B, COSMOS_14B, COSMOS_PREDICT2_2B),
+    families=released(
+        "cosmos",
+        {
+            "cosmos-1-7b": {"trained_frames": 16},  # and none for the 14B: Predict 2's of this size takes 24
+            "cosmos-predict2-2b": {
+                "trained_frames": 24,
+                "config": {"attention_head_dim": 128, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None},
+            },
+        },
+    ),
 )

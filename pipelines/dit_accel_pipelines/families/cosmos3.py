@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid
+from dit_accel.adapters import Adapter, Grid, Rope, read_sizes
 from dit_accel.adapters.rope_axes import interleaved
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
 
 
 def last_vision_item(config: Any, inputs: Mapping[str, Any]) -> Grid:

@@ -2,12 +2,7 @@
 
 from functools import partial
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, latents_grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Guidance, Rope, by_config, latents_grid, read_sizes
 
 ERNIE_IMAGE = Adapter(
     name="ernie-image",
@@ -20,7 +15,7 @@ ERNIE_IMAGE = Adapter(
     ),
     grid=partial(latents_grid, frames_axis=None, text="after", joined=("text_bth",)),
     joined_text="the lengths of its texts come as an input of their own",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pos_embed",
         form="theta",

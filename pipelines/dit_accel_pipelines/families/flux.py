@@ -5,66 +5,24 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters import JOINT, Adapter, BlockList, Guidance, JoinedText, Rope, Sizes, by_config, read_sizes
 from dit_accel.adapters.position_ids import ids_grid
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import Sizes, read_sizes
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
+from .released import released
 
 # UltraImage, arXiv 2512.04504, at 3600 x 3600 pixels: its final settings and the turn of its code.
 ULTRAIMAGE_FLUX = {"indices": (9,), "turn": 0.85, "focus_min": 1.1, "focus_max": 1.3}
-
-FLUX_DEV = Family(
-    name="flux.1-dev",
-    repo="black-forest-labs/FLUX.1-dev",
-    layers=19 + 38,  # double and single blocks
-    heads=24,
-    head_dim=128,
-    ffn_dim=12288,
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=512,
-    height=1024,
-    width=1024,
-    num_frames=1,
-    num_inference_steps=28,
-    forwards_per_step=1,  # guidance is distilled into the model
-    trained_size=(128, 128),  # up to 2048 x 2048 pixels
-    beyond=("tiled_vae", "pinned_shift"),
-    recipes={"ultraimage": ULTRAIMAGE_FLUX},
-)
-FLUX_SCHNELL = replace(
-    FLUX_DEV, name="flux.1-schnell", repo="black-forest-labs/FLUX.1-schnell", text_tokens=256, num_inference_steps=4
-)
-# The embedded image model: 144 tokens of 8 x 8 pixels, so the tiles are small; guided by a negative prompt.
-FLUX_TINY = replace(
-    FLUX_DEV,
-    name="flux-tiny",
-    repo="embedded/flux-tiny",
-    layers=4 + 8,
-    heads=2,
-    head_dim=64,
-    ffn_dim=512,
-    vae=(1, 4),
-    text_tokens=64,
-    height=96,
-    width=96,
-    num_inference_steps=20,
-    forwards_per_step=2,
-    trained_size=(12, 12),
-    beyond=(),
-    recipes={"sol": {"block_size": 16}},
-)
-FLUX_KONTEXT = replace(FLUX_DEV, name="flux.1-kontext-dev", repo="black-forest-labs/FLUX.1-Kontext-dev")
+FLUX_LARGER: dict[str, Any] = {
+    "trained_size": (128, 128),  # up to 2048 x 2048 pixels
+    "beyond": ("tiled_vae", "pinned_shift"),
+    "recipes": {"ultraimage": ULTRAIMAGE_FLUX},
+}
+# The embedded image model: 144 tokens of 8 x 8 pixels, so the tiles are small; guided by a negative prompt, where
+# guidance is distilled into the others.
+_TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipes": {"sol": {"block_size": 16}}}
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the image."""
     image = transformer.x_embedder(inputs["hidden_states"])
     timestep, guidance = inputs["timestep"].to(image.dtype) * 1000, inputs.get("guidance")
@@ -103,15 +61,15 @@ FLUX = Adapter(
     grid=ids_grid,
     split_text="before",
     separate_text_attention=True,  # IP-Adapters: image queries over their own keys
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         owner="pos_embed",
         form="theta",
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
     ),
     joined_text=JoinedText(place="before"),
-    families=with_perturbation(*with_step_caches(FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX_TINY)),
-    refused=IMAGE_REFUSED,
+    families=released("flux", {"flux-tiny": _TINY}, forwards_per_step=1, **FLUX_LARGER),
+    makes_images=True,
 )
 
 

@@ -8,33 +8,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, JoinedText, Rope, by_config, read_sizes
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
 
-FLUX2_DEV = Family(
-    name="flux.2-dev",
-    repo="black-forest-labs/FLUX.2-dev",
-    layers=8 + 48,  # double and single blocks
-    heads=48,
-    head_dim=128,
-    ffn_dim=18432 * 3 // 2,  # gated: three matrices
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=512,
-    height=1024,
-    width=1024,
-    num_frames=1,
-    forwards_per_step=1,  # guidance is distilled into the model
-)
+from .released import released
 
 
-def with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
+def _with_cached_references(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     """Read the grid as `ids_grid` does; with ``kv_cache_mode``, reference images stand between text and image."""
     mode = inputs.get("kv_cache_mode")
     if mode is None:
@@ -69,7 +49,7 @@ FLUX2 = Adapter(
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
-    grid=with_cached_references,
+    grid=_with_cached_references,
     separate_text_attention=True,  # while the cache is filled, references attend to themselves
     rope=Rope(
         owner="pos_embed",
@@ -78,8 +58,8 @@ FLUX2 = Adapter(
     ),
     joined_text=JoinedText(place="before", alone=("kv_cache",)),
     split_text="before",
-    families=(FLUX2_DEV,),
-    refused=IMAGE_REFUSED,
+    families=released("flux2", forwards_per_step=1),
+    makes_images=True,
 )
 FLUX3 = Adapter(
     name="flux3",
@@ -96,7 +76,7 @@ FLUX3 = Adapter(
     grid=with_own_references,
     variable_text_length=True,
     joined_text=JoinedText(place="before"),
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pos_embed",
         form="theta",

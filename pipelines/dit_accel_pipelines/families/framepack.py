@@ -7,29 +7,12 @@ Each section of frames is a run of its own, for the methods' warm-up and in the 
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid, patch_count
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, Grid, Guidance, Rope, by_config, latents_grid, patch_count
 
-FRAMEPACK_13B = Family(
-    name="framepack",
-    repo="lllyasviel/FramePackI2V_HY",
-    layers=20 + 40,  # double and single blocks
-    heads=24,
-    head_dim=128,
-    ffn_dim=12288,
-    patch=(1, 2, 2),
-    vae=(4, 8),
-    text_tokens=256 + 729,  # prompt and image; the history comes on top
-    height=720,
-    width=1280,
-    num_frames=33,  # made at a time
-    forwards_per_step=1,  # guidance is distilled into the model
-)
+from .released import released
 
 
-def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off the latents, the history's latents and the lengths of image and prompt."""
     frames, height, width, _, after = latents_grid(
         config, inputs, text="after", joined=("image_embeds", "encoder_hidden_states")
@@ -51,7 +34,7 @@ FRAMEPACK = Adapter(
         ),
     ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    grid=history_grid,
+    grid=_history_grid,
     variable_text_length=True,
     rope=Rope(
         owner="rope",
@@ -59,5 +42,5 @@ FRAMEPACK = Adapter(
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
     joined_text="it cuts padded text off, so that rows of two texts would attend apart",
-    families=(FRAMEPACK_13B,),
+    families=released("framepack", forwards_per_step=1),
 )

@@ -4,29 +4,15 @@ Each chunk of frames is a run of its own, for the methods' warm-up and in the re
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid, latents_grid, patch_count
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, Grid, Rope, by_config, latents_grid, patch_count
 
-from .wan import WAN21_14B
-
-HELIOS_14B = replace(
-    WAN21_14B,
-    name="helios-14b",
-    repo="BestWishYsh/Helios-Base",
-    height=384,
-    width=640,
-    num_frames=33,  # made at a time; the history comes on top
-    trained_frames=None,
-    recipes={},
-)
+from .released import released
+from .wan import WAN21
 
 
-def history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _history_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off the latents and the history's latents."""
     frames, height, width, *_ = latents_grid(config, inputs)
     parts = (("latents_history_short", 1), ("latents_history_mid", 2), ("latents_history_long", 4))
@@ -39,7 +25,7 @@ HELIOS = Adapter(
     transformers=("HeliosTransformer3DModel",),
     self_attention=("blocks.*.attn1",),
     blocks=(BlockList(pattern="blocks.*", joined=True),),
-    grid=history_grid,
+    grid=_history_grid,
     rope=Rope(
         owner="rope",
         form="frequencies",
@@ -47,5 +33,5 @@ HELIOS = Adapter(
         parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
         axes=by_config("rope_dim", VISUAL_AXES, 10000.0, theta_key="rope_theta"),
     ),
-    families=(HELIOS_14B,),
+    families=released("helios", **WAN21),
 )

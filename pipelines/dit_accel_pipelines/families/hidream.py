@@ -6,27 +6,9 @@ An image that is not square is padded to ``max_resolution`` with tokens that are
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import Sizes, read_sizes
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, read_sizes
 
-HIDREAM_I1 = Family(
-    name="hidream-i1",
-    repo="HiDream-ai/HiDream-I1-Full",
-    layers=16 + 32,  # double and single blocks
-    heads=20,
-    head_dim=128,
-    ffn_dim=6912 * 3 // 2 * 2 + 3584 * 3 // 2,  # two of four gated experts, and the shared one
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=3 * 128,
-    height=1024,
-    width=1024,
-    num_frames=1,
-)
+from .released import released
 
 
 def padded_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -41,7 +23,7 @@ def padded_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
     return 1, height, width, 0, padding + text
 
 
-def expert_sizes(config: Mapping[str, Any]) -> Sizes:
+def _expert_sizes(config: Mapping[str, Any]) -> Sizes:
     """Read the sizes, where a token passes its activated experts and one of half their width that all share."""
     hidden = 4 * config["num_attention_heads"] * config["attention_head_dim"]
     expert, shared = (-(-(2 * size // 3) // 256) * 256 for size in (hidden, hidden // 2))
@@ -57,7 +39,7 @@ HIDREAM = Adapter(
         BlockList(pattern="double_stream_blocks.*", takes=JOINT, gives=(0, 1)),
         BlockList(pattern="single_stream_blocks.*", joined=True),
     ),
-    sizes=expert_sizes,
+    sizes=_expert_sizes,
     grid=padded_image,
     timestep="timesteps",
     rope=Rope(
@@ -67,6 +49,6 @@ HIDREAM = Adapter(
         axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0),
     ),
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
-    families=(HIDREAM_I1,),
-    refused=IMAGE_REFUSED,
+    families=released("hidream"),
+    makes_images=True,
 )

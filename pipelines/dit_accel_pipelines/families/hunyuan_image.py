@@ -3,24 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, Grid, Rope, by_config
 
-HUNYUAN_IMAGE_21 = Family(
-    name="hunyuan-image-2.1",
-    repo="hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
-    layers=20 + 40,  # double and single blocks
-    heads=28,
-    head_dim=128,
-    ffn_dim=4 * 28 * 128,
-    patch=(1, 1, 1),
-    vae=(1, 32),
-    text_tokens=1000 + 128,  # Qwen2.5-VL and ByT5
-    height=2048,
-    width=2048,
-    num_frames=1,
-)
+from .released import released
 
 
 def image_then_texts(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -44,6 +29,6 @@ HUNYUAN_IMAGE = Adapter(
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(64, 64)),
     ),
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
-    families=(HUNYUAN_IMAGE_21,),
-    refused=IMAGE_REFUSED,
+    families=released("hunyuan-image", patch=(1, 1, 1)),
+    makes_images=True,
 )

@@ -8,14 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, latents_grid
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, Guidance, JoinedText, Rope, by_config, latents_grid
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
+from .released import released
 
 # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
 RADIAL_HUNYUAN = {
@@ -34,26 +29,8 @@ ULTRAVICO_HUNYUAN = {
     "by_ratio": ((2.0, 0.95, 0.6), (3.0, 0.9, 0.6), (4.0, 0.9, 0.8), (5.0, 0.9, 0.8)),
 }
 
-HUNYUAN_VIDEO_13B = Family(
-    name="hunyuan-video",
-    repo="hunyuanvideo-community/HunyuanVideo",
-    layers=20 + 40,  # double and single blocks
-    heads=24,
-    head_dim=128,
-    ffn_dim=12288,
-    patch=(1, 2, 2),
-    vae=(4, 8),
-    text_tokens=256,
-    height=720,
-    width=1280,
-    num_frames=129,
-    trained_frames=33,
-    forwards_per_step=1,  # guidance is distilled into the model
-    recipes={"radial": RADIAL_HUNYUAN, "ultravico": ULTRAVICO_HUNYUAN},
-)
 
-
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the video; a given first frame is modulated by itself."""
     latents, pooled = inputs["hidden_states"], inputs["pooled_projections"]
     patch, norm = transformer.config.patch_size, transformer.transformer_blocks[0].norm1
@@ -73,13 +50,18 @@ HUNYUAN_VIDEO = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=partial(latents_grid, text="after"),
     split_text="after",
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         owner="rope",
         form="theta",
         axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
     ),
     joined_text=JoinedText(place="after", mask="encoder_attention_mask"),
-    families=with_perturbation(*with_step_caches(HUNYUAN_VIDEO_13B)),
+    families=released(
+        "hunyuan-video",
+        trained_frames=33,
+        forwards_per_step=1,  # guidance is distilled into the model
+        recipes={"radial": RADIAL_HUNYUAN, "ultravico": ULTRAVICO_HUNYUAN},
+    ),
     recipes={"radial": RADIAL_HUNYUAN},
 )

@@ -4,13 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, read_sizes
 from dit_accel.adapters.position_ids import last_image, read_once
 from dit_accel.adapters.rope_axes import interleaved
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
 
 
 def image_last(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -35,7 +31,7 @@ IDEOGRAM4 = Adapter(
         uncond_tokens="last",  # the image, without the prompt in front of it
     ),
     joined_text="text and image are packed into one sequence for the prompt",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="rotary_emb",
         form="frequencies",

@@ -1,6 +1,6 @@
 """The adapters of all image models, in the order in which tables show them."""
 
-from dit_accel.adapters.adapter import Adapter
+from dit_accel.adapters import Adapter
 
 from .aura_flow import AURA_FLOW
 from .bria_fibo import BRIA_FIBO, BRIA_FIBO_2

@@ -4,19 +4,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import Sizes, read_sizes
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, latents_grid, read_sizes
 
-from .qwen_image import QWEN_IMAGE, first_image
+from .qwen_image import QWEN_IMAGE, first_listed_image
 
 
 def image_then_text(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``; text stands behind it."""
-    frames, height, width, before, after = first_image(config, inputs)
+    frames, height, width, before, after = first_listed_image(config, inputs)
     return frames, height, width, 0, before + after
 
 
@@ -29,7 +24,7 @@ PRX = Adapter(
     sizes=partial(read_sizes, layers=("depth",), heads="num_heads", head_dim=None, width="hidden_size", gated=True),
     grid=partial(latents_grid, frames_axis=None, text="before"),
     joined_text="its text has keys alone, and no stream to lay another beside",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pe_embedder",
         form="theta",
@@ -47,7 +42,7 @@ DENSE_LAYERS = {
 """``dense_moe_strategy`` -> blocks without experts; any other strategy leaves none."""
 
 
-def expert_sizes(config: Mapping[str, Any]) -> Sizes:
+def _expert_sizes(config: Mapping[str, Any]) -> Sizes:
     """Read the sizes of Nucleus-Image; the feed-forward's is the mean over blocks with and without experts.
 
     Experts choose their tokens, ``capacity_factors`` experts a token on average; another one is shared by all.
@@ -72,9 +67,9 @@ NUCLEUS_IMAGE = Adapter(
     ),
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*"),),
-    sizes=expert_sizes,
+    sizes=_expert_sizes,
     grid=image_then_text,
     joined_text="its text has keys alone, and no stream to lay another beside",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=QWEN_IMAGE.rope,
 )

@@ -6,12 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid, latents_grid
-from dit_accel.adapters.blocks import JOINT, BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, Rope, by_config, latents_grid, read_sizes
 
 
 def items_grid(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -52,7 +47,7 @@ JOY_IMAGE_EDIT = Adapter(
     sizes=joy_sizes,
     grid=items_grid,
     joined_text="text is packed behind references and padding for the prompt",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=ROPE,
 )
 JOY_IMAGE_EDIT_PLUS = replace(

@@ -10,42 +10,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, Grid, latents_grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config, fixed_lengths
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import (
+    VISUAL_AXES,
+    Adapter,
+    BlockList,
+    Grid,
+    Guidance,
+    Rope,
+    by_config,
+    latents_grid,
+    read_sizes,
+)
+from dit_accel.adapters.rope_axes import fixed_lengths
 
-KANDINSKY5_LITE = Family(
-    name="kandinsky-5-lite",
-    repo="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
-    layers=32,
-    heads=28,
-    head_dim=64,
-    ffn_dim=7168,
-    patch=(1, 2, 2),
-    vae=(4, 8),
-    cross_tokens=512,
-    height=512,
-    width=768,
-    num_frames=121,
-)
-KANDINSKY5_PRO = replace(
-    KANDINSKY5_LITE,
-    name="kandinsky-5-pro",
-    repo="kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
-    layers=60,
-    heads=32,
-    head_dim=128,
-    ffn_dim=16384,
-)
-KANDINSKY6_PRO = replace(
-    KANDINSKY5_PRO,
-    name="kandinsky-6-pro",
-    repo="kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",
-    cross_tokens=1024,
-)
+from .released import released
 
 
 def frames_before_reference(config: Any, inputs: Mapping[str, Any]) -> Grid:
@@ -80,7 +58,7 @@ KANDINSKY5 = Adapter(
     sizes=kandinsky_sizes,
     grid=partial(latents_grid, frames_axis=1, channels_last=True),
     rope=ROPE,
-    families=(KANDINSKY5_LITE, KANDINSKY5_PRO),
+    families=released("kandinsky-5"),
 )
 KANDINSKY6 = Adapter(
     name="kandinsky-6",
@@ -91,5 +69,5 @@ KANDINSKY6 = Adapter(
     sizes=kandinsky_sizes,
     grid=frames_before_reference,
     rope=replace(ROPE, parts=("angles_0", "angles_1", "angles_2")),
-    families=(KANDINSKY6_PRO,),
+    families=released("kandinsky-6"),
 )

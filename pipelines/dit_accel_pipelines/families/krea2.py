@@ -4,13 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, by_config, read_sizes
 from dit_accel.adapters.position_ids import last_row, read_once
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
 
 
 def text_then_image(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -32,7 +27,7 @@ KREA2 = Adapter(
     sizes=partial(read_sizes, ffn_dim="intermediate_size", gated=True, patch=(1, 2, 2)),
     grid=text_then_image,
     joined_text="its blocks take text of several layers of the encoder",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="rotary_emb",
         form="theta",

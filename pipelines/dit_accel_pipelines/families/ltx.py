@@ -1,38 +1,14 @@
 """LTX-Video: packed latents [B, S, C] whose sizes are among the forward's inputs; text comes in by cross-attention."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, BlockList, CrossAttention, Grid, Rope, read_sizes
 from dit_accel.adapters.position_ids import last_video, read_once
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
-from dit_accel.adapters.sizes import read_sizes
 from dit_accel.errors import ConfigError
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
-
-LTX_2B = Family(
-    name="ltx-video-2b",
-    repo="Lightricks/LTX-Video",
-    layers=28,
-    heads=32,
-    head_dim=64,
-    ffn_dim=8192,
-    patch=(1, 1, 1),
-    vae=(8, 32),
-    cross_tokens=128,
-    height=512,
-    width=704,
-    num_frames=161,
-)
-LTX_13B = replace(
-    LTX_2B, name="ltx-video-13b", repo="Lightricks/LTX-Video-0.9.7-dev", layers=48, head_dim=128, ffn_dim=16384
-)
+from .released import released
 
 
 def packed_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -78,7 +54,7 @@ def video_before_guides(coords: Any) -> Grid | str:
     return video if isinstance(video, str) else (*video[:4], coords.shape[2] - end)
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets."""
     video, block = transformer.proj_in(inputs["hidden_states"]), transformer.transformer_blocks[0]
     time, _ = transformer.time_embed(inputs["timestep"].flatten(), batch_size=len(video), hidden_dtype=video.dtype)
@@ -105,7 +81,7 @@ LTX = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
-    signal=modulated_input,
+    signal=_modulated_input,
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope=Rope(
         owner="rope",
@@ -115,5 +91,5 @@ LTX = Adapter(
         note="positions are coordinates, which turn many times within a frame: divide all frequencies of an axis by "
         "one number; none of them has a period in frames",
     ),
-    families=with_perturbation(*with_step_caches(LTX_2B, LTX_13B)),
+    families=released("ltx", patch=(1, 1, 1)),
 )

@@ -6,30 +6,10 @@ keyframe pipelines stand behind the video and count as text.
 
 from functools import partial
 
-from dit_accel.adapters.adapter import Adapter, Family
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Guidance, Rope, read_sizes
 
 from .ltx import fractions, packed_grid
-from .perturbation import with_perturbation
-
-LTX2_19B = Family(
-    name="ltx-2-19b",
-    repo="Lightricks/LTX-2",
-    layers=48,
-    heads=32,
-    head_dim=128,
-    ffn_dim=16384,
-    patch=(1, 1, 1),
-    vae=(8, 32),
-    cross_tokens=1024,
-    height=512,
-    width=768,
-    num_frames=121,
-    num_inference_steps=30,
-)
+from .released import released
 
 LTX2 = Adapter(
     name="ltx-2",
@@ -53,5 +33,5 @@ LTX2 = Adapter(
         kinds=("none", "pi"),
         note="as LTX; sound, and attention between video and sound, keep their own positions",
     ),
-    families=with_perturbation(LTX2_19B),
+    families=released("ltx-2", patch=(1, 1, 1)),
 )

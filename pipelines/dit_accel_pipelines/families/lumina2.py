@@ -5,28 +5,11 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, Sizes, by_config, read_sizes
 from dit_accel.adapters.position_ids import read_once
-from dit_accel.adapters.rope_axes import by_config, lengths_of_image
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import Sizes, read_sizes
+from dit_accel.adapters.rope_axes import lengths_of_image
 
-LUMINA_IMAGE_2 = Family(
-    name="lumina-image-2.0",
-    repo="Alpha-VLLM/Lumina-Image-2.0",
-    layers=26,
-    heads=24,
-    head_dim=96,
-    ffn_dim=9216 * 3 // 2,  # gated: three matrices
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=128,  # follows the prompt's length, up to 256
-    height=1024,
-    width=1024,
-    num_frames=1,
-)
+from .released import released
 
 
 def lengths(mask: Any) -> tuple[int, ...]:
@@ -73,6 +56,6 @@ LUMINA2 = Adapter(
         max_positions=lengths_of_image("axes_lens", (512, 512)),
     ),
     joined_text="it cuts padded text off before the blocks, row by row",
-    families=(LUMINA_IMAGE_2,),
-    refused=IMAGE_REFUSED,
+    families=released("lumina2"),
+    makes_images=True,
 )

@@ -8,13 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import VISUAL_AXES, Adapter, BlockList, Grid, Guidance, Rope, read_sizes
 from dit_accel.adapters.position_ids import last_video, read_once
 from dit_accel.adapters.rope_axes import even
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
-from dit_accel.adapters.sizes import read_sizes
 
 
 def packed_video(config: Any, inputs: Mapping[str, Any]) -> Grid | str:

@@ -5,32 +5,12 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, Family, latents_grid
-from dit_accel.adapters.rotary import VISUAL_AXES, Axis, Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import VISUAL_AXES, Adapter, Axis, Rope, latents_grid, read_sizes
 
-from .perturbation import with_perturbation
-from .step_caches import with_step_caches
-
-MOCHI_1 = Family(
-    name="mochi-1",
-    repo="genmo/mochi-1-preview",
-    layers=48,
-    heads=24,
-    head_dim=128,
-    ffn_dim=12288,  # SwiGLU of 8192: its three matrices cost what two of 12288 do
-    patch=(1, 2, 2),
-    vae=(6, 8),
-    text_tokens=256,
-    height=480,
-    width=848,
-    num_frames=163,
-    trained_frames=28,
-    num_inference_steps=64,
-)
+from .released import released
 
 
-def modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
+def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     """Return what the first block's attention gets of the video."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     mask = inputs["encoder_attention_mask"]
@@ -52,7 +32,7 @@ MOCHI = Adapter(
     sizes=partial(read_sizes, mlp_ratio=Fraction(8, 3), gated=True),
     grid=partial(latents_grid, text="after"),
     variable_text_length=True,
-    signal=modulated_input,
+    signal=_modulated_input,
     rope=Rope(
         owner="rope",
         form="learned",
@@ -62,5 +42,5 @@ MOCHI = Adapter(
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
     joined_text="its processor attends row by row, and never sees both texts at once",
-    families=with_perturbation(*with_step_caches(MOCHI_1)),
+    families=released("mochi", trained_frames=28),
 )

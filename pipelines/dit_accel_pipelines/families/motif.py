@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import Adapter, latents_grid
-from dit_accel.adapters.rope_axes import by_config
-from dit_accel.adapters.rotary import VISUAL_AXES, Rope
+from dit_accel.adapters import VISUAL_AXES, Adapter, Rope, by_config, latents_grid
 
 
 def decoder_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,10 +4,7 @@ They are facts about weights: heads of a fine-tune may do something else, `dit-a
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
-
-from dit_accel.adapters.adapter import Family
 
 Recipe = Mapping[str, Any]
 
@@ -61,19 +58,3 @@ SLG: Mapping[str, Recipe] = {
     "ltx-video-2b": _stg("L19"),
     "ltx-2-19b": _stg("L28"),
 }
-
-
-def with_perturbation(*families: Family) -> tuple[Family, ...]:
-    """Return families with the heads and recipes that are published for a model of their name."""
-    tables = {"softpag": SOFTPAG, "pag": PAG, "slg": SLG}
-    return tuple(
-        replace(
-            family,
-            head_sets={**family.head_sets, **HEAD_SETS.get(family.name, {})},
-            recipes={
-                **family.recipes,
-                **{method: table[family.name] for method, table in tables.items() if family.name in table},
-            },
-        )
-        for family in families
-    )

@@ -4,32 +4,11 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.cross_attention import CrossAttention
-from dit_accel.adapters.guidance import Guidance
+from dit_accel.adapters import Adapter, BlockList, CrossAttention, Guidance, Rope, latents_grid, read_sizes
 from dit_accel.adapters.rope_axes import even, fixed_lengths
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
 
 from .lumina2 import lumina_sizes
-from .perturbation import with_perturbation
-
-PIXART_SIGMA = Family(
-    name="pixart-sigma",
-    repo="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
-    layers=28,
-    heads=16,
-    head_dim=72,
-    ffn_dim=4 * 16 * 72,
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    cross_tokens=300,
-    height=1024,
-    width=1024,
-    num_frames=1,
-    num_inference_steps=20,
-)
+from .released import released
 
 PIXART = Adapter(
     name="pixart",
@@ -44,8 +23,8 @@ PIXART = Adapter(
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="caption_projection"),
     rope="PixArt adds sinusoidal positions to the patches",
     noise=("exploding",),
-    families=with_perturbation(PIXART_SIGMA),
-    refused=IMAGE_REFUSED,
+    families=released("pixart"),
+    makes_images=True,
 )
 HUNYUAN_DIT = replace(
     PIXART,

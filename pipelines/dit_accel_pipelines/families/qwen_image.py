@@ -5,39 +5,16 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.rope_axes import by_config, fixed_lengths
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, JoinedText, Rope, by_config, read_sizes
+from dit_accel.adapters.rope_axes import fixed_lengths
 
-from .step_caches import with_step_caches
+from .released import released
 
 # UltraImage, arXiv 2512.04504, at 4096 x 4096 pixels and more.
 ULTRAIMAGE_QWEN = {"indices": (8, 9), "focus_min": 1.0, "focus_max": 1.3}
 
-QWEN_IMAGE_20B = Family(
-    name="qwen-image",
-    repo="Qwen/Qwen-Image",
-    layers=60,
-    heads=24,
-    head_dim=128,
-    ffn_dim=12288,
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=128,  # follows the prompt's length, up to 1024
-    height=1328,
-    width=1328,
-    num_frames=1,
-    trained_size=(83, 83),
-    beyond=("tiled_vae", "pinned_shift"),
-    recipes={"ultraimage": ULTRAIMAGE_QWEN},
-)
 
-
-def first_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def first_listed_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``: the first image of a row; further ones count as text behind it.
 
     Layered makes all images but the last; they are equally large, and count as frames.
@@ -60,7 +37,7 @@ QWEN_IMAGE = Adapter(
     ),
     self_attention=("transformer_blocks.*.attn",),
     sizes=partial(read_sizes, mlp_ratio=4.0),
-    grid=first_image,
+    grid=first_listed_image,
     rope=Rope(
         owner="pos_embed",
         form="tables behind methods",
@@ -72,12 +49,17 @@ QWEN_IMAGE = Adapter(
     ),
     joined_text=JoinedText(place="before", mask="encoder_hidden_states_mask"),
     split_text="before",
-    families=with_step_caches(QWEN_IMAGE_20B),
-    refused=IMAGE_REFUSED,
+    families=released(
+        "qwen-image",
+        trained_size=(83, 83),
+        beyond=("tiled_vae", "pinned_shift"),
+        recipes={"ultraimage": ULTRAIMAGE_QWEN},
+    ),
+    makes_images=True,
 )
 
 
-def last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
+def _last_image(config: Any, inputs: Mapping[str, Any]) -> Grid:
     """Read the grid off ``img_shapes``, whose last image is made; text and earlier images stand in front of it.
 
     Each of the encoder's image slots becomes four tokens.
@@ -96,10 +78,10 @@ QWEN_IMAGE_21 = Adapter(
     self_attention=("transformer_blocks.*.attn",),
     blocks=(BlockList(pattern="transformer_blocks.*", joined=True),),
     sizes=partial(read_sizes, gated=True),
-    grid=last_image,
+    grid=_last_image,
     separate_text_attention=True,
     joined_text="it attends piece by piece, and caches keys of the prompt alone",
-    refused=IMAGE_REFUSED,
+    makes_images=True,
     rope=Rope(
         owner="pos_embed",
         form="tables",

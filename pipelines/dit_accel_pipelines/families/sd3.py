@@ -3,39 +3,11 @@
 The second attention of 3.5 medium's first blocks sees the image alone.
 """
 
-from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, latents_grid
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, Guidance, JoinedText, latents_grid, read_sizes
 
-from .perturbation import with_perturbation
-
-SD3_MEDIUM = Family(
-    name="sd3-medium",
-    repo="stabilityai/stable-diffusion-3-medium-diffusers",
-    layers=24,
-    heads=24,
-    head_dim=64,
-    ffn_dim=6144,
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=77 + 256,  # CLIP and T5
-    height=1024,
-    width=1024,
-    num_frames=1,
-    num_inference_steps=28,
-)
-SD35_LARGE = replace(
-    SD3_MEDIUM,
-    name="sd3.5-large",
-    repo="stabilityai/stable-diffusion-3.5-large",
-    layers=38,
-    heads=38,
-    ffn_dim=9728,
-)
+from .released import released
 
 SD3 = Adapter(
     name="sd3",
@@ -62,6 +34,6 @@ SD3 = Adapter(
     variable_text_length=True,
     rope="SD3 adds sinusoidal positions to the patches",
     joined_text=JoinedText(place="after"),
-    families=with_perturbation(SD3_MEDIUM, SD35_LARGE),
-    refused=IMAGE_REFUSED,
+    families=released("sd3"),
+    makes_images=True,
 )

@@ -4,23 +4,12 @@ That frame counts as text: exact in rows and columns. The face adapters are cros
 is a run of its own, for the methods' warm-up and in the report, which shows the last one.
 """
 
-from dataclasses import replace
 from functools import partial
 
-from dit_accel.adapters.adapter import Adapter, latents_grid
-from dit_accel.adapters.blocks import BlockList
+from dit_accel.adapters import Adapter, BlockList, latents_grid
 
-from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, WAN, WAN21_I2V_720P
-
-WAN_ANIMATE_14B = replace(
-    WAN21_I2V_720P,
-    name="wan2.2-animate-14b",
-    repo="Wan-AI/Wan2.2-Animate-14B-Diffusers",
-    num_frames=77,  # made at a time
-    trained_frames=None,  # long clips are made in segments of the trained length
-    num_inference_steps=20,
-    forwards_per_step=1,
-)
+from .released import released
+from .wan import NAG_WAN, RADIAL_WAN, TEXT_WAN, WAN, WAN_RADIAL
 
 WAN_ANIMATE = Adapter(
     name="wan-animate",
@@ -30,6 +19,6 @@ WAN_ANIMATE = Adapter(
     cross_attention=TEXT_WAN,
     grid=partial(latents_grid, reference_frames=1),
     rope=WAN.rope,
-    families=(WAN_ANIMATE_14B,),
+    families=released("wan-animate", forwards_per_step=1, **{**WAN_RADIAL, "in_channels": 36}),
     recipes={"radial": RADIAL_WAN, "nag": NAG_WAN},
 )

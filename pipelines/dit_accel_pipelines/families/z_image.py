@@ -8,32 +8,13 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters.adapter import IMAGE_REFUSED, Adapter, Family, Grid
-from dit_accel.adapters.blocks import BlockList
-from dit_accel.adapters.guidance import Guidance
-from dit_accel.adapters.rope_axes import by_config, lengths_of_image
-from dit_accel.adapters.rotary import Rope
-from dit_accel.adapters.sizes import read_sizes
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Rope, by_config, read_sizes
+from dit_accel.adapters.rope_axes import lengths_of_image
+
+from .released import released
 
 MULTIPLE = 32
 """What the model pads text and each image to, in tokens."""
-
-Z_IMAGE_TURBO = Family(
-    name="z-image-turbo",
-    repo="Tongyi-MAI/Z-Image-Turbo",
-    layers=30,
-    heads=30,
-    head_dim=128,
-    ffn_dim=10240 * 3 // 2,  # gated: three matrices
-    patch=(1, 2, 2),
-    vae=(1, 8),
-    text_tokens=128,  # follows the prompt's length, up to 512
-    height=1024,
-    width=1024,
-    num_frames=1,
-    num_inference_steps=9,
-    forwards_per_step=1,
-)
 
 
 def padded(tokens: int) -> int:
@@ -111,6 +92,6 @@ Z_IMAGE = Adapter(
         max_positions=lengths_of_image("axes_lens", (512, 512)),
     ),
     joined_text="it takes texts as a list and packs them with the image",
-    families=(Z_IMAGE_TURBO,),
-    refused=IMAGE_REFUSED,
+    families=released("z-image", forwards_per_step=1),
+    makes_images=True,
 )

@@ -47,7 +47,7 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
     How many processes share a step's clips is no part of it, nor where they run, nor what is kept for the backward.
 
     Args:
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
         base: hash of the frozen transformer.
         clips: digest of the encoded clips and captions.
         processes: how many share the training.
@@ -67,15 +67,15 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
     }
 
 
-def check_output(recipe: FineTuning) -> None:
+def check_folder(recipe: FineTuning) -> None:
     """Raise `ConfigError` for an output that another training was written to, or that holds none to go on from."""
     output = recipe.output
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder")
-    found = latest(output)
-    if recipe.resume and found is None:
+    checkpoint = latest_checkpoint(output)
+    if recipe.resume and checkpoint is None:
         raise ConfigError(f"--resume was requested, but {output} holds no checkpoint; leave it out to begin")
-    if not recipe.resume and found is not None:
+    if not recipe.resume and checkpoint is not None:
         raise ConfigError(
             f"output {output} holds checkpoints of an earlier training; go on with --resume, or choose another folder"
         )
@@ -83,10 +83,10 @@ def check_output(recipe: FineTuning) -> None:
         raise ConfigError(f"output {output} holds {FILE} of an earlier training; choose another folder")
 
 
-def latest(output: Path) -> Path | None:
+def latest_checkpoint(output: Path) -> Path | None:
     """Return the checkpoint of the most steps in an output folder, or None."""
-    found = sorted((output / FOLDER).glob("step-*.pt"))
-    return found[-1] if found else None
+    checkpoints = sorted((output / FOLDER).glob("step-*.pt"))
+    return checkpoints[-1] if checkpoints else None
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:

@@ -55,7 +55,7 @@ class Clip:
 
 
 def find_clips(recipe: FineTuning) -> tuple[list[Clip], list[str]]:
-    """Return the clips of a settled recipe, in an order of their own, and notes on them.
+    """Return the clips of a resolved recipe, in an order of their own, and notes on them.
 
     Raises:
         ConfigError: for a folder without videos, a video without caption, one of another size or too short, a
@@ -150,11 +150,11 @@ def _checked(path: Path, caption: str, recipe: FineTuning) -> Clip:
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _decoded(path: Path, count: int) -> Frames:
@@ -175,14 +175,14 @@ def _drawn_clips(recipe: FineTuning) -> list[Clip]:
     assert recipe.height is not None
     assert recipe.width is not None
     frames, size = int(recipe.num_frames or 1), (recipe.height, recipe.width)
-    made = []
+    clips = []
     for number in range(int(recipe.drawn or 0)):
         caption, pictures = _drawn(recipe.embedded, number, size, frames)
         digest = hashlib.sha256(pictures.tobytes()).hexdigest()
-        made.append(
+        clips.append(
             Clip(caption=caption, model=recipe.embedded, size=size, number=number, digest=digest, frames=frames)
         )
-    return made
+    return clips
 
 
 def _drawn(model: str, number: int, size: tuple[int, int], frames: int) -> tuple[str, Frames]:

@@ -5,93 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from dit_accel.cli import MethodList
 from dit_accel.cli.console import TALK, print_json
 from dit_accel.cli.stopping import keeps
 
-from ..generation.options import (
-    RUN,
-    Backend,
-    Device,
-    Json,
-    Model,
-    Pixels,
-    Quiet,
-    fields_of,
-    require_one_document,
-    with_option_fields,
-)  # fmt: skip
-
-TRAINING, KEEPING = "Training", "Keeping"
+from ..generation.options import Json, Quiet, fields_of, option, require_one_document, with_option_fields
+from .options import KEEPING, TrainingOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinetuneOptions:
+class FinetuneOptions(TrainingOptions):
     """What `finetune` is given; most are the recipe's own fields."""
 
-    data: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of videos, each with a .txt of its caption, or metadata.jsonl.", metavar="FOLDER"),
-    ] = None
-    drawn: Annotated[int | None, typer.Option(help="Train on so many drawn clips of the embedded model's world.")] = (
+    output: Annotated[Path, option("Folder of the LoRA and all else.", "--output", "-o", metavar="FOLDER")] = Path(
+        "lora"
+    )
+    sample_prompt: Annotated[list[str] | None, option("May be repeated; default: first captions.", panel=KEEPING)] = (
         None
     )
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the LoRA and all else.", metavar="FOLDER")
-    ] = Path("lora")
-    model: Model = None
-    expert: Annotated[
-        str | None, typer.Option(help="Of two transformers the one to train, by its noise levels: high or low.")
-    ] = None
-    height: Pixels = None
-    width: Pixels = None
-    num_frames: Annotated[int | None, typer.Option(help="Frames of every clip; default: the model's.")] = None
-    rank: Annotated[int, typer.Option(help="Of the LoRA.", rich_help_panel=TRAINING)] = 32
-    alpha: Annotated[
-        float | None, typer.Option(help="Scales it by alpha / rank; default: by 1.", rich_help_panel=TRAINING)
-    ] = None
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all.", rich_help_panel=TRAINING)] = 1000
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 1e-4
-    warmup_steps: Annotated[int, typer.Option(help="Over which it rises.", rich_help_panel=TRAINING)] = 0
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.0
-    max_grad_norm: Annotated[float, typer.Option(help="Cuts longer gradients.", rich_help_panel=TRAINING)] = 1.0
-    batch_size: Annotated[int, typer.Option(help="Clips of a forward.", rich_help_panel=TRAINING)] = 1
-    accumulate: Annotated[int, typer.Option(help="Forwards of a step.", rich_help_panel=TRAINING)] = 1
-    ema_decay: Annotated[float, typer.Option(help="Of the averaged weights; 0: none.", rich_help_panel=TRAINING)] = 0.99
-    caption_dropout: Annotated[
-        float, typer.Option(help="Share of clips without caption.", rich_help_panel=TRAINING)
-    ] = 0.1
-    flow_shift: Annotated[
-        float | None, typer.Option(help="Of noise levels; default: the scheduler's.", rich_help_panel=TRAINING)
-    ] = None
-    seed: Annotated[int, typer.Option(help="Of weights, order and noise.", rich_help_panel=TRAINING)] = 0
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAINING)
-    ] = False
-    checkpoint_every: Annotated[int, typer.Option(help="Steps.", rich_help_panel=KEEPING)] = 500
-    keep_checkpoints: Annotated[int, typer.Option(help="How many.", rich_help_panel=KEEPING)] = 2
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the latest checkpoint.", rich_help_panel=KEEPING)
-    ] = False
-    sample_every: Annotated[int, typer.Option(help="Steps; 0: no samples.", rich_help_panel=KEEPING)] = 0
-    sample_prompt: Annotated[
-        list[str] | None, typer.Option(help="May be repeated; default: first captions.", rich_help_panel=KEEPING)
-    ] = None
-    sample_steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=KEEPING)] = None
-    report_to: Annotated[
-        str | None, typer.Option(help="A tracker of accelerate, such as tensorboard.", rich_help_panel=KEEPING)
-    ] = None
-    cache: Annotated[
-        Path | None, typer.Option(help="Of encoded clips; default: in the output.", rich_help_panel=KEEPING)
-    ] = None
-    ulysses: Annotated[int, typer.Option(help="Processes of a group that shares clips.", rich_help_panel=RUN)] = 1
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the frozen weights: float32 or bfloat16.", rich_help_panel=RUN)
-    ] = None
-    device: Device = None
-    backend: Backend = "auto"
     quiet: Quiet = False
     json: Json = False
 

@@ -26,30 +26,30 @@ FORMAT = 2
 """Of the files, which is part of their names: one of another format is not read."""
 
 
-def weights_hash(module: nn.Module) -> str:
+def module_hash(module: nn.Module) -> str:
     """Return what tells a module's weights and number formats from others', hexadecimal; every byte counts."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def part_hash(part: Any) -> str:
     """Return what tells an encoder (weights and config) or a tokenizer (its files) from others, hexadecimal."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     if isinstance(part, nn.Module):
         config: Any = part.config
         parts = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         plain = {name: value for name, value in parts.items() if not name.startswith("_")}  # but releases and paths
         plain.pop("transformers_version", None)
-        found.update(f"{weights_hash(part)} {json.dumps(plain, sort_keys=True, default=str)}".encode())
-        return found.hexdigest()
+        digest.update(f"{module_hash(part)} {json.dumps(plain, sort_keys=True, default=str)}".encode())
+        return digest.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         part.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*.*")):
-            found.update(f"{path.name} ".encode() + path.read_bytes())
-    return found.hexdigest()
+            digest.update(f"{path.name} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 class Encoded:
@@ -79,7 +79,7 @@ class Encoded:
         return _read(self._folder, self._no_caption)
 
 
-def encode(
+def encode_clips(
     pipe: Any, trainable: Trainable, clips: Sequence[Clip], recipe: FineTuning, ranks: Ranks, stages: Stages
 ) -> Encoded:
     """Encode the clips and captions that the cache lacks, each in one of the processes.
@@ -88,7 +88,7 @@ def encode(
         pipe: the pipeline; its autoencoder and text encoders lie where they are to run.
         trainable: how it encodes.
         clips: what to encode.
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
         ranks: the processes that share the work.
         stages: progress bars.
 

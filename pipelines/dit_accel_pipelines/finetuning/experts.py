@@ -1,6 +1,6 @@
 """Models of two transformers, each for its noise levels: which one is trained, and at which."""
 
-from typing import Any, Literal
+from typing import Any
 
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import ConfigError
@@ -10,12 +10,11 @@ from ..generation.lora import SECOND
 ALL_LEVELS = (0.0, 1.0)
 """The noise levels of a model of one transformer."""
 
-Expert = Literal["high", "low"]
 EXPERTS = {"high": "transformer", "low": SECOND}
 """Name of an expert, by its noise levels -> the pipeline's component."""
 
 
-def check_expert(expert: Expert | None, files: ModelFiles) -> None:
+def check_expert(expert: str | None, files: ModelFiles) -> None:
     """Raise `ConfigError` for an expert where the model has one transformer, and for none where it has two."""
     boundary = files.index.get("boundary_ratio")
     if not files.has(SECOND):
@@ -34,12 +33,12 @@ def check_expert(expert: Expert | None, files: ModelFiles) -> None:
         )
 
 
-def component_of(expert: Expert | None) -> str:
+def component_of(expert: str | None) -> str:
     """Return the component of a pipeline that is trained."""
     return EXPERTS[expert or "high"]
 
 
-def span_of(pipe: Any, expert: Expert | None) -> tuple[float, float]:
+def span_of(pipe: Any, expert: str | None) -> tuple[float, float]:
     """Return the least and the highest noise level that an expert denoises."""
     if expert is None:
         return ALL_LEVELS

@@ -52,10 +52,10 @@ def batch_of(
         shift: of the noise levels towards noise.
         span: the least and the highest noise level.
     """
-    made = [_one(number, encoded, recipe, shift, span) for number in numbers]
-    *parts, texts = zip(*made, strict=True)
+    clips = [_one(number, encoded, recipe, shift, span) for number in numbers]
+    *parts, texts = zip(*clips, strict=True)
     latents, noise, levels = (torch.stack(part) for part in parts)
-    text = {name: torch.stack([one[name] for one in texts]) for name in texts[0]}
+    text = {name: torch.stack([embeddings[name] for embeddings in texts]) for name in texts[0]}
     return Batch(latents=latents, noise=noise, levels=levels, text=text)
 
 
@@ -87,7 +87,7 @@ def shifted(levels: Tensor, shift: float) -> Tensor:
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def flow_loss(
+def batch_loss(
     transformer: Any, pipe: Any, trainable: Trainable, batch: Batch, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return the mean squared error of the velocity, noise less clip, in float32."""
@@ -96,6 +96,6 @@ def flow_loss(
         name: value.to(device, dtype) if value.is_floating_point() else value.to(device)  # masks stay what they are
         for name, value in batch.text.items()
     }
-    found = trainable.velocity(transformer, pipe, mixed.to(device, dtype), batch.levels.to(device), text)
+    velocity = trainable.velocity(transformer, pipe, mixed.to(device, dtype), batch.levels.to(device), text)
     wanted = (batch.noise - batch.latents).to(device)
-    return (found.float() - wanted).square().mean()
+    return (velocity.float() - wanted).square().mean()

@@ -26,7 +26,7 @@ def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict
     from peft import LoraConfig
 
     modules = attention_modules(transformer, adapter_for(type(transformer).__name__))
-    names = [one for name, module, _ in modules for one in _projections(name, module, trainable)]
+    names = [projection for name, module, _ in modules for projection in _projections(name, module, trainable)]
     there = dict(transformer.named_modules())
     fused = next((name for name, module, _ in modules if getattr(module, "fused_projections", False)), None)
     if fused is not None:
@@ -45,11 +45,14 @@ def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict
 
 def _projections(name: str, module: nn.Module, trainable: Trainable) -> list[str]:
     """Return the layers around an attention module that a LoRA changes."""
-    own = trainable.projections
+    projections = trainable.projections
     if trainable.joined_output is None or getattr(module, "to_out", None) is not None:
-        return [f"{name}.{projection}" for projection in own]
+        return [f"{name}.{projection}" for projection in projections]
     block = name.rpartition(".")[0]
-    return [*(f"{name}.{one}" for one in own if not one.startswith("to_out")), f"{block}.{trainable.joined_output}"]
+    return [
+        *(f"{name}.{projection}" for projection in projections if not projection.startswith("to_out")),
+        f"{block}.{trainable.joined_output}",
+    ]
 
 
 def write_lora(pipe: Any, component: str, output: Path) -> None:

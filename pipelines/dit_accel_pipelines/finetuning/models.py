@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.adapters.model_files import ModelFiles
 from dit_accel.errors import UnsupportedModel
 
-from ..generation.pipeline_call import PipelineCall
+from ..generation.pipeline_call import CallSignature
 from .trainable import Text, Trainable
 
 EMBEDDED_GUIDANCE = 1.0
@@ -35,7 +35,7 @@ def _normalised(found: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tenso
 
 def _longest(pipe: Any) -> int:
     """Return how many tokens of text the pipeline's call takes."""
-    return PipelineCall.of(type(pipe)).default("max_sequence_length")
+    return CallSignature.of(type(pipe)).default("max_sequence_length")
 
 
 @torch.no_grad()
@@ -95,10 +95,10 @@ def _hunyuan_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor
 
 
 def _mochi_latents(pipe: Any, video: Tensor) -> Tensor:
-    found, config = _encoded(pipe, video), pipe.vae.config
+    latents, config = _encoded(pipe, video), pipe.vae.config
     if config.latents_mean is None or config.latents_std is None:
-        return found * config.scaling_factor
-    return _normalised(found, config.latents_mean, config.latents_std, config.scaling_factor)
+        return latents * config.scaling_factor
+    return _normalised(latents, config.latents_mean, config.latents_std, config.scaling_factor)
 
 
 def _mochi_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, text: Text) -> Tensor:
@@ -122,8 +122,8 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
     frames, height, width = noisy.shape[2:]
     patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
     pixels = pipe.vae_spatial_compression_ratio
-    seconds = pipe.vae_temporal_compression_ratio / PipelineCall.of(type(pipe)).default("frame_rate")
-    found = transformer(
+    seconds = pipe.vae_temporal_compression_ratio / CallSignature.of(type(pipe)).default("frame_rate")
+    velocity = transformer(
         hidden_states=pipe._pack_latents(noisy, *patches),
         timestep=1000 * levels,
         encoder_hidden_states=text["prompt_embeds"],
@@ -134,7 +134,7 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
         rope_interpolation_scale=(seconds, pixels, pixels),
         return_dict=False,
     )[0]
-    return pipe._unpack_latents(found, frames, height, width, *patches)
+    return pipe._unpack_latents(velocity, frames, height, width, *patches)
 
 
 TRAINABLE = {

@@ -25,13 +25,13 @@ from ..generation.threads import one_thread
 from ..processes.parallel import enable_ulysses
 from ..processes.processes import started_process
 from ..processes.ranks import Ranks
-from .checkpoint import check_output, identity_of, latest, read_checkpoint, write_checkpoint
+from .checkpoint import check_folder, identity_of, latest_checkpoint, read_checkpoint, write_checkpoint
 from .clips import Clip, find_clips
-from .encoded import Encoded, encode, weights_hash
+from .encoded import Encoded, encode_clips, module_hash
 from .experts import component_of
 from .lora import add_lora, write_lora
 from .models import trainable_of
-from .recipe import FineTuning, settle
+from .recipe import FineTuning, resolve_recipe
 from .samples import FIRST, Sampler
 from .trainable import Trainable, text_parts
 from .trainer import Trainer
@@ -93,13 +93,13 @@ def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Seque
 
 
 def _prepared(recipe: FineTuning, processes: int, folder: ExitStack) -> tuple[FineTuning, list[Clip], list[str]]:
-    """Return the settled recipe, its clips and notes, after every check that needs no weights.
+    """Return the resolved recipe, its clips and notes, after every check that needs no weights.
 
     The output, made if need be, is held until ``folder`` is closed; a training that fails before it wrote leaves none.
     """
     trainable_of(read_model_files(recipe.source))
-    recipe = settle(recipe, processes)
-    check_output(recipe)
+    recipe = resolve_recipe(recipe, processes)
+    check_folder(recipe)
     clips, notes = find_clips(recipe)
     folder.enter_context(new_folder(recipe.output))
     folder.enter_context(held(recipe.output, "the training's folder"))
@@ -116,10 +116,10 @@ def _trained(
     with attached(pipe, recipe.methods, "auto"):
         pass  # refuses methods that don't fit, before anything is encoded
     transformer = getattr(pipe, component_of(recipe.expert))
-    base = weights_hash(transformer)
+    base = module_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
     identity = identity_of(recipe, base, encoded.digest, ranks.count)
-    found = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
+    checkpoint = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
     transformer.to(device)
     weights = ranks.together(lambda: add_lora(transformer, trainable, recipe))
     if recipe.gradient_checkpointing:
@@ -128,10 +128,10 @@ def _trained(
         ranks.together(lambda: _spread(transformer, recipe.ulysses))
     with _accelerator(recipe, device) as accelerator, attached(pipe, recipe.methods, recipe.backend) as attachment:
         trainer = Trainer(pipe, transformer, weights, encoded, trainable, recipe, ranks, accelerator)
-        if found is not None:
-            trainer.go_on_from(found)
-            if found.step >= recipe.steps:
-                stages.note(f"the checkpoint has {found.step} steps done already; no further one is trained")
+        if checkpoint is not None:
+            trainer.go_on_from(checkpoint)
+            if checkpoint.step >= recipe.steps:
+                stages.note(f"the checkpoint has {checkpoint.step} steps done already; no further one is trained")
         if ranks.first:
             trainer.cut_log()
         for step in trainer.train(attachment, stages):
@@ -162,7 +162,7 @@ def _encoded(
     encoders = {name: part for name, part in text_parts(pipe).items() if isinstance(part, nn.Module)}
     for part in (pipe.vae, *encoders.values()):
         part.to(device)
-    encoded = encode(pipe, trainable, clips, recipe, ranks, stages)
+    encoded = encode_clips(pipe, trainable, clips, recipe, ranks, stages)
     sampler = None
     if recipe.sample_every:
         prompts = recipe.sample_prompts or [clip.caption for clip in clips[:FIRST]]
@@ -179,7 +179,7 @@ def _encoded(
 
 def _existing(recipe: FineTuning) -> Path | None:
     """Return the checkpoint to go on from, if requested."""
-    return latest(recipe.output) if recipe.resume else None
+    return latest_checkpoint(recipe.output) if recipe.resume else None
 
 
 def _spread(transformer: Any, degree: int) -> None:
@@ -198,15 +198,15 @@ def _accelerator(recipe: FineTuning, device: Any) -> Iterator[Any]:
     """Give accelerate's accelerator, with the tracker that was requested."""
     from accelerate import Accelerator
 
-    made = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=recipe.report_to, project_dir=str(recipe.output))
     if recipe.report_to is not None:
         fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
         plain = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
-        made.init_trackers("dit-accel-finetune", config=plain)
+        accelerator.init_trackers("dit-accel-finetune", config=plain)
     try:
-        yield made
+        yield accelerator
     finally:
-        for tracker in made.trackers:
+        for tracker in accelerator.trackers:
             tracker.finish()
 
 

@@ -30,7 +30,7 @@ class Sampler:
         pipe: the pipeline, its text encoders still there.
         trainable: how it takes text.
         prompts: what to show.
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
     """
 
     def __init__(self, pipe: Any, trainable: Trainable, prompts: Sequence[str], recipe: FineTuning) -> None:
@@ -53,13 +53,13 @@ class Sampler:
     def _made(self, number: int) -> Frames:
 
         recipe, pipe = self._recipe, self._pipe
-        own = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
-        steps = recipe.sample_steps or own.get("num_inference_steps")
-        chosen = {"num_inference_steps": steps, "guidance_scale": own.get("guidance_scale")}
+        defaults = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
+        steps = recipe.sample_steps or defaults.get("num_inference_steps")
+        chosen = {"num_inference_steps": steps, "guidance_scale": defaults.get("guidance_scale")}
         text = _placed(self._texts[1 + number], device := pipe.transformer.device)
         text |= {f"negative_{name}": value for name, value in _placed(self._texts[0], device).items()}
         with quiet_diffusers(), torch.no_grad():
-            made = pipe(
+            output = pipe(
                 **text,
                 height=recipe.height,
                 width=recipe.width,
@@ -68,7 +68,7 @@ class Sampler:
                 output_type="np",
                 **{name: value for name, value in chosen.items() if value is not None},
             )
-        return np.asarray(frames_of(made))
+        return np.asarray(frames_of(output))
 
 
 def _placed(text: Text, device: torch.device) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def text_parts(pipe: Any) -> dict[str, Any]:
     return {name: part for name, part in there.items() if name.startswith(("text_encoder", "tokenizer"))}
 
 
-def shift_of(scheduler: Any, tokens: int) -> float:
+def shift_at(scheduler: Any, tokens: int) -> float:
     """Return the shift of the noise levels that a model's scheduler denoises with; 1 where it has none.
 
     Args:

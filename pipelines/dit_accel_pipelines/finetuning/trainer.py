@@ -20,9 +20,9 @@ from ..processes.ranks import Ranks
 from .checkpoint import Checkpoint
 from .encoded import Encoded
 from .experts import span_of
-from .flow import batch_of, flow_loss
+from .flow import batch_loss, batch_of
 from .recipe import FineTuning
-from .trainable import Trainable, shift_of
+from .trainable import Trainable, shift_at
 
 LOG = "log.jsonl"
 LOG_EVERY = 10
@@ -38,7 +38,7 @@ class Trainer:
         weights: what is trained, by name.
         encoded: the clips.
         trainable: how the pipeline is trained.
-        recipe: the settled recipe.
+        recipe: the resolved recipe.
         ranks: the processes that share the training.
         accelerator: accelerate's, which adds up gradients and feeds trackers.
     """
@@ -54,7 +54,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self._averages = EMAModel(self.parameters, decay=recipe.ema_decay) if recipe.ema_decay else None
         tokens = encoded.latents(0)[0].numel()
-        self._shift = shift_of(pipe.scheduler, tokens) if recipe.flow_shift is None else recipe.flow_shift
+        self._shift = shift_at(pipe.scheduler, tokens) if recipe.flow_shift is None else recipe.flow_shift
         self._span = span_of(pipe, recipe.expert)
         self._group, self._groups = ranks.rank // recipe.ulysses, ranks.count // recipe.ulysses
         self._dtype = getattr(torch, str(recipe.dtype))
@@ -129,11 +129,11 @@ class Trainer:
         for turn in range(recipe.accumulate):
             batch = batch_of(self._numbers(turn), self.encoded, recipe, self._shift, self._span)
             place = self.parameters[0].device
-            found = flow_loss(self.transformer, self.pipe, self._trainable, batch, place, self._dtype)
+            batch_mean = batch_loss(self.transformer, self.pipe, self._trainable, batch, place, self._dtype)
             if self.density is None:
                 self._look(attachment)
-            (found / recipe.accumulate).backward()
-            loss = loss + found.detach().cpu() / recipe.accumulate
+            (batch_mean / recipe.accumulate).backward()
+            loss = loss + batch_mean.detach().cpu() / recipe.accumulate
         self._add_up_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
         if not torch.isfinite(norm):
@@ -161,14 +161,14 @@ class Trainer:
         gradients = [weight.grad for weight in self.parameters if weight.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         flat = self._accelerator.reduce(flat, "sum") / self._groups
-        for gradient, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def _look(self, attachment: Any) -> None:
         """Note how dense attention is in the first forward, and refuse methods that leave it as it is in training."""
         report: dit_accel.Report | None = attachment.report() if attachment is not None else None
         self.density = 1.0 if report is None else report.density
-        names = [one.name for one in self.recipe.methods if Place.ATTENTION in handler_of(one).places]
+        names = [method.name for method in self.recipe.methods if Place.ATTENTION in handler_of(method).places]
         if names and report is not None and report.sparse_density is None:
             raise ConfigError(
                 f"{', '.join(names)} leaves every attention call dense in training, so that nothing would be trained "
@@ -199,9 +199,9 @@ class Trainer:
         if not path.exists():
             return
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+        lines = [line for line in whole if json.loads(line)["step"] <= self.step]
         with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def rate_at(step: int, recipe: FineTuning) -> float:

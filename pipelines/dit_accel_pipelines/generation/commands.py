@@ -14,21 +14,14 @@ from dit_accel.cli.stopping import keeps
 from dit_accel.errors import ConfigError
 
 from .options import (
+    FILES,
     RUN,
-    Backend,
-    Dense,
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
     Json,
     Model,
-    NegativePrompt,
-    Offload,
-    Pixels,
-    Seed,
-    Solver,
+    Quiet,
+    RunOptions,
     fields_of,
+    option,
     require_one_document,
     with_option_fields,
 )  # fmt: skip
@@ -37,75 +30,24 @@ if TYPE_CHECKING:
     from .generate import Written
     from .request import Request
 
-FILES = "Prompts, pictures and files"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateOptions:
-    """What `generate` is given, in the order of its help; most are the request's own fields."""
+class GenerateOptions(RunOptions):
+    """What `generate` is given; most are the request's own fields."""
 
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write or replace: .mp4, .gif or .png.", metavar="FILE")
+        Path, option("File to write or replace: .mp4, .gif or .png.", "--output", "-o", metavar="FILE")
     ] = Path("out.mp4")
-    model: Model = None
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Methods chosen for the model: careful, balanced, fast or none; those that are named win.",
-            metavar="LEVEL",
-        ),
-    ] = None
-    check: Annotated[
-        bool, typer.Option("--check", help="Generate dense too, and compare: PSNR, SSIM, FILE.check.png.")
-    ] = False
-    height: Pixels = None
-    width: Pixels = None
-    num_frames: Frames = None
-    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
-    guidance_scale: Guidance = None
-    negative_prompt: NegativePrompt = None
-    seed: Seed = 0
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or report.")] = False
-    json: Json = False
     prompt_file: Annotated[
-        Path | None,
-        typer.Option(help="Text file, a prompt per line; # begins a comment.", metavar="FILE", rich_help_panel=FILES),
+        Path | None, option("Text file, a prompt per line; # begins a comment.", panel=FILES, metavar="FILE")
     ] = None
-    same_seed: Annotated[
-        bool, typer.Option("--same-seed", help="One seed for all prompts of a file.", rich_help_panel=FILES)
-    ] = False
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Keep outputs that an earlier run of the same request wrote.", rich_help_panel=FILES
-        ),
+        bool, option("Keep outputs that an earlier run of the same request wrote.", "--resume", panel=FILES)
     ] = False
-    image: Annotated[Path | None, typer.Option(help="Image to start from.", metavar="FILE", rich_help_panel=FILES)] = (
-        None
-    )
-    video: Annotated[Path | None, typer.Option(help="Video to start from.", metavar="FILE", rich_help_panel=FILES)] = (
-        None
-    )
-    lora: Annotated[
-        str | None,
-        typer.Option(help="A LoRA: a file, its folder, or a hub id.", metavar="LORA", rich_help_panel=FILES),
-    ] = None
-    fps: Annotated[
-        float | None,
-        typer.Option(help="Frames per second; default: 8 for embedded models, else 16.", rich_help_panel=FILES),
-    ] = None
-    scale: Annotated[int, typer.Option(help="Enlarge every pixel so many times.", rich_help_panel=FILES)] = 1
-    device: Device = None
-    dtype: Dtype = None
-    offload: Offload = "none"
-    solver: Solver = None
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer's blocks.", rich_help_panel=RUN)
-    ] = False
-    ulysses: Annotated[int, typer.Option(help="Processes that share each output.", rich_help_panel=RUN)] = 1
-    backend: Backend = "auto"
-    dense: Dense = None
+    quiet: Quiet = False
+    json: Json = False
+    ulysses: Annotated[int, option("Processes that share each output.", panel=RUN)] = 1
 
 
 @with_option_fields
@@ -139,10 +81,10 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
     process = started_process(together=options.ulysses)
     many = process.count > 1
     require_one_document(options.json, process.count)
-    given = fields_of(Request, options)
-    given |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if given[name] is None}
-    given |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
-    request = Request(prompts=prompts, methods=tuple(methods), **given)
+    fields = fields_of(Request, options)
+    fields |= {name: run.get(name) for name in ("num_inference_steps", "guidance_scale") if fields[name] is None}
+    fields |= {} if options.solver else {name: run.get(name) for name in ("solver", "flow_shift")}
+    request = Request(prompts=prompts, methods=tuple(methods), **fields)
     if len(request.prompts) > 1:
         keeps("outputs that were made are whole, and the same command with --resume makes the others")
     with Stages(quiet=options.quiet, silent=process.rank > 0) as stages:
@@ -152,12 +94,12 @@ def generate_video(options: GenerateOptions, *, methods: MethodList, run: RunTab
             notes=tuple(_defaults(options, request)), **shown,
         )  # fmt: skip
     if options.json:
-        print_json([one.record for one in written])
+        print_json([output.record for output in written])
         return
-    for one in () if many else written:
-        print(one.record["output"])
+    for output in () if many else written:
+        print(output.record["output"])
         if not options.quiet:
-            _print_written(one)
+            _print_written(output)
 
 
 def _defaults(options: GenerateOptions, request: "Request") -> Iterator[str]:

@@ -2,17 +2,17 @@
 
 import contextlib
 import dataclasses
-import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 import dit_accel
-from dit_accel.adapters.adapter import Family
+from dit_accel.adapters import Family
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.attachment.check import Check, compared, require_tools
 from dit_accel.errors import ConfigError
@@ -21,15 +21,15 @@ from dit_accel.files import held, json_text, written_whole
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import NONE
 
-from ..processes.parallel import ALONE, Group, check_transformer, joined
+from ..processes.parallel import ALONE, Group, check_transformer, joined_group
 from ..processes.processes import Process
 from .larger import prepare_larger
 from .loading import compile_blocks, device_of, load_pipeline, transformers_of
 from .media import Frames, to_uint8, upscale, write_media
-from .pipeline_call import PipelineCall
+from .pipeline_call import CallSignature
 from .progress import Stages
 from .quiet import quiet_diffusers
-from .request import Backend, Dense, Request, check_path, read_pictures, settle, side_car_path
+from .request import Request, check_path, read_pictures, resolve, side_car_path
 from .resume import kept_record, request_digest
 from .room import check_outputs_fit
 from .side_car import Generation, side_car
@@ -85,31 +85,33 @@ def generate(
         Busy: if another run writes the same output.
     """
     stages, process = stages or Stages(silent=True), process or Process()
-    request, family = _settled(dataclasses.replace(request, device=process.device(request.device)), stages, notes)
+    request, family = _resolve(dataclasses.replace(request, device=process.device(request.device)), stages, notes)
     if process.together > 1:
         _check_spread(request, family, process.together)
     on_written = on_written if process.first else lambda _: None
     requested = process.own(_single(request))
-    own = request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
-    alone = held(own) if process.first else contextlib.nullcontext()
+    reserved = (
+        request.output if process.count == 1 else request.output.with_name(f"{request.output.name}.{process.rank}")
+    )
+    alone = held(reserved) if process.first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
-    with alone, small, joined(process.local_rank, process.together) as group:
-        kept = group.firsts({one.output: record for one, record in _kept(requested, resume)})
-        written = {output: Written(record=record, report=None, kept=True) for output, record in kept.items()}
-        for one in written.values():
-            on_written(one)
-        missing = [one for one in requested if one.output not in written]
+    with alone, small, joined_group(process.local_rank, process.together) as group:
+        records = group.firsts({earlier.output: record for earlier, record in _kept(requested, resume)})
+        written = {output: Written(record=record, report=None, kept=True) for output, record in records.items()}
+        for single in written.values():
+            on_written(single)
+        missing = [single for single in requested if single.output not in written]
         if not missing:
             return list(written.values())
         check_outputs_fit(request, process.count // process.together * len(missing))
-        for one in missing if process.first else ():
-            if one.output.exists():
-                stages.note(f"{one.output} is there; it is replaced when the new one is whole")
-        with _loaded(request, family, stages, command, process.first, group) as make:
-            for one in missing:
-                written[one.output] = make(one)
-                on_written(written[one.output])
-    return [written[one.output] for one in requested]
+        for single in missing if process.first else ():
+            if single.output.exists():
+                stages.note(f"{single.output} is there; it is replaced when the new one is whole")
+        with Loaded(request, family, stages, command, writes=process.first, group=group) as loaded:
+            for single in missing:
+                written[single.output] = loaded.make(single)
+                on_written(written[single.output])
+    return [written[single.output] for single in requested]
 
 
 Make = Callable[[str, Path, int], Written]
@@ -129,26 +131,26 @@ def opened(request: Request, *, stages: Stages | None = None, command: Sequence[
         DitAccelError: for a request that can't be met.
     """
     stages = stages or Stages(silent=True)
-    request, family = _settled(request, stages)
-    with one_thread(embedded=request.embedded is not None), _loaded(request, family, stages, command) as make:
-        yield lambda prompt, output, seed: make(
+    request, family = _resolve(request, stages)
+    with one_thread(embedded=request.embedded is not None), Loaded(request, family, stages, command) as loaded:
+        yield lambda prompt, output, seed: loaded.make(
             dataclasses.replace(request, prompts=(prompt,), output=output, seed=seed)
         )
 
 
-def _settled(request: Request, stages: Stages, notes: Sequence[str] = ()) -> tuple[Request, Family | None]:
-    """Return the settled request and its family, and show these notes and its own."""
-    settled = settle(request)
+def _resolve(request: Request, stages: Stages, notes: Sequence[str] = ()) -> tuple[Request, Family | None]:
+    """Return the resolved request and its family, and show these notes and its own."""
+    resolved = resolve(request)
     device_of(request)
-    for text in (*notes, *settled.notes):
+    for text in (*notes, *resolved.notes):
         stages.note(text)
-    for text in settled.warnings:
+    for text in resolved.warnings:
         stages.warn(text)
-    return settled.request, settled.family
+    return resolved.request, resolved.family
 
 
 def _check_spread(request: Request, family: Family | None, degree: int) -> None:
-    """Refuse a settled request whose model or sizes so many processes can't share, before its weights are loaded."""
+    """Refuse a resolved request whose model or sizes so many processes can't share, before its weights are loaded."""
     import diffusers
 
     config = read_model_files(request.source).transformer
@@ -164,63 +166,79 @@ def _check_spread(request: Request, family: Family | None, degree: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _loaded(
-    request: Request,
-    family: Family | None,
-    stages: Stages,
-    command: Sequence[str],
-    writes: bool = True,
-    group: Group = ALONE,
-) -> Iterator[Callable[[Request], Written]]:
-    """Load a settled request's pipeline with its methods; yields what makes a request of one prompt.
+class Loaded:
+    """A resolved request's pipeline with its methods attached, inside a ``with`` block.
 
-    Of a group only the process that ``writes`` does.
+    Args:
+        request: the resolved request.
+        family: the model's sizes; None: they are not known.
+        stages: progress bars, notes and warnings.
+        command: the command line, for the side-cars.
+        writes: False in a process that only helps the first of its group.
+        group: the processes that make each output together.
     """
-    pictures = read_pictures(request)
-    if request.check:
-        require_tools()
-    stages.stage("loading")
-    started = time.perf_counter()
-    pipe = load_pipeline(request)
-    if request.solver is not None:
-        pipe.scheduler = make_scheduler(pipe.scheduler, request.solver, request.flow_shift)
-    loading = time.perf_counter() - started
-    for text in prepare_larger(pipe, request, family):
-        stages.note(text)
-    with quiet_diffusers():
-        for transformer in transformers_of(pipe):
-            group.share(transformer)
-    choices = {"preset": request.preset, "dense": request.dense, "quiet": stages.quiet}
-    with attached(pipe, request.methods, request.backend, **choices) as attachment:
-        if request.check and not attachment.report().methods:
-            raise ConfigError(
-                f"check compares methods with the dense run, and the preset {request.preset!r} has none for this "
-                "model; name one, such as --staticcache"
-            )
-        if request.compile:
-            compile_blocks(pipe)
 
-        def make(one: Request) -> Written:
-            resolved = _resolved(one, pipe)
-            given = {"pictures": pictures, "stages": stages}
-            dense = None
-            if one.check:
-                with attachment.suspended():
-                    dense = run(pipe, one.prompts[0], resolved, **given)
-            made = run(pipe, one.prompts[0], resolved, attachment=attachment, **given)
-            record = side_car(resolved, made, one.output, loading=loading, command=command)
-            check = None if dense is None or not writes else _compared(dense, made)
-            record["check"] = None if check is None else {**check.to_dict(), "picture": str(check_path(one.output))}
-            record["ulysses"] = group.size
-            record["request_digest"] = request_digest(one)
-            if check is not None:
-                check.save(check_path(one.output))
-            if writes:
-                _write(one.output, made.frames, record, resolved)
-            return Written(record=record, report=made.report, check=check)
+    def __init__(
+        self, request: Request, family: Family | None, stages: Stages, command: Sequence[str] = (), *,
+        writes: bool = True, group: Group = ALONE,
+    ) -> None:  # fmt: skip
+        self._stages, self._command, self._writes, self._group = stages, command, writes, group
+        self._pictures = read_pictures(request)
+        if request.check:
+            require_tools()
+        stages.stage("loading")
+        started = time.perf_counter()
+        self._pipe = load_pipeline(request)
+        if request.solver is not None:
+            self._pipe.scheduler = make_scheduler(self._pipe.scheduler, request.solver, request.flow_shift)
+        self._loading = time.perf_counter() - started
+        for text in prepare_larger(self._pipe, request, family):
+            stages.note(text)
+        with quiet_diffusers():
+            for transformer in transformers_of(self._pipe):
+                group.share(transformer)
+        choices = {"preset": request.preset, "dense": request.dense, "quiet": stages.quiet}
+        self._attached = attached(self._pipe, request.methods, request.backend, **choices)
+        self._request = request
 
-        yield make
+    def __enter__(self) -> "Loaded":
+        with contextlib.ExitStack() as stack:
+            self._attachment = stack.enter_context(self._attached)
+            if self._request.check and not self._attachment.report().methods:
+                raise ConfigError(
+                    f"check compares methods with the dense run, and the preset {self._request.preset!r} has none for "
+                    "this model; name one, such as --staticcache"
+                )
+            if self._request.compile:
+                compile_blocks(self._pipe)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def make(self, request: Request) -> Written:
+        """Generate and write a request of one prompt."""
+        resolved, dense, check = _with_choices(request, self._pipe), None, None
+        if request.check:
+            with self._attachment.suspended():
+                dense = self._run(resolved, None)
+        generation = self._run(resolved, self._attachment)
+        record = side_car(resolved, generation, request.output, loading=self._loading, command=self._command)
+        if dense is not None and self._writes:
+            check = check_of(dense, generation)
+            check.save(check_path(request.output))
+        record["check"] = check and {**check.to_dict(), "picture": str(check_path(request.output))}
+        record["ulysses"] = self._group.size
+        record["request_digest"] = request_digest(request)
+        if self._writes:
+            _write(request.output, generation.frames, record, resolved)
+        return Written(record=record, report=generation.report, check=check)
+
+    def _run(self, request: Request, attachment: Any) -> Generation:
+        return run(
+            self._pipe, request.prompts[0], request, pictures=self._pictures, stages=self._stages, attachment=attachment
+        )
 
 
 def _single(request: Request) -> list[Request]:
@@ -233,19 +251,19 @@ def _single(request: Request) -> list[Request]:
 
 def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request, dict[str, Any]]]:
     """Give the requests that are met already, and the side-cars of their outputs."""
-    for one in requested if resume else ():
-        if (record := kept_record(one)) is not None:
-            yield one, record
+    for single in requested if resume else ():
+        if (record := kept_record(single)) is not None:
+            yield single, record
 
 
 @contextlib.contextmanager
 def attached(
     pipe: Any,
     methods: Sequence[MethodConfig],
-    backend: Backend,
+    backend: str,
     *,
     preset: str | None = None,
-    dense: Dense | None = None,
+    dense: str | None = None,
     quiet: bool = False,
 ) -> Iterator[Any]:
     """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is requested.
@@ -255,9 +273,10 @@ def attached(
     if not methods and preset in (None, NONE):
         yield None
         return
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        attachment = dit_accel.attach(pipe, *methods, preset=cast(Any, preset or NONE), backend=backend, dense=dense)
-    with attachment:
+    names: dict[str, Any] = {"preset": preset or NONE, "backend": backend, "dense": dense}
+    with dit_accel.attach(pipe, *methods, **names) as attachment:
+        if attachment.preset and not quiet:
+            print(attachment.preset, file=sys.stderr)
         yield attachment
 
 
@@ -270,7 +289,7 @@ def run(
     attachment: Any = None,
     stages: Stages | None = None,
 ) -> Generation:
-    """Run a loaded pipeline on one prompt of a (settled) request.
+    """Run a loaded pipeline on one prompt of a (resolved) request.
 
     Args:
         pipe: the pipeline.
@@ -287,33 +306,36 @@ def run(
 
     stages = stages or Stages(silent=True)
     pictures = read_pictures(request) if pictures is None else pictures
-    call = PipelineCall.of(type(pipe))
+    call = CallSignature.of(type(pipe))
     arguments = {**request.beside(call), **request.call_arguments(), "prompt": prompt, **pictures}
     call.check(arguments)
     stages.stage("encoding the prompt")
     generator = torch.Generator("cpu").manual_seed(request.seed)
     with quiet_diffusers(), timed_steps(pipe, stages) as timings:
         called = pipe if attachment is None else attachment.call
-        made = pictures_of(called(**arguments, generator=generator, output_type="np"))
+        pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
     return Generation(
-        prompt=prompt, frames=to_uint8(made), timings=timings, report=report, pictures=made if request.check else None
+        prompt=prompt,
+        frames=to_uint8(pictures_made),
+        timings=timings,
+        report=report,
+        pictures=pictures_made if request.check else None,
     )
 
 
-def _compared(dense: Generation, made: Generation) -> Check:
-    """Return how near a run with methods is to the dense one of the same seed."""
+def check_of(dense: Generation, accelerated: Generation) -> Check:
+    """Return how near a run with methods is to the dense one of the same seed, and the seconds of both."""
     assert dense.pictures is not None
-    assert made.pictures is not None
-    seconds = [one.timings.text + one.timings.denoise + one.timings.decode for one in (dense, made)]
-    return compared(dense.pictures, made.pictures, *seconds)
+    assert accelerated.pictures is not None
+    return compared(dense.pictures, accelerated.pictures, dense.timings.total, accelerated.timings.total)
 
 
-def _resolved(request: Request, pipe: Any) -> Request:
+def _with_choices(request: Request, pipe: Any) -> Request:
     """Return the request with what the pipeline chose where nothing was requested, for the side-car."""
     guidance = request.guidance_scale
     if guidance is None:
-        guidance = PipelineCall.of(type(pipe)).default("guidance_scale")
+        guidance = CallSignature.of(type(pipe)).default("guidance_scale")
     chosen = {"guidance_scale": guidance, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     return dataclasses.replace(request, device=str(pipe._execution_device), **chosen)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dit_accel import UltraImage
-from dit_accel.adapters.adapter import Family
+from dit_accel.adapters import Family
 from dit_accel.estimate.beyond import beyond_trained
 from dit_accel.estimate.sizes import token_layout
 
@@ -11,7 +11,7 @@ from .request import Request
 
 
 def prepare_larger(pipe: Any, request: Request, family: Family | None) -> list[str]:
-    """Prepare a loaded pipeline for the size of a (settled) request, and return notes on what was done.
+    """Prepare a loaded pipeline for the size of a (resolved) request, and return notes on what was done.
 
     ``tiled_vae`` decodes in tiles, so that memory does not grow with the picture. ``pinned_shift`` keeps the noise
     shift at its largest: pipelines extend it along a line in the number of tokens, which collapses the schedule above
@@ -34,7 +34,7 @@ def prepare_larger(pipe: Any, request: Request, family: Family | None) -> list[s
         pipe.vae.enable_tiling()
         notes.append("the autoencoder works in tiles, since the picture is larger than the model was trained on")
     most = pipe.scheduler.config.get("max_image_seq_len")
-    if any(isinstance(one, UltraImage) and (one.guided or one.view) for one in request.methods):
+    if any(isinstance(method, UltraImage) and (method.guided or method.view) for method in request.methods):
         return notes  # which holds the shift in its second stage alone
     if "pinned_shift" in family.beyond and most is not None and layout.visual_tokens > most:
         pipe.scheduler.register_to_config(max_image_seq_len=layout.visual_tokens)

@@ -106,8 +106,8 @@ def compile_blocks(pipe: Any) -> None:
 
 def transformers_of(pipe: Any) -> list[Any]:
     """Return the transformers of a pipeline."""
-    found = [getattr(pipe, name, None) for name in TRANSFORMERS]
-    return [one for one in found if one is not None]
+    components = [getattr(pipe, name, None) for name in TRANSFORMERS]
+    return [component for component in components if component is not None]
 
 
 def device_of(request: Request) -> Any:
@@ -141,9 +141,9 @@ def devices() -> list[str]:
     """Return the torch devices of this machine, by the names under which they are requested."""
     import torch
 
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = 0 if found is None else torch.accelerator.device_count()
-    return ["cpu", *(f"{found.type}:{place}" for place in range(count) if found is not None)]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    return ["cpu", *(f"{accelerator.type}:{place}" for place in range(count) if accelerator is not None)]
 
 
 def _to_device(pipe: Any, device: Any, offload: str) -> None:

@@ -23,12 +23,12 @@ LEAST_PEFT = 0, 17
 def require_peft() -> None:
     """Raise `MissingBackend` without peft, or with an older one than `LEAST_PEFT`."""
     try:
-        found = metadata.version("peft")
+        installed = metadata.version("peft")
     except metadata.PackageNotFoundError:
         raise MissingBackend(f"a LoRA needs peft, which is not installed; {install('finetune')}") from None
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_PEFT:
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < LEAST_PEFT:
         least = ".".join(map(str, LEAST_PEFT))
-        raise MissingBackend(f"a LoRA needs peft {least} or newer, found {found}; pip install --upgrade peft")
+        raise MissingBackend(f"a LoRA needs peft {least} or newer, found {installed}; pip install --upgrade peft")
 
 
 def check_lora(name: str) -> None:
@@ -86,12 +86,12 @@ def load_lora(pipe: Any, name: str) -> None:
     requested = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
     if second:
         requested = {f"{SECOND}.{name.partition('.')[2]}" for name in requested}
-    found = set()
+    modules = set()
     for component, part in pipe.components.items():
         named = part.named_modules() if hasattr(part, "named_modules") else ()
-        found |= {f"{component}.{module}" for module, layer in named if getattr(layer, "lora_A", None)}
-    lost = sorted(requested - found)
-    if lost or not found:
+        modules |= {f"{component}.{module}" for module, layer in named if getattr(layer, "lora_A", None)}
+    lost = sorted(requested - modules)
+    if lost or not modules:
         what = "it has no layer"
         if lost:
             what = f"{len(lost)} of its {len(requested)} layers, such as {lost[0]}, are not there"

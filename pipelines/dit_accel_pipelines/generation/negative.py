@@ -6,7 +6,7 @@ from typing import Any
 from dit_accel.errors import ConfigError
 from dit_accel.methods.config import MethodConfig
 
-from .pipeline_call import PipelineCall
+from .pipeline_call import CallSignature
 
 OWN = ("negative_prompt", "negative_embeds")
 """Options of a method that leads away from a text, of which it has one."""
@@ -19,32 +19,32 @@ def with_negative(method: MethodConfig, text: str | None) -> MethodConfig:
     return dataclasses.replace(method, **{OWN[0]: text})  # type: ignore[arg-type] - it has that field
 
 
-def negative_of_methods(request: Any, call: PipelineCall) -> tuple[Any, list[str]]:
+def negative_of_methods(request: Any, call: CallSignature) -> tuple[Any, list[str]]:
     """Return a `Request` whose methods have its negative prompt, which its pipeline need not take then, and notes.
 
     Raises:
         ConfigError: for a method that leads away from a text, where there is none.
     """
     text = request.negative_prompt
-    methods = tuple(with_negative(one, text) for one in request.methods)
-    for one in methods:
-        if with_negative(one, "") is not one:
+    methods = tuple(with_negative(method, text) for method in request.methods)
+    for method in methods:
+        if with_negative(method, "") is not method:
             raise ConfigError(
-                f"{one.name} leads away from a text, and none is set; give a negative prompt, such as 'blurry, low "
-                f"quality', or set {one.name}.negative_prompt"
+                f"{method.name} leads away from a text, and none is set; give a negative prompt, such as 'blurry, low "
+                f"quality', or set {method.name}.negative_prompt"
             )
-    given = [one.name for one, before in zip(methods, request.methods, strict=True) if one is not before]
-    if not given:
+    names = [method.name for method, before in zip(methods, request.methods, strict=True) if method is not before]
+    if not names:
         return request, []
     taken = {} if call.takes("negative_prompt") else {"negative_prompt": None}
-    note = f"{' and '.join(given)} leads away from the negative prompt {text!r}"
+    note = f"{' and '.join(names)} leads away from the negative prompt {text!r}"
     return dataclasses.replace(request, methods=methods, **taken), [note]
 
 
-def idle_negative(request: Any, call: PipelineCall) -> list[str]:
-    """Return a note if no method takes a settled `Request`'s negative prompt, and its guidance scale leaves it out."""
+def idle_negative(request: Any, call: CallSignature) -> list[str]:
+    """Return a note if no method takes a resolved `Request`'s negative prompt, and its guidance scale leaves it out."""
     text = request.negative_prompt
-    if text is None or any(getattr(one, OWN[0], None) == text for one in request.methods):
+    if text is None or any(getattr(method, OWN[0], None) == text for method in request.methods):
         return []
     name = "true_cfg_scale" if call.takes("true_cfg_scale") else "guidance_scale"
     scale = request.beside(call).get(name, getattr(request, name, None))

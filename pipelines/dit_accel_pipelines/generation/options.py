@@ -1,71 +1,120 @@
-"""Options shared by the commands that run a model: what to run, and where."""
+"""The options of a run: each is declared once, with its flag, help and range, for `Request` and for all commands.
+
+A command takes those that it has by inheriting from one of the classes here. This file loads no torch.
+"""
 
 import dataclasses
 import functools
 import inspect
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dit_accel.cli.run_options import Frames, InferenceSteps, Pixels
 from dit_accel.errors import ConfigError
 
-RUN = "Running"
-_MODEL: dict[str, Any] = {
-    "help": "A hub id, a folder, or an embedded model that `dit-accel models` lists; default: wan-tiny.",
-    "metavar": "MODEL",
-}
-Model = Annotated[str | None, typer.Option("--model", "-m", **_MODEL)]
-ModelBesideMetrics = Annotated[str | None, typer.Option("--model", **_MODEL)]
+from .ranges import FINITE, between
+
+RUN, FILES = "Running", "Prompts, pictures and files"
+LEAST_FPS = 0.01
+MAX_SCALE = 64
+
+
+def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:
+    """Return an option's flag for its annotation, below a panel of the help."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
+
+
+_MODEL = "A hub id, a folder, or an embedded model that `dit-accel models` lists; default: wan-tiny."
+Model = Annotated[str | None, option(_MODEL, "--model", "-m", metavar="MODEL")]
+ModelBesideMetrics = Annotated[str | None, option(_MODEL, "--model", metavar="MODEL")]
 """Of commands whose -m is a metric."""
-Pixels = Annotated[int | None, typer.Option(help="In pixels; default: the model's.", metavar="PIXELS")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
-Frames = Annotated[int | None, typer.Option(help="Output frames; 1 makes an image.")]
-Solver = Annotated[
-    str | None,
-    typer.Option(help="unipc, euler or dpm++ in place of the model's own.", metavar="NAME", rich_help_panel=RUN),
-]
-NegativePrompt = Annotated[str | None, typer.Option(help="What guidance should lead away from.", metavar="TEXT")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Guidance = Annotated[float | None, option("Guidance scale; 1 switches guidance off."), FINITE]
+Seed = Annotated[int, option("Seed of the noise.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16; default: float32 on a CPU and for embedded models, else bfloat16.",
-        rich_help_panel=RUN,
+    option(
+        "float32, bfloat16 or float16; default: float32 on a CPU and for embedded models, else bfloat16.", panel=RUN,
         metavar="DTYPE",
     ),
-]
+]  # fmt: skip
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:1, mps ...; default: the accelerator if there is one.",
-        rich_help_panel=RUN,
-        metavar="DEVICE",
-    ),
+    option("cpu, cuda, cuda:1, mps ...; default: the accelerator if there is one.", panel=RUN, metavar="DEVICE"),
 ]
 Offload = Annotated[
-    str,
-    typer.Option(
-        help="What waits in main memory: none, model, sequential or group.", rich_help_panel=RUN, metavar="HOW"
-    ),
+    str, option("What waits in main memory: none, model, sequential or group.", panel=RUN, metavar="HOW")
 ]
-Backend = Annotated[str, typer.Option(help="Kernel backend of the methods.", rich_help_panel=RUN, metavar="NAME")]
-Dense = Annotated[
-    str | None,
-    typer.Option(
-        help="Dense attention: user (yours) or auto (the faster on a CPU).", rich_help_panel=RUN, metavar="HOW"
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or report.", rich_help_panel=RUN)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Backend = Annotated[str, option("Kernel backend of the methods.", panel=RUN, metavar="NAME")]
+Quiet = Annotated[bool, option("No progress, notes or report.", "--quiet", "-q", panel=RUN)]
+Json = Annotated[bool, option("Print JSON.", "--json")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedOptions:
+    """What is made whatever the prompt, and where: options of all commands that run a model."""
+
+    height: Pixels = None
+    width: Pixels = None
+    num_frames: Frames = None
+    guidance_scale: Guidance = None
+    negative_prompt: Annotated[str | None, option("What guidance should lead away from.", metavar="TEXT")] = None
+    device: Device = None
+    dtype: Dtype = None
+    offload: Offload = "none"
+    solver: Annotated[
+        str | None, option("unipc, euler or dpm++ in place of the model's own.", panel=RUN, metavar="NAME")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(SharedOptions):
+    """All options that `generate` and its `Request` share."""
+
+    model: Model = None
+    preset: Annotated[
+        str | None,
+        option("Methods chosen for the model: careful, balanced, fast or none; those that are named win.",
+               metavar="LEVEL"),
+    ] = None  # fmt: skip
+    check: Annotated[bool, option("Generate dense too, and compare: PSNR, SSIM, FILE.check.png.", "--check")] = False
+    num_inference_steps: InferenceSteps = None
+    seed: Seed = 0
+    same_seed: Annotated[bool, option("One seed for all prompts of a file.", "--same-seed", panel=FILES)] = False
+    image: Annotated[Path | None, option("Image to start from.", panel=FILES, metavar="FILE")] = None
+    video: Annotated[Path | None, option("Video to start from.", panel=FILES, metavar="FILE")] = None
+    lora: Annotated[str | None, option("A LoRA: a file, its folder, or a hub id.", panel=FILES, metavar="LORA")] = None
+    fps: Annotated[
+        float | None,
+        option("Frames per second; default: 8 for embedded models, else 16.", panel=FILES),
+        between(LEAST_FPS, 240),
+    ] = None
+    scale: Annotated[
+        int, option("Enlarge every pixel so many times.", panel=FILES), between(1, MAX_SCALE, "a whole number ")
+    ] = 1
+    compile: Annotated[bool, option("Compile the transformer's blocks.", "--compile", panel=RUN)] = False
+    backend: Backend = "auto"
+    dense: Annotated[
+        str | None, option("Dense attention: user (yours) or auto (the faster on a CPU).", panel=RUN, metavar="HOW")
+    ] = None
 
 
 def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a command whose first parameter is a dataclass of options as one that has an option for each field."""
+    """Return a command whose first parameter is a dataclass of options as one that has an option for each field.
+
+    In the help the class's own fields stand before those of its bases.
+    """
     signature = inspect.signature(command, eval_str=True)
     taken, *others = signature.parameters.values()
-    hints, fields = typing.get_type_hints(taken.annotation, include_extras=True), dataclasses.fields(taken.annotation)
+    hints = typing.get_type_hints(taken.annotation, include_extras=True)
+    declared = [inspect.get_annotations(cls) for cls in taken.annotation.__mro__]
+    fields = sorted(
+        dataclasses.fields(taken.annotation), key=lambda field: [field.name in names for names in declared].index(True)
+    )
 
     @functools.wraps(command)
     def run(**arguments: Any) -> Any:
@@ -73,7 +122,9 @@ def with_option_fields(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(options, **arguments)
 
     kind = inspect.Parameter.KEYWORD_ONLY
-    options = [inspect.Parameter(one.name, kind, default=one.default, annotation=hints[one.name]) for one in fields]
+    options = [
+        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]) for field in fields
+    ]
     run.__signature__ = signature.replace(parameters=[*options, *others])  # type: ignore[attr-defined]
     return run
 
@@ -89,4 +140,5 @@ def require_one_document(json: bool, count: int) -> None:
 
 def fields_of(target: type[Any], options: Any) -> dict[str, Any]:
     """Return the options of whose names a dataclass has fields."""
-    return {one.name: getattr(options, one.name) for one in dataclasses.fields(target) if hasattr(options, one.name)}
+    fields = (field.name for field in dataclasses.fields(target))
+    return {name: getattr(options, name) for name in fields if hasattr(options, name)}

@@ -20,14 +20,14 @@ STARTS_FROM_PICTURES = re.compile(r"Img2Img|Image(To|2)Video|VideoToVideo|VideoT
 
 
 @dataclass(frozen=True, slots=True)
-class PipelineCall:
+class CallSignature:
     """The call of one pipeline class: its name and its parameters."""
 
     name: str
     parameters: Mapping[str, inspect.Parameter]
 
     @classmethod
-    def of(cls, pipeline: type) -> "PipelineCall":
+    def of(cls, pipeline: type) -> "CallSignature":
         """Read the call of a pipeline class."""
         return cls(pipeline.__name__, inspect.signature(pipeline.__call__).parameters)
 
@@ -75,8 +75,8 @@ class PipelineCall:
         """Say what to do about an argument that is not taken."""
         if argument == "guidance_scale":
             others = [name for name in self.parameters if name.endswith(("guidance_scale", "cfg_scale"))]
-            own = " and ".join(others) or "a guider"
-            return f"leave it out, or call the pipeline from Python: its guidance is set by {own}"
+            guidance = " and ".join(others) or "a guider"
+            return f"leave it out, or call the pipeline from Python: its guidance is set by {guidance}"
         return "leave it out"
 
 

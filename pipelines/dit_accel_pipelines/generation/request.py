@@ -1,19 +1,19 @@
 """What `generate` takes, and every check that can be made before weights are loaded."""
 
 import dataclasses
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from dit_accel_kernels import BACKENDS
 
-from dit_accel.adapters.adapter import Family
+from dit_accel.adapters import Family
 from dit_accel.adapters.embedded import assets, embedded_names
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.rotary import check_lengths
-from dit_accel.attachment.backends import Backend, Dense, check_backend
+from dit_accel.attachment.backends import Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
 from dit_accel.estimate.beyond import advice
 from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
@@ -21,23 +21,21 @@ from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
-from dit_accel.methods.presets import LEVELS, NONE, choices
+from dit_accel.methods.presets import LEVELS, NONE, preset_methods
 
 from .lora import check_lora
 from .media import check_even, check_output, read_image, read_video
 from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
-from .pipeline_call import PICTURES, PipelineCall, pipeline_class
-from .solvers import check_solver
+from .options import RunOptions
+from .pipeline_call import PICTURES, CallSignature, pipeline_class
+from .ranges import ABOVE_ZERO, check_ranges
+from .solvers import SOLVERS
 
 EMBEDDED = "wan-tiny"
 """The embedded model that is taken where none is named."""
 
 EMBEDDED_FPS, OTHER_FPS = 8, 16
-LEAST_FPS = 0.01
-DTYPES = ("float32", "bfloat16", "float16")
-OFFLOADS = ("none", "model", "sequential", "group")
-MAX_SCALE = 64
 
 SIZES = ("height", "width", "num_frames", "num_inference_steps")
 """What a family knows a default for."""
@@ -45,8 +43,15 @@ SIZES = ("height", "width", "num_frames", "num_inference_steps")
 CALL_ARGUMENTS = ("negative_prompt", *PICTURES, *SIZES, "guidance_scale")
 """Arguments of the pipeline's call that a request holds."""
 
-Offload = Literal["none", "model", "sequential", "group"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
+OFFLOADS = ("none", "model", "sequential", "group")
+
+CHOICES: Mapping[str, Sequence[str]] = {
+    "dtype": DTYPES, "offload": OFFLOADS, "solver": tuple(SOLVERS),
+    "backend": BACKENDS, "preset": (*LEVELS, NONE), "dense": get_args(Dense),
+}  # fmt: skip
+"""Option -> the names that it takes."""
 
 
 class NamesModel:
@@ -67,38 +72,15 @@ class NamesModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request(NamesModel):
+class Request(RunOptions, NamesModel):
     """What to generate; what is None takes the model's default.
 
     Attributes:
         prompts: one video (or image) each.
         output: file to write; with several prompts a number is put before the suffix.
-        negative_prompt: what guidance leads away from.
-        image: image file to start from.
-        video: video file to start from.
-        model: hub id, folder or an embedded model's name; None is `EMBEDDED`.
-        height: output height in pixels.
-        width: output width in pixels.
-        num_frames: output frames.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 switches it off.
-        seed: seed of the first prompt's noise; each prompt after it has the next.
-        same_seed: all prompts have the first one's, to be compared.
-        dtype: number format of the weights; None: float32 on a CPU, else bfloat16.
-        device: torch device; None: the accelerator if there is one.
-        offload: which weights wait in main memory until they are needed: ``none``; a component at a time (``model``);
-            a layer at a time (``sequential``); layers, fetched ahead (``group``).
-        compile: compile the transformer's repeated blocks.
-        fps: frames per second of the file.
-        scale: whole number by which every pixel is enlarged.
-        solver: a name of `solvers.SOLVERS` that takes the place of the model's own; None: that.
-        flow_shift: noise shift of that solver; None: the model's own.
-        lora: a LoRA to load: a file, a folder that holds one, or a hub id.
+        flow_shift: noise shift of the solver; None: the model's own.
         methods: method configs to attach.
-        preset: level of methods that are chosen for the model beside these, which win; None and ``none``: none are.
-        check: generate dense too, from the same seed, and write how far apart the two are, `check_path`.
-        backend: kernel backend of the methods.
-        dense: what computes dense attention beside them, as `attach` has it; None: its own choice.
+        model, seed ...: the options of `dit-accel generate`, whose help describes them.
 
     Raises:
         ConfigError: for a value out of range, or an output that can't be written.
@@ -106,73 +88,31 @@ class Request(NamesModel):
 
     prompts: tuple[str, ...]
     output: Path
-    negative_prompt: str | None = None
-    image: Path | None = None
-    video: Path | None = None
-    model: str | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
-    same_seed: bool = False
-    dtype: Dtype | None = None
-    device: str | None = None
-    offload: Offload = "none"
-    compile: bool = False
-    fps: float | None = None
-    scale: int = 1
-    solver: str | None = None
-    flow_shift: float | None = None
-    lora: str | None = None
+    flow_shift: Annotated[float | None, ABOVE_ZERO] = None
     methods: tuple[MethodConfig, ...] = ()
-    preset: str | None = None
-    check: bool = False
-    backend: Backend = "auto"
-    dense: Dense | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError("generate needs a prompt, got none; write one in quotes, or give --prompt-file")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        for name, known in (
-            ("dtype", DTYPES), ("offload", OFFLOADS), ("backend", BACKENDS), ("preset", (*LEVELS, NONE)),
-            ("dense", get_args(Dense)),
-        ):  # fmt: skip
+        check_ranges(self)
+        if self.num_inference_steps is not None:
+            check_steps(self.num_inference_steps)
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(f"there is no {name} {value!r}; {did_you_mean(value, known)}")
-        if self.num_inference_steps is not None:
-            check_steps(self.num_inference_steps)
-        if self.fps is not None and not LEAST_FPS <= self.fps <= 240:
-            raise ConfigError(f"fps must be from {LEAST_FPS} to 240, got {self.fps:g}")
-        if self.solver is not None:
-            check_solver(self.solver)
-        if self.flow_shift is not None and (self.solver is None or not 0 < self.flow_shift < math.inf):
-            raise ConfigError(
-                f"flow_shift must be above 0, and goes with a solver, got {self.flow_shift}, {self.solver}"
-            )
-        if not 1 <= self.scale <= MAX_SCALE:
-            raise ConfigError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {self.scale}")
+        if self.flow_shift is not None and self.solver is None:
+            raise ConfigError(f"flow_shift goes with a solver, got {self.flow_shift} without one; name a solver")
         if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
             raise ConfigError(
                 f"seeds must be from 0 to 2**63 - 1, got {self.seed} for the first of {len(self.prompts)} prompts"
             )
-        if self.backend != "auto" and not self.attaches:
-            raise ConfigError(
-                f"backend {self.backend!r} was requested, but no method would use it; switch one on, such as --radial"
-            )
-        if self.dense is not None and not self.attaches:
-            raise ConfigError(
-                f"dense {self.dense!r} was requested, but no method is attached; switch one on, such as --radial"
-            )
-        if self.check and not self.attaches:
-            raise ConfigError(
-                "check compares methods with the dense run, and no method was requested; switch one on, such as "
-                "--preset balanced"
-            )
+        for name, unset in (("backend", "auto"), ("dense", None), ("check", False)):
+            if getattr(self, name) != unset and not self.attaches:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} was requested, but no method is attached; switch one on, such as "
+                    "--radial or --preset balanced"
+                )
         if self.lora is not None:
             check_lora(self.lora)
         for output in self.outputs():
@@ -207,10 +147,10 @@ class Request(NamesModel):
         """Return the arguments of the pipeline's call that are set, except the prompt."""
         return {name: getattr(self, name) for name in CALL_ARGUMENTS if getattr(self, name) is not None}
 
-    def beside(self, call: PipelineCall) -> dict[str, Any]:
+    def beside(self, call: CallSignature) -> dict[str, Any]:
         """Return what an embedded model's call is made with besides, which a request has no field for."""
-        own = assets().model_defaults(self.embedded) if self.embedded else {}
-        beside = {name: value for name, value in own.items() if name not in CALL_ARGUMENTS and call.takes(name)}
+        defaults = assets().model_defaults(self.embedded) if self.embedded else {}
+        beside = {name: value for name, value in defaults.items() if name not in CALL_ARGUMENTS and call.takes(name)}
         if "true_cfg_scale" in beside and self.guidance_scale is not None:
             beside["true_cfg_scale"] = self.guidance_scale  # what guides this model by a negative prompt
         return beside
@@ -232,7 +172,7 @@ def check_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.check.png")
 
 
-class Settled(NamedTuple):
+class Resolved(NamedTuple):
     """A request that can be met.
 
     Attributes:
@@ -248,7 +188,7 @@ class Settled(NamedTuple):
     warnings: list[str]
 
 
-def settle(request: Request) -> Settled:
+def resolve(request: Request) -> Resolved:
     """Check a request against its model's configs and pipeline class, and fill in the family's defaults.
 
     Raises:
@@ -256,43 +196,59 @@ def settle(request: Request) -> Settled:
             what its pipeline does not take or needs besides.
         UnsupportedModel: if the model is not found, or no adapter can take the methods requested.
     """
-    embedded = request.embedded
-    if embedded:
+    if request.embedded:
         for prompt in (*request.prompts, request.negative_prompt or ""):
-            check_words(prompt, embedded, named=request.model is not None)
+            check_words(prompt, request.embedded, named=request.model is not None)
     files = read_model_files(request.source)
-    cls = pipeline_class(files)
-    call = PipelineCall.of(cls)
-    request, notes = negative_of_methods(request, call)
-    call.check(request.call_arguments())
-    if request.lora is not None and not hasattr(cls, "load_lora_weights"):
-        raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
-    if embedded:
-        own = assets().model_defaults(embedded)
-        fills = {name: own[name] for name in CALL_ARGUMENTS if name in own and call.takes(name)}
-        fills = {name: value for name, value in fills.items() if getattr(request, name) is None}
-        request = dataclasses.replace(request, dtype=request.dtype or "float32", **fills)
+    request, call, notes = _resolve_call(request, files)
     family = _family_of(files, request)
     notes += idle_negative(request, call)
     if family is None:
         check_even(request.output, *(request.scale * (value or 0) for value in (request.height, request.width)))
-        return Settled(request, None, notes, [])
-    fills = {name: getattr(family, name) for name in SIZES if call.takes(name) and getattr(request, name) is None}
-    request = dataclasses.replace(request, **fills)
-    for name, multiple in zip(("height", "width"), pixel_multiples(family), strict=True):
-        value = getattr(request, name)
-        if value is not None:
-            check_multiple(name, value, multiple, request.model or EMBEDDED)
-    if request.num_frames is not None:
-        frames = rounded_frames(family, request.num_frames)
-        if frames != request.num_frames:
-            notes.append(f"{request.num_frames} frames are rounded to {frames}, as the pipeline does")
-        request = dataclasses.replace(request, num_frames=frames)
+        return Resolved(request, None, notes, [])
+    request, rounded = _resolve_sizes(request, family, call)
     warnings = _check_methods(files, family, request)
     height, width = request.height or family.height, request.width or family.width
     check_fits(height=height, width=width, num_frames=request.num_frames or 1)
     check_even(request.output, height * request.scale, width * request.scale)
-    return Settled(request, family, notes, warnings)
+    return Resolved(request, family, notes + rounded, warnings)
+
+
+def _resolve_call(request: Request, files: ModelFiles) -> tuple[Request, CallSignature, list[str]]:
+    """Check a request against its pipeline's call, and fill in an embedded model's defaults; also return notes."""
+    cls = pipeline_class(files)
+    call = CallSignature.of(cls)
+    request, notes = negative_of_methods(request, call)
+    call.check(request.call_arguments())
+    if request.lora is not None and not hasattr(cls, "load_lora_weights"):
+        raise ConfigError(f"{cls.__name__} takes no LoRA, got {request.lora}; leave it out")
+    if request.embedded:
+        defaults = {"dtype": "float32", **assets().model_defaults(request.embedded)}
+        names = ["dtype", *(name for name in CALL_ARGUMENTS if call.takes(name))]
+        request = _filled(request, {name: defaults[name] for name in names if name in defaults})
+    return request, call, notes
+
+
+def _resolve_sizes(request: Request, family: Family, call: CallSignature) -> tuple[Request, list[str]]:
+    """Fill in a family's sizes, refuse those that it can't make, and round the frames; also return notes."""
+    request = _filled(request, {name: getattr(family, name) for name in SIZES if call.takes(name)})
+    for name, multiple in zip(("height", "width"), pixel_multiples(family), strict=True):
+        value = getattr(request, name)
+        if value is not None:
+            check_multiple(name, value, multiple, request.model or EMBEDDED)
+    if request.num_frames is None:
+        return request, []
+    frames = rounded_frames(family, request.num_frames)
+    if frames == request.num_frames:
+        return request, []
+    note = f"{request.num_frames} frames are rounded to {frames}, as the pipeline does"
+    return dataclasses.replace(request, num_frames=frames), [note]
+
+
+def _filled(request: Request, defaults: Mapping[str, Any]) -> Request:
+    """Return a request with defaults where it has None."""
+    missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+    return dataclasses.replace(request, **missing)
 
 
 def read_pictures(request: Request) -> dict[str, Any]:
@@ -355,7 +311,7 @@ def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[
     model = Model(
         adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
     )  # fmt: skip
-    methods = [*request.methods, *(one.config for one in choices(request.preset or NONE, model, request.methods))]
+    methods = [*request.methods, *preset_methods(request.preset or NONE, model, request.methods).configs]
     handlers = make_handlers(methods, model)
     check_backend(request.backend, request.dense or "auto", handlers)
     for handler in handlers:

@@ -16,7 +16,7 @@ APART = ("prompts", "output", "device", "same_seed")
 
 
 def request_digest(request: Request) -> str:
-    """Return what tells one settled request of one prompt from another, wherever its output lies; hexadecimal."""
+    """Return what tells one resolved request of one prompt from another, wherever its output lies; hexadecimal."""
     text: dict[str, Any] = {
         field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name not in APART
     }
@@ -30,7 +30,7 @@ def request_digest(request: Request) -> str:
 
 
 def kept_record(request: Request) -> dict[str, Any] | None:
-    """Return the side-car of an output that stands for a settled request of one prompt; None: it must be made."""
+    """Return the side-car of an output that stands for a resolved request of one prompt; None: it must be made."""
     path = side_car_path(request.output)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

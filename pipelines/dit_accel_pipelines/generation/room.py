@@ -13,7 +13,7 @@ SIDE_CAR = 1 << 16
 
 
 def check_outputs_fit(request: Request, count: int) -> None:
-    """Raise `ConfigError` if the disk has no room for ``count`` more outputs of a settled request of known sizes."""
+    """Raise `ConfigError` if the disk has no room for ``count`` more outputs of a resolved request of known sizes."""
     if request.height is None or request.width is None:
         return
     sizes = {"height": request.height, "width": request.width}

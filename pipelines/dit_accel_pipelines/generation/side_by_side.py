@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel.attachment.check import Check, compared, require_tools
+from dit_accel.attachment.check import Check, require_tools
 from dit_accel.errors import ConfigError
 from dit_accel.methods.presets import NONE
 from dit_accel.methods.toml import from_toml
 
-from .generate import attached, run
+from .generate import attached, check_of, run
 from .larger import prepare_larger
 from .loading import load_pipeline
 from .media import to_uint8, upscale, write_media
 from .progress import Stages
-from .request import Request, settle
+from .request import Request, resolve
 from .threads import one_thread
 
 TIMES = 5
@@ -145,10 +145,10 @@ class Comparing:
             return self._compared(request, stages)
 
     def _compared(self, request: Request, stages: Watched) -> SideBySide:
-        settled = settle(request)
-        request, stages.notes = settled.request, [*settled.notes, *settled.warnings]
+        resolved = resolve(request)
+        request, stages.notes = resolved.request, [*resolved.notes, *resolved.warnings]
         pipe = self._pipe(request, stages)
-        for text in prepare_larger(pipe, request, settled.family):
+        for text in prepare_larger(pipe, request, resolved.family):
             stages.note(text)
         choices = {"preset": request.preset, "quiet": True}
         with attached(pipe, request.methods, request.backend, **choices) as attachment:
@@ -158,15 +158,12 @@ class Comparing:
             with attachment.suspended():
                 dense = run(pipe, request.prompts[0], request, pictures={}, stages=stages)
             stages.run = "with methods: "
-            made = run(pipe, request.prompts[0], request, pictures={}, stages=stages, attachment=attachment)
-        seconds = [one.timings.text + one.timings.denoise + one.timings.decode for one in (dense, made)]
-        assert dense.pictures is not None
-        assert made.pictures is not None
-        check = compared(dense.pictures, made.pictures, *seconds)
+            accelerated = run(pipe, request.prompts[0], request, pictures={}, stages=stages, attachment=attachment)
+        check = check_of(dense, accelerated)
         difference = np.clip(TIMES * np.abs(check.accelerated - check.dense), 0, 1)
         clips = {"dense": check.dense, "accelerated": check.accelerated, "difference": difference}
         files = {name: _written(request, name, clip) for name, clip in clips.items()}
-        report = "\n".join(str(made.report).splitlines()[:REPORT_LINES])
+        report = "\n".join(str(accelerated.report).splitlines()[:REPORT_LINES])
         return SideBySide(**files, check=check, report=report, notes=tuple(stages.notes))
 
     def _pipe(self, request: Request, stages: Watched) -> Any:

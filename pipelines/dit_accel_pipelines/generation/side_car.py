@@ -22,7 +22,7 @@ AS_ASKED = (
     "solver", "flow_shift", "guidance_scale", "seed", "dtype", "device", "offload", "compile", "scale", "lora",
     "backend", "dense", "preset",
 )  # fmt: skip
-"""What a side-car says as the settled request does."""
+"""What a side-car says as the resolved request does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ def side_car(
     """Return the content of a side-car as plain values.
 
     Args:
-        request: the settled request, with what the pipeline chose where nothing was requested.
+        request: the resolved request, with what the pipeline chose where nothing was requested.
         made: the generation.
         output: the file beside which the side-car lies.
         loading: seconds that loading the pipeline took.

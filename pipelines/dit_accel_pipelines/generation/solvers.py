@@ -92,11 +92,11 @@ def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:
     if not ({"use_flow_sigmas", "shift"} if is_flow(shipped.config) else {"trained_betas"}) & {*taken}:
         kind = "flow, which this model predicts" if is_flow(shipped.config) else "betas, which this model has"
         raise ConfigError(f"{name} knows no {kind}; take, say, UniPCMultistepScheduler")
-    made = cls(**{key: value for key, value in {**schedule, **options}.items() if key in taken})
+    scheduler = cls(**{key: value for key, value in {**schedule, **options}.items() if key in taken})
     # where the pipeline reads them, whatever the scheduler knows of them
     dynamic = {key: value for key, value in {**schedule, **options}.items() if key in DYNAMIC and key not in taken}
-    made.register_to_config(**dynamic)
-    return made
+    scheduler.register_to_config(**dynamic)
+    return scheduler
 
 
 def _schedule(shipped: Any, name: str) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def _schedule(shipped: Any, name: str) -> dict[str, Any]:
     config = shipped.config
     if is_flow(config):
         shift = shift_of(shipped)
-        kept = {key: config[key] for key in DYNAMIC if key in config}
-        kept |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        return {**kept, "flow_shift": shift, "shift": shift}
+        schedule = {key: config[key] for key in DYNAMIC if key in config}
+        schedule |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        return {**schedule, "flow_shift": shift, "shift": shift}
     if not is_of_betas(config):
         raise ConfigError(
             f"{type(shipped).__name__} has neither a noise shift nor betas, so {name} can't take its place; leave it "

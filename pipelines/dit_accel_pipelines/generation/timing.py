@@ -27,6 +27,11 @@ class Timings:
     decode: float = 0.0
     processor: float = 0.0
 
+    @property
+    def total(self) -> float:
+        """Return the seconds of all stages."""
+        return self.text + self.denoise + self.decode
+
 
 @contextlib.contextmanager
 def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lambda: None) -> Iterator[Timings]:

@@ -52,13 +52,13 @@ def traced(scheduler: Any) -> Iterator[Trace]:
 
     @functools.wraps(step)
     def noted(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        arguments = signature.bind(*args, **kwargs).arguments
         trace.sigmas.append(noise_level(scheduler))
-        trace.outputs.append(_flat(given["model_output"]))
-        trace.latents[len(trace.sigmas) - 1 :] = [_flat(given["sample"])]
-        made = step(*args, **kwargs)
-        trace.latents.append(_flat(made[0] if isinstance(made, tuple) else made.prev_sample))
-        return made
+        trace.outputs.append(_flat(arguments["model_output"]))
+        trace.latents[len(trace.sigmas) - 1 :] = [_flat(arguments["sample"])]
+        result = step(*args, **kwargs)
+        trace.latents.append(_flat(result[0] if isinstance(result, tuple) else result.prev_sample))
+        return result
 
     scheduler.step = noted  # on the object; its class stays as it is
     try:

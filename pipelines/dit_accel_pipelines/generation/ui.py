@@ -88,11 +88,11 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
         prompt: str, model: str, preset: str, config: str, steps: float, seed: float, request: gradio.Request,
         progress: Any = gradio.Progress(),  # noqa: B008 - Gradio looks for it there
     ) -> list[Any]:  # fmt: skip
-        given = dict(model=model, preset=preset, config=config, steps=int(steps or 0), seed=int(seed or 0))
+        choices = dict(model=model, preset=preset, config=config, steps=int(steps or 0), seed=int(seed or 0))
         session = str(request.session_hash)
         running[session] = event = threading.Event()
         try:
-            return _shown(gradio, _run(comparing, progress, event, folder, prompt, given))
+            return _shown(gradio, _run(comparing, progress, event, folder, prompt, choices))
         finally:
             if running.get(session) is event:  # a run that was stopped ends when the next one may be there
                 del running[session]
@@ -124,8 +124,8 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
             halt = gradio.Button("Stop", elem_id="stop")
         outputs = _outputs(gradio)
         inputs = [prompt, chosen, preset, config, steps, seed]
-        given = {"show_progress_on": outputs[0], "concurrency_limit": 1, "api_visibility": "private"}
-        event = gradio.on([go.click, prompt.submit], compare, inputs, outputs, **given)
+        show = {"show_progress_on": outputs[0], "concurrency_limit": 1, "api_visibility": "private"}
+        event = gradio.on([go.click, prompt.submit], compare, inputs, outputs, **show)
         halt.click(stop, None, outputs[0], cancels=[event], queue=False, api_visibility="private")
         page.unload(leave)
     return page
@@ -133,7 +133,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
 
 def _outputs(gradio: Any) -> list[Any]:
     """Return what shows a result: a text, three clips, in their places three pictures, and a report."""
-    told = gradio.Markdown(FIRST, elem_id="told", min_height=72)
+    text = gradio.Markdown(FIRST, elem_id="told", min_height=72)
     clips, pictures = [], []
     with gradio.Row():
         for name in ("Dense", "With methods", "5 times the difference"):
@@ -142,7 +142,7 @@ def _outputs(gradio: Any) -> list[Any]:
                 clips.append(gradio.Video(**options, autoplay=True, loop=True))
                 pictures.append(gradio.Image(**options, visible=False))
     report = gradio.Textbox(label="Report", lines=6, interactive=False, elem_id="report")
-    return [told, *clips, *pictures, report]
+    return [text, *clips, *pictures, report]
 
 
 def _run(
@@ -204,5 +204,5 @@ def _check_port(host: str, port: int) -> None:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind((host, port))
     except OSError as error:
-        told = f"nothing can listen at {host}, port {port} ({error.strerror or error})"
-        raise ConfigError(f"{told}; give another --port or --host") from None
+        problem = f"nothing can listen at {host}, port {port} ({error.strerror or error})"
+        raise ConfigError(f"{problem}; give another --port or --host") from None

@@ -105,7 +105,9 @@ def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anythin
         )
     heads = config.get("num_attention_heads")
     if isinstance(heads, int) and heads % degree and not anything:
-        degrees = ", ".join(str(one) for one in range(1, heads + 1) if heads % one == 0)
+        degrees = ", ".join(
+            str(degree_of_heads) for degree_of_heads in range(1, heads + 1) if heads % degree_of_heads == 0
+        )
         raise ConfigError(f"ulysses = {degree} does not divide the transformer's {heads} heads; choose of {degrees}")
 
 
@@ -130,9 +132,9 @@ class Group:
             return value
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.mesh["ulysses"].get_group())
-        return found[0]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.mesh["ulysses"].get_group())
+        return gathered[0]
 
     def share(self, transformer: Any) -> None:
         """Spread a transformer over the group; other groups need not do so."""
@@ -144,7 +146,7 @@ ALONE = Group()
 
 
 @contextlib.contextmanager
-def joined(rank: int, degree: int) -> Iterator[Group]:
+def joined_group(rank: int, degree: int) -> Iterator[Group]:
     """Have the processes that a launcher started find each other, for the block; yields this one's group.
 
     Where ``torch.distributed`` is set up already, it stays as it is.

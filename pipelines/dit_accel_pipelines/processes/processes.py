@@ -96,12 +96,12 @@ def started_process(environ: Mapping[str, str] = os.environ, *, together: int = 
     """
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return Process(together=together)
-    given: dict[str, Any] = {"LOCAL_RANK": environ["RANK"], "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"], **environ}
+    variables: dict[str, Any] = {"LOCAL_RANK": environ["RANK"], "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"], **environ}
     names = {"rank": "RANK", "count": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_count": "LOCAL_WORLD_SIZE"}
     try:
-        return Process(**{field: int(given[name]) for field, name in names.items()}, together=together)
+        return Process(**{field: int(variables[name]) for field, name in names.items()}, together=together)
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        text = ", ".join(f"{name}={given[name]}" for name in names.values())
+        text = ", ".join(f"{name}={variables[name]}" for name in names.values())
         raise ConfigError(f"a launcher's variables must be whole numbers, got {text}; unset them") from None

@@ -53,8 +53,8 @@ class Ranks:
         Raises:
             DitAccelError: in all of them, where it does in the first.
         """
-        made = self._gathered(_tried(work) if self.first else (None, None))[0]
-        return _require(made)
+        result = self._gathered(_tried(work) if self.first else (None, None))[0]
+        return _require(result)
 
     def together(self, work: Callable[[], Value]) -> Value:
         """Do some work in every process, and return what this one's made; it must not wait for the others inside.
@@ -62,10 +62,10 @@ class Ranks:
         Raises:
             DitAccelError: in all processes, the first one's that failed.
         """
-        own = _tried(work)
-        for _, error in self._gathered((None, own[1])):
+        attempt = _tried(work)
+        for _, error in self._gathered((None, attempt[1])):
             _require((None, error))
-        return _require(own)
+        return _require(attempt)
 
     def spread(self, jobs: Sequence[Any], work: Callable[[Any], Value], done: Callable[[Any, Value], None]) -> None:
         """Do some jobs, each in one process, and hand every result to all of them.

@@ -27,7 +27,7 @@ from ...states import list_states, resolved
 from .support import missing_requirement, rows_joined
 
 
-class Blocks(NamedTuple):
+class ListedBlocks(NamedTuple):
     """Lists as FlashAttention-4 takes them: counts int32 [B or 1, H or 1, M], indices int32 [.., M, N], ascending.
 
     M counts its query blocks; N is the longest row's length. `seen` is int32 [B or 1, H or 1, NQ, W], our tiles as
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 
 
 MODIFIERS = f"{__package__}.modifiers"  # which needs flash-attn-4
-_BLOCKS: StorageCache[Blocks] = StorageCache()
+_BLOCKS: StorageCache[ListedBlocks] = StorageCache()
 _DECAYS: StorageCache[tuple[Tensor, Tensor]] = StorageCache()
 
 
@@ -152,14 +152,14 @@ def _mask_tensors(problem: Problem, seen: Tensor) -> list[Tensor]:
     return [seen.expand(batch, heads, -1, -1), valid]
 
 
-def _blocks_of(problem: Problem) -> Blocks:
+def _blocks_of(problem: Problem) -> ListedBlocks:
     """The blocks of a call, remembered with its lists and valid keys."""
     parts = (problem.exact_offsets, problem.exact_indices, problem.mask_ids)
     sizes = (problem.block_q, problem.block_k, *problem.q.shape[1:3], problem.k.shape[2])
     return _BLOCKS.get(parts, sizes, lambda: _blocks(problem), loose=[problem.key_valid])
 
 
-def _blocks(problem: Problem) -> Blocks:
+def _blocks(problem: Problem) -> ListedBlocks:
     exact = list_states(replace(problem, pooled_offsets=None, pooled_indices=None)) == EXACT
     whole, joined = exact, rows_joined(problem.q.device, problem.block_q)
     if problem.key_valid is not None:
@@ -177,7 +177,7 @@ def _blocks(problem: Problem) -> Blocks:
     empty = ~exact.any(-1)
     masked = joined > 1 or problem.key_valid is not None
     read = problem.key_valid is None and not capturing(empty.device)  # once for lists, never for masks
-    return Blocks(
+    return ListedBlocks(
         *padded_rows(some & ~every, read),
         *padded_rows(every, read),
         seen=pack_bits(exact) if masked else None,

@@ -23,7 +23,7 @@ from ...votes import Tally
 from . import fused
 from .chunks import Chunk, chunks_of
 from .memory import cast
-from .tiled import Tiled, cut
+from .tiled import Tiled, in_tiles
 from .workers import buffer, run_all, worker_threads
 
 CHUNK_BYTES = 2 << 20  # logits of one chunk, a thread: more would leave the caches
@@ -36,9 +36,9 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     tally, selects = Tally(problem) if problem.votes else None, problem.selection is not None
     problem, exact = resolved(problem)
     if fused.takes(problem.q.device, problem.q.dtype):
-        out, lse = fused.attend(problem, tally, need_lse=need_lse)
+        out, lse = fused.attend_by_loop(problem, tally, need_lse=need_lse)
     else:
-        out, lse = _by_chunks(problem, cut(problem), tally, need_lse=need_lse, remember=not selects)
+        out, lse = _by_chunks(problem, in_tiles(problem), tally, need_lse=need_lse, remember=not selects)
         batch, heads, tokens, _ = problem.q.shape
         out = cast(out.view(batch, heads, -1, out.shape[-1])[:, :, :tokens], problem.q.dtype)
         lse = lse.view(batch, heads, -1)[:, :, :tokens] if need_lse else lse
@@ -94,7 +94,7 @@ def _attend_chunk(
     p = x
     if x.dtype != wide and (pools or tally is not None or tiled.t is not None):
         x = buffer(buffers, "wide", q, tuple(x.shape), wide).copy_(x)
-    weights = weights_of(tiled, chunk)
+    weights = softmax_weights(tiled, chunk)
     in_log2 = weights if tally is None or weights is None else weights * LOG2_E
     _, empty, hidden = transform(x, tiled, chunk, columns, in_log2, buffers)
     if tally is None:
@@ -192,7 +192,7 @@ def _exponentials(x: Tensor, tiled: Tiled, chunk: Chunk, columns: int, tally: Ta
     return peak[:, :, 0] / LOG2_E + total.log(), total
 
 
-def weights_of(tiled: Tiled, chunk: Chunk) -> Tensor | None:
+def softmax_weights(tiled: Tiled, chunk: Chunk) -> Tensor | None:
     """What a chunk's pooled tiles add to their logits, log of their lengths, [R, p]; -inf in padding."""
     if tiled.log_length is None or not chunk.pooled.shape[1]:
         return None

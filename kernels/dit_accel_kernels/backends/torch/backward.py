@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ...features import wide_dtype
 from ...problem import Problem
-from .attend import chunk_sizes, taken, transform, weights_of
+from .attend import chunk_sizes, softmax_weights, taken, transform
 from .chunks import Chunk, chunks_of
-from .tiled import Tiled, cut, tiles_of
+from .tiled import Tiled, in_tiles, tiles_in_order
 from .workers import buffer, thread_buffers
 
 TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes back to the system each time
@@ -18,15 +18,15 @@ TEMPORARIES = 4  # as large as a chunk's logits: the memory of larger ones goes 
 @torch.no_grad()
 def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from those of the output [B, H, S_q, Dv] and of the LSE [B, H, S_q] (None: not used)."""
-    tiled = cut(problem)
+    tiled = in_tiles(problem)
     wide = wide_dtype(problem.q.dtype)
     sums = {
         name: torch.zeros(x.shape, dtype=wide, device=x.device)
         for name in ("q", "k", "v", "k_mean", "v_mean")
         if (x := getattr(tiled, name)) is not None
     }
-    grad_out = tiles_of(grad_out.to(tiled.q.dtype), problem.block_q)
-    grad_lse = None if grad_lse is None else tiles_of(grad_lse[..., None], problem.block_q)
+    grad_out = tiles_in_order(grad_out.to(tiled.q.dtype), problem.block_q)
+    grad_lse = None if grad_lse is None else tiles_in_order(grad_lse[..., None], problem.block_q)
     _, columns, multiple = chunk_sizes(problem)
     for chunk in chunks_of(problem, columns // TEMPORARIES, multiple, remember=True):
         of_lse = None if grad_lse is None else grad_lse[chunk.q_tiles]
@@ -37,7 +37,7 @@ def attend_backward(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None)
 def _add_chunk(tiled: Tiled, chunk: Chunk, grad_out: Tensor, grad_lse: Tensor | None, sums: dict[str, Tensor]) -> None:
     """Add the gradients of one chunk into `sums`, in the wide dtype; what is as large as its logits is in buffers."""
     columns, buffers = chunk.exact.shape[1] * tiled.k.shape[1], thread_buffers()
-    exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), weights_of(tiled, chunk)
+    exact, pooled, weights = chunk.exact.flatten(), chunk.pooled.flatten(), softmax_weights(tiled, chunk)
     q = tiled.q[chunk.q_tiles]
     wide, shape = wide_dtype(q.dtype), (*q.shape[:2], columns + chunk.pooled.shape[1])
 

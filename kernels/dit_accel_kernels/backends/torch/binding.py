@@ -22,8 +22,8 @@ SIZES = (
 )  # fmt: skip
 
 
-class Call(ctypes.Structure):
-    """`Call` of fused.cpp."""
+class LoopCall(ctypes.Structure):
+    """`LoopCall` of fused.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -46,8 +46,8 @@ def bound(path: Path) -> ctypes.CDLL:
             function.restype, function.errcheck = ctypes.c_int64, _require_memory
     except AttributeError as error:
         raise OSError(f"{path} is no compiled loop: {error}") from None
-    if loaded.call_bytes() != ctypes.sizeof(Call):
-        raise OSError(f"{path} takes calls of {loaded.call_bytes()} bytes, not of {ctypes.sizeof(Call)}")
+    if loaded.call_bytes() != ctypes.sizeof(LoopCall):
+        raise OSError(f"{path} takes calls of {loaded.call_bytes()} bytes, not of {ctypes.sizeof(LoopCall)}")
     return loaded
 
 

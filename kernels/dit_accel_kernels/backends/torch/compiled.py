@@ -42,12 +42,12 @@ class Loop(NamedTuple):
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled loop, or None; see `loop`."""
-    return loop().library
+    """Return the compiled loop, or None; see `compiled_loop`."""
+    return compiled_loop().library
 
 
 @lru_cache(maxsize=1)
-def loop() -> Loop:
+def compiled_loop() -> Loop:
     """Return the compiled loop, built on first use; there is none without a compiler or if `SWITCH` says so.
 
     The compiler is the command that the environment variable CXX holds, arguments included, and no other: one that is
@@ -144,7 +144,7 @@ def _loaded(folder: Path, command: list[str], flags: tuple[str, ...]) -> ctypes.
     compiler fails or takes minutes.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), *command, version, *flags, processor())
+    parts = (SOURCE.read_text(encoding="utf-8"), *command, version, *flags, processor_text())
     made_of = _digest("\n".join(parts).encode())
     there = sorted(folder.glob(f"fused-{made_of}-*.so"))
     for path in filter(whole, there):
@@ -189,7 +189,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
-def processor() -> str:
+def processor_text() -> str:
     """Return what tells apart processors that code is made for: on Linux the model and its instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -14,9 +14,9 @@ from ...problem import Problem
 from ...selection import LOG2_E
 from ...votes import VOTE_BYTES, Tally
 from . import binding
-from .binding import STRIDES, Call
+from .binding import STRIDES, LoopCall
 from .chunks import Lists, flat_lists
-from .compiled import library, loop
+from .compiled import compiled_loop, library
 from .memory import LEAST_BYTES, cast, fresh
 from .tiled import decays, pools
 from .workers import buffer, thread_buffers
@@ -45,7 +45,7 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
     """How the torch backend computes calls of a device and dtype, in words, and why not by the loop on a CPU."""
     if device.type != "cpu":
         return "gathered tiles"
-    here = loop()
+    here = compiled_loop()
     if here.library is None:
         return f"gathered tiles, since {here.why}"
     if _has_products(here.library, dtype):
@@ -53,7 +53,7 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
     return f"gathered tiles, since the loop has no products of {str(dtype).removeprefix('torch.')}"
 
 
-def attend(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
+def attend_by_loop(problem: Problem, tally: Tally | None, *, need_lse: bool) -> tuple[Tensor, Tensor]:
     """Output [B, H, S_q, D] as the call's layout has it and natural-log LSE, float32 [B, H, S_q] (empty: not needed).
 
     Queries, keys and values are read where they lie, in float32 or bfloat16; other dtypes are widened first.
@@ -129,9 +129,9 @@ def _threads(flops: float) -> int:
     return max(1, min(torch.get_num_threads(), int(math.sqrt(flops / START_FLOPS))))
 
 
-def _call(values: dict[str, Any]) -> Call:
+def _call(values: dict[str, Any]) -> LoopCall:
     """The structure of a call; the tensors must outlive it."""
-    call = Call()
+    call = LoopCall()
     for name, value in values.items():
         setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
     for name in STRIDES:
@@ -139,14 +139,14 @@ def _call(values: dict[str, Any]) -> Call:
     return call
 
 
-def _finish(function: Any, call: Call, first: int, last: int) -> None:
+def _finish(function: Any, call: LoopCall, first: int, last: int) -> None:
     """Do the pieces of a call from `first` to `last` by a function of the loop."""
     call.next, call.end = first, last
     while call.next < last:
         function(ctypes.byref(call))
 
 
-def _attend_and_vote(function: Any, call: Call, problem: Problem, tally: Tally) -> None:
+def _attend_and_vote(function: Any, call: LoopCall, problem: Problem, tally: Tally) -> None:
     """Attend from runs of query tiles, few enough to keep what votes go by, and settle each run's votes."""
     lists = flat_lists(problem)
     most, ends, first = max(1, VOTE_BYTES // (4 * problem.block_q)), lists.counts.cumsum(0), 0

@@ -38,7 +38,7 @@ class Tiled:
     key_tiles: int
 
 
-def cut(problem: Problem) -> Tiled:
+def in_tiles(problem: Problem) -> Tiled:
     """Pad to whole tiles, apply the head scale, pool if a list asks for it; in the dtype that multiplies fastest."""
     dtype, valid = product_dtype(problem.q.dtype, problem.q.device.type), problem.key_valid
     q, k, v = (cast(x, dtype) for x in (problem.q, problem.k, problem.v))
@@ -47,9 +47,9 @@ def cut(problem: Problem) -> Tiled:
     absent = None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))
-        absent = tiles_of(~valid[:, None, :, None].expand(-1, k.shape[1], -1, -1), problem.block_k)[..., 0]
+        absent = tiles_in_order(~valid[:, None, :, None].expand(-1, k.shape[1], -1, -1), problem.block_k)[..., 0]
     finite = problem.mask_bits is not None and readable(v.device) and all(bool(x.isfinite().all()) for x in (k, v))
-    tiles = tiles_of(q, problem.block_q), tiles_of(k, problem.block_k), tiles_of(v, problem.block_k)
+    tiles = tiles_in_order(q, problem.block_q), tiles_in_order(k, problem.block_k), tiles_in_order(v, problem.block_k)
     rest = (*pools(problem, k, v), *decays(problem, dtype), problem.scale, problem.key_tiles)
     return Tiled(*tiles, absent, problem.mask_bits, finite, *rest)
 
@@ -72,11 +72,11 @@ def decays(problem: Problem, dtype: torch.dtype) -> tuple[Tensor | None, Tensor 
         return None, None, None, None
     by_frame, frames = decay_by_frame(*problem.decay)
     t_mean = tile_means(by_frame[..., None].to(wide_dtype(dtype)), problem.block_k, None)[0].flatten()
-    t = tiles_of(by_frame[..., None], problem.block_k)[..., 0]
+    t = tiles_in_order(by_frame[..., None], problem.block_k)[..., 0]
     frames = torch.cat([frames, frames[-1:].expand(-len(frames) % problem.block_q)]).view(-1, problem.block_q)
     return t, t_mean, frames, (frames == frames[:, :1]).all(1)
 
 
-def tiles_of(x: Tensor, block: int) -> Tensor:
+def tiles_in_order(x: Tensor, block: int) -> Tensor:
     """[..., S, D] as contiguous tiles one after the other, [N, block, D], zero-padded in the last of each S."""
     return split_tiles(x, x.dim() - 2, block).contiguous().view(-1, block, x.shape[-1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...bits import words_of
+from ...bits import word_count
 from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
@@ -38,7 +38,7 @@ from .launch import (
 from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
 from .route import route
-from .slices import joined, part_of, slices
+from .slices import join_slices, slice_of, slices
 from .support import missing_requirement
 from .votes import fold
 
@@ -65,13 +65,13 @@ def attend(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor, Tensor 
     cuts = slices(problem)
     if len(cuts) == 1:
         return _attend(problem, need_lse)
-    parts = [_attend(part_of(problem, cut), need_lse) for cut in cuts]
+    parts = [_attend(slice_of(problem, cut), need_lse) for cut in cuts]
     out, lse, exact, kept = (list(part) for part in zip(*parts, strict=True))
     return (
-        joined(out, cuts, problem.empty_output()),
-        joined(lse, cuts) if need_lse else lse[0],
-        joined(exact, cuts),
-        None if kept[0] is None else joined(kept, cuts),
+        join_slices(out, cuts, problem.empty_output()),
+        join_slices(lse, cuts) if need_lse else lse[0],
+        join_slices(exact, cuts),
+        None if kept[0] is None else join_slices(kept, cuts),
     )
 
 
@@ -140,7 +140,7 @@ def _launch(
     tiles, parts = (batch, heads, problem.query_tiles), -(-problem.block_q // block_q)
     words = None
     if problem.votes:
-        words = torch.empty(*tiles, parts, words_of(problem.key_tiles), dtype=torch.int32, device=q.device)
+        words = torch.empty(*tiles, parts, word_count(problem.key_tiles), dtype=torch.int32, device=q.device)
     (d1, d2), (d1v, d2v) = column_parts(dim, 16 if scales[0] is None else 32), column_parts(v.shape[3])
     pooled = (None, None, None) if means is None else (*means[:2], means[2].log2())
     vote = None if selection is None else selection.vote
@@ -150,7 +150,7 @@ def _launch(
         *_descriptors((k, v), block_k, problem.token_order is None and problem.block_k % block_k == 0),
         *((None, None) if means is None else _descriptors(means[:2], pooled_block(problem, launch), True)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:2], None if v.stride(2) == k.stride(2) else v.stride(2),
-        *out.stride()[:3], *sizes(problem, plan), problem.scale * LOG2_E,
+        *out.stride()[:3], *launch_sizes(problem, plan), problem.scale * LOG2_E,
         -1 if selection is not None and selection.reverse else 1, None if vote is None else float(vote.threshold),
         TILE_Q=problem.block_q, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k,
         BLOCK_S=min(block_k, launch.block_s, launch.block_s if plan.entry_mask is None else 32),
@@ -186,7 +186,7 @@ def last_distance(problem: Problem) -> int:
     return 0 if problem.decay is None else problem.decay[0].numel() - 1
 
 
-def sizes(problem: Problem, plan: RowPlan) -> tuple[int | None, ...]:
+def launch_sizes(problem: Problem, plan: RowPlan) -> tuple[int | None, ...]:
     """Strides of what `listed` gives, tokens, heads and tiles, as kernels of query tiles take them."""
     static = plan.entry_strides is None
     return (

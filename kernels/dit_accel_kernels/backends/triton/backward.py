@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...selection import LOG2_E, narrows
-from .attend import check, features_of, fitting, last_distance, listed, masks_of, on_device, sizes
+from .attend import check, features_of, fitting, last_distance, launch_sizes, listed, masks_of, on_device
 from .backward_kernels import _dkdv_kernel, _dq_kernel, _pooled_dkdv_kernel
 from .expand import expand, expand_columns
 from .launch import Launch, key_block, query_block
 from .loads import _load_part
 from .plan import RowPlan, row_plan, scale_stride
 from .pool import pool
-from .slices import joined, key_part, part_of, slices
+from .slices import join_slices, key_part, slice_of, slices
 from .transpose import WORD, column_plan
 
 DELTA_ROWS = 32  # query rows of a program of the pre-pass
@@ -102,13 +102,13 @@ def attend_backward(
     parts = []
     for at in cuts:
         of_lse = None if grad_lse is None else grad_lse[at]
-        parts.append(_attend_backward(part_of(problem, at), out[at], lse[at], grad_out[at], of_lse))
+        parts.append(_attend_backward(slice_of(problem, at), out[at], lse[at], grad_out[at], of_lse))
     q, k, v = (list(part) for part in zip(*parts, strict=True))
     keys = [key_part(problem, cut) for cut in cuts]
     return (
-        joined(q, cuts, torch.empty_like(problem.q)),
-        joined(k, keys, torch.empty_like(problem.k)),
-        joined(v, keys, torch.empty_like(problem.v)),
+        join_slices(q, cuts, torch.empty_like(problem.q)),
+        join_slices(k, keys, torch.empty_like(problem.k)),
+        join_slices(v, keys, torch.empty_like(problem.v)),
     )
 
 
@@ -180,7 +180,7 @@ def _query_grad(problem: Problem, plan: RowPlan, rows: Rows, means: tuple[Tensor
     programs = q.shape[0] * q.shape[1] * problem.query_tiles * triton.cdiv(problem.block_q, block_q)
     _dq_kernel[(programs,)](
         q, k, v, rows.grad_out, grad_q, *rows[1:], *listed(problem, plan, means),
-        *_strides(q, k, v, rows.grad_out, grad_q), *sizes(problem, plan), _scale(problem),
+        *_strides(q, k, v, rows.grad_out, grad_q), *launch_sizes(problem, plan), _scale(problem),
         **_constants(problem, size, TILE_K=problem.block_k, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_S=size.block_s),
     )  # fmt: skip
     return grad_q

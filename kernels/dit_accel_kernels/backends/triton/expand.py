@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...bits import words_of
+from ...bits import word_count
 from ...problem import Problem, by_head
 from .loads import _from
 from .plan import RowPlan, bits_of
@@ -136,7 +136,7 @@ def expand(problem: Problem, plan: RowPlan, routed: Tensor | None) -> tuple[RowP
     indices = plan.indices.new_empty(entries + 2)
     entry_t = None if plan.entry_t is None else plan.entry_t.new_empty(entries + 2)
     bounds = plan.bounds.new_empty(batch * heads, q_tiles, 6)
-    exact = indices.new_empty(batch, heads, q_tiles, words_of(problem.key_tiles))
+    exact = indices.new_empty(batch, heads, q_tiles, word_count(problem.key_tiles))
     pooled = torch.empty_like(exact) if problem.may_pool else None
     static = bits_of(problem.exact_offsets, problem.exact_indices, problem.key_tiles)
     _expand_kernel[(batch * heads * q_tiles,)](

@@ -50,13 +50,13 @@ TABLE = Path(__file__).with_name("launch_table.json")
 FAMILY = dict(sm_86="sm_89", sm_87="sm_80", sm_101="sm_100", sm_103="sm_100", sm_110="sm_100", sm_121="sm_120")
 
 
-def family(arch: str) -> str:
+def family_of(arch: str) -> str:
     """The architecture whose rows serve this one: every other AMD GPU has as much shared memory as gfx942 at least."""
     return "gfx942" if arch.startswith("gfx") else FAMILY.get(arch, arch)
 
 
 @lru_cache(maxsize=1)
-def table() -> dict[Key, Launch]:
+def launch_table() -> dict[Key, Launch]:
     """The launch of every key, read once."""
     names = [field.name for field in fields(Launch)]
     rows = json.loads(TABLE.read_text())
@@ -71,7 +71,7 @@ def key_of_row(row: dict[str, Any]) -> Key:
 def key_of(arch: str, dtype: torch.dtype, dim: int, tile: int, kernel: str = "fwd") -> Key:
     """The key of a call; a tile of more than 64 tokens counts as 128."""
     kind, columns = "fp32" if dtype == torch.float32 else "half", next(n for n in (32, 64, 128, 256) if dim <= n)
-    return Key(family(arch), kind, columns, 64 if tile <= 64 else 128, kernel)
+    return Key(family_of(arch), kind, columns, 64 if tile <= 64 else 128, kernel)
 
 
 def row_of(
@@ -85,14 +85,14 @@ def row_of(
     key = key_of(arch, dtype, dim, tile, kernel)
     choices = product((key.arch, ""), (key.dim, max(key.dim, 64)), (key.tile, 128), (*features, ""))
     keys = (key._replace(arch=a, dim=d, tile=t, feature=f) for a, d, t, f in choices)
-    return next(key for key in keys if key in table())
+    return next(key for key in keys if key in launch_table())
 
 
 def launch_of(
     arch: str, dtype: torch.dtype, dim: int, tile: int = 128, kernel: str = "fwd", features: Iterable[str] = ()
 ) -> Launch:
     """Sizes for an architecture ("sm_90", "gfx942" ...), dtype, head dim, tokens of a tile, kernel and features."""
-    return table()[row_of(arch, dtype, dim, tile, kernel, features)]
+    return launch_table()[row_of(arch, dtype, dim, tile, kernel, features)]
 
 
 def with_order(launch: Launch, *, decay: bool) -> Launch:
@@ -153,7 +153,7 @@ def fp32_products(arch: str) -> str:
 
 def bulk_copies(arch: str, dtype: torch.dtype) -> bool:
     """Whether chunks of K and V come by tensor descriptors, which saves the plain loops registers and instructions."""
-    return family(arch) in ("sm_90", "sm_100") and dtype != torch.float32
+    return family_of(arch) in ("sm_90", "sm_100") and dtype != torch.float32
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...bits import unpack_bits, words_of
+from ...bits import unpack_bits, word_count
 from ...problem import Problem
 from ...selection import LOG2_E, Routing
 from .loads import _load_part, _token_rows
@@ -164,7 +164,7 @@ def route(problem: Problem, routing: Routing, k_mean: Tensor, length: Tensor, pr
         pinned = unpack_bits(pinned, k_tiles).all(0).to(torch.uint8)
     q_mean = q.new_empty(batch, heads, q_tiles, dim, dtype=torch.float32)
     centre, variance = (q.new_empty(batch, key_heads, dim, dtype=torch.float32) for _ in range(2))
-    bits = torch.empty(batch, heads, q_tiles, words_of(k_tiles), dtype=torch.int32, device=q.device)
+    bits = torch.empty(batch, heads, q_tiles, word_count(k_tiles), dtype=torch.int32, device=q.device)
     _query_mean_kernel[(batch * heads * q_tiles,)](
         q, problem.token_order, q_mean, *q.stride()[:3], num_q, heads, q_tiles,
         TILE_Q=problem.block_q, BLOCK_N=BLOCK_N, DIM=dim, BLOCK_D=block_d, num_warps=NUM_WARPS,

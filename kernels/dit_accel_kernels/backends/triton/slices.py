@@ -34,7 +34,7 @@ def _cut(count: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def part_of(problem: Problem, part: Slice) -> Problem:
+def slice_of(problem: Problem, part: Slice) -> Problem:
     """The call for some batches and heads; lists that heads share stay as they are."""
     batches, heads = part
     selection, scale = problem.selection, problem.head_scale
@@ -59,7 +59,7 @@ def key_part(problem: Problem, part: Slice) -> Slice:
     return part[0], slice(part[1].start // repeat, part[1].stop // repeat)
 
 
-def joined(parts: list[Tensor], cuts: list[Slice], whole: Tensor | None = None) -> Tensor:
+def join_slices(parts: list[Tensor], cuts: list[Slice], whole: Tensor | None = None) -> Tensor:
     """The whole [B, H, ...], contiguous where its memory isn't given, written with its parts."""
     if whole is None:
         whole = parts[0].new_empty(cuts[-1][0].stop, cuts[-1][1].stop, *parts[0].shape[2:])

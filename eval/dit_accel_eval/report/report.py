@@ -1,0 +1,200 @@
+"""What a report says of one file of results: the figures of every arm and declared pair, and what it warns of."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dit_accel import ConfigError
+from dit_accel.methods.base import Phase
+from dit_accel.methods.registry import handlers
+
+from ..statistics import FEWEST
+from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures
+from ..suites.lines import ITSELF, TIMED, WORKS, ResultLine
+from ..suites.suite import read_suite
+from ..suites.tables import reference_words, rival_words
+from .lines import Results, further_metrics, read_results
+
+LISTED = 8
+"""Names that a warning lists, before it counts the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteReport:
+    """What the pages are written from.
+
+    Attributes:
+        comparison: the lines whose reference converged, with the dense runs of equal work.
+        arms: their figures: dense runs by steps, then the others as they first appear.
+        settings: arm -> a line of it, which tells what ran.
+        prompts: clip -> its prompt, clips in order.
+        warnings: what a reader should know before believing the figures.
+        pairs: the figures of the pairs that the suite declares.
+        suite: its TOML, as it is now; empty where it was not found.
+    """
+
+    results: Results
+    comparison: Comparison
+    arms: tuple[ArmFigures, ...]
+    settings: Mapping[str, ResultLine]
+    prompts: Mapping[int, str]
+    warnings: tuple[str, ...]
+    pairs: tuple[PairFigures, ...]
+    suite: str
+
+    @property
+    def name(self) -> str:
+        """The suite's name."""
+        return self.results.name
+
+    @property
+    def further(self) -> list[str]:
+        """The metrics besides PSNR, SSIM and the score."""
+        return further_metrics(self.results.lines)
+
+    @property
+    def works(self) -> dict[str, str]:
+        """Key -> in words, of the kinds of work, and time where it was measured, by which arms are made equal."""
+        known = WORKS | TIMED
+        works = {key: words for key, words in known.items() if any(key in arm.means for arm in self.arms)}
+        return works or {"work": known["work"]}  # where no reference converged, no arm is judged
+
+    @property
+    def main(self) -> str:
+        """The kind by which arms are ordered first: time where every arm was timed, else own work."""
+        timed = "steps_in_time" in self.works and all("steps_in_time" in arm.means for arm in self.judged)
+        return "steps_in_time" if timed else "work"
+
+    @property
+    def own(self) -> bool:
+        """Whether arms are compared with the model's own steps instead of a converged run."""
+        return self.results.lines[0].reference_agreement == ITSELF
+
+    @property
+    def full_steps(self) -> int:
+        """The dense steps over which speed-ups are given: the model's own, else the most that any run took."""
+        lines = self.results.lines
+        return lines[0].reference_steps if self.own else max(line.num_inference_steps for line in lines)
+
+    @cached_property
+    def judged(self) -> list[ArmFigures]:
+        """The arms under test: all but the dense runs, or those if there are no others."""
+        return [arm for arm in self.arms if not self.is_dense(arm)] or list(self.arms)
+
+    def lines_of(self, arm: ArmFigures) -> list[ResultLine]:
+        """Return the lines of an arm."""
+        return [line for line in self.results.lines if line.arm == arm.name]
+
+    def is_dense(self, arm: ArmFigures) -> bool:
+        """Whether an arm is a dense run of the best solver, which others are compared with."""
+        return self.settings[arm.name].is_rival
+
+    def leads(self, arm: ArmFigures, metric: str = "psnr") -> dict[int, float]:
+        """Return clip -> how far an arm's metric is above that of the dense run of equal `main`."""
+        return self.comparison.leads(arm.name, self.main, metric)
+
+    def worst_first(self) -> list[int]:
+        """Return the clips, those first at which the arms' mean PSNR is lowest."""
+        psnrs: dict[int, list[float]] = {clip: [] for clip in self.prompts}
+        for arm in self.judged:
+            for line in self.lines_of(arm):
+                psnrs[line.clip].append(line.psnr)
+        return sorted(psnrs, key=lambda clip: float(np.mean(psnrs[clip] or [np.inf])))
+
+
+def suite_report(results: Results, suite: Path | None = None) -> SuiteReport:
+    """Return the report of result lines.
+
+    Args:
+        suite: TOML of their suite; None: one of its name beside them, or in ``suites`` beside their folder, if there.
+    """
+    lines, folder, near = results.lines, results.path.resolve().parent, f"{results.name}.toml"
+    comparison = Comparison(lines)
+    arms = tuple(comparison.figures(list(dict.fromkeys(line.arm for line in lines if not line.is_rival))))
+    prompts = {line.clip: line.prompt for line in sorted(lines, key=lambda line: line.clip)}
+    warnings, pairs, text = list(_warnings(results, arms)), list[PairFigures](), ""
+    path = suite or next(filter(Path.is_file, (folder / near, folder.parent / "suites" / near)), None)
+    try:
+        read = read_suite(path) if path else None
+    except ConfigError as error:
+        if suite:
+            raise
+        warnings.append(f"Pairs that the suite may declare are not shown: {error}.")
+        read = None
+    if path and read and read.name == results.name:
+        pairs, text = pair_figures(read.pairs, lines, read.reference_steps), path.read_text(encoding="utf-8")
+    return SuiteReport(
+        results=results, comparison=comparison, arms=arms, settings={line.arm: line for line in reversed(lines)},
+        prompts=prompts, warnings=tuple(warnings), pairs=tuple(pairs), suite=text,
+    )  # fmt: skip
+
+
+def suite_reports(paths: Sequence[Path], suites: Sequence[Path] = ()) -> list[SuiteReport]:
+    """Return the reports of files of result lines, each with the suite of its name among those that are given."""
+    read, given = [read_results(path) for path in paths], {read_suite(path).name: path for path in suites}
+    names = [results.name for results in read]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"--suite {name!r} is none of {', '.join(names)}, whose results these are; leave it out")
+    return [suite_report(results, given.get(results.name)) for results in read]
+
+
+def quantile_clips(lines: Sequence[ResultLine]) -> tuple[ResultLine, ResultLine]:
+    """Return an arm's worst line by PSNR, and its median one; of an even number the lower of the two in the middle."""
+    ranked = sorted(lines, key=lambda line: line.psnr)
+    return ranked[0], ranked[(len(ranked) - 1) // 2]
+
+
+def _warnings(results: Results, arms: Sequence[ArmFigures]) -> Iterator[str]:
+    lines = results.lines
+    if results.cut:
+        yield "The last line of the results was cut off and is left out; the run may have been stopped."
+    listed = {line.arm for line in lines if not line.is_rival}
+    judging = {line.clip for line in lines if line.is_converged}
+    missing = [f"{arm.name} ({arm.clips} of {len(judging)})" for arm in arms
+               if arm.name in listed and arm.clips < len(judging)]  # fmt: skip
+    if missing:
+        yield f"Clips are missing, so means are not over the same prompts: {_some(missing)}."
+    yield from reference_words(lines)
+    if len(judging) < FEWEST:
+        yield f"With {len(judging)} clips there is no verdict; it takes {FEWEST}."
+    yield rival_words(lines)
+    yield from _guided(lines)
+    yield from _unmeasured(lines)
+    for key in ("torch", "diffusers", "dit_accel"):
+        versions = sorted({str(line.raw[key]) for line in lines if key in line.raw})
+        if len(versions) > 1:
+            yield f"The runs are of several versions of {key}: {', '.join(versions)}."
+
+
+def _guided(lines: Sequence[ResultLine]) -> Iterator[str]:
+    """Name the arms of which PSNR is no measure."""
+    seeking = {name for name, handler in handlers().items() if handler.phase == Phase.GUIDANCE}
+    arms = dict.fromkeys(
+        line.arm for line in lines if seeking & {*line.methods} or {"guider", "arm_call"} & {*line.raw}
+    )
+    if arms:
+        text = _some([*arms])
+        yield f"Guidance seeks other clips than the converged run; judge these by their prompts, not by PSNR: {text}."
+
+
+def _unmeasured(lines: Sequence[ResultLine]) -> Iterator[str]:
+    """Say which metrics are missing, and why."""
+    clips: dict[tuple[str, str], set[int]] = {}
+    for line in lines:
+        for name, reason in (*line.skipped.items(), *line.unavailable.items()):
+            clips.setdefault((name, reason), set()).add(line.clip)
+    together: dict[tuple[str, int], list[str]] = {}
+    for (name, reason), where in clips.items():
+        together.setdefault((reason, len(where)), []).append(name)
+    for (reason, count), names in together.items():
+        was, on = "was" if len(names) == 1 else "were", "1 clip" if count == 1 else f"{count} clips"
+        yield f"{_some(names)} {was} skipped on {on}: {reason}."
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -1,0 +1,238 @@
+"""What a suite's lines say of its arms and pairs: means, leads over dense runs that cost as much, and verdicts.
+
+These dense runs are those of a ladder of rivals where the suite names one (`ladder`), else of the best solver at the
+model's own noise shift. Commands, pages and studies all take their figures from here.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from dit_accel_pipelines.generation.solvers import BEST
+
+from dit_accel.methods.base import Phase
+from dit_accel.methods.registry import handlers
+
+from ..statistics import TOO_FEW, ClipMean, Judged, clip_mean, judge
+from .lines import TIMED, TUNED, WORKS, ResultLine, last_lines
+from .pairs import Pair
+from .suite import Suite
+
+NEGLIGIBLE = 1e-3
+"""Share of the steps' work by which a run may differ from them and still save nothing."""
+
+SAVING = (Phase.LISTS, Phase.PATTERNS, Phase.SELECTIONS, Phase.CACHES)
+"""Phases of the methods that are there to leave something out."""
+
+MEANS = (*WORKS, *TIMED, "ssim", "score", "seconds", "dense_seconds")
+"""Fields of a line of which there are means."""
+
+EQUAL = 1.02
+"""Time or work, of the other arm's, up to which an arm's counts as no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmFigures:
+    """What the clips of one arm say.
+
+    Attributes:
+        means: field of `MEANS` -> its mean, where all clips have it.
+        psnr: PSNR to the reference in dB.
+        ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB; all
+            arms are judged together.
+        metrics: further metric -> its mean over the clips that have it.
+        differences: further metric -> its difference to the dense run of equal own work, clip by clip; all arms and
+            metrics are judged together.
+        saved_nothing: whether its methods left nothing out on any clip; it is judged by none of these.
+    """
+
+    name: str
+    clips: int
+    means: Mapping[str, float]
+    psnr: ClipMean
+    ahead: Mapping[str, Judged] = field(default_factory=dict)
+    metrics: Mapping[str, ClipMean] = field(default_factory=dict)
+    differences: Mapping[str, Judged] = field(default_factory=dict)
+    saved_nothing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairFigures:
+    """What the clips of both arms of a pair say.
+
+    Attributes:
+        ahead: by how many dB of PSNR the arm is ahead, clip by clip.
+        score: the same of the judge's score, in percent; None where clips have none.
+        costs: of the arm and of the other, as shares of the dense run's.
+        by: what costs are: measured ``time``; ``processor time``, where arms ran on one thread beside other work; or
+            counted ``work``.
+    """
+
+    pair: Pair
+    ahead: Judged
+    score: Judged | None
+    costs: tuple[float, float]
+    by: str
+
+    @property
+    def verdict(self) -> str:
+        """What is said of the pair, its margin and cost within."""
+        verdict, margin, dearer = self.ahead.verdict, self.pair.margin, self.costs[0] > EQUAL * self.costs[1]
+        words = {"ahead": f"ahead by more than {margin:g} dB", "behind": f"not {margin:g} dB ahead"} if margin else {}
+        more = f", at more {self.by}" if dearer and verdict not in ("open", TOO_FEW) else ""
+        return words.get(verdict, verdict) + more
+
+
+class Comparison:
+    """Lines whose reference converged, all where none did, beside the dense runs that cost as much.
+
+    Attributes:
+        lines: (arm, clip) -> its last line.
+        kind: name of the dense runs, without their steps.
+        idle: arms that saved nothing, which have no lead.
+    """
+
+    def __init__(self, lines: Iterable[ResultLine]) -> None:
+        every = list(lines)
+        every = [line for line in every if line.is_converged] or every
+        self.lines, self.kind, self.idle = last_lines(every), rival_kind(every), idle_arms(every)
+
+    def of_arm(self, name: str) -> list[ResultLine]:
+        """Return the lines of an arm, by clip."""
+        return sorted((line for line in self.lines.values() if line.arm == name), key=lambda line: line.clip)
+
+    def rival_value(self, clip: int, steps: float, metric: str) -> float | None:
+        """Return a metric after so many dense steps, linear between whole numbers; None where one is missing."""
+        low, high = max(1, math.floor(steps)), max(1, math.ceil(steps))
+        ends = [self.lines.get((f"{self.kind} {count}", clip)) for count in (low, high)]
+        below, above = (None if line is None else line.value(metric) for line in ends)
+        if below is None or above is None:
+            return None
+        return below + (above - below) * (steps - low) if high > low else below
+
+    def leads(self, name: str, key: str, metric: str = "psnr") -> dict[int, float]:
+        """Return clip -> how far an arm's metric is above that of the dense run of equal ``key``."""
+        leads = {}
+        for line in self.of_arm(name) if name not in self.idle else ():
+            value, steps = line.value(metric), line.amount(key)
+            if value is not None and steps is not None and not line.is_rival:
+                rival = self.rival_value(line.clip, steps, metric)
+                leads |= {} if rival is None else {line.clip: value - rival}
+        return leads
+
+    def figures(self, listed: Sequence[str]) -> list[ArmFigures]:
+        """Return the figures of every arm that ran: dense runs by steps, then the others as listed."""
+        dense = sorted({line.num_inference_steps for line in self.lines.values() if line.arm not in listed})
+        names = [*(f"{kind} {steps}" for kind in dict.fromkeys((BEST, self.kind)) for steps in dense), *listed]
+        arms = {name: lines for name in names if (lines := self.of_arm(name))}
+        further = {name: _further(lines) for name, lines in arms.items()}
+        ahead = {
+            key: judge({name: [*self.leads(name, key).values()] for name in arms if _all_have(key, arms[name])})
+            for key in (*WORKS, *TIMED)
+        }
+        differences = judge({
+            (name, metric): [*self.leads(name, "work", metric).values()]
+            for name, metrics in further.items() for metric in metrics
+        })  # fmt: skip
+        return [
+            ArmFigures(
+                name=name, clips=len(lines), psnr=clip_mean([line.psnr for line in lines]),
+                means={key: float(np.mean([getattr(line, key) for line in lines]))
+                       for key in MEANS if _all_have(key, lines)},
+                ahead={key: judged[name] for key, judged in ahead.items() if name in judged},
+                metrics={metric: clip_mean(values) for metric, values in further[name].items()},
+                differences={metric: judged for (arm, metric), judged in differences.items() if arm == name},
+                saved_nothing=name in self.idle,
+            )
+            for name, lines in arms.items()
+        ]  # fmt: skip
+
+
+def figures_of(lines: Iterable[ResultLine], listed: Sequence[str]) -> list[ArmFigures]:
+    """Return the figures of every arm that ran, see `Comparison.figures`."""
+    return Comparison(lines).figures(listed)
+
+
+def suite_figures(suite: Suite, lines: Iterable[ResultLine]) -> list[ArmFigures]:
+    """Return the figures of a suite's arms that ran, dense runs first."""
+    return figures_of(lines, [arm.name for arm in suite.arms if not arm.is_dense])
+
+
+def rival_kind(lines: Iterable[ResultLine]) -> str:
+    """Return the name of the dense runs that these lines' arms are compared with: a ladder's if there are any."""
+    return TUNED if any(line.is_rival and line.arm.startswith(f"{TUNED} ") for line in lines) else BEST
+
+
+def idle_arms(lines: Sequence[ResultLine]) -> set[str]:
+    """Return the arms that computed on all of these clips as much as without methods, though some are there to save."""
+    saving = {name for name, handler in handlers().items() if handler.phase in SAVING}
+    idle = {line.arm for line in lines}
+    for line in lines:
+        whole = abs(line.work - line.num_inference_steps) <= NEGLIGIBLE * line.num_inference_steps
+        if not whole or not (saving & {*line.methods} or line.rival):
+            idle.discard(line.arm)
+    return idle
+
+
+def pair_figures(
+    pairs: Sequence[Pair], lines: Iterable[ResultLine], reference_steps: int | None = None
+) -> list[PairFigures]:  # fmt: skip
+    """Return the figures of the pairs of which both arms ran on a clip at least, judged together.
+
+    Args:
+        reference_steps: of the reference, where that is the model's own run: what costs are a share of; None: the steps
+            of the arm of most.
+    """
+    known, both = last_lines(line for line in lines if line.is_converged), dict[Pair, list[tuple[ResultLine, ...]]]()
+    for pair in pairs:
+        clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
+        both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
+    ahead = judge(
+        {pair: [own.psnr - other.psnr for own, other in ends] for pair, ends in both.items()},
+        {pair: pair.margin for pair in pairs},
+    )
+    scores = judge({
+        pair: [100 * (own.score - other.score) for own, other in ends if own.score is not None is not other.score]
+        for pair, ends in both.items()
+    })  # fmt: skip
+    found = []
+    for pair, judged in ahead.items():
+        dense = reference_steps or max(line.num_inference_steps for ends in both[pair] for line in ends)
+        by, costs = _costs(both[pair], known, dense)
+        found.append(PairFigures(pair=pair, ahead=judged, score=scores.get(pair), costs=costs, by=by))
+    return found
+
+
+def _further(lines: Sequence[ResultLine]) -> dict[str, list[float]]:
+    """Return further metric -> its values, as they first appear."""
+    values: dict[str, list[float]] = {}
+    for line in lines:
+        for metric, value in line.metrics.items():
+            values.setdefault(metric, []).append(value)
+    return values
+
+
+def _all_have(key: str, lines: Sequence[ResultLine]) -> bool:
+    return all(line.amount(key) is not None for line in lines)
+
+
+def _costs(
+    both: Sequence[tuple[ResultLine, ...]], known: Mapping[tuple[str, int], ResultLine], dense: int
+) -> tuple[str, tuple[float, float]]:
+    """Return by what two arms' costs are told, the best that all lines have, and these; see `PairFigures`."""
+    whole = {clip: _busy(line) for (name, clip), line in known.items() if name == f"{BEST} {dense}"}
+    kinds = {
+        "time": lambda line: (line.steps_in_time or 0) / dense,
+        "processor time": lambda line: _busy(line) / (whole.get(line.clip) or np.inf),
+        "work": lambda line: line.work / dense,
+    }
+    costs = {by: np.array([[cost(line) for line in ends] for ends in both]) for by, cost in kinds.items()}
+    by = next((by for by, values in costs.items() if values.all()), "work")
+    own, other = costs[by].mean(0)
+    return by, (float(own), float(other))
+
+
+def _busy(line: ResultLine) -> float:
+    """Return the processor seconds of a run's steps on one thread; 0 where not known, or of several threads."""
+    return float(line.times.get("processor", 0.0)) if line.times.get("threads") == 1 else 0.0

@@ -1,0 +1,464 @@
+"""Suites: what files may say, runs that go on where they stopped, what lines say, and judges of one's own."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import FirstBlockCacheConfig
+from dit_accel_assets.catalog import KNOWN
+from dit_accel_eval.metrics import metrics
+from dit_accel_eval.runs.counting import Counts
+from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
+from dit_accel_eval.suites import reference, running
+from dit_accel_eval.suites.figures import Comparison, suite_figures
+from dit_accel_eval.suites.job import Job, check_lines
+from dit_accel_eval.suites.judges import judge_of
+from dit_accel_eval.suites.lines import ResultLine, last_lines, result_lines
+from dit_accel_eval.suites.running import run
+from dit_accel_eval.suites.suite import read_suite
+from dit_accel_eval.suites.tables import suite_markdown
+from dit_accel_pipelines.processes.ranks import Ranks
+from fake_model import ARM, HEAD, THIN, FakeModel, command, faked, told, written
+
+from dit_accel import ConfigError
+
+LONGER = Path(__file__).parents[2] / "eval" / "studies" / "judge_longer.py"
+SUITES = sorted((Path(__file__).parents[2] / "eval" / "suites").glob("*.toml"))
+fake = pytest.fixture(faked)
+
+
+def test_committed_suites_read_and_match_their_results():
+    for path in SUITES:
+        suite = read_suite(path)
+        assert suite.name == path.stem
+        assert suite.model in KNOWN
+        results = path.parent.parent / "results" / f"{suite.name}.jsonl"
+        lines = result_lines(results)
+        listed = {arm.name: arm.to_dict() for arm in suite.arms}
+        assert {line.arm for line in lines if not line.is_rival} <= {*listed}
+        if lines:
+            job = Job(suite=suite, out=results, cache=results, timed=False, threads=None)
+            check_lines(results, [line.raw for line in lines], job.setting, job.settings(lines))
+
+
+def test_a_line_keeps_every_key_and_tells_what_was_not_measured():
+    raw = {"arm": "unipc 4", "clip": 3, "num_inference_steps": 4, "work": 3.5, "world": {"color": 1}, "score": None}
+    line = ResultLine.of(raw)
+    assert line.raw == raw
+    assert (line.key, line.is_rival, line.is_converged, line.rival_steps) == (("unipc 4", 3), True, True, {3, 4})
+    assert (line.value("psnr"), line.value("score"), line.value("loop"), line.amount("work")) == (None, None, None, 3.5)
+    assert not ResultLine.of({**raw, "num_inference_steps": 5}).is_rival
+    doubtful = {**raw, "reference_agreement": 44.9}
+    assert not ResultLine.of(doubtful).is_converged
+    assert ResultLine.of({**doubtful, "reference_confirmed": {"steps": 64, "agreement": 46.0}}).is_converged
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        line.clip = 4
+    with pytest.raises(ConfigError, match=r"'world': 3.*lacks arm, clip, num_inference_steps"):
+        ResultLine.of({"world": 3})
+
+
+BAD_SUITES = [
+    (HEAD, r"lacks.*\[\[arm\]\]"),
+    (HEAD.replace("clips = 1\n", "") + ARM, "lacks clips"),
+    (HEAD.replace("clips = 1", "clips = 0") + ARM, "clips = 0"),
+    (HEAD + "clip = 3\n" + ARM, r"'clip'.*'clips'\?"),
+    (HEAD.replace('"s"', "3") + ARM, r"name = 3.*kind"),
+    (HEAD.replace("version = 2", "version = 1") + ARM, "of version 2,"),
+    (HEAD + ARM + ARM, "arms called 'a'"),
+    (HEAD + ARM + "step = 3", r"arm 'a'.*key 'step'"),
+    (HEAD + ARM + "[arm.radial]\ndecay = 1", r"'a': radial.*'decay'"),
+    (HEAD + "[[arm]]\nstep = 3", r"arm.*name: {'step': 3}"),
+    (HEAD + '[[arm]]\nname = "a"', "num_inference_steps = None"),
+    (HEAD + ARM.replace("= 2", "= [2, 0]"), r"num_inference_steps = \[2, 0\]"),
+    (HEAD + ARM.replace("euler", "heun"), r"solver 'heun'.*dpm\+\+, euler"),
+    (HEAD + ARM.replace('solver = "euler"\n', ""), r"arm 'a'.*unipc \(the default\).*'unipc 2'"),
+    (HEAD + ARM.replace('"a"', '"unipc 2"'), r"'unipc 2'.*runs.*unipc"),
+    (HEAD + ARM.replace("_steps = 2", "_steps = 99999999999999"), r"'a': num_inference_steps.*10,000, got 99,999,"),
+    (HEAD + ARM + "diffusers = { BlockCacheConfig = {} }", r"'BlockCacheConfig'.*'First"),
+    (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = 0.1 }", r"FirstBlockCacheConfig = 0.1"),
+    (HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { thresh = 0.1 } }", r"FirstBlockCacheConfig.*'thresh'"),
+    ("version", r"s\.toml.*TOML"),
+    (HEAD + 'metrics = ["pnsr"]\n' + ARM, r"s.toml: .*metric 'pnsr'.*'psnr'"),
+    (HEAD + 'metrics = ["psnr", "psnr"]\n' + ARM, r"metric 'psnr'.*twice"),
+    (HEAD + "first_clip = -1\n" + ARM, "first_clip = -1"),
+    (HEAD + 'judge = "longer"\n' + ARM, r"s.toml.*judge 'longer'.*name one"),
+    (HEAD + 'judge = "gone.py"\n' + ARM, r"s.toml.*judge 'gone.py'.*name one"),
+    (HEAD + 'reference_solver = "own"\n' + ARM, "reference_solver without reference_steps"),
+    (HEAD + 'reference_steps = 9\nreference_solver = "onw"\n' + ARM, r"reference_solver 'onw'.*'own'"),
+]
+
+
+def test_bad_suites_say_what_is_wrong(tmp_path):
+    for text, message in BAD_SUITES:
+        (tmp_path / "s.toml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_suite(tmp_path / "s.toml")
+
+
+def test_arms_may_hold_diffusers_caches_and_lists_of_steps_and_a_suite_the_reference_s_solver(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(HEAD + ARM + "diffusers = { FirstBlockCacheConfig = { threshold = 0.1 } }")
+    (arm,) = read_suite(path).arms
+    assert isinstance(arm.methods[0].config, FirstBlockCacheConfig)
+    assert arm.to_dict()["methods"] == {"diffusers-cache": {"config": "FirstBlockCacheConfig", "threshold": 0.1}}
+    path.write_text(HEAD + '[[arm]]\nname = "unipc"\nnum_inference_steps = [4, 5]\n' + ARM)
+    arms = [(arm.name, arm.num_inference_steps, arm.is_dense) for arm in read_suite(path).arms]
+    assert arms == [("unipc 4", 4, True), ("unipc 5", 5, True), ("a", 2, False)]
+    path.write_text(HEAD + 'reference_steps = 9\nreference_solver = "own"\n' + ARM)
+    rival = read_suite(path).rival(4)
+    assert (rival.name, rival.num_inference_steps, rival.solver) == ("dense 4", 4, "own")
+
+
+@pytest.fixture
+def job(tmp_path, fake):
+    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 2") + THIN + ARM)
+    suite = read_suite(tmp_path / "s.toml")
+    return Job(suite=suite, out=tmp_path / "s.jsonl", cache=tmp_path / "cache", timed=False, threads=1)
+
+
+def test_what_can_not_run_exits_with_2_and_runs_nothing(tmp_path, job, fake):
+    nothing = tmp_path / "bad.toml"
+    judged = HEAD + f'judge = "{LONGER}"\nmetrics = ["ssim"]\n' + ARM
+    for text, options, message in (
+        ("", (), "no suite at"),
+        (HEAD.replace("wan-plain", "wan-tinny") + ARM, (), "'wan-tinny' is no embedded model; did you mean 'wan-tiny'"),
+        (HEAD + "[call]\nframes = 3\n" + ARM, (), "call of wan-plain takes no 'frames'; did you mean 'num_frames"),
+        (HEAD + ARM + "call = { num_frames = 5 }", (), "arm 'a' has a call of its own, {'num_frames': 5}, and all"),
+        (judged, (), f"s judges clips by themselves ({LONGER}), without a dense run"),
+        (HEAD + ARM, ("--out", nothing / "r.jsonl"), "results can't be written to "),
+        (HEAD + ARM, ("--out", tmp_path), "it is a folder; name a file in it"),
+        (HEAD + ARM, ("--frames", nothing), "frames can't be written to "),
+        (HEAD + ARM, ("--time", "--workers", "2"), "timed runs need the machine to themselves, got --workers 2"),
+    ):
+        nothing.write_text(text) if text else nothing.unlink(missing_ok=True)
+        result = command("run", nothing, "--out", tmp_path / "out.jsonl", *options)
+        assert (result.exit_code, (tmp_path / "out.jsonl").exists(), fake.made) == (2, False, [])
+        assert message in result.stderr
+
+
+def test_arms_are_compared_with_dense_runs_of_their_work(job):
+    run(job, range(2))
+    lines = result_lines(job.out)
+    dense = ["unipc 2", "unipc 6", "unipc 7", "unipc 8"]
+    assert [(line.clip, line.arm) for line in lines] == [(c, a) for c in (0, 1) for a in ("thin", "a", *dense)]
+    thin = lines[0]
+    assert (thin.work, thin.work_real, thin.attended, thin.forwards) == (7.5, 6.4, 0.5, 10.0)
+    assert thin.rival_steps == {6, 7, 8}
+    comparison, known = Comparison(lines), last_lines(lines)
+    seven, eight = (known[f"unipc {steps}", 0].psnr for steps in (7, 8))
+    assert comparison.rival_value(0, 7.25, "psnr") == pytest.approx(0.75 * seven + 0.25 * eight)
+    assert comparison.rival_value(0, 7.0, "psnr") == seven
+    assert comparison.rival_value(0, 9.5, "psnr") is None
+    figures = {arm.name: arm for arm in suite_figures(job.suite, lines)}
+    assert list(figures) == [*dense, "thin", "a"]
+    leads = [known["thin", clip].psnr - comparison.rival_value(clip, 7.5, "psnr") for clip in (0, 1)]
+    assert [*comparison.leads("thin", "work").values()] == leads
+    assert figures["thin"].ahead["work"].mean == pytest.approx(np.mean(leads))
+    assert figures["a"].ahead["work"].mean == pytest.approx(20 * np.log10(0.5), abs=0.1)  # its error is twice as large
+    assert not figures["unipc 7"].ahead
+    printed = suite_markdown(job.suite, lines)
+    assert "| thin | 7.50 | 6.40 |" in printed
+    assert "equal time" not in printed
+
+
+@pytest.fixture
+def measuring(job):
+    """A job whose suite names metrics: one kept by frame, one of the library, one that small frames have none of."""
+    return dataclasses.replace(job, suite=dataclasses.replace(job.suite, metrics=("psnr", "psnr-change", "ms-ssim")))
+
+
+def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, fake, monkeypatch):
+    run(job, range(1))
+    made = len(fake.made)
+    absent = dataclasses.replace(metrics()["psnr-change"], missing=lambda: "it is not installed")
+    with monkeypatch.context() as patch:
+        patch.setitem(metrics(), "psnr-change", absent)
+        for _ in range(2):
+            run(measuring, range(1))
+            assert len(fake.made) == made + 2  # both arms once; dense runs are kept
+    assert read_lines(job.out)[0]["unavailable"] == {"psnr-change": "it is not installed"}
+    for _ in range(2):
+        run(measuring, range(1))
+        assert len(fake.made) == made + 4
+    line = read_lines(job.out)[0]
+    assert len(line["by_frame"]["psnr"]) == 3
+    assert np.mean(line["by_frame"]["psnr"]) == pytest.approx(line["psnr"], abs=0.1)
+    assert "161 pixels" in line["skipped"]["ms-ssim"]
+    assert "| psnr-change |" in suite_markdown(measuring.suite, result_lines(job.out))
+
+
+def test_frames_that_are_not_finite_stop_the_run_with_their_arm(measuring, fake, monkeypatch):
+    monkeypatch.setattr(fake, "error", lambda self, clip, steps, solver, shift, methods: np.nan if methods else 0.01)
+    with pytest.raises(ConfigError, match=r"clip 0 of arm 'thin'.*finite.*3"):
+        run(measuring, range(1))
+    assert read_lines(measuring.out) == []
+
+
+def test_a_suite_goes_on_where_it_stopped_and_makes_no_dense_run_twice(job, fake):
+    run(job, range(1))
+    first, made = job.out.read_text(), len(fake.made)
+    lines = first.splitlines(keepends=True)
+    for text, again in (
+        (first, 0),
+        ("".join(lines[:3]) + lines[3][:20], 0),  # stopped while it wrote; dense runs are found again
+        ("".join(lines[1:]), 1),
+    ):
+        job.out.write_text(text)
+        run(job, range(1))
+        assert (job.out.read_text(), len(fake.made)) == (first, made + again)
+
+
+def test_timed_arms_are_compared_with_dense_runs_of_their_time(job, fake):
+    run(job, range(1))
+    timed = dataclasses.replace(job, timed=True, threads=2)
+    run(timed, range(1))
+    thin, euler, *dense = result_lines(job.out)
+    assert (thin.seconds, thin.dense_seconds, thin.steps_in_time, thin.raw["threads"]) == (7.5, 10.0, 7.5, 2)
+    assert euler.steps_in_time == 2
+    assert all(line.seconds is None for line in dense)
+    assert "| against fewer steps at equal time, dB (median) |" in suite_markdown(job.suite, result_lines(job.out))
+    made = len(fake.made)
+    run(timed, range(1))
+    assert len(fake.made) == made
+
+
+def test_results_of_something_else_are_refused(job):
+    run(job, range(1))
+    lines = read_lines(job.out)
+    for key, value, message in (
+        ("weights", "other", "weights 'other'"),
+        ("reference", "euler, agreeing to 45 dB", "reference 'euler, agreeing to 45 dB'"),
+        ("call", {"num_frames": 5}, "call {'num_frames': 5}"),
+        ("num_inference_steps", 7, r"arm 'thin'.*num_inference_steps 7.*10"),
+        ("methods", {}, r"arm 'thin'.*methods \{\}"),
+    ):
+        written(job.out, [{**lines[0], key: value}, *lines[1:]])
+        with pytest.raises(ConfigError, match=message):
+            run(job, range(1))
+    job.out.write_text("{\n")
+    with pytest.raises(ConfigError, match=r"line.*JSON"):
+        run(job, range(1))
+    methods = {"sol": {**lines[0]["methods"]["sol"], "gone": 1}}  # an option that this release no longer has
+    written(job.out, [{**lines[0], "methods": methods}, *lines[1:]])
+    run(job, range(1))
+
+
+def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):
+    model = FakeModel()
+    found = reference.converged(model, 0, tmp_path)
+    # 1 / 16^2 - 1 / 32^2 is 50.7 dB
+    assert (found.steps, [steps for _, steps, *_ in model.made]) == (32, [16, 32])
+    assert found.agreement == pytest.approx(-20 * np.log10(1 / 256 - 1 / 1024), abs=0.5)
+    assert found.step == Counts(blocks=12, attention=12)
+    monkeypatch.setattr(reference, "AGREE", 70.0)
+    capped = reference.converged(model, 0, tmp_path, most=64)
+    assert (capped.steps, capped.agreement < 70) == (64, True)
+    monkeypatch.setattr(running, "AGREE", 90.0)
+    run(job, range(1))
+    said = capsys.readouterr().err
+    assert "agree with half as many to" in said
+    assert "clip 0 thin: " in said
+    assert "dB at 7.5 steps' work" in said  # of a model whose attention is half of it
+
+
+def test_a_dense_run_of_something_else_is_refused(tmp_path, fake):
+    model = FakeModel()
+    reference.dense_run(model, 0, 4, tmp_path)
+    (path,) = tmp_path.iterdir()
+    reference.dense_run(model, 0, 5, tmp_path)
+    (other,) = set(tmp_path.iterdir()) - {path}
+    path.replace(other)
+    with pytest.raises(ConfigError, match=r"dense run.*steps 4, not 5"):
+        reference.dense_run(model, 0, 5, tmp_path)
+    other.write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"dense run.*release"):
+        reference.dense_run(model, 0, 5, tmp_path)
+
+
+def test_frames_are_kept_and_missing_ones_made_up_for(job, fake):
+    run(dataclasses.replace(job, timed=True, threads=2), range(1))
+    with_frames = dataclasses.replace(job, frames=job.out.parent / "frames")
+    run(with_frames, range(1))
+    lines = read_lines(job.out)
+    for line in lines:
+        methods = [read_suite(job.out.parent / "s.toml").arms[0].methods[0]] if line["methods"] else ()
+        made = fake().run(0, steps=line["num_inference_steps"], solver=line["solver"], methods=methods)
+        found = read_kept(job.out.parent / line["kept"], run_of(line))
+        assert np.abs(found / 255 - made.frames).max() < 0.5 / 255 + 5e-4  # dense runs are float16 in the cache
+        assert read_kept(job.out.parent / line["kept_reference"], reference_of(line)).shape == found.shape
+    assert lines[0]["seconds"] == 7.5  # what was timed before stays
+    made = len(fake.made)
+    run(with_frames, range(1))
+    assert len(fake.made) == made
+    (job.out.parent / lines[0]["kept"]).unlink()
+    run(with_frames, range(1))
+    assert len(fake.made) == made + 1
+
+
+def test_the_command_runs_a_suite_goes_on_and_reports(job, fake, tmp_path):
+    suite = ("run", tmp_path / "s.toml", "--out", job.out, "--cache", job.cache)
+    assert "| arm |" in command(*suite, "--table").stdout
+    assert (fake.made, job.out.exists()) == ([], False)
+    first = command(*suite, "--frames", tmp_path / "frames")
+    assert first.exit_code == 0, first.output
+    assert "| thin | 7.50 | 6.40 |" in first.stdout
+    assert "s: 2 clips x 2 arms, 0 of 4 runs are done; the dense runs that" in told(first)
+    assert f"written to {job.out}" in told(first)
+    made = len(fake.made)
+    assert command(*suite, "--frames", tmp_path / "frames", "--quiet").stdout == ""
+    assert "4 of 4 runs are done" in told(command(*suite))
+    assert len(fake.made) == made
+    assert command("report", job.out, "-o", tmp_path / "s.html").exit_code == 0
+    text = (tmp_path / "s.html").read_text()
+    assert any((tmp_path / "s.media").iterdir())
+    assert "dit-accel eval run s.toml --out s.jsonl --frames frames" in text
+
+
+def test_a_suite_may_begin_at_another_clip(tmp_path, fake):
+    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3\nfirst_clip = 5") + ARM)
+    out = tmp_path / "s.jsonl"
+    assert command("run", tmp_path / "s.toml", "--out", out, "--cache", tmp_path / "cache", "--clips", 2).exit_code == 0
+    assert {line["clip"] for line in read_lines(out)} == {5, 6}
+
+
+def ranked(rank, count):
+    ranks = Ranks()
+    ranks.rank, ranks.count = rank, count
+    return ranks
+
+
+def test_processes_share_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
+    parts = [ranked(rank, 3).own(range(8)) for rank in range(3)]
+    assert sorted(clip for part in parts for clip in part) == list(range(8))
+    clips, waited = range(2), []
+    for rank in (1, 0):  # the first prepares the file that the others append to, and sorts what they wrote
+        member = ranked(rank, 2)
+        monkeypatch.setattr(member, "wait", lambda: waited.append(1))
+        monkeypatch.setattr(running, "Ranks", lambda member=member: member)
+        run(job, clips)
+    assert len(waited) == 4
+    pairs = [(line["clip"], line["arm"]) for line in read_lines(job.out)]
+    assert len(pairs) == len({*pairs})
+    assert {clip for clip, _ in pairs} == {0, 1}
+    for other, options in ((job, dict(workers=2)), (dataclasses.replace(job, timed=True), {})):
+        with pytest.raises(ConfigError, match="2 processes, got --"):
+            run(other, clips, **options)
+
+
+LAUNCHED = """
+import importlib.util, sys
+from dit_accel_eval.suites import running
+from dit_accel.cli import main
+
+spec = importlib.util.spec_from_file_location("fakes", sys.argv.pop(1))
+fakes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fakes)
+running.EmbeddedModel = fakes.FakeModel
+main()
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_runs_a_suite_in_two_processes(tmp_path):
+    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3") + ARM)
+    (tmp_path / "run.py").write_text(LAUNCHED)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "run.py"]
+    run_it = [inspect.getfile(FakeModel), "eval", "run", "s.toml", "--out", "s.jsonl", "--cache", "cache"]
+    done = subprocess.run([*launch, *run_it], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "s.jsonl")
+    assert [(line["clip"], line["arm"]) for line in lines] == [(c, a) for c in range(3) for a in ("a", "unipc 2")]
+    assert done.stdout.count("| arm |") == 1
+
+
+@pytest.mark.slow
+def test_a_real_suite_runs_in_two_processes(tmp_path):
+    call = "[call]\nnum_frames = 5\nheight = 32\nwidth = 32\n"
+    path = tmp_path / "suites" / "s.toml"
+    path.parent.mkdir()
+    thin = '[[arm]]\nname = "thin"\nnum_inference_steps = 3\nsol = { block_size = 16, dense_steps = 0, beta = 0.5 }\n'
+    path.write_text(HEAD.replace("clips = 1", "clips = 2") + call + thin + ARM)
+    first = command("run", path, "--workers", "2", "--cache", tmp_path / "cache")
+    assert first.exit_code == 0, first.output
+    lines = result_lines(tmp_path / "results" / "s.jsonl")
+    sparse = next(line for line in lines if line.arm == "thin")
+    assert 0.3 < sparse.attended < 0.9
+    assert sparse.work < 3 > sparse.work_real
+    assert {line.forwards for line in lines if line.arm in ("thin", "unipc 3")} == {3.0}
+    assert command("run", path, "--cache", tmp_path / "cache").stdout == first.stdout
+    assert command("run", path, "--table").stdout == first.stdout
+
+
+KILLED = """
+import os, time
+from multiprocessing import get_context
+from dit_accel_eval.runs.pool import end_with_parent
+
+def work(path):
+    end_with_parent()
+    open(path, "w").write(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    import sys
+    get_context("spawn").Process(target=work, args=sys.argv[1:]).start()
+    time.sleep(120)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_suite_that_is_killed(tmp_path):
+    script, noted = tmp_path / "killed.py", tmp_path / "pid"
+    script.write_text(KILLED)
+    parent = subprocess.Popen([sys.executable, script, noted])
+    try:
+        wait_for(lambda: noted.exists() and noted.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    state = Path(f"/proc/{noted.read_text()}/stat")
+    wait_for(lambda: not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+JUDGE = """
+from own_words import WORDS
+
+def measures(model, clip, made):
+    return {"score": 0.25}
+
+def table(suite, lines):
+    return f"{WORDS} {suite.name}: {[line['score'] for line in lines]}"
+"""
+
+
+def test_a_judge_is_a_file_beside_the_suite_that_may_import_what_lies_there(tmp_path, fake):
+    (tmp_path / "own_judge.py").write_text(JUDGE)
+    (tmp_path / "own_words.py").write_text("WORDS = 'judged in'\n")
+    (tmp_path / "s.toml").write_text(HEAD + 'judge = "own_judge.py"\n' + ARM)
+    out = tmp_path / "s.jsonl"
+    ran = command("run", tmp_path / "s.toml", "--out", out)
+    assert ran.exit_code == 0, ran.output
+    assert "judged in s: [0.25]" in ran.stdout
+    assert [line["score"] for line in read_lines(out)] == [0.25]
+    assert str(tmp_path) not in sys.path
+    for name, text, message in (
+        ("broken_judge.py", "import nothing_of_this_name\n", r"broken_judge\.py.*ModuleNotFoundError.*nothing_of"),
+        ("tableless_judge.py", "def measures(*of): return {}\n", r"tableless_judge\.py.*function table"),
+        ("json.py", JUDGE, r"/json\.py.*module .*json.*rename"),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / "s.toml").write_text(HEAD + f'judge = "{name}"\n' + ARM)
+        with pytest.raises(ConfigError, match=message):
+            judge_of(read_suite(tmp_path / "s.toml"))

@@ -1,0 +1,135 @@
+"""What all tuners share: the search that goes on where it stopped, its file, and what every command refuses."""
+
+import json
+from pathlib import Path
+
+import dit_accel_eval.tune.base as base
+import pytest
+from dit_accel_eval.runs.loaded import embedded_prompts
+from dit_accel_eval.tune.base import TuningRun, replaced_method
+from dit_accel_eval.tune.caches import tune_magcache
+from dit_accel_eval.tune.heads import tune_heads
+from dit_accel_eval.tune.lite import tune_lite
+from dit_accel_eval.tune.period import tune_period
+from dit_accel_eval.tune.profile import tune_profile
+from dit_accel_eval.tune.schedule import tune_schedule
+from tuning import PROMPTS, SMALL, request, tune
+
+from dit_accel import ConfigError, EasyCache, MagCache, RadialAttention, SoftPAG
+
+TUNERS = {"heads": tune_heads, "lite": tune_lite, "magcache": tune_magcache, "period": tune_period,
+          "profile": tune_profile, "schedule": tune_schedule}  # fmt: skip
+SUFFIX = {"heads": ".json", "profile": ".json"}
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Loads no model."""
+    monkeypatch.setattr(base, "load_pipeline", lambda asked: None)
+
+
+def test_a_search_that_was_stopped_goes_on_and_scores_nothing_twice(free, tmp_path):
+    scored, output = [], tmp_path / "a.toml"
+
+    def score(point):
+        if len(scored) == stop:
+            raise KeyboardInterrupt
+        scored.append(point)
+        return {"of": point}
+
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        TuningRun(request(), output, ".toml", None, goal=3).search(["x", ("y", 1), ["z"]], score)
+    stop = None
+    runs = TuningRun(request(), output, ".toml", None, goal=3)
+    assert runs.scored == 2
+    assert runs.search([["z"], "x", ("y", 1)], score) == [{"of": ["z"]}, {"of": "x"}, {"of": ["y", 1]}]
+    assert scored == ["x", ("y", 1), ["z"]]
+    assert runs.over_prompts(lambda prompt: prompt) == [*PROMPTS]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.toml.progress.json"]
+    runs.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_another_run_or_none_at_all_are_refused(free, tmp_path):
+    output, kept = tmp_path / "a.toml", tmp_path / "a.toml.progress.json"
+    TuningRun(request(EasyCache()), output, ".toml", None, goal=3).search(["x"], str)
+    for changed, options, message in (
+        (request(EasyCache()), dict(goal=4), r"progress.*goal = 3.*4"),
+        (request(EasyCache(), seed=1), dict(goal=3), r"progress.*seed = 0.*1"),
+        (request(), dict(goal=3), r"progress.*methods = .*easycache"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TuningRun(changed, output, ".toml", None, **options)
+    for text in ("{", '{"version": 9, "settings": {}, "scores": []}', "[]", json.dumps({"version": 1})):
+        kept.write_text(text)
+        with pytest.raises(ConfigError, match=r"tuning progress.*release"):
+            TuningRun(request(), output, ".toml", None)
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_an_output_that_can_not_be_written_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "load_pipeline", lambda asked: pytest.fail("it was loaded"))
+    suffix = SUFFIX.get(name, ".toml")
+    options = dict(computed=3) if name == "schedule" else {}
+    for output in (tmp_path / "own.txt", tmp_path / "none" / f"own{suffix}"):
+        with pytest.raises(ConfigError, match=rf"output.*\{suffix}.*got"):
+            TUNERS[name](request(), output, **options)
+    (tmp_path / f"own{suffix}.progress.json").mkdir()
+    with pytest.raises(ConfigError, match=r"progress file .*a folder"):
+        TUNERS[name](request(), tmp_path / f"own{suffix}", **options)
+    (tmp_path / f"own{suffix}").mkdir()
+    with pytest.raises(ConfigError, match=r"output .*own\S+ .*a folder"):
+        TUNERS[name](request(), tmp_path / f"own{suffix}", **options)
+
+
+def test_a_request_s_own_config_is_tuned_and_its_other_methods_stay():
+    mine, radial = MagCache(threshold=0.3), RadialAttention()
+    assert replaced_method(request(radial, mine), MagCache) == (mine, (radial,))
+    assert replaced_method(request(radial), MagCache) == (MagCache(), (radial,))
+    assert replaced_method(request(), SoftPAG, SoftPAG(u=0.5))[0].u == 0.5
+
+
+def test_prompts_of_its_own_are_none_that_suites_evaluate():
+    from dit_accel_assets import held_out_prompts
+
+    assert list(embedded_prompts("wan-plain", 4)) == held_out_prompts("wan-plain", 68)[64:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["radial"], "tune has no command 'radial'; known: heads, lite"),
+        (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
+        (["lite", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
+        (["lite", "--model", "some/model"], "tune has no prompts of its own for some/model; give some with --prompt"),
+        (["lite", "--prompt", "an ostrich"], "ostrich"),
+        (["lite", "--set", "lite.threshold=-3"], "tune lite finds the thresholds itself, got lite.threshold = -3"),
+        (["lite", "--dtype", "int4"], "there is no dtype 'int4'"),
+        (["schedule", *SMALL, "--num-inference-steps", "5", "--computed", "9"], "computed = 9"),
+        (["lite", "--rounds", "2"], "No such option: --rounds"),
+        (["magcache", "--target-error", "0.1"], "No such option: --target-error"),
+        (["profile", "--metric", "l1"], "No such option: --metric"),
+    ],
+)
+def test_bad_commands_are_one_line_and_exit_code_2(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = tune(*arguments)
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_writes_its_file_and_prints_a_table_or_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = tune("magcache", *SMALL, "--num-inference-steps", "4")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("magcache.toml\n")
+    assert "largest over smallest" in result.stdout
+    result = tune("magcache", *SMALL, "--num-inference-steps", "4", "--json", "-o", "own.toml")
+    told = json.loads(result.stdout)
+    assert (told["output"], told["model"], len(told["ratios"])) == ("own.toml", "wan-plain", 4)
+    assert {path.name for path in Path().iterdir()} == {"magcache.toml", "own.toml"}
+    helped = tune("heads", "--help").stdout
+    assert all(option in helped for option in ("--rounds", "--num-frames", "--softpag"))
+    assert "--target-error" not in helped

@@ -1,0 +1,280 @@
+"""What tiny pipelines are put together of: models, autoencoders, texts, pictures, stand-ins for encoders."""
+
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from PIL import Image
+from tiny_models import MODELS
+from torch import Tensor
+
+SIZE = dict(height=128, width=160, num_inference_steps=3, output_type="latent")
+VIDEO_SIZE = dict(height=64, width=128, num_frames=25, num_inference_steps=4, output_type="latent")
+GUIDED = dict(VIDEO_SIZE, guidance_scale=3.0)
+EULER = diffusers.FlowMatchEulerDiscreteScheduler
+
+
+@dataclass
+class Kit:
+    """What a pipeline is assembled of.
+
+    Attributes:
+        parts: components and settings of the constructor; a class takes those that it names.
+        call: arguments of a call; a class takes those that it names.
+        setup: what is changed on the assembled pipeline, such as an encoder that stands in.
+        pipe: the pipeline, where it is not assembled of parts.
+    """
+
+    parts: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    setup: Callable[[Any], None] | None = None
+    pipe: Any = None
+
+    def but(self, call: Mapping[str, Any] | None = None, **parts: Any) -> "Kit":
+        """Return the kit with other parts and arguments of the call."""
+        return Kit({**self.parts, **parts}, {**self.call, **(call or {})}, self.setup)
+
+
+def assemble(cls: type, kit: Kit) -> tuple[Any, dict[str, Any]]:
+    """Return a pipeline and the arguments of its call; encoders and tokenizers that are not given are None."""
+    asked = {
+        name: one for name, one in inspect.signature(cls.__init__).parameters.items() if one.kind is not one.VAR_KEYWORD
+    }
+    needed = [name for name, value in asked.items() if value.default is value.empty and name != "self"]
+    pipe: Any = cls(**{**dict.fromkeys(needed), **{name: part for name, part in kit.parts.items() if name in asked}})
+    pipe.set_progress_bar_config(disable=True)
+    if kit.setup is not None:
+        kit.setup(pipe)
+    taken = set().union(*(inspect.signature(one.__call__).parameters for one in cls.__mro__ if "__call__" in vars(one)))
+    return pipe, {name: value for name, value in kit.call.items() if name in taken}
+
+
+# Models
+
+
+def build(cls: type, config: Mapping[str, Any], gates: float | None = 0.1, biases: bool = False) -> Any:
+    """Build a model from a fixed seed; weights that are zero, which would hide what attention does, get values.
+
+    Args:
+        cls: the model's class.
+        config: its arguments.
+        gates: the spread of the values; None: zeros stay.
+        biases: whether vectors get values too.
+    """
+    torch.manual_seed(0)
+    model: Any = cls(**config).eval()
+    for parameter in model.parameters():
+        if gates is not None and (biases or parameter.ndim > 1) and not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=gates)
+    return model
+
+
+def tiny(name: str, number: int = 0, *, gates: float | None = 0.1, biases: bool = False, **changes: Any) -> Any:
+    """Build a transformer of the table of tiny models, with some of its config changed."""
+    model = MODELS[name][number]
+    return build(model.transformer, {**model.config, **changes}, gates, biases)
+
+
+def tiny_video(name: str, number: int = 0, **changes: Any) -> Any:
+    """The same with wider gates and biases, as the video pipelines are tested."""
+    return tiny(name, number, gates=0.2, biases=True, **changes)
+
+
+def part_of(name: str, adapter: str, keys: str, **changes: Any) -> Any:
+    """Build a model, such as a control network, that shares some of a tiny transformer's config."""
+    config = MODELS[adapter][0].config
+    return build(getattr(diffusers, name), {**{key: config[key] for key in keys.split() if key in config}, **changes})
+
+
+def vae(channels: int, cls: str = "AutoencoderKL", **options: Any) -> Any:
+    """An autoencoder of pictures, 8 pixels a latent."""
+    if cls == "AutoencoderKL":
+        options = {"shift_factor": 0.1, **options}
+    config = dict(
+        latent_channels=channels, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **options,
+    )  # fmt: skip
+    return build(getattr(diffusers, cls), config)
+
+
+def wan_vae(channels: int, cls: str = "AutoencoderKLWan", **options: Any) -> Any:
+    """An autoencoder of Wan's kind, which Qwen-Image has too."""
+    config = dict(
+        base_dim=4, z_dim=channels, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels, **options,
+    )  # fmt: skip
+    return build(getattr(diffusers, cls), config)
+
+
+def block_vae(cls: str, kind: str, **options: Any) -> Any:
+    """An autoencoder of videos that names its blocks."""
+    config = dict(
+        latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2,
+        down_block_types=(f"{kind}DownBlock3D",) * 4, up_block_types=(f"{kind}UpBlock3D",) * 4, **options,
+    )  # fmt: skip
+    return build(getattr(diffusers, cls), config)
+
+
+def picture_vae(cls: str, channels: int, **options: Any) -> Any:
+    """An autoencoder of HunyuanImage's kind."""
+    config = dict(
+        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(32,) * 4, layers_per_block=1,
+        spatial_compression_ratio=8, scaling_factor=1.0, downsample_match_channel=False,
+        upsample_match_channel=False, **options,
+    )  # fmt: skip
+    return build(getattr(diffusers, cls), config)
+
+
+# Texts
+
+
+def prompts(*shape: int, name: str = "prompt_embeds") -> dict[str, Any]:
+    """Embeddings of a prompt and of a negative prompt, 6 tokens of 16 channels unless told."""
+    torch.manual_seed(1)
+    return {f"{sign}{name}": torch.randn(1, *(shape or (6, 16))) for sign in ("", "negative_")}
+
+
+def masks(
+    name: str = "prompt_attention_mask", tokens: int = 6, dtype: torch.dtype = torch.bool, *, front: bool = False
+) -> dict[str, Any]:
+    """Masks of a prompt and of a shorter negative prompt, whose padding is at the end, or at the front as well."""
+    mask = torch.arange(tokens)[None] < tokens - 1
+    negative = mask.roll(1) & mask if front else torch.arange(tokens)[None] < tokens - 2
+    return {name: mask.to(dtype), f"negative_{name}": negative.to(dtype)}
+
+
+def masked(name: str = "prompt_attention_mask", dtype: torch.dtype = torch.bool) -> dict[str, Any]:
+    """Embeddings and their masks."""
+    return {**prompts(), **masks(name, dtype=dtype, front=True)}
+
+
+def texts(said: str | list[str], *shape: int) -> Tensor:
+    """Embeddings of some prompts, each drawn by what it says, [prompts, *shape]."""
+    listed = [said] if isinstance(said, str) else said
+    seeds = [zlib.crc32(one.encode()) for one in listed]
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+# Pictures
+
+
+def picture(height: int = 128, width: int = 160) -> Tensor:
+    """A picture of noise."""
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def pil(height: int, width: int, mode: str = "RGB") -> Any:
+    """The same as a picture of PIL's."""
+    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(2))
+    return Image.fromarray((noise * 255).byte().numpy()).convert(mode)
+
+
+def mask(height: int = 128, width: int = 160) -> Tensor:
+    """The right half of a picture is to be made anew."""
+    return (torch.arange(width)[None, None, None] > width // 2).float().expand(1, 1, height, width)
+
+
+COLORS = ((90, 40, 10), (10, 40, 90), (60, 90, 30))
+
+
+def drawing(height: int = 64, width: int = 64, color: tuple[int, int, int] = COLORS[0]) -> Image.Image:
+    """A picture of one color, with a square of another in it."""
+    made = Image.new("RGB", (width, height), color)
+    made.paste((200, 180, 20), (width // 4, height // 4, width // 2, height // 2))
+    return made
+
+
+def clip(frames: int = 17, height: int = 64, width: int = 64) -> list[Image.Image]:
+    """Frames that differ."""
+    return [drawing(height, width, COLORS[index % len(COLORS)]) for index in range(frames)]
+
+
+def noise_clip(frames: int = 25) -> Tensor:
+    """A video of noise."""
+    return torch.rand(1, 3, frames, 64, 128, generator=torch.Generator().manual_seed(4))
+
+
+EDITED = dict(image=picture(), strength=1.0)
+INPAINTED = dict(EDITED, mask_image=mask())
+
+
+def small_references(size: tuple[Any, ...]) -> Callable[[type], type]:
+    """Return what makes a pipeline class scale reference images to ``size``, not to a million pixels."""
+
+    def wrapped(cls: type) -> type:
+        class Small(cls):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                with mock.patch.object(sys.modules[cls.__module__], "calculate_dimensions", return_value=size):
+                    return super().__call__(*args, **kwargs)
+
+        return Small
+
+    return wrapped
+
+
+# Stand-ins
+
+
+class Encoder:
+    """Stands in for a text encoder that is asked for its number type alone."""
+
+    dtype = torch.float32
+
+
+class Processor:
+    """Stands in for a vision-language processor where a pipeline asks one for its template's length."""
+
+    tokenizer: Any = SimpleNamespace(encode=lambda text: [0])
+    image_processor = None
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[]]
+
+
+class Letters:
+    """Stands in for Cosmos 3's tokenizer: a token is a letter."""
+
+    eos_token_id = 1
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 2
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        return SimpleNamespace(input_ids=letters(conversation[-1]["content"]))
+
+
+def letters(text: str) -> list[int]:
+    """The tokens of a text."""
+    return [3 + ord(letter) % 17 for letter in text]
+
+
+class Unguarded:
+    """Stands in for Cosmos' guard models, without which its pipelines refuse to run; its prompts are noise."""
+
+    def to(self, device: Any) -> "Unguarded":
+        return self
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+class Conditioner(torch.nn.Module):
+    """Stands in for a text conditioner: it hands on what it gets."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def forward(self, source_hidden_states: Tensor, **_: Any) -> Tensor:
+        return source_hidden_states
+
+
+def answering(name: str, answer: Callable[..., Any]) -> Callable[[Any], None]:
+    """Return a setup that lets something stand in for a pipeline's method."""
+    return lambda pipe: setattr(pipe, name, answer)

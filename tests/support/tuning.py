@@ -1,0 +1,48 @@
+"""Requests of the tuners' tests, on one embedded pipeline that is loaded once a process; and one that costs nothing."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import dit_accel_eval.tune.base as base
+import pytest
+from dit_accel_eval.runs.loaded import tuning_request
+from dit_accel_pipelines.generation.loading import load_pipeline
+from dit_accel_pipelines.generation.request import Request, resolve
+from typer.testing import CliRunner, Result
+
+from dit_accel.cli.app import app
+
+PROMPTS = ("a red circle moving right", "a blue square moving up")
+SMALL = ["--model", "wan-plain", "--num-frames", "5", "--height", "16", "--width", "16", "--prompt", PROMPTS[0]]
+"""Options of a command that takes little time."""
+
+
+def request(*methods: Any, prompts: tuple[str, ...] = PROMPTS, **changes: Any) -> Request:
+    """Return a request of few tokens and steps."""
+    sizes = dict(model="wan-plain", num_inference_steps=5, num_frames=5, height=16, width=16)
+    return tuning_request(prompts=prompts, methods=methods, **{**sizes, **changes})
+
+
+@functools.cache
+def loaded(model: str) -> Any:
+    """Return the pipeline of an embedded model, to be left as it is."""
+    return load_pipeline(resolve(request(model=model))[0])
+
+
+def one_pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let tuners of embedded models share one pipeline, as a fixture does; gives wan-plain's."""
+    pipe = loaded("wan-plain")
+    shipped = pipe.scheduler
+    real = load_pipeline
+    embedded = ("wan-plain", "flux-tiny")
+    monkeypatch.setattr(
+        base, "load_pipeline", lambda asked: loaded(asked.model) if asked.model in embedded else real(asked)
+    )
+    yield pipe
+    pipe.scheduler = shipped
+
+
+def tune(*arguments: Any) -> Result:
+    """Return what `dit-accel tune` says to arguments."""
+    return CliRunner().invoke(app, ["tune", *map(str, arguments)])
