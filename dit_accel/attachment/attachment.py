@@ -24,16 +24,8 @@ from ..methods.find import (
 from ..methods.presets import Level, PresetMethods, preset_methods
 from ..report.predicted import Predicted
 from ..report.report import Report, call_reports, step_reports
-from .backends import (
-    Backend,
-    Dense,
-    ReplacedTransformer,
-    check_backend,
-    replaced_processors,
-    replaced_transformers,
-    unplanned_reason,
-    warn_if_unplanned,
-)
+from . import backends
+from .backends import Backend, Dense, ReplacedTransformer
 from .check import Check, check
 from .engine import Engine
 from .forward import ForwardWrapper
@@ -63,7 +55,7 @@ class Attachment:
         """Let an engine run from now on that nothing has run in."""
         self.denoising, self.engine, self._attached = denoising, denoising.engine, True
         self._warned = self._warned_of_replaced = False
-        self.engine.on_run.append(self._end_run)
+        denoising.on_run.append(self._end_run)
 
     def __enter__(self) -> "Attachment":
         self._require_attached()
@@ -170,8 +162,7 @@ class Attachment:
         engine, denoising, recorder = self.engine, self.denoising, self.engine.recorder
         recorder.settle()
         held = {handler.name: handler.state_bytes() for handler in engine.handlers}
-        reasons = (replaced_transformers, unplanned_reason, replaced_processors) if self._attached else ()
-        problem = next((why for reason in reasons if (why := reason(denoising))), "")
+        problem = backends.problem_of(denoising) if self._attached else ""
         preset = self._preset.words(denoising.num_inference_steps) if self._preset else ""
         notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
         return Report(
@@ -191,15 +182,11 @@ class Attachment:
     def _predicted(self) -> Predicted | None:
         """Return what was predicted for the last generation; None before its size and steps are known."""
         engine, steps = self.engine, self.denoising.num_inference_steps
-        shapes = [
-            (layout, state.transformer)
-            for state in engine.transformers.values()
-            for layout, _ in state.layouts.values()
-        ]
-        if not shapes or not steps:
+        state = next((one for one in engine.transformers.values() if one.layouts), None)
+        if state is None or not steps:
             return None
-        layout, transformer = shapes[0]
-        return predicted(engine.handlers, layout, steps, self._preset, transformer)
+        layout, _ = next(iter(state.layouts.values()))
+        return predicted(engine.handlers, layout, steps, self._preset, state.transformer)
 
     def _require_attached(self) -> None:
         if not self._attached:
@@ -209,11 +196,11 @@ class Attachment:
         """Say once if the run that ends planned nothing, or another transformer of the pipeline was replaced."""
         self._warn_if_replaced()
         if not self._warned:
-            self._warned = warn_if_unplanned(self.denoising)
+            self._warned = backends.warn_if_unplanned(self.denoising)
 
     def _warn_if_replaced(self) -> None:
         """Say once that a transformer was replaced since attach."""
-        if not self._warned_of_replaced and (why := replaced_transformers(self.denoising)):
+        if not self._warned_of_replaced and (why := backends.replaced_transformers(self.denoising)):
             self._warned_of_replaced = True
             warnings.warn(why, ReplacedTransformer, stacklevel=3)
 
@@ -280,7 +267,7 @@ def _attach(
                 "(dit_accel.attachment_of gives it)"
             )
     handlers = make_handlers(methods, model_of(model))
-    check_backend(backend, dense, handlers)
+    backends.check_backend(backend, dense, handlers)
     pipe = model if parts.get("transformer") is not model else None
 
     def put_on(attachment: Attachment) -> None:

@@ -53,6 +53,12 @@ class ReplacedTransformer(UserWarning):
     """A pipeline was given another transformer than the one that methods are attached to."""
 
 
+def problem_of(denoising: DenoisingState) -> str:
+    """Return the first of what is wrong with a run so far, in words; empty: nothing."""
+    reasons = replaced_transformers, unplanned_reason, replaced_processors
+    return next((why for reason in reasons if (why := reason(denoising))), "")
+
+
 def replaced_transformers(denoising: DenoisingState) -> str | None:
     """Tell which transformers of the pipeline were replaced since attach, or None."""
     engine, pipe = denoising.engine, denoising.pipe

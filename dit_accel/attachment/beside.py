@@ -116,7 +116,7 @@ class CallsMade:
 
     def note(self, context: CallContext, batch: int, facts: RunFacts) -> None:
         """Keep how a call of a forward of so many rows ran, unless it was trained or runs beside another itself."""
-        if context.beside is None and not (context.training or context.differentiate):
+        if self.wanted and context.beside is None and not (context.training or context.differentiate):
             self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = facts
             self._batches[context.branch] = batch
 

@@ -1,13 +1,12 @@
 """The engine of one attachment: plans and runs its attention calls, what all methods say together in one kernel call.
 
-Whoever drives a model is a host: the wrapper around diffusers' forwards, or ComfyUI's nodes. A host says where the
-denoising stands by `Engine.begin_run`, `begin_forward`, `attend`, `end_forward` and `end_run`; two attachments never
-share an engine. The attention operator finds it by its number.
+Who drives a model is a host, the wrapper around diffusers' forwards or ComfyUI's nodes: it calls `Engine.begin_run`,
+`begin_forward`, `attend`, `end_forward` and `end_run`. Two attachments never share an engine.
 """
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +53,6 @@ class Engine:
         layers: their attention layers, by number.
         recorder: counts what runs, one run long.
         observers: called with every planned call.
-        on_run: called when a run begins, before the counts of the last one are dropped.
         runs: how many have begun.
     """
 
@@ -67,7 +65,6 @@ class Engine:
         self.recorder = Recorder()
         self.backward = BackwardStore()
         self.observers: list[Observer] = []
-        self.on_run: list[Callable[[], None]] = []
         self.runs = 0
         self.use(handlers)
 
@@ -99,8 +96,6 @@ class Engine:
     def begin_run(self) -> None:
         """Forget everything that belongs to the last generation."""
         self.runs += 1
-        for call in self.on_run:
-            call()
         self.recorder = Recorder()
         for transformer in self.transformers.values():
             transformer.begin_run()
@@ -124,12 +119,11 @@ class Engine:
     def expect_forward(self, step: StepContext, unseen: bool) -> None:
         """Switch the layers for a forward whose beginning may lie inside a compiled graph, where nobody sees it.
 
-        Its layout is taken to be that of the branch's last one; where that began unseen too (or there was none), every
-        method is taken to act on it.
+        Its layout is taken to be that of the branch's last one; where that began unseen too, all methods act on it.
         """
-        transformer = self.transformers[step.transformer]
         self.forward.begin(None)
-        known, _ = (None, 0) if unseen else transformer.layouts.get(step.branch, (None, 0))
+        transformer = self.transformers[step.transformer]
+        known = None if unseen else transformer.last_layout(step.branch)
         self._switch(transformer, replace(step, layout=known, batch=None))
         self.forward.expected = True
 
@@ -146,8 +140,7 @@ class Engine:
         if layout is not None and batch is not None:
             self._note_layout(transformer, step.branch, layout, batch)
             forward.noted = forward.sizes
-        known, _ = transformer.layouts.get(step.branch, (None, 0))
-        self._switch(transformer, replace(step, layout=known, batch=batch))
+        self._switch(transformer, replace(step, layout=transformer.last_layout(step.branch), batch=batch))
         self.recorder.forwards_run += 1
         self.count_dense(step)
 
@@ -194,20 +187,13 @@ class Engine:
         begin = None if clock.parts is None else clock.stamp(call.q.device)
         if sizes != forward.noted:
             self._note_unseen(layer.state, sizes, len(call.q))
-        if forward.shards is not None and forward.shards.rows is not None:
-            if differentiate:
-                raise ConfigError(
-                    "methods on attention have no gradient under ring attention; train with ContextParallelConfig("
-                    "ulysses_degree=...)"
-                )
-            call = replace(call, rows=forward.shards.rows)
+        if forward.shards is not None:
+            call = forward.shards.own_queries(call, differentiate)
         call, own = call.completed(sizes, layer.state.adapter.outer_masks)
         layout, (frames, height, width, before, after) = forward.layout, sizes
         if (keys := call.k.shape[2]) != before + frames * height * width + after:
             layout = shortened(layer, layout, keys)
-        handlers = forward.acting.get(layer) if layout is forward.layout else None
-        if handlers is None:
-            handlers = self._acting(layer, layout)
+        handlers = self._acting(layer, layout)
         out, plan = self._attend(layer, call, self._context(layer, layout, call, differentiate), handlers)
         ticket = None
         if differentiate:
@@ -292,8 +278,7 @@ class Engine:
         facts, rests = followed, None
         if facts is None and call.mask is not None and stays_dense(handlers, call, context, self.recorder):
             facts = RunFacts(plan=AttentionPlan(), batch=context.batch, handlers=handlers)
-            if made.wanted:
-                made.note(context, rows, facts)
+            made.note(context, rows, facts)
             return run_dense(facts.plan, call, layer), facts.plan
         planning = time.perf_counter()
         if facts is None:

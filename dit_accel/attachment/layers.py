@@ -171,6 +171,11 @@ class TransformerState:
                     return (name, rows) if rows is not None or own == theirs else (None, None)
         return None, None
 
+    def last_layout(self, branch: str) -> TokenLayout | None:
+        """Return the layout of a branch's last forward, or None."""
+        layout, _ = self.layouts.get(branch, (None, 0))
+        return layout
+
     def note_ran(self) -> None:
         """Note that a forward of the branch that is open ran, if it is one of its own."""
         if self.beside[0] is None:

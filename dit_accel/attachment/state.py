@@ -33,11 +33,13 @@ class DenoisingState:
 
     Attributes:
         threads: keeps two threads from running the attachment at once.
+        on_run: called when a run begins, before the counts of the last one are dropped.
     """
 
     def __init__(self, pipe: Any, engine: Engine) -> None:
         self._pipe = _reference(pipe)
         self.engine, self.threads = engine, OneThread()
+        self.on_run: list[Callable[[], None]] = []
         self._run: PipelineRun | None = None
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
@@ -243,6 +245,8 @@ class DenoisingState:
         return new or other or broken
 
     def _begin_run(self) -> None:
+        for call in self.on_run:
+            call()
         self.threads.begin_run()
         self.engine.begin_run()
 
