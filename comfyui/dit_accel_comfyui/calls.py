@@ -69,7 +69,7 @@ class AttentionArguments:
         return (out.transpose(1, 2) if self.skip_reshape else out).flatten(2)
 
 
-def call_of(arguments: AttentionArguments, backend: str) -> Call | str:
+def call_from(arguments: AttentionArguments, backend: str) -> Call | str:
     """Return a call for dit-accel's methods, views of its tensors; or why they can't take it."""
     unknown = sorted(name for name, value in arguments.kwargs.items() if name not in KNOWN and value)
     if unknown:

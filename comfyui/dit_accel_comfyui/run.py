@@ -27,7 +27,7 @@ from dit_accel.methods.site import AroundForward, ForwardContext
 from dit_accel.plan.context import StepContext
 from dit_accel.plan.layout import TokenLayout
 
-from .calls import AttentionArguments, Override, call_of
+from .calls import AttentionArguments, Override, call_from
 from .placing import Steps, TokenPlacement, latents_of, layout_from_options, placement_of
 
 LOG = logging.getLogger("dit_accel_comfyui")
@@ -133,7 +133,7 @@ class Run:
             layout = self._placement if isinstance(self._placement, str) else self._placement.layout(tokens)
         if isinstance(layout, str):
             return self._declines(step, layout)
-        call = call_of(arguments, self.backend)
+        call = call_from(arguments, self.backend)
         if isinstance(call, str):
             return self._declines(step, call)
         layer = self._layer(engine, arguments)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import comfy_stand_in as comfy
 import pytest
 import torch
-from dit_accel_comfyui.calls import AttentionArguments, Override, call_of
+from dit_accel_comfyui.calls import AttentionArguments, Override, call_from
 from dit_accel_comfyui.run import Run
 
 from dit_accel.methods.attention.sol import SolAttention
@@ -93,14 +93,14 @@ def test_calls_that_are_not_understood_are_refused_with_their_reason(changed, sa
     q, k, v = tensors()
     arguments = {"q": q, "k": k, "v": v, "heads": 4, "mask": None, "attn_precision": None, "skip_reshape": True,
                  "skip_output_reshape": False, "kwargs": {}}  # fmt: skip
-    found = call_of(AttentionArguments(**{**arguments, **changed}), "torch")
+    found = call_from(AttentionArguments(**{**arguments, **changed}), "torch")
     assert isinstance(found, str)
     assert said in found
 
 
 def test_logits_in_float32_of_half_tensors_are_left_to_the_model():
     q, k, v = (x.half() for x in tensors())
-    found = call_of(AttentionArguments(q, k, v, 4, None, torch.float32, True, False, {}), "torch")
+    found = call_from(AttentionArguments(q, k, v, 4, None, torch.float32, True, False, {}), "torch")
     assert "float32" in str(found)
 
 

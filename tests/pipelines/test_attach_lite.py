@@ -90,9 +90,12 @@ def _exact_of_one_branch(pipe, backend, kept, latents):
     with dit_accel.attach(pipe, ACTIVE, backend=backend) as attachment, recorded(attachment) as calls:
         (handler,) = attachment.engine.handlers
         other = type(handler)(ACTIVE, handler.model)
-        plan, learn = handler.plan, handler.learn
+        plan, after = handler.plan, handler.after
         handler.plan = lambda made, call, context: (plan if context.branch == kept else other.plan)(made, call, context)
-        handler.learn = lambda context, bits: (learn if context.branch == kept else other.learn)(context, bits)
+        handler.after = lambda made, call, context, result: (after if context.branch == kept else other.after)(
+            made, call, context, result
+        )
+        attachment.engine.use([handler])
         assert torch.equal(generate(pipe), latents)
     assert {call.context.branch for call in calls} == {"cond", "uncond"}
     return [call.exact for call in calls if call.context.branch == kept]
