@@ -84,9 +84,11 @@ def once(call: Callable[..., Any], video: Callable[[Any], bool]) -> Callable[...
 def hunyuan_video() -> Any:
     """Return a tiny HunyuanVideo of random weights, which gives every prompt the same embeddings."""
     sys.path.append(str(HERE.parent / "tests" / "support"))
-    from tiny_pipelines import hunyuan_video
+    from diffusers import HunyuanVideoPipeline
+    from tiny_parts import assemble
+    from tiny_video_kits import hunyuan_video
 
-    pipe, given = hunyuan_video()
+    pipe, given = assemble(HunyuanVideoPipeline, hunyuan_video())
     texts = (given["prompt_embeds"], given["pooled_prompt_embeds"], given["prompt_attention_mask"])
     pipe.encode_prompt = lambda *_, **__: texts
     return pipe

@@ -14,14 +14,14 @@ import numpy as np
 from dit_accel_assets import clips, painter, prompts, world
 
 if TYPE_CHECKING:
-    from dit_accel_assets.judge import Verdict
+    from dit_accel_assets.judge import Judgement
 
 MODELS = Path(__file__).parent / "models"
 _CHECKED = ("color", "shape", "direction", "background")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
+class EmbeddedModel:
     """What there is to know about an embedded model besides its files."""
 
     pipeline: str
@@ -50,9 +50,9 @@ def _clip_prompt(index: int) -> str:
 
 
 def _clip_score(video: np.ndarray, index: int) -> float:
-    from dit_accel_assets.checker import check
+    from dit_accel_assets.checker import check_clip
 
-    found, (_, scene, _) = check(video), clips.clip_of(index, frames=1, held_out=True)
+    found, (_, scene, _) = check_clip(video), clips.clip_of(index, frames=1, held_out=True)
     return float(np.mean([getattr(found, name) == getattr(scene, name) for name in _CHECKED]))
 
 
@@ -70,9 +70,9 @@ def _clip_drawn(index: int, height: int, width: int, frames: int) -> tuple[str, 
 
 
 def _clip_path(video: np.ndarray, index: int) -> float:
-    from dit_accel_assets.checker import path_error
+    from dit_accel_assets.checker import path_distance
 
-    return path_error(video)  # the prompts say nothing of speed
+    return path_distance(video)  # the prompts say nothing of speed
 
 
 @lru_cache(maxsize=1024)
@@ -125,16 +125,16 @@ def _still_path(video: np.ndarray, index: int) -> float:
     return float("nan")
 
 
-def _judged(video: np.ndarray, scene: world.Scene, first: int = 0, end: int | None = None) -> Verdict:
-    from dit_accel_assets.judge import judge
+def _judged(video: np.ndarray, scene: world.Scene, first: int = 0, end: int | None = None) -> Judgement:
+    from dit_accel_assets.judge import judge_clips
 
-    return judge(video, scene, first=first, end=end)
+    return judge_clips(video, scene, first=first, end=end)
 
 
-KNOWN: dict[str, Model] = {
-    "wan-tiny": Model(
+KNOWN: dict[str, EmbeddedModel] = {
+    "wan-tiny": EmbeddedModel(
         pipeline="WanPipeline",
-        words=prompts.vocabulary,
+        words=prompts.world_vocabulary,
         held_out=_world_prompt,
         score=_world_score,
         closeness=_world_closeness,
@@ -143,9 +143,9 @@ KNOWN: dict[str, Model] = {
         longest=world.FRAMES,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
-    "wan-plain": Model(
+    "wan-plain": EmbeddedModel(
         pipeline="WanPipeline",
-        words=clips.vocabulary,
+        words=clips.plain_vocabulary,
         held_out=_clip_prompt,
         score=_clip_score,
         closeness=_clip_closeness,
@@ -154,9 +154,9 @@ KNOWN: dict[str, Model] = {
         longest=33,
         defaults={"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 4.0},
     ),
-    "flux-tiny": Model(
+    "flux-tiny": EmbeddedModel(
         pipeline="FluxPipeline",
-        words=prompts.vocabulary,
+        words=prompts.world_vocabulary,
         held_out=_still_prompt,
         score=_still_score,
         closeness=_still_closeness,
@@ -251,7 +251,7 @@ def check_prompt(prompt: str, name: str = "wan-tiny") -> tuple[str, ...]:
     return words
 
 
-def _known(name: str) -> Model:
+def _known(name: str) -> EmbeddedModel:
     here = model_names()
     if name not in here:
         raise ValueError(f"{name!r} is no embedded model; choose one of {', '.join(here)}")

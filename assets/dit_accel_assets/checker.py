@@ -21,7 +21,7 @@ class Finding:
     """Distance between the object's first and last centre, in pixels."""
 
 
-def check(video: np.ndarray) -> Finding:
+def check_clip(video: np.ndarray) -> Finding:
     """Judge a clip [F, H, W, 3], uint8 or float in 0..1; tolerates soft edges and slight noise."""
     if video.ndim != 4 or video.shape[-1] != 3:
         raise ValueError(f"a clip is [frames, height, width, 3]; found {video.shape}")
@@ -40,8 +40,8 @@ def check(video: np.ndarray) -> Finding:
     return Finding(color=color, shape=shape, direction=direction, background=background, travel=travel)
 
 
-def closeness(video: np.ndarray, scene: clips.Scene) -> dict[str, float]:
-    """Say how near a clip comes to each of a scene's words, 0 to 1, where `check` says yes or no.
+def closeness(video: np.ndarray, scene: clips.PlainScene) -> dict[str, float]:
+    """Say how near a clip comes to each of a scene's words, 0 to 1, where `check_clip` says yes or no.
 
     Colour and background by RGB distance (0 at 128), the shape by its template's overlap, the direction by the cosine
     of the fitted path, less under 5 pixels; 0 where no object is found.
@@ -63,7 +63,7 @@ def closeness(video: np.ndarray, scene: clips.Scene) -> dict[str, float]:
     }
 
 
-def path_error(video: np.ndarray) -> float:
+def path_distance(video: np.ndarray) -> float:
     """Return how far the object of a clip [F, H, W, 3] strays from a straight path of constant speed, RMS in pixels.
 
     Of all such paths the nearest one: drawn clips of any length follow one. NaN where fewer than two frames show an

@@ -1,6 +1,7 @@
 """Draws the world that `wan-plain` was trained on: one coloured shape that moves over a plain background.
 
-Pure numpy and deterministic: a `Scene` holds everything, `draw` turns it into frames, `prompt_of` into words.
+Pure numpy and deterministic: a `PlainScene` holds everything, `draw_plain` turns it into frames, `plain_prompt_of`
+into words.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _FILLERS = ("a", "background", "going", "moving", "on", "the")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scene:
+class PlainScene:
     """Everything that decides a clip: the words, and the numbers the words leave open (pixels)."""
 
     color: str
@@ -65,13 +66,13 @@ class Scene:
         return self.color, self.shape, self.direction, self.background
 
 
-def vocabulary() -> tuple[str, ...]:
+def plain_vocabulary() -> tuple[str, ...]:
     """Return every word a prompt may use, sorted."""
     speeds = tuple(word for word in TRAVEL if word)
     return tuple(sorted({*COLORS, *BACKGROUNDS, *SHAPES, *DIRECTIONS, *speeds, *_FILLERS}))
 
 
-def is_held_out(color: str, shape: str, direction: str, background: str) -> bool:
+def is_held_out_plain(color: str, shape: str, direction: str, background: str) -> bool:
     """Say whether a combination of words is kept out of training (one in eleven)."""
     places = (
         tuple(COLORS).index(color),
@@ -82,11 +83,11 @@ def is_held_out(color: str, shape: str, direction: str, background: str) -> bool
     return sum(place * weight for place, weight in zip(places, (1, 3, 5, 7), strict=True)) % 11 == 0
 
 
-def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
+def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> PlainScene:
     """Draw a scene at random, from the training combinations or from the held-out ones; the path stays in the frame."""
     while True:
         words = tuple(str(rng.choice(list(names))) for names in (COLORS, SHAPES, DIRECTIONS, BACKGROUNDS))
-        if is_held_out(*words) == held_out:
+        if is_held_out_plain(*words) == held_out:
             break
     color, shape, direction, background = words
     speed = str(rng.choice(["slowly", "", "", "quickly"]))
@@ -97,7 +98,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     low = np.maximum(margin, margin - shift)
     high = np.minimum(SIZE - margin, SIZE - margin - shift)
     start = rng.uniform(low, high)
-    return Scene(
+    return PlainScene(
         color=color,
         shape=shape,
         direction=direction,
@@ -109,7 +110,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     )
 
 
-def prompt_of(scene: Scene, rng: np.random.Generator | None = None) -> str:
+def plain_prompt_of(scene: PlainScene, rng: np.random.Generator | None = None) -> str:
     """Describe a scene in words; with `rng` in one of the paraphrases, some of which leave the background open."""
     article, verb, place = "a ", "moving", f" on a {scene.background} background"
     if rng is not None:
@@ -124,18 +125,18 @@ def prompt_of(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return f"{article}{scene.color} {scene.shape} {verb} {scene.direction}{speed}{place}"
 
 
-def centers(scene: Scene, frames: int) -> np.ndarray:
+def plain_centers(scene: PlainScene, frames: int) -> np.ndarray:
     """Return the object's centre in every frame, float64 [F, 2] as (x, y) pixels."""
     progress = np.linspace(0.0, 1.0, frames) if frames > 1 else np.zeros(1)
     return np.asarray(scene.start) + progress[:, None] * _unit(scene.direction) * scene.travel
 
 
-def draw(scene: Scene, frames: int = 17) -> np.ndarray:
+def draw_plain(scene: PlainScene, frames: int = 17) -> np.ndarray:
     """Draw a clip, uint8 [F, 64, 64, 3]; `frames` must be of the form 4k+1 (ValueError otherwise)."""
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"frames={frames}: a clip has 4k+1 frames; use {max(1, frames // 4 * 4 + 1)}")
     grid = np.arange(SIZE) + 0.5
-    center = centers(scene, frames)
+    center = plain_centers(scene, frames)
     x = grid[None, None, :] - center[:, 0, None, None]
     y = grid[None, :, None] - center[:, 1, None, None]
     cover = np.clip(0.5 - signed_distance(scene.shape, x, y, scene.size), 0.0, 1.0)[..., None]
@@ -158,12 +159,12 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, size: np.ndarray |
     raise ValueError(f"shape {shape!r} is not known; use one of {', '.join(SHAPES)}")
 
 
-def clip_of(seed: int, *, frames: int = 17, held_out: bool = False) -> tuple[str, Scene, np.ndarray]:
+def clip_of(seed: int, *, frames: int = 17, held_out: bool = False) -> tuple[str, PlainScene, np.ndarray]:
     """Return prompt, scene and frames of one seed; the held-out clips come from combinations training never sees."""
     rng = np.random.default_rng([seed, int(held_out)])
     scene = sample_scene(rng, held_out=held_out)
-    prompt = prompt_of(scene) if held_out else prompt_of(scene, rng)
-    return prompt, scene, draw(scene, frames)
+    prompt = plain_prompt_of(scene) if held_out else plain_prompt_of(scene, rng)
+    return prompt, scene, draw_plain(scene, frames)
 
 
 def _unit(direction: str) -> np.ndarray:

@@ -26,7 +26,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Judgement:
     """All answers to one clip, by "question" or "question.index of the thing"."""
 
     answers: dict[str, Answer]
@@ -66,7 +66,7 @@ MARKS: dict[str, tuple[str, float]] = {
 objects too many or few, share of frames, RGB distance, probability, pixels a frame, probability."""
 
 
-def judge(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = None) -> Verdict:
+def judge_clips(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = None) -> Judgement:
     """Judge a clip [F, H, W, 3], uint8 or float in 0..1, by the words of `scene`; ValueError for another form.
 
     A picture is a clip of one frame, for which questions about time are left out. With `first` and `end` the stretch of
@@ -94,7 +94,7 @@ def judge(video: np.ndarray, scene: Scene, *, first: int = 0, end: int | None = 
     style = _style(parts, requested, scene.style)
     if style is not None:
         values["style"] = style
-    return Verdict(answers={name: Answer(value=v, passed=_passes(name, v)) for name, v in values.items()})
+    return Judgement(answers={name: Answer(value=v, passed=_passes(name, v)) for name, v in values.items()})
 
 
 def _nearness(name: str, value: float) -> float:

@@ -29,7 +29,7 @@ def load(name: str = "wan-tiny", **options: Any) -> DiffusionPipeline:
     Raises:
         ValueError: for an unknown name; and by the pipeline's call, for words that the model has never seen.
     """
-    kind = pipeline_class(name)
+    kind = class_of_pipeline(name)
     if "torch_dtype" not in options and "dtype" not in options:
         import torch
 
@@ -38,7 +38,7 @@ def load(name: str = "wan-tiny", **options: Any) -> DiffusionPipeline:
 
 
 @cache
-def pipeline_class(name: str) -> type[DiffusionPipeline]:
+def class_of_pipeline(name: str) -> type[DiffusionPipeline]:
     """Return the class of an embedded model's pipeline, always the same; ValueError for an unknown name."""
     import diffusers
 
@@ -73,5 +73,5 @@ def _texts(given: dict[str, Any]) -> Iterable[str]:
 
 def __getattr__(name: str) -> Any:
     if name in model_names():
-        return pipeline_class(name)
+        return class_of_pipeline(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

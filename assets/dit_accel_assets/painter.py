@@ -49,7 +49,7 @@ def _local(scene: Scene, index: int, frames: int) -> tuple[np.ndarray, np.ndarra
     """Return a thing's own coordinates (u, v) of every pixel [F, H, W] and its side [F, 1, 1]."""
     center = world.centers(scene, frames)[index].astype(np.float32)
     angle = world.angles(scene, frames)[index].astype(np.float32)[:, None, None]
-    size = world.sizes(scene, frames)[index].astype(np.float32)[:, None, None]
+    size = world.object_sizes(scene, frames)[index].astype(np.float32)[:, None, None]
     x = (np.arange(scene.width, dtype=np.float32) + 0.5)[None, None, :] - center[:, 0, None, None]
     y = (np.arange(scene.height, dtype=np.float32) + 0.5)[None, :, None] - center[:, 1, None, None]
     cos, sin = np.cos(angle), np.sin(angle)

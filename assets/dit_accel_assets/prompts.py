@@ -11,7 +11,7 @@ from dit_accel_assets.world import Scene, Thing
 _FILLERS = ("and", "background", "camera", "going", "in", "of", "on", "pans", "style", "the")
 
 
-def vocabulary() -> tuple[str, ...]:
+def world_vocabulary() -> tuple[str, ...]:
     """Return every word a prompt of this world may use, sorted."""
     plurals = (_plural(shape) for shape in world.SHAPES)
     single = {word for name in (*world.MOTIONS, *world.RELATIONS) for word in name.split()} - {"still"}

@@ -116,7 +116,7 @@ def centers(scene: Scene, frames: int) -> np.ndarray:
     return np.stack([np.asarray(t.start) + time * (t.velocity - scene.pan_velocity) for t in scene.things])
 
 
-def sizes(scene: Scene, frames: int) -> np.ndarray:
+def object_sizes(scene: Scene, frames: int) -> np.ndarray:
     """Return the side of every thing's box in every frame, float64 [N, F], in pixels."""
     growth = {"growing": GROWTH, "shrinking": -GROWTH}
     time = np.arange(frames)

@@ -66,7 +66,7 @@ def judged(
 ) -> dict[str, Any]:
     """Return the judge's scores of generated clips, and their distribution."""
     clips = subject.generate(pipe, scenes, frames, steps, guidance)
-    verdicts = [judge.judge(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
+    verdicts = [judge.judge_clips(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
     spread = np.quantile([verdict.score for verdict in verdicts], [0, 0.25, 0.5, 0.75, 1]).round(3)
     return {"clips": len(scenes), "frames": frames, "steps": steps, "quartiles": spread.tolist(), **score(verdicts)}
 
@@ -88,7 +88,7 @@ def reconstruction(subject: Subject, pipe: Any, scenes: list[world.Scene]) -> di
     for scene in scenes:
         x, y = subject.reconstruct(pipe, scene)
         values.append(psnr(y, x).item())
-        verdicts.append(judge.judge(y[0].permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1).numpy(), scene))
+        verdicts.append(judge.judge_clips(y[0].permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1).numpy(), scene))
     figures = {"clips": len(scenes), "mean_db": round(float(np.mean(values)), 2)}
     return figures | {"worst_db": round(min(values), 2), **score(verdicts)}
 

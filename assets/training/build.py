@@ -35,7 +35,7 @@ FLOW_SHIFT = 5.0
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of the world's vocabulary: lower case, hyphenated words whole, </s> at the end."""
-    words = ["<pad>", "</s>", "<unk>", *prompts.vocabulary()]
+    words = ["<pad>", "</s>", "<unk>", *prompts.world_vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s,.;:!?\"()]+"), behavior="removed")

@@ -12,7 +12,7 @@ from dit_accel_assets import judge, prompts
 from PIL import Image
 
 
-def score(verdicts: list[judge.Verdict]) -> dict[str, float]:
+def score(verdicts: list[judge.Judgement]) -> dict[str, float]:
     """Return the mean share of questions passed, over clips, and of every question over the clips that ask it."""
     figures = {"score": float(np.mean([verdict.score for verdict in verdicts]))}
     for question in judge.MARKS:
@@ -50,7 +50,7 @@ def main() -> None:
     scenes, videos, verdicts = subject.scenes(args.count, args.size or subject.size), [], []
     frames = args.frames or subject.frames
     for scene, video in zip(scenes, subject.generate(pipe, scenes, frames, args.steps, args.guidance), strict=True):
-        verdicts.append(judge.judge(video, scene))
+        verdicts.append(judge.judge_clips(video, scene))
         videos.append(video)
         print(f"{verdicts[-1].score:.2f}  {prompts.prompt_of(scene)}", flush=True)
     sheet(videos).save(args.sheet)

@@ -233,20 +233,11 @@ class Adapter:
     def __post_init__(self) -> None:
         if self.makes_images:
             object.__setattr__(self, "refused", {**IMAGE_REFUSED, **self.refused})
-        for name, entry, what in (
-            ("transformers", str, "names"),
-            ("self_attention", str, "names"),
-            ("side_attention", str, "names"),
-            ("families", Family, "Family objects"),
-            ("blocks", BlockList, "BlockList objects"),
-        ):
-            value = getattr(self, name)
-            if name == "blocks" and value is None:
-                continue
-            if not isinstance(value, tuple) or not all(isinstance(item, entry) for item in value):
-                raise ConfigError(
-                    f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
-                )
+        for name in ("transformers", "self_attention", "side_attention"):
+            self._check_tuple(name, str, "names")
+        self._check_tuple("families", Family, "Family objects")
+        if self.blocks is not None:
+            self._check_tuple("blocks", BlockList, "BlockList objects")
         for name, kind in (("rope", Rope), ("cross_attention", CrossAttention), ("joined_text", JoinedText)):
             if not isinstance(value := getattr(self, name), (kind, str, type(None))):
                 raise ConfigError(
@@ -264,6 +255,13 @@ class Adapter:
                 raise ConfigError(
                     f"adapter {self.name!r}: {call} must be a function, got {value!r}; give the function or a partial"
                 )
+
+    def _check_tuple(self, name: str, kind: type, what: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):
+            raise ConfigError(
+                f"adapter {self.name!r}: {name} must be a tuple of {what}, got {value!r}; one entry is (entry,)"
+            )
 
     def family(self, config: Mapping[str, Any], experts: int = 1) -> Family | None:
         """Return the released model of so many ``experts`` that a transformer config has the sizes of, or None.

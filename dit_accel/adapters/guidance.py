@@ -6,6 +6,7 @@ scale need not be known. What rescales by the conditional prediction is no such 
 """
 
 import fnmatch
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,7 +90,7 @@ class Guidance:
             if value not in (one, other):
                 raise ConfigError(f"{option} must be {one!r} or {other!r}, got {value!r}; use one of them")
         for name, axis in self.rows.items():
-            if axis is not None and axis != "each" and not (isinstance(axis, int) and axis >= 0):
+            if axis not in (None, "each") and not (isinstance(axis, int) and axis >= 0):
                 raise ConfigError(
                     f"rows[{name!r}] must be an axis from 0, 'each' or None, got {axis!r}; use one of them"
                 )
@@ -112,14 +113,10 @@ class Guidance:
         """Return how a pipeline rescales the guided prediction by the conditional one, or None."""
         guider = getattr(call.pipe, "guider", None)
         if guider is not None:
-            if type(guider).__name__ not in WEIGHING_GUIDERS:
-                return f"its guider {type(guider).__name__} does more with the conditional prediction than to weigh it"
-            rescale = guider.guidance_rescale
-            return f"the guider's guidance_rescale = {rescale:g} scales by the conditional one" if rescale else None
-        for name in call.classes:
-            for pattern, why in self.rescales.items():
-                if fnmatch.fnmatch(name, pattern):
-                    return why
+            return _why_guider(guider)
+        for name, (pattern, why) in itertools.product(call.classes, self.rescales.items()):
+            if fnmatch.fnmatch(name, pattern):
+                return why
         for option in RESCALING_OPTIONS:
             value = getattr(call.pipe, option, None)
             if isinstance(value, (int, float)) and value > 0:
@@ -127,6 +124,14 @@ class Guidance:
         if argument := next((name for name in self.rescaling_arguments if call.variables.get(name)), None):
             return f"{argument} = {call.variables[argument]} scales the guided prediction by the conditional one"
         return None
+
+
+def _why_guider(guider: Any) -> str | None:
+    """Return how a guider rescales the guided prediction by the conditional one, or None."""
+    if type(guider).__name__ not in WEIGHING_GUIDERS:
+        return f"its guider {type(guider).__name__} does more with the conditional prediction than to weigh it"
+    rescale = guider.guidance_rescale
+    return f"the guider's guidance_rescale = {rescale:g} scales by the conditional one" if rescale else None
 
 
 @dataclass(frozen=True, slots=True)

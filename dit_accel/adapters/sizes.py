@@ -73,13 +73,7 @@ def read_sizes(
     """
     if [heads, head_dim, width].count(None) > 1:
         raise ConfigError("read_sizes needs two of heads, head_dim and width, which give the third; name another entry")
-    counts = [_entry(config, layers[0]), *(config.get(name) or 0 for name in layers[1:])]
-    total = sum(count if isinstance(count, int) else len(count) for count in counts)
-    number, channels, across = (_entry(config, name) if name else 0 for name in (heads, head_dim, width))
-    channels = channels if isinstance(channels, int) else sum(channels)
-    number = number or across // channels
-    channels = channels or across // number
-    across = across or number * channels
+    number, channels, across = _attention(config, heads, head_dim, width)
     hidden = config.get(ffn_dim)
     ratio = config.get(mlp_ratio) if isinstance(mlp_ratio, str) else mlp_ratio
     if hidden is None and ratio is not None:
@@ -88,12 +82,29 @@ def read_sizes(
         hidden = int(hidden * across * (3 if gated else 2)) // (2 * number * channels)
     size = config.get(patch) if isinstance(patch, str) else patch
     return Sizes(
-        layers=total,
+        layers=_blocks(config, layers),
         heads=number,
         head_dim=channels,
         ffn_dim=hidden,
         patch=None if size is None else patch_sizes(size, config.get("patch_size_t")),
     )
+
+
+def _blocks(config: Mapping[str, Any], layers: Sequence[str]) -> int:
+    """Return the number of blocks, of which only the first entry must be there."""
+    counts = [_entry(config, layers[0]), *(config.get(name) or 0 for name in layers[1:])]
+    return sum(count if isinstance(count, int) else len(count) for count in counts)
+
+
+def _attention(
+    config: Mapping[str, Any], heads: str | None, head_dim: str | None, width: str | None
+) -> tuple[int, int, int]:
+    """Return heads, channels of a head and the blocks' width, of which one entry may be left out."""
+    number, channels, across = (_entry(config, name) if name else 0 for name in (heads, head_dim, width))
+    channels = channels if isinstance(channels, int) else sum(channels)
+    number = number or across // channels
+    channels = channels or across // number
+    return number, channels, across or number * channels
 
 
 def _entry(config: Mapping[str, Any], name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters.installed import adapter_for
 from ..errors import AttachError, ConfigError
-from ..estimate.predicted import predicted
+from ..estimate.prediction import predict_attached
 from ..methods.compose import make_handlers
 from ..methods.config import MethodConfig
 from ..methods.find import (
@@ -22,8 +22,7 @@ from ..methods.find import (
     resolve_model,
 )
 from ..methods.presets import Level, PresetMethods, preset_methods
-from ..report.predicted import Predicted
-from ..report.report import Report, call_reports, step_reports
+from ..report.report import PredictedSpeedup, Report, call_reports, step_reports
 from . import backends
 from .backends import Backend, Dense, ReplacedTransformer
 from .check import Check, check
@@ -179,14 +178,14 @@ class Attachment:
             sections=tuple(section for handler in engine.handlers if (section := handler.report()) is not None),
         )
 
-    def _predicted(self) -> Predicted | None:
+    def _predicted(self) -> PredictedSpeedup | None:
         """Return what was predicted for the last generation; None before its size and steps are known."""
         engine, steps = self.engine, self.denoising.num_inference_steps
         state = next((one for one in engine.transformers.values() if one.layouts), None)
         if state is None or not steps:
             return None
         layout, _ = next(iter(state.layouts.values()))
-        return predicted(engine.handlers, layout, steps, self._preset, state.transformer)
+        return predict_attached(engine.handlers, layout, steps, self._preset, state.transformer)
 
     def _require_attached(self) -> None:
         if not self._attached:

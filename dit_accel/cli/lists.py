@@ -49,16 +49,17 @@ def methods(
     if json:
         print_json(listed)
         return
-    if options or names:
-        _print_options(listed)
-    else:
-        table = plain_table("method", "what it does")
-        for method in listed:
-            table.add_row(f"--{method['name']}", method["summary"])
-        OUT.print(table)
-        OUT.print("\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods NAME`.", style="dim")
+    (_print_options if options or names else _print_summaries)(listed)
     objects = sorted(name for handler in method_registry.handlers().values() for name in handler.objects)
     OUT.print(f"In Python, attach() also takes diffusers' own {', '.join(objects)}.", style="dim")
+
+
+def _print_summaries(listed: list[dict[str, Any]]) -> None:
+    table = plain_table("method", "what it does")
+    for method in listed:
+        table.add_row(f"--{method['name']}", method["summary"])
+    OUT.print(table)
+    OUT.print("\nWhich to attach: `dit-accel recommend`. What can be set: `dit-accel methods NAME`.", style="dim")
 
 
 def _print_options(listed: list[dict[str, Any]]) -> None:

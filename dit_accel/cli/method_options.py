@@ -80,10 +80,10 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``command`` with its `MethodList` parameter replaced by method options; unchanged if it has none."""
     signature = inspect.signature(command, eval_str=True)
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    taking = [name for name, kind in kinds.items() if kind in (MethodList, SettingList)]
-    if not taking:
+    place = next((name for name, kind in kinds.items() if kind in (MethodList, SettingList)), None)
+    if place is None:
         return command
-    several = kinds[taking[0]] is SettingList
+    several = kinds[place] is SettingList
     asking = [name for name, kind in kinds.items() if kind is RunTable]
     from ..methods import registry
 
@@ -91,21 +91,25 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**arguments: Any) -> Any:
-        from ..methods.toml import run_table
-
         switched = [name for name in names if arguments.pop(name)]
         config, settings = arguments.pop("method_config"), arguments.pop("method_set") or ()
         if several:
-            return command(**arguments, **{taking[0]: _settings(switched, config or (), settings)})
-        methods = select_methods(switched, config, settings)
-        table = run_table(_text(config), f"--config {config}") if config else {}
+            return command(**arguments, **{place: _settings(switched, config or (), settings)})
+        methods, table = select_methods(switched, config, settings), _run_table(config)
         if table and not asking:
             note(f"the [run] table of {config} is for generate, and is left out here")
-        return command(**arguments, **{taking[0]: methods}, **dict.fromkeys(asking, table))
+        return command(**arguments, **{place: methods}, **dict.fromkeys(asking, table))
 
-    others = [parameter for name, parameter in signature.parameters.items() if name not in (*taking, *asking)]
+    others = [parameter for name, parameter in signature.parameters.items() if name not in (place, *asking)]
     run.__signature__ = signature.replace(parameters=[*others, *_parameters(names, several)])  # type: ignore[attr-defined]
     return run
+
+
+def _run_table(config: Path | None) -> dict[str, Any]:
+    """Return what a config file says of the run besides."""
+    from ..methods.toml import run_table
+
+    return dict(run_table(_text(config), f"--config {config}")) if config else {}
 
 
 def select_methods(switched: Sequence[str], config: Path | None, settings: Sequence[str]) -> "list[MethodConfig]":
@@ -126,14 +130,10 @@ def select_methods(switched: Sequence[str], config: Path | None, settings: Seque
 
 def _settings(switched: Sequence[str], configs: Sequence[Path], settings: Sequence[str]) -> list[NamedSetting]:
     """Return a setting of each config file, then one of the switches and what was set, if there are any."""
-    from ..methods.toml import run_table
-
     named = [
-        NamedSetting(
-            name=path.stem, methods=tuple(select_methods((), path, ())), run=run_table(_text(path), f"--config {path}")
-        )
+        NamedSetting(name=path.stem, methods=tuple(select_methods((), path, ())), run=_run_table(path))
         for path in configs
-    ]  # fmt: skip
+    ]
     methods = select_methods(switched, None, settings)
     if methods:
         options = [setting.strip().partition(".") for setting in settings]

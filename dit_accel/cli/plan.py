@@ -6,11 +6,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..estimate.beyond import advice, beyond_trained
-from ..estimate.estimate import KERNEL_COST, Estimate, estimate
-from ..estimate.linears import CARD, LINEAR_COST, least_weights
+from ..estimate.hardware import CARD, LINEAR_COST
+from ..estimate.prediction import KERNEL_COST, Prediction, estimate
+from ..estimate.sizes import advice, beyond_trained
+from ..estimate.work import least_weights
 from ..methods.base import Model
-from ..methods.presets import PresetMethods, preset_methods
+from ..methods.presets import preset_methods
 from .console import OUT, note, plain_table, print_json, warn
 from .method_options import MethodList, Preset
 from .model_options import FamilyName, ModelName, named_model
@@ -70,131 +71,129 @@ def plan(
     dit-accel plan --family hunyuan-video --sol --linears fp8 --hardware h200
     """
     adapter, sizes, config = named_model("plan", family, model)
+    chosen = None
     if preset:
         of = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)
         chosen = preset_methods(preset, of, methods)
-        methods = [*methods, *chosen.configs]
-        _note_preset(chosen, num_inference_steps or sizes.num_inference_steps)
     requested = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
-    estimated = estimate(
-        adapter, sizes, **requested, methods=methods, kernel_cost=kernel_cost, config=config, linears=linears,
-        hardware=hardware, linear_cost=linear_cost,
+    prediction = estimate(
+        adapter, sizes, **requested, methods=methods, preset=chosen, kernel_cost=kernel_cost, config=config,
+        linears=linears, hardware=hardware, linear_cost=linear_cost,
     )  # fmt: skip
-    _talk(estimated, num_frames, advice(adapter, sizes, estimated.layout, methods))
+    if chosen:
+        note(chosen.words(prediction.num_inference_steps))
+    attached = [*methods, *(chosen.configs if chosen else ())]
+    _talk(prediction, num_frames, advice(adapter, sizes, prediction.layout, attached))
     if json:
-        print_json(estimated.to_dict())
+        print_json(prediction.to_dict())
     else:
-        _print(estimated)
+        _print(prediction)
 
 
-def _talk(estimated: Estimate, requested_frames: int | None, advised: Sequence[str]) -> None:
+def _talk(prediction: Prediction, requested_frames: int | None, advised: Sequence[str]) -> None:
     """Say on stderr what a user should know besides the figures."""
-    if requested_frames is not None and estimated.num_frames != requested_frames:
-        note(f"{requested_frames} frames are rounded to {estimated.num_frames}, as the pipeline does")
-    for text in estimated.notes:
+    if requested_frames is not None and prediction.num_frames != requested_frames:
+        note(f"{requested_frames} frames are rounded to {prediction.num_frames}, as the pipeline does")
+    for text in prediction.notes:
         note(text)
-    for text in [*estimated.warnings, *advised]:
+    for text in [*prediction.warnings, *advised]:
         warn(text)
 
 
-def _note_preset(preset: PresetMethods, steps: int) -> None:
-    """Say what a preset is on this model, and what of it the estimate leaves out."""
-    note(preset.words(steps))
-    for name, promise in preset.promises(steps).items():
-        note(
-            f"{name} skips {promise.skipped:.0%} of the forwards in runs of {steps} steps where it was measured; that "
-            "is not counted here, but in `dit-accel recommend`"
-        )
-
-
-def _print(estimated: Estimate) -> None:
-    layout, family, tiles = estimated.layout, estimated.family, estimated.tiles
+def _print(prediction: Prediction) -> None:
+    layout, family, tiles = prediction.layout, prediction.family, prediction.tiles
     OUT.print(
-        f"[bold]{family.name}[/bold]  {estimated.width} x {estimated.height} pixels, {estimated.num_frames} frames"
+        f"[bold]{family.name}[/bold]  {prediction.width} x {prediction.height} pixels, {prediction.num_frames} frames"
     )
     table = Table.grid(padding=(0, 2))
     text = f" + {family.text_tokens:,} of text" if family.text_tokens else ""
     grid = f"{layout.frames} frames of {layout.height} x {layout.width}"
     rows: list[tuple[str, str]] = [
         ("tokens", f"{layout.visual_tokens:,}{text}  ({grid})"),
-        ("forwards", f"{estimated.forwards}  ({estimated.num_inference_steps} steps x {family.forwards_per_step})"),
+        ("forwards", f"{prediction.forwards}  ({prediction.num_inference_steps} steps x {family.forwards_per_step})"),
     ]
     for axis, (tokens, trained) in beyond_trained(family, layout).items():
         rows.append((f"{axis} beyond", f"{tokens / trained:.2f} times the trained {trained}"))
-    if estimated.times_trained > 1:
-        methods = f", {estimated.times_trained / estimated.speedup:.2f} with the methods" if estimated.methods else ""
-        rows.append(("time", f"{estimated.times_trained:.2f} times that of the trained size, dense{methods}"))
+    if prediction.times_trained > 1:
+        planned = prediction.times_trained / prediction.speedup
+        methods = f", {planned:.2f} with the methods" if prediction.methods else ""
+        rows.append(("time", f"{prediction.times_trained:.2f} times that of the trained size, dense{methods}"))
     if tiles:
         rows += [
             ("tiles kept", f"{tiles.kept:,} of {tiles.total:,}  (density {tiles.density:.4f})"),
             ("dense calls", f"{tiles.dense_share:.1%} of steps x layers"),
-            ("method state", f"{_bytes(estimated.tile_list_bytes + estimated.pooled_bytes)}"),
+            ("method state", f"{_bytes(prediction.tile_list_bytes + prediction.pooled_bytes)}"),
         ]
-    if any(saving.blocks for saving in estimated.savings.values()):
-        rows.append(("blocks computed", f"{estimated.computed_blocks:.1%} of the dense run's"))
-    elif estimated.forward_share != 1:
-        rows.append(("forwards computed", f"{estimated.forward_share:.1%} of the dense run's"))
-    for name, size in estimated.carried_bytes.items():
+    if any(saving.blocks for saving in prediction.savings.values()):
+        rows.append(("blocks computed", f"{prediction.computed_blocks:.1%} of the dense run's"))
+    elif prediction.forward_share != 1:
+        rows.append(("forwards computed", f"{prediction.forward_share:.1%} of the dense run's"))
+    for name, size in prediction.carried_bytes.items():
         rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
-    rows += _rows_of_linears(estimated)
+    rows += _rows_of_linears(prediction)
     for label, value in rows:
         table.add_row(label, value)
     OUT.print(table)
     OUT.print()
-    OUT.print(_flops_table(estimated))
-    if estimated.tiles or estimated.forward_share != 1 or estimated.linear_time != 1:
+    OUT.print(_flops_table(prediction))
+    if prediction.tiles or prediction.forward_share != 1 or prediction.linear_time != 1:
         OUT.print()
-        OUT.print(_verdict(estimated))
-        OUT.print(_assumptions(estimated), style="dim")
+        OUT.print(_verdict(prediction))
+        OUT.print(_assumptions(prediction), style="dim")
 
 
-def _rows_of_linears(estimated: Estimate) -> list[tuple[str, str]]:
+def _rows_of_linears(prediction: Prediction) -> list[tuple[str, str]]:
     """Return what the table says of linear layers in 8 bits: their share of the time, and the memory of the weights."""
-    linears, share = estimated.linears, estimated.linear_share
+    linears, share = prediction.linears, prediction.linear_share
     if linears is None:
         return []
-    sparse = estimated.factors["attention"]
-    time = f"; {linears.kind} on {linears.hardware.name} takes {estimated.linear_time:.2f} of that"
+    sparse = prediction.factors["attention"]
+    time = f"; {linears.kind} on {linears.hardware.name} takes {prediction.linear_time:.2f} of that"
     beside = f", {share * sparse:.1%} beside sparse attention" if sparse != 1 else ""
     return [
         ("linear layers", f"{share:.1%} of the time in 16 bits{beside}{'' if linears.kind == 'weight-only' else time}"),
-        ("weights", f"{_bytes(estimated.weight_bytes)} or more, {_bytes(least_weights(estimated.family))} in 16 bits"),
+        (
+            "weights",
+            f"{_bytes(prediction.weight_bytes)} or more, {_bytes(least_weights(prediction.family))} in 16 bits",
+        ),
     ]
 
 
-def _flops_table(estimated: Estimate) -> Table:
+def _flops_table(prediction: Prediction) -> Table:
     table = plain_table("FLOPs of the run", "attention", "total", right=("attention", "total"))
-    table.add_row("dense", _flops(estimated.attention_flops), _flops(estimated.total_flops))
-    if estimated.tiles or estimated.forward_share != 1:
-        planned = estimated.planned_attention_flops, estimated.planned_total_flops
-        table.add_row(" + ".join(estimated.methods), *map(_flops, planned))
+    table.add_row("dense", _flops(prediction.attention_flops), _flops(prediction.total_flops))
+    if prediction.tiles or prediction.forward_share != 1:
+        planned = prediction.planned_attention_flops, prediction.planned_total_flops
+        table.add_row(" + ".join(prediction.methods), *map(_flops, planned))
     return table
 
 
-def _verdict(estimated: Estimate) -> str:
-    if estimated.speedup <= 1:
-        return f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]: no gain at this size"
-    steps = f"{estimated.equal_steps:.0f} of {estimated.num_inference_steps}"
-    whose = " in 16 bits" if estimated.linear_time != 1 else ""
-    verdict = f"[bold]predicted speed-up {estimated.speedup:.2f}x[/bold]; {steps} dense steps{whose} would save as much"
-    parts = [f"{factor:.2f} by {FACTORS[name]}" for name, factor in estimated.factors.items() if factor != 1]
+def _verdict(prediction: Prediction) -> str:
+    if prediction.speedup <= 1:
+        return f"[bold]predicted speed-up {prediction.speedup:.2f}x[/bold]: no gain at this size"
+    steps = f"{prediction.equal_steps:.0f} of {prediction.num_inference_steps}"
+    whose = " in 16 bits" if prediction.linear_time != 1 else ""
+    verdict = (
+        f"[bold]predicted speed-up {prediction.speedup:.2f}x[/bold]; {steps} dense steps{whose} would save as much"
+    )
+    parts = [f"{factor:.2f} by {FACTORS[name]}" for name, factor in prediction.factors.items() if factor != 1]
     return f"{verdict}\n= {' x '.join(parts)}" if len(parts) > 1 else verdict
 
 
-def _assumptions(estimated: Estimate) -> str:
+def _assumptions(prediction: Prediction) -> str:
     saved = ""
-    if estimated.linear_time != 1:
+    if prediction.linear_time != 1:
         saved = (
-            f" b = {estimated.linear_share:.3f} the linear layers' share of the dense FLOPs; lambda = "
-            f"{estimated.linear_time:.3f} their time over that in 16 bits (--linear-cost, and quantising the inputs)."
+            f" b = {prediction.linear_share:.3f} the linear layers' share of the dense FLOPs; lambda = "
+            f"{prediction.linear_time:.3f} their time over that in 16 bits (--linear-cost, and quantising the inputs)."
         )
     return (
         f"1 / ((1 - a){' - b (1 - lambda)' if saved else ''} + a (w + (1 - w) rho kappa)) with "
-        f"a = {estimated.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
-        f"w = {estimated.dense_share:.3f} share of dense calls; "
-        f"rho = {estimated.pair_density:.4f} share of the pairs in a sparse call; "
-        f"kappa = {estimated.cost_of_pairs:g} time per kept FLOP over the dense kernel's "
-        f"({'whole rows are left out of the dense call' if estimated.cost_of_pairs == 1 else '--kernel-cost'}).{saved}"
+        f"a = {prediction.attention_share:.3f} attention's share of the dense FLOPs, taken as its share of the time; "
+        f"w = {prediction.dense_share:.3f} share of dense calls; "
+        f"rho = {prediction.pair_density:.4f} share of the pairs in a sparse call; "
+        f"kappa = {prediction.cost_of_pairs:g} time per kept FLOP over the dense kernel's "
+        f"({'whole rows are left out of the dense call' if prediction.cost_of_pairs == 1 else '--kernel-cost'}).{saved}"
     )
 
 

@@ -6,7 +6,6 @@ import typer
 
 from ..adapters import installed
 from ..estimate.recommend import recommend as recommendation
-from ..estimate.recommend_table import drawn
 from .console import OUT, print_json
 from .model_options import FamilyName, ModelName, one_model
 from .run_options import Frames, InferenceSteps, Pixels
@@ -44,4 +43,4 @@ def recommend(
     if json:
         print_json(found.to_dict())
     else:
-        OUT.print(drawn(found))
+        OUT.print(found)

@@ -35,7 +35,8 @@ class Saving:
         exact_rows: share of the query rows that it computes densely besides each planned call.
         blocks: blocks that are not computed, of steps x layers x rows.
         forwards: forwards that are not computed, of steps x rows.
-        skipped: steps of which it computes no forward, where that is known.
+        skipped: steps whose forwards it skips, where that is known.
+        rate: share of the forwards of those steps that it skips.
         extra_forwards: forwards that are computed besides.
         list_bytes: tile lists and bitmaps on the device, shared by all layers and steps.
         carried_bytes: what is held from step to step, one batch row.
@@ -49,6 +50,7 @@ class Saving:
     blocks: float = 0.0
     forwards: float = 0.0
     skipped: frozenset[int] = frozenset()
+    rate: float = 1.0
     extra_forwards: float = 0.0
     list_bytes: int = 0
     carried_bytes: int = 0

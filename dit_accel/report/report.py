@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..errors import MissingBackend
 from .clock import Key, Timing
-from .predicted import Predicted
 from .recorder import CallShares, Recorder
 from .sections import Section
-from .why import Ran, why_not_faster
+from .why import RunFacts, why_not_faster
 
 VERSION = 2
 """Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
@@ -65,6 +64,33 @@ class CallReport:
     by_head: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedSpeedup:
+    """The speed-up that `dit-accel plan` predicts for a run's size, steps and methods.
+
+    Attributes:
+        speedup: of the denoising loop, over dense forwards alone.
+        uncounted: methods that save what is known only while they run, so that nothing of theirs is in it.
+        linears: how the model's linear layers compute, in its dense forwards too, such as ``in int8``; empty: in 16
+            bits.
+    """
+
+    speedup: float
+    uncounted: Sequence[str] = ()
+    linears: str = ""
+
+    def __str__(self) -> str:
+        predicted = f"predicted {self.speedup:.2f}"
+        if self.linears:
+            predicted += f" with linear layers {self.linears},"
+        if not self.uncounted:
+            return predicted.removesuffix(",")
+        names = " and ".join(self.uncounted)
+        if 0.995 <= self.speedup <= 1.005:
+            return f"not predicted: what {names} saves is known only while it runs"
+        return f"{predicted} without {names}, whose saving is known only while it runs"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Report:
     """What ran in the last generation, and what "auto" and the recipe resolved to.
@@ -95,7 +121,7 @@ class Report:
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     sections: Sequence[Section] = field(default_factory=tuple)
     timing: Timing = field(default_factory=Timing, compare=False)
-    predicted: Predicted | None = None
+    predicted: PredictedSpeedup | None = None
 
     @property
     def density(self) -> float:
@@ -128,7 +154,7 @@ class Report:
         ran = {(step.transformer, step.branch, step.dense_layers + step.sparse_layers) for step in self.steps}
         logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
         return why_not_faster(
-            Ran(
+            RunFacts(
                 timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,
                 notes=tuple(note for note in self.notes if note != self.problem), problem=self.problem,
                 cached=len(ran) > len({key[:2] for key in ran}),

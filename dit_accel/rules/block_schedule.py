@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def rescaled(listed: Sequence[int], measured: int, steps: int) -> tuple[int, ...]:
+def rescaled_steps(listed: Sequence[int], measured: int, steps: int) -> tuple[int, ...]:
     """Return steps of a run of ``measured`` as those of a run of ``steps``, rounded, each once."""
     return tuple(sorted({min(round(step * steps / measured), steps - 1) for step in listed}))
 

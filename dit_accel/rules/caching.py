@@ -24,7 +24,7 @@ def resampled(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
     return tuple(np.exp(np.diff(at, prepend=0.0)).tolist())
 
 
-def drift(ratios: Sequence[float], index: int, in_a_row: int) -> float:
+def size_drift(ratios: Sequence[float], index: int, in_a_row: int) -> float:
     """Return MagCache's error of skipping a step and those before it: the sum of how far the size is off in each.
 
     Source: MagCache (arXiv 2506.09045).

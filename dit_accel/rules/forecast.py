@@ -31,7 +31,7 @@ def taylor(times: Sequence[float], at: float, order: int, damping: float = 0.0) 
     """
     used = times[-(order + 1) :]
     weights = [
-        float(np.prod([(at - other) / (own - other) for other in used if other != own], initial=1.0)) for own in used
+        float(np.prod([(at - other) / (time - other) for other in used if other != time], initial=1.0)) for time in used
     ]
     weights = [(1 - damping) * weight for weight in weights]
     weights[-1] += damping

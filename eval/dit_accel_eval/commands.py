@@ -258,9 +258,9 @@ def set_up_weights(
         _fetch_clip(clip, json)
         return
     if tier == 2:
-        from .vbench.command import set_up
+        from .vbench.command import set_up_prompts
 
-        set_up(archives, json)
+        set_up_prompts(archives, json)
         return
     from .metrics.weights import folder as weights_folder
     from .metrics.weights import set_up
@@ -281,13 +281,13 @@ def set_up_weights(
 def _fetch_clip(names: list[str], json: bool) -> None:
     """Fetch models of open_clip's, and print where each lies; exit code 1 where one could not be had."""
     from .metrics.clip_scores import no_head
-    from .metrics.openclip import fetch, no_library, weighted
+    from .metrics.openclip import fetch_model, no_library, weighted
 
     reason = no_library()
     if reason is not None:
         raise ConfigError(reason)
     models = [weighted(name) for name in names]
-    failed = {str(one): fetch(one) for one in models}
+    failed = {str(one): fetch_model(one) for one in models}
     if json:
         print_json({str(one): {"path": str(one.path() or ""), "missing": failed[str(one)]} for one in models})
     for one in models if not json else ():

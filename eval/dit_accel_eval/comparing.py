@@ -148,9 +148,29 @@ def _check_output(page: Path) -> Path:
     return lines
 
 
+def _prompts(options: CompareOptions, settings: Sequence[NamedSetting], model: str) -> tuple[str, ...]:
+    """Return the prompts of one's own, () for held-out ones; refuse options that say nothing, or two things."""
+    from dit_accel_pipelines.generation.request import embedded_name, read_prompts
+
+    from .runs.model import OWN
+
+    if not settings and not options.preset:
+        raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
+    if options.reference not in (OWN, "converged"):
+        raise ConfigError(f"there is no reference {options.reference!r}; take own or converged")
+    if options.prompts and options.prompt:
+        raise ConfigError("eval compare takes --prompt or --prompts, got both; give one of them")
+    listed = read_prompts(options.prompts, "--prompts") if options.prompts else tuple(options.prompt or ())
+    if not listed and not embedded_name(options.model):
+        raise ConfigError(f"eval compare has no prompts of its own for {model}; give some with --prompts FILE")
+    if not listed and ((options.clips or 0) > MOST_CLIPS or options.seed):
+        raise ConfigError(f"{model} has {MOST_CLIPS} held-out prompts for this, each with its seed; add --prompts FILE")
+    return listed
+
+
 def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suite":
     """Return what is run: the model, the prompts, and an arm of each setting."""
-    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, read_prompts, resolve
+    from dit_accel_pipelines.generation.request import EMBEDDED, Request, embedded_name, resolve
 
     from dit_accel.adapters.model_files import model_source, read_model_files
 
@@ -163,17 +183,7 @@ def suite_of(options: CompareOptions, settings: Sequence[NamedSetting]) -> "Suit
 
     model, embedded = options.model or EMBEDDED, embedded_name(options.model)
     read_model_files(model_source(model))  # first of all, so that a misspelt name is refused as such
-    if not settings and not options.preset:
-        raise ConfigError("eval compare got no setting; add, say, --easycache, --preset fast or --config FILE")
-    if options.reference not in (OWN, "converged"):
-        raise ConfigError(f"there is no reference {options.reference!r}; take own or converged")
-    if options.prompts and options.prompt:
-        raise ConfigError("eval compare takes --prompt or --prompts, got both; give one of them")
-    listed = read_prompts(options.prompts, "--prompts") if options.prompts else tuple(options.prompt or ())
-    if not listed and not embedded:
-        raise ConfigError(f"eval compare has no prompts of its own for {model}; give some with --prompts FILE")
-    if not listed and ((options.clips or 0) > MOST_CLIPS or options.seed):
-        raise ConfigError(f"{model} has {MOST_CLIPS} held-out prompts for this, each with its seed; add --prompts FILE")
+    listed = _prompts(options, settings, model)
     own = OwnClips(prompts=listed, seeds=tuple(options.seed or ())) if listed else None
     given = {name: value for name, value in shared.fields_of(Request, options).items()
              if name not in ("output", "prompts", "seed", "preset")}  # fmt: skip

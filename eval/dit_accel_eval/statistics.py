@@ -33,9 +33,7 @@ class ClipMean:
     """A mean over clips, in the unit of the values.
 
     Attributes:
-        count: clips that have a value.
         low: lower end of the 95 % interval of the mean; None under `FEWEST` clips.
-        high: the upper one.
     """
 
     mean: float
@@ -66,7 +64,6 @@ class Judged(ClipMean):
     Attributes:
         p: two-sided p-value of its being ``margin``; None under `FEWEST` clips.
         p_holm: the same, corrected for the differences that are judged together.
-        together: how many those are.
     """
 
     margin: float = 0.0
@@ -102,11 +99,7 @@ def clip_mean(values: Sequence[float]) -> ClipMean:
 
 
 def p_value(differences: Sequence[float], margin: float = 0.0) -> float:
-    """Return the two-sided p-value of a mean difference being ``margin``: at most 5 % where `clip_mean` leaves it out.
-
-    Args:
-        differences: of the two arms, one per clip, at least 3.
-    """
+    """Return the two-sided p-value of a mean difference being ``margin``, at most .05 where `clip_mean` excludes it."""
     data = np.asarray(differences, dtype=np.float64)
     error, skew = _error(data)
     distance = float(data.mean()) - margin

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from attention_table import DENSE, SPARSE, page_text
-from dit_accel_eval.bench.loop import in_turn, machine, quartiles, seconds_of, why_not
-from dit_accel_eval.bench.shapes import Shape, shapes_of
+from dit_accel_eval.bench.loop import call_seconds, in_turn, machine, quartiles, why_not
+from dit_accel_eval.bench.shapes import Shape, named_shapes
 from dit_accel_eval.runs.results import Line
 from dit_accel_kernels import EXACT, TileLists, block_sparse_attention_eager, predicted_speedup, unpack_bits
 from study import study
@@ -30,11 +30,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.joined_text import JoinedText
-from dit_accel.estimate.estimate import Estimate, attention_flops, estimate, other_flops
+from dit_accel.estimate.prediction import Prediction, estimate
+from dit_accel.estimate.work import attention_flops, other_flops
 from dit_accel.methods.attention.sparse import SparseConfig, SparseHandler
 from dit_accel.methods.base import AttentionHandler, Model
 from dit_accel.methods.compose import make_handlers
-from dit_accel.methods.presets import LEVELS, PRESETS, Choice, choices
+from dit_accel.methods.presets import LEVELS, PRESETS, Choice, preset_methods
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
@@ -94,11 +95,11 @@ class Attention:
         return installed.described(self.shape.family)
 
     @cached_property
-    def planned(self) -> Estimate:
+    def planned(self) -> Prediction:
         """What `dit-accel plan` says of a dense run, with the number of frames that the pipeline makes."""
         return self.with_methods()
 
-    def with_methods(self, *methods: SparseConfig) -> Estimate:
+    def with_methods(self, *methods: SparseConfig) -> Prediction:
         """Return what `dit-accel plan` says of a run with methods."""
         sizes: dict[str, Any] = self.shape.sizes
         return estimate(*self.of, **sizes, methods=methods)
@@ -127,7 +128,7 @@ class Attention:
                 lacking[level] = "no sparse part"
                 continue
             config: Any = choice.config
-            rule = self._rule(choice, choice in choices(level, self.model()))
+            rule = self._rule(choice, choice in preset_methods(level, self.model()).chosen)
             sparse.append(Arm(name=spelled(config), config=config, backend="auto", presets={level: rule}))
         flex = [replace(one, name=f"{one.name}, flex", backend="flex", presets={}) for one in sparse[:1]]
         return [Arm(name=DENSE, presets=lacking), *sparse, *flex]
@@ -188,7 +189,7 @@ def measure(options: Any, known: Sequence[Line]) -> Iterator[Line]:
     calls = [
         Attention(shape=shape, heads=options.heads, dtype=dtype, rate=dense_rate(dtype))
         for dtype in (torch.float32, torch.bfloat16)
-        for shape in shapes_of(options.shapes)
+        for shape in named_shapes(options.shapes)
     ]
     calls.sort(key=lambda one: one.expected(one.arms[0]))
     needed = [[one.expected(arm) for arm in one.arms] for one in calls]
@@ -220,7 +221,7 @@ def timed(one: Attention, arms: Sequence[Arm], rounds: int, deadline: float) -> 
             runs[arm.name] = run
         else:
             yield one.about(arm) | {"reason": reason}
-    takes = {name: partial(seconds_of, run, CPU) for name, run in runs.items()}
+    takes = {name: partial(call_seconds, run, CPU) for name, run in runs.items()}
     taken = list(in_turn(takes, rounds, warm_up=0, deadline=deadline))
     seconds = {name: np.array([made[name] for made in taken]) for name in runs}
     for arm in arms:
@@ -290,7 +291,7 @@ def figures_of(one: Attention, arm: Arm, rest: float, seconds: np.ndarray, dense
 
 def rate_of(flops: float, run: Callable[[], object]) -> float:
     """Return the FLOP/s of a call, by the median of three."""
-    return flops / float(np.median([one[""] for one in in_turn({"": partial(seconds_of, run, CPU)}, 3)]))
+    return flops / float(np.median([one[""] for one in in_turn({"": partial(call_seconds, run, CPU)}, 3)]))
 
 
 def dense_rate(dtype: torch.dtype) -> float:

@@ -12,12 +12,12 @@ import numpy as np
 import tomli_w
 from dit_accel_assets import model_names, model_path
 from dit_accel_eval.runs.model import shipped_scheduler
-from dit_accel_eval.runs.results import Line, latest, read_lines
+from dit_accel_eval.runs.results import Line, last_by_clip, read_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import VERSION, Ladder, read_ladder, setting_words
 from dit_accel_eval.suites.reference import default_cache
-from dit_accel_eval.suites.running import SuiteProgress, run
+from dit_accel_eval.suites.running import SuiteProgress, run_arms
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS, shift_of
 from study import RESULTS
@@ -59,7 +59,7 @@ def grid(solvers: Sequence[str], shifts: Sequence[float], steps: Sequence[int], 
 
 def means(suite: Suite, lines: Sequence[Line], clips: int) -> dict[str, float]:
     """Return name -> mean PSNR over the suite's first clips, of each arm that ran on all of them."""
-    known, wanted = latest(lines), range(suite.first_clip, suite.first_clip + clips)
+    known, wanted = last_by_clip(lines), range(suite.first_clip, suite.first_clip + clips)
     ran = [arm.name for arm in suite.arms if all((arm.name, clip) in known for clip in wanted)]
     return {name: float(np.mean([known[name, clip]["psnr"] for clip in wanted])) for name in ran}
 
@@ -193,7 +193,7 @@ def _run_suite(suite: Suite, out: Path, workers: int) -> Job:
     )
     clips = range(suite.first_clip, suite.first_clip + suite.clips)
     with SuiteProgress(job, clips) as watch:
-        run(job, clips, workers=workers, watch=watch)
+        run_arms(job, clips, workers=workers, watch=watch)
     return job
 
 

@@ -7,7 +7,7 @@ round, text encoding and autoencoder left out. The default settings take about 5
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -43,11 +43,6 @@ def measure(options: argparse.Namespace, lines: list[Line]) -> list[Line]:
     for value in THRESHOLDS:
         lite = dit_accel.LiteAttention(threshold=value, block_size=options.block_size, dense_steps=1)
         arms[f"threshold {value:g}"] = lite, options.steps
-    return timed(arms, options)
-
-
-def timed(arms: Mapping[str, Arm], options: argparse.Namespace) -> list[Line]:
-    """Return one line per arm, of which one is called ``dense``: it is what the others are held against."""
     pipe = WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     _run(pipe, (None, 2), options)  # warm-up

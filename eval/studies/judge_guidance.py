@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from dit_accel_assets import model_closeness, model_score
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.statistics import judge
 from dit_accel_eval.suites.arms import Arm
@@ -20,7 +20,7 @@ EQUAL = 1.25
 """Forwards up to which plain arms count as equal: whole steps seldom give the very same number."""
 
 
-def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
     """Return what a line says of a clip."""
     return {
         "forwards": made.counts.blocks / model.family.layers,

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import model_defaults
-from dit_accel_assets.judge import judge
+from dit_accel_assets.judge import judge_clips
 from dit_accel_assets.world import scene_of
 from dit_accel_eval.metrics.metric import Clip
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite
 from judging import held_arms, paired_cell
@@ -20,7 +20,7 @@ from judging import held_arms, paired_cell
 NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
 
 
-def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
     """Return what a line says of a picture."""
     return judged(made.frames, clip, int(model_defaults(model.name)["height"]))
 
@@ -33,7 +33,7 @@ def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
         trained: the trained side in pixels.
     """
     scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)
-    verdict = judge(picture, scene)
+    verdict = judge_clips(picture, scene)
     return {
         "objects_wrong": float(verdict.answers["count"].value),
         "score": verdict.score,

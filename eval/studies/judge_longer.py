@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from dit_accel_assets import longest_trained, model_closeness, model_defaults, model_path_error, model_score
-from dit_accel_eval.metrics.loops import STRETCH, loop
+from dit_accel_eval.metrics.loops import STRETCH, loop_rise
 from dit_accel_eval.metrics.metric import Clip
-from dit_accel_eval.metrics.motion import motion
+from dit_accel_eval.metrics.motion import mean_motion
 from dit_accel_eval.metrics.sharpness import sharpness
-from dit_accel_eval.runs.model import Run, SuiteModel
+from dit_accel_eval.runs.model import ModelRun, SuiteModel
 from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite
 from judging import held_arms, paired_cell
@@ -33,7 +33,7 @@ def repetition(video: Clip, trained: int) -> float:
     return float(min(differences))
 
 
-def measures(model: SuiteModel, clip: int, made: Run) -> Line:
+def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
     """Return what a line says of a clip."""
     trained = int(model_defaults(model.name)["num_frames"])
     return {
@@ -41,10 +41,10 @@ def measures(model: SuiteModel, clip: int, made: Run) -> Line:
         "score": model_score(model.name, clip, made.frames),
         "path_error": model_path_error(model.name, clip, made.frames),
         STRETCHES: by_stretch(model.name, clip, made.frames),
-        "motion": motion(made.frames),
+        "motion": mean_motion(made.frames),
         "sharpness": sharpness(made.frames),
         "repetition": repetition(made.frames, trained),
-        "loop": loop(made.frames, trained),
+        "loop": loop_rise(made.frames, trained),
         "loop_seconds": round(made.seconds, 2),
     }
 
@@ -77,26 +77,24 @@ def table(suite: Suite, lines: Sequence[Line]) -> str:
 
 
 def _cells(lines: list[Line]) -> tuple[str, ...]:
-    """What the table says of an arm's lines; runs of before don't say how near each stretch comes, nor their time."""
 
     def mean(name: str, scale: float = 1.0) -> float:
-        return scale * float(np.nanmean([line.get(name, np.nan) for line in lines]))
+        return scale * float(np.nanmean([line[name] for line in lines]))
 
-    stretches = [line[STRETCHES] for line in lines if STRETCHES in line]
-    text = sum(np.isfinite(line.get("path_error", np.nan)) for line in lines)
+    text = sum(np.isfinite(line["path_error"]) for line in lines)
     path = f"{mean('path_error'):.1f}" if text else ""
     return (
         f"{len(lines)}",
         f"{mean('frames'):.0f}",
         f"{mean('score'):.0%}",
-        " ".join(f"{value:.2f}" for value in np.mean(stretches, 0)) if stretches else "",
+        " ".join(f"{value:.2f}" for value in np.mean([line[STRETCHES] for line in lines], 0)),
         path + (f" ({text})" if 0 < text < len(lines) else ""),
         f"{mean('motion', 1000):.2f}",
         f"{mean('sharpness', 1000):.2f}",
         f"{mean('repetition'):.3f}",
         f"{mean('loop'):.2f}",
         f"{mean('attended'):.0%}",
-        f"{mean('loop_seconds'):.1f}" if all("loop_seconds" in line for line in lines) else "",
+        f"{mean('loop_seconds'):.1f}",
     )
 
 

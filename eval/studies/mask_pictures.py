@@ -1,6 +1,5 @@
 """Draws the pictures of docs/masks.md from the code on that page: `python eval/studies/mask_pictures.py`."""
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -64,12 +63,9 @@ def _squares(values: torch.Tensor, colours: dict[int, str], *, line: bool = True
 
 def main() -> None:
     """Draw every picture that the page names into the folder beside it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    page = parser.parse_args().page
-    for name, tiles in lists_of_page(page.read_text(encoding="utf-8")).items():
+    for name, tiles in lists_of_page(PAGE.read_text(encoding="utf-8")).items():
         states = tiles.states()
-        path = page.with_suffix("") / f"{name}.png"
+        path = PAGE.with_suffix("") / f"{name}.png"
         picture(tiles).save(path, optimize=True)
         exact, partial, skipped = (int((states == state).sum()) for state in (2, 3, 0))
         masks = 0 if tiles.mask_bits is None else len(tiles.mask_bits)

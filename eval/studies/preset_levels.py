@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.runs.loaded import EmbeddedModel
-from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.model import ModelRun
 
 from dit_accel import EasyCache, SeaCache
 from dit_accel.methods.config import MethodConfig
@@ -92,13 +92,13 @@ def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int],
     done = {(one["solver"], one["clip"], one["steps"], one["setting"]) for one in lines}
     suite_model = EmbeddedModel(model, {})
 
-    def run(clip: int, count: int, methods: tuple[MethodConfig, ...] = ()) -> tuple[Run, float]:
+    def run(clip: int, count: int, methods: tuple[MethodConfig, ...] = ()) -> tuple[ModelRun, float]:
         began = time.process_time()
         made = suite_model.run(clip, steps=count, solver=solver, methods=methods)
         return made, time.process_time() - began
 
     for clip in clips:
-        dense: dict[int, tuple[Run, float]] = {}
+        dense: dict[int, tuple[ModelRun, float]] = {}
         for count in steps:
             wanted = {f"dense {fewer}": fewer for fewer in FEWER if fewer < count} | settings(count)
             missing = {k: v for k, v in wanted.items() if (solver, clip, count, k) not in done}

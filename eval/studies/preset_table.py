@@ -104,8 +104,6 @@ def short_table(_: Path) -> str:
 def long_table(root: Path) -> str:
     """Return all rows in Markdown."""
     found = rows(root)
-    if not found:
-        return "Not measured yet; `python eval/studies/preset_levels.py judge` does."
     heads = (
         "model, solver | steps | level | PSNR, dB: median (10th percentile, least) | loop | whole call | "
         "dense steps of equal time (median dB) | lead over them, dB (median)"

@@ -149,8 +149,6 @@ def _suite(root: Path, name: str) -> str:
 def _rivals(root: Path, model: str) -> str:
     """The best dense runs of each number of steps on the choosing clips, beside UniPC's at the model's own shift."""
     path, command = Path(f"eval/results/rivals-{model}.toml"), f"python eval/studies/best_rival.py --model {model}"
-    if not (root / path).is_file():
-        return f"Not measured yet; `{command}` measures it."
     ladder = read_ladder(root / path)
     rows = [
         [str(rung.num_inference_steps), setting_words(rung.solver, rung.flow_shift), f"{rung.psnr:.1f}",
@@ -189,8 +187,6 @@ def _seeds(suite: Suite, lines: Sequence[ResultLine]) -> str:
 
 def _speed(root: Path) -> str:
     records = read_lines(root / SPEED)
-    if not records:
-        return f"Not measured yet; `python kernels/bench/block_sparse.py --out {SPEED}` measures it on this machine."
     first, devices = records[0], list(dict.fromkeys(record["device"] for record in records))
     head = (
         f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['threads']} threads, torch {first['torch']}, "
@@ -246,7 +242,7 @@ def _run(root: Path, study: str, write: Write, results: str = "") -> str:
 
 def _answered(root: Path, command: str, write: Write, results: str) -> str:
     """What the committed lines of a study say that left the tree, under its command and the tag that has it."""
-    return f"`python eval/studies/{command}` at the tag `{tables.TAG}`: {write(_lines(root, results))}"
+    return f"`{command}` at the tag `{tables.TAG}`: {write(_lines(root, results))}"
 
 
 def _lines(root: Path, results: str) -> list[Line]:
@@ -269,11 +265,6 @@ def _choices(root: Path, name: str, profiles: tuple[str, ...]) -> str:
     return f"`dit-accel eval run eval/suites/{name}.toml`: {of_clips.block_choices(_lines(root, name), scores)}"
 
 
-def _vbench(root: Path, name: str) -> str:
-    command = f"dit-accel eval run eval/suites/{name}.toml"
-    return f"`{command}` at the tag `{tables.TAG}`: {of_clips.vbench_arms(_lines(root, name))}"
-
-
 def _budgets(root: Path) -> str:
     names = ("caches-wan-tiny", "caches-flux-tiny", "blocks-flux-tiny")
     suites = [read_suite(root / f"eval/suites/{name}.toml") for name in names]
@@ -281,23 +272,27 @@ def _budgets(root: Path) -> str:
 
 
 ANSWERED: dict[str, tuple[str, Write]] = {
-    "combining": ("combining.py", tables.combining),
-    "call-error": ("call_error.py", tables.call_error),
-    "overhead": ("overhead.py", tables.overhead),
-    "attention-spread": ("attention_spread.py", tables.attention_spread),
-    "positions-cost": ("positions_cost.py", tables.positions_cost),
-    "product-time": ("product_time.py", tables.product_time),
-    "eight-bit-linears": ("eight_bit_linears.py", tables.eight_bit_linears),
-    "dropped-mass": ("dropped_mass.py", tables.dropped_mass),
-    "guidance-cost": ("guidance_cost.py", tables.guidance_cost),
-    "vbench-proxies": ("vbench_proxies.py", of_clips.vbench_proxies),
-    "every-set-wan-plain": ("every_set.py --model wan-plain", of_clips.every_set),
-    "every-set-flux-tiny": ("every_set.py --model flux-tiny", of_clips.every_set),
     **{
-        f"{name}-wan-plain": (f"finetuned.py eval/finetuning/{name}-wan-plain.toml", of_clips.finetuned)
-        for name in ("finetuned", "finetuned-4x")
+        name: (f"python eval/studies/{name.replace('-', '_')}.py", getattr(tables, name.replace("-", "_")))
+        for name in (
+            "combining", "call-error", "overhead", "attention-spread", "positions-cost", "product-time",
+            "eight-bit-linears", "dropped-mass", "guidance-cost",
+        )
     },
-}
+    "vbench-proxies": ("python eval/studies/vbench_proxies.py", of_clips.vbench_proxies),
+    **{
+        f"vbench-{model}": (f"dit-accel eval run eval/suites/vbench-{model}.toml", of_clips.vbench_arms)
+        for model in ("wan-plain", "flux-tiny")
+    },
+    **{
+        f"every-set-{model}": (f"python eval/studies/every_set.py --model {model}", of_clips.every_set)
+        for model in ("wan-plain", "flux-tiny")
+    },
+    **{
+        name: (f"python eval/studies/finetuned.py eval/finetuning/{name}.toml", of_clips.finetuned)
+        for name in ("finetuned-wan-plain", "finetuned-4x-wan-plain")
+    },
+}  # fmt: skip
 """Mark, which names the lines too -> command of a study at `tables.TAG` and how its table is drawn."""
 
 _TABLES: dict[str, Callable[[Path], str]] = {
@@ -322,7 +317,6 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "profiling-flux-tiny": partial(
         _choices, name="profiling-flux-tiny", profiles=("profile-flux-tiny", "profile-flux-tiny-masked")
     ),
-    **{f"vbench-{model}": partial(_vbench, name=f"vbench-{model}") for model in ("wan-plain", "flux-tiny")},
     **{
         mark: partial(_answered, command=command, write=write, results=mark)
         for mark, (command, write) in ANSWERED.items()

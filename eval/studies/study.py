@@ -3,13 +3,12 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from dit_accel_eval.runs.conditions import processor
+from dit_accel_eval.runs.conditions import processor_name
 from dit_accel_eval.runs.results import Line, append_line, read_lines, write_lines
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -36,13 +35,11 @@ def study(
         out: file in eval/results, where ``--out`` names no other.
         resumes: whether an earlier run's lines stay, and each line is written as it is made; else all replace them.
         threads: of torch, where ``--threads`` gives no others.
-        defaults: option -> what it is by default, a tuple for several; or a dict of `add_argument`'s own options.
+        defaults: option -> what it is by default.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     for name, value in {**defaults, "threads": threads, "out": RESULTS / out}.items():
-        several = {"nargs": "+", "type": type(value[0])} if isinstance(value, tuple) else {"type": type(value)}
-        given = value if isinstance(value, dict) else {"default": value, "help": "(%(default)s)", **several}
-        parser.add_argument(f"--{name.replace('_', '-')}", **given)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="(%(default)s)")
     parser.add_argument("--table", action="store_true", help="print the table of an earlier run, measure nothing")
     options = parser.parse_args(arguments)
     if not options.table:
@@ -62,11 +59,4 @@ def study(
 
 def about() -> dict[str, Any]:
     """Return what every timed line says of the machine."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor()}
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    """Return the processor seconds of a run."""
-    started = time.process_time()
-    run()
-    return time.process_time() - started
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor_name()}

@@ -34,13 +34,6 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
     Raises:
         ConfigError: if there are no arms.
     """
-    figure = picture(arms, title)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DOTS)
-
-
-def picture(arms: Sequence[ArmFigures], title: str) -> Any:
-    """Return what `draw` writes, as a figure of matplotlib."""
     if not arms:
         raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")
     whole = max(arm.clips for arm in arms)
@@ -54,7 +47,8 @@ def picture(arms: Sequence[ArmFigures], title: str) -> Any:
         _draw_panel(panel, arms, key)
     panels[0].set_ylabel("PSNR to the converged run, dB")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    return figure
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS)
 
 
 def _draw_panel(panel: Any, arms: Sequence[ArmFigures], key: str) -> None:

@@ -37,16 +37,13 @@ def attention_spread(lines: Sequence[Line]) -> str:
     return f"{head}\n\n{markdown_table(f'{heads} | if uniform', rows)}"
 
 
-BEST_CHOICE = "best choice of tiles"
-"""The arm of `call_error` that tells what the best choice of so many tiles comes to."""
-
-
 def call_error(lines: Sequence[Line]) -> str:
     """How far planned attention calls are from dense ones, means over clips."""
     heads = "model | arm | clips | density | relative error | best choice, skipped | best choice, pooled | mass lost"
     names = ("density", "error", "best_error", "best_pooled_error", "lost", "best_lost")
     rows = []
-    for model, arm in dict.fromkeys((line["model"], line["arm"]) for line in lines if line["arm"] != BEST_CHOICE):
+    lines = [line for line in lines if not line["arm"].startswith("best")]
+    for model, arm in dict.fromkeys((line["model"], line["arm"]) for line in lines):
         runs = [line for line in lines if (line["model"], line["arm"]) == (model, arm)]
         density, *others = (float(np.mean([line[name] for line in runs])) for name in names)
         rows.append((model, arm, len(runs), f"{density:.2f}", *(f"{value:.3f}" for value in others)))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
-from dit_accel_eval.runs.results import Line, latest, markdown_table
+from dit_accel_eval.runs.results import Line, last_by_clip, markdown_table
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
 from dit_accel_eval.suites.figures import ArmFigures, figures_of
 from dit_accel_eval.suites.lines import WORKS, ResultLine
@@ -36,24 +36,19 @@ def budgets(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
         kinds = {name: (cache.name, str(cache.to_dict().get("config"))) for name, cache in caches.items()}
         figures = figures_of([line for _, lines in both for line in lines], [*caches])
         for budget in BUDGETS:
-            for arm in leading(figures, kinds, budget):
+            within = [
+                arm
+                for arm in figures
+                if arm.name in kinds and arm.clips >= FEWEST and "work" in arm.ahead
+                and budget - SLACK < arm.means["work"] <= budget
+            ]  # fmt: skip
+            best: dict[object, ArmFigures] = {}
+            for arm in sorted(within, key=lambda arm: -arm.ahead["work"].mean):
+                best.setdefault(kinds[arm.name], arm)
+            for arm in [*best.values()][:SHOWN]:
                 cells = (model, budget, arm.name, arm.clips, f"{arm.means['work']:.2f}", arm.psnr.cell())
                 rows.append((*cells, arm.ahead["work"].judged()))
     return markdown_table(f"{heads} | against UniPC at equal work, dB (median)", rows)
-
-
-def leading(figures: Sequence[ArmFigures], kinds: Mapping[str, object], budget: int) -> list[ArmFigures]:
-    """Return the arms of the largest leads whose work is within a budget or little below, one of each kind of cache."""
-    within = [
-        arm
-        for arm in figures
-        if arm.name in kinds and arm.clips >= FEWEST and "work" in arm.ahead
-        and budget - SLACK < arm.means["work"] <= budget
-    ]  # fmt: skip
-    chosen: dict[object, ArmFigures] = {}
-    for arm in sorted(within, key=lambda arm: -arm.ahead["work"].mean):
-        chosen.setdefault(kinds[arm.name], arm)
-    return [*chosen.values()][:SHOWN]
 
 
 def block_choices(lines: Sequence[Line], scores: Mapping[str, Sequence[float]]) -> str:
@@ -98,7 +93,7 @@ def every_set(lines: Sequence[Line]) -> str:
     heads.sort(key=lambda head: [*map(int, re.findall(r"\d+", head))])
     pairs = [f"{one}+{other}" for at, one in enumerate(heads) for other in heads[at + 1 :]]
     head = max(heads, key=worth.__getitem__)
-    beside = sorted((pair for pair in pairs if head in pair.split("+")), key=lambda pair: _other(pair, head, heads))
+    beside = ["+".join(sorted((head, other), key=heads.index)) for other in heads if other != head]
     shown = {
         "no guidance": "none", "HeadHunter's first head": head, "best single head": head,
         "HeadHunter's two heads": max(beside, key=worth.__getitem__), "best pair": max(pairs, key=worth.__getitem__),
@@ -124,11 +119,6 @@ def every_set(lines: Sequence[Line]) -> str:
     )
 
 
-def _other(pair: str, head: str, heads: Sequence[str]) -> int:
-    """Return the place of the head of a pair that is not this one."""
-    return next(heads.index(name) for name in pair.split("+") if name != head)
-
-
 def finetuned(lines: Sequence[Line]) -> str:
     """What LoRAs for longer clips came to: the trainings, then the arms, each against the longer clips as they are."""
     trainings = {line["arm"].removeprefix("training "): line for line in lines if "log" in line}
@@ -136,12 +126,11 @@ def finetuned(lines: Sequence[Line]) -> str:
     for line in lines:
         if "clip" in line:
             arms[line["arm"]][line["clip"]] = line
-    first, (plain, *_) = next(iter(trainings.values())), [
-        name
-        for name, clips in arms.items()
-        if (clips[0]["lora"], clips[0]["methods"]) == (None, {}) and clips[0]["frames"] == _trained_frames(trainings)
-    ]  # fmt: skip
-    recipe = next(line["recipe"] for clips in arms.values() for line in clips.values() if line["recipe"])
+    first = next(iter(trainings.values()))
+    frames = first["training"]["num_frames"]
+    clips = (line for line in lines if "clip" in line)
+    plain = next(line["arm"] for line in clips if (line["lora"], line["methods"], line["frames"]) == (None, {}, frames))
+    recipe = next(line["recipe"] for line in lines if line.get("recipe"))
     settings = ", ".join(f"{name} {value}" for name, value in recipe.items() if name not in ("methods", "num_frames"))
     trained = "training | steps | density | loss, first and last quarter | seconds a step | times dense"
     judged = (
@@ -149,15 +138,11 @@ def finetuned(lines: Sequence[Line]) -> str:
         f"to {plain}, points of the score | of the loop"
     )
     return (
-        f"{first['model']}, one thread; each training {settings}, {_trained_frames(trainings)} frames; judged on "
+        f"{first['model']}, one thread; each training {settings}, {frames} frames; judged on "
         f"{len(arms[plain])} held-out prompts and seeds, {arms[plain][0]['num_inference_steps']} UniPC steps; 95 % "
         f"intervals.\n\n{markdown_table(trained, _trainings(trainings))}\n\n"
         f"{markdown_table(judged, _arms(arms, plain))}"
     )
-
-
-def _trained_frames(trainings: Mapping[str, Line]) -> int:
-    return next(iter(trainings.values()))["training"]["num_frames"]
 
 
 def _trainings(trainings: Mapping[str, Line]) -> Iterator[Sequence[object]]:
@@ -214,7 +199,7 @@ def vbench_proxies(lines: Sequence[Line]) -> str:
 
 def vbench_arms(lines: Sequence[Line]) -> str:
     """What a suite's arms come to by VBench's names, each against the first, on the clips that all of them have."""
-    known = latest(lines)
+    known = last_by_clip(lines)
     arms = [*dict.fromkeys(line["arm"] for line in lines)]
     clips = [clip for clip in sorted({clip for _, clip in known}) if all((arm, clip) in known for arm in arms)]
     held = {arm: [known[arm, clip] for clip in clips] for arm in arms}
@@ -264,12 +249,9 @@ def _correlations(lines: Sequence[Line], what: str) -> str:
                     pairs[line["scene"]].append((line["world"][name], sign * line["metrics"][key]))
             within = (rank_correlation(*zip(*scene, strict=True)) for scene in pairs.values() if len(scene) > 2)
             known = [value for value in within if value == value]
-            rows.append((name, f"`{key}`", str(clip_mean(known)) if known else _unknown(bool(pairs)), len(known)))
+            unknown = "constant" if pairs else "not measured"
+            rows.append((name, f"`{key}`", str(clip_mean(known)) if known else unknown, len(known)))
     return markdown_table(f"dimension | metric | rank correlation within a {what} | {what}s", rows)
-
-
-def _unknown(measured: bool) -> str:
-    return "constant" if measured else "not measured"
 
 
 def _mean(lines: Sequence[Line], name: str) -> str:

@@ -28,7 +28,7 @@ def test_the_object_stays_inside_the_frame(frames):
 def test_travel_does_not_depend_on_the_number_of_frames():
     _, scene, _ = clips.clip_of(3)
     for frames in (5, 17, 33):
-        path = clips.centers(scene, frames)
+        path = clips.plain_centers(scene, frames)
         assert np.hypot(*(path[-1] - path[0])) == pytest.approx(scene.travel)
 
 
@@ -45,7 +45,7 @@ def test_training_never_sees_a_held_out_combination():
     trained = {clips.clip_of(seed, frames=1)[1].words for seed in range(300)}
     held_out = {clips.clip_of(seed, frames=1, held_out=True)[1].words for seed in range(64)}
     assert not trained & held_out
-    assert all(clips.is_held_out(*words) for words in held_out)
+    assert all(clips.is_held_out_plain(*words) for words in held_out)
 
 
 def test_every_speed_word_covers_its_own_range_of_distances():
@@ -57,7 +57,7 @@ def test_every_speed_word_covers_its_own_range_of_distances():
 def test_frames_must_be_of_the_form_4k_plus_1(frames):
     scene = clips.clip_of(0)[1]
     with pytest.raises(ValueError, match=rf"frames={frames}: .*4k\+1 frames"):
-        clips.draw(scene, frames)
+        clips.draw_plain(scene, frames)
 
 
 def test_an_unknown_shape_is_named():

@@ -73,5 +73,5 @@ def test_generated_clips_have_the_colour_asked_for(pipe):
         guidance_scale=4.0,
         generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
     ).frames
-    right = [checker.check(video).color == scene.color for video, (_, scene) in zip(videos, pairs, strict=True)]
+    right = [checker.check_clip(video).color == scene.color for video, (_, scene) in zip(videos, pairs, strict=True)]
     assert sum(right) >= 3

@@ -48,7 +48,7 @@ def test_a_longer_clip_begins_with_the_shorter_one(height, width):
 
 def test_things_stay_inside_for_the_trained_length_but_for_those_that_cross():
     for scene in SCENES:
-        reach = world.sizes(scene, world.FRAMES) / 2
+        reach = world.object_sizes(scene, world.FRAMES) / 2
         for thing, path, half in zip(scene.things, world.centers(scene, world.FRAMES), reach, strict=True):
             inside = ((path - half[:, None] >= 0) & (path + half[:, None] <= (scene.width, scene.height))).all(1)
             assert inside.all() or thing.motion.startswith("crossing")
@@ -81,7 +81,7 @@ def test_speeds_are_pixels_a_frame_and_the_camera_moves_all():
 
 def test_growing_and_shrinking_go_one_way_and_stop_at_the_smallest_side():
     for scene in SCENES:
-        for thing, sides in zip(scene.things, world.sizes(scene, 97), strict=True):
+        for thing, sides in zip(scene.things, world.object_sizes(scene, 97), strict=True):
             change = np.diff(sides)
             sign = {"growing": 1, "shrinking": -1}.get(thing.motion, 0)
             assert (change * sign >= 0).all()
@@ -108,7 +108,7 @@ def test_training_never_sees_a_held_out_combination():
 
 def test_prompts_name_what_is_drawn_in_known_words():
     rng = np.random.default_rng(0)
-    known = set(prompts.vocabulary())
+    known = set(prompts.world_vocabulary())
     for scene in SCENES:
         for text in (prompts.prompt_of(scene), prompts.prompt_of(scene, rng)):
             words = set(re.findall(r"[^\s,]+", text))
@@ -124,7 +124,7 @@ def test_prompts_name_what_is_drawn_in_known_words():
 
 def test_every_word_is_used():
     used = {word for index in range(1500) for word in prompts.prompt_of(world.scene_of(9, index)).split()}
-    assert set(prompts.vocabulary()) - {word.strip(",") for word in used} == {"going"}  # in paraphrases alone
+    assert set(prompts.world_vocabulary()) - {word.strip(",") for word in used} == {"going"}  # in paraphrases alone
 
 
 def test_what_is_in_front_hides_what_is_behind():

@@ -32,15 +32,11 @@ def transformer():
     ("config", "left"),
     [
         (FirstBlockCache(**FOREVER), [0]),
-        (DBCache(first_blocks=1, **FOREVER), [0]),
         (DBCache(first_blocks=4, last_blocks=1, **FOREVER), [0, 1, 2, 3, 5]),
-        (DBPrune(**FOREVER), [0]),
         (DBPrune(first_blocks=2, last_blocks=1, **FOREVER), [0, 1, 5]),
-        (ProfilingCache(blocks="0-2", **ONCE), [3, 4, 5]),
         (ProfilingCache(blocks="0, 2, 4", **ONCE), [1, 3, 5]),
         (ProfilingCache(blocks="0-5", **ONCE), []),
     ],
-    ids=str,
 )
 def test_blocks_that_always_run(transformer, config, left):
     assert ran_by_step(transformer, config, 4, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 6

@@ -25,7 +25,7 @@ from dit_accel import (
     UltraViCo,
 )
 from dit_accel.adapters.installed import family
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods import AttentionHandler, Model, Phase
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.toml import from_toml, to_toml

@@ -16,7 +16,7 @@ from dit_accel import ConfigError, MagCache, TeaCache
 from dit_accel.adapters.installed import families
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.mag import MagHandler
-from dit_accel.rules.caching import drift, resampled, rescaled
+from dit_accel.rules.caching import resampled, rescaled, size_drift
 
 # TeaCache.
 
@@ -168,9 +168,9 @@ def mag_by_hand(ratios, threshold, most, warm, never=(), reached=False):
 
 def test_drift_adds_how_far_the_size_is_off_in_each_step():
     ratios = (1.0, 1.1, 0.9, 0.8, 0.5)
-    assert drift(ratios, 1, 0) == pytest.approx(0.1)
-    assert drift(ratios, 2, 1) == pytest.approx(0.1 + abs(1 - 1.1 * 0.9))
-    assert drift(ratios, 4, 2) == pytest.approx(0.1 + abs(1 - 0.9 * 0.8) + abs(1 - 0.9 * 0.8 * 0.5))
+    assert size_drift(ratios, 1, 0) == pytest.approx(0.1)
+    assert size_drift(ratios, 2, 1) == pytest.approx(0.1 + abs(1 - 1.1 * 0.9))
+    assert size_drift(ratios, 4, 2) == pytest.approx(0.1 + abs(1 - 0.9 * 0.8) + abs(1 - 0.9 * 0.8 * 0.5))
 
 
 CURVES = st.lists(st.floats(0.5, 1.5), min_size=2, max_size=60).map(lambda tail: (1.0, *tail))

@@ -13,7 +13,7 @@ from dit_accel import PAG, ConfigError, LiteAttention, RadialAttention, SoftPAG,
 from dit_accel.adapters import installed
 from dit_accel.attachment.engine import run_kernel
 from dit_accel.attachment.kernel_call import computed_rows
-from dit_accel.estimate.tiles import tiles_left
+from dit_accel.estimate.work import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
 from dit_accel.methods.attention.dfa import DFA
 from dit_accel.methods.find import resolve_model
@@ -305,54 +305,11 @@ def test_a_run_does_not_meet_the_next_and_memory_is_counted(transformer):
     assert not torch.equal(denoise(transformer, 5, seed=1), fresh)
 
 
-def test_branches_keep_their_own(transformer):
-    calls, _, _ = steps_of(transformer, DFA(share=0.25, **EVERY_2), branches=("cond", "uncond"))
-    assert torch.equal(calls[6].plan.reused.rows[0], calls[9].plan.reused.rows[0])
-    assert calls[6].plan.reused.out is not calls[9].plan.reused.out
-
-
 def test_beside_a_step_cache_it_counts_the_steps_that_run(transformer):
     config = dit_accel.StaticCache(steps=(1, 0, 1, 0, 1, 0, 1, 0))
     calls, _, _ = steps_of(transformer, DFA(share=0.25, **EVERY_2), config, steps=8)
     drawn = {call.context.step_index: "." if call.plan.reused else "#" for call in calls}
     assert drawn == {0: "#", 2: ".", 4: "#", 6: "."}
-
-
-def test_gradients_run_whole(transformer):
-    calls = []
-    inputs = dict(
-        hidden_states=torch.randn(1, 12, 5, 8, 8, requires_grad=True), timestep=torch.tensor([500]),
-        encoder_hidden_states=torch.randn(1, 6, 64),
-    )  # fmt: skip
-    with dit_accel.attach(transformer, DFA(share=0.25, **EVERY_2)) as attachment, attachment.observe(calls.append):
-        for step in range(2):
-            with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=0.5):
-                transformer(**inputs).sample.sum().backward()
-    assert all(call.plan.reused is None for call in calls)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(every=0), r"^dfa\.every.*got 0"),
-        (dict(share=1.5), r"^dfa\.share.*got 1\.5"),
-        (
-            dict(warmup_steps=-1),
-            r"^dfa\.warmup_steps.*got -1",
-        ),
-        (
-            dict(warmup_steps=2.5),
-            r"^dfa\.warmup_steps.*got 2\.5",
-        ),
-        (
-            dict(last_steps=-1),
-            r"^dfa\.last_steps.*got -1",
-        ),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(ConfigError, match=message):
-        DFA(**options)
 
 
 def test_what_is_refused(transformer):

@@ -10,7 +10,7 @@ from dit_accel_kernels import Routing, Vote, block_sparse_attention_eager, pack_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite_calls import BLOCK, Calls, drifting
-from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer
+from wan_tiny import denoise, sharp_transformer
 
 import dit_accel
 from dit_accel import LiteAttention
@@ -219,17 +219,6 @@ def test_rows_layers_branches_and_calls_of_a_forward_do_not_meet(backend):
             assert torch.equal(together.bits(**key), bits)
 
 
-def test_batch_rows_do_not_meet():
-    config = LiteAttention(threshold=-1.0)
-    rows = [drifting(80, 4, seed=seed) for seed in (1, 2)]
-    both, alone = Calls(config), [Calls(config), Calls(config)]
-    for step in range(4):
-        both.run(*(torch.cat(pair) for pair in zip(rows[0][step], rows[1][step], strict=True)))
-        for row in range(2):
-            alone[row].run(*rows[row][step])
-            assert torch.equal(both.exact()[row : row + 1], alone[row].exact())
-
-
 @pytest.mark.parametrize("change", ["batch", "layout", "reset"])
 def test_another_batch_or_layout_and_a_reset_begin_anew(change):
     calls = Calls(LiteAttention(threshold=-0.5))
@@ -327,17 +316,6 @@ def test_a_target_density_is_met_over_all_layers_from_the_second_call_on(target)
     assert max(shares) > min(shares) + 0.1  # of all layers together, not of each
 
 
-def test_a_target_density_treats_batch_rows_alone():
-    rows = [drifting(160, 3, seed=seed, sharp=sharp) for seed, sharp in ((1, 1.0), (2, 6.0))]
-    config = LiteAttention(target_density=0.5)
-    both, alone = Calls(config, tokens=160), [Calls(config, tokens=160) for _ in rows]
-    for step in range(3):
-        both.run(*(torch.cat(pair) for pair in zip(rows[0][step], rows[1][step], strict=True)))
-        for row in range(2):
-            alone[row].run(*rows[row][step])
-            assert torch.equal(both.exact()[row : row + 1], alone[row].exact())
-
-
 def test_what_must_be_skipped_is_gone_from_the_first_call_rounded_inward():
     calls = Calls(LiteAttention(threshold=NEVER, must_skip=(10, 50), must_keep=(40, 41)))
     (x,) = drifting(80, 1)
@@ -398,20 +376,6 @@ def test_a_layout_of_one_tile_runs():
         calls.run(*x)
         assert calls.exact().all()
     assert TokenLayout(frames=1, height=1, width=10).tokens == 10
-
-
-KINDS = {
-    "threshold": dict(threshold=-1.0),
-    "mass": dict(criterion="mass", threshold=0.05),
-    "budget": dict(criterion="budget", threshold=0.4),
-    "target density": dict(target_density=0.6),
-    "refreshed": dict(threshold=-1.0, refresh_every=3),
-}
-
-
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-def test_another_prompt_and_seed_run_as_they_do_alone(options):
-    require_runs_do_not_meet(LiteAttention(block_size=BLOCK, dense_steps=0, **options))
 
 
 @pytest.mark.parametrize("options", [dict(threshold=-1.0), dict(target_density=0.6)], ids=str)

@@ -11,7 +11,7 @@ from wan_tiny import denoise, sharp_transformer, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention
 from dit_accel.adapters.installed import family
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods import Model, SparseConfig
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.registry import handlers

@@ -12,12 +12,12 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, ProfilingCache, TokenLayout
 from dit_accel.adapters import installed
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods.caches.block_numbers import read_numbers, spell_numbers
-from dit_accel.methods.caches.profile_file import weights_of
+from dit_accel.methods.caches.profile_file import weights_digest
 from dit_accel.methods.find import resolve_model
 from dit_accel.methods.registry import handler_of
-from dit_accel.rules.block_schedule import rescaled, runs_of
+from dit_accel.rules.block_schedule import rescaled_steps, runs_of
 
 ONCE = dict(every=100, warmup_steps=0)
 """Computed at step 0 alone."""
@@ -139,8 +139,8 @@ def test_two_lists_have_schedules_of_their_own(transformer):
 def test_the_estimate_is_what_runs(transformer):
     """On a model of no released size, whose handler is asked directly."""
     two = dict(refresh=(3,), blocks_2="0", refresh_2=(5,))
-    rescaled = dict(refresh=(20, 25), measured_steps=50)
-    for options in (dict(max_consecutive=2, every=100), two, rescaled, dict()):
+    other_length = dict(refresh=(20, 25), measured_steps=50)
+    for options in (dict(max_consecutive=2, every=100), two, other_length, dict()):
         config = ProfilingCache(blocks="1-3", **options)
         handler = handler_of(config)(config, resolve_model("transformer", {"transformer": transformer}))
         saving = handler.estimate(TokenLayout(frames=5, height=4, width=4), 10)
@@ -171,11 +171,11 @@ def write_profile(path, weights, **changes):
 
 
 def test_a_profile_says_what_is_cached(transformer, tmp_path):
-    weights = weights_of(transformer)
+    weights = weights_digest(transformer)
     path = write_profile(tmp_path / "profile.json", weights)
     assert ran_by_step(transformer, ProfilingCache(blocks=path, **ONCE), 2) == [WHOLE, [1, 4, 5]]
-    assert weights == weights_of(six_blocks().to(torch.bfloat16)) != weights_of(six_blocks(1))
-    write_profile(tmp_path / "profile.json", weights_of(six_blocks(1)))
+    assert weights == weights_digest(six_blocks().to(torch.bfloat16)) != weights_digest(six_blocks(1))
+    write_profile(tmp_path / "profile.json", weights_digest(six_blocks(1)))
     with pytest.raises(ConfigError, match=r"profile\.json'.*'tiny'.*weights \w{12}, transformer"):
         dit_accel.attach(transformer, ProfilingCache(blocks=path))
     assert dit_accel.attachment_of(transformer) is None
@@ -227,12 +227,12 @@ def test_schedules_that_the_run_is_too_short_for_or_whose_length_is_not_known(tr
 
 @given(st.sets(st.integers(0, 49), min_size=1), st.integers(1, 200))
 def test_rescaled_steps_are_of_the_run_and_keep_their_share_of_it(listed, steps):
-    found = rescaled(sorted(listed), 50, steps)
+    found = rescaled_steps(sorted(listed), 50, steps)
     assert found == tuple(sorted({*found}))
     assert all(type(step) is int for step in found)
     assert 0 <= found[0] <= found[-1] < steps
     assert all(min(abs(step / steps - one / 50) for one in listed) <= 1 / steps for step in found)
-    assert rescaled(sorted(listed), 50, 50) == tuple(sorted(listed))
+    assert rescaled_steps(sorted(listed), 50, 50) == tuple(sorted(listed))
 
 
 @given(st.sets(st.integers(0, 99), min_size=1))

@@ -9,9 +9,12 @@ from method_table import TABLE
 from torch._dynamo.utils import counters
 
 import dit_accel
+from dit_accel import ConfigError
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.cli.method_options import select_methods
 from dit_accel.methods import PerturbedConfig, PerturbedHeadsHandler, config, registry
+from dit_accel.methods.base import Model
+from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.registry import handlers
 from dit_accel.plan.tiling import visual_lists
 from dit_accel.testing import MethodCase, check_method
@@ -39,6 +42,25 @@ def test_switches_of_the_command_line_give_the_config(row):
     options = [f"{asked.name}.{option}={json.dumps(value)}" for option, value in asked.to_dict().items()]
     (made,) = select_methods([asked.name], None, options)
     assert made.to_dict() == asked.to_dict()
+
+
+TILED = [name for name, case in TABLE.items() if getattr(case.config, "block_size", None) == 16 and "," not in name]
+
+
+@pytest.mark.parametrize("row", TILED)
+def test_two_methods_cut_a_sequence_into_the_same_tiles(row):
+    """What is unset follows what is set, in whatever order; two sizes are refused."""
+    model, kind = Model(adapter=MODEL.adapter, family=None, heads=2, layers=3), type(TABLE[row].config)
+    other = dit_accel.SparseD if kind is dit_accel.RadialAttention else dit_accel.RadialAttention
+    options = {"trained_frames": 5} if kind is dit_accel.LVSA else {}
+    for theirs, ours, size in ((64, None, 64), (64, 64, 64), (None, 32, 32), (64, 32, None)):
+        configs = other(block_size=theirs), kind(block_size=ours, **options)
+        for ordered in (configs, configs[::-1]):
+            if size is not None:
+                assert {handler.settings.block_size for handler in make_handlers(ordered, model)} == {size}
+                continue
+            with pytest.raises(ConfigError, match=r"block_size = \d+ and \w+\.block_size = \d+"):
+                make_handlers(ordered, model)
 
 
 SEAMS = {"attention": "radial", "forward": "easycache", "blocks": "dbcache", "positions": "rope", "guidance": "softpag"}

@@ -3,18 +3,18 @@
 import json
 
 import pytest
+from torch import nn
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import PAG, EasyCache, RadialAttention, StaticCache
 from dit_accel.adapters import installed
-from dit_accel.estimate.estimate import estimate
-from dit_accel.estimate.predicted import predicted
+from dit_accel.estimate.prediction import estimate, predict_attached
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.preset_figures import promise
-from dit_accel.methods.presets import PRESETS, PresetMethods
-from dit_accel.report.predicted import Predicted
+from dit_accel.methods.presets import Choice, PresetMethods
+from dit_accel.report.report import PredictedSpeedup
 from dit_accel.report.schema import report_schema
 
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None),
@@ -71,33 +71,44 @@ def test_the_schema_describes_real_reports(methods):
     assert len([*faults(data, report_schema())]) == 3
 
 
-def handlers(*methods, family="wan2.1-14b"):
-    adapter, sizes = installed.described(family)
-    return make_handlers(methods, Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)), sizes
+PRESET = Choice(EasyCache(threshold=0.05, min_steps=10), "all", "", "", level="fast")
 
 
-def test_what_was_predicted_is_what_plan_says():
-    made, family = handlers(RadialAttention())
-    adapter, _ = installed.described(family.name)
+def test_a_report_predicts_what_plan_says():
+    adapter, family = installed.described("wan2.1-14b")
+    model, dense = Model(adapter=adapter, family=family, heads=40, layers=40), estimate(adapter, family)
+
+    def predicted(*methods, steps=30, preset=None):
+        return predict_attached(make_handlers(methods, model), dense.layout, steps, preset, nn.Linear(1, 1))
+
     planned = estimate(adapter, family, methods=[RadialAttention()])
-    found = predicted(made, planned.layout, planned.num_inference_steps)
-    assert found == Predicted(speedup=planned.speedup)
-    assert planned.speedup > 1
-    assert str(found) == f"predicted {planned.speedup:.2f}"
+    assert predicted(RadialAttention(), steps=50) == PredictedSpeedup(speedup=planned.speedup)
+    assert predicted(PRESET.config) == PredictedSpeedup(speedup=1.0, uncounted=("easycache",))
+    assert str(predicted(PRESET.config)).startswith("not predicted: what easycache saves")
+    assert " without easycache" in str(predicted(PRESET.config, RadialAttention()))
+    preset = PresetMethods("fast", model, (PRESET,))
+    measured = estimate(adapter, family, num_inference_steps=30, preset=preset)
+    assert predicted(PRESET.config, preset=preset) == PredictedSpeedup(speedup=measured.speedup)
+    assert measured.speedup == pytest.approx(1 / (1 - promise("fast", 30).skipped))
+    assert predicted(PRESET.config, preset=preset, steps=8) == PredictedSpeedup(speedup=1.0)  # computed whole
+    some = PredictedSpeedup(speedup=2.0, uncounted=("seacache",), linears="in int8, weights and activations")
+    assert str(some).startswith("predicted 2.00 with linear layers in int8, weights and activations, without seacache,")
 
 
-def test_a_cache_that_decides_by_data_is_predicted_where_it_was_measured_alone():
-    made, family = handlers(EasyCache(threshold=0.05, min_steps=10))
-    adapter, _ = installed.described(family.name)
-    layout = estimate(adapter, family).layout
-    assert predicted(made, layout, 30) == Predicted(speedup=1.0, uncounted=("easycache",))
-    assert str(predicted(made, layout, 30)).startswith("not predicted: what easycache saves")
-    preset = PresetMethods("fast", made[0].model, PRESETS["fast"][:1])
-    skipped = promise("fast", 30).skipped
-    assert predicted(made, layout, 30, preset).speedup == pytest.approx(1 / (1 - skipped), rel=0.05)
-    assert predicted(made, layout, 8, preset) == Predicted(speedup=1.0)  # computed whole
-    both, _ = handlers(EasyCache(threshold=0.05), RadialAttention())
-    assert " without easycache" in str(predicted(both, layout, 30))
+def test_the_report_asks_the_attached_transformer_and_knows_its_preset(monkeypatch):
+    adapter, family = installed.described("wan2.1-14b")
+    seen = []
+    monkeypatch.setattr(dit_accel.estimate.prediction, "linears_of", seen.append)
+    monkeypatch.setattr(
+        "dit_accel.attachment.attachment.model_of",
+        lambda transformer: Model(adapter=adapter, family=family, heads=4, layers=len(transformer.blocks)),
+    )
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, preset="fast", backend="torch") as attachment:
+        denoise(transformer, 12)
+        assert attachment.report().predicted.uncounted == ()
+        assert attachment.report().predicted.speedup == pytest.approx(1 / (1 - promise("fast", 12).skipped))
+    assert seen[0] is transformer
 
 
 def test_models_of_no_released_sizes_are_not_predicted():

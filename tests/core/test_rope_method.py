@@ -31,25 +31,6 @@ def tiny(name, number=0, **config):
     return Case(BY_NAME[name], dataclasses.replace(model, config={**model.config, **config}))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(kind="rilfex"), r"rope\.kind.*'riflex'.*got 'rilfex'"),
-        (dict(axes=()), r"rope\.axes.*got \[\]"),
-        (dict(axes=("frames", "hieght")), r"rope\.axes.*height.*'hieght'"),
-        (dict(axes=("text",)), r"rope\.axes.*frames, height, width.*'text'"),
-        (dict(factor=0.5), r"rope\.factor.*got 0\.5"),
-        (dict(kind="pi", period=3.0), r"'pi'.*got period=3\.0"),
-        (dict(turn=2.0), r"turn.*0.*1, got 2\.0"),
-        (dict(trained_frames=0), r"rope\.trained_frames.*got 0"),
-        (dict(trained_width=1.5), r"rope\.trained_width.*got 1\.5"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        RoPE(**options)
-
-
 def test_options_at_their_bounds():
     for options in (dict(factor=1.0), dict(factor=1.5), dict(turn=1.0), dict(trained_frames=1), dict(trained_height=1)):
         ((name, value),) = options.items()
@@ -272,14 +253,3 @@ def test_methods_beside_it():
     assert "rope, kind riflex: 7 tokens along frames, trained on 3" in report
     with pytest.raises(ConfigError, match="two RoPE"):
         dit_accel.attach(transformer, WAN, RoPE(kind="pi", trained_frames=3))
-
-
-def test_compiled_blocks_follow():
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
-        expected = denoise(transformer, 2, frames=5)
-    for block in transformer.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
-    with dit_accel.attach(transformer, RoPE(kind="pi", trained_frames=2)):
-        torch.testing.assert_close(denoise(transformer, 2, frames=5), expected)
-    torch._dynamo.reset()

@@ -11,10 +11,10 @@ from dit_accel_kernels import EXACT, Selection, TileLists, count_bits, pack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import MODEL, context_of, random_call
-from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, LiteAttention, RadialAttention, SolAttention, SparseD
+from dit_accel import ConfigError, LiteAttention, RadialAttention, SparseD
 from dit_accel.methods.attention.sparsed import SparseDHandler, heaviest
 from dit_accel.methods.compose import make_handlers
 from dit_accel.plan.call import Call
@@ -198,20 +198,6 @@ def test_bits_and_pins_of_others_are_kept():
     assert both.selection.reverse
 
 
-@pytest.mark.parametrize(
-    ("radial", "pattern", "size"), [(64, None, 64), (64, 64, 64), (None, 32, 32), (None, None, 128)]
-)
-def test_tiles_are_of_one_size_and_what_is_unset_follows_what_is_set(radial, pattern, size):
-    for configs in itertools.permutations((RadialAttention(block_size=radial), SparseD(block_size=pattern))):
-        assert [made.settings.block_size for made in make_handlers(configs, MODEL)] == [size, size]
-
-
-def test_two_tile_sizes_are_refused_whatever_the_order():
-    for configs in itertools.permutations((RadialAttention(block_size=64), SparseD(block_size=32))):
-        with pytest.raises(ConfigError, match=r"radial\.block_size = 64 and sparsed\.block_size = 32"):
-            make_handlers(configs, MODEL)
-
-
 @pytest.mark.parametrize(("ours", "theirs"), [*itertools.product(("skip", "pooled"), repeat=2)])
 def test_what_either_method_pools_is_pooled(ours, theirs):
     tiles, order = full_tiles(LAYOUT.tokens, LAYOUT.tokens, 16, "cpu"), visual_first(LAYOUT, None)
@@ -281,36 +267,6 @@ def test_a_training_forward_finds_its_own_pattern_and_keeps_none():
     assert torch.equal(chosen_of(planned(handler(), calls[1])), second)
 
 
-@pytest.mark.parametrize("options", [{}, {"density": None, "mass": 0.7}, {"rest": "pooled"}], ids=str)
-def test_another_prompt_and_seed_run_as_they_do_alone(options):
-    require_runs_do_not_meet(dataclasses.replace(SPARSED, **options))
-
-
-def test_second_generation_equals_the_first_and_branches_and_pipelines_do_not_meet():
-    transformer, other = tiny_transformer(), tiny_transformer(1)
-    with dit_accel.attach(transformer, SPARSED), dit_accel.attach(other, SPARSED):
-        first = denoise(transformer)
-        denoise(other, seed=1)
-        denoise(transformer, frames=7)
-        denoise(transformer, steps=2, branches=("cond",))
-        assert torch.equal(denoise(transformer), first)
-        alone = denoise(transformer, branches=("cond",))
-    torch.manual_seed(5)
-    noise, text = torch.randn(1, 12, 5, 8, 8), torch.randn(1, 6, 64)
-    with dit_accel.attach(transformer, SPARSED), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 12, 5, 8, 8, generator=generator)
-        prompt = torch.randn(1, 6, 64, generator=generator)
-        for step in range(4):  # the other branch sees something else in between
-            for branch, latents, words in (("cond", x, prompt), ("uncond", noise, text)):
-                with transformer.cache_context(branch, step_index=step, num_inference_steps=4):
-                    time = torch.tensor([1000.0 - 100 * step])
-                    found = transformer(latents, time, words, return_dict=False)[0]
-                if branch == "cond":
-                    x = x - 0.3 * found
-    assert torch.equal(x, alone)
-
-
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
 def test_it_runs_inside_radial_whatever_the_order(rest):
     transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, rest=rest, block_size=None)
@@ -351,73 +307,7 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
     assert densities[0][-1] < densities[0][1]
 
 
-def test_sol_routes_in_the_pattern_whatever_the_order():
-    transformer, config = tiny_transformer(), dataclasses.replace(SPARSED, density=0.6)
-    sol = SolAttention(beta=0.5, dense_steps=1, dense_layers=0)
-    results = []
-    for methods in ((config, sol), (sol, config)):
-        with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
-            results.append(denoise(transformer, branches=("cond",)))
-            assert attachment.report().steps[-1].density < 1
-        for call in calls:
-            selection = call.plan.selection
-            assert selection.routing is not None
-            assert (count_bits(selection.keep) == 3).all()
-            assert call.plan.tiles.block_k == 16
-    assert torch.equal(*results)
-
-
-def test_gradients_follow_the_pattern():
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, dataclasses.replace(SPARSED, dense_steps=0)):
-        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([9.0]), torch.randn(1, 6, 64))[
-            0
-        ].square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in transformer.blocks[0].attn1.parameters())
-
-
-@pytest.mark.slow
-def test_compiled_full_graph_gives_the_same():
-    from torch._dynamo.utils import counters
-
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, SPARSED):
-        eager = denoise(transformer)
-    torch._dynamo.reset()
-    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    counters.clear()
-    with dit_accel.attach(transformer, SPARSED):
-        torch.testing.assert_close(denoise(transformer), eager, rtol=1e-5, atol=1e-5)
-        assert counters["stats"]["unique_graphs"] == 2
-    torch._dynamo.reset()
-
-
 # Config
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (
-            {"density": 0.3, "mass": 0.9},
-            r"sparsed\.density = 0\.3 and sparsed\.mass = 0\.9",
-        ),
-        ({"density": 0.0}, r"sparsed\.density.*got 0\.0"),
-        ({"density": 1.5}, r"sparsed\.density.*got 1\.5"),
-        ({"density": float("nan")}, r"sparsed\.density.*got nan"),
-        ({"mass": 1.0}, r"sparsed\.mass.*got 1\.0"),
-        ({"mass": 0}, r"sparsed\.mass.*got 0"),
-        ({"block_size": 100}, r"sparsed\.block_size.*got 100"),
-        ({"rest": "pool"}, r"sparsed\.rest.*got 'pool'"),
-        (
-            {"dense_steps": -1},
-            r"sparsed\.dense_steps.*got -1",
-        ),
-    ],
-)
-def test_bad_options_are_refused_with_the_value(options, text):
-    with pytest.raises(ConfigError, match=text):
-        SparseD(**options)
 
 
 def test_unset_options_take_the_recipe_then_the_method_s_value_but_density_gives_way_to_mass():
@@ -461,15 +351,6 @@ def test_what_the_data_decide_is_not_counted_and_the_plan_says_so():
     assert any("sparsed.mass = 0.9" in note and "sparsed.density" in note for note in found.notes)
     assert (found.carried_bytes, found.list_bytes) == (counted.carried_bytes, counted.list_bytes)
     assert counted.counted
-
-
-def test_it_is_found_by_name_on_the_command_line_and_in_toml():
-    from dit_accel.cli.method_options import select_methods
-    from dit_accel.methods.toml import from_toml, to_toml
-
-    assert select_methods(["sparsed"], None, ["sparsed.mass=0.9"]) == [SparseD(mass=0.9)]
-    configs = [SparseD(density=0.25, rest="pooled", dense_steps=0.5)]
-    assert from_toml(to_toml(configs)) == configs
 
 
 def test_the_pattern_is_chosen_by_scaled_logits():

@@ -72,29 +72,18 @@ def test_a_share_is_rounded_up(share, count):
     assert -1e-9 <= steps_of(share, count) - exact < 1 or steps_of(share, count) == math.ceil(exact)
 
 
-@pytest.mark.parametrize(("share", "count", "steps"), [(0.28, 25, 7), (0.28, 50, 14), (0.07, 100, 7), (0.55, 100, 55)])
-@pytest.mark.parametrize("name", sorted(ENDS))
-def test_all_methods_round_alike(name, share, count, steps):
-    assert kept(ENDS[name], share, 0, count) == list(range(steps))
-    assert kept(ENDS[name], 0, share, count) == list(range(count - steps, count))
+EACH = pytest.mark.parametrize("name", sorted(ENDS))
 
 
-@pytest.mark.parametrize("name", sorted(ENDS))
-def test_whole_numbers_are_steps(name):
+@EACH
+def test_all_methods_round_alike(name):
+    for share, count, steps in ((0.28, 25, 7), (0.28, 50, 14), (0.07, 100, 7), (0.55, 100, 55)):
+        assert kept(ENDS[name], share, 0, count) == list(range(steps))
+        assert kept(ENDS[name], 0, share, count) == list(range(count - steps, count))
     assert kept(ENDS[name], 2, 3, 8) == [0, 1, 5, 6, 7]
     assert kept(ENDS[name], 1, 1.0, 4) == [0, 3]
     assert kept(ENDS[name], 0, 0, 4) == []
     assert kept(ENDS[name], 9, 0, 4) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("name", sorted(ENDS))
-@pytest.mark.parametrize("value", [-1, -0.1, 1.5, 2.5])
-def test_other_values_are_refused_in_one_text(name, value):
-    for option in ends_of(ENDS[name]):
-        with pytest.raises(ConfigError) as error:
-            ENDS[name](**{option: value})
-        assert str(error.value).startswith(f"{name}.{option} must be a whole number of steps from 0 on, or a share of")
-        assert f"got {value}; " in str(error.value)
 
 
 def begins_alone(config) -> object:
@@ -106,18 +95,24 @@ def begins_alone(config) -> object:
     return StepCacheConfig.always_computed(config, 0, None)
 
 
-@pytest.mark.parametrize("name", sorted(ENDS))
-@pytest.mark.parametrize(("first", "last"), [(0.5, 0), (0, 1), (0, 0.5), (3, 2)])
-def test_unknown_numbers_of_steps_are_refused_in_one_text(name, first, last):
+@EACH
+def test_other_values_and_unknown_numbers_of_steps_are_refused_in_one_text(name):
     before, after = ends_of(ENDS[name])
-    config = ENDS[name](**{before: first, after: last})
-    option, value = (after, last) if last else (before, first)
-    with pytest.raises(ConfigError) as error:
-        begins_alone(config)
-    assert str(error.value) == (
-        f"{name}.{option} = {value} needs the number of steps, which is not known here; attach to the pipeline, or set "
-        f"{before} to a whole number and {after} to 0"
-    )
+    for option in (before, after):
+        for value in (-1, -0.1, 1.5, 2.5):
+            with pytest.raises(ConfigError) as error:
+                ENDS[name](**{option: value})
+            start = f"{name}.{option} must be a whole number of steps from 0 on, or a share of"
+            assert str(error.value).startswith(start)
+            assert f"got {value}; " in str(error.value)
+    for first, last in ((0.5, 0), (0, 1), (0, 0.5), (3, 2)):
+        option, value = (after, last) if last else (before, first)
+        with pytest.raises(ConfigError) as error:
+            begins_alone(ENDS[name](**{before: first, after: last}))
+        assert str(error.value) == (
+            f"{name}.{option} = {value} needs the number of steps, which is not known here; attach to the pipeline, or "
+            f"set {before} to a whole number and {after} to 0"
+        )
 
 
 def test_whole_first_steps_alone_need_no_count():

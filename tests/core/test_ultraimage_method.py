@@ -9,7 +9,7 @@ from dit_accel_pipelines import ADAPTERS
 from hypothesis import given
 from hypothesis import strategies as st
 from one_layer import MODEL, OneLayer, random_call
-from wan_tiny import denoise, require_runs_do_not_meet, tiny_transformer
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, EasyCache, RoPE, UltraImage
@@ -77,30 +77,6 @@ def test_factors_fall_with_entropy_between_their_bounds(values, least, more, pow
 def test_what_lies_outside_the_extremes_is_bounded():
     entropy, low, high = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor(1.0), torch.tensor(2.0)
     assert focus(entropy, low, high, 1.0, 1.3, 2.0).tolist() == pytest.approx([1.3, 1.3, 1.0, 1.0])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(focus_max=0.9), r"ultraimage\.focus_max.*got 0\.9"),
-        (dict(focus_min=0.0), r"ultraimage\.focus_min.*got 0\.0"),
-        (
-            dict(focus_min=1.4, focus_max=1.2),
-            r"focus_max.*focus_min = 1\.4 and focus_max = 1\.2",
-        ),
-        (dict(power=0.0), r"ultraimage\.power.*got 0\.0"),
-        (dict(rows=0), r"ultraimage\.rows.*got 0"),
-        (dict(trained_width=0), r"ultraimage\.trained_width.*got 0"),
-        (dict(turn=1.5), r"turn.*0.*1, got 1\.5"),
-        (
-            dict(indices=()),
-            r"indices.*0.*got \(\)",
-        ),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        UltraImage(**options)
 
 
 def test_recipes_and_sizes_of_models():
@@ -190,12 +166,6 @@ def test_what_is_planned_to_be_held_is_held():
         assert alone.estimate(LAYOUT, 3).carried_bytes == 3 * 2 * 8
 
 
-def test_published_defaults():
-    paper = {"focus_min": 1.0, "focus_max": 1.3, "power": 2.0, "turn": None, "indices": None}
-    assert UltraImage.defaults == {**paper, "follow_above": 0.8, "enlarge": "picture"}
-    assert (UltraImage().rows, UltraImage().correct) == (256, True)
-
-
 def test_options_at_their_bounds():
     for options in (
         dict(focus_min=1.0),
@@ -225,10 +195,6 @@ def test_rows_lie_in_the_picture_at_even_distances():
     assert rows[0] == 4
     assert rows[-1] == 4 + 29
     assert len(_rows(LAYOUT, 1000, "cpu")) == 30
-
-
-def test_runs_do_not_meet():
-    require_runs_do_not_meet(dataclasses.replace(HEADS, focus_max=2.0))
 
 
 def test_what_is_no_larger_than_trained_is_bit_equal():

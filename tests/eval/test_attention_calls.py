@@ -9,12 +9,12 @@ import pytest
 import torch
 from attention_calls import Attention, handler_of, sparse_call, timed
 from attention_table import COLUMNS, DENSE, PAYS, SPARSE, cells, last_of, page_text, run_ratio, verdicts
-from dit_accel_eval.bench.shapes import SHAPES, shapes_of
+from dit_accel_eval.bench.shapes import SHAPES, named_shapes
 from dit_accel_eval.runs.results import read_lines
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel import SolAttention
-from dit_accel.estimate.estimate import KERNEL_COST
+from dit_accel.estimate.prediction import KERNEL_COST
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.presets import PRESETS
 
@@ -22,7 +22,7 @@ SMALL = "wan2.1-1.3b:128x128x17"  # 320 tokens, 5 tiles
 
 
 def attention(name=SMALL, heads=1):
-    return Attention(shape=shapes_of(name)[0], heads=heads, dtype=torch.float32, rate=1e11)
+    return Attention(shape=named_shapes(name)[0], heads=heads, dtype=torch.float32, rate=1e11)
 
 
 @pytest.fixture

@@ -14,19 +14,19 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from dit_accel_eval.bench import forwards
 from dit_accel_eval.bench.beside import Beside
-from dit_accel_eval.bench.forwards import BenchArm, Plan, arms_of, make_bench, preset_arms, run_bench
+from dit_accel_eval.bench.forwards import BenchArm, Plan, bench_arms, make_bench, preset_arms, run_bench
 from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
 from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import BenchOptions
 from dit_accel_eval.bench.real_shapes import LATENTS, find_family, make_model
-from dit_accel_eval.bench.shapes import SHAPES, Shape, shapes_of
+from dit_accel_eval.bench.shapes import SHAPES, Shape, named_shapes
 from dit_accel_eval.runs.results import read_lines
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, StaticCache
 from dit_accel.cli.app import app
 from dit_accel.errors import DitAccelError
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 
 FAMILIES = {
     "cogvideox": "cogvideox-2b", "flux": "flux.1-dev", "hunyuan-video": "hunyuan-video", "ltx": "ltx-video-2b",
@@ -89,7 +89,7 @@ def test_methods_are_timed_beside_dense_with_their_work_and_prediction():
     made = narrow(steps=6)
     radial = RadialAttention(dense_steps=0, dense_last_steps=0, dense_layers=0, block_size=16, decay_factor=0.2)
     cache = StaticCache(every=2, warmup_steps=2, last_steps=1)
-    arms = arms_of([radial, cache])
+    arms = bench_arms([radial, cache])
     assert [arm.name for arm in arms if arm.methods] == ["radial", "staticcache", "radial + staticcache"]
     wanted = [arm for arm in arms if arm.methods or arm.backend in ("native", "sage")]
     wanted.append(BenchArm(name="dense, _native_math", backend="_native_math"))
@@ -144,12 +144,12 @@ def test_an_arm_that_fails_is_told_and_the_others_run(monkeypatch):
 def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(monkeypatch, here):
     """With a little more than the model takes: enough for attention in tiles, and too little for every logit."""
     shape = "wan2.1-1.3b:128x192x17"
-    plan = Plan.of(shapes_of(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
+    plan = Plan.of(named_shapes(shape)[0], BenchOptions(shapes=shape, heads=2, num_inference_steps=1))
     model, logits = memory_of_model(plan, torch.float32), memory_of_logits(plan, "flex")
     assert logits == 4 * 4 * 2 * 480**2
     monkeypatch.setattr(forwards, "free_memory", lambda device: model + logits // 2)
     few = [BenchArm(name=f"dense, {one}", backend=one) for one in ("native", "flex")]
-    monkeypatch.setattr(forwards, "arms_of", lambda methods: [*few, *arms_of(methods)[-1:]])
+    monkeypatch.setattr(forwards, "bench_arms", lambda methods: [*few, *bench_arms(methods)[-1:]])
     sparser = ["--set", "radial.block_size=16", "--set", "radial.decay_factor=0.2"]
     found = CliRunner().invoke(app, ["bench", "--shapes", shape, "--rounds", "1", "--radial", *sparser])
     assert found.exit_code == 0, found.output
@@ -164,7 +164,7 @@ def test_an_arm_without_memory_for_it_is_a_row_of_the_table_with_both_numbers(mo
 def test_real_sizes_are_refused_where_they_took_a_machine_down():
     options = BenchOptions(shapes="all", heads=2, num_inference_steps=1)
     for name, least, most in (("wan-480p", 30, 40), ("wan-720p", 150, 220), ("flux-1mp", 0.5, 2)):
-        plan = Plan.of(shapes_of(name)[0], options)
+        plan = Plan.of(named_shapes(name)[0], options)
         assert least < (memory_of_model(plan, torch.float32) + memory_of_logits(plan, "flex")) / 2**30 < most
         assert memory_of_model(plan, torch.float32) < 8 * 2**30
 
@@ -203,13 +203,13 @@ def test_a_process_that_is_killed_ends_an_arm_and_the_next_begins_another():
 def test_the_named_shapes_are_the_sequences_of_the_released_models():
     """Tokens by hand: latents of an eighth, patches of two, a frame and one for every four; text where it joins."""
     options = BenchOptions(shapes="all", num_inference_steps=1)
-    plans = {shape.name: Plan.of(shape, options) for shape in shapes_of("all")}
+    plans = {shape.name: Plan.of(shape, options) for shape in named_shapes("all")}
     assert {name: plan.dense.layout.tokens for name, plan in plans.items()} == {
         "flux-1mp": 64 * 64 + 512, "flux-4mp": 128 * 128 + 512, "wan-480p": 21 * 30 * 52, "wan-720p": 21 * 45 * 80,
         "hunyuan-720p": 33 * 45 * 80 + 256,
     }  # fmt: skip
     assert list(plans) == list(SHAPES)
-    assert shapes_of("wan-480p, wan-480p") == [plans["wan-480p"].shape]
+    assert named_shapes("wan-480p, wan-480p") == [plans["wan-480p"].shape]
 
 
 def test_a_few_heads_are_a_share_of_the_model():
@@ -241,7 +241,7 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
     monkeypatch.setattr(forwards.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(forwards, "run_bench", lambda one, *_, **__: [{"shape": one.plan.shape.name, "rounds": 1}])
     said: list[str] = []
-    long, short = shapes_of("wan2.1-1.3b:384x384x17,wan2.1-1.3b:128x128x17")
+    long, short = named_shapes("wan2.1-1.3b:384x384x17,wan2.1-1.3b:128x128x17")
     options = BenchOptions(shapes="", heads=1, num_inference_steps=1, budget=15)
     lines = list(forwards.run_shapes([long, short], [], options=options, device=CPU, dtype=torch.float32,
                                      say=said.append))  # fmt: skip
@@ -250,9 +250,8 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
     assert f"{long.name} is left out: it would take about {2 * work[0] / work[1]:.0f} s; raise --budget" in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_can_not_be_timed_is_said():
+    for arguments, message in (
         (["--family", "wan2.1-1.3"], "did you mean"),
         (["--family", "z-image-turbo"], "bench can't make the inputs of z-image-turbo yet; "),
         (["--family", "wan2.1-1.3b", "--layers", "31"], "wan2.1-1.3b has 30 layers, got --layers 31; ask for 1 to 30"),
@@ -269,16 +268,16 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
         (["--shapes", "wan2.1-1.3b:481x832x81"], "height must be a multiple of 16 for wan2.1-1.3b, got 481"),
         (["--shapes", ","], "--shapes names none; say all, or some of flux-1mp"),
         (["--shapes", "all", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'?"),
-    ],
-)
-def test_what_can_not_be_timed_is_told(arguments, message):
-    found = CliRunner().invoke(app, ["bench", *arguments])
-    assert found.exit_code == 2
-    assert message in found.stderr
+    ):
+        found = CliRunner().invoke(app, ["bench", *arguments])
+        assert found.exit_code == 2
+        assert message in found.stderr
 
 
 def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch, here):
-    monkeypatch.setattr(forwards, "arms_of", lambda methods: [one for one in arms_of(methods) if one.backend != "flex"])
+    monkeypatch.setattr(
+        forwards, "bench_arms", lambda methods: [one for one in bench_arms(methods) if one.backend != "flex"]
+    )
     out = tmp_path / "b.jsonl"
     arguments = ["bench", "--family", "wan2.1-1.3b", "--heads", "2", "--height", "128", "--width", "128", "--radial"]
     arguments += ["--num-frames", "5", "--num-inference-steps", "2", "--rounds", "1", "-o", str(out)]
@@ -298,7 +297,7 @@ def test_the_command_prints_a_table_and_appends_lines(tmp_path, monkeypatch, her
 
 def test_a_method_that_is_asked_for_and_can_not_run_is_an_error_behind_the_table(monkeypatch, here):
     arms = lambda methods: [BenchArm(name="dense"), BenchArm(name="radial", methods=tuple(methods))]  # noqa: E731
-    monkeypatch.setattr(forwards, "arms_of", arms)
+    monkeypatch.setattr(forwards, "bench_arms", arms)
     found = CliRunner().invoke(app, ["bench", "--shapes", "flux.1-dev:64x64", "--rounds", "1", "--radial"])
     assert found.exit_code == 2
     assert "flux.1-dev, 2 layers of 2 of 24 heads, 528 tokens" in found.stdout

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import demo
-import demo_comparison
 import dit_accel_pipelines.finetuning.run as finetuning
 import dit_accel_pipelines.generation.generate as generation
 import pytest
@@ -112,7 +111,7 @@ def seen(monkeypatch) -> list[int]:
     monkeypatch.setattr(generation, "load_pipeline", reached)
     monkeypatch.setattr(finetuning, "_trained", reached)
     monkeypatch.setattr(tune_caches, "tune_magcache", reached)
-    monkeypatch.setattr(demo_comparison, "EmbeddedModel", reached)
+    monkeypatch.setattr(demo, "EmbeddedModel", reached)
     monkeypatch.setattr(running, "_loaded", reached)
     for name in CHOSEN_BY:
         monkeypatch.delenv(name, raising=False)

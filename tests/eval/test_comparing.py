@@ -45,7 +45,7 @@ def test_a_setting_is_held_against_own_steps_and_dense_runs_of_its_work(fake, he
     said = told(found)
     assert "PSNR of 1 setting to the model's own 10 steps of the same prompt and seed" in said
     assert "Holm's correction over all settings (5%)" in said
-    assert "compare: 6 clips x 1 arms, 0 of 6 runs are done; the dense runs that" in said
+    assert "compare: 6 clips x 1 arm, 0 of 6 runs are done; the dense runs that" in said
     assert "too few clips" not in said
     lines = read_lines(here / "compare.jsonl")
     assert {line["reference"] for line in lines} == {"own, 10 steps of its own"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from dit_accel_eval.runs.counting import Counter, Counts, attended, planned, work
+from dit_accel_eval.runs.counting import Counter, Counts, attended_share, run_estimate, work
 from dit_accel_pipelines.families.wan import WAN
 from wan_tiny import denoise, tiny_transformer
 
@@ -58,7 +58,7 @@ def test_a_pooled_tile_is_one_key_and_probes_are_rows():
         with dit_accel.attach(transformer, *methods, preset="none") as attachment:
             denoise(transformer)
             report = attachment.report()
-        return report, attended(report, WAN, WAN_PLAIN, call, methods)[0]
+        return report, attended_share(report, WAN, WAN_PLAIN, call, methods)[0]
 
     report, skipped = run(SparseD(**options))
     assert skipped == pytest.approx(report.density)
@@ -70,7 +70,7 @@ def test_a_pooled_tile_is_one_key_and_probes_are_rows():
     report, probed = run(SparseD(**options), DeltaAttention(stride=16))
     sparse = sum(step.sparse_layers for step in report.steps) / (3 * len(report.steps))
     assert probed == pytest.approx(report.density + 5 / 80 * sparse)  # 5 rows of 80
-    assert attended(None, WAN, WAN_PLAIN, call, []) == (1.0, {})
+    assert attended_share(None, WAN, WAN_PLAIN, call, []) == (1.0, {})
 
 
 def test_work_is_in_steps_of_the_dense_model():
@@ -83,7 +83,7 @@ def test_work_is_in_steps_of_the_dense_model():
 
 def test_the_own_share_grows_with_the_tokens():
     call = {"height": 64, "width": 64, "guidance_scale": 4.0}
-    shares = [planned(WAN, WAN_PLAIN, {**call, "num_frames": frames}).attention_share for frames in (17, 129)]
+    shares = [run_estimate(WAN, WAN_PLAIN, {**call, "num_frames": frames}).attention_share for frames in (17, 129)]
     assert 0.1 < shares[0] < shares[1] < 0.9
 
 

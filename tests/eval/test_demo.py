@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import demo
-import demo_comparison
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -36,22 +35,9 @@ def test_the_demo_compares_and_writes(tmp_path: Path):
     assert list(ours["methods"]) == ["easycache"]
     assert (dense["psnr"], min(ours["psnr"]) > 15) == ([], True)
     assert written["shown_seed"] in (0, 1)
-    for text in (
-        "against fewer steps",
-        "dense",
-        "fewer steps",
-        "preset fast",
-        "2 seeds",
-        "That is one prompt",
-    ):
+    for text in ("against fewer steps", "dense", "fewer steps", "preset fast", "2 seeds", "That is one prompt"):
         assert text in result.stdout
-    width, height = (
-        3 * 64 * demo_comparison.SCALE,
-        2 * 64 * demo_comparison.SCALE
-        + 2 * demo_comparison.LINE
-        + demo_comparison.LINE // 2
-        + demo_comparison.LINE * 3 // 2,
-    )
+    width, height = 3 * 64 * demo.SCALE, 2 * 64 * demo.SCALE + 4 * demo.LINE
     assert next(imageio_ffmpeg.read_frames(str(out / "comparison.mp4")))["size"] == (width, height)
     assert Image.open(out / "comparison.gif").size == (width, height)
 
@@ -63,21 +49,21 @@ def test_a_pause_of_the_machine_does_not_decide_the_rival(monkeypatch):
     def run(model, arm, seed):
         return SimpleNamespace(seconds=next(seconds, 2.5), frames=np.zeros((1, 8, 8, 3)), counts=None)
 
-    monkeypatch.setattr(demo_comparison, "_run", run)
-    monkeypatch.setattr(demo_comparison, "_outcome", lambda name, arm, runs, dense, model: (name, arm, runs))
+    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(demo, "_outcome", lambda name, arm, runs, dense, model: (name, arm, runs))
     model = SimpleNamespace(run=lambda *args, **options: None)
-    _, (name, fewer, _), _ = demo_comparison.compare(model, 3)
+    _, (name, fewer, _), _ = demo.compare(model, 3)
     assert (name, fewer.num_inference_steps) == ("fewer steps", 18)
 
 
 def test_the_picture_is_of_the_seed_of_median_lead():
     ours, fewer = (SimpleNamespace(psnr=psnr) for psnr in ([40.0, 30.0, 35.0, 50.0], [30.0, 31.0, 30.0, 20.0]))
-    assert demo_comparison.middle_seed(ours, fewer) == 2
+    assert demo.middle_seed(ours, fewer) == 2
 
 
 def test_the_prompt_is_the_middle_one_of_those_that_chose_the_setting():
     """PSNRs of the preset's cache in 30 steps on clips 200 and 203: 42.5 and 45.7 dB."""
-    assert demo_comparison.shown_prompt("wan-tiny") == "two cyan grainy circles shrinking on a grainy black background"
+    assert demo.shown_prompt("wan-tiny") == "two cyan grainy circles shrinking on a grainy black background"
 
 
 def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
@@ -110,7 +96,7 @@ def test_a_run_is_told_with_its_machine_and_rival(tmp_path: Path):
 
 def test_the_demo_s_one_prompt_stands_beside_the_prompts_that_judge(tmp_path: Path):
     root = Path(__file__).parents[2]
-    level = demo_comparison.LEVEL
+    level = demo.LEVEL
     found, lines = over_prompts(root, "wan-tiny", level), result_lines(root / "eval/results/presets-wan-tiny.jsonl")
     suite = read_suite(root / "eval/suites/presets-wan-tiny.toml")
     arm = next(one for one in suite_figures(suite, lines) if one.name == level)
@@ -122,8 +108,8 @@ def test_the_demo_s_one_prompt_stands_beside_the_prompts_that_judge(tmp_path: Pa
 
 def test_the_strip_shows_differences_five_times_as_large():
     reference = np.full((2, 8, 8, 3), 0.5, np.float32)
-    frames = demo_comparison.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
-    assert frames.shape[2] == 2 * 8 * demo_comparison.SCALE
+    frames = demo.side_by_side([("same", reference), ("off", reference + 0.1)], reference)
+    assert frames.shape[2] == 2 * 8 * demo.SCALE
     assert frames[:, -1, 0].tolist() == [[0, 0, 0]] * 2
     assert frames[:, -1, -1].tolist() == [[128, 128, 128]] * 2
 

@@ -75,14 +75,14 @@ def test_an_arm_is_held_against_plain_ones_of_its_own_forwards():
 
 def test_closeness_is_high_for_what_is_drawn_and_falls_where_a_word_is_wrong():
     _, scene, _ = clips.clip_of(0, frames=1, held_out=True)
-    video = clips.draw(scene)
+    video = clips.draw_plain(scene)
     right = closeness(video, scene)
     assert min(right.values()) > 0.85
     other = {"color": clips.COLORS, "background": clips.BACKGROUNDS, "direction": clips.DIRECTIONS}
     for word, names in other.items():
         for name in names:
             if name != getattr(scene, word):
-                wrong = clips.Scene(**{**{at: getattr(scene, at) for at in scene.__slots__}, word: name})
+                wrong = clips.PlainScene(**{**{at: getattr(scene, at) for at in scene.__slots__}, word: name})
                 assert closeness(video, wrong)[word] < right[word], (word, name)
     blank = np.full((5, 64, 64, 3), clips.BACKGROUNDS[scene.background], np.uint8)
     assert closeness(blank, scene) == {"background": pytest.approx(1.0), "color": 0.0, "shape": 0.0, "direction": 0.0}

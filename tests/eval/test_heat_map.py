@@ -16,8 +16,7 @@ from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.guidance.log import strips_of
 from dit_accel.report import report as of_report
 from dit_accel.report.clock import TimedForward, Timing
-from dit_accel.report.predicted import Predicted
-from dit_accel.report.report import CallReport, Report, StepReport
+from dit_accel.report.report import CallReport, PredictedSpeedup, Report, StepReport
 from dit_accel.report.sections import Section
 
 STEPS = tuple(
@@ -157,7 +156,7 @@ def test_a_notebook_reads_first_whether_it_helped_and_escapes_the_rest():
         TimedForward(step_index=step, kind=kind, seconds=seconds, **one)
         for step, (kind, seconds) in enumerate([("dense", 1.0), ("skipped", 0.01)])
     )
-    report = replace(REPORT, timing=Timing(forwards), predicted=Predicted(speedup=1.8), notes=("a < b",))
+    report = replace(REPORT, timing=Timing(forwards), predicted=PredictedSpeedup(speedup=1.8), notes=("a < b",))
     page = report_html(report)
     assert page.startswith("<div><b>measured speed-up: 1.98 of the denoising loop (predicted 1.80); forwards")
     assert "a &lt; b" in page

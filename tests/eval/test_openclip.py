@@ -12,7 +12,7 @@ from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, opencli
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
-from dit_accel_eval.report.lines import better_of, words_of
+from dit_accel_eval.report.lines import better_of, metric_words
 from dit_accel_eval.tune.objectives import objective_of
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -189,9 +189,8 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
+def test_wrong_names_are_refused_with_what_to_write():
+    for name, said in (
         ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
         ("MODEL", r"no model 'MODEL'"),
         ("", r"no model ''"),
@@ -200,13 +199,10 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
         ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
         ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
         ("ViT-B-32=nowhere.pt", r"nowhere\.pt .*ViT-B-32"),
-    ],
-)
-def test_wrong_names_are_refused_with_what_to_write(name, told):
-    with pytest.raises(ConfigError, match=told):
-        check_names([f"clip-score@open_clip:{name}"])
-    with pytest.raises(ConfigError, match=told):
-        objective_of(f"clip-score@open_clip:{name}", None)
+    ):
+        for check in (lambda name: check_names([name]), lambda name: objective_of(name, None)):
+            with pytest.raises(ConfigError, match=said):
+                check(f"clip-score@open_clip:{name}")
 
 
 def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weights():
@@ -215,7 +211,7 @@ def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weigh
     with pytest.raises(NotMeasured, match="MODEL=FILE"):
         metrics()["clip-score@open_clip:MODEL"](Sample(frames=clip()))
     gone = "clip-image@open_clip:ViT-S-32=/gone/x.pt"
-    assert (words_of(gone), better_of(gone)) == ("CLIP likeness to the reference, ViT-S-32=/gone/x.pt", "more")
+    assert (metric_words(gone), better_of(gone)) == ("CLIP likeness to the reference, ViT-S-32=/gone/x.pt", "more")
 
 
 def test_an_objective_by_a_metric_is_higher_for_better(given):
@@ -277,7 +273,7 @@ def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypa
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
     ran = []
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    monkeypatch.setattr("dit_accel_eval.suites.running.run", lambda *given, **more: ran.append(given))
+    monkeypatch.setattr("dit_accel_eval.suites.running.run_arms", lambda *given, **more: ran.append(given))
     path = tmp_path / "s.toml"
     text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
     arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'

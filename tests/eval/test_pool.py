@@ -21,7 +21,7 @@ def work(item):
 
 def both():
     from dit_accel_eval.runs.pool import run_beside
-    run_beside(work, [0, 1, 2], 2, print)
+    run_beside(work, [0, 1, 2], 2)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,8 +42,9 @@ def is_running(process):
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["alone", "group"])
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name", "group"), [(signal.SIGINT, "Ctrl-C", True), (signal.SIGTERM, "SIGTERM", False)]
+)
 def test_a_signal_ends_all_processes_at_once(tmp_path, number, name, group):
     script = tmp_path / "script.py"
     script.write_text(WORKS)

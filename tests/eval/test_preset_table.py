@@ -5,7 +5,7 @@ from pathlib import Path
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.suite import read_suite
 from preset_levels import CHOOSING, JUDGING, STEPS
-from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, long_table, rows
+from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, rows
 
 from dit_accel.methods.preset_figures import PROMPTS
 from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
@@ -41,8 +41,3 @@ def test_the_suites_beside_other_caches_run_what_the_presets_attach():
         arms = {arm.name: arm for arm in read_suite(ROOT / f"eval/suites/presets-{model}.toml").arms}
         for level in LEVELS:
             assert arms[level].methods == (PRESETS[level][0].config,)
-
-
-def test_a_model_without_results_is_left_out(tmp_path: Path):
-    assert rows(tmp_path) == {}
-    assert "preset_levels.py" in long_table(tmp_path)

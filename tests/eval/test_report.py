@@ -103,9 +103,8 @@ def test_several_results_make_one_page(tmp_path):
     assert run(WAN, FLUX).stdout.count("| arm |") == 2
 
 
-@pytest.mark.parametrize("clips", [2, 6])
-def test_json_and_markdown_agree(tmp_path, clips):
-    path = few(tmp_path, "report-wan-tiny", clips)
+def test_json_and_markdown_agree(tmp_path):
+    path = few(tmp_path, "report-wan-tiny", 6)
     data = writing.data_of(report(path))
     assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 3)
     printed = writing.markdown_text(report(path)).splitlines()
@@ -118,10 +117,7 @@ def test_json_and_markdown_agree(tmp_path, clips):
         assert arm["dense"] == (not arm["against_fewer_steps"])
         for found in arm["against_fewer_steps"].values():
             assert f"({found['median']:+.2f}) {found['verdict']}" in row
-            if found["count"] < 6:
-                assert (found["low"], found["verdict"]) == (None, "too few")
-            else:
-                assert f"[{found['low']:+.2f}, {found['high']:+.2f}]" in row
+            assert f"[{found['low']:+.2f}, {found['high']:+.2f}]" in row
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
@@ -207,14 +203,6 @@ def test_further_metrics_have_intervals_and_paired_differences(tmp_path):
     text = page(found)
     assert "warp error, RMS, DIS, less is better" in Page(text).texts
     assert "warp-error@dis" in writing.markdown_text(found)
-
-
-def test_p_values_are_corrected_for_the_number_of_arms(tmp_path):
-    found = report(few(tmp_path, "caches-flux-tiny", 6))
-    arms = [arm.ahead["work"] for arm in found.arms if arm.ahead]
-    least = min(arms, key=lambda one: one.p)
-    assert least.p_holm == min(1.0, len(arms) * least.p)
-    assert all(one.p_holm >= one.p and one.together == len(arms) for one in arms)
 
 
 def test_what_is_written_is_listed(tmp_path):

@@ -11,7 +11,7 @@ from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import read_ladder
 from dit_accel_eval.suites.lines import ResultLine, result_lines
 from dit_accel_eval.suites.pairs import Pair
-from dit_accel_eval.suites.running import run
+from dit_accel_eval.suites.running import run_arms
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_eval.suites.tables import pairs_markdown, suite_markdown
 from fake_model import ARM, HEAD, THIN, command, faked, told
@@ -51,7 +51,7 @@ def job_of(suite, folder):
 
 def test_arms_are_compared_with_the_best_dense_run_of_their_work(folder, fake):
     job = job_of(judging(folder), folder)
-    run(job, range(4, 6))
+    run_arms(job, range(4, 6))
     lines = result_lines(job.out)
     dense = {line.arm: (line.solver, line.flow_shift) for line in lines if line.arm.startswith("dense")}
     own, tuned = ("unipc", None), ("dpm++", 8.0)
@@ -66,11 +66,11 @@ def test_arms_are_compared_with_the_best_dense_run_of_their_work(folder, fake):
     printed = suite_markdown(job.suite, lines)
     assert "best dense runs of the ladder of rivals: dpm++ shift 8 at 2; unipc at 6, 7, 8 steps." in printed
     made = len(fake.made)
-    run(job, range(4, 6))
+    run_arms(job, range(4, 6))
     assert len(fake.made) == made
     (folder / "rivals.toml").write_text(LADDER.replace("8.0", "5.0"))
     with pytest.raises(ConfigError, match=r"arm 'dense 2'.*flow_shift 8\.0.*5\.0"):
-        run(dataclasses.replace(job, suite=judging(folder)), range(4, 6))
+        run_arms(dataclasses.replace(job, suite=judging(folder)), range(4, 6))
 
 
 def test_without_a_ladder_the_table_says_so_and_declared_pairs_stand_below_it(folder, fake):
@@ -78,7 +78,7 @@ def test_without_a_ladder_the_table_says_so_and_declared_pairs_stand_below_it(fo
     assert suite.pairs == (Pair(arm="thin", against="a", margin=3),)
     assert suite.rival(9) == dense_arm(9)
     job = job_of(suite, folder)
-    run(job, range(1))
+    run_arms(job, range(1))
     printed = suite_markdown(suite, result_lines(job.out))
     assert "UniPC's at the model's own noise shift, not the best solver" in printed
     assert printed.index("not the best solver") < printed.index("| thin vs a | +")
@@ -293,7 +293,7 @@ def test_a_rung_is_confirmed_on_clips_that_did_not_choose_it(folder, fake):
     best_rival.write_ladder(found, folder / "rivals.toml", "made so")
     judged = judging(folder)
     job = job_of(judged, folder)
-    run(job, [4])
+    run_arms(job, [4])
     assert ladder.loose in suite_markdown(judged, result_lines(job.out))
 
 

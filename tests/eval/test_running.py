@@ -19,7 +19,7 @@ from dit_accel_eval.suites.figures import Comparison, suite_figures
 from dit_accel_eval.suites.job import Job, check_lines
 from dit_accel_eval.suites.judges import judge_of
 from dit_accel_eval.suites.lines import ResultLine, last_lines, result_lines
-from dit_accel_eval.suites.running import run
+from dit_accel_eval.suites.running import run_arms
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.suites.tables import suite_markdown
 from dit_accel_pipelines.processes.ranks import Ranks
@@ -142,7 +142,7 @@ def test_what_can_not_run_exits_with_2_and_runs_nothing(tmp_path, job, fake):
 
 
 def test_arms_are_compared_with_dense_runs_of_their_work(job):
-    run(job, range(2))
+    run_arms(job, range(2))
     lines = result_lines(job.out)
     dense = ["unipc 2", "unipc 6", "unipc 7", "unipc 8"]
     assert [(line.clip, line.arm) for line in lines] == [(c, a) for c in (0, 1) for a in ("thin", "a", *dense)]
@@ -173,17 +173,17 @@ def measuring(job):
 
 
 def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, fake, monkeypatch):
-    run(job, range(1))
+    run_arms(job, range(1))
     made = len(fake.made)
     absent = dataclasses.replace(metrics()["psnr-change"], missing=lambda: "it is not installed")
     with monkeypatch.context() as patch:
         patch.setitem(metrics(), "psnr-change", absent)
         for _ in range(2):
-            run(measuring, range(1))
+            run_arms(measuring, range(1))
             assert len(fake.made) == made + 2  # both arms once; dense runs are kept
     assert read_lines(job.out)[0]["unavailable"] == {"psnr-change": "it is not installed"}
     for _ in range(2):
-        run(measuring, range(1))
+        run_arms(measuring, range(1))
         assert len(fake.made) == made + 4
     line = read_lines(job.out)[0]
     assert len(line["by_frame"]["psnr"]) == 3
@@ -195,12 +195,12 @@ def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, f
 def test_frames_that_are_not_finite_stop_the_run_with_their_arm(measuring, fake, monkeypatch):
     monkeypatch.setattr(fake, "error", lambda self, clip, steps, solver, shift, methods: np.nan if methods else 0.01)
     with pytest.raises(ConfigError, match=r"clip 0 of arm 'thin'.*finite.*3"):
-        run(measuring, range(1))
+        run_arms(measuring, range(1))
     assert read_lines(measuring.out) == []
 
 
 def test_a_suite_goes_on_where_it_stopped_and_makes_no_dense_run_twice(job, fake):
-    run(job, range(1))
+    run_arms(job, range(1))
     first, made = job.out.read_text(), len(fake.made)
     lines = first.splitlines(keepends=True)
     for text, again in (
@@ -209,26 +209,26 @@ def test_a_suite_goes_on_where_it_stopped_and_makes_no_dense_run_twice(job, fake
         ("".join(lines[1:]), 1),
     ):
         job.out.write_text(text)
-        run(job, range(1))
+        run_arms(job, range(1))
         assert (job.out.read_text(), len(fake.made)) == (first, made + again)
 
 
 def test_timed_arms_are_compared_with_dense_runs_of_their_time(job, fake):
-    run(job, range(1))
+    run_arms(job, range(1))
     timed = dataclasses.replace(job, timed=True, threads=2)
-    run(timed, range(1))
+    run_arms(timed, range(1))
     thin, euler, *dense = result_lines(job.out)
     assert (thin.seconds, thin.dense_seconds, thin.steps_in_time, thin.raw["threads"]) == (7.5, 10.0, 7.5, 2)
     assert euler.steps_in_time == 2
     assert all(line.seconds is None for line in dense)
     assert "| against fewer steps at equal time, dB (median) |" in suite_markdown(job.suite, result_lines(job.out))
     made = len(fake.made)
-    run(timed, range(1))
+    run_arms(timed, range(1))
     assert len(fake.made) == made
 
 
 def test_results_of_something_else_are_refused(job):
-    run(job, range(1))
+    run_arms(job, range(1))
     lines = read_lines(job.out)
     for key, value, message in (
         ("weights", "other", "weights 'other'"),
@@ -239,13 +239,13 @@ def test_results_of_something_else_are_refused(job):
     ):
         written(job.out, [{**lines[0], key: value}, *lines[1:]])
         with pytest.raises(ConfigError, match=message):
-            run(job, range(1))
+            run_arms(job, range(1))
     job.out.write_text("{\n")
     with pytest.raises(ConfigError, match=r"line.*JSON"):
-        run(job, range(1))
+        run_arms(job, range(1))
     methods = {"sol": {**lines[0]["methods"]["sol"], "gone": 1}}  # an option that this release no longer has
     written(job.out, [{**lines[0], "methods": methods}, *lines[1:]])
-    run(job, range(1))
+    run_arms(job, range(1))
 
 
 def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):
@@ -259,7 +259,7 @@ def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monke
     capped = reference.converged(model, 0, tmp_path, most=64)
     assert (capped.steps, capped.agreement < 70) == (64, True)
     monkeypatch.setattr(running, "AGREE", 90.0)
-    run(job, range(1))
+    run_arms(job, range(1))
     said = capsys.readouterr().err
     assert "agree with half as many to" in said
     assert "clip 0 thin: " in said
@@ -281,9 +281,9 @@ def test_a_dense_run_of_something_else_is_refused(tmp_path, fake):
 
 
 def test_frames_are_kept_and_missing_ones_made_up_for(job, fake):
-    run(dataclasses.replace(job, timed=True, threads=2), range(1))
+    run_arms(dataclasses.replace(job, timed=True, threads=2), range(1))
     with_frames = dataclasses.replace(job, frames=job.out.parent / "frames")
-    run(with_frames, range(1))
+    run_arms(with_frames, range(1))
     lines = read_lines(job.out)
     for line in lines:
         methods = [read_suite(job.out.parent / "s.toml").arms[0].methods[0]] if line["methods"] else ()
@@ -293,10 +293,10 @@ def test_frames_are_kept_and_missing_ones_made_up_for(job, fake):
         assert read_kept(job.out.parent / line["kept_reference"], reference_of(line)).shape == found.shape
     assert lines[0]["seconds"] == 7.5  # what was timed before stays
     made = len(fake.made)
-    run(with_frames, range(1))
+    run_arms(with_frames, range(1))
     assert len(fake.made) == made
     (job.out.parent / lines[0]["kept"]).unlink()
-    run(with_frames, range(1))
+    run_arms(with_frames, range(1))
     assert len(fake.made) == made + 1
 
 
@@ -340,14 +340,14 @@ def test_processes_share_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
         member = ranked(rank, 2)
         monkeypatch.setattr(member, "wait", lambda: waited.append(1))
         monkeypatch.setattr(running, "Ranks", lambda member=member: member)
-        run(job, clips)
+        run_arms(job, clips)
     assert len(waited) == 4
     pairs = [(line["clip"], line["arm"]) for line in read_lines(job.out)]
     assert len(pairs) == len({*pairs})
     assert {clip for clip, _ in pairs} == {0, 1}
     for other, options in ((job, dict(workers=2)), (dataclasses.replace(job, timed=True), {})):
         with pytest.raises(ConfigError, match="2 processes, got --"):
-            run(other, clips, **options)
+            run_arms(other, clips, **options)
 
 
 LAUNCHED = """

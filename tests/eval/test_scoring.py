@@ -10,7 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from dit_accel_assets.clips import clip_of, draw
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.metrics.distances import Distance
 from dit_accel_eval.runs.results import keep, read_lines
 from dit_accel_pipelines.generation.media import write_media
@@ -25,7 +25,7 @@ from dit_accel.errors import install
 
 def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
     _, scene, _ = clip_of(seed, frames=1, held_out=True)
-    return draw(scene, frames)
+    return draw_plain(scene, frames)
 
 
 def score(*arguments: str | Path):

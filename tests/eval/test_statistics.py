@@ -18,24 +18,20 @@ def spread(share, draws):
     return 3 * math.sqrt(share * (1 - share) / draws)
 
 
-@pytest.mark.parametrize("clips", false_verdicts.CLIPS)
 @pytest.mark.parametrize("shape", false_verdicts.SHAPES)
-def test_where_there_is_no_difference_one_verdict_in_twenty_is_wrong(shape, clips):
-    wrong, student = false_verdicts.alone(shape, clips, draws := 2000, seed=1)
-    assert wrong <= student  # never more than the plain t test
-    if shape in MILD:
-        assert wrong <= 0.05 + spread(0.05, draws)
-    elif "exponential" in shape:
-        assert wrong <= 0.06 + spread(0.06, draws)
-        assert student > 0.07
-    else:  # so skewed that nothing short of many clips helps
-        assert wrong < student - 0.04
-
-
-@pytest.mark.parametrize("clips", false_verdicts.CLIPS)
-@pytest.mark.parametrize("shape", MILD)
-def test_where_nine_arms_are_all_alike_one_suite_in_twenty_has_a_wrong_verdict(shape, clips):
-    assert false_verdicts.together(shape, clips, draws := 250, seed=1) <= 0.05 + spread(0.05, draws)
+def test_where_there_is_no_difference_one_verdict_in_twenty_is_wrong(shape):
+    for clips in false_verdicts.CLIPS:
+        wrong, student = false_verdicts.alone(shape, clips, draws := 2000, seed=1)
+        assert wrong <= student  # never more than the plain t test
+        if shape in MILD:
+            assert wrong <= 0.05 + spread(0.05, draws)
+            # and of nine arms that are all alike one suite in twenty has a wrong verdict
+            assert false_verdicts.together(shape, clips, draws := 250, seed=1) <= 0.05 + spread(0.05, draws)
+        elif "exponential" in shape:
+            assert wrong <= 0.06 + spread(0.06, draws)
+            assert student > 0.07
+        else:  # so skewed that nothing short of many clips helps
+            assert wrong < student - 0.04
 
 
 def test_a_real_difference_is_found():
@@ -133,17 +129,8 @@ def test_a_cell_tells_the_mean_its_interval_and_how_many_clips_have_a_value():
     assert paired_cell(own, {}, "x") == paired_cell(own, others, "y") == ""
 
 
-def test_rank_correlation():
-    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert rank_correlation([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
-    assert np.isnan(rank_correlation([1, 1], [1, 2]))
-
-
 def test_rank_correlation_ranks_ties_by_their_mean():
-    assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3], [30, 20, 10]) == pytest.approx(-1)
+    assert np.isnan(rank_correlation([1, 1], [1, 2]))
     assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(
         np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]
     )

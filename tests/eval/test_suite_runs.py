@@ -16,12 +16,12 @@ import pytest
 import torch
 from dit_accel_eval.runs import results
 from dit_accel_eval.runs.loaded import EmbeddedModel
-from dit_accel_eval.runs.model import OWN, SuiteModel, check_guided, guided, scheduler_of
+from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided
 from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
 from dit_accel_eval.suites import reference
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.job import Job
-from dit_accel_eval.suites.measuring import median_run, repeated
+from dit_accel_eval.suites.measuring import median_run, repeat_figures
 from dit_accel_eval.suites.running import Runner
 from dit_accel_eval.suites.suite import Suite, read_suite
 from fake_model import ARM, FakeModel, command, faked
@@ -78,7 +78,7 @@ def test_timed_repeats_alternate_with_dense_runs(fake):
     assert [solver for _, _, solver, _ in fake.made] == ["euler", "euler", "unipc", "euler", "unipc"]
     assert ([run.seconds for run in runs], [run.seconds for run in dense]) == ([2, 4], [3, 5])
     assert median_run(runs).seconds == 4
-    assert repeated(runs)["median"] == 3
+    assert repeat_figures(runs)["median"] == 3
     runner.sample(arm, 1)
     assert len(fake.made) == 9  # it is warm
 
@@ -91,7 +91,7 @@ def test_a_scheduler_by_class_follows_the_model_s_own_noise():
         ("unipc", "UniPCMultistepScheduler"), ("euler", "FlowMatchEulerDiscreteScheduler"),
         ("dpm++", "DPMSolverMultistepScheduler"),
     ):  # fmt: skip
-        ours, theirs = scheduler_of(FLOW, solver, {}, None), scheduler_of(FLOW, cls, {}, None)
+        ours, theirs = arm_scheduler(FLOW, solver, {}, None), arm_scheduler(FLOW, cls, {}, None)
         for scheduler in (ours, theirs):
             scheduler.set_timesteps(5)
         assert type(ours) is type(theirs)
@@ -99,15 +99,15 @@ def test_a_scheduler_by_class_follows_the_model_s_own_noise():
 
 
 def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
-    made = scheduler_of(FLOW, "UniPCMultistepScheduler", {"solver_order": 3, "flow_shift": 5.0}, None)
+    made = arm_scheduler(FLOW, "UniPCMultistepScheduler", {"solver_order": 3, "flow_shift": 5.0}, None)
     assert (made.config.solver_order, made.config.flow_shift) == (3, 5.0)
-    own = scheduler_of(FLOW, OWN, {}, None)
+    own = arm_scheduler(FLOW, OWN, {}, None)
     assert (own.config.shift, own is FLOW) == (3.0, False)
     with pytest.raises(ConfigError, match=r"noise schedule, got flow_shift 2\.0"):
-        scheduler_of(FLOW, OWN, {}, 2.0)
+        arm_scheduler(FLOW, OWN, {}, 2.0)
     dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2)
-    assert scheduler_of(dynamic, "FlowMatchHeunDiscreteScheduler", {}, None).config.max_shift == 1.2
-    betas = scheduler_of(diffusers.DDIMScheduler(), "DEISMultistepScheduler", {"solver_order": 3}, None)
+    assert arm_scheduler(dynamic, "FlowMatchHeunDiscreteScheduler", {}, None).config.max_shift == 1.2
+    betas = arm_scheduler(diffusers.DDIMScheduler(), "DEISMultistepScheduler", {"solver_order": 3}, None)
     assert (len(betas.betas), betas.config.solver_order) == (1000, 3)
 
 

@@ -15,7 +15,7 @@ from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune import pipeline as tune_pipeline
 from dit_accel_eval.tune import pipeline_search
-from dit_accel_eval.tune.pipeline_search import Point, Search, Target, known_work, least_work, pareto, read_target
+from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, known_work, least_work, pareto, read_target
 from fake_model import FakeModel, command, faked
 from model_folders import model_folder
 from tuning import tune as tune_command
@@ -243,9 +243,9 @@ def test_targets_and_what_misses_them():
     assert Target(name="warp-error@dis", value=28.0).missed(one) == 1
 
 
-def point(name: str, quality: float, work: float, error: float = 0.0) -> Point:
+def point(name: str, quality: float, work: float, error: float = 0.0) -> Measurement:
     arm = Arm(name=name, num_inference_steps=1)
-    return Point(arm=arm, prompts=6, quality=quality, error=error, work=work, speedup=20 / work)
+    return Measurement(arm=arm, prompts=6, quality=quality, error=error, work=work, speedup=20 / work)
 
 
 def test_the_choice_meets_the_target_by_a_standard_error():
@@ -373,7 +373,7 @@ def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(t
         ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
         ("run = 3\n", "run = 3 is no table; write [run]"),
         ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),
-        ("[run]\nflow_shift = 3.0\n", "flow_shift must be above 0, and goes with a solver, got 3.0, None"),
+        ("[run]\nflow_shift = 3.0\n", "flow_shift goes with a solver, got 3.0 without one; name a solver"),
     ):
         config.write_text(text)
         found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(config)])

@@ -19,7 +19,7 @@ import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.methods.caches.block_numbers import read_numbers
-from dit_accel.methods.caches.profile_file import weights_of
+from dit_accel.methods.caches.profile_file import weights_digest
 from dit_accel.methods.caches.profiling import ProfilingCache
 from dit_accel.rules.foreground import foreground, predicted
 from dit_accel.testing.everything import planned
@@ -159,7 +159,7 @@ def test_both_experts_of_wan_2_2_are_measured(tmp_path):
     content = tune_profile(asked, tmp_path / "profile.json", cached=2).found
     assert [*content["transformers"]] == ["transformer", "transformer_2"]
     for model, entry, known in zip(models, content["transformers"].values(), (range(1, 6), range(7, 10)), strict=True):
-        assert entry["weights"] == weights_of(model)
+        assert entry["weights"] == weights_digest(model)
         for row in entry["by_step"]["error"]:
             assert [step for step, value in enumerate(row) if value is not None] == [*known]
     with dit_accel.attach(pipe, ProfilingCache(blocks=str(tmp_path / "profile.json"), every=2)) as attachment:

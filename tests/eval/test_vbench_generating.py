@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_accel_eval.vbench.generating import own_pieces, pieces, read_augmented, share
-from dit_accel_eval.vbench.prompts import first_of, read_prompts
+from dit_accel_eval.vbench.generating import own_pieces, read_augmented, share_of_work, video_pieces
+from dit_accel_eval.vbench.prompts import first_of, read_full_info
 from dit_accel_pipelines.generation.media import read_video
 from typer.testing import CliRunner
 
@@ -44,28 +44,28 @@ def making(info: Path, *arguments: str | Path):
 
 
 def test_every_video_has_a_seed_of_its_own_whatever_is_asked_for(info, tmp_path):
-    every = read_prompts(info)
+    every = read_full_info(info)
     names = ["subject_consistency", "temporal_flickering"]
-    whole = pieces(every, every, names, tmp_path, None, 100)
+    whole = video_pieces(every, every, names, tmp_path, None, 100)
     assert [len([one for one in whole if one.prompt == text]) for text in PROMPTS] == [5, 25, 5]
     assert len({one.seed for one in whole}) == len(whole)
     assert whole[0].path == tmp_path / f"{PROMPTS[0]}-0.mp4"
-    part = pieces(every, first_of(every, ["subject_consistency"], 1), ["subject_consistency"], tmp_path, 2, 100)
+    part = video_pieces(every, first_of(every, ["subject_consistency"], 1), ["subject_consistency"], tmp_path, 2, 100)
     assert part == whole[:2]
-    last = pieces(every, [every[2]], ["subject_consistency"], tmp_path, None, 100)
+    last = video_pieces(every, [every[2]], ["subject_consistency"], tmp_path, None, 100)
     assert last == whole[-5:]
 
 
 def test_augmented_prompts_are_shown_and_the_videos_called_by_vbenchs(info, tmp_path):
-    every = read_prompts(info)
+    every = read_full_info(info)
     file = tmp_path / "augmented.txt"
     file.write_text("".join(f"{text}, in a very large picture\n" for text in PROMPTS))
     augmented = read_augmented(file, every)
-    found = pieces(every, every, ["subject_consistency", "temporal_flickering"], tmp_path, None, 0, augmented)
+    found = video_pieces(every, every, ["subject_consistency", "temporal_flickering"], tmp_path, None, 0, augmented)
     assert [one.seed for one in found] == [*range(5), *range(100_000, 100_025), *range(200_000, 200_005)]
     assert {one.prompt for one in found} == {*augmented}
     assert found[7].path == tmp_path / f"{PROMPTS[1]}-2.mp4"
-    (one,) = pieces(every, [every[2]], ["subject_consistency"], tmp_path, 1, 7, augmented)
+    (one,) = video_pieces(every, [every[2]], ["subject_consistency"], tmp_path, 1, 7, augmented)
     assert (one.prompt, one.seed) == (augmented[2], 200_007)
     file.write_text(f"{PROMPTS[0]}\n")
     with pytest.raises(ConfigError, match=r"augmented.txt has 1 augmented prompts, and VBench 3"):
@@ -107,22 +107,22 @@ def test_prompts_of_ones_own_need_no_protocol(tmp_path):
 
 
 def test_a_subset_is_the_first_prompts_of_each_dimension(info):
-    every = read_prompts(info)
+    every = read_full_info(info)
     assert first_of(every, ["subject_consistency"], 1) == every[:1]
     assert first_of(every, ["subject_consistency", "temporal_flickering"], 1) == every[:2]
     assert first_of(every, ["subject_consistency"], None) == [every[0], every[2]]
 
 
 def test_shares_are_the_whole_work_once(info, tmp_path):
-    every = read_prompts(info)
-    work = pieces(every, every, ["subject_consistency"], tmp_path, None, 0)
-    shares = [share(work, f"{number}/4") for number in range(4)]
+    every = read_full_info(info)
+    work = video_pieces(every, every, ["subject_consistency"], tmp_path, None, 0)
+    shares = [share_of_work(work, f"{number}/4") for number in range(4)]
     assert sorted(one.path for part in shares for one in part) == sorted(one.path for one in work)
     for wrong in ("4/4", "1", "a/b", "-1/4"):
         with pytest.raises(ConfigError, match=r"--shard.*i/n"):
-            share(work, wrong)
+            share_of_work(work, wrong)
     with pytest.raises(ConfigError, match=r"nothing.*2 videos"):
-        share(work[:2], "3/4")
+        share_of_work(work[:2], "3/4")
 
 
 def test_videos_are_made_once_with_the_cost_told_first(info):

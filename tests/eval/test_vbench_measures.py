@@ -115,12 +115,12 @@ def test_consistency_is_that_of_angles_with_the_frame_before_and_the_first():
     pairs = [(10, 10), (30, 40), (120, 160)]  # degrees to the one before, and to the first
     expected = np.mean([max(0, math.cos(math.radians(one))) / 2 + max(0, math.cos(math.radians(two))) / 2
                         for one, two in pairs])  # fmt: skip
-    found = measures.consistency(features)
+    found = measures.pair_consistency(features)
     assert found.value == pytest.approx(expected)
     assert (found.parts, found.more["cnt_per_video"]) == (3, 3)
     assert found.more["video_sim"] == pytest.approx(3 * expected)
     with pytest.raises(ConfigError, match=r"2 frames.*1"):
-        measures.consistency(features[:1])
+        measures.pair_consistency(features[:1])
 
 
 def test_videos_weigh_as_many_parts_as_they_have():
@@ -130,13 +130,13 @@ def test_videos_weigh_as_many_parts_as_they_have():
 def test_flickering_is_the_mean_difference_of_neighbours():
     frames = noise(5, 6, 7, 3)
     apart = [abs(int(two) - int(one)) for one, two in zip(frames[:-1].ravel(), frames[1:].ravel(), strict=True)]
-    assert measures.flickering(frames).value == pytest.approx(1 - sum(apart) / len(apart) / 255)
-    assert measures.flickering(np.repeat(frames[:1], 4, 0)).value == 1
+    assert measures.frame_flickering(frames).value == pytest.approx(1 - sum(apart) / len(apart) / 255)
+    assert measures.frame_flickering(np.repeat(frames[:1], 4, 0)).value == 1
     with pytest.raises(ConfigError, match=r"2 frames.*1"):
-        measures.flickering(frames[:1])
+        measures.frame_flickering(frames[:1])
 
 
 def test_likeness_is_a_mean_of_cosines():
     frames = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
-    found = measures.likeness(torch.tensor([1.0, 0.0]), frames)
+    found = measures.text_likeness(torch.tensor([1.0, 0.0]), frames)
     assert (found.value, found.parts, found.more["cur_sim"]) == (pytest.approx(1.6 / 3), 3, 0)

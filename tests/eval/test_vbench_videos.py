@@ -8,11 +8,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from dit_accel_assets.clips import clip_of, draw
+from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.metrics.openclip import Weighted
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.vbench import measures, official, run
-from dit_accel_eval.vbench.prompts import read_prompts
+from dit_accel_eval.vbench.prompts import read_full_info
 from dit_accel_pipelines.generation.media import read_video, write_media
 from typer.testing import CliRunner
 
@@ -43,7 +43,7 @@ def kept(tmp_path_factory) -> Path:
     for entry in FULL_INFO:
         for number in range(2):
             _, scene, _ = clip_of(number, frames=1, held_out=True)
-            write_media(at / f"{entry['prompt_en']}-{number}.mp4", draw(scene, 9), fps=8)
+            write_media(at / f"{entry['prompt_en']}-{number}.mp4", draw_plain(scene, 9), fps=8)
     return at
 
 
@@ -112,7 +112,7 @@ def test_a_run_goes_on_where_it_stopped_and_notes_files_that_changed(work, monke
     assert read == ["a still red circle-1.mp4"]
     path = at / "clips" / "a still red circle-0.mp4"
     path.unlink()
-    write_media(path, draw(clip_of(7, frames=1, held_out=True)[1], 9), fps=8)
+    write_media(path, draw_plain(clip_of(7, frames=1, held_out=True)[1], 9), fps=8)
     read.clear()
     assert start(*arguments).stdout != first
     assert read == ["a still red circle-0.mp4"]
@@ -221,7 +221,7 @@ def test_videos_of_ones_own_have_prompts_from_their_names_or_a_file(work):
     start, at = work
     for path in (at / "clips").glob("a *.mp4"):
         path.unlink()
-    write_media(at / "clips" / "drawn.gif", draw(clip_of(0, frames=1, held_out=True)[1], 9), fps=10)
+    write_media(at / "clips" / "drawn.gif", draw_plain(clip_of(0, frames=1, held_out=True)[1], 9), fps=10)
     found = start("--custom", "-d", "temporal_flickering", "--json")
     assert found.exit_code == 0, told(found)
     assert "can't tell flicker from motion" in told(found)
@@ -253,12 +253,12 @@ def test_videos_of_ones_own_have_prompts_from_their_names_or_a_file(work):
 def test_wrong_prompts_are_refused(tmp_path, held, text):
     (tmp_path / "info.json").write_text(json.dumps(held))
     with pytest.raises(ConfigError, match=text):
-        read_prompts(tmp_path / "info.json")
+        read_full_info(tmp_path / "info.json")
 
 
 @pytest.mark.skipif(not official.unpacked().is_file(), reason="VBench's prompts are not unpacked")
 def test_the_official_prompts_are_those_of_the_package():
-    prompts = read_prompts(official.prompts_path())
+    prompts = read_full_info(official.prompts_path())
     assert len(prompts) == 946
     counts = {name: sum(name in one.dimensions for one in prompts) for name in ("color", "human_action", "scene")}
     assert counts == {"color": 85, "human_action": 100, "scene": 86}
@@ -277,4 +277,4 @@ def test_setup_unpacks_the_prompts_or_tells_why_not(tmp_path, monkeypatch):
     official.unpacked().write_text(json.dumps(FULL_INFO))
     found = CliRunner().invoke(app, setup)
     assert (found.exit_code, json.loads(found.stdout)["prompts"]) == (0, str(official.unpacked()))
-    assert len(read_prompts(official.prompts_path())) == len(FULL_INFO)
+    assert len(read_full_info(official.prompts_path())) == len(FULL_INFO)

@@ -11,7 +11,7 @@ from dit_accel_kernels import count_bits, unpack_bits
 from wan_tiny import generate, tiny_transformer
 
 import dit_accel
-from dit_accel import LiteAttention, RadialAttention, SolAttention
+from dit_accel import LiteAttention, RadialAttention
 from dit_accel.attachment.forward_state import as_tensors
 from dit_accel.attachment.op import planned_attention
 from dit_accel.testing.recording import recorded
@@ -58,17 +58,6 @@ def test_it_drops_tiles_after_the_first_call_and_frees_everything_at_the_end(mak
     assert "lite seldom pays below 30000 visual tokens, and there are 80 here" in str(report)
 
 
-def test_neutral_is_bit_equal_and_the_first_call_is_the_dense_plan(pipe):
-    dense = generate(pipe)
-    with dit_accel.attach(pipe, LiteAttention(dense_steps=1000)):
-        assert torch.equal(generate(pipe), dense)
-    with dit_accel.attach(pipe, ACTIVE, backend="reference") as attachment:
-        first = generate(pipe, num_inference_steps=1)
-        assert attachment.report().density == 1.0
-    with dit_accel.attach(pipe, LiteAttention(**{**OPTIONS, "threshold": -1e3}), backend="reference"):
-        assert torch.equal(generate(pipe, num_inference_steps=1), first)
-
-
 @BACKENDS
 def test_sequential_branches_never_share_their_state(pipe, backend):
     """Each branch of guidance evolves as it does where another handler serves the other branch."""
@@ -101,39 +90,6 @@ def _exact_of_one_branch(pipe, backend, kept, latents):
     return [call.exact for call in calls if call.context.branch == kept]
 
 
-@pytest.mark.parametrize("extra", [{}, {"rest": "pooled"}, {"criterion": "mass", "threshold": 0.3}, {"target": 0.6}])
-def test_second_generation_equals_the_first_whatever_ran_between(pipe, extra):
-    options = {**OPTIONS, **extra}
-    if "target" in options:
-        options = {"block_size": 16, "dense_steps": 0, "target_density": options["target"]}
-    with dit_accel.attach(pipe, LiteAttention(**options)) as attachment:
-        first = generate(pipe)
-        density = attachment.report().density
-        assert density < 1
-        generate(pipe, height=48, num_frames=13)
-        generate(
-            pipe, prompt=["a red circle", "a blue square"], generator=[torch.Generator().manual_seed(i) for i in (0, 1)]
-        )
-        generate(pipe, num_inference_steps=3)
-        assert torch.equal(generate(pipe), first)
-
-        def stop(pipe, step, timestep, tensors):
-            if step == 2:
-                raise RuntimeError("stopped")
-            return tensors
-
-        with pytest.raises(RuntimeError, match="stopped"):
-            generate(pipe, callback_on_step_end=stop)
-        assert attachment.engine.handlers[0]._states
-        assert torch.equal(generate(pipe), first)
-        assert attachment.report().density == density
-        with pytest.raises(RuntimeError, match="stopped"):
-            generate(pipe, callback_on_step_end=stop)
-        attachment.reset()
-        assert not attachment.engine.handlers[0]._states
-        assert attachment.report().steps
-
-
 def test_a_target_density_holds_within_two_points(pipe):
     for target in (0.5, 0.8):
         config = LiteAttention(block_size=16, dense_steps=0, target_density=target)
@@ -141,28 +97,6 @@ def test_a_target_density_holds_within_two_points(pipe):
             generate(pipe, height=48, width=64)
             steps = attachment.report().steps
         assert all(step.density == 1 if step.step_index == 0 else abs(step.density - target) < 0.02 for step in steps)
-
-
-def test_a_batch_equals_its_rows(pipe):
-    prompts = ["a red circle moving right", "a blue square moving up"]
-    for config in (ACTIVE, LiteAttention(block_size=16, dense_steps=0, target_density=0.6)):
-        with dit_accel.attach(pipe, config):
-            rows = [generate(pipe, prompt=p, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(prompts)]
-            seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-            both = generate(pipe, prompt=prompts, generator=seeds)
-        torch.testing.assert_close(both, torch.cat(rows), rtol=1e-4, atol=1e-4)
-
-
-def test_two_pipelines_interleaved_do_not_meet(make_pipe):
-    one, two = make_pipe(0), make_pipe(1)
-    with dit_accel.attach(one, ACTIVE), dit_accel.attach(two, LiteAttention(**{**OPTIONS, "rest": "pooled"})):
-        alone = generate(one), generate(two)
-
-        def run_other(pipe, step, timestep, tensors):
-            assert torch.equal(generate(two), alone[1])
-            return tensors
-
-        assert torch.equal(generate(one, callback_on_step_end=run_other), alone[0])
 
 
 def test_the_experts_of_wan_2_2_begin_anew(make_pipe):
@@ -239,19 +173,6 @@ def test_radial_s_list_is_the_universe_in_radial_s_tiles(pipe, backend):
         listed = unpack_bits(call.exact, len(states))
         assert not (listed & ~states).any()
     assert not (listed | ~states).all()
-
-
-def test_any_order_of_three_methods_is_one_plan(pipe):
-    radial = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
-    sol = SolAttention(block_size=16, beta=-0.5, dense_steps=0, dense_layers=0)
-    lite = LiteAttention(threshold=-0.01, dense_steps=0)
-    results = []
-    for methods in ((radial, sol, lite), (lite, sol, radial), (sol, lite, radial)):
-        with dit_accel.attach(pipe, *methods, preset="none") as attachment:
-            results.append(generate(pipe, height=64))
-            assert attachment.report().sparse_density < 1
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 def test_mochi_keeps_a_state_for_each_row():
@@ -351,24 +272,6 @@ def test_a_budget_bounds_the_mean_mass_of_every_call(pipe):
             lost = ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) * ~exact).sum(-1)
             assert float(lost.mean()) <= budget
     assert density < 1
-
-
-def test_the_command_line_generates_with_it(tmp_path):
-    from typer.testing import CliRunner
-
-    from dit_accel.cli.app import app
-
-    out = tmp_path / "clip.gif"
-    arguments = ["generate", "a red circle", "--lite", "--set", "lite.block_size=16", "--set", "lite.threshold=-4"]
-    arguments += ["--set", "lite.must_keep=[0,16]", "--num-frames", "5", "--num-inference-steps", "3", "-o", str(out)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert out.exists()
-    result = CliRunner().invoke(app, ["generate", "a", "--set", "lite.threshold=1", "-o", str(out)])
-    assert result.exit_code == 2
-    result = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--lite", "--json"])
-    assert result.exit_code == 0
-    assert '"uncounted_methods": [\n    "lite"' in result.output
 
 
 def test_bits_take_a_bit_a_tile(pipe):

@@ -5,10 +5,8 @@ import warnings
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanVACETransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
-from dit_accel_pipelines.families.wan import WAN
-from wan_tiny import TINY, generate, tiny_transformer
+from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import RadialAttention
@@ -59,39 +57,6 @@ def test_sparse_changes_the_output_then_detach_restores_it(pipe):
     assert "radial seldom pays below 20000 visual tokens" in str(report)
 
 
-def test_all_tiles_kept_is_dense_to_rounding(pipe):
-    dense = generate(pipe)
-    everything = RadialAttention(block_size=128, dense_steps=0, dense_layers=0)
-    with dit_accel.attach(pipe, everything):
-        torch.testing.assert_close(generate(pipe), dense, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("extra", [{}, {"rest": "pooled"}, {"order": "tiles"}, {"boundary": "published"}])
-def test_second_generation_equals_the_first_whatever_ran_between(pipe, extra):
-    with dit_accel.attach(pipe, RadialAttention(**SPARSE, **extra)):
-        first = generate(pipe)
-        generate(pipe, height=48, num_frames=13)
-        assert torch.equal(generate(pipe), first)
-
-        def stop(pipe, step, timestep, tensors):
-            if step == 2:
-                raise RuntimeError("stopped")
-            return tensors
-
-        with pytest.raises(RuntimeError, match="stopped"):
-            generate(pipe, callback_on_step_end=stop)
-        assert torch.equal(generate(pipe), first)
-
-
-def test_a_batch_equals_its_rows(pipe):
-    prompts = ["a red circle moving right", "a blue square moving up"]
-    with dit_accel.attach(pipe, RadialAttention(**SPARSE)):
-        rows = [generate(pipe, prompt=p, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(prompts)]
-        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-        both = generate(pipe, prompt=prompts, generator=seeds)
-    torch.testing.assert_close(both, torch.cat(rows), rtol=1e-4, atol=1e-5)
-
-
 def test_two_pipelines_with_other_settings_do_not_meet(make_pipe):
     one, two = make_pipe(0), make_pipe(1)
     settings = RadialAttention(**SPARSE), RadialAttention(**dict(SPARSE, rest="pooled", dense_layers=0))
@@ -116,22 +81,6 @@ def test_two_pipelines_with_other_settings_do_not_meet(make_pipe):
             thread.join()
         assert torch.equal(results[0], alone[0])
         assert torch.equal(results[1], alone[1])
-
-
-def test_both_experts_of_wan_2_2_share_the_step_count(make_pipe):
-    euler = FlowMatchEulerDiscreteScheduler(shift=12.0)  # with UniPC no timestep of four is below the boundary
-    pipe = make_pipe(transformer_2=tiny_transformer(5, text_dim=96), boundary_ratio=0.6, scheduler=euler)
-    plain = generate(pipe)
-    with dit_accel.attach(pipe, RadialAttention(**SPARSE)) as attachment:
-        first = generate(pipe)
-        assert torch.equal(generate(pipe), first)
-        report = attachment.report()
-    assert torch.equal(generate(pipe), plain)
-    by_expert = {name: [s for s in report.steps if s.transformer == name] for name in ("transformer", "transformer_2")}
-    assert by_expert["transformer"][0].step_index == 0
-    low_noise = by_expert["transformer_2"]
-    assert low_noise
-    assert all(step.step_index > 0 and step.sparse_layers == 2 for step in low_noise)
 
 
 def test_guidance_batched_in_one_call_and_steps_counted_without_a_context():
@@ -228,29 +177,6 @@ def test_dense_calls_use_the_backend_the_user_set(pipe):
     assert torch.equal(generate(pipe), expected)
 
 
-def test_gradients_flow_through_the_plan():
-    transformer = tiny_transformer().double()
-    latents = torch.randn(1, 12, 5, 8, 8, dtype=torch.float64, requires_grad=True)
-    text = torch.randn(1, 6, 64, dtype=torch.float64)
-    config = RadialAttention(**dict(SPARSE, dense_steps=0, dense_layers=0, rest="pooled"))
-
-    def loss() -> torch.Tensor:
-        out = transformer(latents, torch.tensor([500.0]), text, return_dict=False)[0]
-        return out.square().sum()
-
-    with dit_accel.attach(transformer, config):
-        loss().backward()
-        direction = torch.randn_like(latents)
-        with torch.no_grad():
-            step = 1e-2  # Wan rounds to float32 inside
-            latents += step * direction
-            up = loss()
-            latents -= 2 * step * direction
-            down = loss()
-    assert all(p.grad is not None for p in transformer.blocks[0].attn1.parameters())
-    torch.testing.assert_close((latents.grad * direction).sum(), (up - down) / (2 * step), rtol=1e-2, atol=1e-3)
-
-
 @pytest.mark.parametrize("how", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_compiled_full_graph_makes_two_graphs_and_the_same_video(make_pipe, how):
     from torch._dynamo.utils import counters
@@ -271,44 +197,6 @@ def test_compiled_full_graph_makes_two_graphs_and_the_same_video(make_pipe, how)
         assert counters["stats"]["unique_graphs"] == 2
         assert attachment.report().sparse_density < 1
     torch._dynamo.reset()
-
-
-def test_image_conditioned_and_control_transformers():
-    latents, text = torch.randn(1, 12, 5, 8, 8), torch.randn(1, 6, 64)
-    step = torch.tensor([500.0])
-    image_to_video = tiny_transformer(in_channels=28, image_dim=24, added_kv_proj_dim=32)
-    inputs = dict(
-        hidden_states=torch.randn(1, 28, 5, 8, 8), timestep=step, encoder_hidden_states=torch.randn(1, 512, 64),
-        encoder_hidden_states_image=torch.randn(1, 7, 24),
-    )  # fmt: skip
-    per_token = dict(hidden_states=latents, timestep=step.expand(1, 80), encoder_hidden_states=text)
-    torch.manual_seed(0)
-    vace = WanVACETransformer3DModel(**TINY, vace_layers=[0, 2], vace_in_channels=20).eval()
-    control = dict(
-        hidden_states=latents, timestep=step, encoder_hidden_states=text,
-        control_hidden_states=torch.randn(1, 20, 5, 8, 8), control_hidden_states_scale=torch.ones(2),
-    )  # fmt: skip
-    for transformer, call, sparse_layers in (
-        (image_to_video, inputs, 2),
-        (tiny_transformer(), per_token, 2),
-        (vace, control, 3),
-    ):
-        with torch.no_grad():
-            plain = transformer(**call, return_dict=False)[0]
-            with dit_accel.attach(transformer, RadialAttention(**NEUTRAL)):
-                assert torch.equal(transformer(**call, return_dict=False)[0], plain)
-            with dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0))) as attachment:
-                assert not torch.equal(transformer(**call, return_dict=False)[0], plain)
-                # the first block of each list is dense; one call a layer
-                assert [s.sparse_layers for s in attachment.report().steps] == [sparse_layers]
-
-
-def test_recipes_follow_the_released_sizes():
-    config = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}
-    assert WAN.family(config, 1).name.startswith("wan2.1")
-    assert WAN.family(config, 2).name == "wan2.2-a14b"
-    assert WAN.recipe("radial", WAN.family(config, 2))["block_size"] == 64
-    assert WAN.family({**config, "num_layers": 7}, 1) is None
 
 
 class TestBadInput:

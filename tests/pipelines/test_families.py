@@ -16,7 +16,7 @@ from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.adapters.rotary import Rope
 from dit_accel.cli.method_options import select_methods
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.sizes import rounded_frames, token_layout
 from dit_accel.methods.registry import methods
 

@@ -14,7 +14,7 @@ from dit_accel import UnsupportedModel
 from dit_accel.adapters import installed
 from dit_accel.adapters.block_lists import block_lists, blocks_of
 from dit_accel.adapters.model_files import ModelFiles
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.methods import registry as methods
 from dit_accel.testing.tiny_models import Case
 

@@ -1,7 +1,6 @@
 """Where image tokens lie in calls that the checks do not make: reference images, caches, padding, ragged batches."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters import position_ids as positions
-from dit_accel.adapters.installed import adapter_for
 from dit_accel.plan.masks import key_validity
 from dit_accel.testing.everything import planned
 from dit_accel.testing.method_cases import METHOD_CASES
@@ -302,28 +300,6 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     ):
         forward(compiled, inputs)
     torch._dynamo.reset()
-
-
-RELEASED = {  # what the hub's configs set besides the class's defaults
-    "flux.2-dev": ("Flux2Transformer2DModel", {}),
-    "z-image-turbo": ("ZImageTransformer2DModel", {}),
-    "chroma1-hd": ("ChromaTransformer2DModel", {}),
-    "hunyuan-image-2.1": ("HunyuanImageTransformer2DModel", {}),
-    "hidream-i1": ("HiDreamImageTransformer2DModel", {}),
-    "cogview4-6b": ("CogView4Transformer2DModel", dict(num_layers=28, num_attention_heads=32, attention_head_dim=128)),
-    "cogview3-plus-3b": ("CogView3PlusTransformer2DModel", {}),
-    "lumina-image-2.0": ("Lumina2Transformer2DModel", {}),
-    "aura-flow-0.3": ("AuraFlowTransformer2DModel", {}),
-    "pixart-sigma": ("PixArtTransformer2DModel", {}),
-}
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_image_models_are_recognised(name):
-    cls, changes = RELEASED[name]
-    parameters = inspect.signature(getattr(diffusers, cls).__init__).parameters.values()
-    config = {parameter.name: parameter.default for parameter in parameters} | changes
-    assert adapter_for(cls).family(config).name == name
 
 
 def test_the_mask_of_omnigen_is_no_key_padding():

@@ -12,7 +12,7 @@ import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SparseD
 from dit_accel.adapters import installed
 from dit_accel.cli.app import app
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.sizes import token_layout
 
 WAN_PLAIN = WAN.families[-1]

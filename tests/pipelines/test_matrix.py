@@ -1,16 +1,16 @@
 """Every stock pipeline of diffusers that an adapter covers, with every method, in every situation of a user's day.
 
 Each row of a batch is that row alone, a second run is the first, whatever ran before; what does not go together is
-refused by name, as the adapter declares. `make test` runs a case of every third pipeline, with all methods and
-situations in turn, `make test-slow` every method on nearly every second pipeline, `make test-rare` on the others, `make
-test-pipelines` all cases.
+refused by name, as the adapter declares. `make test` runs one case of as few pipelines as have every method and every
+situation, `make test-slow` one of every pipeline and every method on a third of them, `make test-rare` on the others,
+`make test-pipelines` all cases.
 """
 
 import time
 from collections.abc import Callable
 
 import pytest
-from matrix_cases import Case, cases_of, few, many, plain_of, wrong_in
+from matrix_cases import Case, cases_of, few, many, plain_of, quick, wrong_in
 from matrix_classes import covered, pipeline_classes
 from matrix_limits import forwards_of, found_of, limits, refused_of
 from matrix_methods import METHODS, names_of
@@ -19,13 +19,10 @@ from tiny_stock import NOT_BUILT, PIPELINES
 
 from dit_accel.methods.registry import handlers
 
-QUICK = list(PIPELINES)[2::3]
-"""Pipelines whose one case `make test` runs; the others' is slow."""
-
 KIN = ("LTX2InContextPipeline", "LTX2ImageToVideoPipeline", "LTX2ModularPipeline")
 """Pipelines of long runs beside the LTX2Pipeline, around the same transformer."""
 
-HALF = [name for name in list(PIPELINES)[::2] if name not in KIN]
+THIRD = [name for name in list(PIPELINES)[::3] if name not in KIN]
 """Pipelines that `make test-slow` runs with every method, `make test-rare` the others."""
 
 
@@ -39,7 +36,7 @@ def require_right(name: str, cases: list[Case], record: Callable[[str, object], 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in PIPELINES]
+    "name", [pytest.param(one, marks=[] if one in quick() else pytest.mark.slow) for one in PIPELINES]
 )
 def test_a_pipeline_is_right_with_a_method_in_a_situation(name, record_property):
     assert refused_of(plain_of(name)) == limits()[name].refused, "run tests/support/matrix_limits.py"
@@ -48,7 +45,7 @@ def test_a_pipeline_is_right_with_a_method_in_a_situation(name, record_property)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[] if one in HALF else pytest.mark.rare) for one in PIPELINES]
+    "name", [pytest.param(one, marks=[] if one in THIRD else pytest.mark.rare) for one in PIPELINES]
 )
 def test_a_pipeline_is_right_with_every_method(name, record_property):
     require_right(name, many(name), record_property)
@@ -93,7 +90,7 @@ def test_guidance_comes_in_one_call_and_in_two():
 
 
 def test_the_samples_have_every_method_every_situation_and_every_pipeline():
-    methods, situations = zip(*(few()[name] for name in QUICK), strict=True)
+    methods, situations = zip(*(few()[name] for name in quick()), strict=True)
     assert set(few()) == set(PIPELINES)
     assert set(methods) == set(METHODS)
     assert set(situations) == set(SITUATIONS)

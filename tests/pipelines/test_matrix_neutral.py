@@ -2,7 +2,7 @@
 
 What guidance adds leads away from the perturbed forward. Where that one leaves out other tiles than the conditional
 forward, or reuses other steps, it leads away from that difference as well, and of a perturbation of nothing that alone
-is left. `make test` tries nearly each method once, `make test-slow` all, with pairs.
+is left. `make test` tries nearly each method once, `make test-slow` all, with pairs, `make test-rare` in every case.
 """
 
 import contextlib
@@ -236,9 +236,19 @@ def test_nothing_is_added_beside_a_method(name, record_property):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.rare) for name in BESIDE])
 def test_nothing_is_added_beside_a_method_by_anything(name, record_property):
     require_nothing_added(BESIDE[name], CASES, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BESIDE)
+def test_nothing_is_added_beside_a_method_by_each_guidance(name, record_property):
+    """Each in one of its cases, another beside every method."""
+    turn, kinds = list(BESIDE).index(name), {}
+    for case in CASES:
+        kinds.setdefault((case[0], case[3]), []).append(case)
+    require_nothing_added(BESIDE[name], [cases[turn % len(cases)] for cases in kinds.values()], record_property)
 
 
 @pytest.mark.slow
@@ -252,8 +262,8 @@ def test_nothing_is_added_beside_a_pair(name, record_property):
         except ConfigError:
             continue  # they are refused together
         turn = (names.index(name) + names.index(other)) % 2
-        cases = [("seg", 0.3, bool(turn), "branch"), ("softpag", 0.3, not turn, "branch")]
-        require_nothing_added(tuple(pair.values()), cases, record_property)
+        case = ("seg", 0.3, bool(turn), "branch") if turn else ("softpag", 0.3, True, "branch")
+        require_nothing_added(tuple(pair.values()), [case], record_property)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from unittest import mock
 
-import matrix_cases
 import pytest
 import torch
 import wan_tiny
@@ -142,10 +141,3 @@ def test_a_plan_says_what_it_costs():
     result = CliRunner().invoke(app, ["plan", "--family", "mochi-1", "--nag"])
     assert result.exit_code != 0
     assert "on mochi it can't: its processor attends row by row" in " ".join(result.stderr.split())
-
-
-def test_text_that_a_pipeline_gives_with_a_further_axis_is_led():
-    """Allegro's pipeline gives [B, 1, tokens, C], which the model takes as [B, tokens, C]."""
-    plain = matrix_cases.plain_of("AllegroPipeline")
-    assert matrix_cases.wrong_in("AllegroPipeline", [("nag", "one prompt"), ("nag", "two prompts, equal seeds")]) == []
-    assert plain.call["prompt_embeds"].ndim == 3

@@ -13,7 +13,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.rotary import Rope
-from dit_accel.estimate.estimate import estimate
+from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.sizes import pixel_multiples
 from dit_accel.methods.registry import handlers, methods
 

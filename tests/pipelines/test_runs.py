@@ -48,28 +48,6 @@ def generate_tiny(pipe, call, **changes):
     return pipe(**{**call, "output_type": "latent", "generator": torch.Generator().manual_seed(0), **changes})[0]
 
 
-@pytest.mark.parametrize("method", [LITE, SPARSED], ids=lambda method: method.name)
-def test_a_run_after_an_interrupted_or_failed_one_is_a_fresh_one(sd3, method):
-    pipe, call = sd3
-    with dit_accel.attach(pipe, method):
-        fresh = run_stock(pipe, call, generator=torch.Generator().manual_seed(1))
-
-    def interrupt(pipe, step, timestep, tensors):
-        pipe._interrupt = True
-        return tensors
-
-    def fail(pipe, step, timestep, tensors):
-        raise RuntimeError("stopped")
-
-    with dit_accel.attach(pipe, method) as attachment:
-        run_stock(pipe, call, callback_on_step_end=interrupt)
-        assert torch.equal(run_stock(pipe, call, generator=torch.Generator().manual_seed(1)), fresh)
-        with pytest.raises(RuntimeError, match="stopped"):  # in step 0: the timestep does not rise afterwards
-            run_stock(pipe, call, callback_on_step_end=fail)
-        assert torch.equal(run_stock(pipe, call, generator=torch.Generator().manual_seed(1)), fresh)
-        assert len(attachment.report().steps) == call["num_inference_steps"]
-
-
 def test_runs_of_one_step_follow_each_other_as_runs(sd3):
     pipe, call = sd3
     with dit_accel.attach(pipe, SPARSED) as attachment:

@@ -322,7 +322,7 @@ def held():
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_many_requests_at_once_are_as_if_alone(count, start, setting, record_property):
     setting(METHODS)
     kinds = list(requests(count))

@@ -116,35 +116,6 @@ def _places():
     return torch.stack([rows * 0, rows, columns], -1).flatten(0, 1).float()
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "HunyuanVideoPipeline", "FluxPipeline"])
-@pytest.mark.parametrize("method", [LITE, EasyCache(threshold=0.5, warmup_steps=1)], ids=lambda method: method.name)
-def test_a_run_after_one_that_raised_or_was_interrupted_is_as_the_first(name, method):
-    """Attached to the transformer alone: the pipeline that runs it tells where a run begins, and its steps."""
-    pipe, call = stock_pipeline(name)
-    call["num_inference_steps"] = 6
-
-    def stop_at(step, interrupt=False):
-        def callback(pipe, index, timestep, kwargs):
-            if index == step and interrupt:
-                pipe._interrupt = True
-            elif index == step:
-                raise KeyError(step)
-            return kwargs
-
-        return callback
-
-    with dit_accel.attach(pipe.transformer, method) as attachment:
-        fresh = latents(pipe, call, 3)
-        assert attachment.denoising.num_inference_steps == 6
-    with dit_accel.attach(pipe.transformer, method):
-        for step in (0, 2):
-            with pytest.raises(KeyError):
-                latents(pipe, call, callback_on_step_end=stop_at(step))
-            assert torch.equal(latents(pipe, call, 3), fresh)
-        latents(pipe, call, callback_on_step_end=stop_at(0, interrupt=True))
-        assert torch.equal(latents(pipe, call, 3), fresh)
-
-
 def test_two_transformers_of_which_each_holds_one_prompt_are_branches_of_their_own():
     """One step each: the second transformer's forwards are not told apart by the timestep of the run before."""
     pipe, call = stock_pipeline("Ideogram4Pipeline")
@@ -218,15 +189,6 @@ def test_a_second_thread_around_one_attachment_is_refused_and_the_first_one_righ
             hook.remove()
         assert torch.equal(wan_tiny.generate(other), alone)  # the first run is over, and ran in another thread
         assert torch.equal(run_in("third", lambda: wan_tiny.generate(wan))(), alone)
-
-
-def test_two_pipelines_with_transformers_of_their_own_run_in_two_threads(make_pipe):
-    pipes = [make_pipe(), make_pipe()]
-    with dit_accel.attach(pipes[0], LITE), dit_accel.attach(pipes[1], LITE):
-        alone = [wan_tiny.generate(pipe) for pipe in pipes]
-        waits = [run_in(index, lambda pipe=pipe: wan_tiny.generate(pipe)) for index, pipe in enumerate(pipes)]
-        for wait, one in zip(waits, alone, strict=True):
-            assert torch.equal(wait(), one)
 
 
 def test_loops_by_hand_in_two_threads_end_in_an_error_in_both_where_they_mixed():

@@ -22,6 +22,7 @@ BRANCHES = {
     ),
     **dict.fromkeys(("MochiPipeline", "CogVideoXPipeline", "LTXPipeline"), ("cond_uncond",)),
     "LTX2Pipeline": ("cond_uncond", "uncond_stg", "uncond_modality"),
+    "WanImageToVideoPipeline, a timestep a token": GUIDED,
     "WanAnimatePipeline": ("cond",),
 }
 """Pipeline class -> the branches of a step, in the order in which they run; those that are told, and those counted."""

@@ -167,28 +167,6 @@ def test_a_weaker_model_that_is_none_is_refused(make_pipe, tmp_path):
         wan_tiny.generate(pipe)
 
 
-def test_two_prompts_in_one_call_are_not_taken_for_guidance():
-    """SD3 without guidance on two prompts: an even number of rows, each conditional."""
-    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
-    two = {
-        key: torch.cat([value, value.flip(-1)]) if isinstance(value, torch.Tensor) else value
-        for key, value in call.items()
-    }
-    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)):
-        together = run_stock(pipe, two, guidance_scale=1.0, latents=torch.randn(2, 4, 16, 20, generator=seeded()))
-        noise = torch.randn(2, 4, 16, 20, generator=seeded())
-        for row in range(2):
-            one = {
-                key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in two.items()
-            }
-            alone = run_stock(pipe, one, guidance_scale=1.0, latents=noise[row : row + 1])
-            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
-
-
-def seeded():
-    return torch.Generator().manual_seed(5)
-
-
 def test_pipelines_that_rescale_by_the_conditional_prediction_are_refused_with_the_reason():
     method = SoftPAG(heads="L1", u=1.0)
     pipe, call = stock_pipeline("QwenImagePipeline")
@@ -241,15 +219,6 @@ def test_behind_any_guider_the_branch_is_added_to_its_result(guider):
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
 
 
-def test_a_modular_pipeline_is_guided_behind_its_guider():
-    pipe, call = stock_pipeline("Flux3ModularPipeline")
-    plain = run_stock(pipe, call)
-    with dit_accel.attach(pipe, SoftPAG(heads="L1", u=1.0)) as attachment:
-        made = run_stock(pipe, call)
-        assert attachment.report().section("softpag").data["forwards_added"] == 3
-    assert not torch.equal(made, plain)
-
-
 @pytest.mark.parametrize(("name", "changes"), [("LTXPipeline", {}), ("HunyuanVideoPipeline", {})])
 def test_free_mode_perturbs_the_unconditional_rows_alone(name, changes):
     """unc is perturbed in unc + s (cond - unc): the guided prediction moves by (1 - s) (unc - perturbed)."""
@@ -272,20 +241,6 @@ def test_a_run_that_perturbs_nothing_is_told():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             run_stock(pipe, call)  # said once
-
-
-@pytest.mark.parametrize("method", [SoftPAG(heads="L1H1", u=0.6, scale=2.0), SLG(layers="L1", start=0.0, stop=1.0)])
-def test_a_transformer_for_each_prompt_is_perturbed_in_the_conditional_one_alone(method):
-    """Ideogram 4: what the conditional one adds to the image's tokens, the other gets as well."""
-    pipe, call = stock_pipeline("Ideogram4Pipeline")
-    plain = run_stock(pipe, call)
-    with dit_accel.attach(pipe, method) as attachment:
-        made = run_stock(pipe, call)
-        section = attachment.report().section(method.name)
-    assert section.data["forwards_added"] == 3
-    assert section.data["steps"] == [0, 1, 2]
-    assert not torch.equal(made, plain)
-    assert {entry.transformer for entry in attachment.report().steps if "/" in entry.branch} <= {"transformer"}
 
 
 @pytest.mark.parametrize("mode", ["branch", "free"])

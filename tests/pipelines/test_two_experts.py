@@ -9,7 +9,7 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import DFA, ConfigError, DBPrune, ProfilingCache
-from dit_accel.methods.caches.profile_file import weights_of
+from dit_accel.methods.caches.profile_file import weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.registry import handler_of
 
@@ -121,7 +121,7 @@ def test_the_foreground_is_told_anew_by_the_second_expert(pipe):
 
 def write_profile(path, pipe, **cached):
     entries = {
-        name: {"weights": weights_of(getattr(pipe, name)), "blocks": 3, "cached": blocks}
+        name: {"weights": weights_digest(getattr(pipe, name)), "blocks": 3, "cached": blocks}
         for name, blocks in cached.items()
     }
     path.write_text(json.dumps({"profile": 1, "model": "tiny", "transformers": entries}))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.suites import running
 from typer.testing import CliRunner, Result
 
@@ -35,11 +35,11 @@ class DrawnModel:
     def draw(self, clip: int, call: dict[str, Any], plain: bool) -> np.ndarray:
         raise NotImplementedError
 
-    def run(self, clip: int, *, steps: int, solver: Any, flow_shift: Any, methods: Any, call: Any) -> Run:
+    def run(self, clip: int, *, steps: int, solver: Any, flow_shift: Any, methods: Any, call: Any) -> ModelRun:
         assert steps == 2
         self.made.append((clip, call, len(methods)))
         frames = self.draw(clip, call, not methods)
-        return Run(frames=frames, counts=Counts(blocks=1, attention=1), attended=1.0, seconds=1.0)
+        return ModelRun(frames=frames, counts=Counts(blocks=1, attention=1), attended=1.0, seconds=1.0)
 
 
 def standing_in(monkeypatch: pytest.MonkeyPatch, model: type[DrawnModel]) -> Iterator[None]:

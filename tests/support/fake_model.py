@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.model import Run
+from dit_accel_eval.runs.model import ModelRun
 from dit_accel_eval.suites import running
 from typer.testing import CliRunner, Result
 
@@ -46,11 +46,11 @@ class FakeModel:
         counts = Counts(blocks=12 * steps, attention=12 * steps)
         return {"counts": counts, "attended": 0.5 if methods else 1.0, "seconds": steps * (0.75 if methods else 1.0)}
 
-    def run(self, clip, *, steps, solver, flow_shift=None, methods=(), call=None) -> Run:
+    def run(self, clip, *, steps, solver, flow_shift=None, methods=(), call=None) -> ModelRun:
         self.made.append((clip, steps, solver, tuple(method.name for method in methods)))
         base = np.random.default_rng(clip).random((3, 16, 16, 3), dtype=np.float32) / 2
         frames = np.clip(base + self.error(clip, steps, solver, flow_shift, methods), 0, 1)
-        return Run(frames=frames.astype(np.float32), **self.cost(steps, methods))
+        return ModelRun(frames=frames.astype(np.float32), **self.cost(steps, methods))
 
 
 def faked(monkeypatch: pytest.MonkeyPatch, model: type = FakeModel) -> Iterator[type]:

@@ -12,6 +12,7 @@ from dit_accel.adapters.block_lists import block_lists, blocks_of
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters.noise import noise_of
 from dit_accel.adapters.rotary import changeable_axes, rope_of
 from dit_accel.errors import ConfigError
 from dit_accel.methods.base import Place
@@ -50,7 +51,7 @@ def declared(trial: Trial) -> str | None:
     names = class_names(trial.pipe)
     if thins and (why := next((UNREADABLE[name] for name in names if name in UNREADABLE), None)):
         return "how many tokens this forward has along each axis" if Place.POSITIONS in places else why
-    if thins and trial.method not in ("rope", "lite") and names & set(MASKED):
+    if thins and trial.method not in ("rope", "lite", *GUIDING) and names & set(MASKED):
         return "sparse attention follows masks that hide keys"
     if trial.method == "dfa" and "scheduler" in trial.pipe.components and not _flows(trial.pipe):
         return "reads the foreground off a flow model's prediction"
@@ -70,9 +71,7 @@ def declared(trial: Trial) -> str | None:
 
 
 def _flows(pipe: Any) -> bool:
-    scheduler = pipe.scheduler
-    flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
-    return flow and getattr(pipe, "sigma_max", 1.0) <= 1  # Cosmos 2 hands EDM's sigmas to a flow scheduler
+    return noise_of(pipe.scheduler) == "flow" and getattr(pipe, "sigma_max", 1.0) <= 1  # Cosmos 2 hands on EDM's sigmas
 
 
 def _no_positions(adapter: Adapter, transformer: Any) -> str | None:

@@ -17,26 +17,18 @@ from dit_accel_kernels import api
 from dit_accel_kernels.problem import Problem
 from dit_accel_kernels.selection import Selection
 from dit_accel_pipelines import ADAPTERS
+from method_table import TABLE
 
-from dit_accel import DeltaAttention, LiteAttention, RadialAttention, SolAttention, SparseD, UltraViCo, attach
+from dit_accel import attach
+from dit_accel.testing.method_cases import configs_of
 from dit_accel.testing.tiny_models import Case, TinyModel
 
 CALLS = Path(__file__).parents[2] / "kernels" / "bench" / "calls.json"
-ALWAYS = dict(dense_steps=0, dense_last_steps=0, dense_layers=0)
-SETTINGS = {
-    "radial": (RadialAttention(block_size=16, decay_factor=0.2, sink=False, **ALWAYS),),
-    "radial, pooled rest": (RadialAttention(block_size=16, decay_factor=0.2, sink=False, rest="pooled", **ALWAYS),),
-    "radial, tiles": (RadialAttention(block_size=16, decay_factor=0.2, sink=False, order="tiles", **ALWAYS),),
-    "lite": (LiteAttention(block_size=16, dense_steps=0),),
-    "lite, by mass": (LiteAttention(block_size=16, dense_steps=0, criterion="mass"),),
-    "lite, by budget": (LiteAttention(block_size=16, dense_steps=0, criterion="budget"),),
-    "lite, pooled rest": (LiteAttention(block_size=16, dense_steps=0, rest="pooled"),),
-    "sparsed": (SparseD(block_size=16, density=0.5, **ALWAYS),),
-    "sparsed, pooled rest": (SparseD(block_size=16, density=0.5, rest="pooled", **ALWAYS),),
-    "delta": (DeltaAttention(stride=8), SparseD(block_size=16, density=0.5, **ALWAYS)),
-    "sol": (SolAttention(block_size=16, **ALWAYS),),
-    "ultravico": (UltraViCo(trained_frames=2, alpha=0.5),),
-}
+ROWS = (
+    "radial", "radial, pooled rest", "radial, tiles", "lite", "lite, by mass", "lite, by budget", "lite, pooled rest",
+    "sparsed", "sparsed, pooled rest", "delta", "sol", "ultravico",
+)  # fmt: skip
+SETTINGS = {row: configs_of(TABLE[row].active) for row in ROWS}
 TOGETHER = (
     ("radial", "lite"), ("radial", "ultravico"), ("lite", "ultravico"), ("sol", "ultravico"), ("radial, tiles", "lite"),
     ("radial, tiles", "ultravico"),

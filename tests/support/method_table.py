@@ -109,7 +109,12 @@ TABLE: dict[str, MethodCase] = {
         ),
     ),
     "lite, by mass": _variant("lite", criterion="mass", threshold=0.2, allow_positive_threshold=False),
+    "lite, by budget": replace(
+        _variant("lite", criterion="budget", threshold=0.4, allow_positive_threshold=False), thins=False
+    ),
     "lite, pooled rest": _variant("lite", rest="pooled"),
+    "lite, target density": _variant("lite", threshold=None, target_density=0.6, allow_positive_threshold=False),
+    "lite, refreshed": _variant("lite", refresh_every=3),
     "sparsed": _row(
         "sparsed", beside=(RADIAL, LITE, d.SolAttention(**SPARSE)), held=CALLS * BITS,
         bad=(
@@ -124,13 +129,14 @@ TABLE: dict[str, MethodCase] = {
         "delta", trains=False,
         bad=each(stride=(0, 2.0), reuse=(0,), margin=(-1, NAN), shrink=("no",), rotate=(2,), reactivate=(1,)),
     ),
+    "delta, reused": replace(METHOD_CASES["delta"], active=(d.DeltaAttention(stride=4, reuse=2), RADIAL), trains=False),
     "sol": _row(
         "sol", beside=(RADIAL, d.UltraViCo(trained_frames=2, alpha=0.5)), held=0,
         bad=BAD_SPARSE + each(beta=(NAN, INF, "1"), beta_last=(-INF,), threshold=("full",), sink=("none",)),
     ),
     "sol, exact": _variant("sol", threshold="exact", beta_last=0.5),
     "lvsa": _row(
-        "lvsa", beside=(LITE,), held=0,
+        "lvsa", beside=(LITE, RADIAL, SPARSED, d.UltraViCo(trained_frames=3, alpha=0.5, first_frame=True)), held=0,
         bad=BAD_SPARSE[:1] + each(window=(-1,), first=(-2,), trained_frames=(0,), rest=("drop",), rotate=(1,)),
     ),
     "lvsa, pooled rest": _variant("lvsa", rest="pooled"),
@@ -139,7 +145,11 @@ TABLE: dict[str, MethodCase] = {
         bad=each(every=(0,), share=(1.5,), warmup_steps=(-1, 2.5), last_steps=(-1,)),
     ),
     "ultravico": _row(
-        "ultravico", beside=(RADIAL, LITE, SPARSED), held=0,
+        "ultravico", held=0,
+        beside=(
+            RADIAL, replace(RADIAL, rest="pooled"), LITE, SPARSED, d.SolAttention(**SPARSE),
+            d.RoPE(kind="ntk", trained_frames=3),
+        ),
         bad=(
             *each(alpha=(1.1, 0.0), period=(1, INF), gamma=(-1,), trained_frames=(0, 2.5)),
             ({"period": 9, "beta": -0.5},), ({"alpha": 0.8, "beta": 0.9}, "alpha = 0.8"),

@@ -13,7 +13,6 @@ import tiny_image_kits as image
 import tiny_video_kits as video
 import torch
 from diffusers import modular_pipelines as package
-from diffusers.modular_pipelines import ModularPipeline
 from tiny_parts import (
     EDITED,
     EULER,
@@ -93,13 +92,9 @@ def pipeline_class(name: str) -> Any:
     """Return a modular pipeline's class."""
     for found in pkgutil.iter_modules(package.__path__):
         if found.ispkg:
-            importlib.import_module(f"{package.__name__}.{found.name}.modular_pipeline")
-    stack = [ModularPipeline]
-    while stack:
-        cls = stack.pop()
-        if cls.__name__ == name:
-            return cls
-        stack += cls.__subclasses__()
+            module = importlib.import_module(f"{package.__name__}.{found.name}.modular_pipeline")
+            if hasattr(module, name):
+                return getattr(module, name)
     raise KeyError(name)
 
 
@@ -159,11 +154,6 @@ def _cosmos3_distilled() -> Kit:
     return kit
 
 
-def _flux3_distilled() -> Kit:
-    model = tiny("flux3", flow_map=True)
-    return modular("Flux3DistilledModularPipeline", "Flux3ModularPipeline", dict(transformer=model))
-
-
 def _control_of_each(call: Call, prompts: Any) -> Call:
     fields = {name: value.repeat(len(prompts), 1, 1, 1, 1) for name, value in call["denoiser_input_fields"].items()}
     return {**call, "denoiser_input_fields": fields}
@@ -202,6 +192,9 @@ MODULAR: dict[str, tuple[str, Call]] = {
     "Flux2ModularPipeline": ("Flux2Pipeline", {}),
     "Flux2KleinModularPipeline": ("Flux2KleinPipeline", {}),
     "Flux2KleinBaseModularPipeline": ("Flux2KleinPipeline", {}),
+    "Flux3DistilledModularPipeline": (
+        "Flux3ModularPipeline", dict(parts={"transformer": tiny("flux3", flow_map=True)}),
+    ),
     "HeliosModularPipeline": ("HeliosPipeline", {}),
     "HeliosPyramidModularPipeline": ("HeliosPyramidPipeline", {}),
     "HeliosPyramidDistilledModularPipeline": (
@@ -397,7 +390,6 @@ PIPELINES: dict[str, Stock] = {
     "LTX2HDRPipeline": Stock(video.ltx2),
     "LTX2DFRPipeline": Stock(video.ltx2),
     "Cosmos3DistilledModularPipeline": Stock(_cosmos3_distilled),
-    "Flux3DistilledModularPipeline": Stock(_flux3_distilled),
     "WanImageToVideoPipeline, two experts": Stock(lambda: video.both_experts(video.wan_first_last_frame())),
     "WanVACEPipeline, two experts": Stock(lambda: video.both_experts(video.wan_vace())),
     **{name: Stock(partial(modular, name, of, **more), rows=ROWS.get(name)) for name, (of, more) in MODULAR.items()},
@@ -405,8 +397,10 @@ PIPELINES: dict[str, Stock] = {
 """Pipeline class, and a variant of it -> how it is made."""
 
 NOT_BUILT: dict[str, str] = {
-    "Cosmos2_5_PredictBasePipeline": "it resizes with torchvision, which the tests do not install",
-    "Cosmos2_5_TransferPipeline": "its control network resizes with torchvision, which the tests do not install",
+    **dict.fromkeys(
+        ("Cosmos2_5_PredictBasePipeline", "Cosmos2_5_TransferPipeline"),
+        "it resizes with torchvision, which the tests do not install",
+    ),
     "EasyAnimateControlPipeline": "diffusers 0.42.1 calls its encode_prompt with an argument that it does not take",
     "LTX2DFRTemporalRefinePipeline": "it refines the latents, keyframes and sound that LTX2DFRPipeline gives",
 }

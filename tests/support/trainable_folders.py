@@ -3,52 +3,51 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import tiny_video_kits as video
 import torch
 import transformers
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from dit_accel_assets import model_path
-from tiny_models import HUNYUAN_TINY, LTX_TINY, MOCHI
+from tiny_parts import EULER, Kit, assemble, build, tiny_video
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 WIDTH = 96
 """Of the embedded model's text embeddings, which Wan, Mochi and LTX take here."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Case:
     """A tiny model and the clips that it trains on: five frames of 4 x 4 tokens.
 
     Attributes:
-        make: builds the pipeline.
+        pipeline: its class.
+        kit: makes what it is assembled of.
         frames: of a clip.
         size: height and width of a clip.
         modules: attention modules that a LoRA changes, four layers each.
         changes: of the recipe.
     """
 
-    make: Callable[[], Any]
+    pipeline: type
+    kit: Callable[[], Kit]
     frames: int
     size: int
     modules: int
     changes: Any = None
 
 
-def _built(cls: type, config: dict[str, Any], seed: int = 0) -> Any:
-    """A model from a seed, its gates opened: some start at zero, which would hide all that attention does."""
-    torch.manual_seed(seed)
-    model = cls(**config).eval()
-    for parameter in model.parameters():
-        if not bool(parameter.any()):
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 def _embedded() -> Any:
     return diffusers.WanPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.float32)
+
+
+def _texts() -> dict[str, Any]:
+    embedded = _embedded()
+    return dict(text_encoder=embedded.text_encoder, tokenizer=embedded.tokenizer)
 
 
 def _words(template: str = "") -> Any:
@@ -63,10 +62,6 @@ def _words(template: str = "") -> Any:
 
 
 def hunyuan_video() -> Any:
-    vae = dict(
-        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-    )  # fmt: skip
     llama_words, clip_words = _words(DEFAULT_PROMPT_TEMPLATE["template"]), _words()
     torch.manual_seed(1)
     llama = transformers.LlamaModel(
@@ -81,78 +76,62 @@ def hunyuan_video() -> Any:
             eos_token_id=1, pad_token_id=0,
         )
     )  # fmt: skip
-    return diffusers.HunyuanVideoPipeline(
-        text_encoder=llama.eval(), tokenizer=llama_words, text_encoder_2=clip.eval(), tokenizer_2=clip_words,
-        transformer=_built(diffusers.HunyuanVideoTransformer3DModel, dict(HUNYUAN_TINY, guidance_embeds=True)),
-        vae=_built(diffusers.AutoencoderKLHunyuanVideo, vae),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    return video.hunyuan_video().but(
+        transformer=tiny_video("hunyuan-video", guidance_embeds=True), text_encoder=llama.eval(),
+        tokenizer=llama_words, text_encoder_2=clip.eval(), tokenizer_2=clip_words,
     )  # fmt: skip
 
 
 def mochi() -> Any:
-    embedded = _embedded()
-    vae = dict(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5)
-    transformer = dict(MOCHI[0].config, in_channels=12, text_embed_dim=WIDTH, max_sequence_length=256)
-    return diffusers.MochiPipeline(
-        text_encoder=embedded.text_encoder, tokenizer=embedded.tokenizer, force_zeros_for_empty_prompt=True,
-        transformer=_built(diffusers.MochiTransformer3DModel, transformer),
-        vae=_built(diffusers.AutoencoderKLMochi, vae),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-    )  # fmt: skip
+    model = tiny_video("mochi", in_channels=12, text_embed_dim=WIDTH, max_sequence_length=256)
+    return video.mochi().but(transformer=model, force_zeros_for_empty_prompt=True, **_texts())
 
 
 def ltx() -> Any:
-    embedded = _embedded()
     vae = dict(
         latent_channels=4, block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, True, False), patch_size=4,
         decoder_spatio_temporal_scaling=(True, True, True, False), patch_size_t=1,
     )  # fmt: skip
-    autoencoder = _built(diffusers.AutoencoderKLLTXVideo, vae)
+    autoencoder = build(diffusers.AutoencoderKLLTXVideo, vae, 0.2, True)
     autoencoder.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     autoencoder.latents_std.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
-    return diffusers.LTXPipeline(
-        text_encoder=embedded.text_encoder, tokenizer=embedded.tokenizer,
-        transformer=_built(diffusers.LTXVideoTransformer3DModel, dict(LTX_TINY, caption_channels=WIDTH)),
-        vae=autoencoder,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
-        ),
-    )  # fmt: skip
+    shifted = EULER(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+    )
+    model = tiny_video("ltx", caption_channels=WIDTH)
+    return video.ltx().but(transformer=model, vae=autoencoder, scheduler=shifted, **_texts())
 
 
 def wan(**options: Any) -> Any:
     """The embedded autoencoder and text encoder around one tiny transformer, or two."""
-    embedded = _embedded()
-    config = dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12,
-        text_dim=WIDTH, freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=64,
-    )  # fmt: skip
-    parts = {"transformer": _built(diffusers.WanTransformer3DModel, config)}
+    parts = {"transformer": tiny_video("wan", text_dim=WIDTH, in_channels=12, out_channels=12)}
     if "boundary_ratio" in options:
-        parts["transformer_2"] = _built(diffusers.WanTransformer3DModel, config, seed=1)
-    given = {name: getattr(embedded, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    return diffusers.WanPipeline(**given, **parts, **options)
+        second = parts["transformer_2"] = tiny_video("wan", text_dim=WIDTH, in_channels=12, out_channels=12)
+        second.blocks[0].attn1.to_q.weight.data.mul_(-1)
+    embedded = _embedded()
+    return Kit(dict(**_texts(), vae=embedded.vae, scheduler=embedded.scheduler, **parts, **options))
+
+
+def _two(expert: str) -> Case:
+    kit = partial(wan, boundary_ratio=0.875)
+    return Case(diffusers.WanPipeline, kit, frames=9, size=32, modules=3, changes={"expert": expert})
 
 
 CASES = {
-    "hunyuan-video": Case(make=hunyuan_video, frames=17, size=64, modules=4),
-    "mochi": Case(make=mochi, frames=25, size=64, modules=3),
-    "ltx": Case(make=ltx, frames=33, size=128, modules=3),
-    "wan ti2v": Case(make=lambda: wan(expand_timesteps=True), frames=9, size=32, modules=3),
-    "wan a14b high": Case(
-        make=lambda: wan(boundary_ratio=0.875), frames=9, size=32, modules=3, changes={"expert": "high"}
-    ),
-    "wan a14b low": Case(
-        make=lambda: wan(boundary_ratio=0.875), frames=9, size=32, modules=3, changes={"expert": "low"}
-    ),
-}  # fmt: skip
+    "hunyuan-video": Case(diffusers.HunyuanVideoPipeline, hunyuan_video, frames=17, size=64, modules=4),
+    "mochi": Case(diffusers.MochiPipeline, mochi, frames=25, size=64, modules=3),
+    "ltx": Case(diffusers.LTXPipeline, ltx, frames=33, size=128, modules=3),
+    "wan ti2v": Case(diffusers.WanPipeline, partial(wan, expand_timesteps=True), frames=9, size=32, modules=3),
+    "wan a14b high": _two("high"),
+    "wan a14b low": _two("low"),
+}
 """Name of a model beyond Wan 2.1 -> how it is built and what it trains on."""
 
 
 def pipeline_folder(case: Case, folder: Path) -> Path:
     """Save a case's pipeline."""
-    case.make().save_pretrained(folder)
+    assemble(case.pipeline, case.kit())[0].save_pretrained(folder)
     return folder
 
 

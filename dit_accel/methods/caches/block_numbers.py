@@ -15,26 +15,26 @@ def read_numbers(text: str | Sequence[int], option: str) -> tuple[int, ...]:
     Raises:
         ConfigError: for a text that can't be read, a number below 0, or none.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(",") if isinstance(text, str) else text:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ConfigError(
                 f"{option} = {text!r} can't be read at {str(part)!r}; write block numbers and ranges such as '0, 2-7'"
             )
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if not found:
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not numbers:
         raise ConfigError(f"{option} names 0 blocks; name some, such as '0, 2-7', or leave it unset")
-    return tuple(sorted(found))
+    return tuple(sorted(numbers))
 
 
 def spell_numbers(blocks: Iterable[int]) -> str:
     """Return block numbers as a text of numbers and ranges."""
-    return ", ".join(str(one) if one == two else f"{one}-{two}" for one, two in runs_of([*blocks]))
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs_of([*blocks]))
 
 
 def kinds_of(blocks: Sequence[Block]) -> str:
-    """Return how many blocks of each list there are, in words."""
+    """Return the number of blocks of each list, as text."""
     kinds = Counter(block.list.pattern for block in blocks)
     return f" ({', '.join(f'{count} of {pattern}' for pattern, count in kinds.items())})"
 

@@ -85,7 +85,7 @@ class StepCacheConfig(MethodConfig):
             raise ConfigError(f"{self.name}.growing = True needs {self.name}.max_consecutive, got None; set the bound")
 
     def reached(self, count: int | None) -> int | None:
-        """Return how many steps of a run of ``count`` the predictor reaches; None: any number.
+        """Return the number of steps past a computed one that the predictor is used for; None: any number.
 
         Raises:
             ConfigError: for a share of a run whose steps are not known.
@@ -123,16 +123,17 @@ class StepCacheConfig(MethodConfig):
         Raises:
             ConfigError: if the options need the run's steps, which are not known.
         """
-        if count is not None and count < (self.min_steps or 0):
-            return "few steps"
         _, last = end_steps(self, "warmup_steps", "last_steps", count)
-        if index < self.first_steps(count, expert):
-            return "first steps"
-        if count is not None and index >= count - last:
-            return "last steps"
         if self.compute_at and count is None:
             raise unknown_steps(self, "compute_at", "leave it out")
-        return "listed" if index in {round(at * ((count or 0) - 1)) for at in self.compute_at or ()} else None
+        total = sys.maxsize if count is None else count
+        if total < (self.min_steps or 0):
+            return "few steps"
+        if index < self.first_steps(count, expert):
+            return "first steps"
+        if index >= total - last:
+            return "last steps"
+        return "listed" if index in {round(at * (total - 1)) for at in self.compute_at or ()} else None
 
     def first_steps(self, count: int | None, expert: ExpertSteps = ALONE) -> int:
         """Return the step of a run of ``count`` before which a transformer computes all of its steps.
@@ -206,7 +207,7 @@ class MeasuredCacheConfig(StepCacheConfig):
 
 
 def is_unconditional(branch: str, method: str) -> bool:
-    """Tell by its name whether a branch is the unconditional one; raise `ConfigError` where names don't tell."""
+    """Return whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
     name = branch.rsplit("/", 1)[-1]
     if name == "cond_uncond":
         raise ConfigError(

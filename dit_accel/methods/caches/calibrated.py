@@ -48,12 +48,12 @@ class CalibratedHandler(StepCacheHandler):
 
     @classmethod
     def recipe_name(cls, config: Any) -> str:
-        """Return under which name families keep what fills a config."""
+        """Return the name under which families keep the values for a config."""
         return config.name
 
     @classmethod
     def recipe(cls, config: CalibratedConfig, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options of the config on a model, the numbers included.
+        """Return the values of a model for options that are unset, the numbers included.
 
         Raises:
             ConfigError: where there are no numbers for the model, or the given ones are another model's, or a family is
@@ -72,7 +72,7 @@ class CalibratedHandler(StepCacheHandler):
                     f"them on it: dit-accel tune {name}"
                 )
             return {key: value for key, value in recipe.items() if not key.startswith(numbers)}
-        known = {of: found for of, one in families().items() if (found := one.recipes.get(kept_as))}
+        known = {of: table for of, released in families().items() if (table := released.recipes.get(kept_as))}
         if family is not None:
             if family not in known:
                 raise ConfigError(

@@ -21,7 +21,7 @@ DAMPING = 0.2
 """Share of the line's change that a corrected forecast does not follow; without a correction that loses quality."""
 
 
-class Correction:
+class ForecastCorrection:
     """Corrects the computed outputs of one branch for what the skipped steps before them were off by."""
 
     def __init__(self, settings: StepCacheConfig) -> None:

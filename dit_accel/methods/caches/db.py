@@ -85,7 +85,7 @@ class DBHandler(SpanHandler):
         self._first_blocks, self._last_blocks = self.settings.first_blocks or 0, self.settings.last_blocks or 0
 
     def indicator(self, context: ForwardContext, decision: BlockDecision) -> float | None:
-        """Return how much of what the first blocks add changed since the last computed step; waits for the device."""
+        """Return the relative change of what the first blocks add since a computed step; waits for the device."""
         now, before = self._passes[context.transformer].added, decision.added
         if now is None or before is None:
             return None
@@ -118,11 +118,11 @@ class DBHandler(SpanHandler):
         self, step: StepContext, block: Block, run: Callable[[Streams], Streams], streams: Streams
     ) -> Streams:
         now, versions = self._passes.get(step.transformer), versions_of(streams)
-        given = run(streams)
+        output = run(streams)
         if now is not None:
             now.require_unwritten(streams, versions, block.index)
-            now.note_first(streams, given)
-        return given
+            now.note_first(streams, output)
+        return output
 
     def report(self) -> Section | None:
         """Return what was computed and reused in the last generation, and how many blocks a reused forward runs."""
@@ -138,5 +138,5 @@ class FirstBlockHandler(DBHandler):
 
 
 def takes_skips(block: Block) -> bool:
-    """Tell whether a block takes what earlier ones gave besides its streams, as HunyuanDiT's late ones do."""
+    """Return whether a block also takes outputs of earlier blocks, as HunyuanDiT's late ones do."""
     return "skip" in inspect.signature(type(block.module).forward).parameters

@@ -92,7 +92,7 @@ class EasyHandler(StepCacheHandler):
     settings: EasyCache
 
     def indicator(self, context: ForwardContext, decision: EasyDecision) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included; waits for the device.
+        """Return the expected changes of the steps since the last computed one, summed; waits for the device.
 
         With ``error``: what the forecast of this step is expected to be off by.
         """
@@ -109,7 +109,7 @@ class EasyHandler(StepCacheHandler):
         return decision.total
 
     def threshold(self) -> float | None:
-        """Return what the indicator is compared with."""
+        """Return the number that the indicator is compared with."""
         return StepCacheHandler.threshold(self) if self.settings.error is None else self.settings.error
 
     def arrived(self, context: ForwardContext, decision: EasyDecision, history: History, output: Any) -> None:
@@ -122,7 +122,7 @@ class EasyHandler(StepCacheHandler):
         decision.grown = grown
 
     def _grown(self, context: ForwardContext, decision: EasyDecision) -> float:
-        """Return what the error of a forecast for a step has grown to, up to a factor; 0 at a computed step."""
+        """Return the growth of a forecast's error up to a step, up to a factor; 0 at a computed step."""
         passed = decision.places[-self.settings.passed_points :]
         return growth(passed, self._place(context)) ** GROWTH
 

@@ -21,9 +21,9 @@ from ..gradients import is_recorded
 from ..saving import Saving
 from ..site import ForwardContext, Site, target_sample
 from .cache_config import ExpertSteps, MeasuredCacheConfig, StepCacheConfig, is_unconditional
-from .history import History, given_beside, own_copies, shapes_of
+from .history import BranchOutput, History, given_beside, own_copies, tensor_shapes
 from .log import CachedForward, section_of
-from .ranks import agreed, groups_of
+from .ranks import agreed, process_groups
 
 
 @dataclass(slots=True)
@@ -99,24 +99,24 @@ class StepCacheHandler(Handler):
     # What a cache says.
 
     def indicator(self, context: ForwardContext, decision: StepDecision) -> float | None:
-        """Return how much a step that may be skipped changed; it is skipped below the threshold.
+        """Return a measure of a step's change; the step is skipped while it is below the threshold.
 
         None: nothing is measured, and every step that may be skipped is.
         """
         return None
 
     def threshold(self) -> float | None:
-        """Return what the indicator is compared with."""
+        """Return the number that the indicator is compared with."""
         return self.settings.threshold if isinstance(self.settings, MeasuredCacheConfig) else None
 
     def seen(self, context: ForwardContext, decision: StepDecision) -> None:
-        """Note the input of a step, computed or not, after it was decided; what the decision keeps of it is copied."""
+        """Note the input of a step that was decided; tensors of it that the decision keeps are copied."""
 
     def arrived(self, context: ForwardContext, decision: StepDecision, history: History, output: Any) -> None:
-        """Note what a step that was computed gave, beside what its branch's history would have forecast for it."""
+        """Note the output of a computed step, which its branch's history could have forecast."""
 
     def computed(self, context: ForwardContext, decision: StepDecision, output: Any) -> None:
-        """Note what a step that was computed gave; what the decision keeps of it is copied."""
+        """Note the output of a computed step; tensors of it that the decision keeps are copied."""
 
     # What all of them share.
 
@@ -129,12 +129,12 @@ class StepCacheHandler(Handler):
         return target_sample(context.inputs[self.model.adapter.latents])
 
     def stored(self, context: ForwardContext) -> Tensor:
-        """Return what was stored of the sample that the branch's last computed forward gave."""
+        """Return the stored prediction of the branch's last computed forward."""
         return target_sample(self._histories[context.transformer, context.branch].last())
 
     def numbers(self, context: ForwardContext, *values: Tensor) -> list[float]:
         """Return scalars as numbers, summed over the ranks that must decide alike; waits for the device once."""
-        return agreed(list(values), groups_of(self.transformer_of(context)))
+        return agreed(list(values), process_groups(self.transformer_of(context)))
 
     def install(self, site: Site) -> None:
         """Run around every forward of the transformer; raise `ConfigError` if another cache is active on it."""
@@ -180,12 +180,7 @@ class StepCacheHandler(Handler):
             if leads:
                 decision = self._new_decision(context, decision)
                 self._see(context, decision)
-        corrected = output if beside is None else beside.mended(output)
-        if history.correction is not None:
-            missed = functools.partial(history.missed, output, latents, context.step_index, self._end(context))
-            corrected = history.correction.computed(output, context, history.growth, missed)
-            if corrected is not output:
-                history.mend(output, corrected, context.step_index)
+        corrected = self._corrected(context, history, output, latents, beside)
         if leads and history.points:
             self.arrived(context, decision, history, output)
         history.take(output, latents, context.step_index, beside)
@@ -195,15 +190,29 @@ class StepCacheHandler(Handler):
         self.note_held(self._held())
         return corrected
 
+    def _corrected(
+        self, context: ForwardContext, history: History, output: Any, latents: Any, beside: BranchOutput | None
+    ) -> Any:
+        """Return a computed output, corrected for the skipped steps before it, or as the branch beside it was."""
+        if beside is not None:
+            return beside.mended(output)
+        if history.correction is None:
+            return output
+        missed = functools.partial(history.missed, output, latents, context.step_index, self._end(context))
+        corrected = history.correction.computed(output, context, history.growth, missed)
+        if corrected is not output:
+            history.mend(output, corrected, context.step_index)
+        return corrected
+
     def is_trained(self, context: ForwardContext, latents: Any) -> bool:
-        """Tell whether gradients are taken through a forward, to its latents or to any of the weights."""
+        """Return whether a forward is recorded for gradients of its latents or of any weight."""
         if context.training or is_recorded(latents):
             return True
         weights = self.transformer_of(context).parameters()
         return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
     def _begin(self, context: ForwardContext) -> None:
-        """Begin a forward; drop what another expert left, which says nothing of what this one gives.
+        """Begin a forward, and forget the steps of another expert.
 
         Raises:
             ConfigError: if another cache was switched on after this one was attached.
@@ -219,7 +228,7 @@ class StepCacheHandler(Handler):
         self._reach = self.settings.reached(context.num_inference_steps)
 
     def _holds_a_prompt(self, transformer: str) -> bool:
-        """Tell whether a transformer makes one prompt's forward of every step, beside another that makes the rest."""
+        """Return whether a transformer serves one prompt alone, in every step, beside another for the other prompt."""
         return transformer in self.model.adapter.guidance.branch_of
 
     def _expert_steps(self, context: ForwardContext) -> ExpertSteps:
@@ -234,8 +243,8 @@ class StepCacheHandler(Handler):
         return self.model.family.first_expert if self.model.family else None
 
     def _shapes(self, context: ForwardContext) -> Any:
-        """Return what must stay the same for what was stored and measured to be of use."""
-        return shapes_of(context.inputs[self.model.adapter.latents])
+        """Return the shapes that must not change, or what was stored and measured is of no use."""
+        return tensor_shapes(context.inputs[self.model.adapter.latents])
 
     def _new_history(self, shapes: Any, beside: bool = False) -> History:
         assert self._start is not None
@@ -281,7 +290,7 @@ class StepCacheHandler(Handler):
         return decision
 
     def _held(self) -> int:
-        """Return how many bytes are held from step to step now."""
+        """Return the bytes that are kept from step to step at this moment."""
         return sum(holder.nbytes for holder in (*self._histories.values(), *self._decisions.values()))
 
     def _see(self, context: ForwardContext, decision: StepDecision) -> None:
@@ -326,7 +335,7 @@ class StepCacheHandler(Handler):
         return history is not None and bool(history.points)
 
     def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
-        """Return whether a step is skipped, and why, by what is measured; anything but a number below computes it."""
+        """Compare the indicator with the threshold; return whether the step is skipped, and the reason."""
         threshold = self.threshold()
         if threshold is not None and not threshold > 0:
             return False, "threshold 0"
@@ -366,11 +375,11 @@ class StepCacheHandler(Handler):
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:
     """Raise `ConfigError` if one of diffusers' caches, or cache-dit's, is active where another is or is to be."""
-    found = None
+    active = None
     if getattr(transformer, "is_cache_enabled", False):
         enabled = type(transformer._cache_config).__name__
-        found = f"diffusers' {enabled} is enabled on it already; call pipe.{name}.disable_cache() first"
+        active = f"diffusers' {enabled} is enabled on it already; call pipe.{name}.disable_cache() first"
     elif getattr(transformer, "_is_cached", False) and hasattr(transformer, "_context_manager"):  # cache-dit's marks
-        found = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
-    if found:
-        raise ConfigError(f"{requested} can't act on {name}, which takes one cache: {found}")
+        active = "cache-dit is active on it already; call cache_dit.disable_cache(pipe) first"
+    if active:
+        raise ConfigError(f"{requested} can't act on {name}, which takes one cache: {active}")

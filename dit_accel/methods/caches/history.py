@@ -11,11 +11,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from ...rules import forecast
 from ..site import ForwardContext, sample_of, target_sample, with_sample
 from .cache_config import StepCacheConfig
-from .correction import DAMPING, Correction
+from .correction import DAMPING, ForecastCorrection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Point:
+class StoredStep:
     """What one step gave.
 
     Attributes:
@@ -44,7 +44,7 @@ class BranchOutput:
     mends: list[Any] | None = None
 
     def of_rows(self, rows: Sequence[int]) -> "BranchOutput":
-        """Return what some rows give."""
+        """Return the output of some rows."""
         (values, spec), mends = _of_rows(self.values, self.spec, rows), self.mends
         return BranchOutput(values, spec, None if mends is None else _of_rows(mends, self.spec, rows)[0])
 
@@ -84,17 +84,17 @@ class History:
         self._reach = reach
         self._start = start
         self._held_on = held_on
-        self.correction = Correction(settings) if settings.predictor == "corrected" and not beside else None
+        self.correction = ForecastCorrection(settings) if settings.predictor == "corrected" and not beside else None
         self.shapes = shapes
-        self.points: list[Point] = []
+        self.points: list[StoredStep] = []
         self.skipped: list[int] = []
-        self._forecast: Point | None = None  # of the last step, where Heun's predictor reads it
+        self._forecast: StoredStep | None = None  # of the last step, where Heun's predictor reads it
         self._spec: TreeSpec | None = None
         self._mends: tuple[int, list[Any]] | None = None
 
     def gives_other(self, output: Any) -> bool:
-        """Tell whether an output has other shapes than what is stored, as a first one that holds the text too."""
-        return bool(self.points) and shapes_of(output) != shapes_of(self.last())
+        """Return whether an output has other shapes than the stored one, as a first one that holds text too."""
+        return bool(self.points) and tensor_shapes(output) != tensor_shapes(self.last())
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +103,7 @@ class History:
         return sum(value.nbytes for point in points for value in point.values if isinstance(value, Tensor))
 
     def last(self) -> Any:
-        """Return what is stored of the last point, in the form of an output."""
+        """Return the last stored values, in the form of an output."""
         assert self._spec is not None
         return tree_unflatten(self.points[-1].values, self._spec)
 
@@ -113,7 +113,7 @@ class History:
         self._mends = step, [new.to(_wide(new)) - old if isinstance(new, Tensor) else None for new, old in pairs]
 
     def output_of(self, step: int, end: int) -> BranchOutput | None:
-        """Return what the branch gives in a step that it has made already; None before the first."""
+        """Return the branch's output, computed or forecast, in a step that it has made; None before the first one."""
         if not self.points or self._spec is None:
             return None
         computed = self.points[-1].step == step
@@ -136,7 +136,7 @@ class History:
         points = points[-(self._settings.kept_points - 1) :] if self._settings.kept_points > 1 else []
         if self._forecast is not None and points:
             points.append(self._forecast)
-        self.points = [*points, Point(step, values)]
+        self.points = [*points, StoredStep(step, values)]
         self.skipped, self._forecast = [], None
 
     def forecast(self, latents: Any, step: int, end: int, beside: BranchOutput | None = None) -> Any:
@@ -149,7 +149,7 @@ class History:
             return tree_unflatten(self._outputs(beside.values, latents), beside.spec)
         values = self._values(step, end)
         if self._settings.predictor == "heun":
-            self._forecast = None if self._is_out_of_reach(step) else Point(step, values, computed=False)
+            self._forecast = None if self._is_out_of_reach(step) else StoredStep(step, values, computed=False)
         if not self.skipped or self.skipped[-1] != step:
             self.skipped.append(step)
         if beside is not None:
@@ -164,22 +164,22 @@ class History:
         """
         forecasts = self._outputs(self._values(step, end), latents)
         return [
-            leaf.detach().to(_wide(leaf)) - made if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
-            for leaf, made in zip(tree_leaves(output), forecasts, strict=True)
+            leaf.detach().to(_wide(leaf)) - forecast if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+            for leaf, forecast in zip(tree_leaves(output), forecasts, strict=True)
         ]
 
     def sample_missed(self, output: Any, latents: Any, step: int, end: int) -> Tensor:
-        """Return what a forecast of the prediction would be off by, as one tensor of its own."""
+        """Return the error of a forecast of the prediction, as one tensor of its own."""
         assert self._spec is not None
         return target_sample(tree_unflatten(self.missed(output, latents, step, end), self._spec))
 
     def growth(self, step: int) -> float:
-        """Return what a forecast for a step is off by, up to a factor, by the computed steps that it goes through."""
+        """Return the size of a forecast's error in a step, up to a factor, from its distance to the computed steps."""
         computed = [point.step for point in self.points if point.computed]
         return forecast.growth(computed[-self._settings.passed_points :], step)
 
     def _values(self, step: int, end: int) -> list[Any]:
-        """Return what would be stored of the output of a step."""
+        """Return the forecast of the values that a step would store."""
         weights, count = self._weights(step, end), len(self.points)
         return [
             _weighted([self.points[i].values[leaf] for i in range(count)], weights)
@@ -210,7 +210,7 @@ class History:
         return forecast.taylor(steps, step, settings.order, DAMPING if settings.predictor == "corrected" else 0.0)
 
     def _is_out_of_reach(self, step: int) -> bool:
-        """Tell whether a step lies more skipped ones past the last computed one than the predictor reaches."""
+        """Return whether a step lies farther past the last computed one than the predictor is used for."""
         return self._reach is not None and sum(skipped != step for skipped in self.skipped) >= self._reach
 
     def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
@@ -222,7 +222,7 @@ class History:
 def given_beside(
     histories: Mapping[tuple[Any, ...], History], context: ForwardContext, shapes: Any, end: int, *part: Any
 ) -> BranchOutput | None:
-    """Return what the branch that a forward runs beside gives in its step; None: there is none, or it is not known.
+    """Return the output, in this step, of the branch that a forward runs beside; None: there is none, or not known.
 
     Args:
         histories: by transformer, branch and part.
@@ -238,13 +238,13 @@ def given_beside(
     return output if output is None or context.rows is None else output.of_rows(context.rows)
 
 
-def shapes_of(tensors: Any) -> Any:
-    """Return what must stay the same for a forecast: shapes, types and devices of tensors in whatever form."""
+def tensor_shapes(tensors: Any) -> Any:
+    """Return shapes, types and devices of tensors in whatever form, which must not change for a forecast."""
     return [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in tree_leaves(tensors)]
 
 
 def own_copies(kept: Any, lent: Any) -> Any:
-    """Return what is kept from step to step, with a copy of each tensor that shares memory with one that was lent.
+    """Return what is kept from step to step, with copies of the tensors that share memory with lent ones.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
 
@@ -297,7 +297,7 @@ def _added(leaf: Any, more: Any) -> Any:
 
 
 def _minus(output: Any, base: Any) -> Any:
-    """Return what is stored of an output, a tensor of its own."""
+    """Return an output less its base, as a tensor of its own."""
     if not isinstance(output, Tensor):
         return output
     if base is None or not output.is_floating_point():

@@ -1,7 +1,8 @@
 """What a step cache did: one entry a forward, and the report's section made of them."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...report.sections import Section, Strip
@@ -37,28 +38,34 @@ def section_of(method: str, forwards: list[CachedForward], threshold: float | No
     """Return the report's section: what was computed and reused by branch, and why; None where nothing ran."""
     if not forwards:
         return None
+    branches: dict[tuple[str, str], list[CachedForward]] = {}
+    for entry in forwards:
+        branches.setdefault((entry.transformer, entry.branch), []).append(entry)
+    lines = [
+        f"{transformer}, {branch}: {''.join('.' if entry.reused else '#' for entry in entries)}"
+        for (transformer, branch), entries in branches.items()
+    ]
+    strips = tuple(
+        Strip(
+            transformer=transformer, branch=branch, steps=tuple(entry.step_index for entry in entries),
+            reused=tuple(entry.reused for entry in entries), values=tuple(entry.value for entry in entries),
+            threshold=threshold,
+        )
+        for (transformer, branch), entries in branches.items()
+    )  # fmt: skip
+    measured = [entry.value for entry in forwards if entry.value is not None]
+    lines += [_spread(measured, threshold)] if measured else []
     reused = sum(entry.reused for entry in forwards)
-    lines, strips = [], []
-    for transformer, branch in dict.fromkeys((entry.transformer, entry.branch) for entry in forwards):
-        own = [entry for entry in forwards if (entry.transformer, entry.branch) == (transformer, branch)]
-        drawn = "".join("." if entry.reused else "#" for entry in own)
-        lines.append(f"{transformer}, {branch}: {drawn}")
-        strips.append(
-            Strip(
-                transformer=transformer, branch=branch, steps=tuple(entry.step_index for entry in own),
-                reused=tuple(entry.reused for entry in own), values=tuple(entry.value for entry in own),
-                threshold=threshold,
-            )
-        )  # fmt: skip
-    if any(entry.value is not None for entry in forwards):
-        values = [entry.value for entry in forwards if entry.value is not None and entry.value == entry.value]
-        spread = f"{min(values):.3g} to {max(values):.3g}" if values else "not a number"
-        lines.append(f"indicator {spread}, threshold {threshold:g}" if threshold is not None else f"indicator {spread}")
-    data: dict[str, Any] = {
-        "forwards": [{name: getattr(entry, name) for name in entry.__slots__} for entry in forwards],
-        "reused": reused,
-        "computed": len(forwards) - reused,
+    data = {
+        "forwards": [asdict(entry) for entry in forwards], "reused": reused, "computed": len(forwards) - reused,
         "threshold": threshold,
-    }
+    }  # fmt: skip
     title = f"{method}: {reused} of {len(forwards)} forwards reused (# computed, . reused)"
-    return Section(method=method, title=title, lines=tuple(lines), data=data, strips=tuple(strips))
+    return Section(method=method, title=title, lines=tuple(lines), data=data, strips=strips)
+
+
+def _spread(measured: list[float], threshold: float | None) -> str:
+    """Return between what an indicator lay, and its threshold, in words."""
+    numbers = [value for value in measured if not math.isnan(value)]
+    spread = f"indicator {min(numbers):.3g} to {max(numbers):.3g}" if numbers else "indicator not a number"
+    return spread if threshold is None else f"{spread}, threshold {threshold:g}"

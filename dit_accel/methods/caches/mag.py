@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from ...errors import ConfigError
 from ...plan.layout import TokenLayout
 from ...report.sections import Section
-from ...rules.caching import drift, resampled
+from ...rules.caching import resampled, size_drift
 from ..options import begins_with, gt
 from ..saving import Saving
 from ..site import ForwardContext
@@ -59,13 +59,13 @@ class MagHandler(CalibratedHandler):
     """Steps of the last run."""
 
     def indicator(self, context: ForwardContext, decision: StepDecision) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included."""
+        """Return the curve's drift over the steps since the last computed one, this one included."""
         count = self._steps = context.num_inference_steps
         if count is None:
             raise ConfigError(
                 "magcache needs the number of steps, which is not known here; attach to the pipeline, or use easycache"
             )
-        return drift(self._ratios(count), context.step_index, decision.in_a_row)
+        return size_drift(self._ratios(count), context.step_index, decision.in_a_row)
 
     def report(self) -> Section | None:
         """Return what was computed and reused, and whether the curve was interpolated."""
@@ -76,7 +76,8 @@ class MagHandler(CalibratedHandler):
         ratios, threshold = self._ratios(steps), self.settings.threshold or 0.0
         share = self.first_expert() if self.model.family and self.model.family.experts > 1 else None
         switch = round((share or 0) * steps)
-        skipped = self.settings.skipped_steps(steps, lambda index, row: drift(ratios, index, row) < threshold, switch)
+        skips = lambda index, row: size_drift(ratios, index, row) < threshold  # noqa: E731
+        skipped = self.settings.skipped_steps(steps, skips, switch)
         notes = self._notes(steps)
         if share is not None:
             notes += (f"magcache: the second transformer is counted from {share:.3g} of the run on",)

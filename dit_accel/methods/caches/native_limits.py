@@ -33,7 +33,7 @@ _WRONG = (
 
 
 def why_wrong(kind: str, model: str) -> str | None:
-    """Return why a cache does not work on a class of transformers, or None."""
+    """Return the reason why a cache does not work on a class of transformers, or None if it does."""
     return next((why for known, kinds, why in _WRONG if known == model and kind in kinds), None)
 
 
@@ -81,7 +81,7 @@ def check_model(kind: str, config: Any, name: str, transformer: nn.Module, furth
 
 
 def _has_vision(transformer: nn.Module) -> bool:
-    """Tell whether diffusers knows by itself where SeaCache finds a model's latents."""
+    """Return whether diffusers itself knows the latents of a model for SeaCache."""
     options: Any = transformer.config
     if type(transformer).__name__ == "WanTransformer3DModel":
         return options.in_channels == options.out_channels
@@ -90,29 +90,37 @@ def _has_vision(transformer: nn.Module) -> bool:
 
 def check_hooked(kind: str, config: Any, transformer: nn.Module, adapter: Adapter, hooked: Collection[str]) -> None:
     """Raise `ConfigError` if a cache was enabled and hooked no modules that could be reused."""
-    model, attention = type(transformer).__name__, _attention_patterns(transformer, adapter)
-    if kind == TAYLOR and config.use_lite_mode:
-        blocks = [name for name in hooked if name != "proj_out"]
-        if "proj_out" in hooked and blocks:
-            return
-        lacks = "no blocks that its pattern matches" if "proj_out" in hooked else "no proj_out to predict"
-        raise ConfigError(
-            f"{kind}(use_lite_mode=True) finds in {model} {lacks}; leave it off and set cache_identifiers={attention}"
-        )
+    model = type(transformer).__name__
     if kind == TAYLOR:
-        skipped = config.skip_predict_identifiers or ()
-        predicted = [name for name in hooked if not _matches(skipped, name)]
-        if config.cache_identifiers is None:  # diffusers' own match the whole name, and some match a side path alone
-            predicted = [name for name in predicted if _matches(attention, name)]
-        if not predicted:
-            raise ConfigError(
-                f"{kind} predicts no self-attention of {model}: its cache_identifiers match whole names, and none of "
-                f"these; set cache_identifiers={attention}, or use_lite_mode=True"
-            )
+        attention = _attention_patterns(transformer, adapter)
+        if config.use_lite_mode:
+            _check_lite_mode(model, attention, hooked)
+        else:
+            _check_predicted(config, model, attention, hooked)
     elif kind == TEXT and not hooked:
         raise ConfigError(f"{kind} does nothing on {model}: diffusers knows the text keys of NucleusMoE-Image alone")
     elif kind in (PYRAMID, MAG) and not hooked:
         raise ConfigError(f"{kind} hooks no module of {model}; set its identifiers, or use another cache")
+
+
+def _check_lite_mode(model: str, attention: list[str], hooked: Collection[str]) -> None:
+    lacks = "no blocks that its pattern matches" if "proj_out" in hooked else "no proj_out to predict"
+    if "proj_out" not in hooked or len(hooked) < 2:
+        raise ConfigError(
+            f"{TAYLOR}(use_lite_mode=True) finds in {model} {lacks}; leave it off and set cache_identifiers={attention}"
+        )
+
+
+def _check_predicted(config: Any, model: str, attention: list[str], hooked: Collection[str]) -> None:
+    skipped = config.skip_predict_identifiers or ()
+    predicted = [name for name in hooked if not _matches(skipped, name)]
+    if config.cache_identifiers is None:  # diffusers' own match the whole name, and some match a side path alone
+        predicted = [name for name in predicted if _matches(attention, name)]
+    if not predicted:
+        raise ConfigError(
+            f"{TAYLOR} predicts no self-attention of {model}: its cache_identifiers match whole names, and none of "
+            f"these; set cache_identifiers={attention}, or use_lite_mode=True"
+        )
 
 
 def _matches(patterns: Collection[str], name: str) -> bool:
@@ -139,47 +147,60 @@ def check_call(
             f"{kind} can't reuse a step with {control[0]}, which the model adds between its blocks: a reused step "
             "would add it twice; use a cache of whole forwards"
         )
-    if kind == MAG and context.num_inference_steps not in (None, config.num_inference_steps):
-        raise ConfigError(
-            f"MagCacheConfig.num_inference_steps = {config.num_inference_steps}, but the run has "
-            f"{context.num_inference_steps} steps; set it to {context.num_inference_steps}, with mag_ratios for these"
-        )
-    if kind == MAG and context.step_index in ran:
-        raise ConfigError(
-            "MagCacheConfig counts forwards as steps, and this scheduler runs the model twice a step; use another "
-            "scheduler or another cache"
-        )
     if context.beside is not None and context.step_index > 0 and not ran:
         raise ConfigError(
             f"{kind} begins a state of its own for {context.branch!r} in step {context.step_index}, after "
             f"{context.beside!r} reused some, so that guidance would add what the cache is off by; let it guide from "
             "the first step on (start = 0), or use one of dit-accel's own caches"
         )
+    if kind == MAG:
+        _check_mag(config, context, ran)
+    if kind == SEA:
+        _check_sea(context)
+    if kind == FASTER and config.is_guidance_distilled:
+        _check_faster_start(config, first=not ran)
+    elif kind == FASTER:
+        _check_faster(config, context, transformer, adapter)
+
+
+def _check_mag(config: Any, context: ForwardContext, ran: Collection[int]) -> None:
+    if context.num_inference_steps not in (None, config.num_inference_steps):
+        raise ConfigError(
+            f"MagCacheConfig.num_inference_steps = {config.num_inference_steps}, but the run has "
+            f"{context.num_inference_steps} steps; set it to {context.num_inference_steps}, with mag_ratios for these"
+        )
+    if context.step_index in ran:
+        raise ConfigError(
+            "MagCacheConfig counts forwards as steps, and this scheduler runs the model twice a step; use another "
+            "scheduler or another cache"
+        )
+
+
+def _check_sea(context: ForwardContext) -> None:
     sigma, steps = context.share_of_noise, context.num_inference_steps
-    if kind == SEA and (steps is None or sigma is None or not 0 <= sigma <= 1):
+    if steps is None or sigma is None or not 0 <= sigma <= 1:
         raise ConfigError(
             f"SeaCacheConfig needs the step's sigma in [0, 1] and the number of steps, and found sigma = "
             f"{sigma}, steps = {steps}; use a flow-matching scheduler, or tell them by "
             "transformer.cache_context(name, step_index=..., sigma=..., num_inference_steps=...)"
         )
-    if kind == FASTER:
-        _check_faster(config, context, transformer, adapter, first=not ran)
 
 
 def _holds(value: Any) -> bool:
     return isinstance(value, (Tensor, list, tuple)) and len(value) > 0
 
 
-def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter, first: bool) -> None:
+def _check_faster_start(config: Any, first: bool) -> None:
+    now, (low, high) = config.current_timestep_callback(), config.spatial_attention_timestep_skip_range
+    if first and low < now < high:
+        raise ConfigError(
+            f"FasterCacheConfig has nothing to reuse in the first step, at timestep {now}: end "
+            f"spatial_attention_timestep_skip_range = {(low, high)} below that"
+        )
+
+
+def _check_faster(config: Any, context: ForwardContext, transformer: Any, adapter: Adapter) -> None:
     """Raise `ConfigError` for a call in which FasterCache would not find two halves, or takes an axis for another."""
-    if config.is_guidance_distilled:
-        now, (low, high) = config.current_timestep_callback(), config.spatial_attention_timestep_skip_range
-        if first and low < now < high:
-            raise ConfigError(
-                f"FasterCacheConfig has nothing to reuse in the first step, at timestep {now}: end "
-                f"spatial_attention_timestep_skip_range = {(low, high)} below that"
-            )
-        return
     latents, layout = context.inputs[adapter.latents], config.tensor_format
     shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
     channels = getattr(transformer.config, "in_channels", None)

@@ -12,13 +12,13 @@ from ...files import read_text
 
 VERSION = 1
 SAMPLED = 8
-"""Values of each parameter that go into `weights_of`."""
+"""Values of each parameter that go into `weights_digest`."""
 
 
 def read_profile(path: str, option: str) -> dict[str, Any]:
     """Return the content of a profile, the JSON file that ``option`` names; raise `ConfigError` if it is none."""
     try:
-        found = json.loads(read_text(path))
+        profile = json.loads(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"{option} = {path!r} can't be read ({error.strerror}); write it with dit-accel tune profile -o {path}"
@@ -26,8 +26,8 @@ def read_profile(path: str, option: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{option} = {path!r} is not JSON ({error}); write it with dit-accel tune profile") from None
     try:
-        right = found["profile"] == VERSION
-        for entry in found["transformers"].values():
+        right = profile["profile"] == VERSION
+        for entry in profile["transformers"].values():
             right &= isinstance(entry["weights"], str) and isinstance(entry["blocks"], int)
             right &= all(isinstance(block, int) and 0 <= block < entry["blocks"] for block in entry["cached"])
     except (KeyError, TypeError, AttributeError):
@@ -37,7 +37,7 @@ def read_profile(path: str, option: str) -> dict[str, Any]:
             f"{option} = {path!r} is no profile that this release reads (version {VERSION}); write it with dit-accel "
             "tune profile"
         )
-    return found
+    return profile
 
 
 def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ def cached_in(profile: dict[str, Any], path: str, option: str, name: str) -> tup
 
 def require_weights(profile: dict[str, Any], path: str, option: str, name: str, transformer: nn.Module) -> None:
     """Raise `ConfigError` if a profile was measured on other weights than a transformer's."""
-    known, here = profile["transformers"][name]["weights"], weights_of(transformer)
+    known, here = profile["transformers"][name]["weights"], weights_digest(transformer)
     if here and known != here:
         raise ConfigError(
             f"{option} = {path!r} was measured on {profile.get('model')!r} with weights {known}, {name} has {here}; "
@@ -63,20 +63,20 @@ def require_weights(profile: dict[str, Any], path: str, option: str, name: str, 
         )
 
 
-def weights_of(transformer: nn.Module) -> str:
+def weights_digest(transformer: nn.Module) -> str:
     """Return 12 hexadecimal digits that tell a transformer's weights from others'; empty where some are not loaded.
 
     They are made of the parameters' names and shapes and of a few values of each, as bfloat16, so that the type in
     which a model is loaded does not matter.
     """
-    found, values = hashlib.sha256(), {}
+    digest, values = hashlib.sha256(), {}
     for name, parameter in sorted(transformer.named_parameters()):
         if parameter.is_meta:
             return ""
-        found.update(f"{name} {tuple(parameter.shape)};".encode())
+        digest.update(f"{name} {tuple(parameter.shape)};".encode())
         if parameter.is_floating_point():
             first = parameter.detach().reshape(-1)[:SAMPLED].to(torch.bfloat16)
             values.setdefault(parameter.device, []).append(first)
     for parts in values.values():
-        found.update(torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
+        digest.update(torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

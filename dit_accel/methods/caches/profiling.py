@@ -109,8 +109,8 @@ class ProfilingCache(StepCacheConfig):
             numbers = [read_numbers(left.pop(option), f"profilingcache.{option}") for option in ("blocks", "blocks_2")]
             left["blocks"] = spell_numbers([*numbers[0], *numbers[1]])
         if self.every is None and self.refresh is None and not {"every", "refresh"} & {*left}:
-            own = any(getattr(self, option) is not None for option in SCHEDULE)
-            left |= {"every": USUAL["every"]} if own else USUAL
+            partly = any(getattr(self, option) is not None for option in SCHEDULE)
+            left |= {"every": USUAL["every"]} if partly else USUAL
         full: Any = StepCacheConfig.filled(self, left)
         return full
 
@@ -131,7 +131,7 @@ class ProfilingCache(StepCacheConfig):
         return tuple(read_profile(self.blocks, "profilingcache.blocks")["transformers"])
 
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
-        """Tell whether the blocks of one of `groups` run at a step, 0-based, of a run of ``count``; None: not known.
+        """Return whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known.
 
         Raises:
             ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
@@ -157,7 +157,7 @@ class ProfilingCache(StepCacheConfig):
 def _steps_at(listed: tuple[int, ...], measured: int | None, count: int | None) -> frozenset[int]:
     if measured is None or count is None or measured == count:
         return frozenset(listed)
-    return frozenset(block_schedule.rescaled(listed, measured, count))
+    return frozenset(block_schedule.rescaled_steps(listed, measured, count))
 
 
 class ProfilingHandler(SpanHandler):
@@ -173,15 +173,15 @@ class ProfilingHandler(SpanHandler):
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
         """Return what fills the unset options on a model; raise `ConfigError` where nobody names blocks."""
-        found = super().recipe(config, model)
-        if config.blocks is None and "blocks" not in found:
+        recipe = super().recipe(config, model)
+        if config.blocks is None and "blocks" not in recipe:
             known = sorted(name for name, family in families().items() if config.name in family.recipes)
             raise MissingOption(
                 f"profilingcache has no blocks for {model.name!r}, only for {', '.join(known)}; measure them with "
                 "dit-accel tune profile and set profilingcache.blocks to its file, or name them, such as '0, 2-7'",
                 needs="blocks",
             )
-        return found
+        return recipe
 
     def install(self, site: Site) -> None:
         """Run around the forward and its cached blocks; raise `ConfigError` if lists or profile are not the model's."""
@@ -207,11 +207,11 @@ class ProfilingHandler(SpanHandler):
         self.cover_blocks(site, chosen)
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Tell whether a block's group does not run at this step."""
+        """Return whether a block's group does not run at this step."""
         return self._reused(now, self._groups[now.context.transformer][block.index])
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Tell whether a block has the schedule of the one before it."""
+        """Return whether a block has the schedule of the one before it."""
         groups = self._groups[now.context.transformer]
         return groups[block.index] == groups[now.called]
 
@@ -270,7 +270,9 @@ class ProfilingHandler(SpanHandler):
         skipped: list[int] = []
 
         def skips(index: int, in_a_row: int) -> bool:
-            skipped.append(sum(len(one) for at, one in enumerate(groups) if not settings.refreshes(at, index, steps)))
+            skipped.append(
+                sum(len(blocks) for at, blocks in enumerate(groups) if not settings.refreshes(at, index, steps))
+            )
             return skipped[-1] > 0
 
         settings.skipped_steps(steps, skips)

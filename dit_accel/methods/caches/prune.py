@@ -76,7 +76,7 @@ class PruneHandler(SpanHandler):
         self.cover_blocks(site, left)
 
     def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
-        """Return that blocks may be skipped in a step: each is measured when it is called."""
+        """Leave the step to its blocks, each of which is measured when it is called."""
         return (self.settings.threshold or 0) > 0, "each block measured"
 
     def seen(self, context: ForwardContext, decision: PruneDecision) -> None:
@@ -84,7 +84,7 @@ class PruneHandler(SpanHandler):
         decision.skipped = frozenset()
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Tell whether a block is skipped: by its input in the branch that decides, as that one was in the others."""
+        """Return whether a block is skipped: by its input in the branch that decides, and as there in the others."""
         decision = now.decision
         assert isinstance(decision, PruneDecision)
         if block.index not in now.stored:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def groups_of(transformer: Any) -> list[Any]:
+def process_groups(transformer: Any) -> list[Any]:
     """Return the process groups whose ranks compute a transformer's forwards together; none where it runs alone.
 
     Those of diffusers' context parallelism, and those that its parameters are spread over (FSDP2, tensor parallelism).

@@ -37,11 +37,11 @@ class SignalHandler(StepCacheHandler, ABC):
         """Return the signal of a step, on the device."""
 
     def rescaled(self, context: ForwardContext, change: float) -> float:
-        """Return what a relative change counts as."""
+        """Return a relative change as it counts for the threshold."""
         return change
 
     def indicator(self, context: ForwardContext, decision: SignalDecision) -> float | None:
-        """Return what the steps since the last computed one add up to, this one included; waits for the device."""
+        """Return the changes of the steps since the last computed one, summed; waits for the device."""
         if decision.signal is None:
             return None
         decision.now, before = self.signal(context), decision.signal

@@ -20,7 +20,7 @@ from ..gradients import is_recorded
 from ..site import Block, ForwardContext, Site
 from .cache_config import StepCacheConfig
 from .engine import StepCacheHandler, StepDecision
-from .history import BranchOutput, History, given_beside, shapes_of
+from .history import BranchOutput, History, given_beside, tensor_shapes
 from .log import extended
 
 Span = tuple[int, ...]
@@ -97,7 +97,7 @@ class Pass:
             )
 
     def begins_span(self, streams: Streams) -> bool:
-        """Tell whether a block takes other tensors than the last gave; refuse models that write into these."""
+        """Return whether a block takes other tensors than the last one gave; refuse models that write into these."""
         alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
         if self.apart or not alike:
             return True
@@ -138,11 +138,11 @@ class SpanHandler(StepCacheHandler):
     # What a cache says.
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Tell whether a block is skipped in a forward in which some are; called once, in running order."""
+        """Return whether a block is skipped in a forward in which some are; called once, in running order."""
         return True
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Tell whether a block may be of one span with the one that was called before it."""
+        """Return whether a block may belong to the span of the block before it."""
         return True
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
@@ -203,26 +203,26 @@ class SpanHandler(StepCacheHandler):
             now.begin_span(streams)
         now.called = block.index
         now.spans[-1].append(block.index)
-        given = run(streams)
-        now.note(given)
+        output = run(streams)
+        now.note(output)
         if now.decision is not None and now.leads:
             self.ran(now, block, streams)
             now.decision.copy_shared(streams)
         if now.apart:
             self._take(now)
-        return given
+        return output
 
     def _open(self, now: Pass, streams: Streams) -> None:
         """Decide for a forward whose first block that may be skipped is called."""
         context = now.context
-        now.shapes = shapes_of((dict(context.inputs), streams))
+        now.shapes = tensor_shapes((dict(context.inputs), streams))
         self._begin(context)
         if any(history.shapes != now.shapes for history in self._spans(context).values()):
             self._keep(context, ())
-        spans, own = self._spans(context, followed=True), self._spans(context)
+        spans, stored = self._spans(context, followed=True), self._spans(context)
         if context.beside is not None:
             now.beside = {span[-1]: self._beside(now, span) for span in spans}
-        now.stored = {span[-1]: own.get(span) or self._new_history(now.shapes, True) for span in spans}
+        now.stored = {span[-1]: stored.get(span) or self._new_history(now.shapes, True) for span in spans}
         now.decision, now.leads, now.reuse = self._decide(context, bool(spans))
 
     def _take(self, now: Pass) -> None:
@@ -240,14 +240,14 @@ class SpanHandler(StepCacheHandler):
         now.taken = now.given = ()
 
     def _beside(self, now: Pass, span: Span) -> BranchOutput | None:
-        """Return what a span gives in the branch that a forward runs beside."""
+        """Return the output of a span in the branch that a forward runs beside."""
         return given_beside(self._histories, now.context, now.shapes, self._end(now.context), span)
 
     def _keep(self, context: ForwardContext, spans: Sequence[Sequence[int]]) -> None:
         """Drop what other spans of a branch added."""
-        kept = {tuple(span) for span in spans}
+        keep = {tuple(span) for span in spans}
         for span in self._spans(context):
-            if span not in kept:
+            if span not in keep:
                 del self._histories[context.transformer, context.branch, span]
 
     def _spans(self, context: ForwardContext, followed: bool = False) -> dict[Span, History]:
@@ -288,5 +288,5 @@ class SpanHandler(StepCacheHandler):
 
 
 def versions_of(streams: Streams) -> list[int]:
-    """Return how often each stream was written to; 0 in inference mode, where torch does not count that."""
+    """Return the number of writes to each stream; 0 in inference mode, where torch does not count them."""
     return [0 if stream is None or stream.is_inference() else stream._version for stream in streams]

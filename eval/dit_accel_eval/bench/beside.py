@@ -28,7 +28,6 @@ class Beside:
     """A shape's bench in a process of its own; a context manager, and called with an arm and the steps of a run.
 
     Args:
-        plan: what is made of the shape.
         made: makes the bench there, called with what is ``given``, device and dtype; a function of a module.
         free: bytes that are free; the process is kept under them where the system can; None: not known.
     """

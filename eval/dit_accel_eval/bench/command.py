@@ -50,7 +50,7 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     from dit_accel_pipelines.generation.loading import pick_device
 
     from ..runs.results import append_line
-    from .forwards import arms_of, preset_arms, run_shapes, sparse_part
+    from .forwards import bench_arms, preset_arms, run_shapes, sparse_part
 
     options = options.settled()
     if options.output is not None:
@@ -60,9 +60,9 @@ def bench_model(options: BenchOptions, *, methods: MethodList) -> None:
     device = pick_device(options.device)
     lines: list[Line] = []
     if options.shapes:
-        arms = arms_of([sparse_part(one) for one in methods]) if methods else preset_arms()
+        arms = bench_arms([sparse_part(one) for one in methods]) if methods else preset_arms()
     else:
-        arms = arms_of(methods)
+        arms = bench_arms(methods)
     for line in run_shapes(
         options.wanted(), arms, options=options,
         device=device, dtype=getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16")),

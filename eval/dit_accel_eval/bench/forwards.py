@@ -22,15 +22,15 @@ import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.errors import DitAccelError
-from dit_accel.estimate.estimate import Estimate, estimate
+from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.attention.sparse import SparseConfig
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.presets import PRESETS
 
-from ..runs.counting import Counter, Counts, attended, work
+from ..runs.counting import Counter, Counts, attended_share, work
 from ..runs.results import Line
 from .beside import Beside
-from .loop import OutOfMemoryError, in_turn, machine, now, quartiles, reason_of
+from .loop import OutOfMemoryError, device_time, in_turn, machine, quartiles, reason_of
 from .memory import free_memory, memory_of_logits, memory_of_model
 from .options import BenchOptions
 from .real_shapes import Inputs, find_family, make_model, to_device
@@ -54,7 +54,7 @@ class Plan:
     adapter: Adapter
     family: Family
     all_heads: int
-    dense: Estimate
+    dense: Prediction
 
     @classmethod
     def of(cls, shape: Shape, options: BenchOptions) -> "Plan":
@@ -99,7 +99,7 @@ class Bench:
         """Number format of the model."""
         return self.transformer.dtype
 
-    def __call__(self, arm: "BenchArm", steps: int) -> "Ran":
+    def __call__(self, arm: "BenchArm", steps: int) -> "ArmRun":
         """Run an arm, after which the model is as before."""
         return _run(self, arm, steps)
 
@@ -114,16 +114,8 @@ class BenchArm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ran:
-    """What one run of an arm took.
-
-    Attributes:
-        steps: seconds of every step.
-        blocks: seconds of every block that ran.
-        attention: seconds of every self-attention that ran.
-        counts: what ran.
-        attended: share of the pairs that ran.
-    """
+class ArmRun:
+    """What one run of an arm took."""
 
     steps: list[float]
     blocks: list[float]
@@ -169,12 +161,12 @@ def make_bench(plan: Plan, device: torch.device, dtype: torch.dtype) -> Bench:
     transformer, inputs = make_model(plan.adapter, plan.family, plan.dense)
     with _silent():
         transformer = transformer.to(device, dtype).requires_grad_(False)
-    counter = Counter([transformer], plan.adapter, partial(now, device))
+    counter = Counter([transformer], plan.adapter, partial(device_time, device))
     inputs = to_device(inputs, device, dtype)
     return Bench(plan=plan, transformer=transformer, inputs=inputs, device=device, counter=counter)
 
 
-def arms_of(methods: Sequence[MethodConfig]) -> list[BenchArm]:
+def bench_arms(methods: Sequence[MethodConfig]) -> list[BenchArm]:
     """Return the arms: dense by diffusers' attention backends, the methods by themselves and together."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -213,7 +205,7 @@ def run_bench(
     memory = {arm.name: model + memory_of_logits(bench.plan, arm.backend) for arm in arms}
     failed: dict[str, DitAccelError] = {}
 
-    def attempt(arm: BenchArm, steps: int) -> Ran | None:
+    def attempt(arm: BenchArm, steps: int) -> ArmRun | None:
         try:
             if bench.free is not None and memory[arm.name] > bench.free:
                 there = f"{bench.free / 2**30:.1f} GiB are free"
@@ -226,7 +218,7 @@ def run_bench(
     for arm in arms:
         attempt(arm, min(WARM, steps))
     takes = {arm.name: partial(attempt, arm, steps) for arm in arms if arm.name not in failed}
-    runs: dict[str, list[Ran]] = {name: [] for name in takes}
+    runs: dict[str, list[ArmRun]] = {name: [] for name in takes}
     for number, made in enumerate(in_turn(takes, rounds, warm_up=0, deadline=deadline) if takes else (), 1):
         say(f"round {number} of {rounds} is done")
         for name, ran in made.items():
@@ -241,12 +233,12 @@ def run_bench(
     return [_about(bench, arm) | {"memory": memory[arm.name]} | found[arm.name] for arm in arms]
 
 
-def _rounds(runs: Sequence[Ran]) -> np.ndarray:
+def _rounds(runs: Sequence[ArmRun]) -> np.ndarray:
     """Return the mean seconds of a step in each round; their median is what a line tells."""
     return np.array([np.mean(ran.steps) for ran in runs])
 
 
-def _run(bench: Bench, arm: BenchArm, steps: int) -> Ran:
+def _run(bench: Bench, arm: BenchArm, steps: int) -> ArmRun:
     from diffusers.models.attention_dispatch import attention_backend
 
     bench.counter.take()
@@ -259,8 +251,8 @@ def _run(bench: Bench, arm: BenchArm, steps: int) -> Ran:
     ):
         seconds = list(_denoise(bench, steps))
         report = attachment.report() if attachment is not None else None
-    share = attended(report, bench.plan.adapter, bench.plan.family, bench.plan.sizes, arm.methods)[0]
-    return Ran(steps=seconds, **bench.counter.seconds, counts=bench.counter.take(), attended=share)
+    share = attended_share(report, bench.plan.adapter, bench.plan.family, bench.plan.sizes, arm.methods)[0]
+    return ArmRun(steps=seconds, **bench.counter.seconds, counts=bench.counter.take(), attended=share)
 
 
 @torch.no_grad()
@@ -272,10 +264,10 @@ def _denoise(bench: Bench, steps: int) -> Iterator[float]:
     x, timestep = bench.inputs[name], bench.inputs[clock]
     for step in range(steps):
         inputs = {**bench.inputs, name: x, clock: timestep * 2 * (1 - step / steps)}
-        started = now(bench.device)
+        started = device_time(bench.device)
         with context("cond", step_index=step, num_inference_steps=steps):
             out = bench.transformer(**inputs, return_dict=False)[0]
-        yield now(bench.device) - started
+        yield device_time(bench.device) - started
         if out.shape == x.shape:
             x = x - out / steps
 
@@ -299,7 +291,7 @@ def _about(bench: Bench | Beside, arm: BenchArm) -> Line:
     }  # fmt: skip
 
 
-def _figures(plan: Plan, arm: BenchArm, runs: Sequence[Ran], against: str, dense: Sequence[Ran]) -> Line:
+def _figures(plan: Plan, arm: BenchArm, runs: Sequence[ArmRun], against: str, dense: Sequence[ArmRun]) -> Line:
     """Return what an arm took; ratios are to the fastest dense backend: of the steps, and of one attention layer."""
     last, seconds, steps = runs[-1], _rounds(runs), plan.dense.num_inference_steps
     own, other = ([one for ran in ones for one in ran.attention] for ones in (runs, dense))

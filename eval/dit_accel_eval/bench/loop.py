@@ -26,7 +26,6 @@ def in_turn(
     """Give what the arms made in each round, one arm after another.
 
     Args:
-        arms: name -> what runs.
         rounds: that count, at most; the first always runs.
         warm_up: rounds before them that don't.
         deadline: as `time.perf_counter` counts; no round begins that would end behind it, taken as long as the last.
@@ -61,18 +60,18 @@ def reason_of(error: Exception) -> DitAccelError:
     return DitAccelError(f"{type(error).__name__}: {told}")
 
 
-def now(device: torch.device) -> float:
+def device_time(device: torch.device) -> float:
     """Return the time in seconds, after all that the device has to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+def call_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of a call on a device."""
-    started = now(device)
+    started = device_time(device)
     run()
-    return now(device) - started
+    return device_time(device) - started
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:

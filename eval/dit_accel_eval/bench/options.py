@@ -9,7 +9,7 @@ from dit_accel_pipelines.generation.options import Device, Dtype, Json, Pixels, 
 
 from dit_accel.errors import ConfigError, did_you_mean
 
-from .shapes import Shape, shapes_of
+from .shapes import Shape, named_shapes
 
 SHAPES_HELP = (
     "In place of a family several models at real sizes, two heads of each: all, or some of flux-1mp, flux-4mp, "
@@ -64,6 +64,6 @@ class BenchOptions:
     def wanted(self) -> list[Shape]:
         """Return the shapes that are requested; `ConfigError` for an unknown one."""
         if self.family is None:
-            return shapes_of(self.shapes or "")
+            return named_shapes(self.shapes or "")
         sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames")}
         return [Shape(name=self.family, family=self.family, **sizes)]

@@ -15,7 +15,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.errors import did_you_mean
-from dit_accel.estimate.estimate import Estimate
+from dit_accel.estimate.prediction import Prediction
 from dit_accel.plan.layout import TokenLayout
 
 Inputs = dict[str, Any]
@@ -45,13 +45,8 @@ def find_family(name: str) -> tuple[Adapter, Family]:
     return adapter, family
 
 
-def make_model(adapter: Adapter, family: Family, planned: Estimate) -> tuple[Any, Inputs]:
-    """Return a transformer with random weights, float32 on the CPU, and the inputs of one forward of one row.
-
-    Args:
-        family: as many layers and heads as are made.
-        planned: the size.
-    """
+def make_model(adapter: Adapter, family: Family, planned: Prediction) -> tuple[Any, Inputs]:
+    """Return a transformer with random weights, float32 on the CPU, and the inputs of one forward of one row."""
     import diffusers
 
     layout, (step, scale) = planned.layout, family.vae

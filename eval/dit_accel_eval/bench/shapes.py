@@ -33,7 +33,7 @@ class Shape:
         return {one.name: getattr(self, one.name) for one in fields(self)[2:]}
 
 
-def shapes_of(text: str) -> list[Shape]:
+def named_shapes(text: str) -> list[Shape]:
     """Return the shapes that a user names: ``all``, or a comma list of names and of FAMILY:HEIGHTxWIDTHxFRAMES."""
     names = SHAPES if text.strip() == "all" else dict.fromkeys(filter(None, map(str.strip, text.split(","))))
     if not names:

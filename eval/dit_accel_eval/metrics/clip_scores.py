@@ -22,7 +22,7 @@ PUBLISHED = tuple(f"sa_0_4_vit_{one}_linear.pth" for one in ("l_14", "b_32", "b_
 """The aesthetic heads that LAION has published, over the embeddings of OpenAI's weights, and where."""
 
 
-def score(by: Weighted, sample: Sample) -> Measured:
+def clip_score(by: Weighted, sample: Sample) -> Measured:
     """Return 100 times the cosine of the prompt and each frame, at least 0: the mean over frames, and each frame's."""
     seen, read = _both(by, sample)
     return mean_of((100 * seen @ read).clamp(min=0).tolist())
@@ -110,7 +110,7 @@ NAMELESS = "name a model with its weights, MODEL/TAG or MODEL=FILE, such as ViT-
 
 CLIP_SCORES = (
     _family(
-        "clip-score@open_clip", score, words="CLIP score", better="more", bounds=(0.0, 100.0), reference=False,
+        "clip-score@open_clip", clip_score, words="CLIP score", better="more", bounds=(0.0, 100.0), reference=False,
         prompt=True, decimals=2,
         source="Hessel et al. 2021 (arXiv 2104.08718) without its factor: 100 max(cosine, 0) of prompt and frame, mean "
         "over frames; open_clip's model, tokenizer and preparation",

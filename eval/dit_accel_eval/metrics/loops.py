@@ -11,7 +11,7 @@ STILL = 0.01
 """RMS difference of a clip's frames from their mean, in [0, 1], below which it stands still."""
 
 
-def loop(video: Clip, trained: int) -> float:
+def loop_rise(video: Clip, trained: int) -> float:
     """Return how far the clip's autocorrelation rises again at a distance of half the trained length or more.
 
     A(d) is the mean correlation of frames d apart, of their differences from the mean frame; the rise is measured from
@@ -32,7 +32,7 @@ def loop(video: Clip, trained: int) -> float:
 
 def _loop(sample: Sample) -> float:
     trained = sample.trained_frames or len(sample.frames)
-    return loop(neighbours(sample, max(2 * STRETCH, trained // 2 + STRETCH)), trained)
+    return loop_rise(neighbours(sample, max(2 * STRETCH, trained // 2 + STRETCH)), trained)
 
 
 LOOP = Metric(

@@ -5,7 +5,7 @@ import numpy as np
 from .metric import Clip, Measured, Metric, Sample, mean_of, neighbours
 
 
-def motion(video: Clip) -> float:
+def mean_motion(video: Clip) -> float:
     """Return the mean absolute difference of neighbouring frames, in [0, 1]."""
     return float(np.abs(np.diff(video, axis=0)).mean())
 
@@ -18,7 +18,7 @@ def flickering(sample: Sample) -> Measured:
 
 MOTION = Metric(
     name="motion", words="change from frame to frame", better="neither", bounds=(0.0, 1.0), reference=False,
-    decimals=4, measure=lambda sample: motion(neighbours(sample)),
+    decimals=4, measure=lambda sample: mean_motion(neighbours(sample)),
     source="mean absolute difference of neighbouring frames in [0, 1]",
 )  # fmt: skip
 

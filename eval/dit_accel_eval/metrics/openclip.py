@@ -51,7 +51,6 @@ class Weighted:
     """A model of open_clip's with its weights: of a published tag, or of a file.
 
     Attributes:
-        model: its name.
         tag: of published weights; empty: they are a file's.
         file: of weights; None: they are published.
     """
@@ -135,7 +134,7 @@ def weighted(text: str) -> Weighted:
     return Weighted(model, tag=rest)
 
 
-def fetch(one: Weighted) -> str | None:
+def fetch_model(one: Weighted) -> str | None:
     """Fetch published weights, and the tokenizer where it is the hub's; returns why they can't be had, None if here."""
     import open_clip
 

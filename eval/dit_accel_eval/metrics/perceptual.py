@@ -30,10 +30,7 @@ def lpips_maps(clip: Tensor, reference: Tensor, weights: dict[str, Tensor], net:
     """Return LPIPS' five maps [F, 1, height, width], each layer's at its own size, of frames in [-1, 1].
 
     Args:
-        clip: the frames, [F, 3, height, width].
-        reference: what they should be.
         weights: of the network and its heads, as `weights` keeps them.
-        net: ``alex`` or ``vgg``.
     """
     network, scaled = _network(net)
     names = [name for name, _ in network.named_parameters()]  # a weight and a bias by turns

@@ -48,7 +48,7 @@ def metric(name: str) -> Metric:
     return known[name]
 
 
-def described(name: str) -> Metric | None:
+def metric_about(name: str) -> Metric | None:
     """Return a metric to read its words, sense and decimals of, whether or not it can be had here; None: unknown."""
     family, model = _family(name)
     return replace(family, name=name, words=f"{family.words}, {model}") if family else metrics().get(name)
@@ -56,7 +56,7 @@ def described(name: str) -> Metric | None:
 
 def decimals_of(name: str) -> int:
     """Return how many digits behind the point a metric is shown with; 3 for one that is not installed."""
-    return about.decimals if (about := described(name)) else 3
+    return about.decimals if (about := metric_about(name)) else 3
 
 
 def _family(name: str) -> tuple[Metric | None, str]:

@@ -8,7 +8,7 @@ from torchmetrics.functional.image import (
 from .metric import Measured, Metric, Sample, frames_first, mean_of
 
 
-def by_frame(sample: Sample) -> Measured:
+def ssim_by_frame(sample: Sample) -> Measured:
     """Return the mean over frames, and each frame's."""
     one, two = map(frames_first, sample.pair())
     return mean_of(structural_similarity_index_measure(one, two, data_range=1.0, reduction="none").tolist())  # type: ignore[union-attr]
@@ -21,7 +21,7 @@ def ms_ssim(sample: Sample) -> Measured:
 
 
 SSIM = Metric(
-    name="ssim", words="SSIM", better="more", bounds=(-1.0, 1.0), reference=True, measure=by_frame,
+    name="ssim", words="SSIM", better="more", bounds=(-1.0, 1.0), reference=True, measure=ssim_by_frame,
     source="Wang et al. 2004, Gaussian window of 11 pixels and sigma 1.5, mean over frames; torchmetrics",
 )  # fmt: skip
 

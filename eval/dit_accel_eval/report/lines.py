@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dit_accel import ConfigError
 
-from ..metrics.registered import described
+from ..metrics.registered import metric_about
 from ..suites.lines import ResultLine, last_lines
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
@@ -95,15 +95,15 @@ def further_metrics(lines: Sequence[ResultLine]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line.metrics))
 
 
-def words_of(metric: str) -> str:
+def metric_words(metric: str) -> str:
     """Return a metric in words; its name alone where it is not installed."""
-    found = described(metric)
+    found = metric_about(metric)
     return ALWAYS.get(metric) or (found.words if found else metric)
 
 
 def better_of(metric: str) -> str:
     """Return which way a metric is better: ``more``, ``less`` or ``neither``."""
-    found = described(metric)
+    found = metric_about(metric)
     return "more" if metric in ALWAYS else found.better if found else "neither"
 
 

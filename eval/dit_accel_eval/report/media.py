@@ -64,10 +64,7 @@ class Media:
         """Put frames into the folder, with a poster, where they are not there yet; returns their file's name.
 
         Args:
-            label: begins the name.
             key: what they are made from, as plain values.
-            frames: makes them.
-            fps: frames per second of a video.
         """
         stem = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
         file, poster = (self.folder / f"{stem}.{suffix}" for suffix in ("mp4" if video else "png", "webp"))
@@ -173,7 +170,6 @@ def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], No
     """Encode the kept clips of a report.
 
     Args:
-        most: as in `kept_lines`.
         advance: called after every arm of every clip.
 
     Returns:

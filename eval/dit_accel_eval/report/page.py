@@ -11,7 +11,7 @@ from ..suites.figures import ArmFigures
 from ..suites.lines import ResultLine
 from ..suites.tables import NOTHING, pairs_rule, rule_words, seconds_cell
 from .charts import costs, forest, hues, prompt_map, step_map
-from .lines import ALWAYS, better_of, words_of
+from .lines import ALWAYS, better_of, metric_words
 from .media import AMPLIFIED, Entry, fps_of
 from .report import SuiteReport, quantile_clips
 
@@ -35,7 +35,6 @@ def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -
 
     Args:
         shown: the clips of each report; none: nothing is shown.
-        folder: name of the folder that holds them, beside the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -55,12 +54,7 @@ def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -
 
 
 def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: str, level: int) -> dict[str, Any]:
-    """Return what the templates take of a report.
-
-    Args:
-        prefix: of the part's ids.
-        level: of its headings.
-    """
+    """Return what the templates take of a report."""
     lines, groups, scores = report.results.lines, _groups(report), score_leads(report)
     scored = any("score" in arm.means for arm in report.arms)
     return {
@@ -80,7 +74,7 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
         "hidden": len(report.arms) - sum(len(arms) for _, arms in groups),
         "metrics": {key: words for key, words in ALWAYS.items() if key != "score" or scored},
         "columns": _columns(report),
-        "words_of": words_of,
+        "words_of": metric_words,
         "better_of": better_of,
         "digits": lambda name, sign="": f"%{sign}.{decimals_of(name)}f",
         "prompt_map": prompt_map(report, [arm for _, arms in groups for arm in arms]),
@@ -104,29 +98,29 @@ def _part(report: SuiteReport, media: Entry, failed: Sequence[str], *, prefix: s
 def score_leads(report: SuiteReport) -> dict[str, Judged]:
     """Return arm -> by how many percent the judge's score is above that of fewer steps, of the arms that have one."""
     leads = {arm.name: report.leads(arm, "score").values() for arm in report.judged}
-    return judge({name: [100 * one for one in found] for name, found in leads.items()})
+    return judge({name: [100 * lead for lead in each] for name, each in leads.items()})
 
 
 def summary(report: SuiteReport, scores: Mapping[str, Judged]) -> str:
     """Return in a sentence or two whether the judge can tell the arms from fewer steps, and how they stand."""
-    found = {arm.name: arm.ahead[report.main] for arm in report.judged if report.main in arm.ahead}
-    if not found:
+    leads = {arm.name: arm.ahead[report.main] for arm in report.judged if report.main in arm.ahead}
+    if not leads:
         return "No arm is held against fewer steps here."
-    if all(one.verdict == TOO_FEW for one in found.values()):
-        clips = max(one.count for one in found.values())
+    if all(lead.verdict == TOO_FEW for lead in leads.values()):
+        clips = max(lead.count for lead in leads.values())
         return f"Too few clips for a verdict: there are {clips}, it takes {FEWEST}."
-    names = {word: [name for name, one in found.items() if one.verdict == word] for word in ("ahead", "behind")}
+    names = {word: [name for name, lead in leads.items() if lead.verdict == word] for word in ("ahead", "behind")}
     parts = (
         []
         if not _alike(scores)
         else [f"The judge's score can't tell any of these arms from fewer steps{_reach(scores)}."]
     )
-    parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(found)} arms"
+    parts.append(f"Against fewer steps at equal {report.works[report.main]}, {len(names['ahead'])} of {len(leads)} arms"
                  f" are ahead, {len(names['behind'])} behind; of the others these clips do not tell.")  # fmt: skip
     idle = [arm.name for arm in report.judged if arm.saved_nothing]
     parts += [f"Saved nothing, and is not judged: {', '.join(idle)}."] if idle else []
     parts += [f"{word.capitalize()}: {', '.join(arms)}." for word, arms in names.items() if 0 < len(arms) <= NAMED]
-    pairs = {str(one.pair): one.score for one in report.pairs if one.score}
+    pairs = {str(pair.pair): pair.score for pair in report.pairs if pair.score}
     if _alike(pairs):
         parts.insert(0, f"The judge's score can't tell the arms of any declared pair apart{_reach(pairs)}.")
     return " ".join(parts)
@@ -138,7 +132,7 @@ def _reach(scores: Mapping[str, Judged]) -> str:
 
 
 def _alike(scores: Mapping[str, Judged]) -> bool:
-    return {one.verdict for one in scores.values()} == {"open"}
+    return {lead.verdict for lead in scores.values()} == {"open"}
 
 
 def _rows(report: SuiteReport, scores: Mapping[str, Judged]) -> list[dict[str, Any]]:
@@ -179,7 +173,7 @@ def _data(report: SuiteReport, media: Entry, prefix: str) -> dict[str, Any]:
 
 def _cells(report: SuiteReport, arm: ArmFigures) -> dict[int, dict[str, str]]:
     """Return clip -> the cells of an arm's row of the first table that a clip has of its own, by their columns."""
-    leads, found = report.leads(arm), {}
+    leads, by_clip = report.leads(arm), {}
     for line in report.lines_of(arm):
         cells = {"psnr": f"{line.psnr:.2f}"}
         cells |= {"lead": f"{leads[line.clip]:+.2f}"} if line.clip in leads else {}
@@ -187,8 +181,8 @@ def _cells(report: SuiteReport, arm: ArmFigures) -> dict[int, dict[str, str]]:
         cells |= {"score": f"{100 * line.score:.0f} %"} if line.score is not None else {}
         metrics = {name: line.metrics[name] for name in _columns(report) if name in line.metrics}
         cells |= {name: f"{value:.{decimals_of(name)}f}" for name, value in metrics.items()}
-        found[line.clip] = cells
-    return found
+        by_clip[line.clip] = cells
+    return by_clip
 
 
 def _groups(report: SuiteReport) -> list[tuple[str, list[ArmFigures]]]:

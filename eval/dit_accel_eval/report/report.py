@@ -30,9 +30,7 @@ class SuiteReport:
         comparison: the lines whose reference converged, with the dense runs of equal work.
         arms: their figures: dense runs by steps, then the others as they first appear.
         settings: arm -> a line of it, which tells what ran.
-        prompts: clip -> its prompt, clips in order.
         warnings: what a reader should know before believing the figures.
-        pairs: the figures of the pairs that the suite declares.
         suite: its TOML, as it is now; empty where it was not found.
     """
 

@@ -30,7 +30,6 @@ class ClipFile:
 
     Attributes:
         name: its path in the folder that was given, without the suffix.
-        path: the file.
     """
 
     name: str

@@ -76,7 +76,6 @@ class Machine:
     """Where a model that is not embedded runs.
 
     Attributes:
-        device: torch device; None: the accelerator if there is one.
         offload: which weights wait in main memory, one of `OFFLOADS`.
     """
 
@@ -92,7 +91,7 @@ class Machine:
         return requested or ("float32" if pick_device(self.device).type == "cpu" else "bfloat16")
 
 
-def processor() -> str:
+def processor_name() -> str:
     """Return the processor's name and how many cores the system shows, as far as it tells."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -103,6 +102,6 @@ def processor() -> str:
 def device_name(device: torch.device) -> str:
     """Return what a device is called: of a CPU the processor."""
     if device.type == "cpu":
-        return processor()
+        return processor_name()
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(name(device)) if name else str(device)

@@ -16,7 +16,7 @@ from torch import nn
 from dit_accel import Report
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.block_lists import block_lists, blocks_of
-from dit_accel.estimate.estimate import Estimate, estimate
+from dit_accel.estimate.prediction import Prediction, estimate
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.find import attention_modules
 
@@ -42,9 +42,6 @@ class Counter:
     """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
 
     Made before anything else wraps the transformer, and never taken off.
-
-    Attributes:
-        seconds: by kind, what each call took since the last `take`.
     """
 
     def __init__(
@@ -81,31 +78,27 @@ class Counter:
         module.forward = counted
 
 
-def planned(
+def run_estimate(
     adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig] = ()
-) -> Estimate:
+) -> Prediction:
     """Return what `dit-accel plan` says of a run at the size of a call."""
     sizes: dict[str, Any] = {name: call[name] for name in ("height", "width", "num_frames") if name in call}
     return estimate(adapter, family, methods=methods, **sizes)
 
 
-def attended(
+def attended_share(
     report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
 ) -> tuple[float, dict[int, float]]:
     """Return the share of the query-key pairs that a run's attention calls computed, and the same by step; 1 is dense.
 
     A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted. Steps
     without attention calls are left out, as are all of a dense run.
-
-    Args:
-        report: what ran; None: nothing was attached.
-        call: height, width and frames of the run.
     """
     if report is None or report.sparse_density is None:
         return 1.0, {}
     sizes = [options["block_size"] for options in report.methods.values() if options.get("block_size")]
     tile = min(sizes, default=1)  # without tiles nothing is pooled
-    probes = sum(saving.exact_rows for saving in planned(adapter, family, call, methods).savings.values())
+    probes = sum(saving.exact_rows for saving in run_estimate(adapter, family, call, methods).savings.values())
     by_step: dict[int, list[tuple[int, float]]] = {}
     for step in report.steps:
         if calls := step.dense_layers + step.sparse_layers:
@@ -135,8 +128,6 @@ def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> f
     """Return a run's work in steps of the dense model.
 
     Args:
-        dense_step: what one dense step runs.
-        attended: `attended` of the run.
         share: self-attention's share of a dense step's work.
     """
     attention = attended * counts.attention / dense_step.attention

@@ -52,7 +52,7 @@ class EmbeddedModel(SuiteModel):
         source = str(assets().model_path(name))
         adapter, family = read_model_files(source).identify()
         super().__init__(
-            open_pipeline(source, dtype="float32"), name=name, weights=weights_hash(name), adapter=adapter,
+            open_pipeline(source, dtype="float32"), name=name, weights=embedded_weights(name), adapter=adapter,
             family=family, call=embedded_call(name, call), clips=own or HeldOutClips(model=name, only=prompt),
         )  # fmt: skip
 
@@ -64,7 +64,7 @@ def check_name(name: str) -> None:
 
 
 @functools.cache
-def weights_hash(name: str) -> str:
+def embedded_weights(name: str) -> str:
     """Return 12 hexadecimal digits that tell a model's weights from others', by all its safetensors files."""
     folder, found = assets().model_path(name), hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
@@ -96,8 +96,6 @@ class GivenModel(SuiteModel):
     """A loaded pipeline of a folder or the hub.
 
     Args:
-        name: what result lines call it.
-        source: the folder or hub id.
         call: arguments of the pipeline's call besides its family's sizes.
     """
 
@@ -105,7 +103,7 @@ class GivenModel(SuiteModel):
         self, name: str, source: str, call: Mapping[str, Any], own: OwnClips, dtype: Dtype, machine: Machine
     ) -> None:
         files = read_model_files(source)
-        settled = given_call(files, call)
+        settled = model_call(files, call)
         adapter, family = files.identify()
         folder = local_folder(source)
         request = tuning_request(
@@ -136,7 +134,7 @@ def check_given(source: str) -> tuple[ModelFiles, Family]:
     return files, family
 
 
-def given_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
+def model_call(files: ModelFiles, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of another model's call: its family's sizes, changed by what is given, and checked."""
     _, family = files.identify()
     settled = settled_call(files.name, files, {name: getattr(family, name) for name in SIZES}, given)

@@ -26,7 +26,7 @@ from dit_accel.methods.config import MethodConfig
 
 from ..metrics.metric import Clip
 from .conditions import HeldOutClips, OwnClips
-from .counting import Counter, Counts, attended, density_map, planned
+from .counting import Counter, Counts, attended_share, density_map, run_estimate
 from .rivals import cached_by
 
 DIGITS = 4
@@ -49,18 +49,16 @@ class Times(Timings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class ModelRun:
     """What one call of the pipeline made.
 
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
         counts: the blocks and attention calls that ran.
         attended: the share of the pairs that the attention calls computed; 1 is dense.
-        seconds: of the denoising loop.
         times: what its stages took; None where that is not known.
         by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
             is not known.
-        density: `density_map` of what ran.
         memory: the most bytes that were held meanwhile, by `peak_memory`; None where that is not known.
     """
 
@@ -78,15 +76,12 @@ class SuiteModel:
     """A loaded pipeline that makes clips by their numbers.
 
     Args:
-        name: what result lines call the model.
         weights: what tells its weights from others'.
         call: all arguments of the pipeline's call but the prompt, the steps and the generator.
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
-        device: where it runs.
         own_share: self-attention's share of the FLOPs at the size of its call, as `dit-accel plan` counts them.
-        tokens: of a forward.
     """
 
     dtype: str | None = None
@@ -99,7 +94,7 @@ class SuiteModel:
         self.pipe, self.prompt, self.seed = pipe, clips.prompt, clips.seed
         self.name, self.weights, self.call = name, weights, dict(call)
         self.adapter, self.family = adapter, family
-        size = planned(adapter, family, self.call)
+        size = run_estimate(adapter, family, self.call)
         self.own_share, self.tokens = size.attention_share, size.layout.tokens
         self.shipped = pipe.scheduler
         self.transformers = transformers_of(pipe)
@@ -117,19 +112,15 @@ class SuiteModel:
         methods: Sequence[MethodConfig] = (),
         rival: Mapping[str, Mapping[str, Any]] | None = None,
         call: Mapping[str, Any] | None = None,
-    ) -> Run:
+    ) -> ModelRun:
         """Make one clip.
 
         Args:
             solver: a name of `SOLVERS`, `schedulers.OWN`, or the class of one of diffusers' schedulers.
-            scheduler: options of that class.
-            flow_shift: noise shift; None: the model's own.
             guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
-            rival: name of another project's cache -> its options; None: none.
-            call: arguments that differ from the model's own.
         """
         call = {**self.call, **(call or {})}
-        self.pipe.scheduler = scheduler_of(self.shipped, solver, scheduler or {}, flow_shift)
+        self.pipe.scheduler = arm_scheduler(self.shipped, solver, scheduler or {}, flow_shift)
         self._counter.take()
         generator, counts = torch.Generator().manual_seed(self.seed(clip)), list[Counts]()
         counted = begin_peak()
@@ -144,8 +135,8 @@ class SuiteModel:
                 prompt=self.prompt(clip), **call, num_inference_steps=steps, generator=generator, output_type="np"
             )
             report = attachment.report() if attachment else None
-        share, shares = attended(report, self.adapter, self.family, call, methods)
-        return Run(
+        share, shares = attended_share(report, self.adapter, self.family, call, methods)
+        return ModelRun(
             frames=any_pictures_of(out).astype(np.float32, copy=False),
             counts=sum(counts, self._counter.take()),
             attended=share,
@@ -240,7 +231,7 @@ def shipped_scheduler(source: str) -> Any:
     return cls.from_config(config)
 
 
-def scheduler_of(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
+def arm_scheduler(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
     """Return a fresh scheduler of the model's own noise schedule.
 
     Args:

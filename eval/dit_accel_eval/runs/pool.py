@@ -6,35 +6,25 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import active_children, get_context, parent_process
-from typing import Any, TypeVar
+from typing import Any
 
 from dit_accel.cli.stopping import end_on_signals
 from dit_accel.files import remove_temporaries
-
-Result = TypeVar("Result")
 
 LOOK = 1.0
 """Seconds between two looks at what the processes have made."""
 
 
 def run_beside(
-    work: Callable[[Any], Result],
-    items: Sequence[Any],
-    workers: int,
-    done: Callable[[Result], None],
-    *,
-    begin: Callable[..., None] | None = None,
-    given: tuple[Any, ...] = (),
-    look: Callable[[], None] = lambda: None,
-) -> None:
-    """Do some work in processes, and hand on each result as it is there; what stops this one ends them at once.
+    work: Callable[[Any], object], items: Sequence[Any], workers: int, *, begin: Callable[..., None] | None = None,
+    given: tuple[Any, ...] = (), look: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Do some work in processes; what stops this one ends them at once.
 
     Args:
         work: does one item; a function of a module, as a process of its own imports it.
-        done: called with each result.
-        begin: called first in each of them.
-        given: what it is called with.
-        look: called now and then, and after every result.
+        begin: called first in each of them, with what is ``given``.
+        look: called now and then, and after every item.
     """
     others, ctrl_c = set(active_children()), {signal.SIGINT}
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(begin, given)) as pool:
@@ -46,8 +36,8 @@ def run_beside(
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             while pending:
                 ready, pending = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
-                for one in ready:
-                    done(one.result())
+                for future in ready:
+                    future.result()
                 look()
         except BaseException:
             for process in set(active_children()) - others:

@@ -85,7 +85,7 @@ def markdown_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([f"| {heads} |", "|---" * len(heads.split(" | ")) + "|", *lines])
 
 
-def latest(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
+def last_by_clip(lines: Sequence[Line]) -> dict[tuple[str, int], Line]:
     """Return (arm, clip) -> its last line."""
     return {(line["arm"], line["clip"]): line for line in lines}
 

@@ -34,8 +34,6 @@ class Arm:
     Attributes:
         name: unique in the suite; the row's name.
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
-        scheduler: options of that class.
-        flow_shift: noise shift; None: the model's own.
         guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
         rival: name of another project's cache (`RIVALS`) -> its options; empty: none.
         call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
@@ -95,7 +93,6 @@ def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) 
     """Return the keys of a TOML file of a version, which it says first.
 
     Args:
-        kinds: key -> what it must be.
         remedy: what is not there if the file is missing, and what to do; ``{}`` is its path.
     """
     if not path.is_file():

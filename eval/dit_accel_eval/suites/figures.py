@@ -38,7 +38,6 @@ class ArmFigures:
 
     Attributes:
         means: field of `MEANS` -> its mean, where all clips have it.
-        psnr: PSNR to the reference in dB.
         ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB; all
             arms are judged together.
         metrics: further metric -> its mean over the clips that have it.
@@ -188,20 +187,22 @@ def pair_figures(
     for pair in pairs:
         clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
         both[pair] = [(known[pair.arm, clip], known[pair.against, clip]) for clip in clips]
-    ahead = judge(
-        {pair: [own.psnr - other.psnr for own, other in ends] for pair, ends in both.items()},
-        {pair: pair.margin for pair in pairs},
+    psnrs, scores = (
+        {pair: _differences(ends, metric, factor) for pair, ends in both.items()}
+        for metric, factor in (("psnr", 1), ("score", 100))
     )
-    scores = judge({
-        pair: [100 * (own.score - other.score) for own, other in ends if own.score is not None is not other.score]
-        for pair, ends in both.items()
-    })  # fmt: skip
-    found = []
+    ahead, scored = judge(psnrs, {pair: pair.margin for pair in pairs}), judge(scores)
+    figures = []
     for pair, judged in ahead.items():
         dense = reference_steps or max(line.num_inference_steps for ends in both[pair] for line in ends)
         by, costs = _costs(both[pair], known, dense)
-        found.append(PairFigures(pair=pair, ahead=judged, score=scores.get(pair), costs=costs, by=by))
-    return found
+        figures.append(PairFigures(pair=pair, ahead=judged, score=scored.get(pair), costs=costs, by=by))
+    return figures
+
+
+def _differences(ends: Sequence[tuple[ResultLine, ...]], metric: str, factor: int) -> list[float]:
+    values = ((own.value(metric), other.value(metric)) for own, other in ends)
+    return [factor * (own - other) for own, other in values if own is not None and other is not None]
 
 
 def _further(lines: Sequence[ResultLine]) -> dict[str, list[float]]:
@@ -229,8 +230,8 @@ def _costs(
     }
     costs = {by: np.array([[cost(line) for line in ends] for ends in both]) for by, cost in kinds.items()}
     by = next((by for by, values in costs.items() if values.all()), "work")
-    own, other = costs[by].mean(0)
-    return by, (float(own), float(other))
+    arm, against = costs[by].mean(0)
+    return by, (float(arm), float(against))
 
 
 def _busy(line: ResultLine) -> float:

@@ -21,8 +21,8 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 
 from ..runs.conditions import Machine, OwnClips
-from ..runs.loaded import check_given, embedded_call, given_call, given_weights, weights_hash
-from ..runs.model import check_guided, scheduler_of, shipped_scheduler
+from ..runs.loaded import check_given, embedded_call, embedded_weights, given_weights, model_call
+from ..runs.model import arm_scheduler, check_guided, shipped_scheduler
 from ..runs.results import Line, write_lines
 from .arms import Arm
 from .judges import Judge, judge_of
@@ -42,13 +42,9 @@ class Job:
     """What a process needs to run the clips of a suite, checked once by `checked`.
 
     Attributes:
-        out: the result lines' file.
-        cache: folder of dense runs.
         timed: whether each arm is timed beside the dense run of as many steps.
         threads: of torch; None: as many as it takes.
         frames: folder in which the frames of every run are kept; None: nowhere.
-        talk: whether each run is printed to stderr.
-        machine: where a model runs that is not embedded.
     """
 
     suite: Suite
@@ -70,13 +66,13 @@ class Job:
         """What every line must say: the model, and where there is one, the call of the converged run."""
         suite = self.suite
         if suite.embedded:
-            model = {"model": suite.model, "weights": weights_hash(suite.model)}
+            model = {"model": suite.model, "weights": embedded_weights(suite.model)}
         else:
             dtype = self.machine.dtype(suite.dtype)
             model = {"model": suite.model, "weights": given_weights(suite.source), "dtype": dtype}
         if suite.judge:
             return model
-        return {**model, "call": suite_call(suite, suite.call), "reference": reference_words(suite)}
+        return {**model, "call": suite_call(suite, suite.call), "reference": reference_name(suite)}
 
     def arm_setting(self, arm: Arm) -> Line:
         """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
@@ -95,7 +91,7 @@ class Job:
         return {arm.name: self.arm_setting(arm) for arm in arms}
 
 
-def reference_words(suite: Suite) -> str:
+def reference_name(suite: Suite) -> str:
     """Return in words what a suite's arms are held against."""
     own = suite.reference_steps
     return f"{BEST}, agreeing to {AGREE:g} dB" if own is None else f"{suite.reference_solver}, {own} steps of its own"
@@ -114,7 +110,7 @@ def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the call of a suite's model: its defaults, changed by what was given."""
     if suite.embedded:
         return embedded_call(suite.model, given)
-    return given_call(check_given(suite.source)[0], given)
+    return model_call(check_given(suite.source)[0], given)
 
 
 def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
@@ -187,7 +183,7 @@ def _check_model(suite: Suite) -> Family:
     rungs = [ladder.arm(rung.num_inference_steps) for rung in ladder.rungs] if ladder else []
     for arm in (*suite.arms, *rungs):
         try:
-            scheduler_of(shipped, arm.solver, arm.scheduler, arm.flow_shift)
+            arm_scheduler(shipped, arm.solver, arm.scheduler, arm.flow_shift)
             if arm.guider:
                 check_guided(pipeline_class(files))
             make_handlers(arm.methods, taken)
@@ -226,7 +222,6 @@ def check_lines(
     """Refuse lines of another model, call, reference or arm than the suite's, by name.
 
     Args:
-        expected: key -> what every line must say.
         arms: arm -> what it runs; lines of other arms are not looked at.
     """
     for line in lines:

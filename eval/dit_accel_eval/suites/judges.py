@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_accel import ConfigError
 
-from ..runs.model import Run, SuiteModel
+from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line
 from .suite import Suite
 
@@ -20,12 +20,11 @@ class Judge:
 
     Attributes:
         measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
-        table: (suite, lines) -> the Markdown table.
         check_suite: refuses a suite that can't be judged so; None: all can.
         numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
     """
 
-    measures: Callable[[SuiteModel, int, Run], Line]
+    measures: Callable[[SuiteModel, int, ModelRun], Line]
     table: Callable[[Suite, Sequence[Line]], str]
     check_suite: Callable[[Suite], None] | None = None
     numbers: Callable[[str, int, int], Sequence[int]] | None = None

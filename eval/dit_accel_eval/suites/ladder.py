@@ -40,8 +40,6 @@ class Rung:
     """The best dense run of so many steps.
 
     Attributes:
-        flow_shift: noise shift; None: the model's own.
-        psnr: its mean PSNR over the choosing clips, in dB.
         tried: solver and shift in words -> the mean PSNR of each run that was tried.
         confirming: the same of the best of these, over clips that did not choose; empty: not run there.
     """
@@ -74,7 +72,6 @@ class Ladder:
 
     Attributes:
         reference_steps: of the reference that chose, as a suite's.
-        call: arguments of the pipeline's call, as a suite's.
         confirmed_on: the first and the last clip on which the rungs were tried again; (): on none.
     """
 

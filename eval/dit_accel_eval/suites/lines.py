@@ -22,9 +22,6 @@ AGREE = 45.0
 ITSELF = 120.0
 """The agreement in dB of a reference for which nothing was searched: `psnr` of a clip with itself."""
 
-CONFIRMED = "reference_confirmed"
-"""Key of a line whose reference was compared with a run of more steps after the search: ``steps``, ``agreement``."""
-
 WORKS = {"work": "own work", "work_real": "work at a = .72"}
 """Key of a line -> in words, by which arms and dense runs are made equal; timed lines add ``steps_in_time``."""
 
@@ -37,12 +34,10 @@ class ResultLine:
 
     Attributes:
         raw: every key as the file holds it, also those that are only shown.
-        psnr: in dB to the reference.
         work: in steps of the dense model; ``work_real`` at a real model's share of attention.
-        steps_in_time: dense steps that take as long.
         seconds: of the denoising loop where timed, beside ``dense_seconds`` of the dense run of as many steps.
-        score: by the model's own judge.
         metrics: metric -> its value; ``skipped`` and ``unavailable`` say why others have none.
+        reference_confirmed: ``steps`` and ``agreement`` of a run of more steps that confirmed the reference.
         kept: path of the frames, from the file's folder.
     """
 

@@ -15,9 +15,9 @@ from dit_accel.adapters.embedded import assets
 
 from ..metrics.metric import Sample
 from ..metrics.registered import scores
-from ..runs.conditions import device_name, processor
+from ..runs.conditions import device_name, processor_name
 from ..runs.counting import Counts, work, works
-from ..runs.model import Run, SuiteModel
+from ..runs.model import ModelRun, SuiteModel
 from ..runs.results import Line, keep_beside
 from .arms import Arm
 from .job import Job
@@ -48,8 +48,8 @@ class Sampled:
     clip: int
     model: SuiteModel
     reference: Reference | None
-    runs: Sequence[Run]
-    beside: Sequence[Run] = ()
+    runs: Sequence[ModelRun]
+    beside: Sequence[ModelRun] = ()
 
 
 def line_of(sampled: Sampled) -> Line:
@@ -76,20 +76,20 @@ def line_of(sampled: Sampled) -> Line:
         if job.frames is not None:
             line |= keep_beside(job.frames, job.out.parent, line, made.frames, reference.frames)
     if len(sampled.runs) > 1:
-        line["repeated"] = repeated(sampled.runs)
+        line["repeated"] = repeat_figures(sampled.runs)
     if sampled.beside:
         seconds, dense = (float(np.median([run.seconds for run in runs])) for runs in (sampled.runs, sampled.beside))
         line |= {"seconds": seconds, "dense_seconds": dense, "threads": torch.get_num_threads()}
-        line |= {"processor": processor(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
+        line |= {"processor": processor_name(), "steps_in_time": sampled.arm.num_inference_steps * seconds / dense}
     return line
 
 
-def median_run(runs: Sequence[Run]) -> Run:
+def median_run(runs: Sequence[ModelRun]) -> ModelRun:
     """Return the run whose denoising loop took the median time, of an even number the longer one of the two."""
     return sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
 
 
-def repeated(runs: Sequence[Run]) -> dict[str, Any]:
+def repeat_figures(runs: Sequence[ModelRun]) -> dict[str, Any]:
     """Return the seconds of the denoising loop of repeated runs, in order, with their median and quartiles."""
     seconds = [run.seconds for run in runs]
     low, middle, high = (round(float(one), DIGITS) for one in np.percentile(seconds, [25, 50, 75]))
@@ -113,11 +113,11 @@ def _about(sampled: Sampled) -> Line:
         "diffusers": version("diffusers"),
         "dit_accel": version("dit-accel"),
         "python": platform.python_version(),
-        "device": processor() if embedded else device_name(model.device),
+        "device": processor_name() if embedded else device_name(model.device),
     }
 
 
-def _cost(made: Run, dense_step: Counts | None, share: float) -> Line:
+def _cost(made: ModelRun, dense_step: Counts | None, share: float) -> Line:
     """Return what a run took, as far as it is known: by stage, by step and in memory, beside whatever else ran.
 
     ``step_work`` is each step's work in dense steps, 0 where it was skipped; ``density`` the exact share of tiles by
@@ -135,7 +135,7 @@ def _cost(made: Run, dense_step: Counts | None, share: float) -> Line:
     return line
 
 
-def _measured(sampled: Sampled, made: Run, reference: Reference) -> Line:
+def _measured(sampled: Sampled, made: ModelRun, reference: Reference) -> Line:
     """Return what is measured against the reference: PSNR, SSIM and the judge's score, and what the suite names.
 
     ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about

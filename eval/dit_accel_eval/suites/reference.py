@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dit_accel.files import user_cache, written_whole
 from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
 from ..runs.counting import Counts
-from ..runs.model import Run, SuiteModel, Times
+from ..runs.model import ModelRun, SuiteModel, Times
 from ..runs.results import explained_disk_errors
 from .lines import AGREE, ITSELF
 
@@ -38,7 +37,6 @@ class Reference:
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
         agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
-        step: what one dense step computed.
         seconds: processor seconds of one dense step; None where they are not known.
     """
 
@@ -55,55 +53,44 @@ def default_cache() -> Path:
 
 
 def reference_run(
-    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, steps: int | None = None,
-    solver: str = BEST,
+    model: SuiteModel, clip: int, cache: Path, steps: int | None = None, solver: str = BEST
 ) -> Reference:  # fmt: skip
     """Return a clip's reference: the model's own dense run of so many steps of a solver; None: the converged one."""
     if steps is None:
-        return converged(model, clip, cache, run)
-    return _reference(dense_run(model, clip, steps, cache, run, solver), steps, ITSELF)
+        return converged(model, clip, cache)
+    return _reference(dense_run(model, clip, steps, cache, solver), steps, ITSELF)
 
 
-def converged(
-    model: SuiteModel, clip: int, cache: Path, run: Callable[..., Run] | None = None, *, first: int = FIRST,
-    most: int = MOST,
-) -> Reference:  # fmt: skip
-    """Return a clip's reference, made by ``run``, None: the model's own, or found again."""
-    steps, coarse = first, dense_run(model, clip, first, cache, run)
+def converged(model: SuiteModel, clip: int, cache: Path, *, first: int = FIRST, most: int = MOST) -> Reference:
+    """Return a clip's converged run, made or found again."""
+    steps, coarse = first, dense_run(model, clip, first, cache)
     while True:
         steps *= 2
-        fine = dense_run(model, clip, steps, cache, run)
+        fine = dense_run(model, clip, steps, cache)
         agreement = psnr(fine.frames, coarse.frames)
         if agreement >= AGREE or 2 * steps > most:
             return _reference(fine, steps, agreement)
         coarse = fine
 
 
-def _reference(made: Run, steps: int, agreement: float) -> Reference:
-    seconds = made.times.processor / steps if made.times and made.times.processor else None
-    return Reference(frames=made.frames, steps=steps, agreement=agreement, step=made.counts / steps, seconds=seconds)
+def _reference(run: ModelRun, steps: int, agreement: float) -> Reference:
+    seconds = run.times.processor / steps if run.times and run.times.processor else None
+    return Reference(frames=run.frames, steps=steps, agreement=agreement, step=run.counts / steps, seconds=seconds)
 
 
-def dense_run(
-    model: SuiteModel, clip: int, steps: int, cache: Path, run: Callable[..., Run] | None = None, solver: str = BEST
-) -> Run:
-    """Return a dense run of a solver with the model's own noise shift, made or found again, with its times.
-
-    Args:
-        run: makes a run as `SuiteModel.run` does; None: that.
-        solver: a name of `SOLVERS`, or `OWN`.
-    """
+def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str = BEST) -> ModelRun:
+    """Return a dense run of a solver with the model's own noise shift, made or found again, with its times."""
     setting = run_setting(model, clip, steps, solver)
     name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / f"{name}.npz"
     if not path.exists():
-        made = (run or model.run)(clip, steps=steps, solver=solver)
-        meta = {"setting": setting, "counts": dataclasses.asdict(made.counts), "memory": made.memory}
-        meta |= {"times": dataclasses.asdict(made.times)} if made.times else {}
+        run = model.run(clip, steps=steps, solver=solver)
+        meta = {"setting": setting, "counts": dataclasses.asdict(run.counts), "memory": run.memory}
+        meta |= {"times": dataclasses.asdict(run.times)} if run.times else {}
         with explained_disk_errors(path):
             cache.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
-            np.savez(temporary, frames=made.frames.astype(np.float16), meta=json.dumps(meta))
+            np.savez(temporary, frames=run.frames.astype(np.float16), meta=json.dumps(meta))
     return _read(path, setting)
 
 
@@ -122,20 +109,20 @@ def run_setting(model: SuiteModel, clip: int, steps: int, solver: str = BEST) ->
     }
 
 
-def _read(path: Path, setting: dict[str, Any]) -> Run:
+def _read(path: Path, setting: dict[str, Any]) -> ModelRun:
     try:
         with np.load(path) as saved:
             frames, meta = saved["frames"].astype(np.float32), json.loads(str(saved["meta"]))
-        found, counts = meta["setting"], Counts(**meta["counts"])
+        made_with, counts = meta["setting"], Counts(**meta["counts"])
         times, memory = meta.get("times"), meta.get("memory")  # earlier releases kept none
         times = Times(**{**times, "steps": tuple(times["steps"])}) if times else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is not a dense run that this release can read ({error}); delete it") from None
     for name, value in setting.items():
-        if found.get(name) != value:
-            raise ConfigError(f"{path} is a dense run of {name} {found.get(name)!r}, not {value!r}; delete it")
+        if made_with.get(name) != value:
+            raise ConfigError(f"{path} is a dense run of {name} {made_with.get(name)!r}, not {value!r}; delete it")
     steps = setting["steps"]
-    return Run(
+    return ModelRun(
         frames=frames, counts=counts, attended=1.0, seconds=math.nan, times=times, memory=memory,
         by_step=((counts / steps, 1.0),) * steps,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from dit_accel.cli.stopping import keeps
 from ..metrics.registered import metric, unavailable
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
-from ..runs.model import Run, SuiteModel
+from ..runs.model import ModelRun, SuiteModel
 from ..runs.pool import run_beside
 from ..runs.results import append_line, write_lines
 from .arms import Arm
@@ -50,10 +50,10 @@ def run_job(job: Job, clips: Sequence[int], workers: int, *, quiet: bool) -> Non
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
     job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
     with SuiteProgress(job, clips, quiet=quiet) as watch:
-        run(job, clips, workers=workers, watch=watch)
+        run_arms(job, clips, workers=workers, watch=watch)
 
 
-def run(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch = lambda lines: None) -> None:
+def run_arms(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch = lambda lines: None) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
     Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
@@ -81,7 +81,7 @@ def _run(job: Job, clips: Sequence[int], workers: int, look: Callable[[], None])
     look()
     workers = max(1, min(workers, len(clips)))
     if workers > 1:
-        return run_beside(_run_there, clips, workers, lambda _: None, begin=_begin, given=(job,), look=look)
+        return run_beside(_run_there, clips, workers, begin=_begin, given=(job,), look=look)
     runner = Runner(job)
     for clip in clips:
         runner.run_clip(clip, look)
@@ -140,7 +140,7 @@ class Runner:
                     figures = "{psnr:.1f} dB at {work:.1f} steps' work" if reference else "score {score:.0%}"
                     print(f"clip {clip} {arm.name}: {figures.format(**raw)}", file=sys.stderr)
 
-    def sample(self, arm: Arm, clip: int) -> tuple[list[Run], list[Run]]:
+    def sample(self, arm: Arm, clip: int) -> tuple[list[ModelRun], list[ModelRun]]:
         """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
 
         A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
@@ -154,7 +154,7 @@ class Runner:
             for _ in range(suite.warmup):
                 self.model.run(clip, **arm.run_options())
             self._warm.add(arm.name)
-        runs, beside = list[Run](), list[Run]()
+        runs, beside = list[ModelRun](), list[ModelRun]()
         for _ in range(suite.repeats):
             runs.append(self.model.run(clip, **arm.run_options()))
             if self.job.timed and not dense and arm != suite.rival(arm.num_inference_steps):
@@ -221,6 +221,8 @@ class SuiteProgress:
         if not self._quiet:
             self._quiet = True
             more = "" if self._job.judge else "; the dense runs that they are compared with are added"
-            TALK.print(f"{suite.name}: {len(self._clips)} clips x {len(suite.arms)} arms, {done} of {self._total} runs "
-                       f"are done{more}", markup=False, soft_wrap=True)  # fmt: skip
+            counts = (f"{count} {what}{'s' * (count != 1)}" for count, what in ((len(self._clips), "clip"),
+                                                                               (len(suite.arms), "arm")))  # fmt: skip
+            text = f"{suite.name}: {' x '.join(counts)}, {done} of {self._total} runs are done{more}"
+            TALK.print(text, markup=False, soft_wrap=True)
         self._progress.update(self._task, completed=done, description=f"{suite.name}: {len(known)} runs")

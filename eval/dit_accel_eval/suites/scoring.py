@@ -33,14 +33,9 @@ def score_files(
     """Give a line for each clip, then one for all if distances between sets are requested.
 
     Args:
-        path: a clip, or a folder of clips.
         references: the same of what they should be; None: there are none.
-        names: of metrics, or of `SETS`.
-        fps: frames per second of all clips.
         trained_frames: frames that the model was trained on; None: as many as there are.
-        prompt: what all clips should show.
         prompts: JSON object {file name: prompt}, in place of that.
-        warn: is given what should be known beforehand.
     """
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]

@@ -60,7 +60,6 @@ class Suite:
         timed: whether each arm is timed beside the dense run of as many steps, as with ``--time``.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
-        pairs: arms that are held against each other.
     """
 
     name: str

@@ -39,11 +39,8 @@ class Tuned:
     """What a tuner found and wrote.
 
     Attributes:
-        output: the file.
         found: everything by name, as plain values for JSON.
         columns: heads of the table that the command line shows.
-        rows: of that table.
-        remarks: lines below it.
     """
 
     output: Path
@@ -63,7 +60,6 @@ class TuningRun:
     Args:
         request: what to generate, with the methods that are attached.
         output: the file that is to be written, of this ``suffix``.
-        stages: progress bars; None shows none.
         ranks: the processes that share the run, of which the first reads and writes; None: this one alone.
         settings: what else must be the same for two runs to be one.
 
@@ -112,9 +108,6 @@ class TuningRun:
         """Return the score of each point of a space; one that an earlier run scored is not scored again.
 
         Points and scores are plain values, as JSON holds them. The processes share the points.
-
-        Args:
-            words: what the progress calls a point.
         """
 
         def scored(point: Any) -> Any:

@@ -19,7 +19,6 @@ def attention_received(
     Source: ProfilingDiT (arXiv 2504.03140), a_i = mean_j A_ji of the row softmax A; mean over heads and batch too.
 
     Args:
-        q: queries [B, H, S, D].
         k: keys [B, H or fewer, S, D].
         scale: factor on the logits; None: 1 / sqrt(D).
         key_mask: bool [B, S], True for a valid key; None: all.

@@ -38,9 +38,7 @@ class Spectrum:
     Attributes:
         periods: of each frequency, in frames.
         amplitudes: the share of each, of a sum of 1; all 0 for a constant curve.
-        dominant: place of the largest.
         family: places of the frequencies that are multiples of it, itself included.
-        share: of the family.
         error: RMS of the fit over that of the curve about its mean.
     """
 

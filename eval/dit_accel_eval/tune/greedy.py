@@ -18,9 +18,6 @@ def search(
     Args:
         heads: all heads, in the order in which ties are broken.
         evaluate: judges all that a round asks, each set and prompt once; higher is better.
-        prompts: how many there are.
-        rounds: how many rounds.
-        per_round: heads that a round adds.
         worth: what a head is ranked by, of what its prompts gave; -inf: it is not taken.
 
     Returns:

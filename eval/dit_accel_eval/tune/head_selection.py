@@ -19,7 +19,6 @@ class HeadSelection:
 
     Attributes:
         kind: ``harmonic``, ``threshold``, or "" for one objective by itself.
-        objectives: names of what is measured of each clip.
         least: the mean that each must reach; -inf: none.
     """
 

@@ -42,11 +42,7 @@ def tune_heads(
 
     Args:
         request: what to generate; without a guidance scale of its own it is guided by the perturbed branch alone.
-        output: JSON file for ``softpag.heads``.
         objective: see `objective_of`; of several, as `HeadSelection.of` reads them.
-        rounds: greedy rounds.
-        per_round: heads that a round adds.
-        stages: progress bars; None shows none.
         ranks: the processes that share the clips; the first writes. None: this one alone.
 
     Returns:

@@ -10,7 +10,7 @@ from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError, did_you_mean
 
 from ..metrics.metric import Clip, Sample
-from ..metrics.registered import described, metric, metrics
+from ..metrics.registered import metric, metric_about, metrics
 from ..runs.loaded import FIRST_PROMPT
 
 Objective = Callable[[Clip, str], float]
@@ -28,11 +28,10 @@ def objective_of(name: str, model: str | None) -> Objective:
         name: ``checker``, how near a clip of an embedded model comes to its prompt; a metric that takes no reference,
             such as ``clip-score@open_clip:ViT-L-14/openai``, turned round where less is better; or
             ``module:function``, a function of a clip and its prompt.
-        model: the embedded model's name; None: another model.
     """
     if name == "checker":
         return _checker(model)
-    if described(name) is not None:
+    if metric_about(name) is not None:
         return _measured(name)
     module, colon, function = name.partition(":")
     if not colon:

@@ -28,7 +28,6 @@ class Logits:
 
     Attributes:
         total: float64 [F, F], mean logit of two frames' tokens at one place, summed over calls; 0 before any.
-        calls: how many there were.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from dit_accel_pipelines.generation.request import EMBEDDED, Request
 
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
-from dit_accel.estimate.tuned import Measured, keep_tuned, model_key, tuned_text
+from dit_accel.estimate.tuned import TunedResult, keep_tuned, model_key, tuned_text
 from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 
@@ -29,7 +29,7 @@ from ..suites.lines import result_lines
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
-from .pipeline_search import HELD_OUT_PROMPTS, Point, Prompts, Search, Target, pareto, read_target, split
+from .pipeline_search import HELD_OUT_PROMPTS, Measurement, Prompts, Search, Target, pareto, read_target, split
 from .space import BY_HAND, default_space, space_of
 
 
@@ -48,10 +48,8 @@ def tune_pipeline(
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
         output: TOML of the methods and the run, for ``generate --config``; ``.runs.jsonl`` lies beside it.
-        target: what to meet, see `read_target`.
         space: suite whose arms are tried; None: `default_space`.
         cache: folder of dense runs; None: the user's.
-        stages: progress; None shows none.
 
     Returns:
         Found are the setting ``chosen``, as measured on the held-out prompts; the ``frontier`` of those that none
@@ -75,7 +73,7 @@ def tune_pipeline(
     by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
     whole = search.tried(arms, by_hand)
     frontier, chosen = pareto(whole, requested.sign), search.judged(whole, by_hand)
-    measured = Measured(
+    measured = TunedResult(
         model=model_key(suite.model), **_sizes(request, suite), metric=requested.quality,
         quality=round(chosen.quality, 4), speedup=round(chosen.speedup, 4), prompts=chosen.prompts,
     )  # fmt: skip
@@ -85,7 +83,7 @@ def tune_pipeline(
 
 
 def _tuned(
-    output: Path, kept: Path, target: Target, chosen: Point, frontier: list[Point], tried: tuple[int, int]
+    output: Path, kept: Path, target: Target, chosen: Measurement, frontier: list[Measurement], tried: tuple[int, int]
 ) -> Tuned:
     """Return what was found, with the Pareto set as a table."""
     interval = f"(no interval: it takes {FEWEST} prompts)"
@@ -171,7 +169,7 @@ def _sizes(request: Request, suite: Suite) -> dict[str, int]:
     return {name: int(getattr(request, name) or known.get(name) or 1) for name in names}
 
 
-def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target, measured: Measured) -> Path:
+def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target, measured: TunedResult) -> Path:
     """Write the config, and its copy for `dit_accel.recommend`; returns that."""
     solver = None if arm.solver == OWN else arm.solver
     run = {"num_inference_steps": arm.num_inference_steps, "solver": solver, "flow_shift": arm.flow_shift}

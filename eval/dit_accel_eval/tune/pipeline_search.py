@@ -12,13 +12,13 @@ from dit_accel_pipelines.generation.progress import Stages
 
 from dit_accel.errors import ConfigError, did_you_mean, install
 
-from ..metrics.registered import described, metric, metrics
+from ..metrics.registered import metric, metric_about, metrics
 from ..runs.loaded import FIRST_PROMPT
 from ..statistics import clip_mean
 from ..suites.arms import Arm, dense_arm
 from ..suites.job import Job
 from ..suites.lines import ResultLine, last_lines, result_lines
-from ..suites.running import run
+from ..suites.running import run_arms
 
 ROUNDS = (2, 4, 6)
 """Prompts on which a setting is measured before it may be pruned, and then all; those before are among them."""
@@ -97,29 +97,26 @@ class Target:
     @property
     def sign(self) -> int:
         """1 where more of the metric is better, -1 where less is."""
-        found = described(self.quality)
+        found = metric_about(self.quality)
         return -1 if found and found.better == "less" else 1
 
-    def missed(self, point: "Point") -> float:
+    def missed(self, point: "Measurement") -> float:
         """Return by how much a setting misses the target; 0 if it meets it."""
         if self.name == SPEEDUP:
             return max(0.0, self.value - point.speedup)
         return max(0.0, self.sign * (self.value - point.quality))
 
-    def rank(self, point: "Point") -> tuple[float, float]:
+    def rank(self, point: "Measurement") -> tuple[float, float]:
         """Return what is least of the best setting: what it misses, then its work, or for a speed-up its quality."""
         return self.missed(point), -self.sign * point.quality if self.name == SPEEDUP else point.work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Measurement:
     """A setting as it was measured.
 
     Attributes:
-        arm: the setting.
-        prompts: on how many.
         quality: mean of the target's metric, or PSNR.
-        error: standard error of that mean.
         interval: of that mean, 95 %; None of few prompts.
         work: mean, in steps of the dense model.
         speedup: steps of the model's own dense run over that.
@@ -147,7 +144,7 @@ def read_target(text: str) -> Target:
         raise ConfigError(f"--target {text!r} is not NAME=VALUE; write, say, --target psnr=30 or --target speedup=2")
     if name not in (SPEEDUP, "score"):
         known = {*metrics(), SPEEDUP, "score", *NICKNAMES}
-        if name not in known and described(name) is None:
+        if name not in known and metric_about(name) is None:
             hint = did_you_mean(name, known).replace("dit-accel models", "dit-accel eval metrics")
             raise ConfigError(f"--target {text!r} names no metric; {hint}")
         reason = metric(name).missing()
@@ -169,9 +166,6 @@ class Search:
     """A search under way.
 
     Attributes:
-        job: what runs settings, and where their lines go.
-        target: what is requested.
-        stages: shows each round.
         own: steps of the model's own dense run, against which speed-ups count.
         prompts: which clips are looked at.
         ran: names of the settings that were measured.
@@ -184,27 +178,27 @@ class Search:
     prompts: Prompts = HELD_OUT_PROMPTS
     ran: set[str] = field(default_factory=set)
 
-    def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Point]:
+    def measured(self, arms: Sequence[Arm], prompts: Sequence[int]) -> list[Measurement]:
         """Return settings as measured on prompts, made or found again."""
-        run(dataclasses.replace(self.job, suite=dataclasses.replace(self.job.suite, arms=tuple(arms))), prompts)
+        run_arms(dataclasses.replace(self.job, suite=dataclasses.replace(self.job.suite, arms=tuple(arms))), prompts)
         known = last_lines(result_lines(self.job.out))
         self.ran.update(arm.name for arm in arms)
         return [self._point(arm, [known[arm.name, prompt] for prompt in prompts]) for arm in arms]
 
-    def _point(self, arm: Arm, lines: Sequence[ResultLine]) -> Point:
+    def _point(self, arm: Arm, lines: Sequence[ResultLine]) -> Measurement:
         values = [value for line in lines if (value := line.value(self.target.quality)) is not None]
         if len(values) < len(lines):
             kept = (reasons for line in lines for reasons in (line.skipped, line.unavailable))
             reason = next(filter(None, (one.get(self.target.quality) for one in kept)), "it has no value")
             raise ConfigError(f"{self.target.quality} can't be measured here: {reason}; name another target")
         work, found = float(np.mean([line.work for line in lines])), clip_mean(values)
-        return Point(
+        return Measurement(
             arm=arm, prompts=len(lines), work=work, speedup=self.own / work, quality=found.mean,
             error=float(np.std(values) / math.sqrt(max(1, len(values) - 1))),
             interval=None if found.low is None or found.high is None else (found.low, found.high),
         )  # fmt: skip
 
-    def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Point]:
+    def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Measurement]:
         """Return the settings that were measured on all prompts of the search.
 
         Settings by hand and some dense runs come first, the cheapest before the others; what optuna's sampler proposes
@@ -219,7 +213,7 @@ class Search:
         for arm in sorted({arm.name: arm for arm in first}.values(), key=least_work):
             study.enqueue_trial({"kind": _kind(arm), "steps": arm.num_inference_steps})
         steps = [arm.num_inference_steps for arm in arms]
-        seen, whole, losses = list[Point](), list[Point](), dict[str, float | None]()
+        seen, whole, losses = list[Measurement](), list[Measurement](), dict[str, float | None]()
 
         def objective(trial: Any) -> float:
             known = kinds[trial.suggest_categorical("kind", list(kinds))]
@@ -246,9 +240,9 @@ class Search:
             )
         return whole
 
-    def _rounds(self, arm: Arm, trial: Any, whole: bool) -> list[Point]:
+    def _rounds(self, arm: Arm, trial: Any, whole: bool) -> list[Measurement]:
         """Return a setting as measured on more and more prompts; ``whole``: on all, also where others are ahead."""
-        points = list[Point]()
+        points = list[Measurement]()
         for place, prompts in enumerate(self.prompts.rounds):
             points += self.measured([arm], prompts)
             trial.report(self.loss(points[-1]), KEPT**place)
@@ -270,13 +264,13 @@ class Search:
             f"{rounds[-1]} + {held} prompts"
         )
 
-    def most_work(self, points: Sequence[Point]) -> float:
+    def most_work(self, points: Sequence[Measurement]) -> float:
         """Return the work above which no setting can win any more."""
         if self.target.name == SPEEDUP:
             return self.own / self.target.value
         return SPARE * min((point.work for point in points if not self.target.missed(point)), default=math.inf)
 
-    def loss(self, point: Point) -> float:
+    def loss(self, point: Measurement) -> float:
         """Return what the search makes small, in dense steps, by prompt, since prompts differ more than settings.
 
         That is what the target would cost at the setting's share of the dense steps that are as good, and the dense
@@ -302,7 +296,7 @@ class Search:
             found.append(own.work / same * goal + max(goal - same, (same - goal) / 2))
         return float(np.mean(found))
 
-    def chosen(self, points: Sequence[Point]) -> Point:
+    def chosen(self, points: Sequence[Measurement]) -> Measurement:
         """Return the cheapest setting whose quality meets the target by a standard error, else by its mean.
 
         Where a speed-up is requested, the best that reaches it. The nearest where none meets it.
@@ -312,7 +306,7 @@ class Search:
         sure = [one for one, low in zip(points, worse, strict=True) if not target.missed(low)]
         return min(points if target.name == SPEEDUP else sure or points, key=target.rank)
 
-    def judged(self, points: Sequence[Point], by_hand: Sequence[Arm] = ()) -> Point:
+    def judged(self, points: Sequence[Measurement], by_hand: Sequence[Arm] = ()) -> Measurement:
         """Return the choice as measured on the held-out prompts, or the best by hand where that is better there."""
         hand = [one for one in points if one.arm in by_hand]
         arms = {one.arm.name: one.arm for one in (self.chosen(points), *([self.chosen(hand)] if hand else []))}
@@ -355,15 +349,15 @@ def least_work(arm: Arm) -> float:
     return arm.num_inference_steps * (CACHED_LEAST if arm.methods else 1.0)
 
 
-def known_work(arm: Arm, points: Sequence[Point]) -> float:
+def known_work(arm: Arm, points: Sequence[Measurement]) -> float:
     """Return the most work that the same methods took with fewer steps, which a setting can't well undercut."""
     same = (one for one in points if one.arm.methods == arm.methods)
     return max((one.work for one in same if one.arm.num_inference_steps <= arm.num_inference_steps), default=0.0)
 
 
-def pareto(points: Sequence[Point], sign: int) -> list[Point]:
+def pareto(points: Sequence[Measurement], sign: int) -> list[Measurement]:
     """Return the points that none surpasses at as little work, cheapest first."""
-    found: list[Point] = []
+    found: list[Measurement] = []
     for point in sorted(points, key=lambda p: (p.work, -sign * p.quality)):
         if not found or sign * point.quality > sign * found[-1].quality:
             found.append(point)

@@ -18,7 +18,7 @@ from dit_accel import ConfigError
 from dit_accel.errors import did_you_mean
 from dit_accel.files import json_text, written_whole
 from dit_accel.methods.caches.block_numbers import spell_numbers
-from dit_accel.methods.caches.profile_file import VERSION, weights_of
+from dit_accel.methods.caches.profile_file import VERSION, weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model
 
 from .base import Tuned, TuningRun, run_settings
@@ -33,10 +33,7 @@ def tune_profile(
 
     Args:
         request: what to generate; where nothing moves, as in an image, attention is not measured.
-        output: JSON file, whose content is what is found.
-        criterion: a name of `CRITERIA`.
         cached: so many blocks are cached, those of the lowest scores; None: those below the largest gap.
-        stages: progress bars; None shows none.
     """
     if criterion not in CRITERIA:
         raise ConfigError(f"there is no criterion {criterion!r}; {did_you_mean(criterion, CRITERIA)}")
@@ -61,7 +58,7 @@ def tune_profile(
         "runs": [{"prompt": part["prompt"], "foreground": part["foreground"]} for part in parts],
         "transformers": {
             name: {
-                "weights": weights_of(one), "names": profiler.names[name], "blocks": len(profiler.names[name]),
+                "weights": weights_digest(one), "names": profiler.names[name], "blocks": len(profiler.names[name]),
                 **_entry(name, parts, criterion, cached),
             }
             for name, one in transformers.items()

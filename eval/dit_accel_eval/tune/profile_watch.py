@@ -39,7 +39,6 @@ class Profiler:
         attention: attention must be measured; else a run goes without it where no foreground can be told.
 
     Attributes:
-        names: of each transformer's blocks.
         scores: transformer -> criterion -> (block, step) -> value, of the last run.
         foreground: step -> share of the tokens, of the last run.
     """

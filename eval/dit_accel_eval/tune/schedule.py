@@ -74,10 +74,8 @@ def tune_schedule(
     Args:
         request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
         output: TOML, whose ``compute_at`` holds for any number of steps.
-        computed: how many steps are computed.
         placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
             the prompts chooses. None: the request's steps of the model's own scheduler.
-        stages: progress bars; None shows none.
     """
     config, others = _config(request)
     tried = [Placement.read(text) for text in placement] or [Placement(resolve(request)[0].num_inference_steps or 0)]
@@ -102,26 +100,33 @@ def tune_schedule(
     quality = np.mean(judged, 0).tolist() if judged else [None]
     order = sorted(range(len(tried)), key=lambda place: -(quality[place] or 0))
     best, path = tried[order[0]], paths[order[0]]
+    about = f"{computed} of {best.steps} steps, {half} prompts."
+    _write(output, config, best, path, f"Searched by dit-accel tune schedule on {tuner.model}: {about}")
+    runs.finish()
+    return _tuned(output, tuner.model, computed, [_found(tried[at], quality[at], lists[at]) for at in order])
+
+
+def _write(output: Path, config: StaticCache, best: Placement, path: Sequence[int], about: str) -> None:
+    """Write the best placement and its list, as shares of the run."""
     run = {"num_inference_steps": best.steps, "solver": BEST if best.text else None, "flow_shift": best.shift}
     shares = tuple(round(step / (best.steps - 1), 6) for step in path)
-    write_config(
-        output, dataclasses.replace(config, compute_at=shares),
-        [f"Searched by dit-accel tune schedule on {tuner.model}: {computed} of {best.steps} steps, {half} prompts."],
-        {key: value for key, value in run.items() if value is not None},
-    )  # fmt: skip
-    runs.finish()
-    found = [_found(tried[place], quality[place], lists[place]) for place in order]
+    run = {key: value for key, value in run.items() if value is not None}
+    write_config(output, dataclasses.replace(config, compute_at=shares), [about], run)
+
+
+def _tuned(output: Path, model: str, computed: int, placements: Sequence[dict[str, Any]]) -> Tuned:
+    """Return what was found, with the lists as a table: all of them where one placement was tried."""
     rows = [
         (one["steps"], one["flow_shift"] or "own", count, one["error"][count], one["psnr"] or "", spell_numbers(path))
-        for one in found
+        for one in placements
         for count, path in one["lists"].items()
-        if count == computed or len(tried) == 1 < count
+        if count == computed or len(placements) == 1 < count
     ]
     return Tuned(
         output=output,
-        found={"model": tuner.model, "computed": computed, "placements": found},
+        found={"model": model, "computed": computed, "placements": placements},
         columns=("of", "noise shift", "computed", "error", "PSNR", "steps"),
-        rows=[tuple(f"{one:.4g}" if isinstance(one, float) else str(one) for one in row) for row in rows],
+        rows=[tuple(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows],
         remarks=["error: RMS that the forecasts are expected to leave in the latents at the end"],
     )
 

@@ -58,8 +58,6 @@ def space_of(
 
     Args:
         own: the model's own number of steps.
-        adapter: of its transformer.
-        family: its recipes.
         scheduler: with which it ships, which tells its noise shift; None: other shifts are not tried.
         tile: tokens of a sparse method's tile; None: what that chooses.
     """

@@ -17,8 +17,8 @@ from dit_accel.cli.stopping import keeps
 
 from . import options as given
 from .dimensions import DIMENSIONS, read_scores, totals
-from .job import Job
-from .prompts import SAMPLES, first_of, known_names, read_prompts
+from .job import VideoJob
+from .prompts import SAMPLES, first_of, known_names, read_full_info
 
 _tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
 
@@ -57,7 +57,7 @@ def evaluate(
     if videos is None:
         assert totals is not None
         return _print_totals(totals, json)
-    job = Job(
+    job = VideoJob(
         videos=videos, output=output, name=name or videos.resolve().name, dimensions=known_names(dimension or ()),
         custom=custom, prompts=prompts, full_info=full_info, samples=samples or SAMPLES, subset=subset,
         filtered=filtered, cache=folder, device=device or "cuda", tell=_tell, warn=warn,
@@ -68,10 +68,10 @@ def evaluate(
                   "device": device, "offload": offload, "methods": tuple(methods)}  # fmt: skip
         return _generate(job, samples, augmented, seed, shard, making)
     if official is not None:
-        from .official import RESULTS, measure
+        from .official import RESULTS, measure_officially
 
         keeps(f"each dimension's results stand in {output}, and the same command goes on with the next")
-        found = measure(job, official)
+        found = measure_officially(job, official)
     else:
         from .run import LINES, RESULTS, measure
 
@@ -99,7 +99,7 @@ def _refuse(options: Mapping[str, Any]) -> None:
 
 
 def _generate(
-    job: Job, samples: int | None, augmented: Path | None, seed: int, shard: str | None, making: dict[str, Any]
+    job: VideoJob, samples: int | None, augmented: Path | None, seed: int, shard: str | None, making: dict[str, Any]
 ) -> None:
     """Make the videos that a folder lacks; how many, and their sizes, are printed before the model is loaded."""
     from dit_accel_pipelines.generation.request import Request
@@ -115,20 +115,20 @@ def _generate(
         texts = generating.read_texts(job.prompts, "--prompts")[: job.subset]
         work = generating.own_pieces(texts, job.videos, samples, seed)
     else:
-        every = read_prompts(prompts_path(job.full_info))
+        every = read_full_info(prompts_path(job.full_info))
         names = job.dimensions or [name for name in DIMENSIONS if any(name in one.dimensions for one in every)]
         worded = () if augmented is None else generating.read_augmented(augmented, every)
-        work = generating.pieces(
+        work = generating.video_pieces(
             every, first_of(every, names, job.subset), names, job.videos, samples, seed, worded
         )  # fmt: skip
-    work = generating.share(work, shard)
+    work = generating.share_of_work(work, shard)
     request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
     left = generating.remaining(work, request)
     there = len(work) - len(left)
     _tell(f"{len(left)} of {len(work)} videos to make, {there} are there; {generating.sizes_text(request)}")
     if left:
         keeps(f"the videos in {job.videos} are whole, and the same command makes those that lack")
-        generating.generate(left, request, _tell, sys.argv)
+        generating.make_videos(left, request, _tell, sys.argv)
     then = " --custom" if job.prompts is not None else ""
     _tell(f"{job.videos} is whole; measure it: dit-accel eval vbench --videos {job.videos}{then}")
 
@@ -160,11 +160,11 @@ def _print_totals(path: Path, json: bool) -> None:
     OUT.print(f"Quality {100 * found.quality:.2f}  Semantic {100 * found.semantic:.2f}  Total {100 * found.total:.2f}")
 
 
-def set_up(archives: Path | None, json: bool) -> None:
+def set_up_prompts(archives: Path | None, json: bool) -> None:
     """Unpack VBench's prompts, and print where they lie; exit code 1 where they can't be had."""
     from . import official
 
-    reason = official.unpack(archives, _tell)
+    reason = official.unpack_prompts(archives, _tell)
     if json:
         print_json({"prompts": str(official.unpacked()), "missing": reason})
     elif reason is None:

@@ -25,11 +25,7 @@ class Dimension:
     """One dimension of VBench.
 
     Attributes:
-        name: as files and commands call it.
-        group: the group in which it counts.
-        low: raw score that becomes 0.
         high: raw score that becomes 1; higher ones are not cut off.
-        weight: what it weighs in its group.
         least: least raw score that its formula can give: cosines may be below 0, shares not.
     """
 

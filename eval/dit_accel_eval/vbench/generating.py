@@ -38,7 +38,7 @@ class Piece:
     seed: int
 
 
-def pieces(
+def video_pieces(
     every: Sequence[Prompt], wanted: Sequence[Prompt], names: Sequence[str], folder: Path, samples: int | None,
     seed: int, augmented: Sequence[str] = (),
 ) -> list[Piece]:  # fmt: skip
@@ -93,7 +93,7 @@ def read_texts(path: Path, option: str) -> tuple[str, ...]:
         raise ConfigError(str(error).replace("--prompt-file", option)) from None
 
 
-def share(work: Sequence[Piece], shard: str | None) -> list[Piece]:
+def share_of_work(work: Sequence[Piece], shard: str | None) -> list[Piece]:
     """Return the i-th of n shares of the work, ``i/n`` with i from 0; one without work is refused."""
     if shard is None:
         return list(work)
@@ -134,7 +134,9 @@ def sizes_text(request: Request) -> str:
     return ", ".join(f"{name} {value}" for name, value in known if value is not None) or "the model's sizes"
 
 
-def generate(work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()) -> None:
+def make_videos(
+    work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()
+) -> None:
     """Make videos, each with its side-car, whole or not at all; after each, tell how long the rest takes.
 
     The prompts are checked before anything is loaded; the side-cars hold the command line.

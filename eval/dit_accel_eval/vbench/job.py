@@ -10,7 +10,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class VideoJob:
     """A run, as the command's options of these names (`options`) have it.
 
     Attributes:
@@ -18,9 +18,6 @@ class Job:
         name: what result files in ``output`` begin with.
         dimensions: those requested, by their official names; none: all that can be measured.
         cache: the package's folder of weights; None: its own.
-        device: where the package's networks run.
-        tell: is given a line of progress.
-        warn: is given what should be known of the scores.
     """
 
     videos: Path

@@ -38,7 +38,6 @@ class VideoScore:
 
     Attributes:
         parts: frames or pairs that it is the mean of, where the dimension weighs videos by those; else 1.
-        more: further entries of the official result.
     """
 
     value: float
@@ -56,7 +55,7 @@ def _check_pairs(frames: int) -> None:
         raise ConfigError(f"it takes at least 2 frames, and there are {frames}")
 
 
-def consistency(features: Tensor) -> VideoScore:
+def pair_consistency(features: Tensor) -> VideoScore:
     """Return the mean over pairs of half the likeness to the frame before and half that to the first.
 
     Args:
@@ -69,7 +68,7 @@ def consistency(features: Tensor) -> VideoScore:
     return VideoScore(value=value, parts=pairs, more={"video_sim": value * pairs, "cnt_per_video": pairs})
 
 
-def flickering(frames: Frames) -> VideoScore:
+def frame_flickering(frames: Frames) -> VideoScore:
     """Return one minus the mean absolute difference of neighbouring 8-bit frames over 255."""
     _check_pairs(len(frames))
     levels = frames.astype(np.int16)
@@ -77,7 +76,7 @@ def flickering(frames: Frames) -> VideoScore:
     return VideoScore(value=(255 - float(np.mean(changes))) / 255)
 
 
-def likeness(text: Tensor, frames: Tensor) -> VideoScore:
+def text_likeness(text: Tensor, frames: Tensor) -> VideoScore:
     """Return the mean cosine of a text's embedding [D] with those of frames [F, D], all of unit length."""
     found = (frames @ text).double().tolist()
     return VideoScore(
@@ -99,7 +98,7 @@ def clip_features(by: Weighted, frames: Frames) -> Tensor:
 
 
 def _background(frames: Frames, prompt: Prompt) -> VideoScore:
-    return consistency(clip_features(BASE, frames))
+    return pair_consistency(clip_features(BASE, frames))
 
 
 def _aesthetic(frames: Frames, prompt: Prompt) -> VideoScore:
@@ -110,7 +109,7 @@ def _aesthetic(frames: Frames, prompt: Prompt) -> VideoScore:
 
 def _style(frames: Frames, prompt: Prompt) -> VideoScore:
     clip = BASE.embedder()
-    return likeness(clip.text(prompt.style), clip.pictures(np.divide(frames, 255, dtype=np.float32)))
+    return text_likeness(clip.text(prompt.style), clip.pictures(np.divide(frames, 255, dtype=np.float32)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ def _hash(file: Path) -> str:
 
 WAYS: dict[str, Way] = {
     "background_consistency": Way(_background, BASE),
-    "temporal_flickering": Way(lambda frames, prompt: flickering(frames)),
+    "temporal_flickering": Way(lambda frames, prompt: frame_flickering(frames)),
     "aesthetic_quality": Way(_aesthetic, LARGE, LARGE),
     "appearance_style": Way(_style, BASE),
 }

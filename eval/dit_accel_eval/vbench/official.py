@@ -19,8 +19,8 @@ from dit_accel import ConfigError
 from ..metrics import weights
 from ..metrics.weights import Archive, folder
 from .dimensions import DIMENSIONS
-from .job import Job
-from .prompts import FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_prompts
+from .job import VideoJob
+from .prompts import FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_full_info
 
 PROMPTS = "vbench/VBench_full_info.json"
 
@@ -35,7 +35,7 @@ RESULTS = "official_eval_results.json"
 """The file of all dimensions' results, laid out as the package's own."""
 
 
-def measure(job: Job, environment: Path) -> dict[str, list[Any]]:
+def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]:
     """Measure dimensions by the package of an environment, and return its results: dimension -> [score, [entries]].
 
     A dimension that fails is left out with the last line that the package printed; refused is if all do.
@@ -47,7 +47,7 @@ def measure(job: Job, environment: Path) -> dict[str, list[Any]]:
     job.check(RESULTS)
     python, package = interpreter(environment, job.tell)
     full_info = (job.full_info or package / "VBench_full_info.json").resolve()
-    every = [] if job.custom else read_prompts(full_info)
+    every = [] if job.custom else read_full_info(full_info)
     for name in (name for name in names if every and name != FLICKERING):
         all_videos_of(every, job.videos, name)
     newest = max(one.stat().st_mtime for one in job.videos.iterdir())
@@ -92,7 +92,7 @@ def interpreter(environment: Path, tell: Callable[[str], None]) -> tuple[Path, P
     return python, Path(file).parent
 
 
-def _run(job: Job, python: Path, full_info: Path, name: str, result: Path) -> str | None:
+def _run(job: VideoJob, python: Path, full_info: Path, name: str, result: Path) -> str | None:
     """Measure one dimension in a process; returns why it failed, None if its results are there."""
     prompts = [] if job.prompts is None else json.loads(job.prompts.read_text(encoding="utf-8"))
     kept = job.file("official_filtered")
@@ -148,7 +148,7 @@ def unpacked() -> Path:
     return folder() / "vbench-package" / PROMPTS
 
 
-def unpack(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
+def unpack_prompts(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
     """Unpack the prompts where they are missing; returns why that could not be, None if they are there.
 
     ``given`` is a folder that holds the wheel already, None: pip downloads it, after a line to ``tell``.

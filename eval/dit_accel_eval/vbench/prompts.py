@@ -43,7 +43,7 @@ class Wanted:
     paths: tuple[Path, ...]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_full_info(path: Path) -> list[Prompt]:
     """Return the prompts of an official full-info JSON; the entry at fault is named."""
     held = _json(path)
     if not isinstance(held, list) or not held:

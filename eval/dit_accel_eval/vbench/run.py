@@ -18,7 +18,7 @@ from dit_accel.files import held
 from ..runs.results import Line, append_line, read_lines
 from . import prompts as of_prompts
 from .dimensions import DIMENSIONS
-from .job import Job
+from .job import VideoJob
 from .measures import WAYS, VideoScore, over_videos
 from .official import prompts_path
 from .prompts import FLICKERING, SAMPLES, Prompt, Wanted
@@ -27,7 +27,7 @@ LINES, RESULTS, INFO, ABOUT = "lines.jsonl", "eval_results.json", "full_info.jso
 """Files: of lines, one a dimension and video; of official results; of what was measured; of what they rest on."""
 
 
-def measure(job: Job) -> dict[str, list[Any]]:
+def measure(job: VideoJob) -> dict[str, list[Any]]:
     """Measure videos, and return the official result: dimension -> [score, [one entry a video]].
 
     Dimensions and videos that can't be measured, and missing ones, are refused by name.
@@ -48,7 +48,7 @@ def measure(job: Job) -> dict[str, list[Any]]:
     return found
 
 
-def _wanted(job: Job) -> dict[str, list[Wanted]]:
+def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
     """Return dimension -> its videos."""
     if job.custom:
         of_prompts.check_custom(job.dimensions)
@@ -56,7 +56,7 @@ def _wanted(job: Job) -> dict[str, list[Wanted]]:
         if FLICKERING in names:
             job.warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
         return dict.fromkeys(names, of_prompts.custom_videos(job.videos, job.prompts))
-    every = of_prompts.read_prompts(prompts_path(job.full_info))
+    every = of_prompts.read_full_info(prompts_path(job.full_info))
     names = _measurable(job, [name for name in DIMENSIONS if any(name in one.dimensions for one in every)])
     some = every if job.subset is None else of_prompts.first_of(every, names, job.subset)
     wanted = {}
@@ -68,7 +68,7 @@ def _wanted(job: Job) -> dict[str, list[Wanted]]:
     return wanted
 
 
-def _measurable(job: Job, usual: Sequence[str]) -> list[str]:
+def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
     """Return the dimensions to measure: those requested, or all usual ones that can be, warning of the others.
 
     Refused are those requested that can't be measured, and all if none can.
@@ -86,7 +86,7 @@ def _measurable(job: Job, usual: Sequence[str]) -> list[str]:
     return [name for name in names if name in WAYS and name not in reasons]
 
 
-def _missing(job: Job, name: str) -> str | None:
+def _missing(job: VideoJob, name: str) -> str | None:
     """Return why a dimension can't be measured here, None if it can."""
     if name == FLICKERING and not (job.filtered or job.custom):
         return (
@@ -96,7 +96,7 @@ def _missing(job: Job, name: str) -> str | None:
     return WAYS[name].missing()
 
 
-def _dimension(job: Job, name: str, wanted: Sequence[Wanted]) -> list[Any]:
+def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
     """Measure one dimension; returns its official result."""
     job.tell(f"{name}: {sum(len(one.paths) for one in wanted)} videos")
     used = WAYS[name].hashes()
@@ -128,7 +128,7 @@ def _scored(name: str, path: Path, prompt: Prompt) -> Line:
         raise ConfigError(f"{name} can't be measured of {path}: {error}") from None
 
 
-def _still(job: Job, kept: Sequence[Wanted]) -> list[Wanted]:
+def _still(job: VideoJob, kept: Sequence[Wanted]) -> list[Wanted]:
     """Return the prompts that have still videos; warns of those with fewer than 5, and refuses where there is none."""
     found = [one for one in kept if one.paths]
     few, none = sum(len(one.paths) < SAMPLES for one in kept), len(kept) - len(found)

@@ -4,8 +4,7 @@ from typing import Any
 
 from dit_accel import UltraImage
 from dit_accel.adapters import Family
-from dit_accel.estimate.beyond import beyond_trained
-from dit_accel.estimate.sizes import token_layout
+from dit_accel.estimate.sizes import beyond_trained, token_layout
 
 from .request import Request
 

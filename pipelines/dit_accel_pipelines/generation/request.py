@@ -15,8 +15,7 @@ from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_
 from dit_accel.adapters.rotary import check_lengths
 from dit_accel.attachment.backends import Dense, check_backend
 from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
-from dit_accel.estimate.beyond import advice
-from dit_accel.estimate.sizes import check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
+from dit_accel.estimate.sizes import advice, check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers

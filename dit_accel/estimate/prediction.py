@@ -1,0 +1,400 @@
+"""Predict, by arithmetic alone, what a run costs and what methods save: tokens, FLOPs, memory and speed-up.
+
+A product of two n x n matrices counts 2 n^3 FLOPs. Counted per transformer forward: the four projections of the
+self-attention, its Q K^T and P V, the query and output projections of the cross-attention with its Q K^T and P V, and
+the two matrices of the feed-forward. Not counted: embeddings, norms, modulation, text encoder, autoencoder, sampler;
+together a few percent at most. What a method saves it declares itself, by `Handler.estimate`; what a cache saves that
+decides by the data is counted for presets alone, whose share of skipped forwards was measured.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from ..adapters.adapter import Adapter, Family
+from ..adapters.rotary import check_lengths
+from ..errors import ConfigError
+from ..methods.base import Handler, Model
+from ..methods.caches.cache_config import StepCacheConfig
+from ..methods.compose import make_handlers
+from ..methods.config import MethodConfig
+from ..methods.presets import PresetMethods
+from ..methods.saving import Saving
+from ..plan.layout import TokenLayout
+from ..report.html import lines, piece, table
+from ..report.report import PredictedSpeedup
+from .hardware import LINEAR_COST, Hardware, Linears, linears_called, linears_of, linears_of_config
+from .sizes import beyond_trained, check_steps, rounded_frames, token_layout
+from .work import (
+    ASSUMED_BYTES,
+    TilesLeft,
+    attention_flops,
+    least_weights,
+    linear_flops,
+    other_flops,
+    tiles_a_side,
+    tiles_left,
+)
+
+KERNEL_COST = 1.15
+"""Time of a sparse kernel per kept FLOP over that of the dense kernel, measured at 1.05 to 1.65 on GPUs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a run costs and what the methods save. FLOPs are of the whole run: all steps, forwards and layers.
+
+    Attributes:
+        family: the model's sizes.
+        layout: the token layout.
+        height: output height in pixels.
+        width: output width in pixels.
+        num_frames: output frames, rounded as the pipeline does.
+        num_inference_steps: denoising steps.
+        methods: method name -> its options on this model.
+        savings: method name -> what it declares, with the measured skips of a preset's cache.
+        tiles: what the methods together leave of the attention's tiles; None where none thins it out.
+        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
+        linears: how the linear layers compute; None: in 16 bits, as all else does.
+        forwards: transformer forwards of the dense run, one per batch row.
+        attention_flops: Q K^T and P V of all self-attention, dense.
+        total_flops: everything that is counted, dense.
+        planned_attention_flops: Q K^T and P V with the methods attached, dense steps and layers included.
+        planned_total_flops: everything that is counted, with the methods attached.
+        times_trained: FLOPs of the dense run over those of one of the trained size; 1 where it is no larger, or not
+            known.
+        attention_share: self-attention's share of the dense run's FLOPs, a, which stands in for its share of the time.
+        linear_share: the linear layers' share of the dense run's FLOPs, b.
+        linear_time: time of the linear layers over that in 16 bits, lambda.
+        dense_share: share of the computed attention calls that stay dense, w.
+        pair_density: share of the query-key pairs that a planned call computes, text and probe rows included, rho; a
+            pooled tile is one key.
+        cost_of_pairs: kappa, time per kept FLOP over the dense kernel's: 1 where whole rows are left out, and the
+            kernel is dense.
+        forward_share: computed forwards over the dense run's; extra forwards count, and skipped blocks as parts of one.
+        computed_blocks: share of the dense run's blocks that are computed; those of extra forwards are not counted.
+        factors: what the speed-up is the product of: computed ``forwards``, sparse ``attention``, then ``linears``.
+        speedup: of the denoising loop over the dense one in 16 bits.
+        speedup_of_methods: the same over the dense loop of the same model, whose linear layers compute as they do here.
+        equal_steps: steps of a dense run that takes as long as the planned one.
+        weight_bytes: least memory of the transformer's weights: the matrices that every block has.
+        tile_list_bytes: int32 tile lists and bitmaps on the device, shared by all layers, heads and steps.
+        pooled_bytes: means of K and sums of V of one attention call, where tiles are pooled; bf16, one batch row.
+        carried_bytes: method name -> what it holds from step to step, one batch row, all branches and experts.
+        state_bytes: memory that the methods hold besides the model.
+        uncounted_methods: methods that save what is known only while they run, so that nothing of theirs is counted.
+        notes: what a user should know about the prediction.
+        warnings: what a user should know about the methods on this layout.
+    """
+
+    family: Family
+    layout: TokenLayout
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    methods: Mapping[str, Mapping[str, Any]]
+    savings: Mapping[str, Saving]
+    tiles: TilesLeft | None
+    kernel_cost: float
+    linears: Linears | None
+    forwards: int
+    attention_flops: int
+    total_flops: int
+    planned_attention_flops: int
+    planned_total_flops: int
+    times_trained: float
+    attention_share: float
+    linear_share: float
+    linear_time: float
+    dense_share: float
+    pair_density: float
+    cost_of_pairs: float
+    forward_share: float
+    computed_blocks: float
+    factors: Mapping[str, float]
+    speedup: float
+    speedup_of_methods: float
+    equal_steps: float
+    weight_bytes: int
+    tile_list_bytes: int
+    pooled_bytes: int
+    carried_bytes: Mapping[str, int]
+    state_bytes: int
+    uncounted_methods: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def least_seconds(self, card: Hardware) -> float | None:
+        """Return the least seconds that the dense run's products take on a card; None where its speed is not known."""
+        if card.tflops is None:
+            return None
+        others = self.total_flops * (1 - self.attention_share - self.linear_share * (1 - self.linear_time))
+        return (others + self.attention_flops / card.attention) / (card.tflops * 1e12)
+
+    def for_report(self) -> PredictedSpeedup:
+        """Return what a report shows beside the measured speed-up."""
+        linears = str(self.linears or "")
+        return PredictedSpeedup(speedup=self.speedup_of_methods, uncounted=self.uncounted_methods, linears=linears)
+
+    def _repr_html_(self) -> str:
+        """Return the prediction as a notebook shows it."""
+        size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
+        rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
+        if self.methods or self.linears:
+            planned = f"{self.planned_attention_flops:.3g}", f"{self.planned_total_flops:.3g}"
+            layers = [f"linear layers {self.linears}"] if self.linears else []
+            rows.append((" + ".join([*self.methods, *layers]), *planned, f"{self.speedup:.2f}"))
+        head = ("", "FLOPs of attention", "FLOPs in all", "predicted speed-up")
+        return piece(f"{self.family.name}: {size}", table(head, rows), lines([*self.warnings, *self.notes]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as plain numbers, for JSON; sizes in pixels, tokens, FLOPs and bytes."""
+        whole, tiles, layout = tiles_a_side(self.layout) ** 2, self.tiles, self.layout
+        left_out = ("layout", "savings", "tiles", "pair_density", "cost_of_pairs", "speedup", "notes", "warnings")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        return {
+            **values,
+            "family": self.family.name,
+            "repo": self.family.repo,
+            "frames": layout.frames,
+            "tokens_per_frame": layout.tokens_per_frame,
+            "tokens": layout.visual_tokens,
+            "text_tokens": layout.tokens - layout.visual_tokens,
+            "tiles_total": tiles.total if tiles else whole,
+            "tiles_kept": tiles.kept if tiles else whole,
+            "density": tiles.density if tiles else 1.0,
+            "linears": self.linears and self.linears.kind,
+            "predicted_speedup": self.speedup,
+            "methods": {name: dict(options) for name, options in self.methods.items()},
+            "uncounted_methods": list(self.uncounted_methods),
+        }
+
+
+def estimate(
+    adapter: Adapter,
+    family: Family,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    methods: Sequence[MethodConfig] = (),
+    preset: PresetMethods | None = None,
+    kernel_cost: float = KERNEL_COST,
+    config: Mapping[str, Any] | None = None,
+    linears: str | Linears | None = None,
+    hardware: str | None = None,
+    linear_cost: float = LINEAR_COST,
+) -> Prediction:
+    """Predict a run of a model with methods attached; what is left out takes the family's default.
+
+    Sizes are those of `Prediction`. The transformer's ``config`` tells how long its tables of positions are, and
+    whether its weights are torchao's in 8 bits; None: the family's.
+
+    Args:
+        methods: the methods that the user names.
+        preset: further methods, of which a cache's measured skips are counted.
+        linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, or ``weight-only``; None:
+            as the config says, else in 16 bits.
+        hardware: the card whose figures count for them, as `find_hardware` knows it; None: an H100.
+        linear_cost: time of an 8-bit product per FLOP over what the card's data sheet gives.
+
+    Raises:
+        ConfigError: for sizes the model can't make or has no positions for, methods it can't take or that can't be
+            attached together, or linear layers for which the card has no unit.
+    """
+    height, width = height or family.height, width or family.width
+    steps = family.num_inference_steps if num_inference_steps is None else num_inference_steps
+    check_steps(steps)
+    if not 0 < kernel_cost < 1000:
+        raise ConfigError(
+            f"kernel_cost must be above 0 and below 1000, got {kernel_cost}; 1 is as efficient as the dense kernel"
+        )
+    frames = rounded_frames(family, family.num_frames if num_frames is None else num_frames)
+    layout = token_layout(family, height=height, width=width, num_frames=frames)
+    config = family.config if config is None else config
+    check_lengths(adapter.name, adapter.rope, config, layout.lengths)
+    if not isinstance(linears, Linears):
+        read = linears_of_config(config) if linears is None else None
+        linears = linears_called(linears or read, hardware, linear_cost, origin="the model's config" if read else "")
+    model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers)
+    handlers = make_handlers([*methods, *(preset.configs if preset else ())], model)
+    prediction = predict(handlers, family, layout, steps, preset, kernel_cost=kernel_cost, linears=linears)
+    return replace(prediction, height=height, width=width, num_frames=frames)
+
+
+def predict(
+    handlers: Sequence[Handler],
+    family: Family,
+    layout: TokenLayout,
+    steps: int,
+    preset: PresetMethods | None = None,
+    *,
+    kernel_cost: float = KERNEL_COST,
+    linears: Linears | None = None,
+) -> Prediction:
+    """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
+
+    Args:
+        handlers: the methods.
+        family: the model's sizes.
+        layout: of the run's forwards.
+        steps: of the run.
+        preset: which of the methods are a preset's, so that what their cache skips was measured.
+        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
+        linears: how the linear layers compute; None: in 16 bits.
+
+    Raises:
+        ConfigError: if what the methods save can't be counted, alone or together.
+    """
+    savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}
+    savings |= _measured_skips(handlers, savings, family.forwards_per_step, steps, preset)
+    (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch
+    dense = _dense_run(family, layout, steps, linears)
+    tiles = tiles_left(savings, steps, family.layers, tiles_a_side(layout))
+    waits = [handler.name for handler in handlers if steps < (getattr(handler.settings, "min_steps", None) or 0)]
+    notes = [note for saving in savings.values() for note in saving.notes]
+    if tiles and 0 < tiles.dense_share < 1 and any(part.forwards and not part.skipped for part in savings.values()):
+        notes.append(
+            "skipped forwards are counted as if dense and sparse steps were skipped alike; a cache computes the first "
+            "steps, which are dense, so that a little less is gained"
+        )
+    return Prediction(
+        family=family,
+        layout=layout,
+        height=layout.height * scale * patch_height,
+        width=layout.width * scale * patch_width,
+        num_frames=1 + (layout.frames * patch_frames - 1) * step,
+        num_inference_steps=steps,
+        methods={handler.name: handler.settings.to_dict() for handler in handlers},
+        savings=savings,
+        tiles=tiles,
+        kernel_cost=kernel_cost,
+        linears=linears,
+        weight_bytes=least_weights(family, linears.share if linears else 0.0),
+        uncounted_methods=tuple(n for n, saving in savings.items() if not saving.counted and n not in waits),
+        notes=(*notes, *(linears.notes if linears else ())),
+        warnings=tuple(text for saving in savings.values() for text in saving.warnings),
+        **dense,
+        **_planned_run(savings, tiles, layout, kernel_cost, steps=steps, layers=family.layers, **dense),
+        **_memory(savings, tiles, family),
+    )
+
+
+def predict_attached(
+    handlers: Sequence[Handler], layout: TokenLayout, steps: int, preset: PresetMethods | None, transformer: nn.Module
+) -> PredictedSpeedup | None:
+    """Return what attached methods were predicted to gain; None where the model has no released model's sizes.
+
+    The transformer's linear layers may be in 8 bits, as they are in its dense run too.
+    """
+    family = handlers[0].model.family if handlers else None
+    if family is None:
+        return None
+    try:
+        return predict(handlers, family, layout, steps, preset, linears=linears_of(transformer)).for_report()
+    except ConfigError:  # such as methods whose tiles can't be counted together
+        return None
+
+
+def _measured_skips(
+    handlers: Sequence[Handler], savings: Mapping[str, Saving], rows: int, steps: int, preset: PresetMethods | None
+) -> dict[str, Saving]:
+    """Return what a preset's caches save by the share of the forwards that they skipped where that was measured."""
+    measured: dict[str, Saving] = {}
+    promises = preset.promises(steps) if preset else {}
+    for handler in handlers:
+        cache, promise = handler.settings, promises.get(handler.name)
+        if promise is None or not isinstance(cache, StepCacheConfig):
+            continue
+        # A cache computes the first steps, which stay dense too, whatever happens: it skips the cheap ones.
+        may = frozenset(step for step in range(steps) if cache.always_computed(step, steps) is None)
+        rate = min(1.0, promise.skipped * steps / max(1, len(may)))
+        at = " and ".join(map(str, promise.steps))
+        note = (
+            f"{handler.name} is counted with {rate * len(may) / steps:.0%} of the forwards skipped, as measured on "
+            f"tiny models at {at} steps"
+        )
+        measured[handler.name] = replace(
+            savings[handler.name], forwards=rate * len(may) * rows, skipped=may, rate=rate, counted=True,
+            notes=(note,),
+        )  # fmt: skip
+    return measured
+
+
+def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears | None) -> dict[str, Any]:
+    """Return what a `Prediction` says of the run without methods."""
+    forwards = steps * family.forwards_per_step
+    blocks = forwards * family.layers
+    attention = blocks * attention_flops(family, layout.tokens)
+    total = attention + blocks * other_flops(family, layout)
+    sizes = {axis: trained for axis, (_, trained) in beyond_trained(family, layout).items()}
+    trained = replace(layout, **sizes)
+    usual = blocks * (attention_flops(family, trained.tokens) + other_flops(family, trained))
+    return dict(
+        forwards=forwards,
+        attention_flops=attention,
+        total_flops=total,
+        times_trained=total / usual,
+        attention_share=attention / total,
+        linear_share=blocks * linear_flops(family, layout) / total,
+        linear_time=linears.time(family, layout) if linears else 1.0,
+    )
+
+
+def _planned_run(
+    savings: Mapping[str, Saving], tiles: TilesLeft | None, layout: TokenLayout, kernel_cost: float, **dense: Any
+) -> dict[str, Any]:
+    """Return what a `Prediction` says of the run with methods; the letters are those of its attributes.
+
+    ``dense`` are the figures of the run without methods, its steps and layers.
+    """
+    forwards, attention_flops, total_flops = dense["forwards"], dense["attention_flops"], dense["total_flops"]
+    skipped = sum(saving.forwards for saving in savings.values()) / forwards
+    extra = sum(saving.extra_forwards for saving in savings.values()) / forwards
+    blocks = max(0.0, 1 - sum(saving.blocks for saving in savings.values()) / (forwards * dense["layers"]))
+    share = max(0.0, 1 + extra - skipped) * blocks
+    a, w, rho, kappa = dense["attention_share"], 1.0, 1.0, kernel_cost
+    if tiles is not None:
+        visual, tokens = layout.visual_tokens**2, layout.tokens**2
+        pooled = layout.visual_tokens * math.isqrt(tiles.total) if tiles.pools else 0
+        exact_rows = sum(saving.exact_rows for saving in savings.values())
+        w = tiles.dense_share
+        rho = (tiles.density * visual + (1 - tiles.density) * pooled + tokens - visual) / tokens + exact_rows
+        kappa = 1.0 if tiles.rows_alone else kernel_cost
+    saved = dense["linear_share"] * (1 - dense["linear_time"])
+    time = 1 - a + a * (w + (1 - w) * rho * kappa)
+    factors = {"forwards": 1 / share if share else math.inf, "attention": 1 / time, "linears": time / (time - saved)}
+    speedup = math.prod(factors.values())
+    planned_attention = round(attention_flops * (w + (1 - w) * rho) * share)
+    return dict(
+        planned_attention_flops=planned_attention,
+        planned_total_flops=round((total_flops - attention_flops) * share) + planned_attention,
+        dense_share=w,
+        pair_density=rho,
+        cost_of_pairs=kappa,
+        forward_share=share,
+        computed_blocks=max(0.0, 1 - skipped) * blocks,
+        factors=factors,
+        speedup=speedup,
+        speedup_of_methods=speedup * (1 - saved),
+        equal_steps=dense["steps"] / speedup,
+    )
+
+
+def _memory(savings: Mapping[str, Saving], tiles: TilesLeft | None, family: Family) -> dict[str, Any]:
+    """Return what a `Prediction` says of the memory that the methods hold."""
+    carried = {name: saving.carried_bytes for name, saving in savings.items() if saving.carried_bytes}
+    lists = sum(saving.list_bytes for saving in savings.values())
+    per_tile = 2 * family.heads * family.head_dim * ASSUMED_BYTES
+    pooled = math.isqrt(tiles.total) * per_tile if tiles is not None and tiles.pools else 0
+    return dict(
+        tile_list_bytes=lists,
+        pooled_bytes=pooled,
+        carried_bytes=carried,
+        state_bytes=lists + pooled + sum(carried.values()),
+    )
