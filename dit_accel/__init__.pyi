@@ -1,4 +1,4 @@
-"""The public names of `dit_accel`, as type checkers see them; `dit_accel.public` reads them here."""
+"""The public names of `dit_accel`, as type checkers see them; `dit_accel.public` loads the same."""
 
 from .attachment.attachment import Attachment as Attachment
 from .attachment.attachment import attach as attach
@@ -11,9 +11,9 @@ from .errors import ProcessLost as ProcessLost
 from .errors import UnsupportedModel as UnsupportedModel
 from .estimate.describe import Description as Description
 from .estimate.describe import describe as describe
-from .estimate.recommend import Recommendation as Recommendation
-from .estimate.recommend import Setting as Setting
 from .estimate.recommend import recommend as recommend
+from .estimate.recommendation import Recommendation as Recommendation
+from .estimate.recommendation import Setting as Setting
 from .methods.attention.delta import DeltaAttention as DeltaAttention
 from .methods.attention.dfa import DFA as DFA
 from .methods.attention.lite.lite_config import LiteAttention as LiteAttention

@@ -1,14 +1,44 @@
-"""The public names of `dit_accel`, loaded when they are requested from the modules that ``__init__.pyi`` names."""
+"""The public names of `dit_accel`, loaded when they are requested; ``__init__.pyi`` gives type checkers the same."""
 
-import ast
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-_STUB = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
+MODULES = {
+    "attachment.attachment": "Attachment attach attachment_of",
+    "errors": "AttachError ConfigError DitAccelError MissingBackend ProcessLost UnsupportedModel",
+    "estimate.describe": "Description describe",
+    "estimate.recommend": "recommend",
+    "estimate.recommendation": "Recommendation Setting",
+    "methods.attention.delta": "DeltaAttention",
+    "methods.attention.dfa": "DFA",
+    "methods.attention.lite.lite_config": "LiteAttention",
+    "methods.attention.lvsa": "LVSA",
+    "methods.attention.radial": "RadialAttention",
+    "methods.attention.sol": "SolAttention",
+    "methods.attention.sparsed": "SparseD",
+    "methods.attention.ultravico": "UltraViCo",
+    "methods.caches.db": "DBCache FirstBlockCache",
+    "methods.caches.easy": "EasyCache",
+    "methods.caches.mag": "MagCache",
+    "methods.caches.profiling": "ProfilingCache",
+    "methods.caches.prune": "DBPrune",
+    "methods.caches.sea": "SeaCache",
+    "methods.caches.static": "StaticCache",
+    "methods.caches.tea": "TeaCache",
+    "methods.guidance.autoguidance": "AutoGuidance",
+    "methods.guidance.nag": "NAG",
+    "methods.guidance.seg": "SEG",
+    "methods.guidance.slg": "SLG",
+    "methods.guidance.softpag": "PAG SoftPAG",
+    "methods.positions.rope": "RoPE",
+    "methods.positions.ultraimage": "UltraImage",
+    "plan.layout": "TokenLayout",
+    "report.report": "Report",
+}
+"""Module, below `dit_accel` -> its public names."""
 
-HOMES = {name.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
+HOMES = {name: module for module, names in MODULES.items() for name in names.split()}
 """Name -> its module, below `dit_accel`."""
 
 

@@ -22,7 +22,7 @@ EMBEDDED = "embedded/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class TunedResult:
     """How a tuned setting came out, on prompts that the search never saw.
 
     Attributes:
@@ -62,7 +62,7 @@ class TunedSetting:
     path: Path
     methods: Sequence[MethodConfig]
     run: Mapping[str, Any]
-    measured: Measured
+    measured: TunedResult
 
 
 def model_key(model: str) -> str:
@@ -84,7 +84,7 @@ def tuned_folder(model: str) -> Path:
     return user_cache() / "tuned" / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def tuned_text(methods: Sequence[MethodConfig], run: Mapping[str, Any], measured: Measured, what: str) -> str:
+def tuned_text(methods: Sequence[MethodConfig], run: Mapping[str, Any], measured: TunedResult, what: str) -> str:
     """Return the text of a tuned file; ``what`` is the setting in words."""
     return f"# {what}, by dit-accel tune pipeline\n{to_toml(methods, run, asdict(measured))}"
 
@@ -120,11 +120,11 @@ def read_tuned(path: Path) -> TunedSetting:
         raise ConfigError(f"the tuned setting {path} can't be read ({error}); delete it, or tune again") from None
     where = f"the tuned setting {path}"
     table = tuned_table(text, where)
-    wrong = [name for name, kind in Measured.__annotations__.items() if not _is_of(table.get(name), kind)]
-    if wrong or table.keys() - Measured.__annotations__.keys():
+    wrong = [name for name, kind in TunedResult.__annotations__.items() if not _is_of(table.get(name), kind)]
+    if wrong or table.keys() - TunedResult.__annotations__.keys():
         raise ConfigError(f"{where} has no [tuned] table with a right {', '.join(wrong) or 'set of keys'}; tune again")
     return TunedSetting(
-        path=path, methods=from_toml(text, where), run=run_table(text, where), measured=Measured(**table)
+        path=path, methods=from_toml(text, where), run=run_table(text, where), measured=TunedResult(**table)
     )
 
 

@@ -12,7 +12,7 @@ from ..errors import MissingBackend
 from .clock import Key, Timing
 from .recorder import CallShares, Recorder
 from .sections import Section
-from .why import Ran, why_not_faster
+from .why import RunFacts, why_not_faster
 
 VERSION = 2
 """Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
@@ -154,7 +154,7 @@ class Report:
         ran = {(step.transformer, step.branch, step.dense_layers + step.sparse_layers) for step in self.steps}
         logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
         return why_not_faster(
-            Ran(
+            RunFacts(
                 timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,
                 notes=tuple(note for note in self.notes if note != self.problem), problem=self.problem,
                 cached=len(ran) > len({key[:2] for key in ran}),

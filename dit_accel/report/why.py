@@ -1,5 +1,7 @@
 """Why a run was not faster: the causes by their share of its time, largest first, and what to do about each."""
 
+import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +9,12 @@ from typing import Any
 
 from ..rules.steps import whole_steps
 from .clock import KINDS, Key, TimedForward, Timing
-from .why_computed import Cause, Options, why_computed
+
+Cause = tuple[str, str]
+"""What took the time, and what to do."""
+
+Options = Mapping[str, Mapping[str, Any]]
+"""Method name -> its options."""
 
 LEAST = 0.03
 """Share of the run's time from which a cause is named."""
@@ -34,7 +41,7 @@ _ADDED: Cause = ("further forwards that guidance adds", "narrow its window (star
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ran:
+class RunFacts:
     """What ran, as far as it tells why.
 
     Attributes:
@@ -70,7 +77,7 @@ class Ran:
         return what, self.cache_or("name a backend to run the lists all the same")
 
 
-def why_not_faster(ran: Ran) -> list[str]:
+def why_not_faster(ran: RunFacts) -> list[str]:
     """Return a line for each cause that took at least `LEAST` of the run's time."""
     timing = ran.timing
     if not timing.forwards:
@@ -107,7 +114,7 @@ def why_not_faster(ran: Ran) -> list[str]:
     return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
 
 
-def _of_dense(one: TimedForward, key: Key, ran: Ran) -> Cause:
+def _of_dense(one: TimedForward, key: Key, ran: RunFacts) -> Cause:
     """Return why a forward that no cache could skip was dense."""
     stayed = ran.stayed.get(key)
     if stayed:
@@ -131,7 +138,7 @@ def _of_dense(one: TimedForward, key: Key, ran: Ran) -> Cause:
     return what, "loosen the cache that is enabled in diffusers" if ran.cached else "add a step cache"
 
 
-def _of_reduced(one: TimedForward, key: Key, taken: float, ran: Ran) -> Iterator[tuple[Cause, float]]:
+def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunFacts) -> Iterator[tuple[Cause, float]]:
     """Yield what kept a forward that some method shortened as long as it was, and the seconds of each cause."""
     timing, lists = ran.timing, min(one.lists, taken)
     yield _LISTS, lists
@@ -169,3 +176,63 @@ def _besides(timing: Timing) -> Cause:
         f"{what}: that is {1 - share:.0%} of a dense forward here",
         f"a step cache skips it too; with sparse attention alone {most:.2f} is the most there is to gain",
     )
+
+
+def why_computed(
+    logs: Mapping[str, Sequence[Mapping[str, Any]]], methods: Options
+) -> tuple[dict[Key, Cause], dict[Key, str]]:
+    """Return why each forward was computed that a cache logged, and which cache skipped each of the others."""
+    computed: dict[Key, Cause] = {}
+    skipped: dict[Key, str] = {}
+    for name, log in logs.items():
+        above = [
+            entry["value"]
+            for entry in log
+            if not entry["reused"] and entry["reason"] == "measured" and entry["value"] is not None
+        ]
+        never = not any(entry["reused"] for entry in log)
+        half = statistics.median(above) if above else None
+        for entry in log:
+            key = (entry["transformer"], entry["step_index"], entry["branch"])
+            if entry["reused"]:
+                skipped[key] = name
+            else:
+                computed[key] = _cause(name, entry["reason"], methods.get(name, {}), half, never)
+    return computed, skipped
+
+
+def _cause(name: str, reason: str, options: Mapping[str, Any], half: float | None, never: bool) -> Cause:
+    def option(key: str) -> str:
+        return f"{name}.{key} = {options[key]}" if key in options else f"{name}.{key}"
+
+    if reason == "measured" and options.get("error") is not None:
+        raised = f"raise {option('error')}"
+        raised += f"; {half:.3g} would skip half of them, at a loss of quality" if half is not None else ""
+        return f"steps whose forecast {name} expected to be off by more than its error", raised
+    if reason == "measured":
+        raised = f"raise {option('threshold')}"
+        raised += f"; {half:.3g} would skip half of them, at a loss of quality" if half is not None else ""
+        if never:
+            return f"{name} never skipped: every step that it measured changed more than its threshold", raised
+        return f"steps that changed more than {name}'s threshold", raised
+    table: dict[str, Cause] = {
+        "first steps": ("first steps, always computed", f"lower {option('warmup_steps')}"),
+        "last steps": ("last steps, always computed", f"lower {option('last_steps')}"),
+        "few steps": ("a run of few steps, which is computed whole", f"lower {option('min_steps')}"),
+        "conditional": ("conditional forwards, always computed", f"set {name}.branches to all"),
+        "listed": (
+            "steps that are listed to be computed",
+            f"list fewer in {option('steps' if 'steps' in options else 'compute_at')}",
+        ),
+        "threshold 0": (f"{name} skips nothing", f"raise {option('threshold')}"),
+        "not a number": (f"steps in which {name} measured no number", "look for nan in the model's outputs"),
+        "its own rule": (f"steps that diffusers' {options.get('config')} computed", "loosen its options"),
+        "refreshed": (f"steps in which {name} computed every block", f"lower {option('warmup_steps')}"),
+    }
+    if reason in table:
+        return table[reason]
+    if re.fullmatch(r"\d+ skipped in a row", reason):
+        return f"steps that {name} computes after so many that it skipped", f"raise {option('max_consecutive')}"
+    if match := re.fullmatch(r"(\w+) needs it", reason):
+        return f"steps that {match[1]} needs computed", f"detach {match[1]}, if {name} serves you better"
+    return f"forwards that {name} computed: {reason}", "no option changes this"

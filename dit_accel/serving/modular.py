@@ -6,9 +6,9 @@ from typing import Any
 from diffusers.modular_pipelines import ComponentSpec, InputParam, ModularPipelineBlocks
 
 from ..attachment.attachment import Attachment, attach, attachment_of
-from .settings import Setting, read_setting
+from .settings import ServerSetting, read_setting
 
-_OURS: "weakref.WeakKeyDictionary[Attachment, Setting]" = weakref.WeakKeyDictionary()
+_OURS: "weakref.WeakKeyDictionary[Attachment, ServerSetting]" = weakref.WeakKeyDictionary()
 """Attachment that a block made -> what it attached; not in the block, which diffusers copies."""
 
 

@@ -18,7 +18,7 @@ VARIABLE = "DIT_ACCEL"
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class ServerSetting:
     """What is attached.
 
     Attributes:
@@ -42,7 +42,7 @@ def requested(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get(VARIABLE, "").strip()
 
 
-def read_setting(text: str) -> Setting:
+def read_setting(text: str) -> ServerSetting:
     """Read a preset's name, such as ``balanced`` or ``none``, or the path of a TOML file that ends in ``.toml``.
 
     Raises:
@@ -53,7 +53,7 @@ def read_setting(text: str) -> Setting:
 
     if text in (*LEVELS, NONE):
         level: Any = text
-        return Setting(preset=level)
+        return ServerSetting(preset=level)
     if not text.endswith(".toml"):
         raise ConfigError(
             f"{text!r} is no setting; give one of {', '.join((*LEVELS, NONE))}, or the path of a .toml file"
@@ -65,4 +65,4 @@ def read_setting(text: str) -> Setting:
     methods = tuple(from_toml(read, text))
     if not methods:
         raise ConfigError(f"{text} names no method; write a table such as [easycache], or use the setting {NONE!r}")
-    return Setting(methods, run=tuple(run_table(read, text)))
+    return ServerSetting(methods, run=tuple(run_table(read, text)))

@@ -6,33 +6,25 @@ import sys
 import pytest
 
 from dit_accel import ConfigError, EasyCache
-from dit_accel.serving.settings import Setting, read_setting, requested
+from dit_accel.serving.settings import ServerSetting, read_setting, requested
 
 
-@pytest.mark.parametrize("level", ["careful", "balanced", "fast"])
-def test_a_word_is_a_preset(level):
-    assert read_setting(level) == Setting(preset=level)
-    assert not read_setting(level).empty
-
-
-def test_none_is_nothing():
+def test_a_word_is_a_preset_and_none_is_nothing():
+    for level in ("careful", "balanced", "fast"):
+        assert read_setting(level) == ServerSetting(preset=level)
+        assert not read_setting(level).empty
     assert read_setting("none").empty
     assert requested({}) == requested({"DIT_ACCEL": "  "}) == ""
     assert requested({"DIT_ACCEL": " fast\n"}) == "fast"
 
 
-def test_a_file_gives_methods_and_what_it_says_of_a_run(tmp_path):
-    path = tmp_path / "own.toml"
-    path.write_text("[easycache]\nthreshold = 0.1\n\n[run]\nnum_inference_steps = 8\nsolver = 'euler'\n")
-    found = read_setting(str(path))
-    assert found.methods == (EasyCache(threshold=0.1),)
-    assert found.run == ("num_inference_steps", "solver")
-
-
-def test_home_is_found(tmp_path, monkeypatch):
+def test_a_file_gives_methods_and_what_it_says_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "own.toml").write_text("[easycache]\n")
-    assert read_setting("~/own.toml").methods == (EasyCache(),)
+    (tmp_path / "own.toml").write_text(
+        "[easycache]\nthreshold = 0.1\n\n[run]\nnum_inference_steps = 8\nsolver = 'euler'\n"
+    )
+    setting = ServerSetting((EasyCache(threshold=0.1),), run=("num_inference_steps", "solver"))
+    assert read_setting(str(tmp_path / "own.toml")) == read_setting("~/own.toml") == setting
 
 
 @pytest.mark.parametrize(
@@ -50,9 +42,6 @@ def test_a_bad_file_is_told_by_its_path(content, named, tmp_path):
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ConfigError, match=named):
         read_setting(str(path))
-
-
-def test_another_word_is_told_with_those_that_there_are():
     with pytest.raises(ConfigError, match=r"'own\.yaml'.*careful, balanced, fast, none"):
         read_setting("own.yaml")
 

@@ -10,7 +10,7 @@ import dit_accel
 from dit_accel import PAG, EasyCache, FirstBlockCache, RadialAttention, SolAttention, StaticCache
 from dit_accel.report.clock import TimedForward, Timing
 from dit_accel.report.report import Report, StepReport
-from dit_accel.report.why import Ran, why_not_faster
+from dit_accel.report.why import RunFacts, why_not_faster
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, dense_steps=2, dense_layers=0)
 
@@ -119,131 +119,80 @@ CACHE = {"easycache": {"threshold": 0.05, "warmup_steps": 2, "last_steps": 1, "m
 SPARSE = {"sol": {"dense_steps": 0.2, "dense_layers": 1, "min_tokens": 40_000}}
 
 
-def why(drawn, methods, *, log=None, dense_layers=None, stayed=None, notes=(), **options):
-    logs = {} if log is None else {"easycache": log}
+def why(drawn, methods, *, log=None, dense_layers=0.0, stayed=None, notes=(), reused=(), **options):
+    """Return the causes of a run; ``log`` are a cache's reasons, or one for all, shares are those of every forward."""
+    keys = [("transformer", step, "cond") for step in range(len(drawn))]
+    entries = [] if log is None else logged(drawn, [log] * len(drawn) if isinstance(log, str) else log)
+    entries = [{**entry, "reused": entry["reused"] or entry["step_index"] in reused} for entry in entries]
     return why_not_faster(
-        Ran(
-            timing=timing(drawn, **options), methods=methods, logs=logs, dense_layers=dense_layers or {},
-            stayed=stayed or {}, notes=tuple(notes),
+        RunFacts(
+            timing=timing(drawn, **options), methods=methods, logs={"easycache": entries} if entries else {},
+            dense_layers=dict.fromkeys(keys, dense_layers) if dense_layers else {},
+            stayed=dict.fromkeys(keys, stayed) if stayed else {}, notes=tuple(notes),
         )
     )  # fmt: skip
 
 
-def test_ten_situations():
-    # 1 and 2: the first and last steps of a cache
-    lines = why("ddsssd", CACHE, log=logged("ddsssd", ["first steps", "first steps", "last steps"]))
-    assert lines[0].startswith("66% first steps")
-    assert "easycache.warmup_steps = 2" in lines[0]
-    assert lines[1].startswith("33% last steps")
-    # 3: a cache that never skipped, with the value that would skip half of what it measured
-    lines = why("dddd", CACHE, log=logged("dddd", ["measured"] * 4))
-    assert lines == [
-        "100% easycache never skipped: every step that it measured changed more than its threshold; raise "
-        "easycache.threshold = 0.05; 0.35 would skip half of them, at a loss of quality"
-    ]
-    # 4: a distilled model's few steps
-    (line,) = why("dddd", CACHE, log=logged("dddd", ["few steps"] * 4))
-    assert "easycache.min_steps = 9" in line
-    # 5: the dense steps of a sparse method
-    lines = why("drrd", {"sol": {"dense_steps": 0.2, "dense_last_steps": 1}})
-    assert lines == [
-        "33% steps that sol leaves dense; lower sol.dense_steps = 0.2",
-        "33% steps that sol leaves dense; lower sol.dense_last_steps = 1",
-    ]
-    # 6: too few tokens
-    (line,) = why("dddd", SPARSE, notes=["sol stays dense over 80 visual tokens, min_tokens = 40000"])
-    assert line.startswith("100% too few tokens")
-    assert "sol.min_tokens" in line
-    # 7: layers that stay dense
-    shares = {("transformer", step, "cond"): 0.25 for step in range(4)}
-    (line,) = why("rrrr", SPARSE, dense_layers=shares)
-    assert line.startswith("25% attention calls that stayed dense")
-    assert "sol.dense_layers = 1" in line
-    # 8: attention is a small part of a forward
-    lines = why("dr", SPARSE, seconds={"r": 0.95})
-    assert any("thinned-out attention" in line for line in lines)
-    # 9: the first forward compiles
-    lines = why("d" * 9, CACHE, log=logged("d" * 9, ["first steps"] * 9))
-    slow = Timing((TimedForward(**{**fields(timing("d").forwards[0]), "seconds": 11.0}), *timing("d" * 9).forwards[1:]))
-    lines = why_not_faster(Ran(timing=slow, methods=CACHE, logs={"easycache": logged("d" * 9, ["first steps"] * 9)}))
-    assert lines[0].startswith("53% the first forward's own start")
-    # 10: time between the forwards
-    lines = why("dddd", CACHE, log=logged("dddd", ["first steps"] * 4), before=4.0)
-    assert lines[0].startswith("75% between the forwards")
-    assert "offloading" in lines[0]
+def cached(**options):
+    return {"easycache": {"max_consecutive": 2, **options}}
 
 
-def test_what_a_thinned_out_forward_takes_its_time_for():
-    parts = dict(attention={"d": 0.6, "r": 0.2}, lists={"r": 0.05}, text={"r": 0.05})
-    lines = why("drrr", SPARSE, **parts)  # 2.5 s: a dense forward, and three of half a second
-    assert lines == [
-        "40% steps that sol leaves dense; lower sol.dense_steps = 0.2",
-        "30% what is not self-attention (projections, feed-forward, cross-attention to the text): that is 40% of a "
-        "dense forward here; a step cache skips it too; with sparse attention alone 2.50 is the most there is to gain",
-        "6% planning attention calls, tile lists included; lists by place are kept for one size: generate more of that",
-        "6% attention calls over a part of the keys (the text alone, image prompts), which stay dense; no option "
-        "changes this; a step cache skips them",
-    ]
-    # of the .15 s of attention a third is that of a layer that stays dense, a third of calls with a mask
-    key = ("transformer", 1, "cond")
-    options = dict(dense_layers={key: 2 / 3}, seconds={"r": 0.9})
-    lines = why("dr", SPARSE, stayed={key: {"mask": 1 / 3}}, attention={"d": 0.6, "r": 0.6}, **options)
-    assert (
-        "11% attention calls that stayed dense in forwards that were thinned out; lower sol.dense_layers = 1" in lines
-    )
-    assert any(line.startswith("11% attention calls that stayed dense for a mask") for line in lines)
-    lines = why("dr", SPARSE, attention={"d": 0.6, "r": 0.55}, seconds={"r": 0.95})
-    assert any(line.startswith("28% thinned-out attention") and "step cache" in line for line in lines)
-
-
-def test_calls_that_stayed_dense_and_why():
-    for why_dense, what, advice in (
-        ("mask", "not key padding", "one at a time"), ("backend", "on this processor", "name a backend")
-    ):  # fmt: skip
-        (line,) = why("dd", SPARSE, stayed={("transformer", step, "cond"): {why_dense: 1.0} for step in range(2)})
-        assert line.startswith("100% ")
-        assert what in line
-        assert advice in line
-    lines = why("dd", {"sol": {"dense_above_sigma": 0.9}})
-    assert lines == ["100% steps that sol leaves dense; lower sol.dense_above_sigma = 0.9"]
-
-
-def test_waits_for_offloaded_weights_are_a_share_of_every_forward():
-    lines = why("dsd", CACHE, log=logged("dsd", ["first steps"] * 2), fetching={"d": 0.5})
-    assert lines[0].startswith("50% ")
-    assert "waiting for offloaded weights; keep the transformer on the device" in " ".join(lines)
-    assert any(line.startswith("50% first steps") for line in lines)
-
-
-def test_what_guidance_adds_and_what_a_cache_computes_of_skipped_steps():
-    lines = why("dee", {"pag": {}})
-    assert lines[0].startswith("60% forwards in which no method acted")
-    assert lines[1].startswith("40% further forwards that guidance adds")
-    blocks = [{**entry, "reused": entry["step_index"] == 1} for entry in logged("dr", ["first steps", "first steps"])]
-    lines = why("dr", CACHE, log=blocks)
-    assert lines[1].startswith("33% what easycache computes of the steps that it skips")
+PARTS = dict(attention={"d": 0.6, "r": 0.2}, lists={"r": 0.05}, text={"r": 0.05})
+WARMUP, DENSE = "first steps ... lower easycache.warmup_steps = 2", "steps that sol leaves dense ... lower sol.dense"
 
 
 @pytest.mark.parametrize(
-    ("reason", "expected"),
+    ("drawn", "methods", "options", "expected"),
     [
-        ("2 skipped in a row", "raise easycache.max_consecutive = 2"),
-        ("listed", "list fewer in easycache.compute_at"),
-        ("threshold 0", "easycache skips nothing; raise easycache.threshold"),
-        ("pag needs it", "steps that pag needs computed"),
-        ("conditional", "set easycache.branches to all"),
-        ("nothing stored", "forwards that easycache computed: nothing stored"),
+        ("", CACHE, {}, []),
+        ("ddsssd", CACHE, dict(log=["first steps", "first steps", "last steps"]),
+         [f"66% {WARMUP}", "33% last steps ... last_steps = 1"]),
+        ("dddd", CACHE, dict(log="measured"), ["100% easycache never skipped ... threshold = 0.05; 0.35 would"]),
+        ("dd", cached(error=0.1), dict(log="measured"), ["100% steps whose forecast ... error = 0.1; 0.25 would"]),
+        ("dddd", CACHE, dict(log="few steps"), ["100% a run of few steps ... easycache.min_steps = 9"]),
+        ("dd", cached(), dict(log="2 skipped in a row"), ["100% steps that ... raise easycache.max_consecutive = 2"]),
+        ("dd", cached(), dict(log="listed"), ["100% steps that are listed ... easycache.compute_at"]),
+        ("dd", cached(), dict(log="threshold 0"), ["100% easycache skips nothing ... raise easycache.threshold"]),
+        ("dd", cached(), dict(log="pag needs it"), ["100% steps that pag needs computed ... detach pag"]),
+        ("dd", cached(), dict(log="conditional"), ["100% conditional forwards ... set easycache.branches to all"]),
+        ("dd", cached(), dict(log="nothing stored"), ["100% forwards that easycache computed: nothing stored ... "]),
+        ("drrd", {"sol": {"dense_steps": 0.2, "dense_last_steps": 1}}, {},
+         [f"33% {DENSE}_steps = 0.2", f"33% {DENSE}_last_steps = 1"]),
+        ("dd", {"sol": {"dense_above_sigma": 0.9}}, {}, [f"100% {DENSE}_above_sigma = 0.9"]),
+        ("dddd", SPARSE, dict(notes=["sol stays dense over 80 visual tokens, min_tokens = 40000"]),
+         ["100% too few tokens ... use a step cache, or lower sol.min_tokens"]),
+        ("rrrr", SPARSE, dict(dense_layers=0.25), ["25% attention calls that stayed ... sol.dense_layers = 1"]),
+        ("dd", SPARSE, dict(stayed={"mask": 1.0}), ["100% attention calls that ... one at a time, or of one length"]),
+        ("dd", SPARSE, dict(stayed={"backend": 1.0}), ["100% attention calls ... a step cache, or name a backend"]),
+        ("dr", SPARSE, dict(seconds={"r": 0.95}), [f"51% {DENSE}_steps = 0.2", "49% thinned-out ... longer clips"]),
+        ("d" * 9, CACHE, dict(log="first steps", first=10.0), ["53% the first forward's ... ", f"47% {WARMUP}"]),
+        ("dddd", CACHE, dict(log="first steps", before=4.0), ["75% between the forwards ... ", f"25% {WARMUP}"]),
+        ("dsd", CACHE, dict(log="first steps", fetching={"d": 0.5}), ["50% waiting ... ", f"50% {WARMUP}"]),
+        ("dee", {"pag": {}}, {}, ["60% forwards ... a step cache", "40% further forwards ... "]),
+        ("dr", CACHE, dict(log="first steps", reused=(1,)), [f"67% {WARMUP}", "33% what easycache computes ... "]),
+        ("drrr", SPARSE, PARTS, [  # 2.5 s: a dense forward, and three of half a second
+            f"40% {DENSE}_steps = 0.2", "30% what is not self-attention ... alone 2.50 is the most",
+            "6% planning attention calls ... ", "6% attention calls over a part of the keys ... "]),
     ],
-)
-def test_each_reason_of_a_cache_has_its_advice(reason, expected):
-    (line,) = why("dd", {"easycache": {"max_consecutive": 2}}, log=logged("dd", [reason] * 2))
-    assert expected in line
+)  # fmt: skip
+def test_the_causes_of_a_run_and_what_to_do(drawn, methods, options, expected):
+    lines = why(drawn, methods, **options)
+    assert len(lines) == len(expected)
+    for line, text in zip(lines, expected, strict=True):
+        start, advice = text.split(" ... ")
+        assert line.startswith(start)
+        assert advice in line
 
 
-def test_a_bounded_error_is_named_as_what_computed_a_step():
-    (line,) = why("dd", {"easycache": {"error": 0.1}}, log=logged("dd", ["measured"] * 2))
-    assert line.startswith("100% steps whose forecast easycache expected to be off by more than its error; raise ")
-    assert "easycache.error = 0.1; 0.25 would skip half of them" in line
+def test_attention_that_stayed_dense_takes_its_share_of_the_attention_s_time():
+    """Of .54 s of attention in a forward a third is that of a layer that stays dense, a third of calls with a mask."""
+    options = dict(dense_layers=2 / 3, seconds={"r": 0.9}, stayed={"mask": 1 / 3})
+    lines = why("rrdd", SPARSE, attention={"d": 0.6, "r": 0.6}, **options)
+    assert (
+        "11% attention calls that stayed dense in forwards that were thinned out; lower sol.dense_layers = 1" in lines
+    )
+    lines = why("dr", SPARSE, attention={"d": 0.6, "r": 0.55}, seconds={"r": 0.95})
+    assert any(line.startswith("28% thinned-out attention") for line in lines)
 
 
 def test_parts_are_timed_in_forwards_one_two_four_and_so_on():
@@ -274,12 +223,7 @@ def test_fetches_of_offloaded_weights_are_timed(how):
     assert not any("pre_forward" in vars(hook) for hook in hooks)
 
 
-def fields(one):
-    return {name: getattr(one, name) for name in one.__slots__}
-
-
-def test_nothing_is_said_where_nothing_ran_or_no_method_is_attached():
-    assert why("", CACHE) == []
+def test_nothing_is_said_where_no_method_is_attached():
     steps = [StepReport(
         transformer="transformer", step_index=0, branch="cond", dense_layers=3, sparse_layers=0, density=1.0, pooled=0.0
     )]  # fmt: skip

@@ -21,9 +21,8 @@ import dit_accel
 from dit_accel import DeltaAttention, LiteAttention, SparseD
 from dit_accel.testing.recording import recorded
 
-STEPS, TILES = 10, 5
+STEPS = 10
 LITE = LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
-RUTHLESS = dict(threshold=1e3, allow_positive_threshold=True)
 
 CACHES = {
     "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.08),

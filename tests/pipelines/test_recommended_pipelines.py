@@ -26,7 +26,7 @@ def test_a_loaded_pipeline_is_recommended_as_its_family_is(pipe, tmp_path, monke
 
 def test_what_was_tuned_on_its_model_is_found(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured = tuned.Measured(
+    measured = tuned.TunedResult(
         model="wan-plain", height=64, width=64, num_frames=17, num_inference_steps=20, metric="psnr", quality=30.5,
         speedup=2.0, prompts=6,
     )  # fmt: skip

@@ -15,17 +15,17 @@ from dit_accel_pipelines.generation.request import EMBEDDED, Request
 
 from dit_accel.adapters.embedded import assets
 from dit_accel.errors import ConfigError
-from dit_accel.estimate.tuned import Measured, keep_tuned, model_key, tuned_text
+from dit_accel.estimate.tuned import TunedResult, keep_tuned, model_key, tuned_text
 from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.caches.native import DiffusersCache
 
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
+from ..runs.results import result_lines
 from ..statistics import FEWEST
 from ..suites.arms import Arm
 from ..suites.job import Job
-from ..suites.lines import result_lines
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned
@@ -73,7 +73,7 @@ def tune_pipeline(
     by_hand = () if space else [arm for arm in arms if arm.name in BY_HAND]
     whole = search.tried(arms, by_hand)
     frontier, chosen = pareto(whole, requested.sign), search.judged(whole, by_hand)
-    measured = Measured(
+    measured = TunedResult(
         model=model_key(suite.model), **_sizes(request, suite), metric=requested.quality,
         quality=round(chosen.quality, 4), speedup=round(chosen.speedup, 4), prompts=chosen.prompts,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def _sizes(request: Request, suite: Suite) -> dict[str, int]:
     return {name: int(getattr(request, name) or known.get(name) or 1) for name in names}
 
 
-def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target, measured: Measured) -> Path:
+def _write(output: Path, arm: Arm, guidance_scale: float | None, target: Target, measured: TunedResult) -> Path:
     """Write the config, and its copy for `dit_accel.recommend`; returns that."""
     solver = None if arm.solver == OWN else arm.solver
     run = {"num_inference_steps": arm.num_inference_steps, "solver": solver, "flow_shift": arm.flow_shift}
