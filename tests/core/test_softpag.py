@@ -165,6 +165,13 @@ def test_compiled_blocks_and_whole_transformers_are_perturbed_alike(transformer)
     assert report.section("softpag").data["first_block"] == 0
 
 
+def test_the_report_of_the_free_mode_names_the_forward_that_it_perturbs(transformer):
+    _, report, forwards = guided(transformer, SoftPAG(heads="L1", mode="free"))
+    assert forwards == 8
+    assert report.section("softpag").data["branches"] == ["uncond"]
+    assert "the unconditional forward was perturbed in 4 steps" in str(report)
+
+
 def test_an_error_in_the_branch_leaves_all_as_it_was(transformer):
     plain = denoise(transformer)
     expected, _, _ = guided(transformer, HALF)

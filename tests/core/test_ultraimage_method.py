@@ -197,15 +197,6 @@ def test_rows_lie_in_the_picture_at_even_distances():
     assert len(_rows(LAYOUT, 1000, "cpu")) == 30
 
 
-def test_what_is_no_larger_than_trained_is_bit_equal():
-    transformer = tiny_transformer()
-    plain = denoise(transformer, 3)
-    with dit_accel.attach(transformer, UltraImage(trained_height=4, trained_width=4)) as attachment:
-        assert torch.equal(denoise(transformer, 3), plain)
-        text = str(attachment.report())
-    assert "ultraimage changes nothing: 4 x 4 tokens, trained on 4 x 4" in text
-
-
 def test_caches_wait_until_heads_are_measured():
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, HEADS, EasyCache(threshold=100.0, warmup_steps=0)) as attachment:

@@ -129,7 +129,7 @@ class GroupCorrection:
         return result._replace(out=self.added(result.out, delta, dense))
 
     def of_rows(self, rows: Sequence[int]) -> "GroupCorrection":
-        """Return how some rows of the batch are corrected."""
+        """Return the correction of some rows of the batch."""
         return self if self.delta is None else replace(self, delta=self.delta[list(rows)])
 
 
@@ -265,7 +265,7 @@ class DeltaHandler(AttentionHandler):
         return Section(method=self.name, title="delta", lines=lines, data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return what the probe rows cost."""
+        """Return the cost of the probe rows."""
         note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, besides the tiles"
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
 

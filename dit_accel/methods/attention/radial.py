@@ -107,7 +107,7 @@ class RadialAttention(SparseConfig):
         return float(self.kept(layout).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about radial here, or None; raise `ConfigError` if it keeps no tile."""
+        """Return advice about a layout that does not suit radial, or None; raise `ConfigError` if it keeps no tile."""
         kept = self.kept(layout)
         empty, tokens = int((~kept.any(axis=1)).sum()), layout.visual_tokens
         if empty == len(kept):

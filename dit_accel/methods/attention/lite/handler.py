@@ -192,14 +192,14 @@ class LiteHandler(SparseHandler):
             self.note_held(sum(one.bits.nbytes for one in self._states.values() if one.bits is not None))
 
     def _fixed_bits(self, tiles: TileLists, order: Tensor | None, context: CallContext) -> FixedBits:
-        """Return what no vote decides; the same for all calls on the same tiles."""
+        """Return the tiles that no vote decides; the same for all calls on the same tiles."""
         key = context.layout, id(tiles), id(order)
         if key not in self._fixed:
             self._fixed[key] = (tiles, order), fixed_bits(self.settings, context, tiles, order)
         return self._fixed[key][1]
 
     def _again(self, context: CallContext) -> Selection:
-        """Return what the call had when the forward ran it first."""
+        """Return the bits that the call had when the forward ran it first."""
         state = self._states.get(context.key)
         if state is None or state.given is None:
             raise ConfigError(
@@ -225,7 +225,7 @@ class LiteHandler(SparseHandler):
         return chosen
 
     def _vote(self, state: CallState, left: int | None, context: CallContext) -> Vote | None:
-        """Return what a call votes with; None where nobody would read the bits, or no more may be dropped."""
+        """Return the vote of a call; None where nobody would read the bits, or no more may be dropped."""
         settings = self.settings
         if left == 1 or settings.target_density is not None:
             return None
@@ -283,7 +283,7 @@ class LiteHandler(SparseHandler):
         return min(counts, default=None)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return what is carried from step to step; what is dropped is known only while it runs."""
+        """Return the bytes that are carried from step to step; the tiles that drop are known only while it runs."""
         settings = self.settings
         notes = ("what lite saves is known only while it runs; it is not counted", *settings.notes())
         keeps = bool(settings.must_keep) or (settings.protect_text and layout.tokens > layout.visual_tokens)
