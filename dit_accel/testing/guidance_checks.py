@@ -80,13 +80,8 @@ def _run(
     """Return a guided conditional forward and its planned calls; it must take so many forwards."""
     with attach(case.transformer, config, backend="reference") as attachment:
         with recorded(attachment) as calls:
-<<<<<<< HEAD
-            out = case.run(inputs, transformer=transformer)
-        ran = attachment.engine.recorder.forwards_run
-=======
             out = case.run(inputs)
         ran = attachment.engine.recorder.forwards_run
->>>>>>> main
         require(ran == forwards, f"{config} ran {ran} forwards, not {forwards}")
     return out, calls
 

@@ -140,18 +140,10 @@ def check_free(case: Case, tried: MethodCase) -> str | None:
     plain = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, free, preset="none", backend="reference") as attachment:
         together = case.run(both, branch="cond_uncond", transformer=wide)
-<<<<<<< HEAD
-        ran = attachment.engine.recorder.forwards_run
-    if case.model.max_batch > 1:
-        cond = _row_of_prompt(case)
-        require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
-        require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")
-=======
         ran = attachment.engine.recorder.forwards_run
     cond = _row_of_prompt(case)
     require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
     require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")
->>>>>>> main
     require(ran == 1, f"{free} ran {ran} forwards, not one")
     return require_rows_alone(case, (free,), tried.warm, "reference")
 

@@ -293,21 +293,6 @@ def test_text_attends_at_every_step():
         assert torch.equal(now.out[:, :, layout.visual], before.out[:, :, layout.visual])
 
 
-<<<<<<< HEAD
-def test_a_run_does_not_meet_the_next_and_memory_is_counted(transformer):
-    held = 80 * 32 * 4 * 3
-    with dit_accel.attach(transformer, DFA(share=0.0, every=2, warmup_steps=1, last_steps=1)) as attachment:
-        fresh = denoise(transformer, 5, seed=1)
-        assert attachment.report().state_bytes["dfa"] == 2 * held
-        denoise(transformer, 5, seed=0, until=2)
-        assert torch.equal(denoise(transformer, 5, seed=1), fresh)
-        attachment.reset()
-        assert not attachment.engine.handlers[0]._outputs
-    assert not torch.equal(denoise(transformer, 5, seed=1), fresh)
-
-
-=======
->>>>>>> main
 def test_beside_a_step_cache_it_counts_the_steps_that_run(transformer):
     config = dit_accel.StaticCache(steps=(1, 0, 1, 0, 1, 0, 1, 0))
     calls, _, _ = steps_of(transformer, DFA(share=0.25, **EVERY_2), config, steps=8)
