@@ -26,7 +26,7 @@ def transformer():
 def guided(transformer, *methods, **run):
     with dit_accel.attach(transformer, *methods, preset="none") as attachment:
         out = denoise(transformer, **run)
-        return out, attachment.report(), attachment._execution.recorder.forwards_run
+        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 @pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", start=0.0, stop=1.0, scale=1.0)])
@@ -108,7 +108,7 @@ def test_beside_a_step_cache_each_branch_has_a_past_of_its_own(transformer):
     with dit_accel.attach(transformer, HALF, cache) as attachment:
         made = denoise(transformer, steps=6)
         section = attachment.report().section("softpag")
-        forwards = attachment._execution.recorder.forwards_run
+        forwards = attachment.engine.recorder.forwards_run
     assert section.data["forwards_added"] == 6
     assert min(section.data["distance"].values()) > 0
     assert forwards == 3 * 3
@@ -163,6 +163,13 @@ def test_compiled_blocks_and_whole_transformers_are_perturbed_alike(transformer)
     made, report, _ = guided(whole, HALF)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
     assert report.section("softpag").data["first_block"] == 0
+
+
+def test_the_report_of_the_free_mode_names_the_forward_that_it_perturbs(transformer):
+    _, report, forwards = guided(transformer, SoftPAG(heads="L1", mode="free"))
+    assert forwards == 8
+    assert report.section("softpag").data["branches"] == ["uncond"]
+    assert "the unconditional forward was perturbed in 4 steps" in str(report)
 
 
 def test_an_error_in_the_branch_leaves_all_as_it_was(transformer):

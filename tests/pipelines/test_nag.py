@@ -76,7 +76,7 @@ def test_wan_is_the_formula_in_the_conditional_call_alone(make_pipe, guidance, t
         made = wan_tiny.generate(pipe, **run)
         section = attachment.report().section("nag")
         again = wan_tiny.generate(pipe, **run)
-        forwards = attachment._execution.recorder.forwards_run
+        forwards = attachment.engine.recorder.forwards_run
     assert float((expected - plain).norm() / plain.norm()) > 1e-4
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
     assert torch.equal(made, again)
@@ -183,7 +183,7 @@ def picture_of(pipe, name, call, changes):
     """The tokens of its pictures, as attention has them besides text."""
     with dit_accel.attach(pipe, NAG(negative_embeds=text_of(6))) as attachment:
         layouts = []
-        attachment._execution.observers.append(lambda one: layouts.append((one.context.layout, one.call.tokens)))
+        attachment.engine.observers.append(lambda one: layouts.append((one.context.layout, one.call.tokens)))
         run_stock(pipe, call, **changes)
     layout, tokens = max(layouts, key=lambda one: one[1])
     return tokens - (layout.text_before if PLACES[name] == "before" else layout.text_after)

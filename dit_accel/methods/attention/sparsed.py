@@ -67,11 +67,11 @@ class SparseD(SparseConfig):
         return replace(full, density=None, mass=self.mass) if self.mass is not None else full
 
     def kept_tiles(self, tiles: int) -> int:
-        """Return how many of a row's ``tiles`` visual key tiles ``density`` keeps."""
+        """Return the number of visual key tiles that ``density`` keeps of a row's ``tiles``."""
         return max(1, math.ceil(round((self.density or self.defaults["density"]) * tiles, 6)))
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about the pattern on this layout, or None where it fits well."""
+        """Return advice about a layout that does not suit the pattern, or None."""
         tiles = self.tiling.tiles(layout.visual_tokens)
         return self.advice_on_size(layout, tiles if self.mass is None and self.kept_tiles(tiles) == tiles else 0)
 
