@@ -271,7 +271,7 @@ def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it(ar
     [
         (
             ("wan2.1-14b", "--num-frames", "4097", "--lvsa"),
-            "wan has rotary positions for 1024 tokens along frames, got",
+            "wan has rotary positions for 1024 tokens along frames",
         ),
         (("wan-plain", "--num-frames", "513"), "wan has rotary positions for 256 tokens along frames, got 257"),
         (("cosmos-1-7b", "--width", "1936"), "cosmos has rotary positions for 120 tokens along width, got 121"),
