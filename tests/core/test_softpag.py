@@ -28,7 +28,7 @@ def transformer():
 def guided(transformer, *methods, **run):
     with dit_accel.attach(transformer, *methods, preset="none") as attachment:
         out = denoise(transformer, **run)
-        return out, attachment.report(), attachment._execution.recorder.forwards_run
+        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 @pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", start=0.0, stop=1.0, scale=1.0)])
@@ -110,7 +110,7 @@ def test_beside_a_step_cache_each_branch_has_a_past_of_its_own(transformer):
     with dit_accel.attach(transformer, HALF, cache) as attachment:
         made = denoise(transformer, steps=6)
         section = attachment.report().section("softpag")
-        forwards = attachment._execution.recorder.forwards_run
+        forwards = attachment.engine.recorder.forwards_run
     assert section.data["forwards_added"] == 6
     assert min(section.data["distance"].values()) > 0
     assert forwards == 3 * 3
