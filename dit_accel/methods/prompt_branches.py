@@ -34,7 +34,7 @@ _OPEN = "open transformer.cache_context(name) with the name 'cond', 'uncond' or 
 
 def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> Part:
     """Return what a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
-    guidance, pipe, call = site.adapter.guidance, site.running, call_of(site.running)
+    guidance, pipe, call = site.adapter.guidance, site.running, running_call(site.running)
     if (why := guidance.why_own(call)) is not None:
         raise ConfigError(
             f"{method} does not go with {type(pipe).__name__}: {why}; detach it, or take another pipeline"
@@ -66,7 +66,7 @@ def rows_of_prompt(site: Site, part: Part, batch: int, wanted: Literal["cond", "
     return (slice(0, half) if site.adapter.guidance.first_rows == wanted else slice(half, batch)), batch
 
 
-def call_of(pipe: Any) -> PipelineCall:
+def running_call(pipe: Any) -> PipelineCall:
     """Return a pipeline's running call, read off the call stack.
 
     So is known what a pipeline keeps nowhere else: how many rows it makes, and arguments that change how it mixes.

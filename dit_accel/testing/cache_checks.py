@@ -7,8 +7,9 @@ import torch
 from ..attachment.attachment import attach
 from ..methods.caches.static import StaticCache
 from .method_cases import CACHE_CASES, caches_for
-from .promises import BRANCHES, check_batch, check_neutral, check_skips
+from .promises import check_batch, check_neutral, check_skips
 from .recording import require
+from .runs import BRANCHES
 from .tiny_models import Case
 
 

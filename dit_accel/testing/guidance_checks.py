@@ -17,7 +17,7 @@ from ..methods.guidance.slg import SLG
 from ..methods.guidance.softpag import SoftPAG
 from .block_checks import Block, blocks_in, replaced, skipped
 from .method_cases import MethodCase
-from .promises import check_batch, check_free
+from .promises import check_batch, check_free, require_rows_alone
 from .recording import WIDE, RecordedCall, recorded, require, require_same, require_within_rounding
 from .reference import attention
 from .tiny_models import Case, wide_inputs
@@ -71,19 +71,17 @@ def _require_negative_text(case: Case) -> None:
         require(torch.equal(case.run(inputs, branch="uncond", transformer=wide), plain), "a negative text moves uncond")
     require(not torch.allclose(moved, plain, rtol=1e-6) and bool(moved.isfinite().all()), f"{away} changes nothing")
     require(torch.equal(case.run(inputs, transformer=wide), plain), "a negative text is left behind")
-    if case.model.max_batch > 1:
-        _, _, untouched, uncond = _batched(case, away)
-        require_same(uncond, untouched, "a negative text moves unconditional rows")
+    require_rows_alone(case, (away,), 0, "reference", wide)
 
 
 def _run(
-    case: Case, inputs: Mapping[str, Any], config: MethodConfig, forwards: int, transformer: Any = None
+    case: Case, inputs: Mapping[str, Any], config: MethodConfig, forwards: int
 ) -> tuple[Tensor, list[RecordedCall]]:
     """Return a guided conditional forward and its planned calls; it must take so many forwards."""
-    with attach(transformer or case.transformer, config, backend="reference") as attachment:
+    with attach(case.transformer, config, backend="reference") as attachment:
         with recorded(attachment) as calls:
-            out = case.run(inputs, transformer=transformer)
-        ran = attachment._execution.recorder.forwards_run
+            out = case.run(inputs)
+        ran = attachment.engine.recorder.forwards_run
         require(ran == forwards, f"{config} ran {ran} forwards, not {forwards}")
     return out, calls
 
@@ -145,16 +143,3 @@ def _require_blocks(case: Case, inputs: Mapping[str, Any], plain: Tensor, layer:
     guided, _ = _run(case, inputs, SLG(layers=f"L{LAYER}", scale=2.0, start=0.0, stop=1.0), forwards=2)
     expected = (plain.double() + 2.0 * (plain.double() - without.double())).to(plain.dtype)
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
-
-
-def _batched(case: Case, config: MethodConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the conditional row of one call for both prompts, plain and guided, then the unconditional one's."""
-    both = wide_inputs(case.inputs(2))
-    wide, at = case.wide(), 0 if case.adapter.guidance.first_rows == "cond" else 1
-    plain = case.run(both, branch="cond_uncond", transformer=wide)
-    with attach(wide, config, backend="reference"):
-        together = case.run(both, branch="cond_uncond", transformer=wide)
-    with attach(wide, config, backend="reference"):
-        alone = case.run(case.row(both, at), transformer=wide)
-    require_same(together[at : at + 1], alone, f"{config.name} in one call and in two differ")
-    return plain[at : at + 1], alone, plain[1 - at : 2 - at], together[1 - at : 2 - at]

@@ -1,14 +1,15 @@
 """What every method promises on a tiny model, each promise once: `check_method` runs them, our tests over a table."""
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attachment.attachment import Attachment, attach
+from ..attachment.attachment import attach
 from ..attachment.backends import Backend
 from ..attachment.site import find_blocks
 from ..errors import ConfigError
@@ -22,42 +23,11 @@ from ..methods.registry import handler_of
 from ..methods.toml import from_toml, to_toml
 from .method_cases import MethodCase, configs_of
 from .recording import counted, recorded, require, require_as_planned, require_same, require_text_exact
+from .runs import BRANCHES, Settings, attached, break_off, moved, note_plain, outputs, prompts
 from .tiny_models import Case, wide_inputs
-
-BRANCHES = ("cond", "uncond")
-
-Settings = MethodConfig | tuple[MethodConfig, ...]
 
 Promise = Callable[[Case, MethodCase], str | None]
 """What checks one promise: it raises `AssertionError`, or returns why the promise does not apply."""
-
-
-def outputs(
-    case: Case, steps: int, *, prompt: int = 0, branches: tuple[str, ...] = BRANCHES, transformer: Any = None
-) -> Tensor:
-    """Return what the forwards of a short run give, [steps * branches, ...], on latents that move."""
-    rows = prompts(case, prompt)
-    inputs = [(step, name, moved(case, rows[name], step)) for step in range(steps) for name in branches]
-    return torch.stack([case.run(given, step, name, transformer) for step, name, given in inputs])
-
-
-def note_plain(case: Case, steps: int) -> Tensor:
-    """Return what a short run of the untouched model gives; that and a batch's output are computed once a case."""
-    if steps not in case.plain:
-        case.plain[steps] = outputs(case, steps)
-        case.plain["both"] = case.run(case.inputs(2), branch="cond_uncond")
-    return case.plain[steps]
-
-
-def prompts(case: Case, prompt: int = 0) -> dict[str, dict[str, Any]]:
-    """Return the inputs of a prompt and of its negative one, which share their latents."""
-    cond, uncond = (case.inputs(1, 1 + 10 * prompt + number) for number in range(2))
-    return {"cond": cond, "uncond": case.with_latents(uncond, case.latents(cond))}
-
-
-def moved(case: Case, inputs: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Return the inputs of a step: were the latents the same in each, caches could not tell how fast they change."""
-    return case.with_latents(inputs, case.latents(inputs) * (1 - 0.05 * step))
 
 
 def check_neutral(case: Case, tried: MethodCase) -> None:
@@ -72,7 +42,7 @@ def require_neutral(case: Case, settings: Settings, steps: int = 2) -> None:
     with attached(case, settings) as attachment:
         for step, (out, expected) in enumerate(zip(outputs(case, steps), plain, strict=True)):
             require(torch.equal(out, expected), f"{name} changed step {step // 2}, with neutral settings")
-        report, ran = attachment.report(), attachment._execution.recorder.forwards_run
+        report, ran = attachment.report(), attachment.engine.recorder.forwards_run
         require(ran == 2 * steps, f"{name} ran {ran} forwards in place of {2 * steps}, with neutral settings")
         require(report.density == 1.0, f"{name} did not stay dense, with neutral settings")
         together = case.run(both, branch="cond_uncond")
@@ -98,7 +68,7 @@ def check_planned(case: Case, tried: MethodCase) -> str | None:
     inputs = case.inputs(2)
     with attached(case, tried.active) as attachment, recorded(attachment) as calls:
         first = case.run_after(tried.warm, inputs)
-        report, layers = attachment.report(), len(attachment._execution.layers)
+        report, layers = attachment.report(), len(attachment.engine.layers)
         planned = list(calls)
         case.run(case.inputs(1), step=tried.warm + 1)
         again = case.run_after(tried.warm, inputs)
@@ -121,7 +91,8 @@ def check_runs(case: Case, tried: MethodCase) -> None:
     steps, both, name = tried.warm + 2, case.inputs(2), tried.config.name
     with attached(case, tried.active):
         fresh = outputs(case, steps, prompt=1)
-    with attached(case, tried.active) as attachment:
+    twin = copy.deepcopy(case.transformer)
+    with attached(case, tried.active) as attachment, attach(twin, *configs_of(tried.active), preset="none"):
         first = outputs(case, steps)
         require(not torch.equal(first, fresh), "another prompt gives the same")
         for what, before in {
@@ -129,6 +100,8 @@ def check_runs(case: Case, tried: MethodCase) -> None:
             "a run that was stopped": lambda: outputs(case, steps - 1),
             "two steps of a batch": lambda: [case.run(both, step, "cond_uncond") for step in range(2)],
             "a run without a negative prompt": lambda: outputs(case, steps, branches=("cond",)),
+            "a forward that raised": lambda: break_off(case),
+            "a run of another model": lambda: outputs(case, steps, prompt=1, transformer=twin),
         }.items():
             before()
             require(torch.equal(outputs(case, steps, prompt=1), fresh), f"{name}: a run differs after {what}")
@@ -157,6 +130,8 @@ def check_free(case: Case, tried: MethodCase) -> str | None:
     """With ``mode="free"`` the negative prompt's rows alone are perturbed, and no further forward runs."""
     if not issubclass(handler_of(tried.config), PerturbedHandler):
         return "it perturbs no forward"
+    if case.model.max_batch < 2:
+        return "a forward takes one row"
     try:
         free = dataclasses.replace(tried.config, mode="free", scale=None, rescale=0.0)  # type: ignore[call-arg]
     except ConfigError as refused:
@@ -165,11 +140,10 @@ def check_free(case: Case, tried: MethodCase) -> str | None:
     plain = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, free, preset="none", backend="reference") as attachment:
         together = case.run(both, branch="cond_uncond", transformer=wide)
-        ran = attachment._execution.recorder.forwards_run
-    if case.model.max_batch > 1:
-        cond = _row_of_prompt(case)
-        require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
-        require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")
+        ran = attachment.engine.recorder.forwards_run
+    cond = _row_of_prompt(case)
+    require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
+    require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")
     require(ran == 1, f"{free} ran {ran} forwards, not one")
     return require_rows_alone(case, (free,), tried.warm, "reference")
 
@@ -199,8 +173,6 @@ def _row_of_prompt(case: Case) -> int:
 def _both(case: Case) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the inputs of a forward for both prompts, in float64, and those of each."""
     both, at = wide_inputs(case.inputs(2)), _row_of_prompt(case)
-    if case.model.max_batch < 2:
-        return both, {}
     return both, {"cond": case.row(both, at), "uncond": case.row(both, 1 - at)}
 
 
@@ -212,12 +184,12 @@ def check_skips(case: Case, tried: MethodCase) -> str | None:
     plain = [case.run(moved(case, rows, step), step) for step in range(warm + 1)]
     layers = [layer for layer, _, _ in attention_modules(case.transformer, case.adapter)]
     with counted(case.transformer, layers) as ran, attached(case, tried.active):
-        made = [case.run(moved(case, rows, step), step) for step in range(warm + 1)]
+        outs = [case.run(moved(case, rows, step), step) for step in range(warm + 1)]
         again = case.run(moved(case, rows, 0), 0)
     expected = (warm + 1) * len(layers) + len(_layers_of_skipped_step(case, layers, tried))
-    require(not torch.equal(made[warm], plain[warm]), f"{name} did not skip step {warm}")
+    require(not torch.equal(outs[warm], plain[warm]), f"{name} did not skip step {warm}")
     require(len(ran) == expected, f"{name}: {len(ran)} attention calls ran, the cache says {expected}")
-    for step, out in enumerate((*made[:warm], again)):
+    for step, out in enumerate((*outs[:warm], again)):
         require(torch.equal(out, plain[step % warm]), f"{name} changed step {step % warm}, before it skipped any")
     return None
 
@@ -237,17 +209,17 @@ def check_beside_guidance(case: Case, tried: MethodCase) -> str | None:
     nothing, active = SoftPAG(heads="L1", u=1e-12, scale=3.0, start=0.3), configs_of(tried.active)
     if not handler_of(nothing).exclusive.isdisjoint(handler_of(tried.config).exclusive):
         return "it can't stand beside guidance"
-    made: list[list[Tensor]] = []
+    runs: list[list[Tensor]] = []
     for methods in (active, (*active, nothing)):
         try:
             attachment = attach(wide, *methods, preset="none", backend="torch")
         except ConfigError as refused:
             return str(refused)
         with attachment:
-            made.append(
+            runs.append(
                 [case.run(moved(case, rows, 4 * step), step, transformer=wide) for step in range(tried.warm + 5)]
             )
-    for step, (alone, guided) in enumerate(zip(*made, strict=True)):
+    for step, (alone, guided) in enumerate(zip(*runs, strict=True)):
         away = f"guidance away from nothing moves the output of {active} in step {step}"
         same = torch.allclose(guided, alone, rtol=1e-4, atol=1e-5)
         require(same, f"{away}: a perturbed forward learns, or leaves out something else")
@@ -355,23 +327,6 @@ def require_together(case: Case, methods: tuple[MethodConfig, ...], warm: int) -
     with attach(case.transformer, *reversed(methods), preset="none"):
         again = case.run_after(warm, inputs)
     require(torch.equal(again, changed), f"{methods} attached in the other order give another output")
-
-
-@contextlib.contextmanager
-def attached(case: Case, settings: Settings) -> Iterator[Attachment]:
-    """Attach settings to a case's transformer; require that detaching leaves nothing behind."""
-    before = _traces(case)
-    with attach(case.transformer, *configs_of(settings), preset="none") as attachment:
-        yield attachment
-    require(_traces(case) == before, f"{settings} left attributes or a processor behind")
-
-
-def _traces(case: Case) -> dict[str, Any]:
-    """Return what an attachment might leave: the names of each module's attributes, and its processor."""
-    return {
-        name: (set(vars(module)), id(getattr(module, "processor", None)))
-        for name, module in case.transformer.named_modules()
-    }
 
 
 PROMISES: dict[str, Promise] = {

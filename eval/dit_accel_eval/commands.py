@@ -14,9 +14,8 @@ from .comparing import compare_settings
 from .vbench.command import evaluate
 
 if TYPE_CHECKING:
-    from .runs.results import Line
+    from .runs.results import Line, ResultLine
     from .suites.job import Job
-    from .suites.lines import ResultLine
 
 eval_app = typer.Typer(name="eval", help="Compare settings of a model with its converged runs, and report.")
 eval_app.command("compare")(compare_settings)
@@ -66,8 +65,8 @@ def run_suite(
     from dit_accel_pipelines.processes.processes import started_process
 
     from .runs.conditions import Machine
+    from .runs.results import result_lines
     from .suites.job import Job
-    from .suites.lines import result_lines
     from .suites.reference import default_cache
     from .suites.suite import read_suite
 
@@ -95,8 +94,8 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
     """Run what a job's file does not hold yet, and show all."""
     from dit_accel_pipelines.processes.ranks import Ranks
 
+    from .runs.results import result_lines
     from .suites.job import clips_of
-    from .suites.lines import result_lines
     from .suites.running import run_job
 
     run_job(job, clips_of(job.suite, clips), workers, quiet=quiet)
@@ -106,8 +105,8 @@ def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
 
 def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
     """Print a suite's table, and what to know of it."""
-    from .suites.job import suite_table
-    from .suites.lines import AGREE
+    from .runs.results import AGREE
+    from .suites.figures import suite_table
 
     print(suite_table(job.suite, lines))
     unconverged = {line.clip: line for line in lines if line.reference_agreement < AGREE}

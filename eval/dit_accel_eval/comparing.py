@@ -94,8 +94,8 @@ def compare_settings(options: CompareOptions, *, settings: SettingList) -> None:
     from .report.report import suite_report
     from .report.writing import write_reports
     from .runs.conditions import Machine
+    from .runs.results import result_lines
     from .suites.job import Job, clips_of
-    from .suites.lines import result_lines
     from .suites.reference import default_cache
     from .suites.running import run_job
 
@@ -269,7 +269,7 @@ def _say_rules(suite: "Suite", clips: int) -> None:
 def arms_table(report: "SuiteReport") -> "Table":
     """Return a table of a report's arms, those furthest ahead first: what each saves, how near it comes, its lead."""
     from .metrics.registered import decimals_of
-    from .suites.tables import NOTHING
+    from .suites.figures import NOTHING
 
     main, further = report.main, report.further
     cost = f"{'time' if main == 'steps_in_time' else 'work'}, of {report.full_steps} steps"

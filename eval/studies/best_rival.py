@@ -17,7 +17,7 @@ from dit_accel_eval.suites.arms import Arm, dense_arm
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import VERSION, Ladder, read_ladder, setting_words
 from dit_accel_eval.suites.reference import default_cache
-from dit_accel_eval.suites.running import SuiteProgress, run_arms
+from dit_accel_eval.suites.running import run_arms, suite_progress
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS, shift_of
 from study import RESULTS
@@ -192,7 +192,7 @@ def _run_suite(suite: Suite, out: Path, workers: int) -> Job:
         suite=suite, out=out.with_suffix(".runs.jsonl"), cache=default_cache(), timed=False, threads=1, talk=False
     )
     clips = range(suite.first_clip, suite.first_clip + suite.clips)
-    with SuiteProgress(job, clips) as watch:
+    with suite_progress(job, clips) as watch:
         run_arms(job, clips, workers=workers, watch=watch)
     return job
 

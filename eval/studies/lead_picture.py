@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dit_accel_eval.runs.results import result_lines
 from dit_accel_eval.suites.figures import ArmFigures, suite_figures
-from dit_accel_eval.suites.lines import result_lines
 from dit_accel_eval.suites.suite import read_suite
 from matplotlib.figure import Figure
 from report_tables import REPORTS

@@ -12,10 +12,9 @@ import tables
 import tables_of_clips as of_clips
 from attention_table import page_text as shapes_text
 from denoising_time import table as times_table
-from dit_accel_eval.runs.results import Line, markdown_table, read_lines
-from dit_accel_eval.suites.job import suite_table
+from dit_accel_eval.runs.results import Line, ResultLine, markdown_table, read_lines, result_lines
+from dit_accel_eval.suites.figures import suite_table
 from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
-from dit_accel_eval.suites.lines import ResultLine, result_lines
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from false_verdicts import table as false_table

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 from dit_accel_assets import model_defaults
-from dit_accel_eval.runs.results import markdown_table
+from dit_accel_eval.runs.results import TIMED, WORKS, ResultLine, markdown_table, result_lines
 from dit_accel_eval.statistics import TOO_FEW, Judged, clip_mean, judge, reach_words
-from dit_accel_eval.suites.figures import Comparison, suite_figures
-from dit_accel_eval.suites.lines import TIMED, WORKS, ResultLine, result_lines
+from dit_accel_eval.suites.figures import NOTHING, Comparison, suite_figures
 from dit_accel_eval.suites.suite import read_suite
-from dit_accel_eval.suites.tables import NOTHING
 from dit_accel_eval.tune.pipeline_search import HELD_OUT, HELD_OUT_FIRST
 from dit_accel_pipelines.generation.solvers import BEST
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_accel_eval.runs.results import TUNED, WORKS, result_lines
 from dit_accel_eval.suites.figures import ArmFigures, suite_figures
-from dit_accel_eval.suites.lines import TUNED, WORKS, result_lines
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_pipelines.generation.solvers import BEST
 from matplotlib.figure import Figure

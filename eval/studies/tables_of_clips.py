@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
-from dit_accel_eval.runs.results import Line, last_by_clip, markdown_table
+from dit_accel_eval.runs.results import WORKS, Line, ResultLine, last_by_clip, markdown_table
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
 from dit_accel_eval.suites.figures import ArmFigures, figures_of
-from dit_accel_eval.suites.lines import WORKS, ResultLine
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_eval.tune.block_ranking import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA

@@ -272,7 +272,7 @@ def test_offloaded_rests_count_as_the_hosts_and_give_the_same():
     for step in range(5):
         one, two = (x.call(*parts_of(step), LAYOUT, step=step) for x in (layer, other))
         assert torch.equal(one, two)
-    held, off = (x.execution.handlers[0].rests.most_held for x in (layer, other))
+    held, off = (x.engine.handlers[0].rests.most_held for x in (layer, other))
     assert held - off == 2 * 2 * LAYOUT.tokens * (4 + 4)  # nibbles and scale
     moved = on_host(torch.arange(3))
     assert moved.device == CPU

@@ -59,7 +59,7 @@ def test_a_grid_is_checked_and_laid_once():
 def test_who_acts_is_asked_once_a_layer_and_forward(monkeypatch):
     transformer, asked = tiny_transformer(), []
     with dit_accel.attach(transformer, call_path.RADIAL, backend="torch") as attachment:
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         is_active = handler.is_active
         monkeypatch.setattr(handler, "is_active", lambda step, depth: asked.append(depth) or is_active(step, depth))
         call_path.forward_of(transformer)  # of a shape that is not known when its context begins

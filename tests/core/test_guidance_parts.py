@@ -16,7 +16,7 @@ import dit_accel
 from dit_accel import NAG, PAG, SEG, SLG, ConfigError, SoftPAG
 from dit_accel.adapters.guidance import Guidance, PipelineCall
 from dit_accel.methods.guidance.rows import rows_of, with_rows_again
-from dit_accel.methods.prompt_branches import call_of, part_of, rows_of_prompt
+from dit_accel.methods.prompt_branches import part_of, rows_of_prompt, running_call
 from dit_accel.testing.tiny_models import Case
 
 BRANCHES = {
@@ -133,8 +133,8 @@ def test_a_guider_takes_the_conditional_prompt_first():
 
 
 def test_outside_a_call_nothing_is_known():
-    assert call_of(None) == PipelineCall()
-    assert call_of(Pipe(None)).classes == ()
+    assert running_call(None) == PipelineCall()
+    assert running_call(Pipe(None)).classes == ()
 
 
 def test_a_transformer_of_its_own_tells_by_its_component():

@@ -1,5 +1,7 @@
 """Heads that several processes share: what they know together, without processes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -47,23 +49,23 @@ def shares(total, size):
 
 
 @pytest.mark.parametrize(("total", "size"), [(4, 1), (4, 2), (6, 3), (7, 3), (5, 4), (3, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int32])
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_what_is_joined_is_in_the_heads_order(monkeypatch, total, size, dtype, dim):
-    processes, parts = Processes(monkeypatch, size), shares(total, size)
-    whole = torch.arange(2 * 3 * total).reshape(2, 3, total).movedim(2, dim) % 5
-    whole = (whole > 2) if dtype == torch.bool else whole.to(dtype)
+def test_what_is_joined_is_in_the_heads_order(monkeypatch, total, size):
+    parts = shares(total, size)
+    for dtype, dim in itertools.product((torch.float32, torch.bool, torch.int32), range(3)):
+        processes = Processes(monkeypatch, size)
+        whole = torch.arange(2 * 3 * total).reshape(2, 3, total).movedim(2, dim) % 5
+        whole = (whole > 2) if dtype == torch.bool else whole.to(dtype)
 
-    def joined(rank):
-        own = whole.movedim(dim, 0)[parts[rank].own].movedim(0, dim)
-        assert own.shape[dim] == parts[rank].count
-        return parts[rank].joined(own, dim)
+        def joined(rank, whole=whole, dim=dim):
+            own = whole.movedim(dim, 0)[parts[rank].own].movedim(0, dim)
+            assert own.shape[dim] == parts[rank].count
+            return parts[rank].joined(own, dim)
 
-    for found in processes.run(joined):
-        assert found.dtype == dtype
-        assert torch.equal(found, whole)
-    assert len(processes.shapes) == 1  # all send alike, and no booleans
-    assert next(iter(processes.shapes))[-1] == (torch.uint8 if dtype == torch.bool else dtype)
+        for found in processes.run(joined):
+            assert found.dtype == dtype
+            assert torch.equal(found, whole)
+        assert len(processes.shapes) == 1  # all send alike, and no booleans
+        assert next(iter(processes.shapes))[-1] == (torch.uint8 if dtype == torch.bool else dtype)
 
 
 def test_heads_are_runs_of_one_length_and_the_last_is_shorter():

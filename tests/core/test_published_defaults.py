@@ -4,8 +4,6 @@ import dataclasses
 import re
 from pathlib import Path
 
-import pytest
-
 from dit_accel.methods.registry import methods
 
 SPARSE = {"block_size": 128, "dense_last_steps": 0, "dense_layers": 1}
@@ -53,15 +51,14 @@ FIXED = {
 """Method -> options that no recipe sets."""
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults(name):
-    assert dict(methods()[name].defaults) == DEFAULTS[name]
+def test_defaults():
+    assert {name: dict(methods()[name].defaults) for name in DEFAULTS} == DEFAULTS
 
 
-@pytest.mark.parametrize("name", FIXED)
-def test_options_of_a_config_that_nobody_fills(name):
-    config = methods()[name]()
-    assert {option: getattr(config, option) for option in FIXED[name]} == FIXED[name]
+def test_options_of_a_config_that_nobody_fills():
+    for name, options in FIXED.items():
+        config = methods()[name]()
+        assert {option: getattr(config, option) for option in options} == options
 
 
 def test_the_page_on_guidance_has_nag_s_numbers():
@@ -71,10 +68,9 @@ def test_the_page_on_guidance_has_nag_s_numbers():
     assert [float(number) for number in numbers] == [defaults["scale"], defaults["tau"], defaults["alpha"]]
 
 
-@pytest.mark.parametrize("name", methods())
-def test_configs_can_t_be_written_to(name):
-    config = methods()[name]
-    assert config.__dataclass_params__.frozen
-    assert config.__slots__ is not None
-    assert not hasattr(config(), "__dict__")
-    assert all(field.kw_only for field in dataclasses.fields(config))
+def test_configs_can_t_be_written_to():
+    for config in methods().values():
+        assert config.__dataclass_params__.frozen
+        assert config.__slots__ is not None
+        assert not hasattr(config(), "__dict__")
+        assert all(field.kw_only for field in dataclasses.fields(config))

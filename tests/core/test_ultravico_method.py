@@ -6,7 +6,6 @@ import functools
 import pytest
 import tiny_models
 import torch
-from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention, pack_bits
 from one_layer import ADAPTER, MODEL, Fixed, OneLayer, context_of, random_call
 from wan_tiny import denoise, tiny_transformer
 
@@ -20,7 +19,7 @@ from dit_accel import (
 )
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods import registry
 from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
@@ -158,13 +157,6 @@ def test_centring_has_its_gradient():
             torch.testing.assert_close(found, expected)
 
 
-def test_a_second_decay_is_refused():
-    made = handler()
-    decaying = AttentionPlan().decay(frame_decay(made.rule(LAYOUT.frames), LAYOUT, "cpu"))
-    with pytest.raises(ConfigError, match="frame decay"):
-        made.plan(decaying, call_of(), context())
-
-
 def test_it_applies_beyond_the_trained_length_and_where_anything_changes():
     def applies(config: UltraViCo, frames: int = 7) -> bool:
         return handler(config).applies(dataclasses.replace(LAYOUT, frames=frames))
@@ -228,24 +220,6 @@ def test_every_call_is_the_formula(name, changes):
     torch.testing.assert_close(call.out, expected)
 
 
-def test_clips_of_the_trained_length_stay_dense_bit_for_bit():
-    transformer = tiny_transformer()
-    plain = run(transformer)
-    for config in (UltraViCo(trained_frames=5), UltraViCo(trained_frames=2, alpha=1.0, first_frame=False)):
-        with dit_accel.attach(transformer, config) as attachment:
-            assert torch.equal(run(transformer), plain)
-            report = attachment.report()
-        assert report.density == 1.0
-        assert report.sparse_density is None
-        assert [step.dense_layers for step in report.steps] == [3] * 6
-    assert "ultravico: 5 latent frames, 2.50 times the trained 2; alpha 1 beyond 1 frames" in report.notes[0]
-    with dit_accel.attach(transformer, UltraViCo(trained_frames=5)) as attachment:
-        run(transformer)
-        nothing = "ultravico changes nothing: 5 latent frames, trained on 5"
-        unplanned = f"ultravico: attached, but no attention call of the run was planned; {nothing}"
-        assert attachment.report().notes == (nothing, unplanned)
-
-
 def test_length_after_length_generation_after_generation_and_none_after_detach():
     transformer = tiny_transformer()
     short, long = run(transformer, frames=2), run(transformer, frames=6)
@@ -264,45 +238,6 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert torch.equal(run(transformer, frames=7), other)
     assert torch.equal(run(transformer, frames=6), long)
     assert dit_accel.attachment_of(transformer) is None
-
-
-def decayed(q, k, v, frames: torch.Tensor, alpha: float, **arguments) -> torch.Tensor:
-    table = torch.tensor([1.0, alpha])
-    decay = FrameDecay(table=table, q_frames=frames, k_frames=frames)
-    tiles = TileLists.full(len(frames), len(frames), block_q=16, block_k=16)
-    return block_sparse_attention(q, k, v, tiles, layout="bhsd", frame_decay=decay, **arguments)
-
-
-def test_a_constant_added_to_all_keys_changes_nothing_once_they_are_centred():
-    call, shift = call_of("bhsd", scale=1.0), torch.randn(8, dtype=torch.float64)
-    frames = frame_decay(handler().rule(LAYOUT.frames), LAYOUT, "cpu").q_frames
-    v = torch.randn(2, 2, LAYOUT.tokens, 8, dtype=torch.float64)
-
-    def result(k: torch.Tensor, alpha: float, centred: bool) -> torch.Tensor:
-        moved = dataclasses.replace(call, k=k)
-        k = planned(moved).centred(k) if centred else k
-        return decayed(call.q, k, v, frames, alpha)
-
-    for alpha, centred, same in ((0.5, True, True), (0.5, False, False), (1.0, False, True), (1.0, True, True)):
-        found = torch.allclose(result(call.k, alpha, centred), result(call.k + shift, alpha, centred))
-        assert found == same, (alpha, centred)
-    torch.testing.assert_close(result(call.k, 1.0, True), result(call.k, 1.0, False))
-
-
-def test_the_window_gains_mass_as_alpha_falls_and_masked_keys_have_none():
-    tokens = 6 * 8
-    frames = torch.arange(6, dtype=torch.int32).repeat_interleave(8)
-    q, k = (torch.rand(1, 1, tokens, 8, dtype=torch.float64) for _ in range(2))  # every logit is positive
-    near = ((frames[:, None] - frames).abs() == 0).double()
-    v = near[:1].T.expand(1, 1, tokens, 8).contiguous()  # row 0's output is the mass in its own frame
-    masses = [decayed(q, k, v, frames, alpha)[0, 0, 0, 0].item() for alpha in (1.0, 0.9, 0.7, 0.4, 0.1)]
-    assert masses == sorted(masses)
-    assert masses[0] < masses[-1]
-    valid = torch.ones(1, tokens, dtype=torch.bool)
-    valid[:, 40:] = False
-    other = k.clone()
-    other[:, :, 40:] = 100.0
-    assert torch.equal(*(decayed(q, keys, v, frames, 0.5, key_mask=valid) for keys in (k, other)))
 
 
 # With gradients, compiled, and with other methods
@@ -372,28 +307,6 @@ def test_methods_that_look_at_keys_see_the_centred_ones(monkeypatch):
     for plan, call in seen:
         assert plan.frame_decay is not None
         assert call.k.mean(2).abs().max() < 1e-6
-
-
-def test_votes_are_on_decayed_logits():
-    """A tile whose logits are all large and far away is kept without decay and dropped with it."""
-    tokens = 4 * 16
-    frames = torch.arange(4, dtype=torch.int32).repeat_interleave(16)
-    q, k = torch.zeros(1, 1, tokens, 8), torch.zeros(1, 1, tokens, 8)
-    q[..., 0] = 1.0
-    k[..., 0] = 20.0  # every logit is 20 / sqrt(8) = 7.07; decayed to a tenth 0.7, 9.2 log2 units less
-    from dit_accel_kernels import Selection, Vote
-
-    tiles = TileLists.full(tokens, tokens, block_q=16, block_k=16)
-    for alpha, kept in ((1.0, 16), (0.1, 4)):
-        decay = FrameDecay(table=torch.tensor([1.0, alpha]), q_frames=frames, k_frames=frames)
-        selection = Selection(vote=Vote(criterion="mass", threshold=0.01))
-        for backend in ("torch", "reference"):
-            *_, bits = block_sparse_attention(
-                q, k, torch.randn(1, 1, tokens, 8), tiles, layout="bhsd", frame_decay=decay, selection=selection,
-                backend=backend,
-            )  # fmt: skip
-            assert bits.shape == pack_bits(torch.ones(1, 1, 4, 4, dtype=torch.bool)).shape
-            assert sum(int(word).bit_count() for word in bits.flatten().tolist()) == kept
 
 
 def test_models_without_frames_or_a_known_length_refuse_it():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from attention_calls import Attention, handler_of, sparse_call, timed
-from attention_table import COLUMNS, DENSE, PAYS, SPARSE, cells, last_of, page_text, run_ratio, verdicts
+from attention_table import DENSE, SPARSE, last_of
 from dit_accel_eval.bench.shapes import SHAPES, named_shapes
 from dit_accel_eval.runs.results import read_lines
+from study import RESULTS
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel import SolAttention
@@ -154,57 +155,9 @@ def test_rates_are_those_of_this_machine(monkeypatch):
         assert 1e8 < rate < 1e14
 
 
-def made(tokens, ratio, block, **others):
-    """A line of the curve of Sol at beta 1."""
-    quartiles = {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
-    return {
-        "shape": f"s{tokens}", "family": "f", "height": 64, "width": 96, "num_frames": 5, "tokens": tokens,
-        "visual_tokens": tokens, "heads": 2, "all_heads": 12, "head_dim": 128, "inputs": "standard normal",
-        "arm": "sol, beta 1", "methods": {}, "backend": "auto", "presets": {"balanced": SPARSE}, "dtype": "float32",
-        "device": "a processor", "threads": 2, "torch": "2", "density": 0.17, "rounds": 3, "seconds": quartiles,
-        "ratio": quartiles, "block_ratio": block, "dense_share": 0.2, "predicted": 4.0, "predicted_by_table": 4.5,
-        "min_tokens": 40_000, "load": 0.1, **others,
-    }  # fmt: skip
-
-
-def test_a_run_gains_less_than_a_block():
-    line = made(50_000, 4.0, 2.0)
-    assert run_ratio(line) == pytest.approx(1 / (0.2 + 0.8 / 2))
-    assert cells(line) == (
-        "s50000", "50,000", "float32", "sol, beta 1", "balanced", "0.170", "4 [3.9, 4.1]", "4.00 [3.90, 4.10]", "4.00",
-        "4.50", "2.00", "1.67",
-    )  # fmt: skip
-    assert len(cells(line | {"reason": "no time"})) == len(COLUMNS)
-
-
-def test_the_threshold_is_held_against_the_clock_both_ways():
-    short, long = made(5_000, 2.0, 1.5), made(75_600, 4.0, 2.5)
-    (text,) = verdicts([short, long])
-    assert "5,000: 2.0 / 1.36, 75,600: 4.0 / 1.92" in text
-    assert "the presets' 40,000 is too high on this machine" in text
-    assert f"{PAYS:g} times as fast at 5,000 too" in text
-    assert "From 40,000 on all that was measured pays" in text
-    (text,) = verdicts([made(5_000, 1.2, 1.05), made(75_600, 1.2, 1.05)])
-    assert "Below the presets' 40,000 no measured run would be 1.1 times as fast" in text
-    assert "At 75,600 the rule switches it on, and a run would not be 1.1 times as fast" in text
-    assert verdicts([made(5_000, 2.0, 1.5, arm=DENSE, backend=None, min_tokens=None)]) == []
-
-
 def test_of_lines_that_are_alike_the_last_measured_one_counts():
-    early, late = made(5_000, 2.0, 1.5), made(5_000, 3.0, 1.5)
+    early = next(line for line in read_lines(RESULTS / "attention-shapes.jsonl") if "seconds" in line)
+    late = {**early, "rounds": 9}
     left_out = {"reason": "no time", **{name: value for name, value in early.items() if name != "seconds"}}
-    assert last_of([early, late]) == [late]
-    assert last_of([left_out, late]) == [late]
-    assert last_of([late, left_out]) == [late]
-    assert len(last_of([late, made(5_000, 3.0, 1.5, dtype="bfloat16"), made(5_000, 3.0, 1.5, threads=1)])) == 3
-
-
-def test_the_page_says_where_and_how_it_was_measured():
-    text = page_text([made(5_000, 2.0, 1.5), made(75_600, 4.0, 2.5, device="another", rounds=1)])
-    assert (
-        "a processor, 2 threads, torch 2; rounds: 3; standard normal inputs; s5000 is f at 64 x 96 x 5, 2 of its"
-        in text
-    )
-    assert "another, 2 threads, torch 2; rounds: 1;" in text
-    assert "load before the measurement was 0.1 at most" in text
-    assert text.count("| shape | tokens |") == 2
+    assert last_of([early, late]) == last_of([left_out, late]) == last_of([late, left_out]) == [late]
+    assert len(last_of([late, {**late, "dtype": "another"}, {**late, "threads": 1}])) == 3

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import typer
 from dit_accel_assets import model_path
 from method_pages import FOLDER, GROUPS, group_table, options_table
 from PIL import Image
 from tiny_stock import stock_pipeline
 
 import dit_accel
-from dit_accel.attachment.diagnosis import UnplannedRun
-from dit_accel.cli.app import app
-from dit_accel.cli.method_options import select_methods
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.registry import methods
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +73,8 @@ def test_a_page_has_every_section_in_order_and_a_small_picture(name):
     with Image.open(path) as image:
         assert image.width <= 1000
     assert path.parent != ROOT / FOLDER or path.stat().st_size <= 60_000
+    (line,) = re.findall(r"^```\n(dit-accel .*)\n```", text, flags=re.M)
+    assert re.match(rf"dit-accel generate .*(--{name}\b|--set {name}\.)", line)  # tests/pipelines/test_pages.py runs it
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}|which has no paper", text)
 
 
@@ -143,19 +141,6 @@ def test_the_code_of_a_page_runs(name, monkeypatch):
     finally:
         if (left := dit_accel.attachment_of(pipe)) is not None:
             left.detach()
-
-
-@pytest.mark.parametrize("name", methods())
-def test_the_command_line_of_a_page_parses(name):
-    (line,) = re.findall(r"^```\n(dit-accel .*)\n```", page(name), flags=re.M)
-    program, *words = shlex.split(line)
-    group: Any = typer.main.get_command(app) if isinstance(app, typer.Typer) else app
-    context = group.make_context(program, list(words))
-    command, built, rest = group.resolve_command(context, words)
-    given = built.make_context(command, rest, parent=context).params
-    chosen = select_methods([one for one in methods() if given[one]], None, given["method_set"] or ())
-    assert command == "generate"
-    assert name in [config.name for config in chosen]
 
 
 def test_a_method_in_no_group_of_the_index_is_an_error(monkeypatch):

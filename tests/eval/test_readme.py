@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from readme import LONG, PAGES, filled, folded
 from site_pages import errors_list
+from tables import TAG
 
 from dit_accel.errors import install
 
@@ -17,6 +18,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_those_of_the_committed_results(page):
     assert (ROOT / page).read_text() == filled(ROOT, page)
+
+
+def test_studies_that_left_the_tree_are_named_with_the_tag_that_has_them():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "kernels/README.md"]
+    for page in pages:
+        for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
+            gone = [name for name in re.findall(r"eval/studies/\w+\.py", paragraph) if not (ROOT / name).is_file()]
+            assert not gone or TAG in paragraph, f"{page}: {gone}"
 
 
 def test_make_targets_of_the_readme_exist():

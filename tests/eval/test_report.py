@@ -13,11 +13,9 @@ from dit_accel_eval.report.charts import forest, hues, ticks
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page, score_leads, summary
 from dit_accel_eval.report.report import quantile_clips, suite_report
-from dit_accel_eval.runs.results import read_lines
-from dit_accel_eval.suites.figures import suite_figures
-from dit_accel_eval.suites.lines import ITSELF, ResultLine, result_lines
+from dit_accel_eval.runs.results import ITSELF, ResultLine, read_lines, result_lines
+from dit_accel_eval.suites.figures import suite_figures, suite_table
 from dit_accel_eval.suites.suite import read_suite
-from dit_accel_eval.suites.tables import suite_markdown
 from fake_model import command, told, written
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -86,7 +84,7 @@ class Page(HTMLParser):
 def test_figures_are_those_of_the_suite_table():
     suite, lines = read_suite(EVAL / "suites" / "profiling-wan-plain.toml"), result_lines(WAN)
     assert {arm.name: arm for arm in report().arms} == {arm.name: arm for arm in suite_figures(suite, lines)}
-    rows = set(suite_markdown(suite, lines).splitlines())
+    rows = set(suite_table(suite, lines).splitlines())
     assert len(rows & set(writing.markdown_text(report()).splitlines())) >= len(report().arms)
 
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import best_rival
 import pytest
+from dit_accel_eval.runs.results import ResultLine, result_lines
 from dit_accel_eval.suites.arms import Arm, dense_arm
-from dit_accel_eval.suites.figures import pair_figures, suite_figures
+from dit_accel_eval.suites.figures import pair_figures, pairs_markdown, suite_figures, suite_table
 from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.ladder import read_ladder
-from dit_accel_eval.suites.lines import ResultLine, result_lines
 from dit_accel_eval.suites.pairs import Pair
 from dit_accel_eval.suites.running import run_arms
 from dit_accel_eval.suites.suite import Suite, read_suite
-from dit_accel_eval.suites.tables import pairs_markdown, suite_markdown
 from fake_model import ARM, HEAD, THIN, command, faked, told
 
 from dit_accel import ConfigError
@@ -63,7 +62,7 @@ def test_arms_are_compared_with_the_best_dense_run_of_their_work(folder, fake):
     known = {line.key: line.psnr for line in lines}
     lead = [known["thin", c] - (known["dense 7", c] + known["dense 8", c]) / 2 for c in (4, 5)]
     assert found["thin"].ahead["work"].mean == pytest.approx(sum(lead) / 2)
-    printed = suite_markdown(job.suite, lines)
+    printed = suite_table(job.suite, lines)
     assert "best dense runs of the ladder of rivals: dpm++ shift 8 at 2; unipc at 6, 7, 8 steps." in printed
     made = len(fake.made)
     run_arms(job, range(4, 6))
@@ -79,7 +78,7 @@ def test_without_a_ladder_the_table_says_so_and_declared_pairs_stand_below_it(fo
     assert suite.rival(9) == dense_arm(9)
     job = job_of(suite, folder)
     run_arms(job, range(1))
-    printed = suite_markdown(suite, result_lines(job.out))
+    printed = suite_table(suite, result_lines(job.out))
     assert "UniPC's at the model's own noise shift, not the best solver" in printed
     assert printed.index("not the best solver") < printed.index("| thin vs a | +")
 
@@ -208,7 +207,7 @@ def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_
     assert (found["idle"].saved_nothing, found["idle"].ahead) == (True, {})
     assert found["ours"].ahead["work"].together == 2
     assert found["guided"].ahead["work"].mean == pytest.approx(3.74, abs=0.01)
-    printed = suite_markdown(suite, lines)
+    printed = suite_table(suite, lines)
     assert next(line for line in printed.splitlines() if "| idle " in line).endswith(
         "| saved nothing | saved nothing |"
     )
@@ -218,7 +217,7 @@ def test_an_arm_that_saved_nothing_and_references_that_did_not_converge_are_not_
         agreement = {"reference_agreement": 17.5 if line.clip in (0, 1) else 50.0, "reference_steps": 256}
         lines[at] = dataclasses.replace(line, **agreement, **confirmed)
     assert {arm.clips for arm in suite_figures(suite, lines)} == {7}
-    printed = suite_markdown(suite, lines)
+    printed = suite_table(suite, lines)
     assert "Left out, since their references did not converge to 45 dB: clip 0 (256 steps, 17.5 dB)." in printed
     assert "References that a run of twice as many steps confirmed: clip 1 (256 steps, 68.4 dB to 512)." in printed
     assert "| clips |" not in printed
@@ -294,7 +293,7 @@ def test_a_rung_is_confirmed_on_clips_that_did_not_choose_it(folder, fake):
     judged = judging(folder)
     job = job_of(judged, folder)
     run_arms(job, [4])
-    assert ladder.loose in suite_markdown(judged, result_lines(job.out))
+    assert ladder.loose in suite_table(judged, result_lines(job.out))
 
 
 def test_the_best_of_the_first_clips_go_on_to_all(monkeypatch):

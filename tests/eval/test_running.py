@@ -12,16 +12,23 @@ import pytest
 from diffusers import FirstBlockCacheConfig
 from dit_accel_assets.catalog import KNOWN
 from dit_accel_eval.metrics import metrics
+from dit_accel_eval.runs.conditions import OwnClips
 from dit_accel_eval.runs.counting import Counts
-from dit_accel_eval.runs.results import read_kept, read_lines, reference_of, run_of
+from dit_accel_eval.runs.results import (
+    ResultLine,
+    last_lines,
+    read_kept,
+    read_lines,
+    reference_of,
+    result_lines,
+    run_of,
+)
 from dit_accel_eval.suites import reference, running
-from dit_accel_eval.suites.figures import Comparison, suite_figures
-from dit_accel_eval.suites.job import Job, check_lines
+from dit_accel_eval.suites.figures import Comparison, suite_figures, suite_table
+from dit_accel_eval.suites.job import Job, check_clips, check_lines
 from dit_accel_eval.suites.judges import judge_of
-from dit_accel_eval.suites.lines import ResultLine, last_lines, result_lines
 from dit_accel_eval.suites.running import run_arms
 from dit_accel_eval.suites.suite import read_suite
-from dit_accel_eval.suites.tables import suite_markdown
 from dit_accel_pipelines.processes.ranks import Ranks
 from fake_model import ARM, HEAD, THIN, FakeModel, command, faked, told, written
 
@@ -51,7 +58,7 @@ def test_a_line_keeps_every_key_and_tells_what_was_not_measured():
     line = ResultLine.of(raw)
     assert line.raw == raw
     assert (line.key, line.is_rival, line.is_converged, line.rival_steps) == (("unipc 4", 3), True, True, {3, 4})
-    assert (line.value("psnr"), line.value("score"), line.value("loop"), line.amount("work")) == (None, None, None, 3.5)
+    assert (line.value("psnr"), line.value("score"), line.value("loop"), line.value("work")) == (None, None, None, 3.5)
     assert not ResultLine.of({**raw, "num_inference_steps": 5}).is_rival
     doubtful = {**raw, "reference_agreement": 44.9}
     assert not ResultLine.of(doubtful).is_converged
@@ -161,7 +168,7 @@ def test_arms_are_compared_with_dense_runs_of_their_work(job):
     assert figures["thin"].ahead["work"].mean == pytest.approx(np.mean(leads))
     assert figures["a"].ahead["work"].mean == pytest.approx(20 * np.log10(0.5), abs=0.1)  # its error is twice as large
     assert not figures["unipc 7"].ahead
-    printed = suite_markdown(job.suite, lines)
+    printed = suite_table(job.suite, lines)
     assert "| thin | 7.50 | 6.40 |" in printed
     assert "equal time" not in printed
 
@@ -189,7 +196,7 @@ def test_metrics_that_were_added_or_missing_are_measured_later(job, measuring, f
     assert len(line["by_frame"]["psnr"]) == 3
     assert np.mean(line["by_frame"]["psnr"]) == pytest.approx(line["psnr"], abs=0.1)
     assert "161 pixels" in line["skipped"]["ms-ssim"]
-    assert "| psnr-change |" in suite_markdown(measuring.suite, result_lines(job.out))
+    assert "| psnr-change |" in suite_table(measuring.suite, result_lines(job.out))
 
 
 def test_frames_that_are_not_finite_stop_the_run_with_their_arm(measuring, fake, monkeypatch):
@@ -221,7 +228,7 @@ def test_timed_arms_are_compared_with_dense_runs_of_their_time(job, fake):
     assert (thin.seconds, thin.dense_seconds, thin.steps_in_time, thin.raw["threads"]) == (7.5, 10.0, 7.5, 2)
     assert euler.steps_in_time == 2
     assert all(line.seconds is None for line in dense)
-    assert "| against fewer steps at equal time, dB (median) |" in suite_markdown(job.suite, result_lines(job.out))
+    assert "| against fewer steps at equal time, dB (median) |" in suite_table(job.suite, result_lines(job.out))
     made = len(fake.made)
     run_arms(timed, range(1))
     assert len(fake.made) == made
@@ -246,6 +253,20 @@ def test_results_of_something_else_are_refused(job):
     methods = {"sol": {**lines[0]["methods"]["sol"], "gone": 1}}  # an option that this release no longer has
     written(job.out, [{**lines[0], "methods": methods}, *lines[1:]])
     run_arms(job, range(1))
+
+
+def test_lines_of_another_prompt_or_seed_are_refused(tmp_path):
+    line, own = {"clip": 0, "prompt": "a", "seed": 7}, OwnClips(prompts=("a",), seeds=(7,))
+    check_clips(tmp_path, [line], own)
+    check_clips(tmp_path, [{"clip": 3, "prompt": "held out"}], None)
+    for changed, clips, message in (
+        ({**line, "prompt": "b"}, own, r"clip 0 of prompt 'b' and seed 7.*'a' and seed 7"),
+        ({**line, "seed": 8}, own, r"clip 0 of prompt 'a' and seed 8.*'a' and seed 7"),
+        ({**line, "clip": 1}, own, r"clip 1.*no such clip"),
+        (line, None, r"clip 0 of prompt 'a' and seed 7.*a held-out prompt"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_clips(tmp_path, [changed], clips)
 
 
 def test_the_search_for_the_converged_run_doubles_and_ends(tmp_path, fake, monkeypatch, job, capsys):

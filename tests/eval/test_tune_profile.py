@@ -121,6 +121,8 @@ def test_attention_is_that_of_the_calls(tmp_path):
 def test_what_is_written_is_read_by_profiling_cache(profiled, pipe):
     found, folder = profiled
     assert [path.name for path in folder.iterdir()] == ["profile.json"]
+    assert found.remarks[0].startswith("transformer: blocks ")
+    assert [row[:2] for row in found.rows] == [("transformer", str(block)) for block in range(6)]
     content = json.loads((folder / "profile.json").read_text())
     entry = content["transformers"]["transformer"]
     assert (content["model"], content["settings"]["prompts"]) == ("wan-plain", [*PROMPTS])
@@ -171,12 +173,13 @@ def test_sparse_methods_may_be_attached(tmp_path):
     radial, lite = (RadialAttention(block_size=16, dense_steps=0),
                     LiteAttention(block_size=16, dense_steps=0, threshold=-1.0))  # fmt: skip
     dense, *sparse = (
-        tune_profile(request(*methods), tmp_path / f"{at}.json", cached=2).found["transformers"]["transformer"]
+        tune_profile(request(*methods), tmp_path / f"{at}.json", criterion="delta", cached=2).found["transformers"]
         for at, methods in enumerate(((), (radial,), (lite,)))
     )
+    dense, *sparse = (found["transformer"] for found in (dense, *sparse))
     for found in sparse:
         assert all(score is not None for score in found["scores"]["attention"])
-        assert len(found["cached"]) == 2
+        assert found["cached"] == sorted(np.argsort(found["scores"]["delta"])[:2].tolist())
         assert found["scores"]["delta"] != pytest.approx(dense["scores"]["delta"], rel=1e-6)
 
 

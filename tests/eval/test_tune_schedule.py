@@ -46,7 +46,9 @@ def run_of(prompt, *caches):
 
 
 def test_the_lists_are_the_best_by_what_the_runs_show(tmp_path):
-    found = tune_schedule(request(), tmp_path / "own.toml", computed=4).found
+    tuned = tune_schedule(request(), tmp_path / "own.toml", computed=4)
+    found = tuned.found
+    assert [row[:3] for row in tuned.rows] == [(str(STEPS), "own", str(count)) for count in (2, 3, 4)]
     products, weights = [], []
     skipping = StaticCache(steps=(1, 0, 1, 1, 1, 1, 1), predictor="taylor")
     for prompt in PROMPTS:

@@ -96,9 +96,8 @@ def test_prompts_of_its_own_are_none_that_suites_evaluate():
     assert list(embedded_prompts("wan-plain", 4)) == held_out_prompts("wan-plain", 68)[64:]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
+def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):
+    for arguments, text in (
         (["radial"], "tune has no command 'radial'; known: heads, lite"),
         (["lite", "--prompt", "a", "--prompt-file", "b"], "tune takes --prompt or --prompt-file, got both"),
         (["lite", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
@@ -110,14 +109,12 @@ def test_prompts_of_its_own_are_none_that_suites_evaluate():
         (["lite", "--rounds", "2"], "No such option: --rounds"),
         (["magcache", "--target-error", "0.1"], "No such option: --target-error"),
         (["profile", "--metric", "l1"], "No such option: --metric"),
-    ],
-)
-def test_bad_commands_are_one_line_and_exit_code_2(arguments, text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = tune(*arguments)
-    assert result.exit_code == 2
-    assert text in " ".join(result.stderr.split())
-    assert not list(tmp_path.iterdir())
+    ):
+        monkeypatch.chdir(tmp_path)
+        result = tune(*arguments)
+        assert result.exit_code == 2
+        assert text in " ".join(result.stderr.split())
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_command_writes_its_file_and_prints_a_table_or_json(tmp_path, monkeypatch):

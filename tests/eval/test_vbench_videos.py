@@ -164,9 +164,8 @@ def test_without_names_what_can_be_measured_is_and_the_rest_is_told(work):
     assert "temporal_flickering can't be measured: it is for videos that stand still" in told(nothing)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
+def test_wrong_arguments_are_refused(work):
+    for arguments, text in (
         (("-d", "temporal_flickring"), "did you mean 'temporal_flickering'?"),
         (("-d", "color", "-d", "color"), "dimension color is given twice"),
         (("-d", "temporal_flickering", "--prompts", "p.json"), "--prompts tells prompts of one's own; add --custom"),
@@ -176,12 +175,10 @@ def test_without_names_what_can_be_measured_is_and_the_rest_is_told(work):
             "--folder is where the vbench package has its weights; add --official",
         ),
         (("--totals", "scores.json"), "name either raw scores with --totals or a folder of videos with --videos"),
-    ],
-)
-def test_wrong_arguments_are_refused(work, arguments, text):
-    found = work[0](*arguments)
-    assert found.exit_code == 2
-    assert text in told(found)
+    ):
+        found = work[0](*arguments)
+        assert found.exit_code == 2
+        assert text in told(found)
 
 
 def test_a_folder_that_is_not_there_is_told_before_weights_are(tmp_path):
@@ -240,20 +237,17 @@ def test_videos_of_ones_own_have_prompts_from_their_names_or_a_file(work):
     assert "scene can't be measured of videos of one's own" in told(blocked)
 
 
-@pytest.mark.parametrize(
-    ("held", "text"),
-    [
+def test_wrong_prompts_are_refused(tmp_path):
+    for held, text in (
         ({}, r"JSON list.*got dict"),
         ([{"prompt": "a"}], r"entry 0.*prompt_en and dimension"),
         ([{"prompt_en": "a", "dimension": []}], "list.*dimensions"),
         ([{"prompt_en": "a", "dimension": ["colour"]}], r"dimension 'colour'.*'color'"),
         ([{"prompt_en": "a", "dimension": ["appearance_style"]}], r"appearance_style.*auxiliary_info"),
-    ],
-)
-def test_wrong_prompts_are_refused(tmp_path, held, text):
-    (tmp_path / "info.json").write_text(json.dumps(held))
-    with pytest.raises(ConfigError, match=text):
-        read_full_info(tmp_path / "info.json")
+    ):
+        (tmp_path / "info.json").write_text(json.dumps(held))
+        with pytest.raises(ConfigError, match=text):
+            read_full_info(tmp_path / "info.json")
 
 
 @pytest.mark.skipif(not official.unpacked().is_file(), reason="VBench's prompts are not unpacked")

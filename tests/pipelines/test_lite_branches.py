@@ -47,7 +47,7 @@ def run_branches(transformer, latents, text, branches=BRANCHES, told=True, mixin
     """Run steps of sequential branches; return (branch, layer) -> planned calls, branch -> outputs, and the report."""
     calls_of, outs = {}, {branch: [] for branch in branches}
     with dit_accel.attach(transformer, LITE, backend="reference") as attachment, recorded(attachment) as calls:
-        execution = attachment._execution
+        execution = attachment.engine
         (lite,) = execution.handlers
         execution.use((Mixing(mixing, lite.model), lite))
         for step in range(STEPS):
@@ -184,7 +184,7 @@ def test_guiders_that_skip_blocks_or_smooth_queries_keep_their_branch_apart(kind
     assert dense == {("pred_cond", 2), ("pred_uncond", 2), (third, 1 if skipped else 2)}
     with dit_accel.attach(transformer, RUTHLESS) as attachment:
         first = guided(transformer, guider(), inputs)
-        keys = attachment._execution.handlers[0]._states
+        keys = attachment.engine.handlers[0]._states
         assert {(key[1], key[2]) for key in keys} == {
             (layer, name) for layer in (0, 1) for name in plain if not (skipped and layer == 1 and name == third)
         }

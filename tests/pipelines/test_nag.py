@@ -73,7 +73,7 @@ def test_wan_is_the_formula_in_the_conditional_call_alone(make_pipe, guidance, t
         made = wan_tiny.generate(pipe, **run)
         section = attachment.report().section("nag")
         again = wan_tiny.generate(pipe, **run)
-        forwards = attachment._execution.recorder.forwards_run
+        forwards = attachment.engine.recorder.forwards_run
     assert float((expected - plain).norm() / plain.norm()) > 1e-4
     assert float((made - expected).norm() / expected.norm()) <= 1e-5
     assert torch.equal(made, again)

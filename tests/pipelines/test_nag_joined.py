@@ -47,7 +47,7 @@ def picture_of(pipe, name, call, changes):
     """The tokens of its pictures, as attention has them besides text."""
     with dit_accel.attach(pipe, NAG(negative_embeds=text_of(6))) as attachment:
         layouts = []
-        attachment._execution.observers.append(lambda one: layouts.append((one.context.layout, one.call.tokens)))
+        attachment.engine.observers.append(lambda one: layouts.append((one.context.layout, one.call.tokens)))
         run_stock(pipe, call, **changes)
     layout, tokens = max(layouts, key=lambda one: one[1])
     return tokens - (layout.text_before if PLACES[name] == "before" else layout.text_after)

@@ -75,7 +75,7 @@ def wrong_with(name: str, scheduler: str) -> tuple[list[str], int, int]:
             wrong.append(f"{name}, {scheduler}, {what}: {found}, expected {expected}")
 
     with dit_accel.attach(pipe, preset="none") as attachment:
-        state = attachment._execution.state
+        state = attachment.denoising
         seen = walked(pipe, call, lambda: (state.step_index, state.num_inference_steps, state.sigma))
     for index, timestep, (step, known, sigma) in seen.forwards:
         expect(f"round {index}", (step, known), (steps[index], count))

@@ -12,7 +12,7 @@ import diffusers.modular_pipelines
 import diffusers.pipelines
 from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
-from tiny_stock import blocks_of
+from tiny_parts import blocks_of
 
 from dit_accel.adapters import installed
 

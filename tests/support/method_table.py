@@ -22,6 +22,8 @@ OUTPUT = 4 * 4 * 7 * 8 * 16
 """Bytes of one prediction, which is as large as the latents."""
 BITS = 4 * 2 * 14
 """Bytes of the bits of a call's tiles: an int32 for each of 14 rows of tiles of 2 heads."""
+TOKENS = 4 * 224 * 32
+"""Bytes of what a call gives, 32 channels a token."""
 CALLS = 2 * 3
 """Attention calls of a step: two prompts, three layers."""
 
@@ -59,8 +61,9 @@ def _variant(name: str, **options: Any) -> MethodCase:
     return replace(case, active=replace(case.active, **options))
 
 
-def _guidance(active: Any, *bad: tuple[Any, ...], **changes: Any) -> MethodCase:
-    return MethodCase(neutral=replace(active, scale=0.0), active=active, bad=(*BAD_GUIDANCE, *bad), **changes)
+def _guidance(active: Any, *bad: tuple[Any, ...], neutral: Any = None, **changes: Any) -> MethodCase:
+    neutral = neutral or replace(active, scale=0.0)
+    return MethodCase(neutral=neutral, active=active, bad=(*BAD_GUIDANCE, *bad), **changes)
 
 
 class Weaker(WanTransformer3DModel):
@@ -142,6 +145,7 @@ TABLE: dict[str, MethodCase] = {
     "lvsa, pooled rest": _variant("lvsa", rest="pooled"),
     "dfa": MethodCase(
         neutral=d.DFA(every=1), active=d.DFA(share=0.25, every=2, **CACHE), warm=1, everywhere=False,
+        held=CALLS * TOKENS,
         bad=each(every=(0,), share=(1.5,), warmup_steps=(-1, 2.5), last_steps=(-1,)),
     ),
     "ultravico": _row(
@@ -155,6 +159,13 @@ TABLE: dict[str, MethodCase] = {
             ({"period": 9, "beta": -0.5},), ({"alpha": 0.8, "beta": 0.9}, "alpha = 0.8"),
         ),
     ),
+    "rope, ntk": MethodCase(
+        neutral=d.RoPE(kind="none", trained_frames=2), active=d.RoPE(kind="ntk", trained_frames=2), thins=False
+    ),
+    "ultravico, alpha alone": MethodCase(
+        neutral=d.UltraViCo(trained_frames=2, alpha=1.0, first_frame=False),
+        active=d.UltraViCo(trained_frames=2, alpha=0.9, center_keys=False), thins=False,
+    ),
     "rope": _row(
         "rope", beside=(RADIAL,), held=0,
         bad=(
@@ -163,7 +174,7 @@ TABLE: dict[str, MethodCase] = {
         ),
     ),
     "ultraimage": _row(
-        "ultraimage",
+        "ultraimage", held=CALLS * 2 * 8,
         bad=(
             *each(focus_max=(0.9,), focus_min=(0.0,), power=(0.0,), rows=(0,), trained_width=(0,), turn=(1.5,)),
             *each(indices=((),)), ({"focus_min": 1.4, "focus_max": 1.2}, "focus_min = 1.4"),
@@ -197,8 +208,8 @@ TABLE: dict[str, MethodCase] = {
     "seacache": _row("seacache", bad=each(threshold=(-0.1,))),
     "firstblockcache": _row("firstblockcache", bad=each(threshold=(-1.0,))),
     "dbcache": MethodCase(
-        neutral=d.DBCache(threshold=0.0, first_blocks=1, last_blocks=1, **CACHE),
-        active=d.DBCache(threshold=1e9, first_blocks=1, last_blocks=1, **CACHE), warm=1, still_run=(0, -1),
+        neutral=d.DBCache(threshold=0.0, first_blocks=1, last_blocks=0, **CACHE),
+        active=d.DBCache(threshold=1e9, first_blocks=1, last_blocks=0, **CACHE), warm=1, still_run=(0,),
         bad=each(threshold=(-0.1,), first_blocks=(0,), last_blocks=(-1,)),
     ),
     "dbprune": MethodCase(
@@ -209,7 +220,7 @@ TABLE: dict[str, MethodCase] = {
     ),
     "profilingcache": MethodCase(
         neutral=d.ProfilingCache(blocks="1", every=1, warmup_steps=0),
-        active=d.ProfilingCache(blocks="1", every=100, warmup_steps=0), warm=1, still_run=(0, 2),
+        active=d.ProfilingCache(blocks="1", every=2, **CACHE), warm=1, still_run=(0, 2),
         bad=(
             *each(blocks=("one",)), ({"blocks": ()}, "0 blocks"), ({"blocks": "1", "every": 0},),
             ({"blocks": "1", "every": 2, "refresh": (3,)}, "every = 2", "refresh = (3,)"),
@@ -225,18 +236,25 @@ TABLE: dict[str, MethodCase] = {
         ({"rows": "image", "target": "temperature"}, "rows = 'image'"),
         beside=(RADIAL, LITE),
     ),
-    "softpag, temperature": _guidance(d.SoftPAG(heads="L1", u=1.0, target="temperature", scale=2.0)),
-    "softpag, uniform": _guidance(d.SoftPAG(heads="L1H1", u=0.5, target="uniform", scale=2.0)),
+    "softpag, temperature": _guidance(
+        d.SoftPAG(heads="L1", u=1.0, target="temperature", scale=2.0), neutral=d.SoftPAG(heads="L1", u=0.0)
+    ),
+    "softpag, uniform": _guidance(
+        d.SoftPAG(heads="L1H1", u=0.5, target="uniform", scale=2.0), neutral=d.SoftPAG(heads=(), u=0.5)
+    ),
     "softpag, mean query": _guidance(d.SoftPAG(heads="L0-1", u=1.0, target="mean-query", scale=2.0)),
     "pag": _guidance(d.PAG(layers="L1", scale=2.0)),
     "seg": _guidance(d.SEG(layers="L1", sigma=1.0, scale=2.0), *each(sigma=(0.0,))),
-    "slg": _guidance(d.SLG(layers="L1", scale=2.0, start=0.0, stop=1.0)),
+    "slg": _guidance(d.SLG(layers="L1", scale=2.0, start=0.0, stop=1.0), neutral=d.SLG(layers="", scale=1.0)),
     "autoguidance": _guidance(
         d.AutoGuidance(weak_transformer=WEAKER, scale=2.0), ({"mode": "free"},),
         ({"weak": "a", "weak_transformer": WEAKER}, "got both"),
     ),
+    "nag, at its bounds": MethodCase(
+        neutral=d.NAG(alpha=0.0, negative_embeds=TEXT), active=d.NAG(scale=11.0, alpha=1.0, negative_embeds=TEXT)
+    ),
     "nag": MethodCase(
-        neutral=d.NAG(scale=1.0, negative_embeds=TEXT), active=d.NAG(scale=6.0, alpha=0.5, negative_embeds=TEXT),
+        neutral=d.NAG(scale=1.0, negative_embeds=TEXT), active=d.NAG(scale=4.0, alpha=0.5, negative_embeds=TEXT),
         bad=(
             *BAD_WINDOW, *each(scale=(0.5,), tau=(0.5,), alpha=(1.5,), negative_prompt=(3,)),
             ({"negative_prompt": "a", "negative_embeds": TEXT}, "negative_prompt", "both"),

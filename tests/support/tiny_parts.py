@@ -1,6 +1,8 @@
 """What tiny pipelines are put together of: models, autoencoders, texts, pictures, stand-ins for encoders."""
 
+import importlib
 import inspect
+import pkgutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ from unittest import mock
 
 import diffusers
 import torch
+from diffusers import modular_pipelines as package
 from PIL import Image
 from tiny_models import MODELS
 from torch import Tensor
@@ -278,3 +281,42 @@ class Conditioner(torch.nn.Module):
 def answering(name: str, answer: Callable[..., Any]) -> Callable[[Any], None]:
     """Return a setup that lets something stand in for a pipeline's method."""
     return lambda pipe: setattr(pipe, name, answer)
+
+
+# Modular pipelines
+
+
+def pipeline_class(name: str) -> Any:
+    """Return a modular pipeline's class."""
+    for found in pkgutil.iter_modules(package.__path__):
+        if found.ispkg:
+            module = importlib.import_module(f"{package.__name__}.{found.name}.modular_pipeline")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise KeyError(name)
+
+
+def blocks_of(cls: Any) -> Any:
+    """Return the blocks that a modular pipeline runs unless told otherwise."""
+    package = importlib.import_module(cls.__module__.rsplit(".", 1)[0])
+    return getattr(package, cls.default_blocks_name)()
+
+
+def latents(*size: int) -> Tensor:
+    """A picture as the encoder of the blocks gives it."""
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(6))
+
+
+def connected(negative: bool = True) -> dict[str, Any]:
+    """Embeddings behind the connectors of LTX-2."""
+    noise = torch.Generator().manual_seed(7)
+    given = {"connector_attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    for name in ("connector_prompt_embeds", "connector_audio_prompt_embeds"):
+        given[name] = torch.randn(1, 6, 16, generator=noise)
+    return {**given, **({f"negative_{name}": value.flip(1) for name, value in given.items()} if negative else {})}
+
+
+def ltx2_guiders() -> dict[str, Any]:
+    """Guiders of LTX-2, of video and sound."""
+    options: dict[str, Any] = dict(guidance_scale=2.0, stg_scale=1.0, spatio_temporal_guidance_blocks=[1])
+    return {name: diffusers.LTX2Guidance(**options) for name in ("guider", "audio_guider")}

@@ -1,7 +1,5 @@
 """Every stock pipeline class of diffusers that an adapter covers, around a tiny transformer: a table and a builder."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,7 +10,6 @@ import diffusers
 import tiny_image_kits as image
 import tiny_video_kits as video
 import torch
-from diffusers import modular_pipelines as package
 from tiny_parts import (
     EDITED,
     EULER,
@@ -20,16 +17,21 @@ from tiny_parts import (
     Conditioner,
     Kit,
     assemble,
+    blocks_of,
     clip,
+    connected,
     drawing,
+    latents,
     letters,
+    ltx2_guiders,
     mask,
     picture,
     pil,
+    pipeline_class,
     small_references,
     tiny,
     vae,
-)  # fmt: skip
+)
 from torch import Tensor
 
 Call = dict[str, Any]
@@ -88,22 +90,6 @@ def run_stock(pipe: Any, call: Mapping[str, Any], **changes: Any) -> Tensor:
 # Modular pipelines
 
 
-def pipeline_class(name: str) -> Any:
-    """Return a modular pipeline's class."""
-    for found in pkgutil.iter_modules(package.__path__):
-        if found.ispkg:
-            module = importlib.import_module(f"{package.__name__}.{found.name}.modular_pipeline")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise KeyError(name)
-
-
-def blocks_of(cls: Any) -> Any:
-    """Return the blocks that a modular pipeline runs unless told otherwise."""
-    package = importlib.import_module(cls.__module__.rsplit(".", 1)[0])
-    return getattr(package, cls.default_blocks_name)()
-
-
 def modular(name: str, of: str, parts: Mapping[str, Any] | None = None, **call: Any) -> Kit:
     """Return the denoising blocks of a modular pipeline around another pipeline's parts, and their call.
 
@@ -128,23 +114,9 @@ def modular(name: str, of: str, parts: Mapping[str, Any] | None = None, **call: 
     return Kit(pipe=built, call={**{key: base[key] for key in taken & set(base)}, **call, "output": "latents"})
 
 
-def latents(*size: int) -> Tensor:
-    """A picture as the encoder of the blocks gives it."""
-    return torch.randn(1, *size, generator=torch.Generator().manual_seed(6))
-
-
-def _connected(negative: bool = True) -> Call:
-    """Embeddings behind the connectors of LTX-2."""
-    noise = torch.Generator().manual_seed(7)
-    given = {"connector_attention_mask": torch.ones(1, 6, dtype=torch.long)}
-    for name in ("connector_prompt_embeds", "connector_audio_prompt_embeds"):
-        given[name] = torch.randn(1, 6, 16, generator=noise)
-    return {**given, **({f"negative_{name}": value.flip(1) for name, value in given.items()} if negative else {})}
-
-
-def _ltx2_guiders() -> Call:
-    options: Call = dict(guidance_scale=2.0, stg_scale=1.0, spatio_temporal_guidance_blocks=[1])
-    return {name: diffusers.LTX2Guidance(**options) for name in ("guider", "audio_guider")}
+def _flux3_distilled() -> Kit:
+    model = tiny("flux3", flow_map=True)
+    return modular("Flux3DistilledModularPipeline", "Flux3ModularPipeline", dict(transformer=model))
 
 
 def _cosmos3_distilled() -> Kit:
@@ -171,10 +143,10 @@ ANIMA = dict(qwen_prompt_embeds=latents(6, 16), negative_qwen_prompt_embeds=late
     for name in ("qwen_attention_mask", "t5_input_ids", "t5_attention_mask")
 }
 PAD = dict.fromkeys(("image_pad_mask", "negative_image_pad_mask"), torch.zeros(1, 6, dtype=torch.bool))
-LTX2 = dict(_connected(), batch_size=1, dtype=torch.float32)
+LTX2 = dict(connected(), batch_size=1, dtype=torch.float32)
 CONTROL = dict(denoiser_input_fields=dict(control_hidden_states=latents(88, 5, 8, 8)))
 GIVEN = dict(image_condition_latents=latents(16, 5, 8, 8))
-ECHO = dict(_connected(negative=False), sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+ECHO = dict(connected(negative=False), sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 
 MODULAR: dict[str, tuple[str, Call]] = {
     "AnimaModularPipeline": ("Cosmos2TextToImagePipeline", dict(ANIMA, parts={"text_conditioner": Conditioner()})),
@@ -192,9 +164,6 @@ MODULAR: dict[str, tuple[str, Call]] = {
     "Flux2ModularPipeline": ("Flux2Pipeline", {}),
     "Flux2KleinModularPipeline": ("Flux2KleinPipeline", {}),
     "Flux2KleinBaseModularPipeline": ("Flux2KleinPipeline", {}),
-    "Flux3DistilledModularPipeline": (
-        "Flux3ModularPipeline", dict(parts={"transformer": tiny("flux3", flow_map=True)}),
-    ),
     "HeliosModularPipeline": ("HeliosPipeline", {}),
     "HeliosPyramidModularPipeline": ("HeliosPyramidPipeline", {}),
     "HeliosPyramidDistilledModularPipeline": (
@@ -207,8 +176,8 @@ MODULAR: dict[str, tuple[str, Call]] = {
     "Krea2ModularPipeline": ("Krea2Pipeline", {}),
     "Krea2TurboModularPipeline": ("Krea2Pipeline", {}),
     "LTXModularPipeline": ("LTXPipeline", {}),
-    "LTX2ModularPipeline": ("LTX2Pipeline", dict(LTX2, parts=_ltx2_guiders())),
-    "LTX25ModularPipeline": ("LTX2Pipeline", dict(LTX2, parts=_ltx2_guiders())),
+    "LTX2ModularPipeline": ("LTX2Pipeline", dict(LTX2, parts=ltx2_guiders())),
+    "LTX25ModularPipeline": ("LTX2Pipeline", dict(LTX2, parts=ltx2_guiders())),
     "StableDiffusion3ModularPipeline": ("StableDiffusion3Pipeline", {}),
     "WanModularPipeline": ("WanPipeline", {}),
     "WanImage2VideoModularPipeline": ("WanImageToVideoPipeline", dict(GIVEN, image_embeds=torch.ones(1, 7, 24))),
@@ -390,6 +359,7 @@ PIPELINES: dict[str, Stock] = {
     "LTX2HDRPipeline": Stock(video.ltx2),
     "LTX2DFRPipeline": Stock(video.ltx2),
     "Cosmos3DistilledModularPipeline": Stock(_cosmos3_distilled),
+    "Flux3DistilledModularPipeline": Stock(_flux3_distilled),
     "WanImageToVideoPipeline, two experts": Stock(lambda: video.both_experts(video.wan_first_last_frame())),
     "WanVACEPipeline, two experts": Stock(lambda: video.both_experts(video.wan_vace())),
     **{name: Stock(partial(modular, name, of, **more), rows=ROWS.get(name)) for name, (of, more) in MODULAR.items()},

@@ -111,7 +111,7 @@ class SparseConfig(MethodConfig):
         return num_inference_steps is not None and step_index >= num_inference_steps - last
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about the method on a layout, or None; raise `ConfigError` to refuse it."""
+        """Return advice to the user about a layout, or None; raise `ConfigError` to refuse it."""
         return self.advice_on_size(layout)
 
     def advice_on_size(self, layout: TokenLayout, keeps_all: int = 0) -> str | None:
@@ -124,7 +124,7 @@ class SparseConfig(MethodConfig):
         return None
 
     def notes(self) -> tuple[str, ...]:
-        """Return what an estimate can't know of these options."""
+        """Return notes on the options that an estimate can't count."""
         level, precision, notes = self.dense_above_sigma, self.precision, []
         if level is not None:
             notes.append(
@@ -193,7 +193,7 @@ class SparseHandler(AttentionHandler):
         return not self.settings.is_dense(step.step_index, step.num_inference_steps, depth, step.sigma)
 
     def saving(self, kept: np.ndarray, lists: Sequence[np.ndarray], layout: TokenLayout, steps: int) -> Saving:
-        """Return what a mask saves that is known before it runs.
+        """Return the saving of a mask that is known before it runs.
 
         Args:
             kept: share of the steps in which each visual tile is exact, [N, N].
@@ -214,7 +214,7 @@ class SparseHandler(AttentionHandler):
         expected: bool = False,
         **others: Any,
     ) -> Saving:
-        """Return what a method saves that leaves a known part of the tiles; for the options see `TileSaving`.
+        """Return the saving of a method that leaves a known part of the tiles; for the options see `TileSaving`.
 
         Where they are not given, ``tiles`` are those of all visual tokens, and the lists a full one and a bitmap;
         ``others`` are further fields of `Saving`.
@@ -260,7 +260,7 @@ class SparseHandler(AttentionHandler):
         return self._active_calls(steps) * each
 
     def _active_calls(self, steps: int) -> int:
-        """Return how many layers, experts and branches a model of known sizes has in which the method acts."""
+        """Count the layers in which the method acts, over all experts and branches of a model of known sizes."""
         settings, family = self.settings, self.model.family
         if family is None:
             return 0

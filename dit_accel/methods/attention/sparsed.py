@@ -67,11 +67,11 @@ class SparseD(SparseConfig):
         return replace(full, density=None, mass=self.mass) if self.mass is not None else full
 
     def kept_tiles(self, tiles: int) -> int:
-        """Return how many of a row's ``tiles`` visual key tiles ``density`` keeps."""
+        """Return the number of visual key tiles that ``density`` keeps of a row's ``tiles``."""
         return max(1, math.ceil(round((self.density or self.defaults["density"]) * tiles, 6)))
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return what the user should know about the pattern on this layout, or None where it fits well."""
+        """Return advice about a layout that does not suit the pattern, or None."""
         tiles = self.tiling.tiles(layout.visual_tokens)
         return self.advice_on_size(layout, tiles if self.mass is None and self.kept_tiles(tiles) == tiles else 0)
 
@@ -118,9 +118,9 @@ class SparseDHandler(SparseHandler):
         return plan.narrow(keep=keep, pinned=self._text(context), rest="pooled" if self.pools else "skip")
 
     def needs_step(self, step: StepContext) -> bool:
-        """Tell whether the branch's pattern is found in this step."""
-        found = any((key[0], key[2]) == (step.transformer, step.branch) for key in self.bits)
-        return not found and self.is_active_somewhere(step)
+        """Tell whether the branch's pattern is chosen in this step."""
+        chosen = any((key[0], key[2]) == (step.transformer, step.branch) for key in self.bits)
+        return not chosen and self.is_active_somewhere(step)
 
     def reset(self) -> None:
         """Forget the patterns."""

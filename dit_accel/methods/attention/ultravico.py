@@ -135,7 +135,7 @@ class UltraViCoHandler(AttentionHandler):
 
     @classmethod
     def recipe(cls, config: UltraViCo, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options on a model; ``by_ratio`` is no option."""
+        """Return the values of unset options on a model; ``by_ratio`` is no option."""
         return {option: value for option, value in super().recipe(config, model).items() if option != "by_ratio"}
 
     def _require_bands(self) -> None:

@@ -100,7 +100,7 @@ class AutoGuidanceHandler(PerturbedHandler):
     def perturbed_output(
         self, site: Site, context: ForwardContext, run: Callable[..., Any], given: Mapping[str, Any]
     ) -> Any:
-        """Return what the weaker model predicts for the same inputs."""
+        """Return the weaker model's prediction for the same inputs."""
         weak, inputs = self._weak, {**context.inputs, **given}
         assert weak is not None
         if fits(site.transformer, weak):

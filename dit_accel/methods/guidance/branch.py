@@ -17,7 +17,7 @@ from ...plan.layout import TokenLayout
 from ...report.sections import Section
 from ...rules.guidance import added
 from ..base import Handler, Model, Place
-from ..prompt_branches import Rows, call_of, part_of, rows_of_prompt
+from ..prompt_branches import Rows, part_of, rows_of_prompt, running_call
 from ..saving import Saving
 from ..site import ForwardContext, Site, sample_of, with_sample
 from .guidance_config import PerturbedConfig
@@ -69,8 +69,8 @@ class PerturbedHandler(WindowedHandler):
     @property
     def specs(self) -> tuple[str, ...] | None:
         """What the settings name; None: nothing was set or published."""
-        given = getattr(self.settings, self.option)
-        return None if given is None else split_specs(given)
+        names = getattr(self.settings, self.option)
+        return None if names is None else split_specs(names)
 
     @property
     def published(self) -> Mapping[str, Sequence[str]]:
@@ -93,7 +93,7 @@ class PerturbedHandler(WindowedHandler):
     def perturbed_output(
         self, site: Site, context: ForwardContext, run: Callable[..., Any], given: Mapping[str, Any]
     ) -> Any:
-        """Return what the perturbed forward gives, on ``given`` in place of the forward's own inputs of these names."""
+        """Return the perturbed forward's output, with ``given`` in place of its own inputs of these names."""
         return run(**given)
 
     def describe_perturbation(self) -> str:
@@ -134,11 +134,11 @@ class PerturbedHandler(WindowedHandler):
         if site.compiled or not site.adapter.guidance.share_prefix or not layers:
             return None
         try:
-            found = [block_of(site, layer) for layer in layers]
+            indices = [block_of(site, layer) for layer in layers]
         except UnsupportedModel:
             return None
-        blocks = [index for index in found if index is not None]
-        return min(blocks) if len(blocks) == len(found) and min(blocks) > 0 else None
+        blocks = [index for index in indices if index is not None]
+        return min(blocks) if len(blocks) == len(indices) and min(blocks) > 0 else None
 
     def _around(self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any]) -> Any:
         latents = context.inputs[site.adapter.latents]
@@ -153,7 +153,7 @@ class PerturbedHandler(WindowedHandler):
         return self._perturbed_forward(site, passes, context, run, rows_of_prompt(site, part, len(latents), "cond"))
 
     def _take_added(self, given: Any) -> Sample | None:
-        """Return what a guider adds to the result of the step, once; it is given the conditional prediction."""
+        """Return the part that a guider adds to the step's result, once, given the conditional prediction."""
         if self._for_guider is None:
             return None
         (further, cond), self._for_guider = self._for_guider, None
@@ -166,7 +166,7 @@ class PerturbedHandler(WindowedHandler):
         """Tell whether the pipeline's guider adds what guidance adds, to its result."""
         if not any(guider is getattr(site.running, name, None) for guider in self._guiders for name in GUIDERS):
             return False
-        return not set(site.adapter.guidance.converted) & set(call_of(site.running).classes)
+        return not set(site.adapter.guidance.converted) & set(running_call(site.running).classes)
 
     def _perturbed_forward(
         self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any], rows: Rows
@@ -231,7 +231,7 @@ class PerturbedHandler(WindowedHandler):
         return output
 
     def _require_folded(self, site: Site) -> None:
-        why = site.adapter.guidance.why_not_folded(call_of(site.running))
+        why = site.adapter.guidance.why_not_folded(running_call(site.running))
         if why is not None:
             raise ConfigError(
                 f"{self.name} can't be folded into this pipeline's guidance: {why}, which {self.name} changes; switch "
@@ -326,7 +326,7 @@ class PerturbedHandler(WindowedHandler):
 
 
 def _ending_alike(further: Sample, tokens: int) -> Sample:
-    """Return what is added to so many tokens, the last of which are those of ``further``; the others get nothing."""
+    """Return the addend of so many tokens, the last of which are those of ``further``; the others get nothing."""
     if not isinstance(further, Tensor):
         return further
     more = max(0, tokens - further.shape[1])

@@ -95,7 +95,7 @@ class PerturbedForward:
 
 
 def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measured: str = "") -> tuple[Strip, ...]:
-    """Return what `Report.plot` draws of a method of guidance: the steps in which it acted, and what it measured there.
+    """Return the strips that `Report.plot` draws of guidance: the steps in which it acted, and what it measured there.
 
     Args:
         did: what it did in them.
@@ -115,7 +115,7 @@ def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measu
 
 
 def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int | None) -> PerturbedForward:
-    """Return what is noted of a perturbed forward; reads nothing back from the device."""
+    """Return the note on a perturbed forward; reads nothing back from the device."""
     pairs = list(zip(as_rows(cond), as_rows(perturbed), strict=True))
     apart = torch.stack([torch.linalg.vector_norm(one.float() - other.float()) for one, other in pairs]).norm()
     size = torch.stack([torch.linalg.vector_norm(one.float()) for one, _ in pairs]).norm()

@@ -188,7 +188,7 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         return Section(method=self.name, title=title, lines=tuple(lines), data=data, strips=strips)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return what it costs: in words where that is cross-attention, which is no part of what is counted."""
+        """Return the cost: in words where that is cross-attention, which is no part of what is counted."""
         notices = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.neutral:
             return Saving(warnings=notices)

@@ -61,7 +61,7 @@ class CrossAttentionNAG:
         return run(*args, **kwargs)
 
     def _beside(self, context: Tensor) -> Tensor:
-        """Return what a cross-attention attends to, [B, tokens, C], with the negative text in the prompt's place."""
+        """Return the text of a cross-attention, [B, tokens, C], with the negative text in place of the prompt."""
         text = self._ready
         if text is None:
             raise ConfigError(
@@ -80,7 +80,7 @@ class CrossAttentionNAG:
         return cat([context[:, :front], text], dim=1)
 
     def _around(self, name: str, module: Any) -> Callable[..., Any]:
-        """Return what runs in place of a cross-attention: itself with the negative text, then with the prompt."""
+        """Return the function in place of a cross-attention: itself with the negative text, then with the prompt."""
         names = list(inspect.signature(type(module).forward).parameters)[1:]
 
         def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

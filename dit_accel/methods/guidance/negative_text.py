@@ -47,7 +47,7 @@ def encoded(site: Site, prompt: str, padded: bool = False, tokens: int | None = 
 
 
 def _embeds(pipe: Any, encode: Any, call: dict[str, Any], padded: bool) -> Tensor:
-    """Return what a pipeline's encoder makes of a call."""
+    """Return the embeddings that a pipeline's encoder makes of a call."""
     try:
         with torch.no_grad():
             made = encode(**call)

@@ -94,7 +94,7 @@ class PerturbedBlocks:
         return tuple(None if stream is None else stream[rows] for stream in saved)
 
     def _mixed(self, ran: Streams, given: Streams) -> Streams:
-        """Return what a block gave, but for the perturbed rows, which skip it."""
+        """Return a block's output, with the perturbed rows as they came in."""
         assert self.rows is not None
         rows, _ = self.rows
 

@@ -79,7 +79,7 @@ def sample_rows(sample: Sample, rows: slice | None) -> Sample:
 
 
 def mapped(function: Callable[..., Tensor], *samples: Sample) -> Sample:
-    """Return what a function of [B, ...] tensors gives, row by row where the predictions are lists."""
+    """Apply a function of [B, ...] tensors, row by row where the predictions are lists."""
     if isinstance(samples[0], Tensor):
         return function(*samples)
     return [function(*(row[None] for row in rows))[0] for rows in zip(*samples, strict=True)]

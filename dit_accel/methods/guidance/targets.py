@@ -70,14 +70,14 @@ def put_in_place(
 
 
 def mean_values(call: Call) -> Tensor:
-    """Return what a head gives to which all valid keys count alike, [B, H, 1, D]."""
+    """Return the mean of the values of all valid keys, [B, H, 1, D]."""
     weights = _valid(call).to(torch.float32)
     mean = (call.v.float() * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1)
     return mean.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1).to(call.v.dtype)
 
 
 def of_mean_query(call: Call, tokens: Tensor | None) -> Tensor:
-    """Return what the mean of all valid tokens' queries attends to, [B, H, 1, D]; of some ``tokens``, bool [S]."""
+    """Return the attention of the mean of all valid tokens' queries, [B, H, 1, D]; of some ``tokens``, bool [S]."""
     weights = _valid(call).to(torch.float32)
     weights = weights if tokens is None else weights * tokens[:, None]
     mean = (call.q.float() * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1)

@@ -129,7 +129,7 @@ class RopeSwitcher:
                 switch.now = switch.own
 
     def _change(self, layout: TokenLayout | None) -> RopeChange | None:
-        """Return what changes for a layout; None: nothing does."""
+        """Return the changes for a layout; None: there are none."""
         if layout is None:
             raise ConfigError(
                 f"{self._name} does not tell how many tokens this forward has along each axis, which its positions are "

@@ -10,7 +10,7 @@ from pathlib import Path
 from dit_accel import ConfigError
 
 from ..metrics.registered import metric_about
-from ..suites.lines import ResultLine, last_lines
+from ..runs.results import ResultLine, last_lines
 
 ALWAYS = {"psnr": "PSNR to the reference, dB", "ssim": "SSIM", "score": "score"}
 """Metric that every line has -> in words; of each, more is better. Clips of one's own prompts have no score."""

@@ -18,8 +18,7 @@ from dit_accel import ConfigError
 from dit_accel.adapters.embedded import embedded_names
 from dit_accel.files import no_room, no_space, written_whole
 
-from ..runs.results import kept_shape, read_kept, reference_of, run_of
-from ..suites.lines import ResultLine
+from ..runs.results import ResultLine, kept_shape, read_kept, reference_of, run_of
 from .report import SuiteReport
 
 AMPLIFIED = 5
@@ -126,7 +125,7 @@ def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLin
         dense = [line for line in kept if line.clip == clip and line.arm not in arms]
         dense = [line for line in dense if line.arm.startswith(f"{kind} ")]
         if own and len(found) < most:
-            steps = [line.amount(report.main) or line.work for line in own]
+            steps = [line.value(report.main) or line.work for line in own]
             near = [min(dense, key=lambda line: abs(line.num_inference_steps - at), default=None) for at in steps]
             found[clip] = list(zip(own, near, strict=True))
     return found

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics.registered import decimals_of
+from ..runs.results import ResultLine
 from ..statistics import FEWEST, TOO_FEW, Judged, judge, p_words, reach_words
-from ..suites.figures import ArmFigures
-from ..suites.lines import ResultLine
-from ..suites.tables import NOTHING, pairs_rule, rule_words, seconds_cell
+from ..suites.figures import NOTHING, ArmFigures, pairs_rule, rule_words, seconds_cell
 from .charts import costs, forest, hues, prompt_map, step_map
 from .lines import ALWAYS, better_of, metric_words
 from .media import AMPLIFIED, Entry, fps_of
@@ -177,7 +176,7 @@ def _cells(report: SuiteReport, arm: ArmFigures) -> dict[int, dict[str, str]]:
     for line in report.lines_of(arm):
         cells = {"psnr": f"{line.psnr:.2f}"}
         cells |= {"lead": f"{leads[line.clip]:+.2f}"} if line.clip in leads else {}
-        cells |= {key: f"{report.full_steps / steps:.2f}×" for key in report.works if (steps := line.amount(key))}
+        cells |= {key: f"{report.full_steps / steps:.2f}×" for key in report.works if (steps := line.value(key))}
         cells |= {"score": f"{100 * line.score:.0f} %"} if line.score is not None else {}
         metrics = {name: line.metrics[name] for name in _columns(report) if name in line.metrics}
         cells |= {name: f"{value:.{decimals_of(name)}f}" for name, value in metrics.items()}

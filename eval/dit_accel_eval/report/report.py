@@ -11,11 +11,10 @@ from dit_accel import ConfigError
 from dit_accel.methods.base import Phase
 from dit_accel.methods.registry import handlers
 
+from ..runs.results import ITSELF, TIMED, WORKS, ResultLine
 from ..statistics import FEWEST
-from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures
-from ..suites.lines import ITSELF, TIMED, WORKS, ResultLine
+from ..suites.figures import ArmFigures, Comparison, PairFigures, pair_figures, reference_words, rival_words
 from ..suites.suite import read_suite
-from ..suites.tables import reference_words, rival_words
 from .lines import Results, further_metrics, read_results
 
 LISTED = 8

@@ -10,8 +10,7 @@ from dit_accel_pipelines.generation.progress import Stages
 from dit_accel import ConfigError
 from dit_accel.files import check_writable, json_text, written_whole
 
-from ..suites.figures import ArmFigures
-from ..suites.tables import arms_markdown, pairs_markdown, rule_words
+from ..suites.figures import ArmFigures, arms_markdown, pairs_markdown, rule_words
 from .lines import better_of
 from .media import Media, kept_lines, shown
 from .page import package_versions, page

@@ -17,8 +17,8 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import method
 
 from ..runs.model import OWN, check_options, check_scheduler
+from ..runs.results import TUNED
 from ..runs.rivals import check_rival
-from .lines import TUNED
 
 NATIVE = "diffusers"
 """Key of an arm under which diffusers' own caches stand, which have no method's table."""

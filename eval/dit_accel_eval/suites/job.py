@@ -23,12 +23,10 @@ from dit_accel.methods.compose import make_handlers
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import check_given, embedded_call, embedded_weights, given_weights, model_call
 from ..runs.model import arm_scheduler, check_guided, shipped_scheduler
-from ..runs.results import Line, write_lines
+from ..runs.results import AGREE, Line, ResultLine, result_lines, write_lines
 from .arms import Arm
 from .judges import Judge, judge_of
-from .lines import AGREE, ResultLine, result_lines
 from .suite import Suite
-from .tables import suite_markdown
 
 LINE = 1 << 13
 """Bytes that a result line takes, about."""
@@ -111,14 +109,6 @@ def suite_call(suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
     if suite.embedded:
         return embedded_call(suite.model, given)
     return model_call(check_given(suite.source)[0], given)
-
-
-def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
-    """Return a suite's Markdown tables: by its judge, or against the reference and of the pairs that it declares."""
-    judge = judge_of(suite) if suite.judge else None
-    if judge is not None:
-        return judge.table(suite, [dict(line.raw) for line in lines])
-    return suite_markdown(suite, lines)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from dit_accel_pipelines.generation.solvers import check_solver
 
 from dit_accel import ConfigError
 
+from ..runs.results import TUNED
 from .arms import Arm, check_kinds, read_table
-from .lines import TUNED
 
 VERSION = 1
 

@@ -23,8 +23,7 @@ from ..metrics.metric import Clip
 from ..metrics.psnr import psnr
 from ..runs.counting import Counts
 from ..runs.model import ModelRun, SuiteModel, Times
-from ..runs.results import explained_disk_errors
-from .lines import AGREE, ITSELF
+from ..runs.results import AGREE, ITSELF, explained_disk_errors
 
 FIRST, MOST = 16, 512
 """Steps with which the search begins, and the most that it tries."""

@@ -26,10 +26,9 @@ from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import EmbeddedModel, GivenModel
 from ..runs.model import ModelRun, SuiteModel
 from ..runs.pool import run_beside
-from ..runs.results import append_line, write_lines
+from ..runs.results import AGREE, ResultLine, append_line, last_lines, result_lines, write_lines
 from .arms import Arm
 from .job import Job, checked
-from .lines import AGREE, ResultLine, last_lines, result_lines
 from .measuring import ALWAYS, Sampled, line_of
 from .reference import dense_run, reference_run
 
@@ -49,7 +48,7 @@ def run_job(job: Job, clips: Sequence[int], workers: int, *, quiet: bool) -> Non
         warn(f"{name} is left out: {reason}")
     keeps(f"what has run stands in {job.out}, and the same command goes on there")
     job = dataclasses.replace(job, talk=not quiet and not TALK.is_terminal)
-    with SuiteProgress(job, clips, quiet=quiet) as watch:
+    with suite_progress(job, clips, quiet=quiet) as watch:
         run_arms(job, clips, workers=workers, watch=watch)
 
 
@@ -195,34 +194,30 @@ def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype,
     return GivenModel(name, source, json.loads(call), own, dtype, machine)
 
 
-class SuiteProgress:
-    """A bar over the runs of a suite's arms on its clips; a context manager that gives the `Watch` that moves it."""
+@contextlib.contextmanager
+def suite_progress(job: Job, clips: Sequence[int], *, quiet: bool = False) -> Iterator[Watch]:
+    """Show a bar over the runs of a suite's arms on its clips; gives the `Watch` that moves it.
 
-    def __init__(self, job: Job, clips: Sequence[int], *, quiet: bool = False) -> None:
-        self._job, self._clips, self._quiet = job, clips, quiet
-        self._total = len(clips) * len(job.suite.arms)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=TALK, disable=quiet or not TALK.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task(job.suite.name, total=self._total)
+    Before the first run it is said how many there are.
+    """
+    suite, total, said = job.suite, len(clips) * len(job.suite.arms), False
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=TALK, disable=quiet or not TALK.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(suite.name, total=total)
 
-    def __enter__(self) -> Watch:
-        self._progress.__enter__()
-        return self.show
+    def show(lines: Sequence[ResultLine]) -> None:
+        nonlocal said
+        known = last_lines(lines)
+        done = sum((arm.name, clip) in known for arm in suite.arms for clip in clips)
+        if not (quiet or said):
+            parts = ((len(clips), "clip"), (len(suite.arms), "arm"))
+            counts = " x ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in parts)
+            more = "" if job.judge else "; the dense runs that they are compared with are added"
+            TALK.print(f"{suite.name}: {counts}, {done} of {total} runs are done{more}", markup=False, soft_wrap=True)
+        said = True
+        bar.update(task, completed=done, description=f"{suite.name}: {len(known)} runs")
 
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, lines: Sequence[ResultLine]) -> None:
-        """Move the bar to what these lines say; before the first run, say how many there are."""
-        suite, known = self._job.suite, last_lines(lines)
-        done = sum((arm.name, clip) in known for arm in suite.arms for clip in self._clips)
-        if not self._quiet:
-            self._quiet = True
-            more = "" if self._job.judge else "; the dense runs that they are compared with are added"
-            counts = (f"{count} {what}{'s' * (count != 1)}" for count, what in ((len(self._clips), "clip"),
-                                                                               (len(suite.arms), "arm")))  # fmt: skip
-            text = f"{suite.name}: {' x '.join(counts)}, {done} of {self._total} runs are done{more}"
-            TALK.print(text, markup=False, soft_wrap=True)
-        self._progress.update(self._task, completed=done, description=f"{suite.name}: {len(known)} runs")
+    with bar:
+        yield show

@@ -15,9 +15,9 @@ from dit_accel.errors import did_you_mean
 from ..metrics.registered import check_names
 from ..runs.conditions import OwnClips
 from ..runs.model import OWN
+from ..runs.results import TUNED
 from .arms import Arm, dense_arm, read_arms, read_table
 from .ladder import Ladder, clip_words, read_ladder
-from .lines import TUNED
 from .pairs import Pair, read_pairs
 
 SUITE_VERSION = 2

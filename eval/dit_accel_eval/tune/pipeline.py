@@ -22,10 +22,10 @@ from dit_accel.methods.caches.native import DiffusersCache
 from ..runs.conditions import Machine, OwnClips
 from ..runs.loaded import SIZES, check_given, embedded_prompts
 from ..runs.model import OWN, shipped_scheduler
+from ..runs.results import result_lines
 from ..statistics import FEWEST
 from ..suites.arms import Arm
 from ..suites.job import Job
-from ..suites.lines import result_lines
 from ..suites.reference import default_cache
 from ..suites.suite import Suite, read_suite
 from .base import Tuned

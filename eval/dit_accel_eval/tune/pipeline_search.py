@@ -14,10 +14,10 @@ from dit_accel.errors import ConfigError, did_you_mean, install
 
 from ..metrics.registered import metric, metric_about, metrics
 from ..runs.loaded import FIRST_PROMPT
+from ..runs.results import ResultLine, last_lines, result_lines
 from ..statistics import clip_mean
 from ..suites.arms import Arm, dense_arm
 from ..suites.job import Job
-from ..suites.lines import ResultLine, last_lines, result_lines
 from ..suites.running import run_arms
 
 ROUNDS = (2, 4, 6)

@@ -56,7 +56,7 @@ def range_tiles(
 
 
 def fixed_bits(settings: Any, context: CallContext, tiles: TileLists, order: Tensor | None) -> FixedBits:
-    """Return what lite's settings fix on a call's tiles; raise `ConfigError` if some queries are left no key."""
+    """Return the tiles of a call that lite's settings fix; raise `ConfigError` if some queries are left no key."""
     layout, block = context.layout, tiles.block_k
     pinned = first = None
     if settings.protect_text and layout.tokens > layout.visual_tokens:
