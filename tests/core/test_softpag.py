@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import PAG, SLG, ConfigError, EasyCache, RadialAttention, SoftPAG, StaticCache
 from dit_accel.methods.guidance.log import UnperturbedRun
+from dit_accel.methods.guidance.slg import SLGHandler
 from dit_accel.testing.recording import recorded
 
 HALF = SoftPAG(heads="L1H0", u=0.5)
@@ -228,6 +230,13 @@ def test_what_the_model_does_not_have_is_refused(transformer, config, text):
     with pytest.raises(ConfigError, match=text):
         dit_accel.attach(transformer, config)
     assert dit_accel.attachment_of(transformer) is None
+
+
+def test_a_layer_in_no_block_can_t_be_skipped_though_it_is_the_first():
+    handler = object.__new__(SLGHandler)
+    handler.perturbed_layers = lambda site: [0]
+    with pytest.raises(ConfigError, match=r"slg\.layers.*refiner\.attn"):
+        handler.skipped_blocks(SimpleNamespace(attention={0: "refiner.attn"}, blocks=[]))
 
 
 def test_two_perturbations_and_a_choice_of_layers_are_refused(transformer):
