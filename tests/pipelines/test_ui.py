@@ -103,8 +103,9 @@ def test_what_names_a_file_or_a_model_is_refused_before_anything_is_loaded(confi
     monkeypatch.setattr(side_by_side, "load_pipeline", None)
     with pytest.raises(ConfigError, match=value):
         compare(Comparing(**SMALL), tmp_path, preset="none", config=config)
+    text = '[softpag]\nheads = ["L2", "L1"]\n[nag]\nnegative_prompt = "a star"'
     with pytest.raises(TypeError, match="None"):
-        compare(Comparing(**SMALL), tmp_path, config='[softpag]\nheads = ["L2", "L1"]\n[dbprune]\nkeep = "0"')
+        compare(Comparing(**SMALL), tmp_path, config=text)
 
 
 def told_error(comparing: Any, folder: Path, **changes: Any) -> str:

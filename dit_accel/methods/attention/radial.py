@@ -146,7 +146,7 @@ class RadialHandler(SparseHandler):
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
         """Put the layout's tile lists and token order into the plan."""
         settings, layout, device = self.settings, context.layout, context.device
-        return plan.with_tiles(settings.tiles(layout, device), settings.token_order(layout, device))
+        return plan.with_tiles(settings.tiles(layout, device), self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the tiles that the lists leave, and the lists' size."""

@@ -45,12 +45,6 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
     """Return what makes a training the same one: everything that its weights depend on but the number of steps.
 
     How many processes share a step's clips is no part of it, nor where they run, nor what is kept for the backward.
-
-    Args:
-        recipe: the resolved recipe.
-        base: hash of the frozen transformer.
-        clips: digest of the encoded clips and captions.
-        processes: how many share the training.
     """
     names = (
         "num_frames", "height", "width", "rank", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -90,15 +84,7 @@ def latest_checkpoint(output: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
-    """Read a checkpoint to go on from.
-
-    Args:
-        path: its file.
-        identity: what the training is that goes on.
-
-    Raises:
-        ConfigError: if it can't be read, or is of another training; tells all that differs.
-    """
+    """Read a checkpoint to go on from."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = Checkpoint(**saved)

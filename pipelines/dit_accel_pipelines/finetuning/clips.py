@@ -44,23 +44,14 @@ class Clip:
     frames: int
 
     def read(self, count: int) -> Frames:
-        """Return its first ``count`` frames, uint8 [F, height, width, 3].
-
-        Raises:
-            ConfigError: if the file can't be decoded so far.
-        """
+        """Return its first ``count`` frames, uint8 [F, height, width, 3]."""
         if self.path is None:
             return _drawn(self.model, self.number, self.size, count)[1]
         return _decoded(self.path, count)
 
 
 def find_clips(recipe: FineTuning) -> tuple[list[Clip], list[str]]:
-    """Return the clips of a resolved recipe, in an order of their own, and notes on them.
-
-    Raises:
-        ConfigError: for a folder without videos, a video without caption, one of another size or too short, a
-            metadata line that can't be read, or words that an embedded model never saw.
-    """
+    """Return the clips of a resolved recipe, in an order of their own, and notes on them."""
     if recipe.data is None:
         return _drawn_clips(recipe), []
     captions = list(_captions(recipe.data))

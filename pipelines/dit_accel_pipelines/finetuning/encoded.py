@@ -82,19 +82,7 @@ class Encoded:
 def encode_clips(
     pipe: Any, trainable: Trainable, clips: Sequence[Clip], recipe: FineTuning, ranks: Ranks, stages: Stages
 ) -> Encoded:
-    """Encode the clips and captions that the cache lacks, each in one of the processes.
-
-    Args:
-        pipe: the pipeline; its autoencoder and text encoders lie where they are to run.
-        trainable: how it encodes.
-        clips: what to encode.
-        recipe: the resolved recipe.
-        ranks: the processes that share the work.
-        stages: progress bars.
-
-    Raises:
-        ConfigError: in all processes, if a clip can't be decoded in one.
-    """
+    """Encode the clips and captions that the cache lacks, each in one of the processes."""
     folder = recipe.cache_folder
     size = [recipe.num_frames, recipe.height, recipe.width]
     kind, vae = type(pipe).__name__, part_hash(pipe.vae)

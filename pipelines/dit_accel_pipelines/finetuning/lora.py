@@ -17,11 +17,7 @@ from .trainable import Trainable
 
 
 def add_lora(transformer: Any, trainable: Trainable, recipe: FineTuning) -> dict[str, nn.Parameter]:
-    """Freeze a transformer and put a LoRA onto its self-attention; return what is trained, float32, by name.
-
-    Raises:
-        UnsupportedModel: if the attention modules do not have the projections that a LoRA changes, or have them fused.
-    """
+    """Freeze a transformer and put a LoRA onto its self-attention; return what is trained, float32, by name."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 

@@ -149,11 +149,7 @@ TRAINABLE = {
 
 
 def trainable_of(files: ModelFiles) -> Trainable:
-    """Return how a model's pipeline is trained.
-
-    Raises:
-        UnsupportedModel: for a pipeline class that is not among them, with the reason where one is known.
-    """
+    """Return how a model's pipeline is trained."""
     name = str(files.index.get("_class_name"))
     if name not in TRAINABLE:
         why = f" ({REASONS[name]})" if name in REASONS else ""

@@ -79,17 +79,7 @@ class FineTuning(TrainingOptions, NamesModel):
 
 
 def resolve_recipe(recipe: FineTuning, processes: int) -> FineTuning:
-    """Check a recipe against its model's configs, and fill in the model's sizes.
-
-    Args:
-        recipe: what to train.
-        processes: how many share it.
-
-    Raises:
-        ConfigError: for sizes that the model can't make, processes that can't share the clips, or a tracker that is not
-            there.
-        UnsupportedModel: if the model is not found.
-    """
+    """Check a recipe against its model's configs, and fill in the model's sizes."""
     files = read_model_files(recipe.source)
     adapter, family = files.identify()
     defaults: dict[str, Any] = assets().model_defaults(recipe.embedded) if recipe.embedded else {}
@@ -106,11 +96,7 @@ def resolve_recipe(recipe: FineTuning, processes: int) -> FineTuning:
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that accelerate does not know, or whose package is not installed, which it would pass over.
-
-    Raises:
-        ConfigError: with those that are known, or what to install.
-    """
+    """Refuse a tracker that accelerate does not know, or whose package is not installed, which it would pass over."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     known, there = map(str, LOGGER_TYPE_TO_CLASS), map(str, get_available_trackers())

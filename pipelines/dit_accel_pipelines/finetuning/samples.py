@@ -24,14 +24,7 @@ FIRST = 2
 
 
 class Sampler:
-    """Makes the sheets of one training; knows its prompts, so that the text encoder can go.
-
-    Args:
-        pipe: the pipeline, its text encoders still there.
-        trainable: how it takes text.
-        prompts: what to show.
-        recipe: the resolved recipe.
-    """
+    """Makes the sheets of one training; knows its prompts, so that the text encoder can go."""
 
     def __init__(self, pipe: Any, trainable: Trainable, prompts: Sequence[str], recipe: FineTuning) -> None:
         self._pipe, self._prompts, self._recipe = pipe, list(prompts), recipe

@@ -30,18 +30,7 @@ LOG_EVERY = 10
 
 
 class Trainer:
-    """One process of a training.
-
-    Args:
-        pipe: the pipeline.
-        transformer: the one of its components that bears the LoRA.
-        weights: what is trained, by name.
-        encoded: the clips.
-        trainable: how the pipeline is trained.
-        recipe: the resolved recipe.
-        ranks: the processes that share the training.
-        accelerator: accelerate's, which adds up gradients and feeds trackers.
-    """
+    """One process of a training."""
 
     def __init__(
         self, pipe: Any, transformer: Any, weights: Mapping[str, nn.Parameter], encoded: Encoded,

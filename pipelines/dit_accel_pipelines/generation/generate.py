@@ -96,8 +96,10 @@ def generate(
     alone = held(reserved) if process.first else contextlib.nullcontext()
     small = one_thread(embedded=request.embedded is not None)
     with alone, small, joined_group(process.local_rank, process.together) as group:
-        records = group.firsts({earlier.output: record for earlier, record in _kept(requested, resume)})
-        written = {output: Written(record=record, report=None, kept=True) for output, record in records.items()}
+        records = group.firsts({single.output: kept_record(single) for single in requested if resume})
+        written = {
+            output: Written(record=record, report=None, kept=True) for output, record in records.items() if record
+        }
         for single in written.values():
             on_written(single)
         missing = [single for single in requested if single.output not in written]
@@ -249,13 +251,6 @@ def _single(request: Request) -> list[Request]:
     ]
 
 
-def _kept(requested: Sequence[Request], resume: bool) -> Iterator[tuple[Request, dict[str, Any]]]:
-    """Give the requests that are met already, and the side-cars of their outputs."""
-    for single in requested if resume else ():
-        if (record := kept_record(single)) is not None:
-            yield single, record
-
-
 @contextlib.contextmanager
 def attached(
     pipe: Any,
@@ -298,9 +293,6 @@ def run(
         pictures: what the request's image and video files hold; None reads them.
         attachment: the attachment whose report is wanted.
         stages: progress bars; None shows none.
-
-    Raises:
-        ConfigError: if the pipeline does not take what the request asks for, or needs more.
     """
     import torch
 

@@ -15,11 +15,6 @@ def prepare_larger(pipe: Any, request: Request, family: Family | None) -> list[s
     ``tiled_vae`` decodes in tiles, so that memory does not grow with the picture. ``pinned_shift`` keeps the noise
     shift at its largest: pipelines extend it along a line in the number of tokens, which collapses the schedule above
     the largest one meant (DyPE, arXiv 2510.20766, pins it so).
-
-    Args:
-        pipe: the pipeline.
-        request: what is to be made.
-        family: the model's sizes; None: not known, and nothing is done.
     """
     if family is None or not family.beyond:
         return []

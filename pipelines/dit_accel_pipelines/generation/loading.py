@@ -17,13 +17,7 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def load_pipeline(request: Request) -> Any:
-    """Load the request's pipeline, with its LoRA, dtype, device and offload.
-
-    Raises:
-        UnsupportedModel: if diffusers can't load it.
-        ConfigError: for a device that this machine does not have, offload without an accelerator, or a LoRA that does
-            not fit.
-    """
+    """Load the request's pipeline, with its LoRA, dtype, device and offload."""
     device = device_of(request)
     pipe = open_pipeline(request.source, dtype=request.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if request.lora is not None:
@@ -36,13 +30,6 @@ def open_pipeline(source: str, *, dtype: str) -> Any:
     """Load a pipeline into main memory.
 
     The autoencoder stays in float32, as Wan's own examples keep it, and takes what pipelines hand it in other formats.
-
-    Args:
-        source: a folder or a hub id.
-        dtype: number format of the other weights.
-
-    Raises:
-        UnsupportedModel: if diffusers can't load it, or its weights are no safetensors files.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -75,9 +62,6 @@ def empty_transformers(model: str | None) -> Any:
 
     Args:
         model: hub id, folder or an embedded model's name; None is the default one of these.
-
-    Raises:
-        UnsupportedModel: if the model is not found, or no adapter covers it.
     """
     source = model_source(model or EMBEDDED)
     files = read_model_files(source)
@@ -119,11 +103,7 @@ def device_of(request: Request) -> Any:
 
 
 def pick_device(requested: str | None) -> Any:
-    """Return the torch device requested, or the accelerator, or the CPU.
-
-    Raises:
-        ConfigError: for a device torch does not know or this machine does not have.
-    """
+    """Return the torch device requested, or the accelerator, or the CPU."""
     import torch
 
     if requested is None:

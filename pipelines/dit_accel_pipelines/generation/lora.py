@@ -32,15 +32,7 @@ def require_peft() -> None:
 
 
 def check_lora(name: str) -> None:
-    """Refuse a LoRA that can't be there, before anything is loaded.
-
-    Args:
-        name: a file, a folder that holds `FILE`, or a hub id.
-
-    Raises:
-        ConfigError: for a path at which there is none.
-        MissingBackend: without peft.
-    """
+    """Refuse a LoRA that can't be there, before anything is loaded."""
     require_peft()
     path = Path(name)
     if (file := lora_file(name)) is not None:
@@ -61,16 +53,7 @@ def lora_file(name: str) -> Path | None:
 
 
 def load_lora(pipe: Any, name: str) -> None:
-    """Load a LoRA into a pipeline.
-
-    Args:
-        pipe: the pipeline, on which no LoRA is yet.
-        name: a file, a folder that holds `FILE`, or a hub id.
-
-    Raises:
-        ConfigError: for one that diffusers can't load, that has nothing for this pipeline's transformer, or of which a
-            part has no place there.
-    """
+    """Load a LoRA into a pipeline."""
     file = lora_file(name)
     try:
         with quiet_diffusers():

@@ -26,11 +26,7 @@ Frames = np.ndarray
 
 
 def check_output(path: Path) -> None:
-    """Refuse an output that can't be written, before anything is computed.
-
-    Raises:
-        ConfigError: for an unknown suffix, a video that ffmpeg can't encode here, or what `check_writable` refuses.
-    """
+    """Refuse an output that can't be written, before anything is computed."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"output {path} ends in {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     check_writable(path)
@@ -39,15 +35,7 @@ def check_output(path: Path) -> None:
 
 
 def check_encoder(what: str, instead: str) -> None:
-    """Refuse to begin what ends in a video that can't be encoded: two frames are, and kept nowhere.
-
-    Args:
-        what: the subject and verb of the error.
-        instead: what else could be done, in the imperative.
-
-    Raises:
-        ConfigError: if ffmpeg is missing, can't be started or can't encode H.264.
-    """
+    """Refuse to begin what ends in a video that can't be encoded: two frames are, and kept nowhere."""
     try:
         _try_encoder(_ffmpeg())
     except RuntimeError as error:
@@ -75,11 +63,7 @@ def expected_size(path: Path, *, frames: int, height: int, width: int) -> int:
 
 
 def read_image(path: Path) -> "Image":
-    """Read an image file, RGB, upright.
-
-    Raises:
-        ConfigError: if the file can't be read as an image.
-    """
+    """Read an image file, RGB, upright."""
     from PIL import Image, ImageOps
 
     try:
@@ -90,11 +74,7 @@ def read_image(path: Path) -> "Image":
 
 
 def read_video(path: Path) -> list["Image"]:
-    """Read all frames of a video file, RGB.
-
-    Raises:
-        ConfigError: if the file can't be read as a video.
-    """
+    """Read all frames of a video file, RGB."""
     from diffusers.utils import load_video
 
     try:
@@ -113,10 +93,6 @@ def write_media(path: Path, frames: Frames, *, fps: float, seeking: bool = False
 
     Args:
         seeking: whether an .mp4 is for a player that jumps to any frame: written sooner, with more key frames.
-
-    Raises:
-        ConfigError: for an unknown suffix, or odd sizes in an .mp4.
-        RuntimeError: if ffmpeg fails.
     """
     suffix = path.suffix.lower()
     if suffix == ".mp4":
@@ -146,9 +122,6 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
         videos: uint8 [F, height, width, 3] each, all of the same height and width.
         labels: one text per video, or none at all.
         columns: frames shown of each video.
-
-    Raises:
-        ConfigError: for videos of different sizes, or labels that are not one per video.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -20,11 +20,7 @@ def with_negative(method: MethodConfig, text: str | None) -> MethodConfig:
 
 
 def negative_of_methods(request: Any, call: CallSignature) -> tuple[Any, list[str]]:
-    """Return a `Request` whose methods have its negative prompt, which its pipeline need not take then, and notes.
-
-    Raises:
-        ConfigError: for a method that leads away from a text, where there is none.
-    """
+    """Return a `Request` whose methods have its negative prompt, which its pipeline need not take then, and notes."""
     text = request.negative_prompt
     methods = tuple(with_negative(method, text) for method in request.methods)
     for method in methods:

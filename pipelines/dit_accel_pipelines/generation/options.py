@@ -20,8 +20,6 @@ from dit_accel.errors import ConfigError
 from .ranges import FINITE, between
 
 RUN, FILES = "Running", "Prompts, pictures and files"
-LEAST_FPS = 0.01
-MAX_SCALE = 64
 
 
 def option(help: str, *flags: str, panel: str | None = None, **more: Any) -> Any:
@@ -91,10 +89,10 @@ class RunOptions(SharedOptions):
     fps: Annotated[
         float | None,
         option("Frames per second; default: 8 for embedded models, else 16.", panel=FILES),
-        between(LEAST_FPS, 240),
+        between(0.01, 240),
     ] = None
     scale: Annotated[
-        int, option("Enlarge every pixel so many times.", panel=FILES), between(1, MAX_SCALE, "a whole number ")
+        int, option("Enlarge every pixel so many times.", panel=FILES), between(1, 64, "a whole number ")
     ] = 1
     compile: Annotated[bool, option("Compile the transformer's blocks.", "--compile", panel=RUN)] = False
     backend: Backend = "auto"

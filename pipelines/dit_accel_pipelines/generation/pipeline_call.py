@@ -41,14 +41,7 @@ class CallSignature:
         return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
     def check(self, given: Mapping[str, Any]) -> None:
-        """Refuse arguments that the pipeline does not take, and a call that lacks what it needs.
-
-        Args:
-            given: the arguments of a call, by name.
-
-        Raises:
-            ConfigError: for the first argument that is not taken, or everything that is missing.
-        """
+        """Refuse arguments that the pipeline does not take, and a call that lacks what it needs."""
         if not self.takes("prompt"):
             raise ConfigError(f"{self.name} takes no prompt, so generate can't run it; call it from Python")
         for argument, value in given.items():
@@ -81,11 +74,7 @@ class CallSignature:
 
 
 def pipeline_class(files: ModelFiles) -> type:
-    """Return the diffusers class that a model's ``model_index.json`` names.
-
-    Raises:
-        UnsupportedModel: if the installed diffusers has no such class.
-    """
+    """Return the diffusers class that a model's ``model_index.json`` names."""
     import diffusers
 
     name = files.index.get("_class_name")

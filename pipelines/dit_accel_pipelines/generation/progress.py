@@ -9,12 +9,7 @@ from dit_accel.cli.console import TALK, note, warn
 
 
 class Stages:
-    """One progress bar for each stage of a generation; a context manager that cleans up on any exit.
-
-    Args:
-        quiet: show neither bars nor notes, warnings alone.
-        silent: show no warnings either.
-    """
+    """One progress bar for each stage; ``quiet`` leaves warnings alone, ``silent`` not even these."""
 
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
         self._silent, self.quiet = silent, quiet or silent

@@ -264,9 +264,6 @@ def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
     """Read prompts from a text file, one per line; errors say how it was ``named``.
 
     Empty lines are left out, and those that begin with ``#``.
-
-    Raises:
-        ConfigError: if the file can't be read or has no prompt in it.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte-order mark
@@ -286,9 +283,6 @@ def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
 
     Args:
         named: the user chose the model, instead of naming none.
-
-    Raises:
-        ConfigError: with the words, and those that it knows.
     """
     try:
         words = assets().check_prompt(prompt, embedded)

@@ -109,22 +109,7 @@ class Comparing:
         self, prompt: str, folder: Path, *, model: str | None, preset: str, config: str, steps: int, seed: int,
         stages: Watched,
     ) -> SideBySide:  # fmt: skip
-        """Generate a prompt dense and with methods.
-
-        Args:
-            prompt: what to show.
-            folder: where the files go.
-            model: embedded name, folder or hub id; None: the embedded default.
-            preset: a level of methods, or ``none``.
-            config: TOML of methods, as ``generate --config`` reads it; may be empty.
-            steps: denoising steps.
-            seed: of the noise.
-            stages: progress.
-
-        Raises:
-            DitAccelError: for what can't be met, in one sentence.
-            Stopped: where the run was stopped.
-        """
+        """Generate a prompt dense and with methods."""
         if not prompt.strip():
             raise ConfigError("a prompt is needed, got none; say what to show, such as a red circle moving right")
         methods = tuple(from_toml(config, "the text of methods"))

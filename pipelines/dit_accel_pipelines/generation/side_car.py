@@ -47,15 +47,7 @@ class Generation:
 def side_car(
     request: Request, made: Generation, output: Path, *, loading: float, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the content of a side-car as plain values.
-
-    Args:
-        request: the resolved request, with what the pipeline chose where nothing was requested.
-        made: the generation.
-        output: the file beside which the side-car lies.
-        loading: seconds that loading the pipeline took.
-        command: the command line.
-    """
+    """Return the content of a side-car as plain values."""
     timings = made.timings
     frames, height, width = made.frames.shape[:3]
     return {

@@ -60,9 +60,6 @@ def make_scheduler(shipped: Any, solver: str, flow_shift: float | None = None) -
         solver: a name of `SOLVERS`.
         flow_shift: another shift; None: the model's own. Where that grows with the tokens, as FLUX's e^mu does with
             diffusers' mu, it is the same for any number of them.
-
-    Raises:
-        ConfigError: for an unknown solver, a model of neither flow nor betas, or a shift where the model has none.
     """
     check_solver(solver)
     flow = is_flow(shipped.config)
@@ -75,16 +72,7 @@ def make_scheduler(shipped: Any, solver: str, flow_shift: float | None = None) -
 
 
 def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:
-    """Return one of diffusers' schedulers, by class, on the noise schedule of the one that a model ships with.
-
-    Args:
-        shipped: the scheduler that the model ships with.
-        name: the class.
-        options: of that class, ahead of what is known of the schedule.
-
-    Raises:
-        ConfigError: for a class that does not know the schedule, or a shipped scheduler of neither flow nor betas.
-    """
+    """Return one of diffusers' schedulers, by class, on the noise schedule of the one that a model ships with."""
     import diffusers
 
     cls = getattr(diffusers, name)

@@ -35,13 +35,7 @@ class Timings:
 
 @contextlib.contextmanager
 def timed_steps(pipe: Any, stages: Stages, after_step: Callable[[], None] = lambda: None) -> Iterator[Timings]:
-    """Give the timings of what ``pipe`` makes inside the block, of all its steps; complete when the block ends.
-
-    Args:
-        pipe: the pipeline.
-        stages: shows the stages and steps.
-        after_step: is called when a step has ended.
-    """
+    """Give the timings of what ``pipe`` makes inside the block, of all its steps; complete when the block ends."""
     timings = Timings()
     started = time.perf_counter()
     clock: list[float] = []

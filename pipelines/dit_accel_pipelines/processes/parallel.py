@@ -53,9 +53,6 @@ def ulysses_mesh(degree: int) -> Any:
 
     Every process must call this. Its dimensions are ``groups``, ``ring`` (1) and ``ulysses``; that of ``groups`` joins
     the processes that have one place in their groups.
-
-    Raises:
-        ConfigError: if ``torch.distributed`` is not set up, or the degree does not divide its processes.
     """
     import torch
     import torch.distributed as dist
@@ -95,9 +92,6 @@ def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anythin
         config: its config.
         degree: how many processes.
         anything: diffusers' ``ulysses_anything``.
-
-    Raises:
-        ConfigError: if diffusers has no plan for it, or the degree does not divide its heads.
     """
     if cls.__name__ not in OURS and getattr(cls, "_cp_plan", None) is None:
         raise ConfigError(

@@ -27,9 +27,6 @@ class Process:
         local_rank: its number on this machine.
         local_count: how many run on this machine.
         together: how many neighbours make each output together.
-
-    Raises:
-        ConfigError: for numbers that contradict each other, or processes that make no whole groups.
     """
 
     rank: int = 0
@@ -57,11 +54,7 @@ class Process:
         return list(listed[self.rank // self.together :: self.count // self.together])
 
     def device(self, requested: str | None) -> str | None:
-        """Return the device of this process, given what the user named: of one kind, each takes the next.
-
-        Raises:
-            ConfigError: for one numbered device for several processes, or fewer devices than processes.
-        """
+        """Return the device of this process, given what the user named: of one kind, each takes the next."""
         import torch
 
         if self.local_count == 1 or (requested is None and not torch.accelerator.is_available()):
@@ -85,15 +78,7 @@ class Process:
 
 
 def started_process(environ: Mapping[str, str] = os.environ, *, together: int = 1) -> Process:
-    """Return which of a launcher's processes this is, by the variables that it sets; the only one without them.
-
-    Args:
-        environ: the variables.
-        together: how many neighbours make each output together.
-
-    Raises:
-        ConfigError: if they can't be read, or there are no such groups.
-    """
+    """Return which of a launcher's processes this is, by the variables that it sets; the only one without them."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return Process(together=together)
     variables: dict[str, Any] = {"LOCAL_RANK": environ["RANK"], "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"], **environ}

@@ -48,20 +48,12 @@ class Ranks:
             self._state.wait_for_everyone()
 
     def shared(self, work: Callable[[], Value]) -> Value:
-        """Return what the first process makes of some work, to all of them.
-
-        Raises:
-            DitAccelError: in all of them, where it does in the first.
-        """
+        """Return what the first process makes of some work, to all of them."""
         result = self._gathered(_tried(work) if self.first else (None, None))[0]
         return _require(result)
 
     def together(self, work: Callable[[], Value]) -> Value:
-        """Do some work in every process, and return what this one's made; it must not wait for the others inside.
-
-        Raises:
-            DitAccelError: in all processes, the first one's that failed.
-        """
+        """Do some work in every process, and return what this one's made; it must not wait for the others inside."""
         attempt = _tried(work)
         for _, error in self._gathered((None, attempt[1])):
             _require((None, error))
@@ -77,9 +69,6 @@ class Ranks:
             jobs: the jobs, the same in all processes.
             work: does one.
             done: takes a job and its result, in every process and in the same order.
-
-        Raises:
-            DitAccelError: in all processes, where it does in one.
         """
         for begin in range(0, len(jobs), self.count):
             part = jobs[begin : begin + self.count]
