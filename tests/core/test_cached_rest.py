@@ -28,7 +28,6 @@ from dit_accel.adapters.installed import family
 from dit_accel.estimate.prediction import estimate
 from dit_accel.methods import AttentionHandler, Model, Phase
 from dit_accel.methods.compose import make_handlers
-from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.rests import KeptRest, Rests, merged, on_host, stored
 
@@ -114,9 +113,8 @@ class Mixed(AttentionHandler):
         return plan.centre_keys(call.k.mean(2, keepdim=True)).mix(torch.tensor([0.25, 1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("backend", "masked"), [("reference", True), ("torch", False)])
 @pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("masked", [False, True])
 def test_calls_that_do_not_change_give_dense_attention_at_every_step(methods, backend, masked):
     """Whatever the tiles leave out is all there, whoever chose them: exact tiles and rest are disjoint and complete."""
     q, k, v = parts_of()
@@ -308,11 +306,6 @@ def test_plan_counts_the_turns_and_the_memory():
     assert plain.speedup > found[None].speedup > 1
     bounded = estimate(WAN, wan, methods=[SparseD(density=0.2, rest="cached", rest_memory=8.0)])
     assert bounded.carried_bytes["sparsed"] == 2 * bits + 8_000_000_000
-
-
-def test_files_keep_the_options():
-    given = SparseD(density=0.3, rest_dtype="int4", rest_memory=2.0, **SPARSE)
-    assert from_toml(to_toml([given])) == [given]
 
 
 def test_the_usual_turn_is_that_of_a_cached_rest():
