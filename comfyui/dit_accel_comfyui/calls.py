@@ -19,7 +19,7 @@ Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class AttentionArguments:
     """The arguments of an attention call, as `comfy.ldm.modules.attention` passes them to an override.
 
     Attributes:
@@ -69,34 +69,40 @@ class Given:
         return (out.transpose(1, 2) if self.skip_reshape else out).flatten(2)
 
 
-def given_call(given: Given, backend: str) -> Call | str:
+def call_from(arguments: AttentionArguments, backend: str) -> Call | str:
     """Return a call for dit-accel's methods, views of its tensors; or why they can't take it."""
-    unknown = sorted(name for name, value in given.kwargs.items() if name not in KNOWN and value)
+    unknown = sorted(name for name, value in arguments.kwargs.items() if name not in KNOWN and value)
     if unknown:
         return f"it asks for {', '.join(unknown)}, which is not known here"
-    if given.attn_precision is torch.float32 and given.q.dtype != torch.float32:
+    if arguments.attn_precision is torch.float32 and arguments.q.dtype != torch.float32:
         return "its logits are to be computed in float32"
-    if len({x.dtype for x in (given.q, given.k, given.v)}) > 1:
-        return f"q, k and v are of several types: {given.q.dtype}, {given.k.dtype}, {given.v.dtype}"
-    if given.skip_reshape:
-        q, k, v = given.q, given.k, given.v
+    if len({x.dtype for x in (arguments.q, arguments.k, arguments.v)}) > 1:
+        return f"q, k and v are of several types: {arguments.q.dtype}, {arguments.k.dtype}, {arguments.v.dtype}"
+    if arguments.skip_reshape:
+        q, k, v = arguments.q, arguments.k, arguments.v
     else:
-        size = given.q.shape[-1] // given.heads
-        if any(x.shape[-1] % size for x in (given.q, given.k, given.v)):
-            return f"q, k and v have heads of several sizes, {given.q.shape[-1]} channels in {given.heads}"
-        q, k, v = (x.unflatten(2, (-1, size)).transpose(1, 2) for x in (given.q, given.k, given.v))
+        size = arguments.q.shape[-1] // arguments.heads
+        if any(x.shape[-1] % size for x in (arguments.q, arguments.k, arguments.v)):
+            return f"q, k and v have heads of several sizes, {arguments.q.shape[-1]} channels in {arguments.heads}"
+        q, k, v = (x.unflatten(2, (-1, size)).transpose(1, 2) for x in (arguments.q, arguments.k, arguments.v))
     if k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         return f"q, k and v have shapes that are not understood: {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
-    mask = given.mask
+    mask = arguments.mask
     if mask is not None:
         mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
     call = Call(
-        q=q, k=k, v=v, mask=mask, scale=given.kwargs.get("scale"), backend=backend, tokens_first=not given.skip_reshape
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        scale=arguments.kwargs.get("scale"),
+        backend=backend,
+        tokens_first=not arguments.skip_reshape,
     )
-    return call if call.hides_keys else f"its mask {[*given.mask.shape]} hides more than keys"  # type: ignore[union-attr]
+    return call if mask is None or call.hides_keys else f"its mask {[*mask.shape]} hides more than keys"
 
 
-Attend = Callable[[Given, Dense], Tensor | None]
+Attend = Callable[[AttentionArguments, Dense], Tensor | None]
 
 
 class Override:
@@ -124,7 +130,7 @@ class Override:
         ``func`` is the attention that ComfyUI chose at its start, such as PyTorch's or SageAttention's.
         """
         self.calls += 1
-        given = Given(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, kwargs)
+        arguments = AttentionArguments(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, kwargs)
 
         def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, output_reshape: bool, **others: Any) -> Tensor:
             function = func if self._previous is None else partial(self._previous, func)
@@ -139,5 +145,5 @@ class Override:
             out = own(q, k, v, mask, not skip_reshape, **scaled)
             return out if skip_reshape else out.unflatten(2, (heads, -1))
 
-        out = self._attend(given, dense)
+        out = self._attend(arguments, dense)
         return own(q, k, v, mask, not skip_output_reshape) if out is None else out

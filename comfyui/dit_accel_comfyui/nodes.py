@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io, ui  # type: ignore[import-not-f
 
 from dit_accel import SolAttention
 
-from .door import door_of, with_method
+from .patch import patch_of, with_method
 
 CATEGORY = "dit-accel"
 SPARSE = ("sol", "sparsed", "radial", "lite")
@@ -137,7 +137,7 @@ class Report(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latent: Any) -> Any:
         """Return the latent as it is, and the report."""
-        report = door_of(model).last.report
+        report = patch_of(model).last.report
         nothing = "dit-accel: no run of this model is known; connect the model that the sampler took"
         text = nothing if report is None else str(report)
         return io.NodeOutput(latent, text, ui=ui.PreviewText(text))

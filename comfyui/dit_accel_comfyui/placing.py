@@ -41,18 +41,18 @@ def latents_of(inputs: Mapping[str, Any]) -> Tensor | None:
     return latents if isinstance(latents, Tensor) else None
 
 
-def told_layout(options: Mapping[str, Any], tokens: int) -> TokenLayout | None:
+def layout_from_options(options: Mapping[str, Any], tokens: int) -> TokenLayout | None:
     """Return the layout of an attention call over so many tokens where the model tells it, as MiniMax-H3 does.
 
     Its sequence is packed: text, conditions and sound, then the video, which its ``minimax_h3_layout`` says the place
     and the size of. None where there is none, or it is of another sequence.
     """
-    told = options.get("minimax_h3_layout")
-    if told is None or told.seq_len != tokens:
+    packed = options.get("minimax_h3_layout")
+    if packed is None or packed.seq_len != tokens:
         return None
-    _, frames, height, width, *_ = told.signature
+    _, frames, height, width, *_ = packed.signature
     grid = int(frames), int(height) // 2, int(width) // 2
-    for start, stop, kind in reversed(told.segments):
+    for start, stop, kind in reversed(packed.segments):
         if kind == "video" and stop - start == grid[0] * grid[1] * grid[2]:
             return TokenLayout(
                 frames=grid[0], height=grid[1], width=grid[2], text_before=int(start), text_after=tokens - int(stop)
@@ -61,7 +61,7 @@ def told_layout(options: Mapping[str, Any], tokens: int) -> TokenLayout | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placing:
+class TokenPlacement:
     """The patch grid of one forward, and where its text stands.
 
     Attributes:
@@ -98,7 +98,7 @@ class Placing:
         )
 
 
-def placing_of(model: Any, inputs: Mapping[str, Any]) -> Placing | str:
+def placement_of(model: Any, inputs: Mapping[str, Any]) -> TokenPlacement | str:
     """Return where a forward's tokens stand, or in words why that can't be told.
 
     Args:
@@ -124,7 +124,7 @@ def placing_of(model: Any, inputs: Mapping[str, Any]) -> Placing | str:
     if text != "none" and "context" not in given:
         return "the forward was given no context, so that its text tokens can't be counted"
     lengths = (given["context"] + given.get("txt_byt5", 0),) if text != "none" else (0,)
-    return Placing(
+    return TokenPlacement(
         frames=sizes[0], height=sizes[1], width=sizes[2], text=text, lengths=lengths,
         pictures=text == "before" and bool(inputs.get("ref_latents")),
         beside=(*given.values(), sum(given.values())),

@@ -90,14 +90,14 @@ class RunReport:
 
 def report_of(run: Run) -> RunReport:
     """Return the report of a run that has ended."""
-    execution = run.execution
+    engine = run.engine
     names = ", ".join(config.name for config in run.configs) or "no method"
     title = f"dit-accel: {names} on {run.model_name or 'a model'}"
-    if execution is None:
+    if engine is None:
         return RunReport(
             title=title, problems=tuple(run.problems), forwards=(), notes=(), speedup=None, dense_seconds=None
         )
-    recorder = execution.recorder
+    recorder = engine.recorder
     timing: Timing = recorder.clock.timing()
     title += f", backend {recorder.spell_backend(run.backend)}"
     forwards = []
@@ -116,7 +116,7 @@ def report_of(run: Run) -> RunReport:
             )
         )  # fmt: skip
     notes = [*recorder.notes]
-    for handler in execution.handlers:
+    for handler in engine.handlers:
         if (section := handler.report()) is not None:
             notes += [section.title, *(f"  {line}" for line in section.lines)]
     rest = Timing(timing.forwards[1:])

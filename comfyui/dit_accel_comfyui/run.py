@@ -1,7 +1,7 @@
-"""One sampling run with methods attached: their handlers, driven by ComfyUI's forwards and attention calls.
+"""One sampling run with methods attached: a host of dit-accel's engine, driven by ComfyUI's forwards and calls.
 
-The plan of every call, its kernel, what methods keep from step to step and the counts are dit-accel's own `Execution`;
-here is only what ComfyUI says differently: where tokens stand, which step it is and whose prompt a batch holds.
+The plan of every call, its kernel, what methods keep from step to step and the counts are the engine's; here is only
+what ComfyUI says differently: where tokens stand, which step it is and whose prompt a batch holds.
 """
 
 import logging
@@ -17,8 +17,7 @@ from dit_accel_kernels import BackendUnavailableError
 from torch import Tensor
 
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.attachment.execution import Execution
-from dit_accel.attachment.layers import AttentionLayer, Branch, TransformerState
+from dit_accel.attachment.engine import Engine
 from dit_accel.errors import ConfigError, DitAccelError
 from dit_accel.methods.base import Handler, Model
 from dit_accel.methods.caches.engine import StepCacheHandler
@@ -26,10 +25,10 @@ from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.site import AroundForward, ForwardContext
 from dit_accel.plan.context import StepContext
-from dit_accel.report.clock import Kind
+from dit_accel.plan.layout import TokenLayout
 
-from .calls import Given, Override, given_call
-from .placing import Placing, Steps, latents_of, placing_of, told_layout
+from .calls import AttentionArguments, Override, call_from
+from .placing import Steps, TokenPlacement, latents_of, layout_from_options, placement_of
 
 LOG = logging.getLogger("dit_accel_comfyui")
 SLOT = "optimized_attention_override"
@@ -59,21 +58,19 @@ class Run:
         self.declined: dict[tuple[int, str], Counter[str]] = {}
         self.skipped_elsewhere: set[tuple[int, str]] = set()
         self.model_name = ""
-        self.execution: Execution | None = None
-        self._state: TransformerState | None = None
+        self.engine: Engine | None = None
         self._caches: list[AroundForward] = []
         self._steps = Steps()
         self._thread = threading.get_ident()
         self._names: dict[tuple[Any, ...], str] = {}
         self._repeats: tuple[float, Counter[Any]] = (-1.0, Counter())
-        self._layers: dict[tuple[Any, ...], AttentionLayer] = {}
-        self._counts: dict[str, int] = {}
-        self._placing: Placing | str = ""
+        self._layers: dict[tuple[Any, ...], Any] = {}
+        self._counts: dict[str, int] = {}  # branch -> attention calls of a forward
+        self._placement: TokenPlacement | str = ""
         self._stopped = False
         self._step: StepContext | None = None
-        self._calls: Counter[Any] = Counter()
-        self._placed = 0
-        self._came = True
+        self._layout: TokenLayout | None = None  # of the running forward, once a call tells it
+        self._calls: Counter[Any] = Counter()  # of the running forward, by the model's block
 
     def problem(self, text: str) -> None:
         """Keep a line on what kept methods from acting, once, and log it."""
@@ -93,94 +90,82 @@ class Run:
         if threading.get_ident() != self._thread:
             self.problem("a forward ran in another thread than the sampler, without the methods")
             return run()
-        if self.execution is None:
-            self._set_up(model)
+        engine = self.engine = self.engine or self._set_up(model)
         try:
-            self._begin(model, inputs, options)
+            step = self._step = self._begin(model, inputs, options)
         except ConfigError as error:
             self.problem(str(error))
             return run()
-        execution, step, state = self.execution, self._step, self._state
-        assert execution is not None and step is not None and state is not None  # noqa: PT018
-        recorder, latents = execution.recorder, latents_of(inputs)
-        device = torch.device("cpu") if latents is None else latents.device
-        begin = recorder.clock.begin(device)
-        ran, reduced = recorder.forwards_run, recorder.reduced
 
         def innermost() -> Any:
-            recorder.forwards_run += 1
-            recorder.forward(NAME, step.branch, step.step_index, 0)
-            with self._in_front(options):
-                return run()
-
-        try:
-            return self._cached(inputs, innermost)
-        finally:
-            state.branches.pop()
-            kind: Kind = "reduced" if recorder.reduced > reduced else "dense"
-            if recorder.forwards_run == ran or not self._came:
-                kind = "skipped"
-            if not self._came:
+            came = True
+            engine.begin_forward(step, None, step.batch)
+            try:
+                with self._in_front(engine, step, options) as came_in:
+                    out = run()
+                came = came_in()
+            finally:
+                engine.end_forward(ran=came)
+            if not came:
                 self.skipped_elsewhere.add((step.step_index, step.branch))
-            recorder.clock.end((NAME, step.step_index, step.branch), kind, begin, device, self._placed)
+            return out
 
-    def attend(self, given: Given, dense: Callable[..., Tensor]) -> Tensor | None:
+        latents = latents_of(inputs)
+        device = torch.device("cpu") if latents is None else latents.device
+        with engine.recorder.timed(step, device, self._calls.total):
+            return self._cached(step, inputs, innermost)
+
+    def attend(self, arguments: AttentionArguments, dense: Callable[..., Tensor]) -> Tensor | None:
         """Return the output of an attention call as the model wants it, or None: it is for the model's own attention.
 
         Args:
-            given: the call's arguments.
+            arguments: the call's.
             dense: (q, k, v, mask, scale) as they lie -> output, likewise: the model's own attention.
         """
-        execution, step = self.execution, self._step
-        if execution is None or step is None or self._stopped or not given.is_self_attention:
+        engine, step = self.engine, self._step
+        if engine is None or step is None or self._stopped or not arguments.is_self_attention:
             return None
         if threading.get_ident() != self._thread:
-            return self._declines("it ran in another thread than the sampler")
-        layout = told_layout(given.kwargs.get("transformer_options") or {}, given.tokens)
+            return self._declines(step, "it ran in another thread than the sampler")
+        tokens = arguments.tokens
+        layout = layout_from_options(arguments.kwargs.get("transformer_options") or {}, tokens)
         if layout is None:
-            layout = self._placing if isinstance(self._placing, str) else self._placing.layout(given.tokens)
+            layout = self._placement if isinstance(self._placement, str) else self._placement.layout(tokens)
         if isinstance(layout, str):
-            return self._declines(layout)
-        call = given_call(given, self.backend)
+            return self._declines(step, layout)
+        call = call_from(arguments, self.backend)
         if isinstance(call, str):
-            return self._declines(call)
-        sizes = (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after)
-        forward, layer = execution.forward, self._layer(given)
-        if forward.noted not in (None, sizes):
-            return self._declines(f"other calls of the forward have another number of tokens than {given.tokens}")
+            return self._declines(step, call)
+        layer = self._layer(engine, arguments)
+        if self._layout not in (None, layout):
+            return self._declines(step, f"other calls of the forward have another number of tokens than {tokens}")
+        self._layout = layout
         try:
-            if forward.noted is None:
-                self._lay(sizes, layout, len(call.q))
-            handlers = forward.acting.get(layer)
-            if handlers is None:
-                assert forward.step is not None
-                handlers = forward.acting[layer] = execution.acting(forward.step, layer.depth)
-            if not handlers:
-                return self._declines(BY_OPTIONS)
+            if not engine.acts(layer, layout.grid, len(call.q)):
+                return self._declines(step, BY_OPTIONS)
             layer.dense = dense
-            out, _ = execution.attend(layer.index, call, sizes)
+            out, _ = engine.attend(layer, call, layout.grid)
         except FAILURES as error:
             self._stopped = True
             self.problem(f"attention stayed dense from step {step.step_index} on: {_one_line(error)}")
-            return self._declines("a method could not act on it")
+            return self._declines(step, "a method could not act on it")
         finally:
             layer.dense = None
-        return given.returned(out)
+        return arguments.returned(out)
 
     def end(self) -> None:
         """Free what methods keep from step to step; counts and times stay."""
-        if self.execution is None:
+        if self.engine is None:
             if not self.problems:
                 self.problem("the model's code runs no wrapper around its forward, so that no method acted")
             return
-        self.execution.recorder.settle()
-        self.execution.reset()
+        self.engine.end_run()
         self._caches.clear()
-        self._state = self._step = None
+        self._step = None
         self._layers.clear()
 
-    def _set_up(self, model: Any) -> None:
-        """Make the methods' handlers for a model."""
+    def _set_up(self, model: Any) -> Engine:
+        """Return an engine for a model, with the methods' handlers."""
         self.model_name = type(model).__name__
         adapter = Adapter(name=self.model_name, transformers=(), self_attention=(), blocks=(), latents="x")
         handlers = self._handlers(Model(adapter=adapter, family=None, heads=_heads(model), layers=_layers(model)))
@@ -188,8 +173,9 @@ class Run:
         for handler in handlers:
             if isinstance(handler, StepCacheHandler):
                 handler.install(site)
-        self.execution = Execution(handlers, self.backend)
-        self._state = TransformerState(NAME, model, adapter)
+        engine = Engine(handlers, self.backend)
+        engine.add_transformer(NAME, model, adapter)
+        return engine
 
     def _handlers(self, model: Model) -> list[Handler]:
         """Return the methods' handlers on a model; one that can't act there, or beside those before it, is left out."""
@@ -203,24 +189,20 @@ class Run:
                 kept.append(config)
         return make_handlers(kept, model)
 
-    def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        """Note where the denoising stands at a forward that begins."""
-        execution, state, latents = self.execution, self._state, latents_of(inputs)
-        assert execution is not None and state is not None  # noqa: PT018
+    def _begin(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> StepContext:
+        """Return where the denoising stands at a forward that begins."""
+        latents = latents_of(inputs)
         if not self._steps.sigmas and (sigmas := options.get("sample_sigmas")) is not None:
             self._steps = Steps(tuple(float(sigma) for sigma in sigmas.tolist()))
         sigma = options.get("sigmas")
         level = None if sigma is None else float(sigma.flatten()[0])
         index = self._steps.index(-1.0 if level is None else level)
-        rows = None if latents is None else len(latents)
-        branch = self._branch(options, level)
-        state.branches.append(Branch(branch))
-        self._placing = placing_of(model, inputs)
-        self._calls, self._placed, self._came = Counter(), 0, True
-        execution.forward.begin(rows)
-        self._step = StepContext(
-            transformer=NAME, branch=branch, step_index=index, num_inference_steps=self._steps.count, sigma=level,
-            layout=None, batch=rows, tells_step=True,
+        self._placement, self._layout = placement_of(model, inputs), None
+        self._calls.clear()
+        return StepContext(
+            transformer=NAME, branch=self._branch(options, level), step_index=index,
+            num_inference_steps=self._steps.count, sigma=level, layout=None,
+            batch=None if latents is None else len(latents), tells_step=True,
         )  # fmt: skip
 
     def _branch(self, options: Mapping[str, Any], level: float | None) -> str:
@@ -243,100 +225,74 @@ class Run:
             self._names[key] = f"{base} {same + 1}" if same else base
         return self._names[key]
 
-    def _lay(self, sizes: tuple[int, int, int, int, int], layout: Any, rows: int) -> None:
-        """Let the methods see the layout of the running forward, at its first attention call."""
-        execution, step, state = self.execution, self._step, self._state
-        assert execution is not None and step is not None and state is not None  # noqa: PT018
-        forward = execution.forward
-        forward.lay(sizes)
-        execution.note_layout(state, layout, rows)
-        forward.noted = sizes
-        forward.step = StepContext(
-            transformer=NAME, branch=step.branch, step_index=step.step_index,
-            num_inference_steps=step.num_inference_steps, sigma=step.sigma, layout=layout, batch=rows, tells_step=True,
-        )  # fmt: skip
-
-    def _layer(self, given: Given) -> AttentionLayer:
+    def _layer(self, engine: Engine, arguments: AttentionArguments) -> Any:
         """Return the layer of a self-attention call: by its block where the model tells it, else by its turn."""
-        execution, state = self.execution, self._state
-        assert execution is not None and state is not None  # noqa: PT018
-        block = given.block
+        block = arguments.block
         key = (*block, self._calls[block])
         self._calls[block] += 1
-        self._placed += 1
         if key not in self._layers:
-            number = len(execution.layers)
-            module: Any = SimpleNamespace(heads=given.heads)
-            self._layers[key] = AttentionLayer(state, module, number, number)
-            execution.layers.append(self._layers[key])
+            self._layers[key] = engine.add_layer(NAME, arguments.heads)
         return self._layers[key]
 
-    def _declines(self, why: str) -> None:
+    def _declines(self, step: StepContext, why: str) -> None:
         """Count an attention call that stays dense."""
-        assert self._step is not None
-        self.declined.setdefault((self._step.step_index, self._step.branch), Counter())[why] += 1
+        self.declined.setdefault((step.step_index, step.branch), Counter())[why] += 1
 
-    def _cached(self, inputs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+    def _cached(self, step: StepContext, inputs: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """Return a forward's output, by a cache where one is attached."""
-        step = self._step
-        assert step is not None
         if not self._caches:
             return run()
         latents = _last_first(inputs["x"])
         if latents_of({"x": latents}) is None:
             self.problem("no step is skipped: the latents are neither a tensor nor a list of tensors")
             return run()
-        context = ForwardContext(
-            transformer=NAME, branch=step.branch, step_index=step.step_index,
-            num_inference_steps=step.num_inference_steps, sigma=step.sigma, layout=None, batch=step.batch,
-            tells_step=True, inputs={"x": latents},
-        )  # fmt: skip
-        given: list[Any] = []
+        context = ForwardContext(**step.values, inputs={"x": latents})
+        computed: list[Any] = []
 
         def once() -> Any:
-            given.append(run())
-            return _last_first(given[0])
+            computed.append(run())
+            return _last_first(computed[0])
 
         try:
             return _last_first(self._caches[0](context, once))
         except ConfigError as error:
             self.problem(f"no step was skipped from step {step.step_index} on: {_one_line(error)}")
             self._caches.clear()
-            return given[0] if given else run()
+            return computed[0] if computed else run()
 
     @contextmanager
-    def _in_front(self, options: dict[str, Any]) -> Iterator[None]:
-        """Let attention calls inside the block come here first; what held the slot gets those that are declined."""
-        execution, step = self.execution, self._step
-        assert execution is not None and step is not None  # noqa: PT018
-        if not execution.attention or self._stopped:
-            yield
+    def _in_front(self, engine: Engine, step: StepContext, options: dict[str, Any]) -> Iterator[Callable[[], bool]]:
+        """Let attention calls inside the block come here first; what held the slot gets those that are declined.
+
+        Give what tells, after the block, whether the model ran, or another node's wrapper skipped it.
+        """
+        if not engine.attention or self._stopped:
+            yield lambda: True
             return
         previous = options.get(SLOT)
-        override = Override(self.attend, previous)
+        override, came = Override(self.attend, previous), True
         options[SLOT] = override
         try:
-            yield
+            yield lambda: came
         finally:
             holder = options.get(SLOT)
             if not override.calls and holder is override:
-                self._came = False
+                came = False
             elif not override.calls:
                 self.problem(f"{_name_of(holder)} took the attention slot inside the forward and passed no call on")
             if previous is None:
                 options.pop(SLOT, None)
             else:
                 options[SLOT] = previous
-            self._forget_shifted(step.branch)
+            self._forget_shifted(engine, step.branch)
 
-    def _forget_shifted(self, branch: str) -> None:
+    def _forget_shifted(self, engine: Engine, branch: str) -> None:
         """Forget what methods keep if a branch had another number of layers than before: blocks were left out."""
-        execution = self.execution
-        assert execution is not None
-        if self._placed and self._counts.setdefault(branch, self._placed) != self._placed:
-            self._counts[branch] = self._placed
-            execution.reset()
-            execution.recorder.note(f"{branch}: the number of attention layers changed, so methods began anew")
+        count = self._calls.total()
+        if count and self._counts.setdefault(branch, count) != count:
+            self._counts[branch] = count
+            engine.reset()
+            engine.recorder.note(f"{branch}: the number of attention layers changed, so methods began anew")
 
 
 def _heads(model: Any) -> int:

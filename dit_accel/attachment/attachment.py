@@ -23,43 +23,38 @@ from ..methods.find import (
 )
 from ..methods.presets import Level, PresetMethods, preset_methods
 from ..report.report import PredictedSpeedup, Report, call_reports, step_reports
-from .backends import Backend, Dense, check_backend
+from . import backends
+from .backends import Backend, Dense, ReplacedTransformer
 from .check import Check, check
-from .diagnosis import (
-    ReplacedTransformer,
-    replaced_processors,
-    replaced_transformers,
-    unplanned_reason,
-    warn_if_unplanned,
-)
-from .execution import Execution
-from .forward import Forward, count_dense
-from .layers import AttentionLayer, TransformerState
-from .observed import Observer
+from .engine import Engine
+from .forward import ForwardWrapper
+from .layers import AttentionLayer, Observer, TransformerState
 from .parallel import context_parallel, require_parallel
+from .pipeline_call import called, watch_call
 from .processor import dense_attention_of, retire_processor, unwrap_processor, wrap_processor
-from .running import current_run
 from .seam import owner_of, shadow, wrap_call
 from .site import TransformerSite
-from .two_stages import called
-from .whole_call import watch_call
+from .state import DenoisingState
+from .steps import current_run
 
 
 class Attachment:
     """Methods attached to the transformers of one pipeline; made by `attach`, undone by `detach` or as a context."""
 
-    def __init__(self, execution: Execution, model: dict[str, str], put_on: Callable[["Attachment"], None]) -> None:
+    def __init__(
+        self, denoising: DenoisingState, model: dict[str, str], put_on: Callable[["Attachment"], None]
+    ) -> None:
         self._model = model
         self._put_on = put_on
         self._undo: list[Callable[[], None]] = []
         self._preset: PresetMethods | None = None
-        self._begin(execution)
+        self._begin(denoising)
 
-    def _begin(self, execution: Execution) -> None:
-        """Let an execution run from now on that nothing has run in."""
-        self._execution, self._attached = execution, True
+    def _begin(self, denoising: DenoisingState) -> None:
+        """Let an engine run from now on that nothing has run in."""
+        self.denoising, self.engine, self._attached = denoising, denoising.engine, True
         self._warned = self._warned_of_replaced = False
-        execution.on_run.append(self._end_run)
+        denoising.on_run.append(self._end_run)
 
     def __enter__(self) -> "Attachment":
         self._require_attached()
@@ -75,7 +70,7 @@ class Attachment:
         )
 
     def __repr__(self) -> str:
-        methods = ", ".join(handler.name for handler in self._execution.handlers) or "no method"
+        methods = ", ".join(handler.name for handler in self.engine.handlers) or "no method"
         where = ", ".join(f"{name} ({what})" for name, what in self._model.items())
         return f"<Attachment: {methods} on {where}{'' if self._attached else '; detached'}>"
 
@@ -94,7 +89,7 @@ class Attachment:
         self._warn_if_replaced()
         while self._undo:
             self._undo.pop()()
-        self._execution.reset()
+        self.engine.reset()
         self._attached = False
 
     @contextlib.contextmanager
@@ -105,13 +100,13 @@ class Attachment:
             AttachError: if they are detached already.
         """
         self._require_attached()
-        observers = self._execution.observers
+        observers = self.engine.observers
         self.detach()
         try:
             yield
         finally:
             self._put_on(self)
-            self._execution.observers.extend(observers)
+            self.engine.observers.extend(observers)
 
     def call(self, prompt: Any = None, **call: Any) -> Any:
         """Call the pipeline, after a small picture where `UltraImage` wants one first, and return what it returns.
@@ -122,7 +117,7 @@ class Attachment:
         """
         self._require_attached()
         given = call if prompt is None else {"prompt": prompt, **call}
-        return called(self._execution.state.pipe, self._execution.handlers, given)
+        return called(self.denoising.pipe, self.engine.handlers, given)
 
     def check(self, prompt: Any = None, seed: int = 0, **call: Any) -> Check:
         """Generate with one seed dense and with the methods, twice each if that is short, and compare the results.
@@ -137,7 +132,7 @@ class Attachment:
             ConfigError: if the pipeline's result holds no frames or picture.
         """
         given = call if prompt is None else {"prompt": prompt, **call}
-        return check(self._execution.state.pipe, self.suspended, self.call, seed, given)
+        return check(self.denoising.pipe, self.suspended, self.call, seed, given)
 
     def reset(self) -> None:
         """Free what the methods carry from step to step, as the next generation does by itself; keep the report.
@@ -145,8 +140,8 @@ class Attachment:
         In a loop written by hand the next forward begins another generation. Its first timestep tells that too, unless
         the loop before was broken off in its first step.
         """
-        self._execution.reset()
-        self._execution.state.broke_off()
+        self.engine.reset()
+        self.denoising.broke_off()
 
     @contextlib.contextmanager
     def observe(self, callback: Observer) -> Iterator[None]:
@@ -154,7 +149,7 @@ class Attachment:
 
         What the callback raises ends the forward.
         """
-        observers = self._execution.observers
+        observers = self.engine.observers
         observers.append(callback)
         try:
             yield
@@ -163,16 +158,15 @@ class Attachment:
 
     def report(self) -> Report:
         """Return what ran in the last generation."""
-        execution, recorder = self._execution, self._execution.recorder
+        engine, denoising, recorder = self.engine, self.denoising, self.engine.recorder
         recorder.settle()
-        held = {handler.name: handler.state_bytes() for handler in execution.handlers}
-        reasons = (replaced_transformers, unplanned_reason, replaced_processors) if self._attached else ()
-        problem = next((why for reason in reasons if (why := reason(execution))), "")
-        preset = self._preset.words(execution.state.num_inference_steps) if self._preset else ""
+        held = {handler.name: handler.state_bytes() for handler in engine.handlers}
+        problem = backends.problem_of(denoising) if self._attached else ""
+        preset = self._preset.words(denoising.num_inference_steps) if self._preset else ""
         notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
         return Report(
-            methods={handler.name: handler.settings.to_dict() for handler in execution.handlers},
-            backend=recorder.spell_backend(execution.backend),
+            methods={handler.name: handler.settings.to_dict() for handler in engine.handlers},
+            backend=recorder.spell_backend(engine.backend),
             model=self._model,
             steps=step_reports(recorder),
             notes=tuple(notes),
@@ -181,17 +175,17 @@ class Attachment:
             state_bytes={name: size for name, size in held.items() if size},
             timing=recorder.clock.timing(),
             predicted=self._predicted(),
-            sections=tuple(section for handler in execution.handlers if (section := handler.report()) is not None),
+            sections=tuple(section for handler in engine.handlers if (section := handler.report()) is not None),
         )
 
     def _predicted(self) -> PredictedSpeedup | None:
         """Return what was predicted for the last generation; None before its size and steps are known."""
-        execution = self._execution
-        steps = execution.state.num_inference_steps
-        for layer in execution.layers if steps else ():
-            for layout, _ in layer.state.layouts.values():
-                return predict_attached(execution.handlers, layout, steps, self._preset, layer.state.transformer)
-        return None
+        engine, steps = self.engine, self.denoising.num_inference_steps
+        state = next((one for one in engine.transformers.values() if one.layouts), None)
+        if state is None or not steps:
+            return None
+        layout, _ = next(iter(state.layouts.values()))
+        return predict_attached(engine.handlers, layout, steps, self._preset, state.transformer)
 
     def _require_attached(self) -> None:
         if not self._attached:
@@ -201,11 +195,11 @@ class Attachment:
         """Say once if the run that ends planned nothing, or another transformer of the pipeline was replaced."""
         self._warn_if_replaced()
         if not self._warned:
-            self._warned = warn_if_unplanned(self._execution)
+            self._warned = backends.warn_if_unplanned(self.denoising)
 
     def _warn_if_replaced(self) -> None:
         """Say once that a transformer was replaced since attach."""
-        if not self._warned_of_replaced and (why := replaced_transformers(self._execution)):
+        if not self._warned_of_replaced and (why := backends.replaced_transformers(self.denoising)):
             self._warned_of_replaced = True
             warnings.warn(why, ReplacedTransformer, stacklevel=3)
 
@@ -250,13 +244,13 @@ def attach(
     def put_on(configs: Sequence[MethodConfig]) -> Attachment:
         return _attach(model, tuple(configs), backend, layers, dense or "auto")
 
-    preset = preset_methods(level, model_of(model), methods)
+    chosen = preset_methods(level, model_of(model), methods)
     try:
-        attachment = put_on((*methods, *preset.configs))
+        attachment = put_on((*methods, *chosen.configs))
     except ConfigError:  # such as positions of a transformer that is compiled whole: find the method that is refused
-        preset = preset_methods(level, preset.model, methods, try_out=lambda configs: put_on(configs).detach())
-        attachment = put_on((*methods, *preset.configs))
-    attachment._preset = preset
+        chosen = preset_methods(level, chosen.model, methods, try_out=lambda configs: put_on(configs).detach())
+        attachment = put_on((*methods, *chosen.configs))
+    attachment._preset = chosen
     return attachment
 
 
@@ -272,15 +266,16 @@ def _attach(
                 "(dit_accel.attachment_of gives it)"
             )
     handlers = make_handlers(methods, model_of(model))
-    check_backend(backend, dense, handlers)
+    backends.check_backend(backend, dense, handlers)
     pipe = model if parts.get("transformer") is not model else None
-    made = Execution(handlers, backend, pipe, dense)
 
     def put_on(attachment: Attachment) -> None:
-        attachment._begin(Execution(make_handlers(methods, model_of(model)), backend, pipe, dense))
+        again = Engine(make_handlers(methods, model_of(model)), backend, dense)
+        attachment._begin(DenoisingState(pipe, again))
         _install(attachment, transformers, parts, layers)
 
-    attachment = Attachment(made, _described(transformers), put_on)
+    denoising = DenoisingState(pipe, Engine(handlers, backend, dense))
+    attachment = Attachment(denoising, _described(transformers), put_on)
     _install(attachment, transformers, parts, layers)
     return attachment
 
@@ -292,12 +287,13 @@ def _install(
     try:
         classes: dict[type, type] = {}
         for name, transformer in transformers.items():
-            state = TransformerState(name, transformer, adapter_for(type(transformer).__name__), parts[name])
+            adapter = adapter_for(type(transformer).__name__)
+            state = attachment.engine.add_transformer(name, transformer, adapter, parts[name])
             _install_processors(attachment, state, layers, classes)
             if (parallel := context_parallel(transformer)) is not None:
-                require_parallel(attachment._execution, state, parallel)
+                require_parallel(attachment.engine, state, parallel)
             _install_calls(attachment, state)
-        attachment._undo += watch_call(attachment._execution, next(iter(transformers.values())))
+        attachment._undo += watch_call(attachment.denoising, next(iter(transformers.values())))
     except BaseException:
         attachment.detach()
         raise
@@ -325,14 +321,14 @@ def _install_processors(
     attachment: Attachment, state: TransformerState, layers: LayerFilter | None, classes: dict[type, type]
 ) -> None:
     """Put our processors on the attention modules that methods may change."""
-    execution = attachment._execution
+    engine = attachment.engine
     modules = chosen_layers(attention_modules(state.transformer, state.adapter), layers)
     for index, (_, module, depth) in modules.items():
         original: Any = module.processor
         layer = AttentionLayer(state, module, index, depth)
-        layer.processor = wrap_processor(original, len(execution.layers), classes, execution)
+        layer.processor = wrap_processor(original, len(engine.layers), classes, engine)
         layer.dense, _ = dense_attention_of(layer.processor)
-        execution.layers.append(layer)
+        engine.layers.append(layer)
         state.layers.append(layer)
         layer.module.processor = layer.processor
 
@@ -346,15 +342,16 @@ def _install_processors(
 
 def _install_calls(attachment: Attachment, state: TransformerState) -> None:
     """Follow a transformer's forwards and the pipeline's denoising calls, and let the methods install themselves."""
-    execution, undo, transformer = attachment._execution, attachment._undo, state.transformer
+    denoising, undo, transformer = attachment.denoising, attachment._undo, state.transformer
+    engine = attachment.engine
     original = getattr(transformer, "cache_context", None)
-    site = TransformerSite(execution, state, undo, original, compiled_whole=state.part is not transformer)
-    for handler in execution.handlers:
+    site = TransformerSite(denoising, state, undo, original, compiled_whole=state.part is not transformer)
+    for handler in engine.handlers:
         handler.install(site)
     site.install_blocks()
-    forward = Forward(execution, state, site.forwards, on_modules=site.on_modules)
+    forward = ForwardWrapper(denoising, state, site.forwards, on_modules=site.on_modules)
     undo.append(wrap_call(state.part, forward, attachment))
-    followed = _followed_context(execution, state, forward, original)
+    followed = _followed_context(denoising, state, forward, original)
     undo.append(shadow(transformer, "cache_context", followed))  # diffusers' own or not, a loop may say where it stands
     if hasattr(transformer, "_reset_stateful_cache"):
         reset = transformer._reset_stateful_cache
@@ -362,35 +359,34 @@ def _install_calls(attachment: Attachment, state: TransformerState) -> None:
         def end_of_run(*args: Any, **kwargs: Any) -> None:
             """Free the methods' state where pipelines tell that a run is over: they reset diffusers' caches then."""
             attachment._end_run()
-            execution.reset()
+            engine.reset()
             reset(*args, **kwargs)
 
         undo.append(shadow(transformer, "_reset_stateful_cache", end_of_run))
 
 
 def _followed_context(
-    execution: Execution, state: TransformerState, forward: Forward, original: Callable[..., Any] | None
+    denoising: DenoisingState, state: TransformerState, forward: ForwardWrapper, original: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     """Return a ``cache_context`` that notes the pipeline's denoising calls, around diffusers' own if there is one."""
+    engine = denoising.engine
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
         run = current_run(state.transformer)
-        execution.threads.require(state, run)
+        denoising.threads.require(state, run)
         forward.note_weights()
-        execution.state.enter(state, name, kwargs, run)
-        state.begun = forward.traceable and state.branches[-1].tells_step and not state.nested
-        if state.begun:  # the forward may lie inside a graph, where nothing can be switched
-            execution.forward.begin(None)
-            execution.switch(state)
+        denoising.enter(state, name, kwargs, run)
+        if forward.traceable and state.branches[-1].tells_step and not state.nested:
+            engine.expect_forward(denoising.context(state), state.begin_unseen)
         try:
             with contextlib.nullcontext() if original is None else original(name, **kwargs):
                 yield
-            state.unseen = state.begun
-            if state.begun:
-                count_dense(execution, state)
+            state.begin_unseen = engine.forward.expected
+            if engine.forward.expected:
+                engine.count_dense(denoising.context(state))
         finally:
-            state.begun = False
-            execution.state.leave(state)
+            engine.forward.expected = False
+            denoising.leave(state)
 
     return cache_context

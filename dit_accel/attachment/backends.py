@@ -1,5 +1,9 @@
-"""What may compute the attention calls of an attachment, and whether it can run on this machine."""
+"""What may compute the attention calls of an attachment, whether it can run here, and why a run planned none.
 
+A run in which methods were attached and that planned nothing is told of once, instead of a silent no-op.
+"""
+
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -7,7 +11,8 @@ import torch
 from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, triton_requirement
 
 from ..errors import ConfigError, MissingBackend, did_you_mean
-from ..methods.base import AttentionHandler, Handler
+from ..methods.base import AttentionHandler, Handler, Phase
+from .state import DenoisingState
 
 Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
 Dense = Literal["auto", "user"]
@@ -38,3 +43,84 @@ def check_backend(backend: Any, dense: Any, handlers: Sequence[Handler]) -> None
     voting = [handler.name for handler in attention if handler.votes]
     if backend in ("flex", "fa4") and voting:
         raise MissingBackend(f"kernel backend {backend!r} has no votes, which {voting[0]} needs; use 'auto' or 'torch'")
+
+
+class UnplannedRun(UserWarning):
+    """A run planned no attention call though a method that acts on attention was attached."""
+
+
+class ReplacedTransformer(UserWarning):
+    """A pipeline was given another transformer than the one that methods are attached to."""
+
+
+def problem_of(denoising: DenoisingState) -> str:
+    """Return the first of what is wrong with a run so far, in words; empty: nothing."""
+    reasons = replaced_transformers, unplanned_reason, replaced_processors
+    return next((why for reason in reasons if (why := reason(denoising))), "")
+
+
+def replaced_transformers(denoising: DenoisingState) -> str | None:
+    """Tell which transformers of the pipeline were replaced since attach, or None."""
+    engine, pipe = denoising.engine, denoising.pipe
+    replaced = []
+    for state in sorted(engine.transformers.values(), key=lambda state: state.name):
+        current = getattr(pipe, state.name, None)
+        compiled_since = state.part is state.transformer and getattr(current, "_orig_mod", None) is state.transformer
+        if current is not None and current is not state.part and not compiled_since:
+            replaced.append(f"{state.name} was replaced after attach by another {type(current).__name__}")
+    why = "to which nothing is attached: what it runs is plain and not in the report; detach, and attach again"
+    return f"{'; '.join(replaced)}, {why}" if replaced else None
+
+
+def replaced_processors(denoising: DenoisingState) -> str | None:
+    """Tell how many of our processors were replaced since attach, or None."""
+    engine = denoising.engine
+    replaced = sum(layer.module.processor is not layer.processor for layer in engine.layers)
+    why = "attention processors were replaced after attach, so that no method acts there; detach and attach again"
+    return f"{replaced} of {len(engine.layers)} {why}" if replaced else None
+
+
+def unplanned_reason(denoising: DenoisingState) -> str | None:
+    """Tell why the run so far planned no attention call, or None where it did, or where there was nothing to plan."""
+    engine, recorder = denoising.engine, denoising.engine.recorder
+    layouts = {layout for layer in engine.layers for layout, _ in layer.state.layouts.values()}
+    attention = [
+        one
+        for one in engine.attention
+        if one.phase is not Phase.GUIDANCE  # which speaks for itself
+        and not (_leaves_some(one) and not any(map(one.applies, layouts)))
+    ]
+    if not attention or not recorder.forwards_run or recorder.planned:
+        return None
+    names = ", ".join(handler.name for handler in attention)
+    begin = f"{names}: attached, but no attention call of the run was planned"
+    if (replaced := replaced_processors(denoising)) is not None:
+        return f"{begin}; {replaced}"
+    steps = denoising.num_inference_steps
+    if layouts and not any(handler.applies(layout) for handler in attention for layout in layouts):
+        return f"{begin}; " + ("; ".join(recorder.notes) or "none of them changes anything over this layout")
+    if recorder.notes:
+        begin = f"{begin} ({'; '.join(recorder.notes)})"
+    dense = [
+        f"{handler.name}.{option} = {value}"
+        for handler in attention
+        for option in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma")
+        if (value := getattr(handler.settings, option, None))
+    ]
+    length = f"the run had {steps} steps" if steps else "the number of steps is not known"
+    if not dense:
+        return f"{begin}; {length}, and no option keeps one dense; detach, or report this"
+    return f"{begin}; {length}, {', '.join(dense)}: lower these, or detach"
+
+
+def _leaves_some(handler: Any) -> bool:
+    """Tell whether a method means to change nothing over short sequences, or in the small picture that it asks for."""
+    return bool(getattr(handler.settings, "min_tokens", None) or getattr(handler, "two_stages", False))
+
+
+def warn_if_unplanned(denoising: DenoisingState) -> bool:
+    """Warn if a run that ends planned no attention call; tell whether it warned."""
+    reason = unplanned_reason(denoising)
+    if reason is not None:
+        warnings.warn(reason, UnplannedRun, stacklevel=2)
+    return reason is not None

@@ -4,28 +4,26 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from dit_accel_kernels import block_sparse_attention_backward
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..adapters.adapter import Grid
 from ..errors import AttachError, ConfigError
-from ..plan.call import Call
+from ..plan.call import Call, call_of
 from ..plan.exact_rows import gradients_of_rows
 from ..plan.plan import AttentionPlan
 from .kernel_call import run_dense
 from .layers import AttentionLayer
 
-NO_TICKET = -1
-"""The ticket of a forward that no backward follows."""
-
 
 @dataclass(frozen=True, slots=True)
 class Differentiated:
-    """A planned call that a backward will follow, by its layer's number; its tensors are autograd's to keep."""
+    """A planned call that a backward will follow; its tensors are autograd's to keep."""
 
     plan: AttentionPlan
-    layer: int
+    layer: AttentionLayer
     sizes: Grid
     tokens_first: bool
     scale: float | None
@@ -62,6 +60,28 @@ class BackwardStore:
                 "while the output of the forward is alive"
             )
         return entry[1]
+
+    def gradients(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ticket: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v under the plan of a ticket, as they lie, contiguous."""
+        forward = self.get(ticket)
+        plan, layer = forward.plan, forward.layer
+        if plan.guidance is not None:
+            raise ConfigError("attention that is guided away from a negative text has no gradient; detach nag to train")
+        if plan.queries is not None:
+            raise ConfigError("attention of other queries than the model's has no gradient; detach seg to train")
+        call = call_of(q, k, v, mask, forward.scale, backend, forward.tokens_first)
+        call, own = call.completed(forward.sizes, layer.state.adapter.outer_masks)
+        grad = call.heads_first(grad)
+        if own is not None:
+            grad = F.pad(grad, (0, 0, own.start, call.tokens - own.stop))
+        if plan.needs_kernel:
+            dq, dk, dv = kernel_gradients(plan, call, grad)
+        else:
+            dq, dk, dv = dense_gradients(plan, call, layer, grad)
+        dq, dk, dv = call.as_held(dq if own is None else dq[:, :, own], dk, dv)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     def _sweep(self) -> None:
         self._plans = {number: entry for number, entry in self._plans.items() if not entry[0].expired()}

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..methods.base import AttentionHandler, Correction
 from ..plan.context import CallContext
 from ..plan.layout import TokenLayout
-from ..plan.plan import AttentionPlan, Launched
+from ..plan.plan import AttentionPlan, KernelResult
 from ..plan.rests import Stored, merged
 from ..plan.tiling import exact_bits
 
-Launch = Callable[[AttentionPlan], Launched]
+Launch = Callable[[AttentionPlan], KernelResult]
 """Runs a plan of a given call, with its LSE."""
 
 
@@ -47,7 +47,7 @@ class Turn:
         return Turn(exact=exact, rest=None if self.rest is None else self.rest.mapped(lambda x: x[index]))
 
 
-def with_others(plan: AttentionPlan, exact: Tensor, given: Launched, launch: Launch, heads: int) -> Tensor:
+def with_others(plan: AttentionPlan, exact: Tensor, given: KernelResult, launch: Launch, heads: int) -> Tensor:
     """Return what a call gives over some tiles, and over all others of which it has any, together."""
     if plan.is_dense:
         return given.out
@@ -56,7 +56,7 @@ def with_others(plan: AttentionPlan, exact: Tensor, given: Launched, launch: Lau
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Ran:
+class RunFacts:
     """How one attention call ran.
 
     Attributes:
@@ -75,7 +75,7 @@ class Ran:
 
     def ended(
         self, plan: AttentionPlan, exact: Tensor | None, turn: Turn | None, corrections: tuple[Correction, ...]
-    ) -> "Ran":
+    ) -> "RunFacts":
         """Return how a call of this plan, and of what guidance added to it, ran in the end.
 
         Args:
@@ -92,7 +92,7 @@ class Ran:
             own = replace(own, selection=replace(chosen, vote=None)) if exact is None else own.followed(exact)
         return replace(self, plan=own, turn=turn, corrections=corrections)
 
-    def of_rows(self, rows: Sequence[int], heads: int) -> "Ran":
+    def of_rows(self, rows: Sequence[int], heads: int) -> "RunFacts":
         """Return how some rows of its batch ran."""
         turn = None if self.turn is None else self.turn.of_rows(rows)
         corrections = tuple(one.of_rows(rows) for one in self.corrections)
@@ -111,16 +111,16 @@ class CallsMade:
 
     def __init__(self) -> None:
         self.wanted = False
-        self._calls: dict[tuple[str, int, TokenLayout], dict[int, Ran]] = {}
+        self._calls: dict[tuple[str, int, TokenLayout], dict[int, RunFacts]] = {}
         self._batches: dict[str, int] = {}
 
-    def note(self, context: CallContext, batch: int, ran: Ran) -> None:
+    def note(self, context: CallContext, batch: int, facts: RunFacts) -> None:
         """Keep how a call of a forward of so many rows ran, unless it was trained or runs beside another itself."""
-        if context.beside is None and not (context.training or context.differentiate):
-            self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = ran
+        if self.wanted and context.beside is None and not (context.training or context.differentiate):
+            self._calls.setdefault((context.branch, context.layer, context.layout), {})[context.row] = facts
             self._batches[context.branch] = batch
 
-    def find(self, context: CallContext, batch: int, heads: int) -> Ran | None:
+    def find(self, context: CallContext, batch: int, heads: int) -> RunFacts | None:
         """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid.
 
         Args:

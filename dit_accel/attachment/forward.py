@@ -19,16 +19,15 @@ from ..methods.noise import require_noise
 from ..methods.site import AroundForward, ForwardContext, target_sample
 from ..plan.context import StepContext
 from ..plan.layout import TokenLayout
-from ..report.clock import Kind
-from .execution import Execution
+from .engine import Engine
 from .forward_state import NO_GRID, as_tensors, fewest_keys
-from .layers import TransformerState
-from .lora import lora_state
+from .layers import TransformerState, lora_state
 from .offloaded import timed_fetches
 from .parallel import context_parallel, naming_lost, require_agreement, require_parallel
-from .running import PipelineRun, current_run
 from .seam import is_inside_compiled
 from .shards import SequenceShards, shards_of
+from .state import DenoisingState
+from .steps import PipelineRun, current_run
 
 INSIDE_COMPILED = (
     "a method that runs around the forward or its blocks can't run inside torch.compile(transformer); for "
@@ -44,11 +43,11 @@ STEP_UNSEEN = (
 """Why code that compiled the transformer after attach is not followed in most pipelines."""
 
 
-class Forward:
+class ForwardWrapper:
     """What runs in place of one transformer's forward.
 
     Args:
-        execution: the attachment's.
+        denoising: the attachment's.
         state: the transformer's.
         functions: what methods run around the forward, the innermost first.
         on_modules: methods run around its blocks or other modules inside it.
@@ -56,17 +55,18 @@ class Forward:
 
     def __init__(
         self,
-        execution: Execution,
+        denoising: DenoisingState,
         state: TransformerState,
         functions: Sequence[AroundForward],
         on_modules: bool,
     ) -> None:
-        self._execution = execution
+        self._denoising, self._engine = denoising, denoising.engine
         self._state = state
         self._functions = tuple(functions)
         self.traceable = not functions and not on_modules
         state.made.wanted = any(
-            one.places & {Place.FORWARD, Place.BLOCKS} and "cache" not in one.exclusive for one in execution.handlers
+            one.places & {Place.FORWARD, Place.BLOCKS} and "cache" not in one.exclusive
+            for one in denoising.engine.handlers
         )
         self._config = types.SimpleNamespace(**dict(state.transformer.config))
         self._checked: TokenLayout | None = None  # whose lengths the tables of positions hold
@@ -81,22 +81,23 @@ class Forward:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if torch.compiler.is_compiling():
             return self._traced(run_model, args, kwargs, inputs)
-        execution, state = self._execution, self._state
+        denoising, state = self._denoising, self._state
         if is_inside_compiled():
             self._require_traceable()
         run, outer = current_run(state.transformer), state.running
-        with execution.threads.forward(state, run):
+        with denoising.threads.forward(state, run):
             state.running = None if run is None else run.pipe
             try:
                 return self._run(run_model, args, kwargs, inputs, run)
             except BaseException:
                 if not state.nested:
-                    execution.state.broke_off()
+                    denoising.broke_off()
                 raise
             finally:
                 state.running = outer
                 if not state.nested:
-                    state.end_call()
+                    state.ran.clear()
+                    self._engine.end_forward()
 
     def _run(
         self,
@@ -107,10 +108,10 @@ class Forward:
         of: PipelineRun | None,
     ) -> Any:
         """Run the forward of a call outside graphs, in the run of a pipeline or None."""
-        execution, state = self._execution, self._state
+        denoising, state = self._denoising, self._state
         parallel = context_parallel(state.transformer)
         if parallel is not None and parallel is not self._parallel:
-            require_parallel(execution, state, parallel)
+            require_parallel(self._engine, state, parallel)
         self._parallel = parallel
         grid = self._look(inputs)
         if grid == NO_STEP:
@@ -118,7 +119,7 @@ class Forward:
         if not state.branches:
             self.note_weights()
         training = torch.is_grad_enabled() and state.transformer.training
-        execution.state.forward(state, inputs, training, of)
+        denoising.forward(state, inputs, training, of)
         self._require_noise(of)
         if parallel is not None:
             self._require_agreement(parallel, target_sample(inputs[state.adapter.latents]))
@@ -137,46 +138,42 @@ class Forward:
 
     def _require_noise(self, run: PipelineRun | None) -> None:
         """Raise `ConfigError` if the scheduler that a run begins with tells no noise level that a method needs."""
-        execution = self._execution
-        if run is not None and execution.runs != self._begun:
+        engine = self._engine
+        if run is not None and engine.runs != self._begun:
             scheduler = scheduler_of(run.pipe)
             noise = noise_of(scheduler)
-            require_noise(execution.handlers, () if noise is None else (noise,), type(scheduler).__name__)
-            self._begun = execution.runs
+            require_noise(engine.handlers, () if noise is None else (noise,), type(scheduler).__name__)
+            self._begun = engine.runs
 
     def _timed(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """Run a whole forward, methods around it included, and keep how long it took and what it was."""
-        recorder, state = self._execution.recorder, self._state
-        device, clock = target_sample(inputs[state.adapter.latents]).device, recorder.clock
-        ran, reduced, begin = recorder.forwards_run, recorder.reduced, clock.begin(device)
-        with nullcontext() if clock.parts is None else timed_fetches(state.transformer, clock, device):
-            out = run()
-        forwards = recorder.forwards_run - ran
-        one: Kind = "reduced" if recorder.reduced > reduced else "dense"
-        kind: Kind = one if forwards == 1 else "extended" if forwards else "skipped"
-        key = state.name, self._execution.state.step_index, state.branch
-        clock.end(key, kind, begin, device, forwards * len(state.layers))
-        return out
+        recorder, state = self._engine.recorder, self._state
+        device = target_sample(inputs[state.adapter.latents]).device
+        with (
+            recorder.timed(self._denoising.context(state), device, lambda: len(state.layers)),
+            # whether parts are timed is decided as the clock begins
+            nullcontext() if recorder.clock.parts is None else timed_fetches(state.transformer, recorder.clock, device),
+        ):
+            return run()
 
     def _require_agreement(self, parallel: Any, latents: torch.Tensor) -> None:
         """Have the processes compare what they run: once a run; in training, of one forward each, once a shape."""
-        execution, state = self._execution, self._state
-        key = latents.shape if execution.state.training else execution.runs
+        denoising, state = self._denoising, self._state
+        key = latents.shape if denoising.training else self._engine.runs
         if key not in self._agreed:
             self._agreed = {one for one in self._agreed if isinstance(one, torch.Size)} | {key}
             with naming_lost(state, parallel):
-                require_agreement(execution, state, parallel, latents)
+                require_agreement(denoising, state, parallel, latents)
 
     def _wrapped(
         self, function: AroundForward, inputs: Mapping[str, Any], run: Callable[..., Any]
     ) -> Callable[..., Any]:
         """Return ``function`` around ``run``; it sees the inputs and branch as functions further out changed them."""
-        execution, state = self._execution, self._state
+        denoising, state = self._denoising, self._state
 
         def around(**changed: Any) -> Any:
-            step = execution.state.context(state)  # a function further out may have opened a nested branch
-            values = {name: getattr(step, name) for name in StepContext.__slots__}
-            context = ForwardContext(inputs={**inputs, **changed}, **values)
+            step = denoising.context(state)  # a function further out may have opened a nested branch
+            context = ForwardContext(inputs={**inputs, **changed}, **step.values)
             out = function(context, (lambda **further: run(**{**changed, **further})) if changed else run)
             state.note_ran()
             return out
@@ -187,12 +184,12 @@ class Forward:
         """Have the methods forget what they learned if something else acts on the transformer's weights now."""
         state, weights = self._state, lora_state(self._state.transformer)
         if state.weights is not None and weights != state.weights:
-            self._execution.reset()
+            self._engine.reset()
         state.weights = weights
 
     def _look(self, inputs: Mapping[str, Any]) -> Grid | str:
         """Read the grid of a forward, and leave it where attention calls find it."""
-        forward, state = self._execution.forward, self._state
+        forward, state = self._engine.forward, self._state
         grid = _read_grid(state.adapter, self._config, inputs)
         sizes = NO_GRID if isinstance(grid, str) else grid
         forward.not_a_step = sizes == NO_STEP
@@ -200,7 +197,7 @@ class Forward:
             return grid
         forward.lay(sizes)
         if forward.layout is not None and forward.layout != self._checked:
-            if any(handler.extends for handler in self._execution.handlers):  # for outputs beyond those tables
+            if any(handler.extends for handler in self._engine.handlers):  # for outputs beyond those tables
                 check_lengths(state.adapter.name, state.adapter.rope, state.transformer.config, forward.layout.lengths)
             self._checked = forward.layout
         forward.min_keys = fewest_keys(state.adapter, sizes)
@@ -232,25 +229,18 @@ class Forward:
         inputs: Mapping[str, Any],
     ) -> Any:
         """Run the model's own forward, its layers switched, and count what ran."""
-        execution, forward, state = self._execution, self._execution.forward, self._state
-        batch = len(inputs[state.adapter.latents])
-        if not state.begun:
-            forward.begin(batch)
-        state.begun = state.unseen = False
-        if not isinstance(grid, str):
-            assert forward.layout is not None
-            execution.note_layout(state, forward.layout, batch)
-            forward.noted = grid
-        execution.switch(state)
+        engine, forward, state = self._engine, self._engine.forward, self._state
+        batch, layout = len(inputs[state.adapter.latents]), None if isinstance(grid, str) else forward.layout
+        step = self._denoising.context(state)
+        engine.begin_forward(step, layout, batch)
+        state.begin_unseen = False
         if isinstance(grid, str) and any(forward.acting.values()):
             raise ConfigError(f"{state.name} ({state.adapter.name}) can't be thinned out in this call: {grid}")
-        count_dense(execution, state)
-        _leave_perturbed_dense(execution, state)
-        execution.recorder.forwards_run += 1
+        _leave_perturbed_dense(engine, state, step)
         with naming_lost(state, self._parallel):
             out = run(*args, **kwargs)
         state.note_ran()
-        _uncount_skipped(execution, state)
+        _uncount_skipped(engine, state, step)
         return out
 
     def _require_traceable(self) -> None:
@@ -258,14 +248,14 @@ class Forward:
         if not self.traceable:
             raise ConfigError(INSIDE_COMPILED)
         branches = self._state.branches
-        if self._execution.attention and not (branches and branches[-1].tells_step):
+        if self._engine.attention and not (branches and branches[-1].tells_step):
             raise ConfigError(STEP_UNSEEN)
 
     def _traced(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> Any:
         """Run inside a graph of the whole transformer, where only the grid can be passed on."""
-        forward, adapter = self._execution.forward, self._state.adapter
+        forward, adapter = self._engine.forward, self._state.adapter
         self._require_traceable()
         forward.shards = None
         grid = adapter.grid(self._config, inputs)
@@ -279,12 +269,6 @@ class Forward:
 def _own_list(value: Any) -> Any:
     """Return a copy of a list: models may take its entries out, and a method may run them again."""
     return list(value) if type(value) is list else value
-
-
-def count_dense(execution: Execution, state: TransformerState) -> None:
-    """Count a forward and the layers of it that stay dense."""
-    dense = sum(not layer.processor._dit_accel_sparse for layer in state.layers)
-    execution.recorder.forward(state.name, state.branch, execution.state.step_index, dense)
 
 
 def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid | str:
@@ -312,27 +296,27 @@ def _read_grid(adapter: Adapter, config: Any, inputs: Mapping[str, Any]) -> Grid
     )
 
 
-def _leave_perturbed_dense(execution: Execution, state: TransformerState) -> None:
+def _leave_perturbed_dense(engine: Engine, state: TransformerState, step: StepContext) -> None:
     """Leave to diffusers what its perturbed attention guidance perturbs: it knows only its own attention calls."""
     for layer in state.layers:
         hooks = getattr(getattr(layer.module, "_diffusers_hook", None), "hooks", {})
         perturbed = any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
-        if perturbed and execution.forward.acting[layer]:
-            execution.forward.acting[layer] = ()
-            execution.recorder.forward(state.name, state.branch, execution.state.step_index, 1)
-    execution.forward.switch()
+        if perturbed and engine.forward.acting[layer]:
+            engine.forward.acting[layer] = ()
+            engine.recorder.forward(state.name, step.branch, step.step_index, 1)
+    engine.forward.switch()
 
 
-def _uncount_skipped(execution: Execution, state: TransformerState) -> None:
+def _uncount_skipped(engine: Engine, state: TransformerState, step: StepContext) -> None:
     """Take back from the report the dense calls that one of diffusers' caches skipped in the forward that ends.
 
     A module of a compiled block is never seen to run; it counts as if it had.
     """
-    forward, seen = execution.forward, execution.recorder.seen
-    for number, layer in enumerate(execution.layers):
+    forward, recorder = engine.forward, engine.recorder
+    for number, layer in enumerate(engine.layers):
         if layer.state is state and not layer.processor._dit_accel_sparse:
             if number in forward.reached:
-                seen.add(number)
-            elif number in seen:
-                execution.recorder.reduced += 1
-                execution.recorder.forward(state.name, state.branch, execution.state.step_index, -1)
+                recorder.seen.add(number)
+            elif number in recorder.seen:
+                recorder.reduced += 1
+                recorder.forward(state.name, step.branch, step.step_index, -1)

@@ -36,13 +36,16 @@ class ForwardState:
         min_keys: attention calls over fewer keys stay dense (`Adapter.separate_text_attention`); 0: none do.
         shards: how tokens and heads are shared between processes; None: they are not.
         batch: rows of the forward; None where they are not known.
+        expected: the forward may begin inside a compiled graph, where nobody sees it.
         step: where the denoising stands; None: not read yet.
+        values: the same, field by field.
         acting: layer -> the methods that change its attention, over `layout`; collected once a layer.
         calls: layer -> attention calls that it has made.
         reached: numbers of the layers that ran, but for those of compiled blocks.
     """
 
     def __init__(self) -> None:
+        self.expected = False
         self.processor: Any = None
         self.sizes: Grid = NO_GRID
         self.not_a_step = False
@@ -61,10 +64,17 @@ class ForwardState:
         """Note that a forward of so many rows (None: not known yet) begins: no layer has been called."""
         self.batch = batch
         self.noted: Grid | None = None
-        self.step: StepContext | None = None
-        self.acting: dict[AttentionLayer, tuple[AttentionHandler, ...]] = {}
+        if not self.expected:  # else who acts was asked already
+            self.step: StepContext | None = None
+            self.values: dict[str, Any] = {}
+            self.acting: dict[AttentionLayer, tuple[AttentionHandler, ...]] = {}
+        self.expected = False
         self.calls: Counter[AttentionLayer] = Counter()
         self.reached: set[int] = set()
+
+    def stand(self, step: StepContext) -> None:
+        """Note where the denoising stands."""
+        self.step, self.values = step, step.values
 
     def switch(self) -> None:
         """Switch the processors between dense attention and the plan, by who acts in their layers."""
@@ -76,6 +86,7 @@ class ForwardState:
         """Leave the running forward whole as it is, whatever forwards run inside the block."""
         outer = dict(vars(self))
         self.step, self.acting, self.calls, self.reached = None, {}, self.calls.copy(), set(self.reached)
+        self.expected = False
         try:
             yield
         finally:
@@ -89,5 +100,5 @@ def as_tensors(sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def fewest_keys(adapter: Adapter, sizes: Grid) -> int:
-    """Return below how many keys an attention call is none over the whole sequence, for `ForwardState.min_keys`."""
+    """Return the sequence length below which a call is text-only and stays dense."""
     return sum(sizes[3:]) + sizes[0] * sizes[1] * sizes[2] if adapter.separate_text_attention else 0

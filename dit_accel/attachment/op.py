@@ -8,16 +8,38 @@ captured call would follow one step's plan for good. Under ``mode="reduce-overhe
 tagged operator, or makes no CUDA graph where it can't split; what lies between is captured as ever.
 """
 
+import itertools
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import AttachError
 from ..plan.call import call_of
-from .backward import NO_TICKET
-from .execution import get
+
+NO_TICKET = -1
+"""The ticket of a forward that no backward follows."""
+
+_ENGINES: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+def register(engine: Any) -> int:
+    """Return the number by which compiled graphs and processors refer to an engine."""
+    number = next(_NUMBERS)
+    _ENGINES[number] = engine
+    return number
+
+
+def get(number: int) -> Any:
+    """Return the engine of a number; `AttachError` if it is detached."""
+    if number not in _ENGINES:
+        raise AttachError(f"attachment {number} is detached, but a processor of it still runs; attach again")
+    return _ENGINES[number]
 
 
 @torch.library.custom_op("dit_accel::planned_attention", mutates_args=(), tags=TAGS)
@@ -46,9 +68,10 @@ def planned_attention(
     Returns:
         The output in q's layout and dtype, contiguous, and the plan's ticket (0-d int64 CPU tensor) for the backward.
     """
-    execution, (frames, height, width, before, after) = get(attachment), (int(size) for size in grid)
-    call = call_of(q, k, v, mask, scale, execution.backend, tokens_first)
-    out, ticket = execution.attend(int(layer), call, (frames, height, width, before, after), differentiate)
+    engine = get(attachment)
+    call = call_of(q, k, v, mask, scale, engine.backend, tokens_first)
+    sizes = tuple(int(size) for size in grid)
+    out, ticket = engine.attend(engine.layers[int(layer)], call, sizes, differentiate)
     return out, torch.tensor(NO_TICKET) if ticket is None else ticket
 
 
@@ -62,7 +85,8 @@ def planned_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ticket: Tensor, attachment: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v under the plan that the forward followed."""
-    return get(attachment).gradients(grad, q, k, v, mask, ticket)
+    engine = get(attachment)
+    return engine.backward.gradients(grad, q, k, v, mask, ticket, engine.backend)
 
 
 @planned_attention_backward.register_fake

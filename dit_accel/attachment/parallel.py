@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ProcessLost
-from .execution import Execution
+from .engine import Engine
 from .layers import TransformerState
+from .state import DenoisingState
 
 SAMPLES = 16
 """Numbers of the first latents by which processes tell whether they began with the same noise."""
@@ -23,18 +24,18 @@ def context_parallel(transformer: Any) -> Any:
     return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
 
 
-def require_parallel(execution: Execution, state: TransformerState, config: Any) -> None:
+def require_parallel(engine: Engine, state: TransformerState, config: Any) -> None:
     """Raise `ConfigError` for context parallelism under which the attached methods would be wrong, on every process."""
-    native = [handler.name for handler in execution.handlers if handler.objects]
+    native = [handler.name for handler in engine.handlers if handler.objects]
     if native:
         raise ConfigError(
             f"{native[0]} is diffusers' own cache, whose processes would decide each by its own tokens under context "
             "parallelism; use a cache of this package, such as EasyCache or FirstBlockCache, or disable parallelism"
         )
-    names = ", ".join(handler.name for handler in execution.attention)
+    names = ", ".join(handler.name for handler in engine.attention)
     if not names:
         return
-    looking = ", ".join(handler.name for handler in execution.attention if not handler.by_place)
+    looking = ", ".join(handler.name for handler in engine.attention if not handler.by_place)
     if config.ring_degree > 1 and looking:
         raise ConfigError(
             f"{looking}: ring_degree = {config.ring_degree} leaves a process the queries of its own tokens alone, and "
@@ -68,18 +69,18 @@ def require_parallel(execution: Execution, state: TransformerState, config: Any)
             )
 
 
-def require_agreement(execution: Execution, state: TransformerState, config: Any, latents: Tensor) -> None:
+def require_agreement(denoising: DenoisingState, state: TransformerState, config: Any, latents: Tensor) -> None:
     """Raise `ConfigError` on all processes if their methods, sizes or first latents differ as a run begins."""
     import torch.distributed as dist
 
-    group = config._flattened_mesh.get_group()
+    engine, group = denoising.engine, config._flattened_mesh.get_group()
     mine = {
-        "methods": {handler.name: handler.settings.to_dict() for handler in execution.handlers},
+        "methods": {handler.name: handler.settings.to_dict() for handler in engine.handlers},
         "layers": [layer.index for layer in state.layers],
-        "backend": execution.backend,
-        "dense": execution.dense,
-        "num_inference_steps": execution.state.num_inference_steps,
-        "step_index": execution.state.step_index,
+        "backend": engine.backend,
+        "dense": engine.dense,
+        "num_inference_steps": denoising.num_inference_steps,
+        "step_index": denoising.step_index,
         "branch": state.branch,
         "latents": f"{latents.dtype} {list(latents.shape)}",
     }

@@ -3,6 +3,10 @@
 For each processor class one subclass is made. Its ``__call__`` runs the original function, re-created with one name of
 its globals replaced: ``dispatch_attention_fn``, or ``F`` in processors that call
 ``F.scaled_dot_product_attention``. Projections, norms, RoPE, LoRA and IP-adapter code stay diffusers' own.
+
+Dense attention on a CPU may go to the kernels' compiled loop, where that is faster than the attention set by the user.
+It is this project's own, for sparse calls, and takes dense ones too: in bfloat16 about twice as fast as torch's on
+processors that multiply bfloat16 in pairs; outputs are within rounding of the user's own.
 """
 
 import inspect
@@ -12,20 +16,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dit_accel_kernels import TileLists, block_sparse_attention_eager, dense_speed
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModel
 from ..plan.call import call_of
-from .dense import with_loop
-from .execution import Execution
-from .forward_state import ForwardState
+from ..report.clock import Part
+from .engine import Engine
 from .layers import DenseAttention
 from .op import planned_attention
+
+LEAST_GAIN = 1.25  # a smaller one may be the measurement's error: processes would differ in rounding
+LEAST_FLOPS = 1e8  # of a call: what the loop takes beside its products is more than it saves in shorter ones
+TILE = 128
 
 _OURS = ("_dit_accel_layer", "_dit_accel_sparse")
 
 
-def wrap_processor(processor: Any, layer: int, classes: dict[type, type], execution: Execution) -> Any:
+def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine: Engine) -> Any:
     """Return a processor that behaves as ``processor`` but sends attention to the plan when that is switched on.
 
     A copy or a pickle of it is the untouched processor.
@@ -34,11 +42,11 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], execut
         processor: the module's processor; left as it is, its attributes are shared with the result.
         layer: the layer's number.
         classes: the attachment's processor class -> subclass, filled here.
-        execution: the attachment's; it lives as long as its processors do.
+        engine: the attachment's; it lives as long as its processors do.
     """
     cls = type(processor)
     if cls not in classes:
-        classes[cls] = _subclass(cls, execution)
+        classes[cls] = _subclass(cls, engine)
     wrapped = object.__new__(classes[cls])
     wrapped.__dict__.update(processor.__dict__)
     wrapped.__dict__.update(_dit_accel_layer=torch.tensor(layer), _dit_accel_sparse=False)
@@ -76,17 +84,17 @@ def dense_attention_of(wrapped: Any) -> tuple[DenseAttention, bool]:
     return attend, tokens_first
 
 
-def _subclass(cls: type, execution: Execution) -> type:
-    original, forward = cls.__call__, execution.forward
+def _subclass(cls: type, engine: Engine) -> type:
+    original, forward = cls.__call__, engine.forward
     function = inspect.unwrap(original)
     names = _names(function.__code__) if isinstance(function, types.FunctionType) else set()
     if "dispatch_attention_fn" in names:
         name = "dispatch_attention_fn"
-        dense = with_loop(function.__globals__[name], True, execution)
-        replacement: Any = _dispatch(dense, execution)
+        dense = with_loop(function.__globals__[name], True, engine)
+        replacement: Any = stand_in(dense, True, engine)
     elif "scaled_dot_product_attention" in names and function.__globals__.get("F") is F:
-        name, dense = "F", with_loop(F.scaled_dot_product_attention, False, execution)
-        ours = _sdpa(dense, execution)
+        name, dense = "F", with_loop(F.scaled_dot_product_attention, False, engine)
+        ours = stand_in(dense, False, engine)
         replacement = types.SimpleNamespace(**dict(vars(F), scaled_dot_product_attention=ours))
     else:
         raise UnsupportedModel(
@@ -116,7 +124,7 @@ def _subclass(cls: type, execution: Execution) -> type:
     __call__.__defaults__ = ()  # of a class behind a `__class__` of another, torch.compile counts them
     body = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     body["_dit_accel_dense"] = (dense, name != "F")
-    body["_dit_accel_owner"] = execution
+    body["_dit_accel_owner"] = engine
     body["__class__"] = property(lambda self: cls)  # diffusers' guiders look processors up by it
     return type(cls.__name__, (cls,), body)
 
@@ -134,93 +142,49 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _dispatch(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
-    """Return a stand-in for diffusers' ``dispatch_attention_fn``: tensors [B, S, H, D]."""
-    forward, own = execution.forward, _own_attention(dense, execution)
+def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
+    """Return what runs in place of ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
 
-    def dispatch_attention_fn(
+    Args:
+        dense: that function, for calls that no method changes.
+        tokens_first: whether it takes tensors as [B, S, H, D], else as [B, H, S, D].
+        engine: the attachment's.
+    """
+    forward, tokens = engine.forward, 1 if tokens_first else 2
+
+    def attend(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
+        attn_mask: Any = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        backend: Any = None,
-        parallel_config: Any = None,
+        **further: Any,
     ) -> Tensor:
-        shards = None if parallel_config is None else forward.shards
-        if goes_dense(forward, key.shape[1]):
+        shards = None if further.get("parallel_config") is None else forward.shards
+        planned = forward.processor._dit_accel_sparse and not forward.not_a_step
+        if not planned or key.shape[tokens] < forward.min_keys:
             attn_mask = attn_mask if shards is None else shards.gathered_mask(attn_mask)
-            return own(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
-                attention_kwargs=attention_kwargs, backend=backend, parallel_config=parallel_config,
+            return _own_attention(
+                dense, engine, "text" if planned else "attention", query, key, value, attn_mask=attn_mask,
+                dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, **further,
             )  # fmt: skip
-        require_plain(dropout_p, is_causal, parallel_config if shards is None else None)
-        if shards is None:
-            return planned(query, key, value, attn_mask, scale, True, execution)
-        heads, attn_mask = query.shape[2], shards.whole_mask(attn_mask)
-        query, key, value = shards.gather_call(query, key, value)
-        return shards.scatter(planned(query, key, value, attn_mask, scale, True, execution), heads)
-
-    return dispatch_attention_fn
-
-
-def _sdpa(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
-    """Return a stand-in for ``F.scaled_dot_product_attention``: tensors [B, H, S, D]."""
-    forward, own = execution.forward, _own_attention(dense, execution)
-
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if goes_dense(forward, key.shape[2]):
-            return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        require_plain(dropout_p, is_causal, None)
-        return planned(query, key, value, attn_mask, scale, False, execution)
-
-    return scaled_dot_product_attention
-
-
-def _own_attention(dense: Callable[..., Tensor], execution: Execution) -> Callable[..., Tensor]:
-    """Return the model's own attention, timed in forwards whose parts are; inside a graph nothing is added to it."""
-    forward = execution.forward
-
-    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() or execution.recorder.clock.parts is None:
-            return dense(query, *args, **kwargs)
-        clock = execution.recorder.clock
-        begin = clock.stamp(query.device)
-        out = dense(query, *args, **kwargs)
-        whole = not forward.processor._dit_accel_sparse or forward.not_a_step
-        clock.add_part("attention" if whole else "text", begin, query.device)
-        return out
+        if is_causal or dropout_p or (shards is None and further.get("parallel_config") is not None):
+            _refuse(dropout_p, is_causal)
+        heads = query.shape[2]
+        if shards is not None:
+            attn_mask = shards.whole_mask(attn_mask)
+            query, key, value = shards.gather_call(query, key, value)
+        out = _planned(query, key, value, attn_mask, scale, tokens_first, engine)
+        return out if shards is None else shards.scatter(out, heads)
 
     return attend
 
 
-def goes_dense(forward: ForwardState, keys: int) -> bool:
-    """Tell whether an attention call over this many keys goes to the user's own dense attention."""
-    return not forward.processor._dit_accel_sparse or forward.not_a_step or keys < forward.min_keys
-
-
-def planned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Any,
-    scale: float | None,
-    tokens_first: bool,
-    execution: Execution,
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, tokens_first: bool, engine: Engine
 ) -> Tensor:
     """Run a planned call: through the operator where a graph or a backward needs it, else at once."""
     if mask is not None and not isinstance(mask, Tensor):
@@ -228,25 +192,93 @@ def planned(
             f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes for its own "
             "sparse attention; set the model to dense attention, or detach"
         )
-    forward = execution.forward
+    forward = engine.forward
     layer = forward.processor._dit_accel_layer
     differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if differentiate or torch.compiler.is_compiling() or type(q) is not Tensor:
-        return planned_attention(
-            q, k, v, mask, layer, forward.grid, execution.number, tokens_first, scale, differentiate
-        )[0]
-    call = call_of(q, k, v, mask, scale, execution.backend, tokens_first)
-    return execution.attend(int(layer), call, forward.sizes)[0]
+        number = engine.number
+        return planned_attention(q, k, v, mask, layer, forward.grid, number, tokens_first, scale, differentiate)[0]
+    call = call_of(q, k, v, mask, scale, engine.backend, tokens_first)
+    return engine.attend(engine.layers[int(layer)], call, forward.sizes)[0]
 
 
-def require_plain(dropout_p: float, is_causal: bool, parallel_config: Any) -> None:
+def _refuse(dropout_p: float, is_causal: bool) -> None:
     """Raise `ConfigError` for a causal call, dropout, or parallelism of which the forward knows nothing."""
     if is_causal:
         raise ConfigError("sparse attention can't follow is_causal=True; detach it from this model")
     if dropout_p:
         raise ConfigError(f"sparse attention has no dropout, but the call asks for dropout_p={dropout_p}; set it to 0")
-    if parallel_config is not None:
-        raise ConfigError(
-            "methods on attention do not run under context parallelism in a transformer that is compiled whole; "
-            "compile its blocks (compile_repeated_blocks), disable parallelism, or detach"
-        )
+    raise ConfigError(
+        "methods on attention do not run under context parallelism in a transformer that is compiled whole; "
+        "compile its blocks (compile_repeated_blocks), disable parallelism, or detach"
+    )
+
+
+def _own_attention(dense: Callable[..., Tensor], engine: Engine, part: Part, query: Tensor, *args: Any, **call: Any):
+    """Return the model's own attention, timed in forwards whose parts are; inside a graph nothing is added to it."""
+    if torch.compiler.is_compiling() or engine.recorder.clock.parts is None:
+        return dense(query, *args, **call)
+    clock = engine.recorder.clock
+    begin = clock.stamp(query.device)
+    out = dense(query, *args, **call)
+    clock.add_part(part, begin, query.device)
+    return out
+
+
+def with_loop(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
+    """Wrap dense attention; use our CPU loop where the attachment lets it and it is faster.
+
+    Args:
+        dense: diffusers' ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
+        tokens_first: whether tensors lie as [B, S, H, D], else [B, H, S, D].
+        engine: the attachment's.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+        if torch.compiler.is_compiling() or engine.dense != "auto" or not _is_torchs(tokens_first, **call):
+            return dense(query, key, value, **call)
+        speed = _speed(query, key, value, tokens_first)
+        if speed is None:
+            return dense(query, key, value, **call)
+        engine.recorder.dense_by_loop(query, speed)
+        return _by_loop(query, key, value, call.get("scale"), tokens_first)
+
+    return attend
+
+
+def _is_torchs(
+    tokens_first: bool, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None,
+    enable_gqa: Any = None, **others: Any,
+) -> bool:  # fmt: skip
+    """Whether diffusers would compute a call by torch's attention and nothing special."""
+    backend = others.get("backend")
+    if attn_mask is not None or dropout_p or is_causal:
+        return False
+    if any(value for name, value in others.items() if name != "backend"):
+        return False
+    if backend is None and tokens_first:  # of `dispatch_attention_fn`: what is set for all models
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    return backend is None or getattr(backend, "value", backend) == "native"
+
+
+def _speed(query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> float | None:
+    """Return how many times as fast the loop is in a call; None where it is not taken."""
+    tensors = (query, key, value)
+    if any(type(x) is not Tensor or x.ndim != 4 or x.device.type != "cpu" for x in tensors):
+        return None
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return None
+    if 4.0 * query.numel() * key.shape[1 if tokens_first else 2] < LEAST_FLOPS:
+        return None
+    speed = dense_speed(query.dtype, query.shape[3])
+    return speed if speed is not None and speed >= LEAST_GAIN else None
+
+
+def _by_loop(query: Tensor, key: Tensor, value: Tensor, scale: float | None, tokens_first: bool) -> Tensor:
+    axis, layout = (1, "bshd") if tokens_first else (2, "bhsd")
+    tiles = TileLists.full(query.shape[axis], key.shape[axis], block_q=TILE, block_k=TILE)
+    out = block_sparse_attention_eager(query, key, value, tiles, layout=layout, scale=scale, backend="torch")
+    assert isinstance(out, Tensor)
+    return out

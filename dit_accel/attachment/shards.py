@@ -9,7 +9,7 @@ here, and back. Ulysses' exchange itself is diffusers'.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter, Grid
 from ..errors import ConfigError
+from ..plan.call import Call
 from ..plan.heads import HeadShare
 
 
@@ -48,6 +49,17 @@ class SequenceShards(ABC):
     def share(self, total: int) -> HeadShare | None:
         """Return the heads of this process, of so many; None: all."""
         return None
+
+    def own_queries(self, call: Call, differentiate: bool) -> Call:
+        """Return a call that says which tokens' queries this process has; refuse it where they are some, to train."""
+        if self.rows is None:
+            return call
+        if differentiate:
+            raise ConfigError(
+                "methods on attention have no gradient under ring attention; train with ContextParallelConfig("
+                "ulysses_degree=...)"
+            )
+        return replace(call, rows=self.rows)
 
     @abstractmethod
     def gather_call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

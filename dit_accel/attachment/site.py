@@ -12,11 +12,11 @@ from ..adapters.block_lists import block_lists, blocks_of
 from ..adapters.blocks import Streams, block_signature
 from ..errors import ConfigError
 from ..methods.site import AroundBlock, AroundCall, AroundForward, Block, Site
-from .execution import Execution
 from .layers import TransformerState
 from .offloaded import fetch, send_away
 from .parallel import split_before
 from .seam import is_compiled, shadow, wrap_call
+from .state import DenoisingState
 
 _MISSING = object()
 
@@ -43,14 +43,14 @@ class TransformerSite(Site):
 
     def __init__(
         self,
-        execution: Execution,
+        denoising: DenoisingState,
         state: TransformerState,
         undo: list[Callable[[], None]],
         context: Callable[[str], Any] | None,
         compiled_whole: bool,
     ) -> None:
         self.name, self.transformer, self.adapter = state.name, state.transformer, state.adapter
-        self._execution = execution
+        self._denoising = denoising
         self._state = state
         self._undo = undo
         self._context = context
@@ -63,7 +63,7 @@ class TransformerSite(Site):
     @property
     def pipe(self) -> Any:
         """The pipeline that the methods are attached to, or None."""
-        return self._execution.state.pipe
+        return self._denoising.pipe
 
     @property
     def running(self) -> Any:
@@ -152,14 +152,14 @@ class TransformerSite(Site):
 
     def reached(self) -> int:
         """Return how many attention layers ran in the forward that ended last; those of compiled blocks unseen."""
-        layers = self._execution.layers
-        return sum(layers[number].state is self._state for number in self._execution.forward.reached)
+        engine = self._denoising.engine
+        return sum(engine.layers[number].state is self._state for number in engine.forward.reached)
 
     @contextlib.contextmanager
     def branch(self, name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
         """Let a forward inside the block be a nested branch, which advances no step and reads the outer one's state."""
-        state, execution = self._state, self._execution
-        with execution.forward.nested(), execution.state.nested(state, name, rows) as full, self._opened(full):
+        state, denoising = self._state, self._denoising
+        with denoising.engine.forward.nested(), denoising.nested(state, name, rows) as full, self._opened(full):
             yield
         if state.branches and self._context is not None:  # diffusers forgets the outer one with the inner
             state.branches[-1].reopened.enter_context(self._context(state.branches[-1].name))
@@ -199,7 +199,7 @@ class TransformerSite(Site):
                 return signature.read_result(result)
 
             inner: Callable[[Streams], Streams] = innermost
-            context = self._execution.state.context(self._state)
+            context = self._denoising.context(self._state)
             for function in functions:
                 inner = functools.partial(function, context, block, inner)
             result = signature.write_result(inner(signature.read_call(args, kwargs)), like=last[0])

@@ -7,6 +7,7 @@ one way in a run, and from the scheduler of the pipeline that methods are attach
 """
 
 import contextlib
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.noise import NOISES, Noise, noise_of
+from ..errors import AttachError
 from ..plan.context import StepContext
-from .calls import Held, tensors_in, text_in
-from .forward_state import ForwardState
-from .layers import Branch, TransformerState
-from .running import PipelineRun
-from .steps import Course, Schedule, Timeline, noise_level, schedule_of, timeline_of
+from .engine import Engine
+from .layers import Branch, RememberedTensors, TransformerState, tensors_in, text_in
+from .steps import Course, PipelineRun, Schedule, Timeline, noise_level, schedule_of, timeline_of
 
 
 class DenoisingState:
@@ -28,18 +28,18 @@ class DenoisingState:
 
     Args:
         pipe: the pipeline, or None where methods are attached to a transformer alone.
-        forward: the attachment's, whose layout and rows `context` tells.
-        begin_run: called when a run begins: another generation, or a single forward in training.
-        drop: called where what methods learned may belong to another branch.
+        engine: what runs begin in (another generation, or a single forward in training), and forgets what methods
+            learned where that may belong to another branch.
+
+    Attributes:
+        threads: keeps two threads from running the attachment at once.
+        on_run: called when a run begins, before the counts of the last one are dropped.
     """
 
-    def __init__(
-        self, pipe: Any, forward: ForwardState, begin_run: Callable[[], None], drop: Callable[[], None]
-    ) -> None:
+    def __init__(self, pipe: Any, engine: Engine) -> None:
         self._pipe = _reference(pipe)
-        self._forward = forward
-        self._begin_run = begin_run
-        self._drop = drop
+        self.engine, self.threads = engine, OneThread()
+        self.on_run: list[Callable[[], None]] = []
         self._run: PipelineRun | None = None
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
@@ -48,7 +48,9 @@ class DenoisingState:
         self._course = Course()
         self._number = 0  # of the run's different timesteps
         self._stated_steps: int | None = None
-        self._first: dict[tuple[str, str], Held] = {}  # latents of the first step of a loop written by hand
+        self._first: dict[
+            tuple[str, str], RememberedTensors
+        ] = {}  # latents of the first step of a loop written by hand
         self.step_index = 0
         self.num_inference_steps: int | None = None
         self.sigma: float | None = None
@@ -115,7 +117,7 @@ class DenoisingState:
                 number = state.calls_seen.number(self._number, text_in(state.adapter, inputs), self._timeline.repeats)
                 state.calls, lost = number
                 if lost:
-                    self._drop()
+                    self.engine.reset()
         elif run is None and ("num_inference_steps" not in stated or "sigma" not in stated):
             if given is not None:
                 self._course.move(given)
@@ -139,8 +141,8 @@ class DenoisingState:
             num_inference_steps=self.num_inference_steps,
             sigma=self.sigma,
             noise=self._noise or "none",
-            layout=self._forward.layout,
-            batch=self._forward.batch,
+            layout=self.engine.forward.layout,
+            batch=self.engine.forward.batch,
             training=self.training,
             tells_step=bool(state.branches) and state.branches[-1].tells_step,
             beside=beside,
@@ -154,7 +156,7 @@ class DenoisingState:
         begins = self._begins(run) or self.training or self._stated or timestep is None
         moved = 0 if timestep is None or begins else self._course.move(timestep)
         if moved < 0 and run is not None and self._schedule is not None and not self._schedule.is_over(self._number):
-            self._drop()  # the pipeline goes back to more noise, as its call has laid it out
+            self.engine.reset()  # the pipeline goes back to more noise, as its call has laid it out
         elif moved < 0:
             begins = True
         if begins:
@@ -212,12 +214,12 @@ class DenoisingState:
             return
         latents = tensors_in(inputs[state.adapter.latents])
         name = state.name, state.branch if state.branches else f"text {state.calls_seen.text}"
-        first = self._first.setdefault(name, Held(latents))
+        first = self._first.setdefault(name, RememberedTensors(latents))
         if first.is_unchanged_memory(latents) or first.has_values(latents):
             return
         if state.branches:
             self._begin_run()
-            self._first = {name: Held(latents)}
+            self._first = {name: RememberedTensors(latents)}
         elif not self._warned:
             self._warned = True
             warnings.warn(
@@ -242,6 +244,12 @@ class DenoisingState:
         broken, self._broken = self._broken and run is None, False
         return new or other or broken
 
+    def _begin_run(self) -> None:
+        for call in self.on_run:
+            call()
+        self.threads.begin_run()
+        self.engine.begin_run()
+
     def _start(self) -> None:
         self._begin_run()
         self.step_index = self._number = 0
@@ -261,3 +269,62 @@ def _reference(value: Any) -> Callable[[], Any]:
         return weakref.ref(value)
     except TypeError:
         return lambda: value
+
+
+class OneThread:
+    """Lets forwards of one attachment run in one thread at a time, and pipelines' runs after one another.
+
+    A run may begin in another thread than the last one, and a loop written by hand may move between threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: int | None = None  # the thread in which a forward runs
+        self._depth = 0
+        self._run: PipelineRun | None = None
+        self._threads: set[int] = set()  # in which forwards of this run ran
+        self._crossed = False
+
+    def begin_run(self) -> None:
+        """Note that a run begins: no forward of it has run yet."""
+        self._threads.clear()
+
+    def require(self, state: TransformerState, run: PipelineRun | None) -> None:
+        """Raise `AttachError` if a denoising call begins while another thread is in one, or in a pipeline's run."""
+        with self._lock:
+            self._require(state, run)
+
+    @contextlib.contextmanager
+    def forward(self, state: TransformerState, run: PipelineRun | None) -> Iterator[None]:
+        """Hold the attachment while a forward runs in this thread; raise `AttachError` if another thread is in one."""
+        me = threading.get_ident()
+        with self._lock:
+            self._require(state, run)
+            self._running, self._depth = me, self._depth + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads.add(me)
+                self._depth -= 1
+                if self._depth == 0:
+                    self._running = None
+                crossed, self._crossed = self._crossed, False
+        if crossed:
+            raise AttachError(_refusal(state, "a forward"))
+
+    def _require(self, state: TransformerState, run: PipelineRun | None) -> None:
+        me = threading.get_ident()
+        if self._running not in (None, me) or any(branch.thread != me for branch in state.branches):
+            self._crossed |= self._running is not None and me in self._threads
+            raise AttachError(_refusal(state, "a forward"))
+        if self._run is not None and self._run.thread != me and self._run.goes_on():
+            raise AttachError(_refusal(state, f"a run of {type(self._run.pipe).__name__}"))
+        self._run = run
+
+
+def _refusal(state: TransformerState, what: str) -> str:
+    return (
+        f"{what} of {state.name} is in progress in another thread, and what is attached to it follows one run at a "
+        "time; run one after the other, or give each thread a transformer with an attachment of its own"
+    )

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
-
 from ..adapters.adapter import Adapter, Family
 from ..adapters.noise import Noise, noise_of
 from ..errors import MissingOption
 from ..plan.call import Call
 from ..plan.context import CallContext, StepContext
 from ..plan.layout import TokenLayout
-from ..plan.plan import AttentionPlan
+from ..plan.plan import AttentionPlan, KernelResult
 from ..plan.rests import Rests
 from ..plan.tiling import Tiling
 from ..report.sections import Section
@@ -210,11 +208,11 @@ class AttentionHandler(Handler):
 
     places = frozenset({Place.ATTENTION})
 
-    dense_under_masks: ClassVar[bool] = False
-    """Whether a call whose mask is not key padding runs dense, as the report says, instead of being refused."""
-
     votes: ClassVar[bool] = False
-    """Whether its plans ask for votes, which not every kernel backend has."""
+    """Whether its plans ask for votes, which not every kernel backend has.
+
+    A call whose mask is not key padding runs dense then, as the report says, instead of being refused.
+    """
 
     only_saves: ClassVar[bool] = False
     """Whether its tile lists leave out or pool tiles to save time and nothing else, so that dense attention may do."""
@@ -257,71 +255,20 @@ class AttentionHandler(Handler):
 
 
 @runtime_checkable
-class ReadsVotes(Protocol):
-    """A method that asks for votes and reads them."""
+class OutputStep(Protocol):
+    """A method that reads or changes what planned calls give, before later phases do."""
 
-    def learn(self, context: CallContext, kept: Tensor) -> None:
-        """Take the bits that the votes of a call keep, int32 [B, H, NQ, W]."""
-        ...
-
-
-@runtime_checkable
-class StoresOutputs(Protocol):
-    """A method that keeps what attention calls give."""
-
-    def keep(self, context: CallContext, out: Tensor) -> None:
-        """Note the output of a planned call, [B, H, S, D]; it is the model's, and must not be written to.
+    def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
+        """Return the result of a planned call, changed or as it is; its output may be written to.
 
         Called after every planned call but those beside another, whether the method is active in it or not.
         """
         ...
 
 
-class Correction(Protocol):
+class Correction(OutputStep, Protocol):
     """How a call was corrected, for calls that run as it did: it reads and keeps nothing of a method's."""
-
-    def applied(self, plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:
-        """Return the output of another call of the same plan, [B, H, S, D], corrected; ``out`` may be written to."""
-        ...
 
     def of_rows(self, rows: Sequence[int]) -> "Correction":
         """Return how some rows of the batch were corrected."""
-        ...
-
-
-@runtime_checkable
-class Corrects(Protocol):
-    """A method that corrects what a planned call computed."""
-
-    def correct(
-        self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor
-    ) -> tuple[Tensor, Correction | None]:
-        """Return the output of a planned call, [B, H, S, D], corrected, and how; ``out`` may be written to.
-
-        Called after every planned call but those beside another, whether the method is active in it or not.
-        """
-        ...
-
-
-@runtime_checkable
-class RestoresTiles(Protocol):
-    """A method that drops tiles for good and can take them back where another finds that they matter."""
-
-    def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
-        """Tell whether `restore_tiles` would do anything after this call."""
-        ...
-
-    def restore_tiles(
-        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
-    ) -> None:
-        """Take back tiles that probe rows find to matter; called after `ReadsVotes.learn`, where `wants_gaps` says so.
-
-        Args:
-            plan: what the call ran.
-            context: when it ran.
-            gaps: float32 [B, H, NQ, NK], a tile's largest logit minus its row's over all keys, in log2 units, the
-                largest over the block row's probe rows; -inf where the block row has none, or the tile no valid key.
-            shares: the same for a tile's share of the row's softmax mass; 0 instead of -inf.
-            margin: log2 units by which a gap or share must exceed the threshold at which tiles are dropped.
-        """
         ...

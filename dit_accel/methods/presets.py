@@ -159,6 +159,17 @@ class PresetMethods:
         return f"preset {self.level}: {'; '.join(parts)}"
 
 
+def _suits(choice: Choice, model: Model, beside: Sequence[MethodConfig]) -> bool:
+    """Return whether a choice is meant for a kind of model, and extends no axis that another method extends."""
+    extended = {axis for config in beside for axis in handler_of(config).extends}
+    not_advised = model.family.not_advised if model.family else ()
+    return (
+        choice.models in ("all", "image" if model.adapter.makes_images else "video")
+        and choice.config.name not in not_advised
+        and not extended & handler_of(choice.config).extends
+    )
+
+
 def preset_methods(
     level: str,
     model: Model,
@@ -181,14 +192,11 @@ def preset_methods(
     if level not in PRESETS:
         raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), (*LEVELS, NONE))}")
     try_out = try_out or partial(make_handlers, model=model, alone=False)
-    kind = "image" if model.adapter.makes_images else "video"
-    not_advised = model.family.not_advised if model.family else ()
     chosen: list[Choice] = []
     left_out: dict[str, str] = {}
     for choice in PRESETS[level]:
         beside, name = [*named, *(earlier.config for earlier in chosen)], choice.config.name
-        extended = {axis for config in beside for axis in handler_of(config).extends}
-        if choice.models not in ("all", kind) or name in not_advised or extended & handler_of(choice.config).extends:
+        if not _suits(choice, model, beside):
             continue
         try:
             try_out([*beside, choice.config])

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..adapters.adapter import Grid
 from ..errors import ConfigError
-from .masks import key_validity
+from .masks import key_validity, visible_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +55,23 @@ class Call:
         position[self.rows] = torch.arange(len(self.rows), device=tokens.device)
         queries = F.pad(self.q, (0, 0, 0, 1)).index_select(2, position[tokens])
         return self.as_held(self.as_held(queries)[0].contiguous())[0]
+
+    def completed(self, sizes: Grid, outer_masks: bool) -> tuple["Call", slice | None]:
+        """Return the call with a query for every token, and which of them are the model's own; None: all, or `rows`.
+
+        Where only some tokens have queries (the image, or all behind text and cached keys), the others get zeros.
+        ``outer_masks``: as `Adapter` has it.
+        """
+        frames, height, width, before, _ = sizes
+        call = self
+        if self.mask is not None and outer_masks:
+            call = replace(self, mask=visible_row(self.mask, before))
+        queries, tokens = self.q.shape[2], self.k.shape[2]
+        missing = tokens - queries
+        if missing <= 0 or self.rows is not None:
+            return call, None
+        start = before if queries == frames * height * width else missing
+        return replace(call, q=F.pad(self.q, (0, 0, start, missing - start))), slice(start, start + queries)
 
     def for_planning(self) -> "Call":
         """Return a call of some rows with a query for every token, zeros for others: plans follow from positions."""

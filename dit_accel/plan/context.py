@@ -1,7 +1,7 @@
 """Where the denoising stands: at a forward of the transformer, and at one attention call inside it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -49,6 +49,11 @@ class StepContext:
     beside: str | None = None
     rows: tuple[int, ...] | None = None
     noise: Noise = "flow"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Field -> value, out of which contexts of a narrower place are made."""
+        return {name: getattr(self, name) for name in StepContext.__slots__}
 
     @property
     def share_of_noise(self) -> float | None:

@@ -39,6 +39,11 @@ class TokenLayout:
                 )
 
     @property
+    def grid(self) -> tuple[int, int, int, int, int]:
+        """The sizes as adapters give them: frames, height, width, text before, text after."""
+        return self.frames, self.height, self.width, self.text_before, self.text_after
+
+    @property
     def lengths(self) -> dict[str, int]:
         """Axis (frames, height, width) -> tokens along it."""
         return {"frames": self.frames, "height": self.height, "width": self.width}

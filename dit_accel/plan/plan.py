@@ -81,7 +81,7 @@ class AttentionPlan:
         if tiles is None:
             tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
         return tiles, {
-            **call.kernel_layout,
+            "layout": "bshd" if call.tokens_first else "bhsd",
             "scale": call.scale,
             "head_scale": self.head_scale,
             "key_mask": call.key_mask(),
@@ -337,7 +337,7 @@ class AttentionPlan:
             )
 
 
-class Launched(NamedTuple):
+class KernelResult(NamedTuple):
     """What one kernel call gave.
 
     Attributes:
@@ -345,12 +345,16 @@ class Launched(NamedTuple):
         exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
         kept: those that votes keep, likewise; None without votes.
         lse: [B, H, S], where it was wanted; else None.
+        corrections: how it was corrected since, for the calls that run as it did.
+        planned: the output before it was corrected or guided; None where nobody asks.
     """
 
     out: Tensor
     exact: Tensor | None = None
     kept: Tensor | None = None
     lse: Any = None
+    corrections: tuple[Any, ...] = ()
+    planned: Tensor | None = None
 
 
 def is_full(tiles: TileLists) -> bool:

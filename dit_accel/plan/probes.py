@@ -22,7 +22,9 @@ def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, T
         rows: int64 [G], token indices of the probes.
 
     Returns:
-        Gaps and shares, float32 (float64 for float64) [B, H, NQ, NK], as `restore_tiles` takes them.
+        Gaps, float32 (float64 for float64) [B, H, NQ, NK]: a tile's largest logit minus its row's over all keys, in
+        log2 units, the largest over the block row's probe rows; -inf where the block row has none, or the tile no valid
+        key. And the same for a tile's share of the row's softmax mass; 0 instead of -inf.
     """
     tiles, order = plan.tiles, plan.token_order
     assert tiles is not None

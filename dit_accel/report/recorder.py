@@ -1,7 +1,8 @@
 """Counts what runs in one generation: dense layers, and the shares of every planned call's tiles."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,10 +10,10 @@ import torch
 from dit_accel_kernels import count_bits, torch_way
 from torch import Tensor
 
-from ..plan.context import CallContext
+from ..plan.context import CallContext, StepContext
 from ..plan.plan import AttentionPlan
 from ..plan.tiling import exact_bits
-from .clock import Clock
+from .clock import Clock, Kind
 
 
 @dataclass(slots=True)
@@ -102,6 +103,20 @@ class Recorder:
         """Count one denoising call and the layers of it that run dense."""
         entry = self.forwards.setdefault((transformer, step_index, branch), ForwardCounts())
         entry.dense_layers += dense_layers
+
+    @contextmanager
+    def timed(self, step: StepContext, device: torch.device, layers: Callable[[], int]) -> Iterator[None]:
+        """Time a denoising call, methods around it included, and keep what it was.
+
+        ``layers`` gives the attention calls of one forward, once it has run.
+        """
+        ran, reduced, begin = self.forwards_run, self.reduced, self.clock.begin(device)
+        yield
+        forwards = self.forwards_run - ran
+        computed: Kind = "reduced" if self.reduced > reduced else "dense"
+        kind: Kind = computed if forwards == 1 else "extended" if forwards else "skipped"
+        key = step.transformer, step.step_index, step.branch
+        self.clock.end(key, kind, begin, device, forwards * layers())
 
     def stays_dense(self, context: CallContext, why: Why) -> None:
         """Count an attention call that stays dense in a layer in which methods act."""

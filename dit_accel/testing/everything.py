@@ -47,5 +47,5 @@ def planned(transformer: Any, adapter: Adapter, handler: type[Handler] = Everyth
     """Attach so that every call goes to the kernels with every tile exact: dense, and computed by us."""
     with attach(transformer, preset="none") as attachment:
         model = Model(adapter=adapter, family=None, heads=0, layers=0)
-        attachment._execution.use((handler(EverythingConfig(), model),))
+        attachment.engine.use((handler(EverythingConfig(), model),))
         yield attachment

@@ -81,7 +81,7 @@ def _run(
     with attach(case.transformer, config, backend="reference") as attachment:
         with recorded(attachment) as calls:
             out = case.run(inputs)
-        ran = attachment._execution.recorder.forwards_run
+        ran = attachment.engine.recorder.forwards_run
         require(ran == forwards, f"{config} ran {ran} forwards, not {forwards}")
     return out, calls
 

@@ -73,7 +73,7 @@ def check_layout(case: Case) -> None:
 
         latents = case.latents(inputs)
         still = values(latents)
-        frames, height, width, before, after = attachment._execution.forward.sizes
+        frames, height, width, before, after = attachment.engine.forward.sizes
         visual, hit, apart = frames * height * width, set(), 0
 
         def tokens_along(axis: int, base: list[int]) -> Iterator[int]:

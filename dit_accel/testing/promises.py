@@ -42,7 +42,7 @@ def require_neutral(case: Case, settings: Settings, steps: int = 2) -> None:
     with attached(case, settings) as attachment:
         for step, (out, expected) in enumerate(zip(outputs(case, steps), plain, strict=True)):
             require(torch.equal(out, expected), f"{name} changed step {step // 2}, with neutral settings")
-        report, ran = attachment.report(), attachment._execution.recorder.forwards_run
+        report, ran = attachment.report(), attachment.engine.recorder.forwards_run
         require(ran == 2 * steps, f"{name} ran {ran} forwards in place of {2 * steps}, with neutral settings")
         require(report.density == 1.0, f"{name} did not stay dense, with neutral settings")
         together = case.run(both, branch="cond_uncond")
@@ -68,7 +68,7 @@ def check_planned(case: Case, tried: MethodCase) -> str | None:
     inputs = case.inputs(2)
     with attached(case, tried.active) as attachment, recorded(attachment) as calls:
         first = case.run_after(tried.warm, inputs)
-        report, layers = attachment.report(), len(attachment._execution.layers)
+        report, layers = attachment.report(), len(attachment.engine.layers)
         planned = list(calls)
         case.run(case.inputs(1), step=tried.warm + 1)
         again = case.run_after(tried.warm, inputs)
@@ -140,7 +140,7 @@ def check_free(case: Case, tried: MethodCase) -> str | None:
     plain = case.run(both, branch="cond_uncond", transformer=wide)
     with attach(wide, free, preset="none", backend="reference") as attachment:
         together = case.run(both, branch="cond_uncond", transformer=wide)
-        ran = attachment._execution.recorder.forwards_run
+        ran = attachment.engine.recorder.forwards_run
     cond = _row_of_prompt(case)
     require_same(together[cond], plain[cond], f"{free}: the prompt's row of a forward for both changes")
     require(not torch.equal(together[1 - cond], plain[1 - cond]), f"{free}: the negative prompt's row stays")

@@ -10,7 +10,7 @@ from dit_accel_kernels import EXACT, block_sparse_attention_eager, unpack_bits
 from torch import Tensor, nn
 
 from ..attachment.attachment import Attachment
-from ..attachment.execution import PlannedCall
+from ..attachment.layers import PlannedCall
 from ..plan.context import CallContext
 from ..plan.masks import key_validity
 from ..plan.plan import AttentionPlan

@@ -22,7 +22,7 @@ from PIL import Image
 from strips import beside, block_strip, map_picture, rows_picture, save
 
 import dit_accel as d
-from dit_accel.attachment.observed import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.methods.config import MethodConfig
 
 LAYER = 5

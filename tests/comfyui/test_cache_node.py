@@ -5,7 +5,7 @@ import time
 import comfy_stand_in as comfy
 import pytest
 import torch
-from dit_accel_comfyui.door import door_of, with_method
+from dit_accel_comfyui.patch import patch_of, with_method
 from dit_accel_comfyui.run import Run
 
 from dit_accel import EasyCache
@@ -27,7 +27,7 @@ class Counting(comfy.Wan):
 
 
 def told(patcher):
-    report = door_of(patcher).last.report
+    report = patch_of(patcher).last.report
     assert report is not None
     return report
 

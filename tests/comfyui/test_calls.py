@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import comfy_stand_in as comfy
 import pytest
 import torch
-from dit_accel_comfyui.calls import Given, Override, given_call
+from dit_accel_comfyui.calls import AttentionArguments, Override, call_from
 from dit_accel_comfyui.run import Run
 
 from dit_accel.methods.attention.sol import SolAttention
@@ -67,7 +67,7 @@ def test_a_call_gives_what_dense_attention_gives(mask, flat, whole, kv_heads):
     expected = comfy.plain(q, k, v, 4, **given)
     assert out.shape == expected.shape
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    planned = any(entry.calls for entry in run.execution.recorder.forwards.values())
+    planned = any(entry.calls for entry in run.engine.recorder.forwards.values())
     assert planned == (mask not in ("queries x keys", "a bias"))
     assert bool(run.declined) != planned
 
@@ -93,14 +93,14 @@ def test_calls_that_are_not_understood_are_refused_with_their_reason(changed, sa
     q, k, v = tensors()
     arguments = {"q": q, "k": k, "v": v, "heads": 4, "mask": None, "attn_precision": None, "skip_reshape": True,
                  "skip_output_reshape": False, "kwargs": {}}  # fmt: skip
-    found = given_call(Given(**{**arguments, **changed}), "torch")
+    found = call_from(AttentionArguments(**{**arguments, **changed}), "torch")
     assert isinstance(found, str)
     assert said in found
 
 
 def test_logits_in_float32_of_half_tensors_are_left_to_the_model():
     q, k, v = (x.half() for x in tensors())
-    found = given_call(Given(q, k, v, 4, None, torch.float32, True, False, {}), "torch")
+    found = call_from(AttentionArguments(q, k, v, 4, None, torch.float32, True, False, {}), "torch")
     assert "float32" in str(found)
 
 
@@ -116,7 +116,7 @@ def test_a_kernel_that_fails_leaves_the_call_and_all_after_it_dense(monkeypatch)
     def fails(*_, **__):
         raise ValueError("this kernel takes\nno such thing")
 
-    monkeypatch.setattr("dit_accel.attachment.execution.run_kernel", fails)
+    monkeypatch.setattr("dit_accel.attachment.engine.run_kernel", fails)
 
     def call(options):
         return [comfy.optimized_attention(q, k, v, heads=4, transformer_options=options) for _ in range(3)]
@@ -138,7 +138,7 @@ def test_a_sequence_that_the_model_packs_itself_is_placed_as_it_says():
         return comfy.optimized_attention(q, k, v, heads=4, transformer_options=options, skip_reshape=True)
 
     _, run = attended(call)
-    layout = run.execution.forward.layout
+    layout = run.engine.forward.layout
     assert (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after) == (2, 4, 4, 8, 0)
     assert not run.declined
 

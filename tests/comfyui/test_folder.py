@@ -1,5 +1,6 @@
 """The folder as its users get it: version, needs, and what ComfyUI finds in it."""
 
+import ast
 import asyncio
 import importlib.util
 import json
@@ -63,8 +64,23 @@ def test_sparse_attention_waits_for_as_many_tokens_as_the_pages_say(monkeypatch)
     assert all(f"{least:,}" in page.read_text(encoding="utf-8") for page in pages)
 
 
+def test_the_nodes_reach_into_the_core_by_its_engine_alone():
+    for path in (ROOM / "dit_accel_comfyui").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imports = {one.module for one in ast.walk(tree) if isinstance(one, ast.ImportFrom) and not one.level}
+        rooms = {name for name in imports if str(name).startswith("dit_accel.attachment")}
+        assert rooms <= {"dit_accel.attachment.engine"}, path.name
+        private = {
+            one.attr
+            for one in ast.walk(tree)
+            if isinstance(one, ast.Attribute) and one.attr.startswith("_") and not one.attr.startswith("__")
+            and not (isinstance(one.value, ast.Name) and one.value.id == "self")
+        }  # fmt: skip
+        assert private <= {"_C", "_dynamo"}, (path.name, private)
+
+
 def test_workflows_name_methods_that_there_are():
-    from dit_accel_comfyui.door import method_config
+    from dit_accel_comfyui.patch import method_config
 
     found = []
     for path in (ROOM / "workflows").glob("*.json"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import comfy_stand_in as comfy
 import pytest
 import torch
-from dit_accel_comfyui.placing import Placing, Steps, inputs_of, placing_of, told_layout
+from dit_accel_comfyui.placing import Steps, TokenPlacement, inputs_of, layout_from_options, placement_of
 from dit_accel_comfyui.run import Run
 
 from dit_accel.errors import ConfigError
@@ -32,15 +32,15 @@ def sizes(layout):
 )
 def test_a_sequence_is_placed_by_the_latents_and_the_text(model, latents, tokens, expected):
     inputs = {"x": torch.zeros(1).expand(latents), "context": torch.zeros(1).expand(1, 512, 8)}
-    placing = placing_of(model, inputs)
-    assert isinstance(placing, Placing)
+    placing = placement_of(model, inputs)
+    assert isinstance(placing, TokenPlacement)
     assert sizes(placing.layout(tokens)) == expected
 
 
 def test_further_pictures_stand_behind_the_one_that_is_made():
     inputs = {"x": torch.zeros(1, 16, 8, 8), "context": torch.zeros(1, 7, 8), "ref_latents": [torch.zeros(1, 16, 4, 4)]}
-    placing = placing_of(named("Flux", patch_size=2), inputs)
-    assert isinstance(placing, Placing)
+    placing = placement_of(named("Flux", patch_size=2), inputs)
+    assert isinstance(placing, TokenPlacement)
     assert sizes(placing.layout(16 + 7 + 4)) == (1, 4, 4, 7, 4)
 
 
@@ -54,8 +54,8 @@ def test_further_pictures_stand_behind_the_one_that_is_made():
     ],
 )  # fmt: skip
 def test_another_number_of_tokens_is_refused_and_told(model, tokens, text):
-    placing = placing_of(model, {"x": torch.zeros(1, 16, 4, 8, 8), "context": torch.zeros(1, text, 8)})
-    assert isinstance(placing, Placing)
+    placing = placement_of(model, {"x": torch.zeros(1, 16, 4, 8, 8), "context": torch.zeros(1, text, 8)})
+    assert isinstance(placing, TokenPlacement)
     found = placing.layout(tokens)
     assert isinstance(found, str)
     assert str(tokens) in found
@@ -72,7 +72,7 @@ def test_another_number_of_tokens_is_refused_and_told(model, tokens, text):
     ],
 )
 def test_a_forward_that_can_not_be_placed_says_why(model, inputs, said):
-    found = placing_of(model, inputs)
+    found = placement_of(model, inputs)
     assert isinstance(found, str)
     assert said in found
 
@@ -80,13 +80,13 @@ def test_a_forward_that_can_not_be_placed_says_why(model, inputs, said):
 def test_a_packed_sequence_is_placed_as_the_model_tells_it():
     segments = [(0, 7, "text"), (7, 39, "video"), (39, 45, "audio"), (45, 45 + 5 * 4 * 6, "video")]
     told = SimpleNamespace(seq_len=165, segments=segments, signature=(7, 5, 8, 12, 3))
-    layout = told_layout({"minimax_h3_layout": told}, 165)
+    layout = layout_from_options({"minimax_h3_layout": told}, 165)
     assert layout is not None
     assert sizes(layout) == (5, 4, 6, 45, 0)
-    assert told_layout({"minimax_h3_layout": told}, 164) is None
-    assert told_layout({}, 165) is None
+    assert layout_from_options({"minimax_h3_layout": told}, 164) is None
+    assert layout_from_options({}, 165) is None
     told.segments = segments[:2]
-    assert told_layout({"minimax_h3_layout": told}, 165) is None
+    assert layout_from_options({"minimax_h3_layout": told}, 165) is None
 
 
 def test_inputs_are_told_by_name_however_they_are_passed():

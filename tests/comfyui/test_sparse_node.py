@@ -3,7 +3,7 @@
 import comfy_stand_in as comfy
 import pytest
 import torch
-from dit_accel_comfyui.door import door_of, with_method
+from dit_accel_comfyui.patch import patch_of, with_method
 
 from dit_accel.methods.attention.sparsed import SparseDHandler
 
@@ -19,7 +19,7 @@ def sparse(model, method="sol", options="", **given):
 
 
 def report(patcher):
-    found = door_of(patcher).last.report
+    found = patch_of(patcher).last.report
     assert found is not None
     return found
 
@@ -109,9 +109,9 @@ def test_a_model_is_not_changed_by_the_node():
     assert not patcher.model_options["transformer_options"]
     both = with_method(new, "easycache", "")
     assert [len(ones) for of in both.wrappers.values() for ones in of.values()] == [1, 1]
-    assert [config.name for config in door_of(both).configs] == ["sol", "easycache"]
-    assert len(door_of(new).configs) == 1
-    assert door_of(both).last is not door_of(new).last
+    assert [config.name for config in patch_of(both).configs] == ["sol", "easycache"]
+    assert len(patch_of(new).configs) == 1
+    assert patch_of(both).last is not patch_of(new).last
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_memory_is_counted_and_freed(transformer):
             denoise(transformer, 5)
             assert attachment.report().state_bytes[config.name] == tensors * tokens, config
             attachment.reset()
-            assert not attachment._execution.handlers[0]._held()
+            assert not attachment.engine.handlers[0]._held()
 
 
 def test_the_visual_stream_is_measured_in_float32():

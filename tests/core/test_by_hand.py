@@ -106,7 +106,7 @@ def test_after_a_forward_that_raised_the_next_one_begins_a_run(transformer, monk
             with pytest.raises(RuntimeError, match="mat1 and mat2"), torch.no_grad():
                 transformer(noise(), torch.tensor([1000.0 - 100 * (stop // 2)]), noise(9, 1, 6, 63))
             assert same(loop(transformer, seed=1), fresh)
-            assert attachment._execution.state.step_index == 7
+            assert attachment.denoising.step_index == 7
 
 
 @pytest.mark.parametrize("fields", [(), ("step_index",), ("step_index", "num_inference_steps", "sigma")])
@@ -164,7 +164,7 @@ def test_a_loop_over_the_attached_pipelines_scheduler_has_its_steps_and_noise_le
     pipe = Loop(transformer)
     pipe._num_timesteps = 3  # of a call of the pipeline: nobody's steps here
     with dit_accel.attach(pipe, preset="none") as attachment:
-        state = attachment._execution.state
+        state = attachment.denoising
         for steps, start in ((6, 0), (4, 0), (5, 2)):
             pipe.scheduler.set_timesteps(steps)
             loop(transformer, timesteps=pipe.scheduler.timesteps[start:])
@@ -177,7 +177,7 @@ def test_a_loop_that_does_not_follow_the_attached_pipelines_scheduler_has_no_num
     pipe = Loop(transformer)
     pipe.scheduler.set_timesteps(4)
     with dit_accel.attach(pipe, preset="none") as attachment:
-        state = attachment._execution.state
+        state = attachment.denoising
         loop(transformer, timesteps=[1000.0, 700.0, 400.0, 100.0])
         assert (state.num_inference_steps, state.sigma, state.step_index) == (None, None, 3)
     shares = RadialAttention(block_size=16, dense_steps=0.3, dense_layers=0)
@@ -192,7 +192,7 @@ def test_what_a_context_tells_is_believed_and_what_it_leaves_open_inferred(trans
     pipe = Loop(transformer)
     pipe.scheduler.set_timesteps(6)
     with dit_accel.attach(pipe, preset="none") as attachment:
-        state = attachment._execution.state
+        state = attachment.denoising
         timesteps = pipe.scheduler.timesteps
         loop(transformer, named=True, timesteps=timesteps, fields=("step_index",))
         assert (state.step_index, state.num_inference_steps) == (5, 6)
@@ -200,7 +200,7 @@ def test_what_a_context_tells_is_believed_and_what_it_leaves_open_inferred(trans
         loop(transformer, named=True, timesteps=timesteps, fields=("num_inference_steps", "sigma"))
         assert (state.step_index, state.num_inference_steps, state.sigma) == (5, 6, float(timesteps[5]) / 1000)
     with dit_accel.attach(transformer, preset="none") as attachment, torch.no_grad():
-        state = attachment._execution.state
+        state = attachment.denoising
         with transformer.cache_context("cond", num_inference_steps=9, sigma=0.5, timestep=None):
             transformer(noise(), torch.tensor([500.0]), text("cond"))
         assert (state.step_index, state.num_inference_steps, state.sigma) == (0, 9, 0.5)
@@ -230,4 +230,4 @@ def test_a_stand_in_for_a_pipeline_without_a_scheduler_has_no_steps(transformer)
     pipe = SimpleNamespace(components={"transformer": transformer}, transformer=transformer)
     with dit_accel.attach(pipe, preset="none") as attachment:
         loop(transformer, steps=2)
-        assert attachment._execution.state.num_inference_steps is None
+        assert attachment.denoising.num_inference_steps is None

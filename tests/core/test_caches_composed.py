@@ -109,7 +109,7 @@ def test_lite_counts_the_calls_that_run(refresh):
     lite = dataclasses.replace(LITE, refresh_every=refresh)
     with dit_accel.attach(transformer, lite, cache) as attachment, attachment.observe(seen.append):
         denoise(transformer, 9, until=8)
-        handler = next(one for one in attachment._execution.handlers if one.name == "lite")
+        handler = next(one for one in attachment.engine.handlers if one.name == "lite")
         calls = {key: state.calls for key, state in handler._states.items()}
         computed = [step for step, mark in enumerate(drawn(attachment, cache.name)) if mark == "#"]
     keys = [call.context.key for call in seen]
@@ -190,7 +190,7 @@ def test_loops_that_write_in_place_are_cached_like_others(name):
         for module in (model, *model.blocks):
             module.register_forward_hook(lambda _, args, output: passed.append((args, output)))
         passed.extend(denoised(model, rows=(1,) * 4))
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         kept = [decision._attributes() for decision in handler._decisions.values()]
         kept += [[point.values for point in history.points] for history in handler._histories.values()]
     memory = [

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dit_accel.attachment.calls import Calls, Held, text_in
+from dit_accel.attachment.layers import Calls, RememberedTensors, text_in
 
 COND, UNCOND, OTHER = (torch.randn(1, 4, 8) for _ in range(3))
 
@@ -59,21 +59,13 @@ def test_a_text_that_changes_drops_what_was_learned_before_its_forward():
     assert len(calls._texts) == len(calls._known) == 1  # nothing piles up
 
 
-def test_a_text_written_to_is_another_one():
-    text, calls = COND.clone(), Calls()
-    assert calls.number(0.0, (text,), False) == (0, False)
-    assert calls.number(-1.0, (text,), False) == (0, False)
-    text.mul_(2)
-    assert calls.number(-2.0, (text,), False) == (0, True)
-
-
 def test_without_texts_the_place_tells_and_a_change_of_their_number_drops_what_was_learned():
     assert numbered(*([None] * count for count in (2, 2, 1, 1))) == ["0 1", "0 1", "0", "0*"]
 
 
 def test_tensors_are_recognised_by_memory_or_values():
     base = torch.arange(8.0).reshape(2, 4)
-    held = Held((base[0],))
+    held = RememberedTensors((base[0],))
     assert held.is_unchanged_memory((base[0],))
     assert not held.is_unchanged_memory((base[1],))
     assert not held.is_unchanged_memory((base[0].clone(),))
@@ -83,7 +75,7 @@ def test_tensors_are_recognised_by_memory_or_values():
     base[1] += 1  # a view's version is that of the whole
     assert not held.is_unchanged_memory((base[0],))
     meta = torch.empty(3, device="meta")
-    assert not Held((meta,)).is_unchanged_memory((meta,))
+    assert not RememberedTensors((meta,)).is_unchanged_memory((meta,))
 
 
 def test_the_text_is_the_input_that_the_adapter_names():

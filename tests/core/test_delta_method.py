@@ -18,10 +18,9 @@ from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttentio
 from dit_accel.methods.attention.delta import DeltaHandler, groups_of, neighbour_correlation
 from dit_accel.methods.attention.radial import RadialHandler
 from dit_accel.plan.call import Call
-from dit_accel.plan.context import CallContext
 from dit_accel.plan.exact_rows import dense_rows
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.plan import AttentionPlan, KernelResult
 from dit_accel.plan.probes import probe_gaps
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=7)
@@ -75,12 +74,9 @@ def corrected(
     ``planned`` is what the plan computed, which is left as it is; None: it is computed.
     """
     known = len(measured(delta))
-    out, _ = delta.correct(
-        plan,
-        call,
-        context_of(**{"layout": LAYOUT, **when}),
-        (sparse(plan, call) if planned is None else planned).clone(),
-    )
+    planned = sparse(plan, call) if planned is None else planned
+    context = context_of(**{"layout": LAYOUT, **when})
+    out = delta.after(plan, call, context, KernelResult(planned.clone())).out
     probed = measured(delta)[known:]
     return out, torch.tensor(probed[0]["by_head"], dtype=torch.float64) if probed else None
 
@@ -265,7 +261,7 @@ def test_a_plan_that_leaves_nothing_out_is_left_alone(plan):
     call = call_of()
     out = torch.full_like(call.q, torch.nan)
     delta = handler()
-    assert delta.correct(plan, call, context_of(LAYOUT), out)[0] is out
+    assert delta.after(plan, call, context_of(LAYOUT), KernelResult(out)).out is out
     assert out.isnan().all()
     assert delta.report() is None
 
@@ -309,11 +305,9 @@ class Taker(RadialHandler):
         super().__init__(RADIAL, MODEL)
         self.wants, self.seen = wants, []
 
-    def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
-        return self.wants
-
-    def restore_tiles(self, plan, context, gaps, shares, margin) -> None:
-        self.seen.append((gaps, shares, margin))
+    def restore_tiles(self, plan, context, probe, margin) -> None:
+        if self.wants:
+            self.seen.append((*probe(), margin))
 
 
 def test_probes_go_to_the_handlers_that_want_them():

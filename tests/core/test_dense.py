@@ -10,9 +10,8 @@ from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import ConfigError, RadialAttention
-from dit_accel.attachment import dense as module
-from dit_accel.attachment.dense import with_loop
-from dit_accel.attachment.execution import Execution
+from dit_accel.attachment import processor as module
+from dit_accel.attachment.engine import Engine
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
 SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=2, dense_layers=1)
@@ -43,7 +42,7 @@ def qkv(dtype=torch.float32, key_heads=4):
 def attention(tokens_first: bool, dense: str = "auto"):
     """Attention as a processor calls it, and the same by torch."""
     own = dispatch_attention_fn if tokens_first else F.scaled_dot_product_attention
-    return with_loop(own, tokens_first, Execution([], "auto", dense=dense)), own
+    return module.with_loop(own, tokens_first, Engine([], "auto", dense=dense)), own
 
 
 @pytest.mark.usefixtures("always")
@@ -57,7 +56,7 @@ def test_plain_calls_are_the_loops_within_rounding(by_loop, tokens_first, option
     taken, own = attention(tokens_first)
     tensors = qkv(dtype, key_heads)
     tensors = [x.transpose(1, 2) for x in tensors] if tokens_first else tensors
-    out = taken(*tensors, None, 0.0, False, enable_gqa=key_heads == 2, **options)
+    out = taken(*tensors, attn_mask=None, enable_gqa=key_heads == 2, **options)
     expected = own(*(x.double() for x in tensors), enable_gqa=key_heads == 2, **options)
     assert out.dtype == dtype
     assert len(by_loop) == fused.takes(torch.device("cpu"), dtype)
@@ -128,9 +127,9 @@ def test_it_is_the_default_of_a_preset_alone(capsys):
     chosen = []
     for methods, options in (((), dict(preset="balanced")), ((), {}), ((SPARSE,), {}), ((), dict(preset="none"))):
         with dit_accel.attach(tiny_transformer(), *methods, **options) as attachment:
-            chosen.append(attachment._execution.dense)
+            chosen.append(attachment.engine.dense)
     with dit_accel.attach(tiny_transformer(), preset="balanced", dense="user") as attachment:
-        chosen.append(attachment._execution.dense)
+        chosen.append(attachment.engine.dense)
     assert chosen == ["auto", "auto", "user", "user", "user"]
 
 

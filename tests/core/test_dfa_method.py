@@ -11,7 +11,7 @@ from wan_tiny import denoise, sharp_transformer, tiny_transformer
 import dit_accel
 from dit_accel import PAG, ConfigError, LiteAttention, RadialAttention, SoftPAG, SolAttention, SparseD, TokenLayout
 from dit_accel.adapters import installed
-from dit_accel.attachment.execution import run_kernel
+from dit_accel.attachment.engine import run_kernel
 from dit_accel.attachment.kernel_call import computed_rows
 from dit_accel.estimate.work import tiles_left
 from dit_accel.methods.attention.delta import DeltaAttention
@@ -191,7 +191,7 @@ def test_the_foreground_follows_the_sparse_methods_lists(sparse):
     calls, outputs, report = steps_of(transformer, sparse, DFA(share=0.03, **EVERY_2))
     with dit_accel.attach(transformer, sparse) as attachment:
         for now in calls[3:6]:
-            whole = run_kernel(replace(now.plan, reused=None), now.call, attachment._execution.recorder).out
+            whole = run_kernel(replace(now.plan, reused=None), now.call, attachment.engine.recorder).out
             changed = (now.out != now.plan.reused.out).any(-1)[0].any(0)
             (rows,) = now.plan.reused.rows
             torch.testing.assert_close(now.out[:, :, rows], whole[:, :, rows], rtol=1e-4, atol=1e-5)
@@ -257,7 +257,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(methods, strict):
 def test_a_prompt_that_moves_everywhere_leaves_another_its_background():
     transformer, calls = tiny_transformer(), []
     with dit_accel.attach(transformer, DFA(share=0.3, **EVERY_2)) as attachment, attachment.observe(calls.append):
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         for step in range(2):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=0.5), torch.no_grad():
                 transformer(torch.randn(2, 12, 5, 8, 8), torch.tensor([500.0] * 2), torch.randn(2, 6, 64))

@@ -345,16 +345,15 @@ def test_probes_take_back_tiles_that_matter_again():
     for x in drifting(80, 3):
         calls.run(*x)
     plan, context = calls.plan()
-    assert calls.handler.wants_gaps(plan, context)
     gaps = torch.full((1, 2, 5, 5), -5.0)
     gaps[..., 2, 1], gaps[..., 3, 1], gaps[..., 2, 4] = 0.0, -0.9, 0.0
     before = unpack_bits(calls.bits(), 5)
-    calls.handler.restore_tiles(plan, context, gaps, torch.zeros_like(gaps), 0.5)
+    calls.handler.restore_tiles(plan, context, lambda: (gaps, torch.zeros_like(gaps)), 0.5)
     back = unpack_bits(calls.bits(), 5) & ~before
     expected = torch.zeros_like(back)
     expected[..., 2, 1] = ~before[..., 2, 1]
     assert torch.equal(back, expected)
-    assert not Calls(LiteAttention(target_density=0.5)).handler.wants_gaps(plan, context)
+    Calls(LiteAttention(target_density=0.5)).handler.restore_tiles(plan, context, pytest.fail, 0.5)  # asks no probe
 
 
 def test_another_selection_is_kept_and_added_to():
@@ -385,7 +384,7 @@ def test_a_reset_frees_all_that_is_held(options):
     transformer = sharp_transformer()
     config = LiteAttention(block_size=BLOCK, dense_steps=0, must_keep=(0, 16), must_skip=(48, 64), **options)
     with dit_accel.attach(transformer, config) as attachment:
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         denoise(transformer, until=3)  # the last step frees some by itself
         assert handler._states
         assert handler._fixed

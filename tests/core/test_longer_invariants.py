@@ -36,7 +36,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import dit_accel
 from dit_accel import UltraImage, UltraViCo
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.positions.entropy import focus, token_entropy
 from dit_accel.rules.rotary_frequencies import frequencies
 from dit_accel.rules.ultravico import DecayRule

@@ -1,6 +1,5 @@
 """Masks as models pass them: what is read as key validity, what is refused."""
 
-import types
 from dataclasses import replace
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import ConfigError
-from dit_accel.attachment.execution import Execution
-from dit_accel.attachment.processor import planned
 from dit_accel.plan.call import Call
 from dit_accel.plan.masks import HIDDEN, key_validity, visible_row
 
@@ -97,9 +94,3 @@ def test_sizes_are_read_off_tensors_with_heads_first():
     assert replace(call, mask=None).hides_keys
     assert not replace(call, mask=PAIRS.float()).hides_keys
     assert not replace(call, q=q.transpose(1, 2), k=k.transpose(1, 2)).hides_keys
-
-
-def test_a_block_mask_is_refused():
-    q = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ConfigError, match="type SimpleNamespace"):
-        planned(q, q, q, types.SimpleNamespace(), None, True, Execution([], "reference"))

@@ -31,7 +31,7 @@ def transformer():
 def guided(transformer, *methods, **run):
     with dit_accel.attach(transformer, *methods, preset="none") as attachment:
         out = denoise(transformer, **run)
-        return out, attachment.report(), attachment._execution.recorder.forwards_run
+        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 def changed(config, **options):

@@ -119,8 +119,6 @@ class GuideHandler(AttentionHandler):
         out = run()
         with self.site.branch("perturbed"):
             perturbed = run()
-        again = self.site._execution.state.context(self.site._state)
-        assert (again.branch, again.step_index) == (context.branch, context.step_index)
         sample = sample_of(out)
         return with_sample(out, sample + self.settings.weight * (sample - sample_of(perturbed)))
 
@@ -160,7 +158,7 @@ def forward(model, step=0, branch="cond", scale=1.0, **options):
 
 
 def handler_of(attachment, handler_type):
-    return next(one for one in attachment._execution.handlers if isinstance(one, handler_type))
+    return next(one for one in attachment.engine.handlers if isinstance(one, handler_type))
 
 
 def test_a_forward_is_skipped_repeated_and_passed_on(transformer):
@@ -225,7 +223,7 @@ def test_a_plan_that_needs_no_kernel_runs_on_the_users_own_backend(transformer):
     with dit_accel.attach(transformer, Guide(), backend="reference") as attachment:
         with attention_backend("_native_math"):
             guided = forward(transformer)
-        assert attachment._execution.recorder.backends == set()  # no kernel of ours
+        assert attachment.engine.recorder.backends == set()  # no kernel of ours
         calls = []
         with attachment.observe(calls.append):
             forward(transformer)
@@ -277,7 +275,7 @@ def test_a_branch_inside_a_block_leaves_the_rest_of_the_forward_as_it_was(transf
     with dit_accel.attach(transformer, RADIAL, Probe(batch=0), backend="torch") as attachment:
         alone, calls = [forward(transformer, step) for step in range(2)], attachment.report().to_dict()["calls"]
     with dit_accel.attach(transformer, RADIAL, Probe(), backend="torch") as attachment:
-        state = attachment._execution.forward
+        state = attachment.engine.forward
         for step, plain in enumerate(alone):
             assert torch.equal(forward(transformer, step), plain)
             assert [int(size) for size in state.grid] == [5, 4, 4, 0, 0]
@@ -318,9 +316,7 @@ def test_what_lies_inside_a_nested_branch_is_told_its_name(transformer):
 def test_guidance_lies_around_caches_around_the_model(transformer):
     with dit_accel.attach(transformer, SkipForwards(), Guide(), SkipBlock(), RADIAL) as one:
         first = [forward(transformer, step) for step in range(3)]
-        assert [handler.phase for handler in one._execution.handlers] == sorted(
-            h.phase for h in one._execution.handlers
-        )
+        assert [handler.phase for handler in one.engine.handlers] == sorted(h.phase for h in one.engine.handlers)
     with dit_accel.attach(transformer, RADIAL, SkipBlock(), Guide(), SkipForwards()):
         assert all(torch.equal(forward(transformer, step), out) for step, out in enumerate(first))
 
@@ -501,6 +497,6 @@ def test_what_an_observer_raises_ends_the_forward(transformer):
         sparse = forward(transformer)
         with pytest.raises(RuntimeError, match="enough"), attachment.observe(stop):
             forward(transformer)
-        assert attachment._execution.observers == []
+        assert attachment.engine.observers == []
         assert torch.equal(forward(transformer), sparse)
     assert torch.equal(forward(transformer), plain)

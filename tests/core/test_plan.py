@@ -217,17 +217,6 @@ def test_which_plans_need_a_kernel_and_which_leave_nothing_out():
         assert (plan.needs_kernel, plan.is_dense) == (kernel, dense), plan
 
 
-def test_verbs_leave_the_plan_they_are_called_on_as_it_is():
-    empty = AttentionPlan()
-    tiled = empty.with_tiles(FULL)
-    narrowed = tiled.narrow(keep=bits(1, 1, HEADS))
-    narrowed.narrow(keep=bits(2, 1, HEADS)).route(Routing(beta=1.0)).scale(torch.ones(HEADS)).mix(torch.ones(HEADS))
-    assert empty.tiles is None
-    assert tiled.selection is None
-    assert torch.equal(narrowed.selection.keep, bits(1, 1, HEADS))
-    assert narrowed.selection.routing is None
-
-
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_a_plan_that_needs_no_kernel_knows_grouped_heads(tokens_first):
     layout = TokenLayout(frames=2, height=3, width=4)

@@ -31,9 +31,7 @@ def radial(**options) -> RadialAttention:
 def ran(config: RadialAttention, backend: str, steps: int = 1):
     """What a short run of a tiny Wan under a config gives, and its report."""
     with dit_accel.attach(sharp_transformer(), config, preset="none", backend=backend) as attachment:
-        return denoise(
-            attachment._execution.layers[0].state.transformer, steps, branches=("cond",)
-        ), attachment.report()
+        return denoise(attachment.engine.layers[0].state.transformer, steps, branches=("cond",)), attachment.report()
 
 
 def test_every_sparse_method_has_it_and_files_keep_it():

@@ -11,7 +11,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, EasyCache, LiteAttention, SolAttention, StaticCache, UltraViCo
 from dit_accel.adapters.installed import adapters, described
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.easy import EasyHandler
 from dit_accel.methods.presets import LEVELS, PRESETS, preset_methods
@@ -19,7 +19,7 @@ from dit_accel.methods.presets import LEVELS, PRESETS, preset_methods
 
 def attached(model, *methods, **options):
     with dit_accel.attach(model, *methods, **options) as attachment:
-        return {handler.name: handler.settings for handler in attachment._execution.handlers}
+        return {handler.name: handler.settings for handler in attachment.engine.handlers}
 
 
 def of(adapter, family):
@@ -32,12 +32,12 @@ def named(level, *family):
 
 def test_without_a_method_the_preset_balanced_is_attached_and_nothing_is_printed(capfd):
     with dit_accel.attach(tiny_transformer()) as attachment:
-        assert [handler.name for handler in attachment._execution.handlers] == ["sol", "easycache"]
+        assert [handler.name for handler in attachment.engine.handlers] == ["sol", "easycache"]
         assert attachment.preset.startswith("preset balanced: easycache skips every second step")
         assert attachment.preset in attachment.report().notes
     for methods, preset in [((), "none"), ((StaticCache(every=2),), None)]:
         with dit_accel.attach(tiny_transformer(), *methods, preset=preset) as attachment:
-            assert [handler.name for handler in attachment._execution.handlers] == [one.name for one in methods]
+            assert [handler.name for handler in attachment.engine.handlers] == [one.name for one in methods]
             assert attachment.preset == ""
     assert capfd.readouterr() == ("", "")
 
@@ -48,7 +48,7 @@ def test_the_method_that_a_transformer_refuses_is_left_out_and_the_reason_said(m
 
     monkeypatch.setattr(EasyHandler, "install", refuse)
     with dit_accel.attach(tiny_transformer(), preset="balanced") as attachment:
-        assert [handler.name for handler in attachment._execution.handlers] == ["sol"]
+        assert [handler.name for handler in attachment.engine.handlers] == ["sol"]
         assert "; easycache is left out: no cache on a Tuesday" in attachment.preset
         assert attachment.preset in attachment.report().notes
     with pytest.raises(ConfigError, match="Tuesday"):
@@ -70,7 +70,7 @@ def test_named_methods_win_and_what_they_exclude_is_said():
     assert caching["easycache"].threshold == 0.7
     assert attached(tiny_transformer(), SolAttention(beta=9.0), preset="fast")["sol"].beta == 9.0
     with dit_accel.attach(tiny_transformer(), StaticCache(every=2), preset="fast") as attachment:
-        assert [handler.name for handler in attachment._execution.handlers] == ["sol", "staticcache"]
+        assert [handler.name for handler in attachment.engine.handlers] == ["sol", "staticcache"]
         assert "; easycache is left out: EasyCache and StaticCache both cache" in attachment.preset
 
 

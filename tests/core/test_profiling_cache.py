@@ -81,7 +81,7 @@ def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
     assert torch.equal(*results)
     meta = transformer.to("meta")
     with dit_accel.attach(meta, ProfilingCache(blocks="0, 2-4", offload="cpu", **ONCE)) as attachment:
-        handler = attachment._execution.handlers[0]
+        handler = attachment.engine.handlers[0]
         handler._start = 0
         history = handler._new_history(None)
         history.take((torch.ones(2),), (torch.zeros(2),), 0)

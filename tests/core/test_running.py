@@ -9,7 +9,7 @@ from tiny_parts import picture
 from tiny_stock import stock_pipeline
 
 from dit_accel import RadialAttention, attach
-from dit_accel.attachment.running import current_run
+from dit_accel.attachment.steps import current_run
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def seen(monkeypatch):
     pipes = []
 
     def follow(attachment, transformer):
-        state, forward = attachment._execution.layers[0].state, attachment._execution.forward
+        state, forward = attachment.engine.layers[0].state, attachment.engine.forward
         begin = forward.begin
 
         def noting(batch):
@@ -43,7 +43,7 @@ def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attache
         other(**call, image=picture(), strength=1.0)
         assert pipes
         assert set(map(id, pipes)) == {id(other)}
-        assert attachment._execution.layers[0].state.running is None  # outside forwards
+        assert attachment.engine.layers[0].state.running is None  # outside forwards
 
 
 def test_a_loop_written_by_hand_has_no_pipeline(seen):
@@ -70,7 +70,7 @@ def test_a_modular_pipeline_is_found_too():
         made(**call)
         handle.remove()
         assert set(map(id, found)) == {id(made.pipe)}
-        assert attachment._execution.state.num_inference_steps == len(found)
+        assert attachment.denoising.num_inference_steps == len(found)
 
 
 def test_a_run_goes_on_until_its_call_returns():

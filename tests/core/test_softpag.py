@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from wan_tiny import denoise, tiny_transformer
 import dit_accel
 from dit_accel import PAG, SLG, ConfigError, EasyCache, RadialAttention, SoftPAG, StaticCache
 from dit_accel.methods.guidance.log import UnperturbedRun
+from dit_accel.methods.guidance.slg import SLGHandler
 from dit_accel.testing.recording import recorded
 
 HALF = SoftPAG(heads="L1H0", u=0.5)
@@ -26,7 +28,7 @@ def transformer():
 def guided(transformer, *methods, **run):
     with dit_accel.attach(transformer, *methods, preset="none") as attachment:
         out = denoise(transformer, **run)
-        return out, attachment.report(), attachment._execution.recorder.forwards_run
+        return out, attachment.report(), attachment.engine.recorder.forwards_run
 
 
 @pytest.mark.parametrize("config", [HALF, PAG(layers="L1"), SLG(layers="L1-2", start=0.0, stop=1.0, scale=1.0)])
@@ -108,7 +110,7 @@ def test_beside_a_step_cache_each_branch_has_a_past_of_its_own(transformer):
     with dit_accel.attach(transformer, HALF, cache) as attachment:
         made = denoise(transformer, steps=6)
         section = attachment.report().section("softpag")
-        forwards = attachment._execution.recorder.forwards_run
+        forwards = attachment.engine.recorder.forwards_run
     assert section.data["forwards_added"] == 6
     assert min(section.data["distance"].values()) > 0
     assert forwards == 3 * 3
@@ -228,6 +230,13 @@ def test_what_the_model_does_not_have_is_refused(transformer, config, text):
     with pytest.raises(ConfigError, match=text):
         dit_accel.attach(transformer, config)
     assert dit_accel.attachment_of(transformer) is None
+
+
+def test_a_layer_in_no_block_can_t_be_skipped_though_it_is_the_first():
+    handler = object.__new__(SLGHandler)
+    handler.perturbed_layers = lambda site: [0]
+    with pytest.raises(ConfigError, match=r"slg\.layers.*refiner\.attn"):
+        handler.skipped_blocks(SimpleNamespace(attention={0: "refiner.attn"}, blocks=[]))
 
 
 def test_two_perturbations_and_a_choice_of_layers_are_refused(transformer):

@@ -48,7 +48,7 @@ def run(plan: AttentionPlan, layout: TokenLayout, q, k, v, backend: str = "refer
     """Execute a plan; output and report shares (exact, pooled, by head)."""
     layer = OneLayer(Fixed(plan), backend=backend)
     out = layer.call(q, k, v, layout)
-    ((entry,),) = [forward.calls for forward in layer.execution.recorder.forwards.values()]
+    ((entry,),) = [forward.calls for forward in layer.engine.recorder.forwards.values()]
     return out, entry
 
 
@@ -290,7 +290,7 @@ class TestOnWan:
         for everything in (False, True):
             transformer, call = tiny_transformer(), inputs()
             with dit_accel.attach(transformer, dataclasses.replace(self.SOL, **SPARSE)) as attachment:
-                store = attachment._execution.backward
+                store = attachment.engine.backward
                 out = transformer(**call)[0].square().sum()
                 plans = [call.plan for _, call in store._plans.values()]
                 assert len(plans) == len(store) == 3

@@ -237,7 +237,7 @@ def test_the_pattern_is_found_once_by_layer_and_branch_and_freed(monkeypatch):
     attachment = dit_accel.attach(transformer, SPARSED)
     denoise(transformer)
     assert len(passes) == 3 * 2
-    made = attachment._execution.handlers[0]
+    made = attachment.engine.handlers[0]
     found = {("transformer", layer, branch, 0, 1) for layer in range(3) for branch in ("cond", "uncond")}
     assert set(made.bits) == found
     bits = {key: value.clone() for key, value in made.bits.items()}
@@ -289,7 +289,7 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
         with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
             results.append(denoise(transformer, steps=6, branches=("cond",)))
             densities.append([step.density for step in attachment.report().steps])
-            pattern, voted = attachment._execution.handlers
+            pattern, voted = attachment.engine.handlers
             assert (pattern.name, voted.name) == ("sparsed", "lite")
             assert voted.settings.block_size == 16
             bits = [pattern.bits["transformer", layer, "cond", 0, 1] for layer in range(3)]

@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.adapters.guidance import Guidance
-from dit_accel.attachment.calls import Held
+from dit_accel.attachment.layers import RememberedTensors
 from dit_accel.methods.base import Model
 from dit_accel.methods.caches.cache_config import MeasuredCacheConfig, is_unconditional
 from dit_accel.methods.caches.engine import StepCacheHandler, StepDecision
@@ -449,7 +449,7 @@ def test_what_does_not_tell_its_memory_is_copied_and_recognised_by_its_values():
     assert kept["wrapped"].tolist() == [0, 1, 2]
     assert kept["plain"] is plain
     assert own_copies(plain, [Wrapper(plain)]) is not plain  # it may be what is wrapped
-    held = Held((Wrapper(inner),))
+    held = RememberedTensors((Wrapper(inner),))
     assert not held.is_unchanged_memory((Wrapper(inner),))
     assert held.has_values((Wrapper(inner),))
     assert not held.has_values((torch.zeros(3),))

@@ -102,17 +102,12 @@ def test_other_values_and_unknown_numbers_of_steps_are_refused_in_one_text(name)
         for value in (-1, -0.1, 1.5, 2.5):
             with pytest.raises(ConfigError) as error:
                 ENDS[name](**{option: value})
-            start = f"{name}.{option} must be a whole number of steps from 0 on, or a share of"
-            assert str(error.value).startswith(start)
-            assert f"got {value}; " in str(error.value)
+            assert all(part in str(error.value) for part in (f"{name}.{option} ", f"got {value}; "))
     for first, last in ((0.5, 0), (0, 1), (0, 0.5), (3, 2)):
         option, value = (after, last) if last else (before, first)
         with pytest.raises(ConfigError) as error:
             begins_alone(ENDS[name](**{before: first, after: last}))
-        assert str(error.value) == (
-            f"{name}.{option} = {value} needs the number of steps, which is not known here; attach to the pipeline, or "
-            f"set {before} to a whole number and {after} to 0"
-        )
+        assert str(error.value).startswith(f"{name}.{option} = {value} ")
 
 
 def test_whole_first_steps_alone_need_no_count():

@@ -129,7 +129,7 @@ def test_branches_are_measured_apart():
         run_heads(layer, one, [step], "cond")
         found = run_heads(layer, other, [step], "uncond")[0]
     assert torch.equal(found, expected[1])
-    (handler,) = layer.execution.handlers
+    (handler,) = layer.engine.handlers
     held = {key[1]: heads.factors[0] for key, heads in handler._heads.items()}
     assert set(held) == {"cond", "uncond"}
     assert handler.state_bytes() <= 2 * 2 * 2 * (8 + 4)  # branches x rows x heads x (entropy, factor)
@@ -201,7 +201,7 @@ def test_caches_wait_until_heads_are_measured():
     transformer = tiny_transformer()
     with dit_accel.attach(transformer, HEADS, EasyCache(threshold=100.0, warmup_steps=0)) as attachment:
         denoise(transformer, 4)
-        assert {key[1] for key in attachment._execution.handlers[0]._heads} == {"cond", "uncond"}
+        assert {key[1] for key in attachment.engine.handlers[0]._heads} == {"cond", "uncond"}
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "z-image", "wan"])

@@ -19,7 +19,7 @@ from dit_accel import (
 )
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods import registry
 from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key

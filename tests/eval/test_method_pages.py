@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_stock import stock_pipeline
 
 import dit_accel
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 from dit_accel.methods.registry import methods
 
 ROOT = Path(__file__).parents[2]

@@ -11,18 +11,16 @@ from dit_accel_eval.tune.threshold_search import CLOSE, HIGHEST, LOWEST, NEAR, s
 from dit_accel_pipelines.generation.generate import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_layer import OneLayer
 from tuning import PROMPTS, SMALL, one_pipeline, tune
 from tuning import request as request_of
 
 import dit_accel
 from dit_accel import ConfigError, DeltaAttention, LiteAttention, RadialAttention
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.attachment.execution import Execution
-from dit_accel.attachment.forward_state import as_tensors
-from dit_accel.attachment.layers import AttentionLayer, TransformerState
-from dit_accel.attachment.op import planned_attention
 from dit_accel.methods.attention.lite.thresholds import read_thresholds
 from dit_accel.methods.base import Model
+from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.tiling import Tiling
 
 LITE = LiteAttention(block_size=16, dense_steps=0)
@@ -72,24 +70,14 @@ def test_errors_are_relative_to_the_reference_and_levels_have_thresholds():
     assert 0 < threshold_of("mass", -math.inf) < 1e-11
 
 
-class Stage:
-    """An execution of one attention layer and one handler, told its step by hand."""
+class Stage(OneLayer):
+    """One attention layer and one handler, told its step by hand."""
 
-    def __init__(self, made) -> None:
-        self.execution = Execution([made], "reference")
-        adapter = Adapter(name="any", transformers=(), self_attention=())
-        self.state = TransformerState("transformer", torch.nn.Module(), adapter)
-        layer = AttentionLayer(self.state, torch.nn.Module(), 0, 0)
-        self.state.layers.append(layer)
-        self.execution.layers.append(layer)
+    def __init__(self, handler) -> None:
+        super().__init__(handler, steps=6, tokens_first=True)
 
-    def call(self, step: int, q, k, v) -> torch.Tensor:
-        self.execution.state.enter(self.state, "cond", dict(step_index=step, num_inference_steps=6))
-        self.execution.forward.begin(len(q))
-        grid, layer = as_tensors((2, 8, 12, 0, 0)), torch.tensor(0)
-        out, _ = planned_attention(q, k, v, None, layer, grid, self.execution.number, True, None, False)
-        self.execution.state.leave(self.state)
-        return out
+    def at(self, step: int, q, k, v) -> torch.Tensor:
+        return self.call(q, k, v, TokenLayout(frames=2, height=8, width=12), step=step)
 
 
 @pytest.mark.parametrize("criterion", ["maxgap", "mass"])
@@ -100,7 +88,7 @@ def test_votes_stay_under_the_target_and_the_figures_are_what_is_measured(criter
     tuner = Tuner(LiteAttention(dense_steps=0, criterion=criterion), model, 0.05)
     stage = Stage(tuner)
     q, k, v = (torch.randn(1, 192, 2, 8, dtype=torch.float64) for _ in range(3))
-    outs = [stage.call(step, 3 * q, k, v) for step in range(6)]
+    outs = [stage.at(step, 3 * q, k, v) for step in range(6)]
     assert [found["step"] for found in tuner.found] == [0, 1, 2, 3, 4]  # nobody would read the last call's votes
     for found, before, after in zip(tuner.found, outs, outs[1:], strict=False):
         assert 0 < found["added"] <= 0.05
@@ -159,7 +147,7 @@ def test_who_works_with_lite_works_with_the_tuner(tmp_path, pipe):
         attachment,
         tuner,
     ):
-        handlers = attachment._execution.handlers
+        handlers = attachment.engine.handlers
         assert [handler.name for handler in handlers] == ["lite", "delta"]
         assert handlers[0] is tuner
         assert handlers[1].restorers == (tuner,)

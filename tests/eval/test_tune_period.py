@@ -11,7 +11,7 @@ from one_layer import context_of, random_call
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError, RadialAttention, UltraViCo
-from dit_accel.attachment.observed import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.cli.app import app
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan

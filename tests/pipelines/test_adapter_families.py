@@ -70,7 +70,7 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     with dit_accel.attach(transformer, ACTIVE) as attachment:
         layer, grid, q = torch.tensor(0), as_tensors((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
         with pytest.raises(ConfigError, match=r"layer 0.*223 tokens.*'mochi'"):
-            planned_attention(q, q, q, None, layer, grid, attachment._execution.number, False, None, False)
+            planned_attention(q, q, q, None, layer, grid, attachment.engine.number, False, None, False)
 
 
 def test_hunyuan_video_hides_padded_text_from_every_key():
@@ -160,7 +160,7 @@ def test_images_take_an_attachment_and_refuse_radial(name):
     with dit_accel.attach(transformer, preset="none") as attachment:
         assert torch.equal(run(transformer, inputs), plain)
         assert attachment.report().density == 1.0
-        layout = attachment._execution.forward.layout
+        layout = attachment.engine.forward.layout
     assert layout.visual_tokens == 80
     assert (layout.text_before, layout.text_after) == {"flux": (6, 0), "sd3": (0, 6), "qwen-image": (6, 6)}[name]
     described = dit_accel.describe(transformer).transformers[0]

@@ -39,7 +39,7 @@ def test_it_drops_tiles_after_the_first_call_and_frees_everything_at_the_end(mak
     dense = generate(pipe)
     with dit_accel.attach(pipe, ACTIVE, backend=backend) as attachment:
         sparse = generate(pipe)
-        states = attachment._execution.handlers[0]._states
+        states = attachment.engine.handlers[0]._states
         assert not states
         report = attachment.report()
         assert report.state_bytes == {"lite": 3 * 2 * 4 * 2 * 5}  # layers, branches, bytes, heads, tiles
@@ -77,11 +77,14 @@ def test_sequential_branches_never_share_their_state(pipe, backend):
 def _exact_of_one_branch(pipe, backend, kept, latents):
     """Exact bits of one branch where another attachment's state serves the other branch."""
     with dit_accel.attach(pipe, ACTIVE, backend=backend) as attachment, recorded(attachment) as calls:
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         other = type(handler)(ACTIVE, handler.model)
-        plan, learn = handler.plan, handler.learn
+        plan, after = handler.plan, handler.after
         handler.plan = lambda made, call, context: (plan if context.branch == kept else other.plan)(made, call, context)
-        handler.learn = lambda context, bits: (learn if context.branch == kept else other.learn)(context, bits)
+        handler.after = lambda made, call, context, result: (after if context.branch == kept else other.after)(
+            made, call, context, result
+        )
+        attachment.engine.use([handler])
         assert torch.equal(generate(pipe), latents)
     assert {call.context.branch for call in calls} == {"cond", "uncond"}
     return [call.exact for call in calls if call.context.branch == kept]
@@ -101,7 +104,7 @@ def test_the_experts_of_wan_2_2_begin_anew(make_pipe):
     with dit_accel.attach(pipe, RUTHLESS) as attachment:
         first = generate(pipe, num_inference_steps=20)
         assert torch.equal(generate(pipe, num_inference_steps=20), first)
-        assert not attachment._execution.handlers[0]._states
+        assert not attachment.engine.handlers[0]._states
         report = attachment.report()
     for name in ("transformer", "transformer_2"):
         densities = [s.density for s in report.steps if (s.transformer, s.branch) == (name, "cond")]
@@ -181,7 +184,7 @@ def test_mochi_keeps_a_state_for_each_row():
         for step in range(3):
             with torch.no_grad(), transformer.cache_context("cond_uncond", step_index=step, num_inference_steps=5):
                 transformer(**inputs, return_dict=False)
-        keys = attachment._execution.handlers[0]._states
+        keys = attachment.engine.handlers[0]._states
         assert sorted(keys) == [("transformer", layer, "cond_uncond", row, 1) for layer in range(3) for row in range(2)]
         assert [s.sparse_layers for s in attachment.report().steps] == [3, 3, 3]
     for call in calls[6:]:
@@ -228,7 +231,7 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     layer, grid = torch.tensor(0), as_tensors((5, 4, 4, 0, 0))
     told = dict(step_index=0, num_inference_steps=4)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
-        number = attachment._execution.number
+        number = attachment.engine.number
         with transformer.cache_context("cond", **told):
             out, _ = planned_attention(q, k, v, mask, layer, grid, number, True, None, True)
             grads = torch.autograd.grad(out.sum(), (q, k, v))
@@ -246,7 +249,7 @@ def test_masks_that_are_no_key_padding_leave_the_call_dense_and_the_report_says_
     assert report.steps[0].stayed == {"mask": 1}
     radial = RadialAttention(block_size=16, dense_steps=0, dense_layers=0)
     with dit_accel.attach(transformer, radial, ACTIVE) as attachment:
-        number = attachment._execution.number
+        number = attachment.engine.number
         with (
             transformer.cache_context("cond", **told),
             pytest.raises(dit_accel.ConfigError, match=r"sparse attention.*hide keys"),
@@ -276,7 +279,7 @@ def test_bits_take_a_bit_a_tile(pipe):
 
         def look(pipe, step, timestep, tensors):
             if step < 3:
-                (handler,), states = attachment._execution.handlers, attachment._execution.handlers[0]._states
+                (handler,), states = attachment.engine.handlers, attachment.engine.handlers[0]._states
                 assert handler.state_bytes() == sum(state.bits.nbytes for state in states.values())
                 assert all(int(count_bits(state.bits).max()) <= 5 for state in states.values())
                 assert len(states) == 6

@@ -10,7 +10,7 @@ from wan_tiny import generate, tiny_transformer
 
 import dit_accel
 from dit_accel import RadialAttention
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 
 SPARSE = dict(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=1, dense_layers=1)
 NEUTRAL = dict(SPARSE, dense_steps=1000)

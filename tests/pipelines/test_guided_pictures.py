@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import dit_accel
 from dit_accel import AttachError, ConfigError, EasyCache, UltraImage
-from dit_accel.attachment.two_stages import _pinned
+from dit_accel.attachment.pipeline_call import _pinned
 from dit_accel.cli.app import app
 from dit_accel.methods.base import Model
 from dit_accel.methods.positions.guide import low_band

@@ -52,7 +52,7 @@ def run(pipe, **options):
 def states_after_each_step(pipe, attachment):
     """Run; return latents, states by key after each step as (calls, votes, bits), and keys that ran in each step."""
     ran, after = [set()], []
-    (handler,) = attachment._execution.handlers
+    (handler,) = attachment.engine.handlers
 
     def note(planned):
         assert planned.context.step_index == len(after)
@@ -98,7 +98,7 @@ def test_skipped_calls_leave_the_state_and_the_report_alone(make_pipe, cache):
         keys = [key for key in ran[step.step_index] if key[2] == step.branch]
         assert (step.dense_layers, step.sparse_layers) == (0, len(keys))
     assert torch.equal(run(pipe), latents)
-    assert not attachment._execution.handlers[0]._states
+    assert not attachment.engine.handlers[0]._states
     attachment.detach()
     assert torch.equal(run(pipe), alone)
 

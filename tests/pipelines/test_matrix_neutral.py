@@ -305,7 +305,7 @@ def test_a_branch_beside_another_holds_nothing(name):
             held.append(
                 {method: size for method, size in attachment.report().state_bytes.items() if method != "softpag"}
             )
-            states = {layer.state for layer in attachment._execution.layers}
+            states = {layer.state for layer in attachment.engine.layers}
             assert not any(state.ran or state.made._calls for state in states), "a call that is over is held"
     assert held[0]
     assert held[0] == held[1]

@@ -14,7 +14,7 @@ from wan_tiny import tiny_transformer
 
 import dit_accel
 from dit_accel import LiteAttention, RadialAttention, SparseD
-from dit_accel.attachment.diagnosis import UnplannedRun
+from dit_accel.attachment.backends import UnplannedRun
 
 LITE = LiteAttention(block_size=16, dense_steps=0, threshold=-0.5)
 SPARSED = SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0)
@@ -127,7 +127,7 @@ def test_two_contexts_of_one_name_at_one_step_reset_nothing():
         encoder_hidden_states=torch.randn(1, 6, 64), return_dict=False,
     )  # fmt: skip
     with dit_accel.attach(transformer, SPARSED) as attachment, torch.no_grad():
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         for step in (0, 0, 1, 1):
             with transformer.cache_context("cond", step_index=step, num_inference_steps=4):
                 transformer(**inputs)
@@ -160,11 +160,11 @@ def test_training_is_no_generation_and_two_forwards_go_before_a_backward():
         one, two = losses(transformer)
         report = attachment.report()
         assert [(step.dense_layers, step.sparse_layers) for step in report.steps] == [(1, 2)]  # no warm-up by steps
-        assert len(attachment._execution.backward) == 4
+        assert len(attachment.engine.backward) == 4
         (one + two).backward()
         together = [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
         transformer.zero_grad(set_to_none=True)
-        assert len(attachment._execution.backward) == 0
+        assert len(attachment.engine.backward) == 0
         for x, t in zip(latents, (300, 700), strict=True):
             out = transformer(x, timestep=torch.tensor([t]), encoder_hidden_states=text, return_dict=False)[0]
             out.square().mean().backward()

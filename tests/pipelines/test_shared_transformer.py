@@ -27,7 +27,7 @@ from dit_accel import (
     SparseD,
     StaticCache,
 )
-from dit_accel.attachment.diagnosis import ReplacedTransformer
+from dit_accel.attachment.backends import ReplacedTransformer
 
 LITE = LiteAttention(target_density=0.5, dense_steps=0, block_size=16)
 RADIAL = RadialAttention(
@@ -93,7 +93,7 @@ def test_a_loop_by_hand_after_a_call_of_the_pipeline_has_its_own_steps(flux):
     pipe, call = flux
     with dit_accel.attach(pipe, preset="none") as attachment:
         latents(pipe, call, num_inference_steps=4)
-        state = attachment._execution.state
+        state = attachment.denoising
         given = dict(
             hidden_states=torch.randn(1, 80, 4), encoder_hidden_states=torch.randn(1, 6, 16), guidance=torch.ones(1),
             pooled_projections=torch.randn(1, 8), txt_ids=torch.zeros(6, 3), img_ids=_places(),

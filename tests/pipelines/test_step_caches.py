@@ -30,7 +30,7 @@ def test_wan_tells_steps_and_branches(make_pipe):
     with dit_accel.attach(pipe, ALTERNATE) as attachment:
         cached = generate_video(pipe, num_inference_steps=6)
         assert drawn(attachment) == {"cond": "##.#.#", "uncond": "##.#.#"}
-        assert attachment._execution.recorder.forwards_run == 8
+        assert attachment.engine.recorder.forwards_run == 8
         assert torch.equal(generate_video(pipe, num_inference_steps=6), cached)
         generate_video(pipe, num_inference_steps=6, height=48)
         assert torch.equal(generate_video(pipe, num_inference_steps=6), cached)

@@ -38,7 +38,7 @@ def test_a_pipeline_runs_with_every_method_and_tells_what_ran(name):
     pipe, call = stock_pipeline(name)
     plain = run_stock(pipe, call)
     with dit_accel.attach(pipe, preset="none") as attachment:
-        states = list(dict.fromkeys(layer.state for layer in attachment._execution.layers))
+        states = list(dict.fromkeys(layer.state for layer in attachment.engine.layers))
     for method, case in cases_of(states[0].adapter, states[0].transformer).items():
         with dit_accel.attach(pipe, *configs_of(case.neutral), preset="none") as attachment:
             assert torch.equal(run_stock(pipe, call), plain), method

@@ -56,7 +56,7 @@ def test_one_list_for_both_and_a_state_for_each(pipe):
     cache = ProfilingCache(blocks="0, 2", **ONCE)
 
     def look(pipe, step, timestep, tensors):
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         held.append({key[0] for key in handler._histories})
         return tensors
 
@@ -105,7 +105,7 @@ def test_the_foreground_is_told_anew_by_the_second_expert(pipe):
     held = []
 
     def look(pipe, step, timestep, tensors):
-        (handler,) = attachment._execution.handlers
+        (handler,) = attachment.engine.handlers
         held.append({transformer for transformer, *_ in handler._outputs})
         return tensors
 

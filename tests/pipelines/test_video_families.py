@@ -37,7 +37,7 @@ def planned_calls(model, **changes):
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment, recorded(attachment) as calls:
         run(transformer, {**model.inputs(1), **changes})
-        return calls, dataclasses.astuple(attachment._execution.forward.layout)
+        return calls, dataclasses.astuple(attachment.engine.forward.layout)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_minimax_h3_in_a_whole_compiled_graph_has_no_grid(monkeypatch):
     model = models.MINIMAX[0]
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
-        grid_of = attachment._execution.layers[0].state.adapter.grid
+        grid_of = attachment.engine.layers[0].state.adapter.grid
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert grid_of(transformer.config, model.inputs(1)) == COMPILED
 

@@ -59,7 +59,7 @@ def traced_call(*methods: MethodConfig) -> tuple[Counter[str], Counter[str]]:
     with dit_accel.attach(transformer, *(methods or (RADIAL,)), preset="none", backend="torch") as attachment:
         for seed in (0, 1, 2):  # of the fourth forward, as of most, the clock times no parts
             forward_of(transformer, seed)
-        layer = attachment._execution.layers[1].module
+        layer = attachment.engine.layers[1].module
         hooks = [layer.register_forward_pre_hook(lambda *_: sys.setprofile(trace))]
         try:
             forward_of(transformer, 1)
@@ -90,7 +90,7 @@ def overhead(*methods: MethodConfig, times: int = 400) -> tuple[float, float]:
 
     with dit_accel.attach(transformer, *(methods or (RADIAL,)), preset="none", backend="torch") as attachment:
         forward_of(transformer)
-        call_processor = type(attachment._execution.layers[1].processor).__call__
+        call_processor = type(attachment.engine.layers[1].processor).__call__
         names = call_processor.__code__.co_freevars
         recreated = call_processor.__closure__[names.index("recreated")].cell_contents
         planned = recreated.__globals__["dispatch_attention_fn"]

@@ -73,7 +73,7 @@ def places(given: dict[str, Any]) -> dict[str, Any]:
     Args:
         given: tiny models by their class's name, beside those that are made here.
     """
-    from dit_accel_comfyui.placing import placing_of
+    from dit_accel_comfyui.placing import placement_of
 
     found = {}
     for name, model in {**given, **models()}.items():
@@ -86,7 +86,7 @@ def places(given: dict[str, Any]) -> dict[str, Any]:
         usual, of_text, of_pixel = (
             queries(name, model, *inputs) for inputs in ((latents, text), (latents, text + 1), (pixel, text))
         )
-        placing = placing_of(model, {"x": latents, "context": text})
+        placing = placement_of(model, {"x": latents, "context": text})
         layouts = [placing.layout(q.shape[2]) for q in usual]
         at = next(index for index, layout in enumerate(layouts) if not isinstance(layout, str))
         layout, patch = layouts[at], 12 // placing.height

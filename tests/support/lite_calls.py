@@ -13,7 +13,7 @@ from dit_accel.methods.base import Model
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.plan import AttentionPlan, KernelResult
 from dit_accel.plan.tiling import Tiling
 
 BLOCK = 16
@@ -91,7 +91,8 @@ class Calls:
         self.reversed.append(selection.reverse)
         self.found = found[1]
         if selection.vote is not None:
-            self.handler.learn(when, found[2])
+            call = Call(q=q, k=k, v=v, backend=self.backend)
+            self.handler.after(plan, call, when, KernelResult(found[0], found[1], found[2]))
         return found[0]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, **key: Any) -> Tensor:

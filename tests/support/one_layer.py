@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from dit_accel import RadialAttention
 from dit_accel.adapters.adapter import Adapter
-from dit_accel.attachment.execution import Execution, Observer
+from dit_accel.attachment.engine import Engine
 from dit_accel.attachment.forward_state import as_tensors
-from dit_accel.attachment.layers import AttentionLayer, TransformerState
+from dit_accel.attachment.layers import Observer
 from dit_accel.attachment.op import planned_attention
+from dit_accel.attachment.state import DenoisingState
 from dit_accel.methods.base import AttentionHandler, Handler, Model, Phase
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.config import MethodConfig
@@ -78,12 +79,11 @@ class OneLayer:
     ) -> None:  # fmt: skip
         configs = [method for method in methods if isinstance(method, MethodConfig)]
         made = [method for method in methods if isinstance(method, Handler)]
-        self.execution = Execution([*made, *make_handlers(configs, MODEL)], backend)
-        self.state = TransformerState("transformer", nn.Module(), ADAPTER)
-        layer = AttentionLayer(self.state, nn.Module(), 0, 0)
-        layer.dense = self.attend
-        self.execution.layers.append(layer)
-        self.state.layers.append(layer)
+        self.engine = Engine([*made, *make_handlers(configs, MODEL)], backend)
+        self.denoising = DenoisingState(None, self.engine)
+        self.state = self.engine.add_transformer("transformer", nn.Module(), ADAPTER)
+        self.layer = self.engine.add_layer("transformer", MODEL.heads)
+        self.layer.dense = self.attend
         self.steps, self.tokens_first, self.attended = steps, tokens_first, 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -96,7 +96,7 @@ class OneLayer:
 
     def observe(self, callback: Observer) -> None:
         """Call ``callback`` with every planned call from now on."""
-        self.execution.observers.append(callback)
+        self.engine.observers.append(callback)
 
     def call(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, *, step: int = 0, branch: str = "cond",
@@ -104,19 +104,18 @@ class OneLayer:
     ) -> Tensor:  # fmt: skip
         """Return the output of one call at a step; a backward may follow where q, k or v require gradients."""
         told = {"step_index": step, "num_inference_steps": self.steps}
-        self.execution.state.enter(self.state, branch, told)
-        self.execution.forward.begin(len(q))
+        self.denoising.enter(self.state, branch, told)
+        self.engine.begin_forward(self.denoising.context(self.state), None, len(q))
         differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        grid = (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after)
         try:
             return planned_attention(
-                q, k, v, mask, torch.tensor(0), as_tensors(grid), self.execution.number, self.tokens_first, scale,
+                q, k, v, mask, torch.tensor(0), as_tensors(layout.grid), self.engine.number, self.tokens_first, scale,
                 differentiate,
             )[0]  # fmt: skip
         finally:
-            self.execution.state.leave(self.state)
+            self.denoising.leave(self.state)
 
     def reports(self) -> Sequence[StepReport]:
         """What ran so far, by step and branch."""
-        self.execution.recorder.settle()
-        return step_reports(self.execution.recorder)
+        self.engine.recorder.settle()
+        return step_reports(self.engine.recorder)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dit_accel import LiteAttention, SolAttention, attach
 from dit_accel.adapters.installed import adapters
-from dit_accel.attachment.execution import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.methods.config import MethodConfig
 
 METHODS: Mapping[str, tuple[MethodConfig, ...]] = {

@@ -10,10 +10,10 @@ What it gains in whole clips is not measured.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from ...plan.call import Call
 from ...plan.context import CallContext, Key, StepContext
 from ...plan.exact_rows import dense_rows
 from ...plan.layout import TokenLayout
-from ...plan.plan import AttentionPlan
+from ...plan.plan import AttentionPlan, KernelResult
 from ...plan.probes import probe_gaps
 from ...report.sections import Section
-from ..base import AttentionHandler, Handler, Model, Phase, RestoresTiles
+from ..base import AttentionHandler, Handler, Model, Phase
 from ..config import MethodConfig
 from ..options import Count, ge
 from ..saving import Saving
@@ -121,16 +121,34 @@ class GroupCorrection:
         out.narrow(2, self.layout.text_before, len(self.groups.of)).add_(delta.index_select(2, self.groups.of))
         return out if dense is None else out.index_copy_(2, self.groups.rows, dense)
 
-    def applied(self, plan: AttentionPlan, call: Call, out: Tensor) -> Tensor:
-        """Return the output of a call that runs as the corrected one did."""
+    def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
+        """Return the result of a call that runs as the corrected one did."""
         if self.delta is not None:
-            return self.added(out, self.delta, None)
-        dense, delta, _ = self.probed(plan, call, out)
-        return self.added(out, delta, dense)
+            return result._replace(out=self.added(result.out, self.delta, None))
+        dense, delta, _ = self.probed(plan, call, result.out)
+        return result._replace(out=self.added(result.out, delta, dense))
 
     def of_rows(self, rows: Sequence[int]) -> "GroupCorrection":
         """Return the correction of some rows of the batch."""
         return self if self.delta is None else replace(self, delta=self.delta[list(rows)])
+
+
+@runtime_checkable
+class RestoresTiles(Protocol):
+    """A method that drops tiles for good and can take them back where Delta's probe rows find that they matter."""
+
+    def restore_tiles(
+        self, plan: AttentionPlan, context: CallContext, probe: Callable[[], tuple[Tensor, Tensor]], margin: float
+    ) -> None:
+        """Take back tiles that probe rows find to matter, after a call's votes are learned.
+
+        Args:
+            plan: what the call ran.
+            context: when it ran.
+            probe: gives gaps and shares as `probe_gaps` does; it costs a pass over the keys.
+            margin: log2 units by which a gap or share must exceed the threshold at which tiles are dropped.
+        """
+        ...
 
 
 class DeltaHandler(AttentionHandler):
@@ -173,18 +191,16 @@ class DeltaHandler(AttentionHandler):
         """Never by itself: it corrects the calls that other methods plan."""
         return False
 
-    def correct(
-        self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor
-    ) -> tuple[Tensor, "GroupCorrection | None"]:
+    def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
         """Add each group's correction, measure the error in probed calls; refuse calls that a backward may follow."""
-        if plan.is_dense:
-            return out, None
+        if plan.is_dense or plan.skips_logits:
+            return result
         if context.differentiate:
             raise ConfigError(
                 "delta has no gradient, and this attention call is recorded for a backward; generate under "
                 "torch.no_grad(), or train without DeltaAttention"
             )
-        settings = self.settings
+        settings, out = self.settings, result.out
         turn = context.step_index if settings.rotate else 0
         groups = groups_of(context.layout, settings.stride, str(out.device), turn)
         delta, calls = self.held.get(context.key, (None, 0))
@@ -194,10 +210,12 @@ class DeltaHandler(AttentionHandler):
         if delta is None or due:
             dense, delta, error = how.probed(plan, call, out)
             self._measured.append((context, error))
-            self._restore_tiles(plan, call, context, groups.rows)
+            for other in self.restorers if settings.reactivate else ():
+                other.restore_tiles(plan, context, lambda: probe_gaps(plan, call, groups.rows), settings.margin)
         if settings.reuse > 1:
             self.held[context.key] = (delta, calls + 1)
-        return how.added(out, delta, dense), how
+        out = how.added(out, delta, dense)
+        return result._replace(out=out, corrections=(*result.corrections, how))
 
     def probe_share(self, layout: TokenLayout) -> float:
         """Return the share of a call's query rows that are computed densely: one row in each group."""
@@ -250,13 +268,6 @@ class DeltaHandler(AttentionHandler):
         """Return the cost of the probe rows."""
         note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, besides the tiles"
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
-
-    def _restore_tiles(self, plan: AttentionPlan, call: Call, context: CallContext, rows: Tensor) -> None:
-        restorers = [one for one in self.restorers if self.settings.reactivate and one.wants_gaps(plan, context)]
-        if restorers:
-            gaps, shares = probe_gaps(plan, call, rows)
-            for one in restorers:
-                one.restore_tiles(plan, context, gaps, shares, self.settings.margin)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from ...errors import ConfigError
 from ...plan.call import Call
 from ...plan.context import CallContext, Key
 from ...plan.layout import TokenLayout
-from ...plan.plan import AttentionPlan, ReusedRows
+from ...plan.plan import AttentionPlan, KernelResult, ReusedRows
 from ...report.sections import Section
 from ...rules.foreground import motion, otsu, predicted
-from ..base import AttentionHandler, Corrects, Handler, Model, Phase, Place
+from ..base import AttentionHandler, Handler, Model, Phase, Place
 from ..config import MethodConfig
 from ..noise import FLOW, NeedsNoise
 from ..options import Count, Steps, within
@@ -107,7 +107,7 @@ class DFAHandler(AttentionHandler):
     def check_with(self, others: Sequence[Handler]) -> None:
         """Refuse methods that learn from all rows, or correct them."""
         for other in others:
-            if getattr(other, "votes", False) or isinstance(other, Corrects):
+            if getattr(other, "votes", False) or other.phase is Phase.CORRECTIONS:
                 raise ConfigError(
                     f"dfa leaves rows of attention calls out, and {other.name} takes all of them; attach one of the two"
                 )
@@ -222,12 +222,12 @@ class DFAHandler(AttentionHandler):
         prompts = [(first + row) % len(rows) for row in range(min(context.batch, len(rows)))]
         return [rows[prompt] for prompt in prompts], [seen[prompt] for prompt in prompts]
 
-    def keep(self, context: CallContext, out: Tensor) -> None:
+    def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
         """Hold what a full step's call gave."""
-        if self._reuse or context.differentiate or context.training or not self._held_from(context):
-            return
-        self._outputs[context.key] = out.detach().clone()
-        self.note_held(sum(one.nbytes for one in self._outputs.values()))
+        if not (self._reuse or context.differentiate or context.training) and self._held_from(context):
+            self._outputs[context.key] = result.out.detach().clone()
+            self.note_held(sum(one.nbytes for one in self._outputs.values()))
+        return result
 
     def reset(self) -> None:
         """Free what is held."""

@@ -118,9 +118,9 @@ class SparseDHandler(SparseHandler):
         return plan.narrow(keep=keep, pinned=self._text(context), rest="pooled" if self.pools else "skip")
 
     def needs_step(self, step: StepContext) -> bool:
-        """Tell whether the branch's pattern is found in this step."""
-        found = any((key[0], key[2]) == (step.transformer, step.branch) for key in self.bits)
-        return not found and self.is_active_somewhere(step)
+        """Tell whether the branch's pattern is chosen in this step."""
+        chosen = any((key[0], key[2]) == (step.transformer, step.branch) for key in self.bits)
+        return not chosen and self.is_active_somewhere(step)
 
     def reset(self) -> None:
         """Forget the patterns."""

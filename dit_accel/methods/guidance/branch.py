@@ -69,8 +69,8 @@ class PerturbedHandler(WindowedHandler):
     @property
     def specs(self) -> tuple[str, ...] | None:
         """What the settings name; None: nothing was set or published."""
-        given = getattr(self.settings, self.option)
-        return None if given is None else split_specs(given)
+        names = getattr(self.settings, self.option)
+        return None if names is None else split_specs(names)
 
     @property
     def published(self) -> Mapping[str, Sequence[str]]:
@@ -134,11 +134,11 @@ class PerturbedHandler(WindowedHandler):
         if site.compiled or not site.adapter.guidance.share_prefix or not layers:
             return None
         try:
-            found = [block_of(site, layer) for layer in layers]
+            indices = [block_of(site, layer) for layer in layers]
         except UnsupportedModel:
             return None
-        blocks = [index for index in found if index is not None]
-        return min(blocks) if len(blocks) == len(found) and min(blocks) > 0 else None
+        blocks = [index for index in indices if index is not None]
+        return min(blocks) if len(blocks) == len(indices) and min(blocks) > 0 else None
 
     def _around(self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any]) -> Any:
         latents = context.inputs[site.adapter.latents]

@@ -53,12 +53,12 @@ class SLGHandler(PerturbedHandler):
 
     def skipped_blocks(self, site: Site) -> frozenset[int]:
         """Return the blocks that a perturbed pass leaves out."""
-        found = {layer: block_of(site, layer) for layer in self.perturbed_layers(site)}
-        if beside := next((layer for layer, block in found.items() if block is None), None):
+        blocks = {layer: block_of(site, layer) for layer in self.perturbed_layers(site)}
+        if (beside := next((layer for layer, block in blocks.items() if block is None), None)) is not None:
             raise ConfigError(
                 f"slg.layers names {site.attention[beside]}, which lies in no block of the main path; name others"
             )
-        return frozenset(block for block in found.values() if block is not None)
+        return frozenset(block for block in blocks.values() if block is not None)
 
     def describe_perturbation(self) -> str:
         """Return in words what is perturbed."""

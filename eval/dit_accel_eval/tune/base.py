@@ -22,7 +22,7 @@ from dit_accel_pipelines.generation.side_car import Generation
 from dit_accel_pipelines.processes.ranks import Ranks
 
 import dit_accel
-from dit_accel.attachment.observed import Observer
+from dit_accel.attachment.layers import Observer
 from dit_accel.errors import ConfigError
 from dit_accel.files import check_writable, written_whole
 from dit_accel.methods.base import AttentionHandler, Model, Phase
@@ -194,7 +194,7 @@ class Watch(AttentionHandler):
 @contextmanager
 def watched_attention(attachment: Any, look: Observer) -> Iterator[None]:
     """Hand every attention call inside the block to a function."""
-    execution = attachment._execution
+    execution = attachment.engine
     handlers, adapter = execution.handlers, execution.layers[0].state.adapter
     execution.use((Watch(WatchConfig(), Model(adapter=adapter, family=None, heads=0, layers=0)), *handlers))
     try:

@@ -163,7 +163,7 @@ def watched_runs(
     others = replaced_method(request, type(config))[1]
     runs = TuningRun(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
     with runs.attached() as attachment:
-        handlers = attachment._execution.handlers
+        handlers = attachment.engine.handlers
         cache: Any = next(handler for handler in handlers if isinstance(handler, CalibratedHandler))
 
         def noted(prompt: str) -> list[Note]:

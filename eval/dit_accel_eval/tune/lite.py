@@ -32,7 +32,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.plan.call import Call
 from dit_accel.plan.context import CallContext, Key
 from dit_accel.plan.exact_rows import dense_rows
-from dit_accel.plan.plan import AttentionPlan
+from dit_accel.plan.plan import AttentionPlan, KernelResult
 
 from ..metrics.psnr import psnr
 from .base import Tuned, TuningRun, replaced_method
@@ -66,7 +66,7 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
     runs = TuningRun(request, output, ".toml", stages, target_error=target_error)
     steps = runs.request.num_inference_steps
     with runs.attached() as attachment:
-        layers = dict(Counter(layer.state.name for layer in attachment._execution.layers))
+        layers = dict(Counter(layer.state.name for layer in attachment.engine.layers))
         lite = _handler(attachment)
     _check_something_votes(lite.settings, steps, max(layers.values()))
 
@@ -130,7 +130,7 @@ def _by_step(calls: Sequence[Found], table: LiteThresholds) -> list[dict[str, An
 
 
 def _handler(attachment: Any) -> LiteHandler:
-    (lite,) = (handler for handler in attachment._execution.handlers if isinstance(handler, LiteHandler))
+    (lite,) = (handler for handler in attachment.engine.handlers if isinstance(handler, LiteHandler))
     return lite
 
 
@@ -138,7 +138,7 @@ def _handler(attachment: Any) -> LiteHandler:
 def tuning(runs: TuningRun, target_error: float) -> Iterator["tuple[Any, Tuner]"]:
     """Attach the request's methods with a `Tuner` in LiteAttention's place."""
     with runs.attached() as attachment:
-        execution, lite = attachment._execution, _handler(attachment)
+        execution, lite = attachment.engine, _handler(attachment)
         tuner = Tuner(runs.request.methods[0], lite.model, target_error)  # type: ignore[arg-type]
         handlers = [tuner if handler is lite else handler for handler in execution.handlers]
         for handler in handlers:  # who works with LiteAttention works with the tuner
@@ -234,14 +234,11 @@ class Tuner(LiteHandler):
         self.found: list[Found] = []
         self._levels: dict[Key, float] = {}
 
-    def learn(self, context: CallContext, kept: Tensor) -> None:
-        """Leave the plan's own votes aside: they were cast before the threshold was known."""
-
-    def correct(self, plan: AttentionPlan, call: Call, context: CallContext, out: Tensor) -> tuple[Tensor, None]:
-        """Search the threshold on this call's tensors and learn its votes; the output stays."""
+    def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
+        """Search the threshold on this call's tensors and learn its votes; the plan's own were cast before."""
         if plan.selection is None or plan.selection.vote is None:
-            return out, None
-        again = Rerun(plan, call, out)
+            return result
+        again = Rerun(plan, call, result.out)
         level = search_level(
             lambda level: again.after(again.votes(level))[0], self.target_error, self._levels.get(context.key, START)
         )
@@ -249,11 +246,11 @@ class Tuner(LiteHandler):
         kept = plan.selection.keep
         if level > -math.inf:
             kept = again.votes(level)
-            super().learn(context, kept)
+            super().after(plan, call, context, result._replace(kept=kept))
         added, share = again.after(kept)
         self.found.append({
             "transformer": context.transformer, "branch": context.branch, "layer": context.layer,
             "step": context.step_index, "threshold": threshold_of(again.vote.criterion, level), "kept": share,
             "added": added, "dense": again.to_dense(),
         })  # fmt: skip
-        return out, None
+        return result

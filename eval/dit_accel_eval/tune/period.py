@@ -16,7 +16,7 @@ from dit_accel import ConfigError, UltraViCo
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.rotary import rope_of
-from dit_accel.attachment.observed import PlannedCall
+from dit_accel.attachment.layers import PlannedCall
 from dit_accel.rules.ultravico import extended_frames
 
 from .base import Tuned, TuningRun, watched_attention, write_config

@@ -72,7 +72,7 @@ def tune_profile(
 
 def _check(attachment: Any, profiler: Profiler, cached: int | None) -> None:
     """Refuse methods that skip blocks, and more cached blocks than there are."""
-    for one in attachment._execution.handlers:
+    for one in attachment.engine.handlers:
         if "cache" in one.exclusive:
             raise ConfigError(f"tune profile watches every block at each step, and {one.name} skips some; leave it out")
     for name, blocks in profiler.names.items():

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dit_accel import ConfigError
 from dit_accel.adapters.blocks import block_signature
-from dit_accel.attachment.layers import TransformerState
-from dit_accel.attachment.observed import PlannedCall
+from dit_accel.attachment.layers import PlannedCall, TransformerState
 from dit_accel.attachment.site import find_blocks
 from dit_accel.methods.caches.easy import mean_size
 from dit_accel.methods.site import Block, target_sample
@@ -46,8 +45,8 @@ class Profiler:
 
     def __init__(self, attachment: Any, attention: bool) -> None:
         self._attachment, self._attention = attachment, attention
-        self._execution = attachment._execution
-        self._states: dict[str, TransformerState] = {layer.state.name: layer.state for layer in self._execution.layers}
+        self.engine = attachment.engine
+        self._states: dict[str, TransformerState] = {layer.state.name: layer.state for layer in self.engine.layers}
         self._blocks = {name: find_blocks(one.adapter, one.transformer) for name, one in self._states.items()}
         self._of_layer = {name: self._layers(name) for name in self._states}
         self.names = {name: [block.name for block in blocks] for name, blocks in self._blocks.items()}
@@ -90,7 +89,7 @@ class Profiler:
     def _leads(self, name: str) -> bool:
         """Tell whether the running branch is the first of its step."""
         state = self._states[name]
-        key = name, self._execution.state.step_index
+        key = name, self.denoising.step_index
         return self._leading.setdefault(key, state.branch) == state.branch
 
     def _attended(self, planned: PlannedCall) -> None:
@@ -112,7 +111,7 @@ class Profiler:
         before, after = signature.read_call(args, kwargs)[0], signature.read_result(result)[0]
         assert before is not None
         assert after is not None
-        step, scores = self._execution.state.step_index, self.scores[name]
+        step, scores = self.denoising.step_index, self.scores[name]
         added = (after.detach() - before.detach()).float()
         known = self._last.get((name, block.index))
         if known is not None and known[1].shape == added.shape and known[0] < step:
@@ -129,7 +128,7 @@ class Profiler:
     def _ended(self, name: str, names: Sequence[str], module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if not self._leads(name):
             return
-        step, inputs = self._execution.state.step_index, {**dict(zip(names, args, strict=False)), **kwargs}
+        step, inputs = self.denoising.step_index, {**dict(zip(names, args, strict=False)), **kwargs}
         mask = self._mask(self._states[name], inputs, output)
         if mask is not None:
             self.foreground[step] = float(mask.mean())
@@ -141,7 +140,7 @@ class Profiler:
 
     def _mask(self, state: TransformerState, inputs: Any, output: Any) -> np.ndarray | None:
         """Return the foreground of a step, bool [F, Y, X]; None where it can't be told, which may be an error."""
-        layout, sigma = self._execution.forward.layout, self._execution.state.context(state).sigma
+        layout, sigma = self.engine.forward.layout, self.denoising.context(state).sigma
         if layout is None:
             why = f"can't tell {state.name}'s tokens in this call"
         elif layout.frames == 1:

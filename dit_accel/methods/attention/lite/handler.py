@@ -5,6 +5,7 @@ its two lists of int16 (1 / 31 of their memory with equal tiles, 1 / 23 with its
 apart, resets, text exact, criteria that bound the mass, a target density, pooled tiles.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ....errors import ConfigError
 from ....plan.call import Call
 from ....plan.context import CallContext, Key, StepContext
 from ....plan.layout import TokenLayout
-from ....plan.plan import AttentionPlan
+from ....plan.plan import AttentionPlan, KernelResult
 from ....plan.tiling import full_lists_bytes, pinned_bytes
 from ....rules.steps import whole_steps
 from ...base import Model, Phase
@@ -70,7 +71,7 @@ class LiteHandler(SparseHandler):
     config_type = LiteAttention
     phase = Phase.SELECTIONS
     exclusive = frozenset({"vote"})
-    dense_under_masks = votes = True
+    votes = True
     settings: LiteAttention
 
     def __init__(self, config: LiteAttention, model: Model) -> None:
@@ -149,11 +150,12 @@ class LiteHandler(SparseHandler):
             self._keep(state, pack_bits(kept))
             state.counts = None
 
-    def learn(self, context: CallContext, kept: Tensor) -> None:
+    def after(self, plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
         """Make the bits that the votes keep those of the next call."""
         state = self._states.get(context.key)
-        if state is not None:
-            self._keep(state, kept)
+        if state is not None and result.kept is not None:
+            self._keep(state, result.kept)
+        return result
 
     def needs_step(self, step: StepContext) -> bool:
         """Tell whether the branch's first votes are due in this step, or those after ``refresh_every`` calls."""
@@ -169,18 +171,14 @@ class LiteHandler(SparseHandler):
         self._calibrators.clear()
         self._fixed.clear()
 
-    def wants_gaps(self, plan: AttentionPlan, context: CallContext) -> bool:
-        """Tell whether a call's key has dropped tiles that could come back to a later call."""
-        state = self._states.get(context.key)
-        return state is not None and state.bits is not None and self.settings.target_density is None
-
     def restore_tiles(
-        self, plan: AttentionPlan, context: CallContext, gaps: Tensor, shares: Tensor, margin: float
+        self, plan: AttentionPlan, context: CallContext, probe: Callable[[], tuple[Tensor, Tensor]], margin: float
     ) -> None:
         """Take back tiles that probe rows need by ``margin`` log2 units; what must be skipped stays skipped."""
         state, tiles = self._states.get(context.key), plan.tiles
-        if state is None or state.bits is None or tiles is None:
+        if state is None or state.bits is None or tiles is None or self.settings.target_density is not None:
             return
+        gaps, shares = probe()
         threshold = self._threshold(context)
         needed = gaps > threshold + margin if self.settings.criterion == "maxgap" else shares > threshold * 2.0**margin
         bits = pack_bits(needed)

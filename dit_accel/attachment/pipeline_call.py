@@ -1,17 +1,64 @@
-"""Calls a pipeline for a picture larger than trained in two stages: a small one first, which then leads the other."""
+"""What is done around a pipeline's whole call: its seconds are taken, and a smaller picture may come first.
+
+A call can't be wrapped on an object, only on its class. But every pipeline of diffusers checks its inputs first, or
+encodes the prompt, and lets its models go last; these methods are the object's to shadow. For a picture larger than
+trained the pipeline may be called in two stages: a small one first, which then leads the other.
+"""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AttachError, ConfigError
 from ..methods.base import Handler
 from ..methods.positions.guide import SmallPicture
 from ..methods.positions.ultraimage import UltraImageHandler
+from ..report import clock
+from .seam import shadow
+from .state import DenoisingState
+from .steps import current_run
+
+BEGINS = ("check_inputs", "encode_prompt")
+"""What a pipeline calls first: the first of these that it has."""
+
+ENDS = "maybe_free_model_hooks"
+"""What it calls last, once the frames are decoded."""
+
+
+def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callable[[], None]]:
+    """Have the clock of each run know the seconds of the pipeline's call that it was; return what undoes that.
+
+    A pipeline without such methods is left alone, and the clock knows the denoising loop alone.
+
+    Args:
+        transformer: one of the pipeline's, by which calls of its own are told from a user's of its methods.
+    """
+    pipe = denoising.pipe
+    engine = denoising.engine
+    first = next((name for name in BEGINS if callable(getattr(type(pipe), name, None))), None)
+    if first is None or not callable(getattr(type(pipe), ENDS, None)):
+        return []
+    begin, end = getattr(pipe, first), getattr(pipe, ENDS)
+    begun: tuple[float, int] | None = None  # when the call began, and how many runs there were before
+
+    def begins(*args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        begun = None if current_run(transformer) is None else (clock.now(), engine.runs)
+        return begin(*args, **kwargs)
+
+    def ends(*args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        out = end(*args, **kwargs)
+        if begun is not None and engine.runs > begun[1]:
+            engine.recorder.clock.call = clock.now() - begun[0]
+        begun = None
+        return out
+
+    return [shadow(pipe, first, begins), shadow(pipe, ENDS, ends)]
 
 
 def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any]) -> Any:

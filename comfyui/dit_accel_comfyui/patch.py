@@ -29,14 +29,14 @@ LOG = logging.getLogger("dit_accel_comfyui")
 
 
 @dataclass(slots=True)
-class Last:
-    """Where the report of a door's last run lies; clones of a model share it."""
+class LastRun:
+    """Where the report of a patch's last run lies; clones of a model share it."""
 
     report: RunReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class ModelPatch:
     """What the nodes of one model asked for.
 
     Attributes:
@@ -49,12 +49,12 @@ class Door:
     configs: tuple[MethodConfig, ...] = ()
     refused: tuple[str, ...] = ()
     backend: str = "auto"
-    last: Last = field(default_factory=Last)
+    last: LastRun = field(default_factory=LastRun)
 
 
-def door_of(model: Any) -> Door:
+def patch_of(model: Any) -> ModelPatch:
     """Return what was asked for on a model; an empty one where nothing was."""
-    return model.model_options["transformer_options"].get(KEY) or Door()
+    return model.model_options["transformer_options"].get(KEY) or ModelPatch()
 
 
 def with_method(model: Any, name: str, options: str, backend: str | None = None, **given: Any) -> Any:
@@ -67,18 +67,18 @@ def with_method(model: Any, name: str, options: str, backend: str | None = None,
         backend: the kernel backend; None: as it was.
         given: options of the node; None leaves one to the method, ``options`` goes before them.
     """
-    door = replace(door_of(model), last=Last())
+    patch = replace(patch_of(model), last=LastRun())
     try:
         config = method_config(name, options, given)
-        door = replace(door, configs=(*door.configs, config))
+        patch = replace(patch, configs=(*patch.configs, config))
     except ConfigError as error:
         line = " ".join(str(error).split())
         LOG.warning("dit-accel: %s; %s is left out", line, name)
-        door = replace(door, refused=(*door.refused, line))
+        patch = replace(patch, refused=(*patch.refused, line))
     if backend is not None:
-        door = replace(door, backend=backend)
+        patch = replace(patch, backend=backend)
     model = model.clone()
-    model.model_options["transformer_options"][KEY] = door
+    model.model_options["transformer_options"][KEY] = patch
     for kind, wrapper in (("outer_sample", around_sampling), ("diffusion_model", around_forward)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
@@ -99,19 +99,19 @@ def around_sampling(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """Begin a run of the methods for one sampling, and keep its report; ComfyUI's OUTER_SAMPLE wrapper."""
     guider: Any = executor.class_obj  # type: ignore[attr-defined]
     before = guider.model_options
-    door: Door | None = before["transformer_options"].get(KEY)
-    if door is None:
+    patch: ModelPatch | None = before["transformer_options"].get(KEY)
+    if patch is None:
         return executor(*args, **kwargs)
-    run = Run(door.configs, door.backend)
-    run.problems.extend(door.refused)
+    run = Run(patch.configs, patch.backend)
+    run.problems.extend(patch.refused)
     guider.model_options = {**before, "transformer_options": {**before["transformer_options"], RUN_KEY: run}}
     try:
         return executor(*args, **kwargs)
     finally:
         guider.model_options = before
         run.end()
-        door.last.report = report_of(run)
-        LOG.info("%s", door.last.report.summary)
+        patch.last.report = report_of(run)
+        LOG.info("%s", patch.last.report.summary)
 
 
 @torch.compiler.disable(recursive=False)
