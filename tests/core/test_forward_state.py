@@ -61,7 +61,7 @@ def test_who_acts_is_asked_once_a_layer_and_forward(monkeypatch):
 def test_the_way_from_the_processor_to_the_kernels_stays_short():
     until, whole = call_path.traced_call()
     ours = sum(count for where, count in until.items() if not where.startswith("methods/"))
-    assert ours <= 20, until  # besides what the method itself calls to make its plan
+    assert ours <= 21, until  # besides what the method itself calls to make its plan
     assert whole.total() <= 30, whole
     assert len({where.split(":")[0] for where in whole}) <= 7, whole
 
