@@ -106,6 +106,8 @@ def test_a_scheduler_takes_options_and_the_model_s_own_is_fresh():
     assert arm_scheduler(dynamic, "FlowMatchHeunDiscreteScheduler", {}, None).config.max_shift == 1.2
     betas = arm_scheduler(diffusers.DDIMScheduler(), "DEISMultistepScheduler", {"solver_order": 3}, None)
     assert (len(betas.betas), betas.config.solver_order) == (1000, 3)
+    with pytest.raises(ConfigError, match=r"DDIMScheduler.*flow_shift 2\.0"):
+        arm_scheduler(diffusers.DDIMScheduler(), "unipc", {}, 2.0)
 
 
 BAD_ARMS = [

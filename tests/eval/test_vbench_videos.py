@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.vbench import measures, official, run
 from dit_accel_eval.vbench.prompts import read_full_info
 from dit_accel_pipelines.generation.media import read_video, write_media
+from fake_model import command, told
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -28,12 +30,7 @@ FULL_INFO = [
 ]  # fmt: skip
 
 
-def vbench(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", "vbench", *map(str, arguments)])
-
-
-def told(found) -> str:
-    return " ".join(found.stderr.split())
+vbench = partial(command, "vbench")
 
 
 @pytest.fixture(scope="module")
