@@ -181,14 +181,11 @@ def preset_methods(
     if level not in PRESETS:
         raise ConfigError(f"no preset is called {level!r}; {did_you_mean(str(level), (*LEVELS, NONE))}")
     try_out = try_out or partial(make_handlers, model=model, alone=False)
-    kind = "image" if model.adapter.makes_images else "video"
-    not_advised = model.family.not_advised if model.family else ()
     chosen: list[Choice] = []
     left_out: dict[str, str] = {}
     for choice in PRESETS[level]:
         beside, name = [*named, *(earlier.config for earlier in chosen)], choice.config.name
-        extended = {axis for config in beside for axis in handler_of(config).extends}
-        if choice.models not in ("all", kind) or name in not_advised or extended & handler_of(choice.config).extends:
+        if not _is_advised(choice, model, beside):
             continue
         try:
             try_out([*beside, choice.config])
@@ -198,3 +195,11 @@ def preset_methods(
         else:
             chosen.append(choice)
     return PresetMethods(level, model, tuple(chosen), left_out)
+
+
+def _is_advised(choice: Choice, model: Model, beside: Sequence[MethodConfig]) -> bool:
+    """Tell whether a choice is for such a model, and nothing beside it extends the same axis already."""
+    kind = "image" if model.adapter.makes_images else "video"
+    if choice.models not in ("all", kind) or (model.family and choice.config.name in model.family.not_advised):
+        return False
+    return all(handler_of(config).extends.isdisjoint(handler_of(choice.config).extends) for config in beside)

@@ -368,9 +368,13 @@ class StepCacheHandler(Handler):
 
     def counted(self, skipped: Collection[int], notes: tuple[str, ...] = ()) -> Saving:
         """Return the saving of the steps that are skipped."""
-        every = self.settings.branches == "all"
-        rows = self.model.family.forwards_per_step if self.model.family and every else 1
-        return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
+        whole = frozenset(skipped if self.settings.branches == "all" else ())
+        return Saving(forwards=self.forwards_cached() * len(skipped), skipped=whole, notes=notes)
+
+    def forwards_cached(self) -> int:
+        """Return how many of a step's forwards the cache acts in."""
+        family = self.model.family
+        return family.forwards_per_step if family and self.settings.branches == "all" else 1
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:
