@@ -25,7 +25,7 @@ def install(monkeypatch):
         real = installed.entry_points
 
         class Fake:
-            value, group = "stranger:ADAPTERS", installed.ADAPTER_GROUP
+            name, value, group = "us", "stranger:ADAPTERS", installed.ADAPTER_GROUP
 
             def load(self):
                 return adapters
@@ -117,7 +117,9 @@ def test_a_class_without_an_adapter_is_not_guessed_at():
 
 def test_a_stranger_says_why_a_class_is_not_supported(install):
     reasons = {"MyTransformer": "no attention"}
-    install(entry=SimpleNamespace(value="stranger:REASONS", group=installed.REASON_GROUP, load=lambda: reasons))
+    install(
+        entry=SimpleNamespace(name="us", value="stranger:REASONS", group=installed.REASON_GROUP, load=lambda: reasons)
+    )
     with pytest.raises(UnsupportedModel, match=r"MyTransformer is.*: no attention$"):
         installed.adapter_for("MyTransformer")
     reasons["MyTransformer"] = 3
@@ -153,6 +155,8 @@ def install_methods(monkeypatch):
 
     def install(**entries: object) -> None:
         class Fake:
+            group = method_registry.METHOD_GROUP
+
             def __init__(self, name, given):
                 self.name, self.value, self.given = name, f"stranger:{given!r}", given
 

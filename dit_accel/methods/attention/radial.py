@@ -73,7 +73,6 @@ class RadialAttention(SparseConfig):
             )
 
     def tile_order(self) -> str:
-        """Return the order of tokens in tiles."""
         return self.order
 
     @property
@@ -144,11 +143,9 @@ class RadialHandler(SparseHandler):
     settings: RadialAttention
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Put the layout's tile lists and token order into the plan."""
         settings, layout, device = self.settings, context.layout, context.device
         return plan.with_tiles(settings.tiles(layout, device), self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the lists leave, and the lists' size."""
         kept = self.settings.kept(layout)
         return self.saving(kept, [kept], layout, steps)

@@ -352,18 +352,15 @@ class StepCacheHandler(Handler):
         return (context.num_inference_steps or context.step_index + 1) - 1
 
     def reset(self) -> None:
-        """Free what is stored."""
         self._histories.clear()
         self._decisions.clear()
         self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
-        """Forget what was done."""
         self._log.clear()
         self._since.clear()
 
     def report(self) -> Section | None:
-        """Return what was computed and reused in the last generation, by step and branch."""
         return section_of(self.name, self._log, self.threshold())
 
     def counted(self, skipped: Collection[int], notes: tuple[str, ...] = ()) -> Saving:

@@ -213,11 +213,9 @@ class ProfilingHandler(SpanHandler):
         self.cover_blocks(site, chosen)
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Return whether a block's group does not run at this step."""
         return self._reused(now, self._groups[now.context.transformer][block.index])
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Return whether a block has the schedule of the one before it."""
         groups = self._groups[now.context.transformer]
         return groups[block.index] == groups[now.called]
 
@@ -245,13 +243,11 @@ class ProfilingHandler(SpanHandler):
         return History(self.settings, shapes, self._start, held_on, self._reach, beside)
 
     def report(self) -> Section | None:
-        """Return what was computed and reused in the last generation, and which blocks are cached."""
         cached = {name: spell_numbers(groups) for name, groups in self._groups.items()}
         lines = [f"{name}: blocks {blocks} of {self._counts[name]} are cached" for name, blocks in cached.items()]
         return extended(super().report(), lines, cached=cached)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the blocks that the lists skip, and what is stored of a model of known sizes."""
         settings, family = self.settings, self.model.family
         lists = [settings.groups(name) for name in settings.transformers()]
         rows, width = self.forwards_cached(), 0

@@ -79,7 +79,6 @@ class PerturbedHandler(WindowedHandler):
 
     @property
     def neutral(self) -> bool:
-        """Whether the settings change nothing."""
         return self.settings.scale == 0 or not self.specs
 
     @abstractmethod
@@ -246,13 +245,11 @@ class PerturbedHandler(WindowedHandler):
             )
 
     def reset(self) -> None:
-        """Forget the last step."""
         self._added = self._for_guider = self._passed = None
         for passes in self._passes.values():
             passes.forget()
 
     def begin_run(self) -> None:
-        """Say once if nothing was perturbed in the run that ended, and forget it."""
         super().begin_run()
         self._compared = False
 

@@ -58,11 +58,9 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
 
     @property
     def neutral(self) -> bool:
-        """Whether the settings change nothing."""
         return super().neutral or self.u == 0
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
-        """Return the attention layers that hold a perturbed head."""
         heads = self._heads[site.name] = read_heads(
             self.specs or (), stacks_of(site, self.model), f"{self.name}.{self.option}", self.published
         )
@@ -74,12 +72,10 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         return list(heads)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Whether a perturbed pass runs and the block has a perturbed head."""
         passes = self._passes.get(step.transformer)
         return passes is not None and passes.perturbs and depth in self._depths[step.transformer]
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Perturb the layer's chosen heads."""
         named = self._heads[context.transformer].get(context.layer)
         rows = self._passes[context.transformer].rows
         if named is None:
@@ -116,7 +112,6 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         return self._shares[key]
 
     def reset(self) -> None:
-        """Forget the last step."""
         super().reset()
         self._shares.clear()
 

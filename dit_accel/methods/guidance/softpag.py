@@ -114,7 +114,6 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         return self.settings.target != "mean-query"
 
     def describe_perturbation(self) -> str:
-        """Return in words what is perturbed."""
         how = "" if self.settings.target == "identity" else f" to {self.settings.target}"
         return f"{', '.join(self.specs or ()) or 'no head'}{how} with u = {self.u:g}, scale {self.settings.scale}"
 
