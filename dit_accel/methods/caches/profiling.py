@@ -79,10 +79,12 @@ class ProfilingCache(StepCacheConfig):
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
         self.require_one_of("every", "refresh", of="when the cached blocks run")
-        if self.measured_steps is not None:
-            run = f"the run that it was measured in has profilingcache.measured_steps = {self.measured_steps}"
-            for option in ("refresh", "refresh_2"):
-                self._require_within(option, self.measured_steps, run, "correct one of them")
+        for option in ("refresh", "refresh_2"):
+            if (step := self._step_beyond(option, self.measured_steps)) is not None:
+                raise ConfigError(
+                    f"profilingcache.{option} lists step {step}, and the run that it was measured in has "
+                    f"profilingcache.measured_steps = {self.measured_steps}, numbered from 0; correct one of them"
+                )
         if (self.blocks_2 is None) != (self.refresh_2 is None) or (self.blocks_2 and self.blocks is None):
             raise ConfigError(
                 "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, "
@@ -96,10 +98,10 @@ class ProfilingCache(StepCacheConfig):
         if both := sorted(block for block, count in counts.items() if count > 1):
             raise ConfigError(f"profilingcache.blocks and blocks_2 both name block {both[0]}; name it once")
 
-    def _require_within(self, option: str, count: int, run: str, remedy: str) -> None:
-        """Refuse a list of steps that goes beyond a run of ``count`` steps."""
-        if (listed := getattr(self, option)) and listed[-1] >= count:
-            raise ConfigError(f"profilingcache.{option} lists step {listed[-1]}, and {run}, numbered from 0; {remedy}")
+    def _step_beyond(self, option: str, count: int | None) -> int | None:
+        """Return the last step of a list if it lies beyond a run of ``count`` steps, which may be unknown."""
+        listed = getattr(self, option)
+        return listed[-1] if listed and count is not None and listed[-1] >= count else None
 
     def _sets(self, options: Sequence[str]) -> bool:
         """Tell whether the user sets any of some options."""
@@ -154,9 +156,11 @@ class ProfilingCache(StepCacheConfig):
             if measured is None:
                 return index >= first and (index - first) % every == 0
             listed = tuple(range(first, measured, every))
-        if measured is None and count is not None:
-            remedy = "list steps of this run, or set profilingcache.measured_steps to rescale them"
-            self._require_within(option, count, f"this run has {count} steps", remedy)
+        if measured is None and (step := self._step_beyond(option, count)) is not None:
+            raise ConfigError(
+                f"profilingcache.{option} lists step {step}, and this run has {count} steps, numbered from 0; "
+                f"list steps of this run, or set profilingcache.measured_steps to rescale them"
+            )
         return index in _steps_at(listed, measured, count)
 
 

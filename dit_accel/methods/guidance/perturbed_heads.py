@@ -94,10 +94,15 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
 
     def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Return a plan with V mixed into the output of its heads, in all rows or, by an option, in the image's."""
-        layout, rows = context.layout, getattr(self.settings, "rows", "all")
-        some = rows == "image" and layout.tokens > layout.visual_tokens
-        image = image_rows(layout, str(context.device)) if some else None
+        image = self.image_alone(context)
         return plan.mix(share, image, only_values=whole and image is None)
+
+    def image_alone(self, context: CallContext) -> Tensor | None:
+        """Return which tokens are perturbed, bool [S], if an option leaves out text that there is; None: all."""
+        layout = context.layout
+        if getattr(self.settings, "rows", "all") == "all" or layout.tokens == layout.visual_tokens:
+            return None
+        return image_rows(layout, str(context.device))
 
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext) -> Tensor:
         """Return u for the named heads and 0 for the others, [H]; of a process that shares them, its own."""
