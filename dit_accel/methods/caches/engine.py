@@ -160,6 +160,7 @@ class StepCacheHandler(Handler):
             return run()
         self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
+        # A branch beside another stores how far it lies from that one, so that both are forecast alike.
         beside = given_beside(self._histories, context, shapes, self._end(context))
         history = self._histories.get(key)
         if history is None or (history.shapes, history.beside) != (shapes, beside is not None):
@@ -175,13 +176,13 @@ class StepCacheHandler(Handler):
         if is_recorded(output):
             self._histories.pop(key)
             return output
-        if history.gives_other(output):
+        if history.gives_other(output):  # such as a first one that holds text: what was measured says nothing of it
             history = self._histories[key] = self._new_history(shapes, beside is not None)
             if leads:
                 decision = self._new_decision(context, decision)
                 self._see(context, decision)
         corrected = self._corrected(context, history, output, latents, beside)
-        if leads and history.points:
+        if leads and history.points:  # before the output is stored, which a forecast would be made from
             self.arrived(context, decision, history, output)
         history.take(output, latents, context.step_index, beside)
         if leads:
