@@ -244,13 +244,13 @@ def attach(
     def put_on(configs: Sequence[MethodConfig]) -> Attachment:
         return _attach(model, tuple(configs), backend, layers, dense or "auto")
 
-    preset = preset_methods(level, model_of(model), methods)
+    chosen = preset_methods(level, model_of(model), methods)
     try:
-        attachment = put_on((*methods, *preset.configs))
+        attachment = put_on((*methods, *chosen.configs))
     except ConfigError:  # such as positions of a transformer that is compiled whole: find the method that is refused
-        preset = preset_methods(level, preset.model, methods, try_out=lambda configs: put_on(configs).detach())
-        attachment = put_on((*methods, *preset.configs))
-    attachment._preset = preset
+        chosen = preset_methods(level, chosen.model, methods, try_out=lambda configs: put_on(configs).detach())
+        attachment = put_on((*methods, *chosen.configs))
+    attachment._preset = chosen
     return attachment
 
 

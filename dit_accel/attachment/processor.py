@@ -177,23 +177,29 @@ def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -
         if shards is not None:
             attn_mask = shards.whole_mask(attn_mask)
             query, key, value = shards.gather_call(query, key, value)
-        if attn_mask is not None and not isinstance(attn_mask, Tensor):
-            raise ConfigError(
-                f"sparse attention can't follow a mask of type {type(attn_mask).__name__}, which the model passes for "
-                "its own sparse attention; set the model to dense attention, or detach"
-            )
-        layer = forward.processor._dit_accel_layer
-        differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        if differentiate or torch.compiler.is_compiling() or type(query) is not Tensor:
-            out = planned_attention(
-                query, key, value, attn_mask, layer, forward.grid, engine.number, tokens_first, scale, differentiate
-            )[0]
-        else:
-            call = call_of(query, key, value, attn_mask, scale, engine.backend, tokens_first)
-            out = engine.attend(engine.layers[int(layer)], call, forward.sizes)[0]
+        out = _planned(query, key, value, attn_mask, scale, tokens_first, engine)
         return out if shards is None else shards.scatter(out, heads)
 
     return attend
+
+
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, tokens_first: bool, engine: Engine
+) -> Tensor:
+    """Run a planned call: through the operator where a graph or a backward needs it, else at once."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigError(
+            f"sparse attention can't follow a mask of type {type(mask).__name__}, which the model passes for its own "
+            "sparse attention; set the model to dense attention, or detach"
+        )
+    forward = engine.forward
+    layer = forward.processor._dit_accel_layer
+    differentiate = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if differentiate or torch.compiler.is_compiling() or type(q) is not Tensor:
+        number = engine.number
+        return planned_attention(q, k, v, mask, layer, forward.grid, number, tokens_first, scale, differentiate)[0]
+    call = call_of(q, k, v, mask, scale, engine.backend, tokens_first)
+    return engine.attend(engine.layers[int(layer)], call, forward.sizes)[0]
 
 
 def _refuse(dropout_p: float, is_causal: bool) -> None:

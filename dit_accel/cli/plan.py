@@ -101,11 +101,23 @@ def _talk(prediction: Prediction, requested_frames: int | None, advised: Sequenc
 
 
 def _print(prediction: Prediction) -> None:
-    layout, family, tiles = prediction.layout, prediction.family, prediction.tiles
-    OUT.print(
-        f"[bold]{family.name}[/bold]  {prediction.width} x {prediction.height} pixels, {prediction.num_frames} frames"
-    )
+    size = f"{prediction.width} x {prediction.height} pixels, {prediction.num_frames} frames"
+    OUT.print(f"[bold]{prediction.family.name}[/bold]  {size}")
     table = Table.grid(padding=(0, 2))
+    for label, value in [*_rows(prediction), *_rows_of_linears(prediction)]:
+        table.add_row(label, value)
+    OUT.print(table)
+    OUT.print()
+    OUT.print(_flops_table(prediction))
+    if prediction.tiles or prediction.forward_share != 1 or prediction.linear_time != 1:
+        OUT.print()
+        OUT.print(_verdict(prediction))
+        OUT.print(_assumptions(prediction), style="dim")
+
+
+def _rows(prediction: Prediction) -> list[tuple[str, str]]:
+    """Return what the table says of the run's size and of what the methods leave and hold."""
+    layout, family, tiles = prediction.layout, prediction.family, prediction.tiles
     text = f" + {family.text_tokens:,} of text" if family.text_tokens else ""
     grid = f"{layout.frames} frames of {layout.height} x {layout.width}"
     rows: list[tuple[str, str]] = [
@@ -130,16 +142,7 @@ def _print(prediction: Prediction) -> None:
         rows.append(("forwards computed", f"{prediction.forward_share:.1%} of the dense run's"))
     for name, size in prediction.carried_bytes.items():
         rows.append((f"{name} state", f"{_bytes(size)}, held from step to step"))
-    rows += _rows_of_linears(prediction)
-    for label, value in rows:
-        table.add_row(label, value)
-    OUT.print(table)
-    OUT.print()
-    OUT.print(_flops_table(prediction))
-    if prediction.tiles or prediction.forward_share != 1 or prediction.linear_time != 1:
-        OUT.print()
-        OUT.print(_verdict(prediction))
-        OUT.print(_assumptions(prediction), style="dim")
+    return rows
 
 
 def _rows_of_linears(prediction: Prediction) -> list[tuple[str, str]]:

@@ -64,8 +64,7 @@ class Prediction:
         total_flops: everything that is counted, dense.
         planned_attention_flops: Q K^T and P V with the methods attached, dense steps and layers included.
         planned_total_flops: everything that is counted, with the methods attached.
-        times_trained: FLOPs of the dense run over those of one of the trained size; 1 where it is no larger, or not
-            known.
+        times_trained: FLOPs of the dense run over one of the trained size; 1 where it is no larger, or not known.
         attention_share: self-attention's share of the dense run's FLOPs, a, which stands in for its share of the time.
         linear_share: the linear layers' share of the dense run's FLOPs, b.
         linear_time: time of the linear layers over that in 16 bits, lambda.
@@ -257,12 +256,6 @@ def predict(
     dense = _dense_run(family, layout, steps, linears)
     tiles = tiles_left(savings, steps, family.layers, tiles_a_side(layout))
     waits = [handler.name for handler in handlers if steps < (getattr(handler.settings, "min_steps", None) or 0)]
-    notes = [note for saving in savings.values() for note in saving.notes]
-    if tiles and 0 < tiles.dense_share < 1 and any(part.forwards and not part.skipped for part in savings.values()):
-        notes.append(
-            "skipped forwards are counted as if dense and sparse steps were skipped alike; a cache computes the first "
-            "steps, which are dense, so that a little less is gained"
-        )
     return Prediction(
         family=family,
         layout=layout,
@@ -277,12 +270,22 @@ def predict(
         linears=linears,
         weight_bytes=least_weights(family, linears.share if linears else 0.0),
         uncounted_methods=tuple(n for n, saving in savings.items() if not saving.counted and n not in waits),
-        notes=(*notes, *(linears.notes if linears else ())),
+        notes=(*_notes(savings, tiles), *(linears.notes if linears else ())),
         warnings=tuple(text for saving in savings.values() for text in saving.warnings),
         **dense,
         **_planned_run(savings, tiles, layout, kernel_cost, steps=steps, layers=family.layers, **dense),
         **_memory(savings, tiles, family),
     )
+
+
+def _notes(savings: Mapping[str, Saving], tiles: TilesLeft | None) -> list[str]:
+    notes = [note for saving in savings.values() for note in saving.notes]
+    if tiles and 0 < tiles.dense_share < 1 and any(part.forwards and not part.skipped for part in savings.values()):
+        notes.append(
+            "skipped forwards are counted as if dense and sparse steps were skipped alike; a cache computes the first "
+            "steps, which are dense, so that a little less is gained"
+        )
+    return notes
 
 
 def predict_attached(
@@ -392,9 +395,5 @@ def _memory(savings: Mapping[str, Saving], tiles: TilesLeft | None, family: Fami
     lists = sum(saving.list_bytes for saving in savings.values())
     per_tile = 2 * family.heads * family.head_dim * ASSUMED_BYTES
     pooled = math.isqrt(tiles.total) * per_tile if tiles is not None and tiles.pools else 0
-    return dict(
-        tile_list_bytes=lists,
-        pooled_bytes=pooled,
-        carried_bytes=carried,
-        state_bytes=lists + pooled + sum(carried.values()),
-    )
+    state = lists + pooled + sum(carried.values())
+    return dict(tile_list_bytes=lists, pooled_bytes=pooled, carried_bytes=carried, state_bytes=state)

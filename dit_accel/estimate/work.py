@@ -57,10 +57,7 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
     if len(set(sizes.values())) > 1:
         counted = " and ".join(f"{name} {size} a side" for name, size in sizes.items())
         raise ConfigError(f"these methods count different tiles, {counted}; plan them one at a time")
-    computed = [
-        math.prod(1 - saving.rate for saving in savings.values() if step in saving.skipped) for step in range(steps)
-    ]
-    computed = computed if any(computed) else [1.0] * steps
+    computed = computed_shares(savings, steps)
     calls: dict[tuple[bool, ...], float] = defaultdict(float)  # which methods act in a call -> how many such calls
     for step, share in enumerate(computed):
         for layer in range(layers):
@@ -81,6 +78,14 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         pools=any(part.pools for part in parts.values()),
         rows_alone=not sizes,
     )
+
+
+def computed_shares(savings: Mapping[str, Saving], steps: int) -> list[float]:
+    """Return for each step the share of its forwards that are computed; 1 in all where none would be."""
+    shares = [
+        math.prod(1 - saving.rate for saving in savings.values() if step in saving.skipped) for step in range(steps)
+    ]
+    return shares if any(shares) else [1.0] * steps
 
 
 def tiles_a_side(layout: TokenLayout) -> int:

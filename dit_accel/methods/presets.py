@@ -159,6 +159,17 @@ class PresetMethods:
         return f"preset {self.level}: {'; '.join(parts)}"
 
 
+def _suits(choice: Choice, model: Model, beside: Sequence[MethodConfig]) -> bool:
+    """Return whether a choice is meant for a kind of model, and extends no axis that another method extends."""
+    extended = {axis for config in beside for axis in handler_of(config).extends}
+    not_advised = model.family.not_advised if model.family else ()
+    return (
+        choice.models in ("all", "image" if model.adapter.makes_images else "video")
+        and choice.config.name not in not_advised
+        and not extended & handler_of(choice.config).extends
+    )
+
+
 def preset_methods(
     level: str,
     model: Model,
@@ -185,7 +196,7 @@ def preset_methods(
     left_out: dict[str, str] = {}
     for choice in PRESETS[level]:
         beside, name = [*named, *(earlier.config for earlier in chosen)], choice.config.name
-        if not _is_advised(choice, model, beside):
+        if not _suits(choice, model, beside):
             continue
         try:
             try_out([*beside, choice.config])
@@ -195,11 +206,3 @@ def preset_methods(
         else:
             chosen.append(choice)
     return PresetMethods(level, model, tuple(chosen), left_out)
-
-
-def _is_advised(choice: Choice, model: Model, beside: Sequence[MethodConfig]) -> bool:
-    """Tell whether a choice is for such a model, and nothing beside it extends the same axis already."""
-    kind = "image" if model.adapter.makes_images else "video"
-    if choice.models not in ("all", kind) or (model.family and choice.config.name in model.family.not_advised):
-        return False
-    return all(handler_of(config).extends.isdisjoint(handler_of(choice.config).extends) for config in beside)

@@ -30,11 +30,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipMean:
-    """A mean over clips, in the unit of the values.
-
-    Attributes:
-        low: lower end of the 95 % interval of the mean; None under `FEWEST` clips.
-    """
+    """A mean over clips with its 95 % interval, None under `FEWEST` clips, in the unit of the values."""
 
     mean: float
     median: float
@@ -82,9 +78,6 @@ def clip_mean(values: Sequence[float]) -> ClipMean:
 
     The interval holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence
     interval and test for the mean of an asymmetric distribution), which rests on their third moment.
-
-    Args:
-        values: one per clip; for a paired comparison the difference of the two arms on that clip.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
@@ -133,10 +126,6 @@ def judge(differences: Mapping[Key, Sequence[float]], margins: Mapping[Key, floa
     """Return what is said of paired differences that are judged together, such as those of all arms of a suite.
 
     What is 0 as tables print it is 0: a cache that skips nothing differs from dense by rounding alone.
-
-    Args:
-        differences: key -> differences, one a clip; keys of none are left out.
-        margins: key -> what its difference is tested against, by default 0.
     """
     found = {key: clip_mean(values) for key, values in differences.items() if len(values)}
     least = {key: (margins or {}).get(key, 0.0) for key in found}

@@ -1,6 +1,5 @@
 """Block lists as data, and the streams in the calls and results of a block."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from torch import nn
 
 from dit_accel import ConfigError, UnsupportedModel
-from dit_accel.adapters import blocks as blocks_module
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.adapters.block_lists import block_lists, blocks_of, registered_blocks
 from dit_accel.adapters.blocks import JOINT, BlockList, block_signature
@@ -48,9 +46,8 @@ def same(found, expected):
     return all(one is two for one, two in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_is_no_block_list_is_refused():
+    for changes, message in (
         (dict(pattern="blocks"), r"'transformer_blocks\.\*', got 'blocks'"),
         (dict(pattern=None), "got None"),
         (dict(takes="hidden_states"), r"takes.*got 'hidden_states'"),
@@ -58,41 +55,28 @@ def same(found, expected):
         (dict(takes=("x", "x"), gives=(0, 1)), r"takes.*got \('x', 'x'\)"),
         (dict(gives=(0, 1)), r"gives.*1 streams.*got \(0, 1\)"),
         (dict(takes=JOINT, gives=(0,)), r"gives.*2 streams.*got \(0,\)"),
-        (
-            dict(takes=JOINT, gives=(0, 0)),
-            r"gives.*2 streams.*got \(0, 0\)",
-        ),
+        (dict(takes=JOINT, gives=(0, 0)), r"gives.*2 streams.*got \(0, 0\)"),
         (dict(gives=[0]), r"gives.*got \[0\]"),
-    ],
-)
-def test_what_is_no_block_list_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        BlockList(**{"pattern": "blocks.*", **changes})
-
-
-def test_an_adapter_takes_a_tuple_of_lists_or_none():
-    assert adapter().blocks is None
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BlockList(**{"pattern": "blocks.*", **changes})
     with pytest.raises(ConfigError, match=r"blocks.*BlockList.*got BlockList"):
         adapter(blocks=FLUX_LIKE)
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs", "expected"),
-    [
+def test_streams_are_read_and_written_however_they_are_given():
+    for args, kwargs, expected in (
         ((H, E), {}, (H, E)),
         ((H,), dict(encoder_hidden_states=E), (H, E)),
         ((), dict(temb=OTHER, encoder_hidden_states=E, hidden_states=H), (H, E)),
         ((H,), dict(temb=OTHER), (H, None)),
-    ],
-)
-def test_streams_are_read_and_written_however_they_are_given(args, kwargs, expected):
-    assert same(SIGNATURE.read_call(args, kwargs), expected)
-    before = (tuple(args), dict(kwargs))
-    new_args, new_kwargs = SIGNATURE.write_call((OTHER, expected[1]), args, kwargs)
-    assert same(SIGNATURE.read_call(new_args, new_kwargs), (OTHER, expected[1]))
-    assert same((*args, *kwargs.values()), (*before[0], *before[1].values()))
-    assert len(new_args) == len(args)
-    assert set(new_kwargs) == set(kwargs)
+    ):
+        assert same(SIGNATURE.read_call(args, kwargs), expected)
+        before = (tuple(args), dict(kwargs))
+        new_args, new_kwargs = SIGNATURE.write_call((OTHER, expected[1]), args, kwargs)
+        assert same(SIGNATURE.read_call(new_args, new_kwargs), (OTHER, expected[1]))
+        assert same((*args, *kwargs.values()), (*before[0], *before[1].values()))
+        assert (len(new_args), set(new_kwargs)) == (len(args), set(kwargs))
 
 
 def test_a_stream_that_the_call_lacks_can_be_given():
@@ -123,35 +107,17 @@ def test_what_is_no_stream_is_kept_and_cannot_be_made_up():
         signature.write_result((OTHER,))
 
 
-@pytest.mark.parametrize(
-    ("gives", "result", "message"),
-    [
+def test_a_result_of_another_form_and_a_stream_of_another_name_are_refused():
+    for gives, result, message in (
         ((1, 0), H, r"Joint.*Tensor.*tuple of 2"),
         ((1, 0), (H, E, H), r"Joint.*tuple of 3.*tuple of 2"),
         ((0,), (H,), r"Joint.*tuple of 1.*tensor"),
-    ],
-)
-def test_a_result_of_another_form_is_refused(gives, result, message):
-    signature = block_signature(BlockList(pattern="blocks.*", takes=JOINT[: len(gives)], gives=gives), Joint)
-    with pytest.raises(UnsupportedModel, match=message):
-        signature.read_result(result)
-    with pytest.raises(UnsupportedModel, match=message):
-        signature.write_result((H, E), like=result)
-
-
-def test_a_signature_is_bound_once_a_class(monkeypatch):
-    class Fresh(Joint):
-        pass
-
-    asked = []
-    monkeypatch.setattr(
-        blocks_module.inspect, "signature", lambda f: asked.append(f) or inspect.Signature.from_callable(f)
-    )
-    signatures = {id(block_signature(FLUX_LIKE, Fresh)) for _ in range(5)}
-    assert (len(signatures), len(asked)) == (1, 1)
-
-
-def test_a_stream_of_another_name_is_refused():
+    ):
+        signature = block_signature(BlockList(pattern="blocks.*", takes=JOINT[: len(gives)], gives=gives), Joint)
+        with pytest.raises(UnsupportedModel, match=message):
+            signature.read_result(result)
+        with pytest.raises(UnsupportedModel, match=message):
+            signature.write_result((H, E), like=result)
     with pytest.raises(UnsupportedModel, match=r"Joint.*'x'.*'blocks\.\*'.*hidden_st"):
         block_signature(BlockList(pattern="blocks.*", takes=("x",)), Joint)
 
@@ -171,24 +137,15 @@ def test_blocks_whose_attention_is_left_dense_are_left_out():
     assert names == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            dict(blocks=()),
-            r"'mine' describes.*Toy",
-        ),
+def test_a_model_without_blocks_is_refused():
+    for changes, message in (
+        (dict(blocks=()), r"'mine' describes.*Toy"),
         (dict(blocks=(BlockList(pattern="layers.*"),)), r"layers\.\* in Toy"),
         ({}, r"Joint \(blocks\.\*\).*'mine'.*blocks=\(BlockList"),
-        (
-            dict(self_attention=("layers.*.attn",)),
-            r"layers\.\*\.attn.*Toy",
-        ),
-    ],
-)
-def test_a_model_without_blocks_is_refused(changes, message):
-    with pytest.raises(UnsupportedModel, match=message):
-        block_lists(adapter(**changes), Toy())
+        (dict(self_attention=("layers.*.attn",)), r"layers\.\*\.attn.*Toy"),
+    ):
+        with pytest.raises(UnsupportedModel, match=message):
+            block_lists(adapter(**changes), Toy())
 
 
 def test_diffusers_registry_is_read_where_an_adapter_tells_nothing():

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from dit_accel_kernels import unpack_bits
 from dit_accel_pipelines.families.wan import WAN
 from one_layer import MODEL, OneLayer, random_call
-from torch._dynamo.utils import counters
-from wan_tiny import denoise, require_runs_do_not_meet, sharp_transformer
+from wan_tiny import denoise, sharp_transformer
 
 import dit_accel
 from dit_accel import (
@@ -28,7 +27,6 @@ from dit_accel.adapters.installed import family
 from dit_accel.estimate.prediction import estimate
 from dit_accel.methods import AttentionHandler, Model, Phase
 from dit_accel.methods.compose import make_handlers
-from dit_accel.methods.toml import from_toml, to_toml
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.rests import KeptRest, Rests, merged, on_host, stored
 
@@ -66,23 +64,23 @@ def parts_of(seed: int = 0) -> tuple[torch.Tensor, ...]:
 # What is kept, and how it is added
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("int8", 127), ("int4", 7)])
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float64])
-def test_rows_in_few_bits_are_off_by_half_a_step_of_their_own_scale(dtype, most, held):
+def test_rows_in_few_bits_are_off_by_half_a_step_of_their_own_scale():
     torch.manual_seed(0)
-    rows = torch.randn(2, 3, 7, 6, dtype=torch.float64) * torch.logspace(-6, 3, 7, dtype=torch.float64)[:, None]
-    rows[0, 0, 0] = 0
-    rows = rows.to(held)
-    kept = stored(rows, dtype)
-    step = rows.double().abs().amax(-1, keepdim=True) / most
-    rounding = torch.finfo(held).eps * rows.double().abs().amax(-1, keepdim=True)
-    assert kept.read(CPU).dtype == held
-    assert ((kept.read(CPU).double() - rows.double()).abs() <= step * 0.5001 + 2 * rounding).all()
-    assert not kept.read(CPU)[0, 0, 0].any()
-    assert kept.nbytes == 2 * 3 * 7 * ((6 if dtype == "int8" else 3) + 4)
-    whole = stored(rows, None)
-    assert torch.equal(whole.read(CPU), rows)
-    assert whole.nbytes == rows.nbytes
+    drawn = torch.randn(2, 3, 7, 6, dtype=torch.float64) * torch.logspace(-6, 3, 7, dtype=torch.float64)[:, None]
+    drawn[0, 0, 0] = 0
+    for held in (torch.float32, torch.bfloat16, torch.float64):
+        rows = drawn.to(held)
+        size = rows.double().abs().amax(-1, keepdim=True)
+        for dtype, most, nbytes in (("int8", 127, 6), ("int4", 7, 3)):
+            kept = stored(rows, dtype)
+            assert kept.read(CPU).dtype == held
+            error = (kept.read(CPU).double() - rows.double()).abs()
+            assert (error <= 0.5001 * size / most + 2 * torch.finfo(held).eps * size).all()
+            assert not kept.read(CPU)[0, 0, 0].any()
+            assert kept.nbytes == 2 * 3 * 7 * (nbytes + 4)
+        whole = stored(rows, None)
+        assert torch.equal(whole.read(CPU), rows)
+        assert whole.nbytes == rows.nbytes
 
 
 def test_two_sets_of_keys_together_are_one_softmax_even_where_one_is_empty():
@@ -114,22 +112,20 @@ class Mixed(AttentionHandler):
         return plan.centre_keys(call.k.mean(2, keepdim=True)).mix(torch.tensor([0.25, 1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_calls_that_do_not_change_give_dense_attention_at_every_step(methods, backend, masked):
+def test_calls_that_do_not_change_give_dense_attention_at_every_step(methods):
     """Whatever the tiles leave out is all there, whoever chose them: exact tiles and rest are disjoint and complete."""
     q, k, v = parts_of()
-    mask = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
-    mask[1, ..., -9:] = False
-    mask = mask if masked else None
-    layer, dense = OneLayer(*methods, backend=backend), F.scaled_dot_product_attention(q, k, v, mask)
-    for step in range(8):
-        out = layer.call(q, k, v, LAYOUT, step=step, mask=mask)
-        torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
-    densities = [one.density for one in layer.reports()]
-    assert [round(x, 6) for x in densities[::3]] == [1.0, 1.0, 1.0]
-    assert all(0 < x < 0.97 for x in (*densities[1:3], *densities[4:6], densities[7])), densities
+    padded = torch.ones(2, 1, 1, LAYOUT.tokens, dtype=torch.bool)
+    padded[1, ..., -9:] = False
+    for backend, mask in (("reference", padded), ("torch", None)):
+        layer, dense = OneLayer(*methods, backend=backend), F.scaled_dot_product_attention(q, k, v, mask)
+        for step in range(8):
+            out = layer.call(q, k, v, LAYOUT, step=step, mask=mask)
+            torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
+        densities = [one.density for one in layer.reports()]
+        assert [round(x, 6) for x in densities[::3]] == [1.0, 1.0, 1.0]
+        assert all(0 < x < 0.97 for x in (*densities[1:3], *densities[4:6], densities[7])), densities
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])
@@ -170,14 +166,14 @@ def test_between_dense_calls_exact_tiles_are_new_and_the_rest_is_old(dtype):
     assert not torch.allclose(out, F.scaled_dot_product_attention(*new), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("config", [SparseD(density=0.3), SolAttention(), LiteAttention(threshold=-2.0)])
-def test_turns_without_a_kept_rest_are_plain_dense_calls(config):
-    layer = OneLayer(replace(config, block_size=16, dense_steps=0, dense_layers=0, refresh=3))
-    for step in range(7):
-        parts = parts_of(step)
-        out, dense = layer.call(*parts, LAYOUT, step=step), F.scaled_dot_product_attention(*parts)
-        assert torch.allclose(out, dense, rtol=1e-6, atol=1e-6) == (step % 3 == 0)
-    assert [one.density == 1 for one in layer.reports()] == [step % 3 == 0 for step in range(7)]
+def test_turns_without_a_kept_rest_are_plain_dense_calls():
+    for config in (SparseD(density=0.3), SolAttention(), LiteAttention(threshold=-2.0)):
+        layer = OneLayer(replace(config, block_size=16, dense_steps=0, dense_layers=0, refresh=3))
+        for step in range(7):
+            parts = parts_of(step)
+            out, dense = layer.call(*parts, LAYOUT, step=step), F.scaled_dot_product_attention(*parts)
+            assert torch.allclose(out, dense, rtol=1e-6, atol=1e-6) == (step % 3 == 0)
+        assert [one.density == 1 for one in layer.reports()] == [step % 3 == 0 for step in range(7)]
 
 
 def test_a_pattern_is_chosen_anew_at_each_turn():
@@ -219,25 +215,6 @@ def test_a_step_that_a_cache_skips_takes_no_turn():
     one, two = others[0], others[1]  # of three layers one is dense, then two, then one: by calls, not by steps
     assert one < two - 0.1
     assert others == pytest.approx([one, two, one, two, one])
-
-
-@pytest.mark.parametrize("methods", [METHODS["sparsed"], METHODS["radial, sparsed and lite"]])
-def test_another_prompt_and_seed_run_as_they_do_alone(methods):
-    require_runs_do_not_meet(*methods)
-
-
-def test_where_tensors_drift_a_cached_rest_is_nearer_to_dense_than_none():
-    start, end, errors = parts_of(0), parts_of(1), {}
-    for rest, dtype in (("skip", None), ("cached", None), ("cached", "int8"), ("cached", "int4")):
-        layer, found = OneLayer(SparseD(density=0.2, rest_dtype=dtype, **{**SPARSE, "rest": rest})), []
-        for step in range(8):
-            parts = [torch.lerp(one, other, 0.02 * step) for one, other in zip(start, end, strict=True)]
-            out, dense = layer.call(*parts, LAYOUT, step=step), F.scaled_dot_product_attention(*parts)
-            found.append(float((out - dense).norm() / dense.norm()))
-        errors[rest, dtype] = sum(found)
-    assert errors["cached", None] < 0.5 * errors["skip", None]
-    assert errors["cached", "int8"] < 0.5 * errors["skip", None]
-    assert errors["cached", "int4"] < 0.7 * errors["skip", None]
 
 
 def test_a_report_says_what_is_held():
@@ -310,60 +287,25 @@ def test_plan_counts_the_turns_and_the_memory():
     assert bounded.carried_bytes["sparsed"] == 2 * bits + 8_000_000_000
 
 
-def test_files_keep_the_options():
-    given = SparseD(density=0.3, rest_dtype="int4", rest_memory=2.0, **SPARSE)
-    assert from_toml(to_toml([given])) == [given]
-
-
 def test_the_usual_turn_is_that_of_a_cached_rest():
     assert make_handlers([SparseD(rest="cached")], MODEL)[0].rests.every == 3
     assert make_handlers([SparseD()], MODEL)[0].rests is None
     assert not make_handlers([SparseD(refresh=5)], MODEL)[0].rests.cached
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: SparseD(rest_dtype="int8"), r"sparsed\.rest_dtype = 'int8'.*'skip'"),
-        (lambda: RadialAttention(rest="pooled", rest_memory=1.0), r"radial\.rest_memory = 1\.0.*'pooled'"),
-        (lambda: SparseD(refresh=1), r"sparsed\.refresh .*1"),
-        (lambda: SparseD(rest="kept"), r"sparsed\.rest .*'cached'.*'kept'"),
-        (lambda: SparseD(rest="cached", rest_dtype="fp8"), r"sparsed\.rest_dtype .*'int4'.*'fp8'"),
-        (lambda: LiteAttention(target_density=0.5, refresh=3), r"lite\.target_density = 0\.5.*lite\.refresh"),
-        (lambda: LiteAttention(refresh_every=5, rest="cached"), r"lite\.refresh_every = 5.*'cached'"),
-        (
-            lambda: make_handlers([SparseD(refresh=3), RadialAttention(refresh=4)], MODEL),
-            r"radial\.refresh = 4 and sparsed\.refresh = 3",
-        ),
-        (
-            lambda: make_handlers([SPARSED, DFA()], Model(adapter=WAN, family=None, heads=2, layers=2)),
-            r"sparsed\.refresh = 3.*dfa",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_refused(make, match):
-    with pytest.raises(ConfigError, match=match):
-        make()
+def test_turns_that_other_methods_rule_out_are_refused():
+    model = Model(adapter=WAN, family=None, heads=2, layers=2)
+    for configs, match in (
+        ([SparseD(refresh=3), RadialAttention(refresh=4)], r"radial\.refresh = 4 and sparsed\.refresh = 3"),
+        ([SPARSED, DFA()], r"sparsed\.refresh = 3.*dfa"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            make_handlers(configs, model)
+    with pytest.raises(ConfigError, match=r"radial\.rest_memory = 1\.0.*'pooled'"):
+        RadialAttention(rest="pooled", rest_memory=1.0)
 
 
-def test_gradients_are_refused_and_so_is_ring_attention():
-    q, k, v = parts_of()
-    with pytest.raises(ConfigError, match=r"sparsed\.refresh = 3.*gradient"):
-        OneLayer(SPARSED).call(q.requires_grad_(), k, v, LAYOUT)
+def test_ring_attention_is_refused():
     for config in (RADIAL, RadialAttention(refresh=3)):
         assert not make_handlers([config], MODEL)[0].by_place  # which is what ring attention asks
     assert make_handlers([RadialAttention()], MODEL)[0].by_place
-
-
-@pytest.mark.slow
-def test_compiled_full_graph_gives_the_same():
-    transformer, config = sharp_transformer(), SparseD(density=0.3, **SPARSE)
-    with dit_accel.attach(transformer, config, preset="none"):
-        eager = denoise(transformer, 5)
-    torch._dynamo.reset()
-    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    counters.clear()
-    with dit_accel.attach(transformer, config, preset="none"):
-        torch.testing.assert_close(denoise(transformer, 5), eager, rtol=1e-4, atol=1e-4)
-        assert counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()

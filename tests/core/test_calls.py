@@ -59,14 +59,6 @@ def test_a_text_that_changes_drops_what_was_learned_before_its_forward():
     assert len(calls._texts) == len(calls._known) == 1  # nothing piles up
 
 
-def test_a_text_written_to_is_another_one():
-    text, calls = COND.clone(), Calls()
-    assert calls.number(0.0, (text,), False) == (0, False)
-    assert calls.number(-1.0, (text,), False) == (0, False)
-    text.mul_(2)
-    assert calls.number(-2.0, (text,), False) == (0, True)
-
-
 def test_without_texts_the_place_tells_and_a_change_of_their_number_drops_what_was_learned():
     assert numbered(*([None] * count for count in (2, 2, 1, 1))) == ["0 1", "0 1", "0", "0*"]
 

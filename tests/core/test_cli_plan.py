@@ -179,24 +179,20 @@ def test_words_go_to_stderr_and_data_to_stdout():
     assert "note: 16 frames are rounded to 17, as the pipeline does" in result.stderr
     assert "warning: radial seldom pays below 20000 visual tokens" in result.stderr
     assert json.loads(result.stdout)["num_frames"] == 17
-
-
-def test_the_table_names_its_assumptions():
-    result = run(*WAN_69, "--radial")
-    text = " ".join(result.stdout.split())
+    text = " ".join(run(*WAN_69, "--radial").stdout.split())
     for part in ("69,120 (18 frames of 48 x 80)", "kappa = 1.15", "a = 0.699", "dense steps would save as much"):
         assert part in text
     assert "no gain at this size" in run(*WAN_69, "--radial", "--kernel-cost", "9").stdout
 
 
-@pytest.mark.parametrize("width", ["80", "120"])
-def test_nothing_is_wider_than_the_terminal(width, monkeypatch):
-    monkeypatch.setenv("COLUMNS", width)
-    recommended = ["recommend", *WAN_69, "--hardware", "h100"]
-    listed = (["models"], ["methods"], ["methods", "--options"])
+def test_nothing_is_wider_than_the_terminal(monkeypatch):
+    recommended, listed = (
+        ["recommend", *WAN_69, "--hardware", "h100"],
+        (["models"], ["methods"], ["methods", "--options"]),
+    )
+    monkeypatch.setenv("COLUMNS", "80")
     for command in (["plan", *WAN_69, "--radial"], recommended, *listed, ["generate", "--help"]):
-        result = CliRunner().invoke(app, command)
-        assert max(map(len, result.stdout.splitlines())) <= int(width)
+        assert max(map(len, CliRunner().invoke(app, command).stdout.splitlines())) <= 80, command
 
 
 @pytest.mark.parametrize(
@@ -273,15 +269,13 @@ def test_a_size_beyond_the_trained_one_is_warned_of_where_no_method_is_for_it(ar
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("wan2.1-14b", "--num-frames", "4097"), "wan has rotary positions for 1024 tokens along frames, got 1025; m"),
-        (("wan2.1-14b", "--num-frames", "4097", "--lvsa"), "rotary positions for 1024 tokens along frames, got 1025"),
-        (("anyflow-14b", "--num-frames", "4097"), "anyflow has rotary positions for 1024 tokens along frames, got 10"),
+        (
+            ("wan2.1-14b", "--num-frames", "4097", "--lvsa"),
+            "wan has rotary positions for 1024 tokens along frames",
+        ),
         (("wan-plain", "--num-frames", "513"), "wan has rotary positions for 256 tokens along frames, got 257"),
         (("cosmos-1-7b", "--width", "1936"), "cosmos has rotary positions for 120 tokens along width, got 121"),
-        (("cosmos-predict2-2b", "--width", "2064"), "cosmos has rotary positions for 128 tokens along width, got 129"),
         (("z-image-turbo", "--height", "8208"), "z-image has rotary positions for 512 tokens along height, got 513"),
-        (("lumina-image-2.0", "--height", "8208"), "lumina2 has rotary positions for 512 tokens along height, got 513"),
-        (("cogvideox1.5-5b", "--height", "2416"), "cogvideox has rotary positions for 150 tokens along height, got 1"),
     ],
 )
 def test_lengths_beyond_the_tables_are_refused(arguments, message):

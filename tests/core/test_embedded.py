@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
-from wan_tiny import tiny_transformer
+from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
 from dit_accel.adapters.embedded import assets, embedded_names
@@ -23,15 +22,13 @@ def absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "dit_accel_assets", None)  # as Python keeps what can't be imported
 
 
-def test_they_are_there_or_not(monkeypatch):
+def test_they_are_there_or_not_and_a_package_that_they_lack_is_named(monkeypatch, tmp_path):
     assert embedded_names() == assets().model_names()
-    monkeypatch.setitem(sys.modules, "dit_accel_assets", None)
-    assert embedded_names() == ()
-    with pytest.raises(ConfigError, match=install("assets")):
-        assets()
-
-
-def test_another_package_that_lacks_is_not_taken_for_them(monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "dit_accel_assets", None)
+        assert embedded_names() == ()
+        with pytest.raises(ConfigError, match=install("assets")):
+            assets()
     (tmp_path / "dit_accel_assets.py").write_text("import no_such_package\n")
     monkeypatch.delitem(sys.modules, "dit_accel_assets", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -42,7 +39,6 @@ def test_another_package_that_lacks_is_not_taken_for_them(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     "words",
     [
-        ("generate", "a red circle", "-o", "a.mp4"),
         ("generate", "a red circle", "--model", "wan-tiny", "-o", "a.mp4"),
         ("describe",),
         ("eval", "compare", "--easycache"),
@@ -61,18 +57,14 @@ def test_what_takes_one_by_default_says_what_to_install(absent, monkeypatch, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["clips"]
 
 
-def test_folders_and_hub_ids_are_taken_as_ever(absent, tmp_path):
+def test_folders_hub_ids_and_attaching_need_none_of_them(absent, tmp_path):
     assert model_source(str(tmp_path)) == str(tmp_path)
     assert model_source("owner/name") == "owner/name"
     found = CliRunner().invoke(app, ["models"])
     assert (found.exit_code, f"embedded: none are installed; {install('assets')}" in found.stdout) == (0, True)
-
-
-def test_attaching_needs_none_of_them(absent):
-    model = tiny_transformer()
-    inputs = dict(hidden_states=torch.randn(1, 12, 7, 8, 16), encoder_hidden_states=torch.randn(1, 6, 64))
-    with torch.no_grad(), dit_accel.attach(model, dit_accel.RadialAttention(dense_steps=0)) as attachment:
-        model(**inputs, timestep=torch.tensor([500.0]))
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, dit_accel.RadialAttention(dense_steps=0)) as attachment:
+        denoise(transformer, 1)
         assert "radial" in str(attachment.report())
 
 

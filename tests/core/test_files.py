@@ -40,19 +40,39 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path: Path):
+def write(path: Path, error: BaseException) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+FULL = r"a\.txt.*\(.*\).*free"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "match"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (FileNotFoundError("none"), FileNotFoundError, "none"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ConfigError, FULL),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), ConfigError, FULL),
+        (RuntimeError("ffmpeg: No space left on device"), ConfigError, FULL),
+        (RuntimeError("failed writing file data/0"), RuntimeError, "failed writing"),
+    ],
+)
+def test_an_error_leaves_no_half_of_a_file_and_a_full_disk_is_one_sentence(tmp_path: Path, error, kind, match):
     path = tmp_path / "a.txt"
     path.write_text("old")
-
-    def interrupted() -> None:
-        with written_whole(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    with pytest.raises(kind, match=match):
+        write(path, error)
     assert names(tmp_path) == ["a.txt"]
     assert path.read_text() == "old"
+
+
+def test_a_library_that_says_only_that_it_could_not_write_is_asked_for_the_room(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(ConfigError, match=r"a\.txt.*\(No space left"):
+        write(tmp_path / "a.txt", RuntimeError("failed writing file data/0"))
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe", "large"])
@@ -71,53 +91,42 @@ def test_what_has_no_end_is_never_read(tmp_path: Path, monkeypatch, name: str, r
         read(path)
 
 
-def test_a_file_takes_its_place_with_ordinary_rights(tmp_path: Path):
-    path = tmp_path / "a.txt"
+@pytest.mark.parametrize("kind", ["new", "old", "link", "link to nothing", "the longest name"])
+def test_a_file_takes_its_place_with_ordinary_rights(tmp_path: Path, kind: str):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    longest = "a" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4)
+    target = folder / f"{longest if kind == 'the longest name' else 'a'}.txt"
+    if kind in ("old", "link"):
+        target.write_text("old")
+    path = tmp_path / "link.txt" if kind.startswith("link") else target
+    if path != target:
+        path.symlink_to(target)
+    check_writable(path)
     with written_whole(path) as temporary:
         assert temporary.suffix == ".txt"
         temporary.write_text("new")
-    assert path.read_text() == "new"
-    (tmp_path / "plain").write_text("")
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_link_stays_a_link(tmp_path: Path, exists: bool):
-    (tmp_path / "there").mkdir()
-    target, link = tmp_path / "there" / "a.txt", tmp_path / "link.txt"
-    if exists:
-        target.write_text("old")
-    link.symlink_to(target)
-    check_writable(link)
-    with written_whole(link) as temporary:
-        temporary.write_text("new")
-    assert link.is_symlink()
     assert target.read_text() == "new"
-    assert names(tmp_path / "there") == ["a.txt"]
-
-
-def test_the_longest_name_can_be_written(tmp_path: Path):
-    path = tmp_path / ("a" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4) + ".txt")
-    check_writable(path)
-    with written_whole(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
+    assert path.is_symlink() == kind.startswith("link")
+    assert names(folder) == [target.name]
+    (tmp_path / "plain").write_text("")
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"none/a\.txt.*none .*folder"):
-        check_writable(tmp_path / "none" / "a.txt")
-    with pytest.raises(ConfigError, match="File name"):
-        check_writable(tmp_path / ("a" * 300))
     (tmp_path / "b.txt").mkdir()
-    with pytest.raises(ConfigError, match=r"b\.txt.*a folder"):
-        check_writable(tmp_path / "b.txt")
+    (tmp_path / "c.txt").write_text("")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match=r"link.*regular file"):
-        check_writable(tmp_path / "link")
+    for name, match in (
+        ("none/a.txt", r"none/a\.txt.*none .*folder"),
+        ("a" * 300, "File name"),
+        ("b.txt", r"b\.txt.*a folder"),
+        ("link", r"link.*regular file"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            check_writable(tmp_path / name)
 
-    (tmp_path / "c.txt").write_text("")
     with monkeypatch.context() as patched:  # root may write everything
         patched.setattr("os.access", lambda path, mode: mode != os.W_OK)
         with pytest.raises(ConfigError, match=r"table .*c\.txt.*read-only"):
@@ -140,42 +149,6 @@ def test_json_is_always_valid():
 
     read = json.loads(text, parse_constant=refuse)
     assert read == {"a": None, "b": [None, [None, 1.5]], "c": "x", "d": True, "1": None}
-
-
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [FULL, OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), RuntimeError("ffmpeg: No space left on device")],
-    ids=["full", "quota", "another program"],
-)
-def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception):
-    def write() -> None:
-        with written_whole(tmp_path / "a.txt") as temporary:
-            temporary.write_text("half")
-            raise error
-
-    with pytest.raises(ConfigError, match=r"a\.txt.*\(.*\).*free"):
-        write()
-    assert names(tmp_path) == []
-
-
-def test_a_library_that_says_only_that_it_could_not_write_is_asked_for_the_room(tmp_path: Path, monkeypatch):
-    def write() -> None:
-        with written_whole(tmp_path / "a.txt"):
-            raise RuntimeError("failed writing file data/0")
-
-    with pytest.raises(RuntimeError, match="failed writing"):
-        write()
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
-    with pytest.raises(ConfigError, match=r"a\.txt.*\(No space left"):
-        write()
-
-
-def test_other_errors_pass(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "a.txt"):
-        (tmp_path / "none").read_text()
 
 
 def test_what_is_half_written_can_be_deleted_from_outside(tmp_path: Path, monkeypatch):

@@ -45,31 +45,28 @@ def played(monkeypatch, change=lambda mine, noise: (mine, noise)) -> None:
 CONFIG = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=False, _flattened_mesh=MESH)
 
 
+LATENTS = torch.arange(64.0).reshape(1, 4, 4, 4)
+
+
 def test_processes_that_begin_alike_agree(monkeypatch):
     compared = []
-    played(monkeypatch, lambda mine, noise: compared.append(mine) or (dict(mine), [value + 1e-6 for value in noise]))
-    require_agreement(denoising_of(method()), state_of(), CONFIG, torch.randn(1, 4, 2, 8, 8))
-    assert compared[0]["latents"] == "torch.float32 [1, 4, 2, 8, 8]"
-
-
-def test_processes_with_other_latents_are_refused(monkeypatch):
-    compared = []
-    played(monkeypatch, lambda mine, noise: compared.append(noise) or (mine, [*noise[:-1], noise[-1] + 9]))
-    latents = torch.arange(64.0).reshape(1, 4, 4, 4)
-    with pytest.raises(ConfigError, match=r"transformer.*latents.*rank 1"):
-        require_agreement(denoising_of(method()), state_of(), CONFIG, latents)
-    assert compared[0][0] == 0
-    assert compared[0][-1] == 63  # from the first number to the last
+    played(monkeypatch, lambda mine, noise: compared.append((mine, noise)) or (dict(mine), [x + 1e-6 for x in noise]))
+    require_agreement(denoising_of(method()), state_of(), CONFIG, LATENTS)
+    ((mine, noise),) = compared
+    assert mine["latents"] == "torch.float32 [1, 4, 4, 4]"
+    assert (noise[0], noise[-1]) == (0, 63)  # from the first number to the last
 
 
 @pytest.mark.parametrize(
     ("what", "other"),
-    [("backend", "triton"), ("step_index", 1), ("branch", "uncond"), ("methods", {}), ("layers", [1])],
+    [("backend", "triton"), ("step_index", 1), ("branch", "uncond"), ("methods", {}), ("layers", [1]), ("latents", 9)],
 )
 def test_processes_that_run_something_else_are_refused(monkeypatch, what, other):
-    played(monkeypatch, lambda mine, noise: ({**mine, what: other}, noise))
-    with pytest.raises(ConfigError, match=rf"{what}.*rank 0.*rank 1"):
-        require_agreement(denoising_of(method()), state_of(), CONFIG, torch.randn(1, 4, 2, 8, 8))
+    moved = other if what == "latents" else 0
+    changed = {} if what == "latents" else {what: other}
+    played(monkeypatch, lambda mine, noise: ({**mine, **changed}, [*noise[:-1], noise[-1] + moved]))
+    with pytest.raises(ConfigError, match=rf"{what}.*rank 1"):
+        require_agreement(denoising_of(method()), state_of(), CONFIG, LATENTS)
 
 
 def test_ring_attention_and_ulysses_are_each_right_and_not_both():

@@ -362,25 +362,6 @@ def test_compiled_or_not_the_seams_hold_without_a_further_graph(transformer, how
     assert "compile" not in transformer.__dict__
 
 
-def test_a_compiled_block_is_skipped_in_the_graphs_it_has(transformer):
-    without = tiny_transformer()
-    del without.blocks[1]
-    expected = forward(without)
-    for before in (True, False):
-        torch._dynamo.reset()
-        model = tiny_transformer()
-        if before:
-            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-        with dit_accel.attach(model, SkipBlock()):
-            if not before:
-                model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-            counters.clear()
-            forward(model, 0)
-            graphs = counters["stats"]["unique_graphs"]
-            torch.testing.assert_close(forward(model, 1), expected)
-            assert counters["stats"]["unique_graphs"] == graphs
-
-
 def test_blocks_inside_a_graph_of_the_whole_transformer_are_refused(transformer):
     whole = torch.compile(transformer, backend="aot_eager")
     with pytest.raises(ConfigError, match=r"transformer.*compiled.*compile_repeated_blocks"):

@@ -12,7 +12,7 @@ from one_layer import Fixed, OneLayer
 
 from dit_accel import ConfigError
 from dit_accel.plan.layout import TokenLayout
-from dit_accel.plan.plan import AttentionPlan, RowOverride, intersection, is_full
+from dit_accel.plan.plan import AttentionPlan, RowOverride, is_full
 from dit_accel.plan.tiling import Tiling, full_tiles
 
 TOKENS, BLOCK, SIDE = 90, 16, 6
@@ -65,14 +65,6 @@ def test_lists_meet_tile_by_tile(seeds, groups):
     assert torch.equal(swapped.states(), found.states())
 
 
-def test_every_pair_of_states_is_one_of_the_nine():
-    one, other = torch.tensor(list(itertools.product((SKIPPED, POOLED, EXACT), repeat=2))).T
-    found = intersection(lists(one.reshape(1, 3, 3), tokens=48), lists(other.reshape(1, 3, 3), tokens=48))
-    exact, pooled = found.states().flatten() == EXACT, found.states().flatten() == POOLED
-    assert exact.tolist() == [False] * 8 + [True]
-    assert pooled.tolist() == [False, True, False, True, True, True, False, True, False]
-
-
 def test_a_full_list_changes_nothing_on_either_side():
     other = lists(some_states(3))
     assert not is_full(other)
@@ -94,49 +86,26 @@ def test_merged_lists_are_kept_for_the_next_call_and_serve_training():
     assert not found.exact_indices.is_inference()
 
 
-def test_the_order_of_the_tokens_is_the_first_list_s_and_equal_ones_are_one():
+def test_equal_orders_of_the_tokens_are_the_first_list_s():
     order = torch.randperm(TOKENS)
     plan = AttentionPlan().with_tiles(lists(some_states(1)), order)
-    assert plan.token_order is order
     assert plan.with_tiles(lists(some_states(2)), order.clone()).token_order is order
 
 
-@pytest.mark.parametrize(
-    ("tiles", "order", "message"),
-    [
-        (
-            full_tiles(TOKENS, TOKENS, 32, "cpu"),
-            None,
-            r"32 x 32.*16 x 16",
-        ),
-        (
-            full_tiles(TOKENS, 80, BLOCK, "cpu"),
-            None,
-            r"90 x 80 tokens.*90 x 90",
-        ),
-        (
-            full_tiles(91, 91, BLOCK, "cpu"),
-            None,
-            r"91 x 91 tokens.*90 x 90",
-        ),
-        (FULL, torch.arange(TOKENS), "token order"),
-    ],
-)
-def test_other_tiles_are_refused(tiles, order, message):
-    with pytest.raises(ConfigError, match=message):
-        AttentionPlan().with_tiles(FULL).with_tiles(tiles, order)
-
-
-def test_two_orders_are_refused_either_way():
+def test_lists_of_other_tiles_or_another_order_are_refused():
     one, other = torch.arange(TOKENS), torch.arange(TOKENS).flip(0)
-    for first, second in ((one, other), (other, one), (one, None), (one, one[:-1])):
-        with pytest.raises(ConfigError, match="token order"):
-            AttentionPlan().with_tiles(FULL, first).with_tiles(FULL, second)
-
-
-def test_lists_of_two_and_three_heads_are_refused():
-    with pytest.raises(ConfigError, match="2 and 3 groups"):
-        AttentionPlan().with_tiles(lists(some_states(1, 2))).with_tiles(lists(some_states(2, 3)))
+    for (tiles, order), (others, another), message in (
+        ((FULL, None), (full_tiles(TOKENS, TOKENS, 32, "cpu"), None), r"32 x 32.*16 x 16"),
+        ((FULL, None), (full_tiles(TOKENS, 80, BLOCK, "cpu"), None), r"90 x 80 tokens.*90 x 90"),
+        ((FULL, None), (full_tiles(91, 91, BLOCK, "cpu"), None), r"91 x 91 tokens.*90 x 90"),
+        ((lists(some_states(1, 2)), None), (lists(some_states(2, 3)), None), "2 and 3 groups"),
+        ((FULL, None), (FULL, one), "token order"),
+        ((FULL, one), (FULL, other), "token order"),
+        ((FULL, one), (FULL, None), "token order"),
+        ((FULL, one), (FULL, one[:-1]), "token order"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AttentionPlan().with_tiles(tiles, order).with_tiles(others, another)
 
 
 # Selections
@@ -152,17 +121,16 @@ def test_tiles_stay_where_every_method_keeps_them_or_any_pins_them():
     assert torch.equal(plan.selection.pinned, pins[0] | pins[1])
 
 
-@pytest.mark.parametrize("rests", [*itertools.product(("skip", "pooled"), repeat=2)])
-@pytest.mark.parametrize("dropping", [*itertools.product((True, False), repeat=2)])
-def test_what_is_dropped_is_pooled_where_any_method_that_drops_asks_for_it(rests, dropping):
-    plan = AttentionPlan().with_tiles(FULL)
-    for seed, (rest, drops) in enumerate(zip(rests, dropping, strict=True)):
-        plan = plan.narrow(keep=bits(seed, 1, HEADS) if drops else None, pinned=bits(9), rest=rest)
-    asked = [rest for rest, drops in zip(rests, dropping, strict=True) if drops]
-    if asked:
-        assert plan.selection.rest == ("pooled" if "pooled" in asked else "skip")
-    else:
-        assert plan.selection.keep is None
+def test_what_is_dropped_is_pooled_where_any_method_that_drops_asks_for_it():
+    for first, second in itertools.product(itertools.product(("skip", "pooled"), (True, False)), repeat=2):
+        plan = AttentionPlan().with_tiles(FULL)
+        for rest, drops in (first, second):
+            plan = plan.narrow(keep=bits(1, 1, HEADS) if drops else None, pinned=bits(9), rest=rest)
+        asked = [rest for rest, drops in (first, second) if drops]
+        if asked:
+            assert plan.selection.rest == ("pooled" if "pooled" in asked else "skip")
+        else:
+            assert plan.selection.keep is None
 
 
 def test_routing_and_votes_are_added_to_what_is_kept():
@@ -174,36 +142,22 @@ def test_routing_and_votes_are_added_to_what_is_kept():
     assert later.vote is None
 
 
-@pytest.mark.parametrize(
-    ("verb", "what"),
-    [
-        (lambda plan: plan.narrow(keep=bits(1, 1, HEADS)), "narrowed"),
-        (lambda plan: plan.route(Routing(beta=1.0)), "routed"),
-        (lambda plan: plan.vote(Vote(threshold=-3.0)), "voted on"),
-    ],
-    ids=["narrow", "route", "vote"],
-)
-def test_what_selects_tiles_needs_them(verb, what):
-    with pytest.raises(ConfigError, match=rf"{what}.*with_tiles"):
-        verb(AttentionPlan())
-    verb(AttentionPlan().with_tiles(FULL))
-
-
-@pytest.mark.parametrize(
-    ("verb", "what"),
-    [
-        (lambda plan: plan.route(Routing(beta=1.0)), "routing"),
-        (lambda plan: plan.vote(Vote(threshold=-3.0)), "vote"),
-        (lambda plan: plan.decay(DECAY), "frame decay"),
-        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), "keys"),
-        (lambda plan: plan.override_rows(ROWS), "row override"),
-    ],
-    ids=["route", "vote", "decay", "centre", "rows"],
-)
-def test_what_a_call_takes_once_is_refused_twice(verb, what):
-    once = verb(AttentionPlan().with_tiles(FULL))
-    with pytest.raises(ConfigError, match=rf"plan.*{what} already"):
-        verb(once)
+def test_what_selects_tiles_needs_them_and_what_a_call_takes_once_is_refused_twice():
+    for verb, needing, twice in (
+        (lambda plan: plan.narrow(keep=bits(1, 1, HEADS)), "narrowed", None),
+        (lambda plan: plan.route(Routing(beta=1.0)), "routed", "routing"),
+        (lambda plan: plan.vote(Vote(threshold=-3.0)), "voted on", "vote"),
+        (lambda plan: plan.decay(DECAY), None, "frame decay"),
+        (lambda plan: plan.centre_keys(torch.zeros(1, HEADS, 1, 8)), None, "keys"),
+        (lambda plan: plan.override_rows(ROWS), None, "row override"),
+    ):
+        if needing:
+            with pytest.raises(ConfigError, match=rf"{needing}.*with_tiles"):
+                verb(AttentionPlan())
+        once = verb(AttentionPlan().with_tiles(FULL))
+        if twice:
+            with pytest.raises(ConfigError, match=rf"plan.*{twice} already"):
+                verb(once)
 
 
 # Scales and mixes
@@ -244,38 +198,23 @@ def test_mixes_touch_the_same_tokens():
 # What a plan comes to
 
 
-@pytest.mark.parametrize(
-    ("plan", "kernel", "dense"),
-    [
-        (AttentionPlan(), False, True),
-        (AttentionPlan().scale(torch.ones(HEADS)), False, True),
-        (AttentionPlan().mix(torch.ones(HEADS)), False, True),
-        (AttentionPlan().centre_keys(torch.zeros(1, HEADS, 1, 8)), False, True),
-        (AttentionPlan().decay(DECAY), True, True),
-        (AttentionPlan().override_rows(ROWS), True, True),
-        (AttentionPlan().with_tiles(FULL), True, True),
-        (AttentionPlan().with_tiles(FULL).narrow(pinned=bits(1)), True, True),
-        (AttentionPlan().with_tiles(FULL).vote(Vote(threshold=-3.0)), True, True),
-        (AttentionPlan().with_tiles(lists(some_states(1))), True, False),
-        (AttentionPlan().with_tiles(FULL).narrow(keep=bits(1, 1, HEADS)), True, False),
-        (AttentionPlan().with_tiles(FULL).route(Routing(beta=1.0)), True, False),
-    ],
-    ids=["empty", "scale", "mix", "centred", "decay", "rows", "full", "pinned", "vote", "tiles", "keep", "route"],
-)
-def test_which_plans_need_a_kernel_and_which_leave_nothing_out(plan, kernel, dense):
-    assert plan.needs_kernel == kernel
-    assert plan.is_dense == dense
-
-
-def test_verbs_leave_the_plan_they_are_called_on_as_it_is():
-    empty = AttentionPlan()
-    tiled = empty.with_tiles(FULL)
-    narrowed = tiled.narrow(keep=bits(1, 1, HEADS))
-    narrowed.narrow(keep=bits(2, 1, HEADS)).route(Routing(beta=1.0)).scale(torch.ones(HEADS)).mix(torch.ones(HEADS))
-    assert empty.tiles is None
-    assert tiled.selection is None
-    assert torch.equal(narrowed.selection.keep, bits(1, 1, HEADS))
-    assert narrowed.selection.routing is None
+def test_which_plans_need_a_kernel_and_which_leave_nothing_out():
+    empty, full = AttentionPlan(), AttentionPlan().with_tiles(FULL)
+    for plan, kernel, dense in (
+        (empty, False, True),
+        (empty.scale(torch.ones(HEADS)), False, True),
+        (empty.mix(torch.ones(HEADS)), False, True),
+        (empty.centre_keys(torch.zeros(1, HEADS, 1, 8)), False, True),
+        (empty.decay(DECAY), True, True),
+        (empty.override_rows(ROWS), True, True),
+        (full, True, True),
+        (full.narrow(pinned=bits(1)), True, True),
+        (full.vote(Vote(threshold=-3.0)), True, True),
+        (empty.with_tiles(lists(some_states(1))), True, False),
+        (full.narrow(keep=bits(1, 1, HEADS)), True, False),
+        (full.route(Routing(beta=1.0)), True, False),
+    ):
+        assert (plan.needs_kernel, plan.is_dense) == (kernel, dense), plan
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])

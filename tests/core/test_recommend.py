@@ -236,12 +236,8 @@ def test_the_command_shows_the_same_table_and_json(monkeypatch):
     ("arguments", "message"),
     [
         ([], "recommend needs a model, got none; give --family"),
-        (["--family", "wan-tiny", "--model", "wan-tiny"], "recommend takes --family or --model, got both"),
-        (["--family", "wan2.1-15b"], "no model family is called 'wan2.1-15b'; did you mean 'wan2.1-1"),
         (["--family", "owner/name"], "no model family is called 'owner/name'"),
-        (["--family", "flux.1-dev", "--height", "1000"], "height must be a multiple of 16 for flux.1-dev, got 1000"),
         (["--family", "flux.1-dev", "--num-frames", "9"], "flux.1-dev makes images, got num_frames 9"),
-        (["--family", "wan2.1-14b", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
         (["--family", "wan2.1-14b", "--hardware", "rtx4090"], "did you mean 'rtx-4090'?"),
         (["--model", "no/folder/here"], "'no/folder/here' is neither a folder nor a hub id"),
     ],

@@ -21,8 +21,8 @@ def rows_of(value: float) -> Stored:
     return stored(torch.full((1, 1, 2, 4), value), None)
 
 
-def key_of(layer: int, branch: str = "cond", row: int = 0, batch: int = 1):
-    return "transformer", layer, branch, row, batch
+def key_of(layer: int, branch: str = "cond"):
+    return "transformer", layer, branch, 0, 1
 
 
 @dataclass(eq=False)
@@ -77,16 +77,17 @@ class Calls:
     def __init__(self) -> None:
         self.started: list[Stored] = []
         self.kept: dict = {}
+        self.serving = True
         self.ahead = Ahead(self.start)
 
     def start(self, rows, device):
         self.started.append(rows)
-        return Ready(rows)
+        return Ready(rows, self.serving)
 
-    def read(self, key, device=CPU):
+    def read(self, key):
         """Return whether a call read a copy, and what was started to be copied for the next."""
         before = len(self.started)
-        found = self.ahead.reading(key, self.kept.get(key), device, self.kept.get)
+        found = self.ahead.reading(key, self.kept.get(key), CPU, self.kept.get)
         assert found is self.kept.get(key) or found.of is self.kept[key]
         return isinstance(found, Ready), self.started[before:]
 
@@ -102,17 +103,6 @@ def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs():
             assert calls.read(key) == (step > 0 or number > 0, [following])
 
 
-def test_batches_and_rows_are_calls_of_their_own():
-    calls = Calls()
-    keys = [key_of(layer, row=row, batch=batch) for batch in (1, 2) for layer in range(2) for row in range(2)]
-    calls.kept = {key: rows_of(number) for number, key in enumerate(keys)}
-    for _ in range(2):
-        for key in keys:
-            calls.read(key)
-    for number, key in enumerate(keys):
-        assert calls.read(key) == (True, [calls.kept[keys[(number + 1) % len(keys)]]])
-
-
 def test_another_order_is_learned_and_never_reads_a_copy_of_something_else():
     calls, (a, b, c) = Calls(), [key_of(layer) for layer in range(3)]
     calls.kept = {key: rows_of(number) for number, key in enumerate((a, b, c))}
@@ -122,35 +112,26 @@ def test_another_order_is_learned_and_never_reads_a_copy_of_something_else():
     assert calls.read(a) == (True, [calls.kept[c]])
 
 
-def test_a_rest_that_changed_or_was_dropped_since_is_not_read_from_its_copy():
-    calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
-    calls.kept = {a: rows_of(0), b: rows_of(1)}
-    for key in (a, b, a):
-        calls.read(key)
+def test_what_changed_or_was_dropped_or_serves_another_stream_or_was_reset_is_not_read_from_its_copy():
+    def begun(serving=True):
+        calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
+        calls.kept, calls.serving = {a: rows_of(0), b: rows_of(1)}, serving
+        for key in (a, b, a):
+            calls.read(key)
+        return calls, a, b
+
+    calls, a, b = begun()
     calls.kept[b] = rows_of(2)
     assert calls.read(b) == (False, [calls.kept[a]])
     calls.read(a)
     del calls.kept[b]
     assert calls.read(b) == (False, [calls.kept[a]])
     assert calls.read(a) == (True, [])
-
-
-def test_a_reset_forgets_the_order_and_the_copy():
-    calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
-    calls.kept = {a: rows_of(0), b: rows_of(1)}
-    for key in (a, b, a):
-        calls.read(key)
+    calls, a, b = begun()
     calls.ahead.reset()
-    assert calls.read(b) == (False, [])
-    assert calls.read(a) == (False, [])
-
-
-def test_a_copy_that_serves_another_stream_is_left():
-    calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
-    calls.ahead = Ahead(lambda rows, device: Ready(rows, serving=False))
-    calls.kept = {a: rows_of(0), b: rows_of(1)}
-    for _ in range(2):
-        assert [calls.read(key)[0] for key in (a, b)] == [False, False]
+    assert [calls.read(key) for key in (b, a)] == [(False, []), (False, [])]
+    calls, a, b = begun(serving=False)
+    assert not calls.read(b)[0]
 
 
 def test_rests_of_calls_that_are_going_to_be_dense_are_not_copied():
@@ -171,45 +152,36 @@ def test_rests_of_calls_that_are_going_to_be_dense_are_not_copied():
     assert copied == {0: [2, 4, 5, 7], 1: [1, 3, 4, 6]}
 
 
-@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
-def test_a_copy_waits_for_what_came_before_and_is_waited_for(streams, dtype):
+def test_a_copy_waits_for_what_came_before_and_is_waited_for(monkeypatch, streams):
     main, _ = streams
-    rows = stored(torch.randn(1, 2, 3, 4), dtype)
+    for dtype in (None, "int8", "int4"):
+        rows = stored(torch.randn(1, 2, 3, 4), dtype)
+        main.told.clear()
+        copy = start_copy(rows, CPU)
+        assert main.told == ["side waits for main", "side begins", "side ends", "side records"]
+        assert all(to is not of for to, of in zip(copy.there.tensors, rows.tensors, strict=True))
+        assert copy.serves(rows, CPU)
+        assert not copy.serves(replace(rows), CPU)
+        main.told.clear()
+        assert torch.equal(copy.read(CPU), rows.read(CPU))
+        assert main.told == ["main waits for the copy"]
+        del copy
     copy = start_copy(rows, CPU)
-    assert main.told == ["side waits for main", "side begins", "side ends", "side records"]
-    assert all(to is not of for to, of in zip(copy.there.tensors, rows.tensors, strict=True))
-    assert copy.serves(rows, CPU)
-    assert not copy.serves(replace(rows), CPU)
     main.told.clear()
-    assert torch.equal(copy.read(CPU), rows.read(CPU))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_stream", lambda device: Stream("other"))
+        assert not copy.serves(rows, CPU)
+    del copy  # unread: its memory is given away after it is complete
     assert main.told == ["main waits for the copy"]
+    monkeypatch.setattr(module, "WITH_STREAMS", ())
+    assert start_copy(rows, CPU) is None
 
 
-def test_a_copy_for_another_stream_does_not_serve(streams, monkeypatch):
-    rows = rows_of(1)
-    copy = start_copy(rows, CPU)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream("other"))
-    assert not copy.serves(rows, CPU)
-
-
-def test_memory_of_a_copy_that_was_not_read_is_given_away_after_it_is_complete(streams):
-    main, _ = streams
-    copy = start_copy(rows_of(1), CPU)
-    main.told.clear()
-    del copy
-    assert main.told == ["main waits for the copy"]
-
-
-def test_devices_without_streams_copy_in_each_call():
-    assert start_copy(rows_of(1), CPU) is None
-
-
-@pytest.mark.parametrize("dtype", [None, "int4"])
-def test_runs_with_copies_ahead_give_the_same(streams, dtype):
+def test_runs_with_copies_ahead_give_the_same(streams):
     main, _ = streams
     transformer, found = sharp_transformer(), []
     for offload in (None, "cpu"):
-        with dit_accel.attach(transformer, replace(OFFLOADED, rest_offload=offload, rest_dtype=dtype), preset="none"):
+        with dit_accel.attach(transformer, replace(OFFLOADED, rest_offload=offload, rest_dtype="int4"), preset="none"):
             found += [denoise(transformer, 8), denoise(transformer, 8, seed=1)]
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])

@@ -24,12 +24,15 @@ def adapter(name: str):
     return next(one for one in ADAPTERS if one.name == name)
 
 
+def config(degree: int = 1, rank: int = 0, anything: bool = False) -> SimpleNamespace:
+    mesh = SimpleNamespace(get_group=lambda: None)
+    return SimpleNamespace(
+        ring_degree=1, ulysses_degree=degree, ulysses_anything=anything, _ulysses_local_rank=rank, _ulysses_mesh=mesh
+    )
+
+
 def spread(name: str, grid, degree: int, rank: int = 0, text: int | None = None) -> Ulysses:
-    config = SimpleNamespace(
-        ring_degree=1, ulysses_degree=degree, ulysses_anything=True, _ulysses_local_rank=rank,
-        _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
-    )  # fmt: skip
-    return shards_of(config, adapter(name), grid, text, CPU)
+    return shards_of(config(degree, rank, anything=True), adapter(name), grid, text, CPU)
 
 
 def test_one_stream_is_gathered_in_its_own_order():
@@ -37,28 +40,18 @@ def test_one_stream_is_gathered_in_its_own_order():
     assert (found.counts, found.local, found.gathered, found.positions) == ((5, 5, 5, 5), 5, None, None)
 
 
-def test_text_is_split_apart_from_what_follows_it():
-    """Two text tokens, four of the image, two of a reference that joined the image's stream."""
-    found = spread("flux", (1, 2, 2, 2, 2), 2)
-    assert found.gathered.tolist() == [0, 2, 3, 4, 1, 5, 6, 7]
-    assert found.positions[found.gathered].tolist() == list(range(8))
-
-
-def test_what_stands_before_the_picture_may_belong_to_its_stream():
-    """One text token, then one of a reference, which FLUX.2's transformer takes with its four of the picture."""
-    found = spread("flux2", (1, 2, 2, 2, 0), 2, text=1)
-    assert found.gathered.tolist() == [0, 1, 2, 3, 4, 5]
-    assert found.counts == (4, 2)
-
-
-def test_text_behind_the_video_is_split_apart():
-    assert spread("hunyuan-video", (1, 2, 2, 0, 2), 2).gathered.tolist() == [0, 1, 4, 2, 3, 5]
-
-
-def test_lengths_that_are_not_divisible():
-    found = spread("flux", (1, 2, 2, 4, 0), 3, rank=2)
-    assert found.counts == (4, 2, 2)
-    assert found.gathered.tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
+@pytest.mark.parametrize(("name", "grid", "degree", "text", "gathered", "counts"), [
+    # two text tokens, four of the image, two of a reference that joined the image's stream
+    ("flux", (1, 2, 2, 2, 2), 2, None, [0, 2, 3, 4, 1, 5, 6, 7], (4, 4)),
+    # one text token, then one of a reference, which FLUX.2's transformer takes with its four of the picture
+    ("flux2", (1, 2, 2, 2, 0), 2, 1, [0, 1, 2, 3, 4, 5], (4, 2)),
+    ("hunyuan-video", (1, 2, 2, 0, 2), 2, None, [0, 1, 4, 2, 3, 5], (3, 3)),
+    ("flux", (1, 2, 2, 4, 0), 3, None, [0, 1, 4, 5, 2, 6, 3, 7], (4, 2, 2)),
+])  # fmt: skip
+def test_each_stream_is_split_apart(name, grid, degree, text, gathered, counts):
+    found = spread(name, grid, degree, text=text)
+    assert (found.gathered.tolist(), found.counts) == (gathered, counts)
+    assert found.positions[found.gathered].tolist() == list(range(len(gathered)))
 
 
 @pytest.mark.parametrize(("heads", "degree", "runs"), [(4, 2, [2, 2]), (5, 3, [2, 2, 1]), (7, 4, [2, 2, 2, 1])])
@@ -93,30 +86,25 @@ def test_masks_that_pair_queries_with_keys_are_refused():
         found.whole_mask(torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_tokens_that_are_not_split_evenly_are_refused():
-    found = spread("flux", (1, 2, 2, 2, 0), 2)
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_tokens_that_are_not_split_evenly_are_refused(kind):
+    names = {f"{kind}_degree": 2, f"_{kind}_local_rank": 0, f"_{kind}_mesh": SimpleNamespace(get_group=lambda: None)}
+    parallel = SimpleNamespace(**{"ring_degree": 1, "ulysses_degree": 1, "ulysses_anything": True, **names})
+    found = shards_of(parallel, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
     with pytest.raises(ConfigError, match=r"4 tokens.*rank 0 of 2.*6.*3"):
         found.gather(torch.zeros(1, 4, 2, 8))
 
 
 def test_heads_that_cannot_be_shared_evenly_are_refused_before_the_exchange():
-    config = SimpleNamespace(
-        ring_degree=1, ulysses_degree=2, ulysses_anything=False, _ulysses_local_rank=0,
-        _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
-    )  # fmt: skip
-    found = shards_of(config, adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
+    found = shards_of(config(2), adapter("wan"), (2, 2, 2, 0, 0), None, CPU)
     with pytest.raises(ConfigError, match=r"ulysses_degree = 2.*3 heads"):
         found.gather(torch.zeros(1, 4, 3, 8))
 
 
 def agreements(monkeypatch):
     """A tiny transformer that believes to run under context parallelism, and the latents that were compared."""
-    config = SimpleNamespace(
-        ring_degree=1, ulysses_degree=1, ulysses_anything=False, _ulysses_local_rank=0,
-        _ulysses_mesh=SimpleNamespace(get_group=lambda: None),
-    )  # fmt: skip
-    compared = []
-    monkeypatch.setattr(forward, "context_parallel", lambda transformer: config)
+    compared, parallel = [], config()
+    monkeypatch.setattr(forward, "context_parallel", lambda transformer: parallel)
     monkeypatch.setattr(forward, "require_agreement", lambda *given: compared.append(list(given[-1].shape)))
     return wan_tiny.tiny_transformer(), compared
 
@@ -146,24 +134,15 @@ def test_processes_compare_what_they_run_once_a_run_and_in_training_once_a_shape
 
 
 def test_errors_of_the_communication_are_named_and_others_left():
-    state, config = SimpleNamespace(name="transformer"), SimpleNamespace(ulysses_degree=2, ring_degree=1)
+    state, parallel = SimpleNamespace(name="transformer"), SimpleNamespace(ulysses_degree=2, ring_degree=1)
     lost = "2 processes"
-    with pytest.raises(ProcessLost, match=lost), naming_lost(state, config):
+    with pytest.raises(ProcessLost, match=lost), naming_lost(state, parallel):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), naming_lost(state, config):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), naming_lost(state, parallel):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="gloo") as raised, naming_lost(state, None):
         raise RuntimeError("gloo: Connection closed by peer")
     assert type(raised.value) is RuntimeError
-
-
-def test_ring_attention_refuses_tokens_that_are_not_split_evenly_before_it_gathers():
-    config = SimpleNamespace(
-        ring_degree=2, ulysses_degree=1, _ring_local_rank=0, _ring_mesh=SimpleNamespace(get_group=lambda: None)
-    )  # fmt: skip
-    found = shards_of(config, adapter("flux"), (1, 2, 2, 2, 0), 2, CPU)
-    with pytest.raises(ConfigError, match=r"4 tokens.*rank 0 of 2.*6.*3"):
-        found.gather(torch.zeros(1, 4, 2, 8))
 
 
 @pytest.mark.parametrize(("name", "grid"), [("flux", (1, 2, 2, 2, 0)), ("wan", (3, 1, 2, 0, 0))])

@@ -155,7 +155,10 @@ def test_what_a_model_can_not_run_is_told_before_it_is_loaded(folder, monkeypatc
 
 @pytest.mark.slow
 def test_a_model_trained_on_betas_runs_against_its_converged_run(tmp_path):
+    torch.manual_seed(0)
     pipe, _ = assemble(CogVideoXPipeline, cogvideox(max_text_seq_length=226))
+    for weight in pipe.transformer.proj_out.parameters():  # random ones of full size converge to nothing
+        weight.data.mul_(0.05)
     pipe.register_modules(
         tokenizer=PreTrainedTokenizerFast.from_pretrained(model_path("wan-plain") / "tokenizer"),
         text_encoder=T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
@@ -168,7 +171,8 @@ def test_a_model_trained_on_betas_runs_against_its_converged_run(tmp_path):
     assert found.exit_code == 0, found.output
     lines = read_lines(tmp_path / "s.jsonl")
     assert {"a", "own", "thin", "unipc 2"} < {line["arm"] for line in lines}
-    assert all(np.isfinite(line["psnr"]) and line["reference_agreement"] >= 45 for line in lines)
+    assert all(np.isfinite(line["psnr"]) for line in lines)
+    assert min(line["reference_agreement"] for line in lines) >= 45
     shifted = (tmp_path / "s.toml").read_text().replace('solver = "euler"', "flow_shift = 2.0")
     (tmp_path / "t.toml").write_text(shifted)
     refused = command("run", tmp_path / "t.toml", "--out", tmp_path / "t.jsonl")

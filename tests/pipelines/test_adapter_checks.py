@@ -64,9 +64,13 @@ def check(name, models, only):
 
 
 @pytest.mark.parametrize("name", some(ADAPTERS, "wan", "flux"))
-def test_an_adapter_passes_every_check(name):
-    """Every model under the checks of the adapter alone, the first under those with methods, but for pairs of them."""
+def test_every_model_passes_the_checks_of_the_adapter_alone(name):
     check(name, tiny_models.MODELS[name], ALONE)
+
+
+@pytest.mark.parametrize("name", some(ADAPTERS, "wan", "flux", slow=(*SAMPLE, "mochi", "cosmos-3", "ideogram4")))
+def test_its_first_model_passes_those_with_methods(name):
+    """All but pairs of methods."""
     check(name, tiny_models.MODELS[name][:1], WITH_METHODS)
 
 

@@ -1,12 +1,14 @@
-"""Methods under context parallelism: several processes give what one gives, or each says alike why they can't."""
+"""Methods under context parallelism, offloaded too: processes give what one gives, or say alike why they can't."""
 
+import offloaded_ranks
 import parallel_ranks
 import pytest
 import torch.distributed as dist
+from offloaded_ranks import KINDS, ORDERS
 from parallel_cases import FEW, RADIAL, SKIPS, VIDEOS_ALONE, cases_of, ring_cases
 from parallel_ranks import compare, processes
 
-from dit_accel import NAG, EasyCache, RadialAttention
+from dit_accel import NAG, EasyCache, LiteAttention, RadialAttention
 from dit_accel.methods.registry import methods
 
 pytestmark = [
@@ -155,3 +157,24 @@ def test_a_lost_process_is_an_error_on_the_others(fault):
         "ProcessLost: another of the 2 processes that run transformer together ended or no longer"
     )
     assert "look for the first error among their outputs, and start all again" in found[0]
+
+
+METHODS = (
+    RadialAttention(decay_factor=0.2, near="half", sink=False, block_size=16, dense_steps=0, dense_layers=0),
+    LiteAttention(threshold=-0.5, dense_steps=0, dense_layers=0),
+    EasyCache(threshold=9.0, warmup_steps=1, max_consecutive=1),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_offloaded_processes_give_what_one_gives():
+    found = processes(2, offloaded_ranks.compare, METHODS)
+    assert sorted(found) == [0, 1]
+    for rank in (0, 1):
+        assert not isinstance(found[rank], str), found[rank]
+        assert len(found[rank]) == len(KINDS) * len(ORDERS)
+        for case, result in found[rank].items():
+            assert not isinstance(result, str), (case, rank, result)
+            away, changed = result
+            assert away < 1e-5 < changed, (case, rank, result)

@@ -1,4 +1,4 @@
-"""The families' sizes against real transformers, and their recipes against the methods."""
+"""The families' sizes against real transformers, their recipes against the methods, and what is recommended."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,16 +6,21 @@ from pathlib import Path
 import diffusers
 import dit_accel_assets
 import pytest
+import torch
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from dit_accel_assets import model_path
 from dit_accel_pipelines import ADAPTERS
 from dit_accel_pipelines.families.wan import WAN
 
+import dit_accel
 from dit_accel import ConfigError, DeltaAttention, SparseD
 from dit_accel.adapters.cross_attention import CrossAttention
 from dit_accel.adapters.joined_text import JoinedText
 from dit_accel.adapters.model_files import read_model_files
 from dit_accel.adapters.rotary import Rope
 from dit_accel.cli.method_options import select_methods
+from dit_accel.estimate import tuned
 from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.sizes import rounded_frames, token_layout
 from dit_accel.methods.registry import methods
@@ -158,3 +163,21 @@ def test_recipes_can_be_planned(path):
 
 def test_there_are_recipes():
     assert len(RECIPES) >= 3
+
+
+def test_a_loaded_pipeline_is_recommended_as_its_family_is_with_what_was_tuned_on_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pipe = DiffusionPipeline.from_pretrained(model_path("wan-plain"), dtype=torch.bfloat16)
+    found, named = dit_accel.recommend(pipe), dit_accel.recommend("wan-plain")
+    assert [*found.settings] == [*named.settings]
+    count = sum(weight.numel() for weight in pipe.transformer.parameters())
+    assert 2 * count < found.weight_bytes < 2.1 * count  # diffusers keeps a few of Wan's in float32
+    assert found.weight_bytes > named.weight_bytes
+    assert str(found) in str(dit_accel.describe(pipe))
+    result = tuned.TunedResult(
+        model="wan-plain", height=64, width=64, num_frames=17, num_inference_steps=20, metric="psnr", quality=30.5,
+        speedup=2.0, prompts=6,
+    )  # fmt: skip
+    text = tuned.tuned_text([dit_accel.EasyCache(threshold=0.1)], {"num_inference_steps": 16}, result, "cached 16")
+    tuned.keep_tuned("mine.toml", text, "wan-plain")
+    assert dit_accel.recommend(pipe).settings[0].name == "mine"

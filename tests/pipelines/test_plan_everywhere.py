@@ -1,21 +1,28 @@
-"""`dit-accel plan` on every family: each method, and any two together, is estimated or refused in words."""
+"""Each method on every family, and any two together: what plan, lists and attach say of them is one rule."""
 
 import itertools
 import json
 import math
 from functools import partial
 
+import diffusers
 import pytest
 from dit_accel_pipelines import ADAPTERS
 from some_cases import some
+from tiny_stock import PIPELINES, stock_pipeline
 
-from dit_accel import ConfigError
+import dit_accel
+from dit_accel import ConfigError, DBCache
 from dit_accel.adapters.cross_attention import CrossAttention
+from dit_accel.adapters.installed import adapters
 from dit_accel.adapters.joined_text import JoinedText
+from dit_accel.adapters.noise import noise_of
 from dit_accel.adapters.rotary import Rope
+from dit_accel.errors import MissingOption
 from dit_accel.estimate.prediction import estimate
 from dit_accel.estimate.sizes import pixel_multiples
 from dit_accel.methods.registry import handlers, methods
+from dit_accel.methods.verdicts import refused_by
 
 FAMILIES = {family.name: (adapter, family) for adapter in ADAPTERS for family in adapter.families}
 QUICK = ("wan2.2-a14b", "hunyuan-video", "cogvideox-5b", "flux.1-dev", "z-image-turbo")
@@ -63,7 +70,7 @@ def without_noise(adapter) -> set[str]:
     return ({"dfa"} if "flow" not in adapter.noise else set()) | ({"seacache"} if adapter.noise == ("none",) else set())
 
 
-@pytest.mark.parametrize("name", some(FAMILIES, *QUICK))
+@pytest.mark.parametrize("name", some(FAMILIES, *QUICK, slow=[*FAMILIES][::5]))
 def test_every_method_and_pair_is_estimated_or_refused_in_words(name):
     adapter, family = FAMILIES[name]
     height, width = (6 * multiple for multiple in pixel_multiples(family))
@@ -100,3 +107,63 @@ def test_every_method_and_pair_is_estimated_or_refused_in_words(name):
         assert list(values["methods"]) == list(found.savings)
         assert plan(methods=chosen[::-1]).to_dict() == values
     assert estimated >= 9
+
+
+FEW = (
+    "WanPipeline", "MochiPipeline", "CogVideoXPipeline", "CosmosTextToWorldPipeline", "AllegroPipeline",
+    "FluxPipeline", "StableDiffusion3Pipeline", "CogView3PlusPipeline", "PixArtSigmaPipeline", "HunyuanDiTPipeline",
+    "LuminaPipeline",
+)  # fmt: skip
+FEWER_BLOCKS = {"dbcache": DBCache(first_blocks=1)}
+"""Tiny models have fewer blocks than it usually computes."""
+
+
+def wrong_of(name: str) -> list[str]:
+    pipe, _ = stock_pipeline(name)
+    pipe = getattr(pipe, "pipe", pipe)
+    (*_, found) = dit_accel.describe(pipe).transformers
+    assert set(found.methods) | set(found.needs) | set(found.refused) == set(methods())
+    wrong = []
+    for method, config_type in methods().items():
+        listed = next(word for word in ("methods", "needs", "refused") if method in getattr(found, word))
+        try:
+            dit_accel.attach(pipe, FEWER_BLOCKS.get(method) or config_type()).detach()
+            said, why = "methods", None
+        except MissingOption as error:
+            said, why = "needs", error.needs
+        except ConfigError as error:
+            said, why = "refused", str(error)
+        if listed != said:
+            wrong.append(f"{name}, {method}: listed as {listed}, and attach says {said}: {why}")
+        elif why is not None and getattr(found, said)[method] not in why:
+            wrong.append(f"{name}, {method}: {getattr(found, said)[method]} is listed, and attach says {why}")
+    adapter = adapters()[found.adapter]
+    if noise_of(pipe.components.get("scheduler")) in adapter.noise:  # as released
+        unknown = set(refused_by(adapter)) - set(found.refused)
+        wrong += [f"{name}, {method}: the table of models refuses it" for method in unknown]
+    return wrong
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_describe_and_the_table_of_models_say_what_attach_says(name):
+    assert not wrong_of(name)
+
+
+@pytest.mark.slow
+def test_every_pipeline_says_what_attach_says():
+    names = [name for name in PIPELINES if name not in FEW and "," not in name and "Modular" not in name]
+    assert not [text for name in names for text in wrong_of(name)]
+
+
+def test_a_description_says_what_must_be_given_and_names_the_scheduler():
+    pipe, _ = stock_pipeline("CogVideoXPipeline")
+    found = dit_accel.describe(pipe)
+    text = str(found)
+    assert "transformer takes once it is given, " in text
+    assert "nag (negative_prompt or negative_embeds)" in text
+    assert "pag (layers)" in text
+    assert "seacache" in text.split("transformer refuses ")[1]
+    assert "refused, seacache needs the noise level, which CogVideoXDDIMScheduler does not tell" in found.options()
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    assert "seacache" in dit_accel.describe(pipe).transformers[0].methods
+    assert "seacache" in dit_accel.describe(pipe.transformer).transformers[0].methods  # a loop may state it

@@ -1,12 +1,29 @@
-"""Methods on transformers whose weights are kept otherwise than they compute: cast by layer, torchao, bitsandbytes."""
+"""Weights that are stored in fewer bits or cast layer by layer, and files of weights that are refused."""
+
+import shutil
 
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig, WanTransformer3DModel
+from dit_accel_assets import model_path
+from dit_accel_pipelines.generation.loading import open_pipeline
+from dit_accel_pipelines.generation.lora import check_lora
+from safetensors.torch import load_file
 from wan_tiny import denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import EasyCache, FirstBlockCache, LiteAttention, RadialAttention, SoftPAG, UltraViCo
+from dit_accel import (
+    AutoGuidance,
+    ConfigError,
+    EasyCache,
+    FirstBlockCache,
+    LiteAttention,
+    RadialAttention,
+    SoftPAG,
+    UltraViCo,
+    attach,
+)
+from dit_accel.errors import UnsupportedModel
 
 SPARSE = dict(block_size=16, dense_steps=0, dense_layers=0)
 METHODS = {
@@ -78,3 +95,34 @@ def test_casting_by_layer_may_come_after_attaching(name):
         found = denoise(transformer)
     assert torch.equal(found, wanted)
     assert torch.equal(denoise(transformer), denoise(expected))
+
+
+@pytest.fixture(params=["transformer", "text_encoder"])
+def pickled(tmp_path, request):
+    """An embedded model of which one part's weights are a torch file."""
+    folder = shutil.copytree(model_path("flux-tiny"), tmp_path / "model")
+    (file,) = (folder / request.param).glob("*.safetensors")
+    name = "pytorch_model.bin" if request.param == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(file), file.with_name(name))
+    file.unlink()
+    return folder
+
+
+def test_a_model_of_torch_files_is_refused(pickled):
+    with pytest.raises(UnsupportedModel, match=r"safetensors"):
+        open_pipeline(str(pickled), dtype="float32")
+
+
+def test_so_is_a_weaker_model(tmp_path):
+    pipe = open_pipeline(str(model_path("flux-tiny")), dtype="float32")
+    pipe.transformer.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ConfigError, match=r"safetensors"):
+        attach(pipe, AutoGuidance(weak=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "folder"])
+def test_a_lora_is_a_safetensors_file(tmp_path, name):
+    path = tmp_path / name
+    torch.save({}, path) if path.suffix else path.mkdir()
+    with pytest.raises(ConfigError, match=r"safetensors"):
+        check_lora(str(path))

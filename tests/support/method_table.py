@@ -109,6 +109,8 @@ TABLE: dict[str, MethodCase] = {
             ({"thresholds_file": "a.toml", "threshold": -5}, "threshold = -5", "thresholds_file = 'a.toml'"),
             ({"criterion": "mass", "target_density": 0.5}, "'mass'"),
             ({"criterion": "budget", "thresholds_file": "a.toml"}, "'budget'"),
+            ({"target_density": 0.5, "refresh": 3}, "lite.target_density = 0.5", "lite.refresh"),
+            ({"refresh_every": 5, "rest": "cached"}, "lite.refresh_every = 5", "'cached'"),
         ),
     ),
     "lite, by mass": _variant("lite", criterion="mass", threshold=0.2, allow_positive_threshold=False),
@@ -122,12 +124,17 @@ TABLE: dict[str, MethodCase] = {
         "sparsed", beside=(RADIAL, LITE, d.SolAttention(**SPARSE)), held=CALLS * BITS,
         bad=(
             *BAD_SPARSE,
-            *each(density=(0.0, 1.5, NAN), mass=(1.0, 0), rest=("pool",)),
+            *each(density=(0.0, 1.5, NAN), mass=(1.0, 0), rest=("pool",), refresh=(1,)),
             ({"density": 0.3, "mass": 0.9}, "sparsed.density = 0.3", "sparsed.mass = 0.9"),
+            ({"rest_dtype": "int8"}, "sparsed.rest_dtype = 'int8'", "'skip'"),
+            ({"rest": "cached", "rest_dtype": "fp8"}, "'int4'", "'fp8'"),
         ),
     ),
     "sparsed, by mass": _variant("sparsed", density=None, mass=0.7),
     "sparsed, pooled rest": _variant("sparsed", rest="pooled"),
+    "sparsed, cached rest": replace(
+        _variant("sparsed", rest="cached", refresh=3, rest_dtype="int4"), warm=1, everywhere=False, trains=False
+    ),
     "delta": _row(
         "delta", trains=False,
         bad=each(stride=(0, 2.0), reuse=(0,), margin=(-1, NAN), shrink=("no",), rotate=(2,), reactivate=(1,)),

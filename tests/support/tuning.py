@@ -6,7 +6,7 @@ from typing import Any
 
 import dit_accel_eval.tune.base as base
 import pytest
-from dit_accel_eval.runs.loaded import tuning_request
+from dit_accel_eval.runs.loaded import embedded_prompts, tuning_request
 from dit_accel_pipelines.generation.loading import load_pipeline
 from dit_accel_pipelines.generation.request import Request, resolve
 from typer.testing import CliRunner, Result
@@ -27,7 +27,7 @@ def request(*methods: Any, prompts: tuple[str, ...] = PROMPTS, **changes: Any) -
 @functools.cache
 def loaded(model: str) -> Any:
     """Return the pipeline of an embedded model, to be left as it is."""
-    return load_pipeline(resolve(request(model=model))[0])
+    return load_pipeline(resolve(tuning_request(model=model, prompts=embedded_prompts(model, 1)))[0])
 
 
 def one_pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from ...plan.layout import TokenLayout
 from ...plan.plan import AttentionPlan
 from ...plan.tiling import visual_lists
 from ...rules.radial import RadialRule, kept_tiles
-from ..base import Phase
+from ..base import Model, Phase
 from ..options import gt
 from ..saving import Saving
 from .sparse import SparseConfig, SparseHandler
@@ -142,9 +142,14 @@ class RadialHandler(SparseHandler):
     by_place = only_saves = True
     settings: RadialAttention
 
+    def __init__(self, config: RadialAttention, model: Model) -> None:
+        super().__init__(config, model)
+        self._rule = self.settings.rule
+
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        settings, layout, device = self.settings, context.layout, context.device
-        return plan.with_tiles(settings.tiles(layout, device), self.model.tiling.token_order(layout, device))
+        layout, device = context.layout, context.device
+        tiles = _tiles(self._rule, self.settings.rest, layout, str(device))
+        return plan.with_tiles(tiles, self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         kept = self.settings.kept(layout)

@@ -25,12 +25,7 @@ SHARE = 0.9
 
 
 class Beside:
-    """A shape's bench in a process of its own; a context manager, and called with an arm and the steps of a run.
-
-    Args:
-        made: makes the bench there, called with what is ``given``, device and dtype; a function of a module.
-        free: bytes that are free; the process is kept under them where the system can; None: not known.
-    """
+    """A shape's bench in a process of its own; a context manager, and called with an arm and the steps of a run."""
 
     def __init__(
         self, plan: Any, made: Callable[..., Any], given: tuple[Any, ...], device: torch.device, dtype: torch.dtype,

@@ -42,13 +42,7 @@ WARM = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is made of a shape.
-
-    Attributes:
-        family: the model's sizes, with as many layers and heads as are made.
-        all_heads: of the released model.
-        dense: what `dit-accel plan` says of a dense run of it.
-    """
+    """What is made of a shape: the family with the layers and heads that are made, and its dense run's plan."""
 
     shape: Shape
     adapter: Adapter
@@ -128,13 +122,7 @@ def run_shapes(
     shapes: Sequence[Shape], arms: Sequence[BenchArm], *, options: BenchOptions, device: torch.device,
     dtype: torch.dtype, say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Line]:  # fmt: skip
-    """Give the lines of one shape after another, those of least work first; the longest may find no time.
-
-    What one took foretells the next, and further rounds leave the later ones the time of a first.
-
-    Args:
-        options: settled; how much of each model, how often, and the seconds of all.
-    """
+    """Give the lines of one shape after another, those of least work first; the longest may find no time."""
     plans = sorted((Plan.of(shape, options) for shape in shapes), key=lambda plan: plan.dense.total_flops)
     deadline, rate = time.perf_counter() + options.budget, math.inf
     for number, plan in enumerate(plans, 1):

@@ -23,13 +23,7 @@ class OutOfMemoryError(DitAccelError):
 def in_turn(
     arms: Mapping[str, Callable[[], Made]], rounds: int, *, warm_up: int = 1, deadline: float = math.inf
 ) -> Iterator[dict[str, Made]]:
-    """Give what the arms made in each round, one arm after another.
-
-    Args:
-        rounds: that count, at most; the first always runs.
-        warm_up: rounds before them that don't.
-        deadline: as `time.perf_counter` counts; no round begins that would end behind it, taken as long as the last.
-    """
+    """Give what the arms made in each round, in turn; after the first none begins that would end past `deadline`."""
     taken = 0.0
     for number in range(1 - warm_up, rounds + 1):
         started = time.perf_counter()

@@ -27,10 +27,7 @@ CGROUPS = (
 
 
 def memory_of_model(plan: Any, dtype: torch.dtype) -> int:
-    """Return about how many bytes a forward takes at most on the device, besides logits: weights, a block's tensors.
-
-    What a method keeps is left out: it is little beside these at real sizes.
-    """
+    """Return about how many bytes a forward takes at most on the device, besides logits: weights, a block's tensors."""
     family, tokens = plan.family, plan.dense.layout.tokens
     with init_empty_weights():
         transformer = make_model(plan.adapter, family, plan.dense)[0]

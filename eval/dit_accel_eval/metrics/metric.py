@@ -36,12 +36,7 @@ class Sample:
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
         reference: the clip that it should be, of the same shape; None: there is none.
-        prompt: what it should show.
-        fps: frames per second.
         trained_frames: frames that the model was trained on; None: as many as there are.
-
-    Raises:
-        ConfigError: for frames of another form, values that are not finite or outside [0, 1], or shapes that differ.
     """
 
     frames: Clip
@@ -83,17 +78,12 @@ class Metric:
 
     Attributes:
         name: its id; a metric that rests on a network or a library's model says which behind an @, as ``lpips@alex``.
-        words: what it is, with its unit, for tables.
         better: whether ``more`` or ``less`` is better, or ``neither`` by itself.
         bounds: least and greatest value; may be infinite.
-        reference: whether it compares with a reference.
         source: paper or definition, and where it is departed from.
         measure: the value of a sample.
         missing: why it can't be measured here, None if it can; called before anything is computed. It raises a
             `ConfigError` where what it rests on was named and is something else, such as another model's weights.
-        decimals: digits behind the point in tables.
-        prompt: whether it compares with the prompt.
-        short_side: pixels that the shorter side of frames must have.
         of: of a family, whose name ends in ``:MODEL``, what gives the metric of a model's name; None: of a metric.
     """
 
@@ -119,12 +109,7 @@ class Metric:
             raise ConfigError(f"metric {self.name!r} has bounds {self.bounds}; give the least value first")
 
     def __call__(self, sample: Sample) -> Measured:
-        """Measure a sample.
-
-        Raises:
-            NotMeasured: with the reason, where the metric says nothing about this sample, or can't be measured here.
-            ConfigError: for a value that is no number, or outside the bounds: the metric is at fault.
-        """
+        """Measure a sample."""
         reason = self.missing()
         if reason is not None:
             raise NotMeasured(reason)

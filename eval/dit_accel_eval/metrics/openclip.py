@@ -48,12 +48,7 @@ no_library = partial(no_module, "open_clip", "open-clip-torch")
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """A model of open_clip's with its weights: of a published tag, or of a file.
-
-    Attributes:
-        tag: of published weights; empty: they are a file's.
-        file: of weights; None: they are published.
-    """
+    """A model of open_clip's with its weights: of a published tag, or of a file."""
 
     model: str
     tag: str = ""

@@ -27,11 +27,7 @@ def _network(net: str) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def lpips_maps(clip: Tensor, reference: Tensor, weights: dict[str, Tensor], net: str) -> list[Tensor]:
-    """Return LPIPS' five maps [F, 1, height, width], each layer's at its own size, of frames in [-1, 1].
-
-    Args:
-        weights: of the network and its heads, as `weights` keeps them.
-    """
+    """Return LPIPS' five maps [F, 1, height, width], each layer's at its own size, of frames in [-1, 1]."""
     network, scaled = _network(net)
     names = [name for name, _ in network.named_parameters()]  # a weight and a bias by turns
     held = {name: weights[f"conv.{at // 2}.{name.rpartition('.')[2]}"] for at, name in enumerate(names)}

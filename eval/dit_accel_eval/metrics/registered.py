@@ -15,11 +15,7 @@ METRIC_GROUP = "dit_accel.metrics"
 
 @cache
 def metrics() -> dict[str, Metric]:
-    """Return every metric by its name; an entry point of ``dit_accel.metrics`` gives one, or several.
-
-    Raises:
-        ConfigError: if two packages register one name, or an entry point gives something else.
-    """
+    """Return every metric by its name; an entry point of ``dit_accel.metrics`` gives one, or several."""
     known: dict[str, Metric] = {}
     for entry in entry_points(group=METRIC_GROUP):
         try:

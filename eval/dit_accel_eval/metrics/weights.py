@@ -115,10 +115,7 @@ def set_up(
 
 
 def unpack(archive: Archive, given: Path | None, target: Path) -> str | None:
-    """Write an archive's networks and modules into a folder; returns why they could not be, None if they were.
-
-    Each is written whole or not at all; ``given`` is as of `set_up`.
-    """
+    """Write an archive's networks and modules into a folder; returns why they could not be, None if they were."""
     from safetensors.torch import save_file
 
     try:

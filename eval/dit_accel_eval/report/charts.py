@@ -33,11 +33,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """An arm's row of the drawing of leads, places across.
-
-    Attributes:
-        ends: of the interval; None below the clips that a verdict takes.
-    """
+    """An arm's row of the drawing of leads, places across."""
 
     dots: Mapping[int, float]
     mean: float
@@ -46,12 +42,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forest:
-    """Every arm's leads over fewer steps, in dB, on one scale.
-
-    Attributes:
-        marks: (place, dB) of the scale.
-        zero: the place of no lead.
-    """
+    """Every arm's leads over fewer steps, in dB, on one scale."""
 
     rows: Mapping[str, Row]
     marks: Sequence[tuple[float, float]]
@@ -85,13 +76,7 @@ def forest(report: SuiteReport) -> Forest | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Map:
-    """A table of values whose cells are shaded by them.
-
-    Attributes:
-        name: what its cells hold, in words.
-        heads: of the columns: a number, and what it stands for, "" for no more.
-        rows: arm -> its cells; None where it has no value.
-    """
+    """A table of values whose cells are shaded by them."""
 
     name: str
     heads: Sequence[tuple[int, str]]

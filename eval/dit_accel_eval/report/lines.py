@@ -26,12 +26,7 @@ ONE = ("model", "weights", "dtype", "call", "reference")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What a file of result lines holds.
-
-    Attributes:
-        lines: the last line of each clip and arm.
-        cut: whether the file ended in a line that was cut off.
-    """
+    """The last line of each clip and arm of a results file, and whether its end was cut off."""
 
     path: Path
     lines: tuple[ResultLine, ...]

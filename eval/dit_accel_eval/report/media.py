@@ -39,11 +39,7 @@ def folder_of(page: Path) -> Path:
 
 
 class Media:
-    """The folder beside a page, into which clips are put once: what is there is taken, and never replaced.
-
-    Args:
-        page: which is written after its clips; if that fails, they stay for the next time.
-    """
+    """The folder beside a page, into which clips are put once: what is there is taken, and never replaced."""
 
     def __init__(self, page: Path) -> None:
         self.folder = folder = folder_of(page)
@@ -60,11 +56,7 @@ class Media:
         self._used = set[str]()
 
     def add(self, label: str, key: Any, frames: Callable[[], Frames], *, fps: float, video: bool) -> str:
-        """Put frames into the folder, with a poster, where they are not there yet; returns their file's name.
-
-        Args:
-            key: what they are made from, as plain values.
-        """
+        """Put frames into the folder, with a poster, where they are not there yet; returns their file's name."""
         stem = f"{label}-{hashlib.sha256(json.dumps([fps, key]).encode()).hexdigest()[:12]}"
         file, poster = (self.folder / f"{stem}.{suffix}" for suffix in ("mp4" if video else "png", "webp"))
         if not (file.is_file() and poster.is_file()):
@@ -112,11 +104,7 @@ def fps_of(report: SuiteReport) -> int:
 
 
 def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLine, ResultLine | None]]]:
-    """Return clip -> its lines of arms whose frames were kept, each with the kept dense run that costs about as much.
-
-    Args:
-        most: clips at most, the hardest ones first.
-    """
+    """Return clip -> its lines of arms whose frames were kept, each with the kept dense run of about its cost."""
     kept = [line for line in report.results.lines if line.kept]
     arms, kind = {arm.name for arm in report.judged}, report.comparison.kind
     found: dict[int, list[tuple[ResultLine, ResultLine | None]]] = {}
@@ -133,12 +121,7 @@ def kept_lines(report: SuiteReport, most: int) -> dict[int, list[tuple[ResultLin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """Kept frames that are read when they are needed.
-
-    Attributes:
-        made_by: what they are of, as JSON.
-        shape: their number, height and width.
-    """
+    """Kept frames that are read when they are needed."""
 
     path: Path
     made_by: str
@@ -167,9 +150,6 @@ def _kept(path: Path, made_by: Entry) -> _Kept:
 
 def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:
     """Encode the kept clips of a report.
-
-    Args:
-        advance: called after every arm of every clip.
 
     Returns:
         ``references``, clip -> its file, number of frames, width and height; ``rivals``, dense run -> clip -> its file;

@@ -30,11 +30,7 @@ Shown = tuple[Entry, Sequence[str]]
 
 
 def page(*reports: SuiteReport, shown: Sequence[Shown] = (), folder: str = "") -> str:
-    """Return the HTML of one report, or of several on one page.
-
-    Args:
-        shown: the clips of each report; none: nothing is shown.
-    """
+    """Return the HTML of one report, or of several on one page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

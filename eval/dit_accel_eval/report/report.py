@@ -27,9 +27,7 @@ class SuiteReport:
 
     Attributes:
         comparison: the lines whose reference converged, with the dense runs of equal work.
-        arms: their figures: dense runs by steps, then the others as they first appear.
         settings: arm -> a line of it, which tells what ran.
-        warnings: what a reader should know before believing the figures.
         suite: its TOML, as it is now; empty where it was not found.
     """
 
@@ -103,11 +101,7 @@ class SuiteReport:
 
 
 def suite_report(results: Results, suite: Path | None = None) -> SuiteReport:
-    """Return the report of result lines.
-
-    Args:
-        suite: TOML of their suite; None: one of its name beside them, or in ``suites`` beside their folder, if there.
-    """
+    """Return the report of result lines and of their suite's TOML; None: the one that lies beside them, if any."""
     lines, folder, near = results.lines, results.path.resolve().parent, f"{results.name}.toml"
     comparison = Comparison(lines)
     arms = tuple(comparison.figures(list(dict.fromkeys(line.arm for line in lines if not line.is_rival))))

@@ -25,13 +25,7 @@ FURTHER = ("scheduler", "guider", "arm_call")
 def write_reports(
     reports: Sequence[SuiteReport], wanted: Mapping[str, Path], *, clips: int | None = None
 ) -> list[Path]:
-    """Write files by kind, ``html`` or ``json``; returns their paths.
-
-    Several reports make one page; JSON holds one. Kept clips are put into a folder beside the page.
-
-    Args:
-        clips: prompts whose clips the page shows at most, the hardest first; None: all.
-    """
+    """Write reports by kind, ``html``, one page of all, or ``json``, which holds one; returns their paths."""
     if "json" in wanted and len(reports) > 1:
         raise ConfigError(f"json holds one file of results, got {len(reports)}; report each by itself")
     seen = {one.results.path.resolve(): "the results that are read" for one in reports}

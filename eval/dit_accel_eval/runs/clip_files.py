@@ -26,11 +26,7 @@ LOSSLESS = ("ffv1", "rawvideo", "png", "huffyuv", "utvideo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipFile:
-    """A clip in a file.
-
-    Attributes:
-        name: its path in the folder that was given, without the suffix.
-    """
+    """A clip in a file."""
 
     name: str
     path: Path

@@ -16,11 +16,7 @@ from dit_accel.errors import did_you_mean
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutClips:
-    """Held-out prompts of an embedded model, each clip's number also its seed.
-
-    Attributes:
-        only: the prompt of all clips; None: each number's own.
-    """
+    """Held-out prompts of an embedded model, each clip's number also its seed."""
 
     model: str
     only: str | None = None
@@ -73,11 +69,7 @@ class OwnClips:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where a model that is not embedded runs.
-
-    Attributes:
-        offload: which weights wait in main memory, one of `OFFLOADS`.
-    """
+    """Where a model that is not embedded runs."""
 
     device: str | None = None
     offload: str = "none"

@@ -125,11 +125,7 @@ def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, 
 
 
 def work(counts: Counts, dense_step: Counts, attended: float, share: float) -> float:
-    """Return a run's work in steps of the dense model.
-
-    Args:
-        share: self-attention's share of a dense step's work.
-    """
+    """Return a run's work in steps of the dense model, of which self-attention has a share."""
     attention = attended * counts.attention / dense_step.attention
     return share * attention + (1 - share) * counts.blocks / dense_step.blocks
 

@@ -35,13 +35,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class EmbeddedModel(SuiteModel):
-    """A loaded embedded model.
-
-    Args:
-        call: arguments of the pipeline's call besides the model's defaults, such as ``num_frames``.
-        prompt: of all clips, whose number is then only the seed; None: each number's held-out prompt.
-        own: prompts and seeds instead; None: held-out ones.
-    """
+    """A loaded embedded model that shows held-out prompts, one ``prompt`` in all clips, or one's ``own``."""
 
     def __init__(
         self, name: str, call: Mapping[str, Any], prompt: str | None = None, own: OwnClips | None = None
@@ -93,11 +87,7 @@ def embedded_prompts(name: str, count: int = 2) -> tuple[str, ...]:
 
 
 class GivenModel(SuiteModel):
-    """A loaded pipeline of a folder or the hub.
-
-    Args:
-        call: arguments of the pipeline's call besides its family's sizes.
-    """
+    """A loaded pipeline of a folder or the hub."""
 
     def __init__(
         self, name: str, source: str, call: Mapping[str, Any], own: OwnClips, dtype: Dtype, machine: Machine
@@ -159,10 +149,7 @@ def local_folder(source: str) -> Path:
 
 @functools.cache
 def given_weights(source: str) -> str:
-    """Return 12 hexadecimal digits that tell a model's weights and configs from others'.
-
-    Files that the hub's cache keeps under their hash are not read again.
-    """
+    """Return 12 hexadecimal digits that tell a model's weights and configs from others'."""
     folder, found = local_folder(source), hashlib.sha256()
     for path in sorted(one for kind in ("*.safetensors", "*.bin", "*.json") for one in folder.rglob(kind)):
         found.update(f"{path.relative_to(folder).as_posix()} {_file_hash(path)}\n".encode())

@@ -54,12 +54,9 @@ class ModelRun:
 
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
-        counts: the blocks and attention calls that ran.
         attended: the share of the pairs that the attention calls computed; 1 is dense.
-        times: what its stages took; None where that is not known.
         by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
             is not known.
-        memory: the most bytes that were held meanwhile, by `peak_memory`; None where that is not known.
     """
 
     frames: Clip
@@ -74,10 +71,6 @@ class ModelRun:
 
 class SuiteModel:
     """A loaded pipeline that makes clips by their numbers.
-
-    Args:
-        weights: what tells its weights from others'.
-        call: all arguments of the pipeline's call but the prompt, the steps and the generator.
 
     Attributes:
         dtype: number format of the weights where it is not always the same; else None.
@@ -113,12 +106,7 @@ class SuiteModel:
         rival: Mapping[str, Mapping[str, Any]] | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> ModelRun:
-        """Make one clip.
-
-        Args:
-            solver: a name of `SOLVERS`, `schedulers.OWN`, or the class of one of diffusers' schedulers.
-            guider: class of one of diffusers' guiders -> its options; None: the pipeline's own.
-        """
+        """Make one clip."""
         call = {**self.call, **(call or {})}
         self.pipe.scheduler = arm_scheduler(self.shipped, solver, scheduler or {}, flow_shift)
         self._counter.take()
@@ -199,15 +187,7 @@ def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
 
 
 def check_options(kind: str, name: str, options: Iterable[str], known: Collection[str] | None = None) -> list[str]:
-    """Refuse a name that is no class of diffusers' of a kind, and an option that the class has not.
-
-    Args:
-        kind: ``scheduler``, ``guider`` or ``cache``, for the message.
-        known: what there is; None: all schedulers.
-
-    Returns:
-        The options that the class takes.
-    """
+    """Return the options that one of diffusers' classes takes; refuse a name of another kind, or another option."""
     import diffusers
 
     known = [one for one in dir(diffusers) if one.endswith("Scheduler")] if known is None else known

@@ -19,13 +19,7 @@ def run_beside(
     work: Callable[[Any], object], items: Sequence[Any], workers: int, *, begin: Callable[..., None] | None = None,
     given: tuple[Any, ...] = (), look: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Do some work in processes; what stops this one ends them at once.
-
-    Args:
-        work: does one item; a function of a module, as a process of its own imports it.
-        begin: called first in each of them, with what is ``given``.
-        look: called now and then, and after every item.
-    """
+    """Do some work in processes; what stops this one ends them at once."""
     others, ctrl_c = set(active_children()), {signal.SIGINT}
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(begin, given)) as pool:
         try:

@@ -119,9 +119,7 @@ class ResultLine:
         raw: every key as the file holds it, also those that are only shown.
         work: in steps of the dense model; ``work_real`` at a real model's share of attention.
         seconds: of the denoising loop where timed, beside ``dense_seconds`` of the dense run of as many steps.
-        metrics: metric -> its value; ``skipped`` and ``unavailable`` say why others have none.
         reference_confirmed: ``steps`` and ``agreement`` of a run of more steps that confirmed the reference.
-        kept: path of the frames, from the file's folder.
     """
 
     arm: str

@@ -32,7 +32,6 @@ class Arm:
     """One setting under test.
 
     Attributes:
-        name: unique in the suite; the row's name.
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
         guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
         rival: name of another project's cache (`RIVALS`) -> its options; empty: none.
@@ -90,11 +89,7 @@ def read_arms(tables: Iterable[Mapping[str, Any]], path: Path) -> tuple[Arm, ...
 
 
 def read_table(path: Path, version: int, kinds: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """Return the keys of a TOML file of a version, which it says first.
-
-    Args:
-        remedy: what is not there if the file is missing, and what to do; ``{}`` is its path.
-    """
+    """Return the keys of a TOML file of a version, which it says first."""
     if not path.is_file():
         raise ConfigError(remedy.format(path))
     try:
@@ -148,10 +143,7 @@ def _arms(values: Mapping[str, Any], path: Path) -> list[Arm]:
 
 
 def _check_name(arm: Arm, where: str) -> None:
-    """Refuse a dense run of the best solver that has a name of its own, and another arm that has such a run's name.
-
-    These runs are what all arms are held against, and are found again by their names.
-    """
+    """Refuse a dense run of the best solver that has a name of its own, and another arm that has such a run's name."""
     dense = dense_arm(arm.num_inference_steps).name
     if arm.is_dense and arm.name != dense:
         raise ConfigError(

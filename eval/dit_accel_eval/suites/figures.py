@@ -44,10 +44,8 @@ class ArmFigures:
     """What the clips of one arm say.
 
     Attributes:
-        means: field of `MEANS` -> its mean, where all clips have it.
         ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB; all
             arms are judged together.
-        metrics: further metric -> its mean over the clips that have it.
         differences: further metric -> its difference to the dense run of equal own work, clip by clip; all arms and
             metrics are judged together.
         saved_nothing: whether its methods left nothing out on any clip; it is judged by none of these.
@@ -91,13 +89,7 @@ class PairFigures:
 
 
 class Comparison:
-    """Lines whose reference converged, all where none did, beside the dense runs that cost as much.
-
-    Attributes:
-        lines: (arm, clip) -> its last line.
-        kind: name of the dense runs, without their steps.
-        idle: arms that saved nothing, which have no lead.
-    """
+    """Lines whose reference converged, all where none did, beside the dense runs that cost as much."""
 
     def __init__(self, lines: Iterable[ResultLine]) -> None:
         every = list(lines)
@@ -184,12 +176,7 @@ def idle_arms(lines: Sequence[ResultLine]) -> set[str]:
 def pair_figures(
     pairs: Sequence[Pair], lines: Iterable[ResultLine], reference_steps: int | None = None
 ) -> list[PairFigures]:  # fmt: skip
-    """Return the figures of the pairs of which both arms ran on a clip at least, judged together.
-
-    Args:
-        reference_steps: of the reference, where that is the model's own run: what costs are a share of; None: the steps
-            of the arm of most.
-    """
+    """Return the figures of the pairs of which both arms ran on a clip at least, judged together."""
     known, both = last_lines(line for line in lines if line.is_converged), dict[Pair, list[tuple[ResultLine, ...]]]()
     for pair in pairs:
         clips = sorted(clip for name, clip in known if name == pair.arm and (pair.against, clip) in known)
@@ -247,10 +234,7 @@ def _busy(line: ResultLine) -> float:
 
 
 def suite_table(suite: Suite, lines: Sequence[ResultLine]) -> str:
-    """Return a suite's Markdown tables: by its judge, else of its arms, by what rule they are judged, and of its pairs.
-
-    Dense runs that only some clips needed as rivals have no row.
-    """
+    """Return a suite's Markdown tables: by its judge, else of its arms with the rule of verdicts, and of its pairs."""
     if suite.judge:
         return judge_of(suite).table(suite, [dict(line.raw) for line in lines])
     arms = suite_figures(suite, lines)

@@ -37,13 +37,7 @@ SCALES = ("guidance_scale", "true_cfg_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process needs to run the clips of a suite, checked once by `checked`.
-
-    Attributes:
-        timed: whether each arm is timed beside the dense run of as many steps.
-        threads: of torch; None: as many as it takes.
-        frames: folder in which the frames of every run are kept; None: nowhere.
-    """
+    """What a process needs to run the clips of a suite, checked once by `checked`."""
 
     suite: Suite
     out: Path
@@ -73,10 +67,7 @@ class Job:
         return {**model, "call": suite_call(suite, suite.call), "reference": reference_name(suite)}
 
     def arm_setting(self, arm: Arm) -> Line:
-        """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call.
-
-        Else ``arm_call`` has what little it may change.
-        """
+        """Return what an arm's lines must say besides; where clips are judged by themselves, each has its own call."""
         own = arm.to_dict()
         if self.judge:
             return {**own, "call": suite_call(self.suite, {**self.suite.call, **arm.call})}
@@ -209,11 +200,7 @@ def _check_kind(job: Job) -> None:
 def check_lines(
     path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]
 ) -> None:  # fmt: skip
-    """Refuse lines of another model, call, reference or arm than the suite's, by name.
-
-    Args:
-        arms: arm -> what it runs; lines of other arms are not looked at.
-    """
+    """Refuse lines of another model, call, reference or arm than the suite's, by name."""
     for line in lines:
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"
         for of, settled, remedy in (("", expected, "delete it and run again"), of_arm):
@@ -234,11 +221,7 @@ def _known_options(methods: Mapping[str, Any], settled: Mapping[str, Any]) -> di
 
 
 def check_clips(path: Path, lines: Sequence[Mapping[str, Any]], own: OwnClips | None) -> None:
-    """Refuse lines of another prompt or seed than their clip has in the suite.
-
-    Args:
-        own: the suite's own prompts and seeds; None: clips are held-out ones.
-    """
+    """Refuse lines of another prompt or seed than their clip has in the suite."""
     for line in lines:
         clip = line["clip"]
         here = (own.prompt(clip), own.seed(clip)) if own is not None and clip < len(own) else None

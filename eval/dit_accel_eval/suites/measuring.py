@@ -118,11 +118,7 @@ def _about(sampled: Sampled) -> Line:
 
 
 def _cost(made: ModelRun, dense_step: Counts | None, share: float) -> Line:
-    """Return what a run took, as far as it is known: by stage, by step and in memory, beside whatever else ran.
-
-    ``step_work`` is each step's work in dense steps, 0 where it was skipped; ``density`` the exact share of tiles by
-    step and layer, None where no attention call followed a plan.
-    """
+    """Return what a run took, as far as it is known: by stage, by step and in memory, beside whatever else ran."""
     line: Line = {"attended": made.attended}
     if made.times is not None:
         line["times"] = made.times.to_dict()

@@ -34,7 +34,6 @@ class Reference:
     """What a clip's arms are held against.
 
     Attributes:
-        frames: [F, height, width, 3] in [0, 1].
         agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
         seconds: processor seconds of one dense step; None where they are not known.
     """

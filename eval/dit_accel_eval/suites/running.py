@@ -196,10 +196,7 @@ def _loaded(name: str, call: str, own: OwnClips | None, given: tuple[str, Dtype,
 
 @contextlib.contextmanager
 def suite_progress(job: Job, clips: Sequence[int], *, quiet: bool = False) -> Iterator[Watch]:
-    """Show a bar over the runs of a suite's arms on its clips; gives the `Watch` that moves it.
-
-    Before the first run it is said how many there are.
-    """
+    """Show a bar over the runs of a suite's arms on its clips; gives the `Watch` that moves it."""
     suite, total, said = job.suite, len(clips) * len(job.suite.arms), False
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),

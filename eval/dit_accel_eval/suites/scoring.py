@@ -30,13 +30,7 @@ def score_files(
     prompts: Path | None = None,
     warn: Callable[[str], None],
 ) -> Iterator[Line]:
-    """Give a line for each clip, then one for all if distances between sets are requested.
-
-    Args:
-        references: the same of what they should be; None: there are none.
-        trained_frames: frames that the model was trained on; None: as many as there are.
-        prompts: JSON object {file name: prompt}, in place of that.
-    """
+    """Give a line for each clip, then one for all if distances between sets are requested."""
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]
     comparing = _compared(single, sets, references, prompt, prompts)

@@ -43,7 +43,6 @@ class Suite:
 
     Attributes:
         model: name of an embedded model, or as the file names it a folder or hub id of a diffusers pipeline.
-        clips: how many; a held-out clip's number is its seed.
         call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
@@ -51,13 +50,10 @@ class Suite:
             held against converged runs.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
         reference_solver: of that run and of the dense ones of fewer steps: a name of `SOLVERS`, or `OWN`.
-        folder: of the file, where a model's folder and a file of prompts are looked for first.
         own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
         dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
             former.
-        warmup: runs of every arm in each process that are not counted, before its first.
         repeats: times that each sample is made, whose seconds are given as median and quartiles.
-        timed: whether each arm is timed beside the dense run of as many steps, as with ``--time``.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
     """

@@ -36,12 +36,7 @@ Config = TypeVar("Config", bound=MethodConfig)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """What a tuner found and wrote.
-
-    Attributes:
-        found: everything by name, as plain values for JSON.
-        columns: heads of the table that the command line shows.
-    """
+    """What a tuner found and wrote."""
 
     output: Path
     found: Mapping[str, Any]
@@ -62,10 +57,6 @@ class TuningRun:
         output: the file that is to be written, of this ``suffix``.
         ranks: the processes that share the run, of which the first reads and writes; None: this one alone.
         settings: what else must be the same for two runs to be one.
-
-    Attributes:
-        request: the request with all defaults filled in.
-        pipe: the pipeline, nothing attached.
     """
 
     def __init__(

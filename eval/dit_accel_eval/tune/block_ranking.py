@@ -17,12 +17,6 @@ def attention_received(
     """Return what each key receives of the queries' attention, float32 [S], which sum to 1; no matrix is held.
 
     Source: ProfilingDiT (arXiv 2504.03140), a_i = mean_j A_ji of the row softmax A; mean over heads and batch too.
-
-    Args:
-        k: keys [B, H or fewer, S, D].
-        scale: factor on the logits; None: 1 / sqrt(D).
-        key_mask: bool [B, S], True for a valid key; None: all.
-        rows: int64, the queries that are looked at; None: all.
     """
     batch, heads, queries, size = q.shape
     looked = torch.arange(queries, device=q.device) if rows is None else rows
@@ -44,10 +38,6 @@ def foreground_ratio(received: np.ndarray, foreground: np.ndarray) -> float:
 
     Source: ProfilingDiT (arXiv 2504.03140), whose threshold is not published: here it is the mean.
 
-    Args:
-        received: attention received by token, [F, ...].
-        foreground: bool of the same shape; frames without any foreground are left out.
-
     Returns:
         Not a number where there is no foreground.
     """
@@ -58,12 +48,7 @@ def foreground_ratio(received: np.ndarray, foreground: np.ndarray) -> float:
 
 
 def cached_blocks(scores: Sequence[float], count: int | None = None) -> tuple[list[int], float]:
-    """Return the blocks of low scores, rising by number, and the threshold that splits them off.
-
-    Args:
-        scores: one a block; one that is not a number is never cached.
-        count: so many of the lowest; None: those below the largest gap between neighbouring scores.
-    """
+    """Return the blocks of lowest scores, ``count`` or all below the largest gap, and the threshold above them."""
     known = sorted((score, block) for block, score in enumerate(scores) if score == score)
     if count is None:
         gaps = [two[0] - one[0] for one, two in itertools.pairwise(known)]

@@ -36,7 +36,6 @@ class Spectrum:
     """What a curve is made of.
 
     Attributes:
-        periods: of each frequency, in frames.
         amplitudes: the share of each, of a sum of 1; all 0 for a constant curve.
         family: places of the frequencies that are multiples of it, itself included.
         error: RMS of the fit over that of the curve about its mean.

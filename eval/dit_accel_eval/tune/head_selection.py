@@ -15,12 +15,7 @@ KINDS = ("harmonic", "threshold")
 
 @dataclass(frozen=True, slots=True)
 class HeadSelection:
-    """How the mean scores of a head become what it is ranked by.
-
-    Attributes:
-        kind: ``harmonic``, ``threshold``, or "" for one objective by itself.
-        least: the mean that each must reach; -inf: none.
-    """
+    """How the mean scores of a head become what it is ranked by."""
 
     kind: str
     objectives: tuple[str, ...]
@@ -48,11 +43,7 @@ class HeadSelection:
         return cls(kind, names, least)
 
     def worth(self, scores: Sequence[Sequence[float]]) -> float:
-        """Return what a head is ranked by; -inf: it does not pass.
-
-        Args:
-            scores: of each clip, what each objective gave.
-        """
+        """Return what a head is ranked by, from each clip's scores; -inf: it does not pass."""
         means = [math.fsum(one) / len(scores) for one in zip(*scores, strict=True)]
         if self.kind != "harmonic":
             return means[0] if all(map(float.__ge__, means, self.least)) else -math.inf

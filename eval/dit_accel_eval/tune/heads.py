@@ -42,8 +42,6 @@ def tune_heads(
 
     Args:
         request: what to generate; without a guidance scale of its own it is guided by the perturbed branch alone.
-        objective: see `objective_of`; of several, as `HeadSelection.of` reads them.
-        ranks: the processes that share the clips; the first writes. None: this one alone.
 
     Returns:
         Found are ``heads``, in the order of their selection, with their ``scores`` and ``rounds``, and how many

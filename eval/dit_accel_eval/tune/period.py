@@ -24,11 +24,7 @@ from .frame_periods import spectrum
 
 
 class Logits:
-    """Sums up logits by frame distance.
-
-    Attributes:
-        total: float64 [F, F], mean logit of two frames' tokens at one place, summed over calls; 0 before any.
-    """
+    """Sums up logits by frame distance."""
 
     def __init__(self) -> None:
         self.total: Any = 0

@@ -79,12 +79,7 @@ def split(count: int) -> Prompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is requested.
-
-    Attributes:
-        name: ``speedup``, ``score`` or a metric's name.
-        value: what it must be at least; at most where less is better.
-    """
+    """What a metric, or ``speedup``, must be at least; at most where less is better."""
 
     name: str
     value: float
@@ -113,14 +108,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """A setting as it was measured.
-
-    Attributes:
-        quality: mean of the target's metric, or PSNR.
-        interval: of that mean, 95 %; None of few prompts.
-        work: mean, in steps of the dense model.
-        speedup: steps of the model's own dense run over that.
-    """
+    """A setting as it was measured: means with the quality's interval, work and speed-up in dense steps."""
 
     arm: Arm
     prompts: int
@@ -163,13 +151,7 @@ def read_target(text: str) -> Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """A search under way.
-
-    Attributes:
-        own: steps of the model's own dense run, against which speed-ups count.
-        prompts: which clips are looked at.
-        ran: names of the settings that were measured.
-    """
+    """A search under way."""
 
     job: Job
     target: Target

@@ -29,12 +29,7 @@ from .profile_watch import CRITERIA, Profiler
 def tune_profile(
     request: Request, output: Path, *, criterion: str = "error", cached: int | None = None, stages: Stages | None = None
 ) -> Tuned:
-    """Profile the blocks on every prompt, for `ProfilingCache.blocks`; step caches are refused.
-
-    Args:
-        request: what to generate; where nothing moves, as in an image, attention is not measured.
-        cached: so many blocks are cached, those of the lowest scores; None: those below the largest gap.
-    """
+    """Profile the blocks on every prompt, for `ProfilingCache.blocks`; step caches are refused."""
     if criterion not in CRITERIA:
         raise ConfigError(f"there is no criterion {criterion!r}; {did_you_mean(criterion, CRITERIA)}")
     if cached is not None and cached < 1:

@@ -34,10 +34,6 @@ QUERIES = 4096
 class Profiler:
     """Notes what a run's blocks do, in the first branch of each step.
 
-    Args:
-        attachment: what is attached; it is watched inside `watching`.
-        attention: attention must be measured; else a run goes without it where no foreground can be told.
-
     Attributes:
         scores: transformer -> criterion -> (block, step) -> value, of the last run.
         foreground: step -> share of the tokens, of the last run.

@@ -34,8 +34,6 @@ class SkipCosts:
         weights: of each step's error, float64 [P, N]: how far the solver moves in it, times how much of an error made
             there is left at the run's end.
         times: of each step and of the run's end, N + 1: what the polynomial is one of.
-        predictor: as in `StepCacheConfig`.
-        order: degree of the polynomial.
     """
 
     products: np.ndarray
@@ -111,11 +109,6 @@ def best_lists(
     Source: DPCache, whose state is the last computed step; LeMiCa (arXiv 2511.00090) takes the least largest gap. Where
     we depart from them: the state is the last two computed steps, exact for forecasts that read two; for others it is
     the best list whose every beginning is the best one with its last two steps. The first step is always computed.
-
-    Args:
-        cost: (list so far, next computed step, or the run's end) -> cost of what is skipped between, at least 0.
-        steps: of the run.
-        computed: the most that are computed.
     """
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(-1, 0): (0.0, (0,))}
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
@@ -148,13 +141,6 @@ def searched(costs: SkipCosts, computed: int) -> dict[int, tuple[float, tuple[in
     """Return `best_lists` by the mean logarithm of the prompts' costs, as a mean PSNR has it, and their errors.
 
     A logarithm is no sum over gaps; weighing each prompt by one over what the last list cost it comes down to it.
-
-    Args:
-        costs: of the prompts as they are.
-        computed: the most steps that are computed, for which the prompts are weighed.
-
-    Returns:
-        By number of computed steps the geometric mean over prompts of the root of what the list costs, and the list.
     """
     steps, scale = len(costs.times) - 1, np.ones(len(costs.products))
     found: dict[int, tuple[float, tuple[int, ...]]] = {}

@@ -55,11 +55,6 @@ def space_of(
 
     Left out is what the model does not take, and `ProfilingCache`, which takes the blocks that `tune profile` finds.
     Methods beyond the trained size make nothing faster.
-
-    Args:
-        own: the model's own number of steps.
-        scheduler: with which it ships, which tells its noise shift; None: other shifts are not tried.
-        tile: tokens of a sparse method's tile; None: what that chooses.
     """
     further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
     usual = {*STEPS, *further, own}

@@ -18,13 +18,7 @@ CLOSE = 0.03125
 
 
 def search_level(error_at: Callable[[float], float], target: float, start: float = START) -> float:
-    """Return the highest log2 level found whose error is within the target; -inf where even `LOWEST` exceeds it.
-
-    Args:
-        error_at: error of a level, which rises with it.
-        target: the error to stay within; a search ends at `NEAR` of it or within `CLOSE`.
-        start: a level near the one sought, such as the step before's.
-    """
+    """Return the highest log2 level found whose error is within the target; -inf where even `LOWEST` exceeds it."""
     low, high, stride = -math.inf, math.inf, FIRST_STRIDE
     level = min(max(start, LOWEST), HIGHEST)
     while high - low >= CLOSE:

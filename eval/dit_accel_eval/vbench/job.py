@@ -11,14 +11,7 @@ from dit_accel.files import check_writable, json_text, written_whole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoJob:
-    """A run, as the command's options of these names (`options`) have it.
-
-    Attributes:
-        videos: folder of videos, called ``{prompt}-{i}`` as VBench calls them.
-        name: what result files in ``output`` begin with.
-        dimensions: those requested, by their official names; none: all that can be measured.
-        cache: the package's folder of weights; None: its own.
-    """
+    """A run, as the command's options of these names (`options`) have it."""
 
     videos: Path
     output: Path

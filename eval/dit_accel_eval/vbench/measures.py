@@ -34,11 +34,7 @@ SIDE = 224
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoScore:
-    """What is measured of one video.
-
-    Attributes:
-        parts: frames or pairs that it is the mean of, where the dimension weighs videos by those; else 1.
-    """
+    """What is measured of one video."""
 
     value: float
     parts: int = 1
@@ -56,11 +52,7 @@ def _check_pairs(frames: int) -> None:
 
 
 def pair_consistency(features: Tensor) -> VideoScore:
-    """Return the mean over pairs of half the likeness to the frame before and half that to the first.
-
-    Args:
-        features: [F, D] of unit length; likeness below 0 counts as 0.
-    """
+    """Return the mean over pairs of half the likeness to the frame before and half that to the first."""
     _check_pairs(len(features))
     before = (features[1:] * features[:-1]).sum(1).clamp(min=0)
     first = (features[1:] * features[0]).sum(1).clamp(min=0)

@@ -36,10 +36,7 @@ RESULTS = "official_eval_results.json"
 
 
 def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]:
-    """Measure dimensions by the package of an environment, and return its results: dimension -> [score, [entries]].
-
-    A dimension that fails is left out with the last line that the package printed; refused is if all do.
-    """
+    """Measure dimensions by the package of an environment, and return its results: dimension -> [score, [entries]]."""
     names = job.dimensions or tuple(name for name in DIMENSIONS if not (job.custom and name in FIXED))
     if job.custom:
         check_custom(names)
@@ -71,10 +68,7 @@ def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]
 
 
 def interpreter(environment: Path, tell: Callable[[str], None]) -> tuple[Path, Path]:
-    """Return an environment's Python and the package's folder there; makes and installs what is missing.
-
-    A folder that is none, or where that fails, is refused.
-    """
+    """Return an environment's Python and the package's folder there; makes and installs what is missing."""
     python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.is_file():
         if environment.exists() and (not environment.is_dir() or any(environment.iterdir())):

@@ -28,10 +28,7 @@ LINES, RESULTS, INFO, ABOUT = "lines.jsonl", "eval_results.json", "full_info.jso
 
 
 def measure(job: VideoJob) -> dict[str, list[Any]]:
-    """Measure videos, and return the official result: dimension -> [score, [one entry a video]].
-
-    Dimensions and videos that can't be measured, and missing ones, are refused by name.
-    """
+    """Measure videos, and return the official result: dimension -> [score, [one entry a video]]."""
     of_prompts.files_in(job.videos)
     wanted = _wanted(job)
     job.check(LINES, RESULTS, INFO, ABOUT)
@@ -69,10 +66,7 @@ def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
 
 
 def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
-    """Return the dimensions to measure: those requested, or all usual ones that can be, warning of the others.
-
-    Refused are those requested that can't be measured, and all if none can.
-    """
+    """Return the dimensions to measure: those requested, or all usual ones that can be, warning of the others."""
     names = job.dimensions or usual
     reasons = {name: reason for name in names if name in WAYS and (reason := _missing(job, name))}
     elsewhere = [name for name in names if name not in WAYS]
