@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,17 +34,16 @@ def test_the_walk_never_jumps(height, width, block_size):
     assert step.max() <= strip
 
 
-@pytest.mark.parametrize(("height", "width"), [(45, 80), (48, 80), (30, 52), (80, 45), (30, 53), (27, 48)])
-@pytest.mark.parametrize("block_size", [64, 128])
-def test_runs_of_a_tile_are_near_squares(height, width, block_size):
-    walk = patch_walk(height, width, block_size)
-    y, x = np.divmod(walk, width)
+def test_runs_of_a_tile_are_near_squares():
     runs = np.lib.stride_tricks.sliding_window_view
-    spread = runs(y, block_size).var(axis=1).mean() + runs(x, block_size).var(axis=1).mean()
-    assert spread < 1.3 * block_size / 6  # block_size / 6 is a square's
-    strip = runs(np.arange(height * width) // width, block_size).var(axis=1).mean()
-    strip += runs(np.arange(height * width) % width, block_size).var(axis=1).mean()
-    assert spread < strip / 3
+    sizes = (45, 80), (48, 80), (30, 52), (80, 45), (30, 53), (27, 48)
+    for (height, width), block_size in itertools.product(sizes, (64, 128)):
+        walks = patch_walk(height, width, block_size), np.arange(height * width)
+        spread, strip = (
+            sum(runs(axis, block_size).var(axis=1).mean() for axis in np.divmod(walk, width)) for walk in walks
+        )
+        assert spread < 1.3 * block_size / 6  # block_size / 6 is a square's
+        assert spread < strip / 3
 
 
 def test_a_frame_within_one_tile_keeps_its_raster_order():
@@ -53,10 +51,11 @@ def test_a_frame_within_one_tile_keeps_its_raster_order():
     assert RadialAttention(order="tiles").filled().token_order(TokenLayout(frames=9, height=8, width=8)) is None
 
 
-def test_portrait_is_landscape_transposed():
+def test_portrait_is_landscape_transposed_and_both_begin_at_the_first_token():
     landscape, portrait = patch_walk(45, 80, 128), patch_walk(80, 45, 128)
     y, x = np.divmod(landscape, 80)
     np.testing.assert_array_equal(portrait, x * 45 + y)
+    assert (landscape[0], portrait[0]) == (0, 0)
 
 
 def mean_square_distance(r, frames, height, width):
@@ -75,9 +74,8 @@ def mean_square_distance(r, frames, height, width):
     return (between * weight).sum() / weight.sum()
 
 
-@pytest.mark.parametrize(
-    ("grid", "block_size"),
-    [
+def test_as_many_tiles_as_raster_but_nearer():
+    for grid, block_size in (
         ((21, 45, 80), 128),
         ((21, 45, 80), 64),
         ((18, 48, 80), 128),
@@ -85,18 +83,16 @@ def mean_square_distance(r, frames, height, width):
         ((13, 30, 53), 64),
         ((21, 80, 45), 128),
         ((9, 16, 16), 16),
-    ],
-)
-def test_as_many_tiles_as_raster_but_nearer(grid, block_size):
-    for decay_factor, near in itertools.product((0.2, 1.0), ("half", "full")):
-        options = {"block_size": block_size, "decay_factor": decay_factor, "near": near}
-        raster, tiles = rule("raster", **options), rule("tiles", **options)
-        density = kept_tiles(tiles, *grid).mean() / kept_tiles(raster, *grid).mean()
-        assert 0.97 < density <= 1.005
-        # A neighbour frame kept whole ("full") is the same in both orders and would water the comparison down.
-        # On 16 tiles a frame the bands span most of it, whatever the order.
-        bound = 0.95 if grid[1] * grid[2] < 20 * block_size else 0.75 if near == "half" else 0.9
-        assert mean_square_distance(tiles, *grid) < bound * mean_square_distance(raster, *grid)
+    ):
+        for decay_factor, near in itertools.product((0.2, 1.0), ("half", "full")):
+            options = {"block_size": block_size, "decay_factor": decay_factor, "near": near}
+            raster, tiles = rule("raster", **options), rule("tiles", **options)
+            density = kept_tiles(tiles, *grid).mean() / kept_tiles(raster, *grid).mean()
+            assert 0.97 < density <= 1.005
+            # A neighbour frame kept whole ("full") is the same in both orders and would water the comparison down.
+            # On 16 tiles a frame the bands span most of it, whatever the order.
+            bound = 0.95 if grid[1] * grid[2] < 20 * block_size else 0.75 if near == "half" else 0.9
+            assert mean_square_distance(tiles, *grid) < bound * mean_square_distance(raster, *grid)
 
 
 def test_aligned_frames_keep_exactly_the_raster_number_for_every_pair():
@@ -142,8 +138,3 @@ def test_token_order_is_a_bijection_with_text_last(grid, text, order):
     visual = found[: layout.visual_tokens] - before
     assert (visual // (height * width)).tolist() == sorted((visual // (height * width)).tolist())
     assert found[layout.visual_tokens :].tolist() == [*range(before), *range(layout.tokens - after, layout.tokens)]
-
-
-@pytest.mark.parametrize(("height", "width"), [(45, 80), (80, 45)])
-def test_the_walk_begins_at_the_first_token(height, width):
-    assert patch_walk(height, width, 128)[0] == 0

@@ -79,59 +79,38 @@ settings_of_rule = {
 @given(
     grid=grids(2500),
     options=st.fixed_dictionaries({**settings_of_rule, "block_size": st.sampled_from([4, 8, 16, 32, 64, 128])}),
+    boundary=st.sampled_from(["published", "any"]),
 )
-@settings(max_examples=150, deadline=None)
-def test_published_equals_the_token_level_procedure(grid, options):
-    frames, s = grid
-    r = rule(**options)
-    np.testing.assert_array_equal(kept_tiles(r, frames, 1, s), brute_published(r, frames, s))
-
-
-@given(
-    grid=grids(1200),
-    options=st.fixed_dictionaries({**settings_of_rule, "block_size": st.sampled_from([4, 8, 16, 32, 64, 128])}),
-)
-@settings(max_examples=100, deadline=None)
-def test_any_keeps_exactly_the_tiles_with_an_allowed_pair(grid, options):
-    frames, s = grid
-    r = rule(boundary="any", **options)
-    np.testing.assert_array_equal(kept_tiles(r, frames, 1, s), brute_any(r, frames, s))
-
-
-@pytest.mark.parametrize(
-    ("frames", "s", "block_size"), [(70, 130, 64), (40, 300, 128), (37, 257, 64), (66, 128, 16), (3, 3000, 128)]
-)
-@pytest.mark.parametrize("boundary", ["published", "any"])
-def test_many_frames_and_long_frames_equal_the_brute_force(frames, s, block_size, boundary):
-    r = rule(block_size=block_size, decay_factor=0.5, near="half", boundary=boundary)
+@settings(max_examples=200, deadline=None)
+def test_tiles_equal_the_token_level_procedure(grid, options, boundary):
+    """As published, and exactly those with an allowed pair."""
+    r = rule(boundary=boundary, **options)
     brute = brute_published if boundary == "published" else brute_any
-    np.testing.assert_array_equal(kept_tiles(r, frames, 1, s), brute(r, frames, s))
+    np.testing.assert_array_equal(kept_tiles(r, grid[0], 1, grid[1]), brute(r, *grid))
+
+
+def test_many_frames_and_long_frames_equal_the_brute_force():
+    for frames, s, block_size in ((70, 130, 64), (40, 300, 128), (37, 257, 64), (66, 128, 16), (3, 3000, 128)):
+        for boundary, brute in (("published", brute_published), ("any", brute_any)):
+            r = rule(block_size=block_size, decay_factor=0.5, near="half", boundary=boundary)
+            np.testing.assert_array_equal(kept_tiles(r, frames, 1, s), brute(r, frames, s))
 
 
 WAN, HUNYUAN = True, False  # who has a sink
 
 
-@pytest.mark.parametrize(
-    ("s", "frames", "block_size", "decay", "sink", "near", "side", "kept", "rows"),
-    [
-        (3840, 18, 128, 0.2, WAN, "half", 540, 76_798, (78, 120, 106)),
-        (3840, 18, 128, 0.2, WAN, "full", 540, 83_728, (92, 148, 120)),
-        (3600, 64, 128, 1.0, HUNYUAN, "full", 1800, 575_360, None),
-        (256, 8, 128, 1.0, WAN, "full", 16, 232, None),
-        (256, 8, 128, 1.0, HUNYUAN, "full", 16, 224, None),
-    ],
-)
-def test_published_tile_counts(s, frames, block_size, decay, sink, near, side, kept, rows):
-    tiles = kept_tiles(rule(block_size, decay, near, sink), frames, 1, s)
-    assert tiles.shape == (side, side)
-    assert tiles.sum() == kept
-    if rows:
-        assert tuple(tiles[[0, side // 2, -1]].sum(axis=1)) == rows
-
-
-@pytest.mark.parametrize(
-    ("s", "frames", "block_size", "decay", "sink", "near", "sparsity"),
-    [
+def test_published_counts_and_sparsities_to_the_digits_printed():
+    for s, frames, decay, sink, near, kept, rows in (
+        (3840, 18, 0.2, WAN, "half", 76_798, (78, 120, 106)),
+        (3840, 18, 0.2, WAN, "full", 83_728, (92, 148, 120)),
+        (3600, 64, 1.0, HUNYUAN, "full", 575_360, None),
+        (256, 8, 1.0, WAN, "full", 232, None),
+        (256, 8, 1.0, HUNYUAN, "full", 224, None),
+    ):
+        tiles = kept_tiles(rule(128, decay, near, sink), frames, 1, s)
+        assert (len(tiles), tiles.sum()) == (frames * s / 128, kept)
+        assert rows in (None, tuple(tiles[[0, len(tiles) // 2, -1]].sum(axis=1)))
+    for s, frames, block_size, decay, sink, near, sparsity in (
         (3840, 18, 128, 0.2, WAN, "half", "0.7366324"),
         (3840, 18, 128, 0.2, WAN, "full", "0.7129"),
         (3840, 18, 128, 0.5, WAN, "full", "0.6611"),
@@ -146,12 +125,10 @@ def test_published_tile_counts(s, frames, block_size, decay, sink, near, side, k
         (3840, 30, 128, 0.95, WAN, "full", "0.6992"),
         (3600, 64, 128, 1.0, WAN, "full", "0.8083"),
         (3600, 128, 128, 1.0, WAN, "full", "0.8837"),
-    ],
-)
-def test_published_sparsities_to_the_digits_printed(s, frames, block_size, decay, sink, near, sparsity):
-    whole = frames * s // block_size
-    kept = kept_tiles(rule(block_size, decay, near, sink), frames, 1, s)[:whole, :whole]
-    assert f"{1 - kept.mean():.{len(sparsity) - 2}f}" == sparsity
+    ):
+        whole = frames * s // block_size
+        tiles = kept_tiles(rule(block_size, decay, near, sink), frames, 1, s)[:whole, :whole]
+        assert f"{1 - tiles.mean():.{len(sparsity) - 2}f}" == sparsity
 
 
 @given(
@@ -181,15 +158,12 @@ def own_frame_share(kept, frames, s, block_size):
     return (kept[np.ix_(pieces.tile, pieces.tile)] & same) @ length / s, length
 
 
-@pytest.mark.parametrize(
-    ("frames", "s", "lowest"), [(16, 3600, 0.54), (16, 1296, 0.60), (16, 2304, 1.0), (18, 3840, 1.0)]
-)
-def test_published_loses_own_frame_at_frame_borders_as_users_saw(frames, s, lowest):
-    kept = kept_tiles(rule(near="half", decay_factor=0.2, sink=True), frames, 1, s)
-    share, length = own_frame_share(kept, frames, s, 128)
-    assert round(float(share.min()), 2) == lowest
-    if lowest < 1.0:
-        assert set(length[share < 1]) == {16, 32}
+def test_published_loses_own_frame_at_frame_borders_as_users_saw():
+    for frames, s, lowest in ((16, 3600, 0.54), (16, 1296, 0.60), (16, 2304, 1.0), (18, 3840, 1.0)):
+        kept = kept_tiles(rule(near="half", decay_factor=0.2, sink=True), frames, 1, s)
+        share, length = own_frame_share(kept, frames, s, 128)
+        assert round(float(share.min()), 2) == lowest
+        assert set(length[share < 1]) == ({16, 32} if lowest < 1.0 else set())
 
 
 def test_published_leaves_block_rows_empty_on_mochi_and_any_does_not():
@@ -242,29 +216,21 @@ def test_options_only_add_tiles_as_they_widen(grid, options, decays):
     assert not (kept(sink=False) & ~kept(sink=True)).any()
 
 
-def test_density_falls_with_the_decay_factor_until_the_band_is_a_tile():
-    density = [float(kept_tiles(rule(decay_factor=d, boundary="any"), 21, 45, 80).mean()) for d in (1, 0.5, 0.2, 0.1)]
-    assert density[0] > density[1] > density[2] > density[3]
+def test_the_scale_is_the_smallest_power_of_two_strictly_above_the_frame_and_the_least_band_a_tile():
+    for s, power in ((255, 256), (256, 512), (257, 512), (3600, 4096), (3840, 4096), (1560, 2048)):
+        assert half_width(rule(block_size=16), 2, s) == power // 4
+        assert half_width(rule(block_size=16), 8, s) == power // 16
     assert half_width(rule(decay_factor=0.01), 2, 3600) == half_width(rule(decay_factor=1e-9), 2, 3600) == 128
 
 
-@pytest.mark.parametrize(("s", "power"), [(255, 256), (256, 512), (257, 512), (3600, 4096), (3840, 4096), (1560, 2048)])
-def test_the_scale_is_the_smallest_power_of_two_strictly_above_the_frame(s, power):
-    assert half_width(rule(block_size=16), 2, s) == power // 4
-    assert half_width(rule(block_size=16), 8, s) == power // 16
-
-
-@pytest.mark.parametrize(
-    ("s", "periods"),
-    [
+def test_far_frames_are_thinned_from_128_whatever_the_tile():
+    for s, periods in (
         (3600, {1: 1, 16: 1, 31: 1, 32: 2, 63: 2, 64: 4, 127: 4}),
         (1560, {1: 1, 8: 1, 15: 1, 16: 2, 32: 4, 64: 8}),
         (64, {1: 2, 2: 4, 8: 16}),
-    ],
-)
-def test_far_frames_are_thinned_from_128_whatever_the_tile(s, periods):
-    for block_size in (64, 128):
-        assert {d: frame_period(rule(block_size), d, s) for d in periods} == periods
+    ):
+        for block_size in (64, 128):
+            assert {d: frame_period(rule(block_size), d, s) for d in periods} == periods
 
 
 def test_any_keeps_the_neighbours_of_frames_below_128_tokens():

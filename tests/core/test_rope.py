@@ -25,24 +25,6 @@ def test_frequencies_fall_from_one_by_equal_ratios():
     assert frequencies(4, 100.0, exponents=(0.0, -1.0)).tolist() == [1.0, 100.0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((15, 256.0), "got dim=15"),
-        ((0, 256.0), "got dim=0"),
-        ((16, 1.0), r"above 1, got theta=1.0"),
-    ],
-)
-def test_frequencies_refuse(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        frequencies(*arguments)
-
-
-def test_exponents_are_one_for_each_frequency():
-    with pytest.raises(ConfigError, match=r"dim=8.*4 frequencies, got 3 exponents"):
-        frequencies(8, 256.0, exponents=(0, 0.1, 0.2))
-
-
 def test_axes_share_the_channels_as_the_config_says():
     axes = by_config("dims", ("text", "height", "width"), 256.0, theta_key="base", default=(8, 8))
     assert [(a.name, a.channels, a.theta) for a in axes({"dims": (4, 6, 6)})] == [
@@ -130,43 +112,22 @@ def test_a_copy_of_a_changed_model_is_changed_by_itself():
     assert not torch.equal(expected[0], plain[0])
 
 
-def test_nothing_to_change_is_nothing_to_set():
-    assert change_rope(ROPE, Model(), {}) == ([], None)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"frames": torch.ones(2)}, r"Model.*height, width, not 'frames'"),
-        ({"width": torch.ones(3)}, r"width.*4 frequencies.*Model.*\(3,\)"),
-        ({"width": lambda own: own[:2]}, r"width.*\(4,\).*\(2,\)"),
-        (
-            {"width": lambda own: own / 0},
-            r"\(4,\).*\[inf, inf, inf, inf\]",
-        ),
-    ],
-)
-def test_frequencies_that_do_not_fit_are_refused(change, message):
-    model = Model()
-    with pytest.raises(ConfigError, match=message), replaced(model, change_rope(ROPE, model, change)):
-        model(IDS)
-    assert "forward" not in vars(model.rope)
-
-
-def test_an_axis_of_text_is_not_changed():
-    rope = Rope(owner="rope", form="theta", axes=by_config("dims", ("text", "width"), 100.0))
-    with pytest.raises(ConfigError, match=r"'text'.*images"):
-        change_rope(rope, Model(), {"text": torch.ones(2)})
-
-
-def test_a_model_that_asks_for_fewer_axes_is_not_changed_in_silence():
-    rope = Rope(owner="rope", form="theta", axes=lambda config: even(("frames", "height", "width"), 4, 100.0))
-    model = Model()
-    with (
-        pytest.raises(ConfigError, match=r"Turns.forward.*'theta'"),
-        replaced(model, change_rope(rope, model, {"frames": lambda own: own})),
+def test_what_does_not_fit_is_refused():
+    text = by_config("dims", ("text", "width"), 100.0)
+    more = lambda config: even(("frames", "height", "width"), 4, 100.0)  # noqa: E731
+    for change, message, axes in (
+        ({"frames": torch.ones(2)}, r"Model.*height, width, not 'frames'", ROPE.axes),
+        ({"width": torch.ones(3)}, r"width.*4 frequencies.*Model.*\(3,\)", ROPE.axes),
+        ({"width": lambda own: own[:2]}, r"width.*\(4,\).*\(2,\)", ROPE.axes),
+        ({"width": lambda own: own / 0}, r"\(4,\).*\[inf, inf, inf, inf\]", ROPE.axes),
+        ({"text": torch.ones(2)}, r"'text'.*images", text),
+        ({"frames": lambda own: own}, r"Turns.forward.*'theta'", more),
     ):
-        model(IDS)
+        model, rope = Model(), Rope(owner="rope", form="theta", axes=axes)
+        with pytest.raises(ConfigError, match=message), replaced(model, change_rope(rope, model, change)):
+            model(IDS)
+        assert "forward" not in vars(model.rope)
+    assert change_rope(ROPE, Model(), {}) == ([], None)
 
 
 def test_text_rows_keep_their_positions():
@@ -189,28 +150,22 @@ def test_text_rows_keep_their_positions():
         model(IDS, text=7)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_is_no_rope_is_refused():
+    for arguments, message in (
         (dict(form="thetta"), r"'thetta'.*'theta'\?"),
         (dict(form="pairs"), r"form='pairs'.*input=''"),
         (dict(form="theta", input="emb"), r"form='theta'.*input='emb'"),
-    ],
-)
-def test_what_is_no_rope_is_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        Rope(axes=ROPE.axes, **arguments)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Rope(axes=ROPE.axes, **arguments)
+    for rope in (ROPE, "positions are learned", None):
+        assert Adapter(name="mine", transformers=(), self_attention=(), rope=rope).rope is rope
+    with pytest.raises(ConfigError, match=r"'mine': rope.*Rope.*got 7"):
+        Adapter(name="mine", transformers=(), self_attention=(), rope=7)
 
 
 def adapter(rope):
     return Adapter(name="mine", transformers=("Mine",), self_attention=("blocks.*.attn",), rope=rope)
-
-
-def test_an_adapter_holds_a_rope_or_says_why_not():
-    for rope in (ROPE, "positions are learned", None):
-        assert adapter(rope).rope is rope
-    with pytest.raises(ConfigError, match=r"'mine': rope.*Rope.*got 7"):
-        adapter(7)
 
 
 def test_a_model_without_rotary_positions_is_refused_with_the_reason():
