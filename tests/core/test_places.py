@@ -440,8 +440,9 @@ def test_a_lost_handle_is_found_and_holds_nothing_alive(transformer):
     assert repr(found) == "<Attachment: radial on transformer (wan, sizes of no released model)>"
     found.detach()
     assert repr(found).endswith("; detached>")
-    with pytest.raises(AttachError, match="detached already"), found:
-        pass
+    for again in (found.detach, found.__enter__):
+        with pytest.raises(AttachError, match="detached already"):
+            again()
     model = tiny_transformer()
     dit_accel.attach(model, RADIAL, SkipForwards(), SkipBlock())
     forward(model)
