@@ -123,7 +123,6 @@ class SparseDHandler(SparseHandler):
         return not chosen and self.is_active_somewhere(step)
 
     def reset(self) -> None:
-        """Forget the patterns."""
         self.bits.clear()
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:

@@ -109,7 +109,6 @@ class EasyHandler(StepCacheHandler):
         return decision.total
 
     def threshold(self) -> float | None:
-        """Return the number that the indicator is compared with."""
         return StepCacheHandler.threshold(self) if self.settings.error is None else self.settings.error
 
     def arrived(self, context: ForwardContext, decision: EasyDecision, history: History, output: Any) -> None:

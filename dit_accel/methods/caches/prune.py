@@ -101,7 +101,6 @@ class PruneHandler(SpanHandler):
         return True
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """No block is of one span with another."""
         return False
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
