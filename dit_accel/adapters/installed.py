@@ -70,7 +70,7 @@ def register(adapter: Adapter, *, override: bool = False) -> Adapter:
 
 def _adapters(entry: EntryPoint) -> Sequence[Adapter]:
     """Return the adapters that an entry point gives."""
-    listed, entry_point = _load(entry, "a tuple of adapters"), _named(entry)
+    listed, entry_point = load_entry(entry, "a tuple of adapters"), describe_entry(entry)
     if not isinstance(listed, (tuple, list)) or not all(isinstance(adapter, Adapter) for adapter in listed):
         raise ConfigError(
             f"{entry_point} must give adapters, got {type(listed).__name__}; name a tuple, ADAPTERS = (MY_ADAPTER,)"
@@ -78,19 +78,19 @@ def _adapters(entry: EntryPoint) -> Sequence[Adapter]:
     return listed
 
 
-def _load(entry: EntryPoint, what: str) -> Any:
-    """Return the object that an entry point names."""
-    entry_point = _named(entry)
+def load_entry(entry: EntryPoint, what: str) -> Any:
+    """Return the object that an entry point names; ``what`` should have been named, if it can't be loaded."""
     try:
         return entry.load()
     except (AttributeError, ModuleNotFoundError) as error:
         raise ConfigError(
-            f"{entry_point} can't be loaded: {error}; name {what} in pyproject.toml and install it again"
+            f"{describe_entry(entry)} can't be loaded: {error}; name {what} in pyproject.toml and install it again"
         ) from error
 
 
-def _named(entry: EntryPoint) -> str:
-    return f"the entry point {entry.value!r} of {entry.group}"
+def describe_entry(entry: EntryPoint) -> str:
+    """Return how errors call an entry point."""
+    return f"the entry point {entry.name} = {entry.value!r} of {entry.group}"
 
 
 @cache
@@ -102,7 +102,7 @@ def not_supported() -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     for entry in entry_points(group=REASON_GROUP):
-        given, entry_point = _load(entry, "a dict of reasons"), _named(entry)
+        given, entry_point = load_entry(entry, "a dict of reasons"), describe_entry(entry)
         if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
             raise ConfigError(
                 f"{entry_point} must give reasons, got {type(given).__name__}; name a dict, class name -> why not"

@@ -30,6 +30,20 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
     types = [handler_of(config) for config in configs]
     configs = [handler.config_for(config) or config for handler, config in zip(types, configs, strict=True)]
     paired = sorted(zip(types, configs, strict=True), key=lambda pair: (*_place(pair[0]), pair[1].name))
+    _require_one_cache(paired)
+    for handler_type, config in paired:
+        _refuse_on(model, handler_type, config)
+    model = replace(model, tiling=agreed_tiling([config for _, config in paired], model))
+    handlers = [handler_type(config, model) for handler_type, config in paired]
+    _require_apart(handlers)
+    require_noise(handlers, model.noises, model.noise_source)
+    for handler in handlers if alone else ():
+        handler.check_with([other for other in handlers if other is not handler])
+    return handlers
+
+
+def _require_one_cache(paired: Sequence[tuple[type[Handler], MethodConfig]]) -> None:
+    """Refuse two caches or two of one kind, before a handler of either is made: some can't be made beside another."""
     for (kind, first), (other_kind, second) in combinations(paired, 2):
         if "cache" in kind.exclusive & other_kind.exclusive:
             raise ConfigError(
@@ -38,21 +52,17 @@ def make_handlers(configs: Sequence[MethodConfig], model: Model, alone: bool = T
             )
         if kind is other_kind:
             raise ConfigError(f"two {kind.config_type.__name__} configs were given; attach one of each method")
-    for handler_type, config in paired:
-        _refuse_on(model, handler_type, config)
-    model = replace(model, tiling=agreed_tiling([config for _, config in paired], model))
-    handlers = [handler_type(config, model) for handler_type, config in paired]
-    for one, other in combinations(handlers, 2):
-        if shared := one.exclusive & other.exclusive:
-            of = "an attention call" if Place.ATTENTION in one.places else "a forward"
+
+
+def _require_apart(handlers: Sequence[Handler]) -> None:
+    """Refuse two methods that set the same; what a handler sets depends on its settings, so it is asked once made."""
+    for first, second in combinations(handlers, 2):
+        if shared := first.exclusive & second.exclusive:
+            of = "an attention call" if Place.ATTENTION in first.places else "a forward"
             raise ConfigError(
-                f"{one.name} and {other.name} both set the {' and '.join(sorted(shared))} of {of}, which takes only "
+                f"{first.name} and {second.name} both set the {' and '.join(sorted(shared))} of {of}, which takes only "
                 "one; attach one of them"
             )
-    require_noise(handlers, model.noises, model.noise_source)
-    for handler in handlers if alone else ():
-        handler.check_with([other for other in handlers if other is not handler])
-    return handlers
 
 
 def agreed_tiling(configs: Sequence[MethodConfig], model: Model) -> Tiling:

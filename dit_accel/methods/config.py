@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -143,12 +144,11 @@ def _naming_the_unknown(init: Callable[..., None]) -> Callable[..., None]:
 
 def _plain(value: Any) -> Any:
     """Return lists as tuples, which can't change, and numbers of other libraries as Python's own; the rest as it is."""
-    if isinstance(value, list):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, tuple):
+    if isinstance(value, (list, tuple)):
         plain = tuple(_plain(item) for item in value)
-        return value if all(a is b for a, b in zip(plain, value, strict=True)) else plain
-    if type(value) in (bool, int, float) or isinstance(value, str):
+        unchanged = isinstance(value, tuple) and all(map(operator.is_, plain, value))
+        return value if unchanged else plain  # the same object tells the caller that there is nothing to set
+    if type(value) in (bool, int, float):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -156,24 +156,21 @@ def _plain(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+    """Tell whether a value is of an annotation's type."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _fits(value, typing.get_args(hint)[0])
+        return _fits(value, parts[0])
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if origin is typing.Literal:
-        return any(
-            value is choice or (value == choice and type(value) is type(choice)) for choice in typing.get_args(hint)
-        )
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:  # 1 == True == 1.0, and none of them stands for another
+        return any(value == choice and type(value) is type(choice) for choice in parts)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if hint in (int, float) and isinstance(value, bool):  # which Python takes for an int
+        return False
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is None or hint is type(None):
-        return value is None
-    return isinstance(value, hint)
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, type(None) if hint is None else hint)
 
 
 _ONE = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "unset"}

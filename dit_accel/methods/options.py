@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+Note = typing.TypeVar("Note")
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -102,30 +104,34 @@ def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tupl
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        rules = [rule for rule in parts[1:] if isinstance(rule, Rule)]
+        rules = _notes(hint, Rule)
         if all(rule.holds(value) for rule in rules):
             return find_broken(value, parts[0], fits)
         words = " and ".join(rule.words for rule in rules)
-        return f"be {words}", value, "".join(text for text in parts[1:] if isinstance(text, str))
+        return f"be {words}", value, "".join(_notes(hint, str))
     if origin in (typing.Union, types.UnionType):
         return next((find_broken(value, part, fits) for part in parts if fits(value, part)), None)
-    if origin is tuple:
-        found = next(filter(None, (find_broken(item, parts[0], fits) for item in value)), None)
-        return found and (f"hold values that are {found[0].removeprefix('be ')}", *found[1:])
+    if origin is tuple and (broken := next(filter(None, (find_broken(item, parts[0], fits) for item in value)), None)):
+        return f"hold values that are {broken[0].removeprefix('be ')}", *broken[1:]
     return None
 
 
 def may_name(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> bool:
     """Return whether a value may name a file or a model of a hub, by its annotation; ``fits`` as in `find_broken`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if value is None or isinstance(value, (bool, int, float)) or origin is typing.Literal:
+    if isinstance(value, (int, float, types.NoneType)) or origin is typing.Literal:
         return False
     if origin is Annotated:
         texts = value if isinstance(value, tuple) else (value,)
-        said = [any(map(part.outside, texts)) for part in parts[1:] if isinstance(part, Names)]
-        return any(said) if said else may_name(value, parts[0], fits)
+        verdicts = [any(map(names.outside, texts)) for names in _notes(hint, Names)]
+        return any(verdicts) if verdicts else may_name(value, parts[0], fits)
     if origin in (typing.Union, types.UnionType):
         return any(may_name(value, part, fits) for part in parts if fits(value, part))
     if origin is tuple and isinstance(value, tuple):
         return any(may_name(item, parts[0], fits) for item in value)
     return True
+
+
+def _notes(hint: Any, kind: type[Note]) -> list[Note]:
+    """Return what an ``Annotated`` says beside its type, of one kind."""
+    return [note for note in typing.get_args(hint)[1:] if isinstance(note, kind)]

@@ -4,6 +4,7 @@ The figures are those of `eval/studies/preset_levels.py` on the embedded models,
 levels; `preset_figures.json` holds them, written by `eval/studies/preset_table.py`.
 """
 
+import bisect
 import functools
 import json
 from dataclasses import dataclass
@@ -73,17 +74,20 @@ def promise(level: str, steps: int, model: str | None = None) -> Promise | None:
     Args:
         model: an embedded model, whose own figures are given; of any other name the least of all.
     """
-    found = figures(level)
-    found = tuple(one for one in found if one.model == model) or found
-    counts = sorted({one.steps for one in found})
+    measured = figures(level)
+    measured = tuple(figure for figure in measured if figure.model == model) or measured
+    counts = sorted({figure.steps for figure in measured})
     if not counts or steps < counts[0]:
         return None
-    below, above = max(one for one in counts if one <= steps), min((one for one in counts if one >= steps), default=0)
-    near = [one for one in found if one.steps in (below, above or below)]
-    skipped = [min(one.skipped for one in near if one.steps == count) for count in (below, above or below)]
+    # Beyond the longest run that was measured, both neighbours are that run.
+    below = counts[bisect.bisect_right(counts, steps) - 1]
+    above = counts[min(bisect.bisect_left(counts, steps), len(counts) - 1)]
+
+    def least(quantity: str, *near: int) -> float:
+        return min(getattr(figure, quantity) for figure in measured if figure.steps in near)
+
     share = (steps - below) / (above - below) if above > below else 0.0
-    return Promise(
-        median=min(one.median for one in near), tenth=min(one.tenth for one in near),
-        loop=min(one.loop for one in near), call=min(one.call for one in near),
-        skipped=skipped[0] + share * (skipped[1] - skipped[0]), steps=tuple(sorted({below, above or below})),
-    )  # fmt: skip
+    skipped = least("skipped", below)
+    skipped += share * (least("skipped", above) - skipped)
+    quantities = {name: least(name, below, above) for name in ("median", "tenth", "loop", "call")}
+    return Promise(**quantities, skipped=skipped, steps=tuple(sorted({below, above})))

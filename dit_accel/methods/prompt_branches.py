@@ -45,7 +45,7 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
     place, _, number = name.partition(" ")
     if place != "call" or not number.isdigit():
         raise _unknown(method, f"{site.name} runs in cache_context({name!r}), which does not tell")
-    if guidance.branch_of:
+    if guidance.branch_of:  # each prompt has a transformer of its own
         return guidance.branch_of.get(_component(site), "cond")
     if pipe is None:
         return _in_own_loop(method, site, int(number))
@@ -53,7 +53,7 @@ def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> P
     if calls is None:
         or_name = f", or name the class in the guidance of the adapter {site.adapter.name!r}"
         raise _unknown(method, f"{type(pipe).__name__} does not tell", or_name)
-    if calls == "together":
+    if calls == "together":  # both prompts in the first call; further ones are perturbations of the pipeline's
         return _in_one_forward(method, site, call, len(latents)) if number == "0" else "perturbed"
     return "cond" if calls == "alone" or number == "0" else "uncond"
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from ..adapters.installed import describe_entry, load_entry
 from ..errors import ConfigError, did_you_mean
 from .base import Handler
 from .config import MethodConfig
@@ -28,24 +29,12 @@ def handlers() -> dict[str, type[Handler]]:
     """
     known: dict[str, type[Handler]] = {}
     for entry in entry_points(group=METHOD_GROUP):
-        handler = _load(entry)
+        handler = _checked(load_entry(entry, "a handler type"), describe_entry(entry), entry.name)
         if entry.name in known or any(handler.config_type is other.config_type for other in known.values()):
             raise ConfigError(f"a method {entry.name!r} is registered twice, last by {entry.value}; uninstall one")
         known[entry.name] = handler
     known |= _registered
     return dict(sorted(known.items(), key=lambda item: (item[1].phase, item[0])))
-
-
-def _load(entry: EntryPoint) -> type[Handler]:
-    """Return the handler type that an entry point gives."""
-    what = f"the entry point {entry.name} = {entry.value!r} of {METHOD_GROUP}"
-    try:
-        handler = entry.load()
-    except (AttributeError, ModuleNotFoundError) as error:
-        raise ConfigError(
-            f"{what} can't be loaded: {error}; name a handler type in pyproject.toml and install it again"
-        ) from error
-    return _checked(handler, what, entry.name)
 
 
 def register(handler: Registered) -> Registered:

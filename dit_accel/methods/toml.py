@@ -86,15 +86,13 @@ def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
     Raises:
         ConfigError: for text that is not TOML, an unknown key, with the nearest, or a value of another kind.
     """
-    found = _tables(text, source).get(RUN, {})
-    if not isinstance(found, dict):
-        raise ConfigError(f"{source}: {RUN} = {found!r} is no table; write [{RUN}]")
-    for key, value in found.items():
+    table = _table(text, source, RUN)
+    for key, value in table.items():
         if key not in RUN_KEYS:
             raise ConfigError(f"{source}: [{RUN}] has no {key!r}; {did_you_mean(key, RUN_KEYS)}")
         if isinstance(value, bool) or not isinstance(value, RUN_KEYS[key]):
             raise ConfigError(f"{source}: [{RUN}] has {key} = {value!r}, which is of the wrong kind")
-    return found
+    return table
 
 
 def tuned_table(text: str, source: str = "the method config") -> dict[str, Any]:
@@ -103,10 +101,14 @@ def tuned_table(text: str, source: str = "the method config") -> dict[str, Any]:
     Raises:
         ConfigError: for text that is not TOML, or what is no table.
     """
-    found = _tables(text, source).get(TUNED, {})
-    if not isinstance(found, dict):
-        raise ConfigError(f"{source}: {TUNED} = {found!r} is no table; write [{TUNED}]")
-    return found
+    return _table(text, source, TUNED)
+
+
+def _table(text: str, source: str, name: str) -> dict[str, Any]:
+    table = _tables(text, source).get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{source}: {name} = {table!r} is no table; write [{name}]")
+    return table
 
 
 def _tables(text: str, source: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def check_kind(
         raise ConfigError(f"period must be a number of positions above 0, got {period!r}; leave it out to find it")
     if turn is not None and not 0 < turn <= 1:
         raise ConfigError(f"turn must be above 0 and at most 1, got {turn!r}; RIFLEx' code has 0.9")
-    if indices is not None and (len(indices) == 0 or min(indices) < 0):
+    if indices is not None and min(indices, default=-1) < 0:
         raise ConfigError(
             f"indices must be places among the frequencies, from 0 on, got {tuple(indices)!r}; leave them out to find "
             "them by their periods"
@@ -133,15 +133,21 @@ def edited(
     if kind == "ntk":
         fastest, slowest = own.max(), own.min()
         return own if fastest == slowest else own * s ** (-np.log(fastest / own) / np.log(fastest / slowest))
-    changed = TURN[kind] if turn is None else turn
-    new, periods = own.copy(), 2 * np.pi / own
-    if kind == "riflex":
-        places = (dominant(own, trained) if period is None else int(np.abs(periods - period).argmin()),)
+    if indices is not None:
+        places = _by_rank(own, indices)
+    elif kind == "ultraimage":
+        places = corrections(own, trained, length)
     else:
-        places = corrections(own, trained, length) if indices is None else _by_rank(own, indices)
+        places = (dominant(own, trained) if period is None else int(np.abs(2 * np.pi / own - period).argmin()),)
+    return _turning(own, places, length, TURN[kind] if turn is None else turn)
+
+
+def _turning(own: np.ndarray, places: Sequence[int], length: float, turn: float) -> np.ndarray:
+    """Let frequencies make so many turns over a length; those that make no more already stay as they are."""
+    new = own.copy()
     for place in places:
-        if length > periods[place]:
-            new[place] = min(own[place], changed * 2 * np.pi / length)
+        if length > 2 * np.pi / own[place]:
+            new[place] = min(own[place], turn * 2 * np.pi / length)
     return new
 
 

@@ -86,6 +86,7 @@ def check_layout(case: Case) -> None:
                 require(len(moved) == 1, f"latent {index} of axis {axis} moves the tokens {moved}, not one")
                 yield moved[0] - before
 
+        # Tokens of text or reference frames may stand first among the latents: the walk begins where the grid does.
         base, packed = [0] * latents.ndim, latents.ndim in (3, 6)
         for axis in range(1, latents.ndim if packed or case.model.reference_frames else 1):
             base[axis] = next((i for i, token in enumerate(tokens_along(axis, base)) if token == 0), 0)

@@ -69,6 +69,7 @@ def attention(
     by_row = states[:, :, row]
     exact = torch.where(apart[:, None], seen, (by_row == EXACT)[..., column]) & valid[:, None, None]
     pooled = (by_row == POOLED) & (length > 0)[:, None, None] & ~apart[:, None]
+    # A pooled tile of n tokens is one key that weighs n times as much, which is a bias of log n.
     of_tokens = torch.zeros(exact.shape).masked_fill(~exact, -torch.inf)
     bias = torch.cat([of_tokens, length.log()[:, None, None].masked_fill(~pooled, -torch.inf)], -1)
     keys, values = torch.cat([k, k_mean], 2), torch.cat([v, v_mean], 2)

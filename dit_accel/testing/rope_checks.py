@@ -196,18 +196,7 @@ class _Samples:
         elif rope.form == "tables of axes":
             tables = {axis.name: torch.complex(*table) for axis, table in zip(self.axes, value[0], strict=True)}
             return [spread(tables, self.grid)]
-        parts = _leaves(value)
-        if rope.values == "cos sin":
-            points = [torch.complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
-        elif rope.values == "halves":
-            points = [torch.complex(*x.chunk(2, dim=1)).movedim(1, -1) for x in parts]
-        elif rope.values == "matrix":
-            points = [torch.complex(x[..., 0, 0], x[..., 1, 0]) for x in parts]
-        elif rope.values == "angles":
-            points = [torch.polar(torch.ones_like(x), x) for x in parts]
-        else:
-            points = [x for x in parts if x.is_complex()]
-        return [self._rows(x) for x in points]
+        return [self._rows(x) for x in _POINTS.get(rope.values, _complex)(_leaves(value))]
 
     def _rows(self, z: Tensor) -> Tensor:
         channels = z.shape[-1]
@@ -217,6 +206,19 @@ class _Samples:
         if self.rope.form == "theta of all axes" and z.ndim == 3:  # [heads, rows, channels]
             return z.transpose(0, 1).flatten(1)
         return z.flatten(0, -2) if z.ndim > 1 else z[None]
+
+
+def _complex(parts: list[Tensor]) -> list[Tensor]:
+    return [x for x in parts if x.is_complex()]
+
+
+_POINTS: Mapping[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "cos sin": lambda parts: [torch.complex(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)],
+    "halves": lambda parts: [torch.complex(*x.chunk(2, dim=1)).movedim(1, -1) for x in parts],
+    "matrix": lambda parts: [torch.complex(x[..., 0, 0], x[..., 1, 0]) for x in parts],
+    "angles": lambda parts: [torch.polar(torch.ones_like(x), x) for x in parts],
+}
+"""How a model writes its positions down (`Rope.values`) -> their cos + i sin."""
 
 
 def _leaves(value: Any) -> list[Tensor]:

@@ -116,6 +116,23 @@ def test_few_functions_have_many_branches():
     assert len(dense) <= 60, dense
 
 
+def test_a_method_without_words_overrides_a_documented_one():
+    """Of the hooks of methods, which the linter lets stand without a docstring."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "dit_accel" / "methods").rglob("*.py")]
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+    def functions(name: str) -> list[ast.FunctionDef]:
+        parts = classes[name].body if name in classes else []
+        return [part for part in parts if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")]
+
+    def documented(name: str) -> set[str]:
+        above = [ast.unparse(base) for base in classes[name].bases] if name in classes else []
+        return {part.name for part in functions(name) if ast.get_docstring(part)}.union(*map(documented, above))
+
+    silent = {name: {part.name for part in functions(name)} - documented(name) for name in classes}
+    assert not {name: methods for name, methods in silent.items() if methods}
+
+
 NAMES = {"dit_accel": "", "dit_accel_kernels": "kernels", "dit_accel_pipelines": "pipelines", "dit_accel_eval": "eval"}
 NAMES |= {"dit_accel_comfyui": "comfyui", "dit_accel_assets": "assets"}
 PACKAGES = {name: ROOT / room / name for name, room in NAMES.items()}

@@ -1,12 +1,14 @@
 """The four places where a method acts, by small methods made here: eager and compiled, composed, and undone exactly."""
 
 import copy
+import dataclasses
+import gc
 import io
 import weakref
-from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from some_cases import some
 from torch._dynamo.utils import counters
 from wan_tiny import tiny_transformer
@@ -14,12 +16,22 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import AttachError, ConfigError, RadialAttention
 from dit_accel.adapters.installed import adapter_for
-from dit_accel.methods import AttentionHandler, Handler, MethodConfig, Phase, Place, registry, sample_of, with_sample
+from dit_accel.methods import (
+    AttentionHandler,
+    Handler,
+    MethodConfig,
+    Phase,
+    Place,
+    config,
+    registry,
+    sample_of,
+    with_sample,
+)
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@config
 class SkipForwards(MethodConfig):
     name = "skip-forwards"
 
@@ -52,7 +64,7 @@ class SkipForwardsHandler(Handler):
         self.last.clear()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@config
 class SkipBlock(MethodConfig):
     name = "skip-block"
 
@@ -73,7 +85,7 @@ class SkipBlockHandler(Handler):
         return streams if context.step_index else run(streams)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@config
 class Positions(MethodConfig):
     name = "positions"
 
@@ -92,7 +104,7 @@ class PositionsHandler(Handler):
         site.replace(site.transformer, "remark", "here")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@config
 class Guide(MethodConfig):
     name = "guide"
 
@@ -218,24 +230,14 @@ def test_a_nested_branch_has_state_of_its_own_and_moves_nothing(transformer):
 
 
 def test_a_plan_that_needs_no_kernel_runs_on_the_users_own_backend(transformer):
-    from diffusers.models.attention_dispatch import attention_backend
-
     with dit_accel.attach(transformer, Guide(), backend="reference") as attachment:
         with attention_backend("_native_math"):
             guided = forward(transformer)
         assert attachment.engine.recorder.backends == set()  # no kernel of ours
-        calls = []
-        with attachment.observe(calls.append):
-            forward(transformer)
-        assert len(calls) == 3
-    for call in calls:
-        q, k, v = call.call.q, call.call.k, call.call.v
-        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        torch.testing.assert_close(call.out, 0.25 * attended + 0.75 * v)
     assert guided.isfinite().all()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@config
 class Probe(MethodConfig):
     name = "probe"
 
@@ -285,7 +287,6 @@ def test_a_branch_inside_a_block_leaves_the_rest_of_the_forward_as_it_was(transf
 
 
 def test_a_forward_without_a_grid_is_refused_if_any_layer_follows_a_plan(transformer, monkeypatch):
-    import dataclasses
 
     from dit_accel.attachment import attachment as module
 
@@ -305,18 +306,12 @@ def test_a_forward_without_a_grid_is_refused_if_any_layer_follows_a_plan(transfo
         assert torch.equal(forward(transformer), plain)
 
 
-def test_what_lies_inside_a_nested_branch_is_told_its_name(transformer):
-    with dit_accel.attach(transformer, Guide(), SkipForwards(every=2)) as attachment:
-        forward(transformer, 0)
+def test_guidance_lies_around_caches_around_the_model_and_branches_have_names(transformer):
+    with dit_accel.attach(transformer, SkipForwards(), Guide(), SkipBlock(), RADIAL) as attachment:
+        first = [forward(transformer, step) for step in range(3)]
         cached = handler_of(attachment, SkipForwardsHandler).last
         assert set(cached) == {"cond", "cond/perturbed"}
         assert not torch.equal(*(sample_of(out) for out in cached.values()))
-
-
-def test_guidance_lies_around_caches_around_the_model(transformer):
-    with dit_accel.attach(transformer, SkipForwards(), Guide(), SkipBlock(), RADIAL) as one:
-        first = [forward(transformer, step) for step in range(3)]
-        assert [handler.phase for handler in one.engine.handlers] == sorted(h.phase for h in one.engine.handlers)
     with dit_accel.attach(transformer, RADIAL, SkipBlock(), Guide(), SkipForwards()):
         assert all(torch.equal(forward(transformer, step), out) for step, out in enumerate(first))
 
@@ -440,15 +435,14 @@ def test_a_lost_handle_is_found_and_holds_nothing_alive(transformer):
     assert repr(found) == "<Attachment: radial on transformer (wan, sizes of no released model)>"
     found.detach()
     assert repr(found).endswith("; detached>")
-    with pytest.raises(AttachError, match="detached already"), found:
-        pass
+    for again in (found.detach, found.__enter__):
+        with pytest.raises(AttachError, match="detached already"):
+            again()
     model = tiny_transformer()
     dit_accel.attach(model, RADIAL, SkipForwards(), SkipBlock())
     forward(model)
     gone = weakref.ref(model)
     del model
-    import gc
-
     gc.collect()
     assert gone() is None
 
@@ -474,7 +468,6 @@ def test_only_chosen_layers_change(transformer):
 
 
 def test_a_method_without_its_place_is_refused_by_name(transformer, monkeypatch):
-    import dataclasses
 
     from dit_accel.methods.base import Model
     from dit_accel.methods.compose import make_handlers

@@ -24,7 +24,7 @@ def install(monkeypatch):
 
     def install(*adapters: Adapter, entry: object = None) -> None:
         group = installed.ADAPTER_GROUP
-        added = entry or SimpleNamespace(value="stranger:ADAPTERS", group=group, load=lambda: adapters)
+        added = entry or SimpleNamespace(name="us", value="stranger:ADAPTERS", group=group, load=lambda: adapters)
         monkeypatch.setattr(
             installed, "entry_points", lambda group: [*real(group=group), *[added] * (added.group == group)]
         )
@@ -90,7 +90,9 @@ def test_an_entry_point_that_gives_no_adapters_is_named(install):
 
 def test_a_stranger_says_why_a_class_is_not_supported(install):
     reasons = {"MyTransformer": "no attention"}
-    install(entry=SimpleNamespace(value="stranger:REASONS", group=installed.REASON_GROUP, load=lambda: reasons))
+    install(
+        entry=SimpleNamespace(name="us", value="stranger:REASONS", group=installed.REASON_GROUP, load=lambda: reasons)
+    )
     with pytest.raises(UnsupportedModel, match=r"MyTransformer is.*: no attention$"):
         installed.adapter_for("MyTransformer")
     reasons["MyTransformer"] = 3
@@ -130,7 +132,7 @@ def install_methods(monkeypatch):
     def entry(name: str, given: object) -> object:
         if isinstance(given, str):
             return EntryPoint(name, given, group)
-        return SimpleNamespace(name=name, value=f"stranger:{given!r}", load=lambda: given)
+        return SimpleNamespace(name=name, group=group, value=f"stranger:{given!r}", load=lambda: given)
 
     def install(**entries: object) -> None:
         added = [entry(name, given) for name, given in entries.items()]

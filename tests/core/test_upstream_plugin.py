@@ -48,32 +48,25 @@ def watched(mode: str, cls: Any) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("mode", upstream_models.METHODS)
-def test_a_model_that_is_built_is_attached_until_the_test_ends(mode):
-    cls = toy_class()
-    watch = watched(mode, cls)
-    model = cls(**TINY)
-    assert model.config.num_layers == TINY["num_layers"]
-    assert {"_compiled_call_impl", "cache_context", "compile"} <= vars(model).keys()
-    forward(model)
-    forward(model, 400.0)
-    assert watch.end() == []
-    assert leftovers(model) == []
-    assert {"_compiled_call_impl", "cache_context", "compile"}.isdisjoint(vars(model))
-    planned = 0 if mode == "neutral" else 2 * TINY["num_layers"]
-    compared = 0 if mode == "active" else 2
-    assert watch.counts == dict(models=1, forwards=2, compared=compared, planned=planned)
-    assert watch.built == {"WanTransformer3DModel"}
-    forward(model)
-    assert watch.counts["forwards"] == 2  # it is no longer watched
-
-
-def test_classes_that_derive_from_a_followed_one_are_left_alone():
-    cls = toy_class()
-    watch = watched("neutral", cls)
-    model = type("Derived", (cls,), {})(**TINY)
-    assert leftovers(model) == []
-    assert watch.counts["models"] == 0
+def test_a_model_that_is_built_is_attached_until_the_test_ends():
+    for mode in upstream_models.METHODS:
+        cls = toy_class()
+        watch = watched(mode, cls)
+        model = cls(**TINY)
+        assert model.config.num_layers == TINY["num_layers"]
+        assert {"_compiled_call_impl", "cache_context", "compile"} <= vars(model).keys()
+        assert leftovers(type("Derived", (cls,), {})(**TINY)) == []  # whose class is not followed
+        forward(model)
+        forward(model, 400.0)
+        assert watch.end() == []
+        assert leftovers(model) == []
+        assert {"_compiled_call_impl", "cache_context", "compile"}.isdisjoint(vars(model))
+        planned = 0 if mode == "neutral" else 2 * TINY["num_layers"]
+        compared = 0 if mode == "active" else 2
+        assert watch.counts == dict(models=1, forwards=2, compared=compared, planned=planned)
+        assert watch.built == {"WanTransformer3DModel"}
+        forward(model)
+        assert watch.counts["forwards"] == 2  # it is no longer watched
 
 
 def test_what_is_left_after_detach_is_found():
@@ -101,21 +94,15 @@ def test_what_is_left_after_detach_is_found():
         assert place in leftovers(model)
 
 
-def test_a_test_hears_of_what_is_left():
+def test_a_test_hears_of_what_is_left_and_of_a_detach_that_raises():
     cls = toy_class()
     watch = watched("neutral", cls)
     model = cls(**TINY)
     model.blocks[0].extra = vars(model)["_compiled_call_impl"]
-    found = watch.end()
-    assert found == ["neutral: WanTransformer3DModel: blocks.0.extra is left after detach"]
+    assert watch.end() == ["neutral: WanTransformer3DModel: blocks.0.extra is left after detach"]
     assert watch.end() == []  # of the next test nothing
-
-
-def test_a_detach_that_raises_is_told():
-    cls = toy_class()
-    watch = watched("neutral", cls)
-    model = cls(**TINY)
-    vars(model)["_compiled_call_impl"].owner.detach()
+    watch = watched("neutral", cls := toy_class())
+    vars(cls(**TINY))["_compiled_call_impl"].owner.detach()
     assert "detach raised AttachError" in watch.end()[0]
 
 
@@ -142,25 +129,22 @@ def test_the_footprint_sees_entries_of_dicts_and_of_processors():
     assert changed == {"blocks.0._forward_hooks", "blocks.1.attn1.processor.backend"}
 
 
-@pytest.mark.parametrize(
-    ("mode", "attached", "said"),
-    [
-        ("neutral", lambda: torch.ones(3), None),
-        ("neutral", lambda: torch.ones(3).nextafter(torch.full((3,), 2.0)), "in its bits"),
-        ("neutral", lambda: torch.ones(4), "other shapes"),
-        ("neutral", lambda: [torch.ones(3), torch.ones(3)], "other shapes"),
-        ("keep-all", lambda: torch.full((3,), 1.000001), None),
-        ("keep-all", lambda: torch.full((3,), 1.0001), "by 0.0001 of its size"),
-        ("keep-all", lambda: torch.full((3,), float("nan")), "by nan of its size"),
-        ("active", lambda: torch.zeros(3), None),
-    ],
-)
-def test_forwards_are_compared_with_plain_ones(mode, attached, said):
-    cls = toy_class()
-    watch = watched(mode, cls)
-    watch.run(cls(**TINY), attached, lambda: torch.ones(3))
-    found = watch.end()
-    assert (said is None and found == []) or (said is not None and said in found[0])
+def test_forwards_are_compared_with_plain_ones():
+    ones = torch.ones(3)
+    for mode, attached, said in (
+        ("neutral", ones, None),
+        ("neutral", ones.nextafter(torch.full((3,), 2.0)), "in its bits"),
+        ("neutral", torch.ones(4), "other shapes"),
+        ("neutral", [ones, ones], "other shapes"),
+        ("keep-all", torch.full((3,), 1.000001), None),
+        ("keep-all", torch.full((3,), 1.0001), "by 0.0001 of its size"),
+        ("keep-all", torch.full((3,), float("nan")), "by nan of its size"),
+        ("active", torch.zeros(3), None),
+    ):
+        watch = watched(mode, cls := toy_class())
+        watch.run(cls(**TINY), lambda attached=attached: attached, lambda: torch.ones(3))
+        errors = watch.end()
+        assert (errors == []) if said is None else (said in errors[0])
 
 
 def test_a_plain_forward_draws_the_same_random_numbers_and_none_of_the_test():

@@ -102,7 +102,7 @@ def only(monkeypatch):
 
     def only(adapter):
         class Fake:
-            value, group = "stranger:ADAPTERS", "dit_accel.adapters"
+            name, value, group = "us", "stranger:ADAPTERS", "dit_accel.adapters"
 
             def load(self):
                 return (adapter,)

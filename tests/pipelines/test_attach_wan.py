@@ -98,17 +98,14 @@ def test_guidance_batched_in_one_call_and_steps_counted_without_a_context():
         assert [s.step_index for s in attachment.report().steps] == [0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_dtype_runs_and_keeps_its_output_type(dtype):
-    transformer = tiny_transformer().to(dtype)
-    inputs = dict(
-        hidden_states=torch.randn(1, 12, 5, 8, 8).to(dtype), timestep=torch.tensor([500.0]),
-        encoder_hidden_states=torch.randn(1, 6, 64).to(dtype), return_dict=False,
-    )  # fmt: skip
-    with torch.no_grad(), dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0))):
-        out = transformer(**inputs)[0]
-    assert out.dtype == dtype
-    assert out.isfinite().all()
+def test_every_dtype_runs_and_keeps_its_output_type():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        transformer = tiny_transformer().to(dtype)
+        inputs = torch.randn(1, 12, 5, 8, 8).to(dtype), torch.tensor([500.0]), torch.randn(1, 6, 64).to(dtype)
+        with torch.no_grad(), dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0))):
+            out = transformer(*inputs, return_dict=False)[0]
+        assert out.dtype == dtype
+        assert out.isfinite().all()
 
 
 def test_fused_projections_give_the_same_result_before_or_after(pipe):
@@ -200,14 +197,6 @@ def test_compiled_full_graph_makes_two_graphs_and_the_same_video(make_pipe, how)
 
 
 class TestBadInput:
-    def test_attach_twice_and_detach_twice(self, pipe):
-        attachment = dit_accel.attach(pipe, preset="none")
-        with pytest.raises(dit_accel.AttachError, match=r"attached.*transformer.*detach\(\)"):
-            dit_accel.attach(pipe, RadialAttention())
-        attachment.detach()
-        with pytest.raises(dit_accel.AttachError, match="detached already"):
-            attachment.detach()
-
     def test_unsupported_transformer_names_near_ones_and_where_all_are_listed(self):
         near = type("WanTransformer3DModl", (torch.nn.Module,), {})  # a class is no word that was spelt wrong
         for module in (torch.nn.Linear(2, 2), near()):
@@ -251,31 +240,6 @@ class TestBadInput:
             with pytest.raises(dit_accel.MissingBackend, match=r"'flex'.*votes.*lite.*'auto'"):
                 dit_accel.attach(pipe, dit_accel.LiteAttention(), backend="flex")
         assert torch.equal(generate(pipe), generate(pipe))
-
-    def test_one_frame_is_refused_at_the_first_step(self, pipe):
-        steps = []
-
-        def count(pipe, step, timestep, tensors):
-            steps.append(step)
-            return tensors
-
-        with (
-            dit_accel.attach(pipe, RadialAttention(**SPARSE)),
-            pytest.raises(dit_accel.ConfigError, match=r"radial.*2 latent frames, got 1"),
-        ):
-            generate(pipe, num_frames=1, callback_on_step_end=count)
-        assert not steps
-
-    def test_an_unknown_step_count_is_an_error_where_a_share_needs_it(self):
-        transformer = tiny_transformer()
-        with dit_accel.attach(transformer, preset="none"), torch.no_grad():
-            pass
-        inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64)
-        with (
-            dit_accel.attach(transformer, RadialAttention(**dict(SPARSE, dense_steps=0.24))),
-            pytest.raises(dit_accel.ConfigError, match=r"radial.dense_steps = 0.24.*steps"),
-        ):
-            transformer(*inputs)
 
     def test_a_processor_set_by_the_user_meanwhile_stays(self, pipe):
         from diffusers.models.transformers.transformer_wan import WanAttnProcessor

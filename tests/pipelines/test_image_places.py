@@ -43,6 +43,10 @@ def widened(value: Any) -> Any:
     return type(value)(widened(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
+def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: widened(value) for key, value in inputs.items()}
+
+
 def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], list[Tensor]]) -> Grids:
     """All tiles kept gives what the untouched model gives; thinned out, text stays exact. Returns the calls' grids."""
     transformer = transformer.double()
@@ -62,6 +66,11 @@ def assert_planned_is_dense(name: str, transformer: Any, run: Callable[[Any], li
 def grid_of(call: RecordedCall) -> tuple[int, ...]:
     """Frames, height, width, text before and text after."""
     return dataclasses.astuple(call.context.layout)
+
+
+def grids_of_planned(name: str, transformer: Any, inputs: dict[str, Any], start: int = 0) -> Grids:
+    """Require of one call what `assert_planned_is_dense` does, of its tokens from ``start`` on."""
+    return assert_planned_is_dense(name, transformer, lambda model: [forward(model, inputs)[0][:, start:]])
 
 
 def test_a_raster_is_read_off_either_end():
@@ -90,22 +99,20 @@ def test_values_are_read_once_as_long_as_they_stay():
         assert positions.read_once(tiny.ids(), read) == 4
 
 
-@pytest.mark.parametrize("name", ["flux", "flux-kin", "flux2", "chroma", "bria-fibo"])
-def test_a_reference_image_behind_the_image_counts_as_text(name):
-    model = tiny_models.MODELS[name][0]
-    inputs = {key: widened(value) for key, value in model.inputs(1).items()}
-    columns = inputs["img_ids"].shape[-1]
-    more = tiny.packed(1, references=True, columns=columns)
-    inputs |= {key: widened(more[key]) for key in ("hidden_states", "img_ids")}
-    if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(1, 6, dtype=torch.bool)], 1)
-    inputs.pop("joint_attention_kwargs", None)
-    grids = assert_planned_is_dense(name, build(model), lambda transformer: [forward(transformer, inputs)[0]])
-    assert set(grids) == {(1, 8, 10, 6, 6)}
+def test_a_reference_image_behind_the_image_counts_as_text():
+    for name in ("flux", "flux-kin", "flux2", "chroma", "bria-fibo"):
+        model = tiny_models.MODELS[name][0]
+        inputs = doubled(model.inputs(1))
+        more = tiny.packed(1, references=True, columns=inputs["img_ids"].shape[-1])
+        inputs |= doubled({key: more[key] for key in ("hidden_states", "img_ids")})
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(1, 6, dtype=torch.bool)], 1)
+        inputs.pop("joint_attention_kwargs", None)
+        assert {*grids_of_planned(name, build(model), inputs)} == {(1, 8, 10, 6, 6)}
 
 
 def test_flux2_fills_and_reads_its_cache_of_references():
-    inputs = {key: widened(value) for key, value in tiny.FLUX2[0].inputs(2).items()}
+    inputs = doubled(tiny.FLUX2[0].inputs(2))
     both = {
         **inputs,
         "hidden_states": torch.cat([torch.randn(2, 6, 4).double(), inputs["hidden_states"]], 1),
@@ -126,7 +133,7 @@ def test_flux2_fills_and_reads_its_cache_of_references():
 def test_glm_image_fills_and_reads_its_cache_of_references():
     from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
-    inputs = {key: widened(value) for key, value in tiny.GLM_IMAGE[0].inputs(2).items()}
+    inputs = doubled(tiny.GLM_IMAGE[0].inputs(2))
     reference = {
         **{key: value[:1] for key, value in inputs.items()},
         "hidden_states": torch.randn(1, 4, 4, 6).double(),
@@ -146,20 +153,18 @@ def test_glm_image_fills_and_reads_its_cache_of_references():
     assert grids == [(1, 8, 10, 12, 0)] * 3 + [(1, 8, 10, 6, 0)] * 3  # the cache is filled densely
 
 
-@pytest.mark.parametrize("references", [False, True])
-def test_qwen_image_21_plans_the_image_with_and_without_its_cache(references):
+def test_qwen_image_21_plans_the_image_with_and_without_its_cache():
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
-
-    model = tiny.QWEN_IMAGE_21[0]
-    inputs = {key: widened(value) for key, value in tiny.qwen_image_21(2, references).items()}
 
     def run(transformer: Any) -> list[Tensor]:
         cache = QwenImage21KVCache(3)
         calls = [{}, dict(kv_cache=cache, kv_cache_mode="extract"), dict(kv_cache=cache, kv_cache_mode="cached")]
         return [forward(transformer, {**inputs, **call})[0][:, -80:] for call in calls]
 
-    grids = assert_planned_is_dense("qwen-image-2.1", build(model), run)
-    assert grids == [(1, 8, 10, 6 + 8 * references, 0)] * 9
+    for references in (False, True):
+        inputs = doubled(tiny.qwen_image_21(2, references))
+        grids = assert_planned_is_dense("qwen-image-2.1", build(tiny.QWEN_IMAGE_21[0]), run)
+        assert grids == [(1, 8, 10, 6 + 8 * references, 0)] * 9
 
 
 def z_image_omni(rows: list[tuple[int, int]]) -> dict[str, Any]:
@@ -190,98 +195,56 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
         forward(transformer, ragged)
 
 
-def refused(name: str, transformer: Any, inputs: dict[str, Any], match: str) -> None:
-    """Dense as it was, and refused where a method would thin it out."""
-    plain = forward(transformer, inputs)[0]
-    with dit_accel.attach(transformer, preset="none"):
-        assert torch.equal(forward(transformer, inputs)[0], plain)
-    with dit_accel.attach(transformer, SOL.neutral):
-        assert torch.equal(forward(transformer, inputs)[0], plain)
-    with (
-        dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match=rf"{name}\).*this call: {match}"),
-    ):
-        forward(transformer, inputs)
-    assert torch.equal(forward(transformer, inputs)[0], plain)
-
-
-def test_lumina2_takes_one_prompt_length_a_call():
-    model = tiny.LUMINA2[0]
-    inputs = dict(model.inputs(2), encoder_attention_mask=tiny.text_mask(2))
-    refused("lumina2", build(model), inputs, r".*own prompt \(\(5, 4\) tokens\)")
-
-
-def test_joyimage_plus_takes_one_size_a_call():
-    model = other.JOYIMAGE_EDIT_PLUS[0]
-    inputs = model.inputs(2)
-    inputs["shape_list"][1] = [(1, 10, 8), (1, 2, 3)]
-    refused("joyimage-edit-plus", build(model), inputs, r".*images.*sizes, \[\(")
-
-
-def test_hidream_needs_latents_that_tell_their_size():
-    model = tiny.HIDREAM[0]
-    inputs = dict(
-        model.inputs(1), hidden_states=torch.randn(1, 80, 16), img_ids=tiny.ids()[None], img_sizes=[(8, 10)],
+def test_what_an_adapter_can_not_place_stays_dense_and_is_refused_where_a_method_would_thin_it_out():
+    lumina, joyimage, hidream, chroma = tiny.LUMINA2[0], other.JOYIMAGE_EDIT_PLUS[0], tiny.HIDREAM[0], tiny.CHROMA[0]
+    ragged = joyimage.inputs(2)
+    ragged["shape_list"][1] = [(1, 10, 8), (1, 2, 3)]
+    patches = dict(
+        hidden_states=torch.randn(1, 80, 16), img_ids=tiny.ids()[None], img_sizes=[(8, 10)],
         hidden_states_masks=torch.ones(1, 80),
     )  # fmt: skip
-    refused("hidream", build(model), inputs, ".*patches already.*positions")
-
-
-def test_joyimage_items_stand_behind_the_last_one():
-    inputs = {key: widened(value) for key, value in other.joyimage(2, items=3).items()}
-    model = other.JOYIMAGE_EDIT[0]
-    grids = assert_planned_is_dense("joyimage-edit", build(model), lambda module: [forward(module, inputs)[0]])
-    assert set(grids) == {(1, 8, 10, 0, 2 * 80 + 6)}
-
-
-def test_ideogram_hides_its_padding():
-    model = tiny.IDEOGRAM4[0]
-    inputs = {key: widened(value) for key, value in tiny.ideogram4(2, padding=5).items()}
-    grids = assert_planned_is_dense("ideogram4", build(model), lambda module: [forward(module, inputs)[0][:, 11:]])
-    assert set(grids) == {(1, 8, 10, 11, 0)}
-
-
-def test_ideogram_has_a_second_transformer_without_text():
-    inputs = {
-        key: widened(value)[:, 6:] if key != "timestep" else widened(value) for key, value in tiny.ideogram4(1).items()
-    }
-    grids = assert_planned_is_dense("ideogram4", build(tiny.IDEOGRAM4[0]), lambda module: [forward(module, inputs)[0]])
-    assert set(grids) == {(1, 8, 10, 0, 0)}
-
-
-def test_fibo_2_puts_padded_gist_tokens_last():
-    inputs = {key: widened(value) for key, value in tiny.bria_fibo_2(2).items()}
-    inputs["encoder_attention_mask"] = torch.arange(6)[None] < torch.tensor([[6], [3]])
-    grids = assert_planned_is_dense("bria-fibo-2", build(tiny.BRIA_FIBO_2[0]), lambda m: [forward(m, inputs)[0]])
-    assert {grid[:4] for grid in grids} == {(1, 8, 10, 0)}
-    assert grids[0][4] > 2
-
-
-def test_chroma_refuses_a_mask_of_numbers():
-    model = tiny.CHROMA[0]
-    transformer, inputs = build(model), model.inputs(1)
-    inputs = dict(inputs, attention_mask=inputs["attention_mask"].float())
-    plain = forward(transformer, inputs)[0]
-    with dit_accel.attach(transformer, preset="none"):
-        assert torch.equal(forward(transformer, inputs)[0], plain)
-    with (
-        dit_accel.attach(transformer, SOL.active),
-        pytest.raises(ConfigError, match=r"biases.*0 and -1"),
+    numbers = {"attention_mask": chroma.inputs(1)["attention_mask"].float()}
+    for model, inputs, match in (
+        (
+            lumina,
+            {**lumina.inputs(2), "encoder_attention_mask": tiny.text_mask(2)},
+            r"lumina2\).*this call: .*own prompt \(\(5, 4\) tokens\)",
+        ),
+        (joyimage, ragged, r"joyimage-edit-plus\).*this call: .*images.*sizes, \[\("),
+        (hidream, {**hidream.inputs(1), **patches}, r"hidream\).*this call: .*patches already.*positions"),
+        (chroma, {**chroma.inputs(1), **numbers}, r"biases.*0 and -1"),
     ):
-        forward(transformer, inputs)
+        transformer = build(model)
+        plain = forward(transformer, inputs)[0]
+        for methods in ((), () if model is chroma else (SOL.neutral,)):
+            with dit_accel.attach(transformer, *methods, preset="none"):
+                assert torch.equal(forward(transformer, inputs)[0], plain)
+        with dit_accel.attach(transformer, SOL.active), pytest.raises(ConfigError, match=match):
+            forward(transformer, inputs)
+        assert torch.equal(forward(transformer, inputs)[0], plain)
 
 
-def test_an_ip_adapter_keeps_its_own_attention():
+def test_tokens_beside_the_image_are_counted_where_they_stand():
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
-    model = tiny_models.FLUX[0]
-    transformer = build(model)
+    joyimage, ideogram = other.JOYIMAGE_EDIT[0], tiny.IDEOGRAM4[0]
+    grids = grids_of_planned("joyimage-edit", build(joyimage), doubled(other.joyimage(2, items=3)))
+    assert {*grids} == {(1, 8, 10, 0, 2 * 80 + 6)}
+    grids = grids_of_planned("ideogram4", build(ideogram), doubled(tiny.ideogram4(2, padding=5)), start=11)
+    assert {*grids} == {(1, 8, 10, 11, 0)}  # its padding is hidden
+    inputs = {key: value if key == "timestep" else value[:, 6:] for key, value in doubled(tiny.ideogram4(1)).items()}
+    assert {*grids_of_planned("ideogram4", build(ideogram), inputs)} == {(1, 8, 10, 0, 0)}  # its second transformer
+    inputs = doubled(tiny.bria_fibo_2(2))
+    inputs["encoder_attention_mask"] = torch.arange(6)[None] < torch.tensor([[6], [3]])
+    grids = grids_of_planned("bria-fibo-2", build(tiny.BRIA_FIBO_2[0]), inputs)
+    assert {grid[:4] for grid in grids} == {(1, 8, 10, 0)}
+    assert grids[0][4] > 2  # padded gist tokens are last
+    transformer = build(tiny_models.FLUX[0])
     for block in transformer.transformer_blocks:
         block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 12))
-    inputs = {key: widened(value) for key, value in model.inputs(1).items()}
+    inputs = doubled(tiny_models.FLUX[0].inputs(1))
     inputs["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(1, 4, 12).double()]}
-    grids = assert_planned_is_dense("flux", transformer, lambda module: [forward(module, inputs)[0]])
-    assert grids == [(1, 8, 10, 6, 0)] * 4
+    assert grids_of_planned("flux", transformer, inputs) == [(1, 8, 10, 6, 0)] * 4
 
 
 @pytest.mark.slow

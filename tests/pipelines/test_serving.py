@@ -192,27 +192,24 @@ def test_an_error_of_the_model_is_raised_at_once(start, setting, monkeypatch):
     assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
+def test_a_refused_setting_leaves_the_server_plain_with_the_reason(start, setting, caplog, plain):
+    dense = plain(["a kite"], seeded(), **SIZE)
+    for text, reason in (
         ("swift", "'swift'"),
         ("/nowhere/serve.toml", "/nowhere/serve.toml"),
         ("[easycache]\nthreshhold = 1.0\n", "threshhold"),
         ("[run]\nnum_inference_steps = 8\n", "method"),
         ("[slg]\nlayers = [99]\n", "99"),
-    ],
-)
-def test_a_refused_setting_leaves_the_server_plain_with_the_reason(text, reason, start, setting, caplog, plain):
-    dense = plain(["a kite"], seeded(), **SIZE)
-    setting(text)
-    pipe = prompted_wan()
-    server = start(pipe)
-    (line,) = logged(caplog)
-    assert "not attached to WanPipeline" in line
-    assert reason in line
-    assert dit_accel.attachment_of(pipe) is None
-    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
-    assert not logged(caplog)
+    ):
+        setting(text)
+        pipe = prompted_wan()
+        server = start(pipe)
+        (line,) = logged(caplog)
+        assert "not attached to WanPipeline" in line
+        assert reason in line
+        assert dit_accel.attachment_of(pipe) is None
+        assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
+        assert not logged(caplog)
 
 
 def test_a_second_pipeline_around_the_transformer_waits(setting):
@@ -254,23 +251,19 @@ def test_a_server_whose_parts_moved_goes_on(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_the_plugins_are_found_by_the_server(server):
+def test_the_plugins_are_found_by_the_server_and_stand_ins_have_its_signatures(server):
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     group = {"vllm_omni": "vllm_omni.general_plugins", "sglang": "sglang.multimodal_gen.plugins"}[server]
     ((name, place),) = project["project"]["entry-points"][group].items()
     assert name == "dit_accel"  # what VLLM_PLUGINS and SGLANG_PLUGINS list
     assert pkgutil.resolve_name(place) is SERVERS[server].plugin.register
-
-
-@pytest.mark.parametrize("server", SERVERS)
-def test_the_stand_ins_have_the_signatures_of_the_server(server):
     theirs = their_files(server)
     if theirs is None:
         pytest.skip(f"{server} is neither installed nor unpacked on the path")
-    own = {name: where for where in theirs.values() for name, where in signatures(where).items()}
+    known = {name: where for where in theirs.values() for name, where in signatures(where).items()}
     made_up = {name: where for where in STAND_INS[server].values() for name, where in signatures(where).items()}
     assert made_up
-    assert {name: own.get(name) for name in made_up} == made_up
+    assert {name: known.get(name) for name in made_up} == made_up
 
 
 def signatures(path):

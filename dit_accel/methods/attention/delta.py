@@ -165,7 +165,6 @@ class DeltaHandler(AttentionHandler):
         self._measured: list[tuple[CallContext, Tensor]] = []
 
     def require_given(self) -> None:
-        """Raise `MissingOption`: alone it corrects nothing."""
         self.check_with(())
 
     def check_with(self, others: Sequence[Handler]) -> None:
@@ -227,11 +226,9 @@ class DeltaHandler(AttentionHandler):
         return any(calls % self.settings.reuse == 0 for calls in held)
 
     def reset(self) -> None:
-        """Forget the corrections of earlier calls."""
         self.held.clear()
 
     def begin_run(self) -> None:
-        """Forget what was measured."""
         self._measured.clear()
 
     def report(self) -> Section | None:
@@ -265,7 +262,6 @@ class DeltaHandler(AttentionHandler):
         return Section(method=self.name, title="delta", lines=lines, data=data)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the cost of the probe rows."""
         note = f"delta computes {self.probe_share(layout):.3f} of the query rows densely, besides the tiles"
         return Saving(exact_rows=self.probe_share(layout) / self.settings.reuse, notes=(note,))
 

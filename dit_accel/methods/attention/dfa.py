@@ -121,7 +121,6 @@ class DFAHandler(AttentionHandler):
         return None
 
     def install(self, site: Site) -> None:
-        """Run around every forward of the transformer."""
         site.around_forward(lambda context, run: self._around(site, context, run))
 
     def _around(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
@@ -230,14 +229,12 @@ class DFAHandler(AttentionHandler):
         return result
 
     def reset(self) -> None:
-        """Free what is held."""
         self._outputs.clear()
         self._masks.clear()
         self._rows.clear()
         self._transformer, self._step, self._reuse, self._since = "", (-1, ""), False, 0
 
     def begin_run(self) -> None:
-        """Forget what was done."""
         self._shares.clear()
 
     def report(self) -> Section | None:

@@ -111,7 +111,6 @@ class LVSAHandler(SparseHandler):
         return self.settings.rule.stride(layout.frames) > 1
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Put the step's tile lists and token order into the plan."""
         settings, layout, device = self.settings, context.layout, context.device
         step = 0 if context.training else context.step_index
         return plan.with_tiles(settings.tiles(layout, step, device), self.model.tiling.token_order(layout, device))

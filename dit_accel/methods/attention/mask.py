@@ -82,7 +82,6 @@ class MaskHandler(SparseHandler, ABC):
         return self._kept[layout]
 
     def applies(self, layout: TokenLayout) -> bool:
-        """Whether the mask leaves anything out."""
         return not self.kept(layout).all()
 
     def check_layout(self, layout: TokenLayout) -> str | None:
@@ -92,7 +91,6 @@ class MaskHandler(SparseHandler, ABC):
         return whole if kept.all() else super().check_layout(layout)
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Put the mask's tile lists and token order into the plan."""
         layout, tiling, device = context.layout, self.model.tiling, str(context.device)
         if (layout, device) not in self._lists:
             kept = self.kept(layout, device)
@@ -100,6 +98,5 @@ class MaskHandler(SparseHandler, ABC):
         return plan.with_tiles(self._lists[layout, device], tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the mask leaves, and the lists' size."""
         kept = self.kept(layout)
         return self.saving(kept, [kept], layout, steps)

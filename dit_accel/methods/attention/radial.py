@@ -73,7 +73,6 @@ class RadialAttention(SparseConfig):
             )
 
     def tile_order(self) -> str:
-        """Return the order of tokens in tiles."""
         return self.order
 
     @property
@@ -148,12 +147,10 @@ class RadialHandler(SparseHandler):
         self._rule = self.settings.rule
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Put the layout's tile lists and token order into the plan."""
         layout, device = context.layout, context.device
         tiles = _tiles(self._rule, self.settings.rest, layout, str(device))
         return plan.with_tiles(tiles, self.model.tiling.token_order(layout, device))
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the tiles that the lists leave, and the lists' size."""
         kept = self.settings.kept(layout)
         return self.saving(kept, [kept], layout, steps)

@@ -86,7 +86,6 @@ class SparseConfig(MethodConfig):
         return Tiling(self.block_size or TILE, self.tile_order() or "raster")  # type: ignore[arg-type]
 
     def recipe_options(self) -> set[str]:
-        """Return the options that a model's recipe may set."""
         return {*self.defaults, "dense_above_sigma"}
 
     def noise_needed(self) -> NeedsNoise | None:
@@ -167,16 +166,13 @@ class SparseHandler(AttentionHandler):
             )
 
     def state_bytes(self) -> int:
-        """Return the most memory that was held from step to step since attach, in bytes."""
         return super().state_bytes() + (0 if self.rests is None else self.rests.most_held)
 
     @property
     def precision(self) -> str | None:
-        """In which queries and keys are multiplied where it acts."""
         return self.settings.precision
 
     def applies(self, layout: TokenLayout) -> bool:
-        """Whether the sequence is as long as ``min_tokens`` wants it."""
         return layout.visual_tokens >= (self.settings.min_tokens or 0)
 
     def check_layout(self, layout: TokenLayout) -> str | None:

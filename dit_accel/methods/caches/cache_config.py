@@ -107,7 +107,6 @@ class StepCacheConfig(MethodConfig):
         return {"hold": 1, "heun": 2, "chebyshev": 2}.get(self.predictor, self.order + 1)
 
     def noise_needed(self) -> NeedsNoise | None:
-        """Return the need of the noise level that ``predictor = 'corrected'`` has."""
         if self.predictor != "corrected":
             return None
         return NeedsNoise(asks=f"{self.name}.predictor = 'corrected'", instead="use 'taylor'")

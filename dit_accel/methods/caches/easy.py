@@ -109,7 +109,6 @@ class EasyHandler(StepCacheHandler):
         return decision.total
 
     def threshold(self) -> float | None:
-        """Return the number that the indicator is compared with."""
         return StepCacheHandler.threshold(self) if self.settings.error is None else self.settings.error
 
     def arrived(self, context: ForwardContext, decision: EasyDecision, history: History, output: Any) -> None:
@@ -133,7 +132,6 @@ class EasyHandler(StepCacheHandler):
         return context.step_index if sigma is None else log_snr(sigma, flow=context.noise == "flow")
 
     def seen(self, context: ForwardContext, decision: EasyDecision) -> None:
-        """Keep the latents."""
         if self.settings.error is not None:
             return
         decision.x = self.latents(context)
@@ -141,7 +139,6 @@ class EasyHandler(StepCacheHandler):
             decision.total = 0.0
 
     def computed(self, context: ForwardContext, decision: EasyDecision, output: Any) -> None:
-        """Take the changes between the last two computed steps."""
         if self.settings.error is not None:
             decision.places = (*decision.places, self._place(context))[-self.settings.passed_points :]
             return

@@ -151,7 +151,6 @@ class StepCacheHandler(Handler):
         site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
 
     def check_with(self, others: Sequence[Handler]) -> None:
-        """Note the other methods, which say what steps they need."""
         self._others = tuple(others)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:
@@ -160,6 +159,7 @@ class StepCacheHandler(Handler):
             return run()
         self._begin(context)
         key, shapes = (transformer, context.branch), self._shapes(context)
+        # A branch beside another stores how far it lies from that one, so that both are forecast alike.
         beside = given_beside(self._histories, context, shapes, self._end(context))
         history = self._histories.get(key)
         if history is None or (history.shapes, history.beside) != (shapes, beside is not None):
@@ -175,13 +175,13 @@ class StepCacheHandler(Handler):
         if is_recorded(output):
             self._histories.pop(key)
             return output
-        if history.gives_other(output):
+        if history.gives_other(output):  # such as a first one that holds text: what was measured says nothing of it
             history = self._histories[key] = self._new_history(shapes, beside is not None)
             if leads:
                 decision = self._new_decision(context, decision)
                 self._see(context, decision)
         corrected = self._corrected(context, history, output, latents, beside)
-        if leads and history.points:
+        if leads and history.points:  # before the output is stored, which a forecast would be made from
             self.arrived(context, decision, history, output)
         history.take(output, latents, context.step_index, beside)
         if leads:
@@ -352,25 +352,26 @@ class StepCacheHandler(Handler):
         return (context.num_inference_steps or context.step_index + 1) - 1
 
     def reset(self) -> None:
-        """Free what is stored."""
         self._histories.clear()
         self._decisions.clear()
         self._transformer, self._start = "", None
 
     def begin_run(self) -> None:
-        """Forget what was done."""
         self._log.clear()
         self._since.clear()
 
     def report(self) -> Section | None:
-        """Return what was computed and reused in the last generation, by step and branch."""
         return section_of(self.name, self._log, self.threshold())
 
     def counted(self, skipped: Collection[int], notes: tuple[str, ...] = ()) -> Saving:
         """Return the saving of the steps that are skipped."""
-        every = self.settings.branches == "all"
-        rows = self.model.family.forwards_per_step if self.model.family and every else 1
-        return Saving(forwards=rows * len(skipped), skipped=frozenset(skipped if every else ()), notes=notes)
+        whole = frozenset(skipped if self.settings.branches == "all" else ())
+        return Saving(forwards=self.forwards_cached() * len(skipped), skipped=whole, notes=notes)
+
+    def forwards_cached(self) -> int:
+        """Return how many of a step's forwards the cache acts in."""
+        family = self.model.family
+        return family.forwards_per_step if family and self.settings.branches == "all" else 1
 
 
 def require_no_cache(name: str, transformer: Any, requested: str) -> None:

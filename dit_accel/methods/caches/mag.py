@@ -68,11 +68,9 @@ class MagHandler(CalibratedHandler):
         return size_drift(self._ratios(count), context.step_index, decision.in_a_row)
 
     def report(self) -> Section | None:
-        """Return what was computed and reused, and whether the curve was interpolated."""
         return extended(super().report(), self._notes(self._steps) if self._steps else ())
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the forwards that the curve skips."""
         ratios, threshold = self._ratios(steps), self.settings.threshold or 0.0
         share = self.first_expert() if self.model.family and self.model.family.experts > 1 else None
         switch = round((share or 0) * steps)

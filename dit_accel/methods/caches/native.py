@@ -34,11 +34,9 @@ class DiffusersCache(MethodConfig):
 
     @property
     def requested_name(self) -> str:
-        """The name of diffusers' config."""
         return type(self.config).__name__
 
     def noise_needed(self) -> NeedsNoise | None:
-        """Return the need of the noise level that diffusers' SeaCache has."""
         instead = "use FirstBlockCacheConfig, or a flow-matching scheduler"
         return NeedsNoise(asks=SEA, instead=instead) if SEA in _names(self.config) else None
 
@@ -116,7 +114,6 @@ class NativeHandler(Handler):
             enabled.reset()
 
     def begin_run(self) -> None:
-        """Forget what ran in the last generation."""
         self._ran.clear()
 
     def report(self) -> Section:

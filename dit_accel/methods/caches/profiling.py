@@ -5,7 +5,9 @@ a run of cached blocks may begin at block 0, which its code stores at a wrong pl
 schedules are rescaled to the run's steps; what a model adds between two blocks is always this step's own.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -77,10 +79,10 @@ class ProfilingCache(StepCacheConfig):
     def __post_init__(self) -> None:
         StepCacheConfig.__post_init__(self)
         self.require_one_of("every", "refresh", of="when the cached blocks run")
-        for option in ("refresh", "refresh_2") if self.measured_steps is not None else ():
-            if (listed := getattr(self, option)) and listed[-1] >= self.measured_steps:
+        for option in ("refresh", "refresh_2"):
+            if (step := self._step_beyond(option, self.measured_steps)) is not None:
                 raise ConfigError(
-                    f"profilingcache.{option} lists step {listed[-1]}, and the run that it was measured in has "
+                    f"profilingcache.{option} lists step {step}, and the run that it was measured in has "
                     f"profilingcache.measured_steps = {self.measured_steps}, numbered from 0; correct one of them"
                 )
         if (self.blocks_2 is None) != (self.refresh_2 is None) or (self.blocks_2 and self.blocks is None):
@@ -88,12 +90,22 @@ class ProfilingCache(StepCacheConfig):
                 "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, "
                 "beside profilingcache.blocks; give all of them, or neither"
             )
-        if not self._from_file and self.blocks is not None:
-            known = self.groups()
-            if both := sorted({*known[0]} & {*known[-1]} if len(known) > 1 else ()):
-                raise ConfigError(f"profilingcache.blocks and blocks_2 both name block {both[0]}; name it once")
-        elif self._from_file and self.blocks_2 is not None:
-            raise ConfigError("profilingcache.blocks_2 can't be given beside a profile, which names all blocks")
+        if self._from_file:  # which is read when it meets a model, and not here
+            if self.blocks_2 is not None:
+                raise ConfigError("profilingcache.blocks_2 can't be given beside a profile, which names all blocks")
+            return
+        counts = Counter(itertools.chain(*self.groups()))
+        if both := sorted(block for block, count in counts.items() if count > 1):
+            raise ConfigError(f"profilingcache.blocks and blocks_2 both name block {both[0]}; name it once")
+
+    def _step_beyond(self, option: str, count: int | None) -> int | None:
+        """Return the last step of a list if it lies beyond a run of ``count`` steps, which may be unknown."""
+        listed = getattr(self, option)
+        return listed[-1] if listed and count is not None and listed[-1] >= count else None
+
+    def _sets(self, options: Sequence[str]) -> bool:
+        """Tell whether the user sets any of some options."""
+        return any(getattr(self, option) is not None for option in options)
 
     @property
     def _from_file(self) -> bool:
@@ -103,14 +115,13 @@ class ProfilingCache(StepCacheConfig):
         """Return the config with every unset option filled in; a recipe's blocks or schedule go together."""
         left = dict(recipe or {})
         for part in (BLOCKS, SCHEDULE):
-            if any(getattr(self, option) is not None for option in part):
+            if self._sets(part):
                 left = {option: value for option, value in left.items() if option not in part}
         if "refresh_2" not in left and "blocks_2" in left:  # one schedule for all the blocks of the recipe
             numbers = [read_numbers(left.pop(option), f"profilingcache.{option}") for option in ("blocks", "blocks_2")]
             left["blocks"] = spell_numbers([*numbers[0], *numbers[1]])
-        if self.every is None and self.refresh is None and not {"every", "refresh"} & {*left}:
-            partly = any(getattr(self, option) is not None for option in SCHEDULE)
-            left |= {"every": USUAL["every"]} if partly else USUAL
+        if not self._sets(("every", "refresh")) and left.keys().isdisjoint(("every", "refresh")):
+            left |= {"every": USUAL["every"]} if self._sets(SCHEDULE) else USUAL
         full: Any = StepCacheConfig.filled(self, left)
         return full
 
@@ -136,21 +147,21 @@ class ProfilingCache(StepCacheConfig):
         Raises:
             ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
         """
-        listed = self.refresh_2 if group else self.refresh
-        if count is None and self.measured_steps is not None:
+        option, measured = "refresh_2" if group else "refresh", self.measured_steps
+        if count is None and measured is not None:
             raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")
+        listed = getattr(self, option)
         if listed is None:
-            first, every = self.first_steps(self.measured_steps or count), self.every or 1
-            if self.measured_steps is None:
+            first, every = self.first_steps(measured or count), self.every or 1
+            if measured is None:
                 return index >= first and (index - first) % every == 0
-            listed = tuple(range(first, self.measured_steps, every))
-        if self.measured_steps is None and count is not None and listed[-1:] >= (count,):
-            option = "refresh_2" if group else "refresh"
+            listed = tuple(range(first, measured, every))
+        if measured is None and (step := self._step_beyond(option, count)) is not None:
             raise ConfigError(
-                f"profilingcache.{option} lists step {listed[-1]}, and this run has {count} steps, numbered from 0; "
+                f"profilingcache.{option} lists step {step}, and this run has {count} steps, numbered from 0; "
                 f"list steps of this run, or set profilingcache.measured_steps to rescale them"
             )
-        return index in _steps_at(listed, self.measured_steps, count)
+        return index in _steps_at(listed, measured, count)
 
 
 @lru_cache(maxsize=64)
@@ -187,14 +198,13 @@ class ProfilingHandler(SpanHandler):
         """Run around the forward and its cached blocks; raise `ConfigError` if lists or profile are not the model's."""
         self.require_free(site)
         settings, option = self.settings, "profilingcache.blocks"
+        groups = settings.groups(site.name)
         if settings._from_file:
             assert isinstance(settings.blocks, str)
             profile = read_profile(settings.blocks, option)
-            cached_in(profile, settings.blocks, option, site.name)
             require_weights(profile, settings.blocks, option, site.name, site.transformer)
-        groups = settings.groups(site.name)
-        for number, blocks in enumerate(groups):
-            require_there(blocks, option + ("_2" if number else ""), site.name, len(site.blocks), kinds_of(site.blocks))
+        for name, blocks in zip((option, f"{option}_2"), groups, strict=False):
+            require_there(blocks, name, site.name, len(site.blocks), kinds_of(site.blocks))
         self._groups[site.name] = {block: number for number, blocks in enumerate(groups) for block in blocks}
         chosen = tuple(block for block in site.blocks if block.index in self._groups[site.name])
         alone = [block for block in site.blocks if block not in chosen or len(groups) > 1]
@@ -207,11 +217,9 @@ class ProfilingHandler(SpanHandler):
         self.cover_blocks(site, chosen)
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Return whether a block's group does not run at this step."""
         return self._reused(now, self._groups[now.context.transformer][block.index])
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Return whether a block has the schedule of the one before it."""
         groups = self._groups[now.context.transformer]
         return groups[block.index] == groups[now.called]
 
@@ -239,20 +247,18 @@ class ProfilingHandler(SpanHandler):
         return History(self.settings, shapes, self._start, held_on, self._reach, beside)
 
     def report(self) -> Section | None:
-        """Return what was computed and reused in the last generation, and which blocks are cached."""
         cached = {name: spell_numbers(groups) for name, groups in self._groups.items()}
         lines = [f"{name}: blocks {blocks} of {self._counts[name]} are cached" for name, blocks in cached.items()]
         return extended(super().report(), lines, cached=cached)
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the blocks that the lists skip, and what is stored of a model of known sizes."""
         settings, family = self.settings, self.model.family
         lists = [settings.groups(name) for name in settings.transformers()]
+        rows, width = self.forwards_cached(), 0
         if family is not None:
-            for blocks in (blocks for groups in lists for blocks in groups):
+            width = family.heads * family.head_dim
+            for blocks in itertools.chain(*lists):
                 require_there(blocks, "profilingcache.blocks", family.name, family.layers)
-        rows = family.forwards_per_step if family and settings.branches == "all" else 1
-        width = family.heads * family.head_dim if family else 0
         spans = max(sum(len(block_schedule.runs_of(blocks)) for blocks in groups) for groups in lists)
         held = 2 * rows * spans * settings.kept_points * layout.tokens * width  # bytes of bfloat16
         note = (

@@ -44,7 +44,6 @@ class SeaCache(MeasuredCacheConfig):
     }  # fmt: skip
 
     def noise_needed(self) -> NeedsNoise:
-        """Return the need of the noise level by which it filters."""
         return NeedsNoise(asks=self.name, instead="use easycache, or a scheduler that lists sigmas")
 
 

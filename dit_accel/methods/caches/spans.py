@@ -275,7 +275,6 @@ class SpanHandler(StepCacheHandler):
             )
 
     def begin_run(self) -> None:
-        """Forget what was done."""
         super().begin_run()
         self._ran.clear()
 

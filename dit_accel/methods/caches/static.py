@@ -69,5 +69,4 @@ class StaticHandler(StepCacheHandler):
     settings: StaticCache
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the forwards that the list skips."""
         return self.counted(self.settings.skipped_steps(steps))

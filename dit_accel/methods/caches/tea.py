@@ -82,7 +82,6 @@ class TeaHandler(SignalHandler, CalibratedHandler):
 
     @classmethod
     def recipe_name(cls, config: TeaCache) -> str:
-        """Return under which name families keep a mode's numbers."""
         return "teacache_ret" if config.use_ret_steps else config.name
 
     def install(self, site: Site) -> None:

@@ -74,7 +74,6 @@ class AutoGuidanceHandler(PerturbedHandler):
         return ("weak",)
 
     def require_given(self) -> None:
-        """Raise `MissingOption` without a weaker model."""
         if self.settings.weak is None and self.settings.weak_transformer is None:
             raise MissingOption(
                 "autoguidance guides away from a weaker model, and none is set; set autoguidance.weak to a folder or a "
@@ -83,7 +82,6 @@ class AutoGuidanceHandler(PerturbedHandler):
             )
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
-        """Return no layer: another model runs."""
         return ()
 
     def install(self, site: Site) -> None:
@@ -119,7 +117,6 @@ class AutoGuidanceHandler(PerturbedHandler):
         self._parallel, self._unshare = parallel, None if parallel is None else share(self._weak, parallel)
 
     def describe_perturbation(self) -> str:
-        """Return in words what is perturbed."""
         loaded = self._weak or self.settings.weak_transformer
         weak = self.settings.weak or ("(none set)" if loaded is None else type(loaded).__name__)
         return f"the weaker model {weak}, scale {self.settings.scale}"

@@ -23,7 +23,7 @@ from ..site import ForwardContext, Site, sample_of, with_sample
 from .guidance_config import PerturbedConfig
 from .guiders import GUIDERS, guided_by, require_own
 from .head_specs import first_layer, split_specs
-from .log import PerturbedForward, WindowedHandler, note_of, strips_of
+from .log import PerturbedForward, WindowedHandler, distances_of, note_of, strips_of
 from .perturbed_blocks import PerturbedBlocks
 from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
 
@@ -79,7 +79,6 @@ class PerturbedHandler(WindowedHandler):
 
     @property
     def neutral(self) -> bool:
-        """Whether the settings change nothing."""
         return self.settings.scale == 0 or not self.specs
 
     @abstractmethod
@@ -134,11 +133,11 @@ class PerturbedHandler(WindowedHandler):
         if site.compiled or not site.adapter.guidance.share_prefix or not layers:
             return None
         try:
-            indices = [block_of(site, layer) for layer in layers]
+            blocks = {block_of(site, layer) for layer in layers}
         except UnsupportedModel:
             return None
-        blocks = [index for index in indices if index is not None]
-        return min(blocks) if len(blocks) == len(indices) and min(blocks) > 0 else None
+        # A layer beside the blocks may run before all of them; a pass that begins at block 0 saves nothing.
+        return None if blocks & {None, 0} else min(filter(None, blocks))
 
     def _around(self, site: Site, passes: PerturbedBlocks, context: ForwardContext, run: Callable[..., Any]) -> Any:
         latents = context.inputs[site.adapter.latents]
@@ -173,22 +172,18 @@ class PerturbedHandler(WindowedHandler):
     ) -> Any:
         """Run a forward and the perturbed one of its conditional rows, and add to all rows what guidance adds."""
         left = self._left_to_guider(site)
-        if rows is not None and not left:
-            self._require_folded(site)
-        if self._passed == context.step_index and not left:
-            raise ConfigError(
-                f"{self.name} adds the same to each prediction of a step, and the unconditional forward of step "
-                f"{context.step_index} came before the conditional one; run the conditional forward first, or use "
-                f"{self.name}.mode = 'free'"
-            )
+        if not left:
+            self._require_addable(site, context, rows)
+        # The conditional pass comes first: it leaves the streams from which the perturbed one may begin.
         with passes.recording():
             output = run()
         sample = require_sample(sample_of(output), site.name)
-        given = {} if rows is None else rows_of(context.inputs, *rows, site.adapter)
-        own = None if rows is None else range(*rows[0].indices(rows[1]))
-        with passes.perturbing(taken=rows) as shared, site.branch(self.name, own):
-            perturbed = require_sample(sample_of(self.perturbed_output(site, context, run, given)), site.name)
-        cond = sample_rows(sample, None if rows is None else rows[0])
+        inputs, numbers, cond = {}, None, sample
+        if rows is not None:
+            inputs, cond = rows_of(context.inputs, *rows, site.adapter), sample_rows(sample, rows[0])
+            numbers = range(*rows[0].indices(rows[1]))
+        with passes.perturbing(taken=rows) as shared, site.branch(self.name, numbers):
+            perturbed = require_sample(sample_of(self.perturbed_output(site, context, run, inputs)), site.name)
         if shapes(cond) != shapes(perturbed):
             raise ConfigError(
                 f"{self.name} guides away from a prediction of one shape: the perturbed one has {shapes(perturbed)}, "
@@ -198,11 +193,22 @@ class PerturbedHandler(WindowedHandler):
             lambda one, other: added(one, other, self.settings.scale or 0.0, self.settings.rescale), cond, perturbed
         )
         self._log.append(note_of(context, cond, perturbed, passes.first if shared else 0))
-        if left:
+        if left:  # the pipeline's own guider weighs the predictions, and takes the addend when it mixes them
             self._for_guider = further, cond
             return output
         self._added = context.step_index, further
         return with_sample(output, plus(sample, further if rows is None else repeated(further)))
+
+    def _require_addable(self, site: Site, context: ForwardContext, rows: Rows) -> None:
+        """Refuse a step whose predictions can't all get the same addend, on which the exactness of the sum rests."""
+        if rows is not None:
+            self._require_folded(site)
+        if self._passed == context.step_index:
+            raise ConfigError(
+                f"{self.name} adds the same to each prediction of a step, and the unconditional forward of step "
+                f"{context.step_index} came before the conditional one; run the conditional forward first, or use "
+                f"{self.name}.mode = 'free'"
+            )
 
     def _add_to_uncond(self, site: Site, context: ForwardContext, run: Callable[..., Any]) -> Any:
         """Run a forward that is not conditional, and add what the conditional one of the step got."""
@@ -239,13 +245,11 @@ class PerturbedHandler(WindowedHandler):
             )
 
     def reset(self) -> None:
-        """Forget the last step."""
         self._added = self._for_guider = self._passed = None
         for passes in self._passes.values():
             passes.forget()
 
     def begin_run(self) -> None:
-        """Say once if nothing was perturbed in the run that ended, and forget it."""
         super().begin_run()
         self._compared = False
 
@@ -269,37 +273,48 @@ class PerturbedHandler(WindowedHandler):
         log: list[PerturbedForward] = self._log
         if not self._seen:
             return None
-        extra, steps = sum(one.extra for one in log), sorted({one.step_index for one in log})
-        what = self.describe_perturbation()
-        measured = [one for one in log if one.distance is not None]
-        distances = torch.stack([one.distance for one in measured]).tolist() if measured else []  # type: ignore[misc]
+        what, extra = self.describe_perturbation(), sum(entry.extra for entry in log)
+        entries = list(zip(log, distances_of(log), strict=True))
+        distances = {entry.step_index: distance for entry, distance in entries if distance is not None}
         data: dict[str, Any] = {
             "perturbed": what,
-            "steps": steps,
-            "branches": sorted({one.branch for one in log}),
+            "steps": sorted({entry.step_index for entry in log}),
+            "branches": sorted({entry.branch for entry in log}),
             "forwards_added": extra,
-            "first_block": max((one.first for one in log), default=0),
-            "distance": {one.step_index: value for one, value in zip(measured, distances, strict=True)},
+            "first_block": max((entry.first for entry in log), default=0),
+            "distance": distances,
         }
         ran = f"{extra} forwards added" if extra or not log else "the unconditional forward was perturbed"
-        lines = []
-        if data["first_block"]:
-            lines.append(f"each began at block {data['first_block']}, from the conditional pass")
+        title = f"{self.name}: {what}; {ran} in {len(data['steps'])} steps"
+        strips = strips_of(
+            "perturbed",
+            [(entry.transformer, entry.step_index, entry.branch, distance) for entry, distance in entries],
+            "|cond - perturbed| / |cond|",
+        )
+        lines = self._report_lines(extra, data["first_block"], [value for _, value in entries if value is not None])
+        return Section(method=self.name, title=title, lines=lines, data=data, strips=strips)
+
+    def _report_lines(self, extra: int, first_block: int, distances: list[float]) -> tuple[str, ...]:
+        """Say what a reader of the report might not expect: a later start, no effect, or a doubled cost."""
+        lines: list[str | None] = []
+        if first_block:
+            lines.append(f"each began at block {first_block}, from the conditional pass")
         if distances:
             lines.append(f"|cond - perturbed| / |cond|: {min(distances):.3g} to {max(distances):.3g}")
-        family = self.model.family
-        if extra and family is not None and family.forwards_per_step == 1:
-            lines.append(f"guidance is distilled into {family.name}, so that each forward added doubles its step")
+        if extra and self._distilled_into is not None:
+            lines.append(
+                f"guidance is distilled into {self._distilled_into}, so that each forward added doubles its step"
+            )
         if distances and max(distances) == 0:
             lines.append(f"{self.name} changed nothing: the perturbed prediction is the conditional one")
-        lines += [line for line in (self.nothing_done(), self.settings.too_short(self._steps)) if line]
-        title = f"{self.name}: {what}; {ran} in {len(steps)} steps"
-        values = iter(distances)
-        entries = [
-            (one.transformer, one.step_index, one.branch, None if one.distance is None else next(values)) for one in log
-        ]
-        strips = strips_of("perturbed", entries, "|cond - perturbed| / |cond|")
-        return Section(method=self.name, title=title, lines=tuple(lines), data=data, strips=strips)
+        lines += self.nothing_done(), self.settings.too_short(self._steps)
+        return tuple(filter(None, lines))
+
+    @property
+    def _distilled_into(self) -> str | None:
+        """The name of a family that runs one forward a step, since it learned guidance; None for others."""
+        family = self.model.family
+        return family.name if family is not None and family.forwards_per_step == 1 else None
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
         """Return the third forwards, less what begins at the first perturbed block."""
@@ -308,14 +323,14 @@ class PerturbedHandler(WindowedHandler):
         notices = (short,) if (short := self.settings.too_short(steps)) else ()
         if self.settings.mode == "free" or self.neutral:
             return Saving(notes=notes, warnings=notices)
-        if self.model.family is not None and self.model.family.forwards_per_step == 1:
+        if self._distilled_into is not None:
             notes += (
-                f"guidance is distilled into {self.model.family.name}: {self.name} doubles the forwards it acts in",
+                f"guidance is distilled into {self._distilled_into}: {self.name} doubles the forwards it acts in",
             )
-        first, layers = self.first_layer(), max(1, self.model.layers)
-        shared = self.settings.share_prefix and self.model.adapter.guidance.share_prefix and first is not None
-        part = 1 - (first or 0) / layers if shared else 1.0
-        if shared and first:
+        layers, shared = max(1, self.model.layers), self.model.adapter.guidance.share_prefix
+        first = (self.first_layer() or 0) if self.settings.share_prefix and shared else 0
+        part = 1 - first / layers
+        if first:
             notes += (f"{self.name}'s third forward begins at block {first} of {layers}, saving {1 - part:.0%} of it",)
         return Saving(extra_forwards=len(window) * part, notes=notes, warnings=notices)
 

@@ -114,6 +114,13 @@ def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measu
     return tuple(strips)
 
 
+def distances_of(log: Sequence[PerturbedForward]) -> list[float | None]:
+    """Return the distance of each forward, or None; all are read at once, since a read waits for the device."""
+    measured = [entry.distance for entry in log if entry.distance is not None]
+    values = iter(torch.stack(measured).tolist() if measured else ())
+    return [None if entry.distance is None else next(values) for entry in log]
+
+
 def note_of(context: ForwardContext, cond: Sample, perturbed: Sample, first: int | None) -> PerturbedForward:
     """Return the note on a perturbed forward; reads nothing back from the device."""
     pairs = list(zip(as_rows(cond), as_rows(perturbed), strict=True))

@@ -93,7 +93,6 @@ class NAGHandler(WindowedHandler, AttentionHandler):
 
     @property
     def neutral(self) -> bool:
-        """Whether the settings change nothing."""
         return self.settings.scale == 1 or self.settings.alpha == 0
 
     @property
@@ -104,7 +103,6 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         return where if isinstance(where, JoinedText) and not crossed else None
 
     def require_given(self) -> None:
-        """Raise `MissingOption` without a negative text."""
         if self._embeds is None and self.settings.negative_prompt is None:
             raise MissingOption(
                 "nag leads away from a text, and none is set; set nag.negative_prompt, such as 'blurry, low quality', "
@@ -131,12 +129,10 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         site.around_forward(lambda context, run: self._around(site, text, context, run))
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Whether a guided forward runs whose text joins the self-attention."""
         text = self._texts.get(step.transformer)
         return isinstance(text, JointNAG) and text.on
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Lead the prompt's rows away from those of the negative text."""
         text = self._texts[context.transformer]
         assert isinstance(text, JointNAG)
         return text.plan(plan, context)
@@ -161,13 +157,11 @@ class NAGHandler(WindowedHandler, AttentionHandler):
         return out
 
     def begin_run(self) -> None:
-        """Say once if nothing was guided in the run that ended, and forget it."""
         super().begin_run()
         for text in self._texts.values():
             text.calls = 0
 
     def report(self) -> Section | None:
-        """Return which forwards were guided."""
         self.warn_of_nothing()
         if not self._seen:
             return None

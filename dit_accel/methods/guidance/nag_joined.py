@@ -111,25 +111,22 @@ class JointNAG:
         if where.mask is None and self._encode is not None and self._embeds.shape[1] != prompt.shape[1]:
             self._embeds = self._encode(prompt.shape[1])
         text = self._embeds.to(device=prompt.device, dtype=prompt.dtype).expand(own.stop - own.start, -1, -1)
-        lengths = prompt.shape[1], text.shape[1]
-        if where.mask is None:
-            if lengths[0] != lengths[1]:
-                raise ConfigError(
-                    f"nag's negative text has {lengths[1]} tokens and {name} gets a prompt of {lengths[0]}; without a "
-                    "mask they must be as long; make negative_embeds as the prompt's embeddings are made"
-                )
+        mask = None if where.mask is None else inputs.get(where.mask)
+        if mask is None and prompt.shape[1] == text.shape[1]:
             return {where.text: torch.cat([prompt, text])}
-        both = torch.cat([_padded(one, max(lengths)) for one in (prompt, text)])
-        mask = inputs.get(where.mask)
-        if mask is None and lengths[0] == lengths[1]:
-            return {where.text: both}
+        if where.mask is None:
+            raise ConfigError(
+                f"nag's negative text has {text.shape[1]} tokens and {name} gets a prompt of {prompt.shape[1]}; "
+                "without a mask they must be as long; make negative_embeds as the prompt's embeddings are made"
+            )
         if mask is None:
             mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
         mask = mask.expand(batch, -1) if len(mask) == 1 else mask
         valid = torch.ones(text.shape[:2], dtype=mask.dtype, device=mask.device)
-        return {where.text: both, where.mask: torch.cat([_padded(one, max(lengths)) for one in (mask, valid)])}
+        return {where.text: _joined(prompt, text), where.mask: _joined(mask, valid)}
 
 
-def _padded(tensor: Tensor, tokens: int) -> Tensor:
-    """Return [B, T, ...] with zeros behind, [B, tokens, ...]."""
-    return pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, tokens - tensor.shape[1]))
+def _joined(prompt: Tensor, text: Tensor) -> Tensor:
+    """Return the rows of both, [B, T, ...], with zeros behind the shorter ones."""
+    tokens = max(prompt.shape[1], text.shape[1])
+    return torch.cat([pad(x, (*(0, 0) * (x.ndim - 2), 0, tokens - x.shape[1])) for x in (prompt, text)])

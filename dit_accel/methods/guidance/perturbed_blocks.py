@@ -68,9 +68,10 @@ class PerturbedBlocks:
     def around(self, context: StepContext, block: Block, run, streams: Streams) -> Streams:  # type: ignore[no-untyped-def]
         """Run a block, or leave it out."""
         if self._records and block.index == self.first:
+            # copies, since later blocks may write into the streams
             self._saved = tuple(None if stream is None else stream.clone() for stream in streams)
             self.held = sum(stream.nbytes for stream in self._saved if stream is not None)
-        if self._begun is not None and self.first is not None:
+        if self._begun is not None and self.first is not None:  # up to there both passes compute the same
             if block.index < self.first:
                 return streams
             if block.index == self.first:

@@ -58,11 +58,9 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
 
     @property
     def neutral(self) -> bool:
-        """Whether the settings change nothing."""
         return super().neutral or self.u == 0
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
-        """Return the attention layers that hold a perturbed head."""
         heads = self._heads[site.name] = read_heads(
             self.specs or (), stacks_of(site, self.model), f"{self.name}.{self.option}", self.published
         )
@@ -74,12 +72,10 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         return list(heads)
 
     def is_active(self, step: StepContext, depth: int) -> bool:
-        """Whether a perturbed pass runs and the block has a perturbed head."""
         passes = self._passes.get(step.transformer)
         return passes is not None and passes.perturbs and depth in self._depths[step.transformer]
 
     def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        """Perturb the layer's chosen heads."""
         named = self._heads[context.transformer].get(context.layer)
         rows = self._passes[context.transformer].rows
         if named is None:
@@ -98,10 +94,15 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
 
     def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
         """Return a plan with V mixed into the output of its heads, in all rows or, by an option, in the image's."""
-        layout, rows = context.layout, getattr(self.settings, "rows", "all")
-        some = rows == "image" and layout.tokens > layout.visual_tokens
-        image = image_rows(layout, str(context.device)) if some else None
+        image = self.image_alone(context)
         return plan.mix(share, image, only_values=whole and image is None)
+
+    def image_alone(self, context: CallContext) -> Tensor | None:
+        """Return which tokens are perturbed, bool [S], if an option leaves out text that there is; None: all."""
+        layout = context.layout
+        if getattr(self.settings, "rows", "all") == "all" or layout.tokens == layout.visual_tokens:
+            return None
+        return image_rows(layout, str(context.device))
 
     def _share(self, named: tuple[int, ...], heads: int, context: CallContext) -> Tensor:
         """Return u for the named heads and 0 for the others, [H]; of a process that shares them, its own."""
@@ -116,7 +117,6 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         return self._shares[key]
 
     def reset(self) -> None:
-        """Forget the last step."""
         super().reset()
         self._shares.clear()
 

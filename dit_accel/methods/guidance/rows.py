@@ -25,43 +25,48 @@ def rows_of(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter
         batch: rows of the forward.
         adapter: says where inputs hold their rows; None: all along the first axis.
     """
-    return _each_input(inputs, batch, adapter, lambda value, axis: value[(slice(None),) * axis + (rows,)], rows)
+    return _each_input(inputs, batch, adapter, lambda value, axis: value[_index(rows, axis)])
 
 
 def with_rows_again(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter) -> dict[str, Any]:
     """Return a forward's inputs with some of their rows once more behind all; what holds no rows stays."""
 
-    def again(value: Tensor, axis: int) -> Tensor:
-        return torch.cat([value, value[(slice(None),) * axis + (rows,)]], dim=axis)
+    def again(value: Any, axis: int) -> Any:
+        more = value[_index(rows, axis)]
+        return torch.cat([value, more], dim=axis) if isinstance(value, Tensor) else [*value, *more]
 
-    return _each_input(inputs, batch, adapter, again, rows, again=True)
+    return _each_input(inputs, batch, adapter, again)
+
+
+def _index(rows: slice, axis: int) -> Any:
+    """Return what picks rows along an axis of a tensor; a list has its rows along the first."""
+    return (slice(None),) * axis + (rows,) if axis else rows
 
 
 def _each_input(
-    inputs: Mapping[str, Any],
-    batch: int,
-    adapter: Adapter | None,
-    change: Callable[[Tensor, int], Tensor],
-    rows: slice,
-    again: bool = False,
+    inputs: Mapping[str, Any], batch: int, adapter: Adapter | None, change: Callable[[Any, int], Any]
 ) -> dict[str, Any]:
     """Return inputs, changed where they hold a row for each of the batch."""
-
-    def changed(value: Any, axis: int) -> Any:
-        if isinstance(value, Tensor):
-            return change(value, axis) if value.ndim > axis and value.shape[axis] == batch else value
-        if isinstance(value, Mapping):
-            return {name: changed(one, axis) for name, one in value.items()}
-        inner = max(0, axis - 1)  # a list counts as an axis
-        return type(value)(changed(one, inner) for one in value) if type(value) in (list, tuple) else value
 
     def of(name: str, value: Any) -> Any:
         axis = axis_of(name, value, adapter)
         if axis == "each" and isinstance(value, (list, tuple)):
-            return [*value, *value[rows]] if again else value[rows]
-        return value if axis is None else changed(value, 0 if axis == "each" else axis)
+            return change(value, 0)
+        return value if axis is None else _change_rows(value, 0 if axis == "each" else axis, batch, change)
 
     return {name: of(name, value) for name, value in inputs.items()}
+
+
+def _change_rows(value: Any, axis: int, batch: int, change: Callable[[Any, int], Any]) -> Any:
+    """Change the tensors of an input that hold the batch along an axis; a tensor of another size holds no rows."""
+    if isinstance(value, Tensor):
+        return change(value, axis) if value.ndim > axis and value.shape[axis] == batch else value
+    if isinstance(value, Mapping):
+        return {name: _change_rows(entry, axis, batch, change) for name, entry in value.items()}
+    if type(value) not in (list, tuple):
+        return value
+    inner = max(0, axis - 1)  # a list counts as an axis
+    return type(value)(_change_rows(entry, inner, batch, change) for entry in value)
 
 
 def axis_of(name: str, value: Any, adapter: Adapter | None) -> Axis:

@@ -52,6 +52,5 @@ class SEGHandler(PerturbedHeadsHandler):
         return plan.query(torch.where(share.reshape(-1, share.shape[-1])[:, :, None, None] > 0, blurred, call.q))
 
     def describe_perturbation(self) -> str:
-        """Return in words what is perturbed."""
         how = "each frame's mean" if self.settings.sigma > ENDLESS else f"blurred by {self.settings.sigma:g} tokens"
         return f"queries of {', '.join(self.specs or ()) or 'no layer'} {how}, scale {self.settings.scale}"

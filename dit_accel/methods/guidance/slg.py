@@ -40,7 +40,6 @@ class SLGHandler(PerturbedHandler):
     settings: SLG
 
     def perturbed_layers(self, site: Site) -> Sequence[int]:
-        """Return the attention layers of the skipped blocks."""
         stacks = stacks_of(site, self.model)
         heads = read_heads(self.specs or (), stacks, "slg.layers")
         for layer, named in heads.items():
@@ -52,7 +51,6 @@ class SLGHandler(PerturbedHandler):
         return list(heads)
 
     def skipped_blocks(self, site: Site) -> frozenset[int]:
-        """Return the blocks that a perturbed pass leaves out."""
         blocks = {layer: block_of(site, layer) for layer in self.perturbed_layers(site)}
         if (beside := next((layer for layer, block in blocks.items() if block is None), None)) is not None:
             raise ConfigError(
@@ -61,5 +59,4 @@ class SLGHandler(PerturbedHandler):
         return frozenset(block for block in blocks.values() if block is not None)
 
     def describe_perturbation(self) -> str:
-        """Return in words what is perturbed."""
         return f"blocks of {', '.join(self.specs or ()) or 'no layer'} skipped, scale {self.settings.scale}"

@@ -15,7 +15,7 @@ from ..config import MethodConfig
 from ..options import within
 from .guidance_config import PerturbedConfig
 from .head_specs import Specs
-from .perturbed_heads import PerturbedHeadsHandler, image_rows
+from .perturbed_heads import PerturbedHeadsHandler
 from .targets import LAST_CHANGE, mean_values, of_mean_query, put_in_place
 
 Target = Literal["identity", "temperature", "uniform", "mean-query"]
@@ -98,13 +98,12 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         self, plan: AttentionPlan, call: Call, share: Tensor, whole: bool, context: CallContext
     ) -> AttentionPlan:
         """Put V, or what the target gives, in place of a share of the heads' attention, or scale their logits."""
-        target, layout = self.settings.target, context.layout
+        target = self.settings.target
         if target == "temperature":
             return plan.scale(1 - share)
         if target == "identity":
             return self.mix_values(plan, share, whole and self.u == 1, context)
-        some = self.settings.rows == "image" and layout.tokens > layout.visual_tokens
-        image = image_rows(layout, str(context.device)) if some else None
+        image = self.image_alone(context)
         other = mean_values(call) if target == "uniform" else of_mean_query(call, image)
         return put_in_place(plan, other, share, image, whole=whole and self.u == 1)
 
@@ -114,7 +113,6 @@ class SoftPAGHandler(PerturbedHeadsHandler):
         return self.settings.target != "mean-query"
 
     def describe_perturbation(self) -> str:
-        """Return in words what is perturbed."""
         how = "" if self.settings.target == "identity" else f" to {self.settings.target}"
         return f"{', '.join(self.specs or ()) or 'no head'}{how} with u = {self.u:g}, scale {self.settings.scale}"
 

@@ -96,7 +96,6 @@ class RoPEHandler(Handler):
         self._trained = trained_lengths(config.name, given, model.family)
 
     def install(self, site: Site) -> None:
-        """Let the transformer's positions follow the size of each forward."""
         RopeSwitcher(site, self.settings.axes or (), self._trained, self._edit, self.settings.factor)
 
     def _edit(self, own: Any, trained: float, length: float) -> Any:
@@ -118,5 +117,4 @@ class RoPEHandler(Handler):
         return f"rope, kind {config.kind}{fixed}: {', '.join(parts)}"
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return that other positions save nothing, and what they are for."""
         return Saving(notes=(f"{self.check_layout(layout)}; positions save no work and are counted as none",))

@@ -254,7 +254,6 @@ class UltraImageHandler(AttentionHandler):
         )
 
     def applies(self, layout: TokenLayout) -> bool:
-        """Whether the picture is larger than the trained ones along any side."""
         lengths = layout.lengths
         return any(lengths[axis] > self._trained[axis] for axis in AXES)
 
@@ -301,11 +300,9 @@ class UltraImageHandler(AttentionHandler):
         self.note_held(sum(x.nbytes for x in held))
 
     def reset(self) -> None:
-        """Forget the heads: another generation has other ones."""
         self._heads.clear()
 
     def begin_run(self) -> None:
-        """Forget what the report tells."""
         self._compared.clear()
         self.guide.followed.clear()
         self.guide.pulled.clear()

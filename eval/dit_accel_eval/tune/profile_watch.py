@@ -36,7 +36,7 @@ class Profiler:
 
     def __init__(self, attachment: Any, attention: bool) -> None:
         self._attachment, self._attention = attachment, attention
-        self.engine = attachment.engine
+        self.engine, self.denoising = attachment.engine, attachment.denoising
         self._states: dict[str, TransformerState] = {layer.state.name: layer.state for layer in self.engine.layers}
         self._blocks = {name: find_blocks(one.adapter, one.transformer) for name, one in self._states.items()}
         self._of_layer = {name: self._layers(name) for name in self._states}

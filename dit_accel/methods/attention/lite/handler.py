@@ -166,7 +166,6 @@ class LiteHandler(SparseHandler):
         return not states or any(one.calls < first or one.calls == self.settings.refresh_every for one in states)
 
     def reset(self) -> None:
-        """Free all bits."""
         self._states.clear()
         self._calibrators.clear()
         self._fixed.clear()
