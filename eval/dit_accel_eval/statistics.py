@@ -55,11 +55,7 @@ class ClipMean:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged(ClipMean):
-    """A mean paired difference with its verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`.
-
-    Attributes:
-        p_holm: the same, corrected for the differences that are judged together.
-    """
+    """A mean paired difference with its verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`."""
 
     margin: float = 0.0
     p: float | None = None

@@ -1,6 +1,5 @@
 """What all commands do alike: misspelt models, outputs that another run writes, and threads."""
 
-import json
 from pathlib import Path
 
 import demo
@@ -66,12 +65,6 @@ def test_a_misspelt_model_is_one_line_in_every_command(here: Path, arguments):
     assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
     assert found.stderr.startswith(told)
     assert [entry.name for entry in here.iterdir()] == ["s.toml"]
-
-
-def test_plan_takes_an_embedded_model():
-    found = start("plan", "--model", "wan-tiny", "--json")
-    assert found.exit_code == 0, found.stderr
-    assert json.loads(found.stdout)["num_frames"] == 17
 
 
 @pytest.mark.parametrize(

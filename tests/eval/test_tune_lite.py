@@ -165,16 +165,6 @@ def test_settings_that_make_no_sense(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_the_command_tunes_and_tells(tmp_path):
-    output = tmp_path / "lite.toml"
-    lite = ["--set", "lite.block_size=16", "--set", "lite.dense_steps=0", "--target-error", "0.05"]
-    result = tune("lite", *SMALL, "--num-inference-steps", "3", *lite, "-o", output)
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith(f"{output}\nstep  threshold  tiles kept  error added  error to dense\n")
-    assert f"dB to the dense run: {PROMPTS[0]}" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("steps", "options"),
     [(1, []), (3, ["dense_steps=2"]), (2, ["dense_layers=6"]), (2, ["dense_above_sigma=0.0001"])],

@@ -70,11 +70,7 @@ class ModelRun:
 
 
 class SuiteModel:
-    """A loaded pipeline that makes clips by their numbers.
-
-    Attributes:
-        own_share: self-attention's share of the FLOPs at the size of its call, as `dit-accel plan` counts them.
-    """
+    """A loaded pipeline that makes clips by their numbers."""
 
     dtype: str | None = None
     device = torch.device("cpu")

@@ -35,7 +35,6 @@ class Arm:
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
         guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
         rival: name of another project's cache (`RIVALS`) -> its options; empty: none.
-        call: arguments of the pipeline's call that differ from the suite's; only where clips are judged by themselves.
     """
 
     name: str

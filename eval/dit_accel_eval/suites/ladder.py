@@ -68,11 +68,7 @@ class Rung:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
-    """What the arms of a suite are held against: rungs by steps, chosen on so many held-out clips of a model.
-
-    Attributes:
-        confirmed_on: the first and the last clip on which the rungs were tried again; (): on none.
-    """
+    """What the arms of a suite are held against: rungs by steps, chosen on so many held-out clips of a model."""
 
     model: str
     first_clip: int

@@ -31,11 +31,7 @@ FIRST, MOST = 16, 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What a clip's arms are held against.
-
-    Attributes:
-        agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
-    """
+    """The run that a clip's arms are held against, and its agreement in dB with the run of half the steps."""
 
     frames: Clip
     steps: int

@@ -42,14 +42,9 @@ class Suite:
     """A comparison on prompts and seeds of a model.
 
     Attributes:
-        metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
-            by frame.
         judge: Python file, from the suite's folder, by which clips are judged by themselves (`judges`); empty: they are
             held against converged runs.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
-        dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
-            former.
-        repeats: times that each sample is made, whose seconds are given as median and quartiles.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.
     """

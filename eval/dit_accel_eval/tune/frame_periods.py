@@ -38,7 +38,6 @@ class Spectrum:
     Attributes:
         amplitudes: the share of each, of a sum of 1; all 0 for a constant curve.
         family: places of the frequencies that are multiples of it, itself included.
-        error: RMS of the fit over that of the curve about its mean.
     """
 
     periods: tuple[float, ...]

@@ -15,11 +15,6 @@ def search(
 ) -> list[tuple[int, str, float]]:  # fmt: skip
     """Select heads round by round; it ends early where no head is left.
 
-    Args:
-        heads: all heads, in the order in which ties are broken.
-        evaluate: judges all that a round asks, each set and prompt once; higher is better.
-        worth: what a head is ranked by, of what its prompts gave; -inf: it is not taken.
-
     Returns:
         Round from 1, head, and its worth beside those of earlier rounds; the best of a round first.
     """

@@ -40,9 +40,6 @@ def tune_heads(
 ) -> Tuned:
     """Search heads on the prompts of a request, which may hold a `SoftPAG` with u and a scale.
 
-    Args:
-        request: what to generate; without a guidance scale of its own it is guided by the perturbed branch alone.
-
     Returns:
         Found are ``heads``, in the order of their selection, with their ``scores`` and ``rounds``, and how many
         ``clips`` were judged for it.
