@@ -101,7 +101,6 @@ class SolAttention(SparseConfig):
         return float(self.keep(np.ones((tiles, tiles)), layout).mean())
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return advice about a layout that does not suit sol, or None."""
         pinned = self.pinned(layout)
         return self.advice_on_size(layout, pinned.size if pinned.all() else 0)
 

@@ -71,7 +71,6 @@ class SparseD(SparseConfig):
         return max(1, math.ceil(round((self.density or self.defaults["density"]) * tiles, 6)))
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return advice about a layout that does not suit the pattern, or None."""
         tiles = self.tiling.tiles(layout.visual_tokens)
         return self.advice_on_size(layout, tiles if self.mass is None and self.kept_tiles(tiles) == tiles else 0)
 

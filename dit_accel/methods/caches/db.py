@@ -92,7 +92,6 @@ class DBHandler(SpanHandler):
         return ratio(*self.numbers(context, mean_size(now - before, spent=True), mean_size(before)))
 
     def seen(self, context: ForwardContext, decision: BlockDecision) -> None:
-        """Keep what the first blocks added, where the step is computed."""
         if not decision.reuse:
             decision.added = self._passes[context.transformer].added
 

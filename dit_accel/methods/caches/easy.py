@@ -132,7 +132,6 @@ class EasyHandler(StepCacheHandler):
         return context.step_index if sigma is None else log_snr(sigma, flow=context.noise == "flow")
 
     def seen(self, context: ForwardContext, decision: EasyDecision) -> None:
-        """Keep the latents."""
         if self.settings.error is not None:
             return
         decision.x = self.latents(context)
@@ -140,7 +139,6 @@ class EasyHandler(StepCacheHandler):
             decision.total = 0.0
 
     def computed(self, context: ForwardContext, decision: EasyDecision, output: Any) -> None:
-        """Take the changes between the last two computed steps."""
         if self.settings.error is not None:
             decision.places = (*decision.places, self._place(context))[-self.settings.passed_points :]
             return

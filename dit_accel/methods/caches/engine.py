@@ -151,7 +151,6 @@ class StepCacheHandler(Handler):
         site.around_forward(lambda context, run: self._around(context, run, site.adapter.latents, site.name))
 
     def check_with(self, others: Sequence[Handler]) -> None:
-        """Note the other methods, which say what steps they need."""
         self._others = tuple(others)
 
     def _around(self, context: ForwardContext, run: Callable[..., Any], name: str, transformer: str) -> Any:

@@ -80,7 +80,6 @@ class PruneHandler(SpanHandler):
         return (self.settings.threshold or 0) > 0, "each block measured"
 
     def seen(self, context: ForwardContext, decision: PruneDecision) -> None:
-        """Forget which blocks were skipped in the last step."""
         decision.skipped = frozenset()
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
@@ -104,7 +103,6 @@ class PruneHandler(SpanHandler):
         return False
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:
-        """Keep what a block took that ran."""
         decision = now.decision
         assert isinstance(decision, PruneDecision)
         if taken[0] is not None:

@@ -50,7 +50,6 @@ class SignalHandler(StepCacheHandler, ABC):
         return decision.total
 
     def seen(self, context: ForwardContext, decision: SignalDecision) -> None:
-        """Keep the signal, where it was taken."""
         decision.signal, decision.now = decision.now, None
         if not decision.reuse:
             decision.total = 0.0

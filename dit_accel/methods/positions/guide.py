@@ -105,11 +105,12 @@ class Guide:
             self.followed.add(context.step_index)
             if picture.inside is None:
                 return given(context, toward.to(latents.dtype))
-        output = run()
+        output = run()  # the model paints what the small picture does not cover
         sample = sample_of(output)
         if sigma > self._above:
             inside = picture.inside.to(latents.device) if picture.inside is not None else None
             return with_sample(output, torch.where(inside, toward.to(sample.dtype), sample))  # type: ignore[arg-type]
+        # The less noise is left, the more the model is trusted: the pull falls from its full weight to 0.
         weight = 0.0 if picture.inside is not None else self._pull * (1 + math.cos(math.pi * (1 - sigma))) / 2
         if not weight:
             return output

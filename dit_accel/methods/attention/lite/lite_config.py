@@ -100,7 +100,6 @@ class LiteAttention(SparseConfig):
         return replace(full, threshold=THRESHOLDS[full.criterion])
 
     def advice(self, layout: TokenLayout) -> str | None:
-        """Return advice about a layout that does not suit lite, or None."""
         parts, text = [self.advice_on_size(layout)], layout.tokens - layout.visual_tokens
         if not self.protect_text and text:
             parts.append(f"lite.protect_text = False lets the {text} text tokens be dropped too")
