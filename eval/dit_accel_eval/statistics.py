@@ -58,7 +58,6 @@ class Judged(ClipMean):
     """A mean paired difference with its verdict: ``ahead`` or ``behind`` of the margin, ``open``, or `TOO_FEW`.
 
     Attributes:
-        p: two-sided p-value of its being ``margin``; None under `FEWEST` clips.
         p_holm: the same, corrected for the differences that are judged together.
     """
 

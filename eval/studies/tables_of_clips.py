@@ -10,7 +10,7 @@ from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
 from dit_accel_eval.runs.results import WORKS, Line, ResultLine, last_by_clip, markdown_table
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
-from dit_accel_eval.suites.figures import ArmFigures, figures_of
+from dit_accel_eval.suites.figures import ArmFigures, Comparison
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_eval.tune.block_ranking import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
@@ -33,7 +33,7 @@ def budgets(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
         both = [(suite, lines) for suite, lines in measured if suite.model == model]
         caches = {arm.name: arm.methods[0] for suite, _ in both for arm in suite.arms if len(arm.methods) == 1}
         kinds = {name: (cache.name, str(cache.to_dict().get("config"))) for name, cache in caches.items()}
-        figures = figures_of([line for _, lines in both for line in lines], [*caches])
+        figures = Comparison([line for _, lines in both for line in lines]).figures([*caches])
         for budget in BUDGETS:
             within = [
                 arm

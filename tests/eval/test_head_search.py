@@ -1,6 +1,7 @@
-"""HeadHunter: the greedy search by itself, on a tiny model with planted heads, and as a command."""
+"""HeadHunter: the greedy search by itself, what heads are ranked by, on a tiny model, and as a command."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -149,3 +150,37 @@ def test_heads_that_pass_no_threshold_are_not_written(tmp_path, pipe, monkeypatc
 
 def test_sharpness_is_an_objective():
     assert objective_of("sharpness", None)(torch.zeros(2, 8, 8, 3).numpy(), "") == 0.0
+
+
+def test_one_objective_is_its_mean():
+    selection = HeadSelection.of("clip-score@open_clip:ViT-L-14/openai")
+    assert selection.objectives == ("clip-score@open_clip:ViT-L-14/openai",)
+    assert selection.worth([[1.0], [4.0]]) == 2.5
+
+
+def test_means_are_taken_before_they_are_combined():
+    harmonic = HeadSelection.of("harmonic: one, two")
+    assert harmonic.objectives == ("one", "two")
+    assert harmonic.worth([[1.0, 30.0], [3.0, 10.0]]) == pytest.approx(2 / (1 / 2 + 1 / 20))
+    published = HeadSelection.of("threshold: clip, pick >= 20, aesthetic >= 6")
+    assert published.worth([[0.3, 19.0, 7.0], [0.1, 21.0, 5.0]]) == pytest.approx(0.2)
+    assert published.worth([[0.9, 19.0, 7.0], [0.9, 20.9, 7.0]]) == -math.inf
+
+
+def test_what_says_nothing_is_refused():
+    for text in (
+        "harmonic: one",
+        "harmonic: one, two >= 3",
+        "threshold: one >= 2, two >= 3",
+        "threshold: one, two",
+        "threshold: one, two >= many",
+        "harmonic: , one",
+        "harmonic:",
+    ):
+        with pytest.raises(ConfigError, match=rf"'harmonic: A, B'.*got '{text}'"):
+            HeadSelection.of(text)
+
+
+def test_no_harmonic_mean_of_what_is_not_above_0():
+    with pytest.raises(ConfigError, match=r"got -1, 2 for one, two;"):
+        HeadSelection.of("harmonic: one, two").worth([[-1.0, 2.0]])

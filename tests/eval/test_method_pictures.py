@@ -1,10 +1,17 @@
-"""What the pictures of docs/methods/ are drawn from, and how."""
+"""Pictures of methods and suites: what they are drawn from, and how; small files."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import lead_picture
 import numpy as np
 import pytest
-from method_pictures import PICTURES, difference, frames_seen, pipeline, run, tile_states
+import suite_picture
+from dit_accel_eval.statistics import ClipMean, judge
+from dit_accel_eval.suites.figures import ArmFigures
+from method_pictures import PICTURES, frames_seen, pipeline, run, tile_states
 from PIL import Image
-from strips import DARK, GREY, LIGHT, NAMES, block_strip, map_picture, rows_picture, save
+from strips import DARK, GREY, LIGHT, block_strip, save
 
 import dit_accel
 from dit_accel.methods.registry import methods
@@ -44,19 +51,6 @@ def test_tiles_are_told_by_lists_bits_and_routing():
     assert colours(frames_seen(seen)) >= {GREY, DARK}
 
 
-def test_a_difference_is_five_times_the_distance_and_at_most_white():
-    one, other = np.zeros((1, 2, 2, 3)), np.full((1, 2, 2, 3), 0.1)
-    assert difference(one, other) == pytest.approx(0.5)
-    assert difference(one, 5 * other).max() == 1.0
-
-
-def test_rows_are_as_high_as_their_pictures_and_stand_beside_their_names():
-    picture = rows_picture([("a", [np.ones((8, 6, 3))] * 2), ("b", [np.zeros((8, 6, 3))] * 2)], scale=2)
-    assert picture.size == (NAMES + 2 * 16 - 4, 2 * 20)
-    assert picture.getpixel((NAMES + 1, 21)) == (0, 0, 0)
-    assert picture.getpixel((NAMES + 13, 21)) == (255, 255, 255)
-
-
 def test_steps_are_one_bar_where_all_blocks_agree_and_a_row_a_block_where_not():
     every = np.tile([True, False], (5, 2))
     some = every.copy()
@@ -64,13 +58,6 @@ def test_steps_are_one_bar_where_all_blocks_agree_and_a_row_a_block_where_not():
     assert block_strip(every, 100).height < block_strip(some, 100).height
     assert colours(block_strip(every, 100)) >= {DARK, LIGHT}
     assert LIGHT in colours(block_strip(np.ones((5, 4), dtype=bool), 400))  # in the legend alone
-
-
-def test_a_map_names_what_occurs():
-    values = np.array([[2, 0], [0, 2]])
-    found = colours(map_picture(values, {0: "skipped", 1: "pooled", 2: "exact"}, "tiles"))
-    assert found >= {DARK, GREY}
-    assert LIGHT not in found
 
 
 def test_a_picture_is_saved_with_as_many_colours_as_its_size_allows(tmp_path):
@@ -81,3 +68,48 @@ def test_a_picture_is_saved_with_as_many_colours_as_its_size_allows(tmp_path):
         assert everything.mode == "RGB"
         assert few.mode == "P"
     assert (tmp_path / "few.png").stat().st_size <= 5_000
+
+
+SUITES = Path(__file__).parents[2] / "eval" / "suites"
+
+
+def figure(name: str, psnr: float, work: float, real: float | None = None, clips: int = 2) -> ArmFigures:
+    means = {"work": work, "work_real": work if real is None else real}
+    found = ClipMean(mean=psnr, median=psnr, count=clips, low=psnr - 1, high=psnr + 1)
+    return ArmFigures(name=name, clips=clips, means=means, psnr=found)
+
+
+DENSE = [figure(f"unipc {steps}", 20 + steps, steps) for steps in range(6, 12)]
+
+
+def test_the_frontier_is_what_none_surpasses_at_as_little_work():
+    good, bad = figure("a, 0.1 12", 33, 9.5), figure("a, 0.2 12", 27, 9)
+    assert suite_picture.frontier([*DENSE, good, bad], "work") == [*DENSE[:4], good]
+
+
+@pytest.mark.parametrize(("real", "panels"), [(None, 1), (6.0, 2)])
+def test_a_picture_has_a_panel_for_each_work_that_differs_and_is_small(tmp_path, real, panels):
+    arms = [*DENSE, *(figure(f"group {n}, {s} 12", 25 + n, 6 + s, real) for n in range(9) for s in range(6))]
+    suite_picture.draw(arms, "a suite", tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").width == pytest.approx((3.5 + 5.5 * panels) * suite_picture.DOTS, abs=1)
+    assert (tmp_path / "s.png").stat().st_size < 150_000
+
+
+def test_arms_of_fewer_clips_are_left_out(tmp_path):
+    suite_picture.draw(DENSE, "t", tmp_path / "a.png")
+    suite_picture.draw([*DENSE, figure("unipc 12", 90, 12, clips=1)], "t", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_leads_are_drawn_of_the_settings_that_have_one(tmp_path):
+    leads = judge({name: [base + 0.1 * clip for clip in range(8)] for name, base in (("a", 2.0), ("b", -3.0))})
+    arms = [replace(figure(name, 30, 9), means={"steps_in_time": 9.0}, ahead={"steps_in_time": leads[name]})
+            for name in leads]  # fmt: skip
+    lead_picture.draw({"wan-tiny": arms, "flux-tiny": arms}, tmp_path / "a.png")
+    lead_picture.draw({"wan-tiny": [*arms, *DENSE], "flux-tiny": arms}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_suite_without_results_says_so(tmp_path, capsys):
+    assert suite_picture.main([str(SUITES / "knee-wan-tiny.toml"), "--results", str(tmp_path / "none.jsonl")]) == 2
+    assert "knee-wan-tiny: wan-tiny, 12 held-out clips has no results to draw" in capsys.readouterr().err

@@ -65,6 +65,16 @@ def test_a_signal_ends_all_processes_at_once(tmp_path, number, name, group):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["at-0", "at-1", "script.py"]
 
 
+@pytest.mark.slow
+def test_processes_end_with_one_that_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(WORKS)
+    noted = [tmp_path / "at-0", tmp_path / "at-1"]
+    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path) as parent:
+        wait_for(lambda: all(one.exists() and one.read_text() for one in noted))
+        parent.kill()
+    wait_for(lambda: not any(is_running(int(one.read_text())) for one in noted))
+
+
 def test_an_error_of_one_ends_the_others(tmp_path):
     script = tmp_path / "script.py"
     failing = WORKS.replace("        time.sleep(60)", "        time.sleep(60 if item else 0)\n        1 / item")

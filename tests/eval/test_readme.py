@@ -1,4 +1,4 @@
-"""The pages tell the truth: their tables are the committed results, the README's commands exist."""
+"""The pages and the presets tell the truth: their tables are the committed results, the README's commands exist."""
 
 import importlib.util
 import re
@@ -6,18 +6,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dit_accel_eval.runs.results import read_lines
+from dit_accel_eval.suites.suite import read_suite
+from preset_levels import CHOOSING, JUDGING, STEPS
+from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, rows
 from readme import LONG, PAGES, filled, folded
 from site_pages import errors_list
 from tables import TAG
 
 from dit_accel.errors import install
+from dit_accel.methods.preset_figures import PROMPTS
+from dit_accel.methods.presets import LEAST_STEPS, LEVELS, MEASURED_ON, PRESETS
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_tables_are_those_of_the_committed_results(page):
-    assert (ROOT / page).read_text() == filled(ROOT, page)
+def test_tables_are_those_of_the_committed_results():
+    for page in PAGES:
+        assert (ROOT / page).read_text() == filled(ROOT, page)
 
 
 def test_studies_that_left_the_tree_are_named_with_the_tag_that_has_them():
@@ -87,3 +93,33 @@ def test_links_of_root_pages_lead_somewhere():
             headings = re.findall(r"^#+ (.*)", there.read_text(encoding="utf-8"), flags=re.M) if anchor else []
             named = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert not anchor or anchor in named, f"{page.name}: {target}"
+
+
+def test_the_code_promises_what_was_measured():
+    assert (ROOT / FIGURES).read_text() == figures_text(ROOT), "run eval/studies/preset_table.py"
+    found = rows(ROOT)
+    for level in LEVELS:
+        measured = {(one.figure.model, one.figure.solver, one.figure.steps) for one in found[level]}
+        kinds = {(model, solver) for (model, _), solver in SOLVERS.items()}
+        assert measured == {(*kind, steps) for kind in kinds for steps in STEPS if steps >= LEAST_STEPS}
+        assert {one.lead.count for one in found[level]} == {PROMPTS}
+
+
+def test_no_level_is_behind_fewer_steps_of_equal_time():
+    for level, of in rows(ROOT).items():
+        for one in of:
+            assert one.lead.mean > 0, (level, one.figure)
+
+
+def test_prompts_that_judge_chose_nothing():
+    for model in MEASURED_ON:
+        judged = {line["clip"] for line in read_lines(ROOT / RESULTS.format(model))}
+        assert judged == {*JUDGING}
+        assert not judged & {*CHOOSING}
+
+
+def test_the_suites_beside_other_caches_run_what_the_presets_attach():
+    for model in MEASURED_ON:
+        arms = {arm.name: arm for arm in read_suite(ROOT / f"eval/suites/presets-{model}.toml").arms}
+        for level in LEVELS:
+            assert arms[level].methods == (PRESETS[level][0].config,)

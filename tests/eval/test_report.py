@@ -13,7 +13,7 @@ from dit_accel_eval.report.charts import forest, hues, ticks
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page, score_leads, summary
 from dit_accel_eval.report.report import quantile_clips, suite_report
-from dit_accel_eval.runs.results import ITSELF, ResultLine, read_lines, result_lines
+from dit_accel_eval.runs.results import ResultLine, read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_figures, suite_table
 from dit_accel_eval.suites.suite import read_suite
 from fake_model import command, told, written
@@ -410,12 +410,3 @@ def test_dense_runs_of_some_clips_alone_are_left_out_of_the_page():
     assert "Left out are 9 dense runs made on some clips alone, as rivals." in text
     assert "unipc 12</th>" in text
     assert "unipc 17</th>" not in text.partition("What ran")[0]
-
-
-def test_results_against_the_models_own_steps_say_so(tmp_path):
-    lines = [{**line, "reference_agreement": ITSELF, "reference_steps": 50} for line in read_lines(WAN)]
-    found = report(written(tmp_path / "r.jsonl", lines))
-    text = page(found)
-    assert "over 50 dense steps" in text
-    assert "PSNR to the model&#39;s own 50 steps" in text
-    assert "the converged run" not in text

@@ -1,6 +1,7 @@
 """Two files of results side by side: what changed of each arm, and what else differs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,12 @@ from dit_accel_eval.report.diff import diff_of
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.report import suite_report
 from dit_accel_eval.runs.results import read_lines
-from typer.testing import CliRunner
-
-from dit_accel.cli.app import app
+from fake_model import command
 
 BEFORE = Path(__file__).parent / "results" / "report-wan-tiny.jsonl"
 
 
-def run(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", "diff", *map(str, arguments)])
+run = partial(command, "diff")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """Suites: what files may say, runs that go on where they stopped, what lines say, and judges of one's own."""
 
 import dataclasses
-import inspect
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -340,13 +337,6 @@ def test_the_command_runs_a_suite_goes_on_and_reports(job, fake, tmp_path):
     assert "dit-accel eval run s.toml --out s.jsonl --frames frames" in text
 
 
-def test_a_suite_may_begin_at_another_clip(tmp_path, fake):
-    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3\nfirst_clip = 5") + ARM)
-    out = tmp_path / "s.jsonl"
-    assert command("run", tmp_path / "s.toml", "--out", out, "--cache", tmp_path / "cache", "--clips", 2).exit_code == 0
-    assert {line["clip"] for line in read_lines(out)} == {5, 6}
-
-
 def ranked(rank, count):
     ranks = Ranks()
     ranks.rank, ranks.count = rank, count
@@ -371,32 +361,6 @@ def test_processes_share_the_clips_none_doubled_or_lost(job, fake, monkeypatch):
             run_arms(other, clips, **options)
 
 
-LAUNCHED = """
-import importlib.util, sys
-from dit_accel_eval.suites import running
-from dit_accel.cli import main
-
-spec = importlib.util.spec_from_file_location("fakes", sys.argv.pop(1))
-fakes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fakes)
-running.EmbeddedModel = fakes.FakeModel
-main()
-"""
-
-
-@pytest.mark.slow
-def test_accelerate_runs_a_suite_in_two_processes(tmp_path):
-    (tmp_path / "s.toml").write_text(HEAD.replace("clips = 1", "clips = 3") + ARM)
-    (tmp_path / "run.py").write_text(LAUNCHED)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "run.py"]
-    run_it = [inspect.getfile(FakeModel), "eval", "run", "s.toml", "--out", "s.jsonl", "--cache", "cache"]
-    done = subprocess.run([*launch, *run_it], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = read_lines(tmp_path / "s.jsonl")
-    assert [(line["clip"], line["arm"]) for line in lines] == [(c, a) for c in range(3) for a in ("a", "unipc 2")]
-    assert done.stdout.count("| arm |") == 1
-
-
 @pytest.mark.slow
 def test_a_real_suite_runs_in_two_processes(tmp_path):
     call = "[call]\nnum_frames = 5\nheight = 32\nwidth = 32\n"
@@ -413,44 +377,6 @@ def test_a_real_suite_runs_in_two_processes(tmp_path):
     assert {line.forwards for line in lines if line.arm in ("thin", "unipc 3")} == {3.0}
     assert command("run", path, "--cache", tmp_path / "cache").stdout == first.stdout
     assert command("run", path, "--table").stdout == first.stdout
-
-
-KILLED = """
-import os, time
-from multiprocessing import get_context
-from dit_accel_eval.runs.pool import end_with_parent
-
-def work(path):
-    end_with_parent()
-    open(path, "w").write(str(os.getpid()))
-    time.sleep(120)
-
-if __name__ == "__main__":
-    import sys
-    get_context("spawn").Process(target=work, args=sys.argv[1:]).start()
-    time.sleep(120)
-"""
-
-
-@pytest.mark.slow
-def test_workers_end_with_a_suite_that_is_killed(tmp_path):
-    script, noted = tmp_path / "killed.py", tmp_path / "pid"
-    script.write_text(KILLED)
-    parent = subprocess.Popen([sys.executable, script, noted])
-    try:
-        wait_for(lambda: noted.exists() and noted.read_text())
-    finally:
-        parent.kill()
-        parent.wait()
-    state = Path(f"/proc/{noted.read_text()}/stat")
-    wait_for(lambda: not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 JUDGE = """

@@ -14,12 +14,11 @@ from dit_accel_assets.clips import clip_of, draw_plain
 from dit_accel_eval.metrics.distances import Distance
 from dit_accel_eval.runs.results import keep, read_lines
 from dit_accel_pipelines.generation.media import write_media
+from fake_model import command
 from PIL import Image
 from scipy.linalg import sqrtm
-from typer.testing import CliRunner
 
 from dit_accel import ConfigError
-from dit_accel.cli.app import app
 from dit_accel.errors import install
 
 
@@ -28,8 +27,7 @@ def drawn(seed: int = 3, frames: int = 9) -> np.ndarray:
     return draw_plain(scene, frames)
 
 
-def score(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", "score", *map(str, arguments)])
+score = partial(command, "score")
 
 
 @pytest.fixture

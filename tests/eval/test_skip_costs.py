@@ -32,59 +32,60 @@ def gaps(path):
     return zip([path[: i + 1] for i in range(len(path))], [*path[1:], STEPS], strict=True)
 
 
-@pytest.mark.parametrize(("predictor", "order"), PREDICTORS)
-def test_forecasts_are_the_engines(predictor, order):
+def test_forecasts_are_the_engines():
     stored, products = run_of(0, prompts=1)
-    values, costs = torch.tensor(stored[0]), costs_of(products, predictor, order)
-    for path in LISTS:
-        steps = tuple(int(step in path) for step in range(STEPS))
-        listed = StaticCache(steps=steps, predictor=predictor, order=order, stored="output")
-        driven = Driven(listed, lambda step, branch: (values[step].reshape(1, 2, 3),))
-        outputs = [out["cond"].reshape(-1).numpy() for out in run_through(driven, still, steps=STEPS)]
-        for so_far, upto in gaps(path):
-            expected = np.array(outputs[so_far[-1] + 1 : upto]).reshape(-1, stored.shape[2])
-            np.testing.assert_allclose(costs.forecasts(so_far, upto) @ stored[0], expected, rtol=1e-6, atol=1e-9)
+    values = torch.tensor(stored[0])
+    for predictor, order in PREDICTORS:
+        costs = costs_of(products, predictor, order)
+        for path in LISTS:
+            steps = tuple(int(step in path) for step in range(STEPS))
+            listed = StaticCache(steps=steps, predictor=predictor, order=order, stored="output")
+            driven = Driven(listed, lambda step, branch: (values[step].reshape(1, 2, 3),))
+            outputs = [out["cond"].reshape(-1).numpy() for out in run_through(driven, still, steps=STEPS)]
+            for so_far, upto in gaps(path):
+                expected = np.array(outputs[so_far[-1] + 1 : upto]).reshape(-1, stored.shape[2])
+                np.testing.assert_allclose(costs.forecasts(so_far, upto) @ stored[0], expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("predictor", "order"), PREDICTORS)
-def test_a_gap_costs_the_square_of_its_summed_weighted_errors(predictor, order):
-    stored, products = run_of(1)
-    weights = np.random.default_rng(2).uniform(0.1, 1, (2, STEPS))
-    costs = costs_of(products, predictor, order, weights)
-    for path in LISTS:
-        for so_far, upto in gaps(path):
-            skipped = slice(so_far[-1] + 1, upto)
-            off = costs.forecasts(so_far, upto) @ stored - stored[:, skipped]
-            moved = (weights[:, skipped, None] * off).sum(1)
-            assert costs(so_far, upto) == pytest.approx((moved**2).mean(), abs=1e-12)
-        assert costs.of_list(path).mean() == pytest.approx(total(costs, path))
+def test_a_gap_costs_the_square_of_its_summed_weighted_errors():
+    for predictor, order in PREDICTORS:
+        stored, products = run_of(1)
+        weights = np.random.default_rng(2).uniform(0.1, 1, (2, STEPS))
+        costs = costs_of(products, predictor, order, weights)
+        for path in LISTS:
+            for so_far, upto in gaps(path):
+                skipped = slice(so_far[-1] + 1, upto)
+                off = costs.forecasts(so_far, upto) @ stored - stored[:, skipped]
+                moved = (weights[:, skipped, None] * off).sum(1)
+                assert costs(so_far, upto) == pytest.approx((moved**2).mean(), abs=1e-12)
+            assert costs.of_list(path).mean() == pytest.approx(total(costs, path))
 
 
 def total(costs, path):
     return sum(costs(so_far, upto) for so_far, upto in gaps(path))
 
 
-@pytest.mark.parametrize("predictor", ["hold", "taylor"])
-def test_the_best_list_of_each_length_is_the_best_of_all(predictor):
-    costs = costs_of(run_of(2)[1], predictor, 1, np.linspace(2, 1, STEPS))
-    found = best_lists(costs, STEPS, STEPS)
-    assert [*found] == [*range(1, STEPS + 1)]
-    for count, (cost, path) in found.items():
-        every = [(0, *rest) for rest in itertools.combinations(range(1, STEPS), count - 1)]
-        best = min(total(costs, one) for one in every)
-        assert cost == pytest.approx(best, abs=1e-12)
-        assert total(costs, path) == pytest.approx(best, abs=1e-12)
-        assert (len(path), path[0]) == (count, 0)
-    assert found[STEPS] == (0.0, tuple(range(STEPS)))
+def test_the_best_list_of_each_length_is_the_best_of_all():
+    for predictor in ("hold", "taylor"):
+        costs = costs_of(run_of(2)[1], predictor, 1, np.linspace(2, 1, STEPS))
+        found = best_lists(costs, STEPS, STEPS)
+        assert [*found] == [*range(1, STEPS + 1)]
+        for count, (cost, path) in found.items():
+            every = [(0, *rest) for rest in itertools.combinations(range(1, STEPS), count - 1)]
+            best = min(total(costs, one) for one in every)
+            assert cost == pytest.approx(best, abs=1e-12)
+            assert total(costs, path) == pytest.approx(best, abs=1e-12)
+            assert (len(path), path[0]) == (count, 0)
+        assert found[STEPS] == (0.0, tuple(range(STEPS)))
 
 
-@pytest.mark.parametrize(("predictor", "order"), [("taylor", 2), ("heun", 1), ("chebyshev", 1)])
-def test_where_forecasts_read_further_back_the_list_beats_nearly_all(predictor, order):
-    costs = costs_of(run_of(3)[1], predictor, order)
-    cost, path = best_lists(costs, STEPS, 4)[4]
-    every = sorted(total(costs, (0, *rest)) for rest in itertools.combinations(range(1, STEPS), 3))
-    assert cost == pytest.approx(total(costs, path))
-    assert cost <= every[len(every) // 20]
+def test_where_forecasts_read_further_back_the_list_beats_nearly_all():
+    for predictor, order in [("taylor", 2), ("heun", 1), ("chebyshev", 1)]:
+        costs = costs_of(run_of(3)[1], predictor, order)
+        cost, path = best_lists(costs, STEPS, 4)[4]
+        every = sorted(total(costs, (0, *rest)) for rest in itertools.combinations(range(1, STEPS), 3))
+        assert cost == pytest.approx(total(costs, path))
+        assert cost <= every[len(every) // 20]
 
 
 def test_a_run_that_lies_on_a_line_is_skipped_after_two_steps():

@@ -1,12 +1,16 @@
-"""`dit-accel tune period` on the embedded model, and what it refuses."""
+"""`tune period`: what it measures and writes, the published models' spectra, and curves whose make is known."""
 
 import json
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import tuning_request
+from dit_accel_eval.tune.frame_periods import Spectrum, harmonics, spectrum
 from dit_accel_eval.tune.period import Logits, tune_period
+from hypothesis import given
+from hypothesis import strategies as st
 from one_layer import context_of, random_call
 from typer.testing import CliRunner
 
@@ -15,6 +19,7 @@ from dit_accel.attachment.layers import PlannedCall
 from dit_accel.cli.app import app
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
+from dit_accel.rules.rotary_frequencies import frequencies
 
 LAYOUT = TokenLayout(frames=6, height=2, width=3, text_before=2, text_after=1)
 SMALL = dict(height=32, width=32, num_inference_steps=1)
@@ -57,3 +62,121 @@ def test_what_can_not_be_measured_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             tune_period(tuning_request(prompts=("a red circle",), **SMALL, **options), tmp_path / "a.toml")
+
+
+HUNYUAN, COGVIDEOX, WAN = ((16, 256.0), 33), ((16, 1e4), 13), ((44, 1e4), 21)
+
+
+def curve_of(own, amplitudes, frames):
+    return 0.3 + np.cos(np.outer(np.arange(frames), own)) @ amplitudes
+
+
+def test_families_of_the_published_models():
+    assert harmonics(frequencies(*HUNYUAN[0]), 3) == (0, 1, 2, 3)  # 50.3 and its halves
+    assert harmonics(frequencies(*COGVIDEOX[0]), 1) == (0, 1)  # 3.16 counts as 3
+    assert harmonics(frequencies(*WAN[0]), 3) == (3,)  # 22.1 alone
+
+
+def test_a_harmonic_model_repeats_and_an_inharmonic_one_does_not():
+    own = frequencies(*HUNYUAN[0])
+    found = spectrum(curve_of(own, np.array([0.2, 0.2, 0.3, 0.5, 0.1, 0.1, 0.0, 0.0]), 100), own)
+    assert (found.period, found.gamma) == (pytest.approx(50.27, abs=0.01), 4.0)
+    assert found.share > 0.75
+    cog = frequencies(*COGVIDEOX[0])
+    found = spectrum(curve_of(cog, np.array([0.3, 0.5, 0.1, 0.1, 0, 0, 0, 0]), 52), cog)
+    assert (found.period, found.gamma) == (pytest.approx(19.87, abs=0.01), 1.0)
+    wan = frequencies(*WAN[0])
+    found = spectrum(curve_of(wan, np.array([0.3, 0.25, 0.25, 0.32, 0.2] + [0.0] * 17), 63), wan)
+    assert found.period is None
+    assert found.gamma is None
+
+
+@given(
+    amplitudes=st.lists(st.floats(0.05, 1), min_size=4, max_size=4), constant=st.floats(-5, 5),
+    frames=st.integers(60, 120),
+)  # fmt: skip
+def test_the_fit_finds_what_a_curve_is_made_of(amplitudes, constant, frames):
+    own = frequencies(16, 256.0)[:4]
+    found = spectrum(constant + curve_of(own, np.array(amplitudes), frames), own)
+    assert np.array(found.amplitudes) == pytest.approx(np.array(amplitudes) / sum(amplitudes), abs=1e-3)
+    assert found.error < 1e-2
+    assert sum(found.amplitudes) == pytest.approx(1)
+
+
+def test_what_is_too_slow_to_be_told_from_a_constant_is_no_part():
+    """Amplitudes such as those of wan-tiny: of 18 frames seven of its twelve frequencies see less than a quarter."""
+    own = frequencies(24, 1e4)
+    amplitudes = np.array([0.56, 1.05, 0.08, 0.08, 0.05, 0.03, 0.02, 0.06, 0.03, 0.03, 0.02, 0.07])
+    found = spectrum(curve_of(own, amplitudes, 18), own)
+    assert (found.period, found.gamma) == (pytest.approx(13.54, abs=0.01), 1.0)
+    assert found.amplitudes[5:] == (0.0,) * 7
+
+
+def test_a_multiple_is_near_a_whole_number_whatever_its_size():
+    assert harmonics(np.array([0.1, 1.05, 2.15, 2.51]), 0) == (0, 3)  # 10.5 and 21.5 are out of step
+    assert harmonics(np.array([0.1, 0.316, 0.95]), 0) == (0, 1)
+
+
+def test_a_constant_curve_has_no_period():
+    found = spectrum(np.full(30, 0.7), frequencies(16, 256.0))
+    assert found.period is None
+    assert set(found.amplitudes) == {0.0}
+
+
+def test_the_maximum_comes_back_only_if_all_are_multiples():
+    """UltraViCo's proposition: a sum of cosines reaches its value at 0 again only at a common period."""
+    for axis, returns in ((HUNYUAN[0], True), (WAN[0], False)):
+        own = frequencies(*axis)[:4]
+        period = 2 * np.pi / own[3]
+        distance = np.arange(0.5 * period, 3 * period, 0.01)
+        highest = np.cos(np.outer(distance, own)).sum(1).max()
+        assert (highest > 4 - 1e-3) == returns
+
+
+def made_up(share=0.9, period=20.0):
+    return Spectrum(periods=(period,), amplitudes=(1.0,), dominant=0, family=(0,), share=share, error=0.0)
+
+
+def test_more_than_half_of_the_amplitude_makes_a_period():
+    assert made_up(share=0.5).period is None
+    assert made_up(share=0.501).period == 20.0
+
+
+@pytest.mark.parametrize(("period", "gamma"), [(3.0, 1.0), (24.9, 1.0), (25.0, 2.0), (37.4, 2.0), (50.3, 4.0)])
+def test_half_a_band_is_a_twelfth_of_the_period_in_whole_frames(period, gamma):
+    assert made_up(period=period).gamma == gamma
+
+
+def test_how_far_a_multiple_may_be_from_a_whole_number():
+    """6 % of it, and .2 turns at most: from a little above 3 on."""
+    ratios = np.array([1.0, 1.059, 1.061, 2.119, 2.121, 3.179, 3.181, 4.199, 4.201, 9.199, 9.201, 0.941, 0.939])
+    assert harmonics(ratios, 0) == (0, 1, 3, 5, 7, 9, 11)
+
+
+def test_a_period_of_four_times_the_longest_distance_is_told():
+    frames = 26
+    for period, told in ((99.9, True), (100.1, False)):
+        own = 2 * np.pi / np.array([11.0, period])
+        found = spectrum(curve_of(own, np.array([0.2, 0.8]), frames), own)
+        assert (found.amplitudes[1] > 0) == told
+        assert (found.dominant == 1) == told
+        assert found.periods == pytest.approx((11.0, period))
+
+
+def test_far_distances_weigh_less_since_fewer_frames_are_so_far_apart():
+    """What stands at the longest distance alone moves the fit less than the same at the shortest."""
+    own = frequencies(16, 256.0)[:4]
+    curve, errors = curve_of(own, np.array([0.2, 0.3, 0.4, 0.1]), 40), []
+    for place in (1, 39):
+        changed = curve.copy()
+        changed[place] += 0.5
+        errors.append(np.abs(np.array(spectrum(changed, own).amplitudes) - (0.2, 0.3, 0.4, 0.1)).max())
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_the_error_is_what_the_fit_leaves():
+    own = frequencies(16, 256.0)[:2]
+    noise = np.random.default_rng(0).normal(size=200)
+    found = spectrum(curve_of(own, np.array([0.0, 0.0]), 200) + noise, own)
+    assert 0.9 < found.error <= 1
+    assert spectrum(curve_of(own, np.array([0.5, 0.5]), 200), own).error < 1e-6

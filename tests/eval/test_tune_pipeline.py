@@ -221,14 +221,6 @@ def test_a_search_goes_on_where_it_stopped_and_can_be_reported(tune, tmp_path, f
     assert report.exit_code == 0, report.output
 
 
-@pytest.mark.slow
-def test_less_is_better_for_some_metrics(tune):
-    with pytest.raises(ConfigError, match=r"warp-error@dis 0\.001"):
-        tune("warp-error@dis=0.001")
-    found = tune("warp-error@dis=0.5", "other.toml")
-    assert found.found["chosen"]["quality"] <= 0.5
-
-
 def test_a_pareto_set_holds_what_none_surpasses():
     points = [point("a", q, w) for q, w in ((3, 3), (2, 1), (2, 2), (5, 4), (1, 1))]
     assert [(p.quality, p.work) for p in pareto(points, 1)] == [(2, 1), (3, 3), (5, 4)]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.vbench import measures, official, run
 from dit_accel_eval.vbench.prompts import read_full_info
 from dit_accel_pipelines.generation.media import read_video, write_media
+from fake_model import command, told
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -28,12 +30,7 @@ FULL_INFO = [
 ]  # fmt: skip
 
 
-def vbench(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", "vbench", *map(str, arguments)])
-
-
-def told(found) -> str:
-    return " ".join(found.stderr.split())
+vbench = partial(command, "vbench")
 
 
 @pytest.fixture(scope="module")
@@ -248,15 +245,6 @@ def test_wrong_prompts_are_refused(tmp_path):
         (tmp_path / "info.json").write_text(json.dumps(held))
         with pytest.raises(ConfigError, match=text):
             read_full_info(tmp_path / "info.json")
-
-
-@pytest.mark.skipif(not official.unpacked().is_file(), reason="VBench's prompts are not unpacked")
-def test_the_official_prompts_are_those_of_the_package():
-    prompts = read_full_info(official.prompts_path())
-    assert len(prompts) == 946
-    counts = {name: sum(name in one.dimensions for one in prompts) for name in ("color", "human_action", "scene")}
-    assert counts == {"color": 85, "human_action": 100, "scene": 86}
-    assert all(bool(one.style) == ("appearance_style" in one.dimensions) for one in prompts)
 
 
 def test_setup_unpacks_the_prompts_or_tells_why_not(tmp_path, monkeypatch):

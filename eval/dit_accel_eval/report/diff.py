@@ -73,13 +73,8 @@ def diff_markdown(entries: Sequence[dict[str, Any]]) -> str:
             words = f"{change['mean']:+.2f} {ends}{words}"
         kinds = dict.fromkeys(side["by"] for side in sides if side)
         cells = [
-            _arrow([form.format(side[key] or "–") if side else "–" for side in sides])
+            " → ".join(dict.fromkeys(form.format(side[key] or "–") if side else "–" for side in sides))
             for key, form in (("psnr", "{:.2f}"), ("steps", "{:.2f}"), ("verdict", "{}"))
         ]
         rows.append((entry["name"], cells[0], words, f"{cells[1]} ({', then '.join(kinds)})", cells[2]))
     return markdown_table("arm | PSNR, dB | change, dB | dense steps' cost | verdict against fewer steps", rows)
-
-
-def _arrow(texts: Sequence[str]) -> str:
-    """Return both texts, once where they are alike."""
-    return texts[0] if texts[0] == texts[1] else " → ".join(texts)

@@ -26,10 +26,7 @@ _COLUMNS = ("transformer", "step", "branch", "dense", "planned", "density", "poo
 
 
 def write_heat_map(report: Report, path: Path) -> None:
-    """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch.
-
-    Below it, or alone where all attention was dense, the steps that a cache computed and those that guidance changed.
-    """
+    """Write the heat map of a report as a PNG, whole or not at all: one panel per transformer and branch."""
     if path.suffix.lower() != ".png":
         raise ConfigError(f"report().plot writes a PNG, got {path}; end the name in .png")
     check_writable(path, "the picture of report().plot")

@@ -23,13 +23,7 @@ LISTED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """What the pages are written from.
-
-    Attributes:
-        comparison: the lines whose reference converged, with the dense runs of equal work.
-        settings: arm -> a line of it, which tells what ran.
-        suite: its TOML, as it is now; empty where it was not found.
-    """
+    """What the pages are written from."""
 
     results: Results
     comparison: Comparison

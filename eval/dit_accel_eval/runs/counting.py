@@ -39,10 +39,7 @@ class Counts:
 
 
 class Counter:
-    """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``.
-
-    Made before anything else wraps the transformer, and never taken off.
-    """
+    """Counts the calls of transformers' blocks and self-attention from now on, in place of their ``forward``."""
 
     def __init__(
         self, transformers: Sequence[nn.Module], adapter: Adapter, now: Callable[[], float] = time.perf_counter

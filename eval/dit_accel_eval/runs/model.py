@@ -73,7 +73,6 @@ class SuiteModel:
     """A loaded pipeline that makes clips by their numbers.
 
     Attributes:
-        dtype: number format of the weights where it is not always the same; else None.
         own_share: self-attention's share of the FLOPs at the size of its call, as `dit-accel plan` counts them.
     """
 
@@ -212,13 +211,7 @@ def shipped_scheduler(source: str) -> Any:
 
 
 def arm_scheduler(shipped: Any, solver: str, options: Mapping[str, Any], flow_shift: float | None) -> Any:
-    """Return a fresh scheduler of the model's own noise schedule.
-
-    Args:
-        solver: a name of `SOLVERS`, `OWN`, or the class of one of diffusers' schedulers.
-        options: of that class; what is not among them is as in the shipped one's config.
-        flow_shift: another noise shift, of a solver; None: the model's own.
-    """
+    """Return a fresh scheduler of the model's own noise schedule."""
     if solver in SOLVERS:
         return make_scheduler(shipped, solver, flow_shift)
     if solver != OWN:

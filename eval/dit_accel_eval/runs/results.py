@@ -118,8 +118,6 @@ class ResultLine:
     Attributes:
         raw: every key as the file holds it, also those that are only shown.
         work: in steps of the dense model; ``work_real`` at a real model's share of attention.
-        seconds: of the denoising loop where timed, beside ``dense_seconds`` of the dense run of as many steps.
-        reference_confirmed: ``steps`` and ``agreement`` of a run of more steps that confirmed the reference.
     """
 
     arm: str

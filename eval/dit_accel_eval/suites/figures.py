@@ -66,8 +66,6 @@ class PairFigures:
     """What the clips of both arms of a pair say.
 
     Attributes:
-        ahead: by how many dB of PSNR the arm is ahead, clip by clip.
-        score: the same of the judge's score, in percent; None where clips have none.
         costs: of the arm and of the other, as shares of the dense run's.
         by: what costs are: measured ``time``; ``processor time``, where arms ran on one thread beside other work; or
             counted ``work``.
@@ -145,11 +143,6 @@ class Comparison:
             )
             for name, lines in arms.items()
         ]  # fmt: skip
-
-
-def figures_of(lines: Iterable[ResultLine], listed: Sequence[str]) -> list[ArmFigures]:
-    """Return the figures of every arm that ran, see `Comparison.figures`."""
-    return Comparison(lines).figures(listed)
 
 
 def suite_figures(suite: Suite, lines: Iterable[ResultLine]) -> list[ArmFigures]:

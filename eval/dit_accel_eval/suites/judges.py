@@ -31,10 +31,7 @@ class Judge:
 
 
 def judge_of(suite: Suite) -> Judge:
-    """Return the judge of a suite that has one.
-
-    The file is imported as a script's modules are, from its own folder, so that it may import what lies beside it.
-    """
+    """Return the judge of a suite that has one."""
     path = (suite.folder / suite.judge).resolve()
     sys.path.insert(0, str(path.parent))
     try:

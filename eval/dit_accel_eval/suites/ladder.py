@@ -71,7 +71,6 @@ class Ladder:
     """What the arms of a suite are held against: rungs by steps, chosen on so many held-out clips of a model.
 
     Attributes:
-        reference_steps: of the reference that chose, as a suite's.
         confirmed_on: the first and the last clip on which the rungs were tried again; (): on none.
     """
 

@@ -35,13 +35,7 @@ DIGITS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One arm on one clip of a job, as it ran.
-
-    Attributes:
-        reference: the converged run; None where clips are judged by themselves.
-        runs: of the arm, as many as each sample is repeated.
-        beside: where timed, the dense run of as many steps after each of them.
-    """
+    """One arm on one clip of a job, as it ran."""
 
     job: Job
     arm: Arm

@@ -35,7 +35,6 @@ class Reference:
 
     Attributes:
         agreement: PSNR in dB to the run of half the steps; under `AGREE` the search ended at `MOST` steps.
-        seconds: processor seconds of one dense step; None where they are not known.
     """
 
     frames: Clip

@@ -140,10 +140,7 @@ class Runner:
                     print(f"clip {clip} {arm.name}: {figures.format(**raw)}", file=sys.stderr)
 
     def sample(self, arm: Arm, clip: int) -> tuple[list[ModelRun], list[ModelRun]]:
-        """Return the runs of an arm, as many as each is repeated, and where timed after each a dense one of its steps.
-
-        A dense arm's single run is kept on disk; warm-up runs precede an arm's first in this process.
-        """
+        """Return the repeated runs of an arm, and where timed the dense one of as many steps after each."""
         suite = self.job.suite
         plain = arm.is_dense or (not suite.ladder and arm == suite.rival(arm.num_inference_steps))
         dense = plain and not self.job.judge

@@ -42,15 +42,11 @@ class Suite:
     """A comparison on prompts and seeds of a model.
 
     Attributes:
-        model: name of an embedded model, or as the file names it a folder or hub id of a diffusers pipeline.
-        call: arguments of the pipeline's call that differ from the model's defaults.
         metrics: what is measured besides PSNR, SSIM and the judge's score; ``psnr`` and ``ssim`` among them are kept
             by frame.
         judge: Python file, from the suite's folder, by which clips are judged by themselves (`judges`); empty: they are
             held against converged runs.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
-        reference_solver: of that run and of the dense ones of fewer steps: a name of `SOLVERS`, or `OWN`.
-        own: prompts of one's own with their seeds; None: the embedded model's held-out ones.
         dtype: number format of the weights; None: float32, on an accelerator bfloat16; embedded models know but the
             former.
         repeats: times that each sample is made, whose seconds are given as median and quartiles.

@@ -50,14 +50,7 @@ class Tuned:
 
 
 class TuningRun:
-    """The loaded model of a tuning run, its generations, and the scores, which are kept beside the output.
-
-    Args:
-        request: what to generate, with the methods that are attached.
-        output: the file that is to be written, of this ``suffix``.
-        ranks: the processes that share the run, of which the first reads and writes; None: this one alone.
-        settings: what else must be the same for two runs to be one.
-    """
+    """The loaded model of a tuning run, its generations, and the scores, which are kept beside the output."""
 
     def __init__(
         self, request: Request, output: Path, suffix: str, stages: Stages | None, ranks: Ranks | None = None,
@@ -96,10 +89,7 @@ class TuningRun:
         return scores
 
     def search(self, space: Sequence[Any], score: Callable[[Any], Any], words: Callable[[Any], str] = str) -> list[Any]:
-        """Return the score of each point of a space; one that an earlier run scored is not scored again.
-
-        Points and scores are plain values, as JSON holds them. The processes share the points.
-        """
+        """Return the score of each point of a space; one that an earlier run scored is not scored again."""
 
         def scored(point: Any) -> Any:
             self.stages.stage(words(point))

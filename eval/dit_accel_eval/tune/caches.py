@@ -155,11 +155,7 @@ def _fit(transformer: str, notes: Sequence[Note]) -> dict[str, Any]:
 def watched_runs(
     request: Request, output: Path, config: CalibratedConfig, new_watch: Callable[[], Watch], stages: Stages | None
 ) -> tuple[TuningRun, list[list[Note]], str, int]:
-    """Generate every prompt with all steps computed; return the run, each prompt's notes, the model and the steps.
-
-    Attached are the request's methods, with ``config`` in place of one of its type, whose numbers are not used;
-    ``new_watch`` makes what notes one prompt's forwards.
-    """
+    """Generate every prompt with all steps computed; return the run, each prompt's notes, the model and the steps."""
     others = replaced_method(request, type(config))[1]
     runs = TuningRun(dataclasses.replace(request, methods=(config, *others)), output, ".toml", stages)
     with runs.attached() as attachment:

@@ -67,12 +67,7 @@ def harmonics(frequencies: np.ndarray, place: int) -> tuple[int, ...]:
 
 
 def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
-    """Return what a curve over frame distances is made of.
-
-    Args:
-        curve: mean logit at the distances 0, 1, ..., float64 [F].
-        frequencies: of the frames' axis, in radians per frame, [n].
-    """
+    """Return what a curve over frame distances is made of."""
     distance, count = np.arange(len(curve)), len(curve) - np.arange(len(curve))
     waves = np.cos(np.outer(distance, frequencies))
     weight = count / count.sum()

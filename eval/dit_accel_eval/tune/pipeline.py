@@ -47,7 +47,6 @@ def tune_pipeline(
     Args:
         request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
             where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
-        space: suite whose arms are tried; None: `default_space`.
 
     Returns:
         Found are the setting ``chosen``, as measured on the held-out prompts; the ``frontier`` of those that none

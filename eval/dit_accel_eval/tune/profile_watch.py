@@ -32,12 +32,7 @@ QUERIES = 4096
 
 
 class Profiler:
-    """Notes what a run's blocks do, in the first branch of each step.
-
-    Attributes:
-        scores: transformer -> criterion -> (block, step) -> value, of the last run.
-        foreground: step -> share of the tokens, of the last run.
-    """
+    """Notes what a run's blocks do, in the first branch of each step."""
 
     def __init__(self, attachment: Any, attention: bool) -> None:
         self._attachment, self._attention = attachment, attention

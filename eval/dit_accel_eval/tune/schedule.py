@@ -73,7 +73,6 @@ def tune_schedule(
 
     Args:
         request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
-        output: TOML, whose ``compute_at`` holds for any number of steps.
         placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
             the prompts chooses. None: the request's steps of the model's own scheduler.
     """

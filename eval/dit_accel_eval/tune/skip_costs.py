@@ -126,12 +126,7 @@ def best_lists(
 
 
 def grown(moved: Sequence[float], early: int) -> np.ndarray:
-    """Return how much an error that is made in each step has grown by the run's end, [N].
-
-    Args:
-        moved: how far two runs lie apart before each step and at the end, N + 1, of which one skipped a step.
-        early: that step. Errors of the steps until its own has settled count as it does.
-    """
+    """Return how much an error that is made in each step has grown by the run's end, [N]."""
     steps = len(moved) - 1
     since = [moved[min(max(step + 1, early + SETTLES), steps)] for step in range(steps)]
     return moved[-1] / np.array(since) if min(since) > 0 else np.ones(steps)

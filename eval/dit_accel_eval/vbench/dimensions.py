@@ -112,10 +112,7 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists.
-
-    Official results are {dimension: [score, [one entry a video]]}. Any other file is refused.
-    """
+    """Return dimension -> raw score of a JSON file: an object of numbers, or of an official result's lists."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
     except OSError as error:

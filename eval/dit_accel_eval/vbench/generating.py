@@ -137,10 +137,7 @@ def sizes_text(request: Request) -> str:
 def make_videos(
     work: Sequence[Piece], request: Request, tell: Callable[[str], None], command: Sequence[str] = ()
 ) -> None:
-    """Make videos, each with its side-car, whole or not at all; after each, tell how long the rest takes.
-
-    The prompts are checked before anything is loaded; the side-cars hold the command line.
-    """
+    """Make videos, each with its side-car, whole or not at all; after each, tell how long the rest takes."""
     if request.embedded:
         for piece in work:
             check_words(piece.prompt, request.embedded)

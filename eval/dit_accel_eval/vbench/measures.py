@@ -89,10 +89,6 @@ def clip_features(by: Weighted, frames: Frames) -> Tensor:
         return torch.cat([network.encode_image(part, normalize=True).float().cpu() for part in parts])
 
 
-def _background(frames: Frames, prompt: Prompt) -> VideoScore:
-    return pair_consistency(clip_features(BASE, frames))
-
-
 def _aesthetic(frames: Frames, prompt: Prompt) -> VideoScore:
     head = torch.load(head_path(LARGE), map_location="cpu", weights_only=True)
     scores = functional.linear(clip_features(LARGE, frames), head["weight"].float(), head["bias"].float())
@@ -128,7 +124,7 @@ def _hash(file: Path) -> str:
 
 
 WAYS: dict[str, Way] = {
-    "background_consistency": Way(_background, BASE),
+    "background_consistency": Way(lambda frames, prompt: pair_consistency(clip_features(BASE, frames)), BASE),
     "temporal_flickering": Way(lambda frames, prompt: frame_flickering(frames)),
     "aesthetic_quality": Way(_aesthetic, LARGE, LARGE),
     "appearance_style": Way(_style, BASE),

