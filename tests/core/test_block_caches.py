@@ -312,6 +312,7 @@ def test_a_run_that_raised_before_any_block_was_counted_reports_that_all_ran(tra
         ((DBCache(),), r"^dbcache.*8 first.*0 last.*6"),
         ((FirstBlockCache(), EasyCache()), "^EasyCache and FirstBlockCache"),
         ((DBPrune(first_blocks=4, last_blocks=2),), r"^dbprune.*4 first and 2 last.*6"),
+        ((DBPrune(first_blocks=1, last_blocks=8),), r"^dbprune.*1 first and 8 last.*6"),
         ((ProfilingCache(blocks="4-8"),), r"^prof.*\.blocks.*5 .*transformer.*6-8.*6 \(6 of blocks\.\*\).*0 to 5"),
         ((ProfilingCache(),), r"^profilingcache.*'wan, 6 layers, 2 heads'.*hunyuan"),
     ],

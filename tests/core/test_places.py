@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import AttachError, ConfigError, RadialAttention
+from dit_accel import AttachError, ConfigError, RadialAttention, RoPE
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.methods import (
     AttentionHandler,
@@ -407,7 +407,8 @@ def test_latent_grids_share_the_graphs(transformer):
 
 def test_copies_and_pickles_are_plain_models(transformer):
     plain = forward(transformer)
-    with dit_accel.attach(transformer, SkipForwards(), SkipBlock(), RADIAL) as attachment:
+    rope = RoPE(kind="pi", trained_frames=2)
+    with dit_accel.attach(transformer, SkipForwards(), SkipBlock(), rope, RADIAL) as attachment:
         sparse = forward(transformer, 0)
         twin = copy.deepcopy(transformer)
         file = io.BytesIO()

@@ -131,46 +131,12 @@ def test_published_counts_and_sparsities_to_the_digits_printed():
         assert f"{1 - tiles.mean():.{len(sparsity) - 2}f}" == sparsity
 
 
-@given(
-    tiles=st.integers(1, 12),
-    block_size=st.sampled_from([16, 32, 64, 128]),
-    decay=st.floats(0.05, 1.0),
-    near=st.sampled_from(["full", "half"]),
-)
-@settings(max_examples=60, deadline=None)
-def test_published_on_aligned_frames_is_a_band_of_tiles(tiles, block_size, decay, near):
-    s, frames = tiles * block_size, 9
-    r = rule(block_size, decay, near)
-    kept = kept_tiles(r, frames, 1, s)
-    offset = np.abs(np.arange(tiles)[:, None] - np.arange(tiles))
-    for d in range(frames):
-        width = half_width(r, d, s)
-        band = tiles if width >= s else width // block_size + (6 * (width % block_size + 1) > 5 * block_size)
-        expected = offset <= band if d % frame_period(r, d, s) == 0 else np.zeros_like(offset, bool)
-        np.testing.assert_array_equal(kept[:tiles, d * tiles : (d + 1) * tiles], expected)
-
-
 def own_frame_share(kept, frames, s, block_size):
     """For every piece: the share of its own frame's tokens that its tile sees; and its length."""
     pieces = cut(frames, s, block_size)
     length = pieces.last - pieces.first + 1
     same = pieces.frame[:, None] == pieces.frame
     return (kept[np.ix_(pieces.tile, pieces.tile)] & same) @ length / s, length
-
-
-def test_published_loses_own_frame_at_frame_borders_as_users_saw():
-    for frames, s, lowest in ((16, 3600, 0.54), (16, 1296, 0.60), (16, 2304, 1.0), (18, 3840, 1.0)):
-        kept = kept_tiles(rule(near="half", decay_factor=0.2, sink=True), frames, 1, s)
-        share, length = own_frame_share(kept, frames, s, 128)
-        assert round(float(share.min()), 2) == lowest
-        assert set(length[share < 1]) == ({16, 32} if lowest < 1.0 else set())
-
-
-def test_published_leaves_block_rows_empty_on_mochi_and_any_does_not():
-    whole = 28 * 1590 // 64
-    published = kept_tiles(rule(64), 28, 30, 53)[:whole, :whole]
-    assert (~published.any(axis=1)).sum() == 5
-    assert kept_tiles(rule(64, boundary="any"), 28, 30, 53)[:whole, :whole].any(axis=1).all()
 
 
 any_options = st.fixed_dictionaries({**settings_of_rule, "block_size": st.sampled_from([16, 64, 128])})
@@ -189,31 +155,6 @@ def test_every_token_sees_its_whole_frame_and_no_row_is_empty(grid, options, ord
         assert kept[:, : -(-height * width // options["block_size"])].all()
     else:
         np.testing.assert_array_equal(kept, kept.T)
-
-
-@given(grid=any_grid, options=any_options)
-@settings(max_examples=60, deadline=None)
-def test_any_keeps_all_that_published_keeps_on_whole_tiles(grid, options):
-    frames, height, width = grid
-    whole = frames * height * width // options["block_size"]
-    published = kept_tiles(rule(**options), frames, height, width)[:whole, :whole]
-    wider = kept_tiles(rule(boundary="any", **options), frames, height, width)[:whole, :whole]
-    assert not (published & ~wider).any()
-
-
-@given(
-    grid=any_grid,
-    options=any_options,
-    decays=st.tuples(st.floats(0.01, 2.0), st.floats(0.01, 2.0)).map(sorted),
-)
-@settings(max_examples=60, deadline=None)
-def test_options_only_add_tiles_as_they_widen(grid, options, decays):
-    def kept(**changes):
-        return kept_tiles(rule(**{"boundary": "any", **options, **changes}), *grid)
-
-    assert not (kept(decay_factor=decays[0]) & ~kept(decay_factor=decays[1])).any()
-    assert not (kept(near="half") & ~kept(near="full")).any()
-    assert not (kept(sink=False) & ~kept(sink=True)).any()
 
 
 def test_the_scale_is_the_smallest_power_of_two_strictly_above_the_frame_and_the_least_band_a_tile():

@@ -1,8 +1,6 @@
 """RoPE: its config, what it does to models' positions, where it is refused, and that it leaves no trace."""
 
-import copy
 import dataclasses
-import io
 
 import numpy as np
 import pytest
@@ -142,32 +140,6 @@ def test_axes_change_alone():
     assert torch.equal(found[None], found["frames", "height", "width"])
     several = list(found.values())[:4]
     assert not any(torch.equal(a, b) for i, a in enumerate(several) for b in several[:i])
-
-
-def test_copies_and_pickles_of_an_attached_model_are_plain():
-    for name in ("wan", "z-image", "flux", "qwen-image"):
-        case = tiny(name)
-        inputs, run = case.inputs(1), case.run
-        plain = run(inputs)
-        with dit_accel.attach(case.transformer, RoPE(kind="pi", **EVERY)):
-            assert not torch.equal(run(inputs), plain)
-            twin, file = copy.deepcopy(case.transformer), io.BytesIO()
-            torch.save(case.transformer, file)
-        file.seek(0)
-        for other in (twin, torch.load(file, weights_only=False)):
-            assert torch.equal(run(inputs, transformer=_Whole(other)), plain)
-
-
-class _Whole:
-    """A model that has no length, as a pipeline calls it."""
-
-    def __init__(self, model):
-        self.model = model
-        if hasattr(model, "cache_context"):
-            self.cache_context = model.cache_context
-
-    def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
 
 
 def test_honest_limits():

@@ -11,13 +11,11 @@ import tiny_models
 import tiny_other_models as other
 import torch
 from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
-from dit_accel_pipelines.families.not_supported import NOT_SUPPORTED
 from torch import Tensor
 
 import dit_accel
 from dit_accel import ConfigError
 from dit_accel.adapters import position_ids as positions
-from dit_accel.plan.masks import key_validity
 from dit_accel.testing.everything import planned
 from dit_accel.testing.method_cases import METHOD_CASES
 from dit_accel.testing.recording import RecordedCall, recorded, require_same, require_text_exact
@@ -263,16 +261,3 @@ def test_a_transformer_compiled_whole_stays_dense_or_says_why():
     ):
         forward(compiled, inputs)
     torch._dynamo.reset()
-
-
-def test_the_mask_of_omnigen_is_no_key_padding():
-    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
-
-    (mask,), _ = OmniGenCollator().create_mask(torch.ones(1, 6).long(), [80])
-    visible = mask.bool()[None, None]
-    assert not visible[0, 0, 2, 3]
-    assert not visible[0, 0, :7, 7:].any()
-    assert visible[0, 0, 7:].all()
-    with pytest.raises(ConfigError, match=r"bool \[1, 1, 87, 87\].*pairs"):
-        key_validity(visible, 1, 87, 87)
-    assert "its mask pairs queries with keys" in NOT_SUPPORTED["OmniGenTransformer2DModel"]

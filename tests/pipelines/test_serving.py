@@ -123,31 +123,6 @@ def test_requests_are_those_of_a_server_of_their_own(start, setting, caplog, pla
     assert torch.equal(both, fresh(start, ["a kite", "a dog"], 3, **other))
 
 
-def test_a_cancelled_request_leaves_nothing_to_the_next(start, setting, caplog):
-    def cancel(pipe, index, timestep, kwargs):
-        if index == 2:
-            raise CancelledError
-        return {}
-
-    def interrupt(pipe, index, timestep, kwargs):
-        pipe._interrupt = index == 2
-        return {}
-
-    setting(METHODS)
-    server = start(prompted_wan())
-    first = server.request(["a kite"], seeded(), **SIZE)
-    calls = []
-    with pytest.raises(CancelledError):
-        server.request(["a dog"], seeded(1), **SIZE, callback_on_step_end=lambda *a: calls.append(1) or cancel(*a))
-    assert len(calls) == 3  # it did not run a second time
-    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
-    server.request(["a dog"], seeded(1), **SIZE, callback_on_step_end=interrupt)
-    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
-    with pytest.raises(ValueError, match="65"):
-        server.request(["a dog"], seeded(1), **{**SIZE, "height": 65})
-    assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
-
-
 def test_what_the_methods_refuse_runs_plain_with_the_reason(start, setting, caplog, plain):
     call = {**SIZE, "num_inference_steps": 4}
     dense = plain(["a kite"], seeded(), **call)

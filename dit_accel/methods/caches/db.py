@@ -98,20 +98,16 @@ class DBHandler(SpanHandler):
     def install(self, site: Site) -> None:
         """Run around the forward and its blocks but the last; raise `ConfigError` if none is left to skip."""
         self.require_free(site)
-        first, last, count = self._first_blocks, self._last_blocks, len(site.blocks)
-        if first + last >= count:
-            raise ConfigError(
-                f"{self.name} runs {first} first and {last} last blocks at every step, and {site.name} has {count}: "
-                "none is left to skip; ask for fewer"
-            )
-        for block in site.blocks[count - last :] if last else ():
+        first, last = self._first_blocks, self._last_blocks
+        middle = self.blocks_between(site, first, last)
+        for block in site.blocks[first + len(middle) :]:
             if takes_skips(block):
                 raise ConfigError(
                     f"{self.name}.last_blocks = {last} can't run {block.name} of {site.name}, which takes what earlier "
                     "blocks gave besides its streams, and those are skipped; use last_blocks = 0"
                 )
         site.around_blocks(self._run_first, site.blocks[:first])
-        self.cover_blocks(site, site.blocks[first : count - last])
+        self.cover_blocks(site, middle)
 
     def _run_first(
         self, step: StepContext, block: Block, run: Callable[[Streams], Streams], streams: Streams

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 
 from ...adapters.blocks import Streams
-from ...errors import ConfigError
 from ..options import ge
 from ..site import Block, ForwardContext, Site
 from .cache_config import MeasuredCacheConfig
@@ -66,14 +65,8 @@ class PruneHandler(SpanHandler):
     def install(self, site: Site) -> None:
         """Run around the forward and what may be skipped of it; raise `ConfigError` if no block is left to skip."""
         self.require_free(site)
-        first, last, count = self.settings.first_blocks or 0, self.settings.last_blocks or 0, len(site.blocks)
-        left = site.blocks[first : count - last]
-        if not left:
-            raise ConfigError(
-                f"dbprune always runs {first} first and {last} last blocks, and {site.name} has {count}: none is left "
-                "to skip; ask for fewer"
-            )
-        self.cover_blocks(site, left)
+        first, last = self.settings.first_blocks or 0, self.settings.last_blocks or 0
+        self.cover_blocks(site, self.blocks_between(site, first, last))
 
     def _measured(self, context: ForwardContext, decision: StepDecision) -> tuple[bool, str]:
         """Leave the step to its blocks, each of which is measured when it is called."""

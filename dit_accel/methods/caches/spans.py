@@ -154,6 +154,16 @@ class SpanHandler(StepCacheHandler):
 
     # What all of them share.
 
+    def blocks_between(self, site: Site, first: int, last: int) -> tuple[Block, ...]:
+        """Return the blocks between the first and last ones, which always run; refuse a model that has none."""
+        count = len(site.blocks)
+        if first + last >= count:
+            raise ConfigError(
+                f"{self.name} runs {first} first and {last} last blocks at every step, and {site.name} has {count}: "
+                "none is left to skip; ask for fewer"
+            )
+        return site.blocks[first : count - last]
+
     def cover_blocks(self, site: Site, blocks: tuple[Block, ...]) -> None:
         """Run around the forwards of a transformer, and around the blocks that may be skipped."""
         self._counts[site.name] = len(site.blocks)
