@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,7 @@ def fake(here, monkeypatch):
     yield from faked(monkeypatch)
 
 
-def compare(*arguments):
-    return command("compare", *arguments)
+compare = partial(command, "compare")
 
 
 FAKED = ("--model", "wan-plain", "--steps", 10, "--sol", "-m", "flickering")

@@ -1,5 +1,7 @@
 """Guidance at equal forwards: what is run and counted, what an arm is held against, and the continuous score."""
 
+from functools import partial
+
 import judge_guidance as guided
 import numpy as np
 import pytest
@@ -9,10 +11,9 @@ from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import Suite, read_suite
 from drawn_model import STUDIES
-from typer.testing import CliRunner
+from fake_model import command
 
 from dit_accel import PAG
-from dit_accel.cli.app import app
 
 SUITE = """
 version = 2
@@ -37,8 +38,7 @@ pag = { layers = ["L3"] }
 """.replace("JUDGE", str(STUDIES / "judge_guidance.py"))
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+run = partial(command, "run")
 
 
 def test_a_suite_runs_counts_forwards_and_goes_on(tmp_path):

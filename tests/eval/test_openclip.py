@@ -1,7 +1,6 @@
 """Metrics by open_clip: against its own forward on random weights of its smallest models, and every wrong name told."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -14,15 +13,14 @@ from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
 from dit_accel_eval.report.lines import better_of, metric_words
 from dit_accel_eval.tune.objectives import objective_of
+from fake_model import command
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
-from typer.testing import CliRunner
 
 from dit_accel import ConfigError
-from dit_accel.cli.app import app
 
 MODEL, OTHER = "ViT-S-32-alt", "ViT-S-32"
 PROMPT = "A red kite over the sea, 5 o'clock"
@@ -227,15 +225,11 @@ def test_an_objective_by_a_metric_is_higher_for_better(given):
         objective_of("motion", None)
 
 
-def run(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
-
-
 def test_clips_in_files_are_scored_by_their_prompts(given, tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.rint(clip(ord(name), 1)[0] * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
     name = f"clip-align@open_clip:{MODEL}={given[3]}"
-    lacks = run("score", tmp_path, "-m", name)
+    lacks = command("score", tmp_path, "-m", name)
     assert lacks.exit_code == 2
     assert "compares with the prompt; give it with --prompt" in lacks.stderr
     (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
@@ -243,22 +237,22 @@ def test_clips_in_files_are_scored_by_their_prompts(given, tmp_path):
         (("--prompt", PROMPT), [PROMPT] * 2),
         (("--prompts", tmp_path / "p.json"), ["a sea", PROMPT]),
     ):
-        found = run("score", tmp_path, "-m", name, *options, "--json")
+        found = command("score", tmp_path, "-m", name, *options, "--json")
         assert found.exit_code == 0, found.output
         own = [float(pictures(given, clip(ord(at), 1))[0] @ text(given, prompt))
                for at, prompt in zip("ab", said, strict=True)]  # fmt: skip
         assert [line["metrics"][name] for line in json.loads(found.stdout)] == pytest.approx(own, abs=1e-5)
     (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea"}))
-    assert "has no 'b.png'" in run("score", tmp_path, "-m", name, "--prompts", tmp_path / "p.json").stderr
+    assert "has no 'b.png'" in command("score", tmp_path, "-m", name, "--prompts", tmp_path / "p.json").stderr
 
 
 def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
-    own = run("setup", "--clip", f"{MODEL}={given[3]}")
+    own = command("setup", "--clip", f"{MODEL}={given[3]}")
     assert own.exit_code == 0
     assert f"{MODEL}={given[3]} is at {given[3]}" in own.stdout
     monkeypatch.setattr(open_clip, "download_pretrained", lambda described: (_ for _ in ()).throw(OSError("no net")))
-    found = run("setup", "--clip", "ViT-B-32/openai")
+    found = command("setup", "--clip", "ViT-B-32/openai")
     assert found.exit_code == 1
     assert (
         "could not be fetched (no net); download https://huggingface.co/timm/vit_base_patch32_clip_224.openai"
@@ -266,7 +260,7 @@ def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
     )
     assert found.stderr.rstrip().endswith("open_clip_model.safetensors and write ViT-B-32=FILE")
     assert "sa_0_4_vit_b_32_linear.pth" in found.stdout
-    assert run("setup", "--clip", "ViT-B-32/openai", "--tier", "2").exit_code == 2
+    assert command("setup", "--clip", "ViT-B-32/openai", "--tier", "2").exit_code == 2
 
 
 def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypatch):
@@ -283,7 +277,7 @@ def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypa
         ("ViT-B-33/openai", 2, "s.toml: open_clip has no model 'ViT-B-33'; did you mean"),
     ):
         path.write_text(text.format(model) + arm)
-        found = run("run", path, "--out", tmp_path / "s.jsonl")
+        found = command("run", path, "--out", tmp_path / "s.jsonl")
         assert found.exit_code == code, found.output
         assert told in found.stderr.replace("\n", " ")
     assert len(ran) == 1

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,8 +26,7 @@ EARLIER = Path(__file__).parent / "results"
 TAGS_WITHOUT_END = {"meta", "img", "input", "br", "link", "hr"}
 
 
-def run(*arguments: str | Path):
-    return command("report", *arguments)
+run = partial(command, "report")
 
 
 @functools.cache

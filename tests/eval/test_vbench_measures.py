@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,11 @@ from dit_accel_eval.vbench import measures
 from dit_accel_eval.vbench.dimensions import DIMENSIONS, dimension, totals
 from dit_accel_eval.vbench.measures import WAYS, VideoScore
 from dit_accel_eval.vbench.prompts import Prompt
+from fake_model import command
 from PIL import Image
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from dit_accel import ConfigError
-from dit_accel.cli.app import app
 
 MODEL, WIDTH = "ViT-S-32-alt", 256
 
@@ -153,8 +153,7 @@ ROWS = list(csv.DictReader(Path(__file__).with_name("vbench_rows.csv").open(enco
 LOWEST = {name: max(one.least, 0.0) for name, one in DIMENSIONS.items()}
 
 
-def vbench(*arguments: str | Path):
-    return CliRunner().invoke(app, ["eval", "vbench", *map(str, arguments)])
+vbench = partial(command, "vbench")
 
 
 def test_published_totals_follow_from_published_scores():
