@@ -92,7 +92,7 @@ def test_the_stand_in_offloads(moves):
         ProfilingCache(blocks="1-4", **ONCE),
         ProfilingCache(blocks="0-5", **ONCE),
         DBCache(first_blocks=1, last_blocks=1, **FOREVER),
-        DBPrune(keep="2", first_blocks=0, **FOREVER),
+        DBPrune(first_blocks=2, **FOREVER),
     ],
     ids=["apart", "middle", "all", "dbcache", "dbprune"],
 )
