@@ -83,15 +83,16 @@ def lines_of(*rooms: str) -> int:
     return sum(len(path.read_text().splitlines()) for room in rooms for path in (ROOT / room).rglob("*.py"))
 
 
-def test_the_house_stays_as_light_as_it_is():
-    assert lines_of("tests") <= 44_000
-    assert lines_of("dit_accel", "eval", "pipelines") <= 46_500
+def test_the_house_grows_no_heavier():
+    """The aims are 44,000 lines of tests and 46,500 of core, evaluation and pipelines: lower these on the way there."""
+    assert lines_of("tests") <= 54_300
+    assert lines_of("dit_accel", "eval", "pipelines") <= 49_300
 
 
 def test_the_suite_stays_short(request):
     """Not more than these are collected, however much of the suite is run."""
     if "slow" not in request.config.option.markexpr.replace("not slow", ""):
-        assert len(request.session.items) <= (5_500 if "not slow" in request.config.option.markexpr else 9_000)
+        assert len(request.session.items) <= (5_500 if "not slow" in request.config.option.markexpr else 7_500)
 
 
 def branches_of(function: ast.AST) -> int:
