@@ -68,6 +68,7 @@ def test_a_sequence_of_another_length_is_refused_where_text_is_ragged():
     (model,) = tiny_models.MOCHI
     transformer = build(model)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
+        run(transformer, model.inputs(1))
         layer, grid, q = torch.tensor(0), as_tensors((7, 4, 8, 0, 6)), torch.zeros(1, 2, 223, 16)
         with pytest.raises(ConfigError, match=r"layer 0.*223 tokens.*'mochi'"):
             planned_attention(q, q, q, None, layer, grid, attachment.engine.number, False, None, False)
