@@ -126,7 +126,7 @@ def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, text = process.communicate(timeout=20)
+        _, text = process.communicate(timeout=120)
     assert (process.returncode, text) == (
         130, "stopped: what has ended is in the results, and the same command goes on\n",
     )  # fmt: skip
