@@ -23,8 +23,8 @@ KIN = ("LTX2InContextPipeline", "LTX2ImageToVideoPipeline", "LTX2ModularPipeline
 """Pipelines of long runs beside the LTX2Pipeline, around the same transformer."""
 
 OPEN = ("HunyuanImagePipeline", "QwenImageLayeredModularPipeline")
-"""Pipelines with a case that is known to be wrong: SoftPAG after an exception on the first's bare transformer, which its
-guider refuses though nothing declares it, and at another guidance scale of the second (.0073 of the norm off)."""
+"""Pipelines with a case that is known to be wrong: SoftPAG after an exception on the first's bare transformer, which
+its guider refuses though nothing declares it, and at another guidance scale of the second (.0073 of the norm off)."""
 
 THIRD = [name for name in list(PIPELINES)[::3] if name not in (*KIN, *OPEN)]
 """Pipelines that `make test-slow` runs with every method, `make test-rare` the others."""
