@@ -71,18 +71,17 @@ def plan(
     dit-accel plan --family hunyuan-video --sol --linears fp8 --hardware h200
     """
     adapter, sizes, config = named_model("plan", family, model)
-    chosen = None
-    if preset:
-        of = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)
-        chosen = preset_methods(preset, of, methods)
+    described = Model(adapter=adapter, family=sizes, heads=sizes.heads, layers=sizes.layers)
+    chosen = preset_methods(preset, described, methods) if preset else None
     requested = dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
     prediction = estimate(
         adapter, sizes, **requested, methods=methods, preset=chosen, kernel_cost=kernel_cost, config=config,
         linears=linears, hardware=hardware, linear_cost=linear_cost,
     )  # fmt: skip
+    attached = [*methods]
     if chosen:
         note(chosen.words(prediction.num_inference_steps))
-    attached = [*methods, *(chosen.configs if chosen else ())]
+        attached += chosen.configs
     _talk(prediction, num_frames, advice(adapter, sizes, prediction.layout, attached))
     if json:
         print_json(prediction.to_dict())

@@ -70,11 +70,10 @@ def run_suite(
     from .suites.reference import default_cache
     from .suites.suite import read_suite
 
-    read, beside = read_suite(suite), suite.parent
-    folder = beside.parent / "results" if suite.absolute().parent.name == "suites" else beside
+    read = read_suite(suite)
     usual = (2 if timed or read.timed else 1) if read.embedded or workers > 1 else None  # None: as many as torch takes
     job = Job(
-        suite=read, out=out or folder / f"{read.name}.jsonl", timed=timed or read.timed,
+        suite=read, out=out or results_of(suite) / f"{read.name}.jsonl", timed=timed or read.timed,
         cache=cache or default_cache(), threads=threads or usual, frames=frames, talk=not quiet,
         machine=Machine(device=started_process().device(device), offload=offload),
     )  # fmt: skip
@@ -84,6 +83,11 @@ def run_suite(
         _run(job, clips, workers, quiet)
     elif not quiet:
         _show_run(job, result_lines(job.out), written=False)
+
+
+def results_of(suite: Path) -> Path:
+    """Return the folder of a suite's results: beside the file, or in ``results`` beside ``suites``."""
+    return suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
 
 
 def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
