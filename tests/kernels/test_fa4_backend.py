@@ -271,7 +271,7 @@ blocks = attend._blocks(problem)._replace(empty=None)  # what is done to them af
 read = attend._decay_tensors(*problem.decay) if problem.decay else ()
 with FakeTensorMode(allow_non_fake_inputs=True):
     there = lambda x: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-    attend._blocks_of = lambda problem: attend.Blocks(*map(there, blocks))
+    attend._blocks_of = lambda problem: attend.ListedBlocks(*map(there, blocks))
     attend._decay_tensors = lambda *given: tuple(map(there, read))
     moved = {name: there(getattr(problem, name)) for name in ("q", "k", "v", "key_valid", "head_scale")}
     out, lse = attend._exact_tiles(replace(problem, **moved), need_lse=True)
