@@ -75,17 +75,12 @@ class BlockList:
 
 @dataclass(frozen=True, slots=True)
 class BlockSignature:
-    """Where the streams stand in the calls and results of one block class; made by `block_signature`.
+    """Where the streams stand in the calls and results of one block class; made by `block_signature`."""
 
-    Attributes:
-        block: the class's name, for errors.
-        places: name, position (beyond every call's arguments for a keyword) and default of each stream's argument.
-        gives: which stream each element of a result is; see `BlockList`.
-    """
-
-    block: str
+    block: str  # the class's name, for errors
+    # name, position (beyond every call's arguments for a keyword) and default of each stream's argument
     places: tuple[tuple[str, int, Any], ...]
-    gives: tuple[int | None, ...]
+    gives: tuple[int | None, ...]  # which stream each element of a result is; see `BlockList`
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
         """Return the streams among a call's arguments."""

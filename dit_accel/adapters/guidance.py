@@ -136,15 +136,10 @@ def _why_guider(guider: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class PipelineCall:
-    """A pipeline's call that is running.
+    """A pipeline's call that is running."""
 
-    Attributes:
-        pipe: the pipeline; None: a loop written by hand runs.
-        classes: names of its class and of those it inherits from, as far as the one whose ``__call__`` runs: another
-            call would guide in another way.
-        variables: what the call holds, such as the latents.
-    """
-
-    pipe: Any = None
+    pipe: Any = None  # the pipeline; None: a loop written by hand runs
+    # names of its class and of those it inherits from, as far as the one whose ``__call__`` runs: another call would
+    # guide in another way
     classes: tuple[str, ...] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what the call holds, such as the latents

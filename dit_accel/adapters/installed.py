@@ -47,7 +47,6 @@ def register(adapter: Adapter, *, override: bool = False) -> Adapter:
     ``dit_accel.adapters`` instead.
 
     Args:
-        adapter: the adapter.
         override: it may stand in the place of installed ones of its name or its transformer classes.
 
     Raises:

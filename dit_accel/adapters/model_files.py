@@ -34,19 +34,12 @@ def model_source(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """The configs of a diffusers pipeline.
+    """The configs of a diffusers pipeline."""
 
-    Attributes:
-        name: the folder or hub id that was requested.
-        index: model_index.json, component name -> (library, class).
-        transformer: config of the transformer.
-        vae: config of the autoencoder; empty where the pipeline has none.
-    """
-
-    name: str
-    index: Mapping[str, Any]
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    name: str  # the folder or hub id that was requested
+    index: Mapping[str, Any]  # model_index.json, component name -> (library, class)
+    transformer: Mapping[str, Any]  # config of the transformer
+    vae: Mapping[str, Any]  # config of the autoencoder; empty where the pipeline has none
 
     def has(self, component: str) -> bool:
         """Tell whether the pipeline holds a component."""

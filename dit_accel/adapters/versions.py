@@ -11,15 +11,10 @@ from ..errors import ConfigError
 
 
 class Needed(NamedTuple):
-    """Versions of a package.
+    """Versions of a package."""
 
-    Attributes:
-        asked: what pyproject.toml asks for.
-        least: the oldest one that was tried; servers pin some that are older than ``asked``.
-    """
-
-    asked: str
-    least: str
+    asked: str  # what pyproject.toml asks for
+    least: str  # the oldest one that was tried; servers pin some that are older than ``asked``
 
 
 NEEDED = {"torch": Needed("2.9", "2.9"), "diffusers": Needed("0.42", "0.37")}

@@ -116,13 +116,6 @@ def compared(
 ) -> Check:
     """Return how near a run with methods is to the dense one of its seed; what is measured is ``check``'s tool's.
 
-    Args:
-        dense: frames, as in `Check`.
-        accelerated: the same of the run with methods.
-        dense_seconds: of the whole call, of several runs the least.
-        accelerated_seconds: the same of the run with methods.
-        runs: how often each was made.
-
     Raises:
         MissingBackend: without a package that compares clips.
     """

@@ -107,21 +107,13 @@ CONFIGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linears:
-    """How the linear layers of a model compute.
+    """How the linear layers of a model compute."""
 
-    Attributes:
-        kind: of `CONFIGS`.
-        hardware: the card whose figures count.
-        share: of the layers' weights, by elements, that are in 8 bits.
-        cost: time of an 8-bit product per FLOP over what the data sheet gives; `LINEAR_COST`.
-        origin: who said so, where no user did, such as ``the model's config``; empty otherwise.
-    """
-
-    kind: str
-    hardware: Hardware
-    share: float = 1.0
-    cost: float = LINEAR_COST
-    origin: str = ""
+    kind: str  # of `CONFIGS`
+    hardware: Hardware  # the card whose figures count
+    share: float = 1.0  # of the layers' weights, by elements, that are in 8 bits
+    cost: float = LINEAR_COST  # time of an 8-bit product per FLOP over what the data sheet gives; `LINEAR_COST`
+    origin: str = ""  # who said so, where no user did, such as ``the model's config``; empty otherwise
 
     def time(self, family: Family, layout: TokenLayout) -> float:
         """Return the time of all of the linear layers over that in 16 bits, the quantising of their inputs included."""

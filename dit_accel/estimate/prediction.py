@@ -239,13 +239,8 @@ def predict(
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
 
     Args:
-        handlers: the methods.
-        family: the model's sizes.
-        layout: of the run's forwards.
-        steps: of the run.
         preset: which of the methods are a preset's, so that what their cache skips was measured.
         kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
-        linears: how the linear layers compute; None: in 16 bits.
 
     Raises:
         ConfigError: if what the methods save can't be counted, alone or together.

@@ -19,30 +19,19 @@ from ..plan.context import StepContext
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext(StepContext):
-    """A forward that is about to run.
+    """A forward that is about to run."""
 
-    Attributes:
-        inputs: the forward's inputs by name; tensors as the pipeline gives them.
-    """
-
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Any]  # the forward's inputs by name; tensors as the pipeline gives them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
-    """One transformer block.
+    """One transformer block."""
 
-    Attributes:
-        index: its place among all blocks that the adapter lists, in running order.
-        name: its name in the transformer.
-        module: the block.
-        list: what the adapter says about its kind: which of its arguments and results are streams.
-    """
-
-    index: int
-    name: str
-    module: nn.Module
-    list: BlockList
+    index: int  # its place among all blocks that the adapter lists, in running order
+    name: str  # its name in the transformer
+    module: nn.Module  # the block
+    list: BlockList  # what the adapter says about its kind: which of its arguments and results are streams
 
 
 AroundForward = Callable[[ForwardContext, Callable[..., Any]], Any]

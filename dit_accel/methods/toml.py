@@ -52,7 +52,6 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
     """Read configs back from TOML text; the inverse of `to_toml`.
 
     Args:
-        text: the TOML, with or without a byte-order mark.
         source: what errors call it, such as the file's name.
 
     Raises:

@@ -5,17 +5,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    FrameDecay,
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    resolve_backend,
-)
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote, resolve_backend
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -338,23 +328,15 @@ class AttentionPlan:
 
 
 class KernelResult(NamedTuple):
-    """What one kernel call gave.
+    """What one kernel call gave."""
 
-    Attributes:
-        out: [B, H, S, D].
-        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
-        kept: those that votes keep, likewise; None without votes.
-        lse: [B, H, S], where it was wanted; else None.
-        corrections: how it was corrected since, for the calls that run as it did.
-        planned: the output before it was corrected or guided; None where nobody asks.
-    """
-
-    out: Tensor
+    out: Tensor  # [B, H, S, D]
+    # the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection
     exact: Tensor | None = None
-    kept: Tensor | None = None
-    lse: Any = None
-    corrections: tuple[Any, ...] = ()
-    planned: Tensor | None = None
+    kept: Tensor | None = None  # those that votes keep, likewise; None without votes
+    lse: Any = None  # [B, H, S], where it was wanted; else None
+    corrections: tuple[Any, ...] = ()  # how it was corrected since, for the calls that run as it did
+    planned: Tensor | None = None  # the output before it was corrected or guided; None where nobody asks
 
 
 def is_full(tiles: TileLists) -> bool:

@@ -20,48 +20,31 @@ VERSION = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One denoising call of the last generation.
+    """One denoising call of the last generation."""
 
-    Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
-        dense_layers: attention calls that went to the user's own dense backend.
-        sparse_layers: attention calls that followed a plan.
-        density: exact tiles of the planned calls over all their tiles; 1 if there was none.
-        pooled: pooled tiles of the planned calls over all their tiles.
-        stayed: why -> calls that stayed dense in layers in which methods act: ``mask`` for one that is not key padding,
-            ``backend`` where dense attention is faster on this processor.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    dense_layers: int
-    sparse_layers: int
-    density: float
-    pooled: float
+    transformer: str  # component name
+    step_index: int  # 0-based step
+    branch: str  # name of the denoising call
+    dense_layers: int  # attention calls that went to the user's own dense backend
+    sparse_layers: int  # attention calls that followed a plan
+    density: float  # exact tiles of the planned calls over all their tiles; 1 if there was none
+    pooled: float  # pooled tiles of the planned calls over all their tiles
+    # why -> calls that stayed dense in layers in which methods act: ``mask`` for one that is not key padding,
+    # ``backend`` where dense attention is faster on this processor
     stayed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
-    """What the planned attention of one layer computed in one denoising call (see `StepReport`), mean over batch rows.
-
-    Attributes:
-        layer: the attention module's index in its transformer.
-        density: exact tiles over all tiles.
-        pooled: pooled tiles over all tiles.
-        by_head: `density` of each head, [H], where a selection chose by head; else empty.
-    """
+    """What the planned attention of one layer computed in one denoising call (see `StepReport`), mean over rows."""
 
     transformer: str
     step_index: int
     branch: str
-    layer: int
-    density: float
-    pooled: float
-    by_head: tuple[float, ...] = ()
+    layer: int  # the attention module's index in its transformer
+    density: float  # exact tiles over all tiles
+    pooled: float  # pooled tiles over all tiles
+    by_head: tuple[float, ...] = ()  # `density` of each head, [H], where a selection chose by head; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

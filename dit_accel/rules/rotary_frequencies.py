@@ -59,11 +59,7 @@ def frequencies(dim: int, theta: float, exponents: Sequence[float] | None = None
 
 
 def check_kind(
-    kind: str,
-    *,
-    period: float | None = None,
-    turn: float | None = None,
-    indices: Sequence[int] | None = None,
+    kind: str, *, period: float | None = None, turn: float | None = None, indices: Sequence[int] | None = None
 ) -> None:
     """Check a kind and its options, whatever the frequencies.
 

@@ -194,8 +194,6 @@ class SparseHandler(AttentionHandler):
         Args:
             kept: share of the steps in which each visual tile is exact, [N, N].
             lists: the masks that are held at once, bool [N, N] each.
-            layout: the sequence.
-            steps: of the run.
         """
         size = sum(visual_lists_bytes(one, self.pools, layout, self.settings.tiling.block_size) for one in lists)
         return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)

@@ -15,17 +15,11 @@ from ..steps import end_steps, unknown_steps
 
 @dataclass(frozen=True, slots=True)
 class ExpertSteps:
-    """Which steps of a run one of its transformers makes.
+    """Which steps of a run one of its transformers makes."""
 
-    Attributes:
-        first: the first of them.
-        until: the step at which another transformer takes over; None: that is not known.
-        last: no other transformer takes over after it.
-    """
-
-    first: int = 0
-    until: int | None = None
-    last: bool = True
+    first: int = 0  # the first of them
+    until: int | None = None  # the step at which another transformer takes over; None: that is not known
+    last: bool = True  # no other transformer takes over after it
 
 
 ALONE = ExpertSteps()
@@ -115,9 +109,7 @@ class StepCacheConfig(MethodConfig):
         """Return the reason why step ``index`` must be computed, or None if it may be skipped.
 
         Args:
-            index: the step, from 0 on.
             count: steps of the run; None: not known.
-            expert: which of them the transformer makes.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known.
@@ -160,7 +152,6 @@ class StepCacheConfig(MethodConfig):
         """Return the steps of a run that are skipped where no data decide.
 
         Args:
-            count: steps of the run.
             skips: (step, steps skipped right before it) -> whether one that may be skipped is.
             switch: the step at which a second transformer takes over; 0: there is none.
         """

@@ -60,7 +60,6 @@ class RopeSwitcher:
     Nothing changes in forwards that are no longer than trained along any axis. Text does not move.
 
     Args:
-        site: the transformer.
         requested: axes that may change; empty: all that can.
         trained: axis -> tokens that the model was trained on.
         edit: makes the frequencies of one axis.
