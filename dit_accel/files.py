@@ -203,12 +203,7 @@ def _is_open(path: Path, handle: int) -> bool:
 
 
 def check_writable(path: str | Path, what: str = "output") -> None:
-    """Refuse a path at which `written_whole` could not put a file, before anything is computed; nothing is created.
-
-    Raises:
-        ConfigError: for a folder that is missing or not writable, a name that is too long, or something in the file's
-            place that must not be replaced: a folder, a device, a read-only file.
-    """
+    """Refuse a path at which `written_whole` could not put a file, before anything is computed; nothing is created."""
     real = Path(os.path.realpath(path))
     try:
         obstacle = _obstacle(real)
@@ -225,9 +220,6 @@ def check_room(folder: str | Path, size: int, what: str) -> None:
         folder: where it is to be written, or a folder above that which is there.
         size: bytes, about.
         what: the subject and verb of the error, such as "the output takes".
-
-    Raises:
-        ConfigError: if the disk has less than that free, with both numbers.
     """
     free = shutil.disk_usage(_there(Path(folder))).free
     if free < size:

@@ -40,9 +40,6 @@ class BlockList:
             included, stands in it before and after the visual tokens.
         token_axis: axis of a stream that counts its tokens.
         beside: these blocks run beside the main ones, such as control branches: skipping one shortens no main path.
-
-    Raises:
-        ConfigError: for a pattern that names no list, or results that leave out or repeat a stream.
     """
 
     pattern: str

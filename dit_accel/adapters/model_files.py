@@ -16,11 +16,7 @@ INDEX = "model_index.json"
 
 
 def model_source(name: str) -> str:
-    """Return what diffusers loads for a model's name: a folder or a hub id.
-
-    Raises:
-        ConfigError: for what is neither an embedded model, a folder nor a hub id.
-    """
+    """Return what diffusers loads for a model's name: a folder or a hub id; `ConfigError` for what is neither."""
     known = embedded_names()
     if name in known:
         return str(assets().model_path(name))

@@ -22,11 +22,7 @@ NEEDED = {"torch": Needed("2.9", "2.9"), "diffusers": Needed("0.42", "0.37")}
 
 @lru_cache(maxsize=1)
 def require_versions() -> None:
-    """Warn of a package that is older than it should be, once a process.
-
-    Raises:
-        ConfigError: for one that is older than any that was tried.
-    """
+    """Warn of a package that is older than it should be, once a process; refuse one older than any that was tried."""
     for name, needed in NEEDED.items():
         installed = TorchVersion(importlib.import_module(name).__version__)
         if installed < needed.least:

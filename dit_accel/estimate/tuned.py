@@ -80,21 +80,13 @@ def keep_tuned(name: str, text: str, model: str) -> Path:
 
 
 def find_tuned(model: str) -> list[TunedSetting]:
-    """Return what was tuned for a model, the fastest first.
-
-    Raises:
-        ConfigError: for a file that can't be read, with its name.
-    """
+    """Return what was tuned for a model, the fastest first; `ConfigError` for a file that can't be read."""
     found = [read_tuned(path) for path in sorted(tuned_folder(model).glob("*.toml"))]
     return sorted(found, key=lambda one: -one.measured.speedup)
 
 
 def read_tuned(path: Path) -> TunedSetting:
-    """Read a tuned file.
-
-    Raises:
-        ConfigError: for one that can't be read or was not measured.
-    """
+    """Read a tuned file; `ConfigError` for one that can't be read or was not measured."""
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:

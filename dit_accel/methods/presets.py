@@ -165,9 +165,6 @@ def preset_methods(
 
     Args:
         try_out: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
-
-    Raises:
-        ConfigError: for an unknown level.
     """
     if level == NONE:
         return PresetMethods(level, model)

@@ -205,11 +205,7 @@ class Rests:
         self._ahead.reset()
 
     def turned(self, context: CallContext, method: str) -> CallContext:
-        """Return a call's context with what its turn is, and count it.
-
-        Raises:
-            ConfigError: where a gradient is to be taken.
-        """
+        """Return a call's context with its turn, and count it; `ConfigError` where a gradient is to be taken."""
         if context.training or context.differentiate:
             raise ConfigError(
                 f"{method}.refresh = {self.every} counts the calls of one generation and has no gradient; train "

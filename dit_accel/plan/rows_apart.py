@@ -29,9 +29,6 @@ def with_rows_apart(plan: AttentionPlan, other: AttentionPlan, rows: Tensor, cal
 
     Args:
         rows: which rows of the batch, bool [B].
-
-    Raises:
-        ConfigError: where ``other`` changes a part that all rows of a call share.
     """
     if other is plan or not bool(rows.any()):
         return plan

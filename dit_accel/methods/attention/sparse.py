@@ -96,11 +96,7 @@ class SparseConfig(MethodConfig):
     def is_dense(
         self, step_index: int, num_inference_steps: int | None, layer: int, sigma: float | None = None
     ) -> bool:
-        """Tell whether a layer stays dense at a step (0-based, of this run) of noise level ``sigma``.
-
-        Raises:
-            ConfigError: if the options need what is not known here: the run's steps, or the noise level.
-        """
+        """Tell whether a layer stays dense at a step (0-based, of this run) of noise level ``sigma``."""
         first, last = end_steps(self, "dense_steps", "dense_last_steps", num_inference_steps)
         level, needs = self.dense_above_sigma, self.noise_needed()
         if needs is not None and sigma is None:

@@ -79,11 +79,7 @@ class StepCacheConfig(MethodConfig):
             raise ConfigError(f"{self.name}.growing = True needs {self.name}.max_consecutive, got None; set the bound")
 
     def reached(self, count: int | None) -> int | None:
-        """Return the number of steps past a computed one that the predictor is used for; None: any number.
-
-        Raises:
-            ConfigError: for a share of a run whose steps are not known.
-        """
+        """Return the number of steps past a computed one that the predictor is used for; None: any number."""
         if self.reach is None or self.reach >= 1:
             return None if self.reach is None else int(self.reach)
         if count is None:
@@ -127,11 +123,7 @@ class StepCacheConfig(MethodConfig):
         return "listed" if index in {round(at * (total - 1)) for at in self.compute_at or ()} else None
 
     def first_steps(self, count: int | None, expert: ExpertSteps = ALONE) -> int:
-        """Return the step of a run of ``count`` before which a transformer computes all of its steps.
-
-        Raises:
-            ConfigError: for a share of a first transformer's steps where it is not known how many these are.
-        """
+        """Return the step of a run of ``count`` before which a transformer computes all of its steps."""
         warmup, of = self.warmup_steps or 0, self.warmup_of or "run"
         if of == "last" and not expert.last:
             return sys.maxsize
@@ -169,11 +161,7 @@ class StepCacheConfig(MethodConfig):
         return tuple(skipped)
 
     def most_skipped(self, in_a_row: int, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
-        """Return the reason why step ``index`` must be computed after so many skipped in a row, or None.
-
-        Raises:
-            ConfigError: if the bound depends on the run's steps, and how many they are is not known.
-        """
+        """Return the reason why step ``index`` must be computed after so many skipped in a row, or None."""
         if self.max_consecutive is None:
             return None
         if count is None and (self.growing or self.max_consecutive < 1):

@@ -202,11 +202,7 @@ class StepCacheHandler(Handler):
         return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
     def _begin(self, context: ForwardContext) -> None:
-        """Begin a forward, and forget the steps of another expert.
-
-        Raises:
-            ConfigError: if another cache was switched on after this one was attached.
-        """
+        """Begin a forward, and forget the steps of another expert."""
         require_no_cache(context.transformer, self.transformer_of(context), self.settings.requested_name)
         if context.transformer != self._transformer:
             if not self._holds_a_prompt(context.transformer):

@@ -58,9 +58,6 @@ def read_heads(
     Args:
         specs: see `split_specs`; layers count over all stacks, behind a stack's name within it.
         published: name -> specs.
-
-    Raises:
-        ConfigError: for a spec that can't be read, or that names what the model does not have.
     """
     found: dict[int, set[int]] = {}
     for spec in split_specs(specs):

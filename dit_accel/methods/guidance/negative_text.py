@@ -18,9 +18,6 @@ def encoded(site: Site, prompt: str, padded: bool = False, tokens: int | None = 
     Args:
         padded: keep what a mask leaves out: the model attends to it.
         tokens: how long the text should be, where ``max_sequence_length`` can make it so; None: as by default.
-
-    Raises:
-        ConfigError: without a pipeline, or for one whose encoder can't be called with a text alone.
     """
     pipe: Any = site.pipe
     encode = getattr(pipe, "encode_prompt", None)

@@ -35,11 +35,7 @@ CHOICES: Mapping[str, Collection[str]] = {"dtype": ("float32", "bfloat16"), "bac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuning(TrainingOptions, NamesModel):
-    """What to train; what is None takes the model's default.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
+    """What to train; what is None takes the model's default."""
 
     output: Path  # folder of the LoRA file, the checkpoints, the log and the samples
     methods: tuple[MethodConfig, ...] = ()  # methods on attention or positions, attached while it trains

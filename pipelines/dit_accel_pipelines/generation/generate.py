@@ -115,11 +115,7 @@ Make = Callable[[str, Path, int], Written]
 
 @contextlib.contextmanager
 def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
-    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them.
-
-    Raises:
-        DitAccelError: for a request that can't be met.
-    """
+    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them."""
     stages = stages or Stages(silent=True)
     request, family = _resolve(request, stages)
     with one_thread(embedded=request.embedded is not None), Loaded(request, family, stages, command) as loaded:

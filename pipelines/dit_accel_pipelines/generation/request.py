@@ -72,11 +72,7 @@ class NamesModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(RunOptions, NamesModel):
-    """What to generate; what is None takes the model's default.
-
-    Raises:
-        ConfigError: for a value out of range, or an output that can't be written.
-    """
+    """What to generate; what is None takes the model's default."""
 
     prompts: tuple[str, ...]  # one video (or image) each
     output: Path  # file to write; with several prompts a number is put before the suffix
