@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -64,18 +65,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         ConfigError: if the disk is full.
     """
     path = Path(os.path.realpath(path))
+    # the name does not grow with the path's, which may be as long as the file system allows
+    temporary = path.with_name(f".dit-accel-{secrets.token_hex(8)}{path.suffix}")
     with _full_disk_told(path):
-        # the name does not grow with the path's, which may be as long as the file system allows
-        with _making:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".dit-accel-", suffix=path.suffix)
-            os.close(handle)
-            temporary = Path(name)
-            _temporaries.add(temporary)
         try:
+            with _making:
+                _temporaries.add(temporary)  # before it exists: a signal may arrive between the two
+                temporary.touch(exist_ok=False)
             yield temporary
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
