@@ -36,6 +36,11 @@ def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
     return norm(video, time, first_frame, (latents.shape[-2] // patch) * (latents.shape[-1] // patch))[0]
 
 
+HUNYUAN_ROPE = Rope(
+    owner="rope", form="theta",
+    axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
+)  # fmt: skip
+
 HUNYUAN_VIDEO = Adapter(
     name="hunyuan-video",
     transformers=("HunyuanVideoTransformer3DModel",),
@@ -46,11 +51,7 @@ HUNYUAN_VIDEO = Adapter(
     grid=partial(latents_grid, text="after"),
     split_text="after",
     signal=_modulated_input,
-    rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
-    ),
+    rope=HUNYUAN_ROPE,
     joined_text=JoinedText(place="after", mask="encoder_attention_mask"),
     families=released(
         "hunyuan-video",
