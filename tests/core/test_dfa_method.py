@@ -159,7 +159,7 @@ def test_the_foreground_follows_the_sparse_methods_lists(beside):
 
 
 def rows_of_prompts(methods, seeds, branch="cond"):
-    """The outputs of four steps of some rows in one batch, each with a moving thing of its own, the calls and report."""
+    """The outputs of four steps of a batch, in each row a moving thing of its own, the calls and the report."""
     transformer, calls, outputs = sharp_transformer(), [], []
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     clips = [torch.randn(12, 5, 8, 8, generator=generator) for generator in generators]
