@@ -43,29 +43,20 @@ class Engine:
     """Plans and runs the attention calls of one attachment.
 
     Args:
-        handlers: the attached methods, in the order in which they act.
-        backend: the kernel backend's name.
         dense: what computes dense attention: ``user``, or ``auto`` for the faster on a CPU.
-
-    Attributes:
-        forward: what is known of the forward that runs.
-        transformers: component name -> the transformer, of all that the host has added.
-        layers: their attention layers, by number.
-        recorder: counts what runs, one run long.
-        observers: called with every planned call.
-        runs: how many have begun.
     """
 
     def __init__(self, handlers: Sequence[Handler], backend: str, dense: str = "user") -> None:
         self.number = register(self)
         self.backend, self.dense = backend, dense
-        self.forward = ForwardState()
+        self.forward = ForwardState()  # what is known of the forward that runs
+        # component name -> the transformer, of all that the host has added
         self.transformers: dict[str, TransformerState] = {}
-        self.layers: list[AttentionLayer] = []
-        self.recorder = Recorder()
+        self.layers: list[AttentionLayer] = []  # their attention layers, by number
+        self.recorder = Recorder()  # counts what runs, one run long
         self.backward = BackwardStore()
-        self.observers: list[Observer] = []
-        self.runs = 0
+        self.observers: list[Observer] = []  # called with every planned call
+        self.runs = 0  # how many have begun
         self.use(handlers)
 
     def use(self, handlers: Sequence[Handler]) -> None:
@@ -178,10 +169,7 @@ class Engine:
         """Plan and run one attention call; return its output, as q lies, contiguous, and the ticket for a backward.
 
         Args:
-            layer: the layer that makes it.
             call: q, k and v as the model has them; fewer queries than keys where only some tokens have any.
-            sizes: the grid of the sequence.
-            differentiate: a backward follows.
         """
         forward, clock = self.forward, self.recorder.clock
         begin = None if clock.parts is None else clock.stamp(call.q.device)

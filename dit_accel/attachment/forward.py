@@ -47,18 +47,12 @@ class ForwardWrapper:
     """What runs in place of one transformer's forward.
 
     Args:
-        denoising: the attachment's.
-        state: the transformer's.
         functions: what methods run around the forward, the innermost first.
         on_modules: methods run around its blocks or other modules inside it.
     """
 
     def __init__(
-        self,
-        denoising: DenoisingState,
-        state: TransformerState,
-        functions: Sequence[AroundForward],
-        on_modules: bool,
+        self, denoising: DenoisingState, state: TransformerState, functions: Sequence[AroundForward], on_modules: bool
     ) -> None:
         self._denoising, self._engine = denoising, denoising.engine
         self._state = state

@@ -34,12 +34,7 @@ COMPILED_WHOLE = (
 
 
 class TransformerSite(Site):
-    """One transformer as one handler sees it; the core undoes all that goes through it.
-
-    Attributes:
-        forwards: what to run around forwards, in the order in which it was requested.
-        around: block index -> what to run around it, in the same order.
-    """
+    """One transformer as one handler sees it; the core undoes all that goes through it."""
 
     def __init__(
         self,
@@ -57,8 +52,8 @@ class TransformerSite(Site):
         self._compiled_whole = compiled_whole
         self._blocks: tuple[Block, ...] | None = None
         self._uncompiled: set[int] = set()
-        self.forwards: list[AroundForward] = []
-        self.around: dict[int, list[AroundBlock]] = {}
+        self.forwards: list[AroundForward] = []  # what to run around forwards, in the order in which it was requested
+        self.around: dict[int, list[AroundBlock]] = {}  # block index -> what to run around it, in the same order
 
     @property
     def pipe(self) -> Any:

@@ -42,15 +42,10 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers", "peft", "acceler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What `finetune` wrote.
+    """What `finetune` wrote."""
 
-    Attributes:
-        lora: the LoRA's file.
-        record: what was trained, on what and how long; the content of `RECORD`.
-    """
-
-    lora: Path
-    record: dict[str, Any]
+    lora: Path  # the LoRA's file
+    record: dict[str, Any]  # what was trained, on what and how long; the content of `RECORD`
 
 
 def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Trained:
