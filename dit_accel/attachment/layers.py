@@ -53,12 +53,7 @@ Observer = Callable[[PlannedCall], None]
 class AttentionLayer:
     """One attention module that methods may change: where it stands and the processor put on it.
 
-    Attributes:
-        index: its place among all that the adapter names, unique in its transformer.
-        depth: index of its block, counted from the input.
-        heads: its heads, H.
-        processor: the processor put on it; one that nobody reads where a host meets layers only as they run.
-        dense: the model's own attention, on the user's own backend.
+    ``index`` is its place among all that the adapter names, unique in its transformer; ``depth`` its block's.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class AttentionLayer:
             assert module is not None
             heads = heads_of(module, getattr(state.transformer, "config", None))
         self.heads = heads
-        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)
+        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)  # read by nobody where layers are met as they run
         self.dense: DenseAttention | None = None
 
 
@@ -270,11 +265,7 @@ def tensors_in(value: Any) -> tuple[Tensor, ...]:
 
 
 class Calls:
-    """The denoising calls of one transformer in one run, numbered as they were first seen.
-
-    Attributes:
-        text: number of the text of the last call; -1: it held none.
-    """
+    """The denoising calls of one transformer in one run, numbered as they were first seen."""
 
     def __init__(self) -> None:
         self.begin_run()
@@ -285,7 +276,7 @@ class Calls:
         self._known: list[tuple[int, int]] = []  # number -> text, and which of the calls with it
         self._here: dict[tuple[int, int], None] = {}  # those of this timestep, in their order
         self._number = self._since = -1
-        self.text = -1
+        self.text = -1  # number of the text of the last call; -1: it held none
         self._times: dict[int, int] = {}
         self._count: int | None = None
 

@@ -195,15 +195,9 @@ class SparseHandler(AttentionHandler):
         return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)
 
     def saving_of(
-        self,
-        keep: Callable[[np.ndarray], np.ndarray],
-        layout: TokenLayout,
-        steps: int,
-        *,
-        tiles: int | None = None,
-        expected: bool = False,
-        **others: Any,
-    ) -> Saving:
+        self, keep: Callable[[np.ndarray], np.ndarray], layout: TokenLayout, steps: int, *, tiles: int | None = None,
+        expected: bool = False, **others: Any,
+    ) -> Saving:  # fmt: skip
         """Return the saving of a method that leaves a known part of the tiles; for the options see `TileSaving`.
 
         Where they are not given, ``tiles`` are those of all visual tokens, and the lists a full one and a bitmap;
