@@ -20,9 +20,6 @@ class JoinedText:
         alone: names of inputs that belong to the given rows alone, such as cached keys; where one is given, no negative
             text can be laid beside the prompt.
         registers: tokens of the model's own between the text and the end of the sequence where it stands.
-
-    Raises:
-        ConfigError: for another place.
     """
 
     place: Literal["before", "after"]

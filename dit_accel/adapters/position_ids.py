@@ -75,9 +75,6 @@ def last_video(ids: "Tensor") -> tuple[int, int, int]:
     Args:
         ids: [S, 3], (time, row, column) of each token. The tokens of a frame share their time and are in raster order,
             time rises from frame to frame, and all frames have the same rows and columns.
-
-    Raises:
-        ConfigError: if the last tokens don't form a frame.
     """
     size = _run(ids[:, 0].flip(0))
     height, width = _raster(ids[-size:, 1:])

@@ -25,7 +25,6 @@ def by_config(
     Args:
         key: the config's name of the channels.
         names: of the axes; the last ones, where a config has fewer.
-        theta: the base.
         theta_key: the config's name of the base, which is ``theta`` where it has none.
         default: channels where a config does not tell them; None: it always does.
     """
@@ -62,8 +61,6 @@ def interleaved(sections: Sequence[int], dim: int, theta: float) -> tuple[Axis, 
 
     Args:
         sections: frequencies of (frames, height, width).
-        dim: channels of a head.
-        theta: the base.
     """
     places: list[list[int]] = [[], [], []]
     for place in range(dim // 2):

@@ -22,15 +22,10 @@ Launch = Callable[[AttentionPlan], KernelResult]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Turn:
-    """What becomes of the tiles that a call's lists leave out, where its layer takes turns to be dense.
+    """What becomes of the tiles that a call's lists leave out, where its layer takes turns to be dense."""
 
-    Attributes:
-        exact: they are computed beside these, bits int32 [B, H, NQ, W]; None: they are not.
-        rest: they are what this is, kept from the last dense call; None: they are left out.
-    """
-
-    exact: Tensor | None = None
-    rest: Stored | None = None
+    exact: Tensor | None = None  # they are computed beside these, bits int32 [B, H, NQ, W]; None: they are not
+    rest: Stored | None = None  # they are what this is, kept from the last dense call; None: they are left out
 
     def run(self, plan: AttentionPlan, launch: Launch, heads: int) -> Tensor:
         """Return what a plan without values gives, [B, H, S, D]."""
@@ -57,21 +52,13 @@ def with_others(plan: AttentionPlan, exact: Tensor, given: KernelResult, launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunFacts:
-    """How one attention call ran.
+    """How one attention call ran."""
 
-    Attributes:
-        plan: by which, without what guidance planned: its routing is settled, and it votes no more.
-        batch: its rows.
-        handlers: the methods that planned it.
-        turn: of its layer.
-        corrections: what corrected its output.
-    """
-
-    plan: AttentionPlan
-    batch: int
-    handlers: tuple[AttentionHandler, ...]
-    turn: Turn | None = None
-    corrections: tuple[Correction, ...] = ()
+    plan: AttentionPlan  # by which, without what guidance planned: its routing is settled, and it votes no more
+    batch: int  # its rows
+    handlers: tuple[AttentionHandler, ...]  # the methods that planned it
+    turn: Turn | None = None  # of its layer
+    corrections: tuple[Correction, ...] = ()  # what corrected its output
 
     def ended(
         self, plan: AttentionPlan, exact: Tensor | None, turn: Turn | None, corrections: tuple[Correction, ...]
@@ -79,10 +66,7 @@ class RunFacts:
         """Return how a call of this plan, and of what guidance added to it, ran in the end.
 
         Args:
-            plan: what ran.
             exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
-            turn: as here.
-            corrections: likewise.
         """
         own = self.plan
         if turn is None or turn.exact is None:
@@ -103,14 +87,10 @@ class RunFacts:
 
 
 class CallsMade:
-    """The attention calls of the forwards that others may run beside.
-
-    Attributes:
-        wanted: methods are attached that may run forwards beside others.
-    """
+    """The attention calls of the forwards that others may run beside."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.wanted = False  # methods are attached that may run forwards beside others
         self._calls: dict[tuple[str, int, TokenLayout], dict[int, RunFacts]] = {}
         self._batches: dict[str, int] = {}
 
@@ -121,13 +101,7 @@ class CallsMade:
             self._batches[context.branch] = batch
 
     def find(self, context: CallContext, batch: int, heads: int) -> RunFacts | None:
-        """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid.
-
-        Args:
-            context: where the call stands.
-            batch: rows of its forward.
-            heads: H, of its layer.
-        """
+        """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid."""
         branch = context.beside or ""
         calls, theirs = self._calls.get((branch, context.layer, context.layout), {}), self._batches.get(branch)
         if context.rows is None and batch != theirs:

@@ -71,7 +71,6 @@ def computed_rows(
     tiles that are pinned in all rows of the call, which may be more of them here.
 
     Args:
-        plan: of the whole call.
         call: likewise; all rows of its batch want the same tokens.
         rows: int64 [G], the tokens that are wanted, rising.
         seen: bool [1, S], the keys that they see; None: all.
@@ -109,13 +108,9 @@ def _tiled_rows(
     if seen is not None:
         mask = seen.expand(len(call.k), -1) if mask is None else mask & seen
     small = replace(
-        call,
-        q=call.queries(rows),
-        k=call.k.index_select(2, order),
-        v=call.v.index_select(2, order),
-        mask=None if mask is None else mask[:, order],
-        rows=None,
-    )
+        call, q=call.queries(rows), k=call.k.index_select(2, order), v=call.v.index_select(2, order),
+        mask=None if mask is None else mask[:, order], rows=None,
+    )  # fmt: skip
     lists = TileLists.from_states(
         tiles.states()[:, chosen], block_q=size, block_k=tiles.block_k, num_q=len(rows), num_k=tokens
     )
@@ -268,13 +263,6 @@ def with_rest(
 
     A dense turn is two kernel calls over complementary tiles, which take as long as one over all; where a method votes,
     one more is of the tiles that it keeps.
-
-    Args:
-        rests: what is kept.
-        plan: what the methods say, with tiles.
-        call: the call, its keys centred where the plan says so.
-        context: where it stands, with its turn.
-        launch: runs a plan of this call.
     """
     bare = plan.without_values()
     rest = rests.reading(context.key, call.q.device)

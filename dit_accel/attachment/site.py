@@ -34,21 +34,12 @@ COMPILED_WHOLE = (
 
 
 class TransformerSite(Site):
-    """One transformer as one handler sees it; the core undoes all that goes through it.
-
-    Attributes:
-        forwards: what to run around forwards, in the order in which it was requested.
-        around: block index -> what to run around it, in the same order.
-    """
+    """One transformer as one handler sees it; the core undoes all that goes through it."""
 
     def __init__(
-        self,
-        denoising: DenoisingState,
-        state: TransformerState,
-        undo: list[Callable[[], None]],
-        context: Callable[[str], Any] | None,
-        compiled_whole: bool,
-    ) -> None:
+        self, denoising: DenoisingState, state: TransformerState, undo: list[Callable[[], None]],
+        context: Callable[[str], Any] | None, compiled_whole: bool,
+    ) -> None:  # fmt: skip
         self.name, self.transformer, self.adapter = state.name, state.transformer, state.adapter
         self._denoising = denoising
         self._state = state
@@ -57,8 +48,8 @@ class TransformerSite(Site):
         self._compiled_whole = compiled_whole
         self._blocks: tuple[Block, ...] | None = None
         self._uncompiled: set[int] = set()
-        self.forwards: list[AroundForward] = []
-        self.around: dict[int, list[AroundBlock]] = {}
+        self.forwards: list[AroundForward] = []  # what to run around forwards, in the order in which it was requested
+        self.around: dict[int, list[AroundBlock]] = {}  # block index -> what to run around it, in the same order
 
     @property
     def pipe(self) -> Any:

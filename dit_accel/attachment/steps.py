@@ -67,18 +67,13 @@ def noise_level(scheduler: Any) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The steps of one run, as its scheduler lays them out.
+    """The steps of one run, as its scheduler lays them out."""
 
-    Attributes:
-        steps: how many there are; None where it is not known.
-        halves: the scheduler evaluates the model at a point between two steps too (DPM2), so that two timesteps make
-            one step, except for the first.
-        repeats: it evaluates the model twice at a timestep (Heun), which is one step.
-    """
-
-    steps: int | None = None
+    steps: int | None = None  # how many there are; None where it is not known
+    # the scheduler evaluates the model at a point between two steps too (DPM2), so that two timesteps make one step,
+    # except for the first
     halves: bool = False
-    repeats: bool = False
+    repeats: bool = False  # it evaluates the model twice at a timestep (Heun), which is one step
 
     def step_of(self, number: int) -> int:
         """Return the step of the ``number``-th different timestep of the run, from 0."""
@@ -92,7 +87,6 @@ class Schedule:
     trained on, or one of these two counted from the other end.
 
     Args:
-        scheduler: the scheduler, or None.
         start: position in its list at which the run begins.
     """
 
@@ -208,17 +202,12 @@ _PIPELINES = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PipelineRun:
-    """One call of a pipeline, as the forwards inside it see it.
-
-    Attributes:
-        thread: the thread in which it runs.
-        frame: number of its stack frame, unique among those that exist at one time.
-    """
+    """One call of a pipeline, as the forwards inside it see it."""
 
     _pipe: Callable[[], Any]
     _code: types.CodeType
-    thread: int
-    frame: int
+    thread: int  # the thread in which it runs
+    frame: int  # number of its stack frame, unique among those that exist at one time
 
     @property
     def pipe(self) -> Any:

@@ -31,16 +31,11 @@ else:  # the methods load torch, and a list of commands need not wait for it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedSetting:
-    """Methods that are attached together.
+    """Methods that are attached together."""
 
-    Attributes:
-        name: the config file's, or the methods that were switched on, with what was set of them.
-        run: what the config file says of the run besides.
-    """
-
-    name: str
+    name: str  # the config file's, or the methods that were switched on, with what was set of them
     methods: "tuple[MethodConfig, ...]"
-    run: Mapping[str, Any]
+    run: Mapping[str, Any]  # what the config file says of the run besides
 
 
 SettingList = Annotated[list[NamedSetting], "from the method switches and each config"]

@@ -50,14 +50,9 @@ class _Subject:
 
 
 def recommend(
-    model: Any,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    num_inference_steps: int | None = None,
-    hardware: str | None = None,
-) -> Recommendation:
+    model: Any, *, height: int | None = None, width: int | None = None, num_frames: int | None = None,
+    num_inference_steps: int | None = None, hardware: str | None = None,
+) -> Recommendation:  # fmt: skip
     """List what could be attached to a model at a size, with predicted speed-up, loss and memory; changes nothing.
 
     Args:
@@ -132,11 +127,7 @@ def _subject(model: Any, card: Hardware | None) -> _Subject:
 
 
 def _sizes_of(transformers: Mapping[str, Any], config: Mapping[str, Any]) -> Family:
-    """Return the sizes of a model that is no released one, by its config, with its family's defaults.
-
-    Raises:
-        UnsupportedModel: if the config does not tell them.
-    """
+    """Return the sizes of a model that is no released one, by its config, with its family's defaults."""
     name = type(list(transformers.values())[-1]).__name__
     index = {part: ("diffusers", name) for part in transformers}
     files = ModelFiles(name=name, index=index, transformer={**config, "_class_name": name}, vae={})

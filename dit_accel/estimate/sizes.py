@@ -25,11 +25,7 @@ def pixel_multiples(family: Family) -> tuple[int, int]:
 
 
 def rounded_frames(family: Family, num_frames: int) -> int:
-    """Return the number of frames the pipeline makes of a request: t k + 1, as WanPipeline rounds.
-
-    Raises:
-        ConfigError: for a number under 1, or more than one frame of an image model.
-    """
+    """Return the number of frames the pipeline makes of a request: t k + 1, as WanPipeline rounds."""
     if num_frames < 1:
         raise ConfigError(f"num_frames must be >= 1, got {num_frames}; 1 makes an image")
     step = family.vae[0]
@@ -41,11 +37,7 @@ def rounded_frames(family: Family, num_frames: int) -> int:
 
 
 def token_layout(family: Family, *, height: int, width: int, num_frames: int) -> TokenLayout:
-    """Return the token layout of an output of so many pixels and (rounded) frames.
-
-    Raises:
-        ConfigError: for a size the model can't make, with the nearest one it can.
-    """
+    """Return the token layout of an output of so many pixels and (rounded) frames."""
     for name, value, multiple in zip(("height", "width"), (height, width), pixel_multiples(family), strict=True):
         check_multiple(name, value, multiple, family.name)
     (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch

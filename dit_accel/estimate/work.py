@@ -19,21 +19,13 @@ ASSUMED_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilesLeft:
-    """What methods leave of the visual tiles.
+    """What methods leave of the visual tiles."""
 
-    Attributes:
-        kept: exact tiles, mean over the planned calls; expected where a method decides by the data.
-        total: tiles in all.
-        dense_share: share of the computed attention calls that stay dense, w.
-        pools: tiles that are not exact enter as one key each.
-        rows_alone: all that is left out are whole rows, which needs no sparse kernel.
-    """
-
-    kept: int
-    total: int
-    dense_share: float
-    pools: bool
-    rows_alone: bool = False
+    kept: int  # exact tiles, mean over the planned calls; expected where a method decides by the data
+    total: int  # tiles in all
+    dense_share: float  # share of the computed attention calls that stay dense, w
+    pools: bool  # tiles that are not exact enter as one key each
+    rows_alone: bool = False  # all that is left out are whole rows, which needs no sparse kernel
 
     @property
     def density(self) -> float:
@@ -46,8 +38,6 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
 
     Args:
         savings: method name -> what it declares, in the order in which they act.
-        steps: denoising steps.
-        layers: attention layers.
         usual: tiles along each side where no method cuts any.
     """
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}

@@ -17,8 +17,6 @@ def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, T
     """Return what some query rows see in every key tile of a plan, the largest of each block row.
 
     Args:
-        plan: the call's plan; its tile lists give the tiles.
-        call: its queries and keys.
         rows: int64 [G], token indices of the probes.
 
     Returns:

@@ -22,15 +22,10 @@ TILE = 128
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The one way in which all methods of an attachment cut a sequence into tiles.
+    """The one way in which all methods of an attachment cut a sequence into tiles."""
 
-    Attributes:
-        block_size: tokens of a tile.
-        order: how a frame's tokens are cut.
-    """
-
-    block_size: int = TILE
-    order: Order = "raster"
+    block_size: int = TILE  # tokens of a tile
+    order: Order = "raster"  # how a frame's tokens are cut
 
     def token_order(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor | None:
         """Return `visual_first`, by patches with ``order="tiles"``."""
@@ -52,9 +47,7 @@ def visual_first(layout: TokenLayout, patches: int | None, device: torch.device 
     Visual tokens come first, then the text before them, then the text after.
 
     Args:
-        layout: the sequence.
         patches: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
-        device: where the order is wanted.
     """
     if patches is None and layout.text_before == 0:
         return None
@@ -88,9 +81,6 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
     Args:
         kept: bool [N, N], N tiles over the visual tokens alone.
         pooled: the others enter as one key each, instead of being left out.
-        layout: the sequence.
-        block: tokens of a tile.
-        device: where the lists are wanted.
     """
     states = _visual_states(kept, pooled, layout, block)
     # Lists made in inference mode could not serve a training run later.
@@ -149,11 +139,8 @@ def pinned_bits(layout: TokenLayout, block: int, diagonal: int | None, sink: Sin
     Rows and columns of tiles that hold text always do; text columns are what ``sink="text"`` names.
 
     Args:
-        layout: the sequence.
-        block: tokens of a tile.
         diagonal: tiles (i, j) with \|i - j\| up to it are pinned; None: none are.
         sink: what else every row keeps: the first frame, or nothing beyond text.
-        device: where the bits are wanted.
     """
     count = -(-layout.tokens // block)
     pinned = np.zeros((count, count), bool)

@@ -42,27 +42,19 @@ _ADDED: Cause = ("further forwards that guidance adds", "narrow its window (star
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What ran, as far as it tells why.
+    """What ran, as far as it tells why."""
 
-    Attributes:
-        timing: the forwards.
-        methods: what was attached.
-        logs: cache's name -> what it logged of each forward (`dit_accel.methods.caches.log.CachedForward`).
-        dense_layers: forward -> share of its attention calls that stayed dense beside others that followed a plan.
-        stayed: forward -> why calls of layers in which methods act stayed dense -> how many of all its calls.
-        notes: the methods' remarks.
-        problem: why what is attached did not act, and what to do; "" where nothing is wrong.
-        cached: whether a cache acted that no log is of: one that was enabled in diffusers.
-    """
-
-    timing: Timing
-    methods: Options
+    timing: Timing  # the forwards
+    methods: Options  # what was attached
+    # cache's name -> what it logged of each forward (`dit_accel.methods.caches.log.CachedForward`)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    # forward -> share of its attention calls that stayed dense beside others that followed a plan
     dense_layers: Mapping[Key, float] = field(default_factory=dict)
+    # forward -> why calls of layers in which methods act stayed dense -> how many of all its calls
     stayed: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    problem: str = ""
-    cached: bool = False
+    notes: tuple[str, ...] = ()  # the methods' remarks
+    problem: str = ""  # why what is attached did not act, and what to do; "" where nothing is wrong
+    cached: bool = False  # whether a cache acted that no log is of: one that was enabled in diffusers
 
     def cache_or(self, what: str) -> str:
         """Return an advice, beside that of a step cache where none acts yet."""

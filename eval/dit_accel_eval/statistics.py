@@ -2,7 +2,7 @@
 
 A mean difference has Student's t interval, widened to what Willink's skew-corrected one holds besides; a verdict is
 given from `FEWEST` clips on, where the difference stands after Holm's correction for all that are judged together.
-`eval/studies/false_verdicts.py` simulates how often it is wrong.
+docs/evaluating.md says how often it is wrong.
 """
 
 import math
@@ -71,8 +71,8 @@ class Judged(ClipMean):
 def clip_mean(values: Sequence[float]) -> ClipMean:
     """Return the mean and median of per-clip values, from `FEWEST` on with the interval of the mean.
 
-    The interval holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence
-    interval and test for the mean of an asymmetric distribution), which rests on their third moment.
+    It holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence interval
+    and test for the mean of an asymmetric distribution), which rests on their third moment.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")

@@ -26,12 +26,7 @@ def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
 
 
 def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
-    """Return what is measured of a picture [1, height, width, 3] for the prompt of a number.
-
-    Args:
-        picture: in [0, 1].
-        trained: the trained side in pixels.
-    """
+    """Return what is measured of a picture [1, height, width, 3] in [0, 1] for a held-out prompt's number."""
     scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)
     verdict = judge_clips(picture, scene)
     return {
@@ -46,8 +41,7 @@ def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
 def repetition(picture: np.ndarray, trained: int) -> float:
     """Return the highest correlation of a picture [height, width, 3] with itself, half the trained side and more apart.
 
-    Of what differs from the picture's mean colour, over the part in which both lie, at least half of each side; shifts
-    along rows, along columns, and along both alike. 1: all of it comes again.
+    Of what differs from its mean colour, over at least half of each side; along rows, columns, and both alike.
     """
     away = picture.astype(np.float64) - picture.mean((0, 1))
     height, width, _ = away.shape

@@ -25,8 +25,7 @@ STRETCHES = "closeness_by_stretch"
 def repetition(video: Clip, trained: int) -> float:
     """Return the least RMS difference between the opening frames and a later stretch as long; small: it repeats.
 
-    Later stretches begin half the trained length on. The idea is that of RIFLEx' NoRepeat (arXiv 2502.15894), without
-    a theoretical period; a clip that stands still scores as one that repeats.
+    After RIFLEx' NoRepeat (arXiv 2502.15894), without a theoretical period; a clip that stands still repeats.
     """
     starts = range(min(trained // 2, len(video) - STRETCH), len(video) - STRETCH + 1)
     differences = [np.sqrt(np.mean((video[:STRETCH] - video[start : start + STRETCH]) ** 2)) for start in starts]
@@ -50,13 +49,7 @@ def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
 
 
 def by_stretch(name: str, clip: int, frames: Clip) -> list[float]:
-    """Return how near each stretch of a clip comes to the prompt, 0 to 1; the first and the last frames are among them.
-
-    A stretch has the frames of the longest clips that the model was trained on.
-
-    Args:
-        frames: [F, H, W, 3] in [0, 1].
-    """
+    """Return how near each stretch of a clip, as long as the longest trained ones, comes to the prompt, from 0 to 1."""
     long = longest_trained(name)
     starts = np.linspace(0, max(0, len(frames) - long), max(1, round(len(frames) / long))).round().astype(int)
     return [model_closeness(name, clip, frames, first=int(start), end=int(start) + long) for start in starts]

@@ -11,7 +11,6 @@ runs on one thread.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from dit_accel_eval.metrics.psnr import psnr
 from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import ModelRun
+from dit_accel_eval.runs.results import append_line, read_lines
 
 from dit_accel import EasyCache, SeaCache
 from dit_accel.methods.config import MethodConfig
@@ -88,8 +88,7 @@ def levels(steps: int) -> dict[str, MethodConfig]:
 
 def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int], settings: Any, out: Path) -> None:
     """Run what the file lacks, a line each."""
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = {(one["solver"], one["clip"], one["steps"], one["setting"]) for one in lines}
+    done = {(one["solver"], one["clip"], one["steps"], one["setting"]) for one in read_lines(out)}
     suite_model = EmbeddedModel(model, {})
 
     def run(clip: int, count: int, methods: tuple[MethodConfig, ...] = ()) -> tuple[ModelRun, float]:
@@ -112,14 +111,12 @@ def measure(model: str, solver: str, clips: Iterable[int], steps: Iterable[int],
                 made, call = dense[one] if isinstance(one, int) else run(clip, count, (one,))
                 assert made.times is not None
                 assert own.times is not None
-                line = {
+                append_line(out, {
                     "model": model, "solver": solver, "clip": clip, "steps": count, "setting": name,
                     "psnr": round(psnr(made.frames, own.frames), 3),
                     "work": round(made.counts.blocks / own.counts.blocks, 4),
                     "time": round(made.times.processor / own.times.processor, 4), "call": round(call / own_call, 4),
-                }  # fmt: skip
-                with out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                })  # fmt: skip
         print(f"clip {clip} of {model}, {solver}", flush=True)
 
 

@@ -12,7 +12,7 @@ from dit_accel_eval.runs.results import WORKS, Line, ResultLine, last_by_clip, m
 from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
 from dit_accel_eval.suites.figures import ArmFigures, Comparison
 from dit_accel_eval.suites.suite import Suite
-from dit_accel_eval.tune.block_ranking import cached_blocks
+from dit_accel_eval.tune.profile import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
 from judging import paired_cell
@@ -51,12 +51,7 @@ def budgets(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
 
 
 def block_choices(lines: Sequence[Line], scores: Mapping[str, Sequence[float]]) -> str:
-    """Where each criterion's choice of blocks comes among the others of as many, under how it was measured.
-
-    Args:
-        lines: of a suite whose arms cache blocks.
-        scores: criterion -> score by block.
-    """
+    """Where each criterion's choice of blocks, by its scores, comes among the others of as many of a suite's lines."""
     psnr: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
     for line in lines:
         if [*line["methods"]] == ["profilingcache"]:

@@ -64,13 +64,9 @@ class DBCache(MeasuredCacheConfig):
 
 @dataclass(slots=True)
 class BlockDecision(StepDecision):
-    """What the first blocks showed.
+    """What the first blocks showed."""
 
-    Attributes:
-        added: what they added to the visual stream at the last computed step.
-    """
-
-    added: Tensor | None = None
+    added: Tensor | None = None  # what they added to the visual stream at the last computed step
 
 
 class DBHandler(SpanHandler):

@@ -142,11 +142,7 @@ class ProfilingCache(StepCacheConfig):
         return tuple(read_profile(self.blocks, "profilingcache.blocks")["transformers"])
 
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
-        """Return whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known.
-
-        Raises:
-            ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
-        """
+        """Return whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known."""
         option, measured = "refresh_2" if group else "refresh", self.measured_steps
         if count is None and measured is not None:
             raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")

@@ -21,7 +21,6 @@ def guided_by(site: Site, further: Callable[[Any], Sample | None]) -> tuple[Any,
     """Let a pipeline's guiders add something to their results until the methods are detached; return the guiders.
 
     Args:
-        site: a transformer of the pipeline.
         further: what is added to the next result, which the guider mixes from this conditional prediction; None:
             nothing.
     """

@@ -43,11 +43,8 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         not from places and heads alone, sets ``by_place`` to False.
 
         Args:
-            plan: what other methods planned.
-            call: q, k and v.
             share: how far each head is perturbed, in [0, 1], [H].
             whole: every head is perturbed.
-            context: where the call stands.
         """
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:

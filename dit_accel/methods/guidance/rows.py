@@ -20,9 +20,6 @@ def rows_of(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter
     """Return a forward's inputs with some of their rows; what holds no rows stays.
 
     Args:
-        inputs: name -> input.
-        rows: the rows to keep.
-        batch: rows of the forward.
         adapter: says where inputs hold their rows; None: all along the first axis.
     """
     return _each_input(inputs, batch, adapter, lambda value, axis: value[_index(rows, axis)])

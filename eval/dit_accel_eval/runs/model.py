@@ -55,8 +55,7 @@ class ModelRun:
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
         attended: the share of the pairs that the attention calls computed; 1 is dense.
-        by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
-            is not known.
+        by_step: what ran in each step, and its share of the pairs; empty where that is not known.
     """
 
     frames: Clip

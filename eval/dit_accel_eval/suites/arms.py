@@ -29,12 +29,12 @@ TABLES = ("call", "scheduler", "guider", "rival")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One setting under test.
+    """One setting under test; an empty table leaves things as they are.
 
     Attributes:
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
-        guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
-        rival: name of another project's cache (`RIVALS`) -> its options; empty: none.
+        guider: class of one of diffusers' guiders -> its options.
+        rival: name of another project's cache (`RIVALS`) -> its options.
     """
 
     name: str

@@ -20,8 +20,6 @@ class Judge:
 
     Attributes:
         measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
-        check_suite: refuses a suite that can't be judged so; None: all can.
-        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
     """
 
     measures: Callable[[SuiteModel, int, ModelRun], Line]

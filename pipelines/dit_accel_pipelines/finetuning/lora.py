@@ -55,9 +55,7 @@ def write_lora(pipe: Any, component: str, output: Path) -> None:
     """Write the LoRA on one of a pipeline's transformers as diffusers' own file, whole or not at all.
 
     Args:
-        pipe: the pipeline.
         component: the transformer's name there, by which `load_lora` finds it again.
-        output: the folder.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -35,21 +35,11 @@ CHOICES: Mapping[str, Collection[str]] = {"dtype": ("float32", "bfloat16"), "bac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuning(TrainingOptions, NamesModel):
-    """What to train; what is None takes the model's default.
+    """What to train; what is None takes the model's default."""
 
-    Attributes:
-        output: folder of the LoRA file, the checkpoints, the log and the samples.
-        methods: methods on attention or positions, attached while it trains.
-        sample_prompts: what to show in samples; none: the first captions.
-        data, rank ...: the options of `dit-accel finetune`, whose help describes them.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-
-    output: Path
-    methods: tuple[MethodConfig, ...] = ()
-    sample_prompts: tuple[str, ...] = ()
+    output: Path  # folder of the LoRA file, the checkpoints, the log and the samples
+    methods: tuple[MethodConfig, ...] = ()  # methods on attention or positions, attached while it trains
+    sample_prompts: tuple[str, ...] = ()  # what to show in samples; none: the first captions
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.drawn is None):

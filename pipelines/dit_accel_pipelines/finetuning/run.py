@@ -42,15 +42,10 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers", "peft", "acceler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What `finetune` wrote.
+    """What `finetune` wrote."""
 
-    Attributes:
-        lora: the LoRA's file.
-        record: what was trained, on what and how long; the content of `RECORD`.
-    """
-
-    lora: Path
-    record: dict[str, Any]
+    lora: Path  # the LoRA's file
+    record: dict[str, Any]  # what was trained, on what and how long; the content of `RECORD`
 
 
 def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Trained:
@@ -228,18 +223,11 @@ def _record(
     recipe, seconds = trainer.recipe, trainer.seconds
     quantiles = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist() if seconds else [None] * 3
     return {
-        "model": recipe.source if recipe.embedded is None else recipe.embedded,
-        **identity,
-        "steps": trainer.step,
-        "data": str(recipe.data) if recipe.data else f"{recipe.drawn} drawn clips",
-        "clips_there": len(trainer.encoded),
-        "processes": ranks.count,
-        "ulysses": recipe.ulysses,
-        "gradient_checkpointing": recipe.gradient_checkpointing,
-        "trained_numbers": sum(weight.numel() for weight in trainer.parameters),
-        "density": trainer.density,
-        "seconds_a_step": dict(zip(("p20", "median", "p80"), quantiles, strict=True)),
-        "device": str(device),
+        "model": recipe.source if recipe.embedded is None else recipe.embedded, **identity, "steps": trainer.step,
+        "data": str(recipe.data) if recipe.data else f"{recipe.drawn} drawn clips", "clips_there": len(trainer.encoded),
+        "processes": ranks.count, "ulysses": recipe.ulysses, "gradient_checkpointing": recipe.gradient_checkpointing,
+        "trained_numbers": sum(weight.numel() for weight in trainer.parameters), "density": trainer.density,
+        "seconds_a_step": dict(zip(("p20", "median", "p80"), quantiles, strict=True)), "device": str(device),
         "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
         "command": list(command),
-    }
+    }  # fmt: skip

@@ -12,15 +12,10 @@ from dit_accel.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers that an option takes.
+    """Numbers that an option takes."""
 
-    Attributes:
-        words: what follows "must be" in the error.
-        holds: number -> whether it is one of them.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
+    words: str  # what follows "must be" in the error
+    holds: Callable[[Any], bool]  # number -> whether it is one of them
 
 
 FINITE = Range("a finite number", math.isfinite)

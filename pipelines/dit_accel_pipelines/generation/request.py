@@ -72,23 +72,12 @@ class NamesModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(RunOptions, NamesModel):
-    """What to generate; what is None takes the model's default.
+    """What to generate; what is None takes the model's default."""
 
-    Attributes:
-        prompts: one video (or image) each.
-        output: file to write; with several prompts a number is put before the suffix.
-        flow_shift: noise shift of the solver; None: the model's own.
-        methods: method configs to attach.
-        model, seed ...: the options of `dit-accel generate`, whose help describes them.
-
-    Raises:
-        ConfigError: for a value out of range, or an output that can't be written.
-    """
-
-    prompts: tuple[str, ...]
-    output: Path
-    flow_shift: Annotated[float | None, ABOVE_ZERO] = None
-    methods: tuple[MethodConfig, ...] = ()
+    prompts: tuple[str, ...]  # one video (or image) each
+    output: Path  # file to write; with several prompts a number is put before the suffix
+    flow_shift: Annotated[float | None, ABOVE_ZERO] = None  # noise shift of the solver; None: the model's own
+    methods: tuple[MethodConfig, ...] = ()  # method configs to attach
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
@@ -172,19 +161,12 @@ def check_path(output: Path) -> Path:
 
 
 class Resolved(NamedTuple):
-    """A request that can be met.
+    """A request that can be met."""
 
-    Attributes:
-        request: the request, with the family's defaults filled in.
-        family: the model's sizes; None: they are not known, and all is left to the pipeline.
-        notes: what was changed.
-        warnings: what the user probably wants to change.
-    """
-
-    request: Request
-    family: Family | None
-    notes: list[str]
-    warnings: list[str]
+    request: Request  # the request, with the family's defaults filled in
+    family: Family | None  # the model's sizes; None: they are not known, and all is left to the pipeline
+    notes: list[str]  # what was changed
+    warnings: list[str]  # what the user probably wants to change
 
 
 def resolve(request: Request) -> Resolved:

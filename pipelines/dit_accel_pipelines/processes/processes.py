@@ -19,21 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One of the processes that a launcher started.
+    """One of the processes that a launcher started."""
 
-    Attributes:
-        rank: its number.
-        count: how many there are, on all machines.
-        local_rank: its number on this machine.
-        local_count: how many run on this machine.
-        together: how many neighbours make each output together.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-    local_count: int = 1
-    together: int = 1
+    rank: int = 0  # its number
+    count: int = 1  # how many there are, on all machines
+    local_rank: int = 0  # its number on this machine
+    local_count: int = 1  # how many run on this machine
+    together: int = 1  # how many neighbours make each output together
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.count and 0 <= self.local_rank < self.local_count <= self.count):

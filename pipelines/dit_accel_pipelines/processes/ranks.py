@@ -14,14 +14,9 @@ PATIENCE = datetime.timedelta(days=14)
 
 
 class Ranks:
-    """The processes of one run.
+    """The processes of one run, of which the first, rank 0, alone writes and prints.
 
-    Args:
-        cpu: they compute on CPUs, whatever else the machine has.
-
-    Attributes:
-        rank: this one's number; the first is 0, and alone writes and prints.
-        count: how many there are.
+    With ``cpu`` they compute on CPUs, whatever else the machine has.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
@@ -60,15 +55,10 @@ class Ranks:
         return _require(attempt)
 
     def spread(self, jobs: Sequence[Any], work: Callable[[Any], Value], done: Callable[[Any, Value], None]) -> None:
-        """Do some jobs, each in one process, and hand every result to all of them.
+        """Do some jobs, each in one process, and hand every result to all of them, in the same order, by ``done``.
 
         After as many jobs as there are processes they wait for one another, so that a run which is stopped loses no
         more than these.
-
-        Args:
-            jobs: the jobs, the same in all processes.
-            work: does one.
-            done: takes a job and its result, in every process and in the same order.
         """
         for begin in range(0, len(jobs), self.count):
             part = jobs[begin : begin + self.count]
