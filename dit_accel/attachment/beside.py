@@ -65,8 +65,7 @@ class RunFacts:
     ) -> "RunFacts":
         """Return how a call of this plan, and of what guidance added to it, ran in the end.
 
-        Args:
-            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
+        ``exact``: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
         """
         own = self.plan
         if turn is None or turn.exact is None:

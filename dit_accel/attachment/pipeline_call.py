@@ -34,8 +34,7 @@ def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callab
 
     A pipeline without such methods is left alone, and the clock knows the denoising loop alone.
 
-    Args:
-        transformer: one of the pipeline's, by which calls of its own are told from a user's of its methods.
+    ``transformer``: one of the pipeline's, by which calls of its own are told from a user's of its methods.
     """
     pipe = denoising.pipe
     engine = denoising.engine

@@ -39,8 +39,7 @@ class Course:
     def move(self, timestep: Tensor) -> int:
         """Take a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is the last one's.
 
-        Args:
-            timestep: one per row, frame or token, or per several of these; what is given as clean keeps its own.
+        ``timestep``: one per row, frame or token, or per several of these; what is given as clean keeps its own.
         """
         low, high = torch.stack(timestep.aminmax()).tolist()
         if self.ends is None:
@@ -86,8 +85,7 @@ class Schedule:
     Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
     trained on, or one of these two counted from the other end.
 
-    Args:
-        start: position in its list at which the run begins.
+    ``start``: position in its list at which the run begins.
     """
 
     def __init__(self, scheduler: Any, start: int = 0) -> None:

@@ -54,8 +54,7 @@ def figures(level: str) -> tuple[Figure, ...]:
 def promise(level: str, steps: int, model: str | None = None) -> Promise | None:
     """Return what a level promises in a run of so many steps; None where it skips nothing, or was not measured.
 
-    Args:
-        model: an embedded model, whose own figures are given; of any other name the least of all.
+    ``model``: an embedded model, whose own figures are given; of any other name the least of all.
     """
     measured = figures(level)
     measured = tuple(figure for figure in measured if figure.model == model) or measured

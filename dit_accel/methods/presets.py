@@ -163,8 +163,7 @@ def preset_methods(
 ) -> PresetMethods:
     """Return what a preset attaches to a model beside the methods that the user names, which win.
 
-    Args:
-        try_out: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
+    ``try_out``: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
     """
     if level == NONE:
         return PresetMethods(level, model)

@@ -16,8 +16,7 @@ PROBE_SCORES = 2**26
 def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return what some query rows see in every key tile of a plan, the largest of each block row.
 
-    Args:
-        rows: int64 [G], token indices of the probes.
+    ``rows``: int64 [G], token indices of the probes.
 
     Returns:
         Gaps, float32 (float64 for float64) [B, H, NQ, NK]: a tile's largest logit minus its row's over all keys, in

@@ -154,8 +154,7 @@ class Ahead:
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
     """Return attention over two disjoint sets of keys from that over each; [B, H, S, D], 0 in rows without a key.
 
-    Args:
-        lse: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
+    ``lse``: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
     """
     share = torch.sigmoid(rest_lse - lse).nan_to_num(0.0)[..., None].to(out.dtype)
     return torch.lerp(out, rest.to(out.dtype), share.expand_as(out))

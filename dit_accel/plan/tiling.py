@@ -46,8 +46,7 @@ def visual_first(layout: TokenLayout, patches: int | None, device: torch.device 
 
     Visual tokens come first, then the text before them, then the text after.
 
-    Args:
-        patches: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
+    ``patches``: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
     """
     if patches is None and layout.text_before == 0:
         return None

@@ -104,8 +104,7 @@ class StepCacheConfig(MethodConfig):
     def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
         """Return the reason why step ``index`` must be computed, or None if it may be skipped.
 
-        Args:
-            count: steps of the run; None: not known.
+        ``count``: steps of the run; None: not known.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known.

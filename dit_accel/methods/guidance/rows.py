@@ -19,8 +19,7 @@ Axis = int | Literal["each"] | None
 def rows_of(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter | None = None) -> dict[str, Any]:
     """Return a forward's inputs with some of their rows; what holds no rows stays.
 
-    Args:
-        adapter: says where inputs hold their rows; None: all along the first axis.
+    ``adapter``: says where inputs hold their rows; None: all along the first axis.
     """
     return _each_input(inputs, batch, adapter, lambda value, axis: value[_index(rows, axis)])
 
@@ -73,11 +72,6 @@ def axis_of(name: str, value: Any, adapter: Adapter | None) -> Axis:
     if name in adapter.guidance.rows:
         return adapter.guidance.rows[name]
     return "each" if name == adapter.latents and isinstance(value, list) else 0
-
-
-def sample_rows(sample: Sample, rows: slice | None) -> Sample:
-    """Return some rows of a prediction."""
-    return sample if rows is None else sample[rows]
 
 
 def mapped(function: Callable[..., Tensor], *samples: Sample) -> Sample:

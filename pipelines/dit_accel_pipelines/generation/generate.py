@@ -251,8 +251,7 @@ def run(
 ) -> Generation:  # fmt: skip
     """Run a loaded pipeline on one prompt of a (resolved) request.
 
-    Args:
-        pictures: what the request's image and video files hold; None reads them.
+    ``pictures``: what the request's image and video files hold; None reads them.
     """
     import torch
 
@@ -308,9 +307,8 @@ def pictures_of(output: Any) -> np.ndarray:
 def any_pictures_of(output: Any) -> np.ndarray:
     """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
 
-    Args:
-        output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
-            [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
+    ``output``: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image`` [B,
+    height, width, 3], floats in [0, 1]; of a batch the first is taken.
     """
     name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
     pictures = np.asarray(getattr(output, name))

@@ -263,8 +263,7 @@ def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
 def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
     """Refuse words that an embedded model never saw, and signs that are no words.
 
-    Args:
-        named: the user chose the model, instead of naming none.
+    ``named``: the user chose the model, instead of naming none.
     """
     try:
         words = assets().check_prompt(prompt, embedded)
