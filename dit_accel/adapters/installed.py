@@ -87,7 +87,7 @@ def load_entry(entry: EntryPoint, what: str) -> Any:
 
 
 def describe_entry(entry: EntryPoint) -> str:
-    """Return how errors call an entry point."""
+    """Spell an entry point for errors."""
     return f"the entry point {entry.name} = {entry.value!r} of {entry.group}"
 
 

@@ -169,7 +169,7 @@ class Attachment:
         )  # fmt: skip
 
     def _predicted(self) -> PredictedSpeedup | None:
-        """Return what was predicted for the last generation; None before its size and steps are known."""
+        """Predict the last generation; None before its size and steps are known."""
         engine, steps = self.engine, self.denoising.num_inference_steps
         state = next((one for one in engine.transformers.values() if one.layouts), None)
         if state is None or not steps:
@@ -286,7 +286,7 @@ def _install(
 
 
 def attachment_of(model: Any) -> Attachment | None:
-    """Return what is attached to a pipeline or a transformer, or None; for a handle that was lost."""
+    """Find the attachment of a pipeline or a transformer, or None; for a handle that was lost."""
     for part in components_of(model).values():
         for module in (part, getattr(part, "_orig_mod", None)):
             if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):

@@ -102,7 +102,7 @@ def require_tools() -> None:
 def compared(
     dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float, *, runs: int = 1
 ) -> Check:
-    """Return how near a run with methods is to the dense one of its seed; what is measured is ``check``'s tool's."""
+    """Compare a run with methods to the dense one of its seed, by the installed tool's metrics."""
     metrics, missing = _tool("check")(accelerated, dense)
     return Check(
         dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=accelerated_seconds,
@@ -123,7 +123,7 @@ def _generated(run: Callable[..., Any], seed: int, call: Mapping[str, Any]) -> t
 
 
 def _tool(name: str) -> Any:
-    """Return what an installed package gives for reports by an entry point of ``dit_accel.drawings``."""
+    """Load the tool that an installed package names in ``dit_accel.drawings``."""
     entry = next(iter(entry_points(group="dit_accel.drawings", name=name)), None)
     if entry is None:
         raise MissingBackend(f"check needs a package that compares clips ({name}), found none; reinstall dit-accel")

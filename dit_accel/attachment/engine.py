@@ -237,7 +237,7 @@ class Engine:
     def _context(
         self, layer: AttentionLayer, layout: TokenLayout | None, call: Call, differentiate: bool
     ) -> CallContext:
-        """Return where the denoising of a call stands, and count it."""
+        """Make the context of a call, and count it."""
         forward, batch = self.forward, len(call.q)
         row = count = forward.calls[layer]
         forward.calls[layer] += 1
@@ -275,16 +275,17 @@ class Engine:
     def _plan(
         self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext, base: RunFacts | None = None
     ) -> AttentionPlan:
-        """Return what methods say together, each after those before it; guidance adds to a ``base``."""
+        """Let the methods plan a call, each after those before it; guidance adds to a ``base``."""
         plan = AttentionPlan() if base is None else base.plan
         whole = call if call.rows is None else call.for_planning()  # lists follow from all tokens, not from a share
         for index, handler in enumerate(handlers):
+            # who selects by logits must see the keys as the kernel will
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
                 plan = handler.plan(plan, seen, context)
             except ConfigError as error:
                 before = (*(() if base is None else base.handlers), *handlers[:index])
-                if not before:
+                if not before:  # else the plan that it was given may be what it can't take
                     raise
                 others = ", ".join(other.name for other in before)
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None

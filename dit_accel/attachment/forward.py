@@ -199,7 +199,7 @@ class ForwardWrapper:
         return grid
 
     def _shards_of(self, grid: Grid, inputs: Mapping[str, Any]) -> SequenceShards:
-        """Return how processes share the forward; the same object as long as nothing changes."""
+        """Return the processes' shares of the forward; the same object as long as nothing changes."""
         adapter, config = self._state.adapter, self._parallel
         joined, device = adapter.joined_text, target_sample(inputs[adapter.latents]).device
         given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None

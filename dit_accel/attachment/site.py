@@ -158,7 +158,7 @@ class TransformerSite(Site):
             self._undo.append(wrap_call(block.module, around))
 
     def _around_block(self, block: Block, functions: list[AroundBlock]) -> Callable[..., Any]:
-        """Return what runs in place of a block: its streams taken out of the call, changed, and put into the result."""
+        """Wrap a block: take its streams out of the call, let methods change them, and put them into the result."""
         signature = block_signature(block.list, type(block.module))
         last: list[Any] = [None]  # what a block gave besides its streams, for when it is skipped
 
@@ -193,7 +193,7 @@ def _refuse(why: str, *args: Any, **kwargs: Any) -> None:
 
 
 def _fetched(module: nn.Module) -> AroundCall:
-    """Return what runs in place of a block that no method acts on, where others of its group may be skipped."""
+    """Wrap a block that no method acts on, where others of its offload group may be skipped."""
 
     def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         fetch(module)

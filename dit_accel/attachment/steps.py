@@ -145,6 +145,7 @@ class Schedule:
         whole = dtype is not None and not dtype.is_floating_point
         epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
         trained, matches = self._trained, {}
+        # how a pipeline hands timesteps on shows in the first one; those after it must follow in the same way
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
             far = [min(abs(offset + factor * one - timestep) for timestep in timesteps) for one in self._values]

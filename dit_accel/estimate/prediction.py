@@ -234,7 +234,7 @@ def _notes(savings: Mapping[str, Saving], tiles: TilesLeft | None) -> list[str]:
 def predict_attached(
     handlers: Sequence[Handler], layout: TokenLayout, steps: int, preset: PresetMethods | None, transformer: nn.Module
 ) -> PredictedSpeedup | None:
-    """Return what attached methods were predicted to gain; None where the model has no released model's sizes.
+    """Predict the speed-up of attached methods; None where the model has no released model's sizes.
 
     The transformer's linear layers may be in 8 bits, as they are in its dense run too.
     """
@@ -250,7 +250,7 @@ def predict_attached(
 def _measured_skips(
     handlers: Sequence[Handler], savings: Mapping[str, Saving], rows: int, steps: int, preset: PresetMethods | None
 ) -> dict[str, Saving]:
-    """Return what a preset's caches save by the share of the forwards that they skipped where that was measured."""
+    """Return the savings of a preset's caches, by the share of the forwards that they were measured to skip."""
     measured: dict[str, Saving] = {}
     promises = preset.promises(steps) if preset else {}
     for handler in handlers:
@@ -273,7 +273,7 @@ def _measured_skips(
 
 
 def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears | None) -> dict[str, Any]:
-    """Return what a `Prediction` says of the run without methods."""
+    """Compute the fields of a `Prediction` on the run without methods."""
     forwards = steps * family.forwards_per_step
     blocks = forwards * family.layers
     attention = blocks * attention_flops(family, layout.tokens)
@@ -291,7 +291,7 @@ def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears
 def _planned_run(
     savings: Mapping[str, Saving], tiles: TilesLeft | None, layout: TokenLayout, kernel_cost: float, **dense: Any
 ) -> dict[str, Any]:
-    """Return what a `Prediction` says of the run with methods; the letters are those of its attributes.
+    """Compute the fields of a `Prediction` on the run with methods; the letters are those of its fields.
 
     ``dense`` are the figures of the run without methods, its steps and layers.
     """
@@ -323,7 +323,7 @@ def _planned_run(
 
 
 def _memory(savings: Mapping[str, Saving], tiles: TilesLeft | None, family: Family) -> dict[str, Any]:
-    """Return what a `Prediction` says of the memory that the methods hold."""
+    """Compute the fields of a `Prediction` on the memory that the methods hold."""
     carried = {name: saving.carried_bytes for name, saving in savings.items() if saving.carried_bytes}
     lists = sum(saving.list_bytes for saving in savings.values())
     per_tile = 2 * family.heads * family.head_dim * ASSUMED_BYTES

@@ -140,7 +140,7 @@ class Ahead:
     def reading(
         self, key: Key, own: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
     ) -> Stored | Copy | None:
-        """Return what a call that begins reads, ``own`` or its copy, and start to copy what the next one is ``due``."""
+        """Return the rest that a call reads, ``own`` or its copy, and start to copy the one that is ``due`` next."""
         copy, self._copy = self._copy, None
         if self._last is not None:
             self._next[self._last] = key, device
@@ -231,13 +231,13 @@ class Rests:
         return rows * each
 
     def reading(self, key: Key, device: torch.device) -> Stored | Copy | None:
-        """Return what a call that begins on a device adds; None: nothing. It was counted by `turned`."""
+        """Return the rest that a call on a device adds, or None; `turned` has counted the call."""
         kept = self.kept.get(key)
         own = None if kept is None else kept.rest
         return self._ahead.reading(key, own, device, self._due) if self.offload else own
 
     def _due(self, key: Key) -> Stored | None:
-        """Return what the next call of a key adds, as far as is known."""
+        """Return the rest that the next call of a key adds, as far as is known."""
         _, layer, *_ = key
         kept = None if self.is_dense(self._calls.get(key, 0), layer) else self.kept.get(key)
         return None if kept is None else kept.rest

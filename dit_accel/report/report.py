@@ -131,7 +131,7 @@ class Report:
         )  # fmt: skip
 
     def first_lines(self) -> list[str]:
-        """Return whether the methods helped: the speed-up measured and predicted, and why it was not more."""
+        """Tell whether the methods helped: the speed-up measured and predicted, and why it was not more."""
         beside = f" ({self.predicted})" if self.predicted else ""
         lines = self.timing.lines(beside) if self.methods else []
         return [*lines, *(f"why not faster: {cause}" for cause in self.why_not_faster())]
@@ -200,7 +200,7 @@ class Report:
 
 
 def _drawing(kind: str) -> Callable[..., Any] | None:
-    """Return what draws reports as a ``plot`` or as ``html``: that entry point of ``dit_accel.drawings``, or None."""
+    """Load the entry point of ``dit_accel.drawings`` that draws reports as a ``plot`` or as ``html``, or None."""
     entry = next(iter(entry_points(group="dit_accel.drawings", name=kind)), None)
     return None if entry is None else entry.load()
 

@@ -82,11 +82,11 @@ def why_not_faster(ran: RunFacts) -> list[str]:
         usual = usually[one.kind]
         if place in starts:
             lost[_STARTED] += max(0.0, one.seconds - usual)
-        taken = min(one.seconds, usual)
+        taken = min(one.seconds, usual)  # what it took beyond that was its start, or other work on the machine
         waited = taken * (timing.share("fetching", one.kind) or 0.0)
         lost[_WAITED] += waited
         taken -= waited
-        if one.kind == "extended" and timing.dense is not None:
+        if one.kind == "extended" and timing.dense is not None:  # the further forward is no fault of the first
             lost[_ADDED] += max(0.0, taken - timing.dense)
             taken = min(taken, timing.dense)
         if key in computed:
@@ -107,7 +107,7 @@ def why_not_faster(ran: RunFacts) -> list[str]:
 
 
 def _of_dense(one: TimedForward, key: Key, ran: RunFacts) -> Cause:
-    """Return why a forward that no cache could skip was dense."""
+    """Find the cause for which a forward that no cache could skip was dense."""
     stayed = ran.stayed.get(key)
     if stayed:
         return ran.why_stayed(max(stayed, key=lambda why: stayed[why]))
@@ -173,7 +173,7 @@ def _besides(timing: Timing) -> Cause:
 def why_computed(
     logs: Mapping[str, Sequence[Mapping[str, Any]]], methods: Options
 ) -> tuple[dict[Key, Cause], dict[Key, str]]:
-    """Return why each forward was computed that a cache logged, and which cache skipped each of the others."""
+    """Find the cause of each computed forward in the caches' logs, and the cache that skipped each of the others."""
     computed: dict[Key, Cause] = {}
     skipped: dict[Key, str] = {}
     for name, log in logs.items():

@@ -184,7 +184,7 @@ class MeasuredCacheConfig(StepCacheConfig):
 
 
 def is_unconditional(branch: str, method: str) -> bool:
-    """Return whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
+    """Tell whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
     name = branch.rsplit("/", 1)[-1]
     if name == "cond_uncond":
         raise ConfigError(

@@ -139,7 +139,7 @@ class ProfilingCache(StepCacheConfig):
         return ("transformer",) if file is None else tuple(read_profile(file, "profilingcache.blocks")["transformers"])
 
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
-        """Return whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known."""
+        """Tell whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known."""
         option, measured = "refresh_2" if group else "refresh", self.measured_steps
         if count is None and measured is not None:
             raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")
@@ -260,7 +260,7 @@ class ProfilingHandler(SpanHandler):
         )
 
     def _skipped(self, groups: tuple[tuple[int, ...], ...], steps: int) -> int:
-        """Return how many blocks the lists of one transformer skip over a run."""
+        """Count the blocks that the lists of one transformer skip over a run."""
         settings = self.settings
         skipped: list[int] = []
 

@@ -35,7 +35,7 @@ def with_rows_again(inputs: Mapping[str, Any], rows: slice, batch: int, adapter:
 
 
 def _index(rows: slice, axis: int) -> Any:
-    """Return what picks rows along an axis of a tensor; a list has its rows along the first."""
+    """Return the index of rows along an axis of a tensor; a list has its rows along the first."""
     return (slice(None),) * axis + (rows,) if axis else rows
 
 
@@ -66,7 +66,7 @@ def _change_rows(value: Any, axis: int, batch: int, change: Callable[[Any, int],
 
 
 def axis_of(name: str, value: Any, adapter: Adapter | None) -> Axis:
-    """Return where an input holds its rows: as the adapter says, latents in a list one by one, else the first axis."""
+    """Return an input's axis of rows: as the adapter says, latents in a list one by one, else the first."""
     if adapter is None:
         return 0
     if name in adapter.guidance.rows:

@@ -23,7 +23,7 @@ _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipe
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the image."""
+    """Compute the image's input of the first block's attention."""
     image = transformer.x_embedder(inputs["hidden_states"])
     timestep, guidance = inputs["timestep"].to(image.dtype) * 1000, inputs.get("guidance")
     scales = (timestep,) if guidance is None else (timestep, guidance.to(image.dtype) * 1000)

@@ -26,7 +26,7 @@ ULTRAVICO_HUNYUAN = {
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the video; a given first frame is modulated by itself."""
+    """Compute the video's input of the first block's attention; a given first frame is modulated by itself."""
     latents, pooled = inputs["hidden_states"], inputs["pooled_projections"]
     patch, norm = transformer.config.patch_size, transformer.transformer_blocks[0].norm1
     time, first_frame = transformer.time_text_embed(inputs["timestep"], pooled, inputs.get("guidance"))

@@ -34,7 +34,7 @@ class Checkpoint:
 
 
 def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> dict[str, Any]:
-    """Return what makes a training the same one: everything that its weights depend on but the number of steps.
+    """Return a training's identity: everything that its weights depend on but the number of steps.
 
     How many processes share a step's clips is no part of it, nor where they run, nor what is kept for the backward.
     """

@@ -210,7 +210,7 @@ def _sample(trainer: Trainer, sampler: Sampler, recipe: FineTuning, ranks: Ranks
 def _record(
     trainer: Trainer, identity: dict[str, Any], ranks: Ranks, device: Any, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what was trained, on what and how long."""
+    """Write down what was trained, on what and how long."""
     recipe, seconds = trainer.recipe, trainer.seconds
     quantiles = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist() if seconds else [None] * 3
     return {

@@ -273,7 +273,7 @@ def run(
 
 
 def check_of(dense: Generation, accelerated: Generation) -> Check:
-    """Return how near a run with methods is to the dense one of the same seed, and the seconds of both."""
+    """Compare a run with methods to the dense one of the same seed, and the seconds of both."""
     assert dense.pictures is not None
     assert accelerated.pictures is not None
     return compared(dense.pictures, accelerated.pictures, dense.timings.total, accelerated.timings.total)
