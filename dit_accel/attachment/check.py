@@ -6,7 +6,6 @@ Short runs are made twice, in turn, and the faster one of each counts: other wor
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from ..errors import AttachError, ConfigError, MissingBackend
 from ..report import clock
+from ..report.report import drawing
 
 SHORT = 60.0
 """Seconds that a dense run and one with the methods take together, below which each is made a second time."""
@@ -123,8 +123,6 @@ def _generated(run: Callable[..., Any], seed: int, call: Mapping[str, Any]) -> t
 
 
 def _tool(name: str) -> Any:
-    """Load the tool that an installed package names in ``dit_accel.drawings``."""
-    entry = next(iter(entry_points(group="dit_accel.drawings", name=name)), None)
-    if entry is None:
+    if (tool := drawing(name)) is None:
         raise MissingBackend(f"check needs a package that compares clips ({name}), found none; reinstall dit-accel")
-    return entry.load()
+    return tool

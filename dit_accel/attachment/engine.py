@@ -66,7 +66,7 @@ class Engine:
         early, late = (
             [one.after for one in steps if (one.phase > Phase.CORRECTIONS) is late] for late in (False, True)
         )
-        self._steps = (*early, own_rows, *late, guided)
+        self._steps = (*early, overridden, *late, guided)
         self._corrects = any(one.phase is Phase.CORRECTIONS for one in steps)
 
     def add_transformer(self, name: str, module: nn.Module, adapter: Adapter, part: Any = None) -> TransformerState:
@@ -316,7 +316,7 @@ class Engine:
             plan = replace(plan, tiles=None, token_order=None, selection=None)
         launched = call if plan.queries is None else replace(call, q=plan.queries)
         result, plan, launched, turn = self._launch(plan, launched, context, layer, rests, facts)
-        steps = (*(one.after for one in facts.corrections), own_rows, guided) if beside else self._steps
+        steps = (*(one.after for one in facts.corrections), overridden, guided) if beside else self._steps
         for step in steps:
             result = step(plan, launched, context, result)
         if layer.state.made.wanted and not beside:
@@ -379,7 +379,7 @@ def run_kernel(
     return KernelResult(out, exact, others.pop(0) if others else None, sums)
 
 
-def own_rows(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
+def overridden(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
     """Write the rows that a plan computes under a rule of their own into what the tiles gave them."""
     if plan.row_override is not None:
         override_rows(plan, call, *(x for x in (result.out, result.planned) if x is not None))

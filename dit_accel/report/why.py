@@ -41,7 +41,7 @@ _ADDED: Cause = ("further forwards that guidance adds", "narrow its window (star
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunFacts:
+class RunCauses:
     """What ran, as far as it tells why."""
 
     timing: Timing  # the forwards
@@ -69,7 +69,7 @@ class RunFacts:
         return what, self.cache_or("name a backend to run the lists all the same")
 
 
-def why_not_faster(ran: RunFacts) -> list[str]:
+def why_not_faster(ran: RunCauses) -> list[str]:
     """Return a line for each cause that took at least `LEAST` of the run's time."""
     timing = ran.timing
     if not timing.forwards:
@@ -106,7 +106,7 @@ def why_not_faster(ran: RunFacts) -> list[str]:
     return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
 
 
-def _of_dense(one: TimedForward, key: Key, ran: RunFacts) -> Cause:
+def _of_dense(one: TimedForward, key: Key, ran: RunCauses) -> Cause:
     """Find the cause for which a forward that no cache could skip was dense."""
     stayed = ran.stayed.get(key)
     if stayed:
@@ -130,7 +130,7 @@ def _of_dense(one: TimedForward, key: Key, ran: RunFacts) -> Cause:
     return what, "loosen the cache that is enabled in diffusers" if ran.cached else "add a step cache"
 
 
-def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunFacts) -> Iterator[tuple[Cause, float]]:
+def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunCauses) -> Iterator[tuple[Cause, float]]:
     """Yield what kept a forward that some method shortened as long as it was, and the seconds of each cause."""
     timing, lists = ran.timing, min(one.lists, taken)
     yield _LISTS, lists
