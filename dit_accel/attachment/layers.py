@@ -53,12 +53,7 @@ Observer = Callable[[PlannedCall], None]
 class AttentionLayer:
     """One attention module that methods may change: where it stands and the processor put on it.
 
-    Attributes:
-        index: its place among all that the adapter names, unique in its transformer.
-        depth: index of its block, counted from the input.
-        heads: its heads, H.
-        processor: the processor put on it; one that nobody reads where a host meets layers only as they run.
-        dense: the model's own attention, on the user's own backend.
+    ``index`` is its place among all that the adapter names, unique in its transformer; ``depth`` its block's.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class AttentionLayer:
             assert module is not None
             heads = heads_of(module, getattr(state.transformer, "config", None))
         self.heads = heads
-        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)
+        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)  # read by nobody where layers are met as they run
         self.dense: DenseAttention | None = None
 
 
@@ -159,7 +154,7 @@ class TransformerState:
 
 
 def places(own: Sequence[int] | None, theirs: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return where each of some rows stands among others, of which each serves once; None where one is not there.
+    """Find the place of each row among others, of which each serves once; None where one is not there.
 
     Rows that are None are all those of a forward, in their order.
     """
@@ -190,7 +185,7 @@ def shortened(layer: AttentionLayer, layout: TokenLayout | None, tokens: int) ->
 
 
 def lora_state(transformer: Any) -> Hashable:
-    """Return what tells one choice of peft adapters and scales from another; empty where peft is not in use.
+    """Return a key of peft's chosen adapters and scales; empty where peft is not in use.
 
     Seen are adapters added, removed, chosen, rescaled, switched off or merged; not seen is a weight that is written to.
     """
@@ -245,7 +240,7 @@ def _version(x: Tensor) -> int | None:
 
 
 def _memory(x: Tensor) -> Any:
-    """Return what tells a tensor's memory from any other that exists; None for one that has none of its own."""
+    """Return a key of a tensor's memory among all that exist; None for one that has none of its own."""
     try:
         address = x.data_ptr()
     except RuntimeError:  # a wrapper around other tensors, such as what a collective will have gathered
@@ -270,11 +265,7 @@ def tensors_in(value: Any) -> tuple[Tensor, ...]:
 
 
 class Calls:
-    """The denoising calls of one transformer in one run, numbered as they were first seen.
-
-    Attributes:
-        text: number of the text of the last call; -1: it held none.
-    """
+    """The denoising calls of one transformer in one run, numbered as they were first seen."""
 
     def __init__(self) -> None:
         self.begin_run()
@@ -285,7 +276,7 @@ class Calls:
         self._known: list[tuple[int, int]] = []  # number -> text, and which of the calls with it
         self._here: dict[tuple[int, int], None] = {}  # those of this timestep, in their order
         self._number = self._since = -1
-        self.text = -1
+        self.text = -1  # number of the text of the last call; -1: it held none
         self._times: dict[int, int] = {}
         self._count: int | None = None
 
@@ -298,7 +289,7 @@ class Calls:
             repeats: the scheduler evaluates the model twice at a timestep, so that all calls come again.
         """
         lost = False
-        if step != self._number:
+        if step != self._number:  # calls are compared within a step, of which each text has as many as before
             if not text and not repeats:  # the n-th call is another one where there are more or fewer of them
                 lost = self._count not in (None, len(self._here))
             self._count = len(self._here) if self._known else None
