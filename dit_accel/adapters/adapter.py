@@ -35,15 +35,10 @@ NO_STEP: Grid = (0, 0, 0, 0, 0)
 
 
 def latents_grid(
-    config: Any,
-    inputs: Mapping[str, Any],
-    *,
-    frames_axis: int | None = 2,
-    channels_last: bool = False,
-    text: Literal["none", "before", "after"] = "none",
-    joined: Sequence[str] = ("encoder_hidden_states",),
+    config: Any, inputs: Mapping[str, Any], *, frames_axis: int | None = 2, channels_last: bool = False,
+    text: Literal["none", "before", "after"] = "none", joined: Sequence[str] = ("encoder_hidden_states",),
     reference_frames: int = 0,
-) -> Grid:
+) -> Grid:  # fmt: skip
     """Read the grid off latents [..., H, W], the config's patch size and the text's length.
 
     Args:
@@ -54,9 +49,6 @@ def latents_grid(
         text: where text joins the sequence; ``none`` for cross-attention.
         joined: the inputs [B, tokens, C] that join the sequence as text; one that is not given counts 0.
         reference_frames: first frames of the latents that are not video; they count as text before it.
-
-    Raises:
-        ConfigError: for another ``text``.
     """
     if text not in ("none", "before", "after"):
         raise ConfigError(f"latents_grid takes text='none', 'before' or 'after', got text={text!r}; use one of them")

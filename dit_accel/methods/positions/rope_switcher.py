@@ -60,24 +60,16 @@ class RopeSwitcher:
     Nothing changes in forwards that are no longer than trained along any axis. Text does not move.
 
     Args:
-        site: the transformer.
         requested: axes that may change; empty: all that can.
         trained: axis -> tokens that the model was trained on.
         edit: makes the frequencies of one axis.
         factor: how many times the trained length is wanted, whatever the forward's is; None: the forward's.
-
-    Raises:
-        ConfigError: if the transformer has no such positions, or no trained length along any of the axes is known.
     """
 
     def __init__(
-        self,
-        site: Site,
-        requested: tuple[str, ...],
-        trained: Mapping[str, int],
-        edit: Edit,
+        self, site: Site, requested: tuple[str, ...], trained: Mapping[str, int], edit: Edit,
         factor: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         adapter = site.adapter
         self._transformer: Any = site.transformer
         self._name, self._config = adapter.name, self._transformer.config

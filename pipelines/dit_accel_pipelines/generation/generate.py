@@ -40,31 +40,18 @@ from .timing import timed_steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What `generate` wrote, or found written.
+    """What `generate` wrote, or found written."""
 
-    Attributes:
-        record: the side-car's content.
-        report: the attachment's report; None without methods.
-        kept: an earlier run wrote it, and it was left as it is.
-        check: how near it is to the dense run of its seed, where that was requested.
-    """
-
-    record: dict[str, Any]
-    report: dit_accel.Report | None
-    kept: bool = False
-    check: Check | None = None
+    record: dict[str, Any]  # the side-car's content
+    report: dit_accel.Report | None  # the attachment's report; None without methods
+    kept: bool = False  # an earlier run wrote it, and it was left as it is
+    check: Check | None = None  # how near it is to the dense run of its seed, where that was requested
 
 
 def generate(
-    request: Request,
-    *,
-    stages: Stages | None = None,
-    command: Sequence[str] = (),
-    process: Process | None = None,
-    resume: bool = False,
-    notes: Sequence[str] = (),
-    on_written: Callable[[Written], None] = lambda _: None,
-) -> list[Written]:
+    request: Request, *, stages: Stages | None = None, command: Sequence[str] = (), process: Process | None = None,
+    resume: bool = False, notes: Sequence[str] = (), on_written: Callable[[Written], None] = lambda _: None,
+) -> list[Written]:  # fmt: skip
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
 
     Args:
@@ -122,16 +109,7 @@ Make = Callable[[str, Path, int], Written]
 
 @contextlib.contextmanager
 def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
-    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them.
-
-    Args:
-        request: what to generate; all its prompts are checked, none is made by itself.
-        stages: progress bars, notes and warnings; None shows none.
-        command: the command line, for the side-cars.
-
-    Raises:
-        DitAccelError: for a request that can't be met.
-    """
+    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them."""
     stages = stages or Stages(silent=True)
     request, family = _resolve(request, stages)
     with one_thread(embedded=request.embedded is not None), Loaded(request, family, stages, command) as loaded:
@@ -172,9 +150,6 @@ class Loaded:
     """A resolved request's pipeline with its methods attached, inside a ``with`` block.
 
     Args:
-        request: the resolved request.
-        family: the model's sizes; None: they are not known.
-        stages: progress bars, notes and warnings.
         command: the command line, for the side-cars.
         writes: False in a process that only helps the first of its group.
         group: the processes that make each output together.
@@ -253,14 +228,9 @@ def _single(request: Request) -> list[Request]:
 
 @contextlib.contextmanager
 def attached(
-    pipe: Any,
-    methods: Sequence[MethodConfig],
-    backend: str,
-    *,
-    preset: str | None = None,
-    dense: str | None = None,
+    pipe: Any, methods: Sequence[MethodConfig], backend: str, *, preset: str | None = None, dense: str | None = None,
     quiet: bool = False,
-) -> Iterator[Any]:
+) -> Iterator[Any]:  # fmt: skip
     """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is requested.
 
     ``quiet``: what the preset is is not said.
@@ -276,23 +246,12 @@ def attached(
 
 
 def run(
-    pipe: Any,
-    prompt: str,
-    request: Request,
-    *,
-    pictures: Mapping[str, Any] | None = None,
-    attachment: Any = None,
+    pipe: Any, prompt: str, request: Request, *, pictures: Mapping[str, Any] | None = None, attachment: Any = None,
     stages: Stages | None = None,
-) -> Generation:
+) -> Generation:  # fmt: skip
     """Run a loaded pipeline on one prompt of a (resolved) request.
 
-    Args:
-        pipe: the pipeline.
-        prompt: what to show.
-        request: sizes, steps, guidance and seed.
-        pictures: what the request's image and video files hold; None reads them.
-        attachment: the attachment whose report is wanted.
-        stages: progress bars; None shows none.
+    ``pictures``: what the request's image and video files hold; None reads them.
     """
     import torch
 
@@ -308,16 +267,13 @@ def run(
         pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
     return Generation(
-        prompt=prompt,
-        frames=to_uint8(pictures_made),
-        timings=timings,
-        report=report,
+        prompt=prompt, frames=to_uint8(pictures_made), timings=timings, report=report,
         pictures=pictures_made if request.check else None,
-    )
+    )  # fmt: skip
 
 
 def check_of(dense: Generation, accelerated: Generation) -> Check:
-    """Return how near a run with methods is to the dense one of the same seed, and the seconds of both."""
+    """Compare a run with methods to the dense one of the same seed, and the seconds of both."""
     assert dense.pictures is not None
     assert accelerated.pictures is not None
     return compared(dense.pictures, accelerated.pictures, dense.timings.total, accelerated.timings.total)
@@ -351,9 +307,8 @@ def pictures_of(output: Any) -> np.ndarray:
 def any_pictures_of(output: Any) -> np.ndarray:
     """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
 
-    Args:
-        output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
-            [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
+    ``output``: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image`` [B,
+    height, width, 3], floats in [0, 1]; of a batch the first is taken.
     """
     name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
     pictures = np.asarray(getattr(output, name))
