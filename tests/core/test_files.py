@@ -157,6 +157,22 @@ def test_what_is_half_written_can_be_deleted_from_outside(tmp_path: Path, monkey
         assert names(tmp_path) == []
 
 
+def test_what_is_being_made_as_a_signal_arrives_is_deleted_too(tmp_path: Path, monkeypatch):
+    """A handler runs between two steps of the main thread, here right after the file is there."""
+    monkeypatch.setattr(files, "_making", threading.Lock())
+    made = os.open
+
+    def interrupted(*given, **options):
+        handle = made(*given, **options)
+        remove_temporaries()
+        assert names(tmp_path) == []
+        return handle
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with contextlib.suppress(FileNotFoundError), written_whole(tmp_path / "a.txt"):
+        pass
+
+
 HOLDING = """
 import sys, time
 from dit_accel.files import held
