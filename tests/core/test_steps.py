@@ -1,7 +1,9 @@
-"""Steps and noise levels, read off timesteps and schedulers."""
+"""Steps and noise levels, read off timesteps and schedulers; and which pipeline it is that runs."""
 
+import sys
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -12,8 +14,12 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from tiny_parts import picture
+from tiny_stock import stock_pipeline
+from wan_tiny import tiny_transformer
 
-from dit_accel.attachment.steps import Course, Schedule, Timeline, noise_level, timeline_of
+import dit_accel
+from dit_accel.attachment.steps import Course, Schedule, Timeline, current_run, noise_level, timeline_of
 
 
 def after(scheduler, steps: int = 4, **found):
@@ -84,7 +90,7 @@ def test_a_run_has_the_steps_that_were_asked_for(scheduler, timeline):
     assert set(steps) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("steps", [7, 10, 20, 25, 50])
+@pytest.mark.parametrize("steps", [7, 25])
 def test_a_pair_of_timesteps_that_differs_by_rounding_is_one_step(steps):
     assert timeline_of(after(KDPM2AncestralDiscreteScheduler(), steps)).steps == steps
 
@@ -151,7 +157,95 @@ def test_what_nothing_tells_is_unknown():
     assert noise_level(SimpleNamespace(sigmas=torch.ones(2), step_index=2)) is None
     for parts in ({}, {"scheduler": None}, {"scheduler": SimpleNamespace(timesteps=torch.zeros(0))}):
         assert timeline_of(SimpleNamespace(**parts)) == Timeline()
-
-
-def test_a_schedule_without_timesteps_has_no_steps():
     assert Schedule(None).timeline(0).steps == 0
+
+
+# Which pipeline runs a forward, where several share a transformer.
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Collect what `site.running` gives in each forward of an attachment."""
+    pipes = []
+
+    def follow(attachment, transformer):
+        state, forward = attachment.engine.layers[0].state, attachment.engine.forward
+        begin = forward.begin
+
+        def noting(batch):
+            pipes.append(state.running)
+            return begin(batch)
+
+        monkeypatch.setattr(forward, "begin", noting)
+        return pipes
+
+    return follow
+
+
+def test_the_pipeline_whose_call_runs_is_the_one_that_counts_not_the_one_attached_to(seen):
+    pipe, call = stock_pipeline("FluxPipeline")
+    call |= {"output_type": "latent", "num_inference_steps": 2}
+    other = diffusers.FluxImg2ImgPipeline(**pipe.components)
+    with dit_accel.attach(pipe, preset="none") as attachment:
+        pipes = seen(attachment, pipe.transformer)
+        pipe(**call)
+        assert pipes == [pipe, pipe]
+        pipes.clear()
+        other(**call, image=picture(), strength=1.0)
+        assert pipes
+        assert set(map(id, pipes)) == {id(other)}
+        assert attachment.engine.layers[0].state.running is None  # outside forwards
+
+
+def test_a_loop_written_by_hand_has_no_pipeline(seen):
+    transformer = tiny_transformer()
+    with dit_accel.attach(transformer, preset="none") as attachment, torch.no_grad():
+        pipes = seen(attachment, transformer)
+        transformer(torch.randn(1, 12, 5, 8, 8), torch.tensor([900.0]), torch.randn(1, 6, 64))
+        assert pipes == [None]
+
+
+def test_a_modular_pipeline_is_found_too():
+    modular, call = stock_pipeline("MiniMaxH3ModularPipeline")
+    transformer, pipes = modular.components["transformer"], []
+    with dit_accel.attach(transformer, preset="none") as attachment:
+        handle = transformer.register_forward_hook(lambda *_: pipes.append(current_run(transformer).pipe))
+        modular(**call)
+        handle.remove()
+        assert set(map(id, pipes)) == {id(modular.pipe)}
+        assert attachment.denoising.num_inference_steps == len(pipes)
+
+
+def test_a_run_goes_on_until_its_call_returns():
+    pipe, call = stock_pipeline("FluxPipeline")
+    runs = []
+
+    def look(*_):
+        runs.append(current_run(pipe.transformer))
+        assert runs[-1].goes_on()
+        assert runs[-1].is_same(runs[0])
+
+    assert current_run(pipe.transformer) is None
+    handle = pipe.transformer.register_forward_hook(look)
+    pipe(**call | {"output_type": "latent", "num_inference_steps": 2})
+    handle.remove()
+    assert len(runs) == 2
+    assert runs[0].pipe is pipe
+    assert not runs[0].goes_on()
+    assert not runs[0].is_same(None)
+
+
+def test_a_run_is_the_pipelines_call_not_a_method_of_it_further_in():
+    pipe, _ = stock_pipeline("FluxPipeline")
+    found = []
+
+    class Outer(type(pipe)):
+        def __call__(self):
+            found.append(id(sys._getframe()))
+            self.denoise()
+
+        def denoise(self):
+            found.append(current_run(self.transformer).frame)
+
+    Outer(**pipe.components)()
+    assert found[0] == found[1]
