@@ -107,12 +107,12 @@ def _full_disk_told(path: Path) -> Iterator[None]:
 
 
 def no_room(error: BaseException) -> bool:
-    """Return whether an error says that a disk is full: by its number, or in its words, as libraries pass it on."""
+    """Tell whether an error says that a disk is full: by its number, or in its words, as libraries pass it on."""
     return getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
 
 
 def _no_room_left(folder: Path, error: Exception) -> bool:
-    """Return whether a library's own error came while the disk had no room left."""
+    """Tell whether a library's own error came while the disk had no room left."""
     if isinstance(error, OSError):
         return False
     with contextlib.suppress(OSError):
@@ -192,7 +192,7 @@ def _locked(lock: Path, what: str) -> int | None:
 
 
 def _is_open(path: Path, handle: int) -> bool:
-    """Return whether what is open is what lies at a path now."""
+    """Tell whether what is open is what lies at a path now."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:

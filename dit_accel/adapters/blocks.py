@@ -134,7 +134,7 @@ class BlockSignature:
 
 @cache
 def block_signature(blocks: BlockList, block: "type[nn.Module]") -> BlockSignature:
-    """Return where a list's streams stand in a block class's calls, bound once; `UnsupportedModel` if it lacks one."""
+    """Find the streams of a list in a block class's calls, once; `UnsupportedModel` if it lacks one."""
     parameters = list(inspect.signature(block.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     places = []

@@ -93,7 +93,7 @@ class Guidance:
                 )
 
     def calls_of(self, call: "PipelineCall") -> Calls | None:
-        """Return how a pipeline calls its transformer in a step; None: it is declared nowhere."""
+        """Find how a pipeline calls its transformer in a step; None: it is declared nowhere."""
         if getattr(call.pipe, "guider", None) is not None:
             return "in_turn"
         for name in call.classes:

@@ -46,8 +46,7 @@ def register(adapter: Adapter, *, override: bool = False) -> Adapter:
     One that was registered so before under its name is replaced. A package names its adapters by an entry point of
     ``dit_accel.adapters`` instead.
 
-    Args:
-        override: it may stand in the place of installed ones of its name or its transformer classes.
+    ``override``: it may stand in the place of installed ones of its name or its transformer classes.
 
     Raises:
         ConfigError: for what is no adapter, or a name or class that is taken, without ``override``.
@@ -88,7 +87,7 @@ def load_entry(entry: EntryPoint, what: str) -> Any:
 
 
 def describe_entry(entry: EntryPoint) -> str:
-    """Return how errors call an entry point."""
+    """Spell an entry point for errors."""
     return f"the entry point {entry.name} = {entry.value!r} of {entry.group}"
 
 

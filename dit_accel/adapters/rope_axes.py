@@ -59,8 +59,7 @@ def interleaved(sections: Sequence[int], dim: int, theta: float) -> tuple[Axis, 
 
     Frequency j is height's for j = 1, 4, 7 ... below 3 x its section, width's for j = 2, 5, 8 ..., else frames'.
 
-    Args:
-        sections: frequencies of (frames, height, width).
+    ``sections``: frequencies of (frames, height, width).
     """
     places: list[list[int]] = [[], [], []]
     for place in range(dim // 2):

@@ -115,7 +115,7 @@ class Rope:
             )
 
     def find_owner(self, transformer: Any) -> Any:
-        """Return what makes the positions of a transformer; `ConfigError` if it is not there."""
+        """Find the part of a transformer that makes its positions; `ConfigError` if it is not there."""
         owner = transformer
         for name in self.owner.split(".") if self.owner else ():
             owner = getattr(owner, name, None)

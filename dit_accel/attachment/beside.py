@@ -28,7 +28,7 @@ class Turn:
     rest: Stored | None = None  # they are what this is, kept from the last dense call; None: they are left out
 
     def run(self, plan: AttentionPlan, launch: Launch, heads: int) -> Tensor:
-        """Return what a plan without values gives, [B, H, S, D]."""
+        """Run a plan without values, [B, H, S, D]."""
         if self.exact is None:
             out = launch(plan).out
             return out if self.rest is None else out + self.rest.read(out.device)
@@ -43,7 +43,7 @@ class Turn:
 
 
 def with_others(plan: AttentionPlan, exact: Tensor, given: KernelResult, launch: Launch, heads: int) -> Tensor:
-    """Return what a call gives over some tiles, and over all others of which it has any, together."""
+    """Merge a call over some tiles with one over all others, where there are any."""
     if plan.is_dense:
         return given.out
     others = launch(plan.only(exact_bits(plan.all_tiles(), heads) & ~exact))
@@ -63,10 +63,9 @@ class RunFacts:
     def ended(
         self, plan: AttentionPlan, exact: Tensor | None, turn: Turn | None, corrections: tuple[Correction, ...]
     ) -> "RunFacts":
-        """Return how a call of this plan, and of what guidance added to it, ran in the end.
+        """Return the facts of a call of this plan, and of what guidance added to it, once it has run.
 
-        Args:
-            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
+        ``exact``: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
         """
         own = self.plan
         if turn is None or turn.exact is None:
@@ -77,7 +76,7 @@ class RunFacts:
         return replace(self, plan=own, turn=turn, corrections=corrections)
 
     def of_rows(self, rows: Sequence[int], heads: int) -> "RunFacts":
-        """Return how some rows of its batch ran."""
+        """Return the facts of some rows of the batch."""
         turn = None if self.turn is None else self.turn.of_rows(rows)
         corrections = tuple(one.of_rows(rows) for one in self.corrections)
         plan = self.plan.of_rows(list(rows), self.batch, heads)
@@ -101,7 +100,7 @@ class CallsMade:
             self._batches[context.branch] = batch
 
     def find(self, context: CallContext, batch: int, heads: int) -> RunFacts | None:
-        """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid."""
+        """Find the call that another one runs beside; None: none ran, or not over the same rows and grid."""
         branch = context.beside or ""
         calls, theirs = self._calls.get((branch, context.layer, context.layout), {}), self._batches.get(branch)
         if context.rows is None and batch != theirs:

@@ -6,7 +6,6 @@ Short runs are made twice, in turn, and the faster one of each counts: other wor
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from ..errors import AttachError, ConfigError, MissingBackend
 from ..report import clock
+from ..report.report import drawing
 
 SHORT = 60.0
 """Seconds that a dense run and one with the methods take together, below which each is made a second time."""
@@ -54,10 +54,13 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values, without the frames."""
         return {
-            "dense_seconds": self.dense_seconds, "accelerated_seconds": self.accelerated_seconds,
-            "speedup": self.speedup, "metrics": dict(self.metrics), "not_measured": dict(self.not_measured),
+            "dense_seconds": self.dense_seconds,
+            "accelerated_seconds": self.accelerated_seconds,
+            "speedup": self.speedup,
+            "metrics": dict(self.metrics),
+            "not_measured": dict(self.not_measured),
             "runs": self.runs,
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         seconds = (
@@ -102,7 +105,7 @@ def require_tools() -> None:
 def compared(
     dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float, *, runs: int = 1
 ) -> Check:
-    """Return how near a run with methods is to the dense one of its seed; what is measured is ``check``'s tool's."""
+    """Compare a run with methods to the dense one of its seed, by the installed tool's metrics."""
     metrics, missing = _tool("check")(accelerated, dense)
     return Check(
         dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=accelerated_seconds,
@@ -123,8 +126,6 @@ def _generated(run: Callable[..., Any], seed: int, call: Mapping[str, Any]) -> t
 
 
 def _tool(name: str) -> Any:
-    """Return what an installed package gives for reports by an entry point of ``dit_accel.drawings``."""
-    entry = next(iter(entry_points(group="dit_accel.drawings", name=name)), None)
-    if entry is None:
+    if (tool := drawing(name)) is None:
         raise MissingBackend(f"check needs a package that compares clips ({name}), found none; reinstall dit-accel")
-    return entry.load()
+    return tool

@@ -66,7 +66,7 @@ class Engine:
         early, late = (
             [one.after for one in steps if (one.phase > Phase.CORRECTIONS) is late] for late in (False, True)
         )
-        self._steps = (*early, own_rows, *late, guided)
+        self._steps = (*early, overridden, *late, guided)
         self._corrects = any(one.phase is Phase.CORRECTIONS for one in steps)
 
     def add_transformer(self, name: str, module: nn.Module, adapter: Adapter, part: Any = None) -> TransformerState:
@@ -237,7 +237,7 @@ class Engine:
     def _context(
         self, layer: AttentionLayer, layout: TokenLayout | None, call: Call, differentiate: bool
     ) -> CallContext:
-        """Return where the denoising of a call stands, and count it."""
+        """Make the context of a call, and count it."""
         forward, batch = self.forward, len(call.q)
         row = count = forward.calls[layer]
         forward.calls[layer] += 1
@@ -275,16 +275,17 @@ class Engine:
     def _plan(
         self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext, base: RunFacts | None = None
     ) -> AttentionPlan:
-        """Return what methods say together, each after those before it; guidance adds to a ``base``."""
+        """Let the methods plan a call, each after those before it; guidance adds to a ``base``."""
         plan = AttentionPlan() if base is None else base.plan
         whole = call if call.rows is None else call.for_planning()  # lists follow from all tokens, not from a share
         for index, handler in enumerate(handlers):
+            # who selects by logits must see the keys as the kernel will
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
                 plan = handler.plan(plan, seen, context)
             except ConfigError as error:
                 before = (*(() if base is None else base.handlers), *handlers[:index])
-                if not before:
+                if not before:  # else the plan that it was given may be what it can't take
                     raise
                 others = ", ".join(other.name for other in before)
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None
@@ -315,7 +316,7 @@ class Engine:
             plan = replace(plan, tiles=None, token_order=None, selection=None)
         launched = call if plan.queries is None else replace(call, q=plan.queries)
         result, plan, launched, turn = self._launch(plan, launched, context, layer, rests, facts)
-        steps = (*(one.after for one in facts.corrections), own_rows, guided) if beside else self._steps
+        steps = (*(one.after for one in facts.corrections), overridden, guided) if beside else self._steps
         for step in steps:
             result = step(plan, launched, context, result)
         if layer.state.made.wanted and not beside:
@@ -342,7 +343,8 @@ class Engine:
         recorder, turn = self.recorder, facts.turn
         if plan.reused is not None and call.rows is None:  # its parts are counted one by one
             return KernelResult(run_reusing(plan, call, context, layer, recorder, run_kernel)), plan, call, turn
-        if plan.skips_logits or not plan.needs_kernel:
+        # the field before the property that begins with it: most plans mix no V, and each call asks
+        if not plan.needs_kernel or (plan.only_values and plan.skips_logits):
             result = KernelResult(run_dense(plan, call, layer))
             recorder.planned_call(context, plan)
             return result, plan, call, turn
@@ -378,7 +380,7 @@ def run_kernel(
     return KernelResult(out, exact, others.pop(0) if others else None, sums)
 
 
-def own_rows(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
+def overridden(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
     """Write the rows that a plan computes under a rule of their own into what the tiles gave them."""
     if plan.row_override is not None:
         override_rows(plan, call, *(x for x in (result.out, result.planned) if x is not None))

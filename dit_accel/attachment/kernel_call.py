@@ -108,9 +108,13 @@ def _tiled_rows(
     if seen is not None:
         mask = seen.expand(len(call.k), -1) if mask is None else mask & seen
     small = replace(
-        call, q=call.queries(rows), k=call.k.index_select(2, order), v=call.v.index_select(2, order),
-        mask=None if mask is None else mask[:, order], rows=None,
-    )  # fmt: skip
+        call,
+        q=call.queries(rows),
+        k=call.k.index_select(2, order),
+        v=call.v.index_select(2, order),
+        mask=None if mask is None else mask[:, order],
+        rows=None,
+    )
     lists = TileLists.from_states(
         tiles.states()[:, chosen], block_q=size, block_k=tiles.block_k, num_q=len(rows), num_k=tokens
     )
@@ -233,7 +237,7 @@ def stays_dense(handlers: Sequence[AttentionHandler], call: Call, context: CallC
 
 
 def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[Rests | None, CallContext]:
-    """Return whose layers take turns to be dense, None where nobody's do, and the context with the call's turn."""
+    """Return the rests of the method whose layers take turns, or None, and the context with the call's turn."""
     asking = [one for one in handlers if one.rests is not None]
     if not asking:
         return None, context
@@ -245,7 +249,7 @@ def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[
 def run_turn(
     plan: AttentionPlan, call: Call, context: CallContext, rests: Rests | None, turn: Turn | None, launch: Launch
 ) -> tuple[KernelResult, AttentionPlan, Turn]:
-    """Return what a call of a layer that keeps a rest gives, the plan that says what it computed, and its turn.
+    """Run a call of a layer that keeps a rest; return its result, the plan of what it computed, and its turn.
 
     ``turn`` is that of the call that it runs beside; None: there is none. The others are as in `with_rest`.
     """
@@ -259,7 +263,7 @@ def run_turn(
 def with_rest(
     rests: Rests, plan: AttentionPlan, call: Call, context: CallContext, launch: Launch
 ) -> tuple[KernelResult, AttentionPlan, Turn]:
-    """Return what a call gives over its tiles and the rest together, the plan that says what it computed, and its turn.
+    """Run a call over its tiles and add the rest; return its result, the plan of what it computed, and its turn.
 
     A dense turn is two kernel calls over complementary tiles, which take as long as one over all; where a method votes,
     one more is of the tiles that it keeps.

@@ -154,7 +154,7 @@ class TransformerState:
 
 
 def places(own: Sequence[int] | None, theirs: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return where each of some rows stands among others, of which each serves once; None where one is not there.
+    """Find the place of each row among others, of which each serves once; None where one is not there.
 
     Rows that are None are all those of a forward, in their order.
     """
@@ -185,7 +185,7 @@ def shortened(layer: AttentionLayer, layout: TokenLayout | None, tokens: int) ->
 
 
 def lora_state(transformer: Any) -> Hashable:
-    """Return what tells one choice of peft adapters and scales from another; empty where peft is not in use.
+    """Return a key of peft's chosen adapters and scales; empty where peft is not in use.
 
     Seen are adapters added, removed, chosen, rescaled, switched off or merged; not seen is a weight that is written to.
     """
@@ -240,7 +240,7 @@ def _version(x: Tensor) -> int | None:
 
 
 def _memory(x: Tensor) -> Any:
-    """Return what tells a tensor's memory from any other that exists; None for one that has none of its own."""
+    """Return a key of a tensor's memory among all that exist; None for one that has none of its own."""
     try:
         address = x.data_ptr()
     except RuntimeError:  # a wrapper around other tensors, such as what a collective will have gathered
@@ -289,7 +289,7 @@ class Calls:
             repeats: the scheduler evaluates the model twice at a timestep, so that all calls come again.
         """
         lost = False
-        if step != self._number:
+        if step != self._number:  # calls are compared within a step, of which each text has as many as before
             if not text and not repeats:  # the n-th call is another one where there are more or fewer of them
                 lost = self._count not in (None, len(self._here))
             self._count = len(self._here) if self._known else None

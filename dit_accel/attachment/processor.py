@@ -142,7 +142,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
-    """Return what runs in place of ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
+    """Make the stand-in for ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
 
     Args:
         dense: that function, for calls that no method changes.
@@ -151,9 +151,16 @@ def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -
     forward, tokens = engine.forward, 1 if tokens_first else 2
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, **further: Any,
-    ) -> Tensor:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **further: Any,
+    ) -> Tensor:
         shards = None if further.get("parallel_config") is None else forward.shards
         planned = forward.processor._dit_accel_sparse and not forward.not_a_step
         if not planned or key.shape[tokens] < forward.min_keys:
@@ -249,7 +256,7 @@ def _is_torchs(
 
 
 def _speed(query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> float | None:
-    """Return how many times as fast the loop is in a call; None where it is not taken."""
+    """Return the loop's speed over torch's in a call; None where it is not taken."""
     tensors = (query, key, value)
     if any(type(x) is not Tensor or x.ndim != 4 or x.device.type != "cpu" for x in tensors):
         return None

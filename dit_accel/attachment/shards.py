@@ -171,7 +171,7 @@ class Ring(SequenceShards):
 
 
 def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> SequenceShards:
-    """Return how a forward is shared, under diffusers' ``ContextParallelConfig``; its ``text`` as in `split_tokens`."""
+    """Share a forward as diffusers' ``ContextParallelConfig`` says; its ``text`` as in `split_tokens`."""
     counts, gathered, positions = split_tokens(config.ring_degree * config.ulysses_degree, adapter, grid, text, device)
     order = {"counts": counts, "gathered": gathered, "positions": positions}
     if config.ring_degree == 1:

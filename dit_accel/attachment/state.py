@@ -124,21 +124,30 @@ class DenoisingState:
         self._broken = True
 
     def context(self, state: TransformerState) -> StepContext:
-        """Return where the denoising of one transformer stands."""
+        """Make the context of one transformer's step."""
         if self._noise not in NOISES and self.sigma is not None:  # a loop states it, and nothing says what it is
             self._noise = "exploding" if self.sigma > 1 else "flow"
         beside, rows = state.beside
         return StepContext(
-            transformer=state.name, branch=state.branch, step_index=self.step_index,
-            num_inference_steps=self.num_inference_steps, sigma=self.sigma, noise=self._noise or "none",
-            layout=self.engine.forward.layout, batch=self.engine.forward.batch, training=self.training,
-            tells_step=bool(state.branches) and state.branches[-1].tells_step, beside=beside, rows=rows,
-        )  # fmt: skip
+            transformer=state.name,
+            branch=state.branch,
+            step_index=self.step_index,
+            num_inference_steps=self.num_inference_steps,
+            sigma=self.sigma,
+            noise=self._noise or "none",
+            layout=self.engine.forward.layout,
+            batch=self.engine.forward.batch,
+            training=self.training,
+            tells_step=bool(state.branches) and state.branches[-1].tells_step,
+            beside=beside,
+            rows=rows,
+        )
 
     def _infer(
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
     ) -> None:
         """Infer the step from the timesteps; equal ones are calls of one step."""
+        # without a timestep any forward may be the first one of a run
         begins = self._begins(run) or self.training or self._stated or timestep is None
         moved = 0 if timestep is None or begins else self._course.move(timestep)
         if moved < 0 and run is not None and self._schedule is not None and not self._schedule.is_over(self._number):
@@ -159,7 +168,7 @@ class DenoisingState:
         if begins or self._schedule is None:
             self._schedule, self._timeline = schedule_of(run.pipe), timeline_of(run.pipe)
             self._noise = noise_of(_scheduler(run.pipe))
-        self._number = max(self._number, self._schedule.number() or 0)
+        self._number = max(self._number, self._schedule.number() or 0)  # steps may pass without a forward
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.step_index = self._timeline.step_of(self._number)
         self.sigma = stated.get("sigma", self._schedule.sigma(self._number))
@@ -250,7 +259,7 @@ def _scheduler(pipe: Any) -> Any:
 
 
 def _reference(value: Any) -> Callable[[], Any]:
-    """Return what gives a value as long as others hold it; of what can't be held so, always."""
+    """Refer to a value weakly; to what can't be referred to so, strongly."""
     try:
         return weakref.ref(value)
     except TypeError:

@@ -39,8 +39,7 @@ class Course:
     def move(self, timestep: Tensor) -> int:
         """Take a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is the last one's.
 
-        Args:
-            timestep: one per row, frame or token, or per several of these; what is given as clean keeps its own.
+        ``timestep``: one per row, frame or token, or per several of these; what is given as clean keeps its own.
         """
         low, high = torch.stack(timestep.aminmax()).tolist()
         if self.ends is None:
@@ -86,8 +85,7 @@ class Schedule:
     Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
     trained on, or one of these two counted from the other end.
 
-    Args:
-        start: position in its list at which the run begins.
+    ``start``: position in its list at which the run begins.
     """
 
     def __init__(self, scheduler: Any, start: int = 0) -> None:
@@ -147,6 +145,7 @@ class Schedule:
         whole = dtype is not None and not dtype.is_floating_point
         epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
         trained, matches = self._trained, {}
+        # how a pipeline hands timesteps on shows in the first one; those after it must follow in the same way
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
             far = [min(abs(offset + factor * one - timestep) for timestep in timesteps) for one in self._values]

@@ -67,7 +67,7 @@ def first_line(documented: object) -> str:
 
 
 def brief(documented: object) -> str:
-    """Return what a docstring's first line says before its first sign, without what stands in brackets."""
+    """Cut a docstring's first line at its first sign, without what stands in brackets."""
     return re.split(r"[;:,.](?= |$)", re.sub(r" \([^)]*\)", "", first_line(documented)))[0]
 
 
@@ -101,7 +101,7 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_table(config: Path | None) -> dict[str, Any]:
-    """Return what a config file says of the run besides."""
+    """Read the run's options in a config file."""
     from ..methods.toml import run_table
 
     return dict(run_table(_text(config), f"--config {config}")) if config else {}

@@ -65,7 +65,7 @@ class Guard:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being loaded; torch's abort the process if an exception meets them."""
+    """Tell whether a module is being loaded; torch's abort the process if an exception meets them."""
     while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     return frame is not None

@@ -133,7 +133,7 @@ class Linears:
 def linears_called(
     kind: str | None, hardware: str | Hardware | None = None, cost: float = LINEAR_COST, **more: Any
 ) -> Linears | None:
-    """Return how linear layers compute by the kind's name; None for None; `ConfigError` for what the card can't do."""
+    """Make `Linears` of a kind's name, None of None; `ConfigError` for what the card can't do."""
     if kind is None:
         if hardware is not None:
             raise ConfigError(
@@ -166,7 +166,7 @@ def linears_of_config(config: Mapping[str, Any]) -> str | None:
 
 
 def linears_of(transformer: nn.Module, hardware: Hardware | None = None) -> Linears | None:
-    """Return how most of a loaded transformer's linear layers compute; None: in 16 or 32 bits.
+    """Read how most of a loaded transformer's linear layers compute; None: in 16 or 32 bits.
 
     Read off torchao's tensors, which hold 8-bit ``qdata`` and, where inputs are quantised too, ``act_quant_kwargs``.
     Without ``hardware`` it is the card that holds the weights, or `CARD` where that is not known or has no such unit.

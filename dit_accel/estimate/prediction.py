@@ -141,11 +141,21 @@ class Prediction:
 
 
 def estimate(
-    adapter: Adapter, family: Family, *, height: int | None = None, width: int | None = None,
-    num_frames: int | None = None, num_inference_steps: int | None = None, methods: Sequence[MethodConfig] = (),
-    preset: PresetMethods | None = None, kernel_cost: float = KERNEL_COST, config: Mapping[str, Any] | None = None,
-    linears: str | Linears | None = None, hardware: str | None = None, linear_cost: float = LINEAR_COST,
-) -> Prediction:  # fmt: skip
+    adapter: Adapter,
+    family: Family,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    methods: Sequence[MethodConfig] = (),
+    preset: PresetMethods | None = None,
+    kernel_cost: float = KERNEL_COST,
+    config: Mapping[str, Any] | None = None,
+    linears: str | Linears | None = None,
+    hardware: str | None = None,
+    linear_cost: float = LINEAR_COST,
+) -> Prediction:
     """Predict a run of a model with methods attached; what is left out takes the family's default.
 
     Sizes are those of `Prediction`. The transformer's ``config`` tells how long its tables of positions are, and
@@ -184,9 +194,15 @@ def estimate(
 
 
 def predict(
-    handlers: Sequence[Handler], family: Family, layout: TokenLayout, steps: int, preset: PresetMethods | None = None,
-    *, kernel_cost: float = KERNEL_COST, linears: Linears | None = None,
-) -> Prediction:  # fmt: skip
+    handlers: Sequence[Handler],
+    family: Family,
+    layout: TokenLayout,
+    steps: int,
+    preset: PresetMethods | None = None,
+    *,
+    kernel_cost: float = KERNEL_COST,
+    linears: Linears | None = None,
+) -> Prediction:
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
 
     Args:
@@ -234,7 +250,7 @@ def _notes(savings: Mapping[str, Saving], tiles: TilesLeft | None) -> list[str]:
 def predict_attached(
     handlers: Sequence[Handler], layout: TokenLayout, steps: int, preset: PresetMethods | None, transformer: nn.Module
 ) -> PredictedSpeedup | None:
-    """Return what attached methods were predicted to gain; None where the model has no released model's sizes.
+    """Predict the speed-up of attached methods; None where the model has no released model's sizes.
 
     The transformer's linear layers may be in 8 bits, as they are in its dense run too.
     """
@@ -250,7 +266,7 @@ def predict_attached(
 def _measured_skips(
     handlers: Sequence[Handler], savings: Mapping[str, Saving], rows: int, steps: int, preset: PresetMethods | None
 ) -> dict[str, Saving]:
-    """Return what a preset's caches save by the share of the forwards that they skipped where that was measured."""
+    """Return the savings of a preset's caches, by the share of the forwards that they were measured to skip."""
     measured: dict[str, Saving] = {}
     promises = preset.promises(steps) if preset else {}
     for handler in handlers:
@@ -273,7 +289,7 @@ def _measured_skips(
 
 
 def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears | None) -> dict[str, Any]:
-    """Return what a `Prediction` says of the run without methods."""
+    """Compute the fields of a `Prediction` on the run without methods."""
     forwards = steps * family.forwards_per_step
     blocks = forwards * family.layers
     attention = blocks * attention_flops(family, layout.tokens)
@@ -282,16 +298,20 @@ def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears
     trained = replace(layout, **sizes)
     usual = blocks * (attention_flops(family, trained.tokens) + other_flops(family, trained))
     return dict(
-        forwards=forwards, attention_flops=attention, total_flops=total, times_trained=total / usual,
-        attention_share=attention / total, linear_share=blocks * linear_flops(family, layout) / total,
+        forwards=forwards,
+        attention_flops=attention,
+        total_flops=total,
+        times_trained=total / usual,
+        attention_share=attention / total,
+        linear_share=blocks * linear_flops(family, layout) / total,
         linear_time=linears.time(family, layout) if linears else 1.0,
-    )  # fmt: skip
+    )
 
 
 def _planned_run(
     savings: Mapping[str, Saving], tiles: TilesLeft | None, layout: TokenLayout, kernel_cost: float, **dense: Any
 ) -> dict[str, Any]:
-    """Return what a `Prediction` says of the run with methods; the letters are those of its attributes.
+    """Compute the fields of a `Prediction` on the run with methods; the letters are those of its fields.
 
     ``dense`` are the figures of the run without methods, its steps and layers.
     """
@@ -315,15 +335,21 @@ def _planned_run(
     planned_attention = round(attention_flops * (w + (1 - w) * rho) * share)
     return dict(
         planned_attention_flops=planned_attention,
-        planned_total_flops=round((total_flops - attention_flops) * share) + planned_attention, dense_share=w,
-        pair_density=rho, cost_of_pairs=kappa, forward_share=share, computed_blocks=max(0.0, 1 - skipped) * blocks,
-        factors=factors, speedup=speedup, speedup_of_methods=speedup * (1 - saved),
+        planned_total_flops=round((total_flops - attention_flops) * share) + planned_attention,
+        dense_share=w,
+        pair_density=rho,
+        cost_of_pairs=kappa,
+        forward_share=share,
+        computed_blocks=max(0.0, 1 - skipped) * blocks,
+        factors=factors,
+        speedup=speedup,
+        speedup_of_methods=speedup * (1 - saved),
         equal_steps=dense["steps"] / speedup,
-    )  # fmt: skip
+    )
 
 
 def _memory(savings: Mapping[str, Saving], tiles: TilesLeft | None, family: Family) -> dict[str, Any]:
-    """Return what a `Prediction` says of the memory that the methods hold."""
+    """Compute the fields of a `Prediction` on the memory that the methods hold."""
     carried = {name: saving.carried_bytes for name, saving in savings.items() if saving.carried_bytes}
     lists = sum(saving.list_bytes for saving in savings.values())
     per_tile = 2 * family.heads * family.head_dim * ASSUMED_BYTES

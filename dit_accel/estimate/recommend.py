@@ -50,9 +50,14 @@ class _Subject:
 
 
 def recommend(
-    model: Any, *, height: int | None = None, width: int | None = None, num_frames: int | None = None,
-    num_inference_steps: int | None = None, hardware: str | None = None,
-) -> Recommendation:  # fmt: skip
+    model: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    hardware: str | None = None,
+) -> Recommendation:
     """List what could be attached to a model at a size, with predicted speed-up, loss and memory; changes nothing.
 
     Args:
@@ -78,7 +83,7 @@ def recommend(
     dense = estimate(of.adapter, of.family, **sizes)
     presets = [preset_methods(level, of.model) for level in LEVELS]
     rows = [Setting(name=DENSE), *(_preset_row(preset, of, sizes, dense) for preset in presets)]
-    rows.sort(key=lambda row: -round(row.speedup, 2))
+    rows.sort(key=lambda row: -round(row.speedup, 2))  # as it is shown: equal ones stay in the presets' order
     tuned = find_tuned(of.source) if of.source else []
     fitting = [setting for setting in tuned if _fits(setting, dense)]
     rows = [*(_tuned_row(setting) for setting in fitting), *rows]
@@ -174,7 +179,7 @@ def _idle(choice: Choice, run: Prediction, family: Family) -> str | None:
 
 
 def _fits(tuned: TunedSetting, dense: Prediction) -> bool:
-    """Return whether a setting was tuned at the size and number of steps of a dense run."""
+    """Tell whether a setting was tuned at the size and number of steps of a dense run."""
     names = ("height", "width", "num_frames", "num_inference_steps")
     return all(getattr(tuned.measured, name) == getattr(dense, name) for name in names)
 

@@ -19,7 +19,7 @@ WHAT_HAPPENS["width"] = WHAT_HAPPENS["height"]
 
 
 def pixel_multiples(family: Family) -> tuple[int, int]:
-    """Return what the output's height and width must be multiples of, in pixels."""
+    """Return the pixels that the output's height and width must be multiples of."""
     height, width = (math.lcm(family.vae[1] * patch, family.size_multiple) for patch in family.patch[1:])
     return height, width
 
@@ -91,7 +91,7 @@ def methods_for_axis(adapter: Adapter, family: Family, axis: str) -> list[str]:
 
 
 def advice(adapter: Adapter, family: Family, layout: TokenLayout, attached: Sequence[MethodConfig]) -> list[str]:
-    """Return what a user should know who makes more than the model was trained on without a method for that."""
+    """Return advice to a user who makes more than the model was trained on without a method for that."""
     served = {axis for config in attached for axis in handler_of(config).extends}
     texts = []
     for axis, (tokens, trained) in beyond_trained(family, layout).items():

@@ -47,7 +47,7 @@ class TunedSetting:
 
 
 def model_key(model: str) -> str:
-    """Return what a model is called in tuned files: an embedded model's name, a folder's whole path, or a hub id."""
+    """Return a model's name in tuned files: an embedded model's, a folder's whole path, or a hub id."""
     name = model.removeprefix(EMBEDDED)
     if name in embedded_names():
         return name
@@ -80,7 +80,7 @@ def keep_tuned(name: str, text: str, model: str) -> Path:
 
 
 def find_tuned(model: str) -> list[TunedSetting]:
-    """Return what was tuned for a model, the fastest first; `ConfigError` for a file that can't be read."""
+    """Read the settings that were tuned for a model, the fastest first; `ConfigError` if a file can't be read."""
     found = [read_tuned(path) for path in sorted(tuned_folder(model).glob("*.toml"))]
     return sorted(found, key=lambda one: -one.measured.speedup)
 

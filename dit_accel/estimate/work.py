@@ -49,7 +49,7 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         raise ConfigError(f"these methods count different tiles, {counted}; plan them one at a time")
     computed = computed_shares(savings, steps)
     calls: dict[tuple[bool, ...], float] = defaultdict(float)  # which methods act in a call -> how many such calls
-    for step, share in enumerate(computed):
+    for step, share in enumerate(computed):  # few combinations stand for all calls
         for layer in range(layers):
             calls[tuple(part.active(step, layer) for part in parts.values())] += share
     size = next(iter(sizes.values()), usual)
@@ -79,7 +79,7 @@ def computed_shares(savings: Mapping[str, Saving], steps: int) -> list[float]:
 
 
 def tiles_a_side(layout: TokenLayout) -> int:
-    """Return how many tiles of the usual size are along each side of the visual attention."""
+    """Count the tiles of the usual size along each side of the visual attention."""
     return math.ceil(layout.visual_tokens / TILE)
 
 

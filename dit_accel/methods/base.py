@@ -132,7 +132,7 @@ class Handler:
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options of the config on a model."""
+        """Return the values of the config's unset options on a model."""
         return model.adapter.recipe(config.name, model.family)
 
     @classmethod

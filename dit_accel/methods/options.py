@@ -86,7 +86,7 @@ BlockSize = Annotated[
 
 
 def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tuple[str, Any, str] | None:
-    """Return what a value breaks: what it must be or hold, in words, what was found, and advice; None: nothing."""
+    """Find the rule that a value breaks: what it must be or hold, in words, its value, and advice; None: none."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         rules = _notes(hint, Rule)
@@ -102,7 +102,7 @@ def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tupl
 
 
 def may_name(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> bool:
-    """Return whether a value may name a file or a model of a hub, by its annotation; ``fits`` as in `find_broken`."""
+    """Tell whether a value may name a file or a model of a hub, by its annotation; ``fits`` as in `find_broken`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, (int, float, types.NoneType)) or origin is typing.Literal:
         return False
@@ -118,5 +118,5 @@ def may_name(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> bool:
 
 
 def _notes(hint: Any, kind: type[Note]) -> list[Note]:
-    """Return what an ``Annotated`` says beside its type, of one kind."""
+    """Return the notes of one kind beside an ``Annotated``'s type."""
     return [note for note in typing.get_args(hint)[1:] if isinstance(note, kind)]

@@ -46,16 +46,15 @@ class Promise:
 
 @functools.cache
 def figures(level: str) -> tuple[Figure, ...]:
-    """Return what a level measured; nothing for one that was not."""
+    """Return a level's figures; none for one that was not measured."""
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     return tuple(Figure(**one) for one in json.loads(text).get(level, ()))
 
 
 def promise(level: str, steps: int, model: str | None = None) -> Promise | None:
-    """Return what a level promises in a run of so many steps; None where it skips nothing, or was not measured.
+    """Return a level's promise for a run of so many steps; None where it skips nothing, or was not measured.
 
-    Args:
-        model: an embedded model, whose own figures are given; of any other name the least of all.
+    ``model``: an embedded model, whose own figures are given; of any other name the least of all.
     """
     measured = figures(level)
     measured = tuple(figure for figure in measured if figure.model == model) or measured

@@ -48,7 +48,7 @@ class Choice:
     level: Level | None = None  # the preset whose `preset_figures` are this method's; None: not measured
 
     def promise(self, steps: int, family: str | None = None) -> Promise | None:
-        """Return what it promises in a run of so many steps of a family; None: it skips nothing, or not measured."""
+        """Return its promise for a run of so many steps of a family; None: it skips nothing, or was not measured."""
         return promise(self.level, steps, family) if self.level else None
 
 
@@ -145,7 +145,7 @@ class PresetMethods:
 
 
 def _suits(choice: Choice, model: Model, beside: Sequence[MethodConfig]) -> bool:
-    """Return whether a choice is meant for a kind of model, and extends no axis that another method extends."""
+    """Tell whether a choice is meant for a kind of model, and extends no axis that another method extends."""
     extended = {axis for config in beside for axis in handler_of(config).extends}
     not_advised = model.family.not_advised if model.family else ()
     return (
@@ -163,8 +163,7 @@ def preset_methods(
 ) -> PresetMethods:
     """Return what a preset attaches to a model beside the methods that the user names, which win.
 
-    Args:
-        try_out: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
+    ``try_out``: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
     """
     if level == NONE:
         return PresetMethods(level, model)

@@ -15,17 +15,25 @@ Part = Literal["cond", "uncond", "both", "perturbed"]
 """What a forward holds; ``perturbed``: the conditional prompt, in a perturbed prediction of the pipeline's own."""
 
 NAMES: Mapping[str, Part] = {
-    "cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both",
-    "uncond_stg": "perturbed", "uncond_modality": "perturbed", "pred_cond_skip": "perturbed",
-    "pred_cond_seg": "perturbed", "pred_cond_stg": "perturbed", "pred_cond_modality": "perturbed",
-}  # fmt: skip
+    "cond": "cond",
+    "pred_cond": "cond",
+    "uncond": "uncond",
+    "pred_uncond": "uncond",
+    "cond_uncond": "both",
+    "uncond_stg": "perturbed",
+    "uncond_modality": "perturbed",
+    "pred_cond_skip": "perturbed",
+    "pred_cond_seg": "perturbed",
+    "pred_cond_stg": "perturbed",
+    "pred_cond_modality": "perturbed",
+}
 """Name of a ``cache_context``, as diffusers' pipelines and guiders give them -> what a forward in it holds."""
 
 _OPEN = "open transformer.cache_context(name) with the name 'cond', 'uncond' or 'cond_uncond' around its forwards"
 
 
 def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> Part:
-    """Return what a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
+    """Tell which prompt a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
     guidance, pipe, call = site.adapter.guidance, site.running, running_call(site.running)
     if (why := guidance.why_own(call)) is not None:
         raise ConfigError(
@@ -76,7 +84,7 @@ def running_call(pipe: Any) -> PipelineCall:
 
 
 def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> Part:
-    """Return whether a forward holds both prompts or, while a pipeline does not guide, the conditional one alone."""
+    """Tell whether a forward holds both prompts or, while a pipeline does not guide, the conditional one alone."""
     pipe, made = call.pipe, call.variables.get("latents")
     if pipe is None:
         if rows % 2:
@@ -102,7 +110,7 @@ def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> P
 
 
 def _in_own_loop(method: str, site: Site, number: int) -> Part:
-    """Return what a forward holds in a loop written by hand that opens no context."""
+    """Tell which prompt a forward holds in a loop written by hand that opens no context."""
     embedded = site.adapter.guidance.embedded
     if embedded is not None and getattr(site.transformer.config, embedded, False) and number == 0:
         return "cond"

@@ -42,7 +42,7 @@ AroundBlock = Callable[[StepContext, Block, Callable[[Streams], Streams], Stream
 
 
 AroundCall = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-"""(run, args, kwargs) -> output. ``run(*args, **kwargs)`` is the module's own call."""
+"""(run, args, kwargs) -> output. ``run(*args, **kwargs)`` is the module's own call, compiled if it is."""
 
 
 class Site(ABC):

@@ -48,8 +48,7 @@ def to_toml(
 def from_toml(text: str, source: str = "the method config") -> list[MethodConfig]:
     """Read configs back from TOML text; the inverse of `to_toml`.
 
-    Args:
-        source: what errors call it, such as the file's name.
+    ``source``: what errors call it, such as the file's name.
 
     Raises:
         ConfigError: for text that is not TOML, another version, an unknown method or option, or a refused value.

@@ -22,7 +22,7 @@ class HeadShare:
         return slice(self.start, self.start + self.count)
 
     def joined(self, x: Tensor, dim: int) -> Tensor:
-        """Return what all processes have of their heads, in the heads' order, along ``dim``; all must call it alike."""
+        """Gather all processes' heads along ``dim``, in the heads' order; all must call it alike."""
         import torch.distributed as dist
 
         size = dist.get_world_size(self.group)

@@ -34,8 +34,7 @@ class NormalizedGuidance:
 
         A token's length is that over all heads, as they stand before the output projection.
 
-        Args:
-            rows: int64 [S'], the tokens that it holds, rising, S' in place of S; None: all.
+        ``rows``: int64 [S'], the tokens that it holds, rising, S' in place of S; None: all.
         """
         tokens = self.tokens
         if rows is not None:

@@ -140,7 +140,7 @@ class Ahead:
     def reading(
         self, key: Key, own: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
     ) -> Stored | Copy | None:
-        """Return what a call that begins reads, ``own`` or its copy, and start to copy what the next one is ``due``."""
+        """Return the rest that a call reads, ``own`` or its copy, and start to copy the one that is ``due`` next."""
         copy, self._copy = self._copy, None
         if self._last is not None:
             self._next[self._last] = key, device
@@ -154,8 +154,7 @@ class Ahead:
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
     """Return attention over two disjoint sets of keys from that over each; [B, H, S, D], 0 in rows without a key.
 
-    Args:
-        lse: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
+    ``lse``: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
     """
     share = torch.sigmoid(rest_lse - lse).nan_to_num(0.0)[..., None].to(out.dtype)
     return torch.lerp(out, rest.to(out.dtype), share.expand_as(out))
@@ -232,13 +231,13 @@ class Rests:
         return rows * each
 
     def reading(self, key: Key, device: torch.device) -> Stored | Copy | None:
-        """Return what a call that begins on a device adds; None: nothing. It was counted by `turned`."""
+        """Return the rest that a call on a device adds, or None; `turned` has counted the call."""
         kept = self.kept.get(key)
         own = None if kept is None else kept.rest
         return self._ahead.reading(key, own, device, self._due) if self.offload else own
 
     def _due(self, key: Key) -> Stored | None:
-        """Return what the next call of a key adds, as far as is known."""
+        """Return the rest that the next call of a key adds, as far as is known."""
         _, layer, *_ = key
         kept = None if self.is_dense(self._calls.get(key, 0), layer) else self.kept.get(key)
         return None if kept is None else kept.rest

@@ -27,8 +27,7 @@ class ChangedRows:
 def with_rows_apart(plan: AttentionPlan, other: AttentionPlan, rows: Tensor, call: Call) -> AttentionPlan:
     """Return the plan by which some rows of a call follow ``other``, which was made of ``plan``, and the rest ``plan``.
 
-    Args:
-        rows: which rows of the batch, bool [B].
+    ``rows``: which rows of the batch, bool [B].
     """
     if other is plan or not bool(rows.any()):
         return plan

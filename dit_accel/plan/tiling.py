@@ -37,7 +37,7 @@ class Tiling:
         return full_tiles(layout.tokens, layout.tokens, self.block_size, str(device)), self.token_order(layout, device)
 
     def tiles(self, tokens: int) -> int:
-        """Return how many tiles a number of tokens takes."""
+        """Count the tiles of so many tokens."""
         return -(-tokens // self.block_size)
 
 
@@ -46,8 +46,7 @@ def visual_first(layout: TokenLayout, patches: int | None, device: torch.device 
 
     Visual tokens come first, then the text before them, then the text after.
 
-    Args:
-        patches: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
+    ``patches``: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
     """
     if patches is None and layout.text_before == 0:
         return None
@@ -92,7 +91,7 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
 
 
 def _visual_states(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int) -> np.ndarray:
-    """Return what becomes of every tile, uint8 [NQ, NK]; for the arguments see `visual_lists`."""
+    """Return the state of every tile, uint8 [NQ, NK]; for the arguments see `visual_lists`."""
     count = -(-layout.tokens // block)
     states = np.full((count, count), EXACT, np.uint8)
     states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)

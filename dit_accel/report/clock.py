@@ -30,7 +30,7 @@ def now() -> float:
 
 
 def graphs() -> int:
-    """Return how many graphs torch has compiled in this process: a forward in which it rises compiled."""
+    """Count the graphs that torch has compiled in this process: a forward in which it rises compiled."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # private to torch: without it slow first forwards tell alone
     return getattr(dynamo, "counters", {}).get("stats", {}).get("unique_graphs", 0)
 

@@ -88,7 +88,7 @@ class Recorder:
         ] += 1
 
     def dense_notes(self) -> list[str]:
-        """Return what is to be said of dense calls by the kernels' loop."""
+        """Return the report's lines on dense calls by the kernels' loop."""
         return [
             f"{count} dense attention calls by the kernels' compiled loop, within rounding of your own: {of}"
             for of, count in self.loop_calls.items()

@@ -12,7 +12,7 @@ from ..errors import MissingBackend
 from .clock import Key, Timing
 from .recorder import CallShares, Recorder
 from .sections import Section
-from .why import RunFacts, why_not_faster
+from .why import RunCauses, why_not_faster
 
 VERSION = 2
 """Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
@@ -123,7 +123,7 @@ class Report:
         ran = {(step.transformer, step.branch, step.dense_layers + step.sparse_layers) for step in self.steps}
         logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
         return why_not_faster(
-            RunFacts(
+            RunCauses(
                 timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,
                 notes=tuple(note for note in self.notes if note != self.problem), problem=self.problem,
                 cached=len(ran) > len({key[:2] for key in ran}),
@@ -131,7 +131,7 @@ class Report:
         )  # fmt: skip
 
     def first_lines(self) -> list[str]:
-        """Return whether the methods helped: the speed-up measured and predicted, and why it was not more."""
+        """Tell whether the methods helped: the speed-up measured and predicted, and why it was not more."""
         beside = f" ({self.predicted})" if self.predicted else ""
         lines = self.timing.lines(beside) if self.methods else []
         return [*lines, *(f"why not faster: {cause}" for cause in self.why_not_faster())]
@@ -144,7 +144,7 @@ class Report:
                 an existing folder.
             MissingBackend: without a package that draws reports.
         """
-        draw = _drawing("plot")
+        draw = drawing("plot")
         if draw is None:
             raise MissingBackend("report().plot needs a package that draws reports, found none; reinstall dit-accel")
         draw(self, Path(path))
@@ -177,7 +177,7 @@ class Report:
         )
 
     def _repr_html_(self) -> str | None:
-        draw = _drawing("html")
+        draw = drawing("html")
         return None if draw is None else draw(self)
 
     def __str__(self) -> str:
@@ -199,8 +199,8 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
 
-def _drawing(kind: str) -> Callable[..., Any] | None:
-    """Return what draws reports as a ``plot`` or as ``html``: that entry point of ``dit_accel.drawings``, or None."""
+def drawing(kind: str) -> Callable[..., Any] | None:
+    """Load the entry point of ``dit_accel.drawings`` of a kind, such as ``plot`` or ``html``; None: there is none."""
     entry = next(iter(entry_points(group="dit_accel.drawings", name=kind)), None)
     return None if entry is None else entry.load()
 
@@ -209,14 +209,17 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
     """Turn what the recorder counted into one `StepReport` per denoising call."""
     return tuple(
         StepReport(
-            transformer=transformer, step_index=step_index, branch=branch, dense_layers=entry.dense_layers,
+            transformer=transformer,
+            step_index=step_index,
+            branch=branch,
+            dense_layers=entry.dense_layers,
             sparse_layers=len({call.layer for call in entry.calls}),
             density=_mean([call.exact for call in entry.calls], 1.0),
             pooled=_mean([call.pooled for call in entry.calls], 0.0),
             stayed={why: count for why, count in entry.stayed.items()},
         )
         for (transformer, step_index, branch), entry in recorder.forwards.items()
-    )  # fmt: skip
+    )
 
 
 def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
@@ -230,12 +233,15 @@ def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
             heads = [call.by_head for call in calls if call.by_head is not None]
             reports.append(
                 CallReport(
-                    transformer=transformer, step_index=step_index, branch=branch, layer=layer,
+                    transformer=transformer,
+                    step_index=step_index,
+                    branch=branch,
+                    layer=layer,
                     density=_mean([call.exact for call in calls], 1.0),
                     pooled=_mean([call.pooled for call in calls], 0.0),
                     by_head=tuple(_mean(head, 1.0) for head in zip(*heads, strict=True)),
                 )
-            )  # fmt: skip
+            )
     return tuple(reports)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Return what guidance adds to the conditional prediction, float32 or wider: w (cond - perturbed).
+    """Compute guidance's addend to the conditional prediction, float32 or wider: w (cond - perturbed).
 
     With ``rescale`` the sum of both is scaled towards the conditional prediction's standard deviation per row first,
     by phi std(cond) / std(sum) + 1 - phi; the conditional part keeps its weight in the rest of the guidance.
@@ -31,9 +31,13 @@ def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -
 
 
 def normalized(
-    positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float,
+    positive: Tensor,
+    negative: Tensor,
+    scale: float,
+    tau: float,
+    alpha: float,
     summed: Callable[[Tensor], Tensor] = lambda lengths: lengths,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return attention's output guided away from what a negative text gives, in float32 or wider.
 
     G = s Z+ - (s - 1) Z-, cut down to tau times Z+'s length in L1 per token, then alpha G + (1 - alpha) Z+. A token

@@ -135,7 +135,7 @@ def _raster(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: i
 
 
 def _meets_any(k0: Ints, k1: Ints, l0: Ints, l1: Ints, reach: Ints | np.int32, block_size: int) -> Bools:
-    """Return whether any |k - l| <= reach with k in [k0, k1], l in [l0, l1]."""
+    """Tell whether any |k - l| <= reach with k in [k0, k1], l in [l0, l1]."""
     return (k0 - reach <= l1) & (k1 + reach >= l0)
 
 

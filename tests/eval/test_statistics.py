@@ -1,11 +1,10 @@
 """The rule of verdicts: intervals, tests and Holm's correction, and by simulation how often it is wrong; ranks."""
 
 import math
-from itertools import permutations
 
 import numpy as np
 import pytest
-from dit_accel_eval.statistics import FEWEST, clip_mean, holm, judge, p_value, p_words, rank_correlation
+from dit_accel_eval.statistics import FEWEST, clip_mean, holm, judge, p_value, p_words
 from judging import paired_cell
 from scipy import stats
 
@@ -142,13 +141,3 @@ def test_a_cell_tells_the_mean_its_interval_and_how_many_clips_have_a_value():
     assert paired_cell(own, others, "x") == "5.00 [2.52, 7.48] (6)"
     assert paired_cell({1: {"x": 3.0}}, others, "x") == "2.00"
     assert paired_cell(own, {}, "x") == paired_cell(own, others, "y") == ""
-
-
-def test_rank_correlation_ranks_ties_by_their_mean():
-    assert np.isnan(rank_correlation([1, 1], [1, 2]))
-    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(
-        np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]
-    )
-    for order in permutations(range(4)):
-        squares = sum((place - rank) ** 2 for place, rank in enumerate(order))
-        assert rank_correlation(range(4), order) == pytest.approx(1 - 6 * squares / (4 * 15))

@@ -66,7 +66,7 @@ def test_what_is_no_video_counts_as_text(model, grid):
 
 def test_text_of_cosmos3_attends_by_itself_and_stays_dense():
     calls, _ = planned_calls(models.COSMOS3[0])
-    assert [call.k.shape[2] for call in calls] == [230] * models.COSMOS3_TINY["num_hidden_layers"]
+    assert [call.k.shape[2] for call in calls] == [230] * models.COSMOS3[0].config["num_hidden_layers"]
     assert all(call.q.shape[1] == 2 * call.k.shape[1] for call in calls)  # query heads share key heads
     assert all(not call.q[:, :, :6].any() for call in calls)  # made up: nobody asks for text
 
@@ -77,7 +77,7 @@ def test_decoder_blocks_of_motif_stay_dense():
         "transformer_blocks.0.attn", "transformer_blocks.1.attn",
         "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn",
     ]  # fmt: skip
-    shallow = diffusers.MotifVideoTransformer3DModel(**{**models.MOTIF_TINY, "num_decoder_layers": 0})
+    shallow = diffusers.MotifVideoTransformer3DModel(**{**models.MOTIF[0].config, "num_decoder_layers": 0})
     assert len(attention_modules(shallow, MOTIF_VIDEO)) == 5
 
 

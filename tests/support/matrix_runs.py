@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from matrix_methods import STEPS
-from tiny_stock import Call, Stock, stock_pipeline
+from tiny_stock import Call, Stock, latents_of, stock_pipeline
 from torch import Tensor
 
 
@@ -63,19 +63,6 @@ def rows_call(stock: Stock, call: Call, prompts: Sequence[int], negatives: Seque
     if len(prompts) > 1:
         made |= {name: [call[name]] * len(prompts) for name in stock.repeated}
     return made if stock.rows is None else stock.rows(made, prompts)
-
-
-def latents_of(out: Any) -> Tensor:
-    """Return what a run gives, [rows, ...]."""
-    if not isinstance(out, Tensor):
-        named = (getattr(out, name, None) for name in ("frames", "images", "video", "image"))
-        out = next((value for value in named if value is not None), out)
-    while not isinstance(out, Tensor):
-        if isinstance(out, (list, tuple)) and len(out) > 1 and all(isinstance(one, Tensor) for one in out):
-            out = torch.stack(list(out))
-        else:
-            out = out[0] if isinstance(out, (list, tuple)) else torch.as_tensor(out)
-    return out if out.dtype == torch.float64 else out.float()
 
 
 def run(pipe: Any, call: Call, seeds: Sequence[int] = (0,)) -> Tensor:

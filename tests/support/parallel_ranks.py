@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers.models import attention_dispatch
 from dit_accel_pipelines.processes.parallel import enable_ulysses
-from tiny_models import FLUX, HUNYUAN_TINY, LTX_TINY, MOCHI
+from tiny_models import FLUX, HUNYUAN, LTX, MOCHI
 from wan_tiny import TINY as WAN_TINY
 
 import dit_accel
@@ -49,7 +49,7 @@ def flux(heads: int, text: int = TEXT) -> tuple[Any, dict[str, Any]]:
 
 def hunyuan(heads: int) -> tuple[Any, dict[str, Any]]:
     mask = (torch.arange(TEXT)[None] < TEXT - 3).long()
-    sizes = {**HUNYUAN_TINY, "num_attention_heads": heads, "num_layers": 1}
+    sizes = {**HUNYUAN[0].config, "num_attention_heads": heads, "num_layers": 1}
     return diffusers.HunyuanVideoTransformer3DModel(**sizes), dict(
         hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, TEXT, 16),
         encoder_attention_mask=mask, pooled_projections=torch.randn(1, 8), guidance=torch.full((1,), 6000.0),
@@ -351,7 +351,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         return "no error"
 
     def undescribed() -> str:
-        transformer = diffusers.LTXVideoTransformer3DModel(**LTX_TINY)
+        transformer = diffusers.LTXVideoTransformer3DModel(**LTX[0].config)
         enable(transformer, ulysses_degree=world)
         try:
             dit_accel.attach(transformer, lite)

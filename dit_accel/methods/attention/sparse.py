@@ -110,7 +110,7 @@ class SparseConfig(MethodConfig):
         return self.advice_on_size(layout)
 
     def advice_on_size(self, layout: TokenLayout, keeps_all: int = 0) -> str | None:
-        """Return why the method can't be faster on a layout, of which it keeps all of so many tiles, or seldom is."""
+        """Say that it can't be faster on a layout, of which it keeps all of so many tiles, or seldom is; or None."""
         tokens, least = layout.visual_tokens, self.worthwhile_tokens
         if keeps_all:
             return f"{self.name} keeps all {keeps_all} tiles of {tokens} visual tokens, so it can't be faster here"
@@ -195,9 +195,15 @@ class SparseHandler(AttentionHandler):
         return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)
 
     def saving_of(
-        self, keep: Callable[[np.ndarray], np.ndarray], layout: TokenLayout, steps: int, *, tiles: int | None = None,
-        expected: bool = False, **others: Any,
-    ) -> Saving:  # fmt: skip
+        self,
+        keep: Callable[[np.ndarray], np.ndarray],
+        layout: TokenLayout,
+        steps: int,
+        *,
+        tiles: int | None = None,
+        expected: bool = False,
+        **others: Any,
+    ) -> Saving:
         """Return the saving of a method that leaves a known part of the tiles; for the options see `TileSaving`.
 
         Where they are not given, ``tiles`` are those of all visual tokens, and the lists a full one and a bitmap;

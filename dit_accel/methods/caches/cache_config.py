@@ -104,8 +104,7 @@ class StepCacheConfig(MethodConfig):
     def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
         """Return the reason why step ``index`` must be computed, or None if it may be skipped.
 
-        Args:
-            count: steps of the run; None: not known.
+        ``count``: steps of the run; None: not known.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known.
@@ -185,7 +184,7 @@ class MeasuredCacheConfig(StepCacheConfig):
 
 
 def is_unconditional(branch: str, method: str) -> bool:
-    """Return whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
+    """Tell whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
     name = branch.rsplit("/", 1)[-1]
     if name == "cond_uncond":
         raise ConfigError(

@@ -129,5 +129,5 @@ class FirstBlockHandler(DBHandler):
 
 
 def takes_skips(block: Block) -> bool:
-    """Return whether a block also takes outputs of earlier blocks, as HunyuanDiT's late ones do."""
+    """Tell whether a block also takes outputs of earlier blocks, as HunyuanDiT's late ones do."""
     return "skip" in inspect.signature(type(block.module).forward).parameters

@@ -118,7 +118,7 @@ class EasyHandler(StepCacheHandler):
 
     @staticmethod
     def _place(context: ForwardContext) -> float:
-        """Return where a step stands on the axis along which errors grow."""
+        """Return a step's place on the axis along which errors grow."""
         sigma = context.sigma
         return context.step_index if sigma is None else log_snr(sigma, flow=context.noise == "flow")
 

@@ -195,7 +195,7 @@ class StepCacheHandler(Handler):
         return corrected
 
     def is_trained(self, context: ForwardContext, latents: Any) -> bool:
-        """Return whether a forward is recorded for gradients of its latents or of any weight."""
+        """Tell whether a forward is recorded for gradients of its latents or of any weight."""
         if context.training or is_recorded(latents):
             return True
         weights = self.transformer_of(context).parameters()
@@ -214,7 +214,7 @@ class StepCacheHandler(Handler):
         self._reach = self.settings.reached(context.num_inference_steps)
 
     def _holds_a_prompt(self, transformer: str) -> bool:
-        """Return whether a transformer serves one prompt alone, in every step, beside another for the other prompt."""
+        """Tell whether a transformer serves one prompt alone, in every step, beside another for the other prompt."""
         return transformer in self.model.adapter.guidance.branch_of
 
     def _expert_steps(self, context: ForwardContext) -> ExpertSteps:
@@ -351,7 +351,7 @@ class StepCacheHandler(Handler):
         return Saving(forwards=self.forwards_cached() * len(skipped), skipped=whole, notes=notes)
 
     def forwards_cached(self) -> int:
-        """Return how many of a step's forwards the cache acts in."""
+        """Count the forwards of a step in which the cache acts."""
         family = self.model.family
         return family.forwards_per_step if family and self.settings.branches == "all" else 1
 

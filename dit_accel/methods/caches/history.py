@@ -78,7 +78,7 @@ class History:
         self._mends: tuple[int, list[Any]] | None = None
 
     def gives_other(self, output: Any) -> bool:
-        """Return whether an output has other shapes than the stored one, as a first one that holds text too."""
+        """Tell whether an output has other shapes than the stored one, as a first one that holds text too."""
         return bool(self.points) and tensor_shapes(output) != tensor_shapes(self.last())
 
     @property
@@ -195,7 +195,7 @@ class History:
         return forecast.taylor(steps, step, settings.order, DAMPING if settings.predictor == "corrected" else 0.0)
 
     def _is_out_of_reach(self, step: int) -> bool:
-        """Return whether a step lies farther past the last computed one than the predictor is used for."""
+        """Tell whether a step lies farther past the last computed one than the predictor is used for."""
         return self._reach is not None and sum(skipped != step for skipped in self.skipped) >= self._reach
 
     def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
@@ -226,7 +226,7 @@ def tensor_shapes(tensors: Any) -> Any:
 
 
 def own_copies(kept: Any, lent: Any) -> Any:
-    """Return what is kept from step to step, with copies of the tensors that share memory with lent ones.
+    """Copy, of what is kept from step to step, the tensors that share memory with lent ones.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
     """
@@ -244,7 +244,7 @@ def own_copies(kept: Any, lent: Any) -> Any:
 
 
 def _memory_of(tensor: Tensor) -> int | None:
-    """Return where a tensor's memory lies; None for a wrapper that tells nothing of it, as collectives give."""
+    """Return the address of a tensor's memory; None for a wrapper that tells none, as collectives give."""
     try:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:

@@ -71,7 +71,7 @@ class PruneHandler(SpanHandler):
         decision.skipped = frozenset()
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Return whether a block is skipped: by its input in the branch that decides, and as there in the others."""
+        """Tell whether a block is skipped: by its input in the branch that decides, and as there in the others."""
         decision = now.decision
         assert isinstance(decision, PruneDecision)
         if block.index not in now.stored:

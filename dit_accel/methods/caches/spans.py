@@ -83,7 +83,7 @@ class Pass:
             )
 
     def begins_span(self, streams: Streams) -> bool:
-        """Return whether a block takes other tensors than the last one gave; refuse models that write into these."""
+        """Tell whether a block takes other tensors than the last one gave; refuse models that write into these."""
         alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
         if self.apart or not alike:
             return True
@@ -124,11 +124,11 @@ class SpanHandler(StepCacheHandler):
     # What a cache says.
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Return whether a block is skipped in a forward in which some are; called once, in running order."""
+        """Tell whether a block is skipped in a forward in which some are; called once, in running order."""
         return True
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Return whether a block may belong to the span of the block before it."""
+        """Tell whether a block may belong to the span of the block before it."""
         return True
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:

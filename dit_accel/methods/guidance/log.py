@@ -88,8 +88,7 @@ class PerturbedForward:
 def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measured: str = "") -> tuple[Strip, ...]:
     """Return the strips that `Report.plot` draws of guidance: the steps in which it acted, and what it measured there.
 
-    Args:
-        log: transformer, step, branch and what was measured, of each forward in which it acted.
+    ``log``: transformer, step, branch and what was measured, of each forward in which it acted.
     """
     strips: list[Strip] = []
     for transformer, branch in dict.fromkeys((entry[0], entry[2]) for entry in log):

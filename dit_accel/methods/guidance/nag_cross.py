@@ -18,8 +18,7 @@ from .rows import rows_of
 class CrossAttentionNAG:
     """One transformer whose cross-attention is guided away from a negative text while a guided forward runs.
 
-    Args:
-        embeds: the negative text, [1, tokens, C].
+    ``embeds``: the negative text, [1, tokens, C].
     """
 
     kind = "cross-attention"

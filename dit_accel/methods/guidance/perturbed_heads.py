@@ -86,7 +86,9 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         perturbed = self.perturb(plan, call, self._share(named, count, context), len(named) == count, context)
         if rows is None:
             return perturbed
-        chosen, called = range(rows[0].start, rows[0].stop), _rows_of_call(context, rows[1])
+        chosen, called = range(rows[0].start, rows[0].stop), range(rows[1])
+        if context.batch != rows[1]:  # each row is attended by itself
+            called = range(context.row, context.row + context.batch)
         return with_rows_apart(plan, perturbed, torch.tensor([row in chosen for row in called]).to(call.q.device), call)
 
     def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
@@ -140,8 +142,3 @@ def image_rows(layout: TokenLayout, device: str) -> Tensor:
         rows = torch.zeros(layout.tokens, dtype=torch.bool, device=device)
         rows[layout.visual] = True
         return rows
-
-
-def _rows_of_call(context: CallContext, batch: int) -> range:
-    """Return the rows of the forward that an attention call has: all, or one of those that are attended by itself."""
-    return range(batch) if context.batch == batch else range(context.row, context.row + context.batch)

@@ -34,8 +34,7 @@ class OtherOutput:
     def applied(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return a call's output [B, H, S, D] with the share replaced; the given one is not changed.
 
-        Args:
-            rows: int64 [S'], the tokens that it holds, S' in place of S; None: all.
+        ``rows``: int64 [S'], the tokens that it holds, S' in place of S; None: all.
         """
         share = self.share.to(out.dtype).reshape(-1, out.shape[1])[:, :, None, None]
         other, tokens = self.other, self.tokens
@@ -78,8 +77,7 @@ def of_mean_query(call: Call, tokens: Tensor | None) -> Tensor:
 def blurred_queries(call: Call, layout: TokenLayout, sigma: float) -> Tensor:
     """Return a call's queries, blurred over height and width, frame by frame; text's stay, [B, H, S, D].
 
-    Args:
-        sigma: standard deviation in tokens; above `ENDLESS` each frame has its mean.
+    ``sigma``: standard deviation in tokens; above `ENDLESS` each frame has its mean.
     """
     q = call.q.clone()
     grid = q[:, :, layout.visual].float().unflatten(2, (layout.frames, layout.height, layout.width))

@@ -118,7 +118,7 @@ def given(context: ForwardContext, sample: Tensor) -> Any:
 
 
 def low_band(values: Tensor, grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
-    """Return what a picture holds of a smaller one's tokens: means over what each covers, at the larger one's size.
+    """Average a picture over what each token of a smaller one covers, at the larger one's size.
 
     Args:
         values: [B, tokens, C] of a grid, or [B, C, height, width].

@@ -29,18 +29,14 @@ def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
         name: [second[name, clip] - first[name, clip] for clip in same if (name, clip) in both]
         for name in dict.fromkeys([*sides[0], *sides[1]])
     }
-    found = judge(changes)
-    return [
-        {
-            "name": name,
-            "before": _side(before, sides[0].get(name)),
-            "after": _side(after, sides[1].get(name)),
-            "clips": len(own),
-            "psnr_change": asdict(found[name]) if own else None,
-            "change": "" if not own else WORDS.get(found[name].verdict, found[name].verdict) if any(own) else "same",
-        }
-        for name, own in changes.items()
-    ]
+    found, entries = judge(changes), []
+    for name, own in changes.items():
+        words = "same" if not any(own) else WORDS.get(found[name].verdict, found[name].verdict)
+        entries.append({
+            "name": name, "before": _side(before, sides[0].get(name)), "after": _side(after, sides[1].get(name)),
+            "clips": len(own), "psnr_change": asdict(found[name]) if own else None, "change": words if own else "",
+        })  # fmt: skip
+    return entries
 
 
 def _side(report: SuiteReport, arm: ArmFigures | None) -> dict[str, Any] | None:

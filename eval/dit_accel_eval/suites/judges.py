@@ -24,8 +24,6 @@ class Judge:
 
     measures: Callable[[SuiteModel, int, ModelRun], Line]
     table: Callable[[Suite, Sequence[Line]], str]
-    check_suite: Callable[[Suite], None] | None = None
-    numbers: Callable[[str, int, int], Sequence[int]] | None = None
 
 
 def judge_of(suite: Suite) -> Judge:
@@ -41,7 +39,7 @@ def judge_of(suite: Suite) -> Judge:
     if Path(module.__file__ or "").resolve() != path:
         raise ConfigError(f"the judge {path} has the name of the module {module.__file__}; rename it")
     functions: dict[str, Any] = {name: getattr(module, name, None) for name in Judge.__dataclass_fields__}
-    for name in ("measures", "table"):
-        if not callable(functions[name]):
+    for name, function in functions.items():
+        if not callable(function):
             raise ConfigError(f"the judge {path} has no function {name}; see Judge in {__name__}")
     return Judge(**functions)

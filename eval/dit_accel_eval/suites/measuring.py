@@ -94,20 +94,12 @@ def _about(sampled: Sampled) -> Line:
     job, arm, clip, model = sampled.job, sampled.arm, sampled.clip, sampled.model
     embedded = job.suite.embedded
     return {
-        "arm": arm.name,
-        "clip": clip,
-        "suite": job.suite.name,
-        "prompt": model.prompt(clip),
-        **({"seed": model.seed(clip)} if job.suite.own else {}),
-        **({} if embedded else {"tokens": model.tokens}),
-        **job.setting,
-        **job.arm_setting(arm),
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "dit_accel": version("dit-accel"),
-        "python": platform.python_version(),
+        "arm": arm.name, "clip": clip, "suite": job.suite.name, "prompt": model.prompt(clip),
+        **({"seed": model.seed(clip)} if job.suite.own else {}), **({} if embedded else {"tokens": model.tokens}),
+        **job.setting, **job.arm_setting(arm), "torch": torch.__version__, "diffusers": version("diffusers"),
+        "dit_accel": version("dit-accel"), "python": platform.python_version(),
         "device": processor_name() if embedded else device_name(model.device),
-    }
+    }  # fmt: skip
 
 
 def _cost(made: ModelRun, dense_step: Counts | None, share: float) -> Line:

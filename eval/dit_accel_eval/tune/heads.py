@@ -32,15 +32,9 @@ Trial = tuple[tuple[str, ...], int]
 
 
 def tune_heads(
-    request: Request,
-    output: Path,
-    *,
-    objective: str = "checker",
-    rounds: int = 1,
-    per_round: int = 3,
-    stages: Stages | None = None,
-    ranks: Ranks | None = None,
-) -> Tuned:
+    request: Request, output: Path, *, objective: str = "checker", rounds: int = 1, per_round: int = 3,
+    stages: Stages | None = None, ranks: Ranks | None = None,
+) -> Tuned:  # fmt: skip
     """Search heads on the prompts of a request, which may hold a `SoftPAG` with u and a scale.
 
     Found are ``heads`` in the order of selection, with ``scores`` and ``rounds``, and how many ``clips`` were judged.

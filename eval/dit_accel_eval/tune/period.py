@@ -177,10 +177,6 @@ def spectrum(curve: np.ndarray, frequencies: np.ndarray) -> Spectrum:
     family = harmonics(frequencies, place)
     left = float(np.sqrt(weight @ (values - waves @ fit) ** 2))
     return Spectrum(
-        periods=tuple(float(period) for period in 2 * np.pi / frequencies),
-        amplitudes=tuple(float(share) for share in shares),
-        dominant=place,
-        family=family,
-        share=float(shares[list(family)].sum()),
-        error=left / size if size > 0 else 0.0,
-    )
+        periods=tuple((2 * np.pi / frequencies).tolist()), amplitudes=tuple(shares.tolist()), dominant=place,
+        family=family, share=float(shares[list(family)].sum()), error=left / size if size > 0 else 0.0,
+    )  # fmt: skip

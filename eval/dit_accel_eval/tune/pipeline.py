@@ -34,14 +34,9 @@ from .space import BY_HAND, default_space, space_of
 
 
 def tune_pipeline(
-    request: Request,
-    output: Path,
-    *,
-    target: str | None = None,
-    space: Path | None = None,
-    cache: Path | None = None,
+    request: Request, output: Path, *, target: str | None = None, space: Path | None = None, cache: Path | None = None,
     stages: Stages | None = None,
-) -> Tuned:
+) -> Tuned:  # fmt: skip
     """Search, and verify on held-out prompts; a target that no setting meets is refused, and nothing is written.
 
     A seed other than 0 is every prompt's, else each has its place as seed. Found are the setting ``chosen``, as

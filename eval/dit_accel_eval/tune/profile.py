@@ -107,11 +107,9 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
         )
     blocks, edge = cached_blocks(scores[criterion].tolist(), cached)
     return {
-        "cached": blocks,
-        "split_at": edge,
-        "scores": {one: _plain(values) for one, values in scores.items()},
+        "cached": blocks, "split_at": edge, "scores": {one: _plain(values) for one, values in scores.items()},
         "by_step": {one: [_plain(row) for row in values] for one, values in by_step.items()},
-    }
+    }  # fmt: skip
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

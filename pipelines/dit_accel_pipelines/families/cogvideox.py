@@ -33,7 +33,7 @@ ULTRAVICO_COGVIDEOX = {"period": 20.0, "gamma": 1.0, "by_ratio": ((2.0, 0.9, 0.6
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the video."""
+    """Compute the video's input of the first block's attention."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     time = transformer.time_embedding(
         transformer.time_proj(inputs["timestep"]).to(latents.dtype), inputs.get("timestep_cond")

@@ -23,7 +23,7 @@ _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipe
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the image."""
+    """Compute the image's input of the first block's attention."""
     image = transformer.x_embedder(inputs["hidden_states"])
     timestep, guidance = inputs["timestep"].to(image.dtype) * 1000, inputs.get("guidance")
     scales = (timestep,) if guidance is None else (timestep, guidance.to(image.dtype) * 1000)
@@ -47,12 +47,20 @@ FLUX = Adapter(
     flow=True,
     guidance=Guidance(
         alone=(
-            "FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline",
-            "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline", "FluxFillPipeline",
-            "VisualClozeGenerationPipeline", "FluxModularPipeline",
+            "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "FluxFillPipeline",
+            "VisualClozeGenerationPipeline",
+            "FluxModularPipeline",
         ),
         in_turn=(
-            "FluxControlNetPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline",
+            "FluxControlNetPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxKontextPipeline",
             "FluxKontextInpaintPipeline",
         ),
         embedded="guidance_embeds",
@@ -68,7 +76,7 @@ FLUX = Adapter(
     joined_text=JoinedText(place="before"),
     families=released("flux", {"flux-tiny": _TINY}, forwards_per_step=1, **FLUX_LARGER),
     makes_images=True,
-)  # fmt: skip
+)
 
 
 def kin_sizes(config: Mapping[str, Any]) -> Sizes:

@@ -11,7 +11,7 @@ from .released import released
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the video."""
+    """Compute the video's input of the first block's attention."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     mask = inputs["encoder_attention_mask"]
     time, _ = transformer.time_embed(inputs["timestep"], text, mask, hidden_dtype=latents.dtype)
@@ -34,9 +34,13 @@ MOCHI = Adapter(
     variable_text_length=True,
     signal=_modulated_input,
     rope=Rope(
-        owner="rope", form="learned", axes=learned, kinds=("none", "pi", "yarn"), fitted=("height", "width"),
+        owner="rope",
+        form="learned",
+        axes=learned,
+        kinds=("none", "pi", "yarn"),
+        fitted=("height", "width"),
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
     joined_text="its processor attends row by row, and never sees both texts at once",
     families=released("mochi", trained_frames=28),
-)  # fmt: skip
+)

@@ -34,13 +34,13 @@ def _normalised(found: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tenso
 
 
 def _longest(pipe: Any) -> int:
-    """Return how many tokens of text the pipeline's call takes."""
+    """Read the most tokens of text that the pipeline's call takes."""
     return CallSignature.of(type(pipe)).default("max_sequence_length")
 
 
 @torch.no_grad()
 def _t5(pipe: Any, caption: str) -> tuple[Tensor, ...]:
-    """Return what a pipeline of one T5 encoder makes of a caption: embeddings, and what else it has."""
+    """Encode a caption by a pipeline of one T5 encoder: embeddings, and what else it has."""
     return pipe.encode_prompt(
         caption, do_classifier_free_guidance=False, max_sequence_length=_longest(pipe), device=pipe.text_encoder.device
     )
@@ -84,11 +84,14 @@ def _hunyuan_text(pipe: Any, caption: str) -> Text:
 
 def _hunyuan_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, text: Text) -> Tensor:
     return transformer(
-        hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=text["prompt_embeds"],
+        hidden_states=noisy,
+        timestep=1000 * levels,
+        encoder_hidden_states=text["prompt_embeds"],
         encoder_attention_mask=text["prompt_attention_mask"].to(noisy.dtype),
         pooled_projections=text["pooled_prompt_embeds"],
-        guidance=torch.full_like(levels, 1000 * EMBEDDED_GUIDANCE, dtype=noisy.dtype), return_dict=False,
-    )[0]  # fmt: skip
+        guidance=torch.full_like(levels, 1000 * EMBEDDED_GUIDANCE, dtype=noisy.dtype),
+        return_dict=False,
+    )[0]
 
 
 def _mochi_latents(pipe: Any, video: Tensor) -> Tensor:
@@ -101,9 +104,12 @@ def _mochi_latents(pipe: Any, video: Tensor) -> Tensor:
 def _mochi_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, text: Text) -> Tensor:
     """Mochi's time runs from noise to the clip, and its velocity leads there."""
     return -transformer(
-        hidden_states=noisy, timestep=1000 * (1 - levels), encoder_hidden_states=text["prompt_embeds"],
-        encoder_attention_mask=text["prompt_attention_mask"], return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=noisy,
+        timestep=1000 * (1 - levels),
+        encoder_hidden_states=text["prompt_embeds"],
+        encoder_attention_mask=text["prompt_attention_mask"],
+        return_dict=False,
+    )[0]
 
 
 def _ltx_latents(pipe: Any, video: Tensor) -> Tensor:
@@ -118,11 +124,16 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
     pixels = pipe.vae_spatial_compression_ratio
     seconds = pipe.vae_temporal_compression_ratio / CallSignature.of(type(pipe)).default("frame_rate")
     velocity = transformer(
-        hidden_states=pipe._pack_latents(noisy, *patches), timestep=1000 * levels,
-        encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=text["prompt_attention_mask"],
-        num_frames=frames, height=height, width=width, rope_interpolation_scale=(seconds, pixels, pixels),
+        hidden_states=pipe._pack_latents(noisy, *patches),
+        timestep=1000 * levels,
+        encoder_hidden_states=text["prompt_embeds"],
+        encoder_attention_mask=text["prompt_attention_mask"],
+        num_frames=frames,
+        height=height,
+        width=width,
+        rope_interpolation_scale=(seconds, pixels, pixels),
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     return pipe._unpack_latents(velocity, frames, height, width, *patches)
 
 
@@ -138,7 +149,7 @@ TRAINABLE = {
 
 
 def trainable_of(files: ModelFiles) -> Trainable:
-    """Return how a model's pipeline is trained."""
+    """Find how a model's pipeline is trained."""
     name = str(files.index.get("_class_name"))
     if name not in TRAINABLE:
         why = f" ({REASONS[name]})" if name in REASONS else ""

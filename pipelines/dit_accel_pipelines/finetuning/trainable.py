@@ -36,8 +36,7 @@ def text_parts(pipe: Any) -> dict[str, Any]:
 def shift_at(scheduler: Any, tokens: int) -> float:
     """Return the shift of the noise levels that a model's scheduler denoises with; 1 where it has none.
 
-    Args:
-        tokens: of the latents, by which some schedulers' shift grows.
+    ``tokens``: of the latents, by which some schedulers' shift grows.
     """
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):

@@ -49,9 +49,15 @@ class Written:
 
 
 def generate(
-    request: Request, *, stages: Stages | None = None, command: Sequence[str] = (), process: Process | None = None,
-    resume: bool = False, notes: Sequence[str] = (), on_written: Callable[[Written], None] = lambda _: None,
-) -> list[Written]:  # fmt: skip
+    request: Request,
+    *,
+    stages: Stages | None = None,
+    command: Sequence[str] = (),
+    process: Process | None = None,
+    resume: bool = False,
+    notes: Sequence[str] = (),
+    on_written: Callable[[Written], None] = lambda _: None,
+) -> list[Written]:
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
 
     Args:
@@ -228,9 +234,14 @@ def _single(request: Request) -> list[Request]:
 
 @contextlib.contextmanager
 def attached(
-    pipe: Any, methods: Sequence[MethodConfig], backend: str, *, preset: str | None = None, dense: str | None = None,
+    pipe: Any,
+    methods: Sequence[MethodConfig],
+    backend: str,
+    *,
+    preset: str | None = None,
+    dense: str | None = None,
     quiet: bool = False,
-) -> Iterator[Any]:  # fmt: skip
+) -> Iterator[Any]:
     """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is requested.
 
     ``quiet``: what the preset is is not said.
@@ -246,13 +257,17 @@ def attached(
 
 
 def run(
-    pipe: Any, prompt: str, request: Request, *, pictures: Mapping[str, Any] | None = None, attachment: Any = None,
+    pipe: Any,
+    prompt: str,
+    request: Request,
+    *,
+    pictures: Mapping[str, Any] | None = None,
+    attachment: Any = None,
     stages: Stages | None = None,
-) -> Generation:  # fmt: skip
+) -> Generation:
     """Run a loaded pipeline on one prompt of a (resolved) request.
 
-    Args:
-        pictures: what the request's image and video files hold; None reads them.
+    ``pictures``: what the request's image and video files hold; None reads them.
     """
     import torch
 
@@ -268,13 +283,16 @@ def run(
         pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
     return Generation(
-        prompt=prompt, frames=to_uint8(pictures_made), timings=timings, report=report,
+        prompt=prompt,
+        frames=to_uint8(pictures_made),
+        timings=timings,
+        report=report,
         pictures=pictures_made if request.check else None,
-    )  # fmt: skip
+    )
 
 
 def check_of(dense: Generation, accelerated: Generation) -> Check:
-    """Return how near a run with methods is to the dense one of the same seed, and the seconds of both."""
+    """Compare a run with methods to the dense one of the same seed, and the seconds of both."""
     assert dense.pictures is not None
     assert accelerated.pictures is not None
     return compared(dense.pictures, accelerated.pictures, dense.timings.total, accelerated.timings.total)
@@ -308,9 +326,8 @@ def pictures_of(output: Any) -> np.ndarray:
 def any_pictures_of(output: Any) -> np.ndarray:
     """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
 
-    Args:
-        output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
-            [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
+    ``output``: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image`` [B,
+    height, width, 3], floats in [0, 1]; of a batch the first is taken.
     """
     name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
     pictures = np.asarray(getattr(output, name))

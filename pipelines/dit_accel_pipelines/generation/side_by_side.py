@@ -88,8 +88,7 @@ class Watched(Stages):
 class Comparing:
     """Compares prompt after prompt, one at a time, and keeps the model that it loaded last.
 
-    Args:
-        options: what every request has besides, such as ``device``, ``dtype`` and ``offload``.
+    ``options``: what every request has besides, such as ``device``, ``dtype`` and ``offload``.
     """
 
     def __init__(self, **options: Any) -> None:

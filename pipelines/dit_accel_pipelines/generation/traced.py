@@ -36,7 +36,7 @@ class Trace:
         return (torch.stack(parts).sum(0) / values.shape[1]).numpy()
 
     def moved(self, other: "Trace") -> list[float]:
-        """Return how far another run's latents lie from these before each step and at the end: the RMS."""
+        """Measure the RMS distance of another run's latents before each step and at the end."""
         return [float((a - b).square().mean().sqrt()) for a, b in zip(self.latents, other.latents, strict=True)]
 
 

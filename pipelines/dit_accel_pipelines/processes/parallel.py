@@ -106,7 +106,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Return how many they are."""
+        """Count them."""
         return 1 if self.mesh is None else self.mesh["ulysses"].size()
 
     def firsts(self, value: Value) -> Value:
@@ -176,7 +176,7 @@ def _counted_devices() -> Iterator[None]:
 
 
 def _hunyuan_video() -> dict[str, Any]:
-    """Return what HunyuanVideo splits and gathers: video and text each by itself, and the video's positions."""
+    """Plan HunyuanVideo's split: video and text each by itself, and the video's positions."""
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
     stream = ContextParallelInput(split_dim=1, expected_dims=3)

@@ -70,7 +70,7 @@ class Process:
 
 
 def started_process(environ: Mapping[str, str] = os.environ, *, together: int = 1) -> Process:
-    """Return which of a launcher's processes this is, by the variables that it sets; the only one without them."""
+    """Find which of a launcher's processes this is, by the variables that it sets; the only one without them."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return Process(together=together)
     variables: dict[str, Any] = {"LOCAL_RANK": environ["RANK"], "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"], **environ}

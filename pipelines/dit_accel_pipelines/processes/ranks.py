@@ -38,12 +38,12 @@ class Ranks:
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
-        """Return when all processes have called this; if one fails, the launcher ends the others."""
+        """Wait until all processes have called this; if one fails, the launcher ends the others."""
         if self._state is not None:
             self._state.wait_for_everyone()
 
     def shared(self, work: Callable[[], Value]) -> Value:
-        """Return what the first process makes of some work, to all of them."""
+        """Do some work in the first process, and hand its result to all of them."""
         result = self._gathered(_tried(work) if self.first else (None, None))[0]
         return _require(result)
 
@@ -85,12 +85,12 @@ class Ranks:
 
 
 def launched() -> int:
-    """Return how many processes a launcher started."""
+    """Count the processes that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, DitAccelError | None]:
-    """Return what some work makes, or how it fails: the other processes must hear of it, or they would wait."""
+    """Do some work; return its result or its error, of which the other processes must hear, or they would wait."""
     try:
         return work(), None
     except DitAccelError as error:
