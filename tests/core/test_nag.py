@@ -123,10 +123,12 @@ def test_compiled_code_around_cross_attention_is_refused(transformer):
 
 
 def test_texts_that_are_not_there_or_of_another_model(transformer):
-    with pytest.raises(ConfigError, match=r"nag.*none is.*nag\.negative_prompt"):
-        dit_accel.attach(transformer, NAG())
-    with pytest.raises(ConfigError, match=r"'blurry'.*encode_prompt"):
-        dit_accel.attach(transformer, NAG(negative_prompt="blurry"))
+    for options, text in (
+        (dict(), r"nag.*none is.*nag\.negative_prompt"),
+        (dict(negative_prompt="blurry"), "'blurry'.*encode_prompt"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(transformer, NAG(**options))
     with (
         dit_accel.attach(transformer, NAG(negative_embeds=EMBEDS[..., :48])),
         pytest.raises(ConfigError, match=r"negative text.*48 channels.*64"),
