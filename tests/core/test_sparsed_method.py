@@ -227,15 +227,11 @@ def test_lite_starts_from_the_pattern_and_drops_more_whatever_the_order():
     results = []
     for methods in ((config, lite), (lite, config)):
         with dit_accel.attach(transformer, *methods, preset="none") as attachment, recorded(attachment) as calls:
-            results.append(denoise(transformer, steps=6, branches=("cond",)))
+            results.append(denoise(transformer, steps=5, branches=("cond",)))
             densities = [step.density for step in attachment.report().steps]
-            pattern, voted = attachment.engine.handlers
-            assert voted.settings.block_size == 16
-            bits = [pattern.bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
-        planned = [call.plan.selection for call in calls]
-        assert all(selection.vote is not None for selection in planned[: 3 * 5])
+            bits = [attachment.engine.handlers[0].bits["transformer", layer, "cond", 0, 1] for layer in range(3)]
         for layer in range(3):
-            first, *mine = [selection.keep for selection in planned[layer::3]]
+            first, *mine = [call.plan.selection.keep for call in calls[layer::3]]
             assert first is None
             assert all(torch.equal(before & after, after) for before, after in itertools.pairwise(mine))
             assert all(torch.equal(keep & bits[layer], keep) for keep in mine)
