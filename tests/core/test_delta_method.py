@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import wan_tiny
 from dit_accel_kernels import FrameDecay, Selection, TileLists, block_sparse_attention_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from dit_accel.plan.probes import probe_gaps
 
 LAYOUT = TokenLayout(frames=5, height=4, width=6, text_before=3, text_after=7)
 ALWAYS = dict(block_size=16, dense_steps=0, dense_layers=0)
-RADIAL = RadialAttention(**ALWAYS, decay_factor=0.2, near="half", sink=False, order="tiles")
+RADIAL = dataclasses.replace(wan_tiny.RADIAL, order="tiles")
 
 
 def call_of(layout: TokenLayout = LAYOUT, **changes) -> Call:
