@@ -275,22 +275,17 @@ def test_the_steps_of_the_released_scripts():
         assert "." in drawn
 
 
-def test_the_retention_of_each_expert_as_the_script_has_it_from_text():
-    """Two forwards a step: floor(.4 x 52) of the first expert's, all up to the .4 x 28 th of the second's."""
-    warm = [step for step in range(40) if 2 * step < int(52 * 0.4) or 52 <= 2 * step <= 28 * 0.4 + 52]
-    drawn = mag_by_hand(MAGCACHE["wan2.2-a14b"]["ratios"], 0.06, 2, warm, reached=True)
-    assert (drawn[:10], drawn[26:32], drawn.count("#")) == ("#" * 10, "#" * 6, 26)
-    assert ours("wan2.2-a14b", 40, switch=26) == drawn
-    note = "magcache: the second transformer is counted from 0.65 of the run on"
-    assert planned("wan2.2-a14b", 40) == (drawn.count("."), (note,))
-
-
-def test_an_expert_in_which_nothing_is_skipped_as_the_script_has_it_from_an_image():
-    """The script counts forwards, two a step: 35 of them are computed first, in the conditional branch 18 steps."""
-    warm = [step for step in range(40) if 2 * step < int(30 + 50 * 0.1)]
-    drawn = mag_by_hand(MAGCACHE["wan2.2-i2v-a14b"]["ratios"], 0.06, 2, warm, reached=True)
-    assert (drawn[:18], drawn.count("#")) == ("#" * 18, 30)
-    assert ours("wan2.2-i2v-a14b", 40, switch=15) == drawn
-    assert planned("wan2.2-i2v-a14b", 40)[0] == drawn.count(".")
+def test_the_retention_of_each_expert_as_the_scripts_have_it():
+    """Two forwards a step: floor(.4 x 52) of the first expert's, all up to the .4 x 28 th of the second's, from text;
+    35 of all from an image, so that nothing is skipped in the first expert."""
+    step_by_step = range(40)
+    text = [step for step in step_by_step if 2 * step < int(52 * 0.4) or 52 <= 2 * step <= 28 * 0.4 + 52]
+    image = [step for step in step_by_step if 2 * step < int(30 + 50 * 0.1)]
+    for family, warm, switch, computed in (("wan2.2-a14b", text, 26, 26), ("wan2.2-i2v-a14b", image, 15, 30)):
+        drawn = mag_by_hand(MAGCACHE[family]["ratios"], 0.06, 2, warm, reached=True)
+        assert (drawn[: len(warm) // 2], drawn.count("#")) == ("#" * (len(warm) // 2), computed)
+        assert ours(family, 40, switch=switch) == drawn
+        note = f"magcache: the second transformer is counted from {switch / 40:g} of the run on"
+        assert planned(family, 40) == (drawn.count("."), (note,))
     later = ours("wan2.2-i2v-a14b", 40, switch=30)
     assert "." not in later[:31]  # whenever it takes over: a tenth of its ten steps
