@@ -113,24 +113,19 @@ def test_only_the_unconditional_branch_is_skipped():
 
 
 def test_a_branch_that_comes_or_goes_midway():
-    driven, late = Driven(cache(warmup_steps=2), line), Driven(cache(), line)
-    for step in range(5):
+    """Where the first branch of the steps ends, the other one's outputs are not compared with that one's."""
+    going, late = Driven(cache(warmup_steps=2), line), Driven(cache(), line)
+    measured, counted = Driven(EasyCache(threshold=1e9, **EVERY), line), Driven(cache(max_consecutive=4), line)
+    for step in range(9):
         for branch in ("cond",) if step in (2, 3) else ("cond", "uncond"):
-            driven.forward(step, still(step), branch)
+            going.forward(step, still(step), branch)
         for branch in ("cond",) if step < 2 else ("cond", "uncond"):
             late.forward(step, still(step), branch)
-    assert driven.drawn(steps=5) == driven.drawn("uncond", 5) == "##..."
-    assert (late.drawn(steps=5), late.drawn("uncond", 5)) == ("#....", "..#..")  # nothing was stored before
-
-
-def test_a_branch_that_comes_to_lead_is_measured_by_itself():
-    """Where the first branch of the steps ends, the other one's outputs are not compared with that one's."""
-    measured = Driven(EasyCache(threshold=1e9, **EVERY), line)
-    counted = Driven(cache(max_consecutive=4), line)
-    for step in range(9):
         for branch in ("uncond", "cond") if step < 4 else ("cond",):
             measured.forward(step, rising(step), branch)
             counted.forward(step, still(step), branch)
+    assert going.drawn(steps=9) == going.drawn("uncond", 9) == "##......."
+    assert (late.drawn(steps=9), late.drawn("uncond", 9)) == ("#........", "..#......")  # nothing was stored before
     assert measured.drawn(steps=9) == "##..##..."  # a rate takes two computed steps of one branch
     assert counted.drawn(steps=9) == "#....#..."  # it goes on counting what was skipped in a row
 

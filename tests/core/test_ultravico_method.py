@@ -10,13 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from one_layer import ADAPTER, MODEL, Fixed, OneLayer, context_of, random_call
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import (
     ConfigError,
     DeltaAttention,
-    RadialAttention,
     UltraViCo,
 )
 from dit_accel.adapters import installed
@@ -234,9 +233,6 @@ def test_gradients_are_autograds_of_the_plan_written_out(form, masked):
     expected = torch.autograd.grad(mixed, (q, k, v), grad)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
 
 
 def test_the_first_frame_keeps_its_rule_under_correction():
