@@ -1,20 +1,22 @@
 """Dense calls on a CPU: which go to the kernels' compiled loop, what they give there, and that it is said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends.torch import compiled, fused
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, RadialAttention
+from dit_accel import ConfigError
 from dit_accel.attachment import processor as module
 from dit_accel.attachment.engine import Engine
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler is here to build the loop")
-SPARSE = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=2, dense_layers=1)
+SPARSE = replace(RADIAL, dense_steps=2, dense_layers=1)
 
 
 @pytest.fixture

@@ -142,9 +142,6 @@ def test_a_backend_without_a_gradient_for_operators_is_named():
         out.sum().backward()
 
 
-# Lists that only save time
-
-
 @pytest.fixture
 def slow(monkeypatch):
     """A processor on which sparse attention is slower than dense at every density from .3 on."""
@@ -245,11 +242,11 @@ def test_a_transformer_that_is_compiled_whole_follows_a_clip_whose_length_change
         called = torch.compile(transformer, backend="eager", dynamic=False) if compiled else transformer
         method = UltraViCo(trained_frames=3, alpha=0.5)
         with dit_accel.attach(transformer, method, backend="torch") as attachment, torch.no_grad():
-            for step, length in enumerate((3, 8, 8, 3)):
+            for step, length in enumerate((3, 8, 3)):
                 draw = torch.Generator().manual_seed(step)
                 latents, text = (torch.randn(size, generator=draw) for size in ((1, 12, length, 8, 8), (1, 6, 64)))
-                with transformer.cache_context("cond", step_index=step, num_inference_steps=4, sigma=1 - step / 4):
+                with transformer.cache_context("cond", step_index=step, num_inference_steps=3, sigma=1 - step / 3):
                     outputs.append(called(latents, torch.tensor([500 - step]), text)[0])
             steps = attachment.report().steps
-        assert compiled or sum(step.sparse_layers for step in steps) == 2
-    assert all(torch.equal(eager, compiled) for eager, compiled in zip(outputs[:4], outputs[4:], strict=True))
+        assert compiled or sum(step.sparse_layers for step in steps) == 1
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(outputs[:3], outputs[3:], strict=True))

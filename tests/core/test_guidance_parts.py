@@ -25,6 +25,7 @@ BRANCHES = {
     "slg": SLG(layers="L1", start=0.0, stop=1.0),
     "seg": SEG(layers="L1"),
 }
+EITHER = [PAG(layers="L1", mode="free"), NAG(negative_embeds=torch.ones(1, 6, 64))]
 BY_NAME = {
     "cond": "cond", "pred_cond": "cond", "cond_uncond/cond": "cond", "uncond": "uncond", "pred_uncond": "uncond",
     "cond_uncond": "both", "uncond_stg": "perturbed", "pred_cond_skip": "perturbed",
@@ -125,14 +126,6 @@ def test_a_declared_class_tells_by_the_place_of_a_forward_and_its_rows():
     assert running_call(Pipe(None)).classes == ()
 
 
-def test_a_transformer_of_its_own_tells_by_its_component():
-    assert part("call 0", site(IDEOGRAM4, name="transformer")) == "cond"
-    assert part("call 0", site(IDEOGRAM4, name="unconditional_transformer")) == "uncond"
-    alone = site(IDEOGRAM4, name="transformer")  # attached by itself, run by a pipeline
-    alone.running = SimpleNamespace(transformer=object(), unconditional_transformer=alone.transformer)
-    assert part("call 0", alone) == "uncond"
-
-
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
@@ -162,76 +155,67 @@ def test_rows_lie_where_the_adapter_says():
 def test_a_list_with_an_entry_for_each_row_is_cut_by_its_entries():
     """Also where the entries are as long as there are rows."""
     images, texts = [torch.full((4, 1, 2, 2), float(row)) for row in range(4)], [torch.zeros(4, 3)] * 4
-    half = rows_of({"x": images, "cap_feats": texts, "t": torch.arange(4)}, slice(0, 2), 4, Z_IMAGE)
-    assert [image.shape for image in half["x"]] == [(4, 1, 2, 2)] * 2
-    assert [text.shape for text in half["cap_feats"]] == [(4, 3)] * 2
+    half = rows_of({"x": images, "cap_feats": texts}, slice(0, 2), 4, Z_IMAGE)
+    assert [entry.shape for entry in half["x"] + half["cap_feats"]] == [(4, 1, 2, 2)] * 2 + [(4, 3)] * 2
     assert len(with_rows_again({"x": images}, slice(0, 1), 4, Z_IMAGE)["x"]) == 5
 
 
 def test_what_holds_no_rows_stays_though_it_is_as_long_as_the_batch():
-    ids, further = torch.zeros(4, 3), [torch.zeros(4, 2), None]
-    half = rows_of({"txt_ids": ids, "controlnet_block_samples": further}, slice(0, 2), 4, FLUX)
+    ids, more, one = torch.zeros(4, 3), [torch.zeros(4, 2), None], torch.zeros(1, 6, 3)
+    inputs = {"txt_ids": ids, "controlnet_block_samples": more, "encoder_hidden_states": one}
+    half = rows_of(inputs, slice(0, 2), 4, FLUX)
     assert half["txt_ids"] is ids
     assert half["controlnet_block_samples"][0].shape == (2, 2)
     assert half["controlnet_block_samples"][1] is None
-    one = {"encoder_hidden_states": torch.zeros(1, 6, 3)}  # one row that serves all of them
-    assert rows_of(one, slice(0, 2), 4, FLUX)["encoder_hidden_states"].shape == (1, 6, 3)
+    assert half["encoder_hidden_states"].shape == (1, 6, 3)  # one row that serves all of them
 
 
-def test_rows_in_follow_the_declared_order():
+def test_rows_follow_the_declared_order_and_a_transformer_of_its_own_tells_by_its_component():
     assert rows_of_prompt(site(), "both", 4, "cond") == (slice(2, 4), 4)
     assert rows_of_prompt(site(Z_IMAGE), "both", 4, "cond") == (slice(0, 2), 4)
     assert rows_of_prompt(site(), "cond", 4, "cond") is None
+    assert part("call 0", site(IDEOGRAM4, name="transformer")) == "cond"
+    assert part("call 0", site(IDEOGRAM4, name="unconditional_transformer")) == "uncond"
+    alone = site(IDEOGRAM4, name="transformer")  # attached by itself, run by a pipeline
+    alone.running = SimpleNamespace(transformer=object(), unconditional_transformer=alone.transformer)
+    assert part("call 0", alone) == "uncond"
 
 
-class Loop:
+def step_of(transformer, order=("cond", "uncond"), scale=5.0, contexts=True):
     """One step of a loop written by hand around a tiny Wan transformer."""
-
-    def __init__(self, scale=5.0):
-        self.transformer, self.scale = tiny_transformer(), scale
-
-    def step(self, order, contexts=True, latents=None):
-        noise = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 12, 5, 8, 8, generator=noise)
-        texts = {name: torch.randn(1, 6, 64, generator=noise) for name in ("cond", "uncond")}
-        made = {}
-        for name in order:
-            with torch.no_grad(), self.transformer.cache_context(name) if contexts else torch.no_grad():
-                made[name] = self.transformer(x, torch.tensor([900.0]), texts[name], return_dict=False)[0]
-        return made["uncond"] + self.scale * (made["cond"] - made["uncond"])
+    noise, outs = torch.Generator().manual_seed(0), {}
+    x = torch.randn(1, 12, 5, 8, 8, generator=noise)
+    texts = {name: torch.randn(1, 6, 64, generator=noise) for name in ("cond", "uncond")}
+    for name in order:
+        with torch.no_grad(), transformer.cache_context(name) if contexts else torch.no_grad():
+            outs[name] = transformer(x, torch.tensor([900.0]), texts[name], return_dict=False)[0]
+    return outs["uncond"] + scale * (outs["cond"] - outs["uncond"])
 
 
 @pytest.mark.parametrize("name", BRANCHES)
 def test_the_conditional_prompt_comes_first_in_a_loop_written_by_hand(name):
     """What is added does not depend on the scale; the other order is refused in the step, but for the free mode."""
-    added = []
+    added, transformer = [], tiny_transformer()
     for scale in (1.0, 5.0):
-        loop = Loop(scale)
-        plain = loop.step(("cond", "uncond"))
-        with dit_accel.attach(loop.transformer, BRANCHES[name]):
-            added.append(loop.step(("cond", "uncond")) - plain)
+        plain = step_of(transformer, scale=scale)
+        with dit_accel.attach(transformer, BRANCHES[name]):
+            added.append(step_of(transformer, scale=scale) - plain)
     torch.testing.assert_close(added[0], added[1], rtol=1e-3, atol=1e-4)
-    with (
-        dit_accel.attach(loop.transformer, BRANCHES[name]),
-        pytest.raises(ConfigError, match=rf"^{name} adds.*step 0.*{name}\.mode = 'free'"),
-    ):
-        loop.step(("uncond", "cond"))
+    refused = pytest.raises(ConfigError, match=rf"^{name} adds.*step 0.*{name}\.mode = 'free'")
+    with dit_accel.attach(transformer, BRANCHES[name]), refused:
+        step_of(transformer, ("uncond", "cond"))
 
 
-@pytest.mark.parametrize("method", [PAG(layers="L1", mode="free"), NAG(negative_embeds=torch.ones(1, 6, 64))])
-def test_the_free_mode_and_nag_take_either_order(method):
-    loop = Loop()
-    with dit_accel.attach(loop.transformer, method):
-        assert torch.equal(loop.step(("cond", "uncond")), loop.step(("uncond", "cond")))
-
-
-@pytest.mark.parametrize("name", [*BRANCHES, "free", "nag"])
-def test_a_loop_written_by_hand_that_opens_no_context_is_refused(name):
-    more = {"free": PAG(layers="L1", mode="free"), "nag": NAG(negative_embeds=torch.ones(1, 6, 64))}
-    loop, method = Loop(), (BRANCHES | more)[name]
+@pytest.mark.parametrize("method", [*BRANCHES.values(), *EITHER], ids=lambda method: method.name)
+def test_a_loop_written_by_hand_that_opens_no_context_is_refused(method):
+    """With contexts, the free mode and NAG take either order."""
+    transformer = tiny_transformer()
     refused = pytest.raises(ConfigError, match=rf"^{method.name}.*which prompt")
-    with dit_accel.attach(loop.transformer, method), refused:
-        loop.step(("cond", "uncond"), contexts=False)
+    with dit_accel.attach(transformer, method), refused:
+        step_of(transformer, contexts=False)
+    if method in EITHER:
+        with dit_accel.attach(transformer, method):
+            assert torch.equal(step_of(transformer), step_of(transformer, ("uncond", "cond")))
 
 
 def test_any_attached_transformer_has_a_context_to_open():

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, CogVideoXAttnProcess
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from dit_accel_kernels import TileLists, block_sparse_attention
 from one_layer import MODEL, OneLayer
-from tiny_models import COGVIDEOX
+from tiny_models import MODELS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dit_accel
@@ -174,7 +174,8 @@ def test_planned_calls_and_the_kernels_own_operators_stay_out_of_cuda_graphs():
 
 def test_a_processor_kept_by_others_is_a_plain_one_after_detach():
     """diffusers keeps the processors that fused ones replace, and puts them back when told to."""
-    model, inputs = COGVIDEOX[1].transformer(**COGVIDEOX[1].config).eval(), COGVIDEOX[1].inputs(1)
+    tiny = MODELS["cogvideox"][1]
+    model, inputs = tiny.transformer(**tiny.config).eval(), tiny.inputs(1)
     method = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
     with torch.no_grad():
         plain = model(**inputs).sample
