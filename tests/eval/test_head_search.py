@@ -100,17 +100,20 @@ def request(*methods):
     return request_of(*methods, prompts=embedded_prompts("wan-plain", 1), num_inference_steps=1)
 
 
-def test_a_search_writes_heads_and_keeps_what_was_judged_for_further_rounds(tmp_path, pipe):
+def test_a_search_writes_heads_and_keeps_what_was_judged_for_further_rounds(tmp_path, pipe, monkeypatch):
+    judged = []
+    worth = lambda runs, config, judges, trial: judged.append(trial) or [float(trial[0][0][1]) + len(trial[0])]  # noqa: E731
+    monkeypatch.setattr("dit_accel_eval.tune.heads._judged", worth)
     output = tmp_path / "heads.json"
     options = dict(objective="objective:brightness", rounds=1, per_round=2)
     found = tune_heads(request(), output, **options)
-    assert found.found["clips"] == 30 == cost(30, 1, 2, 1)
-    kept = json.loads((tmp_path / "heads.json.progress.json").read_text())["scores"]
-    scores = {heads[0]: score[0] for (heads, _), score in kept}
-    best = sorted(scores, key=lambda head: -scores[head])[:2]
-    assert found.found["heads"] == best == json.loads(output.read_text())["heads"]
+    assert found.found["clips"] == len(judged) == 30 == cost(30, 1, 2, 1)
+    assert found.found["heads"] == ["L5H0", "L5H1"] == json.loads(output.read_text())["heads"]
     assert SoftPAG(heads=str(output)).heads == str(output)
     assert tune_heads(request(), output, **options).found == found.found
+    assert len(judged) == 30
+    assert tune_heads(request(), output, **{**options, "rounds": 2}).found["heads"][2:] == ["L5H2", "L5H3"]
+    assert len(judged) == 58
     with pytest.raises(ConfigError, match=r"heads\.json\.progress.*objective = .*finish"):
         tune_heads(request(), output, **{**options, "objective": "sharpness"})
     assert cost(576, 1, 24, 20) == 11520  # the paper's general search

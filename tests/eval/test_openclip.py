@@ -5,7 +5,6 @@ import json
 import numpy as np
 import open_clip
 import pytest
-import tiny_vbench
 import torch
 from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, openclip, scores
 from dit_accel_eval.metrics import weights as metric_weights
@@ -17,12 +16,12 @@ from fake_model import command
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_vbench import MODEL, OTHER, WIDTH, scripted
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from dit_accel import ConfigError
 
-MODEL, OTHER = "ViT-S-32-alt", "ViT-S-32"
 PROMPT = "A red kite over the sea, 5 o'clock"
 
 
@@ -90,11 +89,11 @@ def test_a_prompt_or_reference_that_lacks_is_told(given):
 def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
     name = f"aesthetic@open_clip:{MODEL}={given[3]}"
-    path = tmp_path / "vbench" / "aesthetic_model" / "emb_reader" / "sa_0_4_vit_s_32_alt_linear.pth"
+    path = tmp_path / "vbench" / "aesthetic_model" / "emb_reader" / "sa_0_4_tiny_clip_linear.pth"
     reason = metric(name).missing()
     assert reason == f"the aesthetic head is not here: put one of your own for {MODEL} at {path}"
     path.parent.mkdir(parents=True)
-    head = torch.nn.Linear(256, 1)
+    head = torch.nn.Linear(WIDTH, 1)
     torch.save(head.state_dict(), path)
     with torch.no_grad():
         expected = head(pictures(given, clip()))[:, 0]
@@ -103,10 +102,10 @@ def test_the_aesthetic_head_is_linear_over_the_embedding(given, tmp_path, monkey
     assert objective_of(name, None)(clip(), "") == pytest.approx(value)
     wide = metric(f"aesthetic@open_clip:{MODEL}={given[3]}")
     torch.save(torch.nn.Linear(9, 1).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt\S+ is no .* ViT-S-32-alt.*9\].*256\]"):
+    with pytest.raises(ConfigError, match=r"sa_0_4_tiny_clip\S+ is no .* tiny-clip.*9\].*16\]"):
         wide.missing()
     path.write_bytes(b"none")
-    with pytest.raises(ConfigError, match=r"sa_0_4_vit_s_32_alt_linear\.pth.*aesthetic head"):
+    with pytest.raises(ConfigError, match=r"sa_0_4_tiny_clip_linear\.pth.*aesthetic head"):
         unavailable([name])
 
 
@@ -141,7 +140,7 @@ def test_published_weights_are_taken_from_the_folder_and_told_where_to_put(given
 
 
 def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_told(given, tmp_path, monkeypatch):
-    tiny_vbench.scripted(dict(given[0].state_dict()), tmp_path / "theirs.pt")
+    scripted(dict(given[0].state_dict()), tmp_path / "theirs.pt")
     one = weighted(f"{MODEL}={tmp_path}/theirs.pt")
     made = open_clip.create_model(MODEL, force_quick_gelu=True)
     made.load_state_dict(given[0].state_dict())
@@ -153,11 +152,11 @@ def test_openais_torchscript_gets_its_own_activation_and_a_lacking_tokenizer_is_
 
 
 def test_pickscore_and_hpsv2_are_tags_and_transformers_names_are_read(tmp_path, monkeypatch):
-    size = dict(num_attention_heads=4, num_hidden_layers=10, hidden_size=256, intermediate_size=1024)
-    seen = {**size, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_hidden_layers": 12}
+    size = dict(num_attention_heads=1, num_hidden_layers=1, hidden_size=WIDTH, intermediate_size=4 * WIDTH)
+    seen = dict(num_attention_heads=2, num_hidden_layers=1, hidden_size=2 * WIDTH, intermediate_size=8 * WIDTH)
     torch.manual_seed(1)
-    config = CLIPConfig(projection_dim=256, text_config={**size, "hidden_act": "gelu", "eos_token_id": 49407},
-                        vision_config={**seen, "hidden_act": "gelu", "patch_size": 32})  # fmt: skip
+    config = CLIPConfig(projection_dim=WIDTH, text_config={**size, "hidden_act": "gelu", "eos_token_id": 49407},
+                        vision_config={**seen, "hidden_act": "gelu", "patch_size": 56})  # fmt: skip
     theirs = CLIPModel(config).eval()
     save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, tmp_path / "p.safetensors")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *asked: str(tmp_path / asked[1]))
@@ -183,7 +182,7 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
     with pytest.raises(ConfigError, match=rf"small\.pt .*{OTHER}: .*(changed|mismatch)"):
         scores([name], Sample(frames=clip(), prompt=PROMPT))
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"bad\.pt .*weights of ViT-S-32-alt:"):
+    with pytest.raises(ConfigError, match=r"bad\.pt .*weights of tiny-clip:"):
         unavailable([f"clip-align@open_clip:{MODEL}={tmp_path}/bad.pt"])
 
 

@@ -19,11 +19,10 @@ from dit_accel_eval.vbench.measures import WAYS, VideoScore
 from dit_accel_eval.vbench.prompts import Prompt
 from fake_model import command
 from PIL import Image
+from tiny_vbench import MODEL, WIDTH
 from torch.nn import functional as F
 
 from dit_accel import ConfigError
-
-MODEL, WIDTH = "ViT-S-32-alt", 256
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

@@ -16,6 +16,7 @@ from dit_accel_eval.vbench import measures, official, run
 from dit_accel_eval.vbench.prompts import read_full_info
 from dit_accel_pipelines.generation.media import read_video, write_media
 from fake_model import command, told
+from tiny_vbench import MODEL
 from typer.testing import CliRunner
 
 from dit_accel import ConfigError
@@ -119,7 +120,7 @@ def test_a_run_goes_on_where_it_stopped_and_notes_files_that_changed(work, monke
 def test_clips_dimensions_are_measured_by_its_weights_and_told_by_hash(work, monkeypatch):
     start, at = work
     torch.manual_seed(0)
-    by = Weighted("ViT-S-32-alt", file=at / "small.pt")
+    by = Weighted(MODEL, file=at / "small.pt")
     torch.save(open_clip.create_model(by.model, pretrained=None).state_dict(), at / "small.pt")
     monkeypatch.setattr(measures, "BASE", by)
     for name in ("background_consistency", "appearance_style"):
