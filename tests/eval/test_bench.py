@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from dit_accel_eval.bench import forwards
 from dit_accel_eval.bench.beside import Beside
-from dit_accel_eval.bench.forwards import BenchArm, Plan, bench_arms, make_bench, preset_arms, run_bench
+from dit_accel_eval.bench.forwards import BenchArm, Plan, bench_arms, make_bench, run_bench
 from dit_accel_eval.bench.loop import OutOfMemoryError, in_turn
 from dit_accel_eval.bench.memory import memory_of_logits, memory_of_model
 from dit_accel_eval.bench.options import BenchOptions
@@ -124,14 +123,6 @@ def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_
     assert {line["against"] for line in lines} == {"_native_math"}
 
 
-def test_a_dense_backend_is_the_process_wide_choice_no_longer_than_its_arm():
-    before = _AttentionBackendRegistry.get_active_backend()
-    arm = BenchArm(name="math", backend="_native_math")
-    (line,) = run_bench(narrow(), [arm], rounds=1)
-    assert "step_seconds" in line
-    assert _AttentionBackendRegistry.get_active_backend() == before
-
-
 def test_an_arm_that_fails_is_told_and_the_others_run(monkeypatch):
     made, bad = narrow(steps=2), BenchArm(name="bad", methods=(StaticCache(every=2),))
     monkeypatch.setattr(forwards.dit_accel, "attach", lambda *_, **__: 1 / 0)
@@ -209,20 +200,6 @@ def test_the_named_shapes_are_the_sequences_of_the_released_models():
     }  # fmt: skip
     assert list(plans) == list(SHAPES)
     assert named_shapes("wan-480p, wan-480p") == [plans["wan-480p"].shape]
-
-
-def test_a_few_heads_are_a_share_of_the_model():
-    plan = narrow().plan
-    assert (plan.family.heads, plan.all_heads, plan.family.ffn_dim) == (2, 12, 8960 // 6)
-
-
-def test_the_presets_sparse_parts_act_in_every_step_and_layer_at_any_size():
-    """480 tokens, 8 tiles."""
-    arms = preset_arms()
-    assert [arm.name for arm in arms] == ["dense", "sol of balanced", "sol of fast"]
-    dense, balanced, fast = run_bench(narrow(steps=1), arms, rounds=1)
-    assert dense["attended"] == 1 > balanced["attended"] >= fast["attended"]
-    assert fast["attention_ratio"] > 0
 
 
 def test_no_round_begins_that_the_time_left_is_too_short_for():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from dit_accel_eval.runs.counting import Counter, Counts, attended_share, run_estimate, work
+from dit_accel_eval.runs.counting import Counter, Counts, attended_share, work
 from dit_accel_pipelines.families.wan import WAN
 from wan_tiny import denoise, tiny_transformer
 
@@ -79,28 +79,3 @@ def test_work_is_in_steps_of_the_dense_model():
     assert work(Counts(blocks=120, attention=240), step, 0.5, 0.72) == pytest.approx(10 * (0.28 + 0.36))
     assert work(Counts(blocks=60, attention=240), step, 1.0, 0.72) == pytest.approx(10 * (0.14 + 0.72))
     assert Counts(blocks=120, attention=240) / 10 == step
-
-
-def test_the_own_share_grows_with_the_tokens():
-    call = {"height": 64, "width": 64, "guidance_scale": 4.0}
-    shares = [run_estimate(WAN, WAN_PLAIN, {**call, "num_frames": frames}).attention_share for frames in (17, 129)]
-    assert 0.1 < shares[0] < shares[1] < 0.9
-
-
-@pytest.mark.parametrize("given", ["PyramidAttentionBroadcastConfig", "FirstBlockCacheConfig"])
-def test_a_suite_tells_native_caches_the_timestep(given):
-    import diffusers
-    from dit_accel_eval.runs.model import _with_timestep
-
-    from dit_accel.methods.caches.native import DiffusersCache
-
-    class Pipe:
-        current_timestep = 17
-
-    config = getattr(diffusers, given)()
-    told = _with_timestep(DiffusersCache(config=config), Pipe)
-    if given.startswith("Pyramid"):
-        assert told.config.current_timestep_callback() == 17
-        assert config.current_timestep_callback is None
-    else:
-        assert told.config is config

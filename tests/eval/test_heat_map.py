@@ -139,17 +139,6 @@ def test_guidance_is_drawn_where_it_acted(tmp_path):
     assert len(np.flatnonzero(line[1:] & ~line[:-1])) == 2
 
 
-def test_a_branch_that_runs_a_part_of_the_layers_is_drawn(tmp_path):
-    part = StepReport(
-        transformer="transformer", step_index=1, branch="cond/pag", dense_layers=0, sparse_layers=1, density=1.0,
-        pooled=0.0,
-    )  # fmt: skip
-    call = CallReport(transformer="transformer", step_index=1, branch="cond/pag", layer=2, density=1.0, pooled=0.0)
-    report = replace(REPORT, steps=(*STEPS, part), calls=(*CALLS, call))
-    assert heat_map.kept_shares(report, "transformer", "cond/pag")[2, 0, 1] == 1.0
-    write_heat_map(report, tmp_path / "map.png")
-
-
 def test_a_notebook_reads_first_whether_it_helped_and_escapes_the_rest():
     one = dict(transformer="transformer", branch="cond", before=0.0)
     forwards = tuple(

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from dit_accel_assets import model_path
-from method_pages import FOLDER, GROUPS, group_table, options_table
+from method_pages import FOLDER, options_table
 from PIL import Image
 from tiny_stock import stock_pipeline
 
@@ -141,18 +141,6 @@ def test_the_code_of_a_page_runs(name, monkeypatch):
     finally:
         if (left := dit_accel.attachment_of(pipe)) is not None:
             left.detach()
-
-
-def test_a_method_in_no_group_of_the_index_is_an_error(monkeypatch):
-    monkeypatch.setitem(GROUPS, "sparse", ("sol",))
-    with pytest.raises(ValueError, match=r"'radial'"):
-        group_table("sparse")
-
-
-def test_an_option_that_no_docstring_describes_is_an_error(monkeypatch):
-    monkeypatch.setattr(methods()["dfa"], "__doc__", "DFA.\n\nAttributes:\n    every: n.\n")
-    with pytest.raises(ValueError, match=r"DFA .* share"):
-        options_table("dfa")
 
 
 def test_a_table_has_own_options_first_then_the_names_of_shared_ones():

@@ -6,11 +6,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from dit_accel_eval.metrics import NotMeasured, Sample, metric, metrics, openclip, scores
+from dit_accel_eval.metrics import Sample, metric, openclip, scores
 from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
-from dit_accel_eval.report.lines import better_of, metric_words
 from dit_accel_eval.tune.objectives import objective_of
 from fake_model import command
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -200,15 +199,6 @@ def test_wrong_names_are_refused_with_what_to_write():
         for check in (lambda name: check_names([name]), lambda name: objective_of(name, None)):
             with pytest.raises(ConfigError, match=said):
                 check(f"clip-score@open_clip:{name}")
-
-
-def test_the_list_of_metrics_says_how_a_model_is_named_and_reports_need_no_weights():
-    reason = metrics()["clip-score@open_clip:MODEL"].missing()
-    assert str(reason).startswith("name a model with its weights, MODEL/TAG or MODEL=FILE")
-    with pytest.raises(NotMeasured, match="MODEL=FILE"):
-        metrics()["clip-score@open_clip:MODEL"](Sample(frames=clip()))
-    gone = "clip-image@open_clip:ViT-S-32=/gone/x.pt"
-    assert (metric_words(gone), better_of(gone)) == ("CLIP likeness to the reference, ViT-S-32=/gone/x.pt", "more")
 
 
 def test_an_objective_by_a_metric_is_higher_for_better(given):

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dit_accel_eval.report import writing
-from dit_accel_eval.report.charts import forest, hues, ticks
+from dit_accel_eval.report.charts import forest
 from dit_accel_eval.report.lines import read_results
 from dit_accel_eval.report.page import page, score_leads, summary
-from dit_accel_eval.report.report import quantile_clips, suite_report
-from dit_accel_eval.runs.results import ResultLine, read_lines, result_lines
+from dit_accel_eval.report.report import suite_report
+from dit_accel_eval.runs.results import read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_figures, suite_table
 from dit_accel_eval.suites.suite import read_suite
 from fake_model import command, told, written
@@ -310,11 +310,6 @@ def test_a_drawn_lead_is_right_of_the_line_where_the_arm_is_ahead():
     assert dict((value, place) for place, value in drawn.marks)[0.0] == drawn.zero
 
 
-def test_marks_are_round():
-    assert ticks(-6, 14) == pytest.approx([-5, 0, 5, 10])
-    assert ticks(0.0, 0.1) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
-
-
 def test_of_few_clips_it_says_so_and_draws_no_interval():
     few = report()
     assert len(few.prompts) == 4
@@ -377,28 +372,3 @@ def test_pairs_are_those_of_the_suite_that_is_named_or_lies_near(tmp_path):
     assert any("pairs that the suite may declare" in text.lower() for text in report(path).warnings)
     (tmp_path / "presets-wan-tiny.toml").write_text(suite.read_text())
     assert len(report(path).pairs) == 4
-
-
-def test_every_arm_has_one_colour_and_dense_runs_none():
-    found = report(EARLIER / "report-wan-tiny.jsonl")
-    colours = hues(found)
-    assert set(colours) == {arm.name for arm in found.arms if not found.is_dense(arm)}
-    assert len(set(colours.values())) == len(colours)
-    text = page(found)
-    for name, hue in colours.items():
-        assert text.count(f"--hue:{hue}") == text.count(f'"--hue:{hue}"') >= 4  # its rows of all tables
-        assert f'<tr class="hued" style="--hue:{hue}" data-arm="{name}">' in text
-
-
-def test_the_median_of_an_even_number_is_the_lower_one():
-    lines = [ResultLine(arm="a", clip=0, num_inference_steps=1, psnr=value) for value in (4.0, 1.0, 3.0, 2.0)]
-    for count, found in ((4, [1, 2]), (3, [1, 3]), (2, [1, 1])):
-        assert [line.psnr for line in quantile_clips(lines[:count])] == found
-
-
-def test_dense_runs_of_some_clips_alone_are_left_out_of_the_page():
-    found = report(EARLIER / "report-wan-tiny.jsonl")
-    text = page(found)
-    assert "Left out are 9 dense runs made on some clips alone, as rivals." in text
-    assert "unipc 12</th>" in text
-    assert "unipc 17</th>" not in text.partition("What ran")[0]

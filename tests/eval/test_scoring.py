@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_assets.clips import clip_of, draw_plain
-from dit_accel_eval.metrics.distances import Distance
 from dit_accel_eval.runs.results import keep, read_lines
 from dit_accel_pipelines.generation.media import write_media
 from fake_model import command
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from dit_accel import ConfigError
 from dit_accel.errors import install
 
 
@@ -143,12 +141,6 @@ def test_videos_of_which_frames_are_lost_are_not_measured_as_if_they_were_whole(
         assert f"a.{suffix} is damaged or was cut off (" in found.stderr or "can't be read (" in found.stderr
 
 
-def test_skipped_metrics_are_told_below_the_table(folders):
-    found = score(folders[0], "--reference", folders[1], "-m", "ms-ssim", "-m", "ssim")
-    assert found.exit_code == 0
-    assert found.stderr.count("ms-ssim was skipped: it takes a short side of 161 pixels, and there are 64") == 1
-
-
 class Means(torch.nn.Module):
     """Colours' means in Inception's place, of frames as 8 bits."""
 
@@ -178,13 +170,6 @@ def test_distances_of_folders_are_torchmetrics(folders, monkeypatch):
     kernels = [(x @ y.T / 3 + 1) ** 3 for x, y in ((one, one), (two, two), (one, two))]
     within = sum((kernel.sum() - kernel.trace()) / (18 * 17) for kernel in kernels[:2])
     assert found["metrics"]["kid@inception"] == pytest.approx(within - 2 * kernels[2].mean(), rel=1e-3)
-
-
-def test_weights_that_can_not_be_fetched_are_told(monkeypatch):
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
-    with pytest.raises(ConfigError, match=r"fid@inception can't.*weights.*\(no net\)"):
-        Distance("fid@inception")
 
 
 def test_distances_need_a_library_and_references(folders, monkeypatch):

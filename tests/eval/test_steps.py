@@ -138,11 +138,3 @@ def test_the_report_shows_steps_and_stages(tmp_path):
     assert "<td>0.500</td>\n<td>4.00</td>\n<td>1.000</td>\n<td>0.25</td>\n<td>301</td>" in text
     (run, *_) = data_of(report)["arms"][1]["runs"]
     assert (run["step_work"], run["times"]["text"]) == ([1, 1, 1, 1], 0.5)
-
-
-def test_results_without_steps_are_reported_as_before(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text("".join(json.dumps(line(arm, 0, 4)) + "\n" for arm in ("whole 4", "unipc 4")))
-    text = page(suite_report(read_results(path)))
-    assert "Step by step" not in text
-    assert "decoding, s" not in text

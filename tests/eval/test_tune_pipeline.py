@@ -1,6 +1,5 @@
 """Tuning a pipeline: the cheapest setting that meets a target, verified, resumed, written for generate, or refused."""
 
-import dataclasses
 import functools
 import json
 import sys
@@ -15,7 +14,7 @@ from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune import pipeline as tune_pipeline
 from dit_accel_eval.tune import pipeline_search
-from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, known_work, least_work, pareto, read_target
+from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, read_target
 from dit_accel_pipelines.families.wan import WAN
 from fake_model import FakeModel, command, faked
 from model_folders import model_folder
@@ -218,12 +217,6 @@ def test_what_only_the_searched_prompts_like_is_not_written(tune, tmp_path, fake
     assert read_lines(tmp_path / "fast.runs.jsonl")  # nothing of what was measured is lost
 
 
-def test_a_pareto_set_holds_what_none_surpasses():
-    points = [point("a", q, w) for q, w in ((3, 3), (2, 1), (2, 2), (5, 4), (1, 1))]
-    assert [(p.quality, p.work) for p in pareto(points, 1)] == [(2, 1), (3, 3), (5, 4)]
-    assert [(p.quality, p.work) for p in pareto(points, -1)] == [(1, 1)]
-
-
 def test_targets_and_what_misses_them():
     assert read_target("checker=0.9") == Target(name="score", value=0.9)
     one = point("a", 29.0, 5.0)
@@ -280,15 +273,6 @@ def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_
     assert found.found["chosen"]["work"] <= 7.5  # 14 steps of a cache cost 7
     assert len(of_space) < 0.5 * 32 * pipeline_search.ROUNDS[-1]
     assert any("of 40 settings" in remark for remark in found.remarks)
-
-
-def test_more_steps_of_the_same_methods_take_no_less_work():
-    cache = EasyCache(threshold=0.1)
-    ran = [dataclasses.replace(point("c", 30.0, 11.0), arm=Arm(name="c 12", num_inference_steps=12, methods=(cache,)))]
-    more = Arm(name="c 20", num_inference_steps=20, methods=(cache,))
-    assert (least_work(more), known_work(more, ran)) == (5.0, 11.0)
-    assert known_work(Arm(name="d", num_inference_steps=20), ran) == 0.0
-    assert known_work(Arm(name="c 8", num_inference_steps=8, methods=(cache,)), ran) == 0.0
 
 
 def test_what_can_not_be_tuned_is_said_before_anything_runs(tmp_path, monkeypatch):

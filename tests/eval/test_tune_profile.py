@@ -15,7 +15,7 @@ from tuning import request as request_of
 from wan_tiny import tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention
+from dit_accel import ConfigError, EasyCache
 from dit_accel.adapters.installed import adapter_for
 from dit_accel.methods.caches.block_numbers import read_numbers
 from dit_accel.methods.caches.profile_file import weights_digest
@@ -156,20 +156,6 @@ def test_both_experts_of_wan_2_2_are_measured(tmp_path):
         assert [*attachment.report().section("profilingcache").data["cached"]] == ["transformer", "transformer_2"]
 
 
-def test_sparse_methods_may_be_attached(tmp_path):
-    radial, lite = (RadialAttention(block_size=16, dense_steps=0),
-                    LiteAttention(block_size=16, dense_steps=0, threshold=-1.0))  # fmt: skip
-    dense, *sparse = (
-        tune_profile(request(*methods), tmp_path / f"{at}.json", criterion="delta", cached=2).found["transformers"]
-        for at, methods in enumerate(((), (radial,), (lite,)))
-    )
-    dense, *sparse = (found["transformer"] for found in (dense, *sparse))
-    for found in sparse:
-        assert all(score is not None for score in found["scores"]["attention"])
-        assert found["cached"] == sorted(np.argsort(found["scores"]["delta"])[:2].tolist())
-        assert found["scores"]["delta"] != pytest.approx(dense["scores"]["delta"], rel=1e-6)
-
-
 @pytest.mark.slow
 def test_an_image_goes_without_attention(tmp_path):
     sizes = dict(num_frames=None, height=48, width=48, num_inference_steps=4)
@@ -217,36 +203,11 @@ def test_attention_received_is_the_mean_of_the_columns(masked, monkeypatch):
     assert torch.equal(attention_received(q, k, key_mask=mask, rows=torch.arange(37)), found)
 
 
-def test_a_sample_of_the_queries_stands_for_all():
-    generator = torch.Generator().manual_seed(1)
-    q, k = torch.randn(1, 2, 400, 8, generator=generator), torch.randn(1, 2, 400, 8, generator=generator)
-    exact = attention_received(q, k)
-    rows = torch.randperm(400, generator=generator)[:100]
-    found = attention_received(q, k, rows=rows)
-    torch.testing.assert_close(found, attention_received(q[:, :, rows], k))
-    assert 0 < float((found - exact).abs().mean() / exact.mean()) < 0.2
-
-
 def test_the_ratio_is_of_the_foreground_and_by_frame():
     received = np.array([[4.0, 0.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     foreground = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     assert foreground_ratio(received, foreground) == pytest.approx((0.5 + 1.0) / 2)
     assert np.isnan(foreground_ratio(received, np.zeros_like(foreground)))
-
-
-def test_what_receives_just_the_mean_is_not_high():
-    foreground = np.ones((2, 3), bool)
-    assert foreground_ratio(np.ones((2, 3)), foreground) == 0.0
-    assert foreground_ratio(np.array([[2.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), foreground) == pytest.approx(1 / 6)
-    grid = np.array([[[9.0, 0.0], [0.0, 0.0]]])
-    assert foreground_ratio(grid, grid > 0) == 1.0
-
-
-def test_classes_at_their_edges():
-    assert cached_blocks([]) == ([], 0.0)
-    assert cached_blocks([0.4], count=1) == ([0], 0.4)
-    assert cached_blocks([0.4, 0.8], count=0) == ([], 0.4)
-    assert cached_blocks([0.1, 0.3, 0.6, 0.7]) == ([0, 1], pytest.approx(0.45))
 
 
 def test_classes():

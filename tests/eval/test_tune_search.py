@@ -8,7 +8,6 @@ from pathlib import Path
 import dit_accel_eval.tune.base as base
 import pytest
 from dit_accel_assets import model_names, model_path
-from dit_accel_eval.runs.loaded import embedded_prompts
 from dit_accel_eval.runs.model import shipped_scheduler
 from dit_accel_eval.suites.suite import read_suite
 from dit_accel_eval.tune.base import TuningRun, replaced_method
@@ -96,12 +95,6 @@ def test_a_request_s_own_config_is_tuned_and_its_other_methods_stay():
     assert replaced_method(request(radial, mine), MagCache) == (mine, (radial,))
     assert replaced_method(request(radial), MagCache) == (MagCache(), (radial,))
     assert replaced_method(request(), SoftPAG, SoftPAG(u=0.5))[0].u == 0.5
-
-
-def test_prompts_of_its_own_are_none_that_suites_evaluate():
-    from dit_accel_assets import held_out_prompts
-
-    assert list(embedded_prompts("wan-plain", 4)) == held_out_prompts("wan-plain", 68)[64:]
 
 
 def test_bad_commands_are_one_line_and_exit_code_2(tmp_path, monkeypatch):

@@ -106,13 +106,6 @@ def test_prompts_of_ones_own_need_no_protocol(tmp_path):
             own_pieces((prompt,), tmp_path, 1, 0)
 
 
-def test_a_subset_is_the_first_prompts_of_each_dimension(info):
-    every = read_full_info(info)
-    assert first_of(every, ["subject_consistency"], 1) == every[:1]
-    assert first_of(every, ["subject_consistency", "temporal_flickering"], 1) == every[:2]
-    assert first_of(every, ["subject_consistency"], None) == [every[0], every[2]]
-
-
 def test_shares_are_the_whole_work_once(info, tmp_path):
     every = read_full_info(info)
     work = video_pieces(every, every, ["subject_consistency"], tmp_path, None, 0)
@@ -159,11 +152,3 @@ def test_words_that_an_embedded_model_does_not_know_are_refused_before_anything_
     assert found.exit_code == 2
     assert "zebra" in text
     assert list(videos.iterdir()) == []
-
-
-def test_a_model_is_for_making_videos(info):
-    found = CliRunner().invoke(app, ["eval", "vbench", "--videos", str(info.parent), "--radial"])
-    assert found.exit_code == 2
-    assert "a model, its methods, shards and augmented prompts are for making videos; add --generate" in " ".join(
-        found.stderr.split()
-    )

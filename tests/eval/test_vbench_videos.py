@@ -179,13 +179,6 @@ def test_wrong_arguments_are_refused(work):
         assert text in told(found)
 
 
-def test_a_folder_that_is_not_there_is_told_before_weights_are(tmp_path):
-    found = vbench("--videos", tmp_path / "none")
-    assert (found.exit_code, f"there is no folder {tmp_path / 'none'}" in told(found)) == (2, True)
-    found = vbench("--videos", tmp_path, "--custom", "-d", "temporal_flickering")
-    assert "holds no videos: no file that ends in .mp4 or .gif" in told(found)
-
-
 def test_missing_videos_are_named_by_prompt(work, monkeypatch):
     start, at = work
     monkeypatch.setitem(measures.WAYS, "background_consistency", measures.WAYS["temporal_flickering"])
