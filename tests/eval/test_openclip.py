@@ -11,7 +11,7 @@ from dit_accel_eval.metrics import weights as metric_weights
 from dit_accel_eval.metrics.openclip import weighted
 from dit_accel_eval.metrics.registered import check_names, unavailable
 from dit_accel_eval.tune.objectives import objective_of
-from fake_model import command
+from fake_model import ARM, HEAD, command, told
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
@@ -188,12 +188,9 @@ def test_a_file_of_another_model_is_refused_before_anything_is_measured(given, t
 def test_wrong_names_are_refused_with_what_to_write():
     for name, said in (
         ("ViT-B32/openai", r"no model 'ViT-B32'.*'ViT-B-32'.*open_clip\.list_models"),
-        ("MODEL", r"no model 'MODEL'"),
-        ("", r"no model ''"),
         ("ViT-B-32", r"ViT-B-32/TAG .*openai.*laion2b_e16.*ViT-B-32=FILE"),
         ("ViT-S-32", r"which weights; write ViT-S-32=FILE"),
         ("ViT-B-32/opnai", r"no weights 'opnai'.*'openai'"),
-        ("ViT-S-32/openai", r"no weights 'openai' of ViT-S-32.*ViT-S-32=FILE"),
         ("ViT-B-32=nowhere.pt", r"nowhere\.pt .*ViT-B-32"),
     ):
         for check in (lambda name: check_names([name]), lambda name: objective_of(name, None)):
@@ -254,19 +251,13 @@ def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):
 
 def test_a_suite_tells_before_any_clip_what_it_will_leave_out(tmp_path, monkeypatch):
     monkeypatch.setenv(metric_weights.FOLDER_VARIABLE, str(tmp_path))
-    ran = []
+    monkeypatch.setattr("dit_accel_eval.suites.running.run_arms", lambda *given, **more: None)
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    monkeypatch.setattr("dit_accel_eval.suites.running.run_arms", lambda *given, **more: ran.append(given))
-    path = tmp_path / "s.toml"
-    text = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\nmetrics = ["clip-score@open_clip:{}"]\n'
-    arm = '[[arm]]\nname = "unipc 4"\nnum_inference_steps = 4\n'
-    for model, code, told in (
+    for model, code, said in (
         ("ViT-B-32/openai", 0, "clip-score@open_clip:ViT-B-32/openai is left out: the weights of ViT-B-32/openai are"),
         (f"{OTHER}={tmp_path}/bad.pt", 2, f"bad.pt does not hold the weights of {OTHER}"),
-        ("ViT-B-33/openai", 2, "s.toml: open_clip has no model 'ViT-B-33'; did you mean"),
     ):
-        path.write_text(text.format(model) + arm)
-        found = command("run", path, "--out", tmp_path / "s.jsonl")
+        (tmp_path / "s.toml").write_text(f'{HEAD}metrics = ["clip-score@open_clip:{model}"]\n{ARM}')
+        found = command("run", tmp_path / "s.toml", "--out", tmp_path / "s.jsonl")
         assert found.exit_code == code, found.output
-        assert told in found.stderr.replace("\n", " ")
-    assert len(ran) == 1
+        assert said in told(found)

@@ -13,7 +13,7 @@ from dit_accel_eval.report.media import folder_of, kept_lines
 from dit_accel_eval.report.report import quantile_clips, suite_report
 from dit_accel_eval.runs.results import REFERENCE, keep, kept_path, read_kept, read_lines, reference_of, run_of
 from dit_accel_pipelines.generation.media import read_image, read_video
-from fake_model import command
+from fake_model import command, told, written
 from PIL import Image
 
 from dit_accel import ConfigError
@@ -39,9 +39,7 @@ def kept(folder: Path, frames: int = 3, clips: int = 2) -> Path:
         for key, path in paths.items():
             keep(folder / path, np.full((frames, 48, 64, 3), grey[key], np.float32), made[key])
         line |= {key: path.as_posix() for key, path in paths.items()}
-    path = folder / "r.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return written(folder / "r.jsonl", lines)
 
 
 def report(path: Path):
@@ -102,10 +100,7 @@ def test_a_page_has_its_clips_beside_it(tmp_path):
     posters = [Path(name).with_suffix(".webp").name for name in names]
     assert {one.name for one in folder.iterdir()} == {*names, *posters}
     assert max((folder / name).stat().st_size for name in posters) < 5000
-    text = page.read_text()
-    assert 'preload: "none"' in text
-    assert "<video" not in text  # none is there before a clip is chosen
-    assert "no frames were kept" not in text
+    assert "<video" not in page.read_text()  # none is there before a clip is chosen
 
 
 def test_pictures_lie_beside_the_page_as_pictures_however_large(tmp_path, monkeypatch):
@@ -153,15 +148,12 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_encode
     monkeypatch.setattr(media, "write_media", None)
     folder_of(page).mkdir()
     (folder_of(page) / "notes.txt").write_text("mine")
-    result = run(path, "-o", page)
-    assert result.exit_code == 2
-    assert "r.media, which holds 'notes.txt' that no report wrote; move that away" in " ".join(result.stderr.split())
+    assert "r.media, which holds 'notes.txt' that no report wrote; move that away" in told(run(path, "-o", page))
     assert ((folder_of(page) / "notes.txt").read_text(), page.exists()) == ("mine", False)
     (folder_of(page) / "notes.txt").unlink()
     folder_of(page).rmdir()
     folder_of(page).write_text("a file")
-    assert "r.media, which is a file; choose another name" in " ".join(run(path, "-o", page).stderr.split())
-    assert "choose another name, in .html" in " ".join(run(path, "-o", tmp_path / "x.media").stderr.split())
+    assert "r.media, which is a file; choose another name" in told(run(path, "-o", page))
 
 
 def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were(tmp_path, monkeypatch):
@@ -182,7 +174,7 @@ def test_clips_that_can_not_be_encoded_leave_the_page_and_its_clips_as_they_were
             patch.setattr(media, "write_media", fails)
             result = run(path, "-o", page, "--json", tmp_path / "r.json")
         assert result.exit_code == 2
-        assert message in " ".join(result.stderr.split())
+        assert message in told(result)
     assert {one: one.read_bytes() for one in (page, *folder_of(page).iterdir())} == before
     assert not (tmp_path / "r.json").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]

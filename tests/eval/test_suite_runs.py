@@ -23,13 +23,12 @@ from dit_accel_eval.suites.job import Job
 from dit_accel_eval.suites.measuring import median_run, repeat_figures
 from dit_accel_eval.suites.running import Runner
 from dit_accel_eval.suites.suite import Suite, read_suite
-from fake_model import ARM, FakeModel, command, faked
+from fake_model import ARM, HEAD, FakeModel, command, faked
 from tiny_stock import stock_pipeline
 
 from dit_accel import ConfigError
 from dit_accel.adapters.installed import adapter_for
 
-HEAD = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 2\n'
 SMALL = {"num_frames": 5, "height": 32, "width": 32}
 
 
@@ -57,15 +56,15 @@ def ready(tmp_path, fake):
 
 
 def test_repeats_are_told_by_median_and_quartiles_and_warm_up_is_not(ready, fake, tmp_path):
-    assert ready("repeats = 3\nwarmup = 2\n", "--clips", "1").exit_code == 0
+    assert ready("repeats = 3\nwarmup = 2\n").exit_code == 0
     # 16 and 32 steps, two to warm up, three that count; then the dense run of two steps likewise
     assert [steps for _, steps, *_ in fake.made] == [16, 32, *[2] * 10]
     arm, dense = read_lines(tmp_path / "s.jsonl")
     assert arm["repeated"] == {"seconds": [5.0, 6.0, 7.0], "median": 6.0, "quartiles": [5.5, 6.5]}
     assert dense["repeated"]["seconds"] == [10.0, 11.0, 12.0]
-    assert ready("repeats = 3\nwarmup = 2\n", "--clips", "1").exit_code == 0
+    assert ready("repeats = 3\nwarmup = 2\n").exit_code == 0
     assert len(fake.made) == 12
-    assert ready("repeats = 4\n", "--clips", "1").exit_code == 0  # what has fewer is made anew
+    assert ready("repeats = 4\n").exit_code == 0  # what has fewer is made anew
     assert [len(line["repeated"]["seconds"]) for line in read_lines(tmp_path / "s.jsonl")] == [4, 4]
 
 
