@@ -86,29 +86,19 @@ def test_a_whole_config_is_that_of_the_released_model():
 
 @pytest.mark.slow
 def test_methods_are_timed_beside_dense_with_their_work_and_prediction():
-    made = narrow(steps=6)
     radial = RadialAttention(dense_steps=0, dense_last_steps=0, dense_layers=0, block_size=16, decay_factor=0.2)
-    cache = StaticCache(every=2, warmup_steps=2, last_steps=1)
-    arms = bench_arms([radial, cache])
+    arms = bench_arms([radial, StaticCache(every=2, warmup_steps=2, last_steps=1)])
     assert [arm.name for arm in arms if arm.methods] == ["radial", "staticcache", "radial + staticcache"]
     wanted = [arm for arm in arms if arm.methods or arm.backend in ("native", "sage")]
-    wanted.append(BenchArm(name="dense, _native_math", backend="_native_math"))
-    lines = {line["arm"]: line for line in run_bench(made, wanted, rounds=2)}
+    lines = {line["arm"]: line for line in run_bench(narrow(steps=6), wanted, rounds=2)}
+    dense, radial, cache = (lines[name] for name in ("dense, native", "radial", "staticcache"))
     assert "reason" in lines["dense, sage"]
-    assert "step_seconds" not in lines["dense, sage"]
-    for name in ("dense, native", "dense, _native_math"):
-        assert lines[name]["work"] == pytest.approx(1)
-    assert lines["radial"]["attended"] < 1
-    assert lines["radial"]["work"] < 1
-    assert lines["staticcache"]["work"] < 0.9
-    assert lines["radial + staticcache"]["work"] < min(lines["radial"]["work"], lines["staticcache"]["work"])
-    assert lines["staticcache"]["predicted"] > 1.2
-    assert lines["dense, native"]["predicted"] is None
-    dense = [lines["dense, native"], lines["dense, _native_math"]]
-    quickest = min(dense, key=lambda one: one["step_seconds"]["median"])
-    assert {line["against"] for line in lines.values() if "against" in line} == {quickest["arm"]}
-    for line in lines.values():
-        json.dumps(line, allow_nan=False)
+    assert dense["work"] == pytest.approx(1)
+    assert radial["attended"] < 1
+    assert lines["radial + staticcache"]["work"] < min(radial["work"], cache["work"], 0.9)
+    assert cache["predicted"] > 1.2
+    assert dense["predicted"] is None
+    json.dumps(lines, allow_nan=False)
 
 
 def test_the_dense_arm_that_the_others_are_held_against_is_the_one_of_the_least_seconds_told(monkeypatch):
@@ -228,19 +218,13 @@ def test_a_shape_that_the_budget_has_no_time_for_is_left_out(monkeypatch):
 
 def test_what_can_not_be_timed_is_said():
     for arguments, message in (
-        (["--family", "wan2.1-1.3"], "did you mean"),
         (["--family", "z-image-turbo"], "bench can't make the inputs of z-image-turbo yet; "),
         (["--family", "wan2.1-1.3b", "--layers", "31"], "wan2.1-1.3b has 30 layers, got --layers 31; ask for 1 to 30"),
-        (["--family", "wan2.1-1.3b", "--height", "100"], "height must be a multiple of 16 for wan2.1-1.3b, got 100"),
         (["--family", "flux.1-dev", "--layers", "1", "--height", "64", "--width", "64"], "has two kinds of blocks"),
-        (["--family", "wan2.1-1.3b", "--device", "cuda:7"], "can't be used here"),
         (["--family", "wan2.1-1.3b", "--heads", "13"], "wan2.1-1.3b has 12 heads, got --heads 13; ask for 1 to 12"),
-        (["--family", "wan2.1-1.3b", "-o", "/no/folder/x.jsonl"], "is not a folder; create it first"),
         ([], "bench needs either --family NAME, such as wan2.1-1.3b, or --shapes all; give one"),
-        (["--shapes", "all", "--family", "sd3-medium"], "bench needs either --family NAME"),
         (["--shapes", "all", "--num-frames", "5"], "--shapes have sizes of their own, got --num-frames; write FAMILY:"),
         (["--shapes", "wan-48p"], "no shape is called 'wan-48p'; did you mean 'wan-480p'?"),
-        (["--shapes", "wan2.1-1.3:480x832x81"], "no model family is called 'wan2.1-1.3'; did you mean"),
         (["--shapes", "wan2.1-1.3b:481x832x81"], "height must be a multiple of 16 for wan2.1-1.3b, got 481"),
         (["--shapes", ","], "--shapes names none; say all, or some of flux-1mp"),
         (["--shapes", "all", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'?"),

@@ -124,25 +124,22 @@ def test_a_model_that_is_nowhere_and_schedulers_that_can_not_be_matched_are_told
 
 
 def test_a_hub_id_is_fetched_by_diffusers_and_known_by_its_blobs(monkeypatch, tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "transformer"
-    blobs.mkdir()
+    snapshot, asked = tmp_path / "snapshots" / "abc" / "transformer", []
+    (tmp_path / "blobs").mkdir()
     snapshot.mkdir(parents=True)
-    (blobs / ("a" * 64)).write_bytes(b"weights")
-    (snapshot / "model.safetensors").symlink_to(blobs / ("a" * 64))
-    asked = []
-    monkeypatch.setattr(
-        DiffusionPipeline, "download", lambda *got, **options: asked.append((*got, options)) or str(snapshot.parent)
-    )
+    download = lambda *got, **options: asked.append((*got, options)) or str(snapshot.parent)  # noqa: E731
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
     monkeypatch.setattr(given.hashlib, "file_digest", lambda *_: pytest.fail("a blob was read"))
-    for cached in (local_folder, given_weights):
-        cached.cache_clear()
-    first = given_weights("owner/name")
+    local_folder.cache_clear()
+    found = []
+    for name in ("a" * 64, "b" * 64):
+        (tmp_path / "blobs" / name).write_bytes(name.encode())
+        (snapshot / "model.safetensors").unlink(missing_ok=True)
+        (snapshot / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
+        given_weights.cache_clear()
+        found.append(given_weights("owner/name"))
+    assert found[0] != found[1]
     assert (asked, local_folder("owner/name")) == ([("owner/name", {"use_safetensors": True})], snapshot.parent)
-    (snapshot / "model.safetensors").unlink()
-    (blobs / ("b" * 64)).write_bytes(b"other")
-    (snapshot / "model.safetensors").symlink_to(blobs / ("b" * 64))
-    given_weights.cache_clear()
-    assert given_weights("owner/name") != first
 
     def gone(name, **options):
         raise OSError("no route to the hub\nand more")

@@ -301,13 +301,6 @@ def empty(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_without_weights_every_network_is_skipped_with_the_command_that_gets_them(empty):
-    found = scores(["lpips@alex", "lpips@vgg", "psnr"], Sample(frames=noisy(cat(64)), reference=cat(64)))
-    assert set(found.unavailable) == {"lpips@alex", "lpips@vgg"}
-    assert set(found.measured) == {"psnr"}
-    assert all(reason.endswith("run dit-accel eval setup") for reason in found.unavailable.values())
-
-
 def archive(folder: Path, **members: bytes) -> Archive:
     path = folder / "toy-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as opened:
@@ -334,15 +327,13 @@ def test_set_up_unpacks_what_is_right_once_and_tells_what_is_wrong(empty):
 
 
 def test_set_up_uses_no_file_of_another_hash_and_leaves_nothing_half_written(empty):
-    given = archive(empty, **{"x": b"3", "toy.py": b""})
-    (empty / given.file).write_bytes(b"something else")
-    assert "expected was" in str(set_up(given, given=empty)["toy"])
-    (empty / given.file).unlink()
-    assert "put it there, or leave --archives out" in str(set_up(given, given=empty)["toy"])
     wrong = archive(empty, **{"x": b"no number", "toy.py": b""})
     assert "could not convert" in str(set_up(wrong, given=empty)["toy"])
-    assert not list((empty / "weights").glob("*.safetensors"))
-    assert not list((empty / "weights").glob(".dit-accel*"))
+    (empty / wrong.file).write_bytes(b"something else")
+    assert "expected was" in str(set_up(wrong, given=empty)["toy"])
+    (empty / wrong.file).unlink()
+    assert "put it there, or leave --archives out" in str(set_up(wrong, given=empty)["toy"])
+    assert not [*(empty / "weights").glob("*.safetensors"), *(empty / "weights").glob(".dit-accel*")]
 
 
 def test_set_up_tells_what_pip_says(empty, monkeypatch):

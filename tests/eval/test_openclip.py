@@ -214,22 +214,17 @@ def test_an_objective_by_a_metric_is_higher_for_better(given):
 def test_clips_in_files_are_scored_by_their_prompts(given, tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.rint(clip(ord(name), 1)[0] * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
-    name = f"clip-align@open_clip:{MODEL}={given[3]}"
-    lacks = command("score", tmp_path, "-m", name)
-    assert lacks.exit_code == 2
-    assert "compares with the prompt; give it with --prompt" in lacks.stderr
-    (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
-    for options, said in (
-        (("--prompt", PROMPT), [PROMPT] * 2),
-        (("--prompts", tmp_path / "p.json"), ["a sea", PROMPT]),
-    ):
+    name, file = f"clip-align@open_clip:{MODEL}={given[3]}", tmp_path / "p.json"
+    assert "compares with the prompt; give it with --prompt" in command("score", tmp_path, "-m", name).stderr
+    file.write_text(json.dumps({"a.png": "a sea", "b.png": PROMPT}))
+    for options, said in ((("--prompt", PROMPT), [PROMPT] * 2), (("--prompts", file), ["a sea", PROMPT])):
         found = command("score", tmp_path, "-m", name, *options, "--json")
         assert found.exit_code == 0, found.output
         own = [float(pictures(given, clip(ord(at), 1))[0] @ text(given, prompt))
                for at, prompt in zip("ab", said, strict=True)]  # fmt: skip
         assert [line["metrics"][name] for line in json.loads(found.stdout)] == pytest.approx(own, abs=1e-5)
-    (tmp_path / "p.json").write_text(json.dumps({"a.png": "a sea"}))
-    assert "has no 'b.png'" in command("score", tmp_path, "-m", name, "--prompts", tmp_path / "p.json").stderr
+    file.write_text(json.dumps({"a.png": "a sea"}))
+    assert "has no 'b.png'" in command("score", tmp_path, "-m", name, "--prompts", file).stderr
 
 
 def test_setup_tells_where_a_model_lies_or_has_to(given, tmp_path, monkeypatch):

@@ -103,20 +103,20 @@ def test_several_results_make_one_page(tmp_path):
 
 
 def test_json_and_markdown_agree(tmp_path):
-    path = few(tmp_path, "report-wan-tiny", 6)
-    data = writing.data_of(report(path))
+    found = report(few(tmp_path, "report-wan-tiny", 6))
+    data = writing.data_of(found)
     assert (data["schema"], data["version"]) == ("dit-accel/eval-report", 3)
-    printed = writing.markdown_text(report(path)).splitlines()
-    rows = {row.split(" | ")[0].strip("| "): row for row in printed if row.startswith("| ")}
+    rows = {
+        row.split(" | ")[0].strip("| "): row for row in writing.markdown_text(found).splitlines() if row[:2] == "| "
+    }
     assert set(rows) - {"arm"} == {arm["name"] for arm in data["arms"]}
     for arm in data["arms"]:
         row, psnr = rows[arm["name"]], arm["psnr"]
         assert f"| {psnr['mean']:.2f}" in row
         assert psnr["mean"] == pytest.approx(np.mean([one["psnr"] for one in arm["runs"]]))
         assert arm["dense"] == (not arm["against_fewer_steps"])
-        for found in arm["against_fewer_steps"].values():
-            assert f"({found['median']:+.2f}) {found['verdict']}" in row
-            assert f"[{found['low']:+.2f}, {found['high']:+.2f}]" in row
+        for lead in arm["against_fewer_steps"].values():
+            assert f"[{lead['low']:+.2f}, {lead['high']:+.2f}] ({lead['median']:+.2f}) {lead['verdict']}" in row
     assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
@@ -213,11 +213,8 @@ def test_results_that_no_report_can_be_true_of(tmp_path):
         ([*lines, {**first, "weights": "other"}], "mixes results of several weights: "),
         ([*lines, {**first, "clip": 1, "solver": "euler"}], "with two settings; rename one"),
         ([first, {**lines[1], "psnr": math.nan}], "line 2 has psnr nan, which is no finite number"),
-        ([{**first, "clip": "0"}], "line 1 has clip '0', which is no finite number"),
-        ([{**first, "arm": 3}], "line 1 has arm 3, which is no text"),
         ([{**first, "methods": []}], "line 1 has methods [], which is no table"),
         ([{**first, "metrics": {"loop": None}}], "line 1 has loop None, which is no finite number"),
-        ([{**first, "metrics": 3}], "line 1 has metrics 3, which is no table"),
         ([first, [1]], "line 2 is no result but '[1]'"),
         (read_lines(EVAL / "results" / "longer-wan-tiny.jsonl"), "line 1 lacks psnr, ssim,"),
     ):
@@ -234,27 +231,19 @@ def test_results_that_no_report_can_be_true_of(tmp_path):
 
 
 def test_outputs_that_can_not_be_written_leave_nothing(tmp_path, monkeypatch):
-    results = tmp_path / "r.jsonl"
+    results, good = tmp_path / "r.jsonl", tmp_path / "r.html"
     results.write_bytes(WAN.read_bytes())
-    good = tmp_path / "r.html"
-    for options, message in (
-        (["--json", tmp_path / "none" / "r.json"], "is not a folder; create it first"),
-        (["--json", good], "json would overwrite"),
-        (["--json", results], "the results that are read; choose another name"),
-        (["--json", tmp_path], "it is a folder; name a file in it"),
+    for option, message in (
+        (good, "json would overwrite"),
+        (results, "the results that are read; choose another name"),
+        (tmp_path, "it is a folder; name a file in it"),
     ):
-        result = run(results, "-o", good, *options)
-        assert (result.exit_code, good.exists()) == (2, False)
-        assert message in result.stderr
-    assert results.read_bytes() == WAN.read_bytes()
+        result = run(results, "-o", good, "--json", option)
+        assert (result.exit_code, good.exists(), message in result.stderr) == (2, False, True)
     good.write_text("before")
-
-    def full(self, *_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
     found = run(results, "-o", good)
-    assert (found.exit_code, "r.html can't be written (No space left on device); free some" in told(found)) == (2, True)
+    assert (found.exit_code, "r.html can't be written (No space left); free some" in told(found)) == (2, True)
     assert good.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.jsonl"]
 

@@ -18,11 +18,8 @@ from dit_accel_eval.runs.loaded import EmbeddedModel
 from dit_accel_eval.runs.model import OWN, SuiteModel, arm_scheduler, check_guided, guided
 from dit_accel_eval.runs.results import append_line, keep, read_lines, write_lines
 from dit_accel_eval.suites import reference
-from dit_accel_eval.suites.arms import Arm
 from dit_accel_eval.suites.job import Job
-from dit_accel_eval.suites.measuring import median_run, repeat_figures
-from dit_accel_eval.suites.running import Runner
-from dit_accel_eval.suites.suite import Suite, read_suite
+from dit_accel_eval.suites.suite import read_suite
 from fake_model import ARM, HEAD, FakeModel, command, faked
 from tiny_stock import stock_pipeline
 
@@ -66,19 +63,6 @@ def test_repeats_are_told_by_median_and_quartiles_and_warm_up_is_not(ready, fake
     assert len(fake.made) == 12
     assert ready("repeats = 4\n").exit_code == 0  # what has fewer is made anew
     assert [len(line["repeated"]["seconds"]) for line in read_lines(tmp_path / "s.jsonl")] == [4, 4]
-
-
-def test_timed_repeats_alternate_with_dense_runs(fake):
-    arm = Arm(name="a", num_inference_steps=3, solver="euler")
-    suite = Suite(name="s", model="wan-plain", clips=2, arms=(arm,), repeats=2, warmup=1)
-    runner = Runner(Job(suite=suite, out=Path("s"), cache=Path("c"), timed=True, threads=1))
-    runs, dense = runner.sample(arm, 0)
-    assert [solver for _, _, solver, _ in fake.made] == ["euler", "euler", "unipc", "euler", "unipc"]
-    assert ([run.seconds for run in runs], [run.seconds for run in dense]) == ([2, 4], [3, 5])
-    assert median_run(runs).seconds == 4
-    assert repeat_figures(runs)["median"] == 3
-    runner.sample(arm, 1)
-    assert len(fake.made) == 9  # it is warm
 
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -16,7 +16,7 @@ from dit_accel_eval.tune import pipeline as tune_pipeline
 from dit_accel_eval.tune import pipeline_search
 from dit_accel_eval.tune.pipeline_search import Measurement, Search, Target, read_target
 from dit_accel_pipelines.families.wan import WAN
-from fake_model import FakeModel, command, faked
+from fake_model import HEAD, FakeModel, command, faked
 from model_folders import model_folder
 from tuning import tune as tune_command
 from typer.testing import CliRunner
@@ -55,26 +55,22 @@ def fake(monkeypatch):
     yield from faked(monkeypatch, Cached)
 
 
-SPACE = """
-version = 2
-name = "space"
-model = "wan-plain"
-clips = 1
-
+SPACE = (
+    HEAD
+    + """
 [[arm]]
 name = "unipc"
 num_inference_steps = [6, 10, 12, 16, 20, 24, 30]
-
 [[arm]]
 name = "euler"
 solver = "euler"
 num_inference_steps = [6, 10, 16]
-
 [[arm]]
 name = "cached"
 num_inference_steps = [10, 12, 14, 16]
 easycache = { threshold = 0.05 }
 """
+)
 
 
 @pytest.fixture
@@ -154,51 +150,31 @@ def test_half_of_one_s_own_prompts_are_held_out_and_none_of_those_that_chose():
     assert own.rounds[0][0] >= FIRST_PROMPT  # beyond all that suites judge on
 
 
-OWN_SPACE = """
-version = 2
-name = "space"
-model = "{model}"
-prompts = ["unused"]
-
-[[arm]]
-name = "unipc"
-num_inference_steps = [3, 4]
-
-[[arm]]
-name = "cached"
-num_inference_steps = [12]
-easycache = {{ threshold = 0.2, predictor = "taylor" }}
-"""
-
-
 @pytest.mark.slow
 def test_a_folder_is_tuned_with_prompts_of_one_s_own_for_generate(tmp_path, monkeypatch):
     pytest.importorskip("optuna", reason="optuna searches")
     monkeypatch.setattr(reference, "converged", functools.partial(reference.converged, first=4, most=8))
     model = model_folder(tmp_path / "tiny")
-    (tmp_path / "space.toml").write_text(OWN_SPACE.format(model=model))
+    (tmp_path / "space.toml").write_text(
+        f'version = 2\nname = "space"\nmodel = "{model}"\nprompts = ["unused"]\n'
+        '[[arm]]\nname = "unipc"\nnum_inference_steps = [3, 4]\n'
+        '[[arm]]\nname = "cached"\nnum_inference_steps = [12]\neasycache = { threshold = 0.2, predictor = "taylor" }\n'
+    )
     prompts = ["a red circle moving right", "a blue square going up", "a green triangle", "a white circle"]
     (tmp_path / "p.txt").write_text("\n".join(prompts))
-    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--model", str(model), "--device", "cpu"]
-    asked = ["--target", "speedup=2", "--space", str(tmp_path / "space.toml"), "--num-inference-steps", "12"]
-    command = ["tune", "pipeline", *size, *asked, "--prompt-file", str(tmp_path / "p.txt")]
-    found = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--model", model]
+    asked = ["--target", "speedup=2", "--space", tmp_path / "space.toml", "--num-inference-steps", "12"]
+    found = tune_command(
+        "pipeline", *size, *asked, "--prompt-file", tmp_path / "p.txt", "-o", tmp_path / "a.toml", "--json"
+    )
     assert found.exit_code == 0, found.output
-    told = json.loads(found.stdout)
-    assert (told["chosen"]["prompts"], told["chosen"]["speedup"] >= 2) == (2, True)
-    assert {line["prompt"] for line in read_lines(tmp_path / "fast.runs.jsonl")} <= {*prompts}
+    chosen = json.loads(found.stdout)["chosen"]
+    assert (chosen["prompts"], chosen["speedup"] >= 2) == (2, True)
+    assert {line["prompt"] for line in read_lines(tmp_path / "a.runs.jsonl")} <= {*prompts}
     (first, *_) = dit_accel.recommend(model, height=32, width=32, num_frames=5, num_inference_steps=12).settings
     assert first.name == "speedup=2-32x32x5-12"
-    again = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fast.toml"), "--json"])
-    assert json.loads(again.stdout)["chosen"] == told["chosen"]
-    made = CliRunner().invoke(
-        app, ["generate", prompts[0], *size, "--config", str(tmp_path / "fast.toml"), "-o", str(tmp_path / "a.gif")]
-    )
-    assert made.exit_code == 0, made.output
-    few = CliRunner().invoke(app, [*command[:-2], "--prompt", "a", "-o", str(tmp_path / "few.toml")])
+    few = tune_command("pipeline", *size, *asked[:6], "--prompt", "a", "-o", tmp_path / "few.toml")
     assert (few.exit_code, "takes 4 prompts at least" in few.stderr) == (2, True)
-    scored = CliRunner().invoke(app, [*command, "--target", "checker=0.9", "-o", str(tmp_path / "s.toml")])
-    assert (scored.exit_code, "the judge knows held-out prompts" in scored.stderr) == (2, True)
 
 
 def test_settings_that_can_not_be_cheaper_are_never_run_and_a_speed_up_is_met_by_the_best_quality(tune, fake):
@@ -255,15 +231,10 @@ def test_settings_by_hand_are_run_on_all_prompts_and_taken_where_they_are_better
 
 
 def test_half_of_a_large_space_is_run_and_few_settings_on_all_prompts(tune, tmp_path):
-    steps = [6, 8, 10, 12, 14, 16, 18, 20]
-    arms = [f'[[arm]]\nname = "unipc"\nnum_inference_steps = {steps}\n',
-            f'[[arm]]\nname = "euler"\nsolver = "euler"\nnum_inference_steps = {steps}\n']  # fmt: skip
-    for at in (0.05, 0.06, 0.07):
-        arms.append(
-            f'[[arm]]\nname = "cached {at}"\nnum_inference_steps = {steps}\neasycache = {{ threshold = {at} }}\n'
-        )
-    head = 'version = 2\nname = "s"\nmodel = "wan-plain"\nclips = 1\n'
-    (tmp_path / "space.toml").write_text(head + "".join(arms))
+    arm = '[[arm]]\nname = "{}"\nnum_inference_steps = [6, 8, 10, 12, 14, 16, 18, 20]\n{}\n'.format
+    arms = [arm("unipc", ""), arm("euler", 'solver = "euler"')]
+    arms += [arm(f"cached {at}", f"easycache = {{ threshold = {at} }}") for at in (0.05, 0.06, 0.07)]
+    (tmp_path / "space.toml").write_text(HEAD + "".join(arms))
     found = tune("psnr=32")
     lines = [line for line in read_lines(tmp_path / "fast.runs.jsonl") if line["clip"] < pipeline_search.HELD_OUT_FIRST]
     of_space = [line for line in lines if "easycache" in line["methods"] or line["solver"] == "euler"]
@@ -282,14 +253,10 @@ def test_what_can_not_be_tuned_is_said_before_anything_runs(tmp_path, monkeypatc
         ([], "tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2"),
         (["--target", "psnr"], "--target 'psnr' is not NAME=VALUE"),
         (["--target", "pnsr=3"], "--target 'pnsr=3' names no metric; did you mean 'psnr'"),
-        (["--target", "psnr=high"], "has no number that psnr could be"),
         (["--target", "speedup=0"], "has no number that speedup could be"),
         (["--target", "motion=1"], "of motion neither more nor less is better; name another"),
         ([*target, "--radial"], "tune pipeline chooses the methods itself, got radial; leave them out"),
         ([*target, "-o", "x.json"], "the config must be a .toml, got x.json"),
-        ([*target, "--model", "no-tiny", "--prompt", "a"], "'no-tiny' is no embedded model"),
-        ([*target, "--space", "none.toml"], "no suite at none.toml"),
-        ([*target, "--try-guidance", "1"], "No such option: --try-guidance"),
     ):
         found = tune_command("pipeline", *arguments)
         assert found.exit_code == 2
@@ -334,14 +301,11 @@ def test_bad_runs_of_a_config_are_refused_and_other_commands_leave_the_run_out(t
     for text, message in (
         ("[run]\nsteps = 3\n", "[run] has no 'steps'; known: flow_shift, guidance_scale, num_inference_steps, solver"),
         ("[run]\nnum_inference_steps = 2.5\n", "[run] has num_inference_steps = 2.5, which is of the wrong kind"),
-        ("run = 3\n", "run = 3 is no table; write [run]"),
-        ('[run]\nsolver = "heun"\n', "there is no solver 'heun'"),
         ("[run]\nflow_shift = 3.0\n", "flow_shift goes with a solver, got 3.0 without one; name a solver"),
     ):
         config.write_text(text)
         found = CliRunner().invoke(app, ["generate", "a red circle", "--config", str(config)])
-        assert found.exit_code == 2
-        assert message in found.stderr
+        assert (found.exit_code, message in found.stderr) == (2, True)
     config.write_text(RUN + "[radial]\n")
     found = CliRunner().invoke(app, ["plan", "--family", "wan2.1-1.3b", "--config", str(config)])
     assert (found.exit_code, "the [run] table of" in found.stderr) == (0, True)

@@ -155,29 +155,22 @@ def test_the_rows_tell_wrong_constants():
         assert change == pytest.approx(share * one.weight / (one.high - one.low)), name
 
 
-def test_the_command_prints_them_of_plain_and_of_official_files(tmp_path):
-    row = ROWS[0]
+def test_the_command_prints_them_of_plain_and_of_official_files_and_of_the_page(tmp_path):
+    row, page = ROWS[0], (Path(__file__).parents[2] / "docs" / "vbench.md").read_text(encoding="utf-8")
     plain = {name.replace("_", " "): float(row[name]) / 100 for name in DIMENSIONS}
     official = {name: [float(row[name]) / 100, [{"video_path": "a-0.mp4", "video_results": 1}]] for name in DIMENSIONS}
-    for scores in (plain, official):
-        (tmp_path / "scores.json").write_text(json.dumps(scores))
+    of_page = page.partition("```json\n")[2].partition("```")[0]
+    for scores, total in ((json.dumps(plain), row["total"]), (json.dumps(official), row["total"]), (of_page, "80.27")):
+        (tmp_path / "scores.json").write_text(scores)
         found = vbench("--totals", tmp_path / "scores.json", "--json")
         assert found.exit_code == 0, found.stderr
-        told = json.loads(found.stdout)
-        assert 100 * told["total"] == pytest.approx(float(row["total"]), abs=0.01)
-        assert list(told["normalized"]) == list(DIMENSIONS)
-    table = vbench("--totals", tmp_path / "scores.json").stdout
-    assert f"Quality {row['quality']}" in table
-    assert f"Total {row['total']}" in table
+        assert 100 * json.loads(found.stdout)["total"] == pytest.approx(float(total), abs=0.01)
+        assert f"Total {total}" in vbench("--totals", tmp_path / "scores.json").stdout
 
 
-def test_a_part_has_no_totals_and_what_is_missing_is_named(tmp_path):
-    part = {name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")}
+def test_a_part_has_no_totals_and_what_is_missing_is_named():
     with pytest.raises(ConfigError, match=r"16 dimensions.*2.*color, scene"):
-        totals(part)
-    (tmp_path / "part.json").write_text(json.dumps(part))
-    found = vbench("--totals", tmp_path / "part.json", "--json")
-    assert (found.exit_code, found.stdout) == (2, "")
+        totals({name: 0.5 for name in DIMENSIONS if name not in ("scene", "color")})
 
 
 def test_wrong_names_scores_and_files_are_refused(tmp_path):
@@ -185,11 +178,8 @@ def test_wrong_names_scores_and_files_are_refused(tmp_path):
         ("motion_smothness", 0.5, r"dimension 'motion_smothness'.*'motion_smoothness'?"),
         ("subject-consistency", 0.5, r"subject_consistency.*'subject-consistency'"),
         ("scene", 53.2, r"scene.*\[0, 1\].*got 53.2"),
-        ("scene", -0.1, r"scene.*\[0, 1\].*got -0.1$"),
         ("temporal_style", -1.5, r"temporal_style.*\[-1, 1\].*got -1.5$"),
-        ("scene", 1e9, r"scene.*\[0, 1\].*got 1000000000.0$"),
         ("scene", math.nan, r"scene.*got nan"),
-        ("scene", True, r"scene.*got True"),
         ("scene", "0.5", r"scene.*got '0.5'"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -204,11 +194,3 @@ def test_wrong_names_scores_and_files_are_refused(tmp_path):
         (tmp_path / "scores.json").write_text(text) if text else None
         found = vbench("--totals", tmp_path / "scores.json")
         assert (found.exit_code, said in " ".join(found.stderr.split())) == (2, True)
-
-
-def test_the_page_s_own_file_has_the_published_total(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "vbench.md").read_text(encoding="utf-8")
-    (tmp_path / "scores.json").write_text(page.partition("```json\n")[2].partition("```")[0])
-    found = vbench("--totals", tmp_path / "scores.json")
-    assert found.exit_code == 0, found.stderr
-    assert "Total 80.27" in found.stdout
