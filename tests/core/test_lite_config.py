@@ -57,7 +57,7 @@ def test_memory_is_a_small_part_of_the_original_s_lists():
     queries, keys = -(-wan.tokens // 128), -(-wan.tokens // 176)
     lists = 40 * 2 * 2 * 40 * queries * (keys + 2) * 2
     assert 0.10e9 < bits < 0.16e9
-    assert lists / bits > 20  # with tiles as many as ours, 30: tests/pipelines/test_lite_branches.py
+    assert lists / bits > 20  # with tiles as many as ours, 30
     assert bitmap_bytes(LiteAttention(block_size=64).filled().tiling.tiles(wan.tokens), 1, 1) == 4 * 1182 * 37
 
 

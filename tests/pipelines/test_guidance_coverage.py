@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,137 +15,103 @@ from torch import nn
 
 import dit_accel
 from dit_accel import UnsupportedModel
-from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter
 from dit_accel.methods.prompt_branches import NAMES
 
 ROOT = Path(diffusers.__file__).parent
+TRANSFORMERS = ROOT / "models/transformers"
 ADAPTER_OF = {name: adapter for adapter in ADAPTERS for name in adapter.transformers}
-BY_GUIDER = "guider"
-"""What guides where a pipeline holds one of diffusers' guiders."""
+
+
+RUNS = re.compile(r"(self\.\w*transformer|current_model)\(\n")
+"""Where a pipeline calls its transformer."""
 
 
 class Source:
     """One pipeline class as its source gives it."""
 
-    def __init__(self, node: ast.ClassDef, lines: list[str]) -> None:
-        self.name = node.name
-        self.bases = [ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases]
-        self.functions = {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
-        self.text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+        self.parts = text.partition("def __init__(")[2].partition("):\n")[0]
+
+    @cached_property
+    def call(self) -> str:
+        """Its own call, without comments."""
+        (owner,) = ast.parse(self.text).body
+        return next(ast.unparse(one) for one in owner.body if getattr(one, "name", "") == "__call__")
+
+    @cached_property
+    def adapters(self) -> list[Adapter]:
+        """Those of the covered transformer classes that its parts may be."""
+        names = [name for name in re.findall(r"\w+", self.parts) if name in ADAPTER_OF]
+        return [*{id(ADAPTER_OF[name]): ADAPTER_OF[name] for name in names}.values()]
 
     @property
-    def transformers(self) -> set[str]:
-        """The covered transformer classes that its parts may be."""
-        init = self.functions.get("__init__")
-        return (
-            set()
-            if init is None
-            else {name for name in re.findall(r"\w+", ast.unparse(init.args)) if name in ADAPTER_OF}
-        )
+    def told(self) -> bool:
+        """Whether it opens contexts with known names, follows a guider, or is declared in an adapter's guidance."""
+        contexts = set(re.findall(r"cache_context\(\s*\"(\w+)\"", self.text))
+        if (contexts and contexts <= set(NAMES)) or re.search(r"\bguider\b", self.parts):
+            return True
+        return any(declares(adapter, self.name) for adapter in self.adapters)
 
-    @property
-    def contexts(self) -> set[str]:
-        """The names of the contexts that it opens."""
-        return set(re.findall(r"cache_context\(\s*\"(\w+)\"", self.text))
 
-    @property
-    def left_to_guider(self) -> bool:
-        """Whether its contexts, or its forwards, follow a guider."""
-        init = self.functions.get("__init__")
-        return init is not None and BY_GUIDER in {one.arg for one in init.args.args}
+def classes_of(path: Path) -> list[Source]:
+    """Return the classes of a file, which is not parsed: most of diffusers' pipelines are none of ours."""
+    found = re.finditer(r"^class (\w+)(\([^)]*\))?:\n((\s.*)?\n)*", path.read_text(encoding="utf-8"), re.M)
+    return [Source(one[1], one[0]) for one in found]
+
+
+def declares(adapter: Adapter, name: str) -> bool:
+    guidance = adapter.guidance
+    fields = (guidance.alone, guidance.in_turn, guidance.together, guidance.own)
+    return bool(guidance.branch_of) or any(name in field for field in fields)
 
 
 @cache
 def sources() -> dict[str, Source]:
     """Return the pipeline classes that may hold a covered transformer and have a call of their own."""
-    found = {}
-    for path in sorted((ROOT / "pipelines").rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef):
-                source = Source(node, lines)
-                runs = re.search(r"(self\.\w*transformer|current_model)\(\n", source.text)
-                if "__call__" in source.functions and source.transformers and runs:
-                    found[source.name] = source
-    return found
-
-
-def adapters_of(source: Source) -> list[Adapter]:
-    return [*{id(ADAPTER_OF[name]): ADAPTER_OF[name] for name in source.transformers}.values()]
-
-
-def declared(name: str, adapter: Adapter) -> str | None:
-    guidance = adapter.guidance
-    if guidance.branch_of:
-        return "branch_of"
-    fields = ("alone", "in_turn", "together", "own")
-    return next((field for field in fields if name in getattr(guidance, field)), None)
+    classes = [one for path in sorted((ROOT / "pipelines").rglob("pipeline_*.py")) for one in classes_of(path)]
+    return {one.name: one for one in classes if "def __call__(" in one.text and RUNS.search(one.text) and one.adapters}
 
 
 def require_told(found: Iterable[Source]) -> None:
-    """Fail for a class that neither opens contexts with known names, nor has a guider, nor is declared."""
-    untold = sorted(
-        source.name
-        for source in found
-        if not (source.contexts and source.contexts <= set(NAMES))
-        and not source.left_to_guider
-        and not any(declared(source.name, adapter) for adapter in adapters_of(source))
-    )
+    untold = sorted(source.name for source in found if not source.told)
     assert not untold, f"read how these guide, and name them in an adapter's guidance: {', '.join(untold)}"
 
 
 def test_every_pipeline_class_tells_which_prompt_its_forwards_hold():
     assert len(sources()) > 120
     require_told(sources().values())
-
-
-def test_a_new_class_that_tells_nothing_is_named():
-    text = (
-        "class NewPipeline:\n"
-        "    def __init__(self, transformer: FluxTransformer2DModel): ...\n"
-        "    def __call__(self): ...\n"
-    )
-    new = Source(ast.parse(text).body[0], text.splitlines())
+    new = "class NewPipeline:\n    def __init__(self, transformer: FluxTransformer2DModel):\n        ...\n"
     with pytest.raises(AssertionError, match="guidance: NewPipeline"):
-        require_told([new])
-
-
-def test_no_declaration_outlives_its_class():
+        require_told([Source("NewPipeline", new)])
     modular = {name for name in dir(diffusers) if name.endswith("ModularPipeline")}
     for adapter in ADAPTERS:
         guidance = adapter.guidance
         for name in (*guidance.alone, *guidance.in_turn, *guidance.together, *guidance.own):
-            assert name in modular or adapter in adapters_of(sources()[name]), f"{adapter.name}: {name}"
+            assert name in modular or adapter in sources()[name].adapters, f"{adapter.name}: {name}"
 
 
-def forwards_of(source: Source) -> int:
-    """Count the calls of the transformer in a pipeline's own call."""
-    called = (ast.unparse(one.func) for one in ast.walk(source.functions["__call__"]) if isinstance(one, ast.Call))
-    return sum(name in ("self.transformer", "transformer", "current_model") for name in called)
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=[adapter.name for adapter in ADAPTERS])
-def test_a_declaration_is_what_the_source_does(adapter):
+def test_a_declaration_is_what_the_source_does():
     """One forward where all prompts are in one, two where they come in turn; ``latents`` counts a pipeline's rows."""
-    for name in adapter.guidance.in_turn:
-        text = ast.unparse(sources()[name].functions["__call__"])
-        assert forwards_of(sources()[name]) >= 2, name
+    for name in {name for adapter in ADAPTERS for name in adapter.guidance.in_turn}:
+        text = sources()[name].call
+        assert forwards_of(text) >= 2, name
         assert re.search(r"neg\w*|uncond\w*", text), name
         first = re.search(r"(\w+)(?:, \w+)? = self\.transformer\(", text[text.index("enumerate(timesteps)") :]).group(1)
         assert not re.search(r"^neg|uncond", first), f"{name} runs {first} first"
-    for name in adapter.guidance.together:
-        call = sources()[name].functions["__call__"]
-        assert forwards_of(sources()[name]) == (2 if name == "StableDiffusion3Pipeline" else 1), name
-        assert "latents" in {one.id for one in ast.walk(call) if isinstance(one, ast.Name)}, name
-        assert re.search(r"\* 2|repeat\(2|\[latents, latents\]", ast.unparse(call)), name
-    for name in adapter.guidance.alone:
-        if name in sources():
-            assert not re.search(
-                r"negative_prompt_embeds=|noise_pred_uncond|neg_noise",
-                ast.unparse(sources()[name].functions["__call__"]),
-            ), name
+    for name in {name for adapter in ADAPTERS for name in adapter.guidance.together}:
+        text = sources()[name].call
+        assert forwards_of(text) == (2 if name == "StableDiffusion3Pipeline" else 1), name
+        assert re.search(r"\blatents\b", text), name
+        assert re.search(r"\* 2|repeat\(2|\[latents, latents\]", text), name
+    for name in {name for adapter in ADAPTERS for name in adapter.guidance.alone if name in sources()}:
+        assert not re.search(r"negative_prompt_embeds=|noise_pred_uncond|neg_noise", sources()[name].call), name
+
+
+def forwards_of(text: str) -> int:
+    """Count the calls of the transformer in a pipeline's own call."""
+    return len(re.findall(r"(?<![\w.])(?:self\.transformer|transformer|current_model)\(", text))
 
 
 def test_guiders_take_the_conditional_prompt_first():
@@ -158,71 +124,47 @@ def test_guiders_take_the_conditional_prompt_first():
 
 
 def test_modular_denoisers_follow_a_guider_open_contexts_or_run_in_declared_pipelines():
-    without = {}
+    without = set()
     for path in sorted((ROOT / "modular_pipelines").rglob("denoise*.py")):
-        text = path.read_text(encoding="utf-8")
-        for node in ast.parse(text).body:
-            called = [ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)]
-            runs = any(re.search(r"\b(transformer|current_model)$", name) for name in called)
-            told = any(re.search(r"guider\.prepare_inputs|cache_context$", name) for name in called)
-            if isinstance(node, ast.ClassDef) and runs and not told:
-                without.setdefault(path.parent.name, []).append(node.name)
+        for one in classes_of(path):
+            runs = re.search(r"\b(transformer|current_model)\(\n", one.text)
+            if runs and not re.search(r"guider\.prepare_inputs\w*\(|cache_context\(", one.text):
+                without.add(path.parent.name)
     # wan_animate_2 builds on a transformer that no adapter covers, ideogram4 has one for each prompt
-    assert set(without) == {"flux", "flux2", "flux3", "krea2", "minimax_h3", "ideogram4", "echo", "wan_animate_2"}
-    declared_modular = {name for one in ADAPTERS for name in one.guidance.alone if name.endswith("ModularPipeline")}
-    assert declared_modular == {
-        "EchoModularPipeline", "FluxModularPipeline",
-        "Flux2ModularPipeline", "Flux3DistilledModularPipeline", "Krea2TurboModularPipeline",
-        "MiniMaxH3ModularPipeline",
-    }  # fmt: skip
-
-
-MODELS = Path(diffusers.__file__).parent / "models"
-TRANSFORMERS = MODELS / "transformers"
+    assert without == {"flux", "flux2", "flux3", "krea2", "minimax_h3", "ideogram4", "echo", "wan_animate_2"}
+    assert {name for one in ADAPTERS for name in one.guidance.alone if name.endswith("ModularPipeline")} == {
+        f"{name}ModularPipeline" for name in ("Echo", "Flux", "Flux2", "Flux3Distilled", "Krea2Turbo", "MiniMaxH3")
+    }
 
 
 @cache
 def model_classes() -> dict[str, str]:
     """Return class name -> file of every transformer and every U-Net of diffusers, read off the source."""
     found = {}
-    for path in sorted([*TRANSFORMERS.glob("*.py"), *(MODELS / "unets").glob("*.py")]):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            bases = {ast.unparse(base) for base in node.bases} if isinstance(node, ast.ClassDef) else set()
-            if bases & {"ModelMixin", "LegacyModelMixin"}:
-                found[node.name] = path.name
+    for path in sorted([*TRANSFORMERS.glob("*.py"), *(ROOT / "models/unets").glob("*.py")]):
+        for name, bases in re.findall(r"^class (\w+)\(([^)]*)\)", path.read_text(encoding="utf-8"), re.M):
+            if {one.strip() for one in bases.split(",")} & {"ModelMixin", "LegacyModelMixin"}:
+                found[name] = path.name
     return found
 
 
-def supported() -> set[str]:
-    return {name for adapter in installed.adapters().values() for name in adapter.transformers}
-
-
-def assert_covered(classes: Iterable[str]) -> None:
-    missing = sorted(set(classes) - supported() - set(NOT_SUPPORTED))
+def require_covered(classes: Iterable[str]) -> None:
+    missing = sorted(set(classes) - set(ADAPTER_OF) - set(NOT_SUPPORTED))
     assert not missing, f"write an adapter or a reason in not_supported.py for {', '.join(missing)}"
 
 
-def test_every_class_has_an_adapter_or_a_reason():
-    assert_covered(model_classes())
-
-
-def test_a_new_class_is_named():
+def test_every_model_class_has_an_adapter_or_a_reason_and_none_is_older_than_the_code():
+    require_covered(model_classes())
     with pytest.raises(AssertionError, match=r"not_supported\.py.*NewTransformer3DModel"):
-        assert_covered([*model_classes(), "NewTransformer3DModel"])
-
-
-def test_files_that_call_attention_hold_a_known_class():
-    files = set(model_classes().values())
-    for path in sorted(TRANSFORMERS.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if "dispatch_attention_fn" in text or "scaled_dot_product_attention" in text:
-            assert path.name in files, f"{path.name} calls attention and no model class was found in it"
-
-
-def test_the_list_of_reasons_is_no_older_than_the_code():
-    assert not set(NOT_SUPPORTED) & supported()
+        require_covered([*model_classes(), "NewTransformer3DModel"])
+    assert {*NOT_SUPPORTED, *ADAPTER_OF} <= set(model_classes())
+    assert not set(NOT_SUPPORTED) & set(ADAPTER_OF)
     assert all(reason and not reason.endswith(".") for reason in NOT_SUPPORTED.values())
     assert list(NOT_SUPPORTED) == sorted(NOT_SUPPORTED)
+    files = set(model_classes().values())
+    for path in sorted(TRANSFORMERS.glob("*.py")):
+        if re.search("dispatch_attention_fn|scaled_dot_product_attention", path.read_text(encoding="utf-8")):
+            assert path.name in files, f"{path.name} calls attention and no model class was found in it"
 
 
 def test_attach_and_the_page_say_why_not():
@@ -234,8 +176,3 @@ def test_attach_and_the_page_say_why_not():
         held = ", ".join(sorted(["Linear", name]))
         assert str(found.value).endswith(f" holds {held}; {name} is not supported: {reason}")
         assert re.search(rf"^\|.*`{name}`.*\| {re.escape(reason)} \|$", page, re.M), name
-
-
-def test_no_reason_outlives_its_class():
-    assert set(NOT_SUPPORTED) <= set(model_classes())
-    assert supported() <= set(model_classes())

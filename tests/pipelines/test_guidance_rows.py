@@ -10,15 +10,11 @@ from matrix_runs import rows_call, run
 from tiny_stock import PIPELINES, stock_pipeline
 
 import dit_accel
-from dit_accel import NAG, PAG, SEG, SLG, ConfigError, SoftPAG
+from dit_accel import NAG, PAG, SLG, ConfigError
 from dit_accel.adapters import installed
 
 REFUSED = pytest.raises(ConfigError, match=r"folded.*guidance")
-BRANCHES = {
-    "pag": PAG(layers="L1", scale=2.0),
-    "seg": SEG(layers="L1", scale=8.0),  # its branch differs little: a larger scale stands out of the rounding
-    "slg": SLG(layers="L1", scale=2.0, start=0.0, stop=1.0),
-}
+BRANCHES = {"pag": PAG(layers="L1", scale=2.0), "slg": SLG(layers="L1", scale=2.0, start=0.0, stop=1.0)}
 FREE = PAG(layers="L1", mode="free")
 
 
@@ -31,15 +27,16 @@ def rows(name, pipe, call, *prompts):
     return run(pipe, rows_call(PIPELINES[name], call, prompts), (0,) * len(prompts))
 
 
-FREELY = (
-    "FluxPipeline",
-    "WanPipeline",
-    "StableDiffusion3Pipeline",
-    "CogVideoXPipeline",
-    "ZImagePipeline",
-    "Lumina2Pipeline",
-)
+FREELY = ("FluxPipeline", "WanPipeline", "CogVideoXPipeline", "Lumina2Pipeline")
 """Pipelines guided in two calls and in one, by scales of other meanings, with a rescaled prediction."""
+
+
+def require_rows_alone(name, pipe, call):
+    """Require that two prompts are what they are alone, and return the latents of the first."""
+    both = rows(name, pipe, call, 0, 1)
+    alone = torch.cat([rows(name, pipe, call, prompt) for prompt in (0, 1)])
+    assert far(both, alone) <= 2e-5 * float(alone.abs().max())
+    return alone[:1]
 
 
 @pytest.mark.parametrize("name", FREELY)
@@ -51,10 +48,8 @@ def test_two_prompts_are_guided_freely_as_alone(name):
         call = {**call, "true_cfg_scale": 2.0, **negative}
     before = rows(name, pipe, call, 0)
     with dit_accel.attach(pipe, FREE):
-        both = rows(name, pipe, call, 0, 1)
-        alone = torch.cat([rows(name, pipe, call, prompt) for prompt in (0, 1)])
-    assert far(both, alone) <= 2e-5 * float(alone.abs().max())
-    assert far(alone[:1], before) > 1e-4 * float(alone.abs().max())
+        alone = require_rows_alone(name, pipe, call)
+    assert far(alone, before) > 1e-4 * float(alone.abs().max())
 
 
 def ends_guidance(pipe, step, timestep, held):
@@ -66,36 +61,27 @@ def ends_guidance(pipe, step, timestep, held):
     return held
 
 
-@pytest.mark.parametrize("method", [*BRANCHES.values(), FREE], ids=lambda one: f"{one.name} {one.mode}")
+@pytest.mark.parametrize("method", [BRANCHES["pag"], BRANCHES["slg"], FREE], ids=lambda one: f"{one.name} {one.mode}")
 def test_guidance_in_one_call_that_ends_midway_guides_the_right_rows(method):
-    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
+    name = "StableDiffusion3Pipeline"
+    pipe, call = stock_pipeline(name)
     held = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
-    call.update(
-        num_inference_steps=5,
-        callback_on_step_end=ends_guidance,
-        callback_on_step_end_tensor_inputs=held,
-    )
-    plain = rows("StableDiffusion3Pipeline", pipe, call, 0)
+    call.update(num_inference_steps=4, callback_on_step_end=ends_guidance, callback_on_step_end_tensor_inputs=held)
+    plain = rows(name, pipe, call, 0)
     with dit_accel.attach(pipe, method) as attachment:
-        both = rows("StableDiffusion3Pipeline", pipe, call, 0, 1)
-        section = attachment.report().section(method.name)
-        alone = torch.cat([rows("StableDiffusion3Pipeline", pipe, call, row) for row in (0, 1)])
-    assert far(both, alone) <= 2e-5 * float(alone.abs().max())
-    assert far(alone[:1], plain) > 1e-2
-    assert section.data["steps"] == ([0, 1] if method.mode == "free" else [0, 1, 2, 3, 4])
+        alone = require_rows_alone(name, pipe, call)
+        steps = attachment.report().section(method.name).data["steps"]
+    assert far(alone, plain) > 1e-2
+    assert steps == ([0, 1] if method.mode == "free" else [0, 1, 2, 3])
 
 
-def test_guidance_in_one_call_that_a_pipeline_truncates_guides_the_right_rows():
+@pytest.mark.parametrize(("method", "guided"), [(BRANCHES["pag"], 6), (FREE, 4)], ids=["branch", "free"])
+def test_guidance_in_one_call_that_a_pipeline_truncates_guides_the_right_rows(method, guided):
     """Z-Image goes on saying that it guides while its forwards hold the conditional prompt alone."""
     pipe, call = stock_pipeline("ZImagePipeline")
-    call = {**call, "num_inference_steps": 6, "cfg_truncation": 0.5}
-    for method in (BRANCHES["pag"], FREE):
-        with dit_accel.attach(pipe, method) as attachment:
-            both = rows("ZImagePipeline", pipe, call, 0, 1)
-            steps = attachment.report().section("pag").data["steps"]
-            alone = torch.cat([rows("ZImagePipeline", pipe, call, row) for row in (0, 1)])
-        assert far(both, alone) <= 2e-5 * float(alone.abs().max())
-        assert steps == list(range(4 if method is FREE else 6))
+    with dit_accel.attach(pipe, method) as attachment:
+        require_rows_alone("ZImagePipeline", pipe, {**call, "num_inference_steps": 6, "cfg_truncation": 0.5})
+        assert attachment.report().section("pag").data["steps"] == list(range(guided))
 
 
 def test_a_pipeline_of_another_class_that_tells_nothing_is_refused_by_name():
@@ -112,25 +98,12 @@ def test_a_pipeline_of_another_class_that_tells_nothing_is_refused_by_name():
             return super().__call__(*args, **kwargs)
 
     pipe, call = stock_pipeline("FluxKontextPipeline")
-    embeds = torch.ones(1, 6, 16)
-    for method in (
-        PAG(layers="L1"),
-        SoftPAG(heads="L1H0"),
-        SLG(layers="L1", start=0.0, stop=1.0),
-        NAG(negative_embeds=embeds),
-    ):
-        other = Own(**pipe.components)
-        with (
-            dit_accel.attach(other, method),
-            torch.no_grad(),
-            pytest.raises(
-                ConfigError,
-                match=rf"{method.name}.*which prompt.*Own.*transformer\.cache_context\(name\) .*adapter 'flux'",
-            ),
-        ):
+    other, same = Own(**pipe.components), Same(**pipe.components)
+    same.set_progress_bar_config(disable=True)
+    for method in (PAG(layers="L1"), NAG(negative_embeds=torch.ones(1, 6, 16))):
+        told = rf"{method.name}.*which prompt.*Own.*transformer\.cache_context\(name\) .*adapter 'flux'"
+        with dit_accel.attach(other, method), torch.no_grad(), pytest.raises(ConfigError, match=told):
             other(**call)
-        same = Same(**pipe.components)
-        same.set_progress_bar_config(disable=True)
         with dit_accel.attach(same, method):
             assert rows("FluxKontextPipeline", same, call, 0).isfinite().all()
 
@@ -138,10 +111,8 @@ def test_a_pipeline_of_another_class_that_tells_nothing_is_refused_by_name():
 def test_a_subclass_that_hands_its_call_on_rescales_as_the_class_does():
     pipe, call = stock_pipeline("QwenImageEditPipeline")
     assert type(pipe).__name__ == "Small"
-    with (
-        dit_accel.attach(pipe, PAG(layers="L1")),
-        pytest.raises(ConfigError, match=r"pag.*rescales.*norm"),
-    ):
+    refused = pytest.raises(ConfigError, match=r"pag.*rescales.*norm")
+    with dit_accel.attach(pipe, PAG(layers="L1")), refused:
         rows("QwenImageEditPipeline", pipe, call, 0)
 
 
@@ -150,13 +121,8 @@ def test_pipelines_with_perturbed_attention_of_their_own_are_refused():
     parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
     other = diffusers.StableDiffusion3PAGPipeline(**parts, pag_applied_layers="blocks.1$")
     other.set_progress_bar_config(disable=True)
-    with (
-        dit_accel.attach(other.transformer, PAG(layers="L1")),
-        pytest.raises(
-            ConfigError,
-            match=r"pag.*StableDiffusion3PAGPipeline.*perturbed attention",
-        ),
-    ):
+    refused = pytest.raises(ConfigError, match=r"pag.*StableDiffusion3PAGPipeline.*perturbed attention")
+    with dit_accel.attach(other.transformer, PAG(layers="L1")), refused:
         rows("StableDiffusion3Pipeline", other, {**call, "pag_scale": 0.0}, 0)
 
 
@@ -184,10 +150,9 @@ def test_beside_a_pipeline_s_own_skipped_layers_all_predictions_get_the_same():
 def test_a_rescaling_that_only_an_argument_asks_for_is_seen():
     guidance = installed.adapters()["flux-kin"].guidance
     assert "normalize" in inspect.signature(diffusers.BriaPipeline.__call__).parameters
-    call = dit_accel.adapters.guidance.PipelineCall(None, ("BriaPipeline",), {"normalize": True})
-    assert guidance.why_not_folded(call) == "normalize = True scales the guided prediction by the conditional one"
-    quiet = dit_accel.adapters.guidance.PipelineCall(None, ("BriaPipeline",), {"normalize": False})
-    assert guidance.why_not_folded(quiet) is None
+    for value, why in ((True, "normalize = True scales the guided prediction by the conditional one"), (False, None)):
+        call = dit_accel.adapters.guidance.PipelineCall(None, ("BriaPipeline",), {"normalize": value})
+        assert guidance.why_not_folded(call) == why
 
 
 def test_what_counts_is_the_pipeline_that_runs():

@@ -1,12 +1,14 @@
-"""UltraImage's guided and view mode: a small picture first, which a larger one follows."""
+"""Pictures larger than trained: UltraImage's guided and view mode, in which they follow a small one, and the shift."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
-from dit_accel_assets import model_path
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from dit_accel_pipelines.families.flux import FLUX
 from dit_accel_pipelines.generation.larger import prepare_larger
 from dit_accel_pipelines.generation.request import Request
@@ -56,7 +58,10 @@ def through(pipe, picture):
     return ((back + 1) / 2).clamp(0, 1)
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline"])
+NAMES = ["FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_picture_that_follows_to_the_end_is_the_small_one_enlarged(name):
     pipe, large, made, report = run(name, (96, 128), guided=True, follow_above=0.0, small=4)
     (first, small), (second, _) = made
@@ -67,7 +72,7 @@ def test_a_picture_that_follows_to_the_end_is_the_small_one_enlarged(name):
     assert "2 steps took no forward" in report.sections[0].lines[0]
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "ChromaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", NAMES)
 def test_view_mode_keeps_the_small_picture_in_the_middle_alone(name):
     options = {"view": True, "small": 4, "enlarge": "latents", "output_type": "latent"}
     pipe, large, made, report = run(name, (128, 96), follow_above=0.0, **options)
@@ -126,63 +131,84 @@ def test_step_caches_leave_the_steps_that_follow():
     followed = []
     for caches in ((), (EasyCache(threshold=9.0),)):
         pipe, call = stock_pipeline("FluxPipeline")
-        call |= {"height": 96, "width": 96, "num_inference_steps": 8}
+        call |= {"height": 96, "width": 96, "num_inference_steps": 6}
         with dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True), *caches) as attachment:
             attachment.call(**call)
-            sections = {one.method: one for one in attachment.report().sections}
-        followed.append(sections["ultraimage"].lines[0])
+            followed.append(attachment.report().section("ultraimage").lines[0])
     assert followed[0] == followed[1]
     assert not followed[0].startswith("0 ")
 
 
 def test_what_can_not_be_is_refused():
-    with pytest.raises(ConfigError, match="both; set one"):
+    def refused(match, error=ConfigError):
+        return pytest.raises(error, match=match)
+
+    with refused("both; set one"):
         UltraImage(guided=True, view=True)
-    with pytest.raises(ConfigError, match=r"pull = 0\.5 pulls"):
+    with refused(r"pull = 0\.5 pulls"):
         UltraImage(view=True, pull=0.5)
-    with pytest.raises(ConfigError, match="small = 40 tokens"):
+    with refused("small = 40 tokens"):
         run("FluxPipeline", (96, 96), guided=True, small=40)
-    with pytest.raises(ConfigError, match=r"^ultraimage\.guided.*, and DPMSolverMultistepScheduler "):
+    with refused(r"^ultraimage\.guided.*, and DPMSolverMultistepScheduler "):
         run("PixArtSigmaPipeline", (96, 96), guided=True, correct=False)
+    guided, large = UltraImage(**TRAINED, guided=True), {"height": 96, "width": 96, "num_inference_steps": 1}
     pipe, call = stock_pipeline("PixArtSigmaPipeline")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with (
-        dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True, correct=False)) as attachment,
-        pytest.raises(ConfigError, match=r"Adapter\.flow"),
-    ):
-        attachment.call(**call | {"height": 96, "width": 96, "num_inference_steps": 1})
+    with dit_accel.attach(pipe, replace(guided, correct=False)) as attachment, refused(r"Adapter\.flow"):
+        attachment.call(**call | large)
     pipe, call = stock_pipeline("FluxPipeline")
-    large = {**call, "height": 96, "width": 96, "num_inference_steps": 1}
-    with (
-        dit_accel.attach(pipe, UltraImage(**TRAINED, guided=True)),
-        pytest.raises(ConfigError, match=r"attachment\.call"),
-    ):
-        pipe(**large)
-    attachment = dit_accel.attach(pipe.transformer, UltraImage(**TRAINED, guided=True))
-    with attachment, pytest.raises(AttachError, match=r"^call runs.*transformer;"):
-        attachment.call(**large)
+    with dit_accel.attach(pipe, guided), refused(r"attachment\.call"):
+        pipe(**call | large)
+    with dit_accel.attach(pipe.transformer, guided) as attachment, refused(r"^call runs.*transformer;", AttachError):
+        attachment.call(**call | large)
 
 
-def test_the_noise_shift_is_held_in_the_large_stage_alone(tmp_path):
-    pipe, _ = stock_pipeline("FluxPipeline")
-    pipe.vae.enable_tiling = lambda: None
+# Without a small picture: the shift of the noise, and the command
+
+
+@pytest.fixture
+def flux():
+    tiled = []
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return SimpleNamespace(scheduler=scheduler, vae=SimpleNamespace(enable_tiling=lambda: tiled.append(1)), tiled=tiled)
+
+
+def request_of(tmp_path, side, **options):
+    return Request(prompts=("a kite",), output=tmp_path / "a.png", height=side, width=side, **options)
+
+
+def test_a_larger_picture_is_decoded_in_tiles_at_the_largest_shift(flux, tmp_path):
+    before = dict(flux.scheduler.config)
+    for side, family in ((2048, FLUX_DEV), (4096, FLUX.families[-1]), (4096, None)):
+        assert prepare_larger(flux, request_of(tmp_path, side), family) == []
+    assert dict(flux.scheduler.config) == before
+    assert not flux.tiled
+    notes = prepare_larger(flux, request_of(tmp_path, 4096), FLUX_DEV)
+    assert len(flux.tiled) == 1
+    assert len(notes) == 2
+    assert "held at that of 4096 tokens: along its line 65536" in notes[1]
+    config = flux.scheduler.config
+    shift = calculate_shift(
+        256 * 256, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    assert shift == pytest.approx(config.max_shift)
+
+
+def test_the_noise_shift_is_held_in_the_large_stage_alone(flux, tmp_path):
     config = UltraImage(guided=True)
-    before = pipe.scheduler.config.max_image_seq_len
-    request = Request(prompts=("a kite",), output=tmp_path / "a.png", height=4096, width=4096, methods=(config,))
-    assert len(prepare_larger(pipe, request, FLUX_DEV)) == 1
-    assert pipe.scheduler.config.max_image_seq_len == before
+    before = flux.scheduler.config.max_image_seq_len
+    assert len(prepare_larger(flux, request_of(tmp_path, 4096, methods=(config,)), FLUX_DEV)) == 1
+    assert flux.scheduler.config.max_image_seq_len == before
     handler = UltraImageHandler(config, Model(adapter=FLUX, family=FLUX_DEV, heads=24, layers=57))
     assert handler.small_grid(256, 192) == (64, 48)
-    assert "64 x 48 tokens is made first" in str(
-        handler.estimate(TokenLayout(frames=1, height=256, width=192), 28).notes
-    )
-    with _pinned(handler, pipe, (256, 256)):
-        assert pipe.scheduler.config.max_image_seq_len == 256 * 256
-    assert pipe.scheduler.config.max_image_seq_len == before
+    saving = handler.estimate(TokenLayout(frames=1, height=256, width=192), 28)
+    assert "64 x 48 tokens is made first" in str(saving.notes)
+    with _pinned(handler, flux, (256, 256)):
+        assert flux.scheduler.config.max_image_seq_len == 256 * 256
+    assert flux.scheduler.config.max_image_seq_len == before
 
 
 def test_generate_makes_both_and_says_so(tmp_path):
-    assert model_path("flux-tiny")
     out = tmp_path / "a.png"
     result = CliRunner().invoke(app, [
         "generate", "a red circle", "--model", "flux-tiny", "--num-inference-steps", "2", "--height", "128", "--width",

@@ -76,16 +76,7 @@ def test_every_pipeline_class_is_in_the_matrix():
     assert not (built | set(NOT_BUILT)) - classes, "these are no pipelines of a covered transformer"
     assert not built & set(NOT_BUILT)
     assert set(limits()) == set(PIPELINES), "run tests/support/matrix_limits.py"
-
-
-def test_every_transformer_has_a_pipeline():
-    assert not covered() - set().union(*pipeline_classes().values())
-
-
-def test_every_method_is_in_the_matrix():
-    call = plain_of("WanPipeline").call
-    names = {name for of in METHODS.values() for name in names_of(of(call))}
-    assert names == set(handlers()) - {"autoguidance"}  # which needs a second model: test_guidance_rows.py
+    assert not covered() - set().union(*pipeline_classes().values()), "these transformers have no pipeline"
 
 
 def test_guidance_comes_in_one_call_and_in_two():
@@ -94,6 +85,9 @@ def test_guidance_comes_in_one_call_and_in_two():
 
 
 def test_the_samples_have_every_method_every_situation_and_every_pipeline():
+    call = plain_of("WanPipeline").call
+    names = {name for of in METHODS.values() for name in names_of(of(call))}
+    assert names == set(handlers()) - {"autoguidance"}  # which needs a second model: test_three_branches.py
     methods, situations = zip(*(few()[name] for name in quick()), strict=True)
     assert set(few()) == set(PIPELINES)
     assert set(methods) == set(METHODS)

@@ -11,14 +11,7 @@ from matrix_runs import run
 from tiny_stock import stock_pipeline
 from wan_tiny import tiny_transformer
 
-from dit_accel import (
-    PAG,
-    EasyCache,
-    RadialAttention,
-    StaticCache,
-    attach,
-    attachment_of,
-)
+from dit_accel import PAG, EasyCache, RadialAttention, StaticCache, attach, attachment_of
 from dit_accel.errors import DitAccelError
 
 TYPES = (torch.float32, torch.float64)
@@ -76,12 +69,14 @@ FOUND = {
 
 
 @pytest.mark.parametrize("what", FOUND)
-def test_what_was_found_is_a_case_of_the_matrix_and_right(what):
-    wrong = [f"{name}: {line}" for name, method, one in FOUND[what] for line in wrong_in(name, [(method, one)])]
+@pytest.mark.parametrize("part", ["first two", pytest.param("others", marks=pytest.mark.slow)])
+def test_what_was_found_is_a_case_of_the_matrix_and_right(what, part):
+    cases = FOUND[what][:2] if part == "first two" else FOUND[what][2:]
+    wrong = [f"{name}: {line}" for name, method, one in cases for line in wrong_in(name, [(method, one)])]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("shift", "types"), [(3e-5, {torch.float32}), (3e-3, {torch.float32}), (3e-5, set(TYPES))])
+@pytest.mark.parametrize(("shift", "types"), [(3e-5, {torch.float32}), (3e-5, set(TYPES))])
 def test_what_may_be_a_processors_rounding_is_judged_in_float64(monkeypatch, shift, types):
     real = matrix_situations.run_rows
 
@@ -92,7 +87,7 @@ def test_what_may_be_a_processors_rounding_is_judged_in_float64(monkeypatch, shi
     monkeypatch.setattr(matrix_situations, "run_rows", rounded)
     monkeypatch.setattr(matrix_situations, "SPREAD", 0.0)  # on some processors a plain batch is its rows to the bit
     found = wrong_in("HunyuanDiTControlNetPipeline", [("slg", EQUAL)])
-    assert bool(found) == (shift > 1e-3 or len(types) > 1)
+    assert bool(found) == (len(types) > 1)
 
 
 @contextlib.contextmanager
@@ -101,11 +96,16 @@ def attached(model: object, *methods: object) -> Iterator[object]:
         yield attachment
 
 
-def _guided(transformer: torch.nn.Module, order: tuple[str, str], contexts: bool) -> torch.Tensor:
-    """One step of a loop written by hand, guided by 5."""
+def _inputs(spread):
+    """Latents, and the text of each prompt."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 12, 5, 8, 8, generator=generator)
-    texts = {name: torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
+    return latents, {name: spread * torch.randn(1, 6, 64, generator=generator) for name in ("cond", "uncond")}
+
+
+def _guided(transformer, order, contexts):
+    """One step of a loop written by hand, guided by 5."""
+    latents, texts = _inputs(1)
     out = {}
     with torch.no_grad():
         for name in order:
@@ -114,22 +114,20 @@ def _guided(transformer: torch.nn.Module, order: tuple[str, str], contexts: bool
     return out["uncond"] + 5 * (out["cond"] - out["uncond"])
 
 
+ORDERS = [("cond", "uncond"), ("uncond", "cond")]
+
+
 @pytest.mark.parametrize("contexts", [True, False])
 def test_a_loop_that_begins_with_the_negative_prompt_is_guided_as_the_other_way_round_or_refused(contexts):
     transformer = tiny_transformer()
-    plain = _guided(transformer, ("cond", "uncond"), contexts)
+    plain = _guided(transformer, ORDERS[0], contexts)
     added = []
-    for order in (("cond", "uncond"), ("uncond", "cond")):
-        with attached(transformer, PAG(layers="L1", scale=3.0)):
-            try:
-                added.append(_guided(transformer, order, contexts) - plain)
-            except DitAccelError:
-                added.append(None)
-    right, other = added
-    assert contexts is (right is not None)
-    assert other is None or right is not None
-    if right is not None and other is not None:
-        assert torch.allclose(right, other, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+    for order in ORDERS:
+        with attached(transformer, PAG(layers="L1", scale=3.0)), contextlib.suppress(DitAccelError):
+            added.append(_guided(transformer, order, contexts) - plain)
+    assert len(added) == (2 if contexts else 0)
+    if contexts:
+        torch.testing.assert_close(*added, rtol=1e-3, atol=1e-4 * float(added[0].abs().max()))
 
 
 @pytest.mark.parametrize("share", [0.07, 0.28, 0.55])
@@ -140,23 +138,20 @@ def test_a_share_of_the_steps_is_as_many_for_attention_as_for_caches(share):
         assert dense == EasyCache(warmup_steps=share).first_steps(steps)
 
 
-@pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
+@pytest.mark.parametrize("order", ORDERS)
 def test_guidance_that_ends_leaves_a_cache_no_history_of_the_other_prompt(order):
     """The first step with the prompt alone is not forecast from the negative prompt's output."""
     transformer = tiny_transformer()
 
-    def loop(*methods: object, stop: int = 5) -> list[dict[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, 12, 5, 8, 8, generator=generator)
-        texts = {name: 3 * torch.randn(1, 6, 64, generator=generator) for name in ("uncond", "cond")}
+    def loop(*methods):
+        latents, texts = _inputs(3)
         outs = []
         with attached(transformer, *methods), torch.no_grad():
-            for step in range(8):
+            for step in range(6):
                 time = torch.tensor([1000.0 - 100 * step])
-                names = order if step < stop else ("cond",)
-                got = {name: transformer(latents, time, texts[name], return_dict=False)[0] for name in names}
-                outs.append(got)
-                latents = latents - 0.02 * sum(got.values()) / len(got)
+                names = order if step < 5 else ("cond",)
+                outs.append({name: transformer(latents, time, texts[name], return_dict=False)[0] for name in names})
+                latents = latents - 0.02 * sum(outs[-1].values()) / len(names)
         return outs
 
     plain, cached = loop(), loop(StaticCache(every=6, warmup_steps=1, last_steps=0))

@@ -94,7 +94,7 @@ def start(request, caplog):
 @pytest.fixture
 def plain(start, monkeypatch):
     """Sends requests to a server without methods."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, " ")  # as if it were not set
     pipe = prompted_wan()
     server = start(pipe)
     assert dit_accel.attachment_of(pipe) is None
@@ -132,9 +132,7 @@ def test_what_the_methods_refuse_runs_plain_with_the_reason(start, setting, capl
     logged(caplog)
     assert torch.equal(server.request(["a kite"], seeded(), **call), dense)
     (line,) = logged(caplog)
-    assert "without methods" in line
-    assert "6" in line
-    assert "4" in line
+    assert all(word in line for word in ("without methods", "6", "4"))
     assert torch.equal(server.request(["a kite"], seeded(), **SIZE), first)
 
 
@@ -148,8 +146,7 @@ def test_a_kernel_that_fails_does_not_fail_the_request(start, setting, caplog, p
         patch.setattr(api, "_run", torch.ones(2).reshape)  # which takes no problem
         assert torch.equal(server.request(["a kite"], seeded(), **SIZE), dense)
     (line,) = logged(caplog)
-    assert "without methods" in line
-    assert "reshape" in line
+    assert all(word in line for word in ("without methods", "reshape"))
     assert torch.equal(server.request(["a kite"], seeded(), **SIZE), sparse)
 
 
@@ -169,13 +166,7 @@ def test_an_error_of_the_model_is_raised_at_once(start, setting, monkeypatch):
 
 def test_a_refused_setting_leaves_the_server_plain_with_the_reason(start, setting, caplog, plain):
     dense = plain(["a kite"], seeded(), **SIZE)
-    for text, reason in (
-        ("swift", "'swift'"),
-        ("/nowhere/serve.toml", "/nowhere/serve.toml"),
-        ("[easycache]\nthreshhold = 1.0\n", "threshhold"),
-        ("[run]\nnum_inference_steps = 8\n", "method"),
-        ("[slg]\nlayers = [99]\n", "99"),
-    ):
+    for text, reason in (("swift", "'swift'"), ("[slg]\nlayers = [99]\n", "99")):
         setting(text)
         pipe = prompted_wan()
         server = start(pipe)
@@ -189,32 +180,22 @@ def test_a_refused_setting_leaves_the_server_plain_with_the_reason(start, settin
 
 def test_a_second_pipeline_around_the_transformer_waits(setting):
     setting(METHODS)
-    pipe, results = prompted_wan(), []
+    pipe, results, call = prompted_wan(), [], dict(SIZE, output_type="latent")
     attach_requested(pipe)
-    other = twin(pipe)
 
-    def send(pipe, **call):
-        made = answer(pipe, lambda: pipe("a kite", generator=seeded(), output_type="latent", **SIZE, **call).frames)
-        results.append(made)
+    def send(pipe, **more):
+        results.append(answer(pipe, lambda: pipe("a kite", generator=seeded(), **call, **more).frames))
 
     def meet(pipe, index, timestep, kwargs):
         if index == 1:
             second.start()
-            second.join(0.5)  # in which it would run into this run
+            second.join(0.2)  # in which it would run into this run
         return {}
 
-    second = threading.Thread(target=send, args=(other,))
+    second = threading.Thread(target=send, args=(twin(pipe),))
     send(pipe, callback_on_step_end=meet)
     second.join()
     assert torch.equal(*results)
-
-
-def test_an_unset_variable_touches_no_server(start, monkeypatch):
-    monkeypatch.setenv(VARIABLE, " ")
-    pipe = prompted_wan()
-    server = start(pipe)
-    assert dit_accel.attachment_of(pipe) is None
-    assert server.request(["a kite"], seeded(), **SIZE).isfinite().all()
 
 
 def test_a_server_whose_parts_moved_goes_on(monkeypatch, caplog):
@@ -252,13 +233,12 @@ def signatures(path):
     }
 
 
-def requests(count):
-    """Draw requests of several kinds: prompts, sizes and steps, cancelled ones and ones that fail."""
-    drawn = random.Random(0)
-    for _ in range(count):
-        prompts = drawn.choice([["a kite"], ["a dog"], ["a kite", "a dog"]])
-        end = drawn.choice(["", "", "", "cancelled", "interrupted", "wrong size"])
-        yield tuple(prompts), drawn.choice([9, 17]), drawn.choice([4, 6]), end
+KITE, BOTH = ("a kite",), ("a kite", "a dog")
+KINDS = [
+    (KITE, 17, 4, ""), (BOTH, 9, 3, "cancelled"), (BOTH, 17, 3, ""), (KITE, 9, 4, "wrong size"),
+    (KITE, 17, 3, "interrupted"), (("a dog",), 9, 6, ""), (BOTH, 9, 6, "interrupted"), (KITE, 9, 3, "cancelled"),
+]  # fmt: skip
+"""Requests of several kinds: prompts, frames and steps, and how they end."""
 
 
 def send(server, prompts, frames, steps, end):
@@ -290,10 +270,11 @@ def held():
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
-def test_many_requests_at_once_are_as_if_alone(count, start, setting, record_property):
+@pytest.mark.parametrize(
+    "kinds", [KINDS[:5], pytest.param(random.Random(0).choices(KINDS, k=200), marks=pytest.mark.slow)], ids=len
+)
+def test_many_requests_at_once_are_as_if_alone(kinds, start, setting, record_property):
     setting(METHODS)
-    kinds = list(requests(count))
     alone = {kind: send(start(prompted_wan()), *kind) for kind in dict.fromkeys(kinds)}
     pipe = prompted_wan()
     server = start(pipe)
@@ -302,18 +283,12 @@ def test_many_requests_at_once_are_as_if_alone(count, start, setting, record_pro
     beside = 0 if isinstance(one, str) else one.untyped_storage().nbytes()
     assert held() - before <= beside + 1024  # nothing waits for the next request
     with ThreadPoolExecutor(8) as pool:
-        wrong = [
-            kind
-            for kind, out in zip(kinds, pool.map(lambda kind: send(server, *kind), kinds), strict=True)
-            if not same(out, alone[kind])
-        ]
-    assert not wrong
+        outputs = [*pool.map(lambda kind: send(server, *kind), kinds)]
+    assert not [kind for kind, out in zip(kinds, outputs, strict=True) if not same(out, alone[kind])]
     assert {"CancelledError", "ValueError"} <= {one for one in alone.values() if isinstance(one, str)}
-    grown = held() - before - beside
-    record_property("tensor bytes", (before, grown))
+    del outputs
     record_property("resident MiB", (resident, resident_mib()))
-    assert same(one, alone[kinds[0]])
-    assert grown <= 1024
+    assert held() - before <= beside + 1024
     assert resident_mib() - resident < 64
 
 

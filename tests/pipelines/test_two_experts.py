@@ -21,102 +21,50 @@ ONCE = dict(every=100, warmup_steps=0)
 
 @pytest.fixture
 def pipe(make_pipe):
+    second = tiny_transformer(5, text_dim=96)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    width = make_pipe().transformer.config.text_dim
-    second = tiny_transformer(5, text_dim=width)
     return make_pipe(transformer_2=second, boundary_ratio=0.6, scheduler=scheduler)
 
 
-def blocks_by_step(pipe):
-    """Every (expert, blocks that ran) of the conditional forwards from now on, inside of all that is attached."""
-    ran = []
+def ran_and_held(pipe, method, kept):
+    """Run twice; return (expert, its blocks that ran) of conditional forwards, whose state was held, and the report.
+
+    ``kept`` names the attribute with the method's state, whose keys begin with the transformer.
+    """
+    ran, held, hooks = [], [], []
     for name in EXPERTS:
         model = getattr(pipe, name)
+        hooks.append(model.patch_embedding.register_forward_hook(lambda *_, name=name: ran.append((name, []))))
         for index, block in enumerate(model.blocks):
-            block.register_forward_hook(lambda *_, index=index: ran[-1][1].append(index))
-        model.patch_embedding.register_forward_hook(lambda *_, name=name: ran.append((name, [])))
-    return lambda: ran[::2]  # of two forwards a step the first is conditional
+            hooks.append(block.register_forward_hook(lambda *_, index=index: ran[-1][1].append(index)))
+
+    def look(pipe, step, timestep, tensors):
+        held.append({key[0] for key in getattr(attachment.engine.handlers[0], kept)})
+        return tensors
+
+    with dit_accel.attach(pipe, method) as attachment:
+        latents = generate(pipe, num_inference_steps=STEPS, callback_on_step_end=look)
+        report, first = attachment.report(), ran[::2]  # of two forwards a step the first is conditional
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(generate(pipe, num_inference_steps=STEPS), latents)
+    return first, held, report
 
 
 def expected(first, second, refresh=()):
-    """The same for blocks that are cached from each expert's first step on."""
-    whole = [0, 1, 2]
-    computed = {0, SWITCH, *refresh}
+    """What runs where blocks are cached from each expert's first step on."""
+    computed, cached = {0, SWITCH, *refresh}, (first, second)
     return [
         (
             EXPERTS[step >= SWITCH],
-            whole if step in computed else [b for b in whole if b not in (first, second)[step >= SWITCH]],
+            [block for block in range(3) if step in computed or block not in cached[step >= SWITCH]],
         )
         for step in range(STEPS)
     ]
 
 
-def test_one_list_for_both_and_a_state_for_each(pipe):
-    read, held = blocks_by_step(pipe), []
-    cache = ProfilingCache(blocks="0, 2", **ONCE)
-
-    def look(pipe, step, timestep, tensors):
-        (handler,) = attachment.engine.handlers
-        held.append({key[0] for key in handler._histories})
-        return tensors
-
-    with dit_accel.attach(pipe, cache) as attachment:
-        latents = generate(pipe, num_inference_steps=STEPS, callback_on_step_end=look)
-        assert read() == expected([0, 2], [0, 2])
-        assert held == [{EXPERTS[step >= SWITCH]} for step in range(STEPS)]
-        data = attachment.report().section("profilingcache").data
-        assert data["cached"] == dict.fromkeys(EXPERTS, "0, 2")
-        assert data["computed_blocks"] == pytest.approx((2 * 3 + (STEPS - 2)) / (3 * STEPS))
-        one_expert = 2 * 2 * 80 * 32 * 4  # branches, runs of blocks, tokens, channels, bytes
-        assert attachment.report().state_bytes["profilingcache"] == one_expert
-        assert torch.equal(generate(pipe, num_inference_steps=STEPS), latents)
-    assert latents.isfinite().all()
-
-
-def test_the_second_expert_reuses_nothing_of_the_first(pipe):
-    """Whatever the first gave, the second's first step is that of an untouched expert on the same latents."""
-    seen = []
-    pipe.transformer_2.register_forward_hook(
-        lambda model, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
-    )
-    with dit_accel.attach(pipe, ProfilingCache(blocks="0-2", **ONCE)):
-        generate(pipe, num_inference_steps=STEPS)
-    (kwargs, given), count = seen[0], len(seen)
-    assert count == 2 * (STEPS - SWITCH)
-    with torch.no_grad():
-        assert torch.equal(pipe.transformer_2(**kwargs)[0], given)
-
-
-def test_the_schedule_is_that_of_the_run(pipe):
-    read = blocks_by_step(pipe)
-    with dit_accel.attach(pipe, ProfilingCache(blocks="1", every=4, warmup_steps=0)):
-        generate(pipe, num_inference_steps=STEPS)
-    assert read() == expected([1], [1], refresh=(4, 8))
-
-
-def test_blocks_by_their_own_inputs(pipe):
-    read = blocks_by_step(pipe)
-    with dit_accel.attach(pipe, DBPrune(threshold=1e9, warmup_steps=0, last_steps=0, first_blocks=1)):
-        generate(pipe, num_inference_steps=STEPS)
-    assert read() == expected([1, 2], [1, 2])
-
-
-def test_the_foreground_is_told_anew_by_the_second_expert(pipe):
-    held = []
-
-    def look(pipe, step, timestep, tensors):
-        (handler,) = attachment.engine.handlers
-        held.append({transformer for transformer, *_ in handler._outputs})
-        return tensors
-
-    with dit_accel.attach(pipe, DFA(share=0.25, every=2, warmup_steps=1, last_steps=1)) as attachment:
-        latents = generate(pipe, num_inference_steps=STEPS, callback_on_step_end=look)
-        full = [step.density == 1 for step in attachment.report().steps if step.branch == "cond"]
-        assert full == [True, False, True, False, True, False, True, False, True, True]  # 6 and 9: taken over, and last
-        assert held == [{EXPERTS[step >= SWITCH]} for step in range(STEPS)]
-        one_expert = 2 * 3 * 80 * 32 * 4  # branches, layers, tokens, channels, bytes
-        assert attachment.report().state_bytes["dfa"] == one_expert
-        assert torch.equal(generate(pipe, num_inference_steps=STEPS), latents)
+TURNS = [{EXPERTS[step >= SWITCH]} for step in range(STEPS)]
+BY_INPUTS = DBPrune(threshold=1e9, warmup_steps=0, last_steps=0, first_blocks=1)
 
 
 def write_profile(path, pipe, **cached):
@@ -128,33 +76,62 @@ def write_profile(path, pipe, **cached):
     return str(path)
 
 
-def test_a_profile_has_a_list_for_each(pipe, tmp_path):
-    path = write_profile(tmp_path / "profile.json", pipe, transformer=[0], transformer_2=[1, 2])
-    read = blocks_by_step(pipe)
-    with dit_accel.attach(pipe, ProfilingCache(blocks=path, **ONCE)) as attachment:
+def test_one_list_for_both_and_a_state_for_each(pipe):
+    ran, held, report = ran_and_held(pipe, ProfilingCache(blocks="0, 2", **ONCE), "_histories")
+    assert (ran, held) == (expected([0, 2], [0, 2]), TURNS)
+    data = report.section("profilingcache").data
+    assert data["cached"] == dict.fromkeys(EXPERTS, "0, 2")
+    assert data["computed_blocks"] == pytest.approx((2 * 3 + (STEPS - 2)) / (3 * STEPS))
+    assert report.state_bytes["profilingcache"] == 2 * 2 * 80 * 32 * 4  # branches, runs of blocks, tokens, channels
+
+
+def test_the_schedule_is_that_of_the_run_and_inputs_are_each_experts(pipe):
+    ran, *_ = ran_and_held(pipe, ProfilingCache(blocks="1", every=4, warmup_steps=0), "_histories")
+    assert ran == expected([1], [1], refresh=(4, 8))
+    ran, *_ = ran_and_held(pipe, BY_INPUTS, "_histories")
+    assert ran == expected([1, 2], [1, 2])
+
+
+def test_the_second_expert_reuses_nothing_of_the_first(pipe):
+    """Whatever the first gave, the second's first step is that of an untouched expert on the same latents."""
+    seen = []
+    pipe.transformer_2.register_forward_hook(
+        lambda model, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
+    )
+    with dit_accel.attach(pipe, ProfilingCache(blocks="0-2", **ONCE)):
         generate(pipe, num_inference_steps=STEPS)
-        cached = attachment.report().section("profilingcache").data["cached"]
-    assert read() == expected([0], [1, 2])
-    assert cached == {"transformer": "0", "transformer_2": "1-2"}
+    (kwargs, output), count = seen[0], len(seen)
+    assert count == 2 * (STEPS - SWITCH)
+    with torch.no_grad():
+        assert torch.equal(pipe.transformer_2(**kwargs)[0], output)
 
 
-def test_a_profile_of_one_expert_or_of_other_weights_is_refused(pipe, make_pipe, tmp_path):
+def test_the_foreground_is_told_anew_by_the_second_expert(pipe):
+    _, held, report = ran_and_held(pipe, DFA(share=0.25, every=2, warmup_steps=1, last_steps=1), "_outputs")
+    full = [step.step_index for step in report.steps if step.branch == "cond" and step.density == 1]
+    assert full == [0, 2, 4, 6, 8, 9]  # at 6 the other takes over, 9 is the last
+    assert held == TURNS
+    assert report.state_bytes["dfa"] == 2 * 3 * 80 * 32 * 4  # branches, layers, tokens, channels, bytes
+
+
+def test_a_profile_has_a_list_for_each_and_the_plan_takes_their_mean(pipe, tmp_path):
+    path = write_profile(tmp_path / "profile.json", pipe, transformer=[0], transformer_2=[1, 2])
+    config = ProfilingCache(blocks=path, **ONCE)
+    ran, _, report = ran_and_held(pipe, config, "_histories")
+    assert ran == expected([0], [1, 2])
+    assert report.section("profilingcache").data["cached"] == {"transformer": "0", "transformer_2": "1-2"}
+    handler = handler_of(config)(config, resolve_model("transformer", find_transformers(pipe)))
+    saving = handler.estimate(dit_accel.TokenLayout(frames=5, height=4, width=4), STEPS)
+    assert saving.blocks == (STEPS - 1) * 1.5
+    assert "profilingcache.blocks has 2 lists, and how long each runs" in saving.notes[0]
+
+
+def test_a_profile_of_one_expert_or_of_other_weights_is_refused(pipe, tmp_path):
     path = write_profile(tmp_path / "one.json", pipe, transformer=[0])
     with pytest.raises(ConfigError, match=r"on transformer, .*transformer_2"):
         dit_accel.attach(pipe, ProfilingCache(blocks=path))
     path = write_profile(tmp_path / "both.json", pipe, transformer=[0], transformer_2=[1])
-    pipe.transformer_2 = tiny_transformer(6, text_dim=pipe.transformer.config.text_dim)
+    pipe.transformer_2 = tiny_transformer(6, text_dim=96)
     with pytest.raises(ConfigError, match=r"weights \w{12}, transformer_2.*\w{12}"):
         dit_accel.attach(pipe, ProfilingCache(blocks=path))
     assert dit_accel.attachment_of(pipe) is None
-
-
-def test_the_plan_takes_the_mean_of_both_lists(pipe, tmp_path):
-    path = write_profile(tmp_path / "profile.json", pipe, transformer=[0], transformer_2=[1, 2])
-    config = ProfilingCache(blocks=path, **ONCE)
-    handler = handler_of(config)(config, resolve_model("transformer", find_transformers(pipe)))
-    saving = handler.estimate(dit_accel.TokenLayout(frames=5, height=4, width=4), STEPS)
-    assert saving.blocks == (STEPS - 1) * 1.5
-    assert saving.notes == (
-        "profilingcache.blocks has 2 lists, and how long each runs is not known: their mean is counted",
-    )
