@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
@@ -27,21 +27,24 @@ from dit_accel.errors import UnsupportedModel
 PROMPT = "a red circle moving right"
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+class Bases(dict[str, Path]):
     """A folder for each model with it, its videos, and what was encoded of them; made when first asked for."""
-    root = tmp_path_factory.mktemp("models")
 
-    class Made(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            case, folder = CASES[name], root / name.replace(" ", "-")
-            folder.mkdir()
-            pipeline_folder(case, folder / "model")
-            video_folder(folder / "videos", count=2, frames=-(-case.frames // 4) * 4 + 1, size=case.size)
-            self[name] = folder
-            return folder
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
-    return Made()
+    def __missing__(self, name: str) -> Path:
+        case, folder = CASES[name], self.root / name.replace(" ", "-")
+        folder.mkdir()
+        pipeline_folder(case, folder / "model")
+        video_folder(folder / "videos", count=2, frames=-(-case.frames // 4) * 4 + 1, size=case.size)
+        self[name] = folder
+        return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("models"))
 
 
 def of(name: str, **changes: Any) -> dict[str, Any]:
@@ -56,16 +59,6 @@ def opened(base: Path) -> Any:
     return pipe
 
 
-@contextlib.contextmanager
-def standing_in(transformer: Any, forward: Any) -> Iterator[None]:
-    """Let something else be the transformer's forward."""
-    transformer.forward = forward
-    try:
-        yield
-    finally:
-        del transformer.forward
-
-
 def asked_by_training(trainable: Any, transformer: Any, pipe: Any, *given: Any) -> tuple[dict[str, Any], Any]:
     """The arguments that a velocity calls the transformer with, and what it reads off the output, zeros but one."""
     told: dict[str, Any] = {}
@@ -74,7 +67,7 @@ def asked_by_training(trainable: Any, transformer: Any, pipe: Any, *given: Any) 
         told.update(arguments)
         return (torch.ones_like(arguments["hidden_states"]),)
 
-    with standing_in(transformer, forward):
+    with mock.patch.object(transformer, "forward", forward):
         return told, trainable.velocity(transformer, pipe, *given)
 
 
@@ -102,7 +95,7 @@ def test_the_pipelines_own_loop_leads_to_the_clip_by_the_velocity_that_is_traine
 
     with contextlib.ExitStack() as stack:
         for component in ("transformer", "transformer_2")[: 1 + ("a14b" in name)]:
-            stack.enter_context(standing_in(getattr(pipe, component), exact(component)))
+            stack.enter_context(mock.patch.object(getattr(pipe, component), "forward", exact(component)))
         made = pipe(
             PROMPT, height=case.size, width=case.size, num_frames=case.frames, num_inference_steps=6,
             guidance_scale=1.0, latents=pack(noise), output_type="pt",
@@ -174,8 +167,11 @@ def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: 
     assert torch.equal(trainable.velocity(there, pipe, *given), trainable.velocity(transformer, pipe, *given))
 
 
+TRAINED = pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+@TRAINED
 def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_path: Path, name: str):
     asked = of(name, batch_size=2)
     whole = trained(bases[name], tmp_path / "whole", **asked)
@@ -186,7 +182,7 @@ def test_a_training_goes_on_exactly_and_with_blocks_computed_again(bases, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "wan a14b high"])
+@TRAINED
 def test_bfloat16_samples_and_averages(bases, tmp_path: Path, name: str):
     lora = trained(bases[name], tmp_path, **of(name, dtype="bfloat16", sample_every=1, sample_steps=4, ema_decay=0.5))
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in lora.values())

@@ -77,14 +77,14 @@ def test_what_cannot_be_written(tmp_path: Path, frames):
     check_output(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ("echo disk full >&2; exit 7", r"exit code 7.*disk full"),
-        ("cat > /dev/null; exit 1", r"exit code 1.*no reason"),
-        ("kill -9 $$", r"exit code -9.*no reason"),
-    ],
-)
+FAILING = [
+    ("echo disk full >&2; exit 7", r"exit code 7.*disk full"),
+    ("cat > /dev/null; exit 1", r"exit code 1.*no reason"),
+    ("kill -9 $$", r"exit code -9.*no reason"),
+]
+
+
+@pytest.mark.parametrize(("script", "message"), FAILING)
 def test_a_failing_ffmpeg_is_an_error_and_leaves_the_old_file(tmp_path: Path, frames, monkeypatch, script, message):
     ffmpeg, path = tmp_path / "ffmpeg", tmp_path / "a.mp4"
     ffmpeg.write_text(f"#!/bin/sh\n{script}\n")

@@ -23,14 +23,13 @@ def made(request, tmp_path):
     with_block.update_components(**{name: part for name, part in pipe.components.items() if part is not None})
     if not hasattr(with_block, "vae"):
         with_block.vae = pipe.vae  # which tells the latents' scale
-    call = {**call, "num_inference_steps": 6}
+    call = {**call, "num_inference_steps": 4}
     return with_block, lambda **more: with_block(**call, **more, generator=torch.Generator().manual_seed(0)), tmp_path
 
 
-def test_each_call_has_the_setting_that_it_names(made):
+def test_each_call_has_the_setting_that_it_names_and_what_others_attached_stays(made):
     pipe, run, folder = made
-    path = str(folder / "cache.toml")
-    plain = run()
+    path, plain = str(folder / "cache.toml"), run()
     assert dit_accel.attachment_of(pipe) is None
     cached = run(dit_accel=path)
     attachment = dit_accel.attachment_of(pipe)
@@ -42,14 +41,10 @@ def test_each_call_has_the_setting_that_it_names(made):
     assert dit_accel.attachment_of(pipe) is not attachment
     assert torch.equal(run(dit_accel="none"), plain)
     assert dit_accel.attachment_of(pipe) is None
-
-
-def test_what_others_attached_stays(made):
-    pipe, run, _ = made
-    with dit_accel.attach(pipe, EasyCache()):
+    with dit_accel.attach(pipe, EasyCache()) as own:
         with pytest.raises(AttachError, match="transformer"):
             run(dit_accel="careful")
-        assert dit_accel.attachment_of(pipe) is not None
+        assert dit_accel.attachment_of(pipe) is own
     with pytest.raises(ConfigError, match="'swift'"):
         run(dit_accel="swift")
 

@@ -103,12 +103,7 @@ def test_what_tells_the_same_request_is_kept_and_the_rest_made(tmp_path: Path, l
 
 def test_another_request_is_made_anew(tmp_path: Path, loads):
     asked = request(tmp_path, prompts=PROMPTS[:1])
-    for changes in (
-        dict(seed=1),
-        dict(num_inference_steps=2),
-        dict(guidance_scale=3.0),
-        dict(negative_prompt="a blue"),
-    ):
+    for changes in ({"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 3.0}, {"negative_prompt": "a blue"}):
         generating.generate(asked)
         assert not generating.generate(dataclasses.replace(asked, **changes), resume=True)[0].kept, changes
 

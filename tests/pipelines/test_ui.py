@@ -48,7 +48,7 @@ def comparing() -> Comparing:
 
 def test_both_runs_and_their_difference_become_clips_and_the_model_is_loaded_once(comparing, tmp_path):
     told: list[Any] = []
-    made = compare(Comparing(**SMALL), tmp_path, stages=watched(told), steps=10)
+    made = compare(Comparing(**SMALL), tmp_path, stages=watched(told))
     paths = (made.dense, made.accelerated, made.difference)
     assert [path.name for path in paths] == ["dense.mp4", "accelerated.mp4", "difference.mp4"]
     assert imageio.imread(made.dense).shape == (5, 256, 256, 3)
@@ -56,7 +56,7 @@ def test_both_runs_and_their_difference_become_clips_and_the_model_is_loaded_onc
     assert made.check.metrics["psnr"] > 20
     assert min(made.check.dense_seconds, made.check.accelerated_seconds) > 0  # which is less is the machine's affair
     assert "measured speed-up" in made.report
-    assert [now for now in told if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 10, 10)
+    assert [now for now in told if now[0] == "with methods: denoising"][-1] == ("with methods: denoising", 4, 4)
     assert {now[0] for now in told} >= {"loading the model", "trying: denoising", "dense: denoising"}
     first, told = compare(comparing, tmp_path), []
     second = compare(comparing, tmp_path, preset="none", config=to_toml([EasyCache(threshold=0)]), stages=watched(told))
