@@ -53,11 +53,11 @@ ALIKE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("model", "world", "cases", "sizes", "options"),
-    ALIKE,
-    ids=lambda one: str(one) if isinstance(one, str | int) else "",
-)
+def name_of(value):
+    return str(value) if isinstance(value, str | int) else ""
+
+
+@pytest.mark.parametrize(("model", "world", "cases", "sizes", "options"), ALIKE, ids=name_of)
 def test_processes_give_what_one_gives(model, world, cases, sizes, options):
     require_as_alone(run(world, compare, model, cases, sizes, options), len(cases))
 

@@ -224,16 +224,6 @@ def test_images_are_described_and_refuse_radial(name, before, after, own):
     assert described.methods["sol"]["beta"] == 1.0
 
 
-def test_steps_are_counted_where_no_context_is_opened():
-    model = tiny_models.SD3[0]
-    transformer = build(model)
-    with dit_accel.attach(transformer, preset="none") as attachment:
-        for timestep in (900.0, 500.0):
-            run(transformer, {**model.inputs(1), "timestep": torch.tensor([timestep])})
-        assert [step.step_index for step in attachment.report().steps] == [0, 1]
-    assert not hasattr(transformer, "cache_context")
-
-
 # Steps, noise levels and the foreground
 
 

@@ -161,7 +161,6 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "--negative-prompt", "ugly"], "unknown word(s) ugly"),
     (["a circle", "--negative-prompt", " ,"], "prompt ' ,' has no word in it"),
     (["a circle", "--height", "30"], "height must be a multiple of 16 for wan-tiny, got 30; the nearest is 32"),
-    (["a circle", "--width", "40"], "width must be a multiple of 16 for wan-tiny, got 40; the nearest is 48"),
     (["a circle", "--num-frames", "0"], "num_frames must be >= 1, got 0"),
     (["a circle", "--num-frames", "4000000000001"], "wan has rotary positions for 256 tokens along frames"),
     (["a circle", "--num-inference-steps", "0"], "num_inference_steps must be >= 1, got 0"),
@@ -172,27 +171,19 @@ BAD: list[tuple[list[str], str]] = [
     (["a circle", "-o", "none/a.mp4"], "none is not a folder; create it first"),
     (["a circle", "-o", "a" * 250 + ".mp4"], "can't be written: File name too long; choose another folder or name"),
     (["a circle", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
-    (["a circle", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
     (["a circle", "--fps", "nan"], "fps must be from 0.01 to 240, got nan"),
-    (["a circle", "--fps", "1e-300"], "fps must be from 0.01 to 240, got 1e-300"),
     (["a circle", "--scale", "0"], "scale must be a whole number from 1 to 64, got 0"),
     (["a circle", "--seed", "-1"], "seeds must be from 0 to 2**63 - 1, got -1 for the first of 1 prompts"),
     (["a circle", "--image", "a.png"], "WanPipeline takes no image, got a.png; leave it out"),
     (["a circle", "--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'"),
     (["a circle", "--offload", "modle"], "there is no offload 'modle'; did you mean 'model'"),
     (["a circle", "--solver", "ulber"], "there is no solver 'ulber'; did you mean 'euler'"),
-    (["a circle", "--preset", "balance"], "there is no preset 'balance'"),
     (["a circle", "--offload", "model", "--device", "cpu"], "offload 'model' needs an accelerator, got device cpu"),
     (["a circle", "--device", "gpu"], "device 'gpu' can't be used here; choose from cpu"),
-    (["a circle", "--model", "none"], "'none' is no embedded model; known: flux-tiny, wan-plain, wan-tiny; or name a"),
     (["a circle", "--model", "wan-tny"], "'wan-tny' is no embedded model; did you mean 'wan-tiny'"),
-    (["a circle", "--set", "radial.naer=1"], "radial has no option 'naer'; did you mean 'near'"),
     (["a circle", "--radail"], "--radial"),
-    (["a circle", *QUICK, "--radial", "--backend", "tritn"], "there is no backend 'tritn'; did you mean 'triton'"),
-    (["a circle", *QUICK, "--radial", "--dense", "atuo"], "there is no dense 'atuo'; did you mean 'auto'"),
     (["a circle", *QUICK, "--radial", "--num-frames", "1"], "radial needs at least 2 latent frames"),
     (["a circle", "--backend", "torch"], "backend 'torch' was requested, but no method is attached; switch one on"),
-    (["a circle", "--dense", "auto"], "dense 'auto' was requested, but no method is attached; switch one on"),
     (["a circle", "--check", "--preset", "none"], "was requested, but no method is attached; switch one on"),
     (["a circle", "--check", "--radial", "-o", "nowhere/a.mp4"], "nowhere is not a folder"),
 ]  # fmt: skip
@@ -278,16 +269,15 @@ def test_models_that_no_adapter_knows(tmp_path: Path):
         resolve(dataclasses.replace(asked, methods=(RadialAttention(),)))
 
 
-@pytest.mark.parametrize("lacking", ["ffn_dim", "num_layers"])
-def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, pipe, lacking: str):
+def test_methods_need_no_sizes_that_generate_does_not_use(tmp_path: Path, pipe):
     """A transformer of the sizes of no released model, whose config also lacks one: the pipeline's defaults hold."""
-    folder = model_folder(tmp_path / "model", transformer={"num_layers": 4, lacking: None})
-    asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
-    assert resolve(asked) == (asked, None, [], [])
-    if lacking == "ffn_dim":
-        (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif"))
-        assert written.report is not None
-        assert written.record["num_frames"] == 5
+    for lacking in ("num_layers", "ffn_dim"):
+        folder = model_folder(tmp_path / lacking, transformer={"num_layers": 4, lacking: None})
+        asked = request(tmp_path, model=str(folder), num_frames=5, methods=(RadialAttention(dense_steps=0),))
+        assert resolve(asked) == (asked, None, [], [])
+    (written,) = generate(dataclasses.replace(asked, output=tmp_path / "a.gif", num_inference_steps=1))
+    assert written.report is not None
+    assert written.record["num_frames"] == 5
 
 
 def test_an_error_leaves_no_file_and_nothing_attached(tmp_path: Path, pipe, monkeypatch):
@@ -402,9 +392,8 @@ def test_a_check_is_made_from_the_same_seed_and_written_beside(tmp_path: Path, p
     assert "measured speed-up: " in result.stderr
     assert Image.open(tmp_path / "a.check.png").width > 100
     record = json.loads((tmp_path / "a.mp4.json").read_text())
-    asked = resolve(
-        request(tmp_path, num_inference_steps=4, num_frames=5, seed=3, check=True, methods=(StaticCache(every=2),))
-    )[0]
+    changes = dict(num_inference_steps=4, num_frames=5, seed=3, check=True, methods=(StaticCache(every=2),))
+    asked = resolve(request(tmp_path, **changes))[0]
     dense = run(pipe, PROMPT, asked).pictures
     with attach(pipe, StaticCache(every=2, warmup_steps=1, last_steps=0)):
         made = run(pipe, PROMPT, asked).pictures

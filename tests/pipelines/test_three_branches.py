@@ -32,6 +32,13 @@ CASES = {
 }  # fmt: skip
 
 
+def formula(pipe, run, changed, scale, batched=False):
+    """Return the latents of a plain run and of one with the formula written down, and how many forwards it added."""
+    plain = run()
+    with three_branches(pipe, changed, scale, batched=batched) as sizes:
+        return plain, run(), sizes
+
+
 def require_formula(made, expected, plain):
     """Require of latents that they are the expected ones, which are others than the plain ones."""
     moved = float((expected - plain).norm() / plain.norm())
@@ -46,42 +53,34 @@ def require_formula(made, expected, plain):
 def test_the_fold_is_the_formula(case, heads, u):
     name, changes, module, batched = CASES[case]
     pipe, call = stock_pipeline(name)
-    plain = run_stock(pipe, call, **changes)
 
     def perturbed(transformer):
         return perturbed_heads(transformer.transformer_blocks[1].get_submodule(module), heads, u)
 
-    with three_branches(pipe, perturbed, 3.0, batched=batched) as sizes:
-        expected = run_stock(pipe, call, **changes)
+    plain, expected, sizes = formula(pipe, lambda: run_stock(pipe, call, **changes), perturbed, 3.0, batched)
     assert min(sizes) > 0
     spec = "L1" if len(heads) == 2 else f"L1H{heads[0]}"
     with dit_accel.attach(pipe, SoftPAG(heads=spec, u=u, scale=3.0)) as attachment:
-        made = run_stock(pipe, call, **changes)
-        section = attachment.report().section("softpag")
-    require_formula(made, expected, plain)
-    assert section.data["forwards_added"] == len(sizes)
+        require_formula(run_stock(pipe, call, **changes), expected, plain)
+        assert attachment.report().section("softpag").data["forwards_added"] == len(sizes)
 
 
 @pytest.mark.parametrize(("scale", "experts"), [(1.0, 2), (4.0, 1), (4.0, 2)])
 def test_wan_in_two_calls_with_one_expert_and_with_two(make_pipe, scale, experts):
-    extra = {}
+    extra, changes = {}, dict(guidance_scale=scale)
     if experts == 2:
-        second = wan_tiny.tiny_transformer(1, text_dim=make_pipe().transformer.config.text_dim)
-        extra = dict(transformer_2=second, boundary_ratio=0.9)
+        extra = dict(transformer_2=wan_tiny.tiny_transformer(1, text_dim=96), boundary_ratio=0.9)
+        changes["guidance_scale_2"] = scale + 2.0
     pipe = make_pipe(**extra)
-    changes = dict(guidance_scale=scale, **(dict(guidance_scale_2=scale + 2.0) if experts == 2 else {}))
 
     def perturbed(transformer):
         return perturbed_heads(transformer.blocks[1].attn1, (0,), 0.7)
 
-    plain = wan_tiny.generate(pipe, **changes)
-    with three_branches(pipe, perturbed, 2.0, batched=False):
-        expected = wan_tiny.generate(pipe, **changes)
+    plain, expected, _ = formula(pipe, lambda: wan_tiny.generate(pipe, **changes), perturbed, 2.0)
     with dit_accel.attach(pipe, SoftPAG(heads="L1H0", u=0.7, scale=2.0)) as attachment:
-        made = wan_tiny.generate(pipe, **changes)
+        require_formula(wan_tiny.generate(pipe, **changes), expected, plain)
         ran = {step.transformer for step in attachment.report().steps if step.branch == "cond/softpag"}
     assert len(ran) == experts
-    require_formula(made, expected, plain)
 
 
 def test_slg_is_the_formula_with_a_block_left_out(make_pipe):
@@ -90,9 +89,7 @@ def test_slg_is_the_formula_with_a_block_left_out(make_pipe):
     def skipped(transformer):
         return mock.patch.object(transformer.blocks[1], "forward", lambda hidden_states, *_, **__: hidden_states)
 
-    plain = wan_tiny.generate(pipe)
-    with three_branches(pipe, skipped, 2.8, batched=False):
-        expected = wan_tiny.generate(pipe)
+    plain, expected, _ = formula(pipe, lambda: wan_tiny.generate(pipe), skipped, 2.8)
     with dit_accel.attach(pipe, SLG(layers="L1", start=0.0, stop=1.0, scale=2.8)):
         require_formula(wan_tiny.generate(pipe), expected, plain)
 
@@ -119,9 +116,7 @@ def test_autoguidance_is_the_formula_with_a_weaker_model(make_pipe, tmp_path):
     pipe = make_pipe()
     weak = weakened(pipe.transformer)
     weak.save_pretrained(tmp_path / "weak" / "transformer")
-    plain = wan_tiny.generate(pipe)
-    with three_branches(pipe, partial(weights_of, weak), 1.5, batched=False):
-        expected = wan_tiny.generate(pipe)
+    plain, expected, _ = formula(pipe, lambda: wan_tiny.generate(pipe), partial(weights_of, weak), 1.5)
     for options in ({"weak_transformer": weak}, {"weak": str(tmp_path / "weak")}):
         with dit_accel.attach(pipe, AutoGuidance(scale=1.5, **options)) as attachment:
             require_formula(wan_tiny.generate(pipe), expected, plain)
@@ -131,9 +126,8 @@ def test_autoguidance_is_the_formula_with_a_weaker_model(make_pipe, tmp_path):
 def test_autoguidance_in_one_call_runs_the_weaker_model_on_the_prompt_alone():
     pipe, call = stock_pipeline("StableDiffusion3Pipeline")
     weak = weakened(pipe.transformer)
-    plain, rows = run_stock(pipe, call), []
-    with three_branches(pipe, partial(weights_of, weak), 1.5, batched=True):
-        expected = run_stock(pipe, call)
+    plain, expected, _ = formula(pipe, lambda: run_stock(pipe, call), partial(weights_of, weak), 1.5, batched=True)
+    rows = []
     weak.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True)
     with dit_accel.attach(pipe, AutoGuidance(scale=1.5, weak_transformer=weak)):
         require_formula(run_stock(pipe, call), expected, plain)
@@ -153,7 +147,7 @@ def test_a_weaker_model_that_is_none_is_refused(make_pipe, tmp_path):
         AutoGuidance(weak="a", weak_transformer=pipe.transformer)
     with pytest.raises(ConfigError, match=r"mode = 'free'.*leave mode"):
         AutoGuidance(mode="free")
-    other = wan_tiny.tiny_transformer(1, text_dim=pipe.transformer.config.text_dim, out_channels=8)
+    other = wan_tiny.tiny_transformer(1, text_dim=96, out_channels=8)
     with dit_accel.attach(pipe, AutoGuidance(weak_transformer=other)), pytest.raises(ConfigError, match="one shape"):
         wan_tiny.generate(pipe)
 
@@ -188,17 +182,14 @@ def test_behind_any_guider_the_branch_is_added_to_its_result(guider):
     def perturbed(transformer):
         return perturbed_heads(transformer.get_submodule("transformer_blocks.1.attn"), (1,), 0.6)
 
-    plain = run_stock(pipe, call)
-    with three_branches(pipe, perturbed, 3.0, batched=False):
-        expected = run_stock(pipe, call)
+    plain, expected, _ = formula(pipe, lambda: run_stock(pipe, call), perturbed, 3.0)
     with dit_accel.attach(pipe, SoftPAG(heads="L1H1", u=0.6)) as attachment:
-        made = run_stock(pipe, call)
+        require_formula(run_stock(pipe, call), expected, plain)
         assert attachment.report().section("softpag").data["forwards_added"] == 3
         pipe.guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0, enabled=True)
         with pytest.raises(ConfigError, match="guider AdaptiveProjectedMixGuidance"):
             run_stock(pipe, call)
     assert "forward" not in vars(guider)
-    require_formula(made, expected, plain)
 
 
 @pytest.mark.parametrize("mode", ["branch", "free"])
