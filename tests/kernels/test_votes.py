@@ -2,7 +2,7 @@
 
 Tests bear the invariants' numbers; the ninth, the error bounds, is in test_vote_bounds.py. What runs above single calls
 goes by the same numbers: layers, branches and resets (12) in tests/core/test_lite_method.py, compiled blocks (14) in
-tests/pipelines/test_on_machines.py, replay of CUDA graphs (14), which needs a card, in test_no_sync.py.
+tests/pipelines/test_attach.py, replay of CUDA graphs (14), which needs a card, in test_no_sync.py.
 """
 
 import math

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import WanPipeline
 from dit_accel_assets import model_path
 from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
-from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order, shifted
+from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order
 from dit_accel_pipelines.finetuning.models import TRAINABLE
 from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve_recipe
 from dit_accel_pipelines.finetuning.run import finetune
@@ -172,12 +172,6 @@ def test_a_place_of_the_training_tells_clip_noise_and_level(base: Path, tmp_path
     assert 0.7 < many.levels.median() < 0.8  # one half, shifted by 3: .75
     again = batch_of(range(400), encoded, recipe(base, seed=1), 3.0)
     assert not torch.equal(again.noise, many.noise)
-
-
-def test_levels_are_shifted_as_the_schedulers_do():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    assert torch.allclose(shifted(plain.sigmas, 5.0), scheduler.sigmas, atol=1e-6)
 
 
 def test_the_loss_is_that_of_the_schedulers_velocity(monkeypatch, base: Path, tmp_path: Path):

@@ -6,9 +6,6 @@ situation, `make test-slow` one of every pipeline and every method on a third of
 `make test-pipelines` all cases.
 """
 
-import time
-from collections.abc import Callable
-
 import pytest
 from matrix_cases import Case, cases_of, few, many, plain_of, quick, wrong_in
 from matrix_classes import covered, pipeline_classes
@@ -30,36 +27,33 @@ THIRD = [name for name in list(PIPELINES)[::3] if name not in (*KIN, *OPEN)]
 """Pipelines that `make test-slow` runs with every method, `make test-rare` the others."""
 
 
-def require_right(name: str, cases: list[Case], record: Callable[[str, object], None]) -> None:
+def require_right(name: str, cases: list[Case]) -> None:
     """Run cases of a pipeline; all that is wrong is said at once."""
-    began = time.perf_counter()
     found = wrong_in(name, sorted(cases, key=lambda case: (case[0], list(SITUATIONS).index(case[1]))))
-    record("cases", len(cases))
-    record("seconds", time.perf_counter() - began)
     assert not found, f"{name}:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=[] if one in quick() else pytest.mark.slow) for one in PIPELINES]
 )
-def test_a_pipeline_is_right_with_a_method_in_a_situation(name, record_property):
+def test_a_pipeline_is_right_with_a_method_in_a_situation(name):
     assert refused_of(plain_of(name)) == limits()[name].refused, "run tests/support/matrix_limits.py"
-    require_right(name, [few()[name]], record_property)
+    require_right(name, [few()[name]])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=[] if one in THIRD else pytest.mark.rare) for one in PIPELINES]
 )
-def test_a_pipeline_is_right_with_every_method(name, record_property):
-    require_right(name, many(name), record_property)
+def test_a_pipeline_is_right_with_every_method(name):
+    require_right(name, many(name))
 
 
 @pytest.mark.slow
 @pytest.mark.rare
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_is_right_with_every_method_in_every_situation(name, record_property):
-    require_right(name, cases_of(name), record_property)
+def test_a_pipeline_is_right_with_every_method_in_every_situation(name):
+    require_right(name, cases_of(name))
 
 
 @pytest.mark.slow

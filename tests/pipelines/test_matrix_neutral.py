@@ -7,7 +7,6 @@ is left. `make test` tries nearly each method once, `make test-slow` all, with p
 
 import contextlib
 import copy
-import time
 from dataclasses import dataclass, replace
 
 import matrix_runs
@@ -185,9 +184,9 @@ QUICK = [case for case in CASES if case[1]]
 """Cases of which `make test` tries one beside each method, in turn: what began earlier knows more than the branch."""
 
 
-def require_nothing_added(beside, cases, record):
+def require_nothing_added(beside, cases):
     """Require that no case moves a run of some methods beside which nothing is perturbed."""
-    began, found, alone, ran = time.perf_counter(), [], {}, 0
+    found, alone = [], {}
     for what, start, together, mode in cases:
         try:
             if together not in alone:
@@ -197,42 +196,39 @@ def require_nothing_added(beside, cases, record):
             if not any(reason in str(error) for reason in REFUSED):
                 raise
             continue
-        ran += 1
         moved = float((made - alone[together]).norm() / alone[together].norm())
         if not moved < ROUNDING:
             found.append(f"{what} {mode} from {start}, {'one call' if together else 'two calls'}: {moved:.2g}")
-    record("neutral", ran)
-    record("neutral_seconds", time.perf_counter() - began)
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in BESIDE]
 )
-def test_nothing_is_added_beside_a_method(name, record_property):
-    require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]], record_property)
+def test_nothing_is_added_beside_a_method(name):
+    require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]])
 
 
 @pytest.mark.slow
 @pytest.mark.rare
 @pytest.mark.parametrize("name", BESIDE)
-def test_nothing_is_added_beside_a_method_by_anything(name, record_property):
-    require_nothing_added(BESIDE[name], CASES, record_property)
+def test_nothing_is_added_beside_a_method_by_anything(name):
+    require_nothing_added(BESIDE[name], CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BESIDE)
-def test_nothing_is_added_beside_a_method_by_each_guidance(name, record_property):
+def test_nothing_is_added_beside_a_method_by_each_guidance(name):
     """Each in one of its cases, another beside every method."""
     turn, kinds = list(BESIDE).index(name), {}
     for case in CASES:
         kinds.setdefault((case[0], case[3]), []).append(case)
-    require_nothing_added(BESIDE[name], [cases[turn % len(cases)] for cases in kinds.values()], record_property)
+    require_nothing_added(BESIDE[name], [cases[turn % len(cases)] for cases in kinds.values()])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_added_beside_a_pair(name, record_property):
+def test_nothing_is_added_beside_a_pair(name):
     names = [one for one in METHODS if one in BESIDE]
     for other in names[names.index(name) + 1 :] if name in names else ():
         pair = {type(one): one for one in (*BESIDE[name], *BESIDE[other])}
@@ -242,7 +238,7 @@ def test_nothing_is_added_beside_a_pair(name, record_property):
             continue  # they are refused together
         turn = (names.index(name) + names.index(other)) % 2
         case = ("seg", 0.3, bool(turn), "branch") if turn else ("softpag", 0.3, True, "branch")
-        require_nothing_added(tuple(pair.values()), [case], record_property)
+        require_nothing_added(tuple(pair.values()), [case])
 
 
 @pytest.mark.slow

@@ -1,19 +1,34 @@
-"""Runs, steps and branches: what is one generation and what is its step, on pipelines that tell neither."""
+"""Runs, steps and branches: what is one generation and what is its step, on pipelines that tell and that do not."""
 
 import copy
+import json
 import warnings
 
 import diffusers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from some_cases import some
 from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate, tiny_transformer
 
 import dit_accel
-from dit_accel import ConfigError, EasyCache, LiteAttention, RadialAttention, SparseD, StaticCache
+from dit_accel import (
+    DFA,
+    ConfigError,
+    DBPrune,
+    EasyCache,
+    ProfilingCache,
+    RadialAttention,
+    SparseD,
+    StaticCache,
+)
+from dit_accel.adapters import position_ids as positions
 from dit_accel.attachment.backends import UnplannedRun
+from dit_accel.methods.caches.profile_file import weights_digest
+from dit_accel.methods.find import find_transformers, resolve_model
+from dit_accel.methods.registry import handler_of
 
-LITE = LiteAttention(block_size=16, dense_steps=0, threshold=-0.5)
 SPARSED = SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0)
 ALTERNATE = StaticCache(every=2, warmup_steps=2, last_steps=0, predictor="taylor")
 
@@ -58,16 +73,6 @@ def test_a_scheduler_that_replaces_another_after_attach_is_asked():
         assert steps_of(attachment) == {0: False, 1: False, 2: False, 3: True, 4: True, 5: False}
 
 
-def test_runs_of_one_step_follow_each_other_as_runs():
-    pipe, call = stock_pipeline("StableDiffusion3Pipeline")
-    call["num_inference_steps"] = 1
-    with dit_accel.attach(pipe, SPARSED) as attachment:
-        first = run_stock(pipe, call)
-        run_stock(pipe, call, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(run_stock(pipe, call), first)
-        assert len(attachment.report().steps) == 1
-
-
 def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
     pipe, call = stock_pipeline("FluxImg2ImgPipeline")
     method = SparseD(block_size=16, density=0.5, dense_steps=0.25, dense_last_steps=1, dense_layers=0)
@@ -82,23 +87,6 @@ def test_a_run_that_starts_in_the_middle_has_the_steps_that_are_left():
     refused = pytest.raises(ConfigError, match=r"staticcache\.branches = 'uncond'.*cache_context")
     with dit_accel.attach(pipe, StaticCache(every=2, branches="uncond")), refused:
         run_stock(pipe, call)
-
-
-@pytest.mark.parametrize("method", [LITE, SPARSED], ids=lambda method: method.name)
-def test_an_interrupted_run_and_one_from_the_middle_do_not_go_on(method):
-    pipe, call = stock_pipeline("FluxImg2ImgPipeline")
-    call["num_inference_steps"] = 5
-
-    def interrupt(pipe, step, timestep, tensors):
-        pipe._interrupt = step == 0
-        return tensors
-
-    with dit_accel.attach(pipe, method):
-        fresh = run_stock(pipe, call, strength=0.6)
-    with dit_accel.attach(pipe, method) as attachment:
-        run_stock(pipe, call, strength=1.0, callback_on_step_end=interrupt)
-        assert torch.equal(run_stock(pipe, call, strength=0.6), fresh)
-        assert len(attachment.report().steps) == 3
 
 
 def test_sound_is_forecast_too():
@@ -182,3 +170,180 @@ def test_a_run_that_plans_nothing_warns_once_with_the_reason(pipe):
         with pytest.warns(UnplannedRun, match=r"radial: .*3 of 3.*processors"):
             generate(pipe)
         assert "3 of 3 attention processors were replaced" in str(attachment.report())
+
+
+# Every branch of every pipeline
+
+GUIDED, TOLD, COUNTED, ONE = ("cond", "uncond"), ("pred_cond", "pred_uncond"), ("call 0", "call 1"), ("call 0",)
+BRANCHES = {
+    **dict.fromkeys(("QwenImagePipeline", "QwenImageEditPipeline", "Flux2KleinPipeline", "OvisImagePipeline"), GUIDED),
+    **dict.fromkeys(("CogView4Pipeline", "HunyuanVideoPipeline", "SkyReelsV2Pipeline", "HeliosPipeline"), GUIDED),
+    **dict.fromkeys(("HunyuanImagePipeline", "HunyuanVideo15Pipeline", "MotifVideoPipeline"), TOLD),
+    **dict.fromkeys(("Kandinsky5T2VPipeline", "HunyuanVideoFramepackPipeline", "CosmosTextToWorldPipeline"), COUNTED),
+    **dict.fromkeys(("EasyAnimatePipeline", "AllegroPipeline", "AnyFlowPipeline", "MiniMaxH3ModularPipeline"), ONE),
+    **dict.fromkeys(("MochiPipeline", "CogVideoXPipeline", "LTXPipeline"), ("cond_uncond",)),
+    "LTX2Pipeline": ("cond_uncond", "uncond_stg", "uncond_modality"),
+    "WanImageToVideoPipeline, a timestep a token": GUIDED,
+    "WanAnimatePipeline": ("cond",),
+}
+"""Pipeline class -> the branches of a step, in the order in which they run; those that are told, and those counted."""
+
+STEPS = {"MiniMaxH3ModularPipeline": 3}  # its schedule of four points
+QUICK = ("Flux2KleinPipeline", "HunyuanImagePipeline", "Kandinsky5T2VPipeline", "AllegroPipeline", "LTXPipeline")
+
+
+@pytest.mark.parametrize("name", some(BRANCHES, *QUICK))
+def test_a_report_tells_the_branches_of_every_step_and_their_layers(name):
+    pipe, call = stock_pipeline(name)
+    with dit_accel.attach(pipe, SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0)) as attachment:
+        run_stock(pipe, call)
+        states = list(dict.fromkeys(layer.state for layer in attachment.engine.layers))
+        report = attachment.report()
+    assert report.model["transformer"] == f"{states[0].adapter.name}, sizes of no released model"
+    assert 0 < report.sparse_density < 1
+    count = STEPS.get(name, call["num_inference_steps"])
+    expected = [(index, branch) for index in range(count) for branch in BRANCHES[name]]
+    assert [(step.step_index, step.branch) for step in report.steps] == expected
+    for state in states:
+        layers = {step.dense_layers + step.sparse_layers for step in report.steps if step.transformer == state.name}
+        spared = {len(state.layers) - 1} if name == "LTX2Pipeline" else set()  # its perturbed block attends to none
+        assert layers == {len(state.layers)} | spared
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [("FluxPipeline", 1), ("FluxKontextPipeline", 1), ("Flux2Pipeline", 1), ("Flux2Pipeline, references", 3)],
+)
+def test_positions_are_read_as_often_as_the_pipeline_makes_them(monkeypatch, name, reads):
+    seen, first_image = [], positions.first_image
+    monkeypatch.setattr(positions, "first_image", lambda ids: seen.append(len(ids)) or first_image(ids))
+    pipe, call = stock_pipeline(name)
+    with dit_accel.attach(pipe, SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0)):
+        run_stock(pipe, call)
+    assert len(seen) == reads  # FLUX.2 joins the ids of image and references anew at each of the three steps
+
+
+# Two experts: each has its list, state and profile; a switch drops what was stored
+
+EXPERTS = ("transformer", "transformer_2")
+COUNT, SWITCH = 10, 6
+"""The second expert takes over at this step of so many."""
+ONCE = dict(every=100, warmup_steps=0)
+
+
+@pytest.fixture
+def two_experts(make_pipe):
+    second = tiny_transformer(5, text_dim=96)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return make_pipe(transformer_2=second, boundary_ratio=0.6, scheduler=scheduler)
+
+
+def ran_and_held(pipe, method, kept):
+    """Run twice; return (expert, its blocks that ran) of conditional forwards, whose state was held, and the report.
+
+    ``kept`` names the attribute with the method's state, whose keys begin with the transformer.
+    """
+    ran, held, hooks = [], [], []
+    for name in EXPERTS:
+        model = getattr(pipe, name)
+        hooks.append(model.patch_embedding.register_forward_hook(lambda *_, name=name: ran.append((name, []))))
+        for index, block in enumerate(model.blocks):
+            hooks.append(block.register_forward_hook(lambda *_, index=index: ran[-1][1].append(index)))
+
+    def look(pipe, step, timestep, tensors):
+        held.append({key[0] for key in getattr(attachment.engine.handlers[0], kept)})
+        return tensors
+
+    with dit_accel.attach(pipe, method) as attachment:
+        latents = generate(pipe, num_inference_steps=COUNT, callback_on_step_end=look)
+        report, first = attachment.report(), ran[::2]  # of two forwards a step the first is conditional
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(generate(pipe, num_inference_steps=COUNT), latents)
+    return first, held, report
+
+
+def expected(first, second, refresh=()):
+    """What runs where blocks are cached from each expert's first step on."""
+    computed, cached = {0, SWITCH, *refresh}, (first, second)
+    return [
+        (
+            EXPERTS[step >= SWITCH],
+            [block for block in range(3) if step in computed or block not in cached[step >= SWITCH]],
+        )
+        for step in range(COUNT)
+    ]
+
+
+TURNS = [{EXPERTS[step >= SWITCH]} for step in range(COUNT)]
+BY_INPUTS = DBPrune(threshold=1e9, warmup_steps=0, last_steps=0, first_blocks=1)
+
+
+def write_profile(path, pipe, **cached):
+    entries = {
+        name: {"weights": weights_digest(getattr(pipe, name)), "blocks": 3, "cached": blocks}
+        for name, blocks in cached.items()
+    }
+    path.write_text(json.dumps({"profile": 1, "model": "tiny", "transformers": entries}))
+    return str(path)
+
+
+def test_one_list_for_both_and_a_state_for_each(two_experts):
+    ran, held, report = ran_and_held(two_experts, ProfilingCache(blocks="0, 2", **ONCE), "_histories")
+    assert (ran, held) == (expected([0, 2], [0, 2]), TURNS)
+    data = report.section("profilingcache").data
+    assert data["cached"] == dict.fromkeys(EXPERTS, "0, 2")
+    assert data["computed_blocks"] == pytest.approx((2 * 3 + (COUNT - 2)) / (3 * COUNT))
+    assert report.state_bytes["profilingcache"] == 2 * 2 * 80 * 32 * 4  # branches, runs of blocks, tokens, channels
+
+
+def test_the_schedule_is_that_of_the_run_and_inputs_are_each_experts(two_experts):
+    ran, *_ = ran_and_held(two_experts, ProfilingCache(blocks="1", every=4, warmup_steps=0), "_histories")
+    assert ran == expected([1], [1], refresh=(4, 8))
+    ran, *_ = ran_and_held(two_experts, BY_INPUTS, "_histories")
+    assert ran == expected([1, 2], [1, 2])
+
+
+def test_the_second_expert_reuses_nothing_of_the_first(two_experts):
+    """Whatever the first gave, the second's first step is that of an untouched expert on the same latents."""
+    seen = []
+    two_experts.transformer_2.register_forward_hook(
+        lambda model, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
+    )
+    with dit_accel.attach(two_experts, ProfilingCache(blocks="0-2", **ONCE)):
+        generate(two_experts, num_inference_steps=COUNT)
+    (kwargs, output), count = seen[0], len(seen)
+    assert count == 2 * (COUNT - SWITCH)
+    with torch.no_grad():
+        assert torch.equal(two_experts.transformer_2(**kwargs)[0], output)
+
+
+def test_the_foreground_is_told_anew_by_the_second_expert(two_experts):
+    _, held, report = ran_and_held(two_experts, DFA(share=0.25, every=2, warmup_steps=1, last_steps=1), "_outputs")
+    full = [step.step_index for step in report.steps if step.branch == "cond" and step.density == 1]
+    assert full == [0, 2, 4, 6, 8, 9]  # at 6 the other takes over, 9 is the last
+    assert held == TURNS
+    assert report.state_bytes["dfa"] == 2 * 3 * 80 * 32 * 4  # branches, layers, tokens, channels, bytes
+
+
+def test_a_profile_has_a_list_for_each_and_the_plan_takes_their_mean(two_experts, tmp_path):
+    path = write_profile(tmp_path / "profile.json", two_experts, transformer=[0], transformer_2=[1, 2])
+    config = ProfilingCache(blocks=path, **ONCE)
+    ran, _, report = ran_and_held(two_experts, config, "_histories")
+    assert ran == expected([0], [1, 2])
+    assert report.section("profilingcache").data["cached"] == {"transformer": "0", "transformer_2": "1-2"}
+    handler = handler_of(config)(config, resolve_model("transformer", find_transformers(two_experts)))
+    saving = handler.estimate(dit_accel.TokenLayout(frames=5, height=4, width=4), COUNT)
+    assert saving.blocks == (COUNT - 1) * 1.5
+    assert "profilingcache.blocks has 2 lists, and how long each runs" in saving.notes[0]
+
+
+def test_a_profile_of_one_expert_or_of_other_weights_is_refused(two_experts, tmp_path):
+    path = write_profile(tmp_path / "one.json", two_experts, transformer=[0])
+    with pytest.raises(ConfigError, match=r"on transformer, .*transformer_2"):
+        dit_accel.attach(two_experts, ProfilingCache(blocks=path))
+    path = write_profile(tmp_path / "both.json", two_experts, transformer=[0], transformer_2=[1])
+    two_experts.transformer_2 = tiny_transformer(6, text_dim=96)
+    with pytest.raises(ConfigError, match=r"weights \w{12}, transformer_2.*\w{12}"):
+        dit_accel.attach(two_experts, ProfilingCache(blocks=path))
+    assert dit_accel.attachment_of(two_experts) is None

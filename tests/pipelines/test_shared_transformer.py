@@ -11,29 +11,15 @@ from tiny_parts import picture
 from tiny_stock import run_stock, stock_pipeline
 from wan_tiny import generate, tiny_transformer
 
-import dit_accel
-from dit_accel import (
-    DFA,
-    NAG,
-    PAG,
-    SLG,
-    AttachError,
-    ConfigError,
-    EasyCache,
-    FirstBlockCache,
-    LiteAttention,
-    RadialAttention,
-    SparseD,
-    StaticCache,
-)
+import dit_accel as d
 from dit_accel.attachment.backends import ReplacedTransformer
 
-LITE = LiteAttention(target_density=0.5, dense_steps=0, block_size=16)
-RADIAL = RadialAttention(
+LITE = d.LiteAttention(target_density=0.5, dense_steps=0, block_size=16)
+RADIAL = d.RadialAttention(
     block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=1, dense_layers=0, dense_last_steps=0
 )
-CACHE = StaticCache(every=3, warmup_steps=1, last_steps=1)
-SPARSED = SparseD(block_size=16, density=0.5, dense_steps=0.25, dense_layers=0)
+CACHE = d.StaticCache(every=3, warmup_steps=1, last_steps=1)
+SPARSED = d.SparseD(block_size=16, density=0.5, dense_steps=0.25, dense_layers=0)
 
 
 @pytest.mark.parametrize("method", [CACHE, SPARSED], ids=lambda method: method.name)
@@ -43,37 +29,13 @@ def test_the_steps_are_those_of_the_pipeline_that_runs_whichever_was_attached_to
     other = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     changes = dict(image=picture(), strength=0.5, num_inference_steps=12)
-    with dit_accel.attach(other, method) as attachment:
+    with d.attach(other, method) as attachment:
         alone, report = run_stock(other, call, **changes), attachment.report()
-    with dit_accel.attach(pipe, method) as attachment:
+    with d.attach(pipe, method) as attachment:
         own = run_stock(pipe, call)
         assert torch.equal(run_stock(other, call, **changes), alone)
         assert attachment.report() == report
         assert torch.equal(run_stock(pipe, call), own)
-
-
-def test_a_loop_by_hand_after_a_call_of_the_pipeline_has_its_own_steps():
-    pipe, call = stock_pipeline("FluxPipeline")
-    given = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda *one: given.append(one[2]), with_kwargs=True)
-    with dit_accel.attach(pipe, preset="none") as attachment:
-        run_stock(pipe, call)
-        hook.remove()
-        state = attachment.denoising
-
-        def forward(timestep):
-            with torch.no_grad():
-                pipe.transformer(**{**given[0], "timestep": timestep.expand(1) / 1000})
-
-        pipe.scheduler.set_timesteps(12, mu=1.0)
-        for index, timestep in enumerate(pipe.scheduler.timesteps):
-            forward(timestep)
-            assert (state.step_index, state.num_inference_steps) == (index, 12)
-            assert state.sigma == float(pipe.scheduler.sigmas[index])
-        run_stock(pipe, call)
-        for timestep in pipe.scheduler.timesteps[:2]:  # the pipeline's own list, which says nothing of this loop
-            forward(timestep)
-            assert state.num_inference_steps is None
 
 
 # Two threads
@@ -121,14 +83,14 @@ def wan(make_pipe):
 
 
 @pytest.mark.parametrize(
-    ("where", "method"), [("a forward", LITE), ("a run of WanPipeline", PAG(layers="L1", scale=2.0))]
+    ("where", "method"), [("a forward", LITE), ("a run of WanPipeline", d.PAG(layers="L1", scale=2.0))]
 )
 def test_a_second_thread_around_one_attachment_is_refused_and_the_first_one_right(wan, where, method):
     """In the middle of a forward of the first run, and between two of them."""
     other = diffusers.WanPipeline(**{**wan.components, "scheduler": copy.deepcopy(wan.scheduler)})
     other.set_progress_bar_config(disable=True)
     pause = Pause()
-    with dit_accel.attach(wan, method):
+    with d.attach(wan, method):
         alone = generate(wan)
         if where == "a forward":
             hook = wan.transformer.blocks[1].register_forward_pre_hook(pause)
@@ -136,7 +98,7 @@ def test_a_second_thread_around_one_attachment_is_refused_and_the_first_one_righ
         else:
             first = run_in_thread(lambda: generate(wan, callback_on_step_end=pause.in_callback))
         assert pause.reached.wait(60)
-        with pytest.raises(AttachError, match=rf"{where} of transformer.*thread"):
+        with pytest.raises(d.AttachError, match=rf"{where} of transformer.*thread"):
             generate(other)
         pause.go_on.set()
         assert torch.equal(first(), alone)
@@ -162,14 +124,14 @@ def test_loops_by_hand_in_two_threads_end_in_an_error_in_both_where_they_mixed()
         finally:
             hook.remove()
 
-    with dit_accel.attach(transformer, LITE):
+    with d.attach(transformer, LITE):
         forward(900.0)
         second = run_in_thread(other)
         assert pause.reached.wait(60)
-        with pytest.raises(AttachError, match=r"a forward.*transformer.*thread"):
+        with pytest.raises(d.AttachError, match=r"a forward.*transformer.*thread"):
             forward(800.0)
         pause.go_on.set()
-        assert isinstance(second(), AttachError)
+        assert isinstance(second(), d.AttachError)
         forward(700.0)
 
 
@@ -177,11 +139,11 @@ def test_loops_by_hand_in_two_threads_end_in_an_error_in_both_where_they_mixed()
 
 AROUND, STEPS = r"the forward.*torch\.compile\(transformer\)", r"steps.*cache_context.*torch\.compile"
 REFUSED = [
-    (FirstBlockCache(threshold=5.0, warmup_steps=1), AROUND),
-    (SLG(layers="L1", scale=2.0, start=0.0, stop=1.0), AROUND),
-    (NAG(negative_embeds=torch.zeros(1, 6, 16)), AROUND),
-    (DFA(), AROUND),
-    (EasyCache(), AROUND),
+    (d.FirstBlockCache(threshold=5.0, warmup_steps=1), AROUND),
+    (d.SLG(layers="L1", scale=2.0, start=0.0, stop=1.0), AROUND),
+    (d.NAG(negative_embeds=torch.zeros(1, 6, 16)), AROUND),
+    (d.DFA(), AROUND),
+    (d.EasyCache(), AROUND),
     (RADIAL, STEPS),  # which the pipeline does not tell
 ]
 
@@ -190,9 +152,9 @@ REFUSED = [
 def test_a_transformer_compiled_after_attach_is_refused_where_methods_act_around_it_or_need_steps(method, why):
     torch._dynamo.reset()
     pipe, call = stock_pipeline("LTXPipeline")
-    with dit_accel.attach(pipe, method, preset="none", backend="torch"):
+    with d.attach(pipe, method, preset="none", backend="torch"):
         plain, pipe.transformer = pipe.transformer, torch.compile(pipe.transformer, backend="eager")
-        with pytest.raises(ConfigError, match=why):
+        with pytest.raises(d.ConfigError, match=why):
             run_stock(pipe, call)
         pipe.transformer = plain
 
@@ -200,10 +162,10 @@ def test_a_transformer_compiled_after_attach_is_refused_where_methods_act_around
 @pytest.mark.parametrize("fullgraph", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_transformer_compiled_after_attach_runs_attention_methods_where_its_pipeline_tells_the_steps(wan, fullgraph):
     plain = wan.transformer
-    with dit_accel.attach(wan, RADIAL, backend="torch"):
+    with d.attach(wan, RADIAL, backend="torch"):
         sparse = generate(wan)
     torch._dynamo.reset()
-    with dit_accel.attach(wan, RADIAL, backend="torch") as attachment:
+    with d.attach(wan, RADIAL, backend="torch") as attachment:
         wan.transformer = torch.compile(plain, backend="eager", fullgraph=fullgraph)
         torch.testing.assert_close(generate(wan), sparse)
         assert attachment.report().density < 1
@@ -212,14 +174,14 @@ def test_a_transformer_compiled_after_attach_runs_attention_methods_where_its_pi
 
 def test_a_transformer_replaced_after_attach_is_told_of(wan):
     own, other = wan.transformer, tiny_transformer(7, text_dim=96)
-    attachment = dit_accel.attach(wan, RADIAL, backend="torch")
+    attachment = d.attach(wan, RADIAL, backend="torch")
     wan.transformer = other
     generate(wan)
     assert any("transformer was replaced after attach by another" in note for note in attachment.report().notes)
     with pytest.warns(ReplacedTransformer, match=r"transformer was.*another WanTransformer3DModel"):
         attachment.detach()
     wan.transformer = torch.compile(own, backend="eager")
-    attachment = dit_accel.attach(wan, RADIAL, backend="torch")
+    attachment = d.attach(wan, RADIAL, backend="torch")
     wan.transformer = own  # what is attached runs around the compiled one
     assert "was replaced after attach" in str(attachment.report())
     with pytest.warns(ReplacedTransformer):
@@ -228,7 +190,7 @@ def test_a_transformer_replaced_after_attach_is_told_of(wan):
 
 def test_one_of_two_experts_replaced_after_attach_is_told_of_as_the_next_run_begins(make_pipe):
     pipe = make_pipe(transformer_2=tiny_transformer(1, text_dim=96), boundary_ratio=0.9)
-    with dit_accel.attach(pipe, RADIAL, backend="torch"):
+    with d.attach(pipe, RADIAL, backend="torch"):
         generate(pipe)
         pipe.transformer_2 = tiny_transformer(2, text_dim=96)
         with pytest.warns(ReplacedTransformer, match="transformer_2 was replaced"):
