@@ -1,10 +1,12 @@
-"""Methods beside what other libraries do to a pipeline, as docs/beside.md says, and beside diffusers' own caches."""
+"""Methods beside what other libraries do to a pipeline (docs/beside.md): processors, weights in few bits, caches."""
 
+import shutil
 from pathlib import Path
 
 import foreign_processors as foreign
 import pytest
 import torch
+from diffusers import BitsAndBytesConfig, TorchAoConfig, WanTransformer3DModel
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -13,32 +15,25 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
     TextKVCacheConfig,
 )
+from dit_accel_assets import model_path
 from dit_accel_kernels import unpack_bits
+from dit_accel_pipelines.generation.loading import open_pipeline
+from dit_accel_pipelines.generation.lora import check_lora
+from safetensors.torch import load_file
 from tiny_stock import run_stock, stock_pipeline
-from wan_tiny import generate
+from wan_tiny import denoise, generate, tiny_transformer
 
-import dit_accel
-from dit_accel import (
-    ConfigError,
-    DeltaAttention,
-    EasyCache,
-    FirstBlockCache,
-    LiteAttention,
-    RadialAttention,
-    SoftPAG,
-    SparseD,
-    UnsupportedModel,
-)
+import dit_accel as d
 from dit_accel.testing.recording import recorded
 
 SPARSE = dict(block_size=16, dense_steps=0, dense_layers=0)
 SKIPS = dict(threshold=1e9, warmup_steps=1, max_consecutive=1)
 METHODS = {
-    "RadialAttention": RadialAttention(decay_factor=0.2, near="half", sink=False, **SPARSE),
-    "SparseD, cached rest": SparseD(density=0.3, rest="cached", **SPARSE),
-    "EasyCache": EasyCache(**SKIPS),
-    "FirstBlockCache": FirstBlockCache(**SKIPS),
-    "SoftPAG": SoftPAG(heads="L1H1", scale=1.0),
+    "RadialAttention": d.RadialAttention(decay_factor=0.2, near="half", sink=False, **SPARSE),
+    "SparseD, cached rest": d.SparseD(density=0.3, rest="cached", **SPARSE),
+    "EasyCache": d.EasyCache(**SKIPS),
+    "FirstBlockCache": d.FirstBlockCache(**SKIPS),
+    "SoftPAG": d.SoftPAG(heads="L1H1", scale=1.0),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "beside.md"
 
@@ -71,8 +66,8 @@ OTHERS = {
     "processors on their own attention": lambda pipe: foreign.put(pipe, foreign.ShardedAttention),
 }
 REFUSALS = {
-    "cache-dit": (ConfigError, r"transformer.*cache_dit\.disable_cache\(pipe\)"),
-    "processors on their own attention": (UnsupportedModel, r"ShardedAttention.*dispatch_attention_fn"),
+    "cache-dit": (d.ConfigError, r"transformer.*cache_dit\.disable_cache\(pipe\)"),
+    "processors on their own attention": (d.UnsupportedModel, r"ShardedAttention.*dispatch_attention_fn"),
 }
 
 
@@ -114,11 +109,11 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request, wan):
     if word == "refused":
         error, said = REFUSALS[other]
         with pytest.raises(error, match=said):  # noqa: PT012
-            dit_accel.attach(pipe, METHODS[name], preset="none")
+            d.attach(pipe, METHODS[name], preset="none")
             OTHERS[other](pipe)
             run()
         return
-    with dit_accel.attach(pipe, METHODS[name], preset="none") as attachment:
+    with d.attach(pipe, METHODS[name], preset="none") as attachment:
         if not first:
             OTHERS[other](pipe)
         out, again = run(), run()
@@ -135,8 +130,8 @@ def test_each_cell_is_as_the_page_says(other, first, name, word, request, wan):
 def test_a_transformer_under_another_name_is_refused_by_it(wan):
     pipe, _ = wan
     pipe.transformer.__class__ = type("NunchakuWanTransformer3DModel", (type(pipe.transformer),), {})
-    with pytest.raises(UnsupportedModel, match="NunchakuWanTransformer3DModel"):
-        dit_accel.attach(pipe, METHODS["EasyCache"], preset="none")
+    with pytest.raises(d.UnsupportedModel, match="NunchakuWanTransformer3DModel"):
+        d.attach(pipe, METHODS["EasyCache"], preset="none")
 
 
 def test_the_foreign_processors_compute_what_diffusers_own_do(wan):
@@ -150,7 +145,7 @@ def test_the_foreign_processors_compute_what_diffusers_own_do(wan):
 # Caches of diffusers attached to whole pipelines, with and without contexts of their own
 
 STEPS = 6
-LITE = LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
+LITE = d.LiteAttention(block_size=16, threshold=-0.01, dense_steps=0)
 CACHES = {
     "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.2),
     "sea": lambda pipe: SeaCacheConfig(threshold=2.0),
@@ -168,7 +163,7 @@ def counted(attachment):
 def test_wan_runs_as_under_enable_cache_and_votes_count_the_calls_that_run(make_pipe, name):
     pipe, native = make_pipe(), make_pipe()
     native.transformer.enable_cache(CACHES[name](native))
-    with dit_accel.attach(native, LITE):
+    with d.attach(native, LITE):
         expected = generate(native, num_inference_steps=STEPS)
     planned, votes = [], {}
 
@@ -176,8 +171,8 @@ def test_wan_runs_as_under_enable_cache_and_votes_count_the_calls_that_run(make_
         votes.update({key: state.votes for key, state in lite._states.items()})
         return tensors
 
-    with dit_accel.attach(pipe, CACHES[name](pipe), LITE) as attachment:
-        (lite,) = [handler for handler in attachment.engine.handlers if isinstance(handler.settings, LiteAttention)]
+    with d.attach(pipe, CACHES[name](pipe), LITE) as attachment:
+        (lite,) = [handler for handler in attachment.engine.handlers if isinstance(handler.settings, d.LiteAttention)]
         with attachment.observe(lambda one: planned.append((one.context.key, one.context.step_index))):
             assert torch.equal(generate(pipe, num_inference_steps=STEPS, callback_on_step_end=look), expected)
         ran, of = counted(attachment)
@@ -198,7 +193,7 @@ def test_wan_runs_as_under_enable_cache_and_votes_count_the_calls_that_run(make_
 )
 def test_pipelines_without_contexts_are_given_some(name, config):
     pipe, call = stock_pipeline(name)
-    with dit_accel.attach(pipe, config) as attachment:
+    with d.attach(pipe, config) as attachment:
         first = run_stock(pipe, call)
         ran, of = counted(attachment)
         assert 0 < ran < of
@@ -214,16 +209,16 @@ FASTER = dict(
     unconditional_batch_skip_range=3, unconditional_batch_timestep_skip_range=(-1, 1001), tensor_format="BFCHW",
     attention_weight_callback=lambda module: 0.3,
 )  # fmt: skip
-BESIDE = [(), (LITE,), (SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0), DeltaAttention(reuse=2))]
+DELTA = (d.SparseD(block_size=16, density=0.5, dense_steps=0, dense_layers=0), d.DeltaAttention(reuse=2))
 
 
-@pytest.mark.parametrize("methods", BESIDE, ids=["alone", "lite", "delta"])
+@pytest.mark.parametrize("methods", [(), (LITE,), DELTA], ids=["alone", "lite", "delta"])
 def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(methods):
     pipe, call = stock_pipeline("CogVideoXPipeline")
     native, _ = stock_pipeline("CogVideoXPipeline")
     call.update(num_inference_steps=8, output_type="latent")
     faster = FasterCacheConfig(**FASTER, current_timestep_callback=lambda: pipe.current_timestep)
-    with dit_accel.attach(pipe, faster, *methods, preset="none") as attachment, recorded(attachment) as calls:
+    with d.attach(pipe, faster, *methods, preset="none") as attachment, recorded(attachment) as calls:
         first = run_stock(pipe, call)
         ran, of = counted(attachment)
         assert 0 < ran < of
@@ -237,13 +232,101 @@ def test_faster_cache_leaves_a_branch_out_and_both_batches_keep_their_own_state(
         assert not exact[-1].all()
     native.transformer.enable_cache(faster)
     pipe = native  # whose timestep the config asks for
-    with dit_accel.attach(native, *methods, preset="none"):
+    with d.attach(native, *methods, preset="none"):
         assert torch.equal(run_stock(native, call), first)
 
 
 def test_the_text_cache_changes_nothing():
     pipe, call = stock_pipeline("NucleusMoEImagePipeline")
     plain = run_stock(pipe, call)
-    with dit_accel.attach(pipe, TextKVCacheConfig()):
+    with d.attach(pipe, TextKVCacheConfig()):
         torch.testing.assert_close(run_stock(pipe, call), plain)
     assert torch.equal(run_stock(pipe, call), plain)
+
+
+# Weights that are stored in fewer bits or cast layer by layer, and files of weights that are refused
+
+EVERYWHERE = dict(block_size=16, dense_steps=0, dense_layers=0)
+ON_WEIGHTS = {
+    "radial, pooled": (d.RadialAttention(decay_factor=0.2, near="half", sink=False, rest="pooled", **EVERYWHERE),),
+    "lite": (d.LiteAttention(threshold=-0.05, **EVERYWHERE),),
+    "softpag": (d.SoftPAG(heads="L1H1", scale=1.0),),
+    "caches": (d.EasyCache(threshold=1e9, warmup_steps=1, max_consecutive=1),),
+    "block caches": (d.FirstBlockCache(threshold=1e9, warmup_steps=1, max_consecutive=1),),
+}
+SIZES = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=128)
+
+
+def cast_by_layer(_folder, transformer=None):
+    transformer = transformer or tiny_transformer(**SIZES)
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return transformer
+
+
+def by_torchao(folder):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return loaded(folder, TorchAoConfig(Int8WeightOnlyConfig()))
+
+
+def by_bitsandbytes(folder):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return loaded(folder, BitsAndBytesConfig(**config))
+
+
+def loaded(folder, config):
+    tiny_transformer(**SIZES).save_pretrained(folder)
+    return WanTransformer3DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32).eval()
+
+
+def kept(transformer):
+    """What each weight is kept as: its class and format."""
+    return {name: (type(weight), weight.dtype) for name, weight in transformer.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [cast_by_layer, by_torchao, pytest.param(by_bitsandbytes, marks=pytest.mark.gpu)])
+def test_methods_act_and_leave_no_trace(tmp_path, make):
+    transformer = make(tmp_path)
+    before, plain = kept(transformer), denoise(transformer)
+    assert before != kept(tiny_transformer(**SIZES))
+    for name, methods in ON_WEIGHTS.items():
+        with d.attach(transformer, *methods, preset="none"):
+            out = denoise(transformer)
+        assert out.isfinite().all(), name
+        assert not torch.equal(out, plain), name
+        assert torch.equal(denoise(transformer), plain), name
+        assert kept(transformer) == before, name
+
+
+@pytest.mark.parametrize("name", ["lite", "block caches"])
+def test_casting_by_layer_may_come_after_attaching(name):
+    expected, transformer = cast_by_layer(None), tiny_transformer(**SIZES)
+    with d.attach(expected, *ON_WEIGHTS[name], preset="none"):
+        wanted = denoise(expected)
+    with d.attach(transformer, *ON_WEIGHTS[name], preset="none"):
+        cast_by_layer(None, transformer)
+        assert torch.equal(denoise(transformer), wanted)
+    assert torch.equal(denoise(transformer), denoise(expected))
+
+
+PICKLES = {"text_encoder": "pytorch_model.bin", "transformer": "diffusion_pytorch_model.bin"}
+
+
+def test_weights_in_torch_files_are_refused(tmp_path):
+    refused = pytest.raises((d.UnsupportedModel, d.ConfigError), match="safetensors")
+    for part, name in PICKLES.items():
+        folder = shutil.copytree(model_path("flux-tiny"), tmp_path / part)
+        (file,) = (folder / part).glob("*.safetensors")
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+        with refused:
+            open_pipeline(str(folder), dtype="float32")
+    transformer = tiny_transformer(**SIZES)
+    with refused:
+        d.attach(transformer, d.AutoGuidance(weak=str(tmp_path / "transformer/transformer")))
+    torch.save({}, tmp_path / "lora.bin")
+    for path in (tmp_path / "lora.bin", tmp_path):
+        with refused:
+            check_lora(str(path))

@@ -118,14 +118,6 @@ def test_a_pipeline_of_another_class_that_tells_nothing_is_refused_by_name():
             assert rows("FluxKontextPipeline", same, call, 0).isfinite().all()
 
 
-def test_a_subclass_that_hands_its_call_on_rescales_as_the_class_does():
-    pipe, call = stock_pipeline("QwenImageEditPipeline")
-    assert type(pipe).__name__ == "Small"
-    refused = pytest.raises(ConfigError, match=r"pag.*rescales.*norm")
-    with dit_accel.attach(pipe, PAG(layers="L1")), refused:
-        rows("QwenImageEditPipeline", pipe, call, 0)
-
-
 def test_pipelines_with_perturbed_attention_of_their_own_are_refused():
     pipe, call = stock_pipeline("StableDiffusion3Pipeline")
     parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}

@@ -304,20 +304,6 @@ def test_the_schedule_is_that_of_the_run_and_inputs_are_each_experts(two_experts
     assert ran == expected([1, 2], [1, 2])
 
 
-def test_the_second_expert_reuses_nothing_of_the_first(two_experts):
-    """Whatever the first gave, the second's first step is that of an untouched expert on the same latents."""
-    seen = []
-    two_experts.transformer_2.register_forward_hook(
-        lambda model, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
-    )
-    with dit_accel.attach(two_experts, ProfilingCache(blocks="0-2", **ONCE)):
-        generate(two_experts, num_inference_steps=COUNT)
-    (kwargs, output), count = seen[0], len(seen)
-    assert count == 2 * (COUNT - SWITCH)
-    with torch.no_grad():
-        assert torch.equal(two_experts.transformer_2(**kwargs)[0], output)
-
-
 def test_the_foreground_is_told_anew_by_the_second_expert(two_experts):
     _, held, report = ran_and_held(two_experts, DFA(share=0.25, every=2, warmup_steps=1, last_steps=1), "_outputs")
     full = [step.step_index for step in report.steps if step.branch == "cond" and step.density == 1]
