@@ -1,10 +1,11 @@
 """Attaching to Wan: what it leaves as it was, what is refused, and compiled, offloaded and fine-tuned transformers."""
 
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from some_cases import some
 from torch._dynamo.utils import counters
 from wan_tiny import generate, tiny_transformer
 
@@ -47,26 +48,19 @@ def test_the_report_tells_each_step_of_each_branch(pipe):
 
 
 def test_two_pipelines_with_other_settings_do_not_meet(make_pipe):
-    pipes, between, results = (make_pipe(0), make_pipe(1)), [], {}
+    """Whether one runs between two steps of the other, or in another thread."""
+    pipes, between = (make_pipe(0), make_pipe(1)), []
     other = d.RadialAttention(**{**SPARSE, "rest": "pooled", "dense_layers": 0})
 
     def run_other(pipe, step, timestep, tensors):
         between.append(generate(pipes[1]))
         return tensors
 
-    with d.attach(pipes[0], RADIAL), d.attach(pipes[1], other):
+    with d.attach(pipes[0], RADIAL), d.attach(pipes[1], other), ThreadPoolExecutor() as pool:
         alone = [generate(pipe) for pipe in pipes]
         assert torch.equal(generate(pipes[0], callback_on_step_end=run_other), alone[0])
         assert all(torch.equal(one, alone[1]) for one in between)
-        threads = [
-            threading.Thread(target=lambda i=i, pipe=pipe: results.update({i: generate(pipe)}))
-            for i, pipe in enumerate(pipes)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(torch.equal(results[i], alone[i]) for i in range(2))
+        assert all(map(torch.equal, pool.map(generate, pipes), alone))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -241,13 +235,7 @@ def offload(pipe, how):
         apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
 
 
-EACH = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("radial", "dbcache") else pytest.mark.slow)
-        for name in ("radial", *CACHES)
-    ],
-)
+EACH = pytest.mark.parametrize("name", some(("radial", *CACHES), "radial", "dbcache"))
 
 
 @EACH

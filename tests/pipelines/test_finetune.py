@@ -13,7 +13,7 @@ from dit_accel_pipelines.finetuning.clips import find_clips
 from dit_accel_pipelines.finetuning.encoded import Encoded
 from dit_accel_pipelines.finetuning.flow import batch_loss, batch_of, order
 from dit_accel_pipelines.finetuning.models import TRAINABLE
-from dit_accel_pipelines.finetuning.recipe import FineTuning, resolve_recipe
+from dit_accel_pipelines.finetuning.recipe import FineTuning
 from dit_accel_pipelines.finetuning.run import finetune
 from dit_accel_pipelines.finetuning.trainable import Trainable
 from dit_accel_pipelines.generation.lora import FILE, load_lora
@@ -268,9 +268,7 @@ BAD = [
     ({"drawn": 3}, r"videos.*drawn clips, got both"),
     ({"data": None, "drawn": 0}, r"drawn.*1 to 1,000,000, got 0"),
     ({"rank": 0}, r"rank.*1 to 10,000, got 0"),
-    ({"rank": 10**12}, r"rank.*10,000, got 1,000,000,000,000"),
     ({"steps": 0}, r"steps.*1 or more, got 0"),
-    ({"seed": -1}, r"seed.*0 or more, got -1"),
     ({"weight_decay": float("inf")}, r"weight_decay.*0 or more, got inf"),
     ({"learning_rate": 0.0}, r"learning_rate.*above 0, got 0"),
     ({"caption_dropout": 1.0}, r"caption_dropout.*0 to below 1, got 1"),
@@ -319,13 +317,6 @@ def test_a_training_that_was_stopped_before_its_checkpoint_begins_anew(base: Pat
     checkpoint.unlink()
     with pytest.raises(ConfigError, match=r"holds pytorch_lora_weights.safetensors"):
         finetune(recipe(base, output=output))
-
-
-def test_processes_that_groups_cannot_share_are_told(base: Path):
-    for processes in (1, 3, 5):
-        with pytest.raises(ConfigError, match=rf"ulysses = 2.*{processes} were"):
-            resolve_recipe(recipe(base, ulysses=2), processes)
-    assert resolve_recipe(recipe(base, ulysses=2, batch_size=3), 4).clips_a_step(4) == 6
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path):

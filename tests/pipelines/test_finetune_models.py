@@ -22,6 +22,7 @@ from dit_accel_pipelines.finetuning.trainable import shift_at
 from dit_accel_pipelines.generation.lora import FILE, load_lora
 from finetunes import base_folder, processes, recipe, trained, video_folder, weights
 from PIL import Image
+from some_cases import some
 from trainable_folders import CASES, Case, changed_index, pipeline_folder
 
 from dit_accel import ConfigError
@@ -142,10 +143,7 @@ def differs(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["hunyuan-video", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mochi", "ltx", "wan a14b low"))],
-)
+@pytest.mark.parametrize("name", some(("hunyuan-video", "mochi", "ltx", "wan a14b low"), "hunyuan-video"))
 def test_a_lora_is_trained_and_loaded_by_diffusers(bases, tmp_path: Path, name: str):
     """Each layer's update is another after the second step, and the transformer's output another with them."""
     found = trained(bases[name], tmp_path, **of(name))

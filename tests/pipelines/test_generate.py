@@ -13,11 +13,10 @@ import dit_accel_pipelines.generation.generate as generation
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import torch
 from diffusers import WanPipeline
 from dit_accel_assets import held_out_prompts, model_defaults, model_names, model_path
 from dit_accel_pipelines.generation.generate import generate, run
-from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline, pick_device
+from dit_accel_pipelines.generation.loading import compile_blocks, empty_transformers, load_pipeline
 from dit_accel_pipelines.generation.pipeline_call import CallSignature, pipeline_class
 from dit_accel_pipelines.generation.quiet import quiet_diffusers
 from dit_accel_pipelines.generation.request import Request, read_prompts, resolve
@@ -350,12 +349,6 @@ def test_libraries_are_quiet_only_inside():
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-def test_the_device_is_the_accelerator_or_the_cpu():
-    assert pick_device("cpu") == torch.device("cpu")
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    assert pick_device(None).type == (there or torch.device("cpu")).type
-
-
 def test_describe_needs_no_weights(tmp_path: Path):
     plain = ["--model", str(copy_model(tmp_path))]
     for arguments, own in (([], ("wan-tiny", 12)), (plain, ("wan-plain", 6))):
@@ -407,13 +400,6 @@ def test_a_preset_attaches_what_it_says_and_named_methods_win(tmp_path: Path, pi
     (tmp_path / "c").mkdir()
     none = cli(PROMPT, *QUICK, "--preset", "none", "--json", "-o", str(tmp_path / "c" / "a.mp4"))
     assert json.loads(none.stdout)[0]["report"] is None
-
-
-def test_a_check_of_a_preset_that_attaches_nothing_is_refused(tmp_path: Path, pipe, monkeypatch):
-    monkeypatch.setattr("dit_accel.methods.presets.PRESETS", {"fast": ()})
-    with pytest.raises(ConfigError, match=r"preset 'fast'"):
-        generate(request(tmp_path, preset="fast", check=True))
-    assert names(tmp_path) == []
 
 
 def test_what_computes_dense_attention_reaches_attach_and_the_side_car(tmp_path: Path, pipe, monkeypatch):

@@ -255,15 +255,6 @@ def forwards_of(text: str) -> int:
     return len(re.findall(r"(?<![\w.])(?:self\.transformer|transformer|current_model)\(", text))
 
 
-def test_guiders_take_the_conditional_prompt_first():
-    from diffusers import guiders
-
-    classes = [one for one in vars(guiders).values() if isinstance(one, type) and issubclass(one, guiders.BaseGuidance)]
-    known = [one._input_predictions for one in classes if one._input_predictions is not None]
-    assert len(known) > 8
-    assert all(names[0] == "pred_cond" and set(names) <= set(NAMES) for names in known)
-
-
 def test_modular_denoisers_follow_a_guider_open_contexts_or_run_in_declared_pipelines():
     without = set()
     for path in sorted((ROOT / "modular_pipelines").rglob("denoise*.py")):

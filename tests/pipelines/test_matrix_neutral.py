@@ -15,6 +15,7 @@ import torch
 from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
 from matrix_cases import plain_of
 from matrix_methods import GUIDING, METHODS, STEPS
+from some_cases import some
 from wan_tiny import sharp_transformer
 
 import dit_accel as d
@@ -202,9 +203,7 @@ def require_nothing_added(beside, cases):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in BESIDE]
-)
+@pytest.mark.parametrize("name", some(BESIDE, *[name for name in BESIDE if name not in ALIKE]))
 def test_nothing_is_added_beside_a_method(name):
     require_nothing_added(BESIDE[name], [QUICK[7 * list(BESIDE).index(name) % len(QUICK)]])
 
@@ -262,9 +261,7 @@ KEEPING = ("sparsed, cached", "lite, cached", "delta, turns", "ultraimage", "dbc
 """Of every kind of what is kept one: their branches are compared in `make test`."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in KEEPING else pytest.mark.slow) for name in BESIDE]
-)
+@pytest.mark.parametrize("name", some(BESIDE, *KEEPING))
 def test_a_branch_from_its_first_perturbed_block_is_the_whole_branch(name):
     start = 0.0 if "diffusers" in name else 0.3  # with which those caches begin later is refused
     real = d.SoftPAG(heads="L2H0", u=0.7, scale=3.0, start=start)

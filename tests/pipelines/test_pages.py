@@ -62,22 +62,17 @@ CODE = [page for page in PAGES if blocks(page, "python") and page.as_posix() not
 QUICK = ("README.md", "docs/adding-a-kernel.md", "docs/own-loops.md")
 
 
-PICTURES = ("docs/longer.md",)
-"""Pages whose pipeline makes pictures."""
-
-
 def prepared(page: Path) -> dict[str, Any]:
     """What a page takes for granted, from one to the next block: a pipeline, and the parts of a loop."""
     from diffusers import FluxPipeline, WanPipeline
 
-    pipe: Any = (FluxPipeline if page.as_posix() in PICTURES else WanPipeline).from_pretrained("any")
+    pipe: Any = (FluxPipeline if page == Path("docs/longer.md") else WanPipeline).from_pretrained("any")
     latents, text = torch.zeros(1, 12, 5, 8, 8), torch.zeros(1, 32, getattr(pipe.transformer.config, "text_dim", 1))
     weak = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 1})
     return {
         "torch": torch, "dit_accel": dit_accel, "pipe": pipe, "transformer": pipe.transformer, "weak": weak,
         "latents": latents, "x": latents, "timestep": torch.tensor([500]), "prompt": text, "negative": text,
-        "text": text,
-        "timesteps": torch.tensor([[900], [500]]), "sigmas": [0.9, 0.5], "embeds": text[:, :8],
+        "text": text, "timesteps": torch.tensor([[900], [500]]), "sigmas": [0.9, 0.5], "embeds": text[:, :8],
     }  # fmt: skip
 
 

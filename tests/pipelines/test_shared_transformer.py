@@ -70,7 +70,6 @@ class Pause:
     def __call__(self, *_):
         self.reached.set()
         assert self.go_on.wait(60)
-        return None
 
     def in_callback(self, *_):
         self()

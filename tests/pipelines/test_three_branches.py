@@ -143,10 +143,6 @@ def test_a_weaker_model_that_is_none_is_refused(make_pipe, tmp_path):
     ):
         with pytest.raises(ConfigError, match=text):
             dit_accel.attach(pipe, AutoGuidance(**options))
-    with pytest.raises(ConfigError, match=r"weak or weak_transformer.*both"):
-        AutoGuidance(weak="a", weak_transformer=pipe.transformer)
-    with pytest.raises(ConfigError, match=r"mode = 'free'.*leave mode"):
-        AutoGuidance(mode="free")
     other = wan_tiny.tiny_transformer(1, text_dim=96, out_channels=8)
     with dit_accel.attach(pipe, AutoGuidance(weak_transformer=other)), pytest.raises(ConfigError, match="one shape"):
         wan_tiny.generate(pipe)

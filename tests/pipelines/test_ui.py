@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,18 +150,15 @@ def test_runs_wait_for_each_other(comparing, tmp_path):
         (tmp_path / name).mkdir()
         compare(comparing, tmp_path / name, stages=stages, steps=2)
 
-    threads = [threading.Thread(target=one, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(one, "ab")] == [None, None]
     assert sum(first != second for first, second in itertools.pairwise(order)) == 1
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [(None, "pip install ./kernels ./assets '.[ui]'"), (SimpleNamespace(__version__="4.44.1"), "found 4.44.1")],
-)
+LACKING = [(None, "pip install ./kernels ./assets '.[ui]'"), (SimpleNamespace(__version__="4.44.1"), "found 4.44.1")]
+
+
+@pytest.mark.parametrize(("module", "message"), LACKING)
 def test_a_gradio_that_lacks_or_is_too_old_is_named(monkeypatch, module, message):
     monkeypatch.setitem(sys.modules, "gradio", module)
     result = CliRunner().invoke(app, ["ui"])
