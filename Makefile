@@ -56,7 +56,7 @@ RESULTS := eval/results
 REPORTS := report-wan-tiny report-flux-tiny
 WORKERS ?= 2
 
-tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl $(RESULTS)/denoising-time.jsonl $(RESULTS)/attention-shapes.jsonl
+tables: $(VENV)/.ready $(SUITES:%=suite-%) $(JUDGED:%=run-%) $(TIMED:%=timed-%) kernels/bench/results/cpu.jsonl
 	$(BIN)/python kernels/bench/predictions.py --page docs/kernel-predictions.md
 	$(BIN)/python eval/studies/demo.py --out demo
 	cp demo/comparison.json eval/results/demo.json; cp demo/comparison.gif docs/demo.gif
@@ -79,12 +79,6 @@ report: $(REPORTS:%=run-%)
 
 kernels/bench/results/cpu.jsonl: | $(VENV)/.ready
 	$(BIN)/python kernels/bench/block_sparse.py --out $@
-
-$(RESULTS)/attention-shapes.jsonl: | $(VENV)/.ready
-	$(BIN)/python eval/studies/attention_calls.py --out $@
-
-$(RESULTS)/denoising-time.jsonl: | $(VENV)/.ready
-	$(BIN)/python eval/studies/denoising_time.py --out $@
 
 # the weights of LPIPS, which is skipped without them
 weights: $(VENV)/.ready-test

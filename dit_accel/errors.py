@@ -45,7 +45,7 @@ class Busy(DitAccelError, RuntimeError):  # noqa: N818 - reads as what it is
 
 
 def install(part: str) -> str:
-    """Return how an extra (``"eval"``) or the embedded models (``"assets"``) are installed, which no index has."""
+    """Spell how to install an extra (``"eval"``) or the embedded models (``"assets"``); no index has them."""
     what = "./assets" if part == "assets" else f"./kernels ./assets '.[{part}]'"
     return f"in a checkout of dit-accel, pip install {what}"
 

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -64,18 +65,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         ConfigError: if the disk is full.
     """
     path = Path(os.path.realpath(path))
+    # the name does not grow with the path's, which may be as long as the file system allows
+    temporary = path.with_name(f".dit-accel-{secrets.token_hex(8)}{path.suffix}")
     with _full_disk_told(path):
-        # the name does not grow with the path's, which may be as long as the file system allows
-        with _making:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".dit-accel-", suffix=path.suffix)
-            os.close(handle)
-            temporary = Path(name)
-            _temporaries.add(temporary)
         try:
+            with _making:
+                _temporaries.add(temporary)  # before it exists: a signal may arrive between the two
+                temporary.touch(exist_ok=False)
             yield temporary
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -110,12 +107,12 @@ def _full_disk_told(path: Path) -> Iterator[None]:
 
 
 def no_room(error: BaseException) -> bool:
-    """Return whether an error says that a disk is full: by its number, or in its words, as libraries pass it on."""
+    """Tell whether an error says that a disk is full: by its number, or in its words, as libraries pass it on."""
     return getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
 
 
 def _no_room_left(folder: Path, error: Exception) -> bool:
-    """Return whether a library's own error came while the disk had no room left."""
+    """Tell whether a library's own error came while the disk had no room left."""
     if isinstance(error, OSError):
         return False
     with contextlib.suppress(OSError):
@@ -195,7 +192,7 @@ def _locked(lock: Path, what: str) -> int | None:
 
 
 def _is_open(path: Path, handle: int) -> bool:
-    """Return whether what is open is what lies at a path now."""
+    """Tell whether what is open is what lies at a path now."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -203,12 +200,7 @@ def _is_open(path: Path, handle: int) -> bool:
 
 
 def check_writable(path: str | Path, what: str = "output") -> None:
-    """Refuse a path at which `written_whole` could not put a file, before anything is computed; nothing is created.
-
-    Raises:
-        ConfigError: for a folder that is missing or not writable, a name that is too long, or something in the file's
-            place that must not be replaced: a folder, a device, a read-only file.
-    """
+    """Refuse a path at which `written_whole` could not put a file, before anything is computed; nothing is created."""
     real = Path(os.path.realpath(path))
     try:
         obstacle = _obstacle(real)
@@ -225,9 +217,6 @@ def check_room(folder: str | Path, size: int, what: str) -> None:
         folder: where it is to be written, or a folder above that which is there.
         size: bytes, about.
         what: the subject and verb of the error, such as "the output takes".
-
-    Raises:
-        ConfigError: if the disk has less than that free, with both numbers.
     """
     free = shutil.disk_usage(_there(Path(folder))).free
     if free < size:

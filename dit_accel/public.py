@@ -43,11 +43,7 @@ HOMES = {name: module for module, names in MODULES.items() for name in names.spl
 
 
 def public_name(name: str) -> Any:
-    """Return what `dit_accel` gives by a public name; the package's ``__getattr__``.
-
-    Raises:
-        AttributeError: for another name.
-    """
+    """Load a public name of `dit_accel`; the package's ``__getattr__``."""
     if name == "__version__":
         return version("dit-accel")
     if name not in HOMES:

@@ -54,9 +54,6 @@ def latents_grid(
         text: where text joins the sequence; ``none`` for cross-attention.
         joined: the inputs [B, tokens, C] that join the sequence as text; one that is not given counts 0.
         reference_frames: first frames of the latents that are not video; they count as text before it.
-
-    Raises:
-        ConfigError: for another ``text``.
     """
     if text not in ("none", "before", "after"):
         raise ConfigError(f"latents_grid takes text='none', 'before' or 'after', got text={text!r}; use one of them")

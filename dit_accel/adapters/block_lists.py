@@ -66,7 +66,7 @@ def _registered(adapter: Adapter, transformer: "nn.Module") -> tuple[BlockList, 
 
 
 def registered_blocks(pattern: str, block: type, adapter: str) -> BlockList:
-    """Return what diffusers' registry knows about a block class, as a block list; `UnsupportedModel` if nothing."""
+    """Make a block list of what diffusers' registry knows about a block class; `UnsupportedModel` if nothing."""
     from diffusers.hooks._helpers import TransformerBlockRegistry  # private to diffusers: used here and nowhere else
 
     try:

@@ -40,9 +40,6 @@ class BlockList:
             included, stands in it before and after the visual tokens.
         token_axis: axis of a stream that counts its tokens.
         beside: these blocks run beside the main ones, such as control branches: skipping one shortens no main path.
-
-    Raises:
-        ConfigError: for a pattern that names no list, or results that leave out or repeat a stream.
     """
 
     pattern: str
@@ -75,17 +72,12 @@ class BlockList:
 
 @dataclass(frozen=True, slots=True)
 class BlockSignature:
-    """Where the streams stand in the calls and results of one block class; made by `block_signature`.
+    """Where the streams stand in the calls and results of one block class; made by `block_signature`."""
 
-    Attributes:
-        block: the class's name, for errors.
-        places: name, position (beyond every call's arguments for a keyword) and default of each stream's argument.
-        gives: which stream each element of a result is; see `BlockList`.
-    """
-
-    block: str
+    block: str  # the class's name, for errors
+    # name, position (beyond every call's arguments for a keyword) and default of each stream's argument
     places: tuple[tuple[str, int, Any], ...]
-    gives: tuple[int | None, ...]
+    gives: tuple[int | None, ...]  # which stream each element of a result is; see `BlockList`
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
         """Return the streams among a call's arguments."""
@@ -142,7 +134,7 @@ class BlockSignature:
 
 @cache
 def block_signature(blocks: BlockList, block: "type[nn.Module]") -> BlockSignature:
-    """Return where a list's streams stand in a block class's calls, bound once; `UnsupportedModel` if it lacks one."""
+    """Find the streams of a list in a block class's calls, once; `UnsupportedModel` if it lacks one."""
     parameters = list(inspect.signature(block.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     places = []

@@ -19,9 +19,6 @@ class CrossAttention:
         projection: name of the module that each forward calls once, with the text first, to project it for them; None:
             the text comes to them as it is. One that a model lacks counts as None.
         text: name of the forward's input that holds the text, [B, tokens, C].
-
-    Raises:
-        ConfigError: for patterns of another type.
     """
 
     modules: tuple[str, ...]

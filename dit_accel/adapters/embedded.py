@@ -12,11 +12,7 @@ def embedded_names() -> tuple[str, ...]:
 
 
 def assets():
-    """Return the package `dit_accel_assets`, which nothing else of dit-accel imports.
-
-    Raises:
-        ConfigError: if it is not installed, with what to do.
-    """
+    """Return the package `dit_accel_assets`, which nothing else of dit-accel imports."""
     try:
         import dit_accel_assets
     except ModuleNotFoundError as error:

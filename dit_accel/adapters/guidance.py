@@ -58,9 +58,6 @@ class Guidance:
         rescaling_arguments: arguments of the pipelines' calls that ask for it as well, and that no attribute keeps.
         share_prefix: what a block takes besides its streams does not depend on earlier blocks, so that a second pass
             may begin at any block.
-
-    Raises:
-        ConfigError: for a value out of its choices, or a class that is named twice.
     """
 
     alone: tuple[str, ...] = ()
@@ -96,7 +93,7 @@ class Guidance:
                 )
 
     def calls_of(self, call: "PipelineCall") -> Calls | None:
-        """Return how a pipeline calls its transformer in a step; None: it is declared nowhere."""
+        """Find how a pipeline calls its transformer in a step; None: it is declared nowhere."""
         if getattr(call.pipe, "guider", None) is not None:
             return "in_turn"
         for name in call.classes:
@@ -136,15 +133,10 @@ def _why_guider(guider: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class PipelineCall:
-    """A pipeline's call that is running.
+    """A pipeline's call that is running."""
 
-    Attributes:
-        pipe: the pipeline; None: a loop written by hand runs.
-        classes: names of its class and of those it inherits from, as far as the one whose ``__call__`` runs: another
-            call would guide in another way.
-        variables: what the call holds, such as the latents.
-    """
-
-    pipe: Any = None
+    pipe: Any = None  # the pipeline; None: a loop written by hand runs
+    # names of its class and of those it inherits from, as far as the one whose ``__call__`` runs: another call would
+    # guide in another way
     classes: tuple[str, ...] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what the call holds, such as the latents

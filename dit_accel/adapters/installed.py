@@ -46,9 +46,7 @@ def register(adapter: Adapter, *, override: bool = False) -> Adapter:
     One that was registered so before under its name is replaced. A package names its adapters by an entry point of
     ``dit_accel.adapters`` instead.
 
-    Args:
-        adapter: the adapter.
-        override: it may stand in the place of installed ones of its name or its transformer classes.
+    ``override``: it may stand in the place of installed ones of its name or its transformer classes.
 
     Raises:
         ConfigError: for what is no adapter, or a name or class that is taken, without ``override``.
@@ -89,17 +87,13 @@ def load_entry(entry: EntryPoint, what: str) -> Any:
 
 
 def describe_entry(entry: EntryPoint) -> str:
-    """Return how errors call an entry point."""
+    """Spell an entry point for errors."""
     return f"the entry point {entry.name} = {entry.value!r} of {entry.group}"
 
 
 @cache
 def not_supported() -> dict[str, str]:
-    """Return why classes of models have no adapter, by class name, as entry points of ``dit_accel.not_supported`` say.
-
-    Raises:
-        ConfigError: if an entry point gives something else.
-    """
+    """Return why classes of models have no adapter, as entry points of ``dit_accel.not_supported`` say."""
     reasons: dict[str, str] = {}
     for entry in entry_points(group=REASON_GROUP):
         given, entry_point = load_entry(entry, "a dict of reasons"), describe_entry(entry)
@@ -118,11 +112,7 @@ def why_no_adapter(class_names: Iterable[str]) -> str:
 
 
 def adapter_for(class_name: str) -> Adapter:
-    """Return the adapter of a transformer class.
-
-    Raises:
-        UnsupportedModel: if no installed adapter covers it, with the reason where one is known.
-    """
+    """Return the adapter of a transformer class; `UnsupportedModel` where none is installed, with the reason."""
     by_class = {name: adapter for adapter in adapters().values() for name in adapter.transformers}
     if class_name not in by_class:
         why = why_no_adapter([class_name])

@@ -20,9 +20,6 @@ class JoinedText:
         alone: names of inputs that belong to the given rows alone, such as cached keys; where one is given, no negative
             text can be laid beside the prompt.
         registers: tokens of the model's own between the text and the end of the sequence where it stands.
-
-    Raises:
-        ConfigError: for another place.
     """
 
     place: Literal["before", "after"]
@@ -36,6 +33,6 @@ class JoinedText:
             raise ConfigError(f"place must be 'before' or 'after', got {self.place!r}; use one of them")
 
     def others(self, text: int, tokens: int) -> slice:
-        """Return where the tokens that are no text stand, for so many tokens of text in so many of the sequence."""
+        """Return the slice of the tokens that are no text, for so many tokens of text in so many of the sequence."""
         taken = text + self.registers
         return slice(taken, tokens) if self.place == "before" else slice(0, tokens - taken)

@@ -16,11 +16,7 @@ INDEX = "model_index.json"
 
 
 def model_source(name: str) -> str:
-    """Return what diffusers loads for a model's name: a folder or a hub id.
-
-    Raises:
-        ConfigError: for what is neither an embedded model, a folder nor a hub id.
-    """
+    """Return what diffusers loads for a model's name: a folder or a hub id; `ConfigError` for what is neither."""
     known = embedded_names()
     if name in known:
         return str(assets().model_path(name))
@@ -34,19 +30,12 @@ def model_source(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """The configs of a diffusers pipeline.
+    """The configs of a diffusers pipeline."""
 
-    Attributes:
-        name: the folder or hub id that was requested.
-        index: model_index.json, component name -> (library, class).
-        transformer: config of the transformer.
-        vae: config of the autoencoder; empty where the pipeline has none.
-    """
-
-    name: str
-    index: Mapping[str, Any]
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    name: str  # the folder or hub id that was requested
+    index: Mapping[str, Any]  # model_index.json, component name -> (library, class)
+    transformer: Mapping[str, Any]  # config of the transformer
+    vae: Mapping[str, Any]  # config of the autoencoder; empty where the pipeline has none
 
     def has(self, component: str) -> bool:
         """Tell whether the pipeline holds a component."""

@@ -50,9 +50,8 @@ def _known() -> "MutableMapping[Tensor, tuple[Any, Any]]":
 def first_image(ids: "Tensor") -> tuple[int, int]:
     """Return (height, width) of the image that position ids begin with; one row if it is not in raster order.
 
-    Args:
-        ids: [S, 3 or more], or [B, S, ...] with equal rows: (image or time, row, column, ...) of each token. An image
-            ends where the first column changes.
+    ``ids``: [S, 3 or more], or [B, S, ...] with equal rows: (image or time, row, column, ...) of each token. An image
+    ends where the first column changes.
     """
     ids = ids.reshape(-1, *ids.shape[-2:])[0]
     return _raster(ids[: _run(ids[:, 0]), 1:3])
@@ -72,12 +71,8 @@ def last_row(ids: "Tensor") -> int:
 def last_video(ids: "Tensor") -> tuple[int, int, int]:
     """Return (frames, height, width) of the video that position ids end with; what stands before it is no part of it.
 
-    Args:
-        ids: [S, 3], (time, row, column) of each token. The tokens of a frame share their time and are in raster order,
-            time rises from frame to frame, and all frames have the same rows and columns.
-
-    Raises:
-        ConfigError: if the last tokens don't form a frame.
+    ``ids``: [S, 3], (time, row, column) of each token. The tokens of a frame share their time and are in raster order,
+    time rises from frame to frame, and all frames have the same rows and columns.
     """
     size = _run(ids[:, 0].flip(0))
     height, width = _raster(ids[-size:, 1:])
@@ -103,7 +98,7 @@ def ids_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _run(values: "Tensor") -> int:
-    """Return how many values from the first on are equal."""
+    """Count the values from the first on that are equal."""
     return int(((values != values[0]).cumsum(0) == 0).sum())
 
 

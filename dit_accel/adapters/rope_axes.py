@@ -25,7 +25,6 @@ def by_config(
     Args:
         key: the config's name of the channels.
         names: of the axes; the last ones, where a config has fewer.
-        theta: the base.
         theta_key: the config's name of the base, which is ``theta`` where it has none.
         default: channels where a config does not tell them; None: it always does.
     """
@@ -60,10 +59,7 @@ def interleaved(sections: Sequence[int], dim: int, theta: float) -> tuple[Axis, 
 
     Frequency j is height's for j = 1, 4, 7 ... below 3 x its section, width's for j = 2, 5, 8 ..., else frames'.
 
-    Args:
-        sections: frequencies of (frames, height, width).
-        dim: channels of a head.
-        theta: the base.
+    ``sections``: frequencies of (frames, height, width).
     """
     places: list[list[int]] = [[], [], []]
     for place in range(dim // 2):

@@ -30,7 +30,7 @@ from .rotary import GIVEN, VISUAL_AXES, Axis, Frequencies, Resolve, Rope, RopeCh
 
 
 def change_rope(rope: Rope, transformer: Any, frequencies: Frequencies) -> RopeChange:
-    """Return what to set on one transformer, so that its positions are made from other frequencies.
+    """Make the change of one transformer by which its positions come from other frequencies.
 
     Position ids, offsets and scaling stay the model's; text does not move. Nothing is changed on classes and modules.
     `ConfigError` is raised for axes that can't be changed and for another number of frequencies; for those of a

@@ -87,9 +87,6 @@ class Rope:
             the others.
         fitted: axes along which the model scales every size to the trained one, so that none is too long.
         note: what a change does not do here.
-
-    Raises:
-        ConfigError: for an unknown form.
     """
 
     owner: str = ""
@@ -118,7 +115,7 @@ class Rope:
             )
 
     def find_owner(self, transformer: Any) -> Any:
-        """Return what makes the positions of a transformer; `ConfigError` if it is not there."""
+        """Find the part of a transformer that makes its positions; `ConfigError` if it is not there."""
         owner = transformer
         for name in self.owner.split(".") if self.owner else ():
             owner = getattr(owner, name, None)
@@ -146,11 +143,7 @@ class RopeChange(NamedTuple):
 
 
 def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> Rope:
-    """Return a model's rotary positions, of its `Adapter.rope` and config; the adapter's name is for the error.
-
-    Raises:
-        ConfigError: if the model has none, with the reason.
-    """
+    """Return a model's rotary positions, of its `Adapter.rope` and config; the adapter's name is for the error."""
     why = rope if isinstance(rope, str) else "its adapter describes none" if rope is None else None
     if isinstance(rope, Rope):
         why = rope.absent(config) if rope.absent else None
@@ -160,11 +153,7 @@ def rope_of(name: str, rope: "Rope | str | None", config: Mapping[str, Any]) -> 
 
 
 def changeable_axes(name: str, rope: Rope, config: Mapping[str, Any], requested: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the names of the axes whose frequencies may be changed: those requested, or all where none is.
-
-    Raises:
-        ConfigError: for an axis that the model does not have, or fits to the trained size; if there is none.
-    """
+    """Return the names of the axes whose frequencies may be changed: those requested, or all where none is."""
     has = [axis.name for axis in rope.axes(config) if axis.name in VISUAL_AXES]
     for axis in requested:
         if axis not in has:

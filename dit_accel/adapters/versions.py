@@ -11,15 +11,10 @@ from ..errors import ConfigError
 
 
 class Needed(NamedTuple):
-    """Versions of a package.
+    """Versions of a package."""
 
-    Attributes:
-        asked: what pyproject.toml asks for.
-        least: the oldest one that was tried; servers pin some that are older than ``asked``.
-    """
-
-    asked: str
-    least: str
+    asked: str  # what pyproject.toml asks for
+    least: str  # the oldest one that was tried; servers pin some that are older than ``asked``
 
 
 NEEDED = {"torch": Needed("2.9", "2.9"), "diffusers": Needed("0.42", "0.37")}
@@ -27,11 +22,7 @@ NEEDED = {"torch": Needed("2.9", "2.9"), "diffusers": Needed("0.42", "0.37")}
 
 @lru_cache(maxsize=1)
 def require_versions() -> None:
-    """Warn of a package that is older than it should be, once a process.
-
-    Raises:
-        ConfigError: for one that is older than any that was tried.
-    """
+    """Warn of a package that is older than it should be, once a process; refuse one older than any that was tried."""
     for name, needed in NEEDED.items():
         installed = TorchVersion(importlib.import_module(name).__version__)
         if installed < needed.least:

@@ -39,7 +39,10 @@ from .steps import current_run
 
 
 class Attachment:
-    """Methods attached to the transformers of one pipeline; made by `attach`, undone by `detach` or as a context."""
+    """Methods attached to the transformers of one pipeline; made by `attach`, undone by `detach` or as a context.
+
+    What is detached already raises `AttachError`.
+    """
 
     def __init__(
         self, denoising: DenoisingState, model: dict[str, str], put_on: Callable[["Attachment"], None]
@@ -80,11 +83,7 @@ class Attachment:
         return self._preset.words() if self._preset else ""
 
     def detach(self) -> None:
-        """Restore processors, calls, contexts and attributes to what they were, bit for bit, and free all state.
-
-        Raises:
-            AttachError: if it is detached already.
-        """
+        """Restore processors, calls, contexts and attributes to what they were, bit for bit, and free all state."""
         self._require_attached()
         self._warn_if_replaced()
         while self._undo:
@@ -94,11 +93,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Take the methods off inside the block, and put them on again behind it, as if attached anew.
-
-        Raises:
-            AttachError: if they are detached already.
-        """
+        """Take the methods off inside the block, and put them on again behind it, as if attached anew."""
         self._require_attached()
         observers = self.engine.observers
         self.detach()
@@ -179,7 +174,7 @@ class Attachment:
         )
 
     def _predicted(self) -> PredictedSpeedup | None:
-        """Return what was predicted for the last generation; None before its size and steps are known."""
+        """Predict the last generation; None before its size and steps are known."""
         engine, steps = self.engine, self.denoising.num_inference_steps
         state = next((one for one in engine.transformers.values() if one.layouts), None)
         if state is None or not steps:
@@ -300,7 +295,7 @@ def _install(
 
 
 def attachment_of(model: Any) -> Attachment | None:
-    """Return what is attached to a pipeline or a transformer, or None; for a handle that was lost."""
+    """Find the attachment of a pipeline or a transformer, or None; for a handle that was lost."""
     for part in components_of(model).values():
         for module in (part, getattr(part, "_orig_mod", None)):
             if isinstance(module, nn.Module) and isinstance(owner := owner_of(module), Attachment):

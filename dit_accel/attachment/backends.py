@@ -12,6 +12,7 @@ from dit_accel_kernels import BACKENDS, fa4_requirement, flex_requirement, trito
 
 from ..errors import ConfigError, MissingBackend, did_you_mean
 from ..methods.base import AttentionHandler, Handler, Phase
+from ..plan.layout import TokenLayout
 from .state import DenoisingState
 
 Backend = Literal["auto", "triton", "fa4", "torch", "flex", "reference"]
@@ -84,38 +85,35 @@ def unplanned_reason(denoising: DenoisingState) -> str | None:
     """Tell why the run so far planned no attention call, or None where it did, or where there was nothing to plan."""
     engine, recorder = denoising.engine, denoising.engine.recorder
     layouts = {layout for layer in engine.layers for layout, _ in layer.state.layouts.values()}
-    attention = [
-        one
-        for one in engine.attention
-        if one.phase is not Phase.GUIDANCE  # which speaks for itself
-        and not (_leaves_some(one) and not any(map(one.applies, layouts)))
-    ]
+    # guidance speaks for itself
+    attention = [one for one in engine.attention if one.phase is not Phase.GUIDANCE and _should_plan(one, layouts)]
     if not attention or not recorder.forwards_run or recorder.planned:
         return None
     names = ", ".join(handler.name for handler in attention)
     begin = f"{names}: attached, but no attention call of the run was planned"
     if (replaced := replaced_processors(denoising)) is not None:
         return f"{begin}; {replaced}"
-    steps = denoising.num_inference_steps
     if layouts and not any(handler.applies(layout) for handler in attention for layout in layouts):
         return f"{begin}; " + ("; ".join(recorder.notes) or "none of them changes anything over this layout")
     if recorder.notes:
         begin = f"{begin} ({'; '.join(recorder.notes)})"
-    dense = [
-        f"{handler.name}.{option} = {value}"
-        for handler in attention
-        for option in ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma")
-        if (value := getattr(handler.settings, option, None))
-    ]
+    steps, dense = denoising.num_inference_steps, [text for handler in attention for text in _dense_options(handler)]
     length = f"the run had {steps} steps" if steps else "the number of steps is not known"
     if not dense:
         return f"{begin}; {length}, and no option keeps one dense; detach, or report this"
     return f"{begin}; {length}, {', '.join(dense)}: lower these, or detach"
 
 
-def _leaves_some(handler: Any) -> bool:
-    """Tell whether a method means to change nothing over short sequences, or in the small picture that it asks for."""
-    return bool(getattr(handler.settings, "min_tokens", None) or getattr(handler, "two_stages", False))
+def _should_plan(handler: AttentionHandler, layouts: set[TokenLayout]) -> bool:
+    """Tell whether a method acts over some layout, or never means to leave short sequences or small pictures alone."""
+    leaves_some = getattr(handler.settings, "min_tokens", None) or getattr(handler, "two_stages", False)
+    return not leaves_some or any(map(handler.applies, layouts))
+
+
+def _dense_options(handler: AttentionHandler) -> list[str]:
+    names = ("dense_steps", "dense_last_steps", "dense_layers", "dense_above_sigma")
+    values = {name: getattr(handler.settings, name, None) for name in names}
+    return [f"{handler.name}.{name} = {value}" for name, value in values.items() if value]
 
 
 def warn_if_unplanned(denoising: DenoisingState) -> bool:

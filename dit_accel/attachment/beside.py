@@ -22,18 +22,13 @@ Launch = Callable[[AttentionPlan], KernelResult]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Turn:
-    """What becomes of the tiles that a call's lists leave out, where its layer takes turns to be dense.
+    """What becomes of the tiles that a call's lists leave out, where its layer takes turns to be dense."""
 
-    Attributes:
-        exact: they are computed beside these, bits int32 [B, H, NQ, W]; None: they are not.
-        rest: they are what this is, kept from the last dense call; None: they are left out.
-    """
-
-    exact: Tensor | None = None
-    rest: Stored | None = None
+    exact: Tensor | None = None  # they are computed beside these, bits int32 [B, H, NQ, W]; None: they are not
+    rest: Stored | None = None  # they are what this is, kept from the last dense call; None: they are left out
 
     def run(self, plan: AttentionPlan, launch: Launch, heads: int) -> Tensor:
-        """Return what a plan without values gives, [B, H, S, D]."""
+        """Run a plan without values, [B, H, S, D]."""
         if self.exact is None:
             out = launch(plan).out
             return out if self.rest is None else out + self.rest.read(out.device)
@@ -48,7 +43,7 @@ class Turn:
 
 
 def with_others(plan: AttentionPlan, exact: Tensor, given: KernelResult, launch: Launch, heads: int) -> Tensor:
-    """Return what a call gives over some tiles, and over all others of which it has any, together."""
+    """Merge a call over some tiles with one over all others, where there are any."""
     if plan.is_dense:
         return given.out
     others = launch(plan.only(exact_bits(plan.all_tiles(), heads) & ~exact))
@@ -57,32 +52,20 @@ def with_others(plan: AttentionPlan, exact: Tensor, given: KernelResult, launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunFacts:
-    """How one attention call ran.
+    """How one attention call ran."""
 
-    Attributes:
-        plan: by which, without what guidance planned: its routing is settled, and it votes no more.
-        batch: its rows.
-        handlers: the methods that planned it.
-        turn: of its layer.
-        corrections: what corrected its output.
-    """
-
-    plan: AttentionPlan
-    batch: int
-    handlers: tuple[AttentionHandler, ...]
-    turn: Turn | None = None
-    corrections: tuple[Correction, ...] = ()
+    plan: AttentionPlan  # by which, without what guidance planned: its routing is settled, and it votes no more
+    batch: int  # its rows
+    handlers: tuple[AttentionHandler, ...]  # the methods that planned it
+    turn: Turn | None = None  # of its layer
+    corrections: tuple[Correction, ...] = ()  # what corrected its output
 
     def ended(
         self, plan: AttentionPlan, exact: Tensor | None, turn: Turn | None, corrections: tuple[Correction, ...]
     ) -> "RunFacts":
-        """Return how a call of this plan, and of what guidance added to it, ran in the end.
+        """Return the facts of a call of this plan, and of what guidance added to it, once it has run.
 
-        Args:
-            plan: what ran.
-            exact: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
-            turn: as here.
-            corrections: likewise.
+        ``exact``: the tiles that its selection left exact, bits int32 [B, H, NQ, W]; None: they are not known.
         """
         own = self.plan
         if turn is None or turn.exact is None:
@@ -93,7 +76,7 @@ class RunFacts:
         return replace(self, plan=own, turn=turn, corrections=corrections)
 
     def of_rows(self, rows: Sequence[int], heads: int) -> "RunFacts":
-        """Return how some rows of its batch ran."""
+        """Return the facts of some rows of the batch."""
         turn = None if self.turn is None else self.turn.of_rows(rows)
         corrections = tuple(one.of_rows(rows) for one in self.corrections)
         plan = self.plan.of_rows(list(rows), self.batch, heads)
@@ -103,14 +86,10 @@ class RunFacts:
 
 
 class CallsMade:
-    """The attention calls of the forwards that others may run beside.
-
-    Attributes:
-        wanted: methods are attached that may run forwards beside others.
-    """
+    """The attention calls of the forwards that others may run beside."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.wanted = False  # methods are attached that may run forwards beside others
         self._calls: dict[tuple[str, int, TokenLayout], dict[int, RunFacts]] = {}
         self._batches: dict[str, int] = {}
 
@@ -121,13 +100,7 @@ class CallsMade:
             self._batches[context.branch] = batch
 
     def find(self, context: CallContext, batch: int, heads: int) -> RunFacts | None:
-        """Return how the call ran that another one runs beside; None: none did, or not over the same rows and grid.
-
-        Args:
-            context: where the call stands.
-            batch: rows of its forward.
-            heads: H, of its layer.
-        """
+        """Find the call that another one runs beside; None: none ran, or not over the same rows and grid."""
         branch = context.beside or ""
         calls, theirs = self._calls.get((branch, context.layer, context.layout), {}), self._batches.get(branch)
         if context.rows is None and batch != theirs:

@@ -6,7 +6,6 @@ Short runs are made twice, in turn, and the faster one of each counts: other wor
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from ..errors import AttachError, ConfigError, MissingBackend
 from ..report import clock
+from ..report.report import drawing
 
 SHORT = 60.0
 """Seconds that a dense run and one with the methods take together, below which each is made a second time."""
@@ -26,25 +26,16 @@ Frames = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """Runs of one seed, dense and with the methods.
+    """Runs of one seed, dense and with the methods."""
 
-    Attributes:
-        dense: frames of the model as it is, [F, height, width, 3] in [0, 1].
-        accelerated: frames with the methods.
-        dense_seconds: what the whole call took dense, text encoder and decoder included; of several runs the least.
-        accelerated_seconds: the same with the methods.
-        metrics: metric -> how near these come to the dense frames, such as ``psnr`` in dB.
-        not_measured: metric -> why it says nothing.
-        runs: how often each was made.
-    """
-
-    dense: Frames
-    accelerated: Frames
-    dense_seconds: float
-    accelerated_seconds: float
+    dense: Frames  # frames of the model as it is, [F, height, width, 3] in [0, 1]
+    accelerated: Frames  # frames with the methods
+    dense_seconds: float  # what the whole call took dense, text encoder and decoder included; of several runs the least
+    accelerated_seconds: float  # the same with the methods
+    # metric -> how near these come to the dense frames, such as ``psnr`` in dB
     metrics: Mapping[str, float] = field(default_factory=dict)
-    not_measured: Mapping[str, str] = field(default_factory=dict)
-    runs: int = 1
+    not_measured: Mapping[str, str] = field(default_factory=dict)  # metric -> why it says nothing
+    runs: int = 1  # how often each was made
 
     @property
     def speedup(self) -> float:
@@ -114,18 +105,7 @@ def require_tools() -> None:
 def compared(
     dense: Frames, accelerated: Frames, dense_seconds: float, accelerated_seconds: float, *, runs: int = 1
 ) -> Check:
-    """Return how near a run with methods is to the dense one of its seed; what is measured is ``check``'s tool's.
-
-    Args:
-        dense: frames, as in `Check`.
-        accelerated: the same of the run with methods.
-        dense_seconds: of the whole call, of several runs the least.
-        accelerated_seconds: the same of the run with methods.
-        runs: how often each was made.
-
-    Raises:
-        MissingBackend: without a package that compares clips.
-    """
+    """Compare a run with methods to the dense one of its seed, by the installed tool's metrics."""
     metrics, missing = _tool("check")(accelerated, dense)
     return Check(
         dense=dense, accelerated=accelerated, dense_seconds=dense_seconds, accelerated_seconds=accelerated_seconds,
@@ -146,8 +126,6 @@ def _generated(run: Callable[..., Any], seed: int, call: Mapping[str, Any]) -> t
 
 
 def _tool(name: str) -> Any:
-    """Return what an installed package gives for reports by an entry point of ``dit_accel.drawings``."""
-    entry = next(iter(entry_points(group="dit_accel.drawings", name=name)), None)
-    if entry is None:
+    if (tool := drawing(name)) is None:
         raise MissingBackend(f"check needs a package that compares clips ({name}), found none; reinstall dit-accel")
-    return entry.load()
+    return tool

@@ -23,7 +23,7 @@ from ..plan.plan import AttentionPlan, KernelResult
 from ..plan.rests import Rests
 from ..report.recorder import Recorder
 from .backward import BackwardStore, Differentiated
-from .beside import RunFacts
+from .beside import RunFacts, Turn
 from .forward_state import NO_GRID, ForwardState
 from .kernel_call import (
     override_rows,
@@ -40,32 +40,19 @@ from .op import register
 
 
 class Engine:
-    """Plans and runs the attention calls of one attachment.
-
-    Args:
-        handlers: the attached methods, in the order in which they act.
-        backend: the kernel backend's name.
-        dense: what computes dense attention: ``user``, or ``auto`` for the faster on a CPU.
-
-    Attributes:
-        forward: what is known of the forward that runs.
-        transformers: component name -> the transformer, of all that the host has added.
-        layers: their attention layers, by number.
-        recorder: counts what runs, one run long.
-        observers: called with every planned call.
-        runs: how many have begun.
-    """
+    """Plans and runs the attention calls of one attachment; ``dense`` as `attach` has it."""
 
     def __init__(self, handlers: Sequence[Handler], backend: str, dense: str = "user") -> None:
         self.number = register(self)
         self.backend, self.dense = backend, dense
-        self.forward = ForwardState()
+        self.forward = ForwardState()  # what is known of the forward that runs
+        # component name -> the transformer, of all that the host has added
         self.transformers: dict[str, TransformerState] = {}
-        self.layers: list[AttentionLayer] = []
-        self.recorder = Recorder()
+        self.layers: list[AttentionLayer] = []  # their attention layers, by number
+        self.recorder = Recorder()  # counts what runs, one run long
         self.backward = BackwardStore()
-        self.observers: list[Observer] = []
-        self.runs = 0
+        self.observers: list[Observer] = []  # called with every planned call
+        self.runs = 0  # how many have begun
         self.use(handlers)
 
     def use(self, handlers: Sequence[Handler]) -> None:
@@ -79,7 +66,7 @@ class Engine:
         early, late = (
             [one.after for one in steps if (one.phase > Phase.CORRECTIONS) is late] for late in (False, True)
         )
-        self._steps = (*early, own_rows, *late, guided)
+        self._steps = (*early, overridden, *late, guided)
         self._corrects = any(one.phase is Phase.CORRECTIONS for one in steps)
 
     def add_transformer(self, name: str, module: nn.Module, adapter: Adapter, part: Any = None) -> TransformerState:
@@ -130,10 +117,7 @@ class Engine:
     def begin_forward(self, step: StepContext, layout: TokenLayout | None, batch: int | None) -> None:
         """Begin a forward: ask who acts in each layer, switch the processors by that, and count it.
 
-        Args:
-            step: where the denoising stands.
-            layout: the sequence; None: its first attention call tells it.
-            batch: rows of the forward; None: not known.
+        ``layout`` and ``batch``, the rows, are None where the first attention call tells them.
         """
         forward, transformer = self.forward, self.transformers[step.transformer]
         forward.begin(batch)
@@ -177,11 +161,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor | None]:
         """Plan and run one attention call; return its output, as q lies, contiguous, and the ticket for a backward.
 
-        Args:
-            layer: the layer that makes it.
-            call: q, k and v as the model has them; fewer queries than keys where only some tokens have any.
-            sizes: the grid of the sequence.
-            differentiate: a backward follows.
+        The call has fewer queries than keys where only some tokens have any.
         """
         forward, clock = self.forward, self.recorder.clock
         begin = None if clock.parts is None else clock.stamp(call.q.device)
@@ -257,7 +237,7 @@ class Engine:
     def _context(
         self, layer: AttentionLayer, layout: TokenLayout | None, call: Call, differentiate: bool
     ) -> CallContext:
-        """Return where the denoising of a call stands, and count it."""
+        """Make the context of a call, and count it."""
         forward, batch = self.forward, len(call.q)
         row = count = forward.calls[layer]
         forward.calls[layer] += 1
@@ -295,16 +275,17 @@ class Engine:
     def _plan(
         self, handlers: Sequence[AttentionHandler], call: Call, context: CallContext, base: RunFacts | None = None
     ) -> AttentionPlan:
-        """Return what methods say together, each after those before it; guidance adds to a ``base``."""
+        """Let the methods plan a call, each after those before it; guidance adds to a ``base``."""
         plan = AttentionPlan() if base is None else base.plan
         whole = call if call.rows is None else call.for_planning()  # lists follow from all tokens, not from a share
         for index, handler in enumerate(handlers):
+            # who selects by logits must see the keys as the kernel will
             seen = whole if plan.key_mean is None else whole.with_keys(plan.centred(call.k))
             try:
                 plan = handler.plan(plan, seen, context)
             except ConfigError as error:
                 before = (*(() if base is None else base.handlers), *handlers[:index])
-                if not before:
+                if not before:  # else the plan that it was given may be what it can't take
                     raise
                 others = ", ".join(other.name for other in before)
                 raise ConfigError(f"{handler.name} together with {others}: {error}") from None
@@ -329,42 +310,56 @@ class Engine:
         ``facts`` is what the plan adds guidance to. A call ``beside`` another runs as that one did, by these facts, is
         corrected as that one was, and no method takes note of it.
         """
-        given, turn = call, facts.turn
         if context.turn == "dense" and rests is not None and not rests.cached:
             plan = plan.whole()
         if beside and plan.only_values and plan.row_override is None:  # V is all that is left of it
             plan = replace(plan, tiles=None, token_order=None, selection=None)
-        call = call if plan.queries is None else replace(call, q=plan.queries)
-        if plan.reused is not None and call.rows is None:
-            result = KernelResult(run_reusing(plan, call, context, layer, self.recorder, run_kernel))
-        elif plan.skips_logits or not plan.needs_kernel:
-            result = KernelResult(run_dense(plan, call, layer))
-            self.recorder.planned_call(context, plan)
-        else:
-            call = call if plan.key_mean is None else call.with_keys(plan.centred(call.k))
-            if call.rows is not None:
-                result = KernelResult(run_own_rows(plan, call, layer, self.recorder, run_kernel))
-            elif plan.tiles is not None and (turn is not None or (rests is not None and rests.cached)):
-                launch = functools.partial(run_kernel, call=call, recorder=self.recorder, lse=True)
-                result, plan, turn = run_turn(plan, call, context, rests, turn, launch)
-            else:
-                result = run_kernel(plan, call, self.recorder, context.differentiate)
-            self.recorder.planned_call(context, plan, result.exact)
-            if self.observers and (self._corrects or facts.corrections):  # which may write to the output
-                result = result._replace(planned=result.out.clone())
-        steps = (*(one.after for one in facts.corrections), own_rows, guided) if beside else self._steps
+        launched = call if plan.queries is None else replace(call, q=plan.queries)
+        result, plan, launched, turn = self._launch(plan, launched, context, layer, rests, facts)
+        steps = (*(one.after for one in facts.corrections), overridden, guided) if beside else self._steps
         for step in steps:
-            result = step(plan, call, context, result)
+            result = step(plan, launched, context, result)
         if layer.state.made.wanted and not beside:
             facts = facts.ended(plan, result.exact, turn, result.corrections)
             layer.state.made.note(context, self.forward.batch or context.batch, facts)
         if self.observers:
             seen = PlannedCall(
-                plan=plan, context=context, call=given, out=result.out, planned=result.planned, exact=result.exact
+                plan=plan, context=context, call=call, out=result.out, planned=result.planned, exact=result.exact
             )
             for observer in tuple(self.observers):
                 observer(seen)
+        # a backward must not choose among tiles again: it may choose others
         return result.out, plan if result.exact is None or not context.differentiate else plan.followed(result.exact)
+
+    def _launch(
+        self, plan: AttentionPlan, call: Call, context: CallContext, layer: AttentionLayer, rests: Rests | None,
+        facts: RunFacts,
+    ) -> tuple[KernelResult, AttentionPlan, Call, Turn | None]:  # fmt: skip
+        """Run a plan by the least that it needs: fewer rows, the model's own attention, or our kernels.
+
+        Returns:
+            What came out, the plan that says what was computed, the call with its keys centred, the layer's turn.
+        """
+        recorder, turn = self.recorder, facts.turn
+        if plan.reused is not None and call.rows is None:  # its parts are counted one by one
+            return KernelResult(run_reusing(plan, call, context, layer, recorder, run_kernel)), plan, call, turn
+        # the field before the property that begins with it: most plans mix no V, and each call asks
+        if not plan.needs_kernel or (plan.only_values and plan.skips_logits):
+            result = KernelResult(run_dense(plan, call, layer))
+            recorder.planned_call(context, plan)
+            return result, plan, call, turn
+        call = call if plan.key_mean is None else call.with_keys(plan.centred(call.k))
+        if call.rows is not None:
+            result = KernelResult(run_own_rows(plan, call, layer, recorder, run_kernel))
+        elif plan.tiles is not None and (turn is not None or (rests is not None and rests.cached)):
+            launch = functools.partial(run_kernel, call=call, recorder=recorder, lse=True)
+            result, plan, turn = run_turn(plan, call, context, rests, turn, launch)
+        else:
+            result = run_kernel(plan, call, recorder, context.differentiate)
+        recorder.planned_call(context, plan, result.exact)
+        if self.observers and (self._corrects or facts.corrections):  # which may write to the output
+            result = result._replace(planned=result.out.clone())
+        return result, plan, call, turn
 
 
 def run_kernel(
@@ -385,7 +380,7 @@ def run_kernel(
     return KernelResult(out, exact, others.pop(0) if others else None, sums)
 
 
-def own_rows(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
+def overridden(plan: AttentionPlan, call: Call, context: CallContext, result: KernelResult) -> KernelResult:
     """Write the rows that a plan computes under a rule of their own into what the tiles gave them."""
     if plan.row_override is not None:
         override_rows(plan, call, *(x for x in (result.out, result.planned) if x is not None))

@@ -47,18 +47,12 @@ class ForwardWrapper:
     """What runs in place of one transformer's forward.
 
     Args:
-        denoising: the attachment's.
-        state: the transformer's.
         functions: what methods run around the forward, the innermost first.
         on_modules: methods run around its blocks or other modules inside it.
     """
 
     def __init__(
-        self,
-        denoising: DenoisingState,
-        state: TransformerState,
-        functions: Sequence[AroundForward],
-        on_modules: bool,
+        self, denoising: DenoisingState, state: TransformerState, functions: Sequence[AroundForward], on_modules: bool
     ) -> None:
         self._denoising, self._engine = denoising, denoising.engine
         self._state = state
@@ -209,7 +203,7 @@ class ForwardWrapper:
         return grid
 
     def _shards_of(self, grid: Grid, inputs: Mapping[str, Any]) -> SequenceShards:
-        """Return how processes share the forward; the same object as long as nothing changes."""
+        """Return the processes' shares of the forward; the same object as long as nothing changes."""
         adapter, config = self._state.adapter, self._parallel
         joined, device = adapter.joined_text, target_sample(inputs[adapter.latents]).device
         given = inputs.get(joined.text) if isinstance(joined, JoinedText) else None

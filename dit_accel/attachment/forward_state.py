@@ -23,34 +23,17 @@ class ForwardState:
     """All that is known of the forward that runs now; an attachment has one, since it runs one forward at a time.
 
     A forward that a method runs inside another one takes its place, and leaves it as it was (`nested`).
-
-    Attributes:
-        processor: the attention processor that runs; it holds its layer's number (a 0-d int64 CPU tensor, so that all
-            layers share one compiled graph) and whether the layer follows a plan.
-        grid: (frames, height, width, text before, text after), 0-d int64 CPU tensors, so that all latent grids share
-            one compiled graph.
-        sizes: the same as numbers.
-        layout: the same, checked; None where it is not known.
-        noted: the sizes that the methods have seen in this forward; None: none yet.
-        not_a_step: the forward is not a denoising step; it stays dense.
-        min_keys: attention calls over fewer keys stay dense (`Adapter.separate_text_attention`); 0: none do.
-        shards: how tokens and heads are shared between processes; None: they are not.
-        batch: rows of the forward; None where they are not known.
-        expected: the forward may begin inside a compiled graph, where nobody sees it.
-        step: where the denoising stands; None: not read yet.
-        values: the same, field by field.
-        acting: layer -> the methods that change its attention, over `layout`; collected once a layer.
-        calls: layer -> attention calls that it has made.
-        reached: numbers of the layers that ran, but for those of compiled blocks.
     """
 
     def __init__(self) -> None:
-        self.expected = False
+        self.expected = False  # the forward may begin inside a compiled graph, where nobody sees it
+        # the attention processor that runs; it holds its layer's number (a 0-d int64 CPU tensor, so that all layers
+        # share one compiled graph) and whether the layer follows a plan
         self.processor: Any = None
         self.sizes: Grid = NO_GRID
-        self.not_a_step = False
-        self.min_keys = 0
-        self.shards: SequenceShards | None = None
+        self.not_a_step = False  # the forward stays dense
+        self.min_keys = 0  # attention calls over fewer keys stay dense (`Adapter.separate_text_attention`); 0: none do
+        self.shards: SequenceShards | None = None  # how tokens and heads are shared between processes
         self.lay((1, 1, 1, 0, 0))
         self.begin(None)
 
@@ -58,19 +41,20 @@ class ForwardState:
         """Lay the forward's tokens on a grid; `ConfigError` for sizes that are none."""
         if sizes != self.sizes:
             self.layout: TokenLayout | None = None if sizes == NO_GRID else layout_of(sizes)
-            self.sizes, self.grid = sizes, as_tensors(sizes)
+            self.sizes, self.grid = sizes, as_tensors(sizes)  # as tensors all grids share one compiled graph
 
     def begin(self, batch: int | None) -> None:
         """Note that a forward of so many rows (None: not known yet) begins: no layer has been called."""
         self.batch = batch
-        self.noted: Grid | None = None
+        self.noted: Grid | None = None  # the sizes that the methods have seen in this forward
         if not self.expected:  # else who acts was asked already
             self.step: StepContext | None = None
-            self.values: dict[str, Any] = {}
+            self.values: dict[str, Any] = {}  # the same, field by field
+            # the methods that change a layer's attention, over `layout`; collected once a layer
             self.acting: dict[AttentionLayer, tuple[AttentionHandler, ...]] = {}
         self.expected = False
-        self.calls: Counter[AttentionLayer] = Counter()
-        self.reached: set[int] = set()
+        self.calls: Counter[AttentionLayer] = Counter()  # attention calls that each has made
+        self.reached: set[int] = set()  # numbers of the layers that ran, but for those of compiled blocks
 
     def stand(self, step: StepContext) -> None:
         """Note where the denoising stands."""

@@ -71,7 +71,6 @@ def computed_rows(
     tiles that are pinned in all rows of the call, which may be more of them here.
 
     Args:
-        plan: of the whole call.
         call: likewise; all rows of its batch want the same tokens.
         rows: int64 [G], the tokens that are wanted, rising.
         seen: bool [1, S], the keys that they see; None: all.
@@ -238,7 +237,7 @@ def stays_dense(handlers: Sequence[AttentionHandler], call: Call, context: CallC
 
 
 def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[Rests | None, CallContext]:
-    """Return whose layers take turns to be dense, None where nobody's do, and the context with the call's turn."""
+    """Return the rests of the method whose layers take turns, or None, and the context with the call's turn."""
     asking = [one for one in handlers if one.rests is not None]
     if not asking:
         return None, context
@@ -250,7 +249,7 @@ def turned(handlers: Sequence[AttentionHandler], context: CallContext) -> tuple[
 def run_turn(
     plan: AttentionPlan, call: Call, context: CallContext, rests: Rests | None, turn: Turn | None, launch: Launch
 ) -> tuple[KernelResult, AttentionPlan, Turn]:
-    """Return what a call of a layer that keeps a rest gives, the plan that says what it computed, and its turn.
+    """Run a call of a layer that keeps a rest; return its result, the plan of what it computed, and its turn.
 
     ``turn`` is that of the call that it runs beside; None: there is none. The others are as in `with_rest`.
     """
@@ -264,17 +263,10 @@ def run_turn(
 def with_rest(
     rests: Rests, plan: AttentionPlan, call: Call, context: CallContext, launch: Launch
 ) -> tuple[KernelResult, AttentionPlan, Turn]:
-    """Return what a call gives over its tiles and the rest together, the plan that says what it computed, and its turn.
+    """Run a call over its tiles and add the rest; return its result, the plan of what it computed, and its turn.
 
     A dense turn is two kernel calls over complementary tiles, which take as long as one over all; where a method votes,
     one more is of the tiles that it keeps.
-
-    Args:
-        rests: what is kept.
-        plan: what the methods say, with tiles.
-        call: the call, its keys centred where the plan says so.
-        context: where it stands, with its turn.
-        launch: runs a plan of this call.
     """
     bare = plan.without_values()
     rest = rests.reading(context.key, call.q.device)

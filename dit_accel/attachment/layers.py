@@ -31,22 +31,14 @@ DenseAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None],
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedCall:
-    """One planned attention call, as an observer sees it. Tensors are [B, H, S, D] views of the run's own: don't write.
+    """One planned attention call, as an observer sees it; tensors are [B, H, S, D] views of the run: only read."""
 
-    Attributes:
-        plan: what ran.
-        context: where the denoising stood.
-        call: q, k and v as the model gave them, its mask and scale.
-        out: the output that the model gets.
-        planned: the output before methods corrected it; None where none corrects.
-        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
-    """
-
-    plan: AttentionPlan
-    context: CallContext
-    call: Call
-    out: Tensor
-    planned: Tensor | None = None
+    plan: AttentionPlan  # what ran
+    context: CallContext  # where the denoising stood
+    call: Call  # q, k and v as the model gave them, its mask and scale
+    out: Tensor  # the output that the model gets
+    planned: Tensor | None = None  # the output before methods corrected it; None where none corrects
+    # the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection
     exact: Tensor | None = None
 
     @property
@@ -61,12 +53,7 @@ Observer = Callable[[PlannedCall], None]
 class AttentionLayer:
     """One attention module that methods may change: where it stands and the processor put on it.
 
-    Attributes:
-        index: its place among all that the adapter names, unique in its transformer.
-        depth: index of its block, counted from the input.
-        heads: its heads, H.
-        processor: the processor put on it; one that nobody reads where a host meets layers only as they run.
-        dense: the model's own attention, on the user's own backend.
+    ``index`` is its place among all that the adapter names, unique in its transformer; ``depth`` its block's.
     """
 
     def __init__(
@@ -78,27 +65,21 @@ class AttentionLayer:
             assert module is not None
             heads = heads_of(module, getattr(state.transformer, "config", None))
         self.heads = heads
-        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)
+        self.processor: Any = SimpleNamespace(_dit_accel_sparse=True)  # read by nobody where layers are met as they run
         self.dense: DenseAttention | None = None
 
 
 @dataclass(slots=True)
 class Branch:
-    """One denoising call that is open: its name, and what the pipeline states of the step.
+    """One denoising call that is open: its name, and what the pipeline states of the step."""
 
-    Attributes:
-        name: such as ``cond``; a nested one's is ``cond/name``.
-        stated: what else the context states of the step, as diffusers' ``CacheContext`` names it.
-        reopened: diffusers' own context of this branch, opened again after a nested one ended.
-        thread: the thread that opened it.
-        rows: the rows of the outermost forward that those of a nested one are; None: all.
-    """
-
-    name: str
+    name: str  # such as ``cond``; a nested one's is ``cond/name``
+    # what else the context states of the step, as diffusers' ``CacheContext`` names it
     stated: Mapping[str, Any] = field(default_factory=dict)
+    # diffusers' own context of this branch, opened again after a nested one ended
     reopened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    thread: int = field(default_factory=threading.get_ident)
-    rows: tuple[int, ...] | None = None
+    thread: int = field(default_factory=threading.get_ident)  # the thread that opened it
+    rows: tuple[int, ...] | None = None  # the rows of the outermost forward that those of a nested one are; None: all
 
     @property
     def tells_step(self) -> bool:
@@ -107,42 +88,26 @@ class Branch:
 
 
 class TransformerState:
-    """One transformer of the attachment and what is known of its forwards.
-
-    Attributes:
-        name: the pipeline's component name.
-        transformer: the module.
-        part: what the pipeline calls: the transformer, or what ``torch.compile`` made of it.
-        adapter: its adapter.
-        layers: its attention layers that methods may change, in the adapter's order.
-        branches: the denoising calls that are open, the innermost last.
-        nested: how many of them a method opened.
-        layouts: branch -> (layout, batch) of its last forward.
-        calls: number of the running forward among the calls that no context names.
-        calls_seen: what distinguishes these.
-        begin_unseen: the last forward was not seen to begin, in a transformer that is compiled whole.
-        weights: what acted on the transformer's weights in the last forward.
-        running: the pipeline in whose call the current forward runs; None: none, or no forward runs.
-        ran: branch -> rows, as `Branch` has them, of the forwards of their own inside the running call.
-        made: their attention calls, for the forwards beside them.
-    """
+    """One transformer of the attachment and what is known of its forwards."""
 
     def __init__(self, name: str, transformer: nn.Module, adapter: Adapter, part: Any = None) -> None:
-        self.name = name
-        self.transformer: Any = transformer
+        self.name = name  # the pipeline's component name
+        self.transformer: Any = transformer  # the module
+        # what the pipeline calls: the transformer, or what ``torch.compile`` made of it
         self.part: Any = transformer if part is None else part
-        self.adapter = adapter
-        self.layers: list[AttentionLayer] = []
-        self.branches: list[Branch] = []
-        self.nested = 0
-        self.layouts: dict[str, tuple[TokenLayout, int]] = {}
-        self.calls = 0
-        self.calls_seen = Calls()
-        self.begin_unseen = False
-        self.weights: Hashable = None
-        self.running: Any = None
+        self.adapter = adapter  # its adapter
+        self.layers: list[AttentionLayer] = []  # its attention layers that methods may change, in the adapter's order
+        self.branches: list[Branch] = []  # the denoising calls that are open, the innermost last
+        self.nested = 0  # how many of them a method opened
+        self.layouts: dict[str, tuple[TokenLayout, int]] = {}  # branch -> (layout, batch) of its last forward
+        self.calls = 0  # number of the running forward among the calls that no context names
+        self.calls_seen = Calls()  # what distinguishes these
+        self.begin_unseen = False  # the last forward was not seen to begin, in a transformer that is compiled whole
+        self.weights: Hashable = None  # what acted on the transformer's weights in the last forward
+        self.running: Any = None  # the pipeline in whose call the current forward runs; None: none, or no forward runs
+        # branch -> rows, as `Branch` has them, of the forwards of their own inside the running call
         self.ran: dict[str, tuple[int, ...] | None] = {}
-        self.made = CallsMade()
+        self.made = CallsMade()  # their attention calls, for the forwards beside them
 
     @property
     def branch(self) -> str:
@@ -189,7 +154,7 @@ class TransformerState:
 
 
 def places(own: Sequence[int] | None, theirs: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return where each of some rows stands among others, of which each serves once; None where one is not there.
+    """Find the place of each row among others, of which each serves once; None where one is not there.
 
     Rows that are None are all those of a forward, in their order.
     """
@@ -220,7 +185,7 @@ def shortened(layer: AttentionLayer, layout: TokenLayout | None, tokens: int) ->
 
 
 def lora_state(transformer: Any) -> Hashable:
-    """Return what tells one choice of peft adapters and scales from another; empty where peft is not in use.
+    """Return a key of peft's chosen adapters and scales; empty where peft is not in use.
 
     Seen are adapters added, removed, chosen, rescaled, switched off or merged; not seen is a weight that is written to.
     """
@@ -275,7 +240,7 @@ def _version(x: Tensor) -> int | None:
 
 
 def _memory(x: Tensor) -> Any:
-    """Return what tells a tensor's memory from any other that exists; None for one that has none of its own."""
+    """Return a key of a tensor's memory among all that exist; None for one that has none of its own."""
     try:
         address = x.data_ptr()
     except RuntimeError:  # a wrapper around other tensors, such as what a collective will have gathered
@@ -300,11 +265,7 @@ def tensors_in(value: Any) -> tuple[Tensor, ...]:
 
 
 class Calls:
-    """The denoising calls of one transformer in one run, numbered as they were first seen.
-
-    Attributes:
-        text: number of the text of the last call; -1: it held none.
-    """
+    """The denoising calls of one transformer in one run, numbered as they were first seen."""
 
     def __init__(self) -> None:
         self.begin_run()
@@ -315,7 +276,7 @@ class Calls:
         self._known: list[tuple[int, int]] = []  # number -> text, and which of the calls with it
         self._here: dict[tuple[int, int], None] = {}  # those of this timestep, in their order
         self._number = self._since = -1
-        self.text = -1
+        self.text = -1  # number of the text of the last call; -1: it held none
         self._times: dict[int, int] = {}
         self._count: int | None = None
 
@@ -328,7 +289,7 @@ class Calls:
             repeats: the scheduler evaluates the model twice at a timestep, so that all calls come again.
         """
         lost = False
-        if step != self._number:
+        if step != self._number:  # calls are compared within a step, of which each text has as many as before
             if not text and not repeats:  # the n-th call is another one where there are more or fewer of them
                 lost = self._count not in (None, len(self._here))
             self._count = len(self._here) if self._known else None

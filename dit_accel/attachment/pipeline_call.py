@@ -34,8 +34,7 @@ def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callab
 
     A pipeline without such methods is left alone, and the clock knows the denoising loop alone.
 
-    Args:
-        transformer: one of the pipeline's, by which calls of its own are told from a user's of its methods.
+    ``transformer``: one of the pipeline's, by which calls of its own are told from a user's of its methods.
     """
     pipe = denoising.pipe
     engine = denoising.engine
@@ -62,12 +61,7 @@ def watch_call(denoising: DenoisingState, transformer: nn.Module) -> list[Callab
 
 
 def called(pipe: Any, handlers: Sequence[Handler], arguments: Mapping[str, Any]) -> Any:
-    """Return what a pipeline gives for the arguments of a call, after a small picture where a method wants one.
-
-    Raises:
-        AttachError: if there is no pipeline.
-        ConfigError: if a small picture is wanted of a pipeline that is not described so.
-    """
+    """Call a pipeline, after a small picture where a method wants one."""
     if pipe is None:
         raise AttachError(
             "call runs the pipeline, but the methods are attached to a transformer; attach to the pipeline"

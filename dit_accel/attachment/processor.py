@@ -40,7 +40,6 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine
 
     Args:
         processor: the module's processor; left as it is, its attributes are shared with the result.
-        layer: the layer's number.
         classes: the attachment's processor class -> subclass, filled here.
         engine: the attachment's; it lives as long as its processors do.
     """
@@ -143,12 +142,11 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
-    """Return what runs in place of ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
+    """Make the stand-in for ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
 
     Args:
         dense: that function, for calls that no method changes.
         tokens_first: whether it takes tensors as [B, S, H, D], else as [B, H, S, D].
-        engine: the attachment's.
     """
     forward, tokens = engine.forward, 1 if tokens_first else 2
 
@@ -226,13 +224,7 @@ def _own_attention(dense: Callable[..., Tensor], engine: Engine, part: Part, que
 
 
 def with_loop(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
-    """Wrap dense attention; use our CPU loop where the attachment lets it and it is faster.
-
-    Args:
-        dense: diffusers' ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
-        tokens_first: whether tensors lie as [B, S, H, D], else [B, H, S, D].
-        engine: the attachment's.
-    """
+    """Wrap dense attention; use our CPU loop where the attachment lets it and it is faster."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
         if torch.compiler.is_compiling() or engine.dense != "auto" or not _is_torchs(tokens_first, **call):
@@ -264,7 +256,7 @@ def _is_torchs(
 
 
 def _speed(query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> float | None:
-    """Return how many times as fast the loop is in a call; None where it is not taken."""
+    """Return the loop's speed over torch's in a call; None where it is not taken."""
     tensors = (query, key, value)
     if any(type(x) is not Tensor or x.ndim != 4 or x.device.type != "cpu" for x in tensors):
         return None

@@ -8,19 +8,18 @@ module leave the wrapper out.
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch._C._dynamo import eval_frame
 
+from ..methods.site import AroundCall
+
 _NAME = "_compiled_call_impl"
 
-Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-"""(run, args, kwargs) -> output; ``run(*args, **kwargs)`` is the module's own call, compiled if it is."""
 
-
-def wrap_call(module: nn.Module, around: Around, owner: Any = None) -> Callable[[], None]:
+def wrap_call(module: nn.Module, around: AroundCall, owner: Any = None) -> Callable[[], None]:
     """Let ``around`` run in place of a module's call, compiled or not, and return what undoes that.
 
     Compiling the module afterwards compiles what lies inside. `owner_of` gives the ``owner``.

@@ -23,22 +23,15 @@ from ..plan.heads import HeadShare
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SequenceShards(ABC):
-    """How the tokens of one forward are shared between processes.
+    """How the tokens of one forward are shared between processes."""
 
-    Attributes:
-        group: the processes.
-        rank: this one's position among them.
-        counts: tokens that each of them holds outside attention.
-        gathered: int64 [S], position among the gathered tokens -> token; None: that is the sequence's own order.
-        positions: int64 [S], the inverse.
-        rows: int64 [S'], the tokens whose queries this process has inside attention, rising; None: all.
-    """
-
-    group: Any
-    rank: int
-    counts: tuple[int, ...]
+    group: Any  # the processes
+    rank: int  # this one's position among them
+    counts: tuple[int, ...]  # tokens that each of them holds outside attention
+    # int64 [S], position among the gathered tokens -> token; None: that is the sequence's own order
     gathered: Tensor | None
-    positions: Tensor | None
+    positions: Tensor | None  # int64 [S], the inverse
+    # int64 [S'], the tokens whose queries this process has inside attention, rising; None: all
     rows: Tensor | None = None
 
     @property
@@ -103,13 +96,9 @@ class SequenceShards(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ulysses(SequenceShards):
-    """How the tokens and heads of one forward are shared between processes, each of which computes some heads.
+    """How the tokens and heads of one forward are shared between processes, each of which computes some heads."""
 
-    Attributes:
-        anything: lengths and heads need not be divisible by their number.
-    """
-
-    anything: bool
+    anything: bool  # lengths and heads need not be divisible by their number
 
     def share(self, total: int) -> HeadShare:
         """Return the heads of this process, of so many: runs of one length, the last shorter."""
@@ -182,7 +171,7 @@ class Ring(SequenceShards):
 
 
 def shards_of(config: Any, adapter: Adapter, grid: Grid, text: int | None, device: torch.device) -> SequenceShards:
-    """Return how a forward is shared, under diffusers' ``ContextParallelConfig``; its ``text`` as in `split_tokens`."""
+    """Share a forward as diffusers' ``ContextParallelConfig`` says; its ``text`` as in `split_tokens`."""
     counts, gathered, positions = split_tokens(config.ring_degree * config.ulysses_degree, adapter, grid, text, device)
     order = {"counts": counts, "gathered": gathered, "positions": positions}
     if config.ring_degree == 1:

@@ -34,12 +34,7 @@ COMPILED_WHOLE = (
 
 
 class TransformerSite(Site):
-    """One transformer as one handler sees it; the core undoes all that goes through it.
-
-    Attributes:
-        forwards: what to run around forwards, in the order in which it was requested.
-        around: block index -> what to run around it, in the same order.
-    """
+    """One transformer as one handler sees it; the core undoes all that goes through it."""
 
     def __init__(
         self,
@@ -57,22 +52,19 @@ class TransformerSite(Site):
         self._compiled_whole = compiled_whole
         self._blocks: tuple[Block, ...] | None = None
         self._uncompiled: set[int] = set()
-        self.forwards: list[AroundForward] = []
-        self.around: dict[int, list[AroundBlock]] = {}
+        self.forwards: list[AroundForward] = []  # what to run around forwards, in the order in which it was requested
+        self.around: dict[int, list[AroundBlock]] = {}  # block index -> what to run around it, in the same order
 
     @property
     def pipe(self) -> Any:
-        """The pipeline that the methods are attached to, or None."""
         return self._denoising.pipe
 
     @property
     def running(self) -> Any:
-        """The pipeline in whose call the current forward runs, or None."""
         return self._state.running
 
     @property
     def attention(self) -> Mapping[int, str]:
-        """Index -> name of the attention modules that methods may change."""
         names = {id(module): name for name, module in self.transformer.named_modules()}
         return {layer.index: names[id(layer.module)] for layer in self._state.layers}
 
@@ -83,27 +75,22 @@ class TransformerSite(Site):
 
     @property
     def compiled(self) -> bool:
-        """Whether it is compiled whole, so that nothing can run around its blocks."""
         return is_compiled(self.transformer) or self._compiled_whole
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The transformer's blocks, in running order."""
         if self._blocks is None:
             self._blocks = find_blocks(self.adapter, self.transformer)
         return self._blocks
 
     def around_forward(self, function: AroundForward) -> None:
-        """Run ``function`` in place of every forward."""
         self.forwards.append(function)
 
     def around_blocks(self, function: AroundBlock, blocks: tuple[Block, ...] | None = None) -> None:
-        """Run ``function`` in place of blocks; None: all."""
         for block in self.blocks if blocks is None else blocks:
             self.around.setdefault(block.index, []).append(function)
 
     def around_module(self, module: nn.Module, function: AroundCall) -> None:
-        """Run ``function`` in place of a submodule's calls; it and what holds it can't be compiled then."""
         path = next(name for name, inner in self.transformer.named_modules() if inner is module).split(".")
         for depth in range(len(path) + 1):
             name = ".".join(path[:depth])
@@ -118,7 +105,6 @@ class TransformerSite(Site):
 
     @contextlib.contextmanager
     def stand_in(self, module: nn.Module, function: AroundCall) -> Iterator[None]:
-        """Run ``function`` in place of a submodule's calls inside the block."""
         undo = wrap_call(module, function)
         try:
             yield
@@ -126,7 +112,6 @@ class TransformerSite(Site):
             undo()
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute, buffer or parameter of an object until the methods are detached."""
         tables = getattr(owner, "_buffers", {}), getattr(owner, "_parameters", {})
         holder = next((table for table in tables if name in table), owner.__dict__)
         old = holder.get(name, _MISSING)
@@ -147,17 +132,14 @@ class TransformerSite(Site):
         self._undo.append(restore)
 
     def on_detach(self, undo: Callable[[], None]) -> None:
-        """Call ``undo`` when the methods are detached."""
         self._undo.append(undo)
 
     def reached(self) -> int:
-        """Return how many attention layers ran in the forward that ended last; those of compiled blocks unseen."""
         engine = self._denoising.engine
         return sum(engine.layers[number].state is self._state for number in engine.forward.reached)
 
     @contextlib.contextmanager
     def branch(self, name: str, rows: Sequence[int] | None = None) -> Iterator[None]:
-        """Let a forward inside the block be a nested branch, which advances no step and reads the outer one's state."""
         state, denoising = self._state, self._denoising
         with denoising.engine.forward.nested(), denoising.nested(state, name, rows) as full, self._opened(full):
             yield
@@ -180,7 +162,7 @@ class TransformerSite(Site):
             self._undo.append(wrap_call(block.module, around))
 
     def _around_block(self, block: Block, functions: list[AroundBlock]) -> Callable[..., Any]:
-        """Return what runs in place of a block: its streams taken out of the call, changed, and put into the result."""
+        """Wrap a block: take its streams out of the call, let methods change them, and put them into the result."""
         signature = block_signature(block.list, type(block.module))
         last: list[Any] = [None]  # what a block gave besides its streams, for when it is skipped
 
@@ -215,7 +197,7 @@ def _refuse(why: str, *args: Any, **kwargs: Any) -> None:
 
 
 def _fetched(module: nn.Module) -> AroundCall:
-    """Return what runs in place of a block that no method acts on, where others of its group may be skipped."""
+    """Wrap a block that no method acts on, where others of its offload group may be skipped."""
 
     def around(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         fetch(module)

@@ -30,16 +30,12 @@ class DenoisingState:
         pipe: the pipeline, or None where methods are attached to a transformer alone.
         engine: what runs begin in (another generation, or a single forward in training), and forgets what methods
             learned where that may belong to another branch.
-
-    Attributes:
-        threads: keeps two threads from running the attachment at once.
-        on_run: called when a run begins, before the counts of the last one are dropped.
     """
 
     def __init__(self, pipe: Any, engine: Engine) -> None:
         self._pipe = _reference(pipe)
         self.engine, self.threads = engine, OneThread()
-        self.on_run: list[Callable[[], None]] = []
+        self.on_run: list[Callable[[], None]] = []  # called as a run begins, before the last one's counts are dropped
         self._run: PipelineRun | None = None
         self._timesteps = self._taken = _reference(None)  # the list of the last forward's scheduler; of a pipeline's
         self._broken = self._warned = False
@@ -48,9 +44,7 @@ class DenoisingState:
         self._course = Course()
         self._number = 0  # of the run's different timesteps
         self._stated_steps: int | None = None
-        self._first: dict[
-            tuple[str, str], RememberedTensors
-        ] = {}  # latents of the first step of a loop written by hand
+        self._first: dict[tuple[str, str], RememberedTensors] = {}  # latents of a hand-written loop's first step
         self.step_index = 0
         self.num_inference_steps: int | None = None
         self.sigma: float | None = None
@@ -130,7 +124,7 @@ class DenoisingState:
         self._broken = True
 
     def context(self, state: TransformerState) -> StepContext:
-        """Return where the denoising of one transformer stands."""
+        """Make the context of one transformer's step."""
         if self._noise not in NOISES and self.sigma is not None:  # a loop states it, and nothing says what it is
             self._noise = "exploding" if self.sigma > 1 else "flow"
         beside, rows = state.beside
@@ -153,6 +147,7 @@ class DenoisingState:
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None
     ) -> None:
         """Infer the step from the timesteps; equal ones are calls of one step."""
+        # without a timestep any forward may be the first one of a run
         begins = self._begins(run) or self.training or self._stated or timestep is None
         moved = 0 if timestep is None or begins else self._course.move(timestep)
         if moved < 0 and run is not None and self._schedule is not None and not self._schedule.is_over(self._number):
@@ -173,7 +168,7 @@ class DenoisingState:
         if begins or self._schedule is None:
             self._schedule, self._timeline = schedule_of(run.pipe), timeline_of(run.pipe)
             self._noise = noise_of(_scheduler(run.pipe))
-        self._number = max(self._number, self._schedule.number() or 0)
+        self._number = max(self._number, self._schedule.number() or 0)  # steps may pass without a forward
         self.num_inference_steps = stated.get("num_inference_steps", self._timeline.steps)
         self.step_index = self._timeline.step_of(self._number)
         self.sigma = stated.get("sigma", self._schedule.sigma(self._number))
@@ -264,7 +259,7 @@ def _scheduler(pipe: Any) -> Any:
 
 
 def _reference(value: Any) -> Callable[[], Any]:
-    """Return what gives a value as long as others hold it; of what can't be held so, always."""
+    """Refer to a value weakly; to what can't be referred to so, strongly."""
     try:
         return weakref.ref(value)
     except TypeError:

@@ -39,8 +39,7 @@ class Course:
     def move(self, timestep: Tensor) -> int:
         """Take a forward's timestep; return 1 where it went on, -1 where it turned back, 0 where it is the last one's.
 
-        Args:
-            timestep: one per row, frame or token, or per several of these; what is given as clean keeps its own.
+        ``timestep``: one per row, frame or token, or per several of these; what is given as clean keeps its own.
         """
         low, high = torch.stack(timestep.aminmax()).tolist()
         if self.ends is None:
@@ -67,18 +66,13 @@ def noise_level(scheduler: Any) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The steps of one run, as its scheduler lays them out.
+    """The steps of one run, as its scheduler lays them out."""
 
-    Attributes:
-        steps: how many there are; None where it is not known.
-        halves: the scheduler evaluates the model at a point between two steps too (DPM2), so that two timesteps make
-            one step, except for the first.
-        repeats: it evaluates the model twice at a timestep (Heun), which is one step.
-    """
-
-    steps: int | None = None
+    steps: int | None = None  # how many there are; None where it is not known
+    # the scheduler evaluates the model at a point between two steps too (DPM2), so that two timesteps make one step,
+    # except for the first
     halves: bool = False
-    repeats: bool = False
+    repeats: bool = False  # it evaluates the model twice at a timestep (Heun), which is one step
 
     def step_of(self, number: int) -> int:
         """Return the step of the ``number``-th different timestep of the run, from 0."""
@@ -91,9 +85,7 @@ class Schedule:
     Pipelines hand a model the timestep as the scheduler lists it, divided by the number of timesteps that the model was
     trained on, or one of these two counted from the other end.
 
-    Args:
-        scheduler: the scheduler, or None.
-        start: position in its list at which the run begins.
+    ``start``: position in its list at which the run begins.
     """
 
     def __init__(self, scheduler: Any, start: int = 0) -> None:
@@ -153,6 +145,7 @@ class Schedule:
         whole = dtype is not None and not dtype.is_floating_point
         epsilon = 1e-5 if dtype is None or whole else max(1e-5, torch.finfo(dtype).eps)
         trained, matches = self._trained, {}
+        # how a pipeline hands timesteps on shows in the first one; those after it must follow in the same way
         scales = ((0, 1), (0, 1 / trained), (trained, -1), (1, -1 / trained)) if number == 0 else tuple(self._starts)
         for offset, factor in scales:
             far = [min(abs(offset + factor * one - timestep) for timestep in timesteps) for one in self._values]
@@ -208,17 +201,12 @@ _PIPELINES = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PipelineRun:
-    """One call of a pipeline, as the forwards inside it see it.
-
-    Attributes:
-        thread: the thread in which it runs.
-        frame: number of its stack frame, unique among those that exist at one time.
-    """
+    """One call of a pipeline, as the forwards inside it see it."""
 
     _pipe: Callable[[], Any]
     _code: types.CodeType
-    thread: int
-    frame: int
+    thread: int  # the thread in which it runs
+    frame: int  # number of its stack frame, unique among those that exist at one time
 
     @property
     def pipe(self) -> Any:

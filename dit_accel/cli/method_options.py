@@ -31,16 +31,11 @@ else:  # the methods load torch, and a list of commands need not wait for it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedSetting:
-    """Methods that are attached together.
+    """Methods that are attached together."""
 
-    Attributes:
-        name: the config file's, or the methods that were switched on, with what was set of them.
-        run: what the config file says of the run besides.
-    """
-
-    name: str
+    name: str  # the config file's, or the methods that were switched on, with what was set of them
     methods: "tuple[MethodConfig, ...]"
-    run: Mapping[str, Any]
+    run: Mapping[str, Any]  # what the config file says of the run besides
 
 
 SettingList = Annotated[list[NamedSetting], "from the method switches and each config"]
@@ -72,7 +67,7 @@ def first_line(documented: object) -> str:
 
 
 def brief(documented: object) -> str:
-    """Return what a docstring's first line says before its first sign, without what stands in brackets."""
+    """Cut a docstring's first line at its first sign, without what stands in brackets."""
     return re.split(r"[;:,.](?= |$)", re.sub(r" \([^)]*\)", "", first_line(documented)))[0]
 
 
@@ -106,7 +101,7 @@ def with_method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_table(config: Path | None) -> dict[str, Any]:
-    """Return what a config file says of the run besides."""
+    """Read the run's options in a config file."""
     from ..methods.toml import run_table
 
     return dict(run_table(_text(config), f"--config {config}")) if config else {}

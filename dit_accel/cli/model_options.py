@@ -36,12 +36,7 @@ def one_model(command: str, family: str | None, model: str | None) -> str:
 
 
 def named_model(command: str, family: str | None, model: str | None) -> tuple[Adapter, Family, Mapping[str, Any]]:
-    """Return the adapter of a model that a command was given, its sizes and what is known of its transformer's config.
-
-    Raises:
-        ConfigError: if both or neither are given.
-        UnsupportedModel: for an unknown family, or a model whose configs can't be read.
-    """
+    """Return the adapter and sizes of a model that a command was given, and what its transformer's config holds."""
     name = one_model(command, family, model)
     if model:
         files = read_model_files(model_source(model))

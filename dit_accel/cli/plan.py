@@ -115,7 +115,7 @@ def _print(prediction: Prediction) -> None:
 
 
 def _rows(prediction: Prediction) -> list[tuple[str, str]]:
-    """Return what the table says of the run's size and of what the methods leave and hold."""
+    """Return the table's rows on the run's size and on what the methods leave and hold."""
     layout, family, tiles = prediction.layout, prediction.family, prediction.tiles
     text = f" + {family.text_tokens:,} of text" if family.text_tokens else ""
     grid = f"{layout.frames} frames of {layout.height} x {layout.width}"
@@ -145,7 +145,7 @@ def _rows(prediction: Prediction) -> list[tuple[str, str]]:
 
 
 def _rows_of_linears(prediction: Prediction) -> list[tuple[str, str]]:
-    """Return what the table says of linear layers in 8 bits: their share of the time, and the memory of the weights."""
+    """Return the table's rows on linear layers in 8 bits: their share of the time, and the weights' memory."""
     linears, share = prediction.linears, prediction.linear_share
     if linears is None:
         return []

@@ -26,20 +26,13 @@ class Terminated(BaseException):
 
 
 class Guard:
-    """What is known of the signals that stop a command.
-
-    Attributes:
-        number: the first signal that arrived, None: none has.
-        files: what is said of the command's files if it is stopped.
-        raises: whether a signal raises; False when the command has ended.
-        silent: whether the last line has been said.
-        timer: ends the process `PATIENCE` after the first signal.
-    """
+    """What is known of the signals that stop a command."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
-        self.files = "nothing half-written is left"
-        self.raises, self.silent = True, False
+        self.number: int | None = None  # the first signal that arrived
+        self.files = "nothing half-written is left"  # what is said of the command's files if it is stopped
+        self.raises = True  # whether a signal raises; False when the command has ended
+        self.silent = False  # whether the last line has been said
         self.timer = threading.Timer(PATIENCE, self.leave)
         self.timer.daemon = True
 
@@ -72,7 +65,7 @@ class Guard:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being loaded; torch's abort the process if an exception meets them."""
+    """Tell whether a module is being loaded; torch's abort the process if an exception meets them."""
     while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     return frame is not None

@@ -14,44 +14,29 @@ from .recommend import Recommendation, recommend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerDescription:
-    """One transformer of a pipeline, seen by the core.
+    """One transformer of a pipeline, seen by the core."""
 
-    Attributes:
-        name: component name.
-        transformer: class name.
-        adapter: the adapter's name.
-        family: the released model it has the sizes of, or None.
-        layers: attention modules that methods may change.
-        heads: attention heads.
-        methods: method name -> its options on this model, every recipe value filled in; they can be attached so.
-        needs: method name -> what has no usual value on this model; once it is given, the method can be attached.
-        refused: method name -> why it can't be attached here, with the pipeline's scheduler.
-    """
-
-    name: str
-    transformer: str
-    adapter: str
-    family: str | None
-    layers: int
-    heads: int
+    name: str  # component name
+    transformer: str  # class name
+    adapter: str  # the adapter's name
+    family: str | None  # the released model it has the sizes of, or None
+    layers: int  # attention modules that methods may change
+    heads: int  # attention heads
+    # method name -> its options on this model, every recipe value filled in; they can be attached so
     methods: Mapping[str, Mapping[str, Any]]
+    # method name -> what has no usual value on this model; once it is given, the method can be attached
     needs: Mapping[str, str]
-    refused: Mapping[str, str]
+    refused: Mapping[str, str]  # method name -> why it can't be attached here, with the pipeline's scheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What `describe` found.
+    """What `describe` found."""
 
-    Attributes:
-        transformers: one entry per transformer.
-        recommendation: what to attach at the model's default size; None where it is not known.
-        not_recommended: why it can't, empty where it can.
-    """
-
-    transformers: Sequence[TransformerDescription]
+    transformers: Sequence[TransformerDescription]  # one entry per transformer
+    # what to attach at the model's default size; None where it is not known
     recommendation: Recommendation | None = None
-    not_recommended: str = ""
+    not_recommended: str = ""  # why it can't, empty where it can
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain values, for JSON."""
@@ -107,9 +92,6 @@ def describe(model: Any) -> Description:
     """Tell what to attach to a pipeline or transformer at its default size, and which methods it takes.
 
     `recommend` does the first for any size, and without the model.
-
-    Args:
-        model: a diffusers pipeline or transformer; it is not changed.
 
     Raises:
         UnsupportedModel: if no adapter covers it; lists what is supported.

@@ -21,25 +21,16 @@ from .work import linear_flops, linear_inputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What a run may use.
+    """What a run may use."""
 
-    Attributes:
-        name: as users write it, such as ``rtx-4090`` or ``24GB``.
-        gib: memory in GiB.
-        tflops: 10^12 dense 16-bit operations a second, accumulated in 32 bits; None: not known.
-        attention: share of those that the best dense attention is published to reach; 1 where no figure is.
-        int8: 10^12 dense operations a second in int8; None: not known.
-        fp8: 10^12 dense operations a second in fp8, accumulated in 32 bits; None: it has no unit for that.
-        bandwidth: of its memory, 10^9 bytes a second; None: not known.
-    """
-
-    name: str
-    gib: float
-    tflops: float | None = None
-    attention: float = 1.0
-    int8: float | None = None
+    name: str  # as users write it, such as ``rtx-4090`` or ``24GB``
+    gib: float  # memory in GiB
+    tflops: float | None = None  # 10^12 dense 16-bit operations a second, accumulated in 32 bits; None: not known
+    attention: float = 1.0  # share of those that the best dense attention is published to reach; 1 where no figure is
+    int8: float | None = None  # 10^12 dense operations a second in int8; None: not known
+    # 10^12 dense operations a second in fp8, accumulated in 32 bits; None: it has no unit for that
     fp8: float | None = None
-    bandwidth: float | None = None
+    bandwidth: float | None = None  # of its memory, 10^9 bytes a second; None: not known
 
     def eight_bits(self, kind: str) -> float | None:
         """Return the 10^12 operations a second of a kind of 8 bits, ``int8`` or ``fp8``; None: it has no such unit."""
@@ -65,11 +56,7 @@ HARDWARE: Mapping[str, Hardware] = {
 
 
 def find_hardware(text: str) -> Hardware:
-    """Return the hardware of a name, such as ``h100`` or ``RTX 4090``, or of a memory size, such as ``24GB``.
-
-    Raises:
-        ConfigError: for another text, with the names that are known.
-    """
+    """Return the hardware of a name, such as ``h100`` or ``RTX 4090``, or of a memory size, such as ``24GB``."""
     name = re.sub(r"[\s_]+", "-", str(text).strip().lower())
     size = re.fullmatch(r"(\d+(?:\.\d+)?)-?gi?b", name)
     if size and float(size[1]) > 0:
@@ -107,21 +94,13 @@ CONFIGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linears:
-    """How the linear layers of a model compute.
+    """How the linear layers of a model compute."""
 
-    Attributes:
-        kind: of `CONFIGS`.
-        hardware: the card whose figures count.
-        share: of the layers' weights, by elements, that are in 8 bits.
-        cost: time of an 8-bit product per FLOP over what the data sheet gives; `LINEAR_COST`.
-        origin: who said so, where no user did, such as ``the model's config``; empty otherwise.
-    """
-
-    kind: str
-    hardware: Hardware
-    share: float = 1.0
-    cost: float = LINEAR_COST
-    origin: str = ""
+    kind: str  # of `CONFIGS`
+    hardware: Hardware  # the card whose figures count
+    share: float = 1.0  # of the layers' weights, by elements, that are in 8 bits
+    cost: float = LINEAR_COST  # time of an 8-bit product per FLOP over what the data sheet gives; `LINEAR_COST`
+    origin: str = ""  # who said so, where no user did, such as ``the model's config``; empty otherwise
 
     def time(self, family: Family, layout: TokenLayout) -> float:
         """Return the time of all of the linear layers over that in 16 bits, the quantising of their inputs included."""
@@ -154,12 +133,7 @@ class Linears:
 def linears_called(
     kind: str | None, hardware: str | Hardware | None = None, cost: float = LINEAR_COST, **more: Any
 ) -> Linears | None:
-    """Return how linear layers compute by the kind's name; None for None.
-
-    Raises:
-        ConfigError: for an unknown kind, a card that has no unit for it or whose figures are not known, or a cost that
-            none can be.
-    """
+    """Make `Linears` of a kind's name, None of None; `ConfigError` for what the card can't do."""
     if kind is None:
         if hardware is not None:
             raise ConfigError(
@@ -192,13 +166,10 @@ def linears_of_config(config: Mapping[str, Any]) -> str | None:
 
 
 def linears_of(transformer: nn.Module, hardware: Hardware | None = None) -> Linears | None:
-    """Return how most of a loaded transformer's linear layers compute; None: in 16 or 32 bits.
+    """Read how most of a loaded transformer's linear layers compute; None: in 16 or 32 bits.
 
     Read off torchao's tensors, which hold 8-bit ``qdata`` and, where inputs are quantised too, ``act_quant_kwargs``.
     Without ``hardware`` it is the card that holds the weights, or `CARD` where that is not known or has no such unit.
-
-    Raises:
-        ConfigError: if the hardware has no unit for it.
     """
     found: dict[str, int] = {}
     for name, module in transformer.named_modules():

@@ -45,87 +45,54 @@ KERNEL_COST = 1.15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a run costs and what the methods save. FLOPs are of the whole run: all steps, forwards and layers.
+    """What a run costs and what the methods save. FLOPs are of the whole run: all steps, forwards and layers."""
 
-    Attributes:
-        family: the model's sizes.
-        layout: the token layout.
-        height: output height in pixels.
-        width: output width in pixels.
-        num_frames: output frames, rounded as the pipeline does.
-        num_inference_steps: denoising steps.
-        methods: method name -> its options on this model.
-        savings: method name -> what it declares, with the measured skips of a preset's cache.
-        tiles: what the methods together leave of the attention's tiles; None where none thins it out.
-        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
-        linears: how the linear layers compute; None: in 16 bits, as all else does.
-        forwards: transformer forwards of the dense run, one per batch row.
-        attention_flops: Q K^T and P V of all self-attention, dense.
-        total_flops: everything that is counted, dense.
-        planned_attention_flops: Q K^T and P V with the methods attached, dense steps and layers included.
-        planned_total_flops: everything that is counted, with the methods attached.
-        times_trained: FLOPs of the dense run over one of the trained size; 1 where it is no larger, or not known.
-        attention_share: self-attention's share of the dense run's FLOPs, a, which stands in for its share of the time.
-        linear_share: the linear layers' share of the dense run's FLOPs, b.
-        linear_time: time of the linear layers over that in 16 bits, lambda.
-        dense_share: share of the computed attention calls that stay dense, w.
-        pair_density: share of the query-key pairs that a planned call computes, text and probe rows included, rho; a
-            pooled tile is one key.
-        cost_of_pairs: kappa, time per kept FLOP over the dense kernel's: 1 where whole rows are left out, and the
-            kernel is dense.
-        forward_share: computed forwards over the dense run's; extra forwards count, and skipped blocks as parts of one.
-        computed_blocks: share of the dense run's blocks that are computed; those of extra forwards are not counted.
-        factors: what the speed-up is the product of: computed ``forwards``, sparse ``attention``, then ``linears``.
-        speedup: of the denoising loop over the dense one in 16 bits.
-        speedup_of_methods: the same over the dense loop of the same model, whose linear layers compute as they do here.
-        equal_steps: steps of a dense run that takes as long as the planned one.
-        weight_bytes: least memory of the transformer's weights: the matrices that every block has.
-        tile_list_bytes: int32 tile lists and bitmaps on the device, shared by all layers, heads and steps.
-        pooled_bytes: means of K and sums of V of one attention call, where tiles are pooled; bf16, one batch row.
-        carried_bytes: method name -> what it holds from step to step, one batch row, all branches and experts.
-        state_bytes: memory that the methods hold besides the model.
-        uncounted_methods: methods that save what is known only while they run, so that nothing of theirs is counted.
-        notes: what a user should know about the prediction.
-        warnings: what a user should know about the methods on this layout.
-    """
-
-    family: Family
-    layout: TokenLayout
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int
-    methods: Mapping[str, Mapping[str, Any]]
-    savings: Mapping[str, Saving]
-    tiles: TilesLeft | None
-    kernel_cost: float
-    linears: Linears | None
-    forwards: int
-    attention_flops: int
-    total_flops: int
-    planned_attention_flops: int
-    planned_total_flops: int
-    times_trained: float
+    family: Family  # the model's sizes
+    layout: TokenLayout  # the token layout
+    height: int  # output height in pixels
+    width: int  # output width in pixels
+    num_frames: int  # output frames, rounded as the pipeline does
+    num_inference_steps: int  # denoising steps
+    methods: Mapping[str, Mapping[str, Any]]  # method name -> its options on this model
+    savings: Mapping[str, Saving]  # method name -> what it declares, with the measured skips of a preset's cache
+    tiles: TilesLeft | None  # what the methods together leave of the attention's tiles; None where none thins it out
+    kernel_cost: float  # time per kept FLOP of the sparse kernel over the dense one's
+    linears: Linears | None  # how the linear layers compute; None: in 16 bits, as all else does
+    forwards: int  # transformer forwards of the dense run, one per batch row
+    attention_flops: int  # Q K^T and P V of all self-attention, dense
+    total_flops: int  # everything that is counted, dense
+    planned_attention_flops: int  # Q K^T and P V with the methods attached, dense steps and layers included
+    planned_total_flops: int  # everything that is counted, with the methods attached
+    times_trained: float  # FLOPs of the dense run over one of the trained size; 1 where it is no larger, or not known
+    # self-attention's share of the dense run's FLOPs, a, which stands in for its share of the time
     attention_share: float
-    linear_share: float
-    linear_time: float
-    dense_share: float
+    linear_share: float  # the linear layers' share of the dense run's FLOPs, b
+    linear_time: float  # time of the linear layers over that in 16 bits, lambda
+    dense_share: float  # share of the computed attention calls that stay dense, w
+    # share of the query-key pairs that a planned call computes, text and probe rows included, rho; a pooled tile is one
+    # key
     pair_density: float
+    # kappa, time per kept FLOP over the dense kernel's: 1 where whole rows are left out, and the kernel is dense
     cost_of_pairs: float
+    # computed forwards over the dense run's; extra forwards count, and skipped blocks as parts of one
     forward_share: float
-    computed_blocks: float
+    computed_blocks: float  # share of the dense run's blocks that are computed; those of extra forwards are not counted
+    # what the speed-up is the product of: computed ``forwards``, sparse ``attention``, then ``linears``
     factors: Mapping[str, float]
-    speedup: float
+    speedup: float  # of the denoising loop over the dense one in 16 bits
+    # the same over the dense loop of the same model, whose linear layers compute as they do here
     speedup_of_methods: float
-    equal_steps: float
-    weight_bytes: int
-    tile_list_bytes: int
-    pooled_bytes: int
+    equal_steps: float  # steps of a dense run that takes as long as the planned one
+    weight_bytes: int  # least memory of the transformer's weights: the matrices that every block has
+    tile_list_bytes: int  # int32 tile lists and bitmaps on the device, shared by all layers, heads and steps
+    pooled_bytes: int  # means of K and sums of V of one attention call, where tiles are pooled; bf16, one batch row
+    # method name -> what it holds from step to step, one batch row, all branches and experts
     carried_bytes: Mapping[str, int]
-    state_bytes: int
+    state_bytes: int  # memory that the methods hold besides the model
+    # methods that save what is known only while they run, so that nothing of theirs is counted
     uncounted_methods: tuple[str, ...]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]  # what a user should know about the prediction
+    warnings: tuple[str, ...]  # what a user should know about the methods on this layout
 
     def least_seconds(self, card: Hardware) -> float | None:
         """Return the least seconds that the dense run's products take on a card; None where its speed is not known."""
@@ -239,16 +206,8 @@ def predict(
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
 
     Args:
-        handlers: the methods.
-        family: the model's sizes.
-        layout: of the run's forwards.
-        steps: of the run.
         preset: which of the methods are a preset's, so that what their cache skips was measured.
         kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
-        linears: how the linear layers compute; None: in 16 bits.
-
-    Raises:
-        ConfigError: if what the methods save can't be counted, alone or together.
     """
     savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}
     savings |= _measured_skips(handlers, savings, family.forwards_per_step, steps, preset)
@@ -291,7 +250,7 @@ def _notes(savings: Mapping[str, Saving], tiles: TilesLeft | None) -> list[str]:
 def predict_attached(
     handlers: Sequence[Handler], layout: TokenLayout, steps: int, preset: PresetMethods | None, transformer: nn.Module
 ) -> PredictedSpeedup | None:
-    """Return what attached methods were predicted to gain; None where the model has no released model's sizes.
+    """Predict the speed-up of attached methods; None where the model has no released model's sizes.
 
     The transformer's linear layers may be in 8 bits, as they are in its dense run too.
     """
@@ -307,7 +266,7 @@ def predict_attached(
 def _measured_skips(
     handlers: Sequence[Handler], savings: Mapping[str, Saving], rows: int, steps: int, preset: PresetMethods | None
 ) -> dict[str, Saving]:
-    """Return what a preset's caches save by the share of the forwards that they skipped where that was measured."""
+    """Return the savings of a preset's caches, by the share of the forwards that they were measured to skip."""
     measured: dict[str, Saving] = {}
     promises = preset.promises(steps) if preset else {}
     for handler in handlers:
@@ -330,7 +289,7 @@ def _measured_skips(
 
 
 def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears | None) -> dict[str, Any]:
-    """Return what a `Prediction` says of the run without methods."""
+    """Compute the fields of a `Prediction` on the run without methods."""
     forwards = steps * family.forwards_per_step
     blocks = forwards * family.layers
     attention = blocks * attention_flops(family, layout.tokens)
@@ -352,7 +311,7 @@ def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears
 def _planned_run(
     savings: Mapping[str, Saving], tiles: TilesLeft | None, layout: TokenLayout, kernel_cost: float, **dense: Any
 ) -> dict[str, Any]:
-    """Return what a `Prediction` says of the run with methods; the letters are those of its attributes.
+    """Compute the fields of a `Prediction` on the run with methods; the letters are those of its fields.
 
     ``dense`` are the figures of the run without methods, its steps and layers.
     """
@@ -390,7 +349,7 @@ def _planned_run(
 
 
 def _memory(savings: Mapping[str, Saving], tiles: TilesLeft | None, family: Family) -> dict[str, Any]:
-    """Return what a `Prediction` says of the memory that the methods hold."""
+    """Compute the fields of a `Prediction` on the memory that the methods hold."""
     carried = {name: saving.carried_bytes for name, saving in savings.items() if saving.carried_bytes}
     lists = sum(saving.list_bytes for saving in savings.values())
     per_tile = 2 * family.heads * family.head_dim * ASSUMED_BYTES

@@ -83,7 +83,7 @@ def recommend(
     dense = estimate(of.adapter, of.family, **sizes)
     presets = [preset_methods(level, of.model) for level in LEVELS]
     rows = [Setting(name=DENSE), *(_preset_row(preset, of, sizes, dense) for preset in presets)]
-    rows.sort(key=lambda row: -round(row.speedup, 2))
+    rows.sort(key=lambda row: -round(row.speedup, 2))  # as it is shown: equal ones stay in the presets' order
     tuned = find_tuned(of.source) if of.source else []
     fitting = [setting for setting in tuned if _fits(setting, dense)]
     rows = [*(_tuned_row(setting) for setting in fitting), *rows]
@@ -132,11 +132,7 @@ def _subject(model: Any, card: Hardware | None) -> _Subject:
 
 
 def _sizes_of(transformers: Mapping[str, Any], config: Mapping[str, Any]) -> Family:
-    """Return the sizes of a model that is no released one, by its config, with its family's defaults.
-
-    Raises:
-        UnsupportedModel: if the config does not tell them.
-    """
+    """Return the sizes of a model that is no released one, by its config, with its family's defaults."""
     name = type(list(transformers.values())[-1]).__name__
     index = {part: ("diffusers", name) for part in transformers}
     files = ModelFiles(name=name, index=index, transformer={**config, "_class_name": name}, vae={})
@@ -183,7 +179,7 @@ def _idle(choice: Choice, run: Prediction, family: Family) -> str | None:
 
 
 def _fits(tuned: TunedSetting, dense: Prediction) -> bool:
-    """Return whether a setting was tuned at the size and number of steps of a dense run."""
+    """Tell whether a setting was tuned at the size and number of steps of a dense run."""
     names = ("height", "width", "num_frames", "num_inference_steps")
     return all(getattr(tuned.measured, name) == getattr(dense, name) for name in names)
 

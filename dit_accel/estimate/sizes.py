@@ -19,17 +19,13 @@ WHAT_HAPPENS["width"] = WHAT_HAPPENS["height"]
 
 
 def pixel_multiples(family: Family) -> tuple[int, int]:
-    """Return what the output's height and width must be multiples of, in pixels."""
+    """Return the pixels that the output's height and width must be multiples of."""
     height, width = (math.lcm(family.vae[1] * patch, family.size_multiple) for patch in family.patch[1:])
     return height, width
 
 
 def rounded_frames(family: Family, num_frames: int) -> int:
-    """Return the number of frames the pipeline makes of a request: t k + 1, as WanPipeline rounds.
-
-    Raises:
-        ConfigError: for a number under 1, or more than one frame of an image model.
-    """
+    """Return the number of frames the pipeline makes of a request: t k + 1, as WanPipeline rounds."""
     if num_frames < 1:
         raise ConfigError(f"num_frames must be >= 1, got {num_frames}; 1 makes an image")
     step = family.vae[0]
@@ -41,11 +37,7 @@ def rounded_frames(family: Family, num_frames: int) -> int:
 
 
 def token_layout(family: Family, *, height: int, width: int, num_frames: int) -> TokenLayout:
-    """Return the token layout of an output of so many pixels and (rounded) frames.
-
-    Raises:
-        ConfigError: for a size the model can't make, with the nearest one it can.
-    """
+    """Return the token layout of an output of so many pixels and (rounded) frames."""
     for name, value, multiple in zip(("height", "width"), (height, width), pixel_multiples(family), strict=True):
         check_multiple(name, value, multiple, family.name)
     (step, scale), (patch_frames, patch_height, patch_width) = family.vae, family.patch
@@ -99,7 +91,7 @@ def methods_for_axis(adapter: Adapter, family: Family, axis: str) -> list[str]:
 
 
 def advice(adapter: Adapter, family: Family, layout: TokenLayout, attached: Sequence[MethodConfig]) -> list[str]:
-    """Return what a user should know who makes more than the model was trained on without a method for that."""
+    """Return advice to a user who makes more than the model was trained on without a method for that."""
     served = {axis for config in attached for axis in handler_of(config).extends}
     texts = []
     for axis, (tokens, trained) in beyond_trained(family, layout).items():

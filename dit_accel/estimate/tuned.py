@@ -23,50 +23,31 @@ EMBEDDED = "embedded/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedResult:
-    """How a tuned setting came out, on prompts that the search never saw.
+    """How a tuned setting came out, on prompts that the search never saw."""
 
-    Attributes:
-        model: embedded model, folder or hub id, by `model_key`.
-        height: output height in pixels.
-        width: output width in pixels.
-        num_frames: output frames.
-        num_inference_steps: steps of the dense run that it is held against.
-        metric: what was measured, such as ``psnr``, against the converged run.
-        quality: its mean.
-        speedup: dense steps over the work of the setting.
-        prompts: on how many.
-    """
-
-    model: str
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int
-    metric: str
-    quality: float
-    speedup: float
-    prompts: int
+    model: str  # embedded model, folder or hub id, by `model_key`
+    height: int  # output height in pixels
+    width: int  # output width in pixels
+    num_frames: int  # output frames
+    num_inference_steps: int  # steps of the dense run that it is held against
+    metric: str  # what was measured, such as ``psnr``, against the converged run
+    quality: float  # its mean
+    speedup: float  # dense steps over the work of the setting
+    prompts: int  # on how many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedSetting:
-    """A tuned setting and its file.
+    """A tuned setting and its file."""
 
-    Attributes:
-        path: the TOML.
-        methods: what it attaches.
-        run: what it sets besides, such as ``num_inference_steps``.
-        measured: how it came out.
-    """
-
-    path: Path
-    methods: Sequence[MethodConfig]
-    run: Mapping[str, Any]
-    measured: TunedResult
+    path: Path  # the TOML
+    methods: Sequence[MethodConfig]  # what it attaches
+    run: Mapping[str, Any]  # what it sets besides, such as ``num_inference_steps``
+    measured: TunedResult  # how it came out
 
 
 def model_key(model: str) -> str:
-    """Return what a model is called in tuned files: an embedded model's name, a folder's whole path, or a hub id."""
+    """Return a model's name in tuned files: an embedded model's, a folder's whole path, or a hub id."""
     name = model.removeprefix(EMBEDDED)
     if name in embedded_names():
         return name
@@ -99,21 +80,13 @@ def keep_tuned(name: str, text: str, model: str) -> Path:
 
 
 def find_tuned(model: str) -> list[TunedSetting]:
-    """Return what was tuned for a model, the fastest first.
-
-    Raises:
-        ConfigError: for a file that can't be read, with its name.
-    """
+    """Read the settings that were tuned for a model, the fastest first; `ConfigError` if a file can't be read."""
     found = [read_tuned(path) for path in sorted(tuned_folder(model).glob("*.toml"))]
     return sorted(found, key=lambda one: -one.measured.speedup)
 
 
 def read_tuned(path: Path) -> TunedSetting:
-    """Read a tuned file.
-
-    Raises:
-        ConfigError: for one that can't be read or was not measured.
-    """
+    """Read a tuned file; `ConfigError` for one that can't be read or was not measured."""
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:

@@ -19,21 +19,13 @@ ASSUMED_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilesLeft:
-    """What methods leave of the visual tiles.
+    """What methods leave of the visual tiles."""
 
-    Attributes:
-        kept: exact tiles, mean over the planned calls; expected where a method decides by the data.
-        total: tiles in all.
-        dense_share: share of the computed attention calls that stay dense, w.
-        pools: tiles that are not exact enter as one key each.
-        rows_alone: all that is left out are whole rows, which needs no sparse kernel.
-    """
-
-    kept: int
-    total: int
-    dense_share: float
-    pools: bool
-    rows_alone: bool = False
+    kept: int  # exact tiles, mean over the planned calls; expected where a method decides by the data
+    total: int  # tiles in all
+    dense_share: float  # share of the computed attention calls that stay dense, w
+    pools: bool  # tiles that are not exact enter as one key each
+    rows_alone: bool = False  # all that is left out are whole rows, which needs no sparse kernel
 
     @property
     def density(self) -> float:
@@ -46,8 +38,6 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
 
     Args:
         savings: method name -> what it declares, in the order in which they act.
-        steps: denoising steps.
-        layers: attention layers.
         usual: tiles along each side where no method cuts any.
     """
     parts = {name: saving.tiles for name, saving in savings.items() if saving.tiles is not None}
@@ -59,7 +49,7 @@ def tiles_left(savings: Mapping[str, Saving], steps: int, layers: int, usual: in
         raise ConfigError(f"these methods count different tiles, {counted}; plan them one at a time")
     computed = computed_shares(savings, steps)
     calls: dict[tuple[bool, ...], float] = defaultdict(float)  # which methods act in a call -> how many such calls
-    for step, share in enumerate(computed):
+    for step, share in enumerate(computed):  # few combinations stand for all calls
         for layer in range(layers):
             calls[tuple(part.active(step, layer) for part in parts.values())] += share
     size = next(iter(sizes.values()), usual)
@@ -89,7 +79,7 @@ def computed_shares(savings: Mapping[str, Saving], steps: int) -> list[float]:
 
 
 def tiles_a_side(layout: TokenLayout) -> int:
-    """Return how many tiles of the usual size are along each side of the visual attention."""
+    """Count the tiles of the usual size along each side of the visual attention."""
     return math.ceil(layout.visual_tokens / TILE)
 
 

@@ -50,25 +50,17 @@ class Place(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What a handler may know of the model it is attached to.
+    """What a handler may know of the model it is attached to."""
 
-    Attributes:
-        adapter: the model's adapter.
-        family: the released model it has the sizes of, or None.
-        heads: attention heads, H.
-        layers: attention modules that the adapter names in one transformer.
-        tiling: how all methods of the attachment cut a sequence into tiles.
-        config: the transformer's config; None: there is no transformer yet, only a family's sizes.
-        scheduler: the pipeline's; None: it has none, or there is no pipeline.
-    """
-
-    adapter: Adapter
-    family: Family | None
-    heads: int
-    layers: int
+    adapter: Adapter  # the model's adapter
+    family: Family | None  # the released model it has the sizes of, or None
+    heads: int  # attention heads, H
+    layers: int  # attention modules that the adapter names in one transformer
+    # how all methods of the attachment cut a sequence into tiles
     tiling: Tiling = Tiling()  # noqa: RUF009 - frozen
+    # the transformer's config; None: there is no transformer yet, only a family's sizes
     config: Mapping[str, Any] | None = None
-    scheduler: Any = None
+    scheduler: Any = None  # the pipeline's; None: it has none, or there is no pipeline
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -108,10 +100,6 @@ class Handler:
     """One attached method: its options on one model and, where the method needs any, its state.
 
     A handler belongs to one attachment. It raises `ConfigError` on creation if the method can't work on the model.
-
-    Attributes:
-        settings: the config, its unset options filled in for this model; what the report shows.
-        model: the model.
     """
 
     config_type: ClassVar[type[MethodConfig]]
@@ -138,12 +126,13 @@ class Handler:
     _most_held = 0
 
     def __init__(self, config: Any, model: Model) -> None:
+        # the config, its unset options filled in for this model; what the report shows
         self.settings: Any = config.filled(self.recipe(config, model))
-        self.model = model
+        self.model = model  # the model
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options of the config on a model."""
+        """Return the values of the config's unset options on a model."""
         return model.adapter.recipe(config.name, model.family)
 
     @classmethod
@@ -195,11 +184,7 @@ class Handler:
         return None
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return what the method saves over a run of so many steps on a layout.
-
-        Raises:
-            ConfigError: if that is not known.
-        """
+        """Return what the method saves over a run of so many steps on a layout; `ConfigError` if that is not known."""
         return Saving(counted=False, notes=(f"what {self.name} saves is known only while it runs; it is not counted",))
 
 

@@ -87,7 +87,7 @@ def model_of(model: Any) -> Model:
 
 
 def heads_of(module: Any, config: Any) -> int:
-    """Return how many heads an attention module has; 0 where neither it nor its transformer's config tells."""
+    """Count an attention module's heads; 0 where neither it nor its transformer's config tells."""
     names = ("heads", "num_heads", "num_attention_heads")
     return int(next((getattr(of, name) for of in (module, config) for name in names if hasattr(of, name)), 0))
 

@@ -12,17 +12,11 @@ FLOW: frozenset[Noise] = frozenset({"flow"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeedsNoise:
-    """A method's need of the noise level.
+    """A method's need of the noise level."""
 
-    Attributes:
-        asks: what asks for it: the method, or an option with its value.
-        instead: what to do where it is not told.
-        kinds: which noise levels it can work with.
-    """
-
-    asks: str
-    instead: str
-    kinds: frozenset[Noise] = NOISES
+    asks: str  # what asks for it: the method, or an option with its value
+    instead: str  # what to do where it is not told
+    kinds: frozenset[Noise] = NOISES  # which noise levels it can work with
 
     def untold(self, source: str = "the pipeline", noise: Noise = "none") -> ConfigError:
         """Return the error of a source that tells no noise level, or one of another kind."""
@@ -38,7 +32,6 @@ def require_noise(handlers: Iterable[Any], noises: Collection[Noise], source: st
     """Raise `ConfigError` for a method that can work with none of the noise levels that a source tells.
 
     Args:
-        handlers: the methods.
         noises: one of these is told; empty: it is not known which.
         source: what tells it, such as the scheduler's class.
     """

@@ -16,26 +16,17 @@ Note = typing.TypeVar("Note")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a value must be besides of its type.
+    """What a value must be besides of its type."""
 
-    Attributes:
-        words: what follows "must be" in the error.
-        holds: value -> whether it is that.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
+    words: str  # what follows "must be" in the error
+    holds: Callable[[Any], bool]  # value -> whether it is that
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """When an option's text names a file or a model of a hub.
+    """When an option's text names a file or a model of a hub."""
 
-    Attributes:
-        outside: text -> whether it names one.
-    """
-
-    outside: Callable[[str], bool]
+    outside: Callable[[str], bool]  # text -> whether it names one
 
 
 NO_FILE, JSON_FILE = Names(lambda text: False), Names(lambda text: ".json" in text)
@@ -95,13 +86,7 @@ BlockSize = Annotated[
 
 
 def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tuple[str, Any, str] | None:
-    """Return what a value breaks: what it must be or hold, in words, what was found, and advice; None: nothing.
-
-    Args:
-        value: of the annotation's type.
-        hint: the annotation.
-        fits: (value, annotation) -> whether it is of that type.
-    """
+    """Find the rule that a value breaks: what it must be or hold, in words, its value, and advice; None: none."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         rules = _notes(hint, Rule)
@@ -117,7 +102,7 @@ def find_broken(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> tupl
 
 
 def may_name(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> bool:
-    """Return whether a value may name a file or a model of a hub, by its annotation; ``fits`` as in `find_broken`."""
+    """Tell whether a value may name a file or a model of a hub, by its annotation; ``fits`` as in `find_broken`."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, (int, float, types.NoneType)) or origin is typing.Literal:
         return False
@@ -133,5 +118,5 @@ def may_name(value: Any, hint: Any, fits: Callable[[Any, Any], bool]) -> bool:
 
 
 def _notes(hint: Any, kind: type[Note]) -> list[Note]:
-    """Return what an ``Annotated`` says beside its type, of one kind."""
+    """Return the notes of one kind beside an ``Annotated``'s type."""
     return [note for note in typing.get_args(hint)[1:] if isinstance(note, kind)]

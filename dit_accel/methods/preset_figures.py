@@ -16,45 +16,28 @@ PROMPTS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A level in runs of one number of steps, on one embedded model with one solver.
-
-    Attributes:
-        median: PSNR in dB to the user's own dense run of the same seed, steps and solver; the median prompt's.
-        tenth: the same, the 10th percentile of the prompts.
-        loop: how many times as fast the denoising loop was, by processor time; the median prompt's.
-        call: the same of the whole call, with the text encoder and the VAE.
-        skipped: share of the forwards.
-    """
+    """A level in runs of one number of steps, on one embedded model with one solver."""
 
     model: str
     solver: str
     steps: int
-    median: float
-    tenth: float
-    loop: float
-    call: float
-    skipped: float
+    median: float  # PSNR in dB to the user's own dense run of the same seed, steps and solver; the median prompt's
+    tenth: float  # the same, the 10th percentile of the prompts
+    loop: float  # how many times as fast the denoising loop was, by processor time; the median prompt's
+    call: float  # the same of the whole call, with the text encoder and the VAE
+    skipped: float  # share of the forwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """What a level promises: the least of what was measured in runs of the nearest numbers of steps.
+    """What a level promises: the least of what was measured in runs of the nearest numbers of steps."""
 
-    Attributes:
-        median: PSNR in dB, the median prompt's.
-        tenth: PSNR in dB that nine of ten prompts reached.
-        loop: how many times as fast the denoising loop was.
-        call: how many times as fast the whole call was.
-        skipped: share of the forwards, between the nearest numbers of steps in proportion.
-        steps: those numbers.
-    """
-
-    median: float
-    tenth: float
-    loop: float
-    call: float
-    skipped: float
-    steps: tuple[int, ...]
+    median: float  # PSNR in dB, the median prompt's
+    tenth: float  # PSNR in dB that nine of ten prompts reached
+    loop: float  # how many times as fast the denoising loop was
+    call: float  # how many times as fast the whole call was
+    skipped: float  # share of the forwards, between the nearest numbers of steps in proportion
+    steps: tuple[int, ...]  # those numbers
 
     def __str__(self) -> str:
         steps = " and ".join(map(str, self.steps))
@@ -63,16 +46,15 @@ class Promise:
 
 @functools.cache
 def figures(level: str) -> tuple[Figure, ...]:
-    """Return what a level measured; nothing for one that was not."""
+    """Return a level's figures; none for one that was not measured."""
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     return tuple(Figure(**one) for one in json.loads(text).get(level, ()))
 
 
 def promise(level: str, steps: int, model: str | None = None) -> Promise | None:
-    """Return what a level promises in a run of so many steps; None where it skips nothing, or was not measured.
+    """Return a level's promise for a run of so many steps; None where it skips nothing, or was not measured.
 
-    Args:
-        model: an embedded model, whose own figures are given; of any other name the least of all.
+    ``model``: an embedded model, whose own figures are given; of any other name the least of all.
     """
     measured = figures(level)
     measured = tuple(figure for figure in measured if figure.model == model) or measured

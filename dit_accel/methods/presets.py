@@ -38,26 +38,17 @@ REACH = 0.035
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One method of a preset.
+    """One method of a preset."""
 
-    Attributes:
-        config: the method.
-        models: which models take it.
-        what: what it does here, in a few words, for the line that a user reads.
-        source: the figure that the choice rests on.
-        beyond: it acts on outputs beyond the trained size alone.
-        level: the preset whose `preset_figures` are this method's; None: not measured.
-    """
-
-    config: MethodConfig
-    models: Literal["all", "video", "image"]
-    what: str
-    source: str
-    beyond: bool = False
-    level: Level | None = None
+    config: MethodConfig  # the method
+    models: Literal["all", "video", "image"]  # which models take it
+    what: str  # what it does here, in a few words, for the line that a user reads
+    source: str  # the figure that the choice rests on
+    beyond: bool = False  # it acts on outputs beyond the trained size alone
+    level: Level | None = None  # the preset whose `preset_figures` are this method's; None: not measured
 
     def promise(self, steps: int, family: str | None = None) -> Promise | None:
-        """Return what it promises in a run of so many steps of a family; None: it skips nothing, or not measured."""
+        """Return its promise for a run of so many steps of a family; None: it skips nothing, or was not measured."""
         return promise(self.level, steps, family) if self.level else None
 
 
@@ -126,18 +117,12 @@ PRESETS: Mapping[str, tuple[Choice, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class PresetMethods:
-    """What a preset attaches to a model.
+    """What a preset attaches to a model."""
 
-    Attributes:
-        level: the preset's name.
-        model: the model.
-        chosen: the methods that are attached.
-        left_out: method -> why the model, or a method that the user names, does not allow it.
-    """
-
-    level: str
-    model: Model
-    chosen: tuple[Choice, ...] = ()
+    level: str  # the preset's name
+    model: Model  # the model
+    chosen: tuple[Choice, ...] = ()  # the methods that are attached
+    # method -> why the model, or a method that the user names, does not allow it
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -160,7 +145,7 @@ class PresetMethods:
 
 
 def _suits(choice: Choice, model: Model, beside: Sequence[MethodConfig]) -> bool:
-    """Return whether a choice is meant for a kind of model, and extends no axis that another method extends."""
+    """Tell whether a choice is meant for a kind of model, and extends no axis that another method extends."""
     extended = {axis for config in beside for axis in handler_of(config).extends}
     not_advised = model.family.not_advised if model.family else ()
     return (
@@ -178,14 +163,7 @@ def preset_methods(
 ) -> PresetMethods:
     """Return what a preset attaches to a model beside the methods that the user names, which win.
 
-    Args:
-        level: the preset's name; `NONE` attaches nothing.
-        model: the model.
-        named: the methods that the user names.
-        try_out: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
-
-    Raises:
-        ConfigError: for an unknown level.
+    ``try_out``: raises `ConfigError` for methods that can't be attached together; unset: what the model's family tells.
     """
     if level == NONE:
         return PresetMethods(level, model)

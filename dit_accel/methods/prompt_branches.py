@@ -33,7 +33,7 @@ _OPEN = "open transformer.cache_context(name) with the name 'cond', 'uncond' or 
 
 
 def part_of(method: str, site: Site, context: ForwardContext, latents: Any) -> Part:
-    """Return what a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
+    """Tell which prompt a forward holds, to a method that must know it; raise `ConfigError` if nothing says it."""
     guidance, pipe, call = site.adapter.guidance, site.running, running_call(site.running)
     if (why := guidance.why_own(call)) is not None:
         raise ConfigError(
@@ -84,7 +84,7 @@ def running_call(pipe: Any) -> PipelineCall:
 
 
 def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> Part:
-    """Return whether a forward holds both prompts or, while a pipeline does not guide, the conditional one alone."""
+    """Tell whether a forward holds both prompts or, while a pipeline does not guide, the conditional one alone."""
     pipe, made = call.pipe, call.variables.get("latents")
     if pipe is None:
         if rows % 2:
@@ -110,7 +110,7 @@ def _in_one_forward(method: str, site: Site, call: PipelineCall, rows: int) -> P
 
 
 def _in_own_loop(method: str, site: Site, number: int) -> Part:
-    """Return what a forward holds in a loop written by hand that opens no context."""
+    """Tell which prompt a forward holds in a loop written by hand that opens no context."""
     embedded = site.adapter.guidance.embedded
     if embedded is not None and getattr(site.transformer.config, embedded, False) and number == 0:
         return "cond"

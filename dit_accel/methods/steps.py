@@ -7,17 +7,7 @@ from ..rules.steps import whole_steps
 
 
 def end_steps(config: Any, first: str, last: str, count: int | None) -> tuple[int, int]:
-    """Return how many steps two options come to, at a run's beginning and at its end; of an unset one none.
-
-    Args:
-        config: a method's config or settings; has its ``name``.
-        first: the option that counts a run's first steps.
-        last: the option that counts its last ones.
-        count: steps of the run; None: not known.
-
-    Raises:
-        ConfigError: if the options need the number of steps, which is not known.
-    """
+    """Count the steps of two options, at a run's beginning and at its end; of an unset one none."""
     at_first, at_last = getattr(config, first) or 0, getattr(config, last) or 0
     if count is None and (at_last or 0 < at_first < 1):
         option = last if at_last else first

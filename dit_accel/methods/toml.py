@@ -31,9 +31,6 @@ def to_toml(
     """Write configs as TOML, one table per method, with the format's version.
 
     ``run`` stands in it as `run_table` reads it, ``tuned`` as `tuned_table` does.
-
-    Raises:
-        ConfigError: for two configs of one method.
     """
     import tomli_w
 
@@ -51,9 +48,7 @@ def to_toml(
 def from_toml(text: str, source: str = "the method config") -> list[MethodConfig]:
     """Read configs back from TOML text; the inverse of `to_toml`.
 
-    Args:
-        text: the TOML, with or without a byte-order mark.
-        source: what errors call it, such as the file's name.
+    ``source``: what errors call it, such as the file's name.
 
     Raises:
         ConfigError: for text that is not TOML, another version, an unknown method or option, or a refused value.
@@ -81,11 +76,7 @@ def from_toml(text: str, source: str = "the method config") -> list[MethodConfig
 
 
 def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
-    """Read what a run may set besides its methods: ``[run]`` with the keys of `RUN_KEYS`.
-
-    Raises:
-        ConfigError: for text that is not TOML, an unknown key, with the nearest, or a value of another kind.
-    """
+    """Read what a run may set besides its methods: ``[run]`` with the keys of `RUN_KEYS`."""
     table = _table(text, source, RUN)
     for key, value in table.items():
         if key not in RUN_KEYS:
@@ -96,11 +87,7 @@ def run_table(text: str, source: str = "the method config") -> dict[str, Any]:
 
 
 def tuned_table(text: str, source: str = "the method config") -> dict[str, Any]:
-    """Read how a setting was measured: ``[tuned]``, empty where there is none.
-
-    Raises:
-        ConfigError: for text that is not TOML, or what is no table.
-    """
+    """Read how a setting was measured: ``[tuned]``, empty where there is none."""
     return _table(text, source, TUNED)
 
 

@@ -15,19 +15,13 @@ from .registry import methods
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What `attach` says to a method with its usual options.
+    """What `attach` says to a method with its usual options."""
 
-    Attributes:
-        word: ``taken``; ``needs``: taken once something is given that has no usual value on the model; ``refused``.
-        why: the error's sentence, where it is not taken.
-        needs: what must be given.
-        handler: the method on the model, where it is taken.
-    """
-
+    # ``taken``; ``needs``: taken once something is given that has no usual value on the model; ``refused``
     word: Literal["taken", "needs", "refused"]
-    why: str = ""
-    needs: str = ""
-    handler: Handler | None = None
+    why: str = ""  # the error's sentence, where it is not taken
+    needs: str = ""  # what must be given
+    handler: Handler | None = None  # the method on the model, where it is taken
 
 
 def verdict_of(config: MethodConfig, model: Model) -> Verdict:

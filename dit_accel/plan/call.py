@@ -14,27 +14,17 @@ from .masks import key_validity, visible_row
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Call:
-    """What one attention call computes with. The tensors are views of the model's own.
+    """What one attention call computes with. The tensors are views of the model's own."""
 
-    Attributes:
-        q: queries after norm and RoPE, [B, H, S, D].
-        k: keys, likewise; their number of heads divides H.
-        v: values, like the keys.
-        mask: None, or the model's attention mask.
-        scale: factor on the logits; None: 1 / sqrt(D).
-        backend: the kernel backend's name.
-        tokens_first: the model holds its tensors as [B, S, H, D] in memory, and expects its output so.
-        rows: int64 [S'], the tokens that q holds, rising, S' in place of S; None: all. Under ring attention a process
-            has the queries of its own tokens, and the keys of all.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None = None
-    scale: float | None = None
-    backend: str = "auto"
-    tokens_first: bool = False
+    q: Tensor  # queries after norm and RoPE, [B, H, S, D]
+    k: Tensor  # keys, likewise; their number of heads divides H
+    v: Tensor  # values, like the keys
+    mask: Tensor | None = None  # None, or the model's attention mask
+    scale: float | None = None  # factor on the logits; None: 1 / sqrt(D)
+    backend: str = "auto"  # the kernel backend's name
+    tokens_first: bool = False  # the model holds its tensors as [B, S, H, D] in memory, and expects its output so
+    # int64 [S'], the tokens that q holds, rising, S' in place of S; None: all. Under ring attention a process has the
+    # queries of its own tokens, and the keys of all.
     rows: Tensor | None = None
 
     @property
@@ -78,11 +68,7 @@ class Call:
         return replace(self, q=self.q.new_zeros(()).expand(*self.q.shape[:2], self.tokens, self.q.shape[3]), rows=None)
 
     def key_mask(self) -> Tensor | None:
-        """Return key validity [B, S] of the mask, True where a key is valid; None without a mask.
-
-        Raises:
-            ConfigError: for a mask that is not key padding, which our kernels can't follow.
-        """
+        """Return key validity [B, S] of the mask, True where a key is valid; None without a mask."""
         q, k = self.q.shape, self.k.shape
         return None if self.mask is None else key_validity(self.mask, q[0], q[2], k[2])
 

@@ -3,12 +3,7 @@
 from typing import Any
 
 import torch
-from dit_accel_kernels import (
-    FrameDecay,
-    TileLists,
-    block_sparse_attention_backward,
-    block_sparse_attention_eager,
-)
+from dit_accel_kernels import FrameDecay, TileLists, block_sparse_attention_backward, block_sparse_attention_eager
 from torch import Tensor
 
 from .call import Call
@@ -22,7 +17,6 @@ def dense_rows(plan: AttentionPlan, call: Call, rows: Tensor, keys: Tensor | Non
     Logit transforms, key validity and identity mix stay the plan's; pooling, skipping and routing do not apply.
 
     Args:
-        plan: the call's plan.
         call: the call, its keys centred where the plan says so.
         rows: int64 [G], token indices.
         keys: bool [S], the keys that these rows see; None: all.

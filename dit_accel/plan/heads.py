@@ -9,19 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadShare:
-    """A run of a layer's heads, whose other heads the further processes of a group compute.
+    """A run of a layer's heads, whose other heads the further processes of a group compute."""
 
-    Attributes:
-        start: the first of them.
-        count: how many they are.
-        total: heads of the layer, H.
-        group: the processes that share them, in the order of their heads.
-    """
-
-    start: int
-    count: int
-    total: int
-    group: Any = None
+    start: int  # the first of them
+    count: int  # how many they are
+    total: int  # heads of the layer, H
+    group: Any = None  # the processes that share them, in the order of their heads
 
     @property
     def own(self) -> slice:
@@ -29,7 +22,7 @@ class HeadShare:
         return slice(self.start, self.start + self.count)
 
     def joined(self, x: Tensor, dim: int) -> Tensor:
-        """Return what all processes have of their heads, in the heads' order, along ``dim``; all must call it alike."""
+        """Gather all processes' heads along ``dim``, in the heads' order; all must call it alike."""
         import torch.distributed as dist
 
         size = dist.get_world_size(self.group)

@@ -19,34 +19,22 @@ class LastChange(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormalizedGuidance:
-    """Which rows of a call are guided away from which others, and how far (`dit_accel.rules.guidance.normalized`).
+    """Which rows of a call are guided away from which others, and how far (`dit_accel.rules.guidance.normalized`)."""
 
-    Attributes:
-        positive: the rows that hold the prompt.
-        negative: as many rows, in the same order, that hold a negative text and else the same tokens.
-        tokens: the tokens that are guided, and are the same in both afterwards; text keeps what is its own.
-        scale: s.
-        tau: longest G, in lengths of Z+.
-        alpha: weight of G.
-        heads: those of this process, where several share them; None: all.
-    """
-
-    positive: slice
-    negative: slice
-    tokens: slice
-    scale: float
-    tau: float
-    alpha: float
-    heads: HeadShare | None = None
+    positive: slice  # the rows that hold the prompt
+    negative: slice  # as many rows, in the same order, that hold a negative text and else the same tokens
+    tokens: slice  # the tokens that are guided, and are the same in both afterwards; text keeps what is its own
+    scale: float  # s
+    tau: float  # longest G, in lengths of Z+
+    alpha: float  # weight of G
+    heads: HeadShare | None = None  # those of this process, where several share them; None: all
 
     def applied(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return a call's output [B, H, S, D] with these rows guided; the given one is not changed.
 
         A token's length is that over all heads, as they stand before the output projection.
 
-        Args:
-            out: the output.
-            rows: int64 [S'], the tokens that it holds, rising, S' in place of S; None: all.
+        ``rows``: int64 [S'], the tokens that it holds, rising, S' in place of S; None: all.
         """
         tokens = self.tokens
         if rows is not None:

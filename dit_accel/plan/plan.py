@@ -5,17 +5,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    FrameDecay,
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    resolve_backend,
-)
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote, resolve_backend
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -34,38 +24,29 @@ class AttentionPlan:
 
     A verb returns a new plan, and raises `ConfigError` for what one call can't hold together: lists of other tiles or
     in another token order, a second one of what it takes once, or a choice among tiles where it has none yet.
-
-    Attributes:
-        key_mean: subtracted from every key before all else, float32 [B, H, 1, D] (float64 for float64). Alone it
-            changes no result.
-        tiles: exact, pooled and skipped tiles; None: every tile exact.
-        token_order: int64 [S], position in the tiles' order -> token index; None: the sequence's own order.
-        head_scale: float32 [H] or [B, H], factor on each head's logits.
-        frame_decay: factor on logits by frame distance.
-        identity_mix: float32 [H] or [B, H] in [0, 1], share of each head's output replaced by V.
-        identity_rows: bool [S], the tokens that ``identity_mix`` touches; None: all.
-        only_values: every head's output is V throughout, as ``identity_mix`` says too: no logit need be computed.
-        selection: which of the exact tiles stay exact in this call, by bits and routing, and its votes.
-        row_override: rows computed once more under a rule of their own, which replaces what the tiles gave them.
-        reused: rows that are not computed.
-        queries: what stands in place of the call's queries once all is planned, [B, H, S, D]; None: they stay.
-        guidance: what changes the output last of all, such as rows that are guided away from others.
-        precision: in which our kernels multiply queries and keys, ``int8`` or ``fp8``; None: their own dtype.
     """
 
+    # subtracted from every key before all else, float32 [B, H, 1, D] (float64 for float64). Alone it changes no result.
     key_mean: Tensor | None = None
-    tiles: TileLists | None = None
+    tiles: TileLists | None = None  # exact, pooled and skipped tiles; None: every tile exact
+    # int64 [S], position in the tiles' order -> token index; None: the sequence's own order
     token_order: Tensor | None = None
-    head_scale: Tensor | None = None
-    frame_decay: FrameDecay | None = None
-    identity_mix: Tensor | None = None
-    identity_rows: Tensor | None = None
+    head_scale: Tensor | None = None  # float32 [H] or [B, H], factor on each head's logits
+    frame_decay: FrameDecay | None = None  # factor on logits by frame distance
+    identity_mix: Tensor | None = None  # float32 [H] or [B, H] in [0, 1], share of each head's output replaced by V
+    identity_rows: Tensor | None = None  # bool [S], the tokens that ``identity_mix`` touches; None: all
+    # every head's output is V throughout, as ``identity_mix`` says too: no logit need be computed
     only_values: bool = False
+    # which of the exact tiles stay exact in this call, by bits and routing, and its votes
     selection: Selection | None = None
+    # rows computed once more under a rule of their own, which replaces what the tiles gave them
     row_override: RowOverride | None = None
-    reused: ReusedRows | None = None
+    reused: ReusedRows | None = None  # rows that are not computed
+    # what stands in place of the call's queries once all is planned, [B, H, S, D]; None: they stay
     queries: Tensor | None = None
+    # what changes the output last of all, such as rows that are guided away from others
     guidance: LastChange | None = None
+    # in which our kernels multiply queries and keys, ``int8`` or ``fp8``; None: their own dtype
     precision: str | None = None
 
     @property
@@ -338,23 +319,15 @@ class AttentionPlan:
 
 
 class KernelResult(NamedTuple):
-    """What one kernel call gave.
+    """What one kernel call gave."""
 
-    Attributes:
-        out: [B, H, S, D].
-        exact: the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection.
-        kept: those that votes keep, likewise; None without votes.
-        lse: [B, H, S], where it was wanted; else None.
-        corrections: how it was corrected since, for the calls that run as it did.
-        planned: the output before it was corrected or guided; None where nobody asks.
-    """
-
-    out: Tensor
+    out: Tensor  # [B, H, S, D]
+    # the tiles that a selection left exact, bits int32 [B, H, NQ, W]; None without a selection
     exact: Tensor | None = None
-    kept: Tensor | None = None
-    lse: Any = None
-    corrections: tuple[Any, ...] = ()
-    planned: Tensor | None = None
+    kept: Tensor | None = None  # those that votes keep, likewise; None without votes
+    lse: Any = None  # [B, H, S], where it was wanted; else None
+    corrections: tuple[Any, ...] = ()  # how it was corrected since, for the calls that run as it did
+    planned: Tensor | None = None  # the output before it was corrected or guided; None where nobody asks
 
 
 def is_full(tiles: TileLists) -> bool:

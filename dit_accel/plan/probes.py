@@ -16,10 +16,7 @@ PROBE_SCORES = 2**26
 def probe_gaps(plan: AttentionPlan, call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return what some query rows see in every key tile of a plan, the largest of each block row.
 
-    Args:
-        plan: the call's plan; its tile lists give the tiles.
-        call: its queries and keys.
-        rows: int64 [G], token indices of the probes.
+    ``rows``: int64 [G], token indices of the probes.
 
     Returns:
         Gaps, float32 (float64 for float64) [B, H, NQ, NK]: a tile's largest logit minus its row's over all keys, in
@@ -59,6 +56,7 @@ def _probe_logits(
     wide = torch.promote_types(q.dtype, torch.float32)
     invalid = None if mask is None else ~(mask if order is None else mask.index_select(1, order))
     scale = (q.shape[-1] ** -0.5 if call.scale is None else call.scale) * LOG2_E
+    # heads share keys, and few rows at a time keep the logits small
     repeat, step = q.shape[1] // k.shape[1], max(1, PROBE_SCORES // k.shape[2])
     factor = None if plan.head_scale is None else plan.head_scale.to(wide).reshape(-1, q.shape[1])
     k_frames = None if decay is None else decay.k_frames if order is None else decay.k_frames[order]

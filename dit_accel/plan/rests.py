@@ -28,17 +28,11 @@ WITH_STREAMS = ("cuda", "xpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stored:
-    """Rows of attention output, in their own type or in few bits with a scale a row.
+    """Rows of attention output, in their own type or in few bits with a scale a row."""
 
-    Attributes:
-        values: [B, H, S, D] in the output's own type or int8, or uint8 [B, H, S, D / 2] with two numbers a byte.
-        scale: float32 [B, H, S, 1]; None: the values are what they are.
-        dtype: the output's.
-    """
-
-    values: Tensor
-    scale: Tensor | None
-    dtype: torch.dtype
+    values: Tensor  # [B, H, S, D] in the output's own type or int8, or uint8 [B, H, S, D / 2] with two numbers a byte
+    scale: Tensor | None  # float32 [B, H, S, 1]; None: the values are what they are
+    dtype: torch.dtype  # the output's
 
     @property
     def nbytes(self) -> int:
@@ -87,19 +81,12 @@ def on_host(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Copy:
-    """Rows that are copied to a device beside its computation.
+    """Rows that are copied to a device beside its computation."""
 
-    Attributes:
-        of: what is copied.
-        there: the copy, in memory of the stream that reads it.
-        stream: that one.
-        arrived: the event that the copy is complete.
-    """
-
-    of: Stored
-    there: Stored
-    stream: torch.Stream
-    arrived: torch.Event
+    of: Stored  # what is copied
+    there: Stored  # the copy, in memory of the stream that reads it
+    stream: torch.Stream  # that one
+    arrived: torch.Event  # the event that the copy is complete
 
     def serves(self, rows: Stored | None, device: torch.device) -> bool:
         """Tell whether it is of these very rows, for what runs on a device now."""
@@ -153,7 +140,7 @@ class Ahead:
     def reading(
         self, key: Key, own: Stored | None, device: torch.device, due: Callable[[Key], Stored | None]
     ) -> Stored | Copy | None:
-        """Return what a call that begins reads, ``own`` or its copy, and start to copy what the next one is ``due``."""
+        """Return the rest that a call reads, ``own`` or its copy, and start to copy the one that is ``due`` next."""
         copy, self._copy = self._copy, None
         if self._last is not None:
             self._next[self._last] = key, device
@@ -167,11 +154,7 @@ class Ahead:
 def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
     """Return attention over two disjoint sets of keys from that over each; [B, H, S, D], 0 in rows without a key.
 
-    Args:
-        out: over one set.
-        lse: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
-        rest: over the other.
-        rest_lse: likewise.
+    ``lse``: log-sum-exp of its logits, [B, H, S]; -inf in rows without a key, whose output is 0.
     """
     share = torch.sigmoid(rest_lse - lse).nan_to_num(0.0)[..., None].to(out.dtype)
     return torch.lerp(out, rest.to(out.dtype), share.expand_as(out))
@@ -179,17 +162,11 @@ def merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> Tensor:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class KeptRest:
-    """What the last dense call of a key left for those after it.
+    """What the last dense call of a key left for those after it."""
 
-    Attributes:
-        exact: int32 [B, H, NQ, W], the tiles that stay exact.
-        rest: the dense output minus that over these tiles; None: it is not kept.
-        gain: its norm over that of the output; only where memory is bounded.
-    """
-
-    exact: Tensor
-    rest: Stored | None
-    gain: float = 0.0
+    exact: Tensor  # int32 [B, H, NQ, W], the tiles that stay exact
+    rest: Stored | None  # the dense output minus that over these tiles; None: it is not kept
+    gain: float = 0.0  # its norm over that of the output; only where memory is bounded
 
     @property
     def nbytes(self) -> int:
@@ -227,11 +204,7 @@ class Rests:
         self._ahead.reset()
 
     def turned(self, context: CallContext, method: str) -> CallContext:
-        """Return a call's context with what its turn is, and count it.
-
-        Raises:
-            ConfigError: where a gradient is to be taken.
-        """
+        """Return a call's context with its turn, and count it; `ConfigError` where a gradient is to be taken."""
         if context.training or context.differentiate:
             raise ConfigError(
                 f"{method}.refresh = {self.every} counts the calls of one generation and has no gradient; train "
@@ -258,13 +231,13 @@ class Rests:
         return rows * each
 
     def reading(self, key: Key, device: torch.device) -> Stored | Copy | None:
-        """Return what a call that begins on a device adds; None: nothing. It was counted by `turned`."""
+        """Return the rest that a call on a device adds, or None; `turned` has counted the call."""
         kept = self.kept.get(key)
         own = None if kept is None else kept.rest
         return self._ahead.reading(key, own, device, self._due) if self.offload else own
 
     def _due(self, key: Key) -> Stored | None:
-        """Return what the next call of a key adds, as far as is known."""
+        """Return the rest that the next call of a key adds, as far as is known."""
         _, layer, *_ = key
         kept = None if self.is_dense(self._calls.get(key, 0), layer) else self.kept.get(key)
         return None if kept is None else kept.rest

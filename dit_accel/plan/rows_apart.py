@@ -14,15 +14,10 @@ from .plan import AttentionPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChangedRows:
-    """A change of an attention call's output that touches some rows of the batch alone.
+    """A change of an attention call's output that touches some rows of the batch alone."""
 
-    Attributes:
-        change: what changes them.
-        rows: which rows, bool [B].
-    """
-
-    change: LastChange
-    rows: Tensor
+    change: LastChange  # what changes them
+    rows: Tensor  # which rows, bool [B]
 
     def applied(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the output with these rows of the batch changed; ``rows`` are the tokens that it holds."""
@@ -32,14 +27,7 @@ class ChangedRows:
 def with_rows_apart(plan: AttentionPlan, other: AttentionPlan, rows: Tensor, call: Call) -> AttentionPlan:
     """Return the plan by which some rows of a call follow ``other``, which was made of ``plan``, and the rest ``plan``.
 
-    Args:
-        plan: what the rest follows.
-        other: what the rows follow.
-        rows: which rows of the batch, bool [B].
-        call: the call.
-
-    Raises:
-        ConfigError: where ``other`` changes a part that all rows of a call share.
+    ``rows``: which rows of the batch, bool [B].
     """
     if other is plan or not bool(rows.any()):
         return plan

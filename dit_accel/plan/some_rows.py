@@ -8,31 +8,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowOverride:
-    """Query rows that see some keys, all of them exactly, and no others, whatever the tiles say.
+    """Query rows that see some keys, all of them exactly, and no others, whatever the tiles say."""
 
-    Attributes:
-        rows: int64 [G], token indices.
-        keys: bool [S], True for a key that they see.
-    """
-
-    rows: Tensor
-    keys: Tensor
+    rows: Tensor  # int64 [G], token indices
+    keys: Tensor  # bool [S], True for a key that they see
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReusedRows:
-    """Query rows that are not computed: they keep what an earlier call gave.
+    """Query rows that are not computed: they keep what an earlier call gave."""
 
-    Attributes:
-        rows: N lists int64 [G], rising: the token indices that are computed; row b of the batch follows list b % N.
-            Where the plan has tiles, every row of a tile that holds one of them is.
-        out: [B, H, S, D], the output that the others keep.
-        keys: bool [N, S], the keys that computed rows see; None: all.
-    """
-
+    # N lists int64 [G], rising: the token indices that are computed; row b of the batch follows list b % N. Where the
+    # plan has tiles, every row of a tile that holds one of them is
     rows: tuple[Tensor, ...]
-    out: Tensor
-    keys: Tensor | None = None
+    out: Tensor  # [B, H, S, D], the output that the others keep
+    keys: Tensor | None = None  # bool [N, S], the keys that computed rows see; None: all
 
     def of_rows(self, rows: Sequence[int]) -> "ReusedRows":
         """Return the same of some rows of the batch."""

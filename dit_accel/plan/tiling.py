@@ -22,15 +22,10 @@ TILE = 128
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The one way in which all methods of an attachment cut a sequence into tiles.
+    """The one way in which all methods of an attachment cut a sequence into tiles."""
 
-    Attributes:
-        block_size: tokens of a tile.
-        order: how a frame's tokens are cut.
-    """
-
-    block_size: int = TILE
-    order: Order = "raster"
+    block_size: int = TILE  # tokens of a tile
+    order: Order = "raster"  # how a frame's tokens are cut
 
     def token_order(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor | None:
         """Return `visual_first`, by patches with ``order="tiles"``."""
@@ -42,7 +37,7 @@ class Tiling:
         return full_tiles(layout.tokens, layout.tokens, self.block_size, str(device)), self.token_order(layout, device)
 
     def tiles(self, tokens: int) -> int:
-        """Return how many tiles a number of tokens takes."""
+        """Count the tiles of so many tokens."""
         return -(-tokens // self.block_size)
 
 
@@ -51,10 +46,7 @@ def visual_first(layout: TokenLayout, patches: int | None, device: torch.device 
 
     Visual tokens come first, then the text before them, then the text after.
 
-    Args:
-        layout: the sequence.
-        patches: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
-        device: where the order is wanted.
+    ``patches``: tokens of a 2-D patch by which the visual tokens of a frame are walked; None: raster order.
     """
     if patches is None and layout.text_before == 0:
         return None
@@ -88,9 +80,6 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
     Args:
         kept: bool [N, N], N tiles over the visual tokens alone.
         pooled: the others enter as one key each, instead of being left out.
-        layout: the sequence.
-        block: tokens of a tile.
-        device: where the lists are wanted.
     """
     states = _visual_states(kept, pooled, layout, block)
     # Lists made in inference mode could not serve a training run later.
@@ -102,7 +91,7 @@ def visual_lists(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int
 
 
 def _visual_states(kept: np.ndarray, pooled: bool, layout: TokenLayout, block: int) -> np.ndarray:
-    """Return what becomes of every tile, uint8 [NQ, NK]; for the arguments see `visual_lists`."""
+    """Return the state of every tile, uint8 [NQ, NK]; for the arguments see `visual_lists`."""
     count = -(-layout.tokens // block)
     states = np.full((count, count), EXACT, np.uint8)
     states[: len(kept), : len(kept)] = np.where(kept, EXACT, POOLED if pooled else SKIPPED)
@@ -149,11 +138,8 @@ def pinned_bits(layout: TokenLayout, block: int, diagonal: int | None, sink: Sin
     Rows and columns of tiles that hold text always do; text columns are what ``sink="text"`` names.
 
     Args:
-        layout: the sequence.
-        block: tokens of a tile.
         diagonal: tiles (i, j) with \|i - j\| up to it are pinned; None: none are.
         sink: what else every row keeps: the first frame, or nothing beyond text.
-        device: where the bits are wanted.
     """
     count = -(-layout.tokens // block)
     pinned = np.zeros((count, count), bool)

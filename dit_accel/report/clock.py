@@ -30,40 +30,28 @@ def now() -> float:
 
 
 def graphs() -> int:
-    """Return how many graphs torch has compiled in this process: a forward in which it rises compiled."""
+    """Count the graphs that torch has compiled in this process: a forward in which it rises compiled."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # private to torch: without it slow first forwards tell alone
     return getattr(dynamo, "counters", {}).get("stats", {}).get("unique_graphs", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedForward:
-    """One forward of the last generation.
+    """One forward of the last generation."""
 
-    Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
-        kind: what it ran.
-        seconds: how long it took, methods around it included.
-        before: seconds since the forward before it ended; 0 for the first.
-        lists: seconds in which the methods planned its attention calls, tile lists included, on the processor.
-        attention: seconds of its self-attention calls, their planning included; None: not measured in this forward.
-        text: seconds of attention calls over the text alone, beside those; None likewise.
-        fetching: seconds for which it waited for weights that are offloaded; None likewise.
-        compiled: whether torch compiled in it.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    kind: Kind
-    seconds: float
-    before: float
+    transformer: str  # component name
+    step_index: int  # 0-based step
+    branch: str  # name of the denoising call
+    kind: Kind  # what it ran
+    seconds: float  # how long it took, methods around it included
+    before: float  # seconds since the forward before it ended; 0 for the first
+    # seconds in which the methods planned its attention calls, tile lists included, on the processor
     lists: float = 0.0
+    # seconds of its self-attention calls, their planning included; None: not measured in this forward
     attention: float | None = None
-    text: float | None = None
-    fetching: float | None = None
-    compiled: bool = False
+    text: float | None = None  # seconds of attention calls over the text alone, beside those; None likewise
+    fetching: float | None = None  # seconds for which it waited for weights that are offloaded; None likewise
+    compiled: bool = False  # whether torch compiled in it
 
 
 @dataclass(slots=True)
@@ -89,18 +77,14 @@ class Clock:
 
     Of the forwards with the numbers 1, 2, 4, 8 ... it times the parts too: few enough to cost nothing on a GPU, and
     some of every kind.
-
-    Attributes:
-        lists: seconds of planning in the forward that runs.
-        parts: what was timed in the forward that runs; None: its parts are not timed.
-        call: seconds of the pipeline's whole call; None: it is not over, or was not seen.
     """
 
     def __init__(self) -> None:
         self._spans: list[_Span] = []
         self._begun, self._graphs = -1, 0
-        self.call: float | None = None
-        self.lists = 0.0
+        self.call: float | None = None  # seconds of the pipeline's whole call; None: it is not over, or was not seen
+        self.lists = 0.0  # seconds of planning in the forward that runs
+        # what was timed in the forward that runs; None: its parts are not timed
         self.parts: dict[Part, list[tuple[Any, Any]]] | None = None
 
     def begin(self, device: torch.device) -> Any:

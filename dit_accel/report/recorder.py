@@ -1,6 +1,6 @@
 """Counts what runs in one generation: dense layers, and the shares of every planned call's tiles."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.forwards: dict[tuple[str, int, str], ForwardCounts] = {}
+        self.forwards: defaultdict[tuple[str, int, str], ForwardCounts] = defaultdict(ForwardCounts)
         self.notes: list[str] = []
         self.backends: set[str] = set()
         self.torch_ways: set[str] = set()
@@ -88,7 +88,7 @@ class Recorder:
         ] += 1
 
     def dense_notes(self) -> list[str]:
-        """Return what is to be said of dense calls by the kernels' loop."""
+        """Return the report's lines on dense calls by the kernels' loop."""
         return [
             f"{count} dense attention calls by the kernels' compiled loop, within rounding of your own: {of}"
             for of, count in self.loop_calls.items()
@@ -101,8 +101,7 @@ class Recorder:
 
     def forward(self, transformer: str, branch: str, step_index: int, dense_layers: int) -> None:
         """Count one denoising call and the layers of it that run dense."""
-        entry = self.forwards.setdefault((transformer, step_index, branch), ForwardCounts())
-        entry.dense_layers += dense_layers
+        self.forwards[transformer, step_index, branch].dense_layers += dense_layers
 
     @contextmanager
     def timed(self, step: StepContext, device: torch.device, layers: Callable[[], int]) -> Iterator[None]:
@@ -120,7 +119,7 @@ class Recorder:
 
     def stays_dense(self, context: CallContext, why: Why) -> None:
         """Count an attention call that stays dense in a layer in which methods act."""
-        self._counts(context).stayed[why] += 1
+        self.forwards[context.transformer, context.step_index, context.branch].stayed[why] += 1
 
     def planned_call(
         self, context: CallContext, plan: AttentionPlan, exact: Tensor | None = None, rows: float = 1.0
@@ -131,9 +130,10 @@ class Recorder:
         """
         self.reduced += not plan.is_plain
         tiles, selection = plan.tiles, plan.selection
+        calls = self.forwards[context.transformer, context.step_index, context.branch].calls
         if exact is None or tiles is None or selection is None:
             kept, pooled = (1.0, 0.0) if tiles is None else (tiles.density, tiles.tiles_pooled / tiles.tiles_total)
-            self._counts(context).calls.append(CallShares(context.layer, rows * kept, rows * pooled))
+            calls.append(CallShares(context.layer, rows * kept, rows * pooled))
             return
         size = tiles.query_tiles * tiles.key_tiles
         by_head = count_bits(exact).sum(-1).float().mean(0) / size
@@ -143,9 +143,7 @@ class Recorder:
             remaining = count_bits(exact_bits(tiles, exact.shape[1]) & free).sum(-1).float().mean() / size
         dropped = (remaining - by_head.mean()).clamp(min=0)  # rounding may leave -0
         pooled = tiles.tiles_pooled / tiles.tiles_total + dropped
-        self._counts(context).calls.append(
-            CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head)
-        )
+        calls.append(CallShares(context.layer, rows * by_head.mean(), rows * pooled, rows * by_head))
 
     def settle(self) -> None:
         """Turn the shares that are still tensors into numbers, in one transfer a device."""
@@ -159,6 +157,3 @@ class Recorder:
             values = torch.stack([torch.cat([s, call.by_head]) for s, call in zip(shares, calls, strict=True)])  # type: ignore[list-item]
             for call, (exact, pooled, *by_head) in zip(calls, values.tolist(), strict=True):
                 call.exact, call.pooled, call.by_head = exact, pooled, tuple(by_head)
-
-    def _counts(self, context: CallContext) -> ForwardCounts:
-        return self.forwards.setdefault((context.transformer, context.step_index, context.branch), ForwardCounts())

@@ -12,7 +12,7 @@ from ..errors import MissingBackend
 from .clock import Key, Timing
 from .recorder import CallShares, Recorder
 from .sections import Section
-from .why import RunFacts, why_not_faster
+from .why import RunCauses, why_not_faster
 
 VERSION = 2
 """Of what `Report.to_dict` gives, as `dit_accel.report.schema.report_schema` describes it."""
@@ -20,63 +20,41 @@ VERSION = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One denoising call of the last generation.
+    """One denoising call of the last generation."""
 
-    Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
-        dense_layers: attention calls that went to the user's own dense backend.
-        sparse_layers: attention calls that followed a plan.
-        density: exact tiles of the planned calls over all their tiles; 1 if there was none.
-        pooled: pooled tiles of the planned calls over all their tiles.
-        stayed: why -> calls that stayed dense in layers in which methods act: ``mask`` for one that is not key padding,
-            ``backend`` where dense attention is faster on this processor.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    dense_layers: int
-    sparse_layers: int
-    density: float
-    pooled: float
+    transformer: str  # component name
+    step_index: int  # 0-based step
+    branch: str  # name of the denoising call
+    dense_layers: int  # attention calls that went to the user's own dense backend
+    sparse_layers: int  # attention calls that followed a plan
+    density: float  # exact tiles of the planned calls over all their tiles; 1 if there was none
+    pooled: float  # pooled tiles of the planned calls over all their tiles
+    # why -> calls that stayed dense in layers in which methods act: ``mask`` for one that is not key padding,
+    # ``backend`` where dense attention is faster on this processor
     stayed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallReport:
-    """What the planned attention of one layer computed in one denoising call (see `StepReport`), mean over batch rows.
-
-    Attributes:
-        layer: the attention module's index in its transformer.
-        density: exact tiles over all tiles.
-        pooled: pooled tiles over all tiles.
-        by_head: `density` of each head, [H], where a selection chose by head; else empty.
-    """
+    """What the planned attention of one layer computed in one denoising call (see `StepReport`), mean over rows."""
 
     transformer: str
     step_index: int
     branch: str
-    layer: int
-    density: float
-    pooled: float
-    by_head: tuple[float, ...] = ()
+    layer: int  # the attention module's index in its transformer
+    density: float  # exact tiles over all tiles
+    pooled: float  # pooled tiles over all tiles
+    by_head: tuple[float, ...] = ()  # `density` of each head, [H], where a selection chose by head; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictedSpeedup:
-    """The speed-up that `dit-accel plan` predicts for a run's size, steps and methods.
+    """The speed-up that `dit-accel plan` predicts for a run's size, steps and methods."""
 
-    Attributes:
-        speedup: of the denoising loop, over dense forwards alone.
-        uncounted: methods that save what is known only while they run, so that nothing of theirs is in it.
-        linears: how the model's linear layers compute, in its dense forwards too, such as ``in int8``; empty: in 16
-            bits.
-    """
-
-    speedup: float
+    speedup: float  # of the denoising loop, over dense forwards alone
+    # methods that save what is known only while they run, so that nothing of theirs is in it
     uncounted: Sequence[str] = ()
+    # how the model's linear layers compute, in its dense forwards too, such as ``in int8``; empty: in 16 bits
     linears: str = ""
 
     def __str__(self) -> str:
@@ -93,34 +71,25 @@ class PredictedSpeedup:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Report:
-    """What ran in the last generation, and what "auto" and the recipe resolved to.
+    """What ran in the last generation, and what "auto" and the recipe resolved to."""
 
-    Attributes:
-        methods: method name -> its options, every recipe value filled in.
-        backend: the requested kernel backend, what ``auto`` chose, how the torch backend computed (by its compiled
-            loop, or else why not), and in which precision queries and keys were multiplied, if not in their own.
-        model: component name -> adapter and family.
-        steps: one entry per denoising call, in the order of the run.
-        notes: remarks of the methods, such as a sequence too short to gain, and the problem.
-        problem: why what is attached did not act, and what to do; "" where nothing is wrong.
-        calls: one entry per planned attention call, by layer and head.
-        state_bytes: method name -> the most memory that it held from step to step since attach; methods that held none
-            are left out.
-        sections: what individual methods report.
-        timing: how long the forwards took, and the speed-up that this measures.
-        predicted: what `dit-accel plan` predicts for this run; None: of a model with the sizes of no released one.
-    """
-
-    methods: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Mapping[str, Any]]  # method name -> its options, every recipe value filled in
+    # the requested kernel backend, what ``auto`` chose, how the torch backend computed (by its compiled loop, or else
+    # why not), and in which precision queries and keys were multiplied, if not in their own
     backend: str
-    model: Mapping[str, str]
-    steps: Sequence[StepReport] = field(default_factory=tuple)
+    model: Mapping[str, str]  # component name -> adapter and family
+    steps: Sequence[StepReport] = field(default_factory=tuple)  # one entry per denoising call, in the order of the run
+    # remarks of the methods, such as a sequence too short to gain, and the problem
     notes: Sequence[str] = field(default_factory=tuple)
-    problem: str = ""
+    problem: str = ""  # why what is attached did not act, and what to do; "" where nothing is wrong
+    # one entry per planned attention call, by layer and head
     calls: Sequence[CallReport] = field(default_factory=tuple)
+    # method name -> the most memory that it held from step to step since attach; methods that held none are left out
     state_bytes: Mapping[str, int] = field(default_factory=dict)
-    sections: Sequence[Section] = field(default_factory=tuple)
+    sections: Sequence[Section] = field(default_factory=tuple)  # what individual methods report
+    # how long the forwards took, and the speed-up that this measures
     timing: Timing = field(default_factory=Timing, compare=False)
+    # what `dit-accel plan` predicts for this run; None: of a model with the sizes of no released one
     predicted: PredictedSpeedup | None = None
 
     @property
@@ -154,7 +123,7 @@ class Report:
         ran = {(step.transformer, step.branch, step.dense_layers + step.sparse_layers) for step in self.steps}
         logs = {one.method: one.data["forwards"] for one in self.sections if isinstance(one.data.get("forwards"), list)}
         return why_not_faster(
-            RunFacts(
+            RunCauses(
                 timing=self.timing, methods=self.methods, logs=logs, dense_layers=dense, stayed=stayed,
                 notes=tuple(note for note in self.notes if note != self.problem), problem=self.problem,
                 cached=len(ran) > len({key[:2] for key in ran}),
@@ -162,7 +131,7 @@ class Report:
         )  # fmt: skip
 
     def first_lines(self) -> list[str]:
-        """Return whether the methods helped: the speed-up measured and predicted, and why it was not more."""
+        """Tell whether the methods helped: the speed-up measured and predicted, and why it was not more."""
         beside = f" ({self.predicted})" if self.predicted else ""
         lines = self.timing.lines(beside) if self.methods else []
         return [*lines, *(f"why not faster: {cause}" for cause in self.why_not_faster())]
@@ -175,7 +144,7 @@ class Report:
                 an existing folder.
             MissingBackend: without a package that draws reports.
         """
-        draw = _drawing("plot")
+        draw = drawing("plot")
         if draw is None:
             raise MissingBackend("report().plot needs a package that draws reports, found none; reinstall dit-accel")
         draw(self, Path(path))
@@ -208,7 +177,7 @@ class Report:
         )
 
     def _repr_html_(self) -> str | None:
-        draw = _drawing("html")
+        draw = drawing("html")
         return None if draw is None else draw(self)
 
     def __str__(self) -> str:
@@ -230,8 +199,8 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
 
-def _drawing(kind: str) -> Callable[..., Any] | None:
-    """Return what draws reports as a ``plot`` or as ``html``: that entry point of ``dit_accel.drawings``, or None."""
+def drawing(kind: str) -> Callable[..., Any] | None:
+    """Load the entry point of ``dit_accel.drawings`` of a kind, such as ``plot`` or ``html``; None: there is none."""
     entry = next(iter(entry_points(group="dit_accel.drawings", name=kind)), None)
     return None if entry is None else entry.load()
 

@@ -41,28 +41,20 @@ _ADDED: Cause = ("further forwards that guidance adds", "narrow its window (star
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunFacts:
-    """What ran, as far as it tells why.
+class RunCauses:
+    """What ran, as far as it tells why."""
 
-    Attributes:
-        timing: the forwards.
-        methods: what was attached.
-        logs: cache's name -> what it logged of each forward (`dit_accel.methods.caches.log.CachedForward`).
-        dense_layers: forward -> share of its attention calls that stayed dense beside others that followed a plan.
-        stayed: forward -> why calls of layers in which methods act stayed dense -> how many of all its calls.
-        notes: the methods' remarks.
-        problem: why what is attached did not act, and what to do; "" where nothing is wrong.
-        cached: whether a cache acted that no log is of: one that was enabled in diffusers.
-    """
-
-    timing: Timing
-    methods: Options
+    timing: Timing  # the forwards
+    methods: Options  # what was attached
+    # cache's name -> what it logged of each forward (`dit_accel.methods.caches.log.CachedForward`)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    # forward -> share of its attention calls that stayed dense beside others that followed a plan
     dense_layers: Mapping[Key, float] = field(default_factory=dict)
+    # forward -> why calls of layers in which methods act stayed dense -> how many of all its calls
     stayed: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    problem: str = ""
-    cached: bool = False
+    notes: tuple[str, ...] = ()  # the methods' remarks
+    problem: str = ""  # why what is attached did not act, and what to do; "" where nothing is wrong
+    cached: bool = False  # whether a cache acted that no log is of: one that was enabled in diffusers
 
     def cache_or(self, what: str) -> str:
         """Return an advice, beside that of a step cache where none acts yet."""
@@ -77,7 +69,7 @@ class RunFacts:
         return what, self.cache_or("name a backend to run the lists all the same")
 
 
-def why_not_faster(ran: RunFacts) -> list[str]:
+def why_not_faster(ran: RunCauses) -> list[str]:
     """Return a line for each cause that took at least `LEAST` of the run's time."""
     timing = ran.timing
     if not timing.forwards:
@@ -90,11 +82,11 @@ def why_not_faster(ran: RunFacts) -> list[str]:
         usual = usually[one.kind]
         if place in starts:
             lost[_STARTED] += max(0.0, one.seconds - usual)
-        taken = min(one.seconds, usual)
+        taken = min(one.seconds, usual)  # what it took beyond that was its start, or other work on the machine
         waited = taken * (timing.share("fetching", one.kind) or 0.0)
         lost[_WAITED] += waited
         taken -= waited
-        if one.kind == "extended" and timing.dense is not None:
+        if one.kind == "extended" and timing.dense is not None:  # the further forward is no fault of the first
             lost[_ADDED] += max(0.0, taken - timing.dense)
             taken = min(taken, timing.dense)
         if key in computed:
@@ -114,8 +106,8 @@ def why_not_faster(ran: RunFacts) -> list[str]:
     return [f"{share:.0%} {what}; {advice}" for share, (what, advice) in found if share >= LEAST]
 
 
-def _of_dense(one: TimedForward, key: Key, ran: RunFacts) -> Cause:
-    """Return why a forward that no cache could skip was dense."""
+def _of_dense(one: TimedForward, key: Key, ran: RunCauses) -> Cause:
+    """Find the cause for which a forward that no cache could skip was dense."""
     stayed = ran.stayed.get(key)
     if stayed:
         return ran.why_stayed(max(stayed, key=lambda why: stayed[why]))
@@ -138,7 +130,7 @@ def _of_dense(one: TimedForward, key: Key, ran: RunFacts) -> Cause:
     return what, "loosen the cache that is enabled in diffusers" if ran.cached else "add a step cache"
 
 
-def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunFacts) -> Iterator[tuple[Cause, float]]:
+def _of_reduced(one: TimedForward, key: Key, taken: float, ran: RunCauses) -> Iterator[tuple[Cause, float]]:
     """Yield what kept a forward that some method shortened as long as it was, and the seconds of each cause."""
     timing, lists = ran.timing, min(one.lists, taken)
     yield _LISTS, lists
@@ -181,7 +173,7 @@ def _besides(timing: Timing) -> Cause:
 def why_computed(
     logs: Mapping[str, Sequence[Mapping[str, Any]]], methods: Options
 ) -> tuple[dict[Key, Cause], dict[Key, str]]:
-    """Return why each forward was computed that a cache logged, and which cache skipped each of the others."""
+    """Find the cause of each computed forward in the caches' logs, and the cache that skipped each of the others."""
     computed: dict[Key, Cause] = {}
     skipped: dict[Key, str] = {}
     for name, log in logs.items():

@@ -38,7 +38,7 @@ def size_drift(ratios: Sequence[float], index: int, in_a_row: int) -> float:
 
 
 def rescaled(polynomial: Sequence[float], change: float) -> float:
-    """Return how much the output is expected to change where TeaCache's signal changed by ``change``; at least 0.
+    """Predict the output's change where TeaCache's signal changed by ``change``; at least 0.
 
     Source: TeaCache (arXiv 2411.19108). Where we depart from it: a published polynomial that falls below 0 outside the
     range it was fitted on would lower the sum; here it is 0 there.

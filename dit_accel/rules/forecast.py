@@ -39,7 +39,7 @@ def taylor(times: Sequence[float], at: float, order: int, damping: float = 0.0) 
 
 
 def growth(times: Sequence[float], at: float) -> float:
-    """Return how much a forecast at a time is off by, up to a factor: the product of its distances to its values.
+    """Estimate a forecast's error at a time, up to a factor: the product of its distances to its values.
 
     So does the error of a polynomial through values grow with the time.
 
@@ -51,7 +51,7 @@ def growth(times: Sequence[float], at: float) -> float:
 
 
 def log_snr(sigma: float, *, flow: bool) -> float:
-    """Return where a noise level stands on the axis along which solvers step: log(a / b) where x = a clean + b noise.
+    """Map a noise level to the axis along which solvers step: log(a / b) where x = a clean + b noise.
 
     Args:
         sigma: the noise level.

@@ -77,11 +77,10 @@ def _of_patches(clean: Tensor, grid: tuple[int, int, int]) -> Tensor | None:
 
 
 def motion(clean: Tensor) -> Tensor:
-    """Return how far each token is from its place's median over the frames, [B, F, Y, X].
+    """Measure each token's distance from its place's median over the frames, [B, F, Y, X].
 
-    Args:
-        clean: `predicted`, [B, F, Y, X, C]. Where something passes for less than half of the frames, the median is what
-            lies behind it.
+    ``clean``: `predicted`, [B, F, Y, X, C]. Where something passes for less than half of the frames, the median is what
+    lies behind it.
     """
     return (clean - clean.median(1, keepdim=True).values).square().mean(-1).sqrt()
 

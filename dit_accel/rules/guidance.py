@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Return what guidance adds to the conditional prediction, float32 or wider: w (cond - perturbed).
+    """Compute guidance's addend to the conditional prediction, float32 or wider: w (cond - perturbed).
 
     With ``rescale`` the sum of both is scaled towards the conditional prediction's standard deviation per row first,
     by phi std(cond) / std(sum) + 1 - phi; the conditional part keeps its weight in the rest of the guidance.

@@ -8,17 +8,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnchorRule:
-    """What decides which frames see which; every value is set.
+    """What decides which frames see which; every value is set."""
 
-    Attributes:
-        trained_frames: R, token frames that a frame shall see about as many of: those of the trained clips.
-        window: W, frames to either side that a frame sees.
-        first: first frames that every frame sees.
-    """
-
-    trained_frames: int
-    window: int
-    first: int
+    trained_frames: int  # R, token frames that a frame shall see about as many of: those of the trained clips
+    window: int  # W, frames to either side that a frame sees
+    first: int  # first frames that every frame sees
 
     def stride(self, frames: int) -> int:
         """Return the distance of two anchors in a clip of so many frames, kappa; 1: every frame sees every other.

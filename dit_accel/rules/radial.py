@@ -27,23 +27,15 @@ THINNING = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RadialRule:
-    """The parameters that decide which tiles are kept; all set, none checked (the method's config does that).
+    """The parameters that decide which tiles are kept; all set, none checked (the method's config does that)."""
 
-    Attributes:
-        decay_factor: scales the half-width of frames at distance 2 and more.
-        block_size: B, tokens of a tile in queries and keys; also the least half-width.
-        near: half-width at frame distance 1, ``full`` = s or ``half`` = s // 2.
-        sink: every query also sees all of frame 0.
-        boundary: ``any`` keeps a tile that holds any allowed pair of tokens, ``published`` rounds like the original.
-        order: ``raster``, or ``tiles`` for spatial patches kept by their 2-D distance.
-    """
-
-    decay_factor: float
-    block_size: int
-    near: Literal["full", "half"]
-    sink: bool
+    decay_factor: float  # scales the half-width of frames at distance 2 and more
+    block_size: int  # B, tokens of a tile in queries and keys; also the least half-width
+    near: Literal["full", "half"]  # half-width at frame distance 1, ``full`` = s or ``half`` = s // 2
+    sink: bool  # every query also sees all of frame 0
+    # ``any`` keeps a tile that holds any allowed pair of tokens, ``published`` rounds like the original
     boundary: Literal["any", "published"]
-    order: Literal["raster", "tiles"]
+    order: Literal["raster", "tiles"]  # ``raster``, or ``tiles`` for spatial patches kept by their 2-D distance
 
 
 class Pieces(NamedTuple):
@@ -143,7 +135,7 @@ def _raster(rule: RadialRule, pieces: Pieces, frames: int, height: int, width: i
 
 
 def _meets_any(k0: Ints, k1: Ints, l0: Ints, l1: Ints, reach: Ints | np.int32, block_size: int) -> Bools:
-    """Return whether any |k - l| <= reach with k in [k0, k1], l in [l0, l1]."""
+    """Tell whether any |k - l| <= reach with k in [k0, k1], l in [l0, l1]."""
     return (k0 - reach <= l1) & (k1 + reach >= l0)
 
 

@@ -44,9 +44,6 @@ def frequencies(dim: int, theta: float, exponents: Sequence[float] | None = None
         dim: channels that the axis rotates, two per frequency.
         theta: the base.
         exponents: e with theta^(-e) for each frequency, where a model has others than 2 j / dim.
-
-    Raises:
-        ConfigError: for an odd or empty ``dim``, a base of 1 or less, exponents of another number.
     """
     if dim < 2 or dim % 2:
         raise ConfigError(f"rotary channels come in pairs, got dim={dim!r}; give an even number from 2 on")
@@ -59,17 +56,9 @@ def frequencies(dim: int, theta: float, exponents: Sequence[float] | None = None
 
 
 def check_kind(
-    kind: str,
-    *,
-    period: float | None = None,
-    turn: float | None = None,
-    indices: Sequence[int] | None = None,
+    kind: str, *, period: float | None = None, turn: float | None = None, indices: Sequence[int] | None = None
 ) -> None:
-    """Check a kind and its options, whatever the frequencies.
-
-    Raises:
-        ConfigError: for an unknown kind (with the nearest), what the kind does not take, or a value out of range.
-    """
+    """Check a kind and its options, whatever the frequencies."""
     if kind not in KINDS:
         raise ConfigError(f"rotary frequencies have no kind {kind!r}; {did_you_mean(str(kind), KINDS)}")
     for name, value, takes in (

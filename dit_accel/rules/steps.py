@@ -4,7 +4,7 @@ import math
 
 
 def steps_of(share: int | float, count: int) -> int:
-    """Return how many steps of a run of ``count`` a share, from 0 to 1, comes to, rounded up.
+    """Count the steps of a share, from 0 to 1, of a run of ``count``, rounded up.
 
     The share is taken as the decimal that was written: .28 of 25 is 7, though in binary .28 x 25 lies a little above.
     """
@@ -12,7 +12,7 @@ def steps_of(share: int | float, count: int) -> int:
 
 
 def whole_steps(steps: int | float, count: int) -> int:
-    """Return how many steps an option asks for: a whole number of them or, below 1, a share of a run of ``count``."""
+    """Count the steps that an option asks for: a whole number or, below 1, a share of a run of ``count``."""
     return steps_of(steps, count) if 0 < steps < 1 else int(steps)
 
 

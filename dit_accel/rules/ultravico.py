@@ -11,21 +11,13 @@ ByRatio = Sequence[tuple[float, float, float | None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecayRule:
-    """What decides a decay table; every value is set.
+    """What decides a decay table; every value is set."""
 
-    Attributes:
-        trained_frames: L, token frames of the clips that the model was trained on.
-        alpha: factor on positive logits outside the window, in (0, 1].
-        beta: factor in the bands instead of ``alpha``, in (0, 1]; None: there are no bands.
-        period: T, frames after which the model's attention repeats; None: it does not.
-        gamma: half the width of the band around each multiple of T, in frames.
-    """
-
-    trained_frames: int
-    alpha: float
-    beta: float | None = None
-    period: float | None = None
-    gamma: float | None = None
+    trained_frames: int  # L, token frames of the clips that the model was trained on
+    alpha: float  # factor on positive logits outside the window, in (0, 1]
+    beta: float | None = None  # factor in the bands instead of ``alpha``, in (0, 1]; None: there are no bands
+    period: float | None = None  # T, frames after which the model's attention repeats; None: it does not
+    gamma: float | None = None  # half the width of the band around each multiple of T, in frames
 
     @property
     def window(self) -> int:

@@ -46,12 +46,7 @@ class AttachMethods(ModularPipelineBlocks):
         return [InputParam("dit_accel", type_hint=str, default=None, description=what)]
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        """Attach, if this call's setting is not attached already.
-
-        Raises:
-            ConfigError: for a setting that is none, or does not fit the model.
-            AttachError: if methods are attached that no such block attached.
-        """
+        """Attach, if this call's setting is not attached already."""
         given: Any = self.get_block_state(state)
         wanted = read_setting(given.dit_accel or self.setting)
         attached = attachment_of(components)

@@ -99,7 +99,7 @@ def answer(
 
 
 def generators_of(found: Any) -> list[Any]:
-    """Return what a request gives as its generators, one, several or None, as a list."""
+    """List a request's generators, which are one, several or None."""
     several = found if isinstance(found, list | tuple) else [found]
     return [one for one in several if hasattr(one, "get_state")]
 

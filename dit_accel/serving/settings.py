@@ -19,16 +19,11 @@ VARIABLE = "DIT_ACCEL"
 
 @dataclass(frozen=True, slots=True)
 class ServerSetting:
-    """What is attached.
+    """What is attached."""
 
-    Attributes:
-        methods: the configs of a file; empty for a preset.
-        preset: as `attach` takes it.
-        run: what the file says of a run besides, such as its steps, which each request says for itself.
-    """
-
-    methods: "tuple[MethodConfig, ...]" = ()
-    preset: "Level | Literal['none']" = "none"
+    methods: "tuple[MethodConfig, ...]" = ()  # the configs of a file; empty for a preset
+    preset: "Level | Literal['none']" = "none"  # as `attach` takes it
+    # what the file says of a run besides, such as its steps, which each request says for itself
     run: tuple[str, ...] = ()
 
     @property
@@ -43,11 +38,7 @@ def requested(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def read_setting(text: str) -> ServerSetting:
-    """Read a preset's name, such as ``balanced`` or ``none``, or the path of a TOML file that ends in ``.toml``.
-
-    Raises:
-        ConfigError: for another word, a file that can't be read, or what `from_toml` refuses of it.
-    """
+    """Read a preset's name, such as ``balanced`` or ``none``, or the path of a TOML file that ends in ``.toml``."""
     from ..methods.presets import LEVELS, NONE
     from ..methods.toml import from_toml, run_table
 

@@ -34,8 +34,7 @@ def register() -> None:
 def wrap_adapter(adapter: Any) -> None:
     """Let a class attach when it has loaded its pipeline, and run each request by `answer`; once, however often called.
 
-    Args:
-        adapter: a class with ``load_weights(self)``, ``forward(self, req)`` and the pipeline in ``_pipeline``.
+    ``adapter``: a class with ``load_weights(self)``, ``forward(self, req)`` and the pipeline in ``_pipeline``.
     """
     load, forward = adapter.load_weights, adapter.forward
     if hasattr(load, "dit_accel"):

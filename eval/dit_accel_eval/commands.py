@@ -63,11 +63,13 @@ def run_suite(
     accelerate launch --num_processes 4 -m dit_accel eval run SUITE.toml
     """
     from dit_accel_pipelines.processes.processes import started_process
+    from dit_accel_pipelines.processes.ranks import Ranks
 
     from .runs.conditions import Machine
     from .runs.results import result_lines
-    from .suites.job import Job
+    from .suites.job import Job, clips_of
     from .suites.reference import default_cache
+    from .suites.running import run_job
     from .suites.suite import read_suite
 
     read = read_suite(suite)
@@ -80,27 +82,14 @@ def run_suite(
     if read.many and not quiet:
         warn(read.many)
     if not only_table:
-        _run(job, clips, workers, quiet)
-    elif not quiet:
-        _show_run(job, result_lines(job.out), written=False)
+        run_job(job, clips_of(read, clips), workers, quiet=quiet)
+    if not quiet and (only_table or Ranks().first):
+        _show_run(job, result_lines(job.out), written=not only_table)
 
 
 def results_of(suite: Path) -> Path:
     """Return the folder of a suite's results: beside the file, or in ``results`` beside ``suites``."""
     return suite.parent.parent / "results" if suite.absolute().parent.name == "suites" else suite.parent
-
-
-def _run(job: "Job", clips: int | None, workers: int, quiet: bool) -> None:
-    """Run what a job's file does not hold yet, and show all."""
-    from dit_accel_pipelines.processes.ranks import Ranks
-
-    from .runs.results import result_lines
-    from .suites.job import clips_of
-    from .suites.running import run_job
-
-    run_job(job, clips_of(job.suite, clips), workers, quiet=quiet)
-    if not quiet and Ranks().first:
-        _show_run(job, result_lines(job.out), written=True)
 
 
 def _show_run(job: "Job", lines: "list[ResultLine]", *, written: bool) -> None:
@@ -204,14 +193,8 @@ def list_metrics(json: Json = False) -> None:
 
     known = metrics().values()
     if json:
-        print_json([
-            {
-                "name": one.name, "words": one.words, "better": one.better, "bounds": one.bounds,
-                "reference": one.reference, "source": one.source, "missing": one.missing(),
-            }
-            for one in known
-        ])  # fmt: skip
-        return
+        keys = ("name", "words", "better", "bounds", "reference", "source")
+        return print_json([{key: getattr(one, key) for key in keys} | {"missing": one.missing()} for one in known])
     table = plain_table("metric", "what it is", "better", "against", "here")
     for one in known:
         against = "a reference" if one.reference else "nothing"

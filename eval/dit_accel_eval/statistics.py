@@ -1,8 +1,8 @@
-"""Statistics: the one rule by which arms are judged over the same clips, for all tables, pages and commands; and ranks.
+"""Statistics: the one rule by which arms are judged over the same clips, for all tables, pages and commands.
 
 A mean difference has Student's t interval, widened to what Willink's skew-corrected one holds besides; a verdict is
 given from `FEWEST` clips on, where the difference stands after Holm's correction for all that are judged together.
-`eval/studies/false_verdicts.py` simulates how often it is wrong.
+docs/evaluating.md says how often it is wrong.
 """
 
 import math
@@ -71,8 +71,8 @@ class Judged(ClipMean):
 def clip_mean(values: Sequence[float]) -> ClipMean:
     """Return the mean and median of per-clip values, from `FEWEST` on with the interval of the mean.
 
-    The interval holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence
-    interval and test for the mean of an asymmetric distribution), which rests on their third moment.
+    It holds Student's and, as that is too short on one side of skewed values, Willink's (2005, A confidence interval
+    and test for the mean of an asymmetric distribution), which rests on their third moment.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value, got none")
@@ -162,12 +162,3 @@ def holm(values: Mapping[Key, float]) -> dict[Key, float]:
         most = max(most, min(1.0, (len(values) - place) * values[key]))
         corrected[key] = most
     return {key: corrected[key] for key in values}
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's rank correlation of two lists, ties by their mean; not a number for a constant one."""
-    if not (np.ptp(one) and np.ptp(other)):
-        return math.nan
-    from scipy.stats import rankdata
-
-    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])

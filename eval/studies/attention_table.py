@@ -1,14 +1,10 @@
-"""What lines of `attention_calls` come to: the table, and from which length on sparse attention pays by the clock."""
+"""What lines of the study `attention_calls`, which is answered, come to: where sparse attention pays by the clock."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dit_accel_eval.runs.results import Line, markdown_table
 
 DENSE = "dense SDPA"
-SPARSE = "sparse"
-
-KEY = ("family", "height", "width", "num_frames", "heads", "dtype", "arm", "threads", "torch", "device")
-"""What tells one line from another; of lines that are alike in it the last one counts."""
 
 PAYS = 1.1
 """A run that is so many times as fast is worth an approximation: less than that nobody sees."""
@@ -25,14 +21,25 @@ EXPLAINED = (
 )
 
 
-def last_of(lines: Iterable[Line]) -> list[Line]:
-    """Return of lines that are of one call on one machine the last, a measured one before one that was left out."""
-    found: dict[tuple[object, ...], Line] = {}
+def page_text(lines: Sequence[Line]) -> str:
+    """Return the table of all lines in Markdown, how they were measured, and what follows from them."""
+    lines = sorted(lines, key=lambda line: (line["tokens"], line["shape"], line["dtype"] != "float32"))
+    first, shapes = lines[0], dict[str, str]()
     for line in lines:
-        key = tuple(line[name] for name in KEY)
-        if "reason" not in line or "reason" in found.get(key, {"reason": ""}):
-            found[key] = line
-    return sorted(found.values(), key=lambda line: (line["tokens"], line["shape"], line["dtype"] != "float32"))
+        size = " x ".join(str(line[name]) for name in ("height", "width", "num_frames") if line[name] > 1)
+        heads = f"{line['heads']} of its {line['all_heads']} heads of {line['head_dim']}"
+        shapes[line["shape"]] = f"{line['shape']} is {line['family']} at {size}, {heads}"
+    conditions = (
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}; rounds: {first['rounds']}; standard "
+        f"normal inputs; {'; '.join(shapes.values())}. The system's load before the measurement was "
+        f"{max(line['load'] for line in lines):.1f} at most."
+    )
+    table = markdown_table(" | ".join(COLUMNS), map(cells, lines))
+    curves: dict[str, list[Line]] = {}  # a further preset's beta moves the figures, not the answer
+    for line in lines:
+        if line["arm"] == "sol, beta 1":
+            curves.setdefault(line["dtype"], []).append(line)
+    return "\n\n".join([f"{conditions} {EXPLAINED}", table, *map(verdict, curves.values())])
 
 
 def run_ratio(line: Line) -> float:
@@ -43,7 +50,8 @@ def run_ratio(line: Line) -> float:
 
 def cells(line: Line) -> tuple[str, ...]:
     """Return a line's cells under `COLUMNS`; what was left out has its reason in the last one."""
-    first = (line["shape"], f"{line['tokens']:,}", line["dtype"], line["arm"], _presets(line))
+    presets = (level if rule == "sparse" else f"{level}: {rule}" for level, rule in line["presets"].items())
+    first = (line["shape"], f"{line['tokens']:,}", line["dtype"], line["arm"], "; ".join(presets))
     if "reason" in line:
         return (*first, *[""] * 6, f"left out: {line['reason']}")
     dense = line["arm"] == DENSE
@@ -56,81 +64,16 @@ def cells(line: Line) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _presets(line: Line) -> str:
-    """Return which presets compute such a call so, and which would if their rule did not keep it dense."""
-    return "; ".join(level if rule == SPARSE else f"{level}: {rule}" for level, rule in line["presets"].items())
-
-
-def shapes_in(lines: Iterable[Line]) -> str:
-    """Return what the names of shapes stand for, in the order of the lines."""
-    meant: dict[str, str] = {}
-    for line in lines:
-        size = " x ".join(str(line[name]) for name in ("height", "width", "num_frames") if line[name] > 1)
-        heads = f"{line['heads']} of its {line['all_heads']} heads of {line['head_dim']}"
-        meant[line["shape"]] = f"{line['shape']} is {line['family']} at {size}, {heads}"
-    return "; ".join(meant.values())
-
-
-def machine_of(line: Line) -> str:
-    """Return where a line was measured."""
-    return f"{line['device']}, {line['threads']} threads, torch {line['torch']}"
-
-
-def page_text(lines: Sequence[Line]) -> str:
-    """Return the table of all lines in Markdown, machine by machine, with what follows from it."""
-    parts, found = [], last_of(lines)
-    for machine in dict.fromkeys(machine_of(line) for line in found):
-        own = [line for line in found if machine_of(line) == machine]
-        parts += [
-            f"{conditions(own)} {EXPLAINED}",
-            markdown_table(" | ".join(COLUMNS), map(cells, own)),
-            *verdicts(own),
-        ]
-    return "\n\n".join(parts)
-
-
-def conditions(lines: Sequence[Line]) -> str:
-    """Return in two sentences what was measured and where, of lines of one machine."""
-    rounds = sorted({line["rounds"] for line in lines if "rounds" in line})
-    count = f" rounds: {' to '.join(map(str, rounds[:: max(1, len(rounds) - 1)]))};" if rounds else ""
-    busy = [line["load"] for line in lines if line.get("load") is not None]
-    load = f" The system's load before the measurement was {max(busy):.1f} at most." if busy else ""
-    return f"{machine_of(lines[0])};{count} standard normal inputs; {shapes_in(lines)}.{load}"
-
-
-def verdicts(lines: Sequence[Line]) -> list[str]:
-    """Return in a sentence for each dtype from how many tokens on sparse attention pays, against the presets' rule."""
-    curves: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        if "ratio" in line and line.get("min_tokens") and line["backend"] == "auto":
-            curves.setdefault((line["arm"], line["dtype"]), []).append(line)
-    first = next(iter(curves), ("", ""))[0]  # a further preset's beta moves the figures, not the answer
-    return [_verdict(arm, dtype, curve) for (arm, dtype), curve in curves.items() if arm == first]
-
-
-def _verdict(arm: str, dtype: str, curve: Sequence[Line]) -> str:
-    """Return the sentence of one curve, which is sorted by tokens."""
+def verdict(curve: Sequence[Line]) -> str:
+    """Return from how many tokens on a call pays, against the presets' rule, of lines of one dtype by tokens."""
     points = ", ".join(f"{line['visual_tokens']:,}: {line['ratio']['median']:.1f} / {run_ratio(line):.2f}"
                      for line in curve)  # fmt: skip
-    least = curve[0]["min_tokens"]
-    below = [line for line in curve if line["visual_tokens"] < least]
-    above = [line for line in curve if line["visual_tokens"] >= least]
-    paying = [line for line in below if run_ratio(line) >= PAYS]
-    failing = [line for line in above if run_ratio(line) < PAYS]
-    parts = [f"{arm}, {dtype}, times dense SDPA in a call / in a run, by visual tokens: {points}."]
-    if paying:
-        parts.append(
-            f"By the clock alone the presets' {least:,} is too high on this machine: a run would be at least {PAYS:g} "
-            f"times as fast at {_tokens(paying)} too."
-        )
-    elif below:
-        parts.append(f"Below the presets' {least:,} no measured run would be {PAYS:g} times as fast, as the rule says.")
-    if failing:
-        parts.append(f"At {_tokens(failing)} the rule switches it on, and a run would not be {PAYS:g} times as fast.")
-    elif above:
-        parts.append(f"From {least:,} on all that was measured pays.")
-    return " ".join(parts)
-
-
-def _tokens(lines: Sequence[Line]) -> str:
-    return " and ".join(f"{line['visual_tokens']:,}" for line in lines)
+    first, least = curve[0], curve[0]["min_tokens"]
+    paying = [
+        f"{line['visual_tokens']:,}" for line in curve if run_ratio(line) >= PAYS and line["visual_tokens"] < least
+    ]
+    return (
+        f"{first['arm']}, {first['dtype']}, times dense SDPA in a call / in a run, by visual tokens: {points}. By the "
+        f"clock alone the presets' {least:,} is too high on this machine: a run would be at least {PAYS:g} times as "
+        f"fast at {' and '.join(paying)} too. From {least:,} on all that was measured pays."
+    )

@@ -20,11 +20,11 @@ from dit_accel_eval.suites.reference import default_cache
 from dit_accel_eval.suites.running import run_arms, suite_progress
 from dit_accel_eval.suites.suite import Suite
 from dit_accel_pipelines.generation.solvers import BEST, SOLVERS, shift_of
-from study import RESULTS
 
 from dit_accel import ConfigError
 from dit_accel.files import written_whole
 
+RESULTS = Path(__file__).parents[1] / "results"
 STEPS = (6, 8, 10, 12, 16, 20)
 SHIFTS = (3.0, 8.0, 12.0, 16.0)
 FLUX_SHIFTS = (1.0, 3.0, 5.0, 8.0)
@@ -38,23 +38,15 @@ FIRST, KEPT = 4, 3
 
 
 def grid(solvers: Sequence[str], shifts: Sequence[float], steps: Sequence[int], own: float | None) -> tuple[Arm, ...]:
-    """Return the dense runs that are tried, those of the best solver at the model's own shift among them.
-
-    Args:
-        shifts: besides the model's own.
-        own: the model's own shift, by which it is left out of the others.
-    """
+    """Return the dense runs that are tried, at shifts besides the model's own, which is left out of the others."""
     others = [None, *(shift for shift in shifts if shift != own)]
-    arms = []
-    for solver in solvers:
-        for shift in others:
-            for count in steps:
-                arm = Arm(
-                    name=f"{setting_words(solver, shift)}, {count}", num_inference_steps=count, solver=solver,
-                    flow_shift=shift,
-                )  # fmt: skip
-                arms.append(dense_arm(count) if arm.is_dense else arm)
-    return tuple(arms)
+    return tuple(_arm(solver, shift, count) for solver in solvers for shift in others for count in steps)
+
+
+def _arm(solver: str, shift: float | None, count: int) -> Arm:
+    name = f"{setting_words(solver, shift)}, {count}"
+    arm = Arm(name=name, num_inference_steps=count, solver=solver, flow_shift=shift)
+    return dense_arm(count) if arm.is_dense else arm
 
 
 def means(suite: Suite, lines: Sequence[Line], clips: int) -> dict[str, float]:
@@ -77,9 +69,6 @@ def ladder_of(suite: Suite, lines: Sequence[Line]) -> dict[str, Any]:
     """Return the best run of each number of steps by mean PSNR over the suite's clips, as `read_ladder` knows it.
 
     ``tried`` has that of every arm, over the first clips alone where it went no further.
-
-    Raises:
-        ConfigError: where no arm of a number of steps has run on every clip.
     """
     whole = means(suite, lines, suite.clips)
     found = means(suite, lines, min(FIRST, suite.clips)) | whole
@@ -107,11 +96,7 @@ def again(ladder: Ladder) -> tuple[Arm, ...]:
     for rung in ladder.rungs:
         for words in sorted(rung.tried, key=lambda one: -rung.tried[one])[:KEPT]:
             solver, _, shift = words.partition(" shift ")
-            arm = Arm(
-                name=f"{words}, {rung.num_inference_steps}", num_inference_steps=rung.num_inference_steps,
-                solver=solver, flow_shift=float(shift) if shift else None,
-            )  # fmt: skip
-            arms.append(dense_arm(arm.num_inference_steps) if arm.is_dense else arm)
+            arms.append(_arm(solver, float(shift) if shift else None, rung.num_inference_steps))
     return tuple(arms)
 
 

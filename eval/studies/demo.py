@@ -27,12 +27,13 @@ from dit_accel_pipelines.generation.media import Frames, to_uint8, upscale, writ
 from dit_accel_pipelines.generation.request import EMBEDDED_FPS, resolve
 from dit_accel_pipelines.generation.threads import one_thread
 from report_tables import over_prompts
-from study import RESULTS
 
 from dit_accel.cli import run_alone
 from dit_accel.cli.console import OUT, TALK, plain_table
 from dit_accel.files import held, json_text, new_folder, written_whole
 from dit_accel.methods.presets import PRESETS, Level
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 LEVEL: Level = "fast"
 """The preset that is shown."""
@@ -121,8 +122,7 @@ def middle_seed(ours: Outcome, fewer: Outcome) -> int:
 def compare(model: EmbeddedModel, seeds: int) -> list[Outcome]:
     """Run every seed dense and by the preset, one after the other, and dense with as many steps as took as long.
 
-    That number is by the median of each seed's two times, so that no pause of the machine decides it, and rounded up,
-    in favour of fewer steps.
+    That number is by the median of each seed's two times, and rounded up, in favour of fewer steps.
     """
     preset = preset_arm(model)
     model.run(0, steps=1, solver=DENSE.solver)  # warms up
@@ -152,12 +152,7 @@ def preset_arm(model: EmbeddedModel) -> Arm:
 
 
 def side_by_side(shown: Sequence[tuple[str, Clip]], reference: Clip) -> Frames:
-    """Return frames uint8: the clips side by side under their names, below each its amplified distance from a clip.
-
-    Args:
-        shown: (name, clip) of each; all [F, height, width, 3] in [0, 1], as the reference is.
-        reference: what the differences are taken from.
-    """
+    """Return frames uint8: named clips side by side, below each its amplified distance from a reference."""
     columns = []
     for label, clip in shown:
         strip = AMPLIFIED * np.abs(clip - reference)

@@ -33,8 +33,7 @@ def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
 def rival_of(suite: Suite, arm: Arm, lines: Sequence[Line]) -> Arm | None:
     """Return the plain arm that an arm is held against: of those with its forwards, the one nearest its prompts.
 
-    So an arm is held against guidance by a negative prompt at that one's own best scale and equal cost: its forwards or
-    up to `EQUAL` times as many; where no plain arm has, those with the fewest beyond. Plain arms have none.
+    Those have its forwards or up to `EQUAL` times as many; where none has, the fewest beyond. Plain arms have none.
     """
     if not arm.methods:
         return None

@@ -4,7 +4,7 @@ No picture has a reference, so each is judged by itself: objects too many or mis
 (whether the ground's texture is the requested one by itself), how much of it comes again at a distance, and sharpness.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from dit_accel_assets import model_defaults
@@ -17,8 +17,6 @@ from dit_accel_eval.runs.results import Line, markdown_table
 from dit_accel_eval.suites.suite import Suite
 from judging import held_arms, paired_cell
 
-NAMES = ("objects_wrong", "score", "ground_texture", "repetition", "sharpness")
-
 
 def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
     """Return what a line says of a picture."""
@@ -26,12 +24,7 @@ def measures(model: SuiteModel, clip: int, made: ModelRun) -> Line:
 
 
 def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
-    """Return what is measured of a picture [1, height, width, 3] for the prompt of a number.
-
-    Args:
-        picture: in [0, 1].
-        trained: the trained side in pixels.
-    """
+    """Return what is measured of a picture [1, height, width, 3] in [0, 1] for a held-out prompt's number."""
     scene = scene_of(0, number, height=96, width=96, held_out=True, still=True)
     verdict = judge_clips(picture, scene)
     return {
@@ -46,8 +39,7 @@ def judged(picture: Clip, number: int, trained: int) -> dict[str, float]:
 def repetition(picture: np.ndarray, trained: int) -> float:
     """Return the highest correlation of a picture [height, width, 3] with itself, half the trained side and more apart.
 
-    Of what differs from the picture's mean colour, over the part in which both lie, at least half of each side; shifts
-    along rows, along columns, and along both alike. 1: all of it comes again.
+    Of what differs from its mean colour, over at least half of each side; along rows, columns, and both alike.
     """
     away = picture.astype(np.float64) - picture.mean((0, 1))
     height, width, _ = away.shape
@@ -63,22 +55,24 @@ def repetition(picture: np.ndarray, trained: int) -> float:
     return best
 
 
+SHOWN: dict[str, tuple[str, float, str, str]] = {
+    "objects_wrong": ("objects too many or few", 1, ".2f", "paired difference of the objects"),
+    "score": ("score", 100, ".0%", "of the score, points"),
+    "ground_texture": ("ground texture right", 100, ".0%", "of the ground texture, points"),
+    "repetition": ("repetition", 1, ".3f", "of the repetition"),
+    "sharpness": ("sharpness x 1000", 1000, ".2f", "of the sharpness x 1000"),
+}
+"""Measure -> its head, times what its difference is given, how its mean is, and the difference's head."""
+
+
 def table(suite: Suite, lines: Sequence[Line]) -> str:
     """Return the suite's Markdown table: one row per arm, each against the plain arm of its size and steps."""
-    heads = (
-        "arm | pictures | objects too many or few | score | ground texture right | repetition | sharpness x 1000 "
-        "| against | paired difference of the objects | of the score, points | of the ground texture, points "
-        "| of the repetition | of the sharpness x 1000"
-    )
-    return markdown_table(heads, _rows(suite, lines))
-
-
-def _rows(suite: Suite, lines: Sequence[Line]) -> Iterator[Sequence[object]]:
-    scales = (1, 100, 100, 1, 1000)
+    rows, (heads, _, _, paired) = [], zip(*SHOWN.values(), strict=True)
     for arm, clips, plain, others in held_arms(suite, lines):
-        wrong, score, ground, again, sharp = (float(np.mean([x[name] for x in clips.values()])) for name in NAMES)
-        paired = [paired_cell(clips, others, name, scale=scale) for name, scale in zip(NAMES, scales, strict=True)]
-        yield (
-            arm.name, len(clips), f"{wrong:.2f}", f"{score:.0%}", f"{ground:.0%}", f"{again:.3f}",
-            f"{1000 * sharp:.2f}", plain.name if plain else "", *paired,
-        )  # fmt: skip
+        row = [arm.name, len(clips)]
+        for name, (head, scale, spec, _) in SHOWN.items():
+            mean = float(np.mean([line[name] for line in clips.values()]))
+            row.append(f"{mean * (scale if 'x 1000' in head else 1):{spec}}")
+        cells = (paired_cell(clips, others, name, scale=one[1]) for name, one in SHOWN.items())
+        rows.append((*row, plain.name if plain else "", *cells))
+    return markdown_table(" | ".join(["arm", "pictures", *heads, "against", *paired]), rows)

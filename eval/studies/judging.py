@@ -19,10 +19,7 @@ def plain(suite: Suite, arm: Arm) -> Arm | None:
 def held_arms(
     suite: Suite, lines: Sequence[Line], rival_of: Callable[[Suite, Arm, Sequence[Line]], Arm | None] | None = None
 ) -> Iterator[tuple[Arm, dict[int, Line], Arm | None, dict[int, Line]]]:
-    """Give each arm that ran with its lines by clip, then the arm that it is held against, if any, with its lines.
-
-    That is the one that ``rival_of`` gives for a suite, an arm and the lines; None: the `plain` one.
-    """
+    """Give each arm that ran with its lines by clip, and its rival, by default the `plain` arm, with its lines."""
     by_arm = {arm.name: {line["clip"]: line for line in lines if line["arm"] == arm.name} for arm in suite.arms}
     for arm in suite.arms:
         if by_arm[arm.name]:
@@ -34,15 +31,9 @@ def paired_cell(
     own: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]], name: str, *, scale: float = 1.0,
     ratio: bool = False,
 ) -> str:  # fmt: skip
-    """Return a table's cell of the paired difference of a measure, "" without a clip that has both.
+    """Return a table's cell of the paired difference, or ratio, of an arm and its rival in a measure; "" without.
 
     The mean with its interval, from `FEWEST` clips on, and the number of clips where some have no finite value.
-
-    Args:
-        own: clip -> measures of the arm.
-        others: the same of the arm that it is held against.
-        scale: factor on the difference.
-        ratio: whether to give the arm's over the other's instead.
     """
     both = sorted(set(own) & set(others))
     pairs = [(own[clip].get(name, np.nan), others[clip].get(name, np.nan)) for clip in both]

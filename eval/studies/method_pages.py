@@ -36,15 +36,7 @@ HEAD = ("| option | type and range | default | what it is |", "|---|---|---|---|
 
 
 def options_table(name: str) -> str:
-    """Return a method's options as Markdown: a table of its own, then a line with those that others share.
-
-    Args:
-        name: of the method.
-
-    Raises:
-        ConfigError: for an unknown method.
-        ValueError: if an option is not described in the config's docstring.
-    """
+    """Return a method's options as Markdown: a table of its own, then a line with those that others share."""
     config_type = method(name)
     section = next((section for section, base in SHARED.items() if issubclass(config_type, base)), None)
     inherited = {field.name for field in dataclasses.fields(SHARED[section])} if section else set()
@@ -107,11 +99,7 @@ def _spell(value: Any) -> str:
 
 
 def group_table(group: str) -> str:
-    """Return the rows of the index for one of `GROUPS`: a link, the switch and the config's first line.
-
-    Raises:
-        ValueError: if a registered method is in no group, or in two.
-    """
+    """Return the rows of the index for one of `GROUPS`: a link, the switch and the config's first line."""
     known, listed = methods(), [name for names in GROUPS.values() for name in names]
     if sorted(listed) != sorted(known):
         raise ValueError(f"the groups of the index differ from the methods that there are: {set(listed) ^ set(known)}")

@@ -38,13 +38,7 @@ Clip = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of an embedded model, and what was seen in it.
-
-    Attributes:
-        frames: what came out.
-        computed: bool [blocks, steps]: whether a block ran at a step.
-        calls: the planned attention calls of `LAYER`, conditional branch.
-    """
+    """One run of an embedded model: whether each block ran at each step, and the conditional calls of `LAYER`."""
 
     frames: Clip
     computed: np.ndarray

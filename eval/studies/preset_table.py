@@ -29,9 +29,7 @@ class Row:
     """One level at one number of steps on one model with one solver.
 
     Attributes:
-        least: PSNR in dB of the prompt that came out farthest.
-        fewer: dense steps that took as long as the median prompt.
-        fewer_psnr: the median PSNR of so many, linear between whole numbers.
+        fewer: dense steps that took as long as the median prompt; ``fewer_psnr`` is the median PSNR of so many.
         lead: over these, by prompt, judged together with all rows of the model and solver.
     """
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ from typing import Any
 import tables
 import tables_of_clips as of_clips
 from attention_table import page_text as shapes_text
-from denoising_time import table as times_table
 from dit_accel_eval.runs.results import Line, ResultLine, markdown_table, read_lines, result_lines
 from dit_accel_eval.suites.figures import suite_table
 from dit_accel_eval.suites.ladder import Rung, clip_words, read_ladder, setting_words
 from dit_accel_eval.suites.suite import Suite, read_suite
 from dit_accel_pipelines.generation.solvers import BEST
-from false_verdicts import table as false_table
 from method_pages import PAGES as METHOD_PAGES
 from method_pages import TABLES as METHOD_TABLES
 from preset_table import long_table, short_table
@@ -26,55 +24,34 @@ from site_pages import ROOMS, errors_list, models_table, not_supported_table, re
 
 SPEED = Path("kernels/bench/results/cpu.jsonl")
 PAGES = {
-    "README.md": ("demo", "presets"),
-    "docs/models.md": ("models", "reasons", "not-supported"),
-    "docs/combining.md": ("combining",),
-    "docs/troubleshooting.md": tuple(f"errors-{room}" for room in ROOMS),
-    "docs/evidence/index.md": ("report",),
-    "docs/evidence/kernels-cpu.md": ("speed",),
-    "docs/quality.md": ("rivals-wan-tiny", "rivals-flux-tiny", "report-wan-tiny", "report-flux-tiny"),
-    "docs/guidance.md": ("guidance-cost",),
-    "docs/kernel-predictions.md": ("attention-shapes", "eight-bit-linears"),
-    "docs/evaluating.md": ("false-verdicts",),
-    "docs/presets.md": ("presets", "preset-levels", "presets-wan-tiny", "presets-flux-tiny"),
-    "docs/scaling.md": ("scaling",),
-    "docs/finetuning.md": ("finetuned-wan-plain", "finetuned-4x-wan-plain"),
-    "docs/longer.md": ("attention-spread", "positions-cost"),
-    "docs/evidence/quality.md": (
-        "knee-wan-tiny",
-        "knee-flux-tiny",
-        "call-error",
-        "sparse-wan-tiny",
-        "caches-wan-tiny",
-        "caches-time-wan-tiny",
-        "caches-flux-tiny",
-        "tuned-flux-tiny",
-        "held-out-flux-tiny",
-        "dropped-mass",
-        "time",
-        "overhead",
+    page: tuple(marks.split())
+    for page, marks in {
+        "README.md": "demo presets",
+        "docs/models.md": "models reasons not-supported",
+        "docs/combining.md": "combining",
+        "docs/troubleshooting.md": " ".join(f"errors-{room}" for room in ROOMS),
+        "docs/evidence/index.md": "report",
+        "docs/evidence/kernels-cpu.md": "speed",
+        "docs/quality.md": "rivals-wan-tiny rivals-flux-tiny report-wan-tiny report-flux-tiny",
+        "docs/guidance.md": "guidance-cost",
+        "docs/kernel-predictions.md": "attention-shapes eight-bit-linears",
+        "docs/evaluating.md": "false-verdicts",
+        "docs/presets.md": "presets preset-levels presets-wan-tiny presets-flux-tiny",
+        "docs/scaling.md": "scaling",
+        "docs/finetuning.md": "finetuned-wan-plain finetuned-4x-wan-plain",
+        "docs/longer.md": "attention-spread positions-cost",
+        "docs/evidence/quality.md": "knee-wan-tiny knee-flux-tiny call-error sparse-wan-tiny caches-wan-tiny "
+        "caches-time-wan-tiny caches-flux-tiny tuned-flux-tiny held-out-flux-tiny dropped-mass denoising-time overhead "
         "product-time",
-    ),
-    "docs/evidence/caching.md": ("budgets",),
-    "docs/evidence/guidance.md": (
-        "every-set-wan-plain",
-        "every-set-flux-tiny",
-        "guidance-wan-plain",
-        "guidance-flux-tiny",
-    ),
-    "docs/evidence/block-caches.md": (
-        "profiling-wan-plain",
-        "profiling-flux-tiny",
-        "blocks-wan-plain",
-        "blocks-flux-tiny",
-        "blocks-time-wan-plain",
-        "blocks-time-flux-tiny",
-    ),
-    "docs/frontier.md": ("frontier-wan-tiny", "frontier-flux-tiny"),
-    "docs/evidence/longer.md": ("longer-wan-tiny", "larger-flux-tiny", "guided-flux-tiny"),
-    "docs/evidence/vbench-names.md": ("vbench-proxies", "vbench-wan-plain", "vbench-flux-tiny"),
-    **METHOD_PAGES,
-}
+        "docs/evidence/caching.md": "budgets",
+        "docs/evidence/guidance.md": "every-set-wan-plain every-set-flux-tiny guidance-wan-plain guidance-flux-tiny",
+        "docs/evidence/block-caches.md": "profiling-wan-plain profiling-flux-tiny blocks-wan-plain blocks-flux-tiny "
+        "blocks-time-wan-plain blocks-time-flux-tiny",
+        "docs/frontier.md": "frontier-wan-tiny frontier-flux-tiny",
+        "docs/evidence/longer.md": "longer-wan-tiny larger-flux-tiny guided-flux-tiny",
+        "docs/evidence/vbench-names.md": "vbench-proxies vbench-wan-plain vbench-flux-tiny",
+    }.items()
+} | METHOD_PAGES
 """Page -> its tables, by the names of their marks; a suite's name stands for its table."""
 
 
@@ -99,15 +76,7 @@ def folded(content: str) -> str:
 
 
 def filled(root: Path, page: str) -> str:
-    """Return the text of one of `PAGES` with the tables of the committed results between its marks.
-
-    Args:
-        root: the project's root folder.
-        page: path below it.
-
-    Raises:
-        ValueError: if a mark is missing.
-    """
+    """Return the text of one of `PAGES` with the tables of the committed results between its marks."""
     text = (root / page).read_text()
     for mark in PAGES[page]:
         content = _TABLES[mark](root) if mark in _TABLES else _suite(root, mark)
@@ -186,57 +155,53 @@ def _seeds(suite: Suite, lines: Sequence[ResultLine]) -> str:
 
 def _speed(root: Path) -> str:
     records = read_lines(root / SPEED)
-    first, devices = records[0], list(dict.fromkeys(record["device"] for record in records))
+    first, devices = records[0], dict.fromkeys(record["device"] for record in records)
     head = (
         f"`python kernels/bench/block_sparse.py --out {SPEED}`: {first['threads']} threads, torch {first['torch']}, "
         f"B, H, S, D = {', '.join(map(str, first['shape']))}, tiles of {first['block']}, {first['lists']} lists. Times "
         f"faster than dense SDPA in the same process, and that as a share of 1 / density."
     )
     others = [record for record in records if record["shape"] != first["shape"] and record["candidate"] == "torch"]
-    records = [record for record in records if record["shape"] == first["shape"]]
-    settings = sorted({(r["dtype"], r["density"]) for r in records if r["candidate"] != "dense"})
-    settings.sort(key=lambda setting: setting[0], reverse=True)  # fp32 first
-    rows = ["| processor | candidate | " + " | ".join(f"{dtype} {density:.2f}" for dtype, density in settings) + " |"]
-    rows.append("|---" * (len(settings) + 2) + "|")
-    for device in devices:
-        own = [record for record in records if record["device"] == device]
-        for name in dict.fromkeys(r["candidate"] for r in own if r["candidate"] != "dense"):
-            cells = [_cell(own, name, *setting) for setting in settings]
-            rows.append(f"| {device} | {name} | " + " | ".join(cells) + " |")
-    return f"{head}\n\n" + "\n".join(rows) + (f"\n\n{_other_sizes(others)}" if others else "")
+    records = [one for one in records if one["shape"] == first["shape"] and one["candidate"] != "dense"]
+    settings = sorted({(one["dtype"], one["density"]) for one in records}, key=lambda one: (one[0] != "fp32", one[1]))
+    known = {
+        (
+            one["device"],
+            one["candidate"],
+            one["dtype"],
+            one["density"],
+        ): f"{one['speedup']:.2f}x ({one['of_ideal']:.2f})"
+        for one in records
+    }
+    rows = [
+        (device, name, *(known.get((device, name, *setting), "") for setting in settings))
+        for device in devices
+        for name in dict.fromkeys(one["candidate"] for one in records if one["device"] == device)
+    ]
+    return f"{head}\n\n{_by_density('candidate', settings, rows)}" + (f"\n\n{_other_sizes(others)}" if others else "")
+
+
+def _by_density(what: str, settings: Sequence[tuple[str, float]], rows: Iterable[Sequence[object]]) -> str:
+    heads = (f"{dtype} {density:.2f}" for dtype, density in settings)
+    return markdown_table(" | ".join(["processor", what, *heads]), rows)
 
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
 
 
-def _other_sizes(records: list[dict[str, Any]]) -> str:
+def _other_sizes(records: Sequence[Line]) -> str:
     """The torch backend at other sizes, in columns by the share of `SHARES` that a density is nearest to."""
-    columns = [(dtype, share) for dtype in ("fp32", "bf16") for share in SHARES]
-    rows = ["| processor | B, H, S, D | " + " | ".join(f"{dtype} {share:.2f}" for dtype, share in columns) + " |"]
-    rows.append("|---" * (len(columns) + 2) + "|")
-    for device, *shape in dict.fromkeys((record["device"], *record["shape"]) for record in records):
-        own = {
-            (r["dtype"], min(SHARES, key=lambda share, r=r: abs(share - r["density"]))): f"{r['speedup']:.2f}x"
-            for r in records
-            if [r["device"], *r["shape"]] == [device, *shape]
-        }
-        cells = " | ".join(own.get(column, "") for column in columns)
-        rows.append(f"| {device} | {', '.join(map(str, shape))} | {cells} |")
+    columns, rows = [(dtype, share) for dtype in ("fp32", "bf16") for share in SHARES], dict[Any, dict[Any, str]]()
+    for one in records:
+        share = min(SHARES, key=lambda share, one=one: abs(share - one["density"]))
+        own = rows.setdefault((one["device"], ", ".join(map(str, one["shape"]))), {})
+        own[one["dtype"], share] = f"{one['speedup']:.2f}x"
     head = "`torch` at other sizes, tiles as long as D, at the densities nearest to these that so many tiles have:"
-    return f"{head}\n\n" + "\n".join(rows)
-
-
-def _cell(records: list[dict[str, Any]], name: str, dtype: str, density: float) -> str:
-    matching = [r for r in records if (r["candidate"], r["dtype"], r["density"]) == (name, dtype, density)]
-    return f"{matching[-1]['speedup']:.2f}x ({matching[-1]['of_ideal']:.2f})" if matching else ""
+    cells = ((*place, *(own.get(column, "") for column in columns)) for place, own in rows.items())
+    return f"{head}\n\n{_by_density('B, H, S, D', columns, cells)}"
 
 
 Write = Callable[[list[dict[str, Any]]], str]
-
-
-def _run(root: Path, study: str, write: Write, results: str = "") -> str:
-    """What the committed lines of a study say, under its command."""
-    return f"`python eval/studies/{study}.py`: {write(_lines(root, results or study.replace('_', '-')))}"
 
 
 def _answered(root: Path, command: str, write: Write, results: str) -> str:
@@ -250,7 +215,7 @@ def _lines(root: Path, results: str) -> list[Line]:
 
 def _shapes(root: Path) -> str:
     """What calls of released models' sizes take on a CPU, and what share of the tiles Sol keeps of trained models."""
-    measured = _run(root, "attention_calls", shapes_text, "attention-shapes")
+    measured = _answered(root, "python eval/studies/attention_calls.py", shapes_text, "attention-shapes")
     kept = tables.tiles_kept_by_sol(_lines(root, "call-error"))
     return f"{measured}\n\n{kept} (`python eval/studies/call_error.py` at the tag `{tables.TAG}`)."
 
@@ -275,7 +240,7 @@ ANSWERED: dict[str, tuple[str, Write]] = {
         name: (f"python eval/studies/{name.replace('-', '_')}.py", getattr(tables, name.replace("-", "_")))
         for name in (
             "combining", "call-error", "overhead", "attention-spread", "positions-cost", "product-time",
-            "eight-bit-linears", "dropped-mass", "guidance-cost",
+            "eight-bit-linears", "dropped-mass", "guidance-cost", "denoising-time", "false-verdicts",
         )
     },
     "vbench-proxies": ("python eval/studies/vbench_proxies.py", of_clips.vbench_proxies),
@@ -309,8 +274,6 @@ _TABLES: dict[str, Callable[[Path], str]] = {
     "tuned-flux-tiny": tuned_text,
     "scaling": lambda root: tables.scaling(_lines(root, "scaling")),
     "attention-shapes": _shapes,
-    "time": partial(_run, study="denoising_time", write=times_table),
-    "false-verdicts": partial(_run, study="false_verdicts", write=false_table),
     "budgets": _budgets,
     "profiling-wan-plain": partial(_choices, name="profiling-wan-plain", profiles=("profile-wan-plain",)),
     "profiling-flux-tiny": partial(

@@ -28,11 +28,7 @@ DEMO = Path("eval/results/demo.json")
 
 
 def report_table(root: Path) -> str:
-    """Return the arms of the committed report, those first that are furthest ahead of the best dense runs by time.
-
-    Args:
-        root: the project's root folder.
-    """
+    """Return the committed report's arms, those first that are furthest ahead of the best dense runs by time."""
     heads = "model | setting and steps | time in dense steps | PSNR to converged, dB (median) | LPIPS | score "
     heads += "| against the best dense run of equal work, dB (median) | of equal time"
     rows = []
@@ -71,11 +67,7 @@ def score_words(lines: Sequence[ResultLine]) -> str:
 
 
 def tuned_text(root: Path) -> str:
-    """Return what the committed search found: what was judged on prompts that it never saw, in a table.
-
-    Args:
-        root: the project's root folder.
-    """
+    """Return what the committed search found: what was judged on prompts that it never saw, in a table."""
     chosen = re.match(r"# (.+), by dit-accel tune pipeline", (root / TUNED).read_text(encoding="utf-8"))
     assert chosen is not None, f"{TUNED} does not begin with the setting that was chosen"
     lines = result_lines((root / TUNED).with_suffix(".runs.jsonl"))
@@ -104,12 +96,7 @@ TARGET = "psnr=30"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverPrompts:
-    """How far a preset is ahead of fewer steps over the prompts that judge, none of which chose it.
-
-    Attributes:
-        lead: in dB, judged together with the suite's other arms.
-        by: what the dense runs are made equal by: ``time`` or ``own work``.
-    """
+    """How far a preset is ahead in dB of fewer steps of equal ``time`` or ``own work``, over the prompts that judge."""
 
     lead: Judged
     by: str

@@ -16,19 +16,15 @@ RAISED = (
 )  # fmt: skip
 """What a user meets; kernels raise ValueError and TypeError besides."""
 
+PIPELINES = "pipelines/dit_accel_pipelines"
 ROOMS: dict[str, tuple[str, ...]] = {
-    "attaching": (
-        "dit_accel/attachment",
-        "dit_accel/serving",
-        "dit_accel/adapters",
-        "pipelines/dit_accel_pipelines/families",
-    ),
+    "attaching": ("dit_accel/attachment", "dit_accel/serving", "dit_accel/adapters", f"{PIPELINES}/families"),
     "options": ("dit_accel/methods",),
     "shapes": ("dit_accel/plan", "dit_accel/rules", "dit_accel/report", "dit_accel/testing"),
     "predicting": ("dit_accel/estimate", "dit_accel/cli"),
-    "generating": ("pipelines/dit_accel_pipelines/generation", "pipelines/dit_accel_pipelines/processes"),
+    "generating": (f"{PIPELINES}/generation", f"{PIPELINES}/processes"),
     "files": ("dit_accel/files.py", "dit_accel/errors.py", "dit_accel/public.py"),
-    "finetuning": ("pipelines/dit_accel_pipelines/finetuning",),
+    "finetuning": (f"{PIPELINES}/finetuning",),
     "evaluating": ("eval/dit_accel_eval",),
     "kernels": ("kernels/dit_accel_kernels",),
 }

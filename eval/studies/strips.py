@@ -16,13 +16,7 @@ Rows = Sequence[tuple[str, Sequence[np.ndarray]]]
 
 
 def rows_picture(rows: Rows, *, scale: float, below: Callable[[int], Image.Image] | None = None) -> Image.Image:
-    """Return pictures in rows, each row's name on the left.
-
-    Args:
-        rows: as many pictures in each.
-        scale: by which they are enlarged; whole numbers keep their pixels.
-        below: a picture's width -> what stands below all rows.
-    """
+    """Return pictures in rows, each row's name on the left, and below all what a function of their width draws."""
     height, width = (round(scale * size) for size in rows[0][1][0].shape[:2])
     across = len(rows[0][1]) * (width + GAP) - GAP
     foot = below(across) if below else None
@@ -42,14 +36,7 @@ def rows_picture(rows: Rows, *, scale: float, below: Callable[[int], Image.Image
 
 
 def map_picture(values: np.ndarray, names: Mapping[int, str], title: str, side: int = 252) -> Image.Image:
-    """Return a map of small squares, rows down and columns across, with its title and the meaning of its colours.
-
-    Args:
-        values: int [rows, columns].
-        names: value -> what it means; the last one is drawn darkest. Those that do not occur are left out.
-        title: above it.
-        side: about how many pixels the map is wide.
-    """
+    """Return a map of small squares [rows, columns], its title and the meaning of its colours, the last darkest."""
     cell = max(1, side // max(values.shape))
     shades = dict(zip(names, (GREY, LIGHT, DARK) if len(names) == 3 else (GREY, DARK), strict=True))
     whole = Image.new("RGB", (cell * values.shape[1], cell * values.shape[0] + 46), "white")
@@ -67,14 +54,7 @@ def map_picture(values: np.ndarray, names: Mapping[int, str], title: str, side: 
 def block_strip(
     computed: np.ndarray, width: int, names: tuple[str, str] = ("computed", "reused"), *, tall: int = 9
 ) -> Image.Image:
-    """Return what ran at each step, steps from left to right: one bar where all blocks agree, else a row a block.
-
-    Args:
-        computed: bool [blocks, steps].
-        width: in pixels.
-        names: what is dark and what is light.
-        tall: pixels of a block's row.
-    """
+    """Return what ran at each step [blocks, steps]: one bar where all blocks agree, else a row a block."""
     rows = computed[:1] if (computed == computed[:1]).all() else computed
     tall = 18 if len(rows) == 1 else tall
     whole = Image.new("RGB", (width, len(rows) * tall + 30), "white")

@@ -30,9 +30,6 @@ def draw(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
 
     Arms of one name and several steps are joined; those whose names agree up to a comma share a colour. An arm that no
     other surpasses at as little work has a ring around it.
-
-    Raises:
-        ConfigError: if there are no arms.
     """
     if not arms:
         raise ConfigError(f"{title} has no results to draw; run dit-accel eval run first")

@@ -7,7 +7,7 @@ it. To run such a study again, check out `TAG`, which has all of them.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from dit_accel_eval.runs.results import Line, markdown_table
@@ -19,22 +19,23 @@ TAG = "studies-2026-12"
 """The tag at which the studies can be run."""
 
 
+def drawn(lines: Sequence[Line], columns: Mapping[str, str]) -> str:
+    """Return a Markdown table, a row a line, of columns: head -> the format of its cell, by the line's keys."""
+    return markdown_table(" | ".join(columns), ([cell.format_map(line) for cell in columns.values()] for line in lines))
+
+
 def attention_spread(lines: Sequence[Line]) -> str:
     """How far attention spreads beyond the trained size, by size and arm."""
-    first = lines[0]
     head = (
-        f"{first['prompts']} held-out prompts, {first['steps']} UniPC steps, the second and the middle one of them; "
-        f"{first['rows']} rows of every head and layer, torch {first['torch']}."
+        "{prompts} held-out prompts, {steps} UniPC steps, the second and the middle one of them; {rows} rows of every "
+        "head and layer, torch {torch}."
     )
-    heads = "model | times the trained size | arm | tokens | their logarithm | entropy, nats | near | mass near"
-    rows = [
-        (
-            line["model"], f"{line['size']:g}", line["arm"], line["tokens"], f"{line['most_entropy']:.2f}",
-            f"{line['entropy']:.2f}", line["near"], f"{line['mass']:.3f}", f"{line['uniform_mass']:.3f}",
-        )
-        for line in lines
-    ]  # fmt: skip
-    return f"{head}\n\n{markdown_table(f'{heads} | if uniform', rows)}"
+    columns = {
+        "model": "{model}", "times the trained size": "{size:g}", "arm": "{arm}", "tokens": "{tokens}",
+        "their logarithm": "{most_entropy:.2f}", "entropy, nats": "{entropy:.2f}", "near": "{near}",
+        "mass near": "{mass:.3f}", "if uniform": "{uniform_mass:.3f}",
+    }  # fmt: skip
+    return f"{head.format_map(lines[0])}\n\n{drawn(lines, columns)}"
 
 
 def call_error(lines: Sequence[Line]) -> str:
@@ -168,66 +169,83 @@ def _added(lines: Sequence[Line], arm: str, plain: str) -> str:
 
 def overhead(lines: Sequence[Line]) -> str:
     """What an attached method that saves nothing costs a step."""
-    first = lines[0]
-    plain = {line["model"]: line["plain_seconds_a_step"] for line in lines[::-1]}
     head = (
-        f"{first['pairs']} steps of two forwards on each of two copies in turn, {first['threads']} thread of processor "
-        f"time, torch {first['torch']}, {first['processor']}; medians and their 95 % intervals. A plain step takes "
-        f"{', '.join(f'{seconds:.3g} s ({model})' for model, seconds in plain.items())}."
-    )
-    rows = []
-    for line in lines:
-        share, (low, high) = line["overhead"], line["overhead_interval"]
-        measured, interval = "alone" if line["alone"] else "in whole steps", f"[{low:+.2%}, {high:+.2%}]"
-        more = f"{1000 * share * line['plain_seconds_a_step']:+.2f}"
-        rows.append((line["arm"], line["model"], measured, f"{share:+.2%} {interval}", more))
-    heads = "attached, all computed | model | measured | more than a plain step | in ms"
-    return f"{head}\n\n{markdown_table(heads, rows)}"
+        "{pairs} steps of two forwards on each of two copies in turn, {threads} thread of processor time, torch "
+        "{torch}, {processor}; medians and their 95 % intervals. A plain step takes "
+    ).format_map(lines[0])
+    plain = {line["model"]: f"{line['plain_seconds_a_step']:.3g} s ({line['model']})" for line in lines[::-1]}
+    columns = {
+        "attached, all computed": "{arm}", "model": "{model}", "measured": "{measured}",
+        "more than a plain step": "{overhead:+.2%} [{overhead_interval[0]:+.2%}, {overhead_interval[1]:+.2%}]",
+        "in ms": "{more:+.2f}",
+    }  # fmt: skip
+    rows = [
+        line | {"more": 1000 * line["overhead"] * line["plain_seconds_a_step"],
+                "measured": "alone" if line["alone"] else "in whole steps"} for line in lines
+    ]  # fmt: skip
+    return f"{head}{', '.join(plain.values())}.\n\n{drawn(rows, columns)}"
 
 
 def positions_cost(lines: Sequence[Line]) -> str:
     """What decay and head scales cost an attention call."""
-    first = lines[0]
     head = (
-        f"a layer of Wan 2.1 1.3B's shape, {first['tokens']} tokens, {first['rounds']} rounds, {first['threads']} "
-        f"thread of processor time, torch {first['torch']}, {first['processor']}; medians of the ratio and its range."
+        "a layer of Wan 2.1 1.3B's shape, {tokens} tokens, {rounds} rounds, {threads} thread of processor time, torch "
+        "{torch}, {processor}; medians of the ratio and its range."
     )
-    rows = []
-    for line in lines:
-        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(line["ratio"], *line["range"])
-        rows.append((line["call"], f"{line['density']:.2f}", line["with"], ratio))
-    return f"{head}\n\n{markdown_table('call | density | with | times the call without', rows)}"
+    columns = {"call": "{call}", "density": "{density:.2f}", "with": "{with}"}
+    columns["times the call without"] = "{ratio:.2f} [{range[0]:.2f}, {range[1]:.2f}]"
+    return f"{head.format_map(lines[0])}\n\n{drawn(lines, columns)}"
 
 
 def product_time(lines: Sequence[Line]) -> str:
     """What a sparse method and a step cache save together, in a sentence on the last run."""
-    line = lines[-1]
-    low, high = line["both_over_product_range"]
     return (
-        f"{line['layers']} block of Wan 2.1 1.3B's shape with random weights, {line['tokens']} tokens, "
-        f"{line['steps']} steps, {line['rounds']} rounds, {line['threads']} thread of processor time, torch "
-        f"{line['torch']}, {line['processor']}: Radial at density {line['density']:.2f} takes "
-        f"{line['sparse_share']:.2f} of the dense time, a cache that computes every second step "
-        f"{line['cache_share']:.2f}, both {line['both_share']:.2f}: {line['both_over_product']:+.1%} "
-        f"[{low:+.1%}, {high:+.1%}] from the product."
-    )
+        "{layers} block of Wan 2.1 1.3B's shape with random weights, {tokens} tokens, {steps} steps, {rounds} rounds, "
+        "{threads} thread of processor time, torch {torch}, {processor}: Radial at density {density:.2f} takes "
+        "{sparse_share:.2f} of the dense time, a cache that computes every second step {cache_share:.2f}, both "
+        "{both_share:.2f}: {both_over_product:+.1%} [{both_over_product_range[0]:+.1%}, "
+        "{both_over_product_range[1]:+.1%}] from the product."
+    ).format_map(lines[-1])
 
 
 def scaling(lines: Sequence[Line]) -> str:
     """What Ulysses sends, holds and computes for released models, worked out from their sizes."""
-    heads = (
-        "model, frames | tokens | cards | heads, tokens a card | sent a step | in attention a layer | Lite's bitmaps "
-        "| PFLOP a step, dense / density .3 | sending over computing, dense / density .3"
-    )
+    columns = {
+        "model, frames": "{family}, {frames}", "tokens": "{tokens:,}", "cards": "{cards}",
+        "heads, tokens a card": "{heads_a_card}, {tokens_a_card:,}", "sent a step": "{sent_bytes:.1f} GB",
+        "in attention a layer": "{attention_bytes:.2f} GB", "Lite's bitmaps": "{bitmap_bytes:.2f} GB",
+        "PFLOP a step, dense / density .3": "{flops[0]:.1f} / {flops[1]:.1f}",
+        "sending over computing, dense / density .3": "{share[0]:.1%} / {share[1]:.1%}",
+    }  # fmt: skip
     rows = [
-        (
-            f"{line['family']}, {line['frames']}", f"{line['tokens']:,}", line["cards"],
-            f"{line['heads_a_card']}, {line['tokens_a_card']:,}", f"{line['sent_bytes'] / 1e9:.1f} GB",
-            f"{line['attention_bytes'] / 1e9:.2f} GB", f"{line['bitmap_bytes'] / 1e9:.2f} GB",
-            " / ".join(f"{flops / 1e15:.1f}" for flops in line["flops"]),
-            " / ".join(f"{share:.1%}" for share in line["sending_over_computing"]),
-        )
-        for line in lines
+        line | {name: line[name] / 1e9 for name in ("sent_bytes", "attention_bytes", "bitmap_bytes")}
+        | {"flops": [one / 1e15 for one in line["flops"]], "share": line["sending_over_computing"]} for line in lines
     ]  # fmt: skip
-    table = markdown_table(heads, rows)
+    table = drawn(rows, columns)
     return table.replace("|---" * 9 + "|", "|---|" + "---:|" * 8)
+
+
+def denoising_time(lines: Sequence[Line]) -> str:
+    """What LiteAttention at falling densities takes of the time of denoising, beside fewer steps."""
+    head = (
+        "{tokens} tokens ({num_frames} frames), {steps} steps, tiles of {block_size}, {threads} threads, torch "
+        "{torch}, {rounds} rounds, {processor}"
+    )
+    columns = {"arm": "{arm}", "density of the run": "{density:.3f}", "time over dense": "{time:.2f}"}
+    columns["distance of the latents"] = "{distance:.3f}"
+    return f"{head.format_map(lines[0])}\n\n{drawn(lines, columns)}"
+
+
+def false_verdicts(lines: Sequence[Line]) -> str:
+    """How often a verdict is wrong where two arms are alike, by simulation."""
+    cells: dict[str, dict[str, str]] = {}
+    for line in lines:
+        cell = "{alone:.1%} ({student:.1%}); {together:.1%}".format_map(line)
+        cells.setdefault(line["shape"], {})[f"{line['clips']} clips"] = cell
+    heads = " | ".join(["paired differences of mean 0", *cells[lines[0]["shape"]]])
+    head = (
+        "{draws} draws, seed {seed}: false verdicts of one arm, in brackets by Student's t alone; then of any of "
+        "{arms} arms after Holm's correction, {families} draws."
+    )
+    table = markdown_table(heads, ((shape, *clips.values()) for shape, clips in cells.items()))
+    return f"{head.format_map(lines[0])}\n\n{table}"

@@ -9,13 +9,14 @@ import numpy as np
 from dit_accel_eval.metrics import metric
 from dit_accel_eval.runs.loaded import FIRST_PROMPT
 from dit_accel_eval.runs.results import WORKS, Line, ResultLine, last_by_clip, markdown_table
-from dit_accel_eval.statistics import FEWEST, clip_mean, judge, rank_correlation
+from dit_accel_eval.statistics import FEWEST, clip_mean, judge
 from dit_accel_eval.suites.figures import ArmFigures, Comparison
 from dit_accel_eval.suites.suite import Suite
-from dit_accel_eval.tune.block_ranking import cached_blocks
+from dit_accel_eval.tune.profile import cached_blocks
 from dit_accel_eval.tune.profile_watch import CRITERIA
 from dit_accel_eval.vbench.dimensions import DIMENSIONS
 from judging import paired_cell
+from scipy import stats
 
 from dit_accel.methods.caches.block_numbers import spell_numbers
 
@@ -51,12 +52,7 @@ def budgets(measured: Sequence[tuple[Suite, Sequence[ResultLine]]]) -> str:
 
 
 def block_choices(lines: Sequence[Line], scores: Mapping[str, Sequence[float]]) -> str:
-    """Where each criterion's choice of blocks comes among the others of as many, under how it was measured.
-
-    Args:
-        lines: of a suite whose arms cache blocks.
-        scores: criterion -> score by block.
-    """
+    """Where each criterion's choice of blocks, by its scores, comes among the others of as many of a suite's lines."""
     psnr: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
     for line in lines:
         if [*line["methods"]] == ["profilingcache"]:
@@ -71,7 +67,8 @@ def block_choices(lines: Sequence[Line], scores: Mapping[str, Sequence[float]]) 
         place = 1 + int((everyone.mean(1) > table[chosen].mean()).sum())
         places = ", ".join(map(str, 1 + (everyone > table[chosen]).sum(0)))
         ahead = clip_mean((table[chosen] - everyone.mean(0)).tolist())
-        agreement = rank_correlation([-sum(values[block] for block in blocks) for blocks in table], everyone.mean(1))
+        order = [-sum(values[block] for block in blocks) for blocks in table]
+        agreement = stats.spearmanr(order, everyone.mean(1))[0]
         place_words = f"{place} of {len(table)}"
         rows.append((criterion, spell_numbers(chosen), place_words, places, f"{ahead:+}", f"{agreement:+.2f}"))
     heads = "criterion | blocks | place by mean PSNR | places by clip | against the mean choice, dB | Spearman"
@@ -246,8 +243,8 @@ def _correlations(lines: Sequence[Line], what: str) -> str:
             for line in lines:
                 if name in line["world"] and key in line["metrics"]:
                     pairs[line["scene"]].append((line["world"][name], sign * line["metrics"][key]))
-            within = (rank_correlation(*zip(*scene, strict=True)) for scene in pairs.values() if len(scene) > 2)
-            known = [value for value in within if value == value]
+            several = (np.array(scene) for scene in pairs.values() if len(scene) > 2)
+            known = [stats.spearmanr(scene)[0] for scene in several if np.ptp(scene, 0).all()]
             unknown = "constant" if pairs else "not measured"
             rows.append((name, f"`{key}`", str(clip_mean(known)) if known else unknown, len(known)))
     return markdown_table(f"dimension | metric | rank correlation within a {what} | {what}s", rows)

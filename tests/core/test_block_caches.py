@@ -1,22 +1,14 @@
 """Caches of blocks on a tiny model: which blocks run, what skipped ones add by the published rules, what is refused."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from block_calls import LAYERS, WHOLE, Counted, forward, ran_by_step, run_inputs, six_blocks
+from diffusers.hooks import group_offloading
+from torch import nn
 from wan_tiny import denoise
 
 import dit_accel
-from dit_accel import (
-    ConfigError,
-    DBCache,
-    DBPrune,
-    EasyCache,
-    FirstBlockCache,
-    ProfilingCache,
-)
-from dit_accel.methods import Handler, MethodConfig, Phase, Place, registry
+from dit_accel import ConfigError, DBCache, DBPrune, EasyCache, FirstBlockCache, ProfilingCache
 
 FOREVER = dict(threshold=1e9, warmup_steps=0, last_steps=0)
 ONCE = dict(every=100, warmup_steps=0)
@@ -39,7 +31,7 @@ def transformer():
     ],
 )
 def test_blocks_that_always_run(transformer, config, left):
-    assert ran_by_step(transformer, config, 4, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 6
+    assert ran_by_step(transformer, config, 3, ("cond", "uncond")) == [WHOLE] * 2 + [left] * 4
 
 
 def test_the_guards_of_all_step_caches(transformer):
@@ -128,25 +120,6 @@ def test_the_rule_of_dbprune(transformer):
 # Branches, forwards that are not skipped, what is held.
 
 
-@pytest.mark.parametrize(
-    "config", [DBCache(first_blocks=2, threshold=0.1, warmup_steps=1), DBPrune(threshold=0.05, warmup_steps=1)]
-)
-def test_what_the_first_branch_measures_is_its_own(transformer, config):
-    measured = []
-    for others in ((), ("b",)):
-        with dit_accel.attach(transformer, config) as attachment:
-            counted, ran = Counted(transformer), []
-            for step in range(6):
-                forward(transformer, step, "a", 1 + 0.02 * step)
-                ran.append(counted.by_forward()[-1])
-                for branch in others:
-                    forward(transformer, step, branch, 2 - 0.1 * step)
-            entries = attachment.report().section(config.name).data["forwards"]
-        assert all(entry["value"] is None for entry in entries if entry["branch"] == "b")
-        measured.append((ran, [entry["value"] for entry in entries if entry["branch"] == "a"]))
-    assert measured[0] == measured[1]
-
-
 def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
     """Values that are no numbers, gradients to some of the weights, other shapes."""
     counted = Counted(transformer)
@@ -154,26 +127,20 @@ def test_what_may_not_be_skipped_leaves_nothing_to_reuse(transformer):
         for step, scale in enumerate((1, 1, float("nan"), 1, 1, 1)):
             forward(transformer, step, scale=scale)
         reasons = [entry["reason"] for entry in attachment.report().section("firstblockcache").data["forwards"]]
-    assert [len(ran) for ran in counted.by_forward()] == [6, 1, 6, 6, 1, 1]
+    assert counted.lengths() == [6, 1, 6, 6, 1, 1]
     assert reasons[2:4] == ["not a number", "not a number"]
     transformer.requires_grad_(False)
     transformer.blocks[4].requires_grad_(True)  # as fine-tuning of some layers has it
-    counted.calls.clear()
     with dit_accel.attach(transformer, ProfilingCache(blocks="1-5", **ONCE)):
         for step, gradients in enumerate((False, False, True, False, False)):
             with torch.set_grad_enabled(gradients), transformer.cache_context("a", step_index=step):
                 transformer(**run_inputs())
-    assert [len(ran) for ran in counted.by_forward()] == [6, 1, 6, 6, 1]
-    counted.calls.clear()
+    assert counted.lengths() == [6, 1, 6, 6, 1]
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)):
-        forward(transformer, 0)
-        for step, (frames, text) in enumerate(((5, 6), (4, 6), (4, 6), (4, 7), (4, 7)), start=1):
-            inputs = run_inputs()
-            inputs["hidden_states"] = inputs["hidden_states"][:, :, :frames]
-            inputs["encoder_hidden_states"] = torch.zeros(1, text, 64)
-            with torch.no_grad(), transformer.cache_context("cond", step_index=step, num_inference_steps=10):
-                transformer(**inputs, return_dict=False)
-    assert [len(ran) for ran in counted.by_forward()] == [6, 1, 6, 1, 6, 1]
+        for step, (frames, text) in enumerate(((5, 6), (5, 6), (4, 6), (4, 6), (4, 7), (4, 7))):
+            latents, words = run_inputs()["hidden_states"][:, :, :frames], torch.zeros(1, text, 64)
+            forward(transformer, step, hidden_states=latents, encoder_hidden_states=words)
+    assert counted.lengths() == [6, 1, 6, 1, 6, 1]
 
 
 def test_memory_is_counted_and_freed(transformer):
@@ -195,66 +162,48 @@ def test_the_visual_stream_is_measured_in_float32():
     transformer = six_blocks().to(torch.bfloat16)
     with dit_accel.attach(transformer, FirstBlockCache(threshold=0.3, warmup_steps=0, last_steps=0)) as attachment:
         for step in range(3):
-            inputs = {
-                name: x.bfloat16() if x.is_floating_point() else x for name, x in run_inputs(1 + 0.1 * step).items()
-            }
+            inputs = run_inputs(1 + 0.1 * step)
+            inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
             with torch.no_grad(), transformer.cache_context("cond", step_index=step, num_inference_steps=10):
                 out = transformer(**inputs, return_dict=False)[0]
-        reused = [entry["reused"] for entry in attachment.report().section("firstblockcache").data["forwards"]]
-    assert reused == [False, True, True]
+        forwards = attachment.report().section("firstblockcache").data["forwards"]
+    assert [entry["reused"] for entry in forwards] == [False, True, True]
     assert out.dtype == torch.bfloat16
 
 
 # Models and methods that change streams or leave blocks out.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaveOut(MethodConfig):
-    name = "leave-out"
+def calls_of(block, call):
+    """Have the model call a function of a block's own call and arguments, outside of all that is attached."""
 
-    from_step: int = 0
+    class Replaced(type(block)):
+        def __call__(self, *args, **kwargs):
+            return call(super().__call__, *args, **kwargs)
 
-
-class LeaveOutHandler(Handler):
-    """Leaves block 3 out from some step on, as guidance by a skipped layer does in its interval."""
-
-    config_type = LeaveOut
-    phase = Phase.GUIDANCE
-    places = frozenset({Place.BLOCKS})
-
-    def install(self, site):
-        site.around_blocks(self.around, site.blocks[3:4])
-
-    def around(self, context, block, run, streams):
-        return streams if context.step_index >= self.settings.from_step else run(streams)
+    block.__class__ = Replaced
 
 
-def test_blocks_that_another_method_leaves_out(transformer, monkeypatch):
-    monkeypatch.setitem(registry.handlers(), "leave-out", LeaveOutHandler)
-    without = six_blocks()
+def test_blocks_that_are_left_out_as_guidance_by_a_skipped_layer_does_in_its_interval(transformer):
+    without, left_out = six_blocks(), [True]
     del without.blocks[3]
-    with dit_accel.attach(transformer, LeaveOut(), FirstBlockCache(**FOREVER)):
+    calls_of(transformer.blocks[3], lambda run, x, *args: x if left_out[0] else run(x, *args))
+    with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)):
         assert torch.equal(forward(transformer), forward(without))
         torch.testing.assert_close(forward(transformer, 1), forward(without))
-    with dit_accel.attach(transformer, LeaveOut(from_step=1), FirstBlockCache(**FOREVER)):
+        left_out[0] = False
         forward(transformer)
+        left_out[0] = True
         with pytest.raises(ConfigError, match=r"^firstblockcache.*\[1, 2, 3, 4, 5\].*step 1.*\[1, 2, 4, 5\]"):
             forward(transformer, 1)
 
 
 def test_models_that_write_into_streams_are_refused(transformer):
-    class Written(type(transformer.blocks[3])):
-        def __call__(self, *args, **kwargs):  # before all that is attached, as the model would
-            args[0].add_(1.0)
-            return super().__call__(*args, **kwargs)
-
-    transformer.blocks[3].__class__ = Written
+    calls_of(transformer.blocks[3], lambda run, x, *args: run(x.add_(1.0), *args))
     with dit_accel.attach(transformer, FirstBlockCache()), pytest.raises(ConfigError, match=r"^tran.*block 2 gave"):
         forward(transformer)
-    for cache, writing in (
-        (FirstBlockCache(**FOREVER), 0), (FirstBlockCache(**FOREVER), 1), (DBPrune(**FOREVER), 1),
-        (ProfilingCache(blocks="1-3", **ONCE), 1),
-    ):  # fmt: skip
+    first, profiled = FirstBlockCache(**FOREVER), ProfilingCache(blocks="1-3", **ONCE)
+    for cache, writing in ((first, 0), (first, 1), (DBPrune(**FOREVER), 1), (profiled, 1)):
         model = six_blocks()
         model.blocks[writing].forward = lambda hidden_states, *args: hidden_states.add_(0.1)
         with dit_accel.attach(model, cache), pytest.raises(ConfigError, match=r"^transformer.*block \d took"):
@@ -262,17 +211,15 @@ def test_models_that_write_into_streams_are_refused(transformer):
 
 
 def test_spans_of_blocks_that_change_within_a_run_are_stored_anew(transformer):
-    class Changed(type(transformer.blocks[3])):
-        def __call__(self, hidden_states, *args, **kwargs):  # as a control branch adds to a stream in some steps alone
-            return super().__call__(hidden_states + 0.5, *args, **kwargs)
-
-    transformer.blocks[3].__class__, counted = Changed, Counted(transformer)
+    """As where a control branch adds to a stream in some steps alone."""
+    added, counted = [0.5], Counted(transformer)
+    calls_of(transformer.blocks[3], lambda run, x, *args: run(x + added[0] if added else x, *args))
     with dit_accel.attach(transformer, FirstBlockCache(**{**FOREVER, "warmup_steps": 2})):
         forward(transformer)
-        del Changed.__call__
+        added.clear()
         whole = forward(transformer, 1)
         torch.testing.assert_close(forward(transformer, 2), whole)
-    assert [len(ran) for ran in counted.by_forward()] == [6, 6, 1]
+    assert counted.lengths() == [6, 6, 1]
 
 
 def test_a_sequence_that_is_split_inside_the_first_block(transformer):
@@ -286,38 +233,121 @@ def test_a_sequence_that_is_split_inside_the_first_block(transformer):
     with dit_accel.attach(transformer, DBCache(first_blocks=2, **FOREVER)):
         for step in range(3):
             torch.testing.assert_close(forward(transformer, step), plain)
-    assert [len(ran) for ran in counted.by_forward()] == [6, 2, 2]
+    assert counted.lengths() == [6, 2, 2]
     refused = pytest.raises(ConfigError, match=r"\[1, 80, 32\].*\[1, 40, 32\].*first_blocks = 2")
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)), refused:
         forward(transformer)
 
 
-def test_a_run_that_raised_before_any_block_was_counted_reports_that_all_ran(transformer):
-    def fail(*_):
-        raise RuntimeError("stopped")
-
+def test_a_run_of_which_no_block_was_counted_reports_that_all_ran(transformer):
     with dit_accel.attach(transformer, FirstBlockCache(**FOREVER)) as attachment:
-        hook = transformer.blocks[2].register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="stopped"):
+        transformer.blocks[2].forward = None
+        with pytest.raises(TypeError):
             forward(transformer)
-        hook.remove()
         section = attachment.report().section("firstblockcache")
-        assert section.data["computed_blocks"] == 1
-        assert "blocks computed: 1.000 of the run's (0 of 0)" in section.lines
+    assert section.data["computed_blocks"] == 1
+    assert "blocks computed: 1.000 of the run's (0 of 0)" in section.lines
 
 
-@pytest.mark.parametrize(
-    ("configs", "text"),
-    [
+def test_what_can_not_be_attached(transformer):
+    for configs, text in (
         ((DBCache(),), r"^dbcache.*8 first.*0 last.*6"),
         ((FirstBlockCache(), EasyCache()), "^EasyCache and FirstBlockCache"),
         ((DBPrune(first_blocks=4, last_blocks=2),), r"^dbprune.*4 first and 2 last.*6"),
         ((DBPrune(first_blocks=1, last_blocks=8),), r"^dbprune.*1 first and 8 last.*6"),
         ((ProfilingCache(blocks="4-8"),), r"^prof.*\.blocks.*5 .*transformer.*6-8.*6 \(6 of blocks\.\*\).*0 to 5"),
         ((ProfilingCache(),), r"^profilingcache.*'wan, 6 layers, 2 heads'.*hunyuan"),
-    ],
-)
-def test_what_can_not_be_attached(transformer, configs, text):
-    with pytest.raises(ConfigError, match=text):
-        dit_accel.attach(transformer, *configs)
-    assert dit_accel.attachment_of(transformer) is None
+    ):
+        with pytest.raises(ConfigError, match=text):
+            dit_accel.attach(transformer, *configs)
+        assert dit_accel.attachment_of(transformer) is None
+
+
+# Skipped blocks under diffusers' group offloading: what runs has its weights, what was skipped does not keep its own.
+# What is sent away is laid on the meta device here, where nothing can be computed: a CPU has no second device.
+
+HERE, AWAY = torch.device("cpu"), torch.device("meta")
+
+
+class Stream:
+    """Copies at once."""
+
+    def synchronize(self):
+        """Wait for nothing."""
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """What was fetched and sent away, by the groups' names, with the moving replaced."""
+    noted = []
+
+    def tensors(group):
+        return [(module, name) for one in group.modules for module in one.modules() for name in module._parameters]
+
+    def offload(group):
+        group.kept = getattr(group, "kept", {})
+        for module, name in tensors(group):
+            if module._parameters[name] is not None and not module._parameters[name].is_meta:
+                group.kept[module, name] = module._parameters[name]
+                module._parameters[name] = nn.Parameter(module._parameters[name].to(AWAY), requires_grad=False)
+        noted.append(("away", group))
+
+    def onload(group):
+        for (module, name), parameter in group.kept.items():
+            module._parameters[name] = parameter
+        noted.append(("here", group))
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "_init_cpu_param_dict", lambda group: {})
+    return noted
+
+
+def offload(model, size, stream=None):
+    config = group_offloading.GroupOffloadingConfig(
+        onload_device=HERE, offload_device=AWAY, offload_type=group_offloading.GroupOffloadingType.BLOCK_LEVEL,
+        non_blocking=False, record_stream=False, low_cpu_mem_usage=False, num_blocks_per_group=size, stream=stream,
+    )  # fmt: skip
+    group_offloading._apply_group_offloading(model, config)
+
+
+def left_here(model):
+    return [index for index, block in enumerate(model.blocks) if not next(block.parameters()).is_meta]
+
+
+OFFLOADED = (2, False, "cache"), (LAYERS, False, "offload"), (1, True, "cache"), (1, True, "offload")
+"""Blocks a group, whether streams fetch them, and what comes first."""
+
+
+SKIPPING = {
+    "apart": ProfilingCache(blocks="0, 2-3, 5", **ONCE), "all": ProfilingCache(blocks="0-5", **ONCE),
+    "dbcache": DBCache(first_blocks=1, last_blocks=1, **FOREVER), "dbprune": DBPrune(first_blocks=2, **FOREVER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SKIPPING.values(), ids=SKIPPING)
+def test_blocks_beside_skipped_ones_have_their_weights_and_nothing_stays(transformer, moves, config):
+    with dit_accel.attach(transformer, config):
+        expected = denoise(transformer, 3)
+    for size, streams, first in OFFLOADED:
+        model = six_blocks()
+        if first == "offload":
+            offload(model, size, Stream() if streams else None)
+            assert left_here(model) == []
+        with dit_accel.attach(model, config):
+            if first == "cache":
+                offload(model, size, Stream() if streams else None)
+            assert torch.equal(denoise(model, 3), expected)
+            assert left_here(model) == []
+
+
+def test_a_group_that_is_skipped_whole_is_never_fetched(moves):
+    model = six_blocks()
+    offload(model, 2)
+    groups = [block._diffusers_hook.get_hook("group_offloading").group for block in model.blocks]
+    with dit_accel.attach(model, ProfilingCache(blocks="2-3", **ONCE)):
+        forward(model, 0)
+        moves.clear()
+        forward(model, 1)
+    ours = [(what, groups.index(group) // 2) for what, group in moves if group in groups]
+    assert ours == [("here", 0), ("away", 0), ("here", 2), ("away", 2)]

@@ -1,9 +1,12 @@
 """How a step is forecast and corrected: the weights against polynomials and papers, corrections by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from cache_calls import Driven, line, run_through, still
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wan_tiny import tiny_transformer
@@ -11,7 +14,11 @@ from wan_tiny import tiny_transformer
 import dit_accel
 from dit_accel import ConfigError, FirstBlockCache, StaticCache
 from dit_accel.methods.caches.correction import DAMPING, SHARE
+from dit_accel.methods.caches.engine import StepCacheHandler
 from dit_accel.rules.forecast import chebyshev, growth, heun, log_snr, taylor
+
+ONE = torch.ones(1, 2, 3)
+COEFFICIENTS = st.lists(st.integers(-3, 3), min_size=4, max_size=4)
 
 
 @st.composite
@@ -29,15 +36,12 @@ def polynomial(coefficients, times):
 
 
 @settings(deadline=None)
-@given(moments(), st.integers(0, 3), st.lists(st.integers(-3, 3), min_size=4, max_size=4))
+@given(moments(), st.integers(0, 3), COEFFICIENTS)
 def test_taylor_is_exact_on_polynomials_of_its_order(times, order, coefficients):
     *known, at = times
     degree = min(order, len(known) - 1)
-    weights = taylor(known, at, order)
-    values = polynomial(coefficients[: degree + 1], known)
-    np.testing.assert_allclose(
-        np.dot(weights, values), polynomial(coefficients[: degree + 1], at), rtol=1e-6, atol=1e-5
-    )
+    weights, used = taylor(known, at, order), coefficients[: degree + 1]
+    assert np.dot(weights, polynomial(used, known)) == pytest.approx(polynomial(used, at), rel=1e-6, abs=1e-5)
     assert sum(weights) == pytest.approx(1.0, abs=1e-6)
     assert not any(weights[: -(order + 1)])  # older values are not read
 
@@ -47,9 +51,8 @@ def test_taylor_is_exact_on_polynomials_of_its_order(times, order, coefficients)
 def test_growth_is_what_taylor_is_off_by_on_the_next_power(times, order):
     *known, at = times
     used = known[-(order + 1) :]
-    off = polynomial([0] * len(used) + [1], [at])[0] - np.dot(
-        taylor(used, at, order), polynomial([0] * len(used) + [1], used)
-    )
+    power = [0] * len(used) + [1]
+    off = polynomial(power, at) - np.dot(taylor(used, at, order), polynomial(power, used))
     assert growth(used, at) == pytest.approx(abs(off), rel=1e-6, abs=1e-9)
 
 
@@ -60,12 +63,7 @@ def test_the_log_snr_is_bounded_at_both_ends():
     assert [log_snr(level, flow=True) for level in (1.0, 1 - 1e-9, 1e-9, 0.0)] == [-7, -7, 7, 7]
 
 
-def test_a_damped_forecast_follows_a_share_of_the_change():
-    assert taylor([0, 5], 7, 1, damping=0.25) == pytest.approx([-0.3, 1.3])
-    assert taylor([0, 5], 7, 1, damping=1.0) == [0.0, 1.0]
-
-
-def test_taylor_at_equal_distances_is_taylorseers():
+def test_taylor_at_equal_distances_is_taylorseers_and_damped_it_follows_a_share_of_the_change():
     assert taylor([0, 5], 7, 1) == pytest.approx([-0.4, 1.4])  # y + (y - y_old) / 5 * 2
     first, second = 2 / 5, 4 / 25 / 2  # x / d, (x / d)^2 / 2: backward differences, of which Newton's has x (x + d)
     published = [second, -first - 2 * second, 1 + first + second]
@@ -73,6 +71,8 @@ def test_taylor_at_equal_distances_is_taylorseers():
     assert taylor([0, 5, 10], 12, 2) == pytest.approx(newton)
     assert taylor([0, 5, 10], 12, 2) != pytest.approx(published)
     assert taylor([3.0], 4.0, 2) == [1.0]  # with one value it holds it
+    assert taylor([0, 5], 7, 1, damping=0.25) == pytest.approx([-0.3, 1.3])
+    assert taylor([0, 5], 7, 1, damping=1.0) == [0.0, 1.0]
 
 
 @settings(deadline=None)
@@ -98,17 +98,13 @@ def test_heun_halves_the_slopes_and_is_drawn_back():
 
 
 @settings(deadline=None)
-@given(moments(least=4, most=8), st.integers(1, 3), st.lists(st.integers(-3, 3), min_size=4, max_size=4))
+@given(moments(least=4, most=8), st.integers(1, 3), COEFFICIENTS)
 def test_chebyshev_is_exact_on_polynomials_without_a_ridge(times, order, coefficients):
     *known, at = times
-    span = (times[0], times[-1])
-    degree = min(order, len(known) - 1)
-    weights = chebyshev(known, at, order, span, ridge=0.0)
-    values = polynomial(coefficients[: degree + 1], known)
+    used = coefficients[: min(order, len(known) - 1) + 1]
+    weights, values = chebyshev(known, at, order, (times[0], at), ridge=0.0), polynomial(used, known)
     scale = max(1.0, np.abs(values).max())
-    np.testing.assert_allclose(
-        np.dot(weights, values) / scale, polynomial(coefficients[: degree + 1], at) / scale, atol=1e-6
-    )
+    np.testing.assert_allclose(np.dot(weights, values) / scale, polynomial(used, at) / scale, rtol=1e-7, atol=1e-6)
 
 
 @settings(deadline=None)
@@ -116,11 +112,76 @@ def test_chebyshev_is_exact_on_polynomials_without_a_ridge(times, order, coeffic
 def test_chebyshev_holds_constants_whatever_the_ridge(times, order, ridge):
     *known, at = times
     assert sum(chebyshev(known, at, order, (times[0], at), ridge=ridge)) == pytest.approx(1.0, abs=1e-6)
-
-
-def test_a_large_ridge_makes_it_the_mean():
-    assert chebyshev([0, 1, 2, 3], 5, 2, (0, 9), ridge=1e9) == pytest.approx([0.25] * 4, abs=1e-6)
+    assert chebyshev([0, 1, 2, 3], 5, 2, (0, 9), ridge=1e9) == pytest.approx([0.25] * 4, abs=1e-6)  # the mean
     assert chebyshev([4.0], 4.0, 2, (4, 4)) == [1.0]
+
+
+# What a skipped step gives.
+
+
+def listed(*steps, **options):
+    return StaticCache(steps=steps, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "forecasts"),
+    [
+        (dict(), [0, 1, 1, 1, 1]),
+        (dict(predictor="taylor"), [0, 1, 2, 3, 4]),
+        (dict(predictor="heun"), [0, 1, 2, 3, 4]),
+        (dict(predictor="chebyshev"), [0, 1, 2, 3, 4]),
+        (dict(predictor="taylor", reach=1), [0, 1, 2, 1, 1]),
+        (dict(predictor="heun", reach=0.55), [0, 1, 2, 3, 1]),  # two of five steps
+    ],
+)
+def test_what_is_stored_goes_on_in_time(options, forecasts):
+    """A forecast that is written into is not what later ones are made of."""
+    rough = dict(abs=0.1) if options.get("predictor") == "chebyshev" else {}  # its ridge
+    for stored in ("residual", "output"):
+        driven, means = Driven(listed(1, 1, 0, 0, 0, stored=stored, **options), line), []
+        for step in range(5):
+            out = driven.forward(step, still(step), steps=5)[0]
+            means.append(float(out.mean()))
+            out.fill_(float("nan"))
+        assert means == pytest.approx(forecasts, **rough)
+    held = Driven(listed(1, 1, 0, 0, 1, 0, predictor="heun", reach=1), line)  # a held step is no point of the next
+    assert [float(out["cond"].mean()) for out in run_through(held, still, steps=6)] == [0, 1, 2, 1, 4, 5]
+
+
+def test_the_residual_is_added_to_the_part_of_the_latents_that_it_covers():
+    for stored, expected in (("residual", 10.0), ("output", 0.0)):
+        driven = Driven(listed(1, 0, stored=stored), line)
+        out = run_through(driven, lambda step: torch.full((1, 2, 3), 10.0 * step), steps=2)[1]["cond"]
+        assert torch.equal(out, torch.full((1, 2, 3), expected))
+    wide = torch.arange(30.0).reshape(1, 5, 6)
+    for shape, added in (((1, 2, 6), 1.0), ((1, 2, 7), 0.0), ((1, 2, 1, 6), 0.0)):  # others are not covered: held
+        driven = Driven(listed(1, 0), lambda step, branch, shape=shape: (torch.ones(shape),))
+        driven.forward(0, wide, steps=2)
+        assert torch.equal(driven.forward(1, wide + 1, steps=2)[0], torch.full(shape, 1.0 + added))
+
+
+FORMS = {
+    "object": Transformer2DModelOutput(sample=ONE), "tuple": (ONE, torch.full((1, 4), 2.0)), "list": ([ONE, ONE + 1],),
+    "none": (ONE, None), "bfloat16": (ONE.bfloat16(),), "float64": (ONE.double(),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("output", FORMS.values(), ids=FORMS)
+def test_outputs_of_every_form(output):
+    driven = Driven(listed(1, 1, 0, predictor="taylor"), lambda step, branch: output)
+    dtype = torch.utils._pytree.tree_leaves(output)[0].dtype
+    first, _, last = (driven.forward(step, still(step).to(dtype), steps=3) for step in range(3))
+    assert first is output
+    assert type(last) is type(output)
+    for found, expected in zip(*map(torch.utils._pytree.tree_leaves, (last, output)), strict=True):
+        assert found is expected if expected is None else torch.equal(found, expected)
+        assert expected is None or found.dtype == expected.dtype
+
+
+def test_a_run_whose_length_is_not_known_ends_with_the_step_that_runs():
+    """Where Chebyshev's polynomials are laid over the steps from the first to the last."""
+    assert StepCacheHandler._end(SimpleNamespace(num_inference_steps=None, step_index=4)) == 4
+    assert StepCacheHandler._end(SimpleNamespace(num_inference_steps=10, step_index=4)) == 9
 
 
 # Corrections: what skipped steps were off by is measured by the next computed one, and partly taken off in it.
@@ -147,15 +208,12 @@ def test_a_computed_step_takes_off_a_share_of_what_the_skipped_ones_moved_too_mu
     assert outputs(1, 1, 0, 0, 1, 1, 1) == pytest.approx([0, 1, *followed[2:4], 16 + SHARE * owed / 0.2, 25, 36])
 
 
-def test_the_last_step_goes_down_to_no_noise():
+def test_the_last_step_goes_down_to_no_noise_and_what_is_stored_is_the_models_own_output():
     missed = 36 - (9 + (1 - DAMPING) * 3 * (9 - 4))
     owed = sum(missed * (at - 3) * (at - 2) / 12 * width for at, width in ((4, 0.2), (5, 0.2)))
     assert outputs(1, 1, 1, 1, 0, 0, 1)[-1] == pytest.approx(36 + SHARE * owed / 0.1)  # not over the .2 before
-
-
-def test_what_is_stored_is_the_models_own_output():
-    given = outputs(1, 1, 0, 0, 1, 0, 0)
-    assert given[5] == pytest.approx(16 + (1 - DAMPING) * (16 - 1) / 3)  # not the line through the corrected step 4
+    held = 16 + (1 - DAMPING) * (16 - 1) / 3  # not the line through the corrected step 4
+    assert outputs(1, 1, 0, 0, 1, 0, 0)[5] == pytest.approx(held)
 
 
 def test_each_branch_is_corrected_by_itself_and_a_reset_forgets():
@@ -166,28 +224,8 @@ def test_each_branch_is_corrected_by_itself_and_a_reset_forgets():
     assert outputs(*steps, driven=driven, branch="uncond") == pytest.approx([3.0] * 7)  # what was right stays
     driven.handler.reset(), driven.handler.begin_run()
     assert outputs(*steps, driven=driven) == first
-
-
-def test_two_calls_in_one_step_are_no_way():
-    """Schedulers of two stages call twice at a noise level: a step of no width is not divided by."""
-    assert all(map(torch.isfinite, map(torch.tensor, outputs(1, 1, 0, 1, sigmas=(0.9,) * 4))))
-
-
-def test_it_comes_nearer_on_a_smooth_path():
-    """Euler steps along a known velocity, from 1 down to 0: corrected, the skipped run ends nearer to the whole one."""
-    steps = 24
-    levels = [1 - step / steps for step in range(steps)]
-    computed = tuple(int(step < 4 or step % 4 == 0 or step == steps - 1) for step in range(steps))
-
-    def velocity(step, branch="cond"):
-        return (torch.full((1, 2, 3), float(torch.tensor(3 * levels[step]).sin())),)
-
-    whole = sum(float(velocity(step)[0].mean()) for step in range(steps)) / steps
-    ends = [
-        sum(outputs(*computed, driven=Driven(StaticCache(predictor=how, steps=computed), velocity), sigmas=levels))
-        for how in ("corrected", "taylor")
-    ]
-    assert abs(ends[0] / steps - whole) < 0.75 * abs(ends[1] / steps - whole)
+    # schedulers of two stages call twice at a noise level: a step of no width is not divided by
+    assert np.isfinite(outputs(1, 1, 0, 1, sigmas=(0.9,) * 4)).all()
 
 
 def test_it_needs_the_noise_level_and_whole_forwards():

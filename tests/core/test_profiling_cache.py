@@ -1,10 +1,11 @@
-"""ProfilingCache on a tiny model: its rule and schedules, published lists, profiles, and what is held elsewhere."""
+"""ProfilingCache on a tiny model: its rule and schedules, published lists, profiles, and what is offloaded."""
 
 import json
 
 import pytest
 import torch
 from block_calls import LAYERS, WHOLE, Counted, forward, ran_by_step, run_inputs, six_blocks
+from diffusers.hooks import apply_group_offloading
 from hypothesis import given
 from hypothesis import strategies as st
 from wan_tiny import denoise, tiny_transformer
@@ -56,31 +57,9 @@ def test_the_rule_of_profilingcache(transformer, cached):
         torch.testing.assert_close(denoise(transformer, 6, branches=("cond",)), expected)
 
 
-def test_a_line_is_continued_by_taylor_and_not_by_holding(transformer):
-    """A block that adds n times a tensor at step n."""
-    steps, added = [], torch.randn(1, 80, 32, generator=torch.Generator().manual_seed(0))
-    transformer.blocks[2].register_forward_hook(
-        lambda block, args, out: steps.append(0) or args[0] + len(steps) * added
-    )
-    errors, model = {}, six_blocks()
-    model.blocks[2].register_forward_hook(lambda block, args, out: args[0] + 4 * added)
-    expected = forward(model)
-    for predictor in ("hold", "taylor"):
-        steps.clear()
-        with dit_accel.attach(transformer, ProfilingCache(blocks="2", every=100, warmup_steps=2, predictor=predictor)):
-            last = [forward(transformer, step) for step in range(4)][-1]
-        errors[predictor] = float((last - expected).abs().max())
-    assert errors["taylor"] < 1e-4 < errors["hold"]
-
-
 def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
-    results = []
-    for offload in ("none", "cpu"):
-        with dit_accel.attach(transformer, ProfilingCache(blocks="0, 2-4", offload=offload, **ONCE)):
-            results.append(denoise(transformer, 4))
-    assert torch.equal(*results)
-    meta = transformer.to("meta")
-    with dit_accel.attach(meta, ProfilingCache(blocks="0, 2-4", offload="cpu", **ONCE)) as attachment:
+    meta, config = transformer.to("meta"), ProfilingCache(blocks="0, 2-4", offload="cpu", **ONCE)
+    with dit_accel.attach(meta, config) as attachment:
         handler = attachment.engine.handlers[0]
         handler._start = 0
         history = handler._new_history(None)
@@ -90,29 +69,18 @@ def test_what_is_offloaded_waits_on_the_cpu_and_comes_back(transformer):
 
 
 @pytest.mark.gpu
-def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped(transformer):
+def test_groups_that_streams_fetch_ahead_while_blocks_are_skipped():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device: diffusers' group offloading has streams nowhere else")
-    from diffusers.hooks import apply_group_offloading
-
     config, device = ProfilingCache(blocks="0, 2-3, 5", offload="cpu", **ONCE), torch.device("cuda")
-    text, ones = torch.ones(1, 6, 64, device=device), torch.ones(1, 12, 5, 8, 8, device=device)
-    results = []
+    inputs, outputs = {name: x.to(device) for name, x in run_inputs().items()}, []
     for streams in (None, False, True):
-        model = six_blocks()
-        if streams is None:
-            model.to(device)
-        else:
-            apply_group_offloading(
-                model, onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams
-            )
-        with torch.no_grad(), dit_accel.attach(model, config):
-            for step in range(4):
-                with model.cache_context("cond", step_index=step, num_inference_steps=4):
-                    out = model(ones * (1 + step), torch.tensor([500 - step], device=device), text).sample
-        results.append(out.cpu())
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+        model, group = six_blocks(), dict(offload_type="block_level", num_blocks_per_group=1, use_stream=streams)
+        model.to(device) if streams is None else apply_group_offloading(model, onload_device=device, **group)
+        with dit_accel.attach(model, config):
+            outputs.append([forward(model, step, **inputs).cpu() for step in range(4)])
+    assert all(map(torch.equal, outputs[0], outputs[1]))
+    assert all(map(torch.equal, outputs[0], outputs[2]))
 
 
 SCHEDULES = {
@@ -124,10 +92,10 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("drawn", SCHEDULES)
-def test_schedules_of_profilingcache(transformer, drawn):
-    ran = ran_by_step(transformer, ProfilingCache(blocks="1-4", **SCHEDULES[drawn]))
-    assert "".join("#" if blocks == WHOLE else "." for blocks in ran) == drawn.replace("+", "#")
+def test_schedules_of_profilingcache(transformer):
+    for drawn, options in SCHEDULES.items():
+        ran = ran_by_step(transformer, ProfilingCache(blocks="1-4", **options))
+        assert "".join("#" if blocks == WHOLE else "." for blocks in ran) == drawn.replace("+", "#")
 
 
 def test_two_lists_have_schedules_of_their_own(transformer):
@@ -148,20 +116,24 @@ def test_the_estimate_is_what_runs(transformer):
         assert saving.blocks == 10 * LAYERS - sum(map(len, ran_by_step(six_blocks(), config)))
 
 
-@pytest.mark.parametrize(("family", "share", "runs"), [("wan2.1-14b", 0.496, 5), ("hunyuan-video", 0.544, 9)])
-def test_published_lists(family, share, runs):
+@pytest.mark.parametrize(
+    ("family", "share", "runs", "full", "left"),
+    [("wan2.1-14b", 0.496, 5, 3 + 8, 12 / 40), ("hunyuan-video", 0.544, 9, 3 + 7.7, 22 / 60)],
+)
+def test_published_lists(family, share, runs, full, left):
+    """In half as many steps refreshes are as many, and the steps between them, which run a part, are fewer."""
     sizes = installed.family(family)
     adapter = next(one for one in installed.adapters().values() if sizes in one.families)
-    whole = estimate(adapter, sizes, methods=(ProfilingCache(),))
+
+    def planned(steps=None, **options):
+        return estimate(adapter, sizes, num_inference_steps=steps, methods=(ProfilingCache(**options),))
+
+    whole, half = planned(), planned(25, offload="cpu")
     assert whole.computed_blocks == pytest.approx(share, abs=1e-12)
-    stored = whole.carried_bytes["profilingcache"]
-    assert stored == runs * sizes.forwards_per_step * whole.layout.tokens * sizes.heads * sizes.head_dim * 2
-    assert estimate(adapter, sizes, methods=(ProfilingCache(every=1),)).computed_blocks == 1
-    half = estimate(adapter, sizes, num_inference_steps=25, methods=(ProfilingCache(offload="cpu"),))
-    full = 3 + (8 if family == "wan2.1-14b" else 7.7)  # refreshes are as many, the steps between them fewer
-    left = {"wan2.1-14b": 12 / 40, "hunyuan-video": 22 / 60}[family]
+    stored = runs * sizes.forwards_per_step * whole.layout.tokens * sizes.heads * sizes.head_dim * 2
+    assert (whole.carried_bytes, half.carried_bytes) == ({"profilingcache": stored}, {})
     assert half.computed_blocks == pytest.approx((full + (25 - full) * left) / 25, abs=0.01)
-    assert half.carried_bytes == {}
+    assert planned(every=1).computed_blocks == 1
 
 
 def write_profile(path, weights, **changes):
@@ -178,28 +150,23 @@ def test_a_profile_says_what_is_cached(transformer, tmp_path):
     write_profile(tmp_path / "profile.json", weights_digest(six_blocks(1)))
     with pytest.raises(ConfigError, match=r"profile\.json'.*'tiny'.*weights \w{12}, transformer"):
         dit_accel.attach(transformer, ProfilingCache(blocks=path))
-    assert dit_accel.attachment_of(transformer) is None
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_files_that_are_no_profile(transformer, tmp_path):
+    path, entry = tmp_path / "profile.json", '{"weights": "", "blocks": %d, "cached": [%s]}'
+    for content, message in (
         (None, r".*\(No such file.*tune profile -o"),
-        ("{", r"is not JSON"),
+        ("{", "is not JSON"),
         ("{}", r"is no .*\(version 1\)"),
-        ('{"profile": 1, "transformers": {"transformer": {"weights": "", "blocks": 2, "cached": [2]}}}', "is no"),
-        ('{"profile": 1, "transformers": {"other": {"weights": "", "blocks": 6, "cached": [2]}}}',
-         r".*on other, .*transformer"),
-        ('{"profile": 1, "transformers": {"transformer": {"weights": "", "blocks": 6, "cached": []}}}',
-         r"names 0 blocks.*transformer"),
-    ],
-)  # fmt: skip
-def test_files_that_are_no_profile(transformer, tmp_path, content, message):
-    path = tmp_path / "profile.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError, match=rf"^profilingcache\.blocks = '.*profile\.json' {message}"):
-        dit_accel.attach(transformer, ProfilingCache(blocks=str(path)))
+        ('{"profile": 1, "transformers": {"transformer": %s}}' % (entry % (2, "2")), "is no"),
+        ('{"profile": 1, "transformers": {"other": %s}}' % (entry % (6, "2")), r".*on other, .*transformer"),
+        ('{"profile": 1, "transformers": {"transformer": %s}}' % (entry % (6, "")), r"names 0 blocks.*transformer"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ConfigError, match=rf"^profilingcache\.blocks = '.*profile\.json' {message}"):
+            dit_accel.attach(transformer, ProfilingCache(blocks=str(path)))
+        assert dit_accel.attachment_of(transformer) is None
 
 
 def test_schedules_that_the_run_is_too_short_for_or_whose_length_is_not_known(transformer):

@@ -17,22 +17,19 @@ from dit_accel.testing.reference import attention, tile_states
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_what_is_written_out_is_the_reference(groups, masked):
+def test_what_is_written_out_is_the_reference(groups):
     """Exact, pooled and skipped tiles, a ragged tail, an order, grouped heads, masked keys."""
     q, k, v = qkv(2, 2, 1, 90, 90, 8, WIDE)
-    lists = random_lists(groups, 90, 90, 16, 16)
-    states = lists.states()
+    states = random_lists(groups, 90, 90, 16, 16).states()
     states[:, :, 1] = 2  # no row without a key
-    plan = AttentionPlan(
-        tiles=TileLists.from_states(states, block_q=16, block_k=16, num_q=90, num_k=90), token_order=torch.randperm(90)
-    )
-    valid = torch.rand(2, 90) > 0.2 if masked else None
-    found = attention(plan, tile_states(plan, 2, 90, None), q, k, v, valid, 0.3)
-    expected = block_sparse_attention(
-        q, k, v, plan.tiles, layout="bhsd", scale=0.3, key_mask=valid, token_order=plan.token_order, backend="reference"
-    )
-    require_same(found, expected, "written out and reference")
+    tiles, order = TileLists.from_states(states, block_q=16, block_k=16, num_q=90, num_k=90), torch.randperm(90)
+    plan = AttentionPlan(tiles=tiles, token_order=order)
+    for valid in (None, torch.rand(2, 90) > 0.2):
+        expected = block_sparse_attention(
+            q, k, v, tiles, layout="bhsd", scale=0.3, key_mask=valid, token_order=order, backend="reference"
+        )
+        out = attention(plan, tile_states(plan, 2, 90, None), q, k, v, valid, 0.3)
+        require_same(out, expected, "written out and reference")
 
 
 @pytest.mark.parametrize("rest", ["skip", "pooled"])
@@ -50,43 +47,31 @@ def test_bits_are_written_out_as_the_reference_keeps_them(rest):
 
 @pytest.fixture(scope="module")
 def calls():
+    """The calls of one forward, which are as planned."""
     torch.manual_seed(0)
     inputs = torch.randn(1, 12, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 64)
-    sparse = dict(dense_steps=0, dense_layers=0)
-    methods = RadialAttention(block_size=16, rest="pooled", **sparse), SolAttention(**sparse)
-    transformer = tiny_transformer()
-    with (
-        dit_accel.attach(transformer, *methods, preset="none") as attachment,
-        recorded(attachment) as calls,
-        torch.no_grad(),
-    ):
+    radial = RadialAttention(block_size=16, rest="pooled", dense_steps=0, dense_layers=0)
+    methods, transformer = (radial, SolAttention(dense_steps=0, dense_layers=0)), tiny_transformer()
+    attachment = dit_accel.attach(transformer, *methods, preset="none")
+    with attachment, recorded(attachment) as calls, torch.no_grad():
         transformer(*inputs)
+    assert len(calls) == 3
+    require_as_planned(calls)
     return calls
 
 
-def test_what_ran_is_as_planned(calls):
-    assert len(calls) == 3
-    require_as_planned(calls)
-
-
-def test_an_output_of_other_tiles_is_found(calls):
-    states = calls[0].states()
-    assert (states[0, 0] == 1).any()
-    dense = attention(AttentionPlan(), torch.full((1, 1, 1, 1), 2), calls[0].q, calls[0].k, calls[0].v, None, None)
+def test_what_is_not_as_planned_is_noticed(calls):
+    """An output of other tiles, a tile selected otherwise, text that is thinned out."""
+    first = calls[0]
+    assert (first.states()[0, 0] == 1).any()
+    dense = attention(AttentionPlan(), torch.full((1, 1, 1, 1), 2), first.q, first.k, first.v, None, None)
     with pytest.raises(AssertionError, match=r"planned call.*error"):
-        require_as_planned([dataclasses.replace(calls[0], out=dense), *calls[1:]])
-
-
-def test_a_tile_selected_otherwise_is_found(calls):
-    exact = calls[0].exact.clone()
+        require_as_planned([dataclasses.replace(first, out=dense), *calls[1:]])
+    exact = first.exact.clone()
     exact[0, 0, 0, 0] ^= 1 << 4
     with pytest.raises(AssertionError, match="1 of 50 tiles"):
-        require_as_planned([dataclasses.replace(calls[0], exact=exact)])
-
-
-def test_text_that_is_thinned_out_is_found(calls):
-    require_text_exact(calls[0])
-    layout = TokenLayout(frames=4, height=4, width=4, text_after=16)
-    other = dataclasses.replace(calls[0].context, layout=layout)
+        require_as_planned([dataclasses.replace(first, exact=exact)])
+    require_text_exact(first)
+    other = dataclasses.replace(first.context, layout=TokenLayout(frames=4, height=4, width=4, text_after=16))
     with pytest.raises(AssertionError, match=r"text tokens.*exact"):
-        require_text_exact(dataclasses.replace(calls[0], context=other))
+        require_text_exact(dataclasses.replace(first, context=other))

@@ -1,6 +1,7 @@
 """Rests that wait in the host's memory: what is copied ahead of which call, and in what order the streams work."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from wan_tiny import denoise, sharp_transformer
 import dit_accel
 from dit_accel import SparseD
 from dit_accel.plan import rests as module
-from dit_accel.plan.rests import Ahead, KeptRest, Rests, Stored, start_copy, stored
+from dit_accel.plan.rests import Ahead, KeptRest, Rests, Stored, on_host, start_copy, stored
 
 CPU = torch.device("cpu")
 OFFLOADED = SparseD(
@@ -21,80 +22,67 @@ def rows_of(value: float) -> Stored:
     return stored(torch.full((1, 1, 2, 4), value), None)
 
 
-def key_of(layer: int, branch: str = "cond"):
-    return "transformer", layer, branch, 0, 1
+def keys_of(layers: int, *branches: str):
+    return [("transformer", layer, branch, 0, 1) for branch in branches or ("cond",) for layer in range(layers)]
 
 
-@dataclass(eq=False)
-class Ready:
-    """A copy that is complete."""
-
-    of: Stored
-    serving: bool = True
-
-    def serves(self, rows, device):
-        return self.serving and rows is self.of
-
-
-@dataclass(eq=False)
 class Stream:
-    """A stream that notes what it is told."""
+    """A stream that notes what it does."""
 
-    name: str
-    told: list[str] = field(default_factory=list)
+    def __init__(self, name, log):
+        self.name, self.log = name, log
 
     def wait_stream(self, other):
-        self.told.append(f"{self.name} waits for {other.name}")
+        self.log.append(f"{self.name} waits for {other.name}")
 
     def wait_event(self, event):
-        self.told.append(f"{self.name} waits for {event}")
+        self.log.append(f"{self.name} waits for {event}")
 
     def record_event(self):
-        self.told.append(f"{self.name} records")
+        self.log.append(f"{self.name} records")
         return "the copy"
 
     def __enter__(self):
-        self.told.append(f"{self.name} begins")
+        self.log.append(f"{self.name} begins")
 
     def __exit__(self, *_):
-        self.told.append(f"{self.name} ends")
+        self.log.append(f"{self.name} ends")
 
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Streams that the CPU is given, and what they were told."""
-    told = []
-    main, side = Stream("main", told), Stream("side", told)
+    """Give the CPU streams; return what they do."""
+    log = []
+    main, side = Stream("main", log), Stream("side", log)
     monkeypatch.setattr(module, "WITH_STREAMS", ("cpu",))
     monkeypatch.setattr(module, "side_stream", lambda device: side)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: main)
-    return main, side
+    return log
 
 
 class Calls:
     """Calls of keys in turn, of which each reads what is kept for it; copies are at once complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys, serving=True) -> None:
         self.started: list[Stored] = []
-        self.kept: dict = {}
-        self.serving = True
-        self.ahead = Ahead(self.start)
+        self.kept = {key: rows_of(number) for number, key in enumerate(keys)}
+        self.serving, self.ahead = serving, Ahead(self.start)
 
     def start(self, rows, device):
         self.started.append(rows)
-        return Ready(rows, self.serving)
+        return SimpleNamespace(of=rows, serves=lambda wanted, device: self.serving and wanted is rows)
 
     def read(self, key):
         """Return whether a call read a copy, and what was started to be copied for the next."""
         before = len(self.started)
-        found = self.ahead.reading(key, self.kept.get(key), CPU, self.kept.get)
-        assert found is self.kept.get(key) or found.of is self.kept[key]
-        return isinstance(found, Ready), self.started[before:]
+        rows = self.ahead.reading(key, self.kept.get(key), CPU, self.kept.get)
+        assert rows is self.kept.get(key) or rows.of is self.kept[key]
+        return isinstance(rows, SimpleNamespace), self.started[before:]
 
 
 def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs():
-    calls, keys = Calls(), [key_of(layer, branch) for branch in ("cond", "uncond") for layer in range(3)]
-    calls.kept = {key: rows_of(number) for number, key in enumerate(keys)}
+    keys = keys_of(3, "cond", "uncond")
+    calls = Calls(keys)
     for key in keys:
         assert calls.read(key) == (False, [])
     for step in range(2):
@@ -104,8 +92,8 @@ def test_what_followed_a_call_in_the_step_before_is_copied_while_it_runs():
 
 
 def test_another_order_is_learned_and_never_reads_a_copy_of_something_else():
-    calls, (a, b, c) = Calls(), [key_of(layer) for layer in range(3)]
-    calls.kept = {key: rows_of(number) for number, key in enumerate((a, b, c))}
+    a, b, c = keys_of(3)
+    calls = Calls((a, b, c))
     for key in (a, b, c, a):
         calls.read(key)
     assert calls.read(c) == (False, [calls.kept[a]])  # b was copied
@@ -113,31 +101,31 @@ def test_another_order_is_learned_and_never_reads_a_copy_of_something_else():
 
 
 def test_what_changed_or_was_dropped_or_serves_another_stream_or_was_reset_is_not_read_from_its_copy():
+    a, b = keys_of(2)
+
     def begun(serving=True):
-        calls, (a, b) = Calls(), [key_of(layer) for layer in range(2)]
-        calls.kept, calls.serving = {a: rows_of(0), b: rows_of(1)}, serving
+        calls = Calls((a, b), serving)
         for key in (a, b, a):
             calls.read(key)
-        return calls, a, b
+        return calls
 
-    calls, a, b = begun()
+    calls = begun()
     calls.kept[b] = rows_of(2)
     assert calls.read(b) == (False, [calls.kept[a]])
     calls.read(a)
     del calls.kept[b]
     assert calls.read(b) == (False, [calls.kept[a]])
     assert calls.read(a) == (True, [])
-    calls, a, b = begun()
+    calls = begun()
     calls.ahead.reset()
     assert [calls.read(key) for key in (b, a)] == [(False, []), (False, [])]
-    calls, a, b = begun(serving=False)
-    assert not calls.read(b)[0]
+    assert not begun(serving=False).read(b)[0]
 
 
 def test_rests_of_calls_that_are_going_to_be_dense_are_not_copied():
     rests, started = Rests(3, cached=True, offload=True), []
     rests._ahead = Ahead(lambda rows, device: started.append(rows))
-    keys = [key_of(layer) for layer in range(2)]
+    keys = keys_of(2)
     for key in keys:
         rests.keep(key, KeptRest(exact=torch.zeros(1, 1, 1, 1, dtype=torch.int32), rest=rows_of(0)))
     copied = {layer: [] for layer in range(2)}
@@ -153,40 +141,41 @@ def test_rests_of_calls_that_are_going_to_be_dense_are_not_copied():
 
 
 def test_a_copy_waits_for_what_came_before_and_is_waited_for(monkeypatch, streams):
-    main, _ = streams
     for dtype in (None, "int8", "int4"):
         rows = stored(torch.randn(1, 2, 3, 4), dtype)
-        main.told.clear()
+        streams.clear()
         copy = start_copy(rows, CPU)
-        assert main.told == ["side waits for main", "side begins", "side ends", "side records"]
+        assert streams == ["side waits for main", "side begins", "side ends", "side records"]
         assert all(to is not of for to, of in zip(copy.there.tensors, rows.tensors, strict=True))
         assert copy.serves(rows, CPU)
         assert not copy.serves(replace(rows), CPU)
-        main.told.clear()
+        streams.clear()
         assert torch.equal(copy.read(CPU), rows.read(CPU))
-        assert main.told == ["main waits for the copy"]
+        assert streams == ["main waits for the copy"]
         del copy
     copy = start_copy(rows, CPU)
-    main.told.clear()
+    streams.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_stream", lambda device: Stream("other"))
+        patch.setattr(torch.accelerator, "current_stream", lambda device: Stream("other", []))
         assert not copy.serves(rows, CPU)
     del copy  # unread: its memory is given away after it is complete
-    assert main.told == ["main waits for the copy"]
+    assert streams == ["main waits for the copy"]
     monkeypatch.setattr(module, "WITH_STREAMS", ())
     assert start_copy(rows, CPU) is None
 
 
-def test_runs_with_copies_ahead_give_the_same(streams):
-    main, _ = streams
-    transformer, found = sharp_transformer(), []
+def test_runs_with_copies_ahead_give_the_same_and_count_as_the_hosts(streams):
+    transformer, runs, held = sharp_transformer(), [], []
     for offload in (None, "cpu"):
-        with dit_accel.attach(transformer, replace(OFFLOADED, rest_offload=offload, rest_dtype="int4"), preset="none"):
-            found += [denoise(transformer, 8), denoise(transformer, 8, seed=1)]
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[3])
-    copies = main.told.count("side records")
-    frozen = sum(not Rests(3, cached=True).is_dense(call, layer) for call in range(8) for layer in range(3))
+        config = replace(OFFLOADED, rest_offload=offload, rest_dtype="int4")
+        with dit_accel.attach(transformer, config, preset="none") as attachment:
+            runs.append([denoise(transformer, 6), denoise(transformer, 6, seed=1)])
+            held.append(attachment.report().state_bytes["sparsed"])
+    assert all(map(torch.equal, *runs))
+    assert held[0] - held[1] == 3 * 2 * 2 * 80 * (8 + 4)  # layers, branches, heads, tokens; nibbles and scale
+    assert on_host(torch.arange(3)).device == CPU
+    copies = streams.count("side records")
+    frozen = sum(not Rests(3, cached=True).is_dense(call, layer) for call in range(6) for layer in range(3))
     assert 2 * 2 * (frozen - 3) <= copies <= 2 * 2 * frozen + 2
 
 

@@ -1,4 +1,4 @@
-"""The engine of step caches, on made-up forwards: which are computed, whose state is read, what a forecast gives."""
+"""The engine of step caches, on made-up forwards: which are computed, and whose state is read."""
 
 import socket
 from dataclasses import dataclass
@@ -9,16 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cache_calls import ADAPTER, Driven, line, run_through, still
+from cache_calls import Driven, line, run_through, still
 from cache_ranks import work
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dit_accel import ConfigError, EasyCache, StaticCache
 from dit_accel.adapters.guidance import Guidance
 from dit_accel.attachment.layers import RememberedTensors
-from dit_accel.methods.base import Model
-from dit_accel.methods.caches.cache_config import MeasuredCacheConfig, is_unconditional
-from dit_accel.methods.caches.engine import StepCacheHandler, StepDecision
+from dit_accel.methods.caches.cache_config import is_unconditional
+from dit_accel.methods.caches.engine import StepDecision
 from dit_accel.methods.caches.history import own_copies
 from dit_accel.methods.caches.log import CachedForward, section_of
 from dit_accel.methods.caches.ranks import agreed
@@ -32,16 +30,16 @@ def places(drawn: str) -> tuple[int, ...]:
     return tuple(place for place, sign in enumerate(drawn) if sign == ".")
 
 
+def rising(step: int) -> torch.Tensor:
+    """Latents that grow by 1 a step."""
+    return torch.full((1, 2, 3), float(step))
+
+
 def cache(**options):
     return StaticCache(**{"every": 100, **EVERY, **options})
 
 
-def listed(*steps, **options):
-    return StaticCache(steps=steps, **options)
-
-
-def means(outputs, branch="cond"):
-    return [float(out[branch].mean()) for out in outputs]
+THIRDS = StaticCache(compute_at=(0.0, 1 / 3, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +61,7 @@ def test_guards(options, drawn, measured):
     assert driven.drawn() == drawn
     assert driven.handler.settings.skipped_steps(10) == places(drawn)
     forever = Driven(EasyCache(threshold=1e9, **{**EVERY, **options}), line)
-    run_through(forever, lambda step: torch.full((1, 2, 3), float(step)))
+    run_through(forever, rising)
     assert forever.drawn() == measured  # a rate takes two computed steps
 
 
@@ -73,95 +71,19 @@ def test_guards(options, drawn, measured):
         (StaticCache(), "##.#.#.#.##"),
         (StaticCache(every=5, **EVERY), "#....#....#"),
         (StaticCache(every=5, warmup_steps=3, last_steps=0), "###....#..."),
-        (listed(1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1), "#..#......#"),
+        (StaticCache(steps=(1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1)), "#..#......#"),
         (StaticCache(compute_at=(0.0, 0.3, 1.0)), "#..#......#"),
         (StaticCache(compute_at=(0.4,), every=5), "##..#.#...#"),  # with the usual first and last steps
         (cache(compute_at=(1 / 3, 1.0)), "#..#......#"),
+        (THIRDS, "#........#.................#"),
+        (THIRDS, "#"),
     ],
 )
 def test_lists_decide_which_steps_are_computed(config, drawn):
-    driven = Driven(config, line)
-    run_through(driven, still, steps=11)
-    assert driven.drawn(steps=11) == drawn
-    assert driven.handler.settings.skipped_steps(11) == places(drawn)
-
-
-def test_points_of_the_run_hold_for_runs_of_any_length():
-    for steps, drawn in ((28, "#........#.................#"), (1, "#")):
-        driven = Driven(StaticCache(compute_at=(0.0, 1 / 3, 1.0)), line)
-        run_through(driven, still, steps=steps)
-        assert driven.drawn(steps=steps) == drawn
-
-
-# Forecasts.
-
-
-@pytest.mark.parametrize(
-    ("options", "forecasts"),
-    [
-        (dict(), [0, 1, 1, 1, 1]),
-        (dict(predictor="taylor"), [0, 1, 2, 3, 4]),
-        (dict(predictor="heun"), [0, 1, 2, 3, 4]),
-        (dict(predictor="chebyshev"), [0, 1, 2, 3, 4]),
-        (dict(predictor="taylor", reach=1), [0, 1, 2, 1, 1]),
-        (dict(predictor="heun", reach=0.55), [0, 1, 2, 3, 1]),  # two of five steps
-    ],
-)
-def test_what_is_stored_goes_on_in_time(options, forecasts):
-    """A forecast that is written into is not what later ones are made of."""
-    rough = dict(abs=0.1) if options.get("predictor") == "chebyshev" else {}  # its ridge
-    for stored in ("residual", "output"):
-        driven, found = Driven(listed(1, 1, 0, 0, 0, stored=stored, **options), line), []
-        for step in range(5):
-            out = driven.forward(step, still(step), steps=5)[0]
-            found.append(float(out.mean()))
-            out.fill_(float("nan"))
-        assert found == pytest.approx(forecasts, **rough)
-
-
-def test_what_was_held_out_of_reach_is_no_point_of_the_next_forecast():
-    driven = Driven(listed(1, 1, 0, 0, 1, 0, predictor="heun", reach=1), line)
-    assert means(run_through(driven, still, steps=6)) == [0, 1, 2, 1, 4, 5]
-
-
-def test_the_residual_is_added_to_the_part_of_the_latents_that_it_covers():
-    for stored, expected in (("residual", 10.0), ("output", 0.0)):
-        driven = Driven(listed(1, 0, stored=stored), line)
-        assert means(run_through(driven, lambda step: torch.full((1, 2, 3), 10.0 * step), steps=2))[1] == expected
-    wide = torch.arange(30.0).reshape(1, 5, 6)
-    for shape, added in (((1, 2, 6), 1.0), ((1, 2, 7), 0.0), ((1, 2, 1, 6), 0.0)):  # others are not covered: held
-        driven = Driven(listed(1, 0), lambda step, branch, shape=shape: (torch.ones(shape),))
-        driven.forward(0, wide, steps=2)
-        assert torch.equal(driven.forward(1, wide + 1, steps=2)[0], torch.full(shape, 1.0 + added))
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        Transformer2DModelOutput(sample=ONE),
-        (ONE, torch.full((1, 4), 2.0)),
-        ([ONE, ONE + 1],),
-        (ONE, None),
-        (ONE.bfloat16(),),
-        (ONE.double(),),
-    ],
-    ids=["object", "tuple", "list", "none", "bfloat16", "float64"],
-)
-def test_outputs_of_every_form(output):
-    driven = Driven(listed(1, 1, 0, predictor="taylor"), lambda step, branch: output)
-    dtype = torch.utils._pytree.tree_leaves(output)[0].dtype
-    first, _, last = (driven.forward(step, still(step).to(dtype), steps=3) for step in range(3))
-    assert first is output
-    assert type(last) is type(output)
-    for found, expected in zip(*map(torch.utils._pytree.tree_leaves, (last, output)), strict=True):
-        assert found is expected if expected is None else torch.equal(found, expected)
-        assert expected is None or found.dtype == expected.dtype
-
-
-def test_a_run_whose_length_is_not_known_ends_with_the_step_that_runs():
-    """Where Chebyshev's polynomials are laid over the steps from the first to the last."""
-    assert StepCacheHandler._end(SimpleNamespace(num_inference_steps=None, step_index=4)) == 4
-    assert StepCacheHandler._end(SimpleNamespace(num_inference_steps=10, step_index=4)) == 9
+    driven, steps = Driven(config, line), len(drawn)
+    run_through(driven, still, steps=steps)
+    assert driven.drawn(steps=steps) == drawn
+    assert driven.handler.settings.skipped_steps(steps) == places(drawn)
 
 
 # Branches.
@@ -173,7 +95,7 @@ def test_the_first_branch_of_a_step_decides_for_all():
         return (torch.full((1, 2, 3), 1 + 0.001 * grows * step),)
 
     driven = Driven(EasyCache(threshold=0.05, warmup_steps=2, last_steps=1), output)
-    run_through(driven, lambda step: torch.full((1, 2, 3), float(step)), branches=("cond", "uncond"))
+    run_through(driven, rising, branches=("cond", "uncond"))
     assert driven.drawn() == driven.drawn("uncond") == "##.......#"
     values = [entry["value"] for entry in driven.handler.report().data["forwards"] if entry["branch"] == "uncond"]
     assert values == [None] * 10
@@ -191,24 +113,19 @@ def test_only_the_unconditional_branch_is_skipped():
 
 
 def test_a_branch_that_comes_or_goes_midway():
-    driven, late = Driven(cache(warmup_steps=2), line), Driven(cache(), line)
-    for step in range(5):
+    """Where the first branch of the steps ends, the other one's outputs are not compared with that one's."""
+    going, late = Driven(cache(warmup_steps=2), line), Driven(cache(), line)
+    measured, counted = Driven(EasyCache(threshold=1e9, **EVERY), line), Driven(cache(max_consecutive=4), line)
+    for step in range(9):
         for branch in ("cond",) if step in (2, 3) else ("cond", "uncond"):
-            driven.forward(step, still(step), branch)
+            going.forward(step, still(step), branch)
         for branch in ("cond",) if step < 2 else ("cond", "uncond"):
             late.forward(step, still(step), branch)
-    assert driven.drawn(steps=5) == driven.drawn("uncond", 5) == "##..."
-    assert (late.drawn(steps=5), late.drawn("uncond", 5)) == ("#....", "..#..")  # nothing was stored before
-
-
-def test_a_branch_that_comes_to_lead_is_measured_by_itself():
-    """Where the first branch of the steps ends, the other one's outputs are not compared with that one's."""
-    measured = Driven(EasyCache(threshold=1e9, **EVERY), line)
-    counted = Driven(cache(max_consecutive=4), line)
-    for step in range(9):
         for branch in ("uncond", "cond") if step < 4 else ("cond",):
-            measured.forward(step, torch.full((1, 2, 3), float(step)), branch)
+            measured.forward(step, rising(step), branch)
             counted.forward(step, still(step), branch)
+    assert going.drawn(steps=9) == going.drawn("uncond", 9) == "##......."
+    assert (late.drawn(steps=9), late.drawn("uncond", 9)) == ("#........", "..#......")  # nothing was stored before
     assert measured.drawn(steps=9) == "##..##..."  # a rate takes two computed steps of one branch
     assert counted.drawn(steps=9) == "#....#..."  # it goes on counting what was skipped in a row
 
@@ -221,7 +138,7 @@ def test_another_expert_drops_what_was_stored():
     for step in range(6):
         driven.forward(step, still(step), transformer="transformer" if step < 3 else "transformer_2")
     assert driven.drawn(steps=6) == "#..#.."
-    assert len(driven.handler._histories) == 1
+    assert driven.handler.state_bytes() == 24
 
 
 def test_transformers_that_hold_a_branch_each_are_cached_beside_each_other():
@@ -254,7 +171,7 @@ def test_what_the_first_steps_are_the_first_of(options, drawn):
         driven.ran.clear(), driven.handler.reset(), driven.handler.begin_run()
         for step in range(steps):
             name = "transformer" if step < drawn.index("|") else "transformer_2"
-            driven.forward(step, torch.full((1, 2, 3), float(step)), steps=steps, transformer=name)
+            driven.forward(step, rising(step), steps=steps, transformer=name)
         measured = drawn.replace("|#.", "|##")  # a rate takes two computed steps
         assert driven.drawn(steps=steps) == measured.replace("|", ""), run
     assert cache(**options).skipped_steps(steps, switch=drawn.index("|")) == places(drawn.replace("|", ""))
@@ -285,26 +202,6 @@ def test_another_shape_or_type_is_computed_afresh():
     for step, latents in enumerate((still(0), still(0), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4).double())):
         driven.forward(step, latents)
     assert driven.drawn(steps=4) == "#.##"
-    walk = [torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(step)) for step in range(12)]
-
-    def measured(rows: list[int]) -> list[Any]:
-        start = 12 - len(rows)
-        driven = Driven(
-            EasyCache(threshold=0.5, **EVERY), lambda step, _: (torch.sin(walk[start + step][: rows[step]]),)
-        )
-        run_through(driven, lambda step: walk[start + step][: rows[step]], len(rows))
-        return [(entry["reused"], entry["value"]) for entry in driven.handler.report().data["forwards"]]
-
-    assert measured([4] * 6 + [2] * 6)[6:] == measured([2] * 6)  # as in a run of its own
-
-
-def test_nothing_is_reused_between_runs():
-    driven = Driven(cache(), line)
-    driven.forward(0, still(0))
-    driven.handler.reset(), driven.handler.begin_run()
-    driven.forward(1, still(1))
-    assert driven.ran == [(0, "cond"), (1, "cond")]
-    assert driven.handler.report().data["computed"] == 1
 
 
 def test_gradients_and_training_are_computed():
@@ -344,10 +241,9 @@ def test_memory_is_counted_and_freed():
 def test_a_run_of_unknown_or_other_length():
     for steps, why in ((4, "3 entries.*4 steps"), (None, "3 entries.*unknown")):
         with pytest.raises(ConfigError, match=rf"^staticcache\.steps.*{why}"):
-            Driven(listed(1, 0, 1), line).forward(0, still(0), steps=steps)
-    for option, value in dict(
-        last_steps=1, warmup_steps=0.5, max_consecutive=0.5, reach=0.5, compute_at=(0.5,)
-    ).items():
+            Driven(StaticCache(steps=(1, 0, 1)), line).forward(0, still(0), steps=steps)
+    shares = dict(last_steps=1, warmup_steps=0.5, max_consecutive=0.5, reach=0.5, compute_at=(0.5,))
+    for option, value in shares.items():
         driven = Driven(cache(**{option: value}), line)
         with pytest.raises(ConfigError, match=rf"^staticcache\.{option} = .*steps"):
             [driven.forward(step, still(step), steps=None) for step in range(2)]
@@ -360,71 +256,38 @@ def test_a_recipe_fills_what_is_unset():
         Driven(EasyCache(), line, recipe={"order": 2})
 
 
-@pytest.mark.parametrize("threshold", [None, 0.25])
-def test_the_section_counts_what_was_computed(threshold):
+def test_the_section_counts_what_was_computed():
+    place = dict(transformer="transformer", branch="cond", reason="")
     entries = [
-        CachedForward(
-            transformer="transformer", step_index=step, branch="cond", reused=step > 1, reason="", value=value
-        )
+        CachedForward(**place, step_index=step, reused=step > 1, value=value)
         for step, value in enumerate((None, 0.3, 0.1, float("nan")))
     ]
-    section = section_of("made-up", entries, threshold)
-    assert (section.data["computed"], section.data["reused"]) == (2, 2)
-    assert section.title == "made-up: 2 of 4 forwards reused (# computed, . reused)"
-    assert section.lines[-1] == "indicator 0.1 to 0.3" + (", threshold 0.25" if threshold else "")
+    for threshold in (None, 0.25):
+        section = section_of("made-up", entries, threshold)
+        assert (section.data["computed"], section.data["reused"]) == (2, 2)
+        assert section.title == "made-up: 2 of 4 forwards reused (# computed, . reused)"
+        assert section.lines[-1] == "indicator 0.1 to 0.3" + (", threshold 0.25" if threshold else "")
 
 
 # Tensors of others, and other processes.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moved(MeasuredCacheConfig):
-    """A stranger's cache: a step is skipped where the latents moved little since the last one."""
-
-    name = "moved"
-    defaults = {"threshold": 0.5}  # noqa: RUF012
-
-
 @dataclass
-class MovedDecision(StepDecision):
-    """It keeps what it is given as it is given, in whatever form."""
+class Moved(StepDecision):
+    """What a stranger's cache measures against."""
 
     inputs: dict[str, Any] | None = None
-    outputs: list[Any] | None = None
-
-
-class MovedHandler(StepCacheHandler):
-    config_type = Moved
-    decision_type = MovedDecision
-
-    def indicator(self, context, decision):
-        if decision.inputs is None:
-            return None
-        before, now = decision.inputs["hidden_states"], context.inputs["hidden_states"]
-        assert torch.equal(decision.outputs[0], decision.of_them)
-        return float((now - before).abs().mean())
-
-    def seen(self, context, decision):
-        decision.inputs = dict(context.inputs)
-
-    def computed(self, context, decision, output):
-        decision.outputs, decision.of_them = [output[0].view(-1)], output[0].flatten().clone()
 
 
 def test_what_a_cache_of_a_stranger_keeps_is_copied_for_it():
-    """Whatever it keeps of what it was given, and in fields that it never declared."""
-    driven = Driven(StaticCache(every=2), lambda step, branch: (ONE * step,))
-    driven.handler = handler = MovedHandler(Moved(), Model(adapter=ADAPTER, family=None, heads=1, layers=1))
-    x = torch.zeros(1, 2, 3)
-    for step in range(6):
-        driven.forward(step, x)[0].mul_(-1)
-        x.add_(0.1 if step != 2 else 1.0)
-    assert driven.drawn(steps=6) == "#..#.."
-    values = [entry["value"] for entry in handler.report().data["forwards"] if entry["value"] is not None]
-    assert values == pytest.approx([0.1, 0.1, 1.0, 0.1, 0.1])
-    decision = next(iter(handler._decisions.values()))
-    assert decision.inputs["hidden_states"] is not x
-    assert decision.nbytes == 3 * 24  # latents, output and its copy
+    """In whatever form it keeps what it was given, and in fields that it never declared."""
+    x, decision = torch.zeros(1, 2, 3), Moved(branch="cond")
+    decision.inputs, decision.outputs = {"hidden_states": x}, [x.view(-1)]
+    decision.copy_shared({"hidden_states": x})
+    x.add_(1)
+    assert not decision.inputs["hidden_states"].any()
+    assert not decision.outputs[0].any()
+    assert decision.nbytes == 2 * 24
 
 
 class Wrapper(torch.Tensor):
@@ -432,13 +295,13 @@ class Wrapper(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = torch.utils._pytree.tree_map_only(Wrapper, lambda one: one.inner, (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(Wrapper, lambda wrapper: wrapper.inner, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -1,35 +1,34 @@
-"""UltraViCo: its config, what it puts into the plan, what that computes, and how it meets models and other methods."""
+"""UltraViCo: its decay as published, its config, what it puts into the plan, and what that computes."""
 
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from one_layer import ADAPTER, MODEL, Fixed, OneLayer, context_of, random_call
-from wan_tiny import denoise, tiny_transformer
+from wan_tiny import RADIAL, denoise, tiny_transformer
 
 import dit_accel
 from dit_accel import (
     ConfigError,
     DeltaAttention,
-    LiteAttention,
-    RadialAttention,
     UltraViCo,
 )
+from dit_accel.adapters import installed
 from dit_accel.adapters.adapter import Adapter, Family
 from dit_accel.adapters.installed import adapters
 from dit_accel.attachment.backends import UnplannedRun
-from dit_accel.methods import registry
 from dit_accel.methods.attention.delta import DeltaHandler
 from dit_accel.methods.attention.ultravico import UltraViCoHandler, first_frame_override, frame_decay, mean_key
-from dit_accel.methods.base import AttentionHandler, Model, Phase
-from dit_accel.methods.config import MethodConfig
+from dit_accel.methods.base import Model, Phase
 from dit_accel.plan.call import Call
-from dit_accel.plan.context import CallContext
 from dit_accel.plan.layout import TokenLayout
 from dit_accel.plan.plan import AttentionPlan
-from dit_accel.rules.ultravico import DecayRule
+from dit_accel.rules.ultravico import DecayRule, extended_frames, output_frames, strengths
 from dit_accel.testing.recording import recorded
 from dit_accel.testing.reference import attention, tile_states
 
@@ -56,51 +55,33 @@ def handler(config: UltraViCo = ACTIVE, family: Family | None = FAMILY) -> Ultra
 # Config
 
 
-def test_what_the_model_must_tell_is_asked_for():
-    with pytest.raises(ConfigError, match=r"ultravico.*length.*any, .*sizes"):
-        on(UltraViCo(), ADAPTER, None)
-    unknown = dataclasses.replace(FAMILY, trained_frames=None)
-    with pytest.raises(ConfigError, match=r"ultravico.*length.*some .*ultravico\.trained_frames"):
-        on(UltraViCo(), ADAPTER, unknown)
-    assert on(UltraViCo(trained_frames=5), ADAPTER, unknown).settings.trained_frames == 5
-    with pytest.raises(ConfigError, match=r"ultravico\.gamma = 4.*ultravico\.period"):
-        on(UltraViCo(gamma=4), ADAPTER, FAMILY)
-    with pytest.raises(ConfigError, match=r"ultravico\.beta = 0\.6.*bands"):
-        on(UltraViCo(beta=0.6), ADAPTER, FAMILY)
-    with pytest.raises(ConfigError, match=r"ultravico\.period = 9.*ultravico\.gamma"):
-        on(UltraViCo(period=9), ADAPTER, FAMILY)
-
-
 def test_recipes_fill_what_is_unset():
     recipe = {"period": 6.0, "gamma": 1.0, "first_frame": True, "by_ratio": ((2.0, 0.95, 0.7), (4.0, 0.9, None))}
     family = dataclasses.replace(FAMILY, recipes={"ultravico": recipe})
-    assert on(UltraViCo(), ADAPTER, family).rule(6) == DecayRule(
-        trained_frames=3, alpha=0.95, beta=0.7, period=6.0, gamma=1.0
-    )
-    assert on(UltraViCo(), ADAPTER, family).rule(12).beta == 0.6  # none is published: the safe one
-    assert on(UltraViCo(alpha=0.5), ADAPTER, family).rule(6).beta == 0.5  # never above alpha
-    assert on(UltraViCo(beta=0.3), ADAPTER, family).rule(6).beta == 0.3
-    with pytest.raises(ConfigError, match=r"ultravico\.beta.*beta = 0\.99 and alpha = 0\.95"):
-        on(UltraViCo(beta=0.99), ADAPTER, family).rule(6)
-    assert on(UltraViCo(), ADAPTER, family).settings.first_frame
-    assert on(UltraViCo(first_frame=False), ADAPTER, family).settings.first_frame is False
+
+    def filled(**options):
+        return on(UltraViCo(**options), ADAPTER, family)
+
+    assert filled().rule(6) == DecayRule(trained_frames=3, alpha=0.95, beta=0.7, period=6.0, gamma=1.0)
+    assert filled().rule(12).beta == 0.6  # none is published: the safe one
+    assert filled(alpha=0.5).rule(6).beta == 0.5  # never above alpha
+    assert filled(beta=0.3).rule(6).beta == 0.3
+    with pytest.raises(ConfigError, match=r"beta = 0\.99 and alpha = 0\.95"):
+        filled(beta=0.99).rule(6)
+    assert filled().settings.first_frame
+    assert filled(first_frame=False).settings.first_frame is False
     assert on(UltraViCo(), ADAPTER, FAMILY).rule(6) == DecayRule(trained_frames=3, alpha=0.9)
-    wrong = dataclasses.replace(FAMILY, recipes={"ultravico": {"alhpa": 0.5}})
-    with pytest.raises(ConfigError, match=r"recipe.*ultravico.*'alhpa'"):
-        on(UltraViCo(), ADAPTER, wrong)
-
-
-def test_it_says_what_it_does_to_a_length():
-    def said(frames: int, config: UltraViCo = ACTIVE) -> str:
-        return on(config, ADAPTER, FAMILY).check_layout(dataclasses.replace(LAYOUT, frames=frames))
-
-    plain = UltraViCo()
-    assert said(3, plain) == "ultravico changes nothing: 3 latent frames, trained on 3 (9 output frames)"
-    assert said(7, plain) == (
-        "ultravico: 7 latent frames, 2.33 times the trained 3 (9 output frames); alpha 0.9 beyond 1 frames; decay "
-        "saves no work and is counted as none"
-    )
-    assert "trained 2 (5 output frames); alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3;" in said(7)
+    unknown = dataclasses.replace(FAMILY, trained_frames=None)
+    assert on(UltraViCo(trained_frames=5), ADAPTER, unknown).settings.trained_frames == 5
+    for options, known, text in (
+        (dict(), None, r"ultravico.*length.*any, .*sizes"),
+        (dict(), unknown, r"ultravico.*length.*some .*ultravico\.trained_frames"),
+        (dict(gamma=4), FAMILY, r"gamma = 4.*ultravico\.period"),
+        (dict(beta=0.6), FAMILY, r"beta = 0\.6.*bands"),
+        (dict(period=9), FAMILY, r"period = 9.*ultravico\.gamma"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            on(UltraViCo(**options), ADAPTER, known)
 
 
 # The plan
@@ -140,33 +121,23 @@ def test_keys_are_centred_over_the_valid_ones(form):
     assert planned(call, dataclasses.replace(ACTIVE, center_keys=False)).key_mean is None
 
 
-def test_centring_has_its_gradient():
-    for mask in (None, torch.rand(2, LAYOUT.tokens) < 0.7):
-        for form in ("bshd", "bhsd"):
-            call = call_of(form, mask=mask)
-            call.k.requires_grad_()
-            mean = mean_key(call)
-            centred = call.k - mean
-            if mask is not None:
-                centred = centred * mask[:, None, :, None]
-            grad = torch.randn_like(centred)
-            (expected,) = torch.autograd.grad(centred, call.k, grad)
-            if mask is not None:  # the kernels give masked keys none
-                grad = grad * mask[:, None, :, None]
-            found = AttentionPlan(key_mean=mean.detach()).gradient_before_centring(grad, call.key_mask())
-            torch.testing.assert_close(found, expected)
-
-
-def test_it_applies_beyond_the_trained_length_and_where_anything_changes():
-    def applies(config: UltraViCo, frames: int = 7) -> bool:
-        return handler(config).applies(dataclasses.replace(LAYOUT, frames=frames))
-
-    assert applies(UltraViCo())
-    assert not applies(UltraViCo(), 3)
-    assert not applies(UltraViCo(trained_frames=7))
-    assert not applies(UltraViCo(alpha=1.0))
-    assert applies(UltraViCo(alpha=1.0, beta=0.9, period=4, gamma=1))
-    assert applies(UltraViCo(alpha=1.0, first_frame=True))
+@pytest.mark.parametrize(
+    ("options", "frames", "applies"),
+    [
+        (dict(), 7, True),
+        (dict(), 4, True),
+        (dict(), 3, False),
+        (dict(trained_frames=7), 7, False),
+        (dict(alpha=1.0), 7, False),
+        (dict(alpha=1.0, beta=0.9, period=4, gamma=1), 7, True),
+        (dict(alpha=1.0, first_frame=True), 7, True),
+    ],
+)
+def test_it_applies_beyond_the_trained_length_and_where_anything_changes(options, frames, applies):
+    made, layout = handler(UltraViCo(**options)), dataclasses.replace(LAYOUT, frames=frames)
+    assert made.applies(layout) == applies
+    if frames == 3:
+        assert "changes nothing" in made.check_layout(layout)
 
 
 # What it computes
@@ -225,11 +196,8 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
     short, long = run(transformer, frames=2), run(transformer, frames=6)
     with dit_accel.attach(transformer, ACTIVE) as attachment:
         first = run(transformer, frames=6)
-        report = attachment.report()
         assert not torch.equal(first, long)
-        assert [(step.dense_layers, step.sparse_layers) for step in report.steps] == [(0, 3)] * 6
-        assert report.methods["ultravico"]["trained_frames"] == 2
-        assert "alpha 0.5 beyond 1 frames, beta 0.2 within 0.5 of multiples of 3" in str(report)
+        assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(0, 3)] * 6
         assert torch.equal(run(transformer, frames=2), short)
         assert [(step.dense_layers, step.sparse_layers) for step in attachment.report().steps] == [(3, 0)] * 6
         with pytest.warns(UnplannedRun, match=r"ultravico.*nothing: 2 lat"):
@@ -237,7 +205,6 @@ def test_length_after_length_generation_after_generation_and_none_after_detach()
         assert torch.equal(run(transformer, frames=6), first)
         assert torch.equal(run(transformer, frames=7), other)
     assert torch.equal(run(transformer, frames=6), long)
-    assert dit_accel.attachment_of(transformer) is None
 
 
 # With gradients, compiled, and with other methods
@@ -268,10 +235,6 @@ def test_gradients_are_autograds_of_the_plan_written_out(form, masked):
         torch.testing.assert_close(one, other)
 
 
-RADIAL = RadialAttention(block_size=16, decay_factor=0.2, near="half", sink=False, dense_steps=0, dense_layers=0)
-LITE = LiteAttention(block_size=16, dense_steps=0, criterion="mass", threshold=0.21)
-
-
 def test_the_first_frame_keeps_its_rule_under_correction():
     transformer = tiny_transformer()
     with (
@@ -290,67 +253,91 @@ def test_the_first_frame_keeps_its_rule_under_correction():
     assert (out[:, :, size:] - call.out[:, :, size:]).abs().max() > 1
 
 
-def test_methods_that_look_at_keys_see_the_centred_ones(monkeypatch):
-    from dit_accel.methods.attention.lite.handler import LiteHandler
+class Looking(Fixed):
+    """A method that selects by logits: it checks what it sees."""
 
-    seen, plan_of = [], LiteHandler.plan
+    phase = Phase.SELECTIONS
 
-    def looking(self, plan, call, context):
-        seen.append((plan, call))
-        return plan_of(self, plan, call, context)
-
-    monkeypatch.setattr(LiteHandler, "plan", looking)
-    transformer = tiny_transformer()
-    with dit_accel.attach(transformer, LITE, ACTIVE):
-        run(transformer, steps=1, branches=("cond",))
-    assert len(seen) == 3
-    for plan, call in seen:
-        assert plan.frame_decay is not None
+    def plan(self, plan, call, context):
         assert call.k.mean(2).abs().max() < 1e-6
+        self.given = plan
+        return plan
+
+
+def test_methods_that_look_at_keys_see_the_centred_ones():
+    looking, call = Looking(AttentionPlan()), call_of("bhsd")
+    OneLayer(handler(), looking).call(call.q, call.k + 3, call.v, LAYOUT)
+    assert looking.given.frame_decay is not None
 
 
 def test_models_without_frames_or_a_known_length_refuse_it():
     model = tiny_models.FLUX[0]
-    flux = model.transformer(**model.config)
     with pytest.raises(ConfigError, match=r"ultravico.*flux.*image"):
-        dit_accel.attach(flux, UltraViCo(trained_frames=2))
-    transformer = tiny_transformer()
-    with pytest.raises(ConfigError, match=r"ultravico.*length.*wan, .*sizes"):
-        dit_accel.attach(transformer, UltraViCo())
-    (described,) = dit_accel.describe(transformer).transformers
+        dit_accel.attach(model.transformer(**model.config), UltraViCo(trained_frames=2))
+    (described,) = dit_accel.describe(tiny_transformer()).transformers
     assert described.needs["ultravico"] == "trained_frames"
     assert "ultravico" not in {**described.methods, **described.refused}
 
 
-class _Decays(MethodConfig):
-    name = "decays"
+def test_wan_at_three_times_its_length_and_hunyuan_at_four_have_their_published_tables():
+    t = DecayRule(trained_frames=21, alpha=0.9).table(63)
+    assert t.dtype == np.float32
+    assert t.tolist() == [1.0] * 11 + [np.float32(0.9)] * 52
+    t = DecayRule(trained_frames=33, alpha=0.9, beta=0.8, period=50, gamma=4).table(132)
+    bands = {*range(46, 55), *range(96, 105)}
+    expected = [1.0 if d <= 16 else 0.8 if d in bands else 0.9 for d in range(132)]
+    assert t.tolist() == np.float32(expected).tolist()
 
 
-class _Decaying(AttentionHandler):
-    """Another method with a decay of its own."""
-
-    config_type = _Decays
-    phase = Phase.LISTS
-
-    def plan(self, plan: AttentionPlan, call: Call, context: CallContext) -> AttentionPlan:
-        return plan.decay(frame_decay(DecayRule(trained_frames=1, alpha=0.5), context.layout, "cpu"))
-
-
-def test_two_methods_that_decay_are_refused_at_the_first_call(monkeypatch):
-    transformer = tiny_transformer()
-    monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
-    with (
-        dit_accel.attach(transformer, ACTIVE, _Decays()),
-        pytest.raises(ConfigError, match=r"^ultravico.*decays.*frame decay"),
-    ):
-        run(transformer)
+@given(
+    trained=st.integers(1, 40), frames=st.integers(1, 160), alpha=st.floats(0.1, 1), beta=st.floats(0.1, 1),
+    period=st.floats(1.5, 60), gamma=st.floats(0, 8),
+)  # fmt: skip
+def test_the_table_is_the_formula(trained, frames, alpha, beta, period, gamma):
+    """The window goes before bands, and distance 0 is in none."""
+    t = DecayRule(trained_frames=trained, alpha=alpha, beta=beta, period=period, gamma=gamma).table(frames)
+    for d in range(frames):
+        in_band = any(abs(d - m * period) <= gamma for m in range(1, 200))
+        assert t[d] == np.float32(1.0 if d <= trained / 2 else beta if in_band else alpha)
 
 
-def test_two_methods_that_say_so_are_refused_before(monkeypatch):
-    transformer = tiny_transformer()
-    monkeypatch.setattr(_Decaying, "exclusive", frozenset({"frame decay"}))
-    monkeypatch.setitem(registry.handlers(), "decays", _Decaying)
-    for methods in ((ACTIVE, _Decays()), (_Decays(), ACTIVE)):
-        with pytest.raises(ConfigError, match=r"^decays.*ultravico.*frame decay"):
-            dit_accel.attach(transformer, *methods, preset="none")
-    assert dit_accel.attachment_of(transformer) is None
+PUBLISHED = [
+    ("wan2.1-1.3b", 21, {2: (0.9, None), 3: (0.9, None), 4: (0.9, None)}, None, None),
+    ("hunyuan-video", 33, {2: (0.95, 0.6), 3: (0.9, 0.6), 4: (0.9, 0.8), 5: (0.9, 0.8)}, 50, 4),
+    ("cogvideox-5b", 13, {2: (0.9, 0.6), 3: (0.9, 0.6), 4: (0.85, 0.6)}, 20, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "trained", "by_ratio", "period", "gamma"), PUBLISHED, ids=lambda x: str(x)[:15])
+def test_published_defaults(name, trained, by_ratio, period, gamma):
+    family = installed.family(name)
+    adapter = next(adapter for adapter in installed.adapters().values() if family in adapter.families)
+    for ratio, (alpha, beta) in by_ratio.items():
+        rule = on(UltraViCo(), adapter, family).rule(trained * ratio)
+        assert rule == DecayRule(trained_frames=trained, alpha=alpha, beta=beta, period=period, gamma=gamma)
+    assert on(UltraViCo(), adapter, family).settings.first_frame == (name == "wan2.1-1.3b")
+
+
+def test_known_trained_lengths_are_what_the_default_output_has():
+    """Where a released model has one native length, its default output has it; the embedded one has two."""
+    lengths = {name: family.trained_frames for name, family in installed.families().items()}
+    assert [lengths[name] for name in ("wan2.1-14b", "wan2.2-ti2v-5b", "wan-plain", "helios-14b", "flux.1-dev")] == [
+        21, 31, 17, None, None
+    ]  # fmt: skip
+    for family in installed.families().values():
+        if family.trained_frames is not None and family.name != "wan-plain":
+            assert output_frames(family.trained_frames * family.patch[0], family.vae[0]) == family.num_frames, family
+
+
+def test_the_nearest_ratio_counts_and_of_two_the_larger():
+    table = ((2.0, 0.95, 0.6), (3.0, 0.9, None), (4.0, 0.85, 0.8))
+    assert [strengths(table, ratio) for ratio in (1.1, 2.5, 3.4, 9.0)] == [
+        (0.95, 0.6), (0.9, None), (0.9, None), (0.85, 0.8)
+    ]  # fmt: skip
+
+
+def test_the_output_frames_of_a_ratio():
+    assert [extended_frames(21, ratio, 4) for ratio in (1, 2, 3, 4)] == [81, 165, 249, 333]
+    assert extended_frames(33, 3, 4) == 393
+    assert extended_frames(13, 1.5, 4) == 77  # 19.5 latent frames are 20
+    assert extended_frames(17, 2, 2) == 67

@@ -10,7 +10,7 @@ import dit_accel
 from dit_accel import PAG, EasyCache, FirstBlockCache, RadialAttention, SolAttention, StaticCache
 from dit_accel.report.clock import TimedForward, Timing
 from dit_accel.report.report import Report, StepReport
-from dit_accel.report.why import RunFacts, why_not_faster
+from dit_accel.report.why import RunCauses, why_not_faster
 
 RADIAL = RadialAttention(block_size=16, decay_factor=0.2, dense_steps=2, dense_layers=0)
 
@@ -125,7 +125,7 @@ def why(drawn, methods, *, log=None, dense_layers=0.0, stayed=None, notes=(), re
     entries = [] if log is None else logged(drawn, [log] * len(drawn) if isinstance(log, str) else log)
     entries = [{**entry, "reused": entry["reused"] or entry["step_index"] in reused} for entry in entries]
     return why_not_faster(
-        RunFacts(
+        RunCauses(
             timing=timing(drawn, **options), methods=methods, logs={"easycache": entries} if entries else {},
             dense_layers=dict.fromkeys(keys, dense_layers) if dense_layers else {},
             stayed=dict.fromkeys(keys, stayed) if stayed else {}, notes=tuple(notes),

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import embedded_prompts
-from dit_accel_eval.tune.greedy import search
-from dit_accel_eval.tune.head_selection import HeadSelection
-from dit_accel_eval.tune.heads import cost, tune_heads
-from dit_accel_eval.tune.objectives import objective_of
+from dit_accel_eval.tune.heads import cost, search, tune_heads
+from dit_accel_eval.tune.objectives import HeadSelection, objective_of
 from tuning import one_pipeline
 from tuning import request as request_of
 from wan_tiny import denoise, tiny_transformer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dit_accel_eval.runs.results import read_lines
 from dit_accel_eval.suites.suite import read_suite
-from preset_levels import CHOOSING, JUDGING, STEPS
+from preset_levels import JUDGING, STEPS
 from preset_table import FIGURES, RESULTS, SOLVERS, figures_text, rows
 from readme import LONG, PAGES, filled, folded
 from site_pages import errors_list
@@ -115,7 +115,9 @@ def test_prompts_that_judge_chose_nothing():
     for model in MEASURED_ON:
         judged = {line["clip"] for line in read_lines(ROOT / RESULTS.format(model))}
         assert judged == {*JUDGING}
-        assert not judged & {*CHOOSING}
+        chose = {line["clip"] for line in read_lines(ROOT / RESULTS.format(f"choose-{model}"))}
+        assert chose
+        assert not judged & chose
 
 
 def test_the_suites_beside_other_caches_run_what_the_presets_attach():

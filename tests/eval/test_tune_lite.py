@@ -6,8 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from dit_accel_eval.tune.base import TuningRun
-from dit_accel_eval.tune.lite import Tuner, combine, error_of, threshold_of, tune_lite, tuning
-from dit_accel_eval.tune.threshold_search import CLOSE, HIGHEST, LOWEST, NEAR, search_level
+from dit_accel_eval.tune.lite import (
+    CLOSE,
+    HIGHEST,
+    LOWEST,
+    NEAR,
+    Tuner,
+    combine,
+    error_of,
+    search_level,
+    threshold_of,
+    tune_lite,
+    tuning,
+)
 from dit_accel_pipelines.generation.generate import run
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dit_accel_eval.runs.loaded import tuning_request
-from dit_accel_eval.tune.frame_periods import Spectrum, harmonics, spectrum
-from dit_accel_eval.tune.period import Logits, tune_period
+from dit_accel_eval.tune.period import Logits, Spectrum, harmonics, spectrum, tune_period
 from hypothesis import given
 from hypothesis import strategies as st
 from one_layer import context_of, random_call

@@ -5,14 +5,27 @@ import triton_interpreter  # noqa: F401, I001 (before everything that may import
 import fa4_stand_in
 import pytest
 import torch
+from dit_accel_kernels import Selection, Vote, block_sparse_attention_eager, pack_bits
 from dit_accel_kernels.backends import flex
-from kernel_cases import CALLS, Call, check_against_reference, check_gradients
+from kernel_cases import (
+    CALLS,
+    Call,
+    attend,
+    check_against_reference,
+    check_gradients,
+    full,
+    gradients,
+    qkv,
+    random_lists,
+)
+from torch.nn.functional import scaled_dot_product_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:divide by zero:RuntimeWarning",  # log of a pooled tile without a key, in the interpreter
     "ignore:flex_attention called without torch.compile",
     "ignore:return_lse is deprecated",
 )
+WIDE, HALF = torch.float64, torch.bfloat16
 
 
 def logits_of(call: Call, q: torch.Tensor, k: torch.Tensor) -> float:
@@ -43,24 +56,23 @@ def test_flex_is_what_the_specification_says(monkeypatch, name):
     check_against_reference(*call.tensors(), call.lists(), "flex", **call.arguments())
 
 
+def fa4_call(num_q: int, num_k: int, features: str = "pooled", **options) -> Call:
+    return Call(num_q=num_q, num_k=num_k, features=features, **{"blocks": (128, 128), "dtype": HALF, **options})
+
+
 FA4 = {
-    "nothing pooled": Call(features="", num_q=300, num_k=300, blocks=(128, 128), dtype=torch.bfloat16),
-    "a list a head": Call(batch=2, groups=4, num_q=140, num_k=400, dim=24, blocks=(128, 128), dtype=torch.float16),
-    "keys left out, wide rows": Call(
-        num_q=300, num_k=200, dim=64, blocks=(256, 128), dtype=torch.bfloat16, features="pooled length mask heads"
-    ),
-    "more tiles than a word of bits": Call(num_q=20, num_k=5000, dim=8, blocks=(128, 128), dtype=torch.bfloat16),
-    "decay and order": Call(
-        num_q=300, num_k=300, blocks=(128, 128), dtype=torch.bfloat16, features="pooled decay order", groups=2
-    ),
-    "masks inside": Call(
-        num_q=270, num_k=270, blocks=(128, 128), dtype=torch.bfloat16, features="pooled inside mask decay", groups=2
-    ),
-    "tokens first": Call(num_q=300, num_k=300, blocks=(128, 128), dtype=torch.float16, layout="bshd"),
-    "bits that pool": Call(num_q=140, num_k=400, blocks=(128, 128), dtype=torch.bfloat16, features="pooled demoted"),
+    "a list a head": fa4_call(140, 400, batch=2, groups=4, dim=24, dtype=torch.float16),
+    "keys left out, wide rows": fa4_call(300, 200, "pooled length mask heads", dim=64, blocks=(256, 128)),
+    "masks inside": fa4_call(270, 270, "pooled inside mask decay", groups=2),
+    "nothing pooled": fa4_call(300, 300, ""),
+    "more tiles than a word of bits": fa4_call(20, 4200, dim=8, heads=1),
+    "decay and order": fa4_call(300, 300, "pooled decay order", groups=2),
+    "tokens first": fa4_call(300, 300, dtype=torch.float16, layout="bshd"),
+    "bits that pool": fa4_call(140, 400, "pooled demoted"),
 }
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("name", FA4)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
@@ -74,6 +86,7 @@ def test_flash_attention_is_given_what_the_specification_says(monkeypatch, arch,
     assert fa4_stand_in.calls
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize(
@@ -85,3 +98,70 @@ def test_eight_bits_are_what_their_simulation_says(name, precision):
     call = CALLS[name]
     q, k, v = call.tensors()
     check_against_reference(q, k + 2, v, call.lists(), "triton", precision=precision, **call.arguments())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_all_exact_is_dense(backend):
+    q, k, v = qkv(2, 4, 2, 100, 63, 16, WIDE)
+    out, lse = attend(q, k, v, full(100, 63, 32, 16), return_lse=True, backend=backend)
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    torch.testing.assert_close(lse, torch.logsumexp(q @ k.repeat_interleave(2, 1).mT / 4, -1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_a_batch_of_none_gives_nothing(backend):
+    leaves = [x.requires_grad_() for x in qkv(0, 2, 1, 40, 40, 16, torch.float32)]
+    selection = Selection(keep=pack_bits(torch.rand(0, 2, 3, 3) < 0.5), vote=Vote())
+    options = dict(return_lse=True, return_tiles=True, key_mask=torch.ones(0, 40, dtype=torch.bool), backend=backend)
+    found = attend(*leaves, random_lists(1, 40, 40, 16, 16), selection=selection, **options)
+    assert [x.shape for x in found] == [(0, 2, 40, 16), (0, 2, 40), (0, 2, 3, 1), (0, 2, 3, 1)]
+    assert [x.shape for x in torch.autograd.grad(found[0].sum(), leaves)] == [x.shape for x in leaves]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_and_the_eager_entry_change_no_bit(backend, masked):
+    leaves = [x.requires_grad_() for x in qkv(2, 2, 2, 40, 40, 16, torch.float32)]
+    tiles, mask = random_lists(1, 40, 40, 16, 16), torch.rand(2, 40) > 0.3 if masked else None
+
+    def call(function=attend) -> torch.Tensor:
+        return function(*leaves, tiles, layout="bhsd", backend=backend, key_mask=mask)
+
+    outs = [call()]
+    with torch.autocast("cpu", dtype=HALF):
+        outs += [call(), call(block_sparse_attention_eager)]
+    assert all(torch.equal(x, outs[0]) for x in outs)
+    assert [x.requires_grad for x in outs] == [True, True, False]
+    grads = [torch.autograd.grad(x.sum(), leaves) for x in outs[:2]]
+    if backend != "reference":  # whose gradient is autograd's, which autocast does reach
+        with torch.autocast("cpu", dtype=HALF):
+            grads.append(torch.autograd.grad(call().sum(), leaves))
+    assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(other, grads[0], strict=True))
+    with pytest.raises(TypeError, match="densty"):
+        block_sparse_attention_eager(*leaves, tiles, layout="bhsd", densty=1)
+
+
+def test_gradients_of_head_scales_are_exact_at_0_and_below_too():
+    """No kernel computes them: they are summed from those of the queries, which have none at 0."""
+    inputs, tiles = qkv(2, 4, 2, 30, 30, 8, WIDE), random_lists(1, 30, 30, 8, 7)
+    seeds = [torch.randn(2, 4, 30, 8), torch.randn(2, 4, 30)]
+    scales = torch.tensor([[0.0, 1.0, -0.7, 0.3], [2.0, 0.0, 0.0, 1e-30]], dtype=WIDE, requires_grad=True)
+    features = dict(layout="bhsd", key_length=torch.tensor([30, 17]), token_order=torch.randperm(30))
+    features |= dict(identity_mix=torch.tensor([0.0, 0.5, 1.0, 0.3]))
+    found, expected = (
+        gradients(name, inputs, seeds, tiles, head_scale=scales, **features) for name in ("torch", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert found[3].shape == scales.shape
+    assert not found[0][0, 0].any()
+    assert found[0][0, 1].any()
+
+
+def test_gradcheck():
+    leaves = [x.requires_grad_() for x in qkv(2, 2, 1, 7, 7, 3, WIDE)]
+    head_scale, tiles = torch.tensor([0.0, 0.7], dtype=WIDE, requires_grad=True), random_lists(1, 7, 7, 3, 4)
+
+    def call(q, k, v, scale):
+        return attend(q, k, v, tiles, head_scale=scale, backend="torch")
+
+    assert torch.autograd.gradcheck(call, (*leaves, head_scale))

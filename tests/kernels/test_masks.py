@@ -1,13 +1,13 @@
-"""Masks inside tiles: what makes them, against dense attention with the whole mask, and what is refused."""
+"""Masks inside tiles: what makes them, against dense attention with the whole mask, and what lies behind them."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
-from dit_accel_kernels import EXACT, PARTIAL, TileLists, block_sparse_attention, unpack_bits
+from dit_accel_kernels import EXACT, PARTIAL, TileLists, unpack_bits
 from dit_accel_kernels.bits import pack_bits
-from kernel_cases import qkv, random_lists, with_masks
+from kernel_cases import attend, lists_of, qkv, random_lists, with_masks
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, or_masks
@@ -22,10 +22,6 @@ def causal(b, h, q_idx, kv_idx):
     return q_idx >= kv_idx
 
 
-def window(b, h, q_idx, kv_idx):
-    return (q_idx - kv_idx).abs() <= 9
-
-
 def document(b, h, q_idx, kv_idx):
     return DOCUMENTS[q_idx] == DOCUMENTS[kv_idx]
 
@@ -36,8 +32,7 @@ def by_head(b, h, q_idx, kv_idx):
 
 MASK_MODS = {
     "causal": causal,
-    "window": window,
-    "documents": document,
+    "window": lambda b, h, q_idx, kv_idx: (q_idx - kv_idx).abs() <= 9,
     "causal documents": and_masks(causal, document),
     "prefix": or_masks(causal, lambda b, h, q_idx, kv_idx: kv_idx < 21),
     "one key": lambda b, h, q_idx, kv_idx: kv_idx == 50,
@@ -59,12 +54,10 @@ def dense(tiles: TileLists) -> Tensor:
     return seen[:, : tiles.num_q, : tiles.num_k]
 
 
-def check_against_dense(tiles: TileLists, mask: Tensor, dim_v: int = 8, **arguments) -> None:
+def check_against_dense(tiles: TileLists, mask: Tensor) -> None:
     """Output and gradients of the torch backend beside those of torch's dense attention with a mask, in float64."""
-    leaves = list(qkv(2, 2, 2, tiles.num_q, tiles.num_k, 8, torch.float64))
-    leaves[2] = torch.randn(2, 2, tiles.num_k, dim_v, dtype=torch.float64)
-    leaves = [x.requires_grad_() for x in leaves]
-    out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch", **arguments)
+    leaves = [x.requires_grad_() for x in qkv(2, 2, 2, tiles.num_q, tiles.num_k, 8, torch.float64)]
+    out = attend(*leaves, tiles, backend="torch")
     expected = scaled_dot_product_attention(*leaves, attn_mask=mask).nan_to_num(0.0)
     torch.testing.assert_close(out, expected)
     seed = torch.randn_like(out).masked_fill(~mask.any(-1, keepdim=True), 0)
@@ -120,9 +113,8 @@ def test_a_block_mask_is_exact_in_tiles_of_any_size(sizes):
 
 def test_what_a_block_mask_lists_decides_as_in_flexattention():
     """Full blocks whatever its mask_mod says of them, partial ones by it, no others."""
-    lists = [
-        torch.tensor(x, dtype=torch.int32)[None, None] for x in ([1, 0], [[0, 1], [0, 1]], [1, 1], [[1, 0], [0, 1]])
-    ]
+    rows = ([1, 0], [[0, 1], [0, 1]], [1, 1], [[1, 0], [0, 1]])
+    lists = [torch.tensor(x, dtype=torch.int32)[None, None] for x in rows]
     block_mask = flex.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=16, mask_mod=causal, seq_lengths=(32, 32))
     expected = torch.zeros(32, 32, dtype=torch.bool)
     expected[:16, :16] = torch.ones(16, 16).tril()
@@ -138,8 +130,8 @@ def test_lists_survive_the_way_to_a_block_mask_and_back(groups):
     mask = create_mask(block_mask.mask_mod, *block_mask.shape, "cpu")
     assert torch.equal(mask.flatten(0, 1), dense(tiles))
     assert torch.equal(dense(TileLists.from_block_mask(block_mask)), dense(tiles))
-    full = (tiles.states() == EXACT).sum(-1, dtype=torch.int32)
-    assert torch.equal(block_mask.full_kv_num_blocks.flatten(0, 1), full)
+    whole = (tiles.states() == EXACT).sum(-1, dtype=torch.int32)
+    assert torch.equal(block_mask.full_kv_num_blocks.flatten(0, 1), whole)
 
 
 CU_Q, CU_K = (0, 7, 7, 40, 60), (0, 20, 25, 30, 75)
@@ -149,13 +141,8 @@ CU_Q, CU_K = (0, 7, 7, 40, 60), (0, 20, 25, 30, 75)
 @pytest.mark.parametrize("limits", [{}, dict(causal=True), dict(window=(5, 2)), dict(causal=True, window=(9, -1))])
 def test_packed_sequences_see_themselves_alone(cu_k, limits):
     """Bottom-right aligned, as in flash-attn; a sequence without queries, ones with fewer keys than queries."""
-    tiles = TileLists.from_cu_seqlens(
-        torch.tensor(CU_Q, dtype=torch.int32),
-        None if cu_k is CU_Q else torch.tensor(cu_k),
-        block_q=16,
-        block_k=24,
-        **limits,
-    )
+    offsets = torch.tensor(CU_Q, dtype=torch.int32), None if cu_k is CU_Q else torch.tensor(cu_k)
+    tiles = TileLists.from_cu_seqlens(*offsets, block_q=16, block_k=24, **limits)
     mask = torch.zeros(CU_Q[-1], cu_k[-1], dtype=torch.bool)
     left, right = limits.get("window", (-1, -1))
     right = 0 if limits.get("causal") else right
@@ -169,149 +156,55 @@ def test_packed_sequences_see_themselves_alone(cu_k, limits):
 
 def test_masks_that_change_in_place_are_followed():
     tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=40, num_k=40)
-    q, k, v = qkv(1, 1, 1, 40, 40, 8, torch.float32)
-    before = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
+    given, tile = qkv(1, 1, 1, 40, 40, 8, torch.float32), torch.arange(40) // 16
+    before = attend(*given, tiles, backend="torch")
     tiles.mask_bits.copy_(pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril(-1)))
-    narrower = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    mask = torch.arange(40)[:, None] // 16 > torch.arange(40) // 16
-    mask |= torch.ones(40, 40, dtype=torch.bool).tril(-1)
-    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask).nan_to_num(0.0)
-    torch.testing.assert_close(narrower, expected)
-    tiles.mask_ids.fill_(-1)
-    whole = block_sparse_attention(q, k, v, tiles, layout="bhsd", backend="torch")
-    mask = torch.arange(40)[:, None] // 16 >= torch.arange(40) // 16
-    torch.testing.assert_close(whole, scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    narrower = attend(*given, tiles, backend="torch")
+    mask = (tile[:, None] > tile) | torch.ones(40, 40, dtype=torch.bool).tril(-1)
+    torch.testing.assert_close(narrower, scaled_dot_product_attention(*given, attn_mask=mask).nan_to_num(0.0))
     assert not torch.equal(before, narrower)
+    tiles.mask_ids.fill_(-1)
+    whole = attend(*given, tiles, backend="torch")
+    torch.testing.assert_close(whole, scaled_dot_product_attention(*given, attn_mask=tile[:, None] >= tile))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("holders", ["k", "v", "kv"])
-def test_what_a_mask_hides_may_hold_anything(value, pooled, holders):
+def test_what_a_mask_hides_may_hold_anything(pooled):
     """A key that no row before it sees, in a tile that they do: output and gradients of those rows stay as they are."""
-    sizes = dict(block_q=16, block_k=16, num_q=40, num_k=40)
-    tiles = TileLists.from_mask_mod(causal, **sizes)
+    tiles = TileLists.from_mask_mod(causal, block_q=16, block_k=16, num_q=40, num_k=40)
     if pooled:  # all that is left of the diagonal
-        lists = TileLists.from_states(torch.ones(3, 3, dtype=torch.uint8).tril() + torch.eye(3).byte(), **sizes)
+        lists = lists_of(torch.ones(3, 3).tril() + torch.eye(3))
         mask = pack_bits(torch.ones(1, 16, 16, dtype=torch.bool).tril())
         tiles = replace(lists, mask_ids=torch.zeros(3, dtype=torch.int32), mask_bits=mask)
-    given, results = qkv(1, 1, 1, 40, 40, 8, torch.float32), []
-    for bad in (False, True):
-        q, k, v = (x.clone() for x in given)
-        if bad:
-            for name in holders:
-                dict(k=k, v=v)[name][0, 0, 20] = value
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch")
-        results.append((out.detach(), *torch.autograd.grad(out[:, :, :20].square().sum(), leaves)))
-    (clean, *grads), (found, *others) = results
-    assert torch.equal(found[:, :, :20], clean[:, :, :20])
-    if holders != "k":  # a key of -inf may weigh nothing
-        assert not found[0, 0, 20:].isfinite().all(-1).any()
-    assert torch.equal(others[0][:, :, :20], grads[0][:, :, :20])
+    given = qkv(1, 1, 1, 40, 40, 8, torch.float32)
+
+    def run(value: float | None, holders: str = "") -> tuple[Tensor, ...]:
+        leaves = [x.clone() for x in given]
+        for name in holders:
+            leaves["qkv".index(name)][0, 0, 20] = value
+        leaves = [x.requires_grad_() for x in leaves]
+        out = attend(*leaves, tiles, backend="torch")
+        return out.detach(), *torch.autograd.grad(out[:, :, :20].square().sum(), leaves)
+
+    clean, *grads = run(None)
+    for value, holders in product((torch.nan, torch.inf, -torch.inf), ("k", "v", "kv")):
+        out, *others = run(value, holders)
+        assert torch.equal(out[:, :, :20], clean[:, :, :20])
+        if holders != "k":  # a key of -inf may weigh nothing
+            assert not out[0, 0, 20:].isfinite().all(-1).any()
+        assert torch.equal(others[0][:, :, :20], grads[0][:, :, :20])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_key_that_masks_hide_from_all_rows_is_nothing(value):
     tiles = TileLists.from_mask_mod(lambda b, h, q_idx, kv_idx: kv_idx != 20, **SIZES)
     given, results = qkv(1, 1, 1, TOKENS, TOKENS, 8, torch.float32), []
-    for bad in (False, True):
+    for hidden in (0.0, value):
         leaves = [x.clone() for x in given]
         for x in leaves[1:]:
-            x[0, 0, 20] = value if bad else 0.0
+            x[0, 0, 20] = hidden
         leaves = [x.requires_grad_() for x in leaves]
-        out = block_sparse_attention(*leaves, tiles, layout="bhsd", backend="torch")
+        out = attend(*leaves, tiles, backend="torch")
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+    assert all(map(torch.equal, *results))
     assert not results[1][2][0, 0, 20].any()
-
-
-def ones(*shape, dtype=torch.int32):
-    return torch.ones(shape, dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "text"),
-    [
-        (lambda: TileLists.from_mask(ones(4, 4), block_q=4, block_k=4), TypeError, r"mask.*bool.*torch\.int32"),
-        (lambda: TileLists.from_mask(ones(4, 4).bool(), block_q=0, block_k=4), ValueError, r"block_q.*1, found 0"),
-        (lambda: TileLists.from_block_mask(ones(4, 4)), TypeError, r"block_mask.*BlockMask, found Tensor"),
-        (lambda: TileLists.from_mask(ones(4, dtype=torch.bool), block_q=4, block_k=4), ValueError, r"S_q.*\[4\]"),
-        (
-            lambda: TileLists.from_mask_mod(lambda b, h, q, k: q - k, **SIZES),
-            TypeError,
-            r"mask_mod.*torch\.bool.*found torch\.int64",
-        ),
-        (lambda: TileLists.from_mask_mod(causal, batch=2, **SIZES), ValueError, r"batch=2.*heads=None"),
-        (
-            lambda: TileLists.from_block_mask(create_block_mask(causal, 2, None, 9, 9, device="cpu", BLOCK_SIZE=4)),
-            ValueError,
-            r"block_mask of 2 x 1",
-        ),
-        (
-            lambda: TileLists.from_block_mask(
-                flex.BlockMask.from_kv_blocks(ones(1, 1, 2), ones(1, 1, 2, 2), BLOCK_SIZE=4, seq_lengths=(30, 8))
-            ),
-            ValueError,
-            r"block_mask.*\[8, 2\].*4 x 4.*30 queries and 8.*found \[2, 2\]",
-        ),
-        (lambda: random_lists(1, 20, 20, 4, 4).to_block_mask(), ValueError, r"BlockMask.*pooled.*found \d+"),
-        (lambda: TileLists.full(8, 8, block_q=4, block_k=4).to_block_mask(2), ValueError, r"heads.*1 list.*found 2"),
-        (
-            lambda: TileLists.from_cu_seqlens(torch.tensor([0.0, 3.0]), block_q=4, block_k=4),
-            TypeError,
-            r"cu_q.*int32 or torch\.int64.*torch\.float32",
-        ),
-        (
-            lambda: TileLists.from_cu_seqlens(ones(1), block_q=4, block_k=4),
-            ValueError,
-            r"cu_q.*\[N \+ 1\].*found \[1\]",
-        ),
-        (
-            lambda: TileLists.from_cu_seqlens(torch.tensor([0, 5, 3]), block_q=4, block_k=4),
-            ValueError,
-            r"cu_q.*0.*found \[0, 5, 3\]",
-        ),
-        (
-            lambda: TileLists.from_cu_seqlens(torch.tensor([0, 5]), torch.tensor([1, 5]), block_q=4, block_k=4),
-            ValueError,
-            r"cu_k.*0.*found \[1, 5\]",
-        ),
-        (
-            lambda: TileLists.from_cu_seqlens(torch.tensor([0, 5]), torch.tensor([0, 2, 5]), block_q=4, block_k=4),
-            ValueError,
-            r"cu_q and cu_k.*found 1.*cpu.*2.*cpu",
-        ),
-    ],
-)
-def test_refuses(call, error, text):
-    with pytest.raises(error, match=text):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("ids", "bits", "error", "text"),
-    [
-        ([0, 0], None, ValueError, r"mask_ids and mask_bits.*both"),
-        (ones(2).long(), (1, 4, 1), TypeError, r"mask_ids.*int32.*int64"),
-        ([0], (1, 4, 1), ValueError, r"mask_ids.*\[2\].*found \[1\]"),
-        ([0, 0], (1, 5, 1), ValueError, r"mask_bits.*\[M, 4, 1\].*found \[1, 5, 1\]"),
-        ([0, 0], (0, 4, 1), ValueError, r"mask_bits.*M >= 1.*found \[0, 4, 1\]"),
-        ([0, 2], (2, 4, 1), ValueError, r"mask_ids.*-1\.\.1 \(2 masks\), found 2 at position 1"),
-        ([-2, 0], (2, 4, 1), ValueError, r"mask_ids.*-1\.\.1.*found -2 at position 0"),
-    ],
-)
-def test_masks_that_do_not_fit_are_refused_before_a_launch(ids, bits, error, text):
-    tiles = TileLists.from_states(torch.full((1, 2), EXACT, dtype=torch.uint8), block_q=4, block_k=4, num_q=4, num_k=8)
-    q, k, v = qkv(1, 1, 1, 4, 8, 8, torch.float32)
-    ids = torch.tensor(ids, dtype=torch.int32) if isinstance(ids, list) else ids
-    masks = dict(mask_ids=ids, mask_bits=None if bits is None else torch.zeros(bits, dtype=torch.int32))
-    with pytest.raises(error, match=text):
-        block_sparse_attention(q, k, v, replace(tiles, **masks), layout="bhsd")
-
-
-def test_a_call_of_other_lengths_than_its_block_masks_is_refused():
-    tiles = TileLists.from_block_mask(create_block_mask(causal, None, None, 40, 40, device="cpu", BLOCK_SIZE=16))
-    with pytest.raises(ValueError, match=r"40 queries and 40 keys, found 30 and 30"):
-        block_sparse_attention(*qkv(1, 1, 1, 30, 30, 8, torch.float32), tiles, layout="bhsd")

@@ -10,16 +10,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from dit_accel_kernels import (
-    FrameDecay,
-    Selection,
-    TileLists,
-    Vote,
-    block_sparse_attention,
-    count_bits,
-    pack_bits,
-)
+from dit_accel_kernels import FrameDecay, Selection, Vote, count_bits, pack_bits
 from hypothesis import strategies as st
+from kernel_cases import attend, full
 from numpy_attention import Attention, Case
 from torch import Tensor
 from vote_calls import (
@@ -45,7 +38,7 @@ from vote_calls import (
 
 def dense(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over all tiles without a selection."""
-    return block_sparse_attention(q, k, v, TILES, layout="bhsd", scale=SCALE, backend=backend)
+    return attend(q, k, v, TILES, scale=SCALE, backend=backend)
 
 
 def same(backend: str, found: Tensor, expected: Tensor) -> None:
@@ -88,9 +81,7 @@ def test_2_an_endless_threshold_leaves_one_tile_and_the_pinned(backend, reverse)
 def test_3_the_first_call_is_dense_and_a_call_without_a_vote_leaves_the_bits(backend, vote):
     q, k, v = inputs(backend, 0)
     keep = pack_bits(ALL)
-    voted = block_sparse_attention(
-        q, k, v, TILES, layout="bhsd", scale=SCALE, backend=backend, selection=Selection(keep=keep, vote=vote)
-    )
+    voted = attend(q, k, v, TILES, scale=SCALE, backend=backend, selection=Selection(keep=keep, vote=vote))
     expected = dense(backend, q, k, v)
     same(backend, voted[0], expected)
     assert torch.equal(keep, pack_bits(ALL))
@@ -106,9 +97,7 @@ def test_4_bits_only_fall_one_tile_stays_and_none_lies_beyond_the_last(backend, 
     for step in range(3):
         q, k, v = inputs(backend, 5 + step)
         selection = Selection(keep=keep, vote=vote, reverse=step % 2 > 0)
-        after = block_sparse_attention(
-            q, k, v, TILES, layout="bhsd", scale=SCALE, backend=backend, selection=selection
-        )[1]
+        after = attend(q, k, v, TILES, scale=SCALE, backend=backend, selection=selection)[1]
         assert not (after & ~keep).any()
         assert (count_bits(after) >= 1).all()
         assert not (after >> COUNT).any()
@@ -122,12 +111,11 @@ def test_6_tiles_are_visited_by_section_where_all_of_them_are_whole(reverse, vot
     """Pairs without decay come first, whichever way the tiles are gone through: as numpy votes, tile by tile."""
     frames = torch.tensor([0, 2, 0], dtype=torch.int32).repeat_interleave(BLOCK)
     decay = FrameDecay(table=torch.tensor([1.0, 1.0, 0.3]), q_frames=frames[:NUM_Q], k_frames=frames)
-    tiles = TileLists.full(NUM_Q, 3 * BLOCK, block_q=BLOCK, block_k=BLOCK)
-    kept = []
+    tiles, kept = full(NUM_Q, 3 * BLOCK, BLOCK), []
     for seed in range(4):
         q, k, v = inputs("reference", seed)
-        options = dict(tiles=tiles, keep=ALL[..., :3], vote=vote, reverse=reverse, decay=decay)
         k, v = k[:, :, : 3 * BLOCK], v[:, :, : 3 * BLOCK]
+        options = dict(tiles=tiles, keep=ALL[..., :3], vote=vote, reverse=reverse, decay=decay)
         bits = [call(backend, q, k, v, **options)[2] for backend in ("reference", "torch")]
         arrays = Case(
             q=q.double().numpy(), k=k.double().numpy(), v=v.double().numpy(), states=tiles.states().numpy(),
@@ -170,10 +158,9 @@ def test_12_batches_and_heads_do_not_influence_each_other(backend):
     q, k, v = (torch.cat([a, b]) for a, b in zip(inputs(backend, 1), inputs(backend, 2), strict=True))
     together = call(backend, q, k, v, vote=CRITERIA[0])[2]
     assert len({tuple(row.flatten().tolist()) for row in together.flatten(0, 1)}) > 1
-    for b in range(2):
-        for h in range(2):
-            alone = call(backend, *(x[b : b + 1, h : h + 1] for x in (q, k, v)), vote=CRITERIA[0])[2]
-            assert torch.equal(together[b : b + 1, h : h + 1], alone)
+    for b, h in np.ndindex(2, 2):
+        alone = call(backend, *(x[b : b + 1, h : h + 1] for x in (q, k, v)), vote=CRITERIA[0])[2]
+        assert torch.equal(together[b : b + 1, h : h + 1], alone)
 
 
 @EVERY
@@ -182,34 +169,27 @@ def test_13_shards_of_keys_join_by_their_lse(backend):
     keep = some_tiles(4)
     keep[..., 2] = True
     whole, whole_lse = call(backend, q, k, v, keep=keep)
-    outs, lses = [], []
+    parts = []
     for tiles in (slice(0, 2), slice(2, COUNT)):
-        tokens = slice(tiles.start * BLOCK, tiles.stop * BLOCK)
-        k_part, v_part = k[:, :, tokens], v[:, :, tokens]
-        lists = TileLists.full(NUM_Q, k_part.shape[2], block_q=BLOCK, block_k=BLOCK)
-        out, lse, _ = call(backend, q, k_part, v_part, lists, keep=keep[..., tiles], vote=CRITERIA[0])
-        outs.append(out)
-        lses.append(lse)
-    lse = torch.stack(lses).logsumexp(0)
-    joined = sum(out * (part - lse).exp()[..., None].to(out.dtype) for out, part in zip(outs, lses, strict=True))
+        shard = [x[:, :, tiles.start * BLOCK : tiles.stop * BLOCK] for x in (k, v)]
+        lists = full(NUM_Q, shard[0].shape[2], BLOCK)
+        parts.append(call(backend, q, *shard, lists, keep=keep[..., tiles], vote=CRITERIA[0])[:2])
+    lse = torch.stack([lse for _, lse in parts]).logsumexp(0)
+    joined = sum(out * (part - lse).exp()[..., None].to(out.dtype) for out, part in parts)
     torch.testing.assert_close(joined, whole)
     torch.testing.assert_close(lse, whole_lse)
 
 
 @EVERY
-@pytest.mark.parametrize("vote", [CRITERIA[0], CRITERIA[2]], ids=lambda vote: vote.criterion)
-def test_14_compiled_calls_choose_the_same_bits(backend, vote):
-    q, k, v = inputs(backend, 6)
-    keep = pack_bits(some_tiles(6))
+def test_14_compiled_calls_choose_the_same_bits(backend):
+    vote = CRITERIA[2 if backend == "torch" else 0]
+    given, keep = inputs(backend, 6), pack_bits(some_tiles(6))
 
-    def attend(q, k, v, keep):
-        return block_sparse_attention(
-            q, k, v, TILES, layout="bhsd", scale=SCALE, backend=backend, selection=Selection(keep=keep, vote=vote)
-        )
+    def voted(q, k, v, keep):
+        return attend(q, k, v, TILES, scale=SCALE, backend=backend, selection=Selection(keep=keep, vote=vote))
 
     torch._dynamo.reset()
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v, keep)
+    compiled = torch.compile(voted, fullgraph=True, backend="aot_eager")(*given, keep)
     torch._dynamo.reset()
-    for one, other in zip(compiled, attend(q, k, v, keep), strict=True):
-        assert torch.equal(one, other)
+    assert all(map(torch.equal, compiled, voted(*given, keep)))
     assert (count_bits(compiled[1]) < count_bits(keep)).any()

@@ -101,7 +101,7 @@ def test_padded_text_is_hidden_from_every_key_without_waiting_for_the_device():
 
 def test_text_of_cosmos3_attends_by_itself_and_stays_dense():
     calls, *_ = planned_calls(models.COSMOS3[0])
-    assert [call.k.shape[2] for call in calls] == [230] * models.COSMOS3_TINY["num_hidden_layers"]
+    assert [call.k.shape[2] for call in calls] == [230] * models.COSMOS3[0].config["num_hidden_layers"]
     assert all(call.q.shape[1] == 2 * call.k.shape[1] for call in calls)  # query heads share key heads
     assert all(not call.q[:, :, :6].any() for call in calls)  # made up: nobody asks for text
 
@@ -114,7 +114,7 @@ def test_attention_modules_of_several_kinds():
     ]
     places = [name for name, *_ in attention_modules(build(models.MOTIF[0]), MOTIF_VIDEO)]  # its decoder's stay dense
     assert places == [f"{kind}transformer_blocks.{block}.attn" for kind in ("", "single_") for block in (0, 1)]
-    shallow = diffusers.MotifVideoTransformer3DModel(**{**models.MOTIF_TINY, "num_decoder_layers": 0})
+    shallow = diffusers.MotifVideoTransformer3DModel(**{**models.MOTIF[0].config, "num_decoder_layers": 0})
     assert len(attention_modules(shallow, MOTIF_VIDEO)) == 5
 
 

@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import tiny_image_models as tiny
 import tiny_models
-import tiny_other_models as other
 import torch
 from dit_accel_pipelines.families.image_families import IMAGE_ADAPTERS
 from torch import Tensor
@@ -174,7 +173,7 @@ def z_image_omni(rows: list[tuple[int, int]]) -> dict[str, Any]:
 
 def test_z_image_omni_counts_text_and_earlier_images_in_front():
     torch.manual_seed(0)
-    transformer = diffusers.ZImageTransformer2DModel(**tiny.Z_IMAGE_TINY, siglip_feat_dim=8).eval()
+    transformer = diffusers.ZImageTransformer2DModel(**tiny.Z_IMAGE[0].config, siglip_feat_dim=8).eval()
     inputs = z_image_omni([(6, 5), (7, 4)])
     grids = assert_planned_is_dense("z-image", transformer, lambda transformer: list(forward(transformer, inputs)[0]))
     assert set(grids) == {(1, 8, 10, 32 + 32 + 32, 16 + 32 + 32)}
@@ -187,7 +186,7 @@ def test_z_image_omni_counts_text_and_earlier_images_in_front():
 
 
 def test_what_an_adapter_can_not_place_stays_dense_and_is_refused_where_a_method_would_thin_it_out():
-    lumina, joyimage, hidream, chroma = tiny.LUMINA2[0], other.JOYIMAGE_EDIT_PLUS[0], tiny.HIDREAM[0], tiny.CHROMA[0]
+    lumina, joyimage, hidream, chroma = tiny.LUMINA2[0], tiny.JOYIMAGE_EDIT_PLUS[0], tiny.HIDREAM[0], tiny.CHROMA[0]
     sizes = joyimage.inputs(2)["shape_list"]
     sizes[1] = [(1, 10, 8), (1, 2, 3)]
     patches = dict(
@@ -213,8 +212,8 @@ def test_what_an_adapter_can_not_place_stays_dense_and_is_refused_where_a_method
 def test_tokens_beside_the_image_are_counted_where_they_stand():
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
-    joyimage, ideogram = other.JOYIMAGE_EDIT[0], tiny.IDEOGRAM4[0]
-    grids = grids_of_planned("joyimage-edit", build(joyimage), doubled(other.joyimage(2, items=3)))
+    joyimage, ideogram = tiny.JOYIMAGE_EDIT[0], tiny.IDEOGRAM4[0]
+    grids = grids_of_planned("joyimage-edit", build(joyimage), doubled(tiny.joyimage(2, items=3)))
     assert {*grids} == {(1, 8, 10, 0, 2 * 80 + 6)}
     grids = grids_of_planned("ideogram4", build(ideogram), doubled(tiny.ideogram4(2, padding=5)), start=11)
     assert {*grids} == {(1, 8, 10, 11, 0)}  # its padding is hidden

@@ -29,6 +29,12 @@ class Counted:
         starts = [at for at, index in enumerate(self.calls) if index == 0] + [len(self.calls)]
         return [self.calls[one:two] for one, two in itertools.pairwise(starts)]
 
+    def lengths(self):
+        """Return the number of blocks of each forward since the last time this was asked."""
+        numbers = [len(blocks) for blocks in self.by_forward()]
+        self.calls.clear()
+        return numbers
+
 
 def run_inputs(scale=1.0):
     noise = torch.Generator().manual_seed(3)
@@ -40,7 +46,7 @@ def run_inputs(scale=1.0):
 
 def forward(model, step=0, branch="cond", scale=1.0, **options):
     with torch.no_grad(), model.cache_context(branch, step_index=step, num_inference_steps=10):
-        return model(**run_inputs(scale), return_dict=False, **options)[0]
+        return model(**{**run_inputs(scale), "return_dict": False, **options})[0]
 
 
 def ran_by_step(transformer, config, steps=10, branches=("cond",)):

@@ -1,6 +1,7 @@
 """Shared by the kernel tests: random calls, and the one rule of how far a backend may stray from the specification."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from dit_accel_kernels.problem import Problem
 from torch import Tensor
 
 WIDE = torch.float64
+attend = partial(block_sparse_attention, layout="bhsd")
+"""The attention call over [B, H, S, D]."""
 
 
 def qkv(
@@ -29,6 +32,25 @@ def random_lists(groups: int, num_q: int, num_k: int, block_q: int, block_k: int
         if shape[1] > row + 1:
             states[0, row] = value
     return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k).validate()
+
+
+def lists_of(states: Any, block_q: int = 16, block_k: int = 16, num_q: int = 40, num_k: int = 40) -> TileLists:
+    """Lists of these states, 0 skipped, 1 pooled, 2 exact; nested lists or a tensor."""
+    states = torch.as_tensor(states).to(torch.uint8)
+    return TileLists.from_states(states, block_q=block_q, block_k=block_k, num_q=num_q, num_k=num_k)
+
+
+def full(num_q: int, num_k: int = 0, block_q: int = 16, block_k: int = 0) -> TileLists:
+    """Lists of exact tiles alone; as many keys as queries and square tiles, where nothing else is asked for."""
+    return TileLists.full(num_q, num_k or num_q, block_q=block_q, block_k=block_k or block_q)
+
+
+def frame_decay(
+    num_q: int, num_k: int = 0, frame: int = 16, table: Any = (1.0, 0.9, 0.6), first: int = -1
+) -> FrameDecay:
+    """Decay of frames of so many tokens, the first of them outside the video where `first` is -1."""
+    q_frames, k_frames = (torch.arange(n, dtype=torch.int32) // frame + first for n in (num_q, num_k or num_q))
+    return FrameDecay(table=torch.as_tensor(table), q_frames=q_frames, k_frames=k_frames)
 
 
 def with_masks(tiles: TileLists) -> TileLists:
@@ -66,14 +88,18 @@ def assert_within_rounding(
         assert error <= allowed, f"error {float(error):.3g}, allowed {float(allowed):.3g}"
 
 
+def _widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in float64."""
+    numbers = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    return arguments | {name: x.detach().to(WIDE).requires_grad_(x.requires_grad) for name, x in numbers.items()}
+
+
 def check_against_reference(
     q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, backend: str = "torch", *, logits: float = 1.0, **arguments
 ) -> None:
     """Output and LSE of a backend in the inputs' dtype, against the reference in float64 on the same inputs."""
-    wide = {name: x.to(WIDE) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
-    truth = block_sparse_attention(
-        q.to(WIDE), k.to(WIDE), v.to(WIDE), tiles, return_lse=True, backend="reference", **wide
-    )
+    wide = [x.to(WIDE) for x in (q, k, v)]
+    truth = block_sparse_attention(*wide, tiles, return_lse=True, backend="reference", **_widened(arguments))
     yardstick = block_sparse_attention(q, k, v, tiles, return_lse=True, backend="reference", **arguments)
     found = block_sparse_attention(q, k, v, tiles, return_lse=True, backend=backend, **arguments)
     alone = block_sparse_attention(q, k, v, tiles, backend=backend, **arguments)
@@ -142,9 +168,7 @@ class Call:
         if "mask" in words:
             arguments["key_mask"] = torch.rand(batch, num_k) > 0.2
         if "decay" in words:
-            of_q, of_k = (torch.arange(n, dtype=torch.int32) // 18 - 1 for n in (num_q, num_k))
-            table = torch.tensor([1.0, 0.9, 0.6])
-            arguments["frame_decay"] = FrameDecay(table=table, q_frames=of_q, k_frames=of_k)
+            arguments["frame_decay"] = frame_decay(num_q, num_k, 18)
         if "heads" in words:
             arguments["head_scale"] = torch.rand(batch, heads) + 0.5
         if "order" in words:
@@ -197,20 +221,28 @@ CALLS = {
 
 
 def gradients(backend: str, leaves: list[Tensor], seeds: list[Tensor], tiles: TileLists, **arguments) -> list[Tensor]:
-    """Of q, k and v, from those of the output and of the LSE."""
+    """Of q, k, v and those of the arguments that require one, from gradients of the output and of the LSE."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     out, lse = block_sparse_attention(*leaves, tiles, return_lse=True, backend=backend, **arguments)
     total = (out * seeds[0].to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * seeds[1].to(lse.dtype)).sum()
-    return list(torch.autograd.grad(total, leaves))
+    more = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
+    return list(torch.autograd.grad(total, [*leaves, *more]))
 
 
 def check_gradients(
     q: Tensor, k: Tensor, v: Tensor, tiles: TileLists, backend: str, *, logits: float = 1.0, **arguments
 ) -> None:
     """Gradients of a backend in the inputs' dtype against those of the reference in float64 on the same inputs."""
+    if "head_scale" in arguments and q.dtype == torch.float32:  # whose scales have a gradient in their dtype
+        arguments["head_scale"] = arguments["head_scale"].clone().requires_grad_()
     shape = q.shape[:3] if arguments.get("layout") == "bhsd" else q.transpose(1, 2).shape[:3]
     seeds = [torch.randn(*q.shape[:3], v.shape[3]), torch.randn(shape)]
-    wide = {name: x.to(WIDE) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+    wide = {
+        name: x.detach().to(WIDE).requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for name, x in arguments.items()
+    }
     truth = gradients("reference", [x.to(WIDE) for x in (q, k, v)], seeds, tiles, **wide)
     yardstick = gradients("reference", [q, k, v], seeds, tiles, **arguments)
     for x, y, z in zip(gradients(backend, [q, k, v], seeds, tiles, **arguments), yardstick, truth, strict=True):

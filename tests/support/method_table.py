@@ -133,7 +133,8 @@ TABLE: dict[str, MethodCase] = {
     "sparsed, by mass": _variant("sparsed", density=None, mass=0.7),
     "sparsed, pooled rest": _variant("sparsed", rest="pooled"),
     "sparsed, cached rest": replace(
-        _variant("sparsed", rest="cached", refresh=3, rest_dtype="int4"), warm=1, everywhere=False, trains=False
+        _variant("sparsed", rest="cached", refresh=3, rest_dtype="int4"), warm=1, everywhere=False, trains=False,
+        held=CALLS * (2 * BITS + 2 * 224 * (8 + 4)),
     ),
     "delta": _row(
         "delta", trains=False,

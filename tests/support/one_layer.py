@@ -29,6 +29,11 @@ ADAPTER = Adapter(name="any", transformers=(), self_attention=())
 MODEL = Model(adapter=ADAPTER, family=None, heads=2, layers=1)
 
 
+def layout_of(size: Sequence[int], text: Sequence[int] = (0, 0)) -> TokenLayout:
+    """Return the layout of frames, rows and columns, with so much text before and after them."""
+    return TokenLayout(frames=size[0], height=size[1], width=size[2], text_before=text[0], text_after=text[1])
+
+
 def context_of(layout: TokenLayout, **changes: Any) -> CallContext:
     """Return where a call stands: in the first layer at the first of eight steps, or as ``changes`` say."""
     values: dict[str, Any] = dict(

@@ -62,15 +62,10 @@ class DeltaAttention(MethodConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Groups:
-    """Neighbouring queries that share one correction.
+    """Neighbouring queries that share one correction."""
 
-    Attributes:
-        rows: int64 [G], token index of each group's representative, ascending.
-        of: int64 [n], group of every visual token, in the sequence's order.
-    """
-
-    rows: Tensor
-    of: Tensor
+    rows: Tensor  # int64 [G], token index of each group's representative, ascending
+    of: Tensor  # int64 [n], group of every visual token, in the sequence's order
 
 
 @lru_cache(maxsize=16)
@@ -92,19 +87,12 @@ def groups_of(layout: TokenLayout, stride: int, device: str, turn: int = 0) -> G
 
 @dataclass(frozen=True, slots=True)
 class GroupCorrection:
-    """How one call is corrected.
+    """How one call is corrected."""
 
-    Attributes:
-        groups: its groups.
-        layout: its tokens.
-        shrink: scale each head's corrections, as `DeltaAttention` has it.
-        delta: what is added to each group, [B, H, G, D]; None: what the call's own probe rows show.
-    """
-
-    groups: Groups
-    layout: TokenLayout
-    shrink: bool
-    delta: Tensor | None
+    groups: Groups  # its groups
+    layout: TokenLayout  # its tokens
+    shrink: bool  # scale each head's corrections, as `DeltaAttention` has it
+    delta: Tensor | None  # what is added to each group, [B, H, G, D]; None: what the call's own probe rows show
 
     def probed(self, plan: AttentionPlan, call: Call, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return a call's probe rows as computed exactly, what follows from them for each group, and their error."""

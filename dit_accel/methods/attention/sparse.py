@@ -96,11 +96,7 @@ class SparseConfig(MethodConfig):
     def is_dense(
         self, step_index: int, num_inference_steps: int | None, layer: int, sigma: float | None = None
     ) -> bool:
-        """Tell whether a layer stays dense at a step (0-based, of this run) of noise level ``sigma``.
-
-        Raises:
-            ConfigError: if the options need what is not known here: the run's steps, or the noise level.
-        """
+        """Tell whether a layer stays dense at a step (0-based, of this run) of noise level ``sigma``."""
         first, last = end_steps(self, "dense_steps", "dense_last_steps", num_inference_steps)
         level, needs = self.dense_above_sigma, self.noise_needed()
         if needs is not None and sigma is None:
@@ -114,7 +110,7 @@ class SparseConfig(MethodConfig):
         return self.advice_on_size(layout)
 
     def advice_on_size(self, layout: TokenLayout, keeps_all: int = 0) -> str | None:
-        """Return why the method can't be faster on a layout, of which it keeps all of so many tiles, or seldom is."""
+        """Say that it can't be faster on a layout, of which it keeps all of so many tiles, or seldom is; or None."""
         tokens, least = layout.visual_tokens, self.worthwhile_tokens
         if keeps_all:
             return f"{self.name} keeps all {keeps_all} tiles of {tokens} visual tokens, so it can't be faster here"
@@ -194,8 +190,6 @@ class SparseHandler(AttentionHandler):
         Args:
             kept: share of the steps in which each visual tile is exact, [N, N].
             lists: the masks that are held at once, bool [N, N] each.
-            layout: the sequence.
-            steps: of the run.
         """
         size = sum(visual_lists_bytes(one, self.pools, layout, self.settings.tiling.block_size) for one in lists)
         return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)

@@ -154,11 +154,7 @@ class UltraViCoHandler(AttentionHandler):
             )
 
     def rule(self, frames: int) -> DecayRule:
-        """Return the rule for a clip of so many token frames; alpha and beta, where unset, by the published table.
-
-        Raises:
-            ConfigError: if the options and the published values contradict each other.
-        """
+        """Return the rule for a clip of so many token frames; alpha and beta, where unset, by the published table."""
         settings, trained = self.settings, self.settings.trained_frames or 1
         alpha, beta = strengths(self._by_ratio, frames / trained)
         alpha = alpha if settings.alpha is None else settings.alpha

@@ -10,11 +10,7 @@ from ..site import Block
 
 
 def read_numbers(text: str | Sequence[int], option: str) -> tuple[int, ...]:
-    """Return the numbers that a list or a text of numbers and ranges names, the value of an option, sorted, each once.
-
-    Raises:
-        ConfigError: for a text that can't be read, a number below 0, or none.
-    """
+    """Return the numbers that a list or a text of numbers and ranges names, the value of an option, sorted."""
     numbers: set[int] = set()
     for part in text.split(",") if isinstance(text, str) else text:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))

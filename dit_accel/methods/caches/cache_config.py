@@ -15,17 +15,11 @@ from ..steps import end_steps, unknown_steps
 
 @dataclass(frozen=True, slots=True)
 class ExpertSteps:
-    """Which steps of a run one of its transformers makes.
+    """Which steps of a run one of its transformers makes."""
 
-    Attributes:
-        first: the first of them.
-        until: the step at which another transformer takes over; None: that is not known.
-        last: no other transformer takes over after it.
-    """
-
-    first: int = 0
-    until: int | None = None
-    last: bool = True
+    first: int = 0  # the first of them
+    until: int | None = None  # the step at which another transformer takes over; None: that is not known
+    last: bool = True  # no other transformer takes over after it
 
 
 ALONE = ExpertSteps()
@@ -85,11 +79,7 @@ class StepCacheConfig(MethodConfig):
             raise ConfigError(f"{self.name}.growing = True needs {self.name}.max_consecutive, got None; set the bound")
 
     def reached(self, count: int | None) -> int | None:
-        """Return the number of steps past a computed one that the predictor is used for; None: any number.
-
-        Raises:
-            ConfigError: for a share of a run whose steps are not known.
-        """
+        """Return the number of steps past a computed one that the predictor is used for; None: any number."""
         if self.reach is None or self.reach >= 1:
             return None if self.reach is None else int(self.reach)
         if count is None:
@@ -114,10 +104,7 @@ class StepCacheConfig(MethodConfig):
     def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
         """Return the reason why step ``index`` must be computed, or None if it may be skipped.
 
-        Args:
-            index: the step, from 0 on.
-            count: steps of the run; None: not known.
-            expert: which of them the transformer makes.
+        ``count``: steps of the run; None: not known.
 
         Raises:
             ConfigError: if the options need the run's steps, which are not known.
@@ -135,11 +122,7 @@ class StepCacheConfig(MethodConfig):
         return "listed" if index in {round(at * (total - 1)) for at in self.compute_at or ()} else None
 
     def first_steps(self, count: int | None, expert: ExpertSteps = ALONE) -> int:
-        """Return the step of a run of ``count`` before which a transformer computes all of its steps.
-
-        Raises:
-            ConfigError: for a share of a first transformer's steps where it is not known how many these are.
-        """
+        """Return the step of a run of ``count`` before which a transformer computes all of its steps."""
         warmup, of = self.warmup_steps or 0, self.warmup_of or "run"
         if of == "last" and not expert.last:
             return sys.maxsize
@@ -160,7 +143,6 @@ class StepCacheConfig(MethodConfig):
         """Return the steps of a run that are skipped where no data decide.
 
         Args:
-            count: steps of the run.
             skips: (step, steps skipped right before it) -> whether one that may be skipped is.
             switch: the step at which a second transformer takes over; 0: there is none.
         """
@@ -178,11 +160,7 @@ class StepCacheConfig(MethodConfig):
         return tuple(skipped)
 
     def most_skipped(self, in_a_row: int, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
-        """Return the reason why step ``index`` must be computed after so many skipped in a row, or None.
-
-        Raises:
-            ConfigError: if the bound depends on the run's steps, and how many they are is not known.
-        """
+        """Return the reason why step ``index`` must be computed after so many skipped in a row, or None."""
         if self.max_consecutive is None:
             return None
         if count is None and (self.growing or self.max_consecutive < 1):
@@ -206,7 +184,7 @@ class MeasuredCacheConfig(StepCacheConfig):
 
 
 def is_unconditional(branch: str, method: str) -> bool:
-    """Return whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
+    """Tell whether a branch is named as the unconditional one; raise `ConfigError` if its name does not say."""
     name = branch.rsplit("/", 1)[-1]
     if name == "cond_uncond":
         raise ConfigError(

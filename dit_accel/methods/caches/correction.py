@@ -41,8 +41,6 @@ class ForecastCorrection:
         """Return the output of a computed step, corrected for the skipped steps before it.
 
         Args:
-            output: of the step.
-            context: of the step.
             growth: step -> what the forecast for it is off by, up to a factor.
             missed: gives what the forecast of this step would have been off by, for each tensor of the output.
         """

@@ -64,13 +64,9 @@ class DBCache(MeasuredCacheConfig):
 
 @dataclass(slots=True)
 class BlockDecision(StepDecision):
-    """What the first blocks showed.
+    """What the first blocks showed."""
 
-    Attributes:
-        added: what they added to the visual stream at the last computed step.
-    """
-
-    added: Tensor | None = None
+    added: Tensor | None = None  # what they added to the visual stream at the last computed step
 
 
 class DBHandler(SpanHandler):
@@ -133,5 +129,5 @@ class FirstBlockHandler(DBHandler):
 
 
 def takes_skips(block: Block) -> bool:
-    """Return whether a block also takes outputs of earlier blocks, as HunyuanDiT's late ones do."""
+    """Tell whether a block also takes outputs of earlier blocks, as HunyuanDiT's late ones do."""
     return "skip" in inspect.signature(type(block.module).forward).parameters

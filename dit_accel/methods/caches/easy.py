@@ -61,27 +61,18 @@ class EasyCache(MeasuredCacheConfig):
 
 @dataclass(slots=True)
 class EasyDecision(StepDecision):
-    """What EasyCache measures of a branch; tensors on the device.
+    """What EasyCache measures of a branch; tensors on the device."""
 
-    Attributes:
-        x: latents of the last step.
-        x_computed: of the last computed step.
-        v: output of the last computed step.
-        changes: mean of |dv| and of |dx| between the last two computed steps; None before there were two.
-        total: what the steps since the last computed one add up to.
-        missed: mean of |forecast - v| and of |v| at the last computed step that there was a forecast for.
-        grown: what the error of a forecast had grown to there, up to a factor.
-        places: of the last computed steps, along which it grows.
-    """
-
-    x: Tensor | None = None
-    x_computed: Tensor | None = None
-    v: Tensor | None = None
+    x: Tensor | None = None  # latents of the last step
+    x_computed: Tensor | None = None  # of the last computed step
+    v: Tensor | None = None  # output of the last computed step
+    # mean of |dv| and of |dx| between the last two computed steps; None before there were two
     changes: tuple[Tensor, Tensor] | None = None
-    total: float = 0.0
+    total: float = 0.0  # what the steps since the last computed one add up to
+    # mean of |forecast - v| and of |v| at the last computed step that there was a forecast for
     missed: tuple[Tensor, Tensor] | None = None
-    grown: float = 1.0
-    places: tuple[float, ...] = ()
+    grown: float = 1.0  # what the error of a forecast had grown to there, up to a factor
+    places: tuple[float, ...] = ()  # of the last computed steps, along which it grows
 
 
 class EasyHandler(StepCacheHandler):
@@ -127,7 +118,7 @@ class EasyHandler(StepCacheHandler):
 
     @staticmethod
     def _place(context: ForwardContext) -> float:
-        """Return where a step stands on the axis along which errors grow."""
+        """Return a step's place on the axis along which errors grow."""
         sigma = context.sigma
         return context.step_index if sigma is None else log_snr(sigma, flow=context.noise == "flow")
 

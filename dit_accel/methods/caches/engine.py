@@ -32,26 +32,16 @@ class StepDecision:
 
     It lives from step to step; a new one begins where another branch or other latents are measured. What it keeps of
     the tensors that its handler was given is copied for it.
-
-    Attributes:
-        branch: the branch that is measured: the first one of a step.
-        shapes: of what is measured.
-        step: the last step that was decided.
-        reuse: the step is skipped.
-        reason: why.
-        value: the indicator, where it was measured.
-        in_a_row: steps skipped since the last computed one.
-        kept: whatever the cache keeps from step to step; a subclass may have fields of its own beside it.
     """
 
-    branch: str
-    step: int = -1
-    reuse: bool = False
-    reason: str = ""
-    value: float | None = None
-    in_a_row: int = 0
-    shapes: Any = None
-    kept: Any = None
+    branch: str  # the branch that is measured: the first one of a step
+    step: int = -1  # the last step that was decided
+    reuse: bool = False  # the step is skipped
+    reason: str = ""  # why
+    value: float | None = None  # the indicator, where it was measured
+    in_a_row: int = 0  # steps skipped since the last computed one
+    shapes: Any = None  # of what is measured
+    kept: Any = None  # whatever the cache keeps from step to step; a subclass may have fields of its own beside it
 
     @property
     def nbytes(self) -> int:
@@ -205,18 +195,14 @@ class StepCacheHandler(Handler):
         return corrected
 
     def is_trained(self, context: ForwardContext, latents: Any) -> bool:
-        """Return whether a forward is recorded for gradients of its latents or of any weight."""
+        """Tell whether a forward is recorded for gradients of its latents or of any weight."""
         if context.training or is_recorded(latents):
             return True
         weights = self.transformer_of(context).parameters()
         return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
     def _begin(self, context: ForwardContext) -> None:
-        """Begin a forward, and forget the steps of another expert.
-
-        Raises:
-            ConfigError: if another cache was switched on after this one was attached.
-        """
+        """Begin a forward, and forget the steps of another expert."""
         require_no_cache(context.transformer, self.transformer_of(context), self.settings.requested_name)
         if context.transformer != self._transformer:
             if not self._holds_a_prompt(context.transformer):
@@ -228,7 +214,7 @@ class StepCacheHandler(Handler):
         self._reach = self.settings.reached(context.num_inference_steps)
 
     def _holds_a_prompt(self, transformer: str) -> bool:
-        """Return whether a transformer serves one prompt alone, in every step, beside another for the other prompt."""
+        """Tell whether a transformer serves one prompt alone, in every step, beside another for the other prompt."""
         return transformer in self.model.adapter.guidance.branch_of
 
     def _expert_steps(self, context: ForwardContext) -> ExpertSteps:
@@ -252,10 +238,6 @@ class StepCacheHandler(Handler):
 
     def _decide(self, context: ForwardContext, stored: bool) -> tuple[StepDecision, bool, bool]:
         """Decide whether to skip this forward, and log it; the first forward of a step is measured and decides for all.
-
-        Args:
-            context: of the forward.
-            stored: there is something to forecast it from.
 
         Returns:
             The decision, whether this forward was the first of its step, and whether it is skipped.
@@ -369,7 +351,7 @@ class StepCacheHandler(Handler):
         return Saving(forwards=self.forwards_cached() * len(skipped), skipped=whole, notes=notes)
 
     def forwards_cached(self) -> int:
-        """Return how many of a step's forwards the cache acts in."""
+        """Count the forwards of a step in which the cache acts."""
         family = self.model.family
         return family.forwards_per_step if family and self.settings.branches == "all" else 1
 

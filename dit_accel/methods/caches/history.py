@@ -16,32 +16,20 @@ from .correction import DAMPING, ForecastCorrection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredStep:
-    """What one step gave.
+    """What one step gave."""
 
-    Attributes:
-        step: the step's index.
-        values: a tensor for each of the output's: what is stored of it; anything else is stored as it is.
-        computed: by a forward; else it is a forecast.
-    """
-
-    step: int
-    values: list[Any]
-    computed: bool = True
+    step: int  # the step's index
+    values: list[Any]  # a tensor for each of the output's: what is stored of it; anything else is stored as it is
+    computed: bool = True  # by a forward; else it is a forecast
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchOutput:
-    """What a branch gives in one step, for the branch that runs beside it.
+    """What a branch gives in one step, for the branch that runs beside it."""
 
-    Attributes:
-        values: what is stored of each of the output's tensors, or would be; anything else as it is.
-        spec: the output's form.
-        mends: what a correction added to each tensor, in float32 or wider; None: nothing.
-    """
-
-    values: list[Any]
-    spec: TreeSpec
-    mends: list[Any] | None = None
+    values: list[Any]  # what is stored of each of the output's tensors, or would be; anything else as it is
+    spec: TreeSpec  # the output's form
+    mends: list[Any] | None = None  # what a correction added to each tensor, in float32 or wider; None: nothing
 
     def of_rows(self, rows: Sequence[int]) -> "BranchOutput":
         """Return the output of some rows."""
@@ -69,10 +57,6 @@ class History:
         held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
         beside: it is of a branch beside another.
-
-    Attributes:
-        correction: what corrects computed outputs for the skipped ones before, or None.
-        skipped: the steps that were forecast since the last computed one.
     """
 
     def __init__(
@@ -84,16 +68,17 @@ class History:
         self._reach = reach
         self._start = start
         self._held_on = held_on
+        # what corrects computed outputs for the skipped ones before, or None
         self.correction = ForecastCorrection(settings) if settings.predictor == "corrected" and not beside else None
         self.shapes = shapes
         self.points: list[StoredStep] = []
-        self.skipped: list[int] = []
+        self.skipped: list[int] = []  # the steps that were forecast since the last computed one
         self._forecast: StoredStep | None = None  # of the last step, where Heun's predictor reads it
         self._spec: TreeSpec | None = None
         self._mends: tuple[int, list[Any]] | None = None
 
     def gives_other(self, output: Any) -> bool:
-        """Return whether an output has other shapes than the stored one, as a first one that holds text too."""
+        """Tell whether an output has other shapes than the stored one, as a first one that holds text too."""
         return bool(self.points) and tensor_shapes(output) != tensor_shapes(self.last())
 
     @property
@@ -210,7 +195,7 @@ class History:
         return forecast.taylor(steps, step, settings.order, DAMPING if settings.predictor == "corrected" else 0.0)
 
     def _is_out_of_reach(self, step: int) -> bool:
-        """Return whether a step lies farther past the last computed one than the predictor is used for."""
+        """Tell whether a step lies farther past the last computed one than the predictor is used for."""
         return self._reach is not None and sum(skipped != step for skipped in self.skipped) >= self._reach
 
     def _bases(self, leaves: list[Any], latents: Any) -> list[Tensor | None]:
@@ -226,9 +211,6 @@ def given_beside(
 
     Args:
         histories: by transformer, branch and part.
-        context: of the forward.
-        shapes: of its latents.
-        end: the run's last step.
         part: of the forward, where it has a history of its own.
     """
     history = histories.get((context.transformer, context.beside, *part))
@@ -244,13 +226,9 @@ def tensor_shapes(tensors: Any) -> Any:
 
 
 def own_copies(kept: Any, lent: Any) -> Any:
-    """Return what is kept from step to step, with copies of the tensors that share memory with lent ones.
+    """Copy, of what is kept from step to step, the tensors that share memory with lent ones.
 
     Schedulers and hand-written loops may write into the tensors of a step once it is over.
-
-    Args:
-        kept: in whatever form.
-        lent: the tensors of somebody else, in whatever form.
     """
     memory = {_memory_of(leaf) for leaf in tree_leaves(lent) if isinstance(leaf, Tensor)}
     copies: dict[int, Tensor] = {}  # a tensor that is kept twice is copied once
@@ -266,7 +244,7 @@ def own_copies(kept: Any, lent: Any) -> Any:
 
 
 def _memory_of(tensor: Tensor) -> int | None:
-    """Return where a tensor's memory lies; None for a wrapper that tells nothing of it, as collectives give."""
+    """Return the address of a tensor's memory; None for a wrapper that tells none, as collectives give."""
     try:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:

@@ -10,23 +10,14 @@ from ...report.sections import Section, Strip
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedForward:
-    """One forward of the last generation.
+    """One forward of the last generation."""
 
-    Attributes:
-        transformer: component name.
-        step_index: 0-based step.
-        branch: name of the denoising call.
-        reused: it was skipped, and a forecast given.
-        reason: why.
-        value: the indicator; None where it was not requested.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    reused: bool
-    reason: str
-    value: float | None = None
+    transformer: str  # component name
+    step_index: int  # 0-based step
+    branch: str  # name of the denoising call
+    reused: bool  # it was skipped, and a forecast given
+    reason: str  # why
+    value: float | None = None  # the indicator; None where it was not requested
 
 
 def extended(section: Section | None, lines: Iterable[str], **data: Any) -> Section | None:

@@ -144,16 +144,11 @@ class NativeHandler(Handler):
 
 
 class _Enabled:
-    """A cache on one transformer, and what the transformer's modules held before, to leave nothing behind.
-
-    Attributes:
-        transformer: the transformer.
-        hooks: module name -> the cache's hooks there, but for the transformer's own.
-    """
+    """A cache on one transformer, and what the transformer's modules held before, to leave nothing behind."""
 
     def __init__(self, transformer: Any, config: Any) -> None:
-        self.transformer = transformer
-        self.hooks: dict[str, list[Any]] = {}
+        self.transformer = transformer  # the transformer
+        self.hooks: dict[str, list[Any]] = {}  # module name -> the cache's hooks there, but for the transformer's own
         self._config = config
         self._before = [
             (name, module, set(module.__dict__), set(_hooks(module))) for name, module in transformer.named_modules()

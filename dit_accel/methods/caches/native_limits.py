@@ -81,7 +81,7 @@ def check_model(kind: str, config: Any, name: str, transformer: nn.Module, furth
 
 
 def _has_vision(transformer: nn.Module) -> bool:
-    """Return whether diffusers itself knows the latents of a model for SeaCache."""
+    """Tell whether diffusers itself knows the latents of a model for SeaCache."""
     options: Any = transformer.config
     if type(transformer).__name__ == "WanTransformer3DModel":
         return options.in_channels == options.out_channels

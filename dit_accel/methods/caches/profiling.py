@@ -90,7 +90,7 @@ class ProfilingCache(StepCacheConfig):
                 "profilingcache.blocks_2 and profilingcache.refresh_2 are a second list of blocks and its steps, "
                 "beside profilingcache.blocks; give all of them, or neither"
             )
-        if self._from_file:  # which is read when it meets a model, and not here
+        if self._file is not None:  # which is read when it meets a model, and not here
             if self.blocks_2 is not None:
                 raise ConfigError("profilingcache.blocks_2 can't be given beside a profile, which names all blocks")
             return
@@ -108,8 +108,8 @@ class ProfilingCache(StepCacheConfig):
         return any(getattr(self, option) is not None for option in options)
 
     @property
-    def _from_file(self) -> bool:
-        return isinstance(self.blocks, str) and self.blocks.endswith(".json")
+    def _file(self) -> str | None:
+        return self.blocks if isinstance(self.blocks, str) and self.blocks.endswith(".json") else None
 
     def filled(self, recipe: Mapping[str, Any] | None = None) -> Self:
         """Return the config with every unset option filled in; a recipe's blocks or schedule go together."""
@@ -128,25 +128,18 @@ class ProfilingCache(StepCacheConfig):
     def groups(self, transformer: str = "transformer") -> tuple[tuple[int, ...], ...]:
         """Return a transformer's cached blocks by schedule; raise `ConfigError` for numbers that can't be read."""
         option = "profilingcache.blocks"
-        if self._from_file:
-            assert isinstance(self.blocks, str)
-            return (cached_in(read_profile(self.blocks, option), self.blocks, option, transformer),)
+        if (file := self._file) is not None:
+            return (cached_in(read_profile(file, option), file, option, transformer),)
         lists = {option: self.blocks, "profilingcache.blocks_2": self.blocks_2}
         return tuple(read_numbers(blocks, name) for name, blocks in lists.items() if blocks is not None)
 
     def transformers(self) -> tuple[str, ...]:
         """Return the transformers that have lists of their own; any one where all have the same."""
-        if not self._from_file:
-            return ("transformer",)
-        assert isinstance(self.blocks, str)
-        return tuple(read_profile(self.blocks, "profilingcache.blocks")["transformers"])
+        file = self._file
+        return ("transformer",) if file is None else tuple(read_profile(file, "profilingcache.blocks")["transformers"])
 
     def refreshes(self, group: int, index: int, count: int | None) -> bool:
-        """Return whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known.
-
-        Raises:
-            ConfigError: if that needs the run's steps, which are not known, or a list goes beyond them.
-        """
+        """Tell whether the blocks of a group run at step ``index`` of a run of ``count`` steps; None: not known."""
         option, measured = "refresh_2" if group else "refresh", self.measured_steps
         if count is None and measured is not None:
             raise unknown_steps(self, "measured_steps", "set profilingcache.every alone")
@@ -199,10 +192,8 @@ class ProfilingHandler(SpanHandler):
         self.require_free(site)
         settings, option = self.settings, "profilingcache.blocks"
         groups = settings.groups(site.name)
-        if settings._from_file:
-            assert isinstance(settings.blocks, str)
-            profile = read_profile(settings.blocks, option)
-            require_weights(profile, settings.blocks, option, site.name, site.transformer)
+        if (file := settings._file) is not None:
+            require_weights(read_profile(file, option), file, option, site.name, site.transformer)
         for name, blocks in zip((option, f"{option}_2"), groups, strict=False):
             require_there(blocks, name, site.name, len(site.blocks), kinds_of(site.blocks))
         self._groups[site.name] = {block: number for number, blocks in enumerate(groups) for block in blocks}
@@ -261,9 +252,7 @@ class ProfilingHandler(SpanHandler):
                 require_there(blocks, "profilingcache.blocks", family.name, family.layers)
         spans = max(sum(len(block_schedule.runs_of(blocks)) for blocks in groups) for groups in lists)
         held = 2 * rows * spans * settings.kept_points * layout.tokens * width  # bytes of bfloat16
-        note = (
-            f"profilingcache.blocks has {len(lists)} lists, and how long each runs is not known: their mean is counted"
-        )
+        note = f"profilingcache.blocks has {len(lists)} lists; how long each runs is not known: their mean is counted"
         return Saving(
             blocks=rows * sum(self._skipped(groups, steps) for groups in lists) / len(lists),
             carried_bytes=0 if settings.offload == "cpu" else held,
@@ -271,7 +260,7 @@ class ProfilingHandler(SpanHandler):
         )
 
     def _skipped(self, groups: tuple[tuple[int, ...], ...], steps: int) -> int:
-        """Return how many blocks the lists of one transformer skip over a run."""
+        """Count the blocks that the lists of one transformer skip over a run."""
         settings = self.settings
         skipped: list[int] = []
 

@@ -44,15 +44,10 @@ class DBPrune(MeasuredCacheConfig):
 
 @dataclass(slots=True)
 class PruneDecision(StepDecision):
-    """What the blocks' inputs showed.
+    """What the blocks' inputs showed."""
 
-    Attributes:
-        inputs: block -> the visual stream that it took when it ran last.
-        skipped: the blocks that are skipped in this step.
-    """
-
-    inputs: dict[int, Tensor] | None = None
-    skipped: frozenset[int] = frozenset()
+    inputs: dict[int, Tensor] | None = None  # block -> the visual stream that it took when it ran last
+    skipped: frozenset[int] = frozenset()  # the blocks that are skipped in this step
 
 
 class PruneHandler(SpanHandler):
@@ -76,7 +71,7 @@ class PruneHandler(SpanHandler):
         decision.skipped = frozenset()
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Return whether a block is skipped: by its input in the branch that decides, and as there in the others."""
+        """Tell whether a block is skipped: by its input in the branch that decides, and as there in the others."""
         decision = now.decision
         assert isinstance(decision, PruneDecision)
         if block.index not in now.stored:

@@ -68,7 +68,6 @@ def on_grid(latents: Tensor, layout: TokenLayout | None, grid: Any) -> tuple[Ten
 
     Args:
         latents: [B, tokens, C], or with axes of their own as the model takes them.
-        layout: by which tokens are laid out.
         grid: the adapter's; where it is `latents_grid`, it says which axes the latents have.
     """
     if latents.dim() == 3:

@@ -14,17 +14,11 @@ from .ranks import ratio
 
 @dataclass(slots=True)
 class SignalDecision(StepDecision):
-    """What is measured of a branch.
+    """What is measured of a branch."""
 
-    Attributes:
-        signal: of the last step; on the device.
-        now: of this step, where it was taken to decide.
-        total: what the steps since the last computed one add up to.
-    """
-
-    signal: Tensor | None = None
-    now: Tensor | None = None
-    total: float = 0.0
+    signal: Tensor | None = None  # of the last step; on the device
+    now: Tensor | None = None  # of this step, where it was taken to decide
+    total: float = 0.0  # what the steps since the last computed one add up to
 
 
 class SignalHandler(StepCacheHandler, ABC):

@@ -28,42 +28,28 @@ Span = tuple[int, ...]
 
 
 class Pass:
-    """One forward that is under way.
-
-    Attributes:
-        context: the forward.
-        needing: the method that needs the step.
-        shapes: of its inputs, and of the streams that the first block takes that may be skipped.
-        apart: every block is a span of its own.
-        decision: who decides for it, once that is known.
-        leads: it is the forward that is measured.
-        reuse: blocks are skipped; None: that is not decided yet.
-        stored: last block of a span -> what such a span added at the steps before.
-        beside: the same of what such a span gives in the branch that it runs beside; empty: there is none.
-        skipped: the blocks that were skipped so far.
-        called: the last block that was called.
-        spans: the blocks that were computed so far. The blocks of a span hand on the very tensors that they give;
-            where the model changes a stream between two blocks, another span begins.
-        taken: the streams that the first block of the last span took.
-        given: the streams that the last block gave.
-    """
+    """One forward that is under way."""
 
     def __init__(self, context: ForwardContext, needing: str | None) -> None:
-        self.context = context
-        self.needing = needing
-        self.shapes: Any = None
+        self.context = context  # the forward
+        self.needing = needing  # the method that needs the step
+        self.shapes: Any = None  # of its inputs, and of the streams that the first block takes that may be skipped
         # some models write what a control network gives into a stream: then what is the block's own is not known
+        # every block is a span of its own
         self.apart = any("controlnet" in name and value is not None for name, value in context.inputs.items())
-        self.decision: StepDecision | None = None
-        self.leads = False
-        self.reuse: bool | None = None
-        self.stored: dict[int, History] = {}
+        self.decision: StepDecision | None = None  # who decides for it, once that is known
+        self.leads = False  # it is the forward that is measured
+        self.reuse: bool | None = None  # blocks are skipped; None: that is not decided yet
+        self.stored: dict[int, History] = {}  # last block of a span -> what such a span added at the steps before
+        # the same of what such a span gives in the branch that it runs beside; empty: there is none
         self.beside: dict[int, BranchOutput | None] = {}
-        self.skipped: list[int] = []
-        self.called = -1
+        self.skipped: list[int] = []  # the blocks that were skipped so far
+        self.called = -1  # the last block that was called
+        # the blocks that were computed so far. The blocks of a span hand on the very tensors that they give; where the
+        # model changes a stream between two blocks, another span begins.
         self.spans: list[list[int]] = []
-        self.taken: Streams = ()
-        self.given: Streams = ()
+        self.taken: Streams = ()  # the streams that the first block of the last span took
+        self.given: Streams = ()  # the streams that the last block gave
         self._versions: list[int] = []
         self._taken_versions: list[int] = []
         self._start: Tensor | None = None
@@ -97,7 +83,7 @@ class Pass:
             )
 
     def begins_span(self, streams: Streams) -> bool:
-        """Return whether a block takes other tensors than the last one gave; refuse models that write into these."""
+        """Tell whether a block takes other tensors than the last one gave; refuse models that write into these."""
         alike = len(self.given) == len(streams) and all(map(operator.is_, self.given, streams))
         if self.apart or not alike:
             return True
@@ -138,11 +124,11 @@ class SpanHandler(StepCacheHandler):
     # What a cache says.
 
     def skips(self, now: Pass, block: Block, streams: Streams) -> bool:
-        """Return whether a block is skipped in a forward in which some are; called once, in running order."""
+        """Tell whether a block is skipped in a forward in which some are; called once, in running order."""
         return True
 
     def joins(self, now: Pass, block: Block) -> bool:
-        """Return whether a block may belong to the span of the block before it."""
+        """Tell whether a block may belong to the span of the block before it."""
         return True
 
     def ran(self, now: Pass, block: Block, taken: Streams) -> None:

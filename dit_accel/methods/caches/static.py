@@ -44,11 +44,7 @@ class StaticCache(StepCacheConfig):
         return full
 
     def always_computed(self, index: int, count: int | None, expert: ExpertSteps = ALONE) -> str | None:
-        """Return the reason why step ``index`` is computed, or None if it is skipped.
-
-        Raises:
-            ConfigError: as for all step caches, and for ``steps`` of another number of them than the run's.
-        """
+        """Return the reason why step ``index`` is computed, or None if it is skipped."""
         if self.steps is not None and len(self.steps) != count:
             raise ConfigError(
                 f"{self.name}.steps has {len(self.steps)} entries, this run has {count or 'an unknown number of'} "

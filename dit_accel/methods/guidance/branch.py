@@ -25,7 +25,7 @@ from .guiders import GUIDERS, guided_by, require_own
 from .head_specs import first_layer, split_specs
 from .log import PerturbedForward, WindowedHandler, distances_of, note_of, strips_of
 from .perturbed_blocks import PerturbedBlocks
-from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, sample_rows, shapes
+from .rows import Sample, mapped, plus, repeated, require_sample, rows_of, shapes
 
 
 class PerturbedHandler(WindowedHandler):
@@ -180,7 +180,7 @@ class PerturbedHandler(WindowedHandler):
         sample = require_sample(sample_of(output), site.name)
         inputs, numbers, cond = {}, None, sample
         if rows is not None:
-            inputs, cond = rows_of(context.inputs, *rows, site.adapter), sample_rows(sample, rows[0])
+            inputs, cond = rows_of(context.inputs, *rows, site.adapter), sample[rows[0]]
             numbers = range(*rows[0].indices(rows[1]))
         with passes.perturbing(taken=rows) as shared, site.branch(self.name, numbers):
             perturbed = require_sample(sample_of(self.perturbed_output(site, context, run, inputs)), site.name)

@@ -20,10 +20,8 @@ GUIDERS = ("guider", "guider_2")
 def guided_by(site: Site, further: Callable[[Any], Sample | None]) -> tuple[Any, ...]:
     """Let a pipeline's guiders add something to their results until the methods are detached; return the guiders.
 
-    Args:
-        site: a transformer of the pipeline.
-        further: what is added to the next result, which the guider mixes from this conditional prediction; None:
-            nothing.
+    ``further``: what is added to the next result, which the guider mixes from this conditional prediction; None:
+    nothing.
     """
     found: list[Any] = [getattr(site.pipe, name, None) for name in GUIDERS]
     guiders: tuple[Any, ...] = tuple(

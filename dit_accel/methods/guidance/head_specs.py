@@ -23,17 +23,11 @@ _FORM = "write L3H1 (a head), L3H0-5, L3 or L3-5 (whole layers), a stack's name,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stacks:
-    """The attention layers of a model, as specs name them.
+    """The attention layers of a model, as specs name them."""
 
-    Attributes:
-        names: attention module names, by their index; of a model that is not at hand, empty strings.
-        heads: heads of each.
-        others: names of attention modules that can't be perturbed: cross-attention and refiners.
-    """
-
-    names: Sequence[str]
-    heads: int
-    others: Collection[str] = ()
+    names: Sequence[str]  # attention module names, by their index; of a model that is not at hand, empty strings
+    heads: int  # heads of each
+    others: Collection[str] = ()  # names of attention modules that can't be perturbed: cross-attention and refiners
 
     def stack(self, name: str) -> list[int]:
         """Return the layers of a stack; none where there is no such stack."""
@@ -63,12 +57,7 @@ def read_heads(
 
     Args:
         specs: see `split_specs`; layers count over all stacks, behind a stack's name within it.
-        stacks: the model's layers.
-        given: what names them, for errors.
         published: name -> specs.
-
-    Raises:
-        ConfigError: for a spec that can't be read, or that names what the model does not have.
     """
     found: dict[int, set[int]] = {}
     for spec in split_specs(specs):

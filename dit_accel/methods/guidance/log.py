@@ -75,32 +75,20 @@ class WindowedHandler(Handler, ABC):
 
 @dataclass(frozen=True, slots=True)
 class PerturbedForward:
-    """One perturbed forward.
+    """One perturbed forward."""
 
-    Attributes:
-        transformer: component name.
-        step_index: the step.
-        branch: the branch that was perturbed, or that a perturbed one runs beside.
-        distance: |cond - perturbed| / |cond|, a number or a scalar tensor; None: not measured.
-        first: block at which it began.
-        extra: it ran besides the pipeline's own.
-    """
-
-    transformer: str
-    step_index: int
-    branch: str
-    distance: Tensor | None = None
-    first: int = 0
-    extra: bool = True
+    transformer: str  # component name
+    step_index: int  # the step
+    branch: str  # the branch that was perturbed, or that a perturbed one runs beside
+    distance: Tensor | None = None  # |cond - perturbed| / |cond|, a number or a scalar tensor; None: not measured
+    first: int = 0  # block at which it began
+    extra: bool = True  # it ran besides the pipeline's own
 
 
 def strips_of(did: str, log: Sequence[tuple[str, int, str, float | None]], measured: str = "") -> tuple[Strip, ...]:
     """Return the strips that `Report.plot` draws of guidance: the steps in which it acted, and what it measured there.
 
-    Args:
-        did: what it did in them.
-        log: transformer, step, branch and what was measured, of each forward in which it acted.
-        measured: what that is.
+    ``log``: transformer, step, branch and what was measured, of each forward in which it acted.
     """
     strips: list[Strip] = []
     for transformer, branch in dict.fromkeys((entry[0], entry[2]) for entry in log):

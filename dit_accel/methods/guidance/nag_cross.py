@@ -18,14 +18,7 @@ from .rows import rows_of
 class CrossAttentionNAG:
     """One transformer whose cross-attention is guided away from a negative text while a guided forward runs.
 
-    Args:
-        site: the transformer.
-        where: its cross-attention.
-        embeds: the negative text, [1, tokens, C].
-        settings: the `NAG` config, filled in.
-
-    Attributes:
-        calls: guided calls of cross-attention since the run began.
+    ``embeds``: the negative text, [1, tokens, C].
     """
 
     kind = "cross-attention"
@@ -37,7 +30,7 @@ class CrossAttentionNAG:
         self._rows: Rows = None
         self._tokens = 0
         self._ready: Tensor | None = None if projection is not None else embeds
-        self.calls = 0
+        self.calls = 0  # guided calls of cross-attention since the run began
         if projection is not None:
             site.around_module(projection, self._project)
         for name, module in where.found(site.transformer).items():

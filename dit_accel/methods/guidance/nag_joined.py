@@ -25,15 +25,8 @@ class JointNAG:
     leads it; so the negative row differs in its text alone, and its prediction is the prompt's.
 
     Args:
-        site: the transformer.
-        where: its text.
         embeds: the negative text, [1, tokens, C], without padding where the model masks padded text.
-        settings: the `NAG` config, filled in.
         encode: makes the negative text of another length; None: it is as it was given.
-
-    Attributes:
-        on: a guided forward runs.
-        calls: attention calls that were guided since the run began.
     """
 
     kind = "joined attention"
@@ -45,8 +38,8 @@ class JointNAG:
         self._encode = encode
         self._pairs: tuple[slice, slice] = slice(0, 0), slice(0, 0)
         self._tokens = 0
-        self.on = False
-        self.calls = 0
+        self.on = False  # a guided forward runs
+        self.calls = 0  # attention calls that were guided since the run began
 
     def guided(self, context: ForwardContext, rows: Rows, run: Callable[..., Any]) -> Any:
         """Run a forward whose conditional rows (None: all) are guided away from the negative text."""

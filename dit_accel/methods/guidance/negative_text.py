@@ -16,13 +16,8 @@ def encoded(site: Site, prompt: str, padded: bool = False, tokens: int | None = 
     """Return a text's embeddings by the pipeline's own encoder, [1, tokens, C], without what its mask leaves out.
 
     Args:
-        site: the transformer.
-        prompt: the text.
         padded: keep what a mask leaves out: the model attends to it.
         tokens: how long the text should be, where ``max_sequence_length`` can make it so; None: as by default.
-
-    Raises:
-        ConfigError: without a pipeline, or for one whose encoder can't be called with a text alone.
     """
     pipe: Any = site.pipe
     encode = getattr(pipe, "encode_prompt", None)

@@ -18,22 +18,17 @@ class PerturbedBlocks:
     Args:
         first: the first perturbed block, from which a perturbed pass may begin; None: it runs whole.
         skip: blocks that a perturbed pass leaves out.
-
-    Attributes:
-        perturbs: what runs now is perturbed.
-        rows: the rows that are; None: all.
-        held: bytes that the conditional pass left last.
     """
 
     def __init__(self, first: int | None, skip: frozenset[int] = frozenset()) -> None:
         self.first = first
         self._skip = skip
-        self.perturbs = False
+        self.perturbs = False  # what runs now is perturbed
         self._records = False
-        self.rows: Rows = None
+        self.rows: Rows = None  # the rows that are; None: all
         self._saved: Streams | None = None
         self._begun: Streams | None = None
-        self.held = 0
+        self.held = 0  # bytes that the conditional pass left last
 
     def blocks(self, blocks: Sequence[Block]) -> tuple[Block, ...]:
         """Return those of a transformer's blocks that this runs around."""

@@ -43,11 +43,8 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         not from places and heads alone, sets ``by_place`` to False.
 
         Args:
-            plan: what other methods planned.
-            call: q, k and v.
             share: how far each head is perturbed, in [0, 1], [H].
             whole: every head is perturbed.
-            context: where the call stands.
         """
 
     def __init__(self, config: PerturbedConfig, model: Model) -> None:
@@ -89,7 +86,9 @@ class PerturbedHeadsHandler(PerturbedHandler, AttentionHandler):
         perturbed = self.perturb(plan, call, self._share(named, count, context), len(named) == count, context)
         if rows is None:
             return perturbed
-        chosen, called = range(rows[0].start, rows[0].stop), _rows_of_call(context, rows[1])
+        chosen, called = range(rows[0].start, rows[0].stop), range(rows[1])
+        if context.batch != rows[1]:  # each row is attended by itself
+            called = range(context.row, context.row + context.batch)
         return with_rows_apart(plan, perturbed, torch.tensor([row in chosen for row in called]).to(call.q.device), call)
 
     def mix_values(self, plan: AttentionPlan, share: Tensor, whole: bool, context: CallContext) -> AttentionPlan:
@@ -143,8 +142,3 @@ def image_rows(layout: TokenLayout, device: str) -> Tensor:
         rows = torch.zeros(layout.tokens, dtype=torch.bool, device=device)
         rows[layout.visual] = True
         return rows
-
-
-def _rows_of_call(context: CallContext, batch: int) -> range:
-    """Return the rows of the forward that an attention call has: all, or one of those that are attended by itself."""
-    return range(batch) if context.batch == batch else range(context.row, context.row + context.batch)

@@ -19,11 +19,7 @@ Axis = int | Literal["each"] | None
 def rows_of(inputs: Mapping[str, Any], rows: slice, batch: int, adapter: Adapter | None = None) -> dict[str, Any]:
     """Return a forward's inputs with some of their rows; what holds no rows stays.
 
-    Args:
-        inputs: name -> input.
-        rows: the rows to keep.
-        batch: rows of the forward.
-        adapter: says where inputs hold their rows; None: all along the first axis.
+    ``adapter``: says where inputs hold their rows; None: all along the first axis.
     """
     return _each_input(inputs, batch, adapter, lambda value, axis: value[_index(rows, axis)])
 
@@ -39,7 +35,7 @@ def with_rows_again(inputs: Mapping[str, Any], rows: slice, batch: int, adapter:
 
 
 def _index(rows: slice, axis: int) -> Any:
-    """Return what picks rows along an axis of a tensor; a list has its rows along the first."""
+    """Return the index of rows along an axis of a tensor; a list has its rows along the first."""
     return (slice(None),) * axis + (rows,) if axis else rows
 
 
@@ -70,17 +66,12 @@ def _change_rows(value: Any, axis: int, batch: int, change: Callable[[Any, int],
 
 
 def axis_of(name: str, value: Any, adapter: Adapter | None) -> Axis:
-    """Return where an input holds its rows: as the adapter says, latents in a list one by one, else the first axis."""
+    """Return an input's axis of rows: as the adapter says, latents in a list one by one, else the first."""
     if adapter is None:
         return 0
     if name in adapter.guidance.rows:
         return adapter.guidance.rows[name]
     return "each" if name == adapter.latents and isinstance(value, list) else 0
-
-
-def sample_rows(sample: Sample, rows: slice | None) -> Sample:
-    """Return some rows of a prediction."""
-    return sample if rows is None else sample[rows]
 
 
 def mapped(function: Callable[..., Tensor], *samples: Sample) -> Sample:

@@ -25,24 +25,16 @@ ENDLESS = 9999.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherOutput:
-    """Puts other values in the place of a share of an attention call's output, last of all.
+    """Puts other values in the place of a share of an attention call's output, last of all."""
 
-    Attributes:
-        other: [B, H, S, D], or with 1 in place of S.
-        share: of each head, [H] or [B, H] in [0, 1].
-        tokens: bool [S], the rows that change; None: all.
-    """
-
-    other: Tensor
-    share: Tensor
-    tokens: Tensor | None = None
+    other: Tensor  # [B, H, S, D], or with 1 in place of S
+    share: Tensor  # of each head, [H] or [B, H] in [0, 1]
+    tokens: Tensor | None = None  # bool [S], the rows that change; None: all
 
     def applied(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return a call's output [B, H, S, D] with the share replaced; the given one is not changed.
 
-        Args:
-            out: the output.
-            rows: int64 [S'], the tokens that it holds, S' in place of S; None: all.
+        ``rows``: int64 [S'], the tokens that it holds, S' in place of S; None: all.
         """
         share = self.share.to(out.dtype).reshape(-1, out.shape[1])[:, :, None, None]
         other, tokens = self.other, self.tokens
@@ -59,8 +51,6 @@ def put_in_place(
     """Return a plan whose heads give something else in the place of a share of their attention.
 
     Args:
-        plan: what other methods planned.
-        other: what they give, as `OtherOutput` has it.
         share: of each head, [H] or [B, H].
         tokens: bool [S], the rows that change; None: all.
         whole: nothing is left of the attention, so that none need be computed.
@@ -87,10 +77,7 @@ def of_mean_query(call: Call, tokens: Tensor | None) -> Tensor:
 def blurred_queries(call: Call, layout: TokenLayout, sigma: float) -> Tensor:
     """Return a call's queries, blurred over height and width, frame by frame; text's stay, [B, H, S, D].
 
-    Args:
-        call: q, k and v.
-        layout: by which the visual tokens lie.
-        sigma: standard deviation in tokens; above `ENDLESS` each frame has its mean.
+    ``sigma``: standard deviation in tokens; above `ENDLESS` each frame has its mean.
     """
     q = call.q.clone()
     grid = q[:, :, layout.visual].float().unflatten(2, (layout.frames, layout.height, layout.width))

@@ -26,17 +26,11 @@ from ..site import ForwardContext, Site, sample_of, with_sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallPicture:
-    """What a finished small picture says of the larger one's latents.
+    """What a finished small picture says of the larger one's latents."""
 
-    Attributes:
-        clean: latents as the transformer takes them, [B, tokens, C] or [B, C, height, width], of the large size.
-        inside: where they hold, of a shape that broadcasts to theirs; None: everywhere.
-        grid: rows and columns of the small picture's tokens.
-    """
-
-    clean: Tensor
-    inside: Tensor | None
-    grid: tuple[int, int]
+    clean: Tensor  # latents as the transformer takes them, [B, tokens, C] or [B, C, height, width], of the large size
+    inside: Tensor | None  # where they hold, of a shape that broadcasts to theirs; None: everywhere
+    grid: tuple[int, int]  # rows and columns of the small picture's tokens
 
 
 class Guide:
@@ -45,20 +39,14 @@ class Guide:
     Args:
         above: noise level above which its latents are followed and not predicted.
         pull: how far, below that, the low frequencies are pulled to it at the highest noise.
-
-    Attributes:
-        picture: the small picture that is followed now.
-        making: the small picture is being made, and follows none.
-        followed: steps that took no forward, or in which the middle was set.
-        pulled: steps in which the low frequencies were.
     """
 
     def __init__(self, above: float, pull: float) -> None:
         self._above, self._pull = above, pull
-        self.picture: SmallPicture | None = None
-        self.making = False
-        self.followed: set[int] = set()
-        self.pulled: set[int] = set()
+        self.picture: SmallPicture | None = None  # the small picture that is followed now
+        self.making = False  # the small picture is being made, and follows none
+        self.followed: set[int] = set()  # steps that took no forward, or in which the middle was set
+        self.pulled: set[int] = set()  # steps in which the low frequencies were
 
     @contextlib.contextmanager
     def small(self) -> Iterator[None]:
@@ -130,7 +118,7 @@ def given(context: ForwardContext, sample: Tensor) -> Any:
 
 
 def low_band(values: Tensor, grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
-    """Return what a picture holds of a smaller one's tokens: means over what each covers, at the larger one's size.
+    """Average a picture over what each token of a smaller one covers, at the larger one's size.
 
     Args:
         values: [B, tokens, C] of a grid, or [B, C, height, width].

@@ -60,14 +60,10 @@ class RopeSwitcher:
     Nothing changes in forwards that are no longer than trained along any axis. Text does not move.
 
     Args:
-        site: the transformer.
         requested: axes that may change; empty: all that can.
         trained: axis -> tokens that the model was trained on.
         edit: makes the frequencies of one axis.
         factor: how many times the trained length is wanted, whatever the forward's is; None: the forward's.
-
-    Raises:
-        ConfigError: if the transformer has no such positions, or no trained length along any of the axes is known.
     """
 
     def __init__(

@@ -201,12 +201,7 @@ class UltraImageHandler(AttentionHandler):
         return bool(self.settings.guided or self.settings.view)
 
     def small_grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Return the tokens of the small picture that comes before a larger one; None: none does.
-
-        Args:
-            height: token rows of the larger one.
-            width: its columns.
-        """
+        """Return the tokens of the small picture that comes before a larger one; None: none does."""
         if not self.two_stages or not self.applies(TokenLayout(frames=1, height=height, width=width)):
             return None
         family, own = self.model.family, tuple(self._trained.values())

@@ -31,10 +31,9 @@ def strongest(flow: Flow) -> float:
 
 
 def is_dynamic(sample: Sample) -> Measured:
-    """Return 1 for a clip that moves, 0 for one that does not, by VBench's rule; and the `strongest` of each pair.
+    """Return 1 for a clip that moves by VBench's rule, else 0; and the `strongest` of each pair.
 
-    Of about 8 frames a second, at least 4 in 16 neighbouring pairs (rounded, at least one) must move by more than
-    6 pixels on 256 of the short side.
+    Of about 8 frames a second, 4 in 16 pairs (at least one) must move by more than 6 pixels on 256 of the short side.
     """
     step = max(1, round(sample.fps / 8))
     frames = neighbours(sample, 1 + step)[::step]
@@ -47,8 +46,8 @@ def is_dynamic(sample: Sample) -> Measured:
 def warp_error(sample: Sample) -> Measured:
     """Return the RMS difference of each frame from the next one drawn back along the flow, mean over pairs.
 
-    Over the pixels that are seen in both: whose way there and back misses by at most `CONSISTENT` pixels, and does
-    not leave the frame. A pair without such a pixel counts as 1.
+    Over the pixels that are seen in both: those whose way there and back misses by at most `CONSISTENT`, within the
+    frame. A pair without such a pixel counts as 1.
     """
     import cv2
 

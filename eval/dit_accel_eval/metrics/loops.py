@@ -14,9 +14,8 @@ STILL = 0.01
 def loop_rise(video: Clip, trained: int) -> float:
     """Return how far the clip's autocorrelation rises again at a distance of half the trained length or more.
 
-    A(d) is the mean correlation of frames d apart, of their differences from the mean frame; the rise is measured from
-    its lowest point before, at most 2. Drawn clips that go one way score 0.2 to 0.6, those that come round above 1.4,
-    wherever they begin. One that stands still counts as 2.
+    It is the mean correlation of frames d apart, of their differences from the mean frame; the rise is from its lowest
+    point before, at most 2. Drawn clips that go one way score 0.2 to 0.6, those that come round above 1.4.
     """
     frames = video.reshape(len(video), -1).astype(np.float64)
     away = frames - frames.mean(0)

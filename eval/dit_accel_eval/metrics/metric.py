@@ -31,11 +31,9 @@ class NotMeasured(ConfigError):  # noqa: N818 - reads as what it is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One clip to be measured.
+    """One clip to be measured, [F, height, width, 3] in [0, 1], and the clip of that shape that it should be, if any.
 
     Attributes:
-        frames: [F, height, width, 3] in [0, 1].
-        reference: the clip that it should be, of the same shape; None: there is none.
         trained_frames: frames that the model was trained on; None: as many as there are.
     """
 

@@ -17,10 +17,8 @@ WORDS = {"ahead": "better", "behind": "worse"}
 def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
     """Return an entry an arm that either report judges, those of the first in its order, then the new ones.
 
-    Each has the arm's ``name``; ``before`` and ``after`` its PSNR in dB, the dense steps that it costs by time, or by
-    own work where it was not timed, and its verdict against fewer steps, None where that report lacks the arm; and of
-    the clips that both have, with the same prompt, their number, the change of PSNR as `judge` gives it for all arms
-    together, and whether that is ``better`` or ``worse`` than before, the ``same``, ``open`` or of ``too few`` clips.
+    ``before`` and ``after`` hold its PSNR in dB, the dense steps that it costs by time, else own work, and its verdict
+    against fewer steps; ``clips`` counts those that both have with the same prompt, ``psnr_change`` is over these.
     """
     reports = (before, after)
     sides = [{arm.name: arm for arm in report.judged} for report in reports]
@@ -31,18 +29,14 @@ def diff_of(before: SuiteReport, after: SuiteReport) -> list[dict[str, Any]]:
         name: [second[name, clip] - first[name, clip] for clip in same if (name, clip) in both]
         for name in dict.fromkeys([*sides[0], *sides[1]])
     }
-    found = judge(changes)
-    return [
-        {
-            "name": name,
-            "before": _side(before, sides[0].get(name)),
-            "after": _side(after, sides[1].get(name)),
-            "clips": len(own),
-            "psnr_change": asdict(found[name]) if own else None,
-            "change": "" if not own else WORDS.get(found[name].verdict, found[name].verdict) if any(own) else "same",
-        }
-        for name, own in changes.items()
-    ]
+    found, entries = judge(changes), []
+    for name, own in changes.items():
+        words = "same" if not any(own) else WORDS.get(found[name].verdict, found[name].verdict)
+        entries.append({
+            "name": name, "before": _side(before, sides[0].get(name)), "after": _side(after, sides[1].get(name)),
+            "clips": len(own), "psnr_change": asdict(found[name]) if own else None, "change": words if own else "",
+        })  # fmt: skip
+    return entries
 
 
 def _side(report: SuiteReport, arm: ArmFigures | None) -> dict[str, Any] | None:

@@ -149,12 +149,10 @@ def _kept(path: Path, made_by: Entry) -> _Kept:
 
 
 def shown(report: SuiteReport, media: Media, most: int, advance: Callable[[], None]) -> tuple[Entry, list[str]]:
-    """Encode the kept clips of a report.
+    """Encode the kept clips of a report; return what the page's script takes of them, and why others are not shown.
 
-    Returns:
-        ``references``, clip -> its file, number of frames, width and height; ``rivals``, dense run -> clip -> its file;
-        ``runs``, arm -> clip -> its ``own`` file, that of its amplified ``difference`` to the reference, and the name
-        of its ``rival``. And why others are not shown.
+    ``references`` has clip -> its file and sizes, ``rivals`` dense run -> clip -> its file, ``runs`` arm -> clip -> its
+    ``own`` file, that of its amplified ``difference`` to the reference, and the name of its ``rival``.
     """
     references, rivals, runs = dict[int, Entry](), dict[str, dict[int, str]](), dict[str, dict[int, Entry]]()
     failed: list[str] = []

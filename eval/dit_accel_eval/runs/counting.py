@@ -86,10 +86,9 @@ def run_estimate(
 def attended_share(
     report: Report | None, adapter: Adapter, family: Family, call: Mapping[str, Any], methods: Sequence[MethodConfig]
 ) -> tuple[float, dict[int, float]]:
-    """Return the share of the query-key pairs that a run's attention calls computed, and the same by step; 1 is dense.
+    """Return the share of the query-key pairs that a run's attention calls computed, 1 for dense, and the same by step.
 
-    A pooled tile is one key. Probe rows are computed besides. Voting, choosing tiles and pooling are not counted. Steps
-    without attention calls are left out, as are all of a dense run.
+    A pooled tile is one key; probe rows come on top; voting and choosing tiles are not counted.
     """
     if report is None or report.sparse_density is None:
         return 1.0, {}
@@ -107,10 +106,7 @@ def attended_share(
 
 
 def density_map(report: Report | None, steps: int) -> tuple[tuple[float | None, ...], ...]:
-    """Return by step and layer the exact share of the tiles of planned attention calls, mean over branches.
-
-    None where no call followed a plan: a dense one, or one that a cache skipped. Empty where none did in the whole run.
-    """
+    """Return by step and layer the exact share of a run's tiles, mean over branches; None where no call had a plan."""
     if report is None or not report.calls:
         return ()
     found: dict[tuple[int, int], list[float]] = {}

@@ -32,6 +32,9 @@ from .rivals import cached_by
 DIGITS = 4
 """Digits behind the point of seconds."""
 
+Tables = Mapping[str, Mapping[str, Any]]
+"""The name of a class or of another project's cache -> its options."""
+
 OWN = "own"
 """The solver that stands for the scheduler which a model ships with."""
 
@@ -55,8 +58,7 @@ class ModelRun:
     Attributes:
         frames: [F, height, width, 3] in [0, 1].
         attended: the share of the pairs that the attention calls computed; 1 is dense.
-        by_step: what ran in each step, and the share of the pairs that its attention calls computed; empty where that
-            is not known.
+        by_step: what ran in each step, and its share of the pairs; empty where that is not known.
     """
 
     frames: Clip
@@ -89,18 +91,10 @@ class SuiteModel:
         self._counter = Counter(self.transformers, adapter)
 
     def run(
-        self,
-        clip: int,
-        *,
-        steps: int,
-        solver: str,
-        scheduler: Mapping[str, Any] | None = None,
-        flow_shift: float | None = None,
-        guider: Mapping[str, Mapping[str, Any]] | None = None,
-        methods: Sequence[MethodConfig] = (),
-        rival: Mapping[str, Mapping[str, Any]] | None = None,
-        call: Mapping[str, Any] | None = None,
-    ) -> ModelRun:
+        self, clip: int, *, steps: int, solver: str, scheduler: Mapping[str, Any] | None = None,
+        flow_shift: float | None = None, guider: Tables | None = None, methods: Sequence[MethodConfig] = (),
+        rival: Tables | None = None, call: Mapping[str, Any] | None = None,
+    ) -> ModelRun:  # fmt: skip
         """Make one clip."""
         call = {**self.call, **(call or {})}
         self.pipe.scheduler = arm_scheduler(self.shipped, solver, scheduler or {}, flow_shift)
@@ -120,19 +114,15 @@ class SuiteModel:
             report = attachment.report() if attachment else None
         share, shares = attended_share(report, self.adapter, self.family, call, methods)
         return ModelRun(
-            frames=any_pictures_of(out).astype(np.float32, copy=False),
-            counts=sum(counts, self._counter.take()),
-            attended=share,
-            seconds=timings.denoise,
-            times=Times(**asdict(timings), threads=torch.get_num_threads()),
+            frames=any_pictures_of(out).astype(np.float32, copy=False), counts=sum(counts, self._counter.take()),
+            attended=share, seconds=timings.denoise, times=Times(**asdict(timings), threads=torch.get_num_threads()),
             by_step=tuple((one, shares.get(step, 1.0)) for step, one in enumerate(counts)),
-            density=density_map(report, len(counts)),
-            memory=peak_memory() if counted else None,
-        )
+            density=density_map(report, len(counts)), memory=peak_memory() if counted else None,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
-def guided(pipe: Any, guider: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+def guided(pipe: Any, guider: Tables) -> Iterator[None]:
     """Let a pipeline guide by one of diffusers' guiders for the block."""
     if not guider:
         yield

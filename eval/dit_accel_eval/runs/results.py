@@ -117,7 +117,6 @@ class ResultLine:
 
     Attributes:
         raw: every key as the file holds it, also those that are only shown.
-        work: in steps of the dense model; ``work_real`` at a real model's share of attention.
     """
 
     arm: str

@@ -34,10 +34,7 @@ def check_rival(name: str, options: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def cached_by(pipe: Any, rival: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Let another project's cache act on a pipeline for the block; without options as ``enable_cache(pipe)`` does.
-
-    cache-dit leaves replaced functions on the transformers when it is disabled; what they held before is put back.
-    """
+    """Let another project's cache act on a pipeline for the block; without options as ``enable_cache(pipe)`` does."""
     ((name, options),) = rival.items()
     check_rival(name, options)
     import cache_dit

@@ -29,12 +29,12 @@ TABLES = ("call", "scheduler", "guider", "rival")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One setting under test.
+    """One setting under test; an empty table leaves things as they are.
 
     Attributes:
         solver: a name of `SOLVERS`; `OWN`, the scheduler that the model ships with; or the class of one of diffusers'.
-        guider: class of one of diffusers' guiders -> its options; empty: the pipeline's own.
-        rival: name of another project's cache (`RIVALS`) -> its options; empty: none.
+        guider: class of one of diffusers' guiders -> its options.
+        rival: name of another project's cache (`RIVALS`) -> its options.
     """
 
     name: str
@@ -55,13 +55,9 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the arm runs, without its name, as JSON knows it."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "solver": self.solver,
-            "flow_shift": self.flow_shift,
-            "methods": {one.name: one.to_dict() for one in self.methods},
-            **self._tables(),
-        }
+        names = ("num_inference_steps", "solver", "flow_shift")
+        methods = {one.name: one.to_dict() for one in self.methods}
+        return {**{name: getattr(self, name) for name in names}, "methods": methods, **self._tables()}
 
     def run_options(self) -> dict[str, Any]:
         """Return the arguments with which a model runs this arm; what is as usual is left out."""

@@ -44,10 +44,8 @@ class ArmFigures:
     """What the clips of one arm say.
 
     Attributes:
-        ahead: key of `WORKS` or `TIMED` -> how far the arm is ahead of the dense run of equal work or time, in dB; all
-            arms are judged together.
-        differences: further metric -> its difference to the dense run of equal own work, clip by clip; all arms and
-            metrics are judged together.
+        ahead: key of `WORKS` or `TIMED` -> how far it is ahead of the dense run of equal work or time, in dB.
+        differences: further metric -> its difference to the dense run of equal own work.
         saved_nothing: whether its methods left nothing out on any clip; it is judged by none of these.
     """
 
@@ -67,8 +65,7 @@ class PairFigures:
 
     Attributes:
         costs: of the arm and of the other, as shares of the dense run's.
-        by: what costs are: measured ``time``; ``processor time``, where arms ran on one thread beside other work; or
-            counted ``work``.
+        by: what costs are: ``time``; ``processor time``, of runs on one thread beside other work; or counted ``work``.
     """
 
     pair: Pair

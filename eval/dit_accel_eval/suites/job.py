@@ -87,11 +87,8 @@ def reference_name(suite: Suite) -> str:
 
 
 def clips_of(suite: Suite, most: int | None) -> Sequence[int]:
-    """Return the clips to run: a suite's first ``most``, None: all; of those that its judge can judge."""
+    """Return the clips to run: a suite's first ``most``, None: all."""
     count = suite.clips if most is None else min(most, suite.clips)
-    judge = judge_of(suite) if suite.judge else None
-    if judge is not None and judge.numbers is not None:
-        return judge.numbers(suite.model, count, suite.first_clip)
     return range(suite.first_clip, suite.first_clip + count)
 
 
@@ -175,8 +172,8 @@ def _check_model(suite: Suite) -> Family:
 
 def _check_kind(job: Job) -> None:
     """Refuse what clips without a reference can't have, and what those with one can't."""
-    suite, judge = job.suite, job.judge
-    if judge is None:
+    suite = job.suite
+    if not suite.judge:
         for arm in suite.arms:
             if {*arm.call} - {*SCALES}:
                 raise ConfigError(
@@ -186,20 +183,16 @@ def _check_kind(job: Job) -> None:
                 )
             suite_call(suite, {**suite.call, **arm.call})
         return
-    requested = [name for name, given in (("--time", job.timed), ("--frames", job.frames), ("metrics", suite.metrics))
-             if given]  # fmt: skip
+    options = {"--time": job.timed, "--frames": job.frames, "metrics": suite.metrics}
+    requested = [name for name, value in options.items() if value]
     if requested:
         raise ConfigError(
             f"{suite.name} judges clips by themselves ({suite.judge}), without a dense run beside them; leave out "
             f"{' and '.join(requested)}"
         )
-    if judge.check_suite is not None:
-        judge.check_suite(suite)
 
 
-def check_lines(
-    path: Path, lines: Sequence[Mapping[str, Any]], expected: Line, arms: Mapping[str, Line]
-) -> None:  # fmt: skip
+def check_lines(path: Path, lines: Sequence[Line], expected: Line, arms: Mapping[str, Line]) -> None:
     """Refuse lines of another model, call, reference or arm than the suite's, by name."""
     for line in lines:
         of_arm = f"arm {line['arm']!r} with ", arms.get(line["arm"], {}), "rename the arm, or delete its lines"

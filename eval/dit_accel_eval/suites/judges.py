@@ -20,14 +20,10 @@ class Judge:
 
     Attributes:
         measures: (model, clip's number, its run) -> what a line says of it; ``score`` among it.
-        check_suite: refuses a suite that can't be judged so; None: all can.
-        numbers: (model's name, how many, the first) -> the clips that can be judged; None: all can.
     """
 
     measures: Callable[[SuiteModel, int, ModelRun], Line]
     table: Callable[[Suite, Sequence[Line]], str]
-    check_suite: Callable[[Suite], None] | None = None
-    numbers: Callable[[str, int, int], Sequence[int]] | None = None
 
 
 def judge_of(suite: Suite) -> Judge:
@@ -43,7 +39,7 @@ def judge_of(suite: Suite) -> Judge:
     if Path(module.__file__ or "").resolve() != path:
         raise ConfigError(f"the judge {path} has the name of the module {module.__file__}; rename it")
     functions: dict[str, Any] = {name: getattr(module, name, None) for name in Judge.__dataclass_fields__}
-    for name in ("measures", "table"):
-        if not callable(functions[name]):
+    for name, function in functions.items():
+        if not callable(function):
             raise ConfigError(f"the judge {path} has no function {name}; see Judge in {__name__}")
     return Judge(**functions)

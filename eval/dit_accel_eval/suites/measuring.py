@@ -50,8 +50,7 @@ def line_of(sampled: Sampled) -> Line:
     """Return the line of one clip of one arm, held against the converged run or judged by itself.
 
     ``steps_in_time`` is how many dense steps take as long: by processor time on a CPU, or, of a timed one, by the
-    seconds of its denoising loop beside those of the dense run of as many steps right after it. Where samples are
-    repeated, seconds are the median's, and ``repeated`` has all with their quartiles.
+    seconds of its denoising loop beside those of the dense run right after it. Repeated ones tell the median's seconds.
     """
     job, made, reference = sampled.job, median_run(sampled.runs), sampled.reference
     line = _about(sampled)
@@ -95,20 +94,12 @@ def _about(sampled: Sampled) -> Line:
     job, arm, clip, model = sampled.job, sampled.arm, sampled.clip, sampled.model
     embedded = job.suite.embedded
     return {
-        "arm": arm.name,
-        "clip": clip,
-        "suite": job.suite.name,
-        "prompt": model.prompt(clip),
-        **({"seed": model.seed(clip)} if job.suite.own else {}),
-        **({} if embedded else {"tokens": model.tokens}),
-        **job.setting,
-        **job.arm_setting(arm),
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "dit_accel": version("dit-accel"),
-        "python": platform.python_version(),
+        "arm": arm.name, "clip": clip, "suite": job.suite.name, "prompt": model.prompt(clip),
+        **({"seed": model.seed(clip)} if job.suite.own else {}), **({} if embedded else {"tokens": model.tokens}),
+        **job.setting, **job.arm_setting(arm), "torch": torch.__version__, "diffusers": version("diffusers"),
+        "dit_accel": version("dit-accel"), "python": platform.python_version(),
         "device": processor_name() if embedded else device_name(model.device),
-    }
+    }  # fmt: skip
 
 
 def _cost(made: ModelRun, dense_step: Counts | None, share: float) -> Line:
@@ -126,11 +117,7 @@ def _cost(made: ModelRun, dense_step: Counts | None, share: float) -> Line:
 
 
 def _measured(sampled: Sampled, made: ModelRun, reference: Reference) -> Line:
-    """Return what is measured against the reference: PSNR, SSIM and the judge's score, and what the suite names.
-
-    ``metrics`` holds values by name, ``by_frame`` those of single frames, ``skipped`` why a metric says nothing about
-    this clip, and ``unavailable`` why it could not be measured on this machine.
-    """
+    """Return PSNR, SSIM and the judge's score, and what the suite names: values, by frame, and why some are missing."""
     suite, clip, model = sampled.job.suite, sampled.clip, sampled.model
     held_out, trained = suite.embedded and not suite.own, model.family.trained_frames if not suite.embedded else None
     if suite.embedded and (frames := assets().model_defaults(suite.model).get("num_frames")) is not None:

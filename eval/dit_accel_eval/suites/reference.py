@@ -45,9 +45,7 @@ def default_cache() -> Path:
     return user_cache() / "dense-runs"
 
 
-def reference_run(
-    model: SuiteModel, clip: int, cache: Path, steps: int | None = None, solver: str = BEST
-) -> Reference:  # fmt: skip
+def reference_run(model: SuiteModel, clip: int, cache: Path, steps: int | None, solver: str = BEST) -> Reference:
     """Return a clip's reference: the model's own dense run of so many steps of a solver; None: the converged one."""
     if steps is None:
         return converged(model, clip, cache)
@@ -90,16 +88,10 @@ def dense_run(model: SuiteModel, clip: int, steps: int, cache: Path, solver: str
 def run_setting(model: SuiteModel, clip: int, steps: int, solver: str = BEST) -> dict[str, Any]:
     """Return all that shapes a dense run, as JSON knows it."""
     return {
-        "model": model.name,
-        "weights": model.weights,
-        "prompt": model.prompt(clip),
-        "seed": model.seed(clip),
-        "call": model.call,
-        "solver": solver,
-        "flow_shift": shift_of(model.shipped),
-        "steps": steps,
+        "model": model.name, "weights": model.weights, "prompt": model.prompt(clip), "seed": model.seed(clip),
+        "call": model.call, "solver": solver, "flow_shift": shift_of(model.shipped), "steps": steps,
         **({} if model.dtype is None else {"dtype": model.dtype}),
-    }
+    }  # fmt: skip
 
 
 def _read(path: Path, setting: dict[str, Any]) -> ModelRun:

@@ -55,8 +55,8 @@ def run_job(job: Job, clips: Sequence[int], workers: int, *, quiet: bool) -> Non
 def run_arms(job: Job, clips: Sequence[int], *, workers: int = 1, watch: Watch = lambda lines: None) -> None:
     """Make what the job's file does not hold yet, and append one JSON line per clip and arm.
 
-    Of processes that `accelerate launch` started together each makes its part of the clips; all append to one file, on
-    a disk where appending a line is atomic, and the first checks it before and sorts it after.
+    Processes of `accelerate launch` share the clips and append to one file, on a disk where that is atomic; the first
+    checks it before and sorts it after.
     """
     if job.timed and workers > 1:
         raise ConfigError(f"timed runs need the machine to themselves, got --workers {workers}")

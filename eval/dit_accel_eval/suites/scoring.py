@@ -20,16 +20,9 @@ CAP = (
 
 
 def score_files(
-    path: Path,
-    references: Path | None,
-    names: Sequence[str],
-    *,
-    fps: float,
-    trained_frames: int | None = None,
-    prompt: str = "",
-    prompts: Path | None = None,
-    warn: Callable[[str], None],
-) -> Iterator[Line]:
+    path: Path, references: Path | None, names: Sequence[str], *, fps: float, trained_frames: int | None = None,
+    prompt: str = "", prompts: Path | None = None, warn: Callable[[str], None],
+) -> Iterator[Line]:  # fmt: skip
     """Give a line for each clip, then one for all if distances between sets are requested."""
     single = check_names([name for name in names if name not in SETS])
     sets = [name for name in names if name in SETS]

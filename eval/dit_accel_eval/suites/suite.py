@@ -42,8 +42,7 @@ class Suite:
     """A comparison on prompts and seeds of a model.
 
     Attributes:
-        judge: Python file, from the suite's folder, by which clips are judged by themselves (`judges`); empty: they are
-            held against converged runs.
+        judge: Python file, from the suite's folder, that judges clips by themselves; empty: converged runs do.
         reference_steps: the reference is the model's own dense run of so many steps; None: the converged run.
         ladder: the dense runs that arms are held against; None: the best solver's, at the model's own noise shift.
         chosen_on: the first and the last held-out clip on which the arms' options were chosen; None: not said.

@@ -40,8 +40,7 @@ Watch = Callable[[CalibratedHandler, ForwardContext, Any], Note]
 def tune_magcache(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
     """Measure the ratios on every prompt, for ``--config``; the request may hold a `MagCache` without ratios.
 
-    Found are ``ratios``, one for each step, the geometric mean over the prompts, the first of which is 1, and
-    ``spread``, of each step the largest ratio of a prompt over the smallest.
+    Found are the ``ratios`` of the steps, geometric means over prompts, and their ``spread``, largest over smallest.
     """
     requested = config_of(request, MagCache)
     config = dataclasses.replace(requested, threshold=0.0, ratios=(1.0,), branches="all")
@@ -83,9 +82,8 @@ def _ratios(notes: Sequence[Note], steps: int) -> np.ndarray:
 def tune_teacache(request: Request, output: Path, *, stages: Stages | None = None) -> Tuned:
     """Fit the polynomials on every prompt, for ``--config``; the request may hold a `TeaCache` without polynomials.
 
-    Found are the ``fits``, one a transformer: its ``polynomial``, the highest power first, the ``lowest`` and
-    ``highest`` change of the signal, how many ``points`` were fitted, the root mean square of what the fit is ``off``
-    by, and the standard deviation of what was fitted, its ``spread``.
+    Found are the ``fits``, one a transformer: its ``polynomial``, the highest power first, over changes of the signal
+    from ``lowest`` to ``highest``, how many ``points``, the RMS that it is ``off`` by, and their ``spread``.
     """
     requested = config_of(request, TeaCache)
     config = dataclasses.replace(requested, threshold=0.0, polynomial=(0.0,), polynomial_2=(0.0,), branches="all")

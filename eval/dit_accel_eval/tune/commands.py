@@ -56,10 +56,7 @@ class Shared:
 
 
 def _tune(name: str, shared: Shared, methods: list[Any], prompts: int, suffix: str = ".toml", **options: Any) -> None:
-    """Run ``tune_NAME`` with options of its own, see `base`, and show what was found.
-
-    Where none is given, so many of an embedded model's own prompts are shown, and the file has the suffix.
-    """
+    """Run ``tune_NAME`` with options of its own, by default on so many embedded prompts, and show what it found."""
     from dit_accel_pipelines.generation.progress import Stages
     from dit_accel_pipelines.generation.request import Request
     from dit_accel_pipelines.generation.threads import one_thread

@@ -8,8 +8,10 @@ What every set was worth is kept beside the output: a search that was stopped, o
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from dit_accel_pipelines.generation.generate import attached
@@ -23,26 +25,19 @@ from dit_accel.methods.find import find_transformers, resolve_model
 from dit_accel.methods.guidance.softpag import SoftPAG
 
 from .base import Tuned, TuningRun, replaced_method
-from .greedy import Trial, search
-from .head_selection import HeadSelection
-from .objectives import Objective, objective_of
+from .objectives import HeadSelection, Objective, objective_of
+
+Trial = tuple[tuple[str, ...], int]
+"""What is judged: heads, such as ``L3H1``, in their usual order, and the number of a prompt."""
 
 
 def tune_heads(
-    request: Request,
-    output: Path,
-    *,
-    objective: str = "checker",
-    rounds: int = 1,
-    per_round: int = 3,
-    stages: Stages | None = None,
-    ranks: Ranks | None = None,
-) -> Tuned:
+    request: Request, output: Path, *, objective: str = "checker", rounds: int = 1, per_round: int = 3,
+    stages: Stages | None = None, ranks: Ranks | None = None,
+) -> Tuned:  # fmt: skip
     """Search heads on the prompts of a request, which may hold a `SoftPAG` with u and a scale.
 
-    Returns:
-        Found are ``heads``, in the order of their selection, with their ``scores`` and ``rounds``, and how many
-        ``clips`` were judged for it.
+    Found are ``heads`` in the order of selection, with ``scores`` and ``rounds``, and how many ``clips`` were judged.
     """
     for name, value in (("rounds", rounds), ("per_round", per_round)):
         if value < 1:
@@ -102,3 +97,21 @@ def _split(request: Request) -> tuple[Request, SoftPAG]:
 def cost(heads: int, rounds: int, per_round: int, prompts: int) -> int:
     """Return the most clips that a search generates; those that repeat are not generated."""
     return sum(max(0, heads - done * per_round) * prompts for done in range(rounds))
+
+
+def search(
+    heads: Sequence[str], evaluate: Callable[[Sequence[Trial]], Sequence[Any]], *, prompts: int, rounds: int,
+    per_round: int, worth: Callable[[Sequence[Any]], float] = statistics.fmean,
+) -> list[tuple[int, str, float]]:  # fmt: skip
+    """Select heads round by round, until none is left: round from 1, head, and its worth, the best of a round first."""
+    order = {head: at for at, head in enumerate(heads)}
+    found: list[tuple[int, str, float]] = []
+    for number in range(1, rounds + 1):
+        selected = [head for _, head, _ in found]
+        left = [head for head in heads if head not in selected]
+        sets = [tuple(sorted((*selected, head), key=order.__getitem__)) for head in left]
+        values = evaluate([(chosen, prompt) for chosen in sets for prompt in range(prompts)])
+        scores = {head: worth(values[at * prompts : (at + 1) * prompts]) for at, head in enumerate(left)}
+        best = sorted(left, key=lambda head: (-scores[head], order[head]))[:per_round]
+        found += [(number, head, scores[head]) for head in best if scores[head] > -math.inf]
+    return found

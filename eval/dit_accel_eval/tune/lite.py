@@ -12,7 +12,7 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,19 @@ from dit_accel.plan.plan import AttentionPlan, KernelResult
 
 from ..metrics.psnr import psnr
 from .base import Tuned, TuningRun, replaced_method
-from .threshold_search import START, search_level
+
+LOWEST, HIGHEST = -20.0, -(2.0**-6)
+"""Log2 levels between which thresholds are searched."""
+
+START = -10.0
+"""Where a search begins without a hint: the published threshold."""
+
+FIRST_STRIDE = 0.5
+NEAR = 0.9
+"""Share of the target error at which a search is over."""
+
+CLOSE = 0.03125
+"""Log2 units at which a search is over: tiles are whole, so not every error can be met."""
 
 FAINTEST = -40.0
 """Log2 of a share of the mass that drops next to nothing."""
@@ -56,8 +68,7 @@ def tune_lite(request: Request, output: Path, *, target_error: float = 0.01, sta
     """Tune on every prompt of a request, which may hold a `LiteAttention` without thresholds; write their TOML file.
 
     One vote may add a relative L1 error of ``target_error`` to the next call. Found are of each of the ``steps`` the
-    median threshold and the means of `Found`'s figures, and of each of the ``prompts`` the PSNR of the frames to those
-    of the dense run, in dB.
+    median threshold and the means of `Found`'s figures, and each prompt's PSNR to its dense run.
     """
     config, others = _lite_of(request)
     if not 0 < target_error < 1:
@@ -254,3 +265,25 @@ class Tuner(LiteHandler):
             "added": added, "dense": again.to_dense(),
         })  # fmt: skip
         return result
+
+
+def search_level(error_at: Callable[[float], float], target: float, start: float = START) -> float:
+    """Return the highest log2 level found whose error is within the target; -inf where even `LOWEST` exceeds it."""
+    low, high, stride = -math.inf, math.inf, FIRST_STRIDE
+    level = min(max(start, LOWEST), HIGHEST)
+    while high - low >= CLOSE:
+        error = error_at(level)
+        if error <= target:
+            low = level
+            if error >= NEAR * target or level == HIGHEST:
+                break
+        else:
+            high = level
+            if level == LOWEST:
+                break
+        if math.isinf(high - low):  # not between two levels yet: go on in longer and longer strides
+            level = min(low + stride, HIGHEST) if low > -math.inf else max(high - stride, LOWEST)
+            stride *= 2
+        else:
+            level = (low + high) / 2
+    return low

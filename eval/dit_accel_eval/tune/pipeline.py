@@ -34,24 +34,14 @@ from .space import BY_HAND, default_space, space_of
 
 
 def tune_pipeline(
-    request: Request,
-    output: Path,
-    *,
-    target: str | None = None,
-    space: Path | None = None,
-    cache: Path | None = None,
+    request: Request, output: Path, *, target: str | None = None, space: Path | None = None, cache: Path | None = None,
     stages: Stages | None = None,
-) -> Tuned:
+) -> Tuned:  # fmt: skip
     """Search, and verify on held-out prompts; a target that no setting meets is refused, and nothing is written.
 
-    Args:
-        request: the model, the size and the prompts, half of which are held out; of an embedded model its own prompts
-            where none are given. A seed other than 0 is every prompt's, else each has its place as seed.
-
-    Returns:
-        Found are the setting ``chosen``, as measured on the held-out prompts; the ``frontier`` of those that none
-        surpasses on all prompts of the search at as little work; how many were ``tried``, of how many; and ``kept``,
-        the copy of the config for `dit_accel.recommend`.
+    A seed other than 0 is every prompt's, else each has its place as seed. Found are the setting ``chosen``, as
+    measured on the held-out prompts; the ``frontier`` of those that none surpasses at as little work; how many were
+    ``tried``, of how many; and ``kept``, the copy of the config for `dit_accel.recommend`.
     """
     if target is None:
         raise ConfigError("tune pipeline needs a target; give, say, --target psnr=30 or --target speedup=2")

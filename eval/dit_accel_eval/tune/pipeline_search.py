@@ -183,9 +183,8 @@ class Search:
     def tried(self, arms: Sequence[Arm], by_hand: Sequence[Arm] = ()) -> list[Measurement]:
         """Return the settings that were measured on all prompts of the search.
 
-        Settings by hand and some dense runs come first, the cheapest before the others; what optuna's sampler proposes
-        follows. A setting whose work can't but be too much is not run; one that is behind others after the prompts of a
-        round is not run on more, those by hand apart.
+        Settings by hand and some dense runs come first, the cheapest first, then what optuna's sampler proposes.
+        One whose work can't but be too much is not run; one that is behind after a round is not run on more prompts.
         """
         most, dense = self.most_tried(arms), [arm for arm in arms if arm.is_dense]
         first = (*by_hand, *dense[:: max(1, len(dense) // LADDER)])
@@ -256,8 +255,7 @@ class Search:
         """Return what the search makes small, in dense steps, by prompt, since prompts differ more than settings.
 
         That is what the target would cost at the setting's share of the dense steps that are as good, and the dense
-        steps by which it falls short, or half of those by which it goes beyond. Where a speed-up is requested, it is
-        the quality.
+        steps by which it falls short, or half of those by which it goes beyond; of a speed-up, the quality.
         """
         sign = self.target.sign
         if self.target.name == SPEEDUP:
@@ -279,10 +277,7 @@ class Search:
         return float(np.mean(found))
 
     def chosen(self, points: Sequence[Measurement]) -> Measurement:
-        """Return the cheapest setting whose quality meets the target by a standard error, else by its mean.
-
-        Where a speed-up is requested, the best that reaches it. The nearest where none meets it.
-        """
+        """Return the cheapest setting that meets the target by a standard error, else by its mean, else the nearest."""
         target = self.target
         worse = [dataclasses.replace(one, quality=one.quality - target.sign * one.error) for one in points]
         sure = [one for one, low in zip(points, worse, strict=True) if not target.missed(low)]

@@ -6,6 +6,7 @@ sample of the queries; other criteria, since which blocks attend to what need no
 """
 
 import importlib.metadata
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from dit_accel.methods.caches.profile_file import VERSION, weights_digest
 from dit_accel.methods.find import find_transformers, resolve_model
 
 from .base import Tuned, TuningRun, run_settings
-from .block_ranking import cached_blocks, mean_by_row, mean_of_known
 from .profile_watch import CRITERIA, Profiler
 
 
@@ -107,11 +107,9 @@ def _entry(name: str, parts: Sequence[Mapping[str, Any]], criterion: str, cached
         )
     blocks, edge = cached_blocks(scores[criterion].tolist(), cached)
     return {
-        "cached": blocks,
-        "split_at": edge,
-        "scores": {one: _plain(values) for one, values in scores.items()},
+        "cached": blocks, "split_at": edge, "scores": {one: _plain(values) for one, values in scores.items()},
         "by_step": {one: [_plain(row) for row in values] for one, values in by_step.items()},
-    }
+    }  # fmt: skip
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
@@ -130,3 +128,26 @@ def _tuned(output: Path, content: Mapping[str, Any]) -> Tuned:
         remarks.append(f"{name}: blocks {spell_numbers(entry['cached']) or 'none'} may be cached")
     columns = ("transformer", "block", *CRITERIA, content["criterion"])
     return Tuned(output=output, found=content, columns=columns, rows=rows, remarks=remarks)
+
+
+def cached_blocks(scores: Sequence[float], count: int | None = None) -> tuple[list[int], float]:
+    """Return the blocks of lowest scores, ``count`` or all below the largest gap, and the threshold above them."""
+    known = sorted((score, block) for block, score in enumerate(scores) if score == score)
+    if count is None:
+        gaps = [two[0] - one[0] for one, two in itertools.pairwise(known)]
+        count = 1 + int(np.argmax(gaps)) if gaps else 0
+    edges = [one[0] for one in known[max(count - 1, 0) : count + 1]] or [0.0]
+    return sorted(block for _, block in known[:count]), float(np.mean(edges))
+
+
+def mean_of_known(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays, of what is a number; NaN where none is. They are cut to the shortest's steps."""
+    steps = min(array.shape[-1] for array in arrays)
+    stacked = np.stack([array[..., :steps] for array in arrays])
+    known = ~np.isnan(stacked)
+    return np.where(known.any(0), np.nansum(stacked, 0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def mean_by_row(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each row, NaN where there is none."""
+    return mean_of_known(list(values.T)) if values.size else np.full(len(values), np.nan)

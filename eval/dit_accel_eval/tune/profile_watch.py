@@ -20,12 +20,14 @@ from dit_accel.methods.site import Block, target_sample
 from dit_accel.rules.foreground import foreground, predicted
 
 from .base import watched_attention
-from .block_ranking import attention_received, foreground_ratio
 
 CRITERIA = ("attention", "delta", "error")
 """What blocks are judged by. ``attention``: the share of the foreground that receives more attention than the mean
 token. ``delta``: how much what the block adds changed since the last step, over what it adds. ``error``: the same over
 the last block's stream. Blocks of low scores are cached."""
+
+SCORES = 2**24
+"""Logits that are held at a time."""
 
 QUERIES = 4096
 """The most queries of a call that are looked at, chosen at random; of fewer, all."""
@@ -148,3 +150,36 @@ class Profiler:
         if self._attention:
             raise ConfigError(f"tune profile {why}; use --criterion error or delta, which take no foreground")
         return None
+
+
+def attention_received(
+    q: Tensor, k: Tensor, *, scale: float | None = None, key_mask: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """Return what each key receives of the queries' attention, float32 [S], which sum to 1; no matrix is held.
+
+    Source: ProfilingDiT (arXiv 2504.03140), a_i = mean_j A_ji of the row softmax A; mean over heads and batch too.
+    """
+    batch, heads, queries, size = q.shape
+    looked = torch.arange(queries, device=q.device) if rows is None else rows
+    factor = size**-0.5 if scale is None else scale
+    chunk = max(1, SCORES // (heads * k.shape[2]))
+    total = torch.zeros(k.shape[2], dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        wide = k[b].repeat_interleave(heads // k.shape[1], 0).float()
+        for part in looked.split(chunk):
+            logits = (q[b, :, part].float() @ wide.mT) * factor
+            if key_mask is not None:
+                logits = logits.masked_fill(~key_mask[b], -torch.inf)
+            total += logits.softmax(-1).mean(0).double().sum(0)
+    return (total / (batch * len(looked))).float()
+
+
+def foreground_ratio(received: np.ndarray, foreground: np.ndarray) -> float:
+    """Return the share of the foreground's tokens that receive more attention than the mean token, mean over frames.
+
+    Source: ProfilingDiT (arXiv 2504.03140), whose threshold is not published: here the mean. NaN without foreground.
+    """
+    high, own = received > received.mean(), foreground.reshape(len(foreground), -1)
+    counts = own.sum(1)
+    both = (high.reshape(own.shape) & own).sum(1)
+    return float((both[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")

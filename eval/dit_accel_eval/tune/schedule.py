@@ -67,12 +67,11 @@ def tune_schedule(
 ) -> Tuned:
     """Search the best list of so many computed steps, for ``--config``.
 
-    Found are the ``model``, how many are ``computed`` and the ``placements``, each with its ``lists`` by numbers of
-    computed steps, the RMS ``error`` of the last latents that they are expected to leave and, where several are tried,
-    its ``psnr``; the first is the best.
+    Found are the ``placements``, the best first, each with its ``lists`` by numbers of computed steps, the RMS
+    ``error`` of the last latents that they are expected to leave and, where several are tried, its ``psnr``.
 
     Args:
-        request: what to generate; may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
+        request: may hold a `StaticCache` that says how is forecast, by Taylor's where it holds none.
         placement: numbers of steps of UniPC, a noise shift behind ``@``, that are tried; of several the second half of
             the prompts chooses. None: the request's steps of the model's own scheduler.
     """

@@ -30,9 +30,8 @@ class SkipCosts:
     steps, each times its weight, summed before they are squared, since those of one gap point the same way.
 
     Attributes:
-        products: of what is stored, by prompt, float64 [P, N, N]: entry (i, j) is the mean product of steps i and j.
-        weights: of each step's error, float64 [P, N]: how far the solver moves in it, times how much of an error made
-            there is left at the run's end.
+        products: float64 [P, N, N]: by prompt the mean product of what steps i and j store.
+        weights: float64 [P, N]: how far the solver moves in a step, times how much of its error is left at the end.
         times: of each step and of the run's end, N + 1: what the polynomial is one of.
     """
 
@@ -106,9 +105,8 @@ def best_lists(
 ) -> dict[int, tuple[float, tuple[int, ...]]]:
     """Return for each number of computed steps up to ``computed`` the least sum of costs and the list that has it.
 
-    Source: DPCache, whose state is the last computed step; LeMiCa (arXiv 2511.00090) takes the least largest gap. Where
-    we depart from them: the state is the last two computed steps, exact for forecasts that read two; for others it is
-    the best list whose every beginning is the best one with its last two steps. The first step is always computed.
+    Source: DPCache, whose state is the last computed step; LeMiCa (arXiv 2511.00090) takes the least largest gap. Here
+    the state is the last two, exact for forecasts that read two. The first step is always computed.
     """
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(-1, 0): (0.0, (0,))}
     found: dict[int, tuple[float, tuple[int, ...]]] = {}

@@ -51,11 +51,7 @@ def default_space(model: str) -> tuple[Arm, ...]:
 def space_of(
     own: int, adapter: Adapter, family: Family, *, scheduler: Any = None, tile: int | None = None
 ) -> tuple[Arm, ...]:
-    """Return the settings that are tried on a model.
-
-    Left out is what the model does not take, and `ProfilingCache`, which takes the blocks that `tune profile` finds.
-    Methods beyond the trained size make nothing faster.
-    """
+    """Return the settings that are tried on a model: what it takes, without `ProfilingCache`, which takes a profile."""
     further = [round(share * own) for share in LARGER] if own > max(STEPS) else []
     usual = {*STEPS, *further, own}
     refused = refused_by(adapter)

@@ -1,39 +1,25 @@
 """The command `dit-accel eval vbench`; what it needs is loaded when it runs."""
 
-import functools
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import typer
-from dit_accel_pipelines.generation.options import Json
+from dit_accel_pipelines.generation.options import fields_of, with_option_fields
 
 from dit_accel import ConfigError
 from dit_accel.cli import MethodList
-from dit_accel.cli.console import OUT, TALK, plain_table, print_error, print_json, warn
+from dit_accel.cli.console import OUT, plain_table, print_error, print_json
 from dit_accel.cli.stopping import keeps
 
-from . import options as given
 from .dimensions import DIMENSIONS, read_scores, totals
-from .job import VideoJob
-from .prompts import SAMPLES, first_of, known_names, read_full_info
-
-_tell = functools.partial(TALK.print, markup=False, soft_wrap=True)
+from .job import VideoJob, tell
+from .prompts import first_of, read_full_info
 
 
-def evaluate(
-    totals: given.Totals = None, videos: given.Videos = None, dimension: given.Dimensions = None,
-    full_info: given.FullInfo = None, samples: given.Samples = None, subset: given.Subset = None,
-    filtered: given.Filtered = False, custom: given.Custom = False, prompts: given.Prompts = None,
-    official: given.Official = None, folder: given.Folder = None, output: given.Output = Path("vbench"),
-    name: given.Name = None, generate: given.Generate = False, augmented: given.Augmented = None,
-    model: given.Model = None, height: given.Pixels = None, width: given.Pixels = None, num_frames: given.Frames = None,
-    num_inference_steps: given.Steps = None, guidance_scale: given.Guidance = None, fps: given.Fps = None,
-    dtype: given.Dtype = None, offload: given.Offload = "none", seed: given.Seed = 0, shard: given.Shard = None,
-    device: given.Device = None, json: Json = False, *, methods: MethodList,
-) -> None:  # fmt: skip
+@with_option_fields
+def evaluate(job: VideoJob, *, methods: MethodList) -> None:
     """Measure videos by VBench's sixteen dimensions, and give its totals where all are there.
 
     Scores are VBench's own or none. With --official the vbench package measures
@@ -53,36 +39,29 @@ def evaluate(
 
     dit-accel eval vbench --videos out/ --generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --radial --subset 1
     """
-    _refuse(locals())
-    if videos is None:
-        assert totals is not None
-        return _print_totals(totals, json)
-    job = VideoJob(
-        videos=videos, output=output, name=name or videos.resolve().name, dimensions=known_names(dimension or ()),
-        custom=custom, prompts=prompts, full_info=full_info, samples=samples or SAMPLES, subset=subset,
-        filtered=filtered, cache=folder, device=device or "cuda", tell=_tell, warn=warn,
-    )  # fmt: skip
-    if generate:
-        making = {"model": model, "height": height, "width": width, "num_frames": num_frames, "fps": fps,
-                  "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "dtype": dtype,
-                  "device": device, "offload": offload, "methods": tuple(methods)}  # fmt: skip
-        return _generate(job, samples, augmented, seed, shard, making)
-    if official is not None:
+    _refuse(job, methods)
+    if job.videos is None:
+        assert job.totals is not None
+        return _print_totals(job.totals, job.json)
+    if job.generate:
+        return _generate(job, methods)
+    if job.official is not None:
         from .official import RESULTS, measure_officially
 
-        keeps(f"each dimension's results stand in {output}, and the same command goes on with the next")
-        found = measure_officially(job, official)
+        keeps(f"each dimension's results stand in {job.output}, and the same command goes on with the next")
+        found = measure_officially(job, job.official)
     else:
         from .run import LINES, RESULTS, measure
 
         keeps(f"what was measured stands in {job.file(LINES)}, and the same command goes on there")
         found = measure(job)
-    _print_scores(found, job.file(RESULTS), whole=official is not None and not custom, json=json)
+    _print_scores(found, job.file(RESULTS), whole=job.official is not None and not job.custom, json=job.json)
 
 
-def _refuse(options: Mapping[str, Any]) -> None:
-    """Refuse options of `evaluate` that can't be requested together, before anything is read."""
-    requested = {name for name, value in options.items() if value not in (None, False, [])}
+def _refuse(job: VideoJob, methods: MethodList) -> None:
+    """Refuse options that can't be requested together, and unknown dimensions, before anything is read."""
+    requested = {one.name for one in fields(job) if getattr(job, one.name) not in (None, False, [])}
+    requested |= {"methods"} if methods else set()
     if len(requested & {"totals", "videos"}) != 1:
         raise ConfigError("name either raw scores with --totals or a folder of videos with --videos")
     for name in ("samples", "subset", "generate"):
@@ -96,11 +75,10 @@ def _refuse(options: Mapping[str, Any]) -> None:
         raise ConfigError("--prompts tells prompts of one's own; add --custom")
     if {"augmented", "prompts"} <= requested:
         raise ConfigError("--augmented words VBench's own prompts, no others; leave --prompts out")
+    _ = job.dimensions
 
 
-def _generate(
-    job: VideoJob, samples: int | None, augmented: Path | None, seed: int, shard: str | None, making: dict[str, Any]
-) -> None:
+def _generate(job: VideoJob, methods: MethodList) -> None:
     """Make the videos that a folder lacks; how many, and their sizes, are printed before the model is loaded."""
     from dit_accel_pipelines.generation.request import Request
 
@@ -108,29 +86,29 @@ def _generate(
     from .official import prompts_path
 
     try:
-        job.videos.mkdir(parents=True, exist_ok=True)
+        job.clips.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"the folder {job.videos} can't be made: {error.strerror}; name another") from None
+        raise ConfigError(f"the folder {job.clips} can't be made: {error.strerror}; name another") from None
     if job.prompts is not None:
         texts = generating.read_texts(job.prompts, "--prompts")[: job.subset]
-        work = generating.own_pieces(texts, job.videos, samples, seed)
+        work = generating.own_pieces(texts, job.clips, job.samples, job.seed)
     else:
         every = read_full_info(prompts_path(job.full_info))
         names = job.dimensions or [name for name in DIMENSIONS if any(name in one.dimensions for one in every)]
-        worded = () if augmented is None else generating.read_augmented(augmented, every)
-        work = generating.video_pieces(
-            every, first_of(every, names, job.subset), names, job.videos, samples, seed, worded
-        )  # fmt: skip
-    work = generating.share_of_work(work, shard)
-    request = Request(prompts=(work[0].prompt,), output=work[0].path, **making)
+        worded = () if job.augmented is None else generating.read_augmented(job.augmented, every)
+        wanted = first_of(every, names, job.subset)
+        work = generating.video_pieces(every, wanted, names, job.clips, job.samples, job.seed, worded)
+    work = generating.share_of_work(work, job.shard)
+    given = {name: value for name, value in fields_of(Request, job).items() if name != "seed"}
+    request = Request(**{**given, "prompts": (work[0].prompt,), "output": work[0].path, "methods": tuple(methods)})
     left = generating.remaining(work, request)
     there = len(work) - len(left)
-    _tell(f"{len(left)} of {len(work)} videos to make, {there} are there; {generating.sizes_text(request)}")
+    tell(f"{len(left)} of {len(work)} videos to make, {there} are there; {generating.sizes_text(request)}")
     if left:
-        keeps(f"the videos in {job.videos} are whole, and the same command makes those that lack")
-        generating.make_videos(left, request, _tell, sys.argv)
+        keeps(f"the videos in {job.clips} are whole, and the same command makes those that lack")
+        generating.make_videos(left, request, tell, sys.argv)
     then = " --custom" if job.prompts is not None else ""
-    _tell(f"{job.videos} is whole; measure it: dit-accel eval vbench --videos {job.videos}{then}")
+    tell(f"{job.clips} is whole; measure it: dit-accel eval vbench --videos {job.clips}{then}")
 
 
 def _print_scores(found: dict[str, list[Any]], results: Path, *, whole: bool, json: bool) -> None:
@@ -145,7 +123,7 @@ def _print_scores(found: dict[str, list[Any]], results: Path, *, whole: bool, js
     OUT.print(table)
     if sums is not None:
         OUT.print("  ".join(f"{name.title()} {100 * sums[name]:.2f}" for name in ("quality", "semantic", "total")))
-    _tell(f"written to {results}")
+    tell(f"written to {results}")
 
 
 def _print_totals(path: Path, json: bool) -> None:
@@ -164,7 +142,7 @@ def set_up_prompts(archives: Path | None, json: bool) -> None:
     """Unpack VBench's prompts, and print where they lie; exit code 1 where they can't be had."""
     from . import official
 
-    reason = official.unpack_prompts(archives, _tell)
+    reason = official.unpack_prompts(archives, tell)
     if json:
         print_json({"prompts": str(official.unpacked()), "missing": reason})
     elif reason is None:

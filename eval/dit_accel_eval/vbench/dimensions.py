@@ -22,12 +22,7 @@ GROUP_WEIGHTS: dict[Group, int] = {"quality": 4, "semantic": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimension:
-    """One dimension of VBench.
-
-    Attributes:
-        high: raw score that becomes 1; higher ones are not cut off.
-        least: least raw score that its formula can give: cosines may be below 0, shares not.
-    """
+    """One dimension of VBench: the raw scores that become 0 and 1, and the least that its formula can give."""
 
     name: str
     group: Group
@@ -66,10 +61,7 @@ def dimension(name: str) -> Dimension:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """VBench's three totals, on a scale on which 1 is the range's upper end; the leaderboard shows them times 100.
-
-    ``normalized`` is each dimension's score in its range, before weights.
-    """
+    """VBench's three totals, 1 at the range's upper end; ``normalized`` is each dimension's score before weights."""
 
     quality: float
     semantic: float

@@ -44,9 +44,8 @@ def video_pieces(
 ) -> list[Piece]:  # fmt: skip
     """Return the videos of wanted prompts: so many samples, else 5 of each, and 25 for the static filter's dimension.
 
-    A video's seed does not depend on which of all prompts are wanted; the first prompt's first one has ``seed``. Where
-    there are augmented prompts, one for each of ``every``, the model is given those, and video j of prompt i has seed
-    100000 i + j: so VBench's leaderboard made its row of Wan 2.1 14B (github.com/Vchitect/VBench/issues/163).
+    Each has another seed, whichever are wanted, from ``seed`` on. Where there are augmented prompts, one for each of
+    ``every``, video j of prompt i has seed 100000 i + j, as VBench's own row of Wan 2.1 14B (VBench's issue 163).
     """
     texts = [one.text for one in every]
     order = texts if augmented else list(dict.fromkeys(texts))

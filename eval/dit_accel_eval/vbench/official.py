@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import ConfigError
+from dit_accel.cli.console import warn
 
 from ..metrics import weights
 from ..metrics.weights import Archive, folder
 from .dimensions import DIMENSIONS
-from .job import VideoJob
+from .job import VideoJob, tell
 from .prompts import FIXED, FLICKERING, all_videos_of, check_custom, custom_videos, read_full_info
 
 PROMPTS = "vbench/VBench_full_info.json"
@@ -40,25 +41,25 @@ def measure_officially(job: VideoJob, environment: Path) -> dict[str, list[Any]]
     names = job.dimensions or tuple(name for name in DIMENSIONS if not (job.custom and name in FIXED))
     if job.custom:
         check_custom(names)
-        custom_videos(job.videos, job.prompts)
-    job.check(RESULTS)
-    python, package = interpreter(environment, job.tell)
+        custom_videos(job.clips, job.prompts)
+    job.check_files(RESULTS)
+    python, package = interpreter(environment, tell)
     full_info = (job.full_info or package / "VBench_full_info.json").resolve()
     every = [] if job.custom else read_full_info(full_info)
     for name in (name for name in names if every and name != FLICKERING):
-        all_videos_of(every, job.videos, name)
-    newest = max(one.stat().st_mtime for one in job.videos.iterdir())
+        all_videos_of(every, job.clips, name)
+    newest = max(one.stat().st_mtime for one in job.clips.iterdir())
     found, failed = {}, {}
     for name in names:
         result = job.file(f"official_{name}_eval_results.json")
         if result.is_file() and result.stat().st_mtime > newest:
-            job.tell(f"{name}: is in {result}")
+            tell(f"{name}: is in {result}")
         else:
-            job.tell(f"{name}: by {PACKAGE.requirement}")
+            tell(f"{name}: by {PACKAGE.requirement}")
             reason = _run(job, python, full_info, name, result)
             if reason is not None:
                 failed[name] = reason
-                job.warn(f"{name} is left out: {reason}")
+                warn(f"{name} is left out: {reason}")
                 continue
         found[name] = _read(result, name)
     if not found:
@@ -94,14 +95,14 @@ def _run(job: VideoJob, python: Path, full_info: Path, name: str, result: Path) 
         shutil.rmtree(kept, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="dit-accel-vbench-") as scratch:
         given = {
-            "videos": str(job.videos.resolve()), "output": str(job.output.resolve()), "dimension": name,
+            "videos": str(job.clips.resolve()), "output": str(job.output.resolve()), "dimension": name,
             "name": result.name.removesuffix("_eval_results.json"), "custom": job.custom, "prompts": prompts,
-            "full_info": str(full_info), "device": job.device, "local": job.cache is not None,
+            "full_info": str(full_info), "device": job.device or "cuda", "local": job.folder is not None,
             "filter_to": str(kept.resolve()) if filters else None,
         }  # fmt: skip
         file = Path(scratch) / "given.json"
         file.write_text(json.dumps(given), encoding="utf-8")
-        more = {} if job.cache is None else {"VBENCH_CACHE_DIR": str(job.cache.resolve())}
+        more = {} if job.folder is None else {"VBENCH_CACHE_DIR": str(job.folder.resolve())}
         ended = _call([str(python), str(DRIVER), str(file)], **more)
     if ended.returncode == 0 and result.is_file():
         return None

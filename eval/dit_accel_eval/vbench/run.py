@@ -13,12 +13,13 @@ import numpy as np
 from dit_accel_pipelines.generation.media import read_video
 
 from dit_accel import ConfigError
+from dit_accel.cli.console import warn
 from dit_accel.files import held
 
 from ..runs.results import Line, append_line, read_lines
 from . import prompts as of_prompts
 from .dimensions import DIMENSIONS
-from .job import VideoJob
+from .job import VideoJob, tell
 from .measures import WAYS, VideoScore, over_videos
 from .official import prompts_path
 from .prompts import FLICKERING, SAMPLES, Prompt, Wanted
@@ -29,9 +30,9 @@ LINES, RESULTS, INFO, ABOUT = "lines.jsonl", "eval_results.json", "full_info.jso
 
 def measure(job: VideoJob) -> dict[str, list[Any]]:
     """Measure videos, and return the official result: dimension -> [score, [one entry a video]]."""
-    of_prompts.files_in(job.videos)
+    of_prompts.files_in(job.clips)
     wanted = _wanted(job)
-    job.check(LINES, RESULTS, INFO, ABOUT)
+    job.check_files(LINES, RESULTS, INFO, ABOUT)
     with held(job.file(LINES), "the results file"):
         found = {name: _dimension(job, name, videos) for name, videos in wanted.items()}
     about = {name: {"networks": WAYS[name].hashes(), "videos": len(entries)} for name, (_, entries) in found.items()}
@@ -51,17 +52,17 @@ def _wanted(job: VideoJob) -> dict[str, list[Wanted]]:
         of_prompts.check_custom(job.dimensions)
         names = _measurable(job, [name for name in DIMENSIONS if name not in of_prompts.FIXED])
         if FLICKERING in names:
-            job.warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
-        return dict.fromkeys(names, of_prompts.custom_videos(job.videos, job.prompts))
+            warn(f"{FLICKERING} can't tell flicker from motion; give videos that stand still")
+        return dict.fromkeys(names, of_prompts.custom_videos(job.clips, job.prompts))
     every = of_prompts.read_full_info(prompts_path(job.full_info))
     names = _measurable(job, [name for name in DIMENSIONS if any(name in one.dimensions for one in every)])
     some = every if job.subset is None else of_prompts.first_of(every, names, job.subset)
     wanted = {}
     for name in names:
         if name != FLICKERING:
-            wanted[name] = of_prompts.all_videos_of(some, job.videos, name, job.samples)
+            wanted[name] = of_prompts.all_videos_of(some, job.clips, name, job.samples or SAMPLES)
         else:
-            wanted[name] = _still(job, of_prompts.videos_of(some, job.videos, name))
+            wanted[name] = _still(job, of_prompts.videos_of(some, job.clips, name))
     return wanted
 
 
@@ -76,7 +77,7 @@ def _measurable(job: VideoJob, usual: Sequence[str]) -> list[str]:
     if told and (job.dimensions or len(reasons) + len(elsewhere) == len(names)):
         raise ConfigError("; ".join(told))
     for text in told:
-        job.warn(text)
+        warn(text)
     return [name for name in names if name in WAYS and name not in reasons]
 
 
@@ -92,7 +93,7 @@ def _missing(job: VideoJob, name: str) -> str | None:
 
 def _dimension(job: VideoJob, name: str, wanted: Sequence[Wanted]) -> list[Any]:
     """Measure one dimension; returns its official result."""
-    job.tell(f"{name}: {sum(len(one.paths) for one in wanted)} videos")
+    tell(f"{name}: {sum(len(one.paths) for one in wanted)} videos")
     used = WAYS[name].hashes()
     earlier = {_key(line): line for line in read_lines(job.file(LINES)) if line["dimension"] == name}
     scores: list[tuple[Path, VideoScore]] = []
@@ -129,5 +130,5 @@ def _still(job: VideoJob, kept: Sequence[Wanted]) -> list[Wanted]:
     if not found:
         raise ConfigError(f"there are no still videos of {FLICKERING}, so it has no score; generate some")
     if few:
-        job.warn(f"{few} of {len(kept)} prompts of {FLICKERING} have fewer than {SAMPLES} videos, {none} have none")
+        warn(f"{few} of {len(kept)} prompts of {FLICKERING} have fewer than {SAMPLES} videos, {none} have none")
     return found

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, Sizes, read_sizes
+from dit_accel.adapters import Adapter, BlockList, Grid, Guidance, Sizes, read_sizes
 from dit_accel.adapters.position_ids import read_once
 
-from .flux import FLUX
+from .flux import DOUBLE_THEN_JOINED, FLUX
 from .lumina2 import lengths
 from .z_image import Z_IMAGE
 
@@ -47,10 +47,7 @@ BRIA_FIBO = replace(
     name="bria-fibo",
     transformers=("BriaFiboTransformer2DModel",),
     guidance=Guidance(together=("BriaFiboPipeline", "BriaFiboEditPipeline"), rows={"txt_ids": None, "img_ids": None}),
-    blocks=(
-        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
-        BlockList(pattern="single_transformer_blocks.*", joined=True),
-    ),
+    blocks=DOUBLE_THEN_JOINED,
     signal=None,
     joined_text="its blocks take text of all layers of the encoder",
     families=(),

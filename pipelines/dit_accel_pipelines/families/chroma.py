@@ -7,9 +7,9 @@ text is not hidden then, and planned calls refuse the mask. ``encode_prompt`` an
 
 from dataclasses import replace
 
-from dit_accel.adapters import JOINT, BlockList, Guidance
+from dit_accel.adapters import Guidance
 
-from .flux import FLUX, FLUX_LARGER
+from .flux import DOUBLE_THEN_JOINED, FLUX, FLUX_LARGER
 from .released import released
 
 CHROMA = replace(
@@ -20,10 +20,7 @@ CHROMA = replace(
         in_turn=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
         rows={"txt_ids": None, "img_ids": None},
     ),
-    blocks=(
-        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
-        BlockList(pattern="single_transformer_blocks.*", joined=True),
-    ),
+    blocks=DOUBLE_THEN_JOINED,
     outer_masks=True,
     signal=None,
     joined_text="its mask of pairs is made for the prompt",

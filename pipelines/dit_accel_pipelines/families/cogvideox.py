@@ -29,15 +29,11 @@ SIZES_15 = {
     "config": {**ROTARY, "patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300},
 }
 # UltraViCo, arXiv 2511.20123, of the 5B model, whose rotary positions make attention repeat after 20 frames.
-ULTRAVICO_COGVIDEOX = {
-    "period": 20.0,
-    "gamma": 1.0,
-    "by_ratio": ((2.0, 0.9, 0.6), (3.0, 0.9, 0.6), (4.0, 0.85, 0.6)),
-}
+ULTRAVICO_COGVIDEOX = {"period": 20.0, "gamma": 1.0, "by_ratio": ((2.0, 0.9, 0.6), (3.0, 0.9, 0.6), (4.0, 0.85, 0.6))}
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the video."""
+    """Compute the video's input of the first block's attention."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     time = transformer.time_embedding(
         transformer.time_proj(inputs["timestep"]).to(latents.dtype), inputs.get("timestep_cond")

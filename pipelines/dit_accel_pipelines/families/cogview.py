@@ -73,9 +73,7 @@ GLM_IMAGE = replace(
     guidance=Guidance(in_turn=("GlmImagePipeline",)),
     grid=_with_cached_references,
     rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2),
+        owner="rope", form="theta", axes=lambda config: even(("height", "width"), config["attention_head_dim"] // 2)
     ),
     joined_text="cached keys of its reference images are those of the prompt alone",
     families=(),

@@ -23,13 +23,23 @@ _TINY = {"forwards_per_step": 2, "trained_size": (12, 12), "beyond": (), "recipe
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the image."""
+    """Compute the image's input of the first block's attention."""
     image = transformer.x_embedder(inputs["hidden_states"])
     timestep, guidance = inputs["timestep"].to(image.dtype) * 1000, inputs.get("guidance")
     scales = (timestep,) if guidance is None else (timestep, guidance.to(image.dtype) * 1000)
     time = transformer.time_text_embed(*scales, inputs["pooled_projections"])
     return transformer.transformer_blocks[0].norm1(image, emb=time)[0]
 
+
+FLUX_ROPE = Rope(
+    owner="pos_embed", form="theta",
+    axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
+)  # fmt: skip
+DOUBLE_THEN_JOINED = (
+    BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
+    BlockList(pattern="single_transformer_blocks.*", joined=True),
+)
+"""Blocks of two streams, then of both joined."""
 
 FLUX = Adapter(
     name="flux",
@@ -62,11 +72,7 @@ FLUX = Adapter(
     split_text="before",
     separate_text_attention=True,  # IP-Adapters: image queries over their own keys
     signal=_modulated_input,
-    rope=Rope(
-        owner="pos_embed",
-        form="theta",
-        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
-    ),
+    rope=FLUX_ROPE,
     joined_text=JoinedText(place="before"),
     families=released("flux", {"flux-tiny": _TINY}, forwards_per_step=1, **FLUX_LARGER),
     makes_images=True,
@@ -95,11 +101,7 @@ FLUX_KIN = replace(
     ),
     sizes=kin_sizes,
     signal=None,
-    rope=Rope(
-        owner="pos_embed",
-        form="theta",
-        axes=by_config("axes_dims_rope", ("image", "height", "width"), 10000.0, theta_key="rope_theta"),
-        text=lambda inputs: inputs["txt_ids"].shape[-2],  # LongCat and Ovis lay text along height and width
-    ),
+    # LongCat and Ovis lay text along height and width
+    rope=replace(FLUX_ROPE, text=lambda inputs: inputs["txt_ids"].shape[-2]),
     families=(),
 )

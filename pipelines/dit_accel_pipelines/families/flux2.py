@@ -11,6 +11,7 @@ from typing import Any
 from dit_accel.adapters import JOINT, Adapter, BlockList, Grid, Guidance, JoinedText, Rope, by_config, read_sizes
 from dit_accel.adapters.position_ids import ids_grid, last_image, read_once
 
+from .flux import DOUBLE_THEN_JOINED
 from .released import released
 
 
@@ -44,10 +45,7 @@ FLUX2 = Adapter(
         alone=("Flux2Pipeline", "Flux2KleinKVPipeline", "Flux2ModularPipeline"), embedded="guidance_embeds"
     ),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    blocks=(
-        BlockList(pattern="transformer_blocks.*", takes=JOINT, gives=(1, 0)),
-        BlockList(pattern="single_transformer_blocks.*", joined=True),
-    ),
+    blocks=DOUBLE_THEN_JOINED,
     sizes=partial(read_sizes, gated=True, patch=(1, 2, 2)),
     grid=_with_cached_references,
     separate_text_attention=True,  # while the cache is filled, references attend to themselves

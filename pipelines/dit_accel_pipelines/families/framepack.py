@@ -7,8 +7,9 @@ Each section of frames is a run of its own, for the methods' warm-up and in the 
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.adapters import VISUAL_AXES, Adapter, Grid, Guidance, Rope, by_config, latents_grid, patch_count
+from dit_accel.adapters import Adapter, Grid, Guidance, latents_grid, patch_count
 
+from .hunyuan_video import HUNYUAN_ROPE
 from .released import released
 
 
@@ -36,11 +37,7 @@ FRAMEPACK = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     grid=_history_grid,
     variable_text_length=True,
-    rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
-    ),
+    rope=HUNYUAN_ROPE,
     joined_text="it cuts padded text off, so that rows of two texts would attend apart",
     families=released("framepack", forwards_per_step=1),
 )

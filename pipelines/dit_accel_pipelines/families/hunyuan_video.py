@@ -31,7 +31,7 @@ ULTRAVICO_HUNYUAN = {
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the video; a given first frame is modulated by itself."""
+    """Compute the video's input of the first block's attention; a given first frame is modulated by itself."""
     latents, pooled = inputs["hidden_states"], inputs["pooled_projections"]
     patch, norm = transformer.config.patch_size, transformer.transformer_blocks[0].norm1
     time, first_frame = transformer.time_text_embed(inputs["timestep"], pooled, inputs.get("guidance"))
@@ -40,6 +40,11 @@ def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
         return norm(video, emb=time)[0]
     return norm(video, time, first_frame, (latents.shape[-2] // patch) * (latents.shape[-1] // patch))[0]
 
+
+HUNYUAN_ROPE = Rope(
+    owner="rope", form="theta",
+    axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
+)  # fmt: skip
 
 HUNYUAN_VIDEO = Adapter(
     name="hunyuan-video",
@@ -51,11 +56,7 @@ HUNYUAN_VIDEO = Adapter(
     grid=partial(latents_grid, text="after"),
     split_text="after",
     signal=_modulated_input,
-    rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
-    ),
+    rope=HUNYUAN_ROPE,
     joined_text=JoinedText(place="after", mask="encoder_attention_mask"),
     families=released(
         "hunyuan-video",

@@ -5,8 +5,9 @@ The mask pairs valid queries with valid keys, with the padded tokens sorted to t
 
 from functools import partial
 
-from dit_accel.adapters import JOINT, VISUAL_AXES, Adapter, BlockList, Rope, by_config, latents_grid
+from dit_accel.adapters import JOINT, Adapter, BlockList, latents_grid
 
+from .hunyuan_video import HUNYUAN_ROPE
 from .released import released
 
 HUNYUAN_VIDEO15 = Adapter(
@@ -18,11 +19,7 @@ HUNYUAN_VIDEO15 = Adapter(
         latents_grid, text="after", joined=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
     ),
     outer_masks=True,
-    rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
-    ),
+    rope=HUNYUAN_ROPE,
     joined_text="it takes the texts of two encoders, of which nag makes no negative one",
     families=released("hunyuan-video-1.5", patch=(1, 1, 1), trained_frames=31),
 )

@@ -55,7 +55,7 @@ def video_before_guides(coords: Any) -> Grid | str:
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets."""
+    """Compute the input of the first block's attention."""
     video, block = transformer.proj_in(inputs["hidden_states"]), transformer.transformer_blocks[0]
     time, _ = transformer.time_embed(inputs["timestep"].flatten(), batch_size=len(video), hidden_dtype=video.dtype)
     time = time.view(len(video), -1, len(block.scale_shift_table), video.shape[-1])

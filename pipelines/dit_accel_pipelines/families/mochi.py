@@ -11,7 +11,7 @@ from .released import released
 
 
 def _modulated_input(transformer: Any, inputs: Mapping[str, Any]) -> Any:
-    """Return what the first block's attention gets of the video."""
+    """Compute the video's input of the first block's attention."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     mask = inputs["encoder_attention_mask"]
     time, _ = transformer.time_embed(inputs["timestep"], text, mask, hidden_dtype=latents.dtype)

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dit_accel.adapters import VISUAL_AXES, Adapter, Rope, by_config, latents_grid
+from dit_accel.adapters import Adapter, latents_grid
+
+from .hunyuan_video import HUNYUAN_ROPE
 
 
 def decoder_blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -23,10 +25,6 @@ MOTIF_VIDEO = Adapter(
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     always_dense=decoder_blocks,
     grid=partial(latents_grid, text="after", joined=("image_embeds", "encoder_hidden_states")),
-    rope=Rope(
-        owner="rope",
-        form="theta",
-        axes=by_config("rope_axes_dim", VISUAL_AXES, 256.0, theta_key="rope_theta", default=(16, 56, 56)),
-    ),
+    rope=HUNYUAN_ROPE,
     joined_text="text comes in beside the joined attention too, by cross-attention",
 )

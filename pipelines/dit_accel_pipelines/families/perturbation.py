@@ -34,10 +34,7 @@ HEAD_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 # PAG: the layer of the SD3 port by PAG's authors (13), and diffusers' own defaults elsewhere. SoftPAG's figures perturb
 # layer 9 of SD3-medium.
-PAG: Mapping[str, Recipe] = {
-    "sd3-medium": {"layers": ("L13",)},
-    "pixart-sigma": {"layers": ("L1",)},
-}
+PAG: Mapping[str, Recipe] = {"sd3-medium": {"layers": ("L13",)}, "pixart-sigma": {"layers": ("L1",)}}
 SOFTPAG: Mapping[str, Recipe] = {"sd3-medium": {"heads": ("L9",), "scale": 5.0}}
 
 

@@ -118,7 +118,6 @@ def released(adapter: str, further: Mapping[str, Mapping[str, Any]] | None = Non
     """Return an adapter's released models, with the recipes that are published for them.
 
     Args:
-        adapter: the adapter's name.
         further: model -> field of `Family` -> value, beside the table.
         common: fields of `Family` that all of them have; patches are (1, 2, 2) unless named.
     """

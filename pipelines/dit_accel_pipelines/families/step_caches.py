@@ -142,12 +142,7 @@ TEACACHE_RET: Mapping[str, Recipe] = {
 # the steps at which they run, of 50. Wan's are published for text to video; HunyuanVideo's two kinds of blocks have
 # schedules of their own, and its single blocks are numbered on from the 20 double ones.
 PROFILINGCACHE: Mapping[str, Recipe] = {
-    "wan2.1-14b": {
-        "blocks": "0, 2-7, 10-20, 25-32, 37-38",
-        "every": 6,
-        "measured_steps": 50,
-        "warmup_steps": 0.12,
-    },
+    "wan2.1-14b": {"blocks": "0, 2-7, 10-20, 25-32, 37-38", "every": 6, "measured_steps": 50, "warmup_steps": 0.12},
     "hunyuan-video": {
         "blocks": "20, 22, 24-27, 30-41, 43, 45-47, 51, 53",
         "refresh": (6, 18, 26, 32, 38, 42, 46, 48),

@@ -24,25 +24,17 @@ SHORT = 60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A training after some steps.
+    """A training after some steps."""
 
-    Attributes:
-        step: optimizer steps done.
-        identity: what the training is; one of another does not go on from here.
-        weights: name -> LoRA matrix.
-        averages: state of the averaged weights.
-        optimizer: its state.
-    """
-
-    step: int
-    identity: Mapping[str, Any]
-    weights: Mapping[str, torch.Tensor]
-    averages: Mapping[str, Any] | None
-    optimizer: Mapping[str, Any]
+    step: int  # optimizer steps done
+    identity: Mapping[str, Any]  # what the training is; one of another does not go on from here
+    weights: Mapping[str, torch.Tensor]  # name -> LoRA matrix
+    averages: Mapping[str, Any] | None  # state of the averaged weights
+    optimizer: Mapping[str, Any]  # its state
 
 
 def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> dict[str, Any]:
-    """Return what makes a training the same one: everything that its weights depend on but the number of steps.
+    """Return a training's identity: everything that its weights depend on but the number of steps.
 
     How many processes share a step's clips is no part of it, nor where they run, nor what is kept for the backward.
     """

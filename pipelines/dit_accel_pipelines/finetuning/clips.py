@@ -23,25 +23,15 @@ METADATA = "metadata.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """One clip to train on.
+    """One clip to train on."""
 
-    Attributes:
-        caption: what it shows.
-        path: its file; None: it is drawn.
-        model: the embedded one whose world a drawn one is of.
-        size: height and width of a drawn one, in pixels.
-        number: of a drawn one.
-        digest: of the file's bytes, or of the drawn frames; hexadecimal.
-        frames: that the file holds, or that are drawn.
-    """
-
-    caption: str
-    path: Path | None = None
-    model: str = ""
-    size: tuple[int, int] = (0, 0)
-    number: int = 0
-    digest: str
-    frames: int
+    caption: str  # what it shows
+    path: Path | None = None  # its file; None: it is drawn
+    model: str = ""  # the embedded one whose world a drawn one is of
+    size: tuple[int, int] = (0, 0)  # height and width of a drawn one, in pixels
+    number: int = 0  # of a drawn one
+    digest: str  # of the file's bytes, or of the drawn frames; hexadecimal
+    frames: int  # that the file holds, or that are drawn
 
     def read(self, count: int) -> Frames:
         """Return its first ``count`` frames, uint8 [F, height, width, 3]."""

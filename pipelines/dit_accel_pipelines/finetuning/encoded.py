@@ -27,7 +27,7 @@ FORMAT = 2
 
 
 def module_hash(module: nn.Module) -> str:
-    """Return what tells a module's weights and number formats from others', hexadecimal; every byte counts."""
+    """Hash a module's weights and number formats, hexadecimal; every byte counts."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -36,7 +36,7 @@ def module_hash(module: nn.Module) -> str:
 
 
 def part_hash(part: Any) -> str:
-    """Return what tells an encoder (weights and config) or a tokenizer (its files) from others, hexadecimal."""
+    """Hash an encoder (weights and config) or a tokenizer (its files), hexadecimal."""
     digest = hashlib.sha256()
     if isinstance(part, nn.Module):
         config: Any = part.config

@@ -19,19 +19,12 @@ from .trainable import Text, Trainable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Clips of one forward.
+    """Clips of one forward."""
 
-    Attributes:
-        latents: [B, C, F, h, w], float32.
-        noise: the same shape, normal.
-        levels: noise levels [B] in 0..1.
-        text: the captions, encoded.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    levels: Tensor
-    text: Text
+    latents: Tensor  # [B, C, F, h, w], float32
+    noise: Tensor  # the same shape, normal
+    levels: Tensor  # noise levels [B] in 0..1
+    text: Text  # the captions, encoded
 
 
 def order(seed: int, clips: int, number: int) -> int:
@@ -47,8 +40,6 @@ def batch_of(
 
     Args:
         numbers: the places, counted from the training's beginning.
-        encoded: the clips.
-        recipe: the recipe.
         shift: of the noise levels towards noise.
         span: the least and the highest noise level.
     """

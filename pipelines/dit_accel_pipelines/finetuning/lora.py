@@ -54,10 +54,7 @@ def _projections(name: str, module: nn.Module, trainable: Trainable) -> list[str
 def write_lora(pipe: Any, component: str, output: Path) -> None:
     """Write the LoRA on one of a pipeline's transformers as diffusers' own file, whole or not at all.
 
-    Args:
-        pipe: the pipeline.
-        component: the transformer's name there, by which `load_lora` finds it again.
-        output: the folder.
+    ``component``: the transformer's name there, by which `load_lora` finds it again.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -34,13 +34,13 @@ def _normalised(found: Tensor, mean: Any, std: Any, scale: float = 1.0) -> Tenso
 
 
 def _longest(pipe: Any) -> int:
-    """Return how many tokens of text the pipeline's call takes."""
+    """Read the most tokens of text that the pipeline's call takes."""
     return CallSignature.of(type(pipe)).default("max_sequence_length")
 
 
 @torch.no_grad()
 def _t5(pipe: Any, caption: str) -> tuple[Tensor, ...]:
-    """Return what a pipeline of one T5 encoder makes of a caption: embeddings, and what else it has."""
+    """Encode a caption by a pipeline of one T5 encoder: embeddings, and what else it has."""
     return pipe.encode_prompt(
         caption, do_classifier_free_guidance=False, max_sequence_length=_longest(pipe), device=pipe.text_encoder.device
     )
@@ -149,7 +149,7 @@ TRAINABLE = {
 
 
 def trainable_of(files: ModelFiles) -> Trainable:
-    """Return how a model's pipeline is trained."""
+    """Find how a model's pipeline is trained."""
     name = str(files.index.get("_class_name"))
     if name not in TRAINABLE:
         why = f" ({REASONS[name]})" if name in REASONS else ""

@@ -19,7 +19,7 @@ from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.registry import handler_of
 
 from ..generation.memory import check_fits
-from ..generation.ranges import check_ranges
+from ..generation.ranges import check_choices, check_ranges
 from ..generation.request import EMBEDDED, NamesModel
 from .experts import EXPERTS, check_expert
 from .options import TrainingOptions
@@ -35,31 +35,18 @@ CHOICES: Mapping[str, Collection[str]] = {"dtype": ("float32", "bfloat16"), "bac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuning(TrainingOptions, NamesModel):
-    """What to train; what is None takes the model's default.
+    """What to train; what is None takes the model's default."""
 
-    Attributes:
-        output: folder of the LoRA file, the checkpoints, the log and the samples.
-        methods: methods on attention or positions, attached while it trains.
-        sample_prompts: what to show in samples; none: the first captions.
-        data, rank ...: the options of `dit-accel finetune`, whose help describes them.
-
-    Raises:
-        ConfigError: for a value out of range.
-    """
-
-    output: Path
-    methods: tuple[MethodConfig, ...] = ()
-    sample_prompts: tuple[str, ...] = ()
+    output: Path  # folder of the LoRA file, the checkpoints, the log and the samples
+    methods: tuple[MethodConfig, ...] = ()  # methods on attention or positions, attached while it trains
+    sample_prompts: tuple[str, ...] = ()  # what to show in samples; none: the first captions
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.drawn is None):
             got = "neither" if self.data is None else "both"
             raise ConfigError(f"finetune takes a folder of videos or a number of drawn clips, got {got}; give one")
         check_ranges(self)
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ConfigError(f"there is no {name} {value!r} to train with; {did_you_mean(value, known)}")
+        check_choices(self, CHOICES, " to train with")
         for method in self.methods:
             _check_place(method)
 
@@ -74,7 +61,7 @@ class FineTuning(TrainingOptions, NamesModel):
         return self.cache or self.output / "cache"
 
     def clips_a_step(self, processes: int) -> int:
-        """Return how many clips one step takes on so many processes."""
+        """Count the clips of one step on so many processes."""
         return self.batch_size * self.accumulate * (processes // self.ulysses)
 
 

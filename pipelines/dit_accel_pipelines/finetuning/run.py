@@ -42,15 +42,10 @@ LIBRARIES = ("dit-accel", "torch", "diffusers", "transformers", "peft", "acceler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What `finetune` wrote.
+    """What `finetune` wrote."""
 
-    Attributes:
-        lora: the LoRA's file.
-        record: what was trained, on what and how long; the content of `RECORD`.
-    """
-
-    lora: Path
-    record: dict[str, Any]
+    lora: Path  # the LoRA's file
+    record: dict[str, Any]  # what was trained, on what and how long; the content of `RECORD`
 
 
 def finetune(recipe: FineTuning, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Trained:
@@ -112,14 +107,15 @@ def _trained(
     trainable = trainable_of(read_model_files(recipe.source))
     stages.stage("loading")
     pipe = open_pipeline(recipe.source, dtype=recipe.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    recipe = _with_dtype(recipe, pipe)
+    recipe = dataclasses.replace(recipe, dtype=str(pipe.transformer.dtype).removeprefix("torch."))
     with attached(pipe, recipe.methods, "auto"):
         pass  # refuses methods that don't fit, before anything is encoded
     transformer = getattr(pipe, component_of(recipe.expert))
     base = module_hash(transformer)
     encoded, sampler = _encoded(pipe, trainable, clips, recipe, device, ranks, stages)
     identity = identity_of(recipe, base, encoded.digest, ranks.count)
-    checkpoint = ranks.together(lambda: read_checkpoint(path, identity) if (path := _existing(recipe)) else None)
+    path = latest_checkpoint(recipe.output) if recipe.resume else None
+    checkpoint = ranks.together(lambda: None if path is None else read_checkpoint(path, identity))
     transformer.to(device)
     weights = ranks.together(lambda: add_lora(transformer, trainable, recipe))
     if recipe.gradient_checkpointing:
@@ -150,11 +146,6 @@ def _trained(
     return Trained(lora=recipe.output / FILE, record=record)
 
 
-def _with_dtype(recipe: FineTuning, pipe: Any) -> FineTuning:
-    """Return the recipe with the number format that the weights were loaded in."""
-    return dataclasses.replace(recipe, dtype=str(pipe.transformer.dtype).removeprefix("torch."))
-
-
 def _encoded(
     pipe: Any, trainable: Trainable, clips: list[Clip], recipe: FineTuning, device: Any, ranks: Ranks, stages: Stages
 ) -> tuple[Encoded, Sampler | None]:
@@ -175,11 +166,6 @@ def _encoded(
         pipe.transformer.to(device)
         pipe.transformer_2.to(device)
     return encoded, sampler
-
-
-def _existing(recipe: FineTuning) -> Path | None:
-    """Return the checkpoint to go on from, if requested."""
-    return latest_checkpoint(recipe.output) if recipe.resume else None
 
 
 def _spread(transformer: Any, degree: int) -> None:
@@ -224,7 +210,7 @@ def _sample(trainer: Trainer, sampler: Sampler, recipe: FineTuning, ranks: Ranks
 def _record(
     trainer: Trainer, identity: dict[str, Any], ranks: Ranks, device: Any, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what was trained, on what and how long."""
+    """Write down what was trained, on what and how long."""
     recipe, seconds = trainer.recipe, trainer.seconds
     quantiles = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist() if seconds else [None] * 3
     return {

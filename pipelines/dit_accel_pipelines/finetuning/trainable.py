@@ -13,21 +13,17 @@ Text = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainable:
-    """What training must know of one pipeline class.
+    """What training must know of one pipeline class."""
 
-    Attributes:
-        latents: (pipeline, video [B, 3, F, height, width] in [-1, 1]) -> normalised latents [B, C, F', h, w].
-        text: (pipeline, caption) -> the caption, encoded, of a batch of one.
-        velocity: (transformer, pipeline, noisy latents, noise levels [B] in 0..1, text) -> noise less clip, like the
-            latents, whatever shape and sign the transformer has.
-        projections: the linear layers of an attention module that a LoRA changes.
-        joined_output: layer of the block that gives attention's output where the module has none of its own.
-    """
-
+    # (pipeline, video [B, 3, F, height, width] in [-1, 1]) -> normalised latents [B, C, F', h, w]
     latents: Callable[[Any, Tensor], Tensor]
-    text: Callable[[Any, str], Text]
+    text: Callable[[Any, str], Text]  # (pipeline, caption) -> the caption, encoded, of a batch of one
+    # (transformer, pipeline, noisy latents, noise levels [B] in 0..1, text) -> noise less clip, like the latents,
+    # whatever shape and sign the transformer has
     velocity: Callable[[Any, Any, Tensor, Tensor, Text], Tensor]
+    # the linear layers of an attention module that a LoRA changes
     projections: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    # layer of the block that gives attention's output where the module has none of its own
     joined_output: str | None = None
 
 
@@ -40,9 +36,7 @@ def text_parts(pipe: Any) -> dict[str, Any]:
 def shift_at(scheduler: Any, tokens: int) -> float:
     """Return the shift of the noise levels that a model's scheduler denoises with; 1 where it has none.
 
-    Args:
-        scheduler: the model's.
-        tokens: of the latents, by which some schedulers' shift grows.
+    ``tokens``: of the latents, by which some schedulers' shift grows.
     """
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):

@@ -40,19 +40,12 @@ from .timing import timed_steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What `generate` wrote, or found written.
+    """What `generate` wrote, or found written."""
 
-    Attributes:
-        record: the side-car's content.
-        report: the attachment's report; None without methods.
-        kept: an earlier run wrote it, and it was left as it is.
-        check: how near it is to the dense run of its seed, where that was requested.
-    """
-
-    record: dict[str, Any]
-    report: dit_accel.Report | None
-    kept: bool = False
-    check: Check | None = None
+    record: dict[str, Any]  # the side-car's content
+    report: dit_accel.Report | None  # the attachment's report; None without methods
+    kept: bool = False  # an earlier run wrote it, and it was left as it is
+    check: Check | None = None  # how near it is to the dense run of its seed, where that was requested
 
 
 def generate(
@@ -122,16 +115,7 @@ Make = Callable[[str, Path, int], Written]
 
 @contextlib.contextmanager
 def opened(request: Request, *, stages: Stages | None = None, command: Sequence[str] = ()) -> Iterator[Make]:
-    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them.
-
-    Args:
-        request: what to generate; all its prompts are checked, none is made by itself.
-        stages: progress bars, notes and warnings; None shows none.
-        command: the command line, for the side-cars.
-
-    Raises:
-        DitAccelError: for a request that can't be met.
-    """
+    """Load what a request asks for, once, for as many files as wanted; yields the function that makes them."""
     stages = stages or Stages(silent=True)
     request, family = _resolve(request, stages)
     with one_thread(embedded=request.embedded is not None), Loaded(request, family, stages, command) as loaded:
@@ -172,9 +156,6 @@ class Loaded:
     """A resolved request's pipeline with its methods attached, inside a ``with`` block.
 
     Args:
-        request: the resolved request.
-        family: the model's sizes; None: they are not known.
-        stages: progress bars, notes and warnings.
         command: the command line, for the side-cars.
         writes: False in a process that only helps the first of its group.
         group: the processes that make each output together.
@@ -286,13 +267,7 @@ def run(
 ) -> Generation:
     """Run a loaded pipeline on one prompt of a (resolved) request.
 
-    Args:
-        pipe: the pipeline.
-        prompt: what to show.
-        request: sizes, steps, guidance and seed.
-        pictures: what the request's image and video files hold; None reads them.
-        attachment: the attachment whose report is wanted.
-        stages: progress bars; None shows none.
+    ``pictures``: what the request's image and video files hold; None reads them.
     """
     import torch
 
@@ -317,7 +292,7 @@ def run(
 
 
 def check_of(dense: Generation, accelerated: Generation) -> Check:
-    """Return how near a run with methods is to the dense one of the same seed, and the seconds of both."""
+    """Compare a run with methods to the dense one of the same seed, and the seconds of both."""
     assert dense.pictures is not None
     assert accelerated.pictures is not None
     return compared(dense.pictures, accelerated.pictures, dense.timings.total, accelerated.timings.total)
@@ -351,9 +326,8 @@ def pictures_of(output: Any) -> np.ndarray:
 def any_pictures_of(output: Any) -> np.ndarray:
     """Return the frames of a pipeline's output, floats [F, height, width, 3] in [0, 1]; an image is one frame.
 
-    Args:
-        output: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image``
-            [B, height, width, 3], floats in [0, 1]; of a batch the first is taken.
+    ``output``: has ``frames`` [B, F, height, width, 3], ``video`` [F, height, width, 3], or ``images`` or ``image`` [B,
+    height, width, 3], floats in [0, 1]; of a batch the first is taken.
     """
     name = next(name for name in ("frames", "video", "images", "image") if getattr(output, name, None) is not None)
     pictures = np.asarray(getattr(output, name))

@@ -60,8 +60,7 @@ def _of_any_format(vae: Any, run: Callable[..., Any]) -> Callable[..., Any]:
 def empty_transformers(model: str | None) -> Any:
     """Return an object with a pipeline's ``components``, its transformers without memory for weights, and ``config``.
 
-    Args:
-        model: hub id, folder or an embedded model's name; None is the default one of these.
+    ``model``: hub id, folder or an embedded model's name; None is the default one of these.
     """
     source = model_source(model or EMBEDDED)
     files = read_model_files(source)

@@ -91,14 +91,16 @@ def read_video(path: Path) -> list["Image"]:
 def write_media(path: Path, frames: Frames, *, fps: float, seeking: bool = False) -> None:
     """Write frames by the path's suffix: .mp4 (H.264), .gif, or .png (one frame, or a contact sheet of several).
 
-    Args:
-        seeking: whether an .mp4 is for a player that jumps to any frame: written sooner, with more key frames.
+    ``seeking``: whether an .mp4 is for a player that jumps to any frame: written sooner, with more key frames.
     """
     suffix = path.suffix.lower()
     if suffix == ".mp4":
-        _write_mp4(path, frames, fps, ("veryfast", "-g", "8") if seeking else ("slow",))
+        check_even(path, *frames.shape[1:3])
+        preset = ("veryfast", "-g", "8") if seeking else ("slow",)
+        _encode(_ffmpeg(), frames, fps, (*preset, "-movflags", "+faststart", f"file:{path}"))
     elif suffix == ".gif":
-        _write_gif(path, frames, fps)
+        first, *others = map(_to_image, frames)
+        first.save(path, save_all=True, append_images=others, duration=max(20, round(1000 / fps)), loop=0)
     elif suffix == ".png":
         _to_image(frames[0] if len(frames) == 1 else np.asarray(contact_sheet([frames]))).save(path)
     else:
@@ -130,7 +132,8 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
     if labels and len(labels) != len(videos):
         raise ConfigError(f"a contact sheet needs one label per video, got {len(labels)} for {len(videos)}")
     enlarged = max(1, 96 // videos[0].shape[1])  # thumbnails of tiny videos would be hard to see
-    rows = [upscale(video[_evenly(len(video), columns)], enlarged) for video in videos]
+    frames = [np.linspace(0, len(video) - 1, min(len(video), columns)).round().astype(int) for video in videos]
+    rows = [upscale(video[np.unique(evenly)], enlarged) for video, evenly in zip(videos, frames, strict=True)]
     count, height, width = max(len(row) for row in rows), *rows[0].shape[1:3]
     font, gap = ImageFont.load_default(size=max(11, min(height // 8, 28))), 4
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -145,11 +148,6 @@ def contact_sheet(videos: Sequence[Frames], labels: Sequence[str] = (), *, colum
         for column, frame in enumerate(row):
             sheet.paste(_to_image(frame), (margin + column * (width + gap), top))
     return sheet
-
-
-def _write_mp4(path: Path, frames: Frames, fps: float, preset: Sequence[str]) -> None:
-    check_even(path, *frames.shape[1:3])
-    _encode(_ffmpeg(), frames, fps, (*preset, "-movflags", "+faststart", f"file:{path}"))
 
 
 def _encode(ffmpeg: str, frames: Frames, fps: float, sink: Sequence[str]) -> None:
@@ -174,19 +172,10 @@ def _ffmpeg() -> str:
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def _write_gif(path: Path, frames: Frames, fps: float) -> None:
-    first, *rest = (_to_image(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=max(20, round(1000 / fps)), loop=0)
-
-
 def _to_image(frame: np.ndarray) -> "Image":
     from PIL import Image
 
     return Image.fromarray(frame)
-
-
-def _evenly(count: int, wanted: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 
 def _reason(error: Exception) -> str:

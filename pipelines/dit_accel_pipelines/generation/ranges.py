@@ -3,24 +3,19 @@
 import functools
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dit_accel.errors import ConfigError
+from dit_accel.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers that an option takes.
+    """Numbers that an option takes."""
 
-    Attributes:
-        words: what follows "must be" in the error.
-        holds: number -> whether it is one of them.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
+    words: str  # what follows "must be" in the error
+    holds: Callable[[Any], bool]  # number -> whether it is one of them
 
 
 FINITE = Range("a finite number", math.isfinite)
@@ -45,6 +40,14 @@ def check_ranges(options: Any) -> None:
         if number is not None and not range_.holds(number):
             shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
             raise ConfigError(f"{name} must be {range_.words}, got {shown}")
+
+
+def check_choices(options: Any, choices: Mapping[str, Collection[str]], end: str = "") -> None:
+    """Raise `ConfigError` for the first option that is set and none of its names; ``end`` stands behind the value."""
+    for name, known in choices.items():
+        value = getattr(options, name)
+        if value is not None and value not in known:
+            raise ConfigError(f"there is no {name} {value!r}{end}; {did_you_mean(value, known)}")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from dit_accel.adapters.installed import adapter_for
 from dit_accel.adapters.model_files import ModelFiles, model_source, read_model_files
 from dit_accel.adapters.rotary import check_lengths
 from dit_accel.attachment.backends import Dense, check_backend
-from dit_accel.errors import ConfigError, UnsupportedModel, did_you_mean
+from dit_accel.errors import ConfigError, UnsupportedModel
 from dit_accel.estimate.sizes import advice, check_multiple, check_steps, pixel_multiples, rounded_frames, token_layout
 from dit_accel.files import check_writable
 from dit_accel.methods.base import Model
@@ -28,7 +28,7 @@ from .memory import check_fits
 from .negative import idle_negative, negative_of_methods
 from .options import RunOptions
 from .pipeline_call import PICTURES, CallSignature, pipeline_class
-from .ranges import ABOVE_ZERO, check_ranges
+from .ranges import ABOVE_ZERO, check_choices, check_ranges
 from .solvers import SOLVERS
 
 EMBEDDED = "wan-tiny"
@@ -72,23 +72,12 @@ class NamesModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(RunOptions, NamesModel):
-    """What to generate; what is None takes the model's default.
+    """What to generate; what is None takes the model's default."""
 
-    Attributes:
-        prompts: one video (or image) each.
-        output: file to write; with several prompts a number is put before the suffix.
-        flow_shift: noise shift of the solver; None: the model's own.
-        methods: method configs to attach.
-        model, seed ...: the options of `dit-accel generate`, whose help describes them.
-
-    Raises:
-        ConfigError: for a value out of range, or an output that can't be written.
-    """
-
-    prompts: tuple[str, ...]
-    output: Path
-    flow_shift: Annotated[float | None, ABOVE_ZERO] = None
-    methods: tuple[MethodConfig, ...] = ()
+    prompts: tuple[str, ...]  # one video (or image) each
+    output: Path  # file to write; with several prompts a number is put before the suffix
+    flow_shift: Annotated[float | None, ABOVE_ZERO] = None  # noise shift of the solver; None: the model's own
+    methods: tuple[MethodConfig, ...] = ()  # method configs to attach
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
@@ -96,10 +85,7 @@ class Request(RunOptions, NamesModel):
         check_ranges(self)
         if self.num_inference_steps is not None:
             check_steps(self.num_inference_steps)
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ConfigError(f"there is no {name} {value!r}; {did_you_mean(value, known)}")
+        check_choices(self, CHOICES)
         if self.flow_shift is not None and self.solver is None:
             raise ConfigError(f"flow_shift goes with a solver, got {self.flow_shift} without one; name a solver")
         if not (self.seed >= 0 and self.seeds()[-1] < 2**63):
@@ -122,7 +108,7 @@ class Request(RunOptions, NamesModel):
 
     @property
     def attaches(self) -> bool:
-        """Return whether any method is requested, by name or by a preset."""
+        """Tell whether any method is requested, by name or by a preset."""
         return bool(self.methods) or self.preset not in (None, NONE)
 
     @property
@@ -147,7 +133,7 @@ class Request(RunOptions, NamesModel):
         return {name: getattr(self, name) for name in CALL_ARGUMENTS if getattr(self, name) is not None}
 
     def beside(self, call: CallSignature) -> dict[str, Any]:
-        """Return what an embedded model's call is made with besides, which a request has no field for."""
+        """Return the arguments of an embedded model's call that a request has no field for."""
         defaults = assets().model_defaults(self.embedded) if self.embedded else {}
         beside = {name: value for name, value in defaults.items() if name not in CALL_ARGUMENTS and call.takes(name)}
         if "true_cfg_scale" in beside and self.guidance_scale is not None:
@@ -172,19 +158,12 @@ def check_path(output: Path) -> Path:
 
 
 class Resolved(NamedTuple):
-    """A request that can be met.
+    """A request that can be met."""
 
-    Attributes:
-        request: the request, with the family's defaults filled in.
-        family: the model's sizes; None: they are not known, and all is left to the pipeline.
-        notes: what was changed.
-        warnings: what the user probably wants to change.
-    """
-
-    request: Request
-    family: Family | None
-    notes: list[str]
-    warnings: list[str]
+    request: Request  # the request, with the family's defaults filled in
+    family: Family | None  # the model's sizes; None: they are not known, and all is left to the pipeline
+    notes: list[str]  # what was changed
+    warnings: list[str]  # what the user probably wants to change
 
 
 def resolve(request: Request) -> Resolved:
@@ -281,8 +260,7 @@ def read_prompts(path: Path, named: str = "--prompt-file") -> tuple[str, ...]:
 def check_words(prompt: str, embedded: str, *, named: bool = True) -> None:
     """Refuse words that an embedded model never saw, and signs that are no words.
 
-    Args:
-        named: the user chose the model, instead of naming none.
+    ``named``: the user chose the model, instead of naming none.
     """
     try:
         words = assets().check_prompt(prompt, embedded)
@@ -301,9 +279,7 @@ def _check_methods(files: ModelFiles, family: Family, request: Request) -> list[
     )
     adapter = adapter_for(str(files.transformer.get("_class_name")))
     check_lengths(adapter.name, adapter.rope, files.transformer, layout.lengths)
-    model = Model(
-        adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer
-    )  # fmt: skip
+    model = Model(adapter=adapter, family=family, heads=family.heads, layers=family.layers, config=files.transformer)
     methods = [*request.methods, *preset_methods(request.preset or NONE, model, request.methods).configs]
     handlers = make_handlers(methods, model)
     check_backend(request.backend, request.dense or "auto", handlers)

@@ -16,7 +16,7 @@ APART = ("prompts", "output", "device", "same_seed")
 
 
 def request_digest(request: Request) -> str:
-    """Return what tells one resolved request of one prompt from another, wherever its output lies; hexadecimal."""
+    """Hash a resolved request of one prompt, wherever its output lies; hexadecimal."""
     text: dict[str, Any] = {
         field.name: getattr(request, field.name) for field in dataclasses.fields(request) if field.name not in APART
     }

@@ -38,23 +38,14 @@ class Stopped(Exception):  # noqa: N818 - reads as what it is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideBySide:
-    """What two runs of one seed gave.
+    """What two runs of one seed gave."""
 
-    Attributes:
-        dense: file of the model as it is, .mp4, or .png of a picture.
-        accelerated: file of the run with methods.
-        difference: file of `TIMES` times their difference.
-        check: seconds of both, and how near they are.
-        report: first lines of what ran.
-        notes: what was changed in the request, and what to look out for.
-    """
-
-    dense: Path
-    accelerated: Path
-    difference: Path
-    check: Check
-    report: str
-    notes: tuple[str, ...] = ()
+    dense: Path  # file of the model as it is, .mp4, or .png of a picture
+    accelerated: Path  # file of the run with methods
+    difference: Path  # file of `TIMES` times their difference
+    check: Check  # seconds of both, and how near they are
+    report: str  # first lines of what ran
+    notes: tuple[str, ...] = ()  # what was changed in the request, and what to look out for
 
 
 class Watched(Stages):
@@ -97,8 +88,7 @@ class Watched(Stages):
 class Comparing:
     """Compares prompt after prompt, one at a time, and keeps the model that it loaded last.
 
-    Args:
-        options: what every request has besides, such as ``device``, ``dtype`` and ``offload``.
+    ``options``: what every request has besides, such as ``device``, ``dtype`` and ``offload``.
     """
 
     def __init__(self, **options: Any) -> None:

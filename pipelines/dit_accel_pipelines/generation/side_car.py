@@ -27,20 +27,13 @@ AS_ASKED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One generated video.
+    """One generated video."""
 
-    Attributes:
-        prompt: what it shows.
-        frames: uint8 [F, height, width, 3].
-        timings: how long it took.
-        report: the attachment's; None without methods.
-        pictures: the frames before they were rounded, floats in [0, 1], where they are to be compared; else None.
-    """
-
-    prompt: str
-    frames: Frames
-    timings: Timings
-    report: dit_accel.Report | None
+    prompt: str  # what it shows
+    frames: Frames  # uint8 [F, height, width, 3]
+    timings: Timings  # how long it took
+    report: dit_accel.Report | None  # the attachment's; None without methods
+    # the frames before they were rounded, floats in [0, 1], where they are to be compared; else None
     pictures: np.ndarray | None = None
 
 

@@ -88,7 +88,7 @@ def scheduler_like(shipped: Any, name: str, **options: Any) -> Any:
 
 
 def _schedule(shipped: Any, name: str) -> dict[str, Any]:
-    """Return what tells a scheduler of the shipped one's noise schedule, by the names of diffusers' options."""
+    """Return the options of diffusers that give a scheduler the shipped one's noise schedule."""
     config = shipped.config
     if is_flow(config):
         shift = shift_of(shipped)

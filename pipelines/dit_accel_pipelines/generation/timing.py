@@ -11,21 +11,13 @@ from .progress import Stages
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds that the stages of one generation took.
+    """Seconds that the stages of one generation took."""
 
-    Attributes:
-        steps: seconds of each denoising step.
-        text: until the first step begins: encoding the prompt, and what else is prepared.
-        denoise: all steps.
-        decode: from the last step to the frames.
-        processor: processor seconds of the process during all steps, of all its threads.
-    """
-
-    steps: list[float] = field(default_factory=list)
-    text: float = 0.0
-    denoise: float = 0.0
-    decode: float = 0.0
-    processor: float = 0.0
+    steps: list[float] = field(default_factory=list)  # seconds of each denoising step
+    text: float = 0.0  # until the first step begins: encoding the prompt, and what else is prepared
+    denoise: float = 0.0  # all steps
+    decode: float = 0.0  # from the last step to the frames
+    processor: float = 0.0  # processor seconds of the process during all steps, of all its threads
 
     @property
     def total(self) -> float:

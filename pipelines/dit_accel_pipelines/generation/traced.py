@@ -19,16 +19,12 @@ COLUMNS = 2**20
 
 @dataclass(slots=True)
 class Trace:
-    """What a scheduler saw and made in a run, float32 on the CPU.
+    """What a scheduler saw and made in a run, float32 on the CPU."""
 
-    Attributes:
-        sigmas: noise level before each step, and after the last; None where it is not told.
-        latents: before each step, and after the last, each [D].
-        outputs: of the model, guided, as the scheduler takes them, one a step, each [D].
-    """
-
+    # noise level before each step, and after the last; None where it is not told
     sigmas: list[float | None] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # before each step, and after the last, each [D]
+    # of the model, guided, as the scheduler takes them, one a step, each [D]
     outputs: list[Tensor] = field(default_factory=list)
 
     def products(self, residual: bool) -> np.ndarray:
@@ -40,7 +36,7 @@ class Trace:
         return (torch.stack(parts).sum(0) / values.shape[1]).numpy()
 
     def moved(self, other: "Trace") -> list[float]:
-        """Return how far another run's latents lie from these before each step and at the end: the RMS."""
+        """Measure the RMS distance of another run's latents before each step and at the end."""
         return [float((a - b).square().mean().sqrt()) for a, b in zip(self.latents, other.latents, strict=True)]
 
 

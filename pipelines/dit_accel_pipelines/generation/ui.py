@@ -132,7 +132,7 @@ def make_page(comparing: Callable[..., Any], folder: Path, model: str) -> Any:
 
 
 def _outputs(gradio: Any) -> list[Any]:
-    """Return what shows a result: a text, three clips, in their places three pictures, and a report."""
+    """Make the page's outputs: a text, three clips, in their places three pictures, and a report."""
     text = gradio.Markdown(FIRST, elem_id="told", min_height=72)
     clips, pictures = [], []
     with gradio.Row():

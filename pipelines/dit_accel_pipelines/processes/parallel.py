@@ -85,14 +85,7 @@ def check_processes(count: int, degree: int) -> None:
 
 
 def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anything: bool = False) -> None:
-    """Refuse a transformer that so many processes can't share.
-
-    Args:
-        cls: its class.
-        config: its config.
-        degree: how many processes.
-        anything: diffusers' ``ulysses_anything``.
-    """
+    """Refuse a transformer that so many processes can't share."""
     if cls.__name__ not in OURS and getattr(cls, "_cp_plan", None) is None:
         raise ConfigError(
             f"diffusers has no plan of how {cls.__name__} is split over processes; run it on one, without ulysses"
@@ -107,17 +100,13 @@ def check_transformer(cls: type, config: Mapping[str, Any], degree: int, anythin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Neighbours among the processes that share transformers, or one that shares none.
+    """Neighbours among the processes that share transformers, or one that shares none."""
 
-    Attributes:
-        mesh: of `ulysses_mesh`; None: one process by itself.
-    """
-
-    mesh: Any = None
+    mesh: Any = None  # of `ulysses_mesh`; None: one process by itself
 
     @property
     def size(self) -> int:
-        """Return how many they are."""
+        """Count them."""
         return 1 if self.mesh is None else self.mesh["ulysses"].size()
 
     def firsts(self, value: Value) -> Value:
@@ -187,7 +176,7 @@ def _counted_devices() -> Iterator[None]:
 
 
 def _hunyuan_video() -> dict[str, Any]:
-    """Return what HunyuanVideo splits and gathers: video and text each by itself, and the video's positions."""
+    """Plan HunyuanVideo's split: video and text each by itself, and the video's positions."""
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
     stream = ContextParallelInput(split_dim=1, expected_dims=3)

@@ -19,21 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One of the processes that a launcher started.
+    """One of the processes that a launcher started."""
 
-    Attributes:
-        rank: its number.
-        count: how many there are, on all machines.
-        local_rank: its number on this machine.
-        local_count: how many run on this machine.
-        together: how many neighbours make each output together.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-    local_count: int = 1
-    together: int = 1
+    rank: int = 0  # its number
+    count: int = 1  # how many there are, on all machines
+    local_rank: int = 0  # its number on this machine
+    local_count: int = 1  # how many run on this machine
+    together: int = 1  # how many neighbours make each output together
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.count and 0 <= self.local_rank < self.local_count <= self.count):
@@ -78,7 +70,7 @@ class Process:
 
 
 def started_process(environ: Mapping[str, str] = os.environ, *, together: int = 1) -> Process:
-    """Return which of a launcher's processes this is, by the variables that it sets; the only one without them."""
+    """Find which of a launcher's processes this is, by the variables that it sets; the only one without them."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return Process(together=together)
     variables: dict[str, Any] = {"LOCAL_RANK": environ["RANK"], "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"], **environ}

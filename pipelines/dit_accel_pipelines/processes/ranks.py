@@ -14,14 +14,9 @@ PATIENCE = datetime.timedelta(days=14)
 
 
 class Ranks:
-    """The processes of one run.
+    """The processes of one run, of which the first, rank 0, alone writes and prints.
 
-    Args:
-        cpu: they compute on CPUs, whatever else the machine has.
-
-    Attributes:
-        rank: this one's number; the first is 0, and alone writes and prints.
-        count: how many there are.
+    With ``cpu`` they compute on CPUs, whatever else the machine has.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
@@ -43,12 +38,12 @@ class Ranks:
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
-        """Return when all processes have called this; if one fails, the launcher ends the others."""
+        """Wait until all processes have called this; if one fails, the launcher ends the others."""
         if self._state is not None:
             self._state.wait_for_everyone()
 
     def shared(self, work: Callable[[], Value]) -> Value:
-        """Return what the first process makes of some work, to all of them."""
+        """Do some work in the first process, and hand its result to all of them."""
         result = self._gathered(_tried(work) if self.first else (None, None))[0]
         return _require(result)
 
@@ -60,15 +55,10 @@ class Ranks:
         return _require(attempt)
 
     def spread(self, jobs: Sequence[Any], work: Callable[[Any], Value], done: Callable[[Any, Value], None]) -> None:
-        """Do some jobs, each in one process, and hand every result to all of them.
+        """Do some jobs, each in one process, and hand every result to all of them, in the same order, by ``done``.
 
         After as many jobs as there are processes they wait for one another, so that a run which is stopped loses no
         more than these.
-
-        Args:
-            jobs: the jobs, the same in all processes.
-            work: does one.
-            done: takes a job and its result, in every process and in the same order.
         """
         for begin in range(0, len(jobs), self.count):
             part = jobs[begin : begin + self.count]
@@ -95,12 +85,12 @@ class Ranks:
 
 
 def launched() -> int:
-    """Return how many processes a launcher started."""
+    """Count the processes that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, DitAccelError | None]:
-    """Return what some work makes, or how it fails: the other processes must hear of it, or they would wait."""
+    """Do some work; return its result or its error, of which the other processes must hear, or they would wait."""
     try:
         return work(), None
     except DitAccelError as error:

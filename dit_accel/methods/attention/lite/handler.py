@@ -30,31 +30,19 @@ from .thresholds import LiteThresholds, read_thresholds
 
 @dataclass(slots=True)
 class CallState:
-    """What is carried from call to call of one attention module, branch and row.
+    """What is carried from call to call of one attention module, branch and row."""
 
-    Attributes:
-        layout: the sequence that the bits are of.
-        block: tokens of its tiles.
-        order: the order of its tokens.
-        bits: int32 [B, H, NQ, W], tiles of the next call; None: all of them.
-        calls: calls made since it began.
-        votes: how many of them voted.
-        spent: share of the budget that votes were given.
-        calibrator: what finds the threshold for a target density; None: it is given.
-        counts: the first call's scores in bins, for the calibrator; None once the calibrator has them.
-        given: the running call's selection, where it may be repeated.
-    """
-
-    layout: TokenLayout
-    block: int
-    order: Tensor | None
-    bits: Tensor | None = None
-    calls: int = 0
-    votes: int = 0
-    spent: float = 0.0
-    calibrator: DensityCalibrator | None = None
+    layout: TokenLayout  # the sequence that the bits are of
+    block: int  # tokens of its tiles
+    order: Tensor | None  # the order of its tokens
+    bits: Tensor | None = None  # int32 [B, H, NQ, W], tiles of the next call; None: all of them
+    calls: int = 0  # calls made since it began
+    votes: int = 0  # how many of them voted
+    spent: float = 0.0  # share of the budget that votes were given
+    calibrator: DensityCalibrator | None = None  # what finds the threshold for a target density; None: it is given
+    # the first call's scores in bins, for the calibrator; None once the calibrator has them
     counts: Tensor | None = None
-    given: Selection | None = None
+    given: Selection | None = None  # the running call's selection, where it may be repeated
 
     def fits(self, context: CallContext, block: int, order: Tensor | None) -> bool:
         """Tell whether the bits mean what the call's tiles mean."""

@@ -40,10 +40,7 @@ def range_tiles(
     """Return bool [N], on the CPU: the tiles that hold a token of the ranges or, ``inward``, no other token.
 
     Args:
-        ranges: as `Ranges` has them.
-        layout: the sequence.
         order: position in the tiles' order -> token index; None: the sequence's own order.
-        block: tokens of a tile.
         inward: count the tiles that lie wholly in the ranges.
     """
     inside = torch.zeros(layout.tokens, dtype=torch.bool)

@@ -26,11 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiteThresholds:
-    """Thresholds of one model and one number of steps: the content of a file, as the module's text shows it.
-
-    Raises:
-        ConfigError: for a table that is empty or ragged, or a threshold out of range.
-    """
+    """Thresholds of one model and one number of steps: the content of a file, as the module's text shows it."""
 
     model: str
     criterion: Literal["maxgap", "mass"]
@@ -77,11 +73,7 @@ def check_threshold(where: str, criterion: str, value: float, allow_positive: bo
 
 
 def read_thresholds(path: str | Path) -> LiteThresholds:
-    """Read a thresholds file.
-
-    Raises:
-        ConfigError: for a file that can't be read, is not TOML, has another version, or lacks what it needs.
-    """
+    """Read a thresholds file; `ConfigError` for what is none."""
     try:
         table: dict[str, Any] = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
