@@ -202,6 +202,9 @@ def only(monkeypatch):
     installed.adapters.cache_clear()
 
 
+ONE_CLASS = dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), side_attention=())
+
+
 def transposed(config, inputs):
     frames, height, width = inputs["hidden_states"].shape[-3:]
     return frames, width // 2, height // 2, 0, 0
@@ -239,18 +242,13 @@ WRONG = [
 
 @pytest.mark.parametrize(("change", "which", "message"), WRONG)
 def test_a_wrong_adapter_fails_by_name(only, change, which, message):
-    adapter = only(dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), side_attention=(), **change))
+    adapter, checks = only(dataclasses.replace(ONE_CLASS, **change)), FAST[: FAST.index(which) + 1]
     with pytest.raises(AssertionError, match=f"WanTransformer3DModel 0: check '{which}' failed: {message}"):
-        check_adapter(
-            adapter, tiny_models.WAN[0], only=FAST[: FAST.index(which) + 1] if which != "refused" else [which]
-        )
+        check_adapter(adapter, tiny_models.WAN[0], only=["refused"] if which == "refused" else checks)
 
 
 def test_an_adapter_that_refuses_every_method_passes(only):
-    refused = dict.fromkeys(METHOD_CASES, "no reason")
-    adapter = only(
-        dataclasses.replace(WAN, transformers=("WanTransformer3DModel",), side_attention=(), refused=refused)
-    )
+    adapter = only(dataclasses.replace(ONE_CLASS, refused=dict.fromkeys(METHOD_CASES, "no reason")))
     found = check_adapter(adapter, tiny_models.WAN[0], only=["active", "refused"])["WanTransformer3DModel 0"]
     assert found == {"active": "every method with a case is refused", "refused": "passed"}
 
