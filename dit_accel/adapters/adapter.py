@@ -35,10 +35,15 @@ NO_STEP: Grid = (0, 0, 0, 0, 0)
 
 
 def latents_grid(
-    config: Any, inputs: Mapping[str, Any], *, frames_axis: int | None = 2, channels_last: bool = False,
-    text: Literal["none", "before", "after"] = "none", joined: Sequence[str] = ("encoder_hidden_states",),
+    config: Any,
+    inputs: Mapping[str, Any],
+    *,
+    frames_axis: int | None = 2,
+    channels_last: bool = False,
+    text: Literal["none", "before", "after"] = "none",
+    joined: Sequence[str] = ("encoder_hidden_states",),
     reference_frames: int = 0,
-) -> Grid:  # fmt: skip
+) -> Grid:
     """Read the grid off latents [..., H, W], the config's patch size and the text's length.
 
     Args:

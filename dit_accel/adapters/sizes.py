@@ -32,11 +32,18 @@ def patch_sizes(size: int | Sequence[int], frames: int | None = None) -> tuple[i
 
 
 def read_sizes(
-    config: Mapping[str, Any], *, layers: Sequence[str] = ("num_layers", "num_single_layers"),
-    heads: str | None = "num_attention_heads", head_dim: str | None = "attention_head_dim", width: str | None = None,
-    ffn_dim: str = "ffn_dim", mlp_ratio: str | float | Fraction = "mlp_ratio", multiple_of: int = 1,
-    gated: bool = False, patch: str | tuple[int, int, int] = "patch_size",
-) -> Sizes:  # fmt: skip
+    config: Mapping[str, Any],
+    *,
+    layers: Sequence[str] = ("num_layers", "num_single_layers"),
+    heads: str | None = "num_attention_heads",
+    head_dim: str | None = "attention_head_dim",
+    width: str | None = None,
+    ffn_dim: str = "ffn_dim",
+    mlp_ratio: str | float | Fraction = "mlp_ratio",
+    multiple_of: int = 1,
+    gated: bool = False,
+    patch: str | tuple[int, int, int] = "patch_size",
+) -> Sizes:
     """Read the sizes off a transformer config, by diffusers' usual names or those of one family.
 
     Args:

@@ -161,12 +161,17 @@ class Attachment:
         notes = [*filter(None, [preset]), *recorder.dense_notes(), *recorder.notes, *[problem] * bool(problem)]
         return Report(
             methods={handler.name: handler.settings.to_dict() for handler in engine.handlers},
-            backend=recorder.spell_backend(engine.backend), model=self._model, steps=step_reports(recorder),
-            notes=tuple(notes), problem=problem, calls=call_reports(recorder),
-            state_bytes={name: size for name, size in held.items() if size}, timing=recorder.clock.timing(),
+            backend=recorder.spell_backend(engine.backend),
+            model=self._model,
+            steps=step_reports(recorder),
+            notes=tuple(notes),
+            problem=problem,
+            calls=call_reports(recorder),
+            state_bytes={name: size for name, size in held.items() if size},
+            timing=recorder.clock.timing(),
             predicted=self._predicted(),
             sections=tuple(section for handler in engine.handlers if (section := handler.report()) is not None),
-        )  # fmt: skip
+        )
 
     def _predicted(self) -> PredictedSpeedup | None:
         """Predict the last generation; None before its size and steps are known."""
@@ -195,9 +200,13 @@ class Attachment:
 
 
 def attach(
-    model: Any, *methods: MethodConfig, preset: Level | Literal["none"] | None = None, backend: Backend = "auto",
-    dense: Dense | None = None, layers: LayerFilter | None = None,
-) -> Attachment:  # fmt: skip
+    model: Any,
+    *methods: MethodConfig,
+    preset: Level | Literal["none"] | None = None,
+    backend: Backend = "auto",
+    dense: Dense | None = None,
+    layers: LayerFilter | None = None,
+) -> Attachment:
     """Attach methods to one pipeline or transformer; all of them or, on any error, none.
 
     Args:

@@ -54,10 +54,13 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values, without the frames."""
         return {
-            "dense_seconds": self.dense_seconds, "accelerated_seconds": self.accelerated_seconds,
-            "speedup": self.speedup, "metrics": dict(self.metrics), "not_measured": dict(self.not_measured),
+            "dense_seconds": self.dense_seconds,
+            "accelerated_seconds": self.accelerated_seconds,
+            "speedup": self.speedup,
+            "metrics": dict(self.metrics),
+            "not_measured": dict(self.not_measured),
             "runs": self.runs,
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         seconds = (

@@ -94,9 +94,13 @@ class ForwardWrapper:
                     self._engine.end_forward()
 
     def _run(
-        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any],
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        inputs: Mapping[str, Any],
         of: PipelineRun | None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Run the forward of a call outside graphs, in the run of a pipeline or None."""
         denoising, state = self._denoising, self._state
         parallel = context_parallel(state.transformer)
@@ -211,9 +215,13 @@ class ForwardWrapper:
         return shards
 
     def _observed(
-        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Grid | str,
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        grid: Grid | str,
         inputs: Mapping[str, Any],
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Run the model's own forward, its layers switched, and count what ran."""
         engine, forward, state = self._engine, self._engine.forward, self._state
         batch, layout = len(inputs[state.adapter.latents]), None if isinstance(grid, str) else forward.layout

@@ -108,9 +108,13 @@ def _tiled_rows(
     if seen is not None:
         mask = seen.expand(len(call.k), -1) if mask is None else mask & seen
     small = replace(
-        call, q=call.queries(rows), k=call.k.index_select(2, order), v=call.v.index_select(2, order),
-        mask=None if mask is None else mask[:, order], rows=None,
-    )  # fmt: skip
+        call,
+        q=call.queries(rows),
+        k=call.k.index_select(2, order),
+        v=call.v.index_select(2, order),
+        mask=None if mask is None else mask[:, order],
+        rows=None,
+    )
     lists = TileLists.from_states(
         tiles.states()[:, chosen], block_q=size, block_k=tiles.block_k, num_q=len(rows), num_k=tokens
     )

@@ -44,9 +44,17 @@ def get(number: int) -> Any:
 
 @torch.library.custom_op("dit_accel::planned_attention", mutates_args=(), tags=TAGS)
 def planned_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layer: Tensor, grid: Sequence[Tensor], attachment: int,
-    tokens_first: bool, scale: float | None, differentiate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layer: Tensor,
+    grid: Sequence[Tensor],
+    attachment: int,
+    tokens_first: bool,
+    scale: float | None,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor]:
     """Run the plan of this layer, step and branch.
 
     Args:

@@ -76,10 +76,14 @@ def require_agreement(denoising: DenoisingState, state: TransformerState, config
     engine, group = denoising.engine, config._flattened_mesh.get_group()
     mine = {
         "methods": {handler.name: handler.settings.to_dict() for handler in engine.handlers},
-        "layers": [layer.index for layer in state.layers], "backend": engine.backend, "dense": engine.dense,
-        "num_inference_steps": denoising.num_inference_steps, "step_index": denoising.step_index,
-        "branch": state.branch, "latents": f"{latents.dtype} {list(latents.shape)}",
-    }  # fmt: skip
+        "layers": [layer.index for layer in state.layers],
+        "backend": engine.backend,
+        "dense": engine.dense,
+        "num_inference_steps": denoising.num_inference_steps,
+        "step_index": denoising.step_index,
+        "branch": state.branch,
+        "latents": f"{latents.dtype} {list(latents.shape)}",
+    }
     picks = torch.linspace(0, latents.numel() - 1, SAMPLES).long().to(latents.device)
     noise = latents.detach().flatten()[picks].float().cpu()
     others: list[Any] = [None] * dist.get_world_size(group)

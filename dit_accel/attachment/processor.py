@@ -151,9 +151,16 @@ def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -
     forward, tokens = engine.forward, 1 if tokens_first else 2
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, **further: Any,
-    ) -> Tensor:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **further: Any,
+    ) -> Tensor:
         shards = None if further.get("parallel_config") is None else forward.shards
         planned = forward.processor._dit_accel_sparse and not forward.not_a_step
         if not planned or key.shape[tokens] < forward.min_keys:

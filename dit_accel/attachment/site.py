@@ -37,9 +37,13 @@ class TransformerSite(Site):
     """One transformer as one handler sees it; the core undoes all that goes through it."""
 
     def __init__(
-        self, denoising: DenoisingState, state: TransformerState, undo: list[Callable[[], None]],
-        context: Callable[[str], Any] | None, compiled_whole: bool,
-    ) -> None:  # fmt: skip
+        self,
+        denoising: DenoisingState,
+        state: TransformerState,
+        undo: list[Callable[[], None]],
+        context: Callable[[str], Any] | None,
+        compiled_whole: bool,
+    ) -> None:
         self.name, self.transformer, self.adapter = state.name, state.transformer, state.adapter
         self._denoising = denoising
         self._state = state

@@ -129,11 +129,19 @@ class DenoisingState:
             self._noise = "exploding" if self.sigma > 1 else "flow"
         beside, rows = state.beside
         return StepContext(
-            transformer=state.name, branch=state.branch, step_index=self.step_index,
-            num_inference_steps=self.num_inference_steps, sigma=self.sigma, noise=self._noise or "none",
-            layout=self.engine.forward.layout, batch=self.engine.forward.batch, training=self.training,
-            tells_step=bool(state.branches) and state.branches[-1].tells_step, beside=beside, rows=rows,
-        )  # fmt: skip
+            transformer=state.name,
+            branch=state.branch,
+            step_index=self.step_index,
+            num_inference_steps=self.num_inference_steps,
+            sigma=self.sigma,
+            noise=self._noise or "none",
+            layout=self.engine.forward.layout,
+            batch=self.engine.forward.batch,
+            training=self.training,
+            tells_step=bool(state.branches) and state.branches[-1].tells_step,
+            beside=beside,
+            rows=rows,
+        )
 
     def _infer(
         self, state: TransformerState, timestep: Tensor | None, stated: Mapping[str, Any], run: PipelineRun | None

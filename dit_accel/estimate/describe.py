@@ -108,9 +108,13 @@ def _describe(name: str, transformers: dict[str, Any], scheduler: Any) -> Transf
     model = resolve_model(name, transformers, scheduler)
     verdicts = {method: verdict_of(config_type(), model) for method, config_type in methods().items()}
     return TransformerDescription(
-        name=name, transformer=type(transformers[name]).__name__, adapter=model.adapter.name,
-        family=model.family.name if model.family else None, layers=model.layers, heads=model.heads,
+        name=name,
+        transformer=type(transformers[name]).__name__,
+        adapter=model.adapter.name,
+        family=model.family.name if model.family else None,
+        layers=model.layers,
+        heads=model.heads,
         methods={of: one.handler.settings.to_dict() for of, one in verdicts.items() if one.handler is not None},
         needs={of: one.needs for of, one in verdicts.items() if one.word == "needs"},
         refused={of: one.why for of, one in verdicts.items() if one.word == "refused"},
-    )  # fmt: skip
+    )

@@ -141,11 +141,21 @@ class Prediction:
 
 
 def estimate(
-    adapter: Adapter, family: Family, *, height: int | None = None, width: int | None = None,
-    num_frames: int | None = None, num_inference_steps: int | None = None, methods: Sequence[MethodConfig] = (),
-    preset: PresetMethods | None = None, kernel_cost: float = KERNEL_COST, config: Mapping[str, Any] | None = None,
-    linears: str | Linears | None = None, hardware: str | None = None, linear_cost: float = LINEAR_COST,
-) -> Prediction:  # fmt: skip
+    adapter: Adapter,
+    family: Family,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    methods: Sequence[MethodConfig] = (),
+    preset: PresetMethods | None = None,
+    kernel_cost: float = KERNEL_COST,
+    config: Mapping[str, Any] | None = None,
+    linears: str | Linears | None = None,
+    hardware: str | None = None,
+    linear_cost: float = LINEAR_COST,
+) -> Prediction:
     """Predict a run of a model with methods attached; what is left out takes the family's default.
 
     Sizes are those of `Prediction`. The transformer's ``config`` tells how long its tables of positions are, and
@@ -184,9 +194,15 @@ def estimate(
 
 
 def predict(
-    handlers: Sequence[Handler], family: Family, layout: TokenLayout, steps: int, preset: PresetMethods | None = None,
-    *, kernel_cost: float = KERNEL_COST, linears: Linears | None = None,
-) -> Prediction:  # fmt: skip
+    handlers: Sequence[Handler],
+    family: Family,
+    layout: TokenLayout,
+    steps: int,
+    preset: PresetMethods | None = None,
+    *,
+    kernel_cost: float = KERNEL_COST,
+    linears: Linears | None = None,
+) -> Prediction:
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
 
     Args:
@@ -282,10 +298,14 @@ def _dense_run(family: Family, layout: TokenLayout, steps: int, linears: Linears
     trained = replace(layout, **sizes)
     usual = blocks * (attention_flops(family, trained.tokens) + other_flops(family, trained))
     return dict(
-        forwards=forwards, attention_flops=attention, total_flops=total, times_trained=total / usual,
-        attention_share=attention / total, linear_share=blocks * linear_flops(family, layout) / total,
+        forwards=forwards,
+        attention_flops=attention,
+        total_flops=total,
+        times_trained=total / usual,
+        attention_share=attention / total,
+        linear_share=blocks * linear_flops(family, layout) / total,
         linear_time=linears.time(family, layout) if linears else 1.0,
-    )  # fmt: skip
+    )
 
 
 def _planned_run(
@@ -315,11 +335,17 @@ def _planned_run(
     planned_attention = round(attention_flops * (w + (1 - w) * rho) * share)
     return dict(
         planned_attention_flops=planned_attention,
-        planned_total_flops=round((total_flops - attention_flops) * share) + planned_attention, dense_share=w,
-        pair_density=rho, cost_of_pairs=kappa, forward_share=share, computed_blocks=max(0.0, 1 - skipped) * blocks,
-        factors=factors, speedup=speedup, speedup_of_methods=speedup * (1 - saved),
+        planned_total_flops=round((total_flops - attention_flops) * share) + planned_attention,
+        dense_share=w,
+        pair_density=rho,
+        cost_of_pairs=kappa,
+        forward_share=share,
+        computed_blocks=max(0.0, 1 - skipped) * blocks,
+        factors=factors,
+        speedup=speedup,
+        speedup_of_methods=speedup * (1 - saved),
         equal_steps=dense["steps"] / speedup,
-    )  # fmt: skip
+    )
 
 
 def _memory(savings: Mapping[str, Saving], tiles: TilesLeft | None, family: Family) -> dict[str, Any]:

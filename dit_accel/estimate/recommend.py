@@ -50,9 +50,14 @@ class _Subject:
 
 
 def recommend(
-    model: Any, *, height: int | None = None, width: int | None = None, num_frames: int | None = None,
-    num_inference_steps: int | None = None, hardware: str | None = None,
-) -> Recommendation:  # fmt: skip
+    model: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    hardware: str | None = None,
+) -> Recommendation:
     """List what could be attached to a model at a size, with predicted speed-up, loss and memory; changes nothing.
 
     Args:

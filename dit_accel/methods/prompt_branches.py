@@ -15,10 +15,18 @@ Part = Literal["cond", "uncond", "both", "perturbed"]
 """What a forward holds; ``perturbed``: the conditional prompt, in a perturbed prediction of the pipeline's own."""
 
 NAMES: Mapping[str, Part] = {
-    "cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both",
-    "uncond_stg": "perturbed", "uncond_modality": "perturbed", "pred_cond_skip": "perturbed",
-    "pred_cond_seg": "perturbed", "pred_cond_stg": "perturbed", "pred_cond_modality": "perturbed",
-}  # fmt: skip
+    "cond": "cond",
+    "pred_cond": "cond",
+    "uncond": "uncond",
+    "pred_uncond": "uncond",
+    "cond_uncond": "both",
+    "uncond_stg": "perturbed",
+    "uncond_modality": "perturbed",
+    "pred_cond_skip": "perturbed",
+    "pred_cond_seg": "perturbed",
+    "pred_cond_stg": "perturbed",
+    "pred_cond_modality": "perturbed",
+}
 """Name of a ``cache_context``, as diffusers' pipelines and guiders give them -> what a forward in it holds."""
 
 _OPEN = "open transformer.cache_context(name) with the name 'cond', 'uncond' or 'cond_uncond' around its forwards"

@@ -62,11 +62,18 @@ class AttentionPlan:
         if tiles is None:
             tiles = full_tiles(call.q.shape[2], call.tokens, TILE, str(call.q.device))
         return tiles, {
-            "layout": "bshd" if call.tokens_first else "bhsd", "scale": call.scale, "head_scale": self.head_scale,
-            "key_mask": call.key_mask(), "frame_decay": self.frame_decay, "token_order": self.token_order,
-            "identity_mix": self.identity_mix, "identity_rows": self.identity_rows, "selection": self.selection,
-            "precision": self.precision, "backend": call.backend,
-        }  # fmt: skip
+            "layout": "bshd" if call.tokens_first else "bhsd",
+            "scale": call.scale,
+            "head_scale": self.head_scale,
+            "key_mask": call.key_mask(),
+            "frame_decay": self.frame_decay,
+            "token_order": self.token_order,
+            "identity_mix": self.identity_mix,
+            "identity_rows": self.identity_rows,
+            "selection": self.selection,
+            "precision": self.precision,
+            "backend": call.backend,
+        }
 
     def backend(self, call: Call, tiles: TileLists, others: bool) -> str:
         """Return the backend that runs the plan over tiles; ``others``: a gradient may follow, or its LSE is wanted."""

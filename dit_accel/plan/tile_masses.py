@@ -14,9 +14,15 @@ CHUNK = 1 << 22  # logits at a time
 
 @torch.no_grad()
 def tile_masses(
-    q: Tensor, k: Tensor, *, block_q: int, block_k: int, scale: float | None = None, token_order: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    scale: float | None = None,
+    token_order: Tensor | None = None,
     key_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Softmax mass of each key tile under dense attention, mean over the queries of a query tile, [B, H, NQ, NK].
 
     A query tile's masses sum to 1; queries without a valid key count as 0. Source: SparseD (arXiv 2509.24014), which

@@ -209,14 +209,17 @@ def step_reports(recorder: Recorder) -> tuple[StepReport, ...]:
     """Turn what the recorder counted into one `StepReport` per denoising call."""
     return tuple(
         StepReport(
-            transformer=transformer, step_index=step_index, branch=branch, dense_layers=entry.dense_layers,
+            transformer=transformer,
+            step_index=step_index,
+            branch=branch,
+            dense_layers=entry.dense_layers,
             sparse_layers=len({call.layer for call in entry.calls}),
             density=_mean([call.exact for call in entry.calls], 1.0),
             pooled=_mean([call.pooled for call in entry.calls], 0.0),
             stayed={why: count for why, count in entry.stayed.items()},
         )
         for (transformer, step_index, branch), entry in recorder.forwards.items()
-    )  # fmt: skip
+    )
 
 
 def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
@@ -230,12 +233,15 @@ def call_reports(recorder: Recorder) -> tuple[CallReport, ...]:
             heads = [call.by_head for call in calls if call.by_head is not None]
             reports.append(
                 CallReport(
-                    transformer=transformer, step_index=step_index, branch=branch, layer=layer,
+                    transformer=transformer,
+                    step_index=step_index,
+                    branch=branch,
+                    layer=layer,
                     density=_mean([call.exact for call in calls], 1.0),
                     pooled=_mean([call.pooled for call in calls], 0.0),
                     by_head=tuple(_mean(head, 1.0) for head in zip(*heads, strict=True)),
                 )
-            )  # fmt: skip
+            )
     return tuple(reports)
 
 

@@ -31,9 +31,13 @@ def added(cond: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -
 
 
 def normalized(
-    positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float,
+    positive: Tensor,
+    negative: Tensor,
+    scale: float,
+    tau: float,
+    alpha: float,
     summed: Callable[[Tensor], Tensor] = lambda lengths: lengths,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return attention's output guided away from what a negative text gives, in float32 or wider.
 
     G = s Z+ - (s - 1) Z-, cut down to tau times Z+'s length in L1 per token, then alpha G + (1 - alpha) Z+. A token

@@ -83,9 +83,15 @@ def check_kind(
 
 
 def edited(
-    kind: str, own: np.ndarray, *, trained: float, length: float, period: float | None = None,
-    turn: float | None = None, indices: Sequence[int] | None = None,
-) -> np.ndarray:  # fmt: skip
+    kind: str,
+    own: np.ndarray,
+    *,
+    trained: float,
+    length: float,
+    period: float | None = None,
+    turn: float | None = None,
+    indices: Sequence[int] | None = None,
+) -> np.ndarray:
     """Return an axis's frequencies for a length, float64 of the shape of ``own``; ``own`` where it is no longer.
 
     Args:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dit_accel.attachment.layers import Calls, RememberedTensors, text_in
+from dit_accel.adapters.installed import adapters
+from dit_accel.attachment.layers import Calls, RememberedTensors, TransformerState, text_in
 
 COND, UNCOND, OTHER = (torch.randn(1, 4, 8) for _ in range(3))
 
@@ -91,3 +92,13 @@ def test_the_text_is_the_input_that_the_adapter_names():
     inputs = {"x": COND, "t": torch.ones(1), "features": [OTHER, UNCOND], "mask": None}
     assert text_in(adapter(), inputs) == (OTHER, UNCOND)
     assert text_in(adapter(), {"x": COND}) == ()
+
+
+def test_calls_are_numbered_and_those_of_a_prompt_s_own_transformer_after_it():
+    wan = TransformerState("transformer", torch.nn.Identity(), adapters()["wan"])
+    own = TransformerState("unconditional_transformer", torch.nn.Identity(), adapters()["ideogram4"])
+    names = []
+    for wan.calls in range(2):
+        own.calls = wan.calls
+        names += [wan.branch, own.branch]
+    assert names == ["call 0", "uncond", "call 1", "uncond 1"]

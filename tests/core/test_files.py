@@ -36,43 +36,50 @@ READERS = {
 }
 
 
+def raising(error):
+    """Return a function that raises an error, whatever it is called with."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
-
-
-def write(path: Path, error: BaseException) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text("half")
-        raise error
 
 
 FULL = r"a\.txt.*\(.*\).*free"
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "match"),
+    ("error", "free", "kind", "match"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
-        (FileNotFoundError("none"), FileNotFoundError, "none"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ConfigError, FULL),
-        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), ConfigError, FULL),
-        (RuntimeError("ffmpeg: No space left on device"), ConfigError, FULL),
-        (RuntimeError("failed writing file data/0"), RuntimeError, "failed writing"),
+        (KeyboardInterrupt(), 2**40, KeyboardInterrupt, None),
+        (FileNotFoundError("none"), 2**40, FileNotFoundError, "none"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2**40, ConfigError, FULL),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2**40, ConfigError, FULL),
+        (RuntimeError("ffmpeg: No space left on device"), 2**40, ConfigError, FULL),
+        (RuntimeError("failed writing file data/0"), 2**40, RuntimeError, "failed writing"),
+        (RuntimeError("failed writing file data/0"), 4096, ConfigError, r"a\.txt.*\(No space left"),
     ],
 )
-def test_an_error_leaves_no_half_of_a_file_and_a_full_disk_is_one_sentence(tmp_path: Path, error, kind, match):
+def test_an_error_leaves_no_half_of_a_file_and_a_full_disk_is_one_sentence(
+    tmp_path, monkeypatch, error, free, kind, match
+):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     path = tmp_path / "a.txt"
     path.write_text("old")
+
+    def write() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
     with pytest.raises(kind, match=match):
-        write(path, error)
+        write()
     assert names(tmp_path) == ["a.txt"]
     assert path.read_text() == "old"
-
-
-def test_a_library_that_says_only_that_it_could_not_write_is_asked_for_the_room(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
-    with pytest.raises(ConfigError, match=r"a\.txt.*\(No space left"):
-        write(tmp_path / "a.txt", RuntimeError("failed writing file data/0"))
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe", "large"])
@@ -93,29 +100,28 @@ def test_what_has_no_end_is_never_read(tmp_path: Path, monkeypatch, name: str, r
 
 @pytest.mark.parametrize("kind", ["new", "old", "link", "link to nothing", "the longest name"])
 def test_a_file_takes_its_place_with_ordinary_rights(tmp_path: Path, kind: str):
-    folder = tmp_path / "there"
+    folder, plain = tmp_path / "there", tmp_path / "plain"
     folder.mkdir()
+    plain.touch()
     longest = "a" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4)
-    target = folder / f"{longest if kind == 'the longest name' else 'a'}.txt"
+    path = target = folder / f"{longest if kind == 'the longest name' else 'a'}.txt"
     if kind in ("old", "link"):
         target.write_text("old")
-    path = tmp_path / "link.txt" if kind.startswith("link") else target
-    if path != target:
+    if kind.startswith("link"):
+        path = tmp_path / "link.txt"
         path.symlink_to(target)
     check_writable(path)
     with written_whole(path) as temporary:
         assert temporary.suffix == ".txt"
         temporary.write_text("new")
-    assert target.read_text() == "new"
+    assert (target.read_text(), names(folder)) == ("new", [target.name])
     assert path.is_symlink() == kind.startswith("link")
-    assert names(folder) == [target.name]
-    (tmp_path / "plain").write_text("")
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch):
+def test_what_cannot_be_written_is_refused_before(tmp_path: Path, monkeypatch):
     (tmp_path / "b.txt").mkdir()
-    (tmp_path / "c.txt").write_text("")
+    (tmp_path / "c.txt").touch()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name, match in (
@@ -126,16 +132,11 @@ def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=match):
             check_writable(tmp_path / name)
-
     with monkeypatch.context() as patched:  # root may write everything
         patched.setattr("os.access", lambda path, mode: mode != os.W_OK)
         with pytest.raises(ConfigError, match=r"table .*c\.txt.*read-only"):
             check_writable(tmp_path / "c.txt", "the table")
-
-    def refused(dir: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("tempfile.TemporaryFile", raising(PermissionError(13, "Permission denied")))
     with pytest.raises(ConfigError, match=r"a\.txt.*Permission denied"):
         check_writable(tmp_path / "a.txt")
     assert names(tmp_path) == ["b.txt", "c.txt", "link", "pipe"]
@@ -143,11 +144,7 @@ def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch):
 
 def test_json_is_always_valid():
     text = json_text({"a": math.nan, "b": [math.inf, (-math.inf, 1.5)], "c": Path("x"), "d": True, 1: None})
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    read = json.loads(text, parse_constant=refuse)
+    read = json.loads(text, parse_constant=raising(AssertionError))
     assert read == {"a": None, "b": [None, [None, 1.5]], "c": "x", "d": True, "1": None}
 
 
@@ -201,11 +198,7 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path):
             other.kill()
     with held(path):  # the lock of a process that was killed
         assert names(tmp_path) == [".s.jsonl.lock"]
-    assert names(tmp_path) == []
-
-
-def test_a_folder_that_is_missing_is_for_others_to_tell(tmp_path: Path):
-    with held(tmp_path / "none" / "s.jsonl"):
+    with held(tmp_path / "none" / "s.jsonl"):  # a folder that is missing is for others to tell
         assert names(tmp_path) == []
 
 
@@ -226,19 +219,19 @@ def test_a_lock_that_its_holder_deletes_meanwhile_is_taken_anew(tmp_path: Path, 
         assert names(tmp_path) == [".a.txt.lock"]
 
 
-def test_a_new_folder_goes_again_if_nothing_is_written(tmp_path: Path):
-    def fail(write: bool) -> None:
-        with new_folder(tmp_path / "a" / "b"):
-            if write:
-                (tmp_path / "a" / "b" / "kept").touch()
+@pytest.mark.parametrize("written", [False, True])
+def test_a_new_folder_goes_again_if_nothing_is_written(tmp_path: Path, written: bool):
+    folder = tmp_path / "a" / "b"
+
+    def fail() -> None:
+        with new_folder(folder):
+            if written:
+                (folder / "kept").touch()
             raise KeyError
 
     with pytest.raises(KeyError):
-        fail(write=False)
-    assert names(tmp_path) == []
-    with pytest.raises(KeyError):
-        fail(write=True)
-    assert names(tmp_path / "a" / "b") == ["kept"]
-    taken = tmp_path / "a" / "b" / "kept"
-    with pytest.raises(ConfigError, match=r"kept.*\(File exists\)"), new_folder(taken):
-        pass
+        fail()
+    assert names(folder if written else tmp_path) == ["kept"] * written
+    if written:
+        with pytest.raises(ConfigError, match=r"kept.*\(File exists\)"), new_folder(folder / "kept"):
+            pass

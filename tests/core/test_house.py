@@ -89,6 +89,12 @@ def test_the_house_grows_no_heavier():
     assert lines_of("dit_accel", "eval", "pipelines") <= 49_300
 
 
+def test_no_lines_are_saved_by_switching_the_formatter_off():
+    """Rows of a table may stand so, and no more of them than there are."""
+    files = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+    assert sum(len(re.findall(r"# fmt: (?:skip|off)", path.read_text())) for path in files) <= 660
+
+
 def test_the_suite_stays_short(request):
     """Not more than these are collected, however much of the suite is run."""
     if "slow" not in request.config.option.markexpr.replace("not slow", ""):

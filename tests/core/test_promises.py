@@ -16,7 +16,7 @@ from dit_accel.methods.base import Model
 from dit_accel.methods.compose import make_handlers
 from dit_accel.methods.registry import handlers
 from dit_accel.plan.tiling import visual_lists
-from dit_accel.testing import MethodCase, check_method
+from dit_accel.testing import MethodCase
 from dit_accel.testing.promises import PROMISES
 from dit_accel.testing.runs import outputs
 from dit_accel.testing.tiny_models import Case, tiny_wan
@@ -111,8 +111,8 @@ def own_tile():
 
 @pytest.mark.parametrize("bits", [False, True])
 def test_guidance_by_any_verb_leaves_the_prompt_s_row_alone(own_tile, bits):
-    (kept,) = check_method(own_tile(bits=bits)).values()
-    assert "free" in kept
+    for promise in ("batch", "free"):
+        assert PROMISES[promise](MODEL, own_tile(bits=bits)) is None
 
 
 def test_rows_that_meet_are_noticed(own_tile, monkeypatch):
@@ -121,4 +121,4 @@ def test_rows_that_meet_are_noticed(own_tile, monkeypatch):
         "dit_accel.methods.guidance.perturbed_heads.with_rows_apart", lambda plan, other, rows, call: other
     )
     with pytest.raises(AssertionError, match="prompt's row"):
-        check_method(own_tile())
+        PROMISES["free"](MODEL, own_tile())

@@ -1,11 +1,19 @@
-"""What options are where nobody sets them: the values that papers and released code have, as the pages say."""
+"""What options are where nobody sets them, and the page on what is not as published: values of papers and code."""
 
 import dataclasses
 import re
 from pathlib import Path
 
-from dit_accel.methods.registry import methods
+import numpy as np
+import pytest
 
+from dit_accel.methods.attention.radial import RadialAttention
+from dit_accel.methods.attention.sparsed import SparseD
+from dit_accel.methods.registry import methods
+from dit_accel.plan.layout import TokenLayout
+from dit_accel.rules.rotary_frequencies import edited, frequencies
+
+DOCS = Path(__file__).parents[2] / "docs"
 SPARSE = {"block_size": 128, "dense_last_steps": 0, "dense_layers": 1}
 WHOLE_RUN = {"start": 0.0, "stop": 1.0}
 
@@ -15,15 +23,9 @@ DEFAULTS = {
     "sol": {**SPARSE, "block_size": 64, "dense_steps": 0.2, "beta": 1.0, "beta_last": None},
     "lite": {**SPARSE, "dense_steps": 0.1, "dense_layers": 0},
     "lvsa": {**SPARSE, "dense_steps": 0, "dense_layers": 0},
-    "ultraimage": {
-        "focus_min": 1.0,
-        "focus_max": 1.3,
-        "power": 2.0,
-        "turn": None,
-        "indices": None,
-        "follow_above": 0.8,
-        "enlarge": "picture",
-    },
+    "ultraimage": dict(
+        focus_min=1.0, focus_max=1.3, power=2.0, turn=None, indices=None, follow_above=0.8, enlarge="picture"
+    ),
     "nag": {"scale": 5.0, "tau": 2.5, "alpha": 0.25, **WHOLE_RUN},
     "pag": {"scale": 3.0, "layers": None, **WHOLE_RUN},
     "softpag": {"scale": 3.0, "u": 0.5, "heads": None, **WHOLE_RUN},
@@ -51,21 +53,15 @@ FIXED = {
 """Method -> options that no recipe sets."""
 
 
-def test_defaults():
+def test_defaults_are_the_published_ones():
     assert {name: dict(methods()[name].defaults) for name in DEFAULTS} == DEFAULTS
-
-
-def test_options_of_a_config_that_nobody_fills():
     for name, options in FIXED.items():
         config = methods()[name]()
         assert {option: getattr(config, option) for option in options} == options
-
-
-def test_the_page_on_guidance_has_nag_s_numbers():
-    page = (Path(__file__).parents[2] / "docs" / "guidance.md").read_text()
-    (numbers,) = re.findall(r"`scale`, `tau`, `alpha` \| .*?: ([\d.]+), ([\d.]+) and ([\d.]+);", page)
-    defaults = methods()["nag"].defaults
-    assert [float(number) for number in numbers] == [defaults["scale"], defaults["tau"], defaults["alpha"]]
+    (numbers,) = re.findall(
+        r"`scale`, `tau`, `alpha` \| .*?: ([\d.]+), ([\d.]+) and ([\d.]+);", (DOCS / "guidance.md").read_text()
+    )
+    assert [float(number) for number in numbers] == [DEFAULTS["nag"][name] for name in ("scale", "tau", "alpha")]
 
 
 def test_configs_can_t_be_written_to():
@@ -74,3 +70,51 @@ def test_configs_can_t_be_written_to():
         assert config.__slots__ is not None
         assert not hasattr(config(), "__dict__")
         assert all(field.kw_only for field in dataclasses.fields(config))
+
+
+PAGE = (DOCS / "published.md").read_text()
+SIDES = {3840: (48, 80), 3600: (45, 80), 1560: (30, 52)}
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if re.search(r"\| \d+ x \d+ \|", line)
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row[1]}, {row[2]}" for row in ROWS])
+def test_radial_s_figures_on_the_page(row):
+    _, size, options, published, default, more = row
+    frames, tokens = map(int, size.split(" x "))
+    decay, near, sink = options.split(", ")
+    layout = TokenLayout(frames=frames, height=SIDES[tokens][0], width=SIDES[tokens][1])
+    kept = {}
+    for boundary in ("published", "any"):
+        config = RadialAttention(
+            block_size=128, decay_factor=float(decay), near=near, sink=sink == "true", boundary=boundary
+        )
+        whole = layout.tokens // 128
+        kept[boundary] = config.filled().kept(layout)[:whole, :whole]
+    assert f"{1 - kept['published'].mean():.4f}" == published
+    assert f"{1 - kept['any'].mean():.4f}" == default
+    assert f"{kept['any'].sum() / kept['published'].sum() - 1:.0%}".replace("%", " %") == more
+    assert (kept["any"] >= kept["published"]).all()
+
+
+def test_the_docstring_has_the_range_of_the_table():
+    assert len({tuple(row[1:3]) for row in ROWS}) == len(ROWS) == 7
+    shares = [int(row[-1].removesuffix(" %")) for row in ROWS]
+    assert f"{min(shares)} to {max(shares)} % more tiles" in " ".join(RadialAttention.__doc__.split())
+
+
+@pytest.mark.parametrize(("tiles", "density", "kept"), [(10, 0.3, 3), (10, 0.31, 4), (591, 0.3, 178), (3, 0.01, 1)])
+def test_sparsed_keeps_a_share_rounded_up(tiles, density, kept):
+    assert SparseD(density=density, block_size=16).filled().kept_tiles(tiles) == kept
+
+
+def test_qwen_images_periods_under_ultraimage():
+    """Our rule is the paper's; the released code's is what the page says of it."""
+    own = frequencies(56, 10000.0)
+    new = edited("ultraimage", own, trained=83, length=256, indices=(8, 9))
+    assert (2 * np.pi / new[[8, 9]]).round().tolist() == [256, 256]
+    assert (2 * np.pi / own[[8, 9]] * 4096 / 1328).round().tolist() == [269, 374]
+    assert all(text in " ".join(PAGE.split()) for text in ("periods of 256 and 256 tokens", "gives 269 and 374"))

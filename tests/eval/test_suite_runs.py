@@ -181,9 +181,9 @@ TRACER = Path(__file__).parents[1] / "support" / "suite_path.py"
 
 @pytest.mark.slow
 def test_a_suite_s_job_visits_few_files_and_calls_none_back():
-    done = subprocess.run([sys.executable, TRACER, "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, TRACER], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["files"] <= 14
-    assert found["functions"] <= 128
-    assert found["names"] <= 53
-    assert found["climbs"] == 0
+    assert len(found["files"]) <= 14
+    assert len(found["functions"]) <= 128
+    assert len(found["names"]) <= 53
+    assert not found["climbs"]

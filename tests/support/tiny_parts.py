@@ -5,8 +5,8 @@ import inspect
 import pkgutil
 import sys
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -18,10 +18,12 @@ from PIL import Image
 from tiny_models import MODELS
 from torch import Tensor
 
+Call = dict[str, Any]
 SIZE = dict(height=128, width=160, num_inference_steps=3, output_type="latent")
 VIDEO_SIZE = dict(height=64, width=128, num_frames=25, num_inference_steps=4, output_type="latent")
 GUIDED = dict(VIDEO_SIZE, guidance_scale=3.0)
 EULER = diffusers.FlowMatchEulerDiscreteScheduler
+COLORS = ((90, 40, 10), (10, 40, 90), (60, 90, 30))
 
 
 @dataclass
@@ -35,17 +37,50 @@ class Kit:
         pipe: the pipeline, where it is not assembled of parts.
     """
 
-    parts: dict[str, Any] = field(default_factory=dict)
-    call: dict[str, Any] = field(default_factory=dict)
+    parts: Call = field(default_factory=dict)
+    call: Call = field(default_factory=dict)
     setup: Callable[[Any], None] | None = None
     pipe: Any = None
 
     def but(self, call: Mapping[str, Any] | None = None, **parts: Any) -> "Kit":
         """Return the kit with other parts and arguments of the call."""
-        return Kit({**self.parts, **parts}, {**self.call, **(call or {})}, self.setup)
+        return replace(self, parts={**self.parts, **parts}, call={**self.call, **(call or {})})
 
 
-def assemble(cls: type, kit: Kit) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class Stock:
+    """One pipeline class around a tiny transformer.
+
+    Attributes:
+        kit: makes what the pipeline is assembled of.
+        call: further arguments of a call with one prompt.
+        wrap: makes another class of the pipeline's.
+        rows: (call, prompts) -> a call of several prompts, where that of the matrix does not do.
+        off: the guidance scale at which this class guides no more.
+        scale: the argument that says how far it guides, where that can't be seen from its negative prompt.
+        repeated: arguments, such as a picture, that are given once for each prompt.
+        one: it makes one video, whose rows are no prompts.
+    """
+
+    kit: Callable[[], Kit]
+    call: Mapping[str, Any] = field(default_factory=dict)
+    wrap: Callable[[type], type] = lambda cls: cls
+    rows: Callable[[Call, Sequence[int]], Call] | None = None
+    off: float = 1.0
+    scale: str | None = None
+    repeated: tuple[str, ...] = ()
+    one: bool = False
+
+
+def kit_of(
+    size: Call, transformer: Any, vae: Any, call: Call, scheduler: Any = None, setup: Any = None, **parts: Any
+) -> Kit:
+    """A kit around a transformer and an autoencoder, with a flow scheduler unless another is given."""
+    parts |= dict(transformer=transformer, vae=vae, scheduler=scheduler or EULER())
+    return Kit(parts, {**size, **call}, setup)
+
+
+def assemble(cls: type, kit: Kit) -> tuple[Any, Call]:
     """Return a pipeline and the arguments of its call; encoders and tokenizers that are not given are None."""
     asked = {
         name: one for name, one in inspect.signature(cls.__init__).parameters.items() if one.kind is not one.VAR_KEYWORD
@@ -62,17 +97,17 @@ def assemble(cls: type, kit: Kit) -> tuple[Any, dict[str, Any]]:
 # Models
 
 
-def build(cls: type, config: Mapping[str, Any], gates: float | None = 0.1, biases: bool = False) -> Any:
+def build(cls: type | str, config: Mapping[str, Any], gates: float | None = 0.1, biases: bool = False) -> Any:
     """Build a model from a fixed seed; weights that are zero, which would hide what attention does, get values.
 
     Args:
-        cls: the model's class.
+        cls: the model's class, or its name in diffusers.
         config: its arguments.
         gates: the spread of the values; None: zeros stay.
         biases: whether vectors get values too.
     """
     torch.manual_seed(0)
-    model: Any = cls(**config).eval()
+    model: Any = (getattr(diffusers, cls) if isinstance(cls, str) else cls)(**config).eval()
     for parameter in model.parameters():
         if gates is not None and (biases or parameter.ndim > 1) and not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=gates)
@@ -90,82 +125,88 @@ def tiny_video(name: str, number: int = 0, **changes: Any) -> Any:
     return tiny(name, number, gates=0.2, biases=True, **changes)
 
 
-def part_of(name: str, adapter: str, keys: str, **changes: Any) -> Any:
-    """Build a model, such as a control network, that shares some of a tiny transformer's config."""
-    config = MODELS[adapter][0].config
-    return build(getattr(diffusers, name), {**{key: config[key] for key in keys.split() if key in config}, **changes})
+def part_of(name: str, adapter: str, **changes: Any) -> Any:
+    """Build a model, such as a control network, with those of a tiny transformer's settings that it has."""
+    known = inspect.signature(getattr(diffusers, name).__init__).parameters
+    shared = {key: value for key, value in MODELS[adapter][0].config.items() if key in known}
+    return build(name, {**shared, **changes})
+
+
+SMALL = dict(latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2)
 
 
 def vae(channels: int, cls: str = "AutoencoderKL", **options: Any) -> Any:
     """An autoencoder of pictures, 8 pixels a latent."""
-    if cls == "AutoencoderKL":
-        options = {"shift_factor": 0.1, **options}
-    config = dict(
-        latent_channels=channels, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **options,
-    )  # fmt: skip
-    return build(getattr(diffusers, cls), config)
+    shift = dict(shift_factor=0.1) if cls == "AutoencoderKL" else {}
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    return build(cls, {**SMALL, **blocks, **shift, "latent_channels": channels, **options})
 
 
 def wan_vae(channels: int, cls: str = "AutoencoderKLWan", **options: Any) -> Any:
     """An autoencoder of Wan's kind, which Qwen-Image has too."""
-    config = dict(
-        base_dim=4, z_dim=channels, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=[0.0] * channels,
-        latents_std=[1.0] * channels, **options,
-    )  # fmt: skip
-    return build(getattr(diffusers, cls), config)
+    scale = dict(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+    return build(cls, dict(base_dim=4, z_dim=channels, num_res_blocks=1, **scale) | dict(dim_mult=[1] * 4) | options)
 
 
-def block_vae(cls: str, kind: str, **options: Any) -> Any:
+def block_vae(cls: str, kind: str) -> Any:
     """An autoencoder of videos that names its blocks."""
-    config = dict(
-        latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2,
-        down_block_types=(f"{kind}DownBlock3D",) * 4, up_block_types=(f"{kind}UpBlock3D",) * 4, **options,
-    )  # fmt: skip
-    return build(getattr(diffusers, cls), config)
-
-
-def picture_vae(cls: str, channels: int, **options: Any) -> Any:
-    """An autoencoder of HunyuanImage's kind."""
-    config = dict(
-        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(32,) * 4, layers_per_block=1,
-        spatial_compression_ratio=8, scaling_factor=1.0, downsample_match_channel=False,
-        upsample_match_channel=False, **options,
-    )  # fmt: skip
-    return build(getattr(diffusers, cls), config)
+    blocks = dict(down_block_types=(f"{kind}DownBlock3D",) * 4, up_block_types=(f"{kind}UpBlock3D",) * 4)
+    return build(cls, {**SMALL, **blocks})
 
 
 # Texts
 
 
-def prompts(*shape: int, name: str = "prompt_embeds") -> dict[str, Any]:
-    """Embeddings of a prompt and of a negative prompt, 6 tokens of 16 channels unless told."""
+def prompts(*shape: int, name: str = "prompt_embeds") -> Call:
+    """Embeddings of a prompt and of a negative prompt, 6 tokens of 16 channels unless other sizes are given."""
     torch.manual_seed(1)
     return {f"{sign}{name}": torch.randn(1, *(shape or (6, 16))) for sign in ("", "negative_")}
 
 
 def masks(
     name: str = "prompt_attention_mask", tokens: int = 6, dtype: torch.dtype = torch.bool, *, front: bool = False
-) -> dict[str, Any]:
+) -> Call:
     """Masks of a prompt and of a shorter negative prompt, whose padding is at the end, or at the front as well."""
     mask = torch.arange(tokens)[None] < tokens - 1
     negative = mask.roll(1) & mask if front else torch.arange(tokens)[None] < tokens - 2
     return {name: mask.to(dtype), f"negative_{name}": negative.to(dtype)}
 
 
-def masked(name: str = "prompt_attention_mask", dtype: torch.dtype = torch.bool) -> dict[str, Any]:
+def masked(name: str = "prompt_attention_mask", dtype: torch.dtype = torch.bool) -> Call:
     """Embeddings and their masks."""
     return {**prompts(), **masks(name, dtype=dtype, front=True)}
 
 
 def texts(said: str | list[str], *shape: int) -> Tensor:
     """Embeddings of some prompts, each drawn by what it says, [prompts, *shape]."""
-    listed = [said] if isinstance(said, str) else said
-    seeds = [zlib.crc32(one.encode()) for one in listed]
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    seeds = [zlib.crc32(one.encode()) for one in ([said] if isinstance(said, str) else said)]
+    return torch.stack([drawn(*shape, seed=seed) for seed in seeds])
+
+
+def letters(text: str) -> list[int]:
+    """The tokens of a text, one a letter."""
+    return [3 + ord(letter) % 17 for letter in text]
+
+
+def connected(negative: bool = True) -> Call:
+    """Embeddings behind the connectors of LTX-2."""
+    values = {"connector_attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    for seed, name in enumerate(("connector_prompt_embeds", "connector_audio_prompt_embeds")):
+        values[name] = drawn(1, 6, 16, seed=seed)
+    return {**values, **({f"negative_{name}": value.flip(1) for name, value in values.items()} if negative else {})}
 
 
 # Pictures
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    """Normal numbers by a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(*size: int) -> Tensor:
+    """A picture as the encoder of a modular pipeline's blocks gives it."""
+    return drawn(1, *size, seed=6)
 
 
 def picture(height: int = 128, width: int = 160) -> Tensor:
@@ -175,16 +216,13 @@ def picture(height: int = 128, width: int = 160) -> Tensor:
 
 def pil(height: int, width: int, mode: str = "RGB") -> Any:
     """The same as a picture of PIL's."""
-    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(2))
-    return Image.fromarray((noise * 255).byte().numpy()).convert(mode)
+    noise = picture(height, width)[0].movedim(0, -1)
+    return Image.fromarray((noise * 255).byte().contiguous().numpy()).convert(mode)
 
 
 def mask(height: int = 128, width: int = 160) -> Tensor:
     """The right half of a picture is to be made anew."""
     return (torch.arange(width)[None, None, None] > width // 2).float().expand(1, 1, height, width)
-
-
-COLORS = ((90, 40, 10), (10, 40, 90), (60, 90, 30))
 
 
 def drawing(height: int = 64, width: int = 64, color: tuple[int, int, int] = COLORS[0]) -> Image.Image:
@@ -197,11 +235,6 @@ def drawing(height: int = 64, width: int = 64, color: tuple[int, int, int] = COL
 def clip(frames: int = 17, height: int = 64, width: int = 64) -> list[Image.Image]:
     """Frames that differ."""
     return [drawing(height, width, COLORS[index % len(COLORS)]) for index in range(frames)]
-
-
-def noise_clip(frames: int = 25) -> Tensor:
-    """A video of noise."""
-    return torch.rand(1, 3, frames, 64, 128, generator=torch.Generator().manual_seed(4))
 
 
 EDITED = dict(image=picture(), strength=1.0)
@@ -223,12 +256,6 @@ def small_references(size: tuple[Any, ...]) -> Callable[[type], type]:
 
 
 # Stand-ins
-
-
-class Encoder:
-    """Stands in for a text encoder that is asked for its number type alone."""
-
-    dtype = torch.float32
 
 
 class Processor:
@@ -253,11 +280,6 @@ class Letters:
         return SimpleNamespace(input_ids=letters(conversation[-1]["content"]))
 
 
-def letters(text: str) -> list[int]:
-    """The tokens of a text."""
-    return [3 + ord(letter) % 17 for letter in text]
-
-
 class Unguarded:
     """Stands in for Cosmos' guard models, without which its pipelines refuse to run; its prompts are noise."""
 
@@ -271,8 +293,7 @@ class Unguarded:
 class Conditioner(torch.nn.Module):
     """Stands in for a text conditioner: it hands on what it gets."""
 
-    dtype = torch.float32
-    device = torch.device("cpu")
+    dtype, device = torch.float32, torch.device("cpu")
 
     def forward(self, source_hidden_states: Tensor, **_: Any) -> Tensor:
         return source_hidden_states
@@ -297,26 +318,6 @@ def pipeline_class(name: str) -> Any:
 
 
 def blocks_of(cls: Any) -> Any:
-    """Return the blocks that a modular pipeline runs unless told otherwise."""
+    """Return the blocks that a modular pipeline runs unless others are given."""
     package = importlib.import_module(cls.__module__.rsplit(".", 1)[0])
     return getattr(package, cls.default_blocks_name)()
-
-
-def latents(*size: int) -> Tensor:
-    """A picture as the encoder of the blocks gives it."""
-    return torch.randn(1, *size, generator=torch.Generator().manual_seed(6))
-
-
-def connected(negative: bool = True) -> dict[str, Any]:
-    """Embeddings behind the connectors of LTX-2."""
-    noise = torch.Generator().manual_seed(7)
-    given = {"connector_attention_mask": torch.ones(1, 6, dtype=torch.long)}
-    for name in ("connector_prompt_embeds", "connector_audio_prompt_embeds"):
-        given[name] = torch.randn(1, 6, 16, generator=noise)
-    return {**given, **({f"negative_{name}": value.flip(1) for name, value in given.items()} if negative else {})}
-
-
-def ltx2_guiders() -> dict[str, Any]:
-    """Guiders of LTX-2, of video and sound."""
-    options: dict[str, Any] = dict(guidance_scale=2.0, stg_scale=1.0, spatio_temporal_guidance_blocks=[1])
-    return {name: diffusers.LTX2Guidance(**options) for name in ("guider", "audio_guider")}

@@ -1,9 +1,11 @@
-"""What the tiny video pipelines of `tiny_stock` are assembled of, a function a family; prompts come as embeddings."""
+"""The video pipelines of `tiny_stock`: what each is assembled of, and how it is called; prompts come as embeddings."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import tiny_parts as parts
 import torch
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.minimax_h3 import before_denoise
@@ -11,46 +13,26 @@ from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
 from diffusers.modular_pipelines.minimax_h3.modular_pipeline import MiniMaxH3ModularPipeline
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
-from tiny_models import MODELS
-from tiny_parts import (
-    COLORS,
-    EULER,
-    GUIDED,
-    VIDEO_SIZE,
-    Kit,
-    Letters,
-    Unguarded,
-    answering,
-    block_vae,
-    build,
-    clip,
-    drawing,
-    masked,
-    masks,
-    noise_clip,
-    prompts,
-    tiny,
-    tiny_video,
-    wan_vae,
-)  # fmt: skip
+from tiny_parts import EULER, GUIDED, SMALL, Kit, Stock, answering, build, clip, drawing, masked, prompts, tiny_video
 from wan_tiny import sharp_transformer
 
 WAN_SIZE = dict(GUIDED, width=64, num_frames=17)
 PICTURE = dict(image=drawing(64, 128))
-SEEN = answering("encode_image", lambda *_: torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(4)))
+SEEN = answering("encode_image", lambda *_: parts.drawn(1, 7, 24, seed=4))
 """Every picture has the same features."""
+ONES = answering("encode_image", lambda *_, **__: torch.ones(1, 3, 8))
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+IMAGE, VIDEO = ("image",), ("video",)
+HUNYUAN_VAE = ("AutoencoderKLHunyuanVideo", "HunyuanVideo")
+OFF_GRID = dict(prompt=None, base_num_frames=17)
 
-
-def kit(transformer: Any, vae: Any, call: dict[str, Any], scheduler: Any = None, **parts: Any) -> Kit:
-    """A kit of a video family: a flow scheduler unless told."""
-    parts |= dict(transformer=transformer, vae=vae, scheduler=scheduler or EULER())
-    return Kit(parts, {**VIDEO_SIZE, **call})
+kit = partial(parts.kit_of, parts.VIDEO_SIZE)
+flow_guider = partial(diffusers.ClassifierFreeGuidance, 3.0)
 
 
 def padded(name: str = "prompt_attention_mask", tokens: int = 6) -> dict[str, Any]:
     """Masks of whole numbers."""
-    return masks(name, tokens, torch.long)
+    return parts.masks(name, tokens, torch.long)
 
 
 def pooled() -> dict[str, Any]:
@@ -60,14 +42,10 @@ def pooled() -> dict[str, Any]:
 # Wan and those made of it
 
 
-def wan(channels: int = 12, model: Any = None, **call: Any) -> Kit:
-    parts = dict(boundary_ratio=None, image_encoder=None, image_processor=None, expand_timesteps=False)
+def wan(model: Any = None, setup: Any = None, **call: Any) -> Kit:
+    more = dict(boundary_ratio=None, image_encoder=None, image_processor=None, expand_timesteps=False)
     call = {**WAN_SIZE, **prompts(6, 64), **call}
-    return kit(model or sharp_transformer(), wan_vae(channels), call, EULER(shift=3.0), **parts)
-
-
-def lucy_edit() -> Kit:
-    return wan(model=tiny_video("wan", 0, in_channels=24), video=clip())
+    return kit(model or sharp_transformer(), parts.wan_vae(12), call, EULER(shift=3.0), setup, **more)
 
 
 def wan_two_experts() -> Kit:
@@ -77,15 +55,13 @@ def wan_two_experts() -> Kit:
 
 def wan_image() -> Kit:
     """Wan 2.1: the picture's features join the text."""
-    made = wan(model=tiny_video("wan", 1, in_channels=12 + 4 + 12), image=drawing(), **prompts(512, 64))
-    made.setup = SEEN
-    return made
+    return wan(tiny_video("wan", 1, in_channels=12 + 4 + 12), SEEN, image=drawing(), **prompts(512, 64))
 
 
 def wan_first_last_frame() -> Kit:
     """From a first frame to a last one."""
     model = tiny_video("wan", 0, in_channels=12 + 4 + 12)
-    return wan(model=model, image=drawing(), last_image=drawing(color=COLORS[1]))
+    return wan(model, image=drawing(), last_image=drawing(color=parts.COLORS[1]))
 
 
 def wan_image_22() -> Kit:
@@ -95,21 +71,18 @@ def wan_image_22() -> Kit:
 
 def wan_vace() -> Kit:
     shown = [Image.new("L", (64, 64), 255 * (index > 4)) for index in range(17)]
-    return wan(model=tiny_video("wan", 2, vace_in_channels=12 * 2 + 64), video=clip(), mask=shown)
+    return wan(tiny_video("wan", 2, vace_in_channels=12 * 2 + 64), video=clip(), mask=shown)
 
 
 def both_experts(kit: Kit) -> Kit:
     """Let a second transformer of the same kind take over below a noise level."""
     first = kit.parts["transformer"]
-    second = build(type(first), first.config, 0.2, biases=True)
-    return kit.but(transformer_2=second, boundary_ratio=0.8)
+    return kit.but(transformer_2=build(type(first), first.config, 0.2, biases=True), boundary_ratio=0.8)
 
 
 def chrono_edit() -> Kit:
     config = dict(in_channels=12 + 4 + 12, out_channels=12, image_dim=24, added_kv_proj_dim=36)
-    made = wan(model=tiny_video("wan", 3, **config), image=drawing(), **prompts(512, 64))
-    made.setup = SEEN
-    return made
+    return wan(tiny_video("wan", 3, **config), SEEN, image=drawing(), **prompts(512, 64))
 
 
 def wan_animate() -> Kit:
@@ -117,22 +90,18 @@ def wan_animate() -> Kit:
         image=drawing(64, 128), pose_video=[drawing(64, 128)] * 21, face_video=[drawing(16, 16)] * 21,
         segment_frame_length=21, **prompts(512, 64),
     )  # fmt: skip
-    made = kit(tiny_video("wan-animate"), wan_vae(4), call)
-    made.setup = SEEN
-    return made
+    return kit(tiny_video("wan-animate"), parts.wan_vae(4), call, setup=SEEN)
 
 
-def skyreels(number: int = 0, **call: Any) -> Kit:
-    model, scheduler = tiny_video("skyreels-v2", number, out_channels=16), diffusers.UniPCMultistepScheduler(**FLOW)
-    return kit(model, wan_vae(16), {**WAN_SIZE, **prompts(6, 64), **call}, scheduler)
+def skyreels(number: int = 0, model: Any = None, setup: Any = None, **call: Any) -> Kit:
+    model = model or tiny_video("skyreels-v2", number, out_channels=16)
+    call = {**WAN_SIZE, **prompts(6, 64), **call}
+    return kit(model, parts.wan_vae(16), call, diffusers.UniPCMultistepScheduler(**FLOW), setup)
 
 
 def skyreels_image() -> Kit:
-    config = {**MODELS["wan"][1].config, "in_channels": 16 + 4 + 16, "out_channels": 16}
-    model = build(diffusers.SkyReelsV2Transformer3DModel, config, 0.2, biases=True)
-    made = skyreels(image=drawing(), **prompts(512, 64)).but(transformer=model)
-    made.setup = SEEN
-    return made
+    config = dict(in_channels=16 + 4 + 16, out_channels=16, image_dim=24, added_kv_proj_dim=32)
+    return skyreels(0, tiny_video("skyreels-v2", **config), SEEN, image=drawing(), **prompts(512, 64))
 
 
 # HunyuanVideo and its kin
@@ -140,33 +109,27 @@ def skyreels_image() -> Kit:
 
 def hunyuan_video(number: int = 0, **changes: Any) -> Kit:
     call = dict(true_cfg_scale=2.0, **masked(dtype=torch.long), **pooled())
-    vae = block_vae("AutoencoderKLHunyuanVideo", "HunyuanVideo")
-    return kit(tiny("hunyuan-video", number, gates=None, **changes), vae, call, EULER(shift=7.0), image_processor=None)
+    model = parts.tiny("hunyuan-video", number, gates=None, **changes)
+    return kit(model, parts.block_vae(*HUNYUAN_VAE), call, EULER(shift=7.0), image_processor=None)
 
 
-def hunyuan_video15(**call: Any) -> Kit:
+def hunyuan_video15() -> Kit:
     coder = dict(latent_channels=2, block_out_channels=(8,) * 5, layers_per_block=1)
-    call |= prompts() | padded("prompt_embeds_mask") | prompts(5, 12, name="prompt_embeds_2")
-    made = kit(
-        tiny_video("hunyuan-video-1.5", in_channels=5, out_channels=2),
-        build(diffusers.AutoencoderKLHunyuanVideo15, coder), call | padded("prompt_embeds_mask_2", 5),
-        guider=diffusers.ClassifierFreeGuidance(3.0),
-    )  # fmt: skip
+    call = prompts() | padded("prompt_embeds_mask") | prompts(5, 12, name="prompt_embeds_2")
 
     def setup(pipe: Any) -> None:
         pipe.vision_num_semantic_tokens, pipe.vision_states_dim, pipe.target_size = 3, 8, 64
         pipe._get_image_embeds = lambda *_, **__: torch.ones(1, 3, 8)
 
-    made.setup = setup
-    return made
+    return kit(
+        tiny_video("hunyuan-video-1.5", in_channels=5, out_channels=2), build("AutoencoderKLHunyuanVideo15", coder),
+        call | padded("prompt_embeds_mask_2", 5), setup=setup, guider=flow_guider(),
+    )  # fmt: skip
 
 
 def framepack() -> Kit:
     call = dict(PICTURE, latent_window_size=7, true_cfg_scale=2.0, **prompts(), **padded(), **pooled())
-    vae = block_vae("AutoencoderKLHunyuanVideo", "HunyuanVideo")
-    made = kit(tiny_video("framepack"), vae, call, EULER(shift=7.0))
-    made.setup = answering("encode_image", lambda *_, **__: torch.ones(1, 3, 8))
-    return made
+    return kit(tiny_video("framepack"), parts.block_vae(*HUNYUAN_VAE), call, EULER(shift=7.0), ONES)
 
 
 # Kandinsky
@@ -175,10 +138,12 @@ def framepack() -> Kit:
 def kandinsky5(**config: Any) -> Kit:
     call = dict(GUIDED, **prompts(name="prompt_embeds_qwen"), **prompts(8, name="prompt_embeds_clip"))
     call |= dict(prompt_cu_seqlens=torch.tensor([0, 6]), negative_prompt_cu_seqlens=torch.tensor([0, 6]))
-    vae = block_vae("AutoencoderKLHunyuanVideo", "HunyuanVideo")
-    made = kit(tiny_video("kandinsky-5", **config), vae, call)
-    made.setup = lambda pipe: setattr(pipe, "resolutions", [(64, 128), (128, 160)])
-    return made
+    sizes = answering("resolutions", [(64, 128), (128, 160)])
+    return kit(tiny_video("kandinsky-5", **config), parts.block_vae(*HUNYUAN_VAE), call, setup=sizes)
+
+
+def kandinsky5_image(**config: Any) -> Kit:
+    return kandinsky5(**config).but(vae=parts.vae(4))
 
 
 def kandinsky6() -> Kit:
@@ -188,24 +153,29 @@ def kandinsky6() -> Kit:
         resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3, 5),),
     )  # fmt: skip
     return kit(
-        tiny_video("kandinsky-6", ca_rope=False, cross_gates=False, visual_cond=True),
-        block_vae("AutoencoderKLHunyuanVideo", "HunyuanVideo"), dict(GUIDED, **PICTURE, **prompts(), **pooled()),
-        audio_vae=build(diffusers.MMAudioVAE, sound), vocoder=build(diffusers.MMAudioVocoder, voice),
+        tiny_video("kandinsky-6", ca_rope=False, cross_gates=False, visual_cond=True), parts.block_vae(*HUNYUAN_VAE),
+        dict(GUIDED, **PICTURE, **prompts(), **pooled()), audio_vae=build("MMAudioVAE", sound),
+        vocoder=build("MMAudioVocoder", voice),
     )  # fmt: skip
 
 
 # LTX
 
 
+LTX_VAE = dict(
+    latent_channels=4, block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, layers_per_block=(1,) * 5,
+    decoder_layers_per_block=(1,) * 5, patch_size=1, patch_size_t=1,
+)  # fmt: skip
+
+
+def ltx_scaling(*scaling: bool) -> dict[str, Any]:
+    """Which levels of an autoencoder of LTX shrink the picture."""
+    return dict(spatio_temporal_scaling=scaling, decoder_spatio_temporal_scaling=scaling)
+
+
 def ltx(**call: Any) -> Kit:
-    vae = dict(
-        latent_channels=4, block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False), patch_size=1,
-        decoder_spatio_temporal_scaling=(True, True, False, False), patch_size_t=1,
-    )  # fmt: skip
-    size = dict(GUIDED, height=32, width=32)
-    model = tiny("ltx", gates=None)
-    return kit(model, build(diffusers.AutoencoderKLLTXVideo, vae), {**size, **masked(), **call})
+    coder = build("AutoencoderKLLTXVideo", LTX_VAE | ltx_scaling(True, True, False, False))
+    return kit(parts.tiny("ltx", gates=None), coder, {**GUIDED, "height": 32, "width": 32, **masked(), **call})
 
 
 def ltx_long() -> Kit:
@@ -221,15 +191,14 @@ def ltx_long() -> Kit:
 
 def ltx2() -> Kit:
     vae = dict(
-        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3,
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, patch_size=2, spatial_compression_ratio=8,
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3, patch_size=2,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=8,
         spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False),
         temporal_compression_ratio=2, downsample_type=("spatiotemporal", "spatial", "spatial", "spatial"),
     )  # fmt: skip
+    heads = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
     connectors = dict(caption_channels=16, text_proj_in_factor=1)
-    for kind in ("video", "audio"):
-        heads = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
-        connectors |= {f"{kind}_connector_{name}": value for name, value in heads.items()}
+    connectors |= {f"{kind}_connector_{key}": heads[key] for kind in ("video", "audio") for key in heads}
     sound = dict(base_channels=4, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=8)
     call = dict(
         GUIDED, height=32, width=64, num_frames=13, stg_scale=1.0, modality_scale=2.0, image=drawing(32, 64),
@@ -239,7 +208,7 @@ def ltx2() -> Kit:
     )  # fmt: skip
     return kit(
         tiny_video("ltx-2", perturbed_attn=True, audio_in_channels=4, audio_out_channels=4),
-        build(diffusers.AutoencoderKLLTX2Video, vae), call, audio_vae=build(diffusers.AutoencoderKLLTX2Audio, sound),
+        build("AutoencoderKLLTX2Video", vae), call, audio_vae=build("AutoencoderKLLTX2Audio", sound),
         connectors=build(LTX2TextConnectors, connectors), vocoder=None,
     )  # fmt: skip
 
@@ -250,14 +219,12 @@ def ltx2() -> Kit:
 def mochi() -> Kit:
     vae = dict(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5)
     call = dict(GUIDED, num_frames=37, **masked())
-    model = tiny("mochi", in_channels=12)
-    return kit(model, build(diffusers.AutoencoderKLMochi, vae), call, EULER(invert_sigmas=True))
+    return kit(parts.tiny("mochi", in_channels=12), build("AutoencoderKLMochi", vae), call, EULER(invert_sigmas=True))
 
 
-def cogvideox(channels: int = 4, **config: Any) -> Kit:
-    call = dict(GUIDED, max_sequence_length=6, **prompts())
-    model = tiny("cogvideox", gates=None, in_channels=channels, **config)
-    vae = block_vae("AutoencoderKLCogVideoX", "CogVideoX")
+def cogvideox(channels: int = 4) -> Kit:
+    call, vae = dict(GUIDED, max_sequence_length=6, **prompts()), parts.block_vae("AutoencoderKLCogVideoX", "CogVideoX")
+    model = parts.tiny("cogvideox", gates=None, in_channels=channels)
     return kit(model, vae, call, diffusers.CogVideoXDDIMScheduler())
 
 
@@ -267,16 +234,14 @@ def consisid() -> Kit:
 
 
 def motif_video(**config: Any) -> Kit:
-    model = tiny_video("motif-video", in_channels=9, **config)
-    guider = diffusers.ClassifierFreeGuidance(3.0)
-    made = kit(model, wan_vae(4), dict(**prompts(), **padded()), guider=guider, feature_extractor=None)
-    made.setup = answering("_get_image_embeds", lambda *_, **__: torch.ones(1, 3, 8))
-    return made
+    model, call = tiny_video("motif-video", in_channels=9, **config), dict(**prompts(), **padded())
+    setup = answering("_get_image_embeds", lambda *_, **__: torch.ones(1, 3, 8))
+    return kit(model, parts.wan_vae(4), call, None, setup, guider=flow_guider(), feature_extractor=None)
 
 
 def helios(scheduler: Any = None) -> Kit:
     call = dict(GUIDED, num_latent_frames_per_chunk=7, history_sizes=[4, 2, 1], **prompts())
-    return kit(tiny_video("helios"), wan_vae(4), call, scheduler or diffusers.HeliosScheduler(stages=1))
+    return kit(tiny_video("helios"), parts.wan_vae(4), call, scheduler or diffusers.HeliosScheduler(stages=1))
 
 
 def helios_pyramid() -> Kit:
@@ -284,24 +249,22 @@ def helios_pyramid() -> Kit:
 
 
 def anyflow() -> Kit:
-    scheduler = diffusers.FlowMapEulerDiscreteScheduler()
-    return kit(tiny_video("anyflow"), wan_vae(4), dict(prompt_embeds=prompts()["prompt_embeds"]), scheduler)
+    call, scheduler = dict(prompt_embeds=prompts()["prompt_embeds"]), diffusers.FlowMapEulerDiscreteScheduler()
+    return kit(tiny_video("anyflow"), parts.wan_vae(4), call, scheduler)
 
 
 def easyanimate(channels: int = 4) -> Kit:
-    coder = dict(latent_channels=4, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2)
-    vae = build(diffusers.AutoencoderKLMagvit, coder)
+    noise = torch.rand(1, 3, 25, 64, 128, generator=torch.Generator().manual_seed(4))
+    vae = build("AutoencoderKLMagvit", SMALL | dict(block_out_channels=[4] * 4))
     vae.register_to_config(cache_mag_vae=False)
     model = tiny_video("easyanimate", text_embed_dim_t5=None, in_channels=channels)
-    shown = dict(video=noise_clip(), mask_video=(noise_clip()[:, :1] > 0.5).float() * 255)
+    shown = dict(video=noise, mask_video=(noise[:, :1] > 0.5).float() * 255)
     return kit(model, vae, dict(GUIDED, **prompts(), **padded(), **shown))
 
 
 def allegro() -> Kit:
-    coder = dict(latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2)
     call = dict(GUIDED, num_frames=28, negative_prompt=None, **prompts(), **padded())
-    vae = build(diffusers.AutoencoderKLAllegro, coder)
-    return kit(tiny_video("allegro"), vae, call, diffusers.DDIMScheduler())
+    return kit(tiny_video("allegro"), build("AutoencoderKLAllegro", SMALL), call, diffusers.DDIMScheduler())
 
 
 def cosmos(number: int = 0) -> Kit:
@@ -311,34 +274,28 @@ def cosmos(number: int = 0) -> Kit:
         temporal_compression_ratio=4,
     )  # fmt: skip
     scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5)
-    vae = build(diffusers.AutoencoderKLCosmos, coder)
-    call = dict(GUIDED, **prompts())
-    return kit(tiny_video("cosmos", number), vae, call, scheduler, safety_checker=Unguarded())
+    model, vae = tiny_video("cosmos", number), build("AutoencoderKLCosmos", coder)
+    return kit(model, vae, dict(GUIDED, **prompts()), scheduler, safety_checker=parts.Unguarded())
 
 
 def cosmos2(number: int = 0) -> Kit:
     model, scheduler = tiny_video("cosmos", number, max_size=(32, 16, 16)), EULER(use_karras_sigmas=True)
-    return kit(model, wan_vae(4), dict(GUIDED, **prompts()), scheduler, safety_checker=Unguarded())
+    return kit(model, parts.wan_vae(4), dict(GUIDED, **prompts()), scheduler, safety_checker=parts.Unguarded())
 
 
 def cosmos3() -> Kit:
     options = dict(add_resolution_template=False, add_duration_template=False, use_system_prompt=False)
     call = dict(GUIDED, prompt="a red kite", negative_prompt="dull", **options)
-    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
-    parts = dict(text_tokenizer=Letters(), enable_safety_checker=False)
-    return kit(tiny_video("cosmos-3"), wan_vae(4), call, scheduler, **parts)
+    scheduler, more = diffusers.UniPCMultistepScheduler(**FLOW), dict(enable_safety_checker=False)
+    return kit(tiny_video("cosmos-3"), parts.wan_vae(4), call, scheduler, text_tokenizer=parts.Letters(), **more)
 
 
 class Called:
     """A modular pipeline that is called as the others are."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self.components = pipe.components
-        self.scheduler = pipe.scheduler
-
-    def set_progress_bar_config(self, **options: Any) -> None:
-        self.pipe.set_progress_bar_config(**options)
+        self.pipe, self.components, self.scheduler = pipe, pipe.components, pipe.scheduler
+        self.set_progress_bar_config = pipe.set_progress_bar_config
 
     def __call__(self, output_type: str, **call: Any) -> Any:
         return SimpleNamespace(frames=self.pipe(**call, output="latents"))
@@ -349,15 +306,85 @@ def minimax_h3() -> Kit:
         {
             "layout": before_denoise.MiniMaxH3PrepareLayoutStep(),
             "latents": before_denoise.MiniMaxH3PrepareLatentsStep(),
-            "timesteps": before_denoise.MiniMaxH3SetTimestepsStep(),
-            "denoise": MiniMaxH3DenoiseStep(),
+            "timesteps": before_denoise.MiniMaxH3SetTimestepsStep(), "denoise": MiniMaxH3DenoiseStep(),
         }
-    )
+    )  # fmt: skip
     pipe = MiniMaxH3ModularPipeline(blocks=blocks)
     pipe.update_components(
         transformer=tiny_video("minimax-h3", in_channels=24, audio_in_channels=32),
         scheduler=diffusers.MiniMaxH3Scheduler(), audio_scheduler=diffusers.MiniMaxH3Scheduler(shift=3.0),
     )  # fmt: skip
     text = dict(prompt_embeds=torch.randn(1, 6, 16), text_token_tags=torch.ones(6, dtype=torch.long))
-    size = dict(height=64, width=128, num_frames=124, num_inference_steps=4, output_type="latent")
-    return Kit(pipe=Called(pipe), call=dict(text, **size))
+    return Kit(pipe=Called(pipe), call=dict(parts.VIDEO_SIZE, num_frames=124, **text))
+
+
+CONTINUED = dict(OFF_GRID, video=clip(9), overlap_history=5, num_frames=21)
+SQUARE = dict(height=128, width=160)
+RECONSTRUCTED = dict(video=clip(25, 64, 128), strength=1.0)
+
+VIDEO_PIPELINES: dict[str, Stock] = {
+    "AllegroPipeline": Stock(allegro),
+    "AnyFlowPipeline": Stock(anyflow),
+    "CogVideoXPipeline": Stock(cogvideox),
+    "CogVideoXImageToVideoPipeline": Stock(partial(cogvideox, 8), PICTURE, repeated=IMAGE),
+    "CogVideoXVideoToVideoPipeline": Stock(cogvideox, RECONSTRUCTED, repeated=VIDEO),
+    "CogVideoXFunControlPipeline": Stock(
+        partial(cogvideox, 8), dict(control_video=clip(25, 64, 128)), repeated=("control_video",)
+    ),
+    "ConsisIDPipeline": Stock(consisid, repeated=IMAGE),
+    "CosmosTextToWorldPipeline": Stock(cosmos),
+    "CosmosVideoToWorldPipeline": Stock(partial(cosmos, 1), PICTURE, repeated=IMAGE),
+    "Cosmos2TextToImagePipeline": Stock(cosmos2),
+    "Cosmos2VideoToWorldPipeline": Stock(partial(cosmos2, 1), PICTURE, repeated=IMAGE),
+    "Cosmos3OmniPipeline": Stock(cosmos3),
+    "EasyAnimatePipeline": Stock(easyanimate),
+    "EasyAnimateInpaintPipeline": Stock(partial(easyanimate, 9)),
+    "HeliosPipeline": Stock(helios),
+    "HeliosPyramidPipeline": Stock(helios_pyramid),
+    "HunyuanVideoPipeline": Stock(hunyuan_video),
+    "HunyuanSkyreelsImageToVideoPipeline": Stock(partial(hunyuan_video, in_channels=8), PICTURE, repeated=IMAGE),
+    "HunyuanVideoImageToVideoPipeline": Stock(partial(hunyuan_video, 2), PICTURE, repeated=IMAGE),
+    "HunyuanVideoImageToVideoPipeline, token_replace": Stock(partial(hunyuan_video, 1), PICTURE, repeated=IMAGE),
+    "HunyuanVideo15Pipeline": Stock(hunyuan_video15),
+    "HunyuanVideo15ImageToVideoPipeline": Stock(hunyuan_video15, PICTURE),
+    "HunyuanVideoFramepackPipeline": Stock(framepack, repeated=IMAGE),
+    "Kandinsky5T2VPipeline": Stock(kandinsky5),
+    "Kandinsky5I2VPipeline": Stock(partial(kandinsky5, visual_cond=True), PICTURE),
+    "Kandinsky5T2IPipeline": Stock(kandinsky5_image, SQUARE),
+    "Kandinsky5I2IPipeline": Stock(
+        partial(kandinsky5_image, visual_cond=True), dict(SQUARE, image=drawing(128, 160)), repeated=IMAGE
+    ),
+    "Kandinsky6TI2VAPipeline": Stock(kandinsky6, repeated=IMAGE),
+    "LTXPipeline": Stock(ltx),
+    "LTXConditionPipeline": Stock(ltx),
+    "LTXImageToVideoPipeline": Stock(ltx, dict(image=drawing(32, 32)), repeated=IMAGE),
+    "LTXI2VLongMultiPromptPipeline": Stock(ltx_long),
+    "LTX2Pipeline": Stock(ltx2),
+    "LTX2ImageToVideoPipeline": Stock(ltx2, repeated=IMAGE),
+    "LTX2ConditionPipeline": Stock(ltx2),
+    "LTX2InContextPipeline": Stock(ltx2),
+    "LTX2HDRPipeline": Stock(ltx2),
+    "LTX2DFRPipeline": Stock(ltx2),
+    "MiniMaxH3ModularPipeline": Stock(minimax_h3, one=True),
+    "MochiPipeline": Stock(mochi),
+    "MotifVideoPipeline": Stock(partial(motif_video, image_embed_dim=None)),
+    "MotifVideoImage2VideoPipeline": Stock(motif_video, dict(PICTURE, prompt=None)),
+    "SkyReelsV2Pipeline": Stock(skyreels),
+    "SkyReelsV2ImageToVideoPipeline": Stock(skyreels_image),
+    "SkyReelsV2DiffusionForcingPipeline": Stock(partial(skyreels, 1), OFF_GRID),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": Stock(partial(skyreels, 1), dict(OFF_GRID, image=drawing())),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Stock(partial(skyreels, 1), CONTINUED),
+    "WanPipeline": Stock(wan),
+    "WanPipeline, two experts": Stock(wan_two_experts),
+    "WanVideoToVideoPipeline": Stock(wan, dict(video=clip(), strength=1.0)),
+    "WanImageToVideoPipeline": Stock(wan_image),
+    "WanImageToVideoPipeline, first and last frame": Stock(wan_first_last_frame),
+    "WanImageToVideoPipeline, a timestep a token": Stock(wan_image_22),
+    "WanImageToVideoPipeline, two experts": Stock(lambda: both_experts(wan_first_last_frame())),
+    "WanVACEPipeline": Stock(wan_vace),
+    "WanVACEPipeline, two experts": Stock(lambda: both_experts(wan_vace())),
+    "WanAnimatePipeline": Stock(wan_animate),
+    "LucyEditPipeline": Stock(lambda: wan(tiny_video("wan", 0, in_channels=24), video=clip()), repeated=VIDEO),
+    "ChronoEditPipeline": Stock(chrono_edit),
+}
+"""Pipeline class, and a variant of it -> how it is made."""

@@ -195,9 +195,15 @@ class SparseHandler(AttentionHandler):
         return self.saving_of(lambda share: share * kept, layout, steps, tiles=len(kept), list_bytes=size)
 
     def saving_of(
-        self, keep: Callable[[np.ndarray], np.ndarray], layout: TokenLayout, steps: int, *, tiles: int | None = None,
-        expected: bool = False, **others: Any,
-    ) -> Saving:  # fmt: skip
+        self,
+        keep: Callable[[np.ndarray], np.ndarray],
+        layout: TokenLayout,
+        steps: int,
+        *,
+        tiles: int | None = None,
+        expected: bool = False,
+        **others: Any,
+    ) -> Saving:
         """Return the saving of a method that leaves a known part of the tiles; for the options see `TileSaving`.
 
         Where they are not given, ``tiles`` are those of all visual tokens, and the lists a full one and a bitmap;

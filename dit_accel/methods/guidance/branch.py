@@ -277,10 +277,13 @@ class PerturbedHandler(WindowedHandler):
         entries = list(zip(log, distances_of(log), strict=True))
         distances = {entry.step_index: distance for entry, distance in entries if distance is not None}
         data: dict[str, Any] = {
-            "perturbed": what, "steps": sorted({entry.step_index for entry in log}),
-            "branches": sorted({entry.branch for entry in log}), "forwards_added": extra,
-            "first_block": max((entry.first for entry in log), default=0), "distance": distances,
-        }  # fmt: skip
+            "perturbed": what,
+            "steps": sorted({entry.step_index for entry in log}),
+            "branches": sorted({entry.branch for entry in log}),
+            "forwards_added": extra,
+            "first_block": max((entry.first for entry in log), default=0),
+            "distance": distances,
+        }
         ran = f"{extra} forwards added" if extra or not log else "the unconditional forward was perturbed"
         title = f"{self.name}: {what}; {ran} in {len(data['steps'])} steps"
         strips = strips_of(

@@ -78,10 +78,15 @@ class JointNAG:
         settings = self._settings
         return plan.guide(
             NormalizedGuidance(
-                positive=positive, negative=negative, tokens=self._where.others(self._tokens, layout.tokens),
-                scale=settings.scale, tau=settings.tau, alpha=settings.alpha, heads=context.heads,
+                positive=positive,
+                negative=negative,
+                tokens=self._where.others(self._tokens, layout.tokens),
+                scale=settings.scale,
+                tau=settings.tau,
+                alpha=settings.alpha,
+                heads=context.heads,
             )
-        )  # fmt: skip
+        )
 
     def _texts(self, inputs: Any, own: slice, batch: int) -> dict[str, Tensor]:
         """Return the forward's text with the negative one in further rows, and the mask of both where there is one.

@@ -67,9 +67,13 @@ class RopeSwitcher:
     """
 
     def __init__(
-        self, site: Site, requested: tuple[str, ...], trained: Mapping[str, int], edit: Edit,
+        self,
+        site: Site,
+        requested: tuple[str, ...],
+        trained: Mapping[str, int],
+        edit: Edit,
         factor: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         adapter = site.adapter
         self._transformer: Any = site.transformer
         self._name, self._config = adapter.name, self._transformer.config

@@ -17,9 +17,14 @@ ANYFLOW = Adapter(
     cross_attention=TEXT_WAN,
     grid=partial(latents_grid, frames_axis=1),
     rope=Rope(
-        owner="rope", method="_build_freqs", form="theta", caches=("_freqs_cache",), values="complex", axes=thirds,
+        owner="rope",
+        method="_build_freqs",
+        form="theta",
+        caches=("_freqs_cache",),
+        values="complex",
+        axes=thirds,
         max_positions=same_length("rope_max_seq_len", 1024),
     ),
     families=released("anyflow", forwards_per_step=1, trained_frames=21, **WAN_RADIAL),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},
-)  # fmt: skip
+)

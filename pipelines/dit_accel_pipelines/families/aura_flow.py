@@ -29,7 +29,10 @@ AURA_FLOW = Adapter(
         BlockList(pattern="single_transformer_blocks.*", joined=True),
     ),
     sizes=partial(
-        read_sizes, layers=("num_mmdit_layers", "num_single_dit_layers"), mlp_ratio=Fraction(8, 3), multiple_of=256,
+        read_sizes,
+        layers=("num_mmdit_layers", "num_single_dit_layers"),
+        mlp_ratio=Fraction(8, 3),
+        multiple_of=256,
         gated=True,
     ),
     grid=behind_registers,
@@ -37,4 +40,4 @@ AURA_FLOW = Adapter(
     joined_text=JoinedText(place="before", registers=REGISTERS),
     families=released("aura-flow"),
     makes_images=True,
-)  # fmt: skip
+)

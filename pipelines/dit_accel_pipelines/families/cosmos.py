@@ -26,8 +26,12 @@ COSMOS = Adapter(
     transformers=("CosmosTransformer3DModel",),
     guidance=Guidance(
         in_turn=(
-            "CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline", "Cosmos2TextToImagePipeline",
-            "Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline", "Cosmos2_5_TransferPipeline",
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2TextToImagePipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
         ),
         rows={"padding_mask": None},
     ),
@@ -36,8 +40,12 @@ COSMOS = Adapter(
     blocks=(BlockList(pattern="transformer_blocks.*"),),
     cross_attention=CrossAttention(modules=("transformer_blocks.*.attn2",), projection="crossattn_proj"),
     rope=Rope(
-        owner="rope", form="theta", parts=("t_ntk_factor", "h_ntk_factor", "w_ntk_factor"), axes=scaled_thirds,
-        max_positions=cosmos_lengths, note="Cosmos 1 adds learned positions to the patches, which do not move",
+        owner="rope",
+        form="theta",
+        parts=("t_ntk_factor", "h_ntk_factor", "w_ntk_factor"),
+        axes=scaled_thirds,
+        max_positions=cosmos_lengths,
+        note="Cosmos 1 adds learned positions to the patches, which do not move",
     ),
     families=released(
         "cosmos",
@@ -49,4 +57,4 @@ COSMOS = Adapter(
             },
         },
     ),
-)  # fmt: skip
+)

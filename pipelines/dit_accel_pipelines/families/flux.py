@@ -47,12 +47,20 @@ FLUX = Adapter(
     flow=True,
     guidance=Guidance(
         alone=(
-            "FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline",
-            "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline", "FluxFillPipeline",
-            "VisualClozeGenerationPipeline", "FluxModularPipeline",
+            "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "FluxFillPipeline",
+            "VisualClozeGenerationPipeline",
+            "FluxModularPipeline",
         ),
         in_turn=(
-            "FluxControlNetPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline",
+            "FluxControlNetPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxKontextPipeline",
             "FluxKontextInpaintPipeline",
         ),
         embedded="guidance_embeds",
@@ -68,7 +76,7 @@ FLUX = Adapter(
     joined_text=JoinedText(place="before"),
     families=released("flux", {"flux-tiny": _TINY}, forwards_per_step=1, **FLUX_LARGER),
     makes_images=True,
-)  # fmt: skip
+)
 
 
 def kin_sizes(config: Mapping[str, Any]) -> Sizes:

@@ -27,8 +27,11 @@ HELIOS = Adapter(
     blocks=(BlockList(pattern="blocks.*", joined=True),),
     grid=_history_grid,
     rope=Rope(
-        owner="rope", form="frequencies", values="halves", parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
+        owner="rope",
+        form="frequencies",
+        values="halves",
+        parts=("freqs_base_t", "freqs_base_y", "freqs_base_x"),
         axes=by_config("rope_dim", VISUAL_AXES, 10000.0, theta_key="rope_theta"),
     ),
     families=released("helios", **WAN21),
-)  # fmt: skip
+)

@@ -14,8 +14,13 @@ from .released import released
 
 # Radial Attention's released script, arXiv 2506.19852: no sink since 2025-07-06, 12 of 50 steps dense.
 RADIAL_HUNYUAN = {
-    "decay_factor": 0.95, "block_size": 128, "near": "full", "sink": False, "dense_steps": 0.24, "dense_layers": 0,
-}  # fmt: skip
+    "decay_factor": 0.95,
+    "block_size": 128,
+    "near": "full",
+    "sink": False,
+    "dense_steps": 0.24,
+    "dense_layers": 0,
+}
 
 # UltraViCo, arXiv 2511.20123; its code puts the bands at multiples of 50 frames, 4 to either side, at every ratio.
 ULTRAVICO_HUNYUAN = {

@@ -39,9 +39,13 @@ kandinsky_sizes = partial(
 """Reads the sizes, by the names of the published code."""
 
 ROPE = Rope(
-    owner="visual_rope_embeddings", form="angles", values="matrix", parts=("args_0", "args_1", "args_2"),
-    axes=by_config("axes_dims", VISUAL_AXES, 10000.0), max_positions=fixed_lengths(frames=128, height=128, width=128),
-)  # fmt: skip
+    owner="visual_rope_embeddings",
+    form="angles",
+    values="matrix",
+    parts=("args_0", "args_1", "args_2"),
+    axes=by_config("axes_dims", VISUAL_AXES, 10000.0),
+    max_positions=fixed_lengths(frames=128, height=128, width=128),
+)
 
 KANDINSKY5 = Adapter(
     name="kandinsky-5",

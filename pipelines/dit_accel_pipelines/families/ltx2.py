@@ -27,8 +27,11 @@ LTX2 = Adapter(
     sizes=partial(read_sizes, mlp_ratio=4.0),
     grid=packed_grid,
     rope=Rope(
-        owner="rope", form="theta of all axes", axes=fractions, kinds=("none", "pi"),
+        owner="rope",
+        form="theta of all axes",
+        axes=fractions,
+        kinds=("none", "pi"),
         note="as LTX; sound, and attention between video and sound, keep their own positions",
     ),
     families=released("ltx-2", patch=(1, 1, 1)),
-)  # fmt: skip
+)

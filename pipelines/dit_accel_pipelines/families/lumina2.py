@@ -47,11 +47,15 @@ LUMINA2 = Adapter(
     sizes=partial(lumina_sizes, mlp_ratio=4),
     grid=valid_text_first,
     rope=Rope(
-        owner="rope_embedder", method="_get_freqs_cis", form="tables", values="complex", parts=("freqs_cis",),
+        owner="rope_embedder",
+        method="_get_freqs_cis",
+        form="tables",
+        values="complex",
+        parts=("freqs_cis",),
         axes=by_config("axes_dim_rope", ("text", "height", "width"), 10000.0),
         max_positions=lengths_of_image("axes_lens", (512, 512)),
     ),
     joined_text="it cuts padded text off before the blocks, row by row",
     families=released("lumina2"),
     makes_images=True,
-)  # fmt: skip
+)

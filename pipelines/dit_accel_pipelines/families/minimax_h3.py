@@ -29,7 +29,12 @@ MINIMAX_H3 = Adapter(
         alone=("MiniMaxH3ModularPipeline",),
         rows=dict.fromkeys(
             (
-                "timestep", "timestep_indices", "token_tags", "position_ids", "video_indices", "audio_indices",
+                "timestep",
+                "timestep_indices",
+                "token_tags",
+                "position_ids",
+                "video_indices",
+                "audio_indices",
                 "text_indices",
             )
         ),
@@ -41,9 +46,12 @@ MINIMAX_H3 = Adapter(
     grid=packed_video,
     split_text="none",
     rope=Rope(
-        owner="rope", form="frequencies of all axes", parts=("inv_freq",),
+        owner="rope",
+        form="frequencies of all axes",
+        parts=("inv_freq",),
         axes=lambda config: even(VISUAL_AXES, 2 * config["rope_freq_dim"], config["rope_theta"]),
-        text=lambda inputs: len(inputs["text_indices"]), note="sound shares the video's time axis and moves with it",
+        text=lambda inputs: len(inputs["text_indices"]),
+        note="sound shares the video's time axis and moves with it",
     ),
     joined_text="text, sound and video are packed into one sequence for the prompt",
-)  # fmt: skip
+)

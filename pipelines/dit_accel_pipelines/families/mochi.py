@@ -34,9 +34,13 @@ MOCHI = Adapter(
     variable_text_length=True,
     signal=_modulated_input,
     rope=Rope(
-        owner="rope", form="learned", axes=learned, kinds=("none", "pi", "yarn"), fitted=("height", "width"),
+        owner="rope",
+        form="learned",
+        axes=learned,
+        kinds=("none", "pi", "yarn"),
+        fitted=("height", "width"),
         note="each head has learned frequencies of its own: no index of a dominant period fits them all",
     ),
     joined_text="its processor attends row by row, and never sees both texts at once",
     families=released("mochi", trained_frames=28),
-)  # fmt: skip
+)

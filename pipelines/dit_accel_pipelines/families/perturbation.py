@@ -12,15 +12,25 @@ Recipe = Mapping[str, Any]
 # counts its double blocks first: layers 19 to 56 are single blocks.
 HEAD_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sd3-medium": {
-        "shearing": ("L11H15",), "dark-lighting": ("L1H10",), "dark": ("L1H2", "L1H10"), "white": ("L0H15", "L1H19"),
-        "red": ("L0H3",), "horizontal-banding": ("L16H3",), "golden-hour": ("L18H11", "L0H17", "L2H3"),
+        "shearing": ("L11H15",),
+        "dark-lighting": ("L1H10",),
+        "dark": ("L1H2", "L1H10"),
+        "white": ("L0H15", "L1H19"),
+        "red": ("L0H3",),
+        "horizontal-banding": ("L16H3",),
+        "golden-hour": ("L18H11", "L0H17", "L2H3"),
         "spring-bloom": ("L0H2", "L13H19", "L5H12"),
     },
     "flux.1-dev": {
-        "vintage-film": ("L51H23",), "warm-red": ("L52H22",), "smooth-bokeh": ("L34H0",), "cool-tone": ("L52H6",),
-        "golden-hour": ("L38H18",), "green-filter": ("L52H12",), "glossy-plastic": ("L43H17",),
+        "vintage-film": ("L51H23",),
+        "warm-red": ("L52H22",),
+        "smooth-bokeh": ("L34H0",),
+        "cool-tone": ("L52H6",),
+        "golden-hour": ("L38H18",),
+        "green-filter": ("L52H12",),
+        "glossy-plastic": ("L43H17",),
     },
-}  # fmt: skip
+}
 
 # PAG: the layer of the SD3 port by PAG's authors (13), and diffusers' own defaults elsewhere. SoftPAG's figures perturb
 # layer 9 of SD3-medium.

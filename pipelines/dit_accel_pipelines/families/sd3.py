@@ -15,8 +15,11 @@ SD3 = Adapter(
     flow=True,
     guidance=Guidance(
         together=(
-            "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline",
-            "StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline",
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
         ),
         own={
             "StableDiffusion3PAGPipeline": "it guides by perturbed attention of its own",
@@ -33,4 +36,4 @@ SD3 = Adapter(
     joined_text=JoinedText(place="after"),
     families=released("sd3"),
     makes_images=True,
-)  # fmt: skip
+)

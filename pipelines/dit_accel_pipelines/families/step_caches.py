@@ -88,9 +88,12 @@ def _magcache(block: str) -> tuple[str, Recipe]:
     head, _, ratios = block.partition("]")
     name, threshold, max_consecutive, warmup_steps = head.split()
     return name, {
-        **_FURTHER.get(name, {}), "threshold": float(threshold), "max_consecutive": int(max_consecutive),
-        "warmup_steps": float(warmup_steps), "ratios": (1.0, *map(float, ratios.split())),
-    }  # fmt: skip
+        **_FURTHER.get(name, {}),
+        "threshold": float(threshold),
+        "max_consecutive": int(max_consecutive),
+        "warmup_steps": float(warmup_steps),
+        "ratios": (1.0, *map(float, ratios.split())),
+    }
 
 
 MAGCACHE: Mapping[str, Recipe] = dict(map(_magcache, _MAGCACHE.split("[")[1:]))
@@ -141,7 +144,11 @@ TEACACHE_RET: Mapping[str, Recipe] = {
 PROFILINGCACHE: Mapping[str, Recipe] = {
     "wan2.1-14b": {"blocks": "0, 2-7, 10-20, 25-32, 37-38", "every": 6, "measured_steps": 50, "warmup_steps": 0.12},
     "hunyuan-video": {
-        "blocks": "20, 22, 24-27, 30-41, 43, 45-47, 51, 53", "refresh": (6, 18, 26, 32, 38, 42, 46, 48),
-        "blocks_2": "6-19", "refresh_2": (6, 12, 18, 24, 30, 36, 42, 48), "measured_steps": 50, "warmup_steps": 0.12,
+        "blocks": "20, 22, 24-27, 30-41, 43, 45-47, 51, 53",
+        "refresh": (6, 18, 26, 32, 38, 42, 46, 48),
+        "blocks_2": "6-19",
+        "refresh_2": (6, 12, 18, 24, 30, 36, 42, 48),
+        "measured_steps": 50,
+        "warmup_steps": 0.12,
     },
-}  # fmt: skip
+}

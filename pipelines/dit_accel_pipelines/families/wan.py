@@ -16,8 +16,13 @@ from .released import released
 # Radial Attention, arXiv 2506.19852: the settings of its released Wan scripts (decay_factor 0.2, 12 of 50 warm-up
 # steps as a share, the first block dense, every token sees frame 0). Its published sparsities belong to near="half".
 RADIAL_WAN = {
-    "decay_factor": 0.2, "block_size": 128, "near": "half", "sink": True, "dense_steps": 0.24, "dense_layers": 1,
-}  # fmt: skip
+    "decay_factor": 0.2,
+    "block_size": 128,
+    "near": "half",
+    "sink": True,
+    "dense_steps": 0.24,
+    "dense_layers": 1,
+}
 # The same for Wan 2.2 A14B: 11 of 40 steps, counted over both experts.
 RADIAL_WAN22 = {**RADIAL_WAN, "decay_factor": 0.8, "block_size": 64, "dense_steps": 0.275}
 
@@ -47,8 +52,11 @@ FURTHER: dict[str, dict[str, Any]] = {
     "wan2.2-i2v-a14b": {**_TWO_EXPERTS, **_IMAGE, "first_expert": 15 / 40},
     "wan2.2-ti2v-5b": {"in_channels": 48, "trained_frames": 31},
     "wan-tiny": {
-        "in_channels": None, "not_advised": (), "trained_frames": 9,
-        "config": {"attention_head_dim": 64, "rope_max_seq_len": 256}, "recipes": _EMBEDDED,
+        "in_channels": None,
+        "not_advised": (),
+        "trained_frames": 9,
+        "config": {"attention_head_dim": 64, "rope_max_seq_len": 256},
+        "recipes": _EMBEDDED,
     },
     "wan-plain": {
         "in_channels": None,
@@ -57,7 +65,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         "config": {"attention_head_dim": 32, "rope_max_seq_len": 256},
         "recipes": {**_EMBEDDED, "sol": {"beta": 0.5, "block_size": 16}},
     },
-}  # fmt: skip
+}
 
 
 def timestep_embedding(transformer: Any, inputs: Mapping[str, Any]) -> Any:
@@ -96,9 +104,12 @@ WAN = Adapter(
     projected_signal=projected_timestep,
     cross_attention=TEXT_WAN,
     rope=Rope(
-        owner="rope", form="tables", parts=("freqs_cos", "freqs_sin"), axes=thirds,
+        owner="rope",
+        form="tables",
+        parts=("freqs_cos", "freqs_sin"),
+        axes=thirds,
         max_positions=same_length("rope_max_seq_len", 1024),
     ),
     families=released("wan", FURTHER, trained_frames=21, **WAN_RADIAL),
     recipes={"radial": RADIAL_WAN, "ultravico": ULTRAVICO_WAN, "nag": NAG_WAN},
-)  # fmt: skip
+)

@@ -43,10 +43,14 @@ def identity_of(recipe: FineTuning, base: str, clips: str, processes: int) -> di
         "ema_decay", "caption_dropout", "flow_shift", "seed", "dtype",
     )  # fmt: skip
     return {
-        "base": base, "clips": clips, **{name: getattr(recipe, name) for name in names}, "alpha": recipe.scale,
-        "expert": recipe.expert, "methods": {method.name: method.to_dict() for method in recipe.methods},
+        "base": base,
+        "clips": clips,
+        **{name: getattr(recipe, name) for name in names},
+        "alpha": recipe.scale,
+        "expert": recipe.expert,
+        "methods": {method.name: method.to_dict() for method in recipe.methods},
         "clips a step": recipe.clips_a_step(processes),
-    }  # fmt: skip
+    }
 
 
 def check_folder(recipe: FineTuning) -> None:

@@ -84,11 +84,14 @@ def _hunyuan_text(pipe: Any, caption: str) -> Text:
 
 def _hunyuan_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, text: Text) -> Tensor:
     return transformer(
-        hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=text["prompt_embeds"],
+        hidden_states=noisy,
+        timestep=1000 * levels,
+        encoder_hidden_states=text["prompt_embeds"],
         encoder_attention_mask=text["prompt_attention_mask"].to(noisy.dtype),
         pooled_projections=text["pooled_prompt_embeds"],
-        guidance=torch.full_like(levels, 1000 * EMBEDDED_GUIDANCE, dtype=noisy.dtype), return_dict=False,
-    )[0]  # fmt: skip
+        guidance=torch.full_like(levels, 1000 * EMBEDDED_GUIDANCE, dtype=noisy.dtype),
+        return_dict=False,
+    )[0]
 
 
 def _mochi_latents(pipe: Any, video: Tensor) -> Tensor:
@@ -101,9 +104,12 @@ def _mochi_latents(pipe: Any, video: Tensor) -> Tensor:
 def _mochi_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, text: Text) -> Tensor:
     """Mochi's time runs from noise to the clip, and its velocity leads there."""
     return -transformer(
-        hidden_states=noisy, timestep=1000 * (1 - levels), encoder_hidden_states=text["prompt_embeds"],
-        encoder_attention_mask=text["prompt_attention_mask"], return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=noisy,
+        timestep=1000 * (1 - levels),
+        encoder_hidden_states=text["prompt_embeds"],
+        encoder_attention_mask=text["prompt_attention_mask"],
+        return_dict=False,
+    )[0]
 
 
 def _ltx_latents(pipe: Any, video: Tensor) -> Tensor:
@@ -118,11 +124,16 @@ def _ltx_velocity(transformer: Any, pipe: Any, noisy: Tensor, levels: Tensor, te
     pixels = pipe.vae_spatial_compression_ratio
     seconds = pipe.vae_temporal_compression_ratio / CallSignature.of(type(pipe)).default("frame_rate")
     velocity = transformer(
-        hidden_states=pipe._pack_latents(noisy, *patches), timestep=1000 * levels,
-        encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=text["prompt_attention_mask"],
-        num_frames=frames, height=height, width=width, rope_interpolation_scale=(seconds, pixels, pixels),
+        hidden_states=pipe._pack_latents(noisy, *patches),
+        timestep=1000 * levels,
+        encoder_hidden_states=text["prompt_embeds"],
+        encoder_attention_mask=text["prompt_attention_mask"],
+        num_frames=frames,
+        height=height,
+        width=width,
+        rope_interpolation_scale=(seconds, pixels, pixels),
         return_dict=False,
-    )[0]  # fmt: skip
+    )[0]
     return pipe._unpack_latents(velocity, frames, height, width, *patches)
 
 

@@ -214,11 +214,18 @@ def _record(
     recipe, seconds = trainer.recipe, trainer.seconds
     quantiles = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist() if seconds else [None] * 3
     return {
-        "model": recipe.source if recipe.embedded is None else recipe.embedded, **identity, "steps": trainer.step,
-        "data": str(recipe.data) if recipe.data else f"{recipe.drawn} drawn clips", "clips_there": len(trainer.encoded),
-        "processes": ranks.count, "ulysses": recipe.ulysses, "gradient_checkpointing": recipe.gradient_checkpointing,
-        "trained_numbers": sum(weight.numel() for weight in trainer.parameters), "density": trainer.density,
-        "seconds_a_step": dict(zip(("p20", "median", "p80"), quantiles, strict=True)), "device": str(device),
+        "model": recipe.source if recipe.embedded is None else recipe.embedded,
+        **identity,
+        "steps": trainer.step,
+        "data": str(recipe.data) if recipe.data else f"{recipe.drawn} drawn clips",
+        "clips_there": len(trainer.encoded),
+        "processes": ranks.count,
+        "ulysses": recipe.ulysses,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "trained_numbers": sum(weight.numel() for weight in trainer.parameters),
+        "density": trainer.density,
+        "seconds_a_step": dict(zip(("p20", "median", "p80"), quantiles, strict=True)),
+        "device": str(device),
         "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
         "command": list(command),
-    }  # fmt: skip
+    }

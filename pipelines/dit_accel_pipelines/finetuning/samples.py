@@ -53,10 +53,14 @@ class Sampler:
         text |= {f"negative_{name}": value for name, value in _placed(self._texts[0], device).items()}
         with quiet_diffusers(), torch.no_grad():
             output = pipe(
-                **text, height=recipe.height, width=recipe.width, num_frames=recipe.num_frames,
-                generator=torch.Generator().manual_seed(recipe.seed + number), output_type="np",
+                **text,
+                height=recipe.height,
+                width=recipe.width,
+                num_frames=recipe.num_frames,
+                generator=torch.Generator().manual_seed(recipe.seed + number),
+                output_type="np",
                 **{name: value for name, value in chosen.items() if value is not None},
-            )  # fmt: skip
+            )
         return np.asarray(frames_of(output))
 
 

@@ -170,10 +170,13 @@ class Trainer:
         if self._ranks.count > 1:  # of a group all have the same
             loss = self._accelerator.reduce(loss, "mean")
         line = {
-            "step": self.step, "loss": float(loss), "gradient_norm": norm,
+            "step": self.step,
+            "loss": float(loss),
+            "gradient_norm": norm,
             "learning_rate": rate_at(self.step - 1, self.recipe),
-            "seconds_a_step": sum(self.seconds[-len(window) :]) / len(window), "density": self.density,
-        }  # fmt: skip
+            "seconds_a_step": sum(self.seconds[-len(window) :]) / len(window),
+            "density": self.density,
+        }
         self._accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
         if self._ranks.first:
             with (self.recipe.output / LOG).open("a", encoding="utf-8") as log:

@@ -49,9 +49,15 @@ class Written:
 
 
 def generate(
-    request: Request, *, stages: Stages | None = None, command: Sequence[str] = (), process: Process | None = None,
-    resume: bool = False, notes: Sequence[str] = (), on_written: Callable[[Written], None] = lambda _: None,
-) -> list[Written]:  # fmt: skip
+    request: Request,
+    *,
+    stages: Stages | None = None,
+    command: Sequence[str] = (),
+    process: Process | None = None,
+    resume: bool = False,
+    notes: Sequence[str] = (),
+    on_written: Callable[[Written], None] = lambda _: None,
+) -> list[Written]:
     """Generate and write what a request asks for: a file and a JSON side-car per prompt, each whole or not at all.
 
     Args:
@@ -228,9 +234,14 @@ def _single(request: Request) -> list[Request]:
 
 @contextlib.contextmanager
 def attached(
-    pipe: Any, methods: Sequence[MethodConfig], backend: str, *, preset: str | None = None, dense: str | None = None,
+    pipe: Any,
+    methods: Sequence[MethodConfig],
+    backend: str,
+    *,
+    preset: str | None = None,
+    dense: str | None = None,
     quiet: bool = False,
-) -> Iterator[Any]:  # fmt: skip
+) -> Iterator[Any]:
     """Attach methods, and those of a preset, for the block; yields the attachment, or None where none is requested.
 
     ``quiet``: what the preset is is not said.
@@ -246,9 +257,14 @@ def attached(
 
 
 def run(
-    pipe: Any, prompt: str, request: Request, *, pictures: Mapping[str, Any] | None = None, attachment: Any = None,
+    pipe: Any,
+    prompt: str,
+    request: Request,
+    *,
+    pictures: Mapping[str, Any] | None = None,
+    attachment: Any = None,
     stages: Stages | None = None,
-) -> Generation:  # fmt: skip
+) -> Generation:
     """Run a loaded pipeline on one prompt of a (resolved) request.
 
     ``pictures``: what the request's image and video files hold; None reads them.
@@ -267,9 +283,12 @@ def run(
         pictures_made = pictures_of(called(**arguments, generator=generator, output_type="np"))
     report = attachment.report() if attachment is not None else None
     return Generation(
-        prompt=prompt, frames=to_uint8(pictures_made), timings=timings, report=report,
+        prompt=prompt,
+        frames=to_uint8(pictures_made),
+        timings=timings,
+        report=report,
         pictures=pictures_made if request.check else None,
-    )  # fmt: skip
+    )
 
 
 def check_of(dense: Generation, accelerated: Generation) -> Check:

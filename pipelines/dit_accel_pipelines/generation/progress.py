@@ -14,9 +14,13 @@ class Stages:
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
         self._silent, self.quiet = silent, quiet or silent
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=TALK, disable=self.quiet or not TALK.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=TALK,
+            disable=self.quiet or not TALK.is_terminal,
+        )
         self._task: Any = None
 
     def __enter__(self) -> "Stages":

@@ -1,0 +1,399 @@
+"""The run of diffusers' own tests: how models are attached and compared, and which differences are reported."""
+
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from wan_tiny import TINY
+
+from dit_accel import LiteAttention, attach
+
+UPSTREAM = Path(__file__).parents[1] / "upstream"
+sys.path.insert(0, str(UPSTREAM))
+
+import upstream_models  # noqa: E402
+import upstream_plugin  # noqa: E402
+import upstream_run  # noqa: E402
+from upstream_judge import Expected, problems, read_expected  # noqa: E402
+from upstream_models import Watch, leftovers, same_bits, untouched  # noqa: E402
+
+DROPS = LiteAttention(threshold=1e9, allow_positive_threshold=True, dense_steps=0, block_size=16)
+
+
+def toy_class():
+    """Return a class of its own that the Wan adapter covers, since following one changes it for good."""
+    return type("WanTransformer3DModel", (diffusers.WanTransformer3DModel,), {})
+
+
+def inputs(timestep):
+    noise = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(1, 12, 7, 8, 16, generator=noise), torch.randn(1, 6, 64, generator=noise)
+    return latents, torch.tensor([timestep]), text
+
+
+@torch.no_grad()
+def forward(model, timestep=500.0):
+    return model(*inputs(timestep))
+
+
+def watched(mode):
+    """Watch a new class; return the watch, the class and a model of it."""
+    watch, cls = Watch(mode), toy_class()
+    watch.follow(cls)
+    watch.begin(compiles=False)
+    return watch, cls, cls(**TINY)
+
+
+def ones(*shape):
+    return lambda: torch.ones(*(shape or (3,)))
+
+
+def fails():
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize(("mode", "compared", "planned"), [("neutral", 2, 0), ("keep-all", 2, 6), ("active", 0, 6)])
+def test_a_model_is_attached_until_its_test_ends(mode, compared, planned):
+    watch, cls, model = watched(mode)
+    assert model.config.num_layers == TINY["num_layers"]
+    places = {"_compiled_call_impl", "cache_context", "compile"}
+    assert places <= vars(model).keys()
+    assert leftovers(type("Derived", (cls,), {})(**TINY)) == []  # whose class is not followed
+    forward(model)
+    forward(model, 400.0)
+    assert watch.end() == leftovers(model) == []
+    assert places.isdisjoint(vars(model))
+    assert watch.counts == dict(models=1, forwards=2, compared=compared, planned=planned)
+    assert watch.built == {"WanTransformer3DModel"}
+    forward(model)
+    assert watch.counts["forwards"] == 2  # it is no longer watched
+
+
+def test_what_is_left_after_detach_is_found():
+    model, other = toy_class()(**TINY), toy_class()(**TINY)
+    attach(other, preset="none")
+    with attach(model, preset="none"):
+        call = vars(model)["_compiled_call_impl"]
+        places = leftovers(model)
+    top = "WanTransformer3DModel"
+    ours = {f"{top}._compiled_call_impl", f"{top}.compile", f"{top}.cache_context", "blocks.0.attn1.processor"}
+    assert ours <= {*places}
+    assert leftovers(model) == []
+    block, processor = model.blocks[0], other.blocks[0].attn1.processor
+    for plant, place in (
+        (lambda: setattr(model.blocks[1].attn2, "processor", processor), "blocks.1.attn2.processor"),
+        (lambda: block.register_forward_hook(call), "blocks.0._forward_hooks"),
+        (lambda: setattr(model.blocks[1], "_dit_accel_layer", 1), "blocks.1._dit_accel_layer"),
+        (lambda: setattr(block.attn2.processor, "_dit_accel_layer", 1), "blocks.0.attn2.processor"),
+    ):
+        plant()
+        assert place in leftovers(model)
+
+
+def test_what_is_left_or_changed_and_a_detach_that_raises_are_reported(monkeypatch):
+    watch, _, model = watched("neutral")
+    model.blocks[0].extra = vars(model)["_compiled_call_impl"]
+    assert watch.end() == ["neutral: WanTransformer3DModel: blocks.0.extra is left after detach"]
+    assert watch.end() == []  # of the next test nothing
+    watch, _, model = watched("neutral")
+    vars(model)["_compiled_call_impl"].owner.detach()
+    assert "detach raised AttachError" in watch.end()[0]
+
+    def leaves_something(model, *methods, preset):
+        model.blocks[0].attn1.processor.kept = 1
+        return attach(model, *methods, preset="none")
+
+    monkeypatch.setattr(upstream_models, "attach", leaves_something)
+    watch, _, _ = watched("neutral")
+    assert watch.end() == ["neutral: WanTransformer3DModel: attach and detach changed blocks.0.attn1.processor.kept"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "attached", "problem"),
+    [
+        ("neutral", ones(), None),
+        ("neutral", lambda: torch.ones(3).nextafter(torch.full((3,), 2.0)), "in its bits"),
+        ("neutral", ones(4), "other shapes"),
+        ("neutral", lambda: [torch.ones(3)] * 2, "other shapes"),
+        ("keep-all", lambda: torch.full((3,), 1.000001), None),
+        ("keep-all", lambda: torch.full((3,), 1.0001), "by 0.0001 of its size"),
+        ("keep-all", lambda: torch.full((3,), float("nan")), "by nan of its size"),
+        ("active", lambda: torch.zeros(3), None),
+    ],
+)
+def test_forwards_are_compared_with_plain_ones(mode, attached, problem):
+    watch, _, model = watched(mode)
+    watch.run(model, attached, ones())
+    errors = watch.end()
+    assert (errors == []) if problem is None else (problem in errors[0])
+
+
+def test_a_plain_forward_draws_the_same_random_numbers_and_none_of_the_test():
+    watch, _, model = watched("neutral")
+    torch.manual_seed(3)
+    drawn = watch.run(model, lambda: torch.rand(4), lambda: torch.rand(4))
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(4))
+    assert watch.end() == []
+
+
+@pytest.mark.parametrize(
+    ("attached", "plain", "problem"),
+    [(fails, fails, None), (fails, ones(), "the attached forward alone raised"),
+     (ones(), fails, "the plain forward alone raised"),
+     (lambda: None, lambda: None, "NoneType holds no tensor to compare")],
+)  # fmt: skip
+def test_a_forward_raises_attached_where_it_does_plain(attached, plain, problem):
+    watch, _, model = watched("neutral")
+    if attached is fails:
+        with pytest.raises(ValueError, match="no"):
+            watch.run(model, attached, plain)
+    else:
+        watch.run(model, attached, plain)
+    errors = watch.end()
+    assert (errors == []) if problem is None else (problem in errors[0])
+
+
+def test_a_plain_forward_runs_nothing_of_ours():
+    model = toy_class()(**TINY)
+    with attach(model, DROPS):
+        forward(model)
+        thinned = forward(model, 400.0).sample
+        held = model.blocks[0].attn1.processor
+        with untouched(model):
+            assert not any("processor" in place for place in leftovers(model))
+            plain = model._call_impl(*inputs(400.0)).sample
+        assert model.blocks[0].attn1.processor is held
+    assert same_bits(plain, forward(model, 400.0).sample)
+    assert not torch.allclose(plain, thinned)
+
+
+def test_keep_all_must_keep_all(monkeypatch):
+    monkeypatch.setitem(upstream_models.METHODS, "keep-all", (DROPS,))
+    watch, _, model = watched("keep-all")
+    forward(model)
+    forward(model, 400.0)
+    errors = watch.end()
+    assert all(any(text in error for error in errors) for text in ("dropped tiles", "of its size"))
+
+
+def test_forwards_under_a_cache_or_a_compiler_are_not_compared():
+    watch, cls, model = watched("neutral")
+    hook = SimpleNamespace(_is_stateful=True)
+    model.blocks[0]._diffusers_hook = SimpleNamespace(hooks={"cache": hook}, get_hook={"cache": hook}.get)
+    for hook._is_stateful, compared in ((True, 0), (False, 1)):
+        forward(model)
+        assert watch.counts["compared"] == compared
+    watch.begin(compiles=True)
+    assert "__call__" not in vars(cls)
+    forward(model)
+    assert watch.counts["forwards"] == 2
+    assert watch.end() == []
+
+
+TOY_TESTS = """
+import diffusers, pytest
+from wan_tiny import TINY
+
+class WanTransformer3DModel(diffusers.WanTransformer3DModel):
+    pass
+
+class TestCovered:
+    model_class = WanTransformer3DModel
+
+    def test_alike(self):
+        self.model_class(**TINY)
+
+    def test_sees_us(self):
+        assert "compile" not in vars(self.model_class(**TINY))
+
+    def test_leaves_us(self):
+        model = self.model_class(**TINY)
+        model.extra = vars(model).get("compile")
+
+    def test_fails(self):
+        assert False, "as ever"
+
+    @pytest.mark.skip
+    def test_skipped(self):
+        pass
+
+    @pytest.mark.xfail
+    def test_known(self):
+        assert False
+
+class TestForeign:
+    model_class = int
+
+    def test_left_out(self):
+        assert False
+
+def test_of_no_model():
+    pass
+"""
+
+
+def run_toys(mode, folder, monkeypatch):
+    """Run the tests of a made-up module under the plugin, and read what it writes."""
+    (folder / "test_toys.py").write_text(TOY_TESTS)
+    (folder / "test_broken.py").write_text("import not_installed_anywhere")
+    monkeypatch.syspath_prepend(folder)
+    toys = importlib.import_module("test_toys")
+    monkeypatch.setattr(upstream_plugin, "covered_classes", lambda: [toys.WanTransformer3DModel])
+    plugin = upstream_plugin.UpstreamPlugin(mode, folder / "out.json")
+    options = ["-c", os.devnull, f"--rootdir={folder}", "--import-mode=importlib", "-p", "no:cacheprovider", "-p"]
+    options += ["no:xdist", "--continue-on-collection-errors", "-q", str(folder)]
+    try:
+        pytest.main(options, plugins=[plugin])
+    finally:
+        gc.unfreeze()
+        sys.modules.pop("test_toys", None)
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_the_plugin_writes_down_how_tests_end(tmp_path, monkeypatch):
+    plain, attached = (run_toys(mode, tmp_path, monkeypatch) for mode in ("plain", "neutral"))
+    ends = {test.rpartition("::")[2]: outcome for test, (outcome, _) in plain["tests"].items()}
+    assert ends == dict(
+        test_alike="passed", test_sees_us="passed", test_leaves_us="passed", test_fails="failed",
+        test_skipped="skipped", test_known="xfailed", test_of_no_model="passed",
+    )  # fmt: skip
+    assert (plain["counts"], plain["built"], [*plain["not_collected"]]) == ({}, [], ["test_broken.py"])
+    assert "not_installed_anywhere" in plain["not_collected"]["test_broken.py"]
+    now = {test.rpartition("::")[2]: end for test, end in attached["tests"].items()}
+    changed = {test: end for test, (end, _) in now.items() if end != ends[test]}
+    assert changed == {"test_sees_us": "failed", "test_leaves_us": "error"}
+    assert "extra is left after detach" in now["test_leaves_us"][1]
+    assert (attached["counts"]["models"], attached["built"]) == (3, ["WanTransformer3DModel"])
+
+
+def ended(compared=1, **tests):
+    """What a run writes down of tests that ended so."""
+    return {"tests": {test: (end, "why") for test, end in tests.items()}, "counts": {"compared": compared}}
+
+
+PLAIN = ended(a="passed", b="failed")
+
+
+@pytest.mark.parametrize(
+    ("attached", "expected", "problem"),
+    [
+        (PLAIN, (), None),
+        (ended(a="failed", b="failed"), (), "a: passed plain, failed attached: why"),
+        (ended(a="passed", b="passed"), (), "b: failed plain, passed attached: why"),
+        (ended(a="failed", b="failed"), ("neutral", "a", "failed"), None),
+        (ended(a="failed", b="failed"), ("active", "a", "failed"), "a: passed plain, failed attached"),
+        (PLAIN, ("neutral", "a", "failed"), "ends as it does plain (passed); take it out"),
+        (PLAIN, ("neutral", "a", "passed"), "ends as it does plain (passed); take it out"),
+        (ended(a="error", b="failed"), ("neutral", "a", "failed"), "listed as failed, error attached"),
+        (PLAIN, ("neutral", "c", "failed"), "c: is listed and there is no such test"),
+        (ended(a="passed"), (), "b: it ran in one of the two runs alone"),
+        (ended(a="passed", b="failed", compared=0), (), "nothing was compared"),
+    ],
+)
+def test_differences_that_are_not_listed_and_listed_ones_that_vanished_are_problems(attached, expected, problem):
+    names = ("mode", "test", "outcome")
+    listed = [Expected(reason="so", **dict(zip(names, expected, strict=True)))] if expected else []
+    reported = problems("neutral", PLAIN, attached, listed, whole=True)
+    assert len(reported) == (problem is not None)
+    assert all(problem in text for text in reported)
+    if expected[1:2] == ("c",):  # of picked tests the list may hold others
+        assert problems("neutral", PLAIN, attached, listed, whole=False) == []
+
+
+ENTRY = '[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = "r"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ENTRY.replace('reason = "r"', ""), r"'outcome': 'failed'} .*mode, outcome, reason, test"),
+        (ENTRY.replace('"r"', '" "'), "'reason': ' '}"),
+        (ENTRY.replace("active", "x"), r"mode.*'x'.*neutral"),
+        (2 * ENTRY, r"t .*twice.*active"),
+        ("[[differences]]", "has differences"),
+    ],
+)
+def test_a_wrong_list_is_refused(tmp_path, text, message):
+    (tmp_path / "expected.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_expected(tmp_path / "expected.toml")
+    assert all(entry.reason for entry in read_expected(UPSTREAM / "expected.toml"))
+
+
+def test_the_tests_are_cloned_once_or_a_reason_is_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("DIFFUSERS_TESTS", raising=False)
+    source, work = tmp_path / "source", tmp_path / "work"
+    for file in ("tests/models/test_it.py", "src/big.py"):
+        (source / file).parent.mkdir(parents=True)
+        (source / file).touch()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "uploadpack.allowFilter=true"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", "v1.0"]):
+        subprocess.run(["git", "-C", str(source), *who, *command], check=True, capture_output=True)
+    repository = f"file://{source}"
+    reason = upstream_run.checkout(work, "file:///nowhere", "1.0")
+    assert all(text in reason for text in ("can't be cloned", "set DIFFUSERS_TESTS"))
+    with pytest.raises(ValueError, match=r"v2\.0\.dev0.*DIFFUSERS_TESTS"):
+        upstream_run.checkout(work, repository, "2.0.dev0")
+    assert [*work.iterdir()] == []
+    root = upstream_run.checkout(work, repository, "1.0")
+    assert root == work / "v1.0"
+    assert ((root / "tests/models/test_it.py").exists(), (root / "src").exists()) == (True, False)
+    assert upstream_run.checkout(work, "file:///nowhere", "1.0") == root
+    monkeypatch.setenv("PATH", "")
+    assert upstream_run.checkout(tmp_path / "none", repository, "1.0").startswith("git is not installed")
+    monkeypatch.setenv("DIFFUSERS_TESTS", str(tmp_path))
+    with pytest.raises(ValueError, match=r"DIFFUSERS_TESTS.*tests/models"):
+        upstream_run.checkout(work, "file:///nowhere", "1.0")
+    (tmp_path / "tests" / "models").mkdir(parents=True)
+    assert upstream_run.checkout(work, "file:///nowhere", "1.0") == tmp_path
+
+
+def test_the_command_skips_judges_and_ends_with_a_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(upstream_run, "checkout", lambda *_: "no network")
+    assert upstream_run.main([]) == 0
+    assert "skipped: no network" in capsys.readouterr().out
+    (tmp_path / "tests" / "pipelines").mkdir(parents=True)
+    monkeypatch.setattr(upstream_run, "checkout", lambda *_: tmp_path)
+    monkeypatch.setattr(upstream_run, "read_expected", lambda _: [])
+    asked = []
+
+    def run_tests(mode, root, arguments):
+        asked.append((mode, *arguments))
+        tests = {"a": ("failed" if mode == "active" else "passed", "why"), "b": ("error", "x\nnot installed")}
+        counts = {"compared": 1, "planned": 1}
+        return {"tests": tests, "counts": counts, "built": ["X"], "not_collected": {"b.py": "no"}}
+
+    monkeypatch.setattr(upstream_run, "run_tests", run_tests)
+    assert upstream_run.main(["--modes", "neutral,keep-all", "-k", "Wan"]) == 0
+    assert asked == [(mode, "tests/models/transformers", "-k", "Wan") for mode in ("plain", "neutral", "keep-all")]
+    out = capsys.readouterr().out
+    for text in ("not run: b.py: no", "fail plain: 1 tests: not installed",
+                 "neutral: 2 tests: 1 error, 1 passed, 1 compared, 1 planned, 1 classes"):  # fmt: skip
+        assert text in out
+    assert upstream_run.main(["tests/pipelines::a"]) == 1
+    assert asked[-1] == ("active", "tests/pipelines::a")
+    assert "active: a: passed plain, failed attached: why" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        upstream_run.main(["--modes", "all"])
+    assert "no mode is called all" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(upstream_run, "WORK", tmp_path / "work")
+    monkeypatch.setattr(upstream_run.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match=r"plain: pytest.*1.*plain\.log"):
+        upstream_run.run_tests("plain", tmp_path, [])
+
+
+def test_the_ordinary_suite_collects_nothing_of_it():
+    assert [*UPSTREAM.glob("*.py")]
+    assert not [path for name in ("test_*.py", "*_test.py", "conftest.py") for path in UPSTREAM.rglob(name)]
