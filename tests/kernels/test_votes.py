@@ -1,7 +1,7 @@
 """What votes guarantee from call to call, on every backend: the invariants of LiteAttention (arXiv 2511.11062).
 
 Tests bear the invariants' numbers. What runs above single calls goes by the same: layers, branches and resets (12) in
-tests/core/test_lite_method.py, compiled blocks (14) in tests/pipelines/test_attach_lite.py, replay of CUDA graphs (14),
+tests/core/test_lite_method.py, compiled blocks (14) in tests/pipelines/test_attach.py, replay of CUDA graphs (14),
 which needs a card, in test_no_sync.py.
 """
 

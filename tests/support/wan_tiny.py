@@ -73,20 +73,3 @@ def guided(transformer: WanTransformer3DModel, *methods: MethodConfig, **run: An
     with dit_accel.attach(transformer, *methods, preset="none") as attachment:
         out = denoise(transformer, **run)
         return out, attachment.report(), attachment.engine.recorder.forwards_run
-
-
-def require_runs_do_not_meet(*methods: MethodConfig, steps: int = 5) -> None:
-    """A run of another prompt and seed is bit for bit the same whatever ran before it under its attachment."""
-    transformer = sharp_transformer()
-    plain = denoise(transformer, steps, seed=1)
-    with dit_accel.attach(transformer, *methods, preset="none"):
-        fresh = denoise(transformer, steps, seed=1)
-    assert not torch.equal(fresh, plain), "the methods change nothing"
-    with dit_accel.attach(transformer, *methods, preset="none") as attachment:
-        assert not torch.equal(denoise(transformer, steps, seed=0), fresh)
-        assert torch.equal(denoise(transformer, steps, seed=1), fresh), "after a whole run"
-        denoise(transformer, steps, seed=0, until=2)
-        assert torch.equal(denoise(transformer, steps, seed=1), fresh), "after a run that was stopped"
-        denoise(transformer, steps, seed=0, until=1)
-        attachment.reset()
-        assert torch.equal(denoise(transformer, steps, seed=1), fresh), "after a run that was stopped in its first step"
