@@ -56,14 +56,6 @@ VOTES = [Vote(threshold=-1.5), Vote(criterion="mass", threshold=0.1), Vote(crite
 OFF = 100 * torch.finfo(torch.float32).eps  # how near a threshold, relatively, what is found may lie on either side
 
 
-@pytest.mark.sample
-@pytest.mark.parametrize("frame", [4, 16, 17, 50])
-@pytest.mark.parametrize("table", [(1.0,), (0.7,), (1.0, 1.0, 0.8, 0.8, 0.5), (0.9, 0.5, 1.0)])
-def test_decay_tables(frame, table):
-    tiles, decay = random_lists(1, 70, 70, 16, 16), frame_decay(70, frame=frame, table=table)
-    check_against_reference(*qkv(1, 1, 1, 70, 70, 16, torch.float32), tiles, "triton", layout="bhsd", frame_decay=decay)
-
-
 def test_strided_inputs_and_layout_of_the_output():
     q, k, v = torch.randn(2, 40, 3, 2, 16).unbind(2)  # [B, S, H, D] of a fused projection
     tiles = random_lists(1, 40, 40, 16, 16)
