@@ -117,27 +117,20 @@ def test_a_reader_that_knows_the_answers_loses_what_shared_tokens_leave_open_alo
     seen = reading.coverage(scene, 1)[None]
     shares = seen.float().div(255).flatten(2)[0].mT
     shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1)
-    reader = reading.Reader(4)
-    torch.nn.init.zeros_(reader.answer.weight)
-    torch.nn.init.zeros_(reader.answer.bias)
-    states = torch.zeros(1, len(shares), 4)
+    logs, reader = shares.clamp(min=1e-9).log(), reading.Reader(4)
+    for x in (reader.answer.weight, reader.answer.bias):
+        torch.nn.init.zeros_(x)
+    states, answers = torch.zeros(1, len(shares), 4), []
     even = reader.loss(states, [scene], seen).item()
     assert even == pytest.approx(np.log(reading.WIDTHS).mean(), rel=1e-5)
-
-    def told(states):
-        """Log-shares of each question's words, of the things that are there."""
-        answers = torch.full((1, len(shares), sum(reading.WIDTHS)), -30.0)
-        start = 0
-        for (name, words), width in zip(reading.QUESTIONS.items(), reading.WIDTHS, strict=True):
-            for index, thing in enumerate(scene.things):
-                answers[0, :, start + words.index(getattr(thing, name))] = shares[:, index].clamp(min=1e-9).log()
-            answers[0, :, start + len(words)] = shares[:, -1].clamp(min=1e-9).log()
-            start += width
-        return answers
-
-    reader.answer.forward = told
-    assert {len({getattr(thing, name) for thing in scene.things}) for name in reading.QUESTIONS} == {len(scene.things)}
-    least = -(shares * shares.clamp(min=1e-9).log()).sum(-1).mean().item()
+    for (name, words), width in zip(reading.QUESTIONS.items(), reading.WIDTHS, strict=True):
+        answer = torch.full((len(shares), width), -30.0)  # log-shares of the question's words, of what is there
+        chosen = [words.index(getattr(thing, name)) for thing in scene.things]
+        assert len(set(chosen)) == len(scene.things)
+        answer[:, [*chosen, len(words)]] = logs[:, [*range(len(chosen)), -1]]
+        answers.append(answer)
+    reader.answer.forward = lambda states: torch.cat(answers, -1)[None]
+    least = -(shares * logs).sum(-1).mean().item()
     assert reader.loss(states, [scene], seen).item() == pytest.approx(least, abs=1e-4)
     assert least < even / 3
 

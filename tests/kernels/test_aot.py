@@ -268,10 +268,8 @@ def test_the_hot_loop_is_the_innermost_one_with_products_and_no_exit():
 
 def test_of_several_loops_the_one_with_the_fewest_instructions_a_product_is_hot():
     """A loop with a mask beside it, and one without a product."""
-    masked = ["HMMA.16816.F32", "FSEL", "FSEL", "BRA"]
-    plain = ["HMMA.16816.F32", "HMMA.16816.F32", "MUFU.EX2", "BRA"]
-    code = []
-    for names in (masked, plain, ["LDG.E", "BRA"]):
+    plain, code = ["HMMA.16816.F32", "HMMA.16816.F32", "MUFU.EX2", "BRA"], []
+    for names in (["HMMA.16816.F32", "FSEL", "FSEL", "BRA"], plain, ["LDG.E", "BRA"]):
         start = len(code)
         code += [Instruction(start + i, x, target=start if x == "BRA" else None) for i, x in enumerate(names)]
     assert [x.opcode for x in hot_loop(code)] == plain

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    BackendUnavailableError,
-    Selection,
-    TileLists,
-    Vote,
-    dense_speed,
-    predicted_speedup,
-    resolve_backend,
-)
+from dit_accel_kernels import Selection, TileLists, Vote, dense_speed, predicted_speedup, resolve_backend
 from dit_accel_kernels.backends import cpu
 from dit_accel_kernels.backends import flex as flex_backend
 from dit_accel_kernels.backends.torch import attend as torch_attend
 from dit_accel_kernels.backends.torch import compiled, fused
+from dit_accel_kernels.errors import BackendUnavailableError
 from kernel_cases import attend, frame_decay, full, lists_of, qkv
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"

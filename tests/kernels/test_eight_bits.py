@@ -9,15 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    BackendUnavailableError,
-    Routing,
-    Selection,
-    Vote,
-    block_sparse_attention_backward,
-    block_sparse_attention_eager,
-    pack_bits,
-)
+from dit_accel_kernels import Routing, Selection, Vote, block_sparse_attention_backward, block_sparse_attention_eager
+from dit_accel_kernels.bits import pack_bits
+from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.precision import centre_of, rounded
 from kernel_cases import attend, frame_decay, full, qkv, random_lists
 

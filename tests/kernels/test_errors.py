@@ -110,7 +110,7 @@ def lists(**changes) -> TileLists:
     return TileLists(**{**dict(block_q=4, block_k=4, num_q=8, num_k=12), **parts, **changes})
 
 
-def test_lists():
+def test_lists(monkeypatch):
     one = dict(pooled_indices=ints(1))
     for changes, error, text in (
         (dict(block_q=0), ValueError, "block_q.*1, found 0"),
@@ -140,6 +140,9 @@ def test_lists():
             lists(**changes).validate()
     empty = lists(exact_offsets=ints([0, 0, 0]), exact_indices=ints())
     assert empty.validate() is empty
+    monkeypatch.setattr(csr_module, "_INT32_MAX", 8)
+    with pytest.raises(ValueError, match=r"tile lists.*8 entries, found 9"):
+        lists_of(torch.full((3, 3), EXACT), 8, 8, 20, 20)
 
 
 def causal(b, h, q_idx, kv_idx):
@@ -196,9 +199,3 @@ def test_values_of_lists_are_checked_on_demand(compiled, monkeypatch):
         tiles = replace(full(20, 20, 8), exact_indices=ints(*row, *row, *row))
         with pytest.raises(ValueError, match=text):
             call(Q, K, V, tiles, backend="torch")
-
-
-def test_more_entries_than_int32_holds(monkeypatch):
-    monkeypatch.setattr(csr_module, "_INT32_MAX", 8)
-    with pytest.raises(ValueError, match=r"tile lists.*8 entries, found 9"):
-        lists_of(torch.full((3, 3), EXACT), 8, 8, 20, 20)

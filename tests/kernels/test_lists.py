@@ -7,16 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    TileLists,
-    block_sparse_attention_backward,
-    cache,
-    release_captured,
-    values,
-)
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, TileLists, block_sparse_attention_backward, cache
+from dit_accel_kernels import release_captured, values
 from dit_accel_kernels.problem import Problem
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -9,19 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    EXACT,
-    POOLED,
-    SKIPPED,
-    FrameDecay,
-    Routing,
-    Selection,
-    TileLists,
-    Vote,
-    count_bits,
-    pack_bits,
-    unpack_bits,
-)
+from dit_accel_kernels import EXACT, POOLED, SKIPPED, FrameDecay, Routing, Selection, TileLists, Vote, count_bits
+from dit_accel_kernels.bits import pack_bits, unpack_bits
 from dit_accel_kernels import states as states_module
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward

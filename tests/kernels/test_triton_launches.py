@@ -12,12 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_accel_kernels import (
-    BackendUnavailableError,
-    block_sparse_attention_backward,
-    resolve_backend,
-    triton_requirement,
-)
+from dit_accel_kernels import block_sparse_attention_backward, resolve_backend, triton_requirement
+from dit_accel_kernels.errors import BackendUnavailableError
 from dit_accel_kernels.backends.triton import attend as triton_attend
 from dit_accel_kernels.backends.triton import backward as triton_backward
 from dit_accel_kernels.backends.triton import launch as launches

@@ -1,7 +1,6 @@
 """Builds the distributions from what is committed, and tries them as a stranger gets them: ``make release-check``.
 
 The steps, each of which ends the run with one sentence if it finds something:
-
 1. nothing is uncommitted, the three distributions, CITATION.cff and CHANGELOG.md agree on the version and its date;
 2. source distributions and wheels are built from an export of the commit, wheels from the source distributions;
 3. ``twine check --strict`` reads their metadata;
@@ -9,7 +8,7 @@ The steps, each of which ends the run with one sentence if it finds something:
    takes from the usual index; without dit-accel-assets it must attach, and say what to install for embedded models;
 5. with dit-accel-assets it must make a clip by the command line and by Python, in an empty folder.
 
-At the end it prints what would be uploaded, with hashes, and the command. It uploads nothing.
+It uploads nothing; at the end it prints what would be uploaded, with hashes, and the command.
 
     make dist                                        # step 2 alone, into dist/
     make release-check                               # all steps
