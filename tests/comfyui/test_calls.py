@@ -114,9 +114,8 @@ def test_a_kernel_that_fails_leaves_the_call_and_all_after_it_dense(monkeypatch)
 
 def test_a_sequence_that_the_model_packs_itself_is_placed_as_it_says():
     q, k, v = tensors()
-    told = SimpleNamespace(
-        seq_len=TOKENS, segments=[(0, 5, "text"), (5, 8, "audio"), (8, 40, "video")], signature=(5, 2, 8, 8, 3)
-    )
+    segments = [(0, 5, "text"), (5, 8, "audio"), (8, 40, "video")]
+    told = SimpleNamespace(seq_len=TOKENS, segments=segments, signature=(5, 2, 8, 8, 3))
 
     def call(options):
         options["minimax_h3_layout"] = told

@@ -50,9 +50,8 @@ class Part:
 def test_sparse_attention_waits_for_as_many_tokens_as_the_pages_say(monkeypatch):
     """The node as it is put down, the pages, and the workflows, which are long enough."""
     least, acting = SolAttention.worthwhile_tokens, []
-    kinds = dict.fromkeys(
-        ("Model", "Combo", "Float", "Int", "String", "Latent"), SimpleNamespace(Input=Part, Output=Part)
-    )
+    names = ("Model", "Combo", "Float", "Int", "String", "Latent")
+    kinds = dict.fromkeys(names, SimpleNamespace(Input=Part, Output=Part))
     api = SimpleNamespace(ComfyExtension=object, io=SimpleNamespace(ComfyNode=object, Schema=Part, **kinds), ui=None)
     monkeypatch.setitem(sys.modules, "comfy_api", SimpleNamespace(latest=api))
     monkeypatch.setitem(sys.modules, "comfy_api.latest", api)

@@ -46,9 +46,8 @@ def run_aot(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProces
 @pytest.mark.slow
 def test_spills_and_shared_memory_are_found(tmp_path):
     """On a toy loop: the small one passes everywhere, the large one doesn't."""
-    done, records = run_aot(
-        tmp_path, "--module", "toy_kernels", "--match", "plain|large", "--target", "sm_80,sm_90,gfx942"
-    )
+    toys = ("--module", "toy_kernels", "--match")
+    done, records = run_aot(tmp_path, *toys, "plain|large", "--target", "sm_80,sm_90,gfx942")
     assert done.returncode == 1, done.stderr
     assert len(records) == 6
     for target in ("sm_80", "sm_90", "gfx942"):
@@ -57,7 +56,7 @@ def test_spills_and_shared_memory_are_found(tmp_path):
     for target, fault in (("sm_80", "spills"), ("gfx942", "bytes of shared memory of 65536")):
         assert f"toy-large on {target}: " in done.stdout
         assert any(fault in found for found in aot.faults(records["toy-large", target]))
-    done, _ = run_aot(tmp_path, "--module", "toy_kernels", "--match", "nothing")
+    done, _ = run_aot(tmp_path, *toys, "nothing")
     assert "no launch matches --match 'nothing': try --match ''" in done.stderr
 
 

@@ -53,11 +53,7 @@ def test_calls():
         (dict(token_order=torch.arange(19)), ValueError, r"token_order.*\[20\].*found \[19\]"),
         (dict(token_order=torch.arange(20).int()), TypeError, r"token_order.*torch\.int64, found torch\.int32"),
         (dict(token_order=torch.zeros(20).long()), ValueError, "token_order.*found token 0 20 times"),
-        (
-            dict(token_order=torch.arange(1, 21)),
-            ValueError,
-            r"token_order.*0\.\.19 .*found 20 at position 19",
-        ),
+        (dict(token_order=torch.arange(1, 21)), ValueError, r"token_order.*0\.\.19 .*found 20 at position 19"),
         (dict(frame_decay=frame_decay(19, 20)), ValueError, r"frame_decay\.q_frames.*\[20\].*found \[19\]"),
         (dict(frame_decay=frame_decay(20, 21)), ValueError, r"frame_decay\.k_frames.*\[20\].*found \[21\]"),
         (dict(CROSS, token_order=torch.arange(20)), ValueError, "token_order.*found 20 queries and 12"),

@@ -162,10 +162,10 @@ def test_elsewhere_lists_say_that_they_changed(monkeypatch):
 def test_lists_that_a_graph_reads_warn_when_they_change(monkeypatch):
     monkeypatch.setattr(cache, "_CAPTURED", {})
     lists, made = torch.arange(5), cache.StorageCache()
-    made.get([lists], (), object)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "capturing", lambda device: True)
-        captured = made.get([lists], (), object)
+    for captures in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "capturing", lambda device, captures=captures: captures)
+            captured = made.get([lists], (), object)
     assert made.get([lists], (), object) is captured
     lists.add_(1)
     with pytest.warns(UserWarning, match=r"CUDA graph.*capture"):

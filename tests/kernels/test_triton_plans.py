@@ -232,6 +232,7 @@ def test_parts_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
     keep = pack_bits(torch.rand(2, 4, 3, 3) < 0.8)
     selection = Selection(keep=keep, vote=Vote(), routing=Routing(beta=0.0) if routes else None)
     features = dict(key_length=torch.tensor([40, 21]), head_scale=torch.rand(2, 4) + 0.5)
+    features |= dict(return_lse=True, return_tiles=True)
     scratch, real, results = [], triton_expand.expand, []
 
     def expand(problem, plan, routed):
@@ -243,9 +244,7 @@ def test_parts_of_the_heads_give_the_same(monkeypatch, groups, routes, copies):
     for limit in (1 << 30, copies * one):
         monkeypatch.setattr(triton_slices, "SCRATCH_BYTES", limit)
         scratch.clear()
-        given = attend(
-            *leaves, tiles, backend="triton", selection=selection, return_lse=True, return_tiles=True, **features
-        )
+        given = attend(*leaves, tiles, backend="triton", selection=selection, **features)
         total = given[0].sum() + given[1][given[1].isfinite()].sum()
         results.append([*given, *torch.autograd.grad(total, leaves)])
     assert all(map(torch.equal, *results))

@@ -18,6 +18,8 @@ from numpy_attention import Attention, Case
 from torch import Tensor
 from vote_calls import ALL, BLOCK, COUNT, CRITERIA, DIRECTIONS, EVERY, NUM_K, NUM_Q, SCALE, SEEDS, TILES, VOTES, WIDE
 
+OF_MASS = st.sampled_from(["mass", "budget"])
+
 
 def dense(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over all tiles without a selection."""
@@ -191,15 +193,12 @@ def test_9b_bound_b_over_drifting_calls(backend, seed, size, spare):
     keep = ALL
     for step, (q, k, v) in enumerate(calls):
         assert below(missing(x[step], ~keep, ALL), odds((~keep).sum(-1), spare), q.dtype)
-        keep = votes.call(backend, q, k, v, keep=keep, vote=Vote(threshold=-(2 * most + spare)), reverse=step % 2 > 0)[
-            2
-        ]
+        vote = Vote(threshold=-(2 * most + spare))
+        keep = votes.call(backend, q, k, v, keep=keep, vote=vote, reverse=step % 2 > 0)[2]
     assert below(missing(x[-1], ~keep, ALL), odds((~keep).sum(-1), spare), votes.dtype_of(backend))
 
 
-@votes.property_of(
-    seed=SEEDS, criterion=st.sampled_from(["mass", "budget"]), share=st.floats(0.001, 0.5), reverse=st.booleans()
-)
+@votes.property_of(seed=SEEDS, criterion=OF_MASS, share=st.floats(0.001, 0.5), reverse=st.booleans())
 def test_9c_bound_c_of_one_call(backend, seed, criterion, share, reverse):
     q, k, v = votes.inputs(backend, seed)
     bits = votes.call(backend, q, k, v, vote=Vote(criterion=criterion, threshold=share), reverse=reverse)[2]
@@ -208,9 +207,7 @@ def test_9c_bound_c_of_one_call(backend, seed, criterion, share, reverse):
 
 
 @pytest.mark.slow
-@votes.property_of(
-    seed=SEEDS, size=st.floats(0, 0.3), criterion=st.sampled_from(["mass", "budget"]), share=st.floats(0.001, 0.2)
-)
+@votes.property_of(seed=SEEDS, size=st.floats(0, 0.3), criterion=OF_MASS, share=st.floats(0.001, 0.2))
 def test_9c_bound_c_over_drifting_calls(backend, seed, size, criterion, share):
     """A share of the mass grows by at most 2^(2 D): D log2 units up for it, D down for the rest."""
     calls, x, most = drift(backend, seed, size, 3)
