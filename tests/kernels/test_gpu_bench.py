@@ -73,15 +73,12 @@ gpu.compile_ahead = lambda *given: None
 gpu.CASE_SECONDS = 1
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda: "a card"
-if __name__ == "__main__":
-    gpu.main()
 """
 SMALL = """
 kinds = [case for case in gpu.grid.cases() if case.at.dim == 64 and case.kind == "plain"]
 gpu.groups = lambda: {"small": [kinds[0], kinds[-1], gpu.timed.timings()[1]]}
-if __name__ == "__main__":
-    gpu.main()
 """
+MAIN = "if __name__ == '__main__': gpu.main()"
 
 
 def begin(script: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -106,7 +103,7 @@ def records_in(path: Path) -> dict[str, dict]:
 @pytest.mark.slow
 def test_what_crashes_or_hangs_costs_nothing_but_itself(tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "gpu.jsonl"
-    script.write_text(BARE + FAULTY)
+    script.write_text(BARE + FAULTY + MAIN)
     code, shown = run(script, "--out", str(out))
     records = records_in(out)
     assert list(records) == ["first", "crash", "missing", "hang", "rival", "last"]
@@ -126,7 +123,7 @@ def test_what_crashes_or_hangs_costs_nothing_but_itself(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "gpu.jsonl"
-    script.write_text((BARE + FAULTY).replace('"crash", ', "").replace("CASE_SECONDS = 1", "CASE_SECONDS = 99"))
+    script.write_text((BARE + FAULTY + MAIN).replace('"crash", ', "").replace("CASE_SECONDS = 1", "CASE_SECONDS = 99"))
     with begin(script, "--out", str(out)) as process:
         while not out.exists() or '"missing"' not in out.read_text():  # after which a case hangs
             assert process.poll() is None
@@ -144,7 +141,7 @@ def test_ctrl_c_ends_what_runs_and_keeps_what_has_ended(tmp_path):
 @pytest.mark.slow
 def test_a_dry_run_goes_the_same_way_and_resumes(tmp_path):
     script, out = tmp_path / "small.py", tmp_path / "dry.jsonl"
-    script.write_text(BARE + SMALL)
+    script.write_text(BARE + SMALL + MAIN)
     code, shown = run(script, "--dry-run", "sm_90", "--out", str(out))
     assert code == 0, shown[-4000:]
     first, last, rival = (r for r in records_in(out).values())

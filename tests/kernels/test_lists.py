@@ -40,16 +40,13 @@ def test_states_survive_the_round_trip(case):
     assert (tiles.pooled_indices is None) == (tiles.tiles_pooled == 0)
 
 
-def test_offsets_are_absolute_and_int32():
+def test_offsets_are_absolute_and_full_lists_dense_and_states_of_two_dimensions_one_shared_list():
     tiles = lists_of([[[2, 2], [0, 2]], [[1, 0], [2, 1]]], 4, 4, 8, 7)
     assert tiles.exact_offsets.tolist() == [[0, 2, 3], [3, 3, 4]]
     assert tiles.exact_indices.tolist() == [0, 1, 1, 0]
     assert tiles.pooled_offsets.tolist() == [[0, 0, 0], [0, 1, 2]]
     assert tiles.pooled_indices.tolist() == [0, 1]
     assert {t.dtype for t in (tiles.exact_offsets, tiles.exact_indices, tiles.pooled_indices)} == {torch.int32}
-
-
-def test_full_lists_are_dense_and_states_of_two_dimensions_one_shared_list():
     tiles = full(100, 63, 32, 16)
     assert (tiles.density, tuple(tiles.states().shape)) == (1.0, (1, 4, 4))
     empty = lists_of(torch.zeros(2, 2), 4, 4, 8, 8)

@@ -90,12 +90,9 @@ def test_gradients_and_inference_mode_are_the_callers():
     with torch.inference_mode():
         run_all(work, range(2), 2)
     assert target.sum() == 8
-
-
-def test_one_thread_works_in_place():
     names = []
     run_all(lambda piece, buffers: names.append(threading.current_thread()), range(3), 1)
-    assert set(names) == {threading.current_thread()}
+    assert set(names) == {threading.current_thread()}  # one thread works in place
     assert worker_threads(1) == (1, 1)
     assert worker_threads(64) == (workers.MOST_WORKERS, 64 // workers.MOST_WORKERS)
 
