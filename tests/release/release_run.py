@@ -29,6 +29,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from email import message_from_bytes
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,7 @@ SMOKE = Path(__file__).with_name("smoke.py")
 PROJECTS = {"dit-accel-kernels": "kernels", "dit-accel-assets": "assets", "dit-accel": "."}
 """Distribution -> its folder, in the order in which they are uploaded: none before what it needs."""
 
+told = partial(print, flush=True)
 PROMPT = "a red circle moving right on a navy background"
 
 
@@ -209,11 +211,6 @@ def run(what: str, *command: str | Path, at: Path | None = None) -> None:
     if ended.returncode:
         raise Refused(f"{what} fails:\n{(ended.stdout + ended.stderr).strip()[-2000:]}")
     told(f"{time.monotonic() - begin:7.1f} s  {what}")
-
-
-def told(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":
