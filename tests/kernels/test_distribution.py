@@ -132,8 +132,8 @@ def test_the_hub_tree_loads_under_a_foreign_name_and_computes(tmp_path, forget):
     q, k, v = qkv(1, 2, 2, 40, 40, 16, torch.float32)
     tiles = kernel.TileLists.full(40, 40, block_q=16, block_k=16)
     for backend in ("torch", "triton"):
-        out = kernel.block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend)
-        torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v))
+        attended = kernel.block_sparse_attention(q, k, v, tiles, layout="bhsd", backend=backend)
+        torch.testing.assert_close(attended, scaled_dot_product_attention(q, k, v))
     with pytest.raises(FileExistsError, match=str(out / "CARD.md")):
         prepare.prepare(out)
 
