@@ -211,13 +211,7 @@ def check_writable(path: str | Path, what: str = "output") -> None:
 
 
 def check_room(folder: str | Path, size: int, what: str) -> None:
-    """Refuse to begin what will find no room at its end.
-
-    Args:
-        folder: where it is to be written, or a folder above that which is there.
-        size: bytes, about.
-        what: the subject and verb of the error, such as "the output takes".
-    """
+    """Refuse to begin what will find no room at its end."""
     free = shutil.disk_usage(_there(Path(folder))).free
     if free < size:
         raise ConfigError(

@@ -71,7 +71,6 @@ def computed_rows(
     tiles that are pinned in all rows of the call, which may be more of them here.
 
     Args:
-        call: likewise; all rows of its batch want the same tokens.
         rows: int64 [G], the tokens that are wanted, rising.
         seen: bool [1, S], the keys that they see; None: all.
     """

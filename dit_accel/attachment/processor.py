@@ -41,7 +41,6 @@ def wrap_processor(processor: Any, layer: int, classes: dict[type, type], engine
     Args:
         processor: the module's processor; left as it is, its attributes are shared with the result.
         classes: the attachment's processor class -> subclass, filled here.
-        engine: the attachment's; it lives as long as its processors do.
     """
     cls = type(processor)
     if cls not in classes:
@@ -144,9 +143,7 @@ def _names(code: types.CodeType) -> set[str]:
 def stand_in(dense: Callable[..., Tensor], tokens_first: bool, engine: Engine) -> Callable[..., Tensor]:
     """Make the stand-in for ``dispatch_attention_fn`` or ``F.scaled_dot_product_attention``.
 
-    Args:
-        dense: that function, for calls that no method changes.
-        tokens_first: whether it takes tensors as [B, S, H, D], else as [B, H, S, D].
+    ``tokens_first``: whether it takes tensors as [B, S, H, D], else as [B, H, S, D].
     """
     forward, tokens = engine.forward, 1 if tokens_first else 2
 

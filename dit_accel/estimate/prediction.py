@@ -162,7 +162,6 @@ def estimate(
     whether its weights are torchao's in 8 bits; None: the family's.
 
     Args:
-        methods: the methods that the user names.
         preset: further methods, of which a cache's measured skips are counted.
         linears: how the linear layers compute: ``int8`` or ``fp8``, weights and activations, or ``weight-only``; None:
             as the config says, else in 16 bits.
@@ -205,9 +204,7 @@ def predict(
 ) -> Prediction:
     """Predict a run of `steps` denoising steps over a layout, with methods as they are on its model.
 
-    Args:
-        preset: which of the methods are a preset's, so that what their cache skips was measured.
-        kernel_cost: time per kept FLOP of the sparse kernel over the dense one's.
+    ``preset``: which of the methods are a preset's, so that what their cache skips was measured.
     """
     savings = {handler.name: handler.estimate(layout, steps) for handler in handlers}
     savings |= _measured_skips(handlers, savings, family.forwards_per_step, steps, preset)

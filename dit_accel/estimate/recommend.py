@@ -64,9 +64,6 @@ def recommend(
         model: a diffusers pipeline or transformer; the name of a family, such as ``"wan2.1-14b"``; or a hub id, a
             folder of a pipeline or an embedded model, of which only the configs are read.
         height: output height in pixels; None: the model's default, as of the other sizes.
-        width: output width in pixels.
-        num_frames: output frames.
-        num_inference_steps: denoising steps.
         hardware: a card, such as ``"h100"``, of which the least seconds are given too, or its memory, such as
             ``"24GB"``.
 

@@ -51,8 +51,6 @@ class History:
     forecast alike, however long ago it began.
 
     Args:
-        settings: how is forecast.
-        shapes: of the latents that went in.
         start: the first step that the run made.
         held_on: where what is stored waits; None: where it was made.
         reach: steps past the last computed one that the predictor is used for; None: all.
@@ -209,9 +207,7 @@ def given_beside(
 ) -> BranchOutput | None:
     """Return the output, in this step, of the branch that a forward runs beside; None: there is none, or not known.
 
-    Args:
-        histories: by transformer, branch and part.
-        part: of the forward, where it has a history of its own.
+    ``histories``: by transformer, branch and part.
     """
     history = histories.get((context.transformer, context.beside, *part))
     if history is None or (context.rows is None and history.shapes != shapes):

@@ -51,7 +51,6 @@ def put_in_place(
     """Return a plan whose heads give something else in the place of a share of their attention.
 
     Args:
-        share: of each head, [H] or [B, H].
         tokens: bool [S], the rows that change; None: all.
         whole: nothing is left of the attention, so that none need be computed.
     """
