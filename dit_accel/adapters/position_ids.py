@@ -96,7 +96,6 @@ def ids_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _run(values: "Tensor") -> int:
-    """Count the values from the first on that are equal."""
     return int(((values != values[0]).cumsum(0) == 0).sum())
 
 

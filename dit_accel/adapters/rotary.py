@@ -64,7 +64,7 @@ class Rope:
     owner: str = ""  # dotted name, from the transformer, of what makes them; empty: the transformer itself
     method: str = "forward"  # the owner's method that makes them, or reads the tables
     input: str = ""  # the forward's input that holds them, for the forms in `GIVEN`
-    form: str  # one of `FORMS`
+    form: str = "theta"  # one of `FORMS`
     # what comes out: ``cos sin`` (two tensors), ``complex``, ``matrix`` [..., 2, 2], ``angles``, or ``halves`` (cos and
     # sin in one tensor, joined along the dimension 1)
     values: str = "cos sin"

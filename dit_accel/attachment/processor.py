@@ -128,14 +128,12 @@ def _subclass(cls: type, engine: Engine) -> type:
 
 
 def _recreated(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:
-    """Return a function with other globals."""
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Return the global and attribute names that a function and the functions in it use."""
     inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
     return set(code.co_names).union(*inner)
 

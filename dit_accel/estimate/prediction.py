@@ -107,7 +107,6 @@ class Prediction:
         return PredictedSpeedup(speedup=self.speedup_of_methods, uncounted=self.uncounted_methods, linears=linears)
 
     def _repr_html_(self) -> str:
-        """Return the prediction as a notebook shows it."""
         size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
         rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
         if self.methods or self.linears:

@@ -176,7 +176,6 @@ def _idle(choice: Choice, run: Prediction, family: Family) -> str | None:
 
 
 def _fits(tuned: TunedSetting, dense: Prediction) -> bool:
-    """Tell whether a setting was tuned at the size and number of steps of a dense run."""
     names = ("height", "width", "num_frames", "num_inference_steps")
     return all(getattr(tuned.measured, name) == getattr(dense, name) for name in names)
 

@@ -172,7 +172,6 @@ class DFAHandler(AttentionHandler):
         self._shares.append({"step_index": context.step_index, "transformer": site.name, "foreground": shares})
 
     def _moved(self, context: ForwardContext, x: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Return the movement of each token, [B, F, Y, X]."""
         grid = layout.frames, layout.height, layout.width
         needs = self.settings.noise_needed()
         if needs is not None and (context.sigma is None or context.noise != "flow"):

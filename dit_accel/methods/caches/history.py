@@ -266,12 +266,10 @@ def _of_rows(leaves: list[Any], spec: TreeSpec, rows: Sequence[int]) -> tuple[li
 
 
 def _added(leaf: Any, more: Any) -> Any:
-    """Return the sum of two tensors in the first's type; anything else stays."""
     return _plus(leaf, more) if isinstance(leaf, Tensor) and isinstance(more, Tensor) else leaf
 
 
 def _minus(output: Any, base: Any) -> Any:
-    """Return an output less its base, as a tensor of its own."""
     if not isinstance(output, Tensor):
         return output
     if base is None or not output.is_floating_point():
@@ -287,7 +285,6 @@ def _plus(value: Tensor, base: Tensor | None) -> Tensor:
 
 
 def _weighted(values: list[Tensor], weights: list[float]) -> Tensor:
-    """Return the weighted sum of tensors."""
     last = values[-1]
     if len(values) == 1 or not last.is_floating_point():
         return last

@@ -213,7 +213,6 @@ class _Enabled:
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    """Return diffusers' hooks on a module by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 
@@ -223,7 +222,6 @@ def _names(config: Any) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a config's value as JSON can hold it."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, (tuple, list)):

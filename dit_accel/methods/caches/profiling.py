@@ -104,7 +104,6 @@ class ProfilingCache(StepCacheConfig):
         return listed[-1] if listed and count is not None and listed[-1] >= count else None
 
     def _sets(self, options: Sequence[str]) -> bool:
-        """Tell whether the user sets any of some options."""
         return any(getattr(self, option) is not None for option in options)
 
     @property

@@ -109,7 +109,6 @@ class AutoGuidanceHandler(PerturbedHandler):
         return weak(**inputs)
 
     def _share(self, parallel: Any) -> None:
-        """Have the weaker model shared as a transformer is; None: run whole."""
         if parallel is self._parallel:
             return
         if self._unshare is not None:

@@ -113,7 +113,6 @@ def attended(call: Call, q: Tensor) -> Tensor:
 
 
 def _valid(call: Call) -> Tensor:
-    """Return which keys are valid, bool [B or 1, 1, S, 1]."""
     mask = call.key_mask()
     mask = torch.ones(1, call.tokens, dtype=torch.bool, device=call.k.device) if mask is None else mask
     return mask[:, None, :, None]

@@ -164,7 +164,6 @@ def _encoded(
 
 
 def _spread(transformer: Any, degree: int) -> None:
-    """Let each group of processes, which are neighbours, share its clips' tokens and heads."""
     try:
         enable_ulysses(transformer, degree)
     except (RuntimeError, ValueError) as error:
