@@ -164,7 +164,6 @@ class DeltaHandler(AttentionHandler):
         self.restorers = tuple(other for other in others if isinstance(other, RestoresTiles))
 
     def check_layout(self, layout: TokenLayout) -> str | None:
-        """Remark on groups that are smaller than requested."""
         if self.settings.stride <= layout.tokens_per_frame:
             return None
         return (

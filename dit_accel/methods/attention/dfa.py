@@ -237,7 +237,6 @@ class DFAHandler(AttentionHandler):
         self._shares.clear()
 
     def report(self) -> Section | None:
-        """Return the foreground's share at the full steps that others followed."""
         if not self._shares:
             return None
         found = [{**entry, "foreground": entry["foreground"].tolist()} for entry in self._shares]
@@ -248,7 +247,6 @@ class DFAHandler(AttentionHandler):
         return Section(method="dfa", title=title, data={"foreground": found})
 
     def estimate(self, layout: TokenLayout, steps: int) -> Saving:
-        """Return the rows that are left out where their share is set, and what is held of a model of known sizes."""
         settings, family = self.settings, self.model.family
         reusing = settings.reusing(steps)
         if not reusing or settings.share == 1:

@@ -175,7 +175,6 @@ class ProfilingHandler(SpanHandler):
 
     @classmethod
     def recipe(cls, config: Any, model: Model) -> Mapping[str, Any]:
-        """Return what fills the unset options on a model; raise `ConfigError` where nobody names blocks."""
         recipe = super().recipe(config, model)
         if config.blocks is None and "blocks" not in recipe:
             known = sorted(name for name, family in families().items() if config.name in family.recipes)

@@ -70,7 +70,6 @@ class AutoGuidanceHandler(PerturbedHandler):
 
     @property
     def specs(self) -> tuple[str, ...]:
-        """What is perturbed: the whole model."""
         return ("weak",)
 
     def require_given(self) -> None:
@@ -98,7 +97,6 @@ class AutoGuidanceHandler(PerturbedHandler):
     def perturbed_output(
         self, site: Site, context: ForwardContext, run: Callable[..., Any], given: Mapping[str, Any]
     ) -> Any:
-        """Return the weaker model's prediction for the same inputs."""
         weak, inputs = self._weak, {**context.inputs, **given}
         assert weak is not None
         if fits(site.transformer, weak):
