@@ -101,11 +101,6 @@ class Prediction:
         others = self.total_flops * (1 - self.attention_share - self.linear_share * (1 - self.linear_time))
         return (others + self.attention_flops / card.attention) / (card.tflops * 1e12)
 
-    def for_report(self) -> PredictedSpeedup:
-        """Return what a report shows beside the measured speed-up."""
-        linears = str(self.linears or "")
-        return PredictedSpeedup(speedup=self.speedup_of_methods, uncounted=self.uncounted_methods, linears=linears)
-
     def _repr_html_(self) -> str:
         size = f"{self.width} x {self.height} pixels, {self.num_frames} frames, {self.num_inference_steps} steps"
         rows = [("dense", f"{self.attention_flops:.3g}", f"{self.total_flops:.3g}", "1")]
@@ -254,9 +249,11 @@ def predict_attached(
     if family is None:
         return None
     try:
-        return predict(handlers, family, layout, steps, preset, linears=linears_of(transformer)).for_report()
+        run = predict(handlers, family, layout, steps, preset, linears=linears_of(transformer))
     except ConfigError:  # such as methods whose tiles can't be counted together
         return None
+    linears = str(run.linears or "")
+    return PredictedSpeedup(speedup=run.speedup_of_methods, uncounted=run.uncounted_methods, linears=linears)
 
 
 def _measured_skips(
