@@ -191,7 +191,7 @@ PICTURES = [("flux", 6, 0, set()), ("sd3", 0, 6, {"rope", "teacache"}), ("qwen-i
 
 
 @pytest.mark.parametrize(("name", "before", "after", "own"), PICTURES)
-def test_images_refuse_what_is_for_videos_and_what_they_lack(name, before, after, refused):
+def test_images_refuse_what_is_for_videos_and_what_they_lack(name, before, after, own):
     model = tiny_models.MODELS[name][-1]
     transformer = build(model)
     with dit_accel.attach(transformer, preset="none") as attachment:
@@ -200,8 +200,8 @@ def test_images_refuse_what_is_for_videos_and_what_they_lack(name, before, after
     assert (layout.visual_tokens, layout.text_before, layout.text_after) == (80, before, after)
     described = dit_accel.describe(transformer).transformers[0]
     assert {of: described.refused[of] for of in IMAGE_REFUSED} == IMAGE_REFUSED
-    assert set(described.refused) == {*refused, *IMAGE_REFUSED}
-    assert "teacache" not in refused or "give the adapter a signal" in described.refused["teacache"]
+    assert set(described.refused) == {*own, *IMAGE_REFUSED}
+    assert "teacache" not in own or "give the adapter a signal" in described.refused["teacache"]
 
 
 # Steps, noise levels and the foreground
