@@ -120,14 +120,9 @@ def test_models_of_no_released_sizes_are_not_predicted():
     assert "predicted" not in str(report)
 
 
-def test_notebooks_show_descriptions_and_estimates_in_the_page_s_colours():
-    described = dit_accel.describe(tiny_transformer())._repr_html_()
-    assert described.startswith("<div><b>transformer: WanTransformer3DModel, adapter wan")
-    assert "<td" in described
-    assert "easycache" in described
+def test_notebooks_show_estimates_in_the_page_s_colours():
     adapter, family = installed.described("wan2.1-14b")
     page = estimate(adapter, family, methods=[RadialAttention()])._repr_html_()
     assert page.startswith(f"<div><b>wan2.1-14b: {family.width} x {family.height} pixels, ")
     assert ">radial</td>" in page
-    assert "<script" not in described + page
-    assert "color:#" not in described + page
+    assert not [text for text in ("<script", "color:#") if text in page]
