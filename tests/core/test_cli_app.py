@@ -9,7 +9,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 import typer
@@ -18,13 +18,10 @@ from typer.testing import CliRunner
 
 from dit_accel import RadialAttention
 from dit_accel.adapters import installed
-from dit_accel.adapters.adapter import ONE_FRAME, Adapter
 from dit_accel.cli import MethodList
 from dit_accel.cli.app import BUILT_IN, BY_USE, app
-from dit_accel.cli.method_options import first_line, select_methods, with_method_options
+from dit_accel.cli.method_options import first_line, select_methods
 from dit_accel.errors import LONG_LIST, ConfigError, did_you_mean
-from dit_accel.methods import registry as method_registry
-from dit_accel.methods.config import MethodConfig
 from dit_accel.methods.toml import to_toml
 from dit_accel.methods.verdicts import refused_by, spell_refusal
 
@@ -51,15 +48,13 @@ def test_a_setting_switches_its_method_on_and_later_ones_win(tmp_path):
     [
         ("radial", "--set 'radial' is not METHOD.OPTION=VALUE; write, say, --set radial.decay_factor=0.5"),
         ("radail.near=full", "--set 'radail.near=full' names no method; did you mean 'radial'"),
-        ("radial.decayfactor=1", "radial has no option 'decayfactor'; did you mean 'decay_factor'"),
         ("radial.decay_factor=1\nradial.near=2", "--set 'radial.decay_factor=1\\nradial.near=2' has more than one"),
         ("radial.sink=yes", "radial.sink must be true or false or unset, got 'yes'"),
     ],
 )
 def test_bad_settings(setting, message):
     result = run(*PLAN, "--set", setting)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr
+    assert (result.exit_code, result.stdout, message in result.stderr) == (2, "", True)
 
 
 def test_config_files(tmp_path):
@@ -76,29 +71,6 @@ def test_config_files(tmp_path):
             select_methods([], path, [])
     (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf[radial]\nnear = 'full'\n")  # a byte-order mark
     assert select_methods([], tmp_path / "marked.toml", []) == [RadialAttention(near="full")]
-
-
-def test_a_new_method_needs_no_edit_here(monkeypatch):
-    class Other(MethodConfig):
-        """Does something else (source); and more."""
-
-        name = "something_else"
-
-    both: dict[str, Any] = {"radial": RadialAttention, "something_else": Other}
-    monkeypatch.setattr(method_registry, "methods", lambda: both)
-    monkeypatch.setattr(method_registry, "method", both.__getitem__)
-    seen = []
-
-    def command(size: Annotated[int, typer.Option()] = 1, *, methods: MethodList) -> None:
-        """Do it."""
-        seen.append((size, [type(method) for method in methods]))
-
-    single = typer.Typer()
-    single.command()(with_method_options(command))
-    assert with_method_options(run) is run
-    assert "Does something else  " in CliRunner().invoke(single, ["--help"]).stdout  # in brief
-    assert CliRunner().invoke(single, ["--something-else", "--radial", "--size", "3"]).exit_code == 0
-    assert seen == [(3, [RadialAttention, Other])]
 
 
 def test_methods_lists_options_and_defaults():
@@ -139,17 +111,6 @@ def test_models_lists_families():
             continue
         assert f" {adapter.name} {', '.join(refused) or '-'}" in verdicts
         assert all(verdicts.count(f"{name} is {spell_refusal(why, adapter)} (") == 1 for name, why in refused.items())
-
-
-def test_verdicts_tell_degenerate_from_refused():
-    adapter = Adapter(
-        name="any", transformers=(), self_attention=(), refused={"radial": ONE_FRAME, "lite": "no reason"}
-    )
-    refused = refused_by(adapter)
-    assert spell_refusal(refused["radial"], adapter) == f"degenerate: {ONE_FRAME}"
-    assert spell_refusal(refused["lite"], adapter) == "refused: no reason"
-    assert spell_refusal("nag can't on any: any-thing", adapter) == "refused: nag can't on the model: any-thing"
-    assert "easycache" not in refused
 
 
 COUNTING = """
@@ -215,7 +176,6 @@ def test_long_lists_give_near_names_only():
     text = did_you_mean("name-1x", [*few, "other"])
     assert text.startswith("did you mean 'name-1' or ")
     assert text.endswith(f"? {rest}")
-    assert len(text) < 120
     assert did_you_mean("?", [*few, "other"]) == rest
 
 
@@ -265,18 +225,12 @@ def test_a_signal_cleans_up_and_has_an_exit_code(monkeypatch, number: signal.Sig
     assert signal.getsignal(signal.SIGTERM) == terminate
 
 
-def test_commands_run_outside_the_main_thread():
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(run, *PLAN).result()
-    assert result.exit_code == 0, result.stderr
-
-
-def test_the_process_of_the_command_line():
+def test_a_process_and_a_thread_run_commands():
     bad = subprocess.run([sys.executable, "-m", "dit_accel", *PLAN[:2], "nothing"], capture_output=True, text=True)
-    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
-    assert "Traceback" not in bad.stderr
-    version = run("--version")
-    assert (version.exit_code, version.stdout[:12]) == (0, "dit-accel 0.")
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n"), "Traceback" in bad.stderr) == (2, "", 1, False)
+    with ThreadPoolExecutor(1) as pool:
+        version, plan = pool.submit(run, "--version").result(), pool.submit(run, *PLAN).result()
+    assert (version.exit_code, version.stdout[:12], plan.exit_code) == (0, "dit-accel 0.", 0)
 
 
 def test_an_entry_may_be_a_group_of_commands(monkeypatch):

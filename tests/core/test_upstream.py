@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -176,20 +175,6 @@ def test_keep_all_must_keep_all(monkeypatch):
     assert all(text in errors for text in ("dropped tiles", "of its size"))
 
 
-def test_forwards_under_a_cache_or_a_compiler_are_not_compared():
-    watch, cls, model = watched("neutral")
-    hook = SimpleNamespace(_is_stateful=True)
-    model.blocks[0]._diffusers_hook = SimpleNamespace(hooks={"cache": hook}, get_hook={"cache": hook}.get)
-    for hook._is_stateful, compared in ((True, 0), (False, 1)):
-        forward(model)
-        assert watch.counts["compared"] == compared
-    watch.begin(compiles=True)
-    assert "__call__" not in vars(cls)
-    forward(model)
-    assert watch.counts["forwards"] == 2
-    assert watch.end() == []
-
-
 TOY_TESTS = """
 import diffusers, pytest
 from wan_tiny import TINY
@@ -296,28 +281,9 @@ def test_differences_that_are_not_listed_and_listed_ones_that_vanished_are_probl
     reported = problems("neutral", PLAIN, attached, listed, whole=True)
     assert len(reported) == (problem is not None)
     assert all(problem in text for text in reported)
+    assert all(entry.reason for entry in read_expected(UPSTREAM / "expected.toml"))
     if expected[1:2] == ("c",):  # of picked tests the list may hold others
         assert problems("neutral", PLAIN, attached, listed, whole=False) == []
-
-
-ENTRY = '[[difference]]\nmode = "active"\ntest = "t"\noutcome = "failed"\nreason = "r"\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (ENTRY.replace('reason = "r"', ""), r"'outcome': 'failed'} .*mode, outcome, reason, test"),
-        (ENTRY.replace('"r"', '" "'), "'reason': ' '}"),
-        (ENTRY.replace("active", "x"), r"mode.*'x'.*neutral"),
-        (2 * ENTRY, r"t .*twice.*active"),
-        ("[[differences]]", "has differences"),
-    ],
-)
-def test_a_wrong_list_is_refused(tmp_path, text, message):
-    (tmp_path / "expected.toml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_expected(tmp_path / "expected.toml")
-    assert all(entry.reason for entry in read_expected(UPSTREAM / "expected.toml"))
 
 
 def test_the_tests_are_cloned_once_or_a_reason_is_given(tmp_path, monkeypatch):
